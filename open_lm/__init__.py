@@ -1,0 +1,1 @@
+"""OpenLM: raw text in, an evaluated and openly released language model out."""
