@@ -1,0 +1,226 @@
+"""One loader for every kind of tokenizer: a hub name, a folder, a tokenizer .json file, a sentencepiece .model file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from open_lm.errors import ConfigError
+
+DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
+# Names under which tokenizers keep the token that ends a document, most telling first.
+EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endofdocument|>")
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back, without any tokens added around the text.
+
+    Attributes:
+        name: what the tokenizer was loaded from.
+        eot_id: id of the end-of-text token that closes a document.
+        vocab_size: largest id + 1.
+        fingerprint: sha256 (hex) of the tokenizer's file; equal fingerprints mean equal ids for equal text.
+    """
+
+    name: str
+    eot_id: int
+    vocab_size: int
+    fingerprint: str
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of several texts, in their order; may use several threads."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special tokens such as end of text give none. ValueError for ids outside the vocabulary."""
+
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
+        bad = sorted({i for i in ids if not 0 <= i < self.vocab_size})
+        if bad:
+            raise ValueError(f"token ids {bad[:8]} are outside the vocabulary of {self.name} ({self.vocab_size} ids)")
+        return list(ids)
+
+
+class JsonTokenizer(Tokenizer):
+    """A fast tokenizer described by a `tokenizer.json` of the tokenizers library."""
+
+    def __init__(self, text: str, name: str, eot_token: str | None = None) -> None:
+        from tokenizers import Tokenizer as FastTokenizer
+
+        try:
+            self._fast: Any = FastTokenizer.from_str(text)
+        except Exception as error:
+            raise ConfigError(
+                f"--tokenizer {name}: not a tokenizer.json of the tokenizers library ({error})"
+            ) from error
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self.name = name
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        vocab: dict[str, int] = self._fast.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        special = {token.content for token in self._fast.get_added_tokens_decoder().values() if token.special}
+        self.eot_id = _eot_from_vocab(vocab, special, name, eot_token)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._fast.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(e.ids) for e in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._fast.decode(self._check_ids(ids), skip_special_tokens=True))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model file, such as those of Llama 2 and Mistral."""
+
+    def __init__(self, data: bytes, name: str, eot_token: str | None = None) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._pieces: Any = SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(data)
+        except Exception as error:
+            raise ConfigError(f"--tokenizer {name}: not a sentencepiece model ({error})") from error
+        self.name = name
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+        self.vocab_size = int(self._pieces.vocab_size())
+        if eot_token is not None:
+            self.eot_id = int(self._pieces.piece_to_id(eot_token))
+            if self._pieces.id_to_piece(self.eot_id) != eot_token:
+                raise _unknown_eot(name, eot_token)
+        elif self._pieces.eos_id() >= 0:
+            self.eot_id = int(self._pieces.eos_id())
+        else:
+            raise _unclear_eot(name, [])
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._pieces.encode(text, out_type=int))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(ids) for ids in self._pieces.encode(list(texts), out_type=int)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._pieces.decode(self._check_ids(ids)))
+
+
+def load_tokenizer(spec: str, eot_token: str | None = None) -> Tokenizer:
+    """Load a tokenizer from a file, a folder or the hub.
+
+    Args:
+        spec: a `.json` file, a sentencepiece `.model` file, a folder that holds tokenizer.json or tokenizer.model,
+            or a hub name such as EleutherAI/gpt-neox-20b (needs a network or the hub's local cache).
+        eot_token: the token that ends a document; found among the special tokens where not given.
+
+    Raises:
+        ConfigError: nothing usable at `spec`, or no clear end-of-text token.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        return _load_folder(path, eot_token)
+    if path.is_file():
+        return _load_file(path, spec, eot_token)
+    if path.suffix in (".json", ".model") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise ConfigError(
+            f"--tokenizer {spec}: no such file or folder; give a tokenizer.json, a sentencepiece .model file, "
+            "a folder that holds one, or a hub name"
+        )
+    return _load_from_hub(spec, eot_token)
+
+
+def _load_file(path: Path, name: str, eot_token: str | None) -> Tokenizer:
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path.read_bytes(), name, eot_token)
+    try:
+        return JsonTokenizer(path.read_text(encoding="utf-8"), name, eot_token)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--tokenizer {name}: neither JSON text nor a file ending in .model; give a tokenizer.json or a "
+            "sentencepiece .model file"
+        ) from error
+
+
+def _load_folder(folder: Path, eot_token: str | None) -> Tokenizer:
+    if eot_token is None:
+        eot_token = _configured_eot(folder / "tokenizer_config.json")
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return _load_file(folder / name, str(folder), eot_token)
+    found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
+    raise ConfigError(f"--tokenizer {folder}: expected tokenizer.json or tokenizer.model in this folder; found {found}")
+
+
+def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetch(filename: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(name, filename))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            return None
+
+    try:
+        file = fetch("tokenizer.json") or fetch("tokenizer.model")
+        if eot_token is None and file is not None:
+            config = fetch("tokenizer_config.json")
+            eot_token = _configured_eot(config) if config is not None else None
+    except Exception as error:
+        # The hub's client raises a wide family of errors: no network, no such name, no permission.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ConfigError(
+            f"--tokenizer {name}: no such file or folder here, and the hub could not give it "
+            f"({type(error).__name__}: {reason}); check the name and the network, or give a local tokenizer.json or "
+            "sentencepiece .model file"
+        ) from error
+    if file is None:
+        raise ConfigError(f"--tokenizer {name}: the hub has neither tokenizer.json nor tokenizer.model under this name")
+    return _load_file(file, name, eot_token)
+
+
+def _configured_eot(path: Path) -> str | None:
+    """The end-of-sequence token that a tokenizer_config.json names, if it does."""
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+    token = config.get("eos_token") if isinstance(config, dict) else None
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _eot_from_vocab(vocab: dict[str, int], special: set[str], name: str, eot_token: str | None) -> int:
+    if eot_token is not None:
+        if eot_token not in vocab:
+            raise _unknown_eot(name, eot_token)
+        return vocab[eot_token]
+    known = [token for token in EOT_NAMES if token in special]
+    if not known:
+        raise _unclear_eot(name, sorted(special))
+    return vocab[known[0]]
+
+
+def _unknown_eot(name: str, eot_token: str) -> ConfigError:
+    return ConfigError(f"--eot-token {eot_token}: not in the vocabulary of --tokenizer {name}")
+
+
+def _unclear_eot(name: str, special: list[str]) -> ConfigError:
+    found = ", ".join(special[:12]) if special else "none"
+    return ConfigError(
+        f"--tokenizer {name}: cannot tell which token ends a document (special tokens: {found}); name it with --eot-token"
+    )
