@@ -1,0 +1,187 @@
+"""Manifests of shards and the patterns that name shards. Callers import these names from `shard_format`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import braceexpand
+import orjson
+
+from open_lm import storage
+from open_lm.errors import DataError, join_problems
+
+MANIFEST_NAME = "manifest.jsonl"
+_COUNT_KEYS = ("num_sequences", "num_chunks")
+_MAX_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """One shard: the stem of its file, its sequences, and whatever else its line says (sha256, num_tokens, …)."""
+
+    shard: str
+    num_sequences: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def shard_stem(url: str) -> str:
+    """The name a manifest gives a shard: its file name without `.tar`."""
+    return url.rstrip("/").rpartition("/")[2].removesuffix(".tar")
+
+
+def read_manifest(url: str) -> list[ManifestEntry]:
+    """The entries of a manifest in its order; a DataError lists every bad line together."""
+    entries: list[ManifestEntry] = []
+    problems: list[str] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(storage.read_bytes(url).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = _parse_line(line)
+        except ValueError as error:
+            problems.append(f"{url} line {number}: {error}")
+            continue
+        if entry.shard in seen:
+            problems.append(f"{url} line {number}: shard {entry.shard!r} stands in line {seen[entry.shard]} already")
+        seen[entry.shard] = number
+        entries.append(entry)
+    if not entries and not problems:
+        problems.append(f"{url} is empty; make it with python -m open_lm.utils.make_wds_manifest --data-dir FOLDER")
+    if problems:
+        hidden = len(problems) - _MAX_PROBLEMS
+        shown = problems[:_MAX_PROBLEMS] + ([f"and {hidden} more"] if hidden > 0 else [])
+        raise DataError(join_problems(shown, "The manifest cannot be used"))
+    return entries
+
+
+def _parse_line(line: bytes) -> ManifestEntry:
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, found {type(record).__name__}")
+    shard = record.pop("shard", None)
+    if not isinstance(shard, str) or not shard:
+        raise ValueError(f'"shard" must be a file name without .tar, found {shard!r}')
+    count = next((record.pop(key) for key in _COUNT_KEYS if key in record), None)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise ValueError(f'"num_sequences" of shard {shard!r} must be a count, found {count!r}')
+    return ManifestEntry(shard.removesuffix(".tar"), count, record)
+
+
+def write_manifest(path: str | os.PathLike[str], entries: Sequence[ManifestEntry]) -> None:
+    """Write all entries, in their order, whole or not at all; `path` is local or remote."""
+    with storage.atomic_write(os.fspath(path), "wb") as file:
+        for entry in entries:
+            record = {"shard": entry.shard, "num_sequences": entry.num_sequences, **entry.extra}
+            file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _folder(url: str) -> str:
+    return url.rpartition("/")[0] or ("/" if url.startswith("/") else ".")
+
+
+def _sizes_in(folder: str) -> dict[str, int] | None:
+    """Sequences by shard stem from a folder's manifest.jsonl or sizes.json, None without either."""
+    manifest = storage.join(folder, MANIFEST_NAME)
+    if storage.exists(manifest):
+        return {entry.shard: entry.num_sequences for entry in read_manifest(manifest)}
+    sizes = storage.join(folder, "sizes.json")
+    if not storage.exists(sizes):
+        return None
+    try:
+        table = orjson.loads(storage.read_bytes(sizes))
+        return {shard_stem(name): int(count) for name, count in table.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"{sizes}: expected an object {{tar name: number of sequences}} ({error})") from error
+
+
+def shard_sizes(urls: Sequence[str]) -> dict[str, int] | None:
+    """Sequences of each url, from manifest.jsonl or sizes.json in the shards' folders.
+
+    None where a folder has neither (`__len__` only knows the sum; for a single shard that is its size). Urls that
+    their folder's list does not name are missing in the result. Commands (`pipe:`) have no folder.
+    """
+    tables: dict[str, dict[str, int] | None] = {}
+    sizes: dict[str, int] = {}
+    for url in urls:
+        if url.startswith("pipe:"):
+            return None
+        folder = _folder(url)
+        if folder not in tables:
+            tables[folder] = _sizes_in(folder)
+        table = tables[folder]
+        if table is None:
+            length = _length_file(folder) if len(urls) == 1 else None
+            return None if length is None else {url: length}
+        if shard_stem(url) in table:
+            sizes[url] = table[shard_stem(url)]
+    return sizes
+
+
+def total_sequences(urls: Sequence[str]) -> int | None:
+    """Sequences in all urls together: from shard_sizes, or from `__len__` in the folder of the first shard."""
+    sizes = shard_sizes(urls)
+    if sizes is not None and len(sizes) == len(set(urls)):
+        return sum(sizes[url] for url in urls)
+    if not urls or urls[0].startswith("pipe:"):
+        return None
+    return _length_file(_folder(urls[0]))
+
+
+def _length_file(folder: str) -> int | None:
+    path = storage.join(folder, "__len__")
+    if not storage.exists(path):
+        return None
+    text = storage.read_text(path).strip()
+    if not text.isdigit():
+        raise DataError(f"{path}: expected the number of sequences, found {text[:40]!r}")
+    return int(text)
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """The shards that a pattern names, in its order.
+
+    `::` joins patterns; each may hold brace ranges ({00000..00009}, {a,b}), globs (local or remote) or name a folder
+    of tars. `pipe:` commands are expanded by braces alone. A DataError lists every local shard that is missing and
+    every pattern that matches nothing; remote shards named without a glob are not looked up here.
+    """
+    urls: list[str] = []
+    problems: list[str] = []
+    for part in pattern.split("::"):
+        for url in _expand_braces(part):
+            found = _expand_one(url)
+            urls += found
+            if not found:
+                problems.append(f"{url} (of {pattern!r})" if url != pattern else url)
+    if problems:
+        hidden = len(problems) - _MAX_PROBLEMS
+        shown = problems[:_MAX_PROBLEMS] + ([f"and {hidden} more"] if hidden > 0 else [])
+        raise DataError(join_problems(shown, "No shard found for the pattern"))
+    return urls
+
+
+def _expand_braces(part: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(part))
+    except braceexpand.UnbalancedBracesError as error:
+        raise DataError(f"shard pattern {part!r}: braces do not match") from error
+
+
+def _expand_one(url: str) -> list[str]:
+    if url.startswith("pipe:"):
+        return [url]
+    if re.search(r"[*?\[]", url):
+        return [found for found in storage.glob(url) if found.endswith(".tar")]
+    if storage.is_remote(url):
+        return storage.glob(url + "*.tar") if url.endswith("/") else [url]
+    local = url.removeprefix("file://")
+    if os.path.isdir(local):
+        return storage.glob(storage.join(local, "*.tar"))
+    return [url] if os.path.exists(local) else []

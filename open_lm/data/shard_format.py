@@ -1,0 +1,332 @@
+"""The one reader and writer of token shards and their manifests.
+
+A shard is a tar file; each member holds the ids of one sequence (seq_len + 1 of them) in one of `MEMBER_KINDS`:
+
+    npy      a 1-D integer array, in the smallest unsigned type that holds the vocabulary (allow_pickle is never used)
+    json.gz  a gzip-compressed JSON list          json  a JSON list
+    txt      a Python list literal; may hold the string "<|endoftext|>" in place of the end-of-text id
+
+Beside the shards lies `manifest.jsonl`, one line per shard: {"shard": "<stem>", "num_sequences": n, …}.
+A sequence that documents could not fill ends in `PAD_ID`: -1 in every kind. Negative ids count from the end of the
+vocabulary, so that readers which know nothing of padding still get a valid id. An npy member that holds pads is
+signed, all others are unsigned.
+
+Ids are 1-D numpy arrays throughout: decoded ones int64, to be encoded any integer type.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import io
+import mmap
+import os
+import tarfile
+import zlib
+from dataclasses import dataclass
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import orjson
+
+from open_lm import storage
+from open_lm.data.manifest import (
+    ManifestEntry,
+    expand_shards,
+    read_manifest,
+    shard_sizes,
+    shard_stem,
+    total_sequences,
+    write_manifest,
+)
+from open_lm.errors import DataError
+
+__all__ = [
+    "END_OF_TEXT_STRING",
+    "MEMBER_KINDS",
+    "PAD_ID",
+    "ManifestEntry",
+    "Member",
+    "ShardInfo",
+    "ShardWriter",
+    "decode_member",
+    "encode_member",
+    "expand_shards",
+    "index_shard",
+    "read_manifest",
+    "shard_sizes",
+    "shard_stem",
+    "split_name",
+    "token_dtype",
+    "total_sequences",
+    "write_manifest",
+]
+
+MEMBER_KINDS = ("npy", "json.gz", "json", "txt")
+PAD_ID = -1
+END_OF_TEXT_STRING = "<|endoftext|>"
+_BLOCK = tarfile.BLOCKSIZE
+_GZIP_WBITS = 31
+
+Source = bytes | bytearray | memoryview | mmap.mmap | IO[bytes]
+
+
+# --- members -----------------------------------------------------------------------------------------------------
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest unsigned numpy type that holds the ids 0 … vocab_size - 1."""
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size must be positive, got {vocab_size}")
+    return np.min_scalar_type(vocab_size - 1)
+
+
+def encode_member(ids: np.ndarray, kind: str, dtype: np.dtype[Any] | None = None) -> bytes:
+    """The bytes of a member of `kind` from ids (T,) of an integer type.
+
+    `dtype` (npy only) defaults to that of the ids. Pads in an unsigned type make the member the next larger signed
+    type; an id that the type cannot hold is a DataError.
+    """
+    ids = np.ascontiguousarray(ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise DataError(f"a member holds a 1-D array of integers, got {ids.dtype} of shape {ids.shape}")
+    if kind == "npy":
+        buffer = io.BytesIO()
+        np.save(buffer, _cast(ids, dtype or ids.dtype), allow_pickle=False)
+        return buffer.getvalue()
+    text = orjson.dumps(ids, option=orjson.OPT_SERIALIZE_NUMPY)
+    if kind in ("json", "txt"):
+        return text
+    if kind == "json.gz":
+        # zlib directly: the same header (no clock, no name) in every Python version.
+        compressor = zlib.compressobj(6, zlib.DEFLATED, _GZIP_WBITS)
+        return compressor.compress(text) + compressor.flush()
+    raise DataError(f"unknown member kind {kind!r}; known: {', '.join(MEMBER_KINDS)}")
+
+
+def _cast(ids: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    if ids.size and dtype.kind == "u" and ids.min() < 0:
+        dtype = np.promote_types(dtype, np.int8)
+    if ids.size and (ids.max() > np.iinfo(dtype).max or ids.min() < np.iinfo(dtype).min):
+        raise DataError(f"ids from {ids.min()} to {ids.max()} do not fit {dtype}; is the vocabulary size right?")
+    return ids.astype(dtype, copy=False)
+
+
+def decode_member(data: bytes, kind: str, *, eot_id: int | None = None) -> np.ndarray:
+    """The ids of one member, int64 (T,). Junk of any sort is a DataError.
+
+    `eot_id` takes the place of the string "<|endoftext|>", which old txt and json members may hold.
+    """
+    try:
+        if kind == "npy":
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+        elif kind in ("json", "txt"):
+            array = _parse_list(data, eot_id)
+        elif kind == "json.gz":
+            array = _parse_list(gzip.decompress(data), eot_id)
+        else:
+            raise DataError(f"unknown member kind {kind!r}; known: {', '.join(MEMBER_KINDS)}")
+    except DataError:
+        raise
+    except (ValueError, TypeError, OverflowError, EOFError, OSError, SyntaxError, zlib.error) as error:
+        raise DataError(f"not a valid {kind} member: {type(error).__name__}: {error}") from error
+    except (MemoryError, RecursionError) as error:
+        raise DataError(f"not a valid {kind} member: nested or sized beyond reason") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise DataError(f"not a valid {kind} member: expected a 1-D list of integers, found {found}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise DataError(f"not a valid {kind} member: id {array.max()} is beyond 64 bits")
+    return array.astype(np.int64, copy=False)
+
+
+def _parse_list(data: bytes, eot_id: int | None) -> np.ndarray:
+    """A JSON list, or a Python list literal of the same content, as an integer array."""
+    try:
+        values = orjson.loads(data.replace(b"'", b'"'))
+    except orjson.JSONDecodeError:
+        values = ast.literal_eval(data.decode().strip())
+    if isinstance(values, tuple):
+        values = list(values)
+    if not isinstance(values, list):
+        raise DataError(f"expected a list of integers, found {type(values).__name__}")
+    types = set(map(type, values))
+    if str in types:
+        others = {value for value in values if isinstance(value, str) and value != END_OF_TEXT_STRING}
+        if others:
+            raise DataError(f"a list of ids holds the text {sorted(others)[0]!r}")
+        if eot_id is None:
+            raise DataError(
+                f'holds the text "{END_OF_TEXT_STRING}" in place of an id, but the end-of-text id is not known'
+            )
+        values = [eot_id if isinstance(value, str) else value for value in values]
+        types.discard(str)
+    if types - {int}:
+        raise DataError(f"a list of ids holds values of type {sorted(kind.__name__ for kind in types - {int})[0]}")
+    return np.array(values, dtype=np.int64)
+
+
+# --- tar files ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where one sequence lies in a shard: data[offset : offset + size], in bytes."""
+
+    key: str
+    kind: str
+    offset: int
+    size: int
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and kind of a member's name as webdataset cuts it: at the first dot of the last path component."""
+    folder, _, base = name.rpartition("/")
+    stem, _, kind = base.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), kind.lower()
+
+
+def index_shard(source: Source, name: str) -> list[Member]:
+    """All members of known kinds, in file order, found through the tar headers alone.
+
+    Raises DataError, with the shard's `name` and the byte offset, for what is not a tar or is cut short (a shard
+    without its end-of-archive mark counts as cut), and for a shard without a member of a known kind.
+    """
+    size, read = _reader(source)
+    members: list[Member] = []
+    other_kinds: set[str] = set()
+    offset, long_name = 0, ""
+    while True:
+        block = read(offset, _BLOCK)
+        if block == bytes(_BLOCK):
+            break
+        info = _parse_header(block, name, offset, size)
+        start = offset + _BLOCK
+        offset = start + -(-info.size // _BLOCK) * _BLOCK
+        if start + info.size > size:
+            raise DataError(
+                f"{name}: cut short: the member {info.name!r} at byte {start - _BLOCK} needs {info.size} bytes, "
+                f"the file ends at {size}; make or copy the shard again"
+            )
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+            long_name = _extended_name(read(start, info.size), info.type) or long_name
+            continue
+        key, kind = split_name(long_name or info.name)
+        long_name = ""
+        if not info.isreg():
+            continue
+        if kind in MEMBER_KINDS:
+            members.append(Member(key, kind, start, info.size))
+        else:
+            other_kinds.add(kind or "(no suffix)")
+    if not members:
+        found = f"found {', '.join(sorted(other_kinds)[:5])}" if other_kinds else "it is empty"
+        raise DataError(f"{name}: no member of a known kind ({', '.join(MEMBER_KINDS)}); {found}")
+    return members
+
+
+def _reader(source: Source) -> tuple[int, Any]:
+    """The size of a source and a function (offset, count) -> bytes."""
+    if isinstance(source, bytes | bytearray | memoryview | mmap.mmap):
+        return len(source), lambda offset, count: bytes(source[offset : offset + count])
+    handle = source
+    size = handle.seek(0, os.SEEK_END)
+
+    def read(offset: int, count: int) -> bytes:
+        handle.seek(offset)
+        return handle.read(count)
+
+    return size, read
+
+
+def _parse_header(block: bytes, name: str, offset: int, size: int) -> tarfile.TarInfo:
+    if len(block) < _BLOCK:
+        raise DataError(
+            f"{name}: cut short: it ends at byte {size} without the end mark of a tar; make or copy the shard again"
+        )
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        hint = "it is compressed; decompress it first" if block[:2] == b"\x1f\x8b" else str(error)
+        raise DataError(f"{name}: no valid tar header at byte {offset} ({hint})") from error
+
+
+def _extended_name(data: bytes, type_flag: bytes) -> str:
+    """The member name in a GNU long-name block or a pax header ("<length> path=<value>\\n" records)."""
+    if type_flag == tarfile.GNUTYPE_LONGNAME:
+        return data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+    while data:
+        length = data.partition(b" ")[0]
+        if not length.isdigit() or int(length) <= len(length):
+            return ""
+        record, data = data[len(length) + 1 : int(length)], data[int(length) :]
+        key, _, value = record.rstrip(b"\n").partition(b"=")
+        if key == b"path":
+            return value.decode("utf-8", "surrogateescape")
+    return ""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What was written: sequences, tokens (pads not counted), size and SHA-256 of the whole file."""
+
+    stem: str
+    num_sequences: int
+    num_tokens: int
+    num_bytes: int
+    sha256: str
+
+
+class ShardWriter:
+    """Write one shard, whole or not at all; the same members give the same bytes (no clock, owner or host in it).
+
+        with ShardWriter("out/shard-0000000.tar", "npy", dtype=token_dtype(50432)) as writer:
+            writer.write("000000000000", ids)
+        writer.info.num_sequences
+
+    `path` is local or remote. An exception inside the `with` leaves nothing behind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], kind: str, *, dtype: np.dtype[Any] | None = None) -> None:
+        if kind not in MEMBER_KINDS:
+            raise DataError(f"unknown member kind {kind!r}; known: {', '.join(MEMBER_KINDS)}")
+        self.path, self.kind, self.dtype = os.fspath(path), kind, dtype
+        self._num_sequences = self._num_tokens = self._num_bytes = 0
+        self._hash = hashlib.sha256()
+        self._closing = storage.atomic_write(self.path, "wb")
+        self._file: IO[bytes] = self._closing.__enter__()
+
+    def write(self, key: str, ids: np.ndarray) -> None:
+        """Append one sequence (T,). The key must hold no dot, which would end it."""
+        if not key or "." in key:
+            raise ValueError(f"a member key is not empty and holds no dot, got {key!r}")
+        data = encode_member(ids, self.kind, self.dtype)
+        header = tarfile.TarInfo(f"{key}.{self.kind}")
+        header.size, header.mode = len(data), 0o444
+        self._put(header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK))
+        self._num_sequences += 1
+        self._num_tokens += int(np.count_nonzero(ids != PAD_ID))
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._num_bytes += len(data)
+
+    @property
+    def info(self) -> ShardInfo:
+        """Counts so far; final, with the checksum of the whole file, once the `with` has ended."""
+        stem = shard_stem(self.path)
+        return ShardInfo(stem, self._num_sequences, self._num_tokens, self._num_bytes, self._hash.hexdigest())
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            end = self._num_bytes + 2 * _BLOCK
+            self._put(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
+        self._closing.__exit__(kind, error, trace)
