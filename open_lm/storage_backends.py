@@ -1,0 +1,376 @@
+"""What `open_lm.storage` stands on: the file systems themselves, the retries, and the words for their errors.
+
+Only this module knows boto3 and fsspec; nothing but `open_lm.storage` calls it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob as local_glob
+import io
+import os
+import random
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
+
+from open_lm.errors import StorageError
+
+T = TypeVar("T")
+SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
+TEMP_MARK = ".open-lm-part-"
+_ATTEMPTS = 4
+_FIRST_DELAY_S = 0.5
+_READ_BLOCK_BYTES = 8 << 20
+_PART_BYTES = 32 << 20
+# fsspec file systems on which a new object replaces the old one in a single act, so that no rename is needed.
+_WHOLE_OBJECT_SCHEMES = frozenset({"memory", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"})
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """One file: its address, size in bytes and time of last change (seconds since the epoch; 0.0 where unknown)."""
+
+    url: str
+    size: int
+    mtime_s: float
+
+
+class _Backend(Protocol):
+    def open(self, url: str) -> IO[bytes]: ...
+    def info(self, url: str) -> FileInfo | None: ...
+    def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]: ...
+    def glob(self, pattern: str) -> list[str]: ...
+    def get(self, url: str, local_path: str) -> None: ...
+    def put(self, local_path: str, url: str) -> None: ...
+    def remove(self, url: str) -> None: ...
+
+
+def local_path(url: str | os.PathLike[str]) -> str:
+    """The file-system path of a local address, without `file://`."""
+    text = os.fspath(url)
+    return text[len("file://") :] if text.lower().startswith("file://") else text
+
+
+def is_temporary(name: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of `atomic_write`'s or `download`'s that is not complete yet (or was left by a crash)."""
+    return TEMP_MARK in os.path.basename(os.fspath(name))
+
+
+# ---------------------------------------------------------------------------------------------- errors and retries
+class IncompleteTransfer(OSError):
+    """A transfer ended without an error but with the wrong number of bytes."""
+
+
+def with_retries(action: Callable[[], T]) -> T:
+    """Run `action`, again after a growing, jittered pause when it fails in a way that may pass."""
+    for attempt in range(_ATTEMPTS):
+        try:
+            return action()
+        except Exception as error:
+            if attempt == _ATTEMPTS - 1 or not _is_transient(error):
+                raise
+            _pause(_FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.5))
+    raise AssertionError("unreachable")
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, (IncompleteTransfer, TimeoutError, ConnectionResetError, ConnectionAbortedError)):
+        return True
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's ClientError
+        return _status(error) in (429, 500, 502, 503, 504) or response.get("Error", {}).get("Code") in (
+            "SlowDown",
+            "RequestTimeout",
+        )
+    return type(error).__name__ in {
+        "ReadTimeoutError", "ResponseStreamingError", "IncompleteReadError", "IncompleteRead", "ConnectionClosedError",
+        "ProtocolError", "FSTimeoutError", "ClientPayloadError", "ServerDisconnectedError", "FlexibleChecksumError",
+    }  # fmt: skip
+
+
+_ADVICE = {
+    "NoCredentialsError": "no S3 credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "PartialCredentialsError": "the S3 credentials are incomplete; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ProfileNotFound": "the AWS profile does not exist; check AWS_PROFILE",
+    "NoSuchBucket": "there is no such bucket; create it or correct the name",
+    "NoSuchKey": "no such file",
+    "404": "no such file",
+    "AccessDenied": "access denied; the credentials lack the permission for this path",
+    "403": "access denied; the credentials are wrong or lack the permission for this path",
+    "InvalidAccessKeyId": "the access key is not known to the store; check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "the session token has expired; log in again",
+}
+
+
+@contextlib.contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turn any failure of the libraries below into a StorageError that names `url` and the way out."""
+    try:
+        yield
+    except (StorageError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise StorageError(f"{url}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    kind = type(error).__name__
+    code = _error_code(error)
+    if kind in _ADVICE or code in _ADVICE:
+        return _ADVICE.get(code) or _ADVICE[kind]
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "ReadTimeoutError"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        return f"the S3 service at {endpoint} cannot be reached ({kind}); check the network and AWS_ENDPOINT_URL"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, ModuleNotFoundError | ImportError):
+        return f"this kind of address needs a package that is not installed ({error})"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} (errno {error.errno})"
+    return f"{kind}: {error}"
+
+
+# ---------------------------------------------------------------------------------------------- file systems
+def find_backend(url: str) -> _Backend:
+    match = SCHEME.match(url)
+    scheme = match.group(1).lower() if match else "file"
+    if scheme == "file":
+        return _LocalBackend()
+    return _S3Backend() if scheme in ("s3", "s3a") else _FsspecBackend(scheme)
+
+
+class _LocalBackend:
+    def open(self, url: str) -> IO[bytes]:
+        return open(local_path(url), "rb")
+
+    def info(self, url: str) -> FileInfo | None:
+        path = local_path(url)
+        if not os.path.isfile(path):
+            return None
+        status = os.stat(path)
+        return FileInfo(path, status.st_size, status.st_mtime)
+
+    def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]:
+        pattern = Path(local_path(url)).rglob("*") if recursive else Path(local_path(url)).glob("*")
+        for path in pattern:
+            with contextlib.suppress(FileNotFoundError):  # removed while we look
+                found = self.info(str(path))
+                if found is not None and not is_temporary(path):
+                    yield found
+
+    def glob(self, pattern: str) -> list[str]:
+        return [path for path in local_glob.glob(local_path(pattern), recursive=True) if os.path.isfile(path)]
+
+    def get(self, url: str, local_path_: str) -> None:
+        shutil.copyfile(local_path(url), local_path_)
+
+    def put(self, local_path_: str, url: str) -> None:
+        shutil.copyfile(local_path_, local_path(url))
+
+    def remove(self, url: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(local_path(url))
+
+
+class _S3Backend:
+    """S3 through boto3, which (unlike an event loop) survives the forks of data workers."""
+
+    def open(self, url: str) -> IO[bytes]:
+        found = self.info(url)
+        if found is None:
+            raise FileNotFoundError(url)
+        return io.BufferedReader(_S3Reader(url, found.size), buffer_size=_READ_BLOCK_BYTES)
+
+    def info(self, url: str) -> FileInfo | None:
+        bucket, key = _split_s3(url)
+        try:
+            head = _s3_client().head_object(Bucket=bucket, Key=key)
+        except Exception as error:
+            if _status(error) == 404:
+                return None
+            raise
+        return FileInfo(url, head["ContentLength"], head["LastModified"].timestamp())
+
+    def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]:
+        bucket, key = _split_s3(url, allow_bucket=True)
+        prefix = key.rstrip("/") + "/" if key.strip("/") else ""
+        yield from self._list(bucket, prefix, "" if recursive else "/")
+
+    def _list(self, bucket: str, prefix: str, delimiter: str = "") -> Iterator[FileInfo]:
+        pages = _s3_client().get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter):
+            for item in page.get("Contents", []):
+                if not item["Key"].endswith("/"):  # the empty markers some tools write for folders
+                    yield FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp())
+
+    def glob(self, pattern: str) -> list[str]:
+        from fsspec.utils import glob_translate
+
+        bucket, key = _split_s3(pattern)
+        wanted = re.compile(glob_translate(f"{bucket}/{key}"))
+        prefix = re.split(r"[*?\[]", key, maxsplit=1)[0]
+        return [item.url for item in self._list(bucket, prefix) if wanted.match(item.url[len("s3://") :])]
+
+    def get(self, url: str, local_path_: str) -> None:
+        bucket, key = _split_s3(url)
+        _s3_client().download_file(bucket, key, local_path_, Config=_transfer_config())
+
+    def put(self, local_path_: str, url: str) -> None:
+        bucket, key = _split_s3(url)
+        _s3_client().upload_file(local_path_, bucket, key, Config=_transfer_config())
+
+    def remove(self, url: str) -> None:
+        bucket, key = _split_s3(url)
+        _s3_client().delete_object(Bucket=bucket, Key=key)
+
+
+class _S3Reader(io.RawIOBase):
+    """A seekable S3 object: each read is one ranged request, retried on its own."""
+
+    def __init__(self, url: str, size_bytes: int) -> None:
+        super().__init__()
+        self._url = url
+        self._bucket, self._key = _split_s3(url)
+        self._size = size_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        if wanted <= 0:
+            return 0
+        with explained(self._url):
+            data = with_retries(partial(self._fetch, self._position, wanted))
+        buffer[:wanted] = data
+        self._position += wanted
+        return wanted
+
+    def _fetch(self, start: int, length: int) -> bytes:
+        span = f"bytes={start}-{start + length - 1}"
+        data: bytes = _s3_client().get_object(Bucket=self._bucket, Key=self._key, Range=span)["Body"].read()
+        if len(data) != length:
+            raise IncompleteTransfer(f"{length} bytes were asked for at {start}, {len(data)} arrived")
+        return data
+
+
+_clients: dict[tuple[int, str | None, str | None], Any] = {}
+_clients_lock = threading.Lock()
+
+
+def _s3_client() -> Any:
+    """The process's own client (a forked one must not share sockets), per endpoint and key of the environment."""
+    import boto3
+    from botocore.config import Config
+
+    key = (os.getpid(), os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+           os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_PROFILE"))  # fmt: skip
+    with _clients_lock:
+        if key not in _clients:
+            config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=32,
+                            retries={"mode": "standard", "total_max_attempts": 3})  # fmt: skip
+            _clients[key] = boto3.session.Session().client("s3", config=config)
+        return _clients[key]
+
+
+def _transfer_config() -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(multipart_threshold=2 * _PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=8)
+
+
+def _error_code(error: BaseException) -> str:
+    response = getattr(error, "response", None)
+    return response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
+
+
+def _status(error: BaseException) -> int:
+    response = getattr(error, "response", None)
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(response, dict) else 0
+
+
+def _split_s3(url: str, allow_bucket: bool = False) -> tuple[str, str]:
+    bucket, _, key = url.split("://", 1)[1].partition("/")
+    if not bucket or (not key and not allow_bucket):
+        raise StorageError(f"{url}: expected s3://bucket/key")
+    return bucket, key
+
+
+class _FsspecBackend:
+    """Every other scheme, through fsspec; its listings are never taken from a cache."""
+
+    def __init__(self, scheme: str) -> None:
+        import fsspec
+
+        self._scheme = scheme
+        self._fs = fsspec.filesystem(scheme, use_listings_cache=False)
+
+    def _file_info(self, entry: dict[str, Any], url: str) -> FileInfo:
+        changed = entry.get("mtime") or entry.get("LastModified") or entry.get("last_modified") or entry.get("created")
+        mtime = changed.timestamp() if isinstance(changed, datetime) else float(changed or 0.0)
+        return FileInfo(url, -1 if entry.get("size") is None else int(entry["size"]), mtime)
+
+    def open(self, url: str) -> IO[bytes]:
+        return self._fs.open(url, "rb")
+
+    def info(self, url: str) -> FileInfo | None:
+        try:
+            entry = self._fs.info(url)
+        except FileNotFoundError:
+            return None
+        return self._file_info(entry, url) if entry["type"] == "file" else None
+
+    def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]:
+        try:
+            found = self._fs.find(url, maxdepth=None if recursive else 1, detail=True)
+        except FileNotFoundError:
+            return
+        for name, entry in found.items():
+            if entry["type"] == "file":
+                yield self._file_info(entry, self._fs.unstrip_protocol(name))
+
+    def glob(self, pattern: str) -> list[str]:
+        return [self._fs.unstrip_protocol(name) for name, entry in self._fs.glob(pattern, detail=True).items()
+                if entry["type"] == "file"]  # fmt: skip
+
+    def get(self, url: str, local_path_: str) -> None:
+        self._fs.get_file(url, local_path_)
+
+    def put(self, local_path_: str, url: str) -> None:
+        parent, _, name = url.rpartition("/")
+        self._fs.makedirs(parent, exist_ok=True)
+        if self._scheme in _WHOLE_OBJECT_SCHEMES:
+            self._fs.put_file(local_path_, url)
+            return
+        temporary = f"{parent}/.{name}{TEMP_MARK}{os.getpid()}"
+        self._fs.put_file(local_path_, temporary)
+        self._fs.mv(temporary, url)
+
+    def remove(self, url: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(url)
