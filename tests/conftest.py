@@ -62,9 +62,12 @@ def torchrun(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", module, *args]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout_s)
+        result = subprocess.run(
+            command, check=False, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout_s
+        )
         if check and result.returncode != 0:
-            pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}")
+            output = f"{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+            pytest.fail(f"{' '.join(command)} exited {result.returncode}\n{output}")
         return result
 
     return run

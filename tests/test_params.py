@@ -1,0 +1,168 @@
+"""Flags, abbreviations and configuration files; a frozen list of the established flags."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from open_lm.config import ArchitectureConfig, Config, ModelConfig
+from open_lm.config_checks import ineffective_flags
+from open_lm.errors import ConfigError
+from open_lm.params import LATER_FLAGS, add_model_args, all_specs, parse_args
+
+
+@pytest.fixture
+def established(shared_dir: Path) -> list[dict]:
+    return json.loads((shared_dir / "compat" / "flags.json").read_text())
+
+
+def test_every_established_flag_has_its_type_default_and_choices(established: list[dict]) -> None:
+    specs = all_specs()
+    defaults = vars(parse_args([]))
+    assert len(established) == 114
+    for flag in established:
+        spec = specs[flag["dest"]]
+        kind = "switch" if spec.kind is bool else spec.kind.__name__
+        assert (kind, "+" if spec.many else None) == (flag["kind"], flag["nargs"]), flag
+        assert spec.choices is None or list(spec.choices) == flag["choices"], flag
+        assert defaults[flag["dest"]] == flag["default"], flag
+    assert set(specs) - {flag["dest"] for flag in established} == LATER_FLAGS
+
+
+def test_every_abbreviation_that_was_unique_still_is(established: list[dict]) -> None:
+    names = [flag["flag"] for flag in established]
+    samples = {"int": "3", "float": "0.5", "str": "x"}
+    checked = 0
+    for flag in established:
+        for length in range(3, len(flag["flag"])):
+            prefix = flag["flag"][:length]
+            if [name for name in names if name.startswith(prefix)] != [flag["flag"]]:
+                continue
+            value = flag["choices"][0] if flag["choices"] else samples.get(flag["kind"])
+            try:
+                parsed = parse_args([prefix] if value is None else [prefix, value])
+            except ConfigError as error:  # the value alone may contradict a default; the flag was still understood
+                assert "ambiguous" not in str(error) and "unknown" not in str(error), prefix
+                continue
+            assert getattr(parsed, flag["dest"]) not in (None, flag["default"]) or value == flag["default"], prefix
+            checked += 1
+    assert checked > 500
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    argv = "--tran-data x --lr abc --precision fp8 --epochs 2.5 --fsdp-amp --fsdp-pure-bf16 --beta1 1.5 --workers -1"
+    with pytest.raises(ConfigError) as caught:
+        parse_args(argv.split())
+    message = str(caught.value)
+    for expected in (
+        "unknown flag --tran-data; did you mean --train-data",
+        "--lr: found 'abc', expected a number",
+        "--precision: found 'fp8', expected one of amp,",
+        "--epochs: found '2.5', expected a whole number",
+        "--fsdp-amp reduces gradients in float32",
+        "--beta1: found 1.5",
+        "--workers: found -1, expected 0 or more",
+    ):
+        assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--train-data a --dataset-manifest b", "exclude each other"),
+        ("--dataset-manifest b --dataset-resampled", "with replacement"),
+        ("--batch-size 2 --global-batch-size 8", "counts per device"),
+        ("--train-data a b --train-data-mix-weights 1", "1 values for 2 sources"),
+        ("--lr-scheduler cosin", "expected one of cosine, const, const-cooldown"),
+        ("--lr-scheduler const-cooldown", "needs --epochs-cooldown"),
+        ("--report-to tensorbord", "found tensorbord"),
+        ("--attn-name custom_attn", "--attn-activation, --attn-seq-scalar, --attn-seq-scalar-alpha"),
+        ("--squash-mask-left", "--target-mask-left, which is missing"),
+        ("--logs none --remote-sync s3://b/x", "nothing to copy"),
+        ("--name ../x", "must name a folder below --logs"),
+        ("--moe-freq 2", "needs --moe-num-experts"),
+        ("--global-batch-size 6 --accum-freq 4", "does not divide"),
+        ("--val-data a b c --val-data-key npy txt", "2 values for 3"),
+        ("--load-pretrained-state", "needs --pretrained"),
+        ("--lr", "expected one argument"),
+    ],
+)
+def test_contradictions_name_the_flags(argv: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        parse_args(argv.split())
+
+
+def test_a_run_needs_data_and_a_length() -> None:
+    with pytest.raises(ConfigError, match="nothing to do"):
+        parse_args([], for_run=True)
+    with pytest.raises(ConfigError, match="--train-num-samples is missing"):
+        parse_args(["--train-data", "x"], for_run=True)
+    assert parse_args(["--val-data", "x"], for_run=True).val_data == ["x"]
+
+
+def test_config_file_between_defaults_and_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train-data: shard.tar\nlr: 1e-4\nfsdp_amp: true\nepochs: 7\nval_data: [a, b]\nresume: null\n")
+    args = parse_args(["--config", str(path), "--epochs", "3"])
+    assert (args.train_data, args.lr, args.fsdp_amp, args.epochs) == (["shard.tar"], 1e-4, True, 3)
+    assert args.val_data == ["a", "b"] and args.resume is None and args.config == str(path)
+
+    as_json = tmp_path / "run.json"
+    as_json.write_text(json.dumps({"train_data": ["shard.tar"], "lr": 1e-4}))
+    assert parse_args(["--config", str(as_json)]).lr == 1e-4
+
+
+def test_config_file_mistakes_are_errors(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("traindata: x\nlr: fast\nepochs: true\nname: 5\nfsdp: 'yes'\nworkers: null\n")
+    with pytest.raises(ConfigError) as caught:
+        parse_args(["--config", str(path)])
+    message = str(caught.value)
+    assert f"{path}: unknown key 'traindata'; did you mean train_data" in message
+    for flag in ("--lr: found 'fast'", "--epochs: found True", "--name: found 5", "--fsdp: found 'yes'", "--workers"):
+        assert flag in message
+    path.write_text("- just\n- a list\n")
+    with pytest.raises(ConfigError, match="holds a list"):
+        parse_args(["--config", str(path)])
+    path.write_text("a: [1")
+    with pytest.raises(ConfigError, match="neither valid YAML nor JSON"):
+        parse_args(["--config", str(path)])
+    with pytest.raises(ConfigError, match=r"missing\.yaml cannot be read"):
+        parse_args(["--config", str(tmp_path / "missing.yaml")])
+
+
+def test_sections_from_namespace_and_from_foreign_objects() -> None:
+    args = parse_args(["--lr", "0.1", "--model-norm", "rms_norm"])
+    config = Config.from_namespace(args)
+    assert (config.optim.lr, config.model.model_norm) == (0.1, "rms_norm")
+    foreign = ModelConfig.from_object(argparse.Namespace(model="open_lm_11m", something_else=1))
+    assert (foreign.model, foreign.qk_norm) == ("open_lm_11m", False)
+
+
+def test_flags_without_effect_are_named_only_when_used() -> None:
+    assert ineffective_flags(Config.from_namespace(parse_args([]))) == []
+    used = parse_args(["--torchscript", "--fsdp-hybrid", "--use-bnb-linear", "x"])
+    notes = ineffective_flags(Config.from_namespace(used))
+    assert len(notes) == 3 and any("--fsdp-hybrid has no effect without --fsdp" in note for note in notes)
+
+
+def test_model_flags_for_another_program() -> None:
+    parser = argparse.ArgumentParser()
+    add_model_args(parser)
+    args = parser.parse_args(["--qk-norm", "--model-norm", "gain_only_lp_layer_norm", "--moe-freq", "2"])
+    assert (args.qk_norm, args.model_norm, args.moe_freq) == (True, "gain_only_lp_layer_norm", 2)
+    assert vars(parser.parse_args([])) == {spec.name: spec.default for spec in ArchitectureConfig.specs()}
+
+
+def test_help_needs_no_heavy_library() -> None:
+    code = (
+        "import sys; from open_lm.params import build_parser; build_parser().format_help();"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'ray') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
