@@ -1,11 +1,32 @@
-"""The distribution `open_lm`: the trainer, the preprocessor (open_lm.datapreprocess) and the model configurations."""
+"""The distribution `open_lm`: trainer, preprocessor (open_lm.datapreprocess) and configurations (open_lm.model_configs)."""
+
+from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def requirements(name: str) -> list[str]:
+    """The loose requirements of requirements/NAME.in, from which the pinned .txt files are made."""
+    lines = (ROOT / "requirements" / f"{name}.in").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith(("#", "-r"))]
+
+
+extras = {name: requirements(name) for name in ("train", "preprocess", "hf", "cuda", "dev", "eval")}
+extras["all"] = sorted({line for name in ("train", "preprocess", "hf") for line in extras[name]})
 
 setup(
     name="open_lm",
     version="1.0.0",
+    description="Language models of 11M to 7B parameters: raw text in, an evaluated and openly released model out",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
     packages=find_namespace_packages(include=["open_lm", "open_lm.*"]),
-    package_data={"open_lm.model_configs": ["*.json"]},
-    python_requires=">=3.10",
+    package_data={"open_lm.model_configs": ["*.json"], "open_lm.datapreprocess": ["**/*.yaml"], "open_lm": ["py.typed"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=requirements("core"),
+    extras_require=extras,
 )

@@ -1,0 +1,63 @@
+# `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+EVAL_VENV ?= .venv-eval
+JOBS ?= 2
+UV_VERSION := 0.13.9
+UV := $(VENV)/bin/uv
+SHELL := /bin/bash
+
+# pip's extra wheel folders (space-separated) are uv's too (comma-separated).
+ifdef PIP_FIND_LINKS
+comma := ,
+empty :=
+space := $(empty) $(empty)
+export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-eval quickstart test lint check-types layers unit lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+install: $(VENV)/.installed  ## make .venv with pinned versions of everything but the llm-foundry evaluation
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "Python 3.10 to 3.13 is needed, $$($(PYTHON) --version) was found; say which with: make PYTHON=python3.11 …"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(VENV)/.installed: $(UV) requirements/dev.txt setup.py pyproject.toml
+	$(UV) pip install --quiet --python $(VENV)/bin/python -r requirements/dev.txt
+	$(UV) pip install --quiet --python $(VENV)/bin/python --no-deps --editable .
+	@touch $@
+
+quickstart: install  ## the main job, offline, in minutes: text -> shards -> trained and evaluated model
+	$(VENV)/bin/python scripts/quickstart.py
+
+test: lint check-types layers unit  ## install, then linters, layer contract and all tests
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+check-types: install
+	$(VENV)/bin/mypy
+
+layers: install
+	$(VENV)/bin/lint-imports
+
+unit: install
+	$(VENV)/bin/python -m pytest -n $(JOBS) --durations=15
+
+lock: install  ## pin requirements/*.txt anew from requirements/*.in
+	for name in dev train preprocess; do \
+		$(UV) pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header \
+			-c requirements/known_good.in requirements/core.in requirements/$$name.in \
+			| grep -vE '^(nvidia-|cuda-|triton)' > requirements/$$name.txt.new && mv requirements/$$name.txt.new requirements/$$name.txt || exit 1; \
+	done
+
+clean:  ## remove environments, caches and the quickstart's files
+	rm -rf $(VENV) $(EVAL_VENV) build dist *.egg-info quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,129 @@
+"""Gather real text that every machine has: the documentation, docstrings and long comments of Python itself.
+
+    python scripts/python_docs.py --output-dir raw --max-mb 4
+
+writes train-00.jsonl.zst … and valid.jsonl.zst, one JSON object a line with "text" and "meta".
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import io
+import json
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import zstandard
+
+from open_lm.errors import DataError, run_cli
+from open_lm.storage import atomic_write
+
+VALID_SHARE = 0.05
+MIN_DOCUMENT_CHARS = 400
+MIN_COMMENT_LINES = 3
+
+
+def documents(max_bytes: int) -> Iterator[dict[str, object]]:
+    """Language topics first, then one document for each module of the standard library, until `max_bytes` of text."""
+    total = 0
+    for source, text in _all_texts():
+        if len(text) < MIN_DOCUMENT_CHARS:
+            continue
+        total += len(text.encode())
+        if total > max_bytes:
+            return
+        yield {"text": text, "meta": {"source": source}}
+
+
+def _all_texts() -> Iterator[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+
+        yield from ((f"topic/{name}", text.strip()) for name, text in sorted(topics.items()))
+    except ImportError:  # some distributions package the topics apart
+        pass
+    library = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings"}
+    for path in sorted(library.rglob("*.py")):
+        if skipped.isdisjoint(path.parts):
+            yield path.relative_to(library).as_posix(), module_text(path)
+
+
+def module_text(path: Path) -> str:
+    """A module's docstrings and its comments of several lines, in their order; "" where it cannot be parsed."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+        pieces = _docstrings(tree) + _comments(source)
+    except (SyntaxError, UnicodeDecodeError, ValueError, tokenize.TokenError):
+        return ""
+    return "\n\n".join(text for _, text in sorted(pieces))
+
+
+def _docstrings(tree: ast.Module) -> list[tuple[int, str]]:
+    pieces = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                name = getattr(node, "name", "")
+                pieces.append((getattr(node, "lineno", 0), f"{name}\n{text}" if name else text))
+    return pieces
+
+
+def _comments(source: str) -> list[tuple[int, str]]:
+    pieces: list[tuple[int, str]] = []
+    block: list[str] = []
+    last = -1
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT or token.line.strip() != token.string:
+            continue
+        if token.start[0] != last + 1:
+            _close_block(pieces, block, last)
+            block = []
+        block.append(token.string.lstrip("#").strip())
+        last = token.start[0]
+    _close_block(pieces, block, last)
+    return pieces
+
+
+def _close_block(pieces: list[tuple[int, str]], block: list[str], last_line: int) -> None:
+    if len(block) >= MIN_COMMENT_LINES:
+        pieces.append((last_line - len(block) + 1, "\n".join(block)))
+
+
+def gather(output_dir: str, max_mb: float, files: int = 4) -> dict[str, int]:
+    """Write the shuffled documents and return the number of bytes of text and of documents of each split."""
+    by_hash = sorted(documents(int(max_mb * 1e6)), key=lambda item: hashlib.sha256(str(item["meta"]).encode()).digest())
+    held_out = max(1, int(len(by_hash) * VALID_SHARE))
+    if len(by_hash) < 2 * files:
+        raise DataError(f"the Python installation holds only {len(by_hash)} documents of text; install its library")
+    outputs = {"valid.jsonl.zst": by_hash[:held_out]}
+    for index in range(files):
+        outputs[f"train-{index:02d}.jsonl.zst"] = by_hash[held_out + index :: files]
+    counts = {"train_bytes": 0, "train_documents": 0, "valid_bytes": 0, "valid_documents": 0}
+    for name, items in outputs.items():
+        split = name.partition("-")[0].partition(".")[0]
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        with atomic_write(f"{output_dir}/{name}", "wb") as file:
+            file.write(zstandard.compress(text.encode()))
+        counts[f"{split}_bytes"] += sum(len(str(item["text"]).encode()) for item in items)
+        counts[f"{split}_documents"] += len(items)
+    return counts
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", required=True, help="folder for the .jsonl.zst files")
+    parser.add_argument("--max-mb", type=float, default=4, help="megabytes of text to gather at most")
+    args = parser.parse_args(argv)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    print(json.dumps(gather(args.output_dir, args.max_mb)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))
