@@ -222,5 +222,6 @@ def _unknown_eot(name: str, eot_token: str) -> ConfigError:
 def _unclear_eot(name: str, special: list[str]) -> ConfigError:
     found = ", ".join(special[:12]) if special else "none"
     return ConfigError(
-        f"--tokenizer {name}: cannot tell which token ends a document (special tokens: {found}); name it with --eot-token"
+        f"--tokenizer {name}: cannot tell which token ends a document (special tokens: {found}); "
+        "name it with --eot-token"
     )

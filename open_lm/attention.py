@@ -1,0 +1,222 @@
+"""Attention functions, by the names of --attn-name, and the one place that chooses among them.
+
+All share one interface: `attn(queries, keys, values, is_causal, attention_mask=None)` with queries (B,Tq,H,K), keys and
+values (B,Tk,H,K) float, and attention_mask (B,Tk), nonzero where a key may be attended to. Scores are scaled by
+1/sqrt(K). Queries are aligned to the END of longer keys: query i stands at key Tk - Tq + i, as in a chunk that is
+appended to a cache.
+Legend: B batch, T sequence (Tq of queries, Tk of keys), H heads, K head width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_lm.errors import ConfigError, join_problems
+
+AttnFunc = Callable[..., Tensor]
+
+
+def allowed_keys(queries: Tensor, keys: Tensor, is_causal: bool, attention_mask: Tensor | None = None) -> Tensor | None:
+    """Which keys each query may attend to: bool, broadcasting to (B,H,Tq,Tk); None where every query may see all keys.
+
+    A query that is left with no key (padding on the left) may see its own, so that no row of the softmax is empty.
+
+    Raises:
+        ValueError: more queries than keys, or an attention_mask that is not (B,Tk).
+    """
+    q_len, k_len = queries.shape[1], keys.shape[1]
+    if q_len > k_len:
+        raise ValueError(f"{q_len} queries for {k_len} keys: queries are the last of the keys' positions")
+    if attention_mask is not None and attention_mask.shape != (keys.shape[0], k_len):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(keys.shape[0], k_len)}: one column "
+            "for every key, cached ones included"
+        )
+    allowed = None
+    if is_causal and q_len > 1:
+        square = torch.ones(q_len, k_len, dtype=torch.bool, device=queries.device)
+        allowed = square.tril(diagonal=k_len - q_len)
+    if attention_mask is not None:
+        visible = attention_mask.to(torch.bool)[:, None, None, :]
+        allowed = visible if allowed is None else allowed & visible
+        own = torch.ones(q_len, k_len, dtype=torch.bool, device=queries.device).tril(k_len - q_len).triu(k_len - q_len)
+        allowed = allowed | (own & ~allowed.any(-1, keepdim=True))
+    return allowed
+
+
+def torch_attn(
+    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Softmax attention through torch's scaled_dot_product_attention -> (B,Tq,H,K)."""
+    aligned = is_causal and attention_mask is None and 1 < queries.shape[1] == keys.shape[1]
+    mask = None if aligned else allowed_keys(queries, keys, is_causal, attention_mask)
+    q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=aligned)
+    return out.transpose(1, 2).contiguous()
+
+
+def xformers_attn(
+    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Softmax attention through xformers' memory-efficient kernels, on CUDA tensors only -> (B,Tq,H,K)."""
+    from xformers import ops
+
+    mask = None
+    if attention_mask is None and is_causal and queries.shape[1] > 1:
+        mask = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask()
+    elif attention_mask is not None:
+        mask = _xformers_bias(queries, keys, allowed_keys(queries, keys, is_causal, attention_mask))
+    out: Tensor = ops.memory_efficient_attention(queries, keys, values, attn_bias=mask)
+    return out.contiguous()
+
+
+def _xformers_bias(queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
+    """Additive bias (B,H,Tq,Tk); the kernels want its rows to start at multiples of 8 elements."""
+    batch, q_len, heads, _ = queries.shape
+    k_len = keys.shape[1]
+    bias = queries.new_zeros(batch, heads, q_len, -(-k_len // 8) * 8)[..., :k_len]
+    return bias if allowed is None else bias.masked_fill_(~allowed, float("-inf"))
+
+
+def auto_attn(
+    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Tensor | None = None
+) -> Tensor:
+    """xformers_attn for tensors on CUDA, torch_attn elsewhere -> (B,Tq,H,K)."""
+    attn = xformers_attn if queries.is_cuda else torch_attn
+    return attn(queries, keys, values, is_causal, attention_mask)
+
+
+def _relu_squared(scores: Tensor) -> Tensor:
+    return F.relu(scores).square()
+
+
+def _identity(scores: Tensor) -> Tensor:
+    return scores
+
+
+ATTN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu_squared": _relu_squared,
+    "softplus": F.softplus,
+    "identity": _identity,
+    "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "softmax": partial(torch.softmax, dim=-1),
+}
+
+
+def _longest(length: Any) -> Any:
+    return length
+
+
+def _mean_length(length: Any) -> Any:
+    return (length + 1) / 2
+
+
+def _no_length(length: Any) -> Any:
+    return 1
+
+
+# From the number of keys (a number, or one for each row) to the length that weights are divided by. "avg" is the mean
+# number of keys that the queries of a causal sequence see.
+ATTN_SEQ_SCALARS: dict[str, Callable[[Any], Any]] = {"max": _longest, "avg": _mean_length, "none": _no_length}
+
+
+def custom_attn(  # noqa: PLR0917 (callers pass these by position)
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attn_activation: str,
+    attn_seq_scalar: str,
+    alpha: float,
+    is_causal: bool = False,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention whose weights are activation(scores) / length^alpha (Wortsman et al. 2023, https://arxiv.org/abs/2309.08586).
+
+    Args:
+        queries, keys, values, is_causal, attention_mask: as in the module's interface.
+        attn_activation: name in ATTN_ACTIVATIONS. Keys that may not be seen get weight 0 whatever the activation.
+        attn_seq_scalar: name in ATTN_SEQ_SCALARS; with an attention_mask each row's length is its number of nonzero
+            columns, so that padding changes nothing.
+        alpha: exponent of the length.
+
+    Returns:
+        (B,Tq,H,K) in the queries' type.
+    """
+    scores = torch.einsum("bqhd,bkhd->bhqk", queries * queries.shape[-1] ** -0.5, keys)
+    allowed = allowed_keys(queries, keys, is_causal, attention_mask)
+    if attn_activation == "softmax" and allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    weights = ATTN_ACTIVATIONS[attn_activation](scores)
+    if attn_activation != "softmax" and allowed is not None:
+        weights = weights.masked_fill(~allowed, 0.0)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights * _length_scale(keys, attn_seq_scalar, alpha, attention_mask), values)
+    return out.to(queries.dtype)
+
+
+def _length_scale(keys: Tensor, attn_seq_scalar: str, alpha: float, attention_mask: Tensor | None) -> float | Tensor:
+    """length^-alpha: a number, or (B,1,1,1) in the keys' type where rows are padded."""
+    scalar = ATTN_SEQ_SCALARS[attn_seq_scalar]
+    if attention_mask is None or attn_seq_scalar == "none":
+        return float(scalar(keys.shape[1])) ** -alpha
+    lengths = (attention_mask != 0).sum(-1).clamp(min=1).float()
+    return (scalar(lengths) ** -alpha).to(keys.dtype)[:, None, None, None]
+
+
+def has_xformers() -> bool:
+    """Whether xformers can be used here: CUDA is there and the package is installed."""
+    return torch.cuda.is_available() and importlib.util.find_spec("xformers") is not None
+
+
+def get_attn_func(
+    attn_name: str = "auto",
+    attn_activation: str | None = None,
+    attn_seq_scalar: str | None = None,
+    alpha: float | None = None,
+) -> AttnFunc:
+    """The attention function of --attn-name: the one place where xformers is chosen.
+
+    Args:
+        attn_name: auto (xformers on CUDA where installed, else torch_attn), torch_attn, xformers_attn,
+            xformers_attn_variable_length (the same: every length works) or custom_attn.
+        attn_activation, attn_seq_scalar, alpha: --attn-activation, --attn-seq-scalar, --attn-seq-scalar-alpha; all
+            three are needed by custom_attn, and by no other.
+
+    Raises:
+        ConfigError: an unknown name, xformers where it cannot run, or missing settings of custom_attn.
+    """
+    if attn_name == "auto":
+        return auto_attn if has_xformers() else torch_attn
+    if attn_name == "torch_attn":
+        return torch_attn
+    if attn_name in ("xformers_attn", "xformers_attn_variable_length"):
+        if not has_xformers():
+            missing = "the package is not installed" if torch.cuda.is_available() else "there is no CUDA device"
+            raise ConfigError(f"--attn-name {attn_name}: {missing}; use --attn-name auto or torch_attn")
+        return xformers_attn
+    if attn_name == "custom_attn":
+        return _bound_custom_attn(attn_activation, attn_seq_scalar, alpha)
+    names = "auto, torch_attn, xformers_attn, xformers_attn_variable_length, custom_attn"
+    raise ConfigError(f"--attn-name {attn_name}: expected one of {names}")
+
+
+def _bound_custom_attn(activation: str | None, seq_scalar: str | None, alpha: float | None) -> AttnFunc:
+    problems = []
+    if activation not in ATTN_ACTIVATIONS:
+        problems.append(f"--attn-activation {activation}: expected one of {', '.join(ATTN_ACTIVATIONS)}")
+    if seq_scalar not in ATTN_SEQ_SCALARS:
+        problems.append(f"--attn-seq-scalar {seq_scalar}: expected one of {', '.join(ATTN_SEQ_SCALARS)}")
+    if alpha is None:
+        problems.append("--attn-seq-scalar-alpha: expected a number")
+    if problems:
+        raise ConfigError(join_problems(problems, "--attn-name custom_attn needs its settings"))
+    assert activation is not None and seq_scalar is not None and alpha is not None
+    return partial(custom_attn, attn_activation=activation, attn_seq_scalar=seq_scalar, alpha=alpha)

@@ -1,0 +1,99 @@
+"""The one initialisation of all models.
+
+Legend: D model width, F hidden width of the feed-forward, H heads, K head width, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+INPUT_WEIGHTS = (
+    "tok_embeddings.weight",
+    "output.weight",
+    "in_proj.weight",
+    "w12.weight",
+    "gate_proj.weight",
+    "up_proj.weight",
+    "feed_forward.0.weight",
+    "router.layer.weight",
+    "mlp.w1",
+)
+OUTPUT_WEIGHTS = ("out_proj.weight", "w3.weight", "down_proj.weight", "feed_forward.2.weight", "mlp.w2")
+# What wrappers (DDP, torch.compile, activation checkpointing) put into a parameter's name.
+WRAPPER_NAMES = re.compile(r"\b(module|_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Fill all parameters and buffers of a Transformer, in place.
+
+    | parameters                                                    | standard deviation                  |
+    |---------------------------------------------------------------|-------------------------------------|
+    | tok_embeddings, output                                        | 1/sqrt(D)                           |
+    | in_proj, w12, gate_proj, up_proj, gelu's first, router, w1    | 1/sqrt(D)                           |
+    | out_proj                                                      | 1/sqrt(H K) / sqrt(2 (layer + 1))   |
+    | w3, down_proj, gelu's second, w2                              | 1/sqrt(F) / sqrt(2 (layer + 1))     |
+    | weights of norms; all biases                                  | exactly 1; exactly 0                |
+
+    Normal, cut off at three standard deviations; layers count from 0, and deeper ones write less into the residual
+    stream (Zhang et al. 2019, https://arxiv.org/abs/1908.11365). Each parameter has a generator of its own, seeded by
+    (seed, the parameter's name): on one kind of device its values depend on nothing else, such as the number of ranks,
+    so a sharded parameter needs its whole tensor for a moment only, and no rank has to send anything. Tied weights are
+    filled once. Models made on the meta device are first given memory with `to_empty`.
+
+    Raises:
+        ValueError: a parameter that the table does not name, or that has no memory.
+    """
+    with torch.no_grad():
+        for wrapped_name, parameter in model.named_parameters():
+            name = WRAPPER_NAMES.sub("", wrapped_name)
+            if parameter.is_meta:
+                raise ValueError(f"{name} has no memory; call model.to_empty(device=…) first")
+            _fill(parameter, name, seed)
+        for module in model.modules():
+            reset_buffers = getattr(module, "reset_buffers", None)
+            if callable(reset_buffers):
+                reset_buffers()
+
+
+def _fill(parameter: Tensor, name: str, seed: int) -> None:
+    if name.endswith(".bias"):
+        parameter.zero_()
+    elif name.endswith("norm.weight"):
+        parameter.fill_(1.0)
+    else:
+        _fill_normal(parameter, name, seed)
+
+
+def standard_deviation(name: str, shape: torch.Size) -> float:
+    """The table of `init_weights`: of a weight (out, in) or (E, in, out), both with their fan-in in dimension 1."""
+    if name.endswith(OUTPUT_WEIGHTS):
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        if layer is not None:
+            return 1 / math.sqrt(shape[1]) / math.sqrt(2 * (int(layer[1]) + 1))
+    elif name.endswith(INPUT_WEIGHTS):
+        return 1 / math.sqrt(shape[1])
+    raise ValueError(f"no rule to initialise the parameter {name} of shape {tuple(shape)}")
+
+
+def _fill_normal(parameter: Tensor, name: str, seed: int) -> None:
+    std = standard_deviation(name, parameter.shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
+    # Drawn in float32, so that a half-precision model is a rounding of the float32 one.
+    full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None:
+        parameter.copy_(full)
+        return
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    full = full.to(mesh.device_type)
+    shard = distribute_tensor(full, mesh, parameter.placements, src_data_rank=None).to_local()
+    parameter.to_local().copy_(shard)
