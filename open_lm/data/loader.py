@@ -1,0 +1,239 @@
+"""The batches of a run and where they end: loaders for training and validation, made from the flags.
+
+    loader = build_train_loader(config.data, seq_len=…, vocab_size=…, batch_size=…, rank=…, world_size=…, seed=…)
+    for batch, state in loader.batches(num_steps): …
+
+`state` is the position after the batch; handing it to `build_train_loader` continues with the very next sample, on any
+number of ranks and workers. How a batch is made stands in batch.py.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from open_lm.config import DataConfig, ValidationConfig
+from open_lm.data.batch import Batch, Item, Job, TargetMask, items, size_of_shards, tell
+from open_lm.data.plan import Order, Plan, Source, check_enough, epoch_end_step, epoch_sequences
+from open_lm.data.shard_format import MEMBER_KINDS
+from open_lm.data.sources import collect, find_sources, find_validation_source
+from open_lm.data.stream import StreamSpec, needs_folder
+from open_lm.errors import ConfigError, DataError
+
+Folder = tempfile.TemporaryDirectory[str]
+__all__ = ["Batch", "TrainLoader", "ValLoader", "build_train_loader", "build_val_loaders"]
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+class TrainLoader:
+    """The batches of a rank, without end unless passes are limited and the data runs out.
+
+    `sources` is what the batches are mixed from, `state` the position after the last batch handed out.
+    """
+
+    def __init__(self, job: Job, workers: int, folder: Folder | None) -> None:
+        self._job, self._workers, self._folder = job, workers, folder
+        self._iterator: Iterator[Item] | None = None
+        self._told: frozenset[str] = frozenset()
+        self.sources: tuple[Source, ...] = job.stream.sources
+        self.state = Plan(self.sources, job.seed, job.order, state=job.state).state()
+
+    @property
+    def tokens_available(self) -> list[int | None]:
+        """Tokens of one pass over each source; None where shards have to be read to know."""
+        sequences = [source.num_sequences for source in self.sources]
+        return [None if number is None else number * self._job.stream.seq_len for number in sequences]
+
+    def batches(self, num_batches: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        """The next `num_batches` batches, each with the state after it (JSON-able).
+
+        Called again, it goes on where it stopped. DataError, StorageError: as found in the data.
+        """
+        for _ in range(num_batches):
+            if self._iterator is None:
+                self._iterator = items(replace(self._job, state=self.state), self._workers)
+            try:
+                item = next(self._iterator)
+            except BaseException:
+                self.close()
+                raise
+            assert item.batch is not None
+            self._told = tell(item.notices, self._told)
+            self.state = item.state
+            yield item.batch, item.state
+
+    def rewind(self, state: dict[str, Any], skip_batches: int = 0) -> None:
+        """Go to `skip_batches` global batches after `state`."""
+        self.close()
+        plan = Plan(self.sources, self._job.seed, self._job.order, size_of=size_of_shards(self._job), state=state)
+        plan.take(skip_batches * self._job.global_batch_size)
+        self.state = plan.state()
+
+    def unmasked(self) -> TrainLoader:
+        """A loader of the same batches whose targets are all ids, from the same position."""
+        return TrainLoader(replace(self._job, mask=TargetMask(), state=self.state), self._workers, self._folder)
+
+    def close(self) -> None:
+        """Stop the workers and delete fetched shards; `batches` starts anew from the state."""
+        self._iterator = None
+
+
+def build_train_loader(
+    data: DataConfig,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    state: dict[str, Any] | None = None,
+) -> TrainLoader:
+    """The training batches of one rank.
+
+    `batch_size` is the rank's rows of one optimizer step, all accumulated micro-batches included. `state` is what
+    `batches` gave after the last step that is kept; its seed then holds, not `seed`. ConfigError, DataError or
+    StorageError up front: missing shards, weights that do not fit, too little data for the run in one pass, a state of
+    other data.
+    """
+    data = DataConfig.from_object(data)
+    key = _checked_key(data.data_key, "--data-key")
+    sources = find_sources(data)
+    passes = 1 if data.dataset_manifest and not data.multiple_data_passes else None
+    steps = _steps_of_run(data, seq_len, batch_size * world_size)
+    if passes == 1 and steps is not None:
+        check_enough(sources, steps * batch_size * world_size, seq_len)
+    folder = _fetch_folder(sources)
+    job = Job(
+        stream=StreamSpec(
+            sources=sources,
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            data_keys=(key,) * len(sources),
+            tolerated_share=data.data_tolerate_error_p if data.ignore_parse_errors else None,
+            folder=folder.name if folder else None,
+        ),
+        order=Order(
+            resampled=data.dataset_resampled,
+            shuffle_samples=not data.disable_buffer,
+            max_passes=passes,
+        ),
+        seed=seed,
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        mask=TargetMask.of(data),
+        state=state,
+    )
+    return TrainLoader(job, data.workers, folder)
+
+
+def _steps_of_run(data: DataConfig, seq_len: int, global_batch_size: int) -> int | None:
+    """Optimizer steps of all epochs; ConfigError where there is not even one."""
+    if data.train_num_samples is None:
+        return None
+    steps = epoch_end_step(
+        data.epochs, epoch_tokens=data.train_num_samples, seq_len=seq_len, global_batch_size=global_batch_size
+    )
+    if steps == 0:
+        raise ConfigError(
+            f"--train-num-samples {data.train_num_samples} tokens in {data.epochs} epochs are "
+            f"{data.epochs * epoch_sequences(data.train_num_samples, seq_len)} sequences of {seq_len}, less than one "
+            f"global batch of {global_batch_size}: give more tokens or a smaller batch"
+        )
+    return steps
+
+
+def _checked_key(key: str, flag: str) -> str:
+    if key not in MEMBER_KINDS:
+        raise ConfigError(f"{flag} {key}: expected one of {', '.join(MEMBER_KINDS)}")
+    return key
+
+
+def _fetch_folder(sources: Sequence[Source]) -> Folder | None:
+    return tempfile.TemporaryDirectory(prefix="open_lm-shards-") if needs_folder(sources) else None
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+class ValLoader:
+    """One validation set: every iteration gives all its sequences once, in file order.
+
+    The last batch is filled up with filler rows, so that all ranks have the same number of batches of the same shape.
+    `val_data` names the set as results do; `num_sequences` is None where shards have to be read to know.
+    """
+
+    def __init__(self, job: Job, workers: int, folder: Folder | None) -> None:
+        self._job, self._workers, self._folder = job, workers, folder
+        self.val_data = [job.stream.sources[0].name]
+        self.data_key = job.stream.data_keys[0]
+        self.batch_size = job.batch_size
+        known = job.stream.sources[0].num_sequences
+        self.num_sequences = known if known is None or job.limit is None else min(known, job.limit)
+        self._told: frozenset[str] = frozenset()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches. DataError for a set without a usable sequence, or as found in the data."""
+        batches = 0
+        for item in items(self._job, self._workers):
+            assert item.batch is not None
+            self._told = tell(item.notices, self._told)
+            batches += 1
+            yield item.batch
+        if not batches:
+            raise DataError(f"--val-data {self.val_data[0]}: its shards hold no sequence")
+
+    def unmasked(self) -> ValLoader:
+        """A loader of the same batches whose targets are all ids."""
+        return ValLoader(replace(self._job, mask=TargetMask()), self._workers, self._folder)
+
+
+def build_val_loaders(
+    validation: ValidationConfig,
+    data: DataConfig,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[ValLoader]:
+    """One loader for each value of --val-data, in their order; `batch_size` is the rank's rows of a batch.
+
+    --val-data-key is one for all or one for each (default: --data-key); masks and the tolerance of broken data are
+    those of training. Problems of all sets are reported together.
+    """
+    validation, data = ValidationConfig.from_object(validation), DataConfig.from_object(data)
+    patterns = validation.val_data or []
+    keys = validation.val_data_key or [data.data_key]
+    if len(keys) not in (1, len(patterns)):
+        raise ConfigError(
+            f"--val-data-key has {len(keys)} values for {len(patterns)} of --val-data: give one for each or one for all"
+        )
+    keys = [_checked_key(key, "--val-data-key") for key in keys] * (len(patterns) if len(keys) == 1 else 1)
+    limit = None if validation.val_num_samples is None else max(1, validation.val_num_samples // seq_len)
+    loaders = []
+    for source, key in zip(collect(patterns, find_validation_source), keys, strict=True):
+        folder = _fetch_folder([source])
+        stream = StreamSpec(
+            sources=(source,),
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            data_keys=(key,),
+            tolerated_share=data.data_tolerate_error_p if data.ignore_parse_errors else None,
+            folder=folder.name if folder else None,
+        )
+        job = Job(
+            stream=stream,
+            order=Order(shuffle_shards=False, shuffle_samples=False, max_passes=1),
+            seed=0,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            mask=TargetMask.of(data),
+            ends=True,
+            limit=limit,
+        )
+        loaders.append(ValLoader(job, data.workers, folder))
+    return loaders

@@ -1,0 +1,178 @@
+"""From --train-data, --dataset-manifest, their weights and factors to the sources of a plan; all problems at once."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from typing import TypeVar
+
+from open_lm import storage
+from open_lm.config import DataConfig
+from open_lm.data.mixture import parse_fraction
+from open_lm.data.plan import Source
+from open_lm.data.shard_format import expand_shards, read_manifest, shard_sizes
+from open_lm.errors import ConfigError, DataError, StorageError, UserError, join_problems
+
+SYNTHETIC = "synthetic:"
+_SYNTHETIC_SEQUENCES = 1 << 20
+_MAX_LISTED = 20
+_LISTABLE = ("s3://", "s3a://", "gs://", "az://", "abfs://")
+T = TypeVar("T")
+
+Part = tuple[tuple[str, ...], tuple[int | None, ...]]  # shards and their sizes
+
+
+def find_sources(data: DataConfig) -> tuple[Source, ...]:
+    """The sources of the training data, in the order of the flag's values.
+
+    DataError (StorageError for an unreachable store) with every missing shard and unreadable manifest; ConfigError for
+    weights or factors that do not fit the sources.
+    """
+    if data.dataset_type == "synthetic":
+        return (Source("synthetic data", (SYNTHETIC,), (_SYNTHETIC_SEQUENCES,)),)
+    names = _as_list(data.train_data) or _as_list(data.dataset_manifest)
+    if not names:
+        raise ConfigError(
+            "there is no training data: give --train-data, --dataset-manifest or --dataset-type synthetic"
+        )
+    weights = mix_weights(data.train_data_mix_weights, len(names))
+    if data.train_data:
+        sources = collect(names, _read_pattern)
+    else:
+        sources = collect(names, lambda url: [read_manifest_part(url)])
+    factors = _factors(data.train_data_upsampling_factors, [len(parts) for parts in sources])
+    if factors and all(len(set(group)) == 1 for group in factors):
+        weights = [weight * group[0] for weight, group in zip(weights, factors, strict=True)]
+    return tuple(
+        _join_parts(name, parts, weights[number], factors[number] if factors else None)
+        for number, (name, parts) in enumerate(zip(names, sources, strict=True))
+    )
+
+
+def find_validation_source(pattern: str) -> Source:
+    """One validation set: the shards of a pattern (or of a manifest.jsonl) in their order."""
+    parts = [read_manifest_part(pattern)] if pattern.endswith(".jsonl") else _read_pattern(pattern)
+    return _join_parts(pattern, parts, Fraction(1), None)
+
+
+def collect(items: Iterable[str], read: Callable[[str], T]) -> list[T]:
+    """`read` of every item; what fails is reported together."""
+    results: list[T] = []
+    errors: list[UserError] = []
+    for item in items:
+        try:
+            results.append(read(item))
+        except UserError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        kind = StorageError if all(isinstance(error, StorageError) for error in errors) else DataError
+        raise kind(join_problems([str(error) for error in errors], "The data cannot be used"))
+    return results
+
+
+# --- shards and sizes ------------------------------------------------------------------------------------------------
+def _read_pattern(pattern: str) -> list[Part]:
+    """One part for each pattern between `::`."""
+    urls = collect(pattern.split("::"), expand_shards)
+    empty = [part for part, found in zip(pattern.split("::"), urls, strict=True) if not found]
+    if empty:
+        raise DataError(join_problems(empty, "No shard found for the pattern"))
+    _check_remote([url for part in urls for url in part])
+    return [(tuple(part), _known_sizes(part)) for part in urls]
+
+
+def read_manifest_part(url: str) -> Part:
+    """The shards that a manifest names, which lie beside it, and their sizes."""
+    entries = read_manifest(url)
+    folder = url.rpartition("/")[0]
+    bad = [entry.shard for entry in entries if entry.shard.startswith(("/", "pipe:")) or "://" in entry.shard]
+    if bad:
+        raise DataError(f"{url}: names shards outside its folder ({', '.join(bad[:5])}); expected names beside it")
+    shards = tuple(storage.join(folder, entry.shard + ".tar") if folder else entry.shard + ".tar" for entry in entries)
+    missing = [shard for shard in shards if not storage.is_remote(shard) and not storage.exists(shard)]
+    if missing:
+        raise DataError(_listing(missing, f"{url} names shards that do not exist; copy them there or make it again"))
+    _check_remote(shards)
+    return shards, tuple(entry.num_sequences for entry in entries)
+
+
+def _known_sizes(urls: Sequence[str]) -> tuple[int | None, ...]:
+    table = shard_sizes(urls) or {}
+    return tuple(table.get(url) for url in urls)
+
+
+def _check_remote(urls: Sequence[str]) -> None:
+    """List the remote folders once and report all shards that they lack."""
+    folders: dict[str, list[str]] = defaultdict(list)
+    for url in urls:
+        if url.startswith(_LISTABLE):
+            folders[url.rpartition("/")[0]].append(url)
+    missing: list[str] = []
+    for folder, wanted in folders.items():
+        try:
+            present = {url.rpartition("/")[2] for url in storage.list_files(folder)}
+        except StorageError:
+            # Objects may be readable where listing is not allowed; an unreachable store fails here again, and says so.
+            missing += [] if storage.exists(wanted[0]) else [wanted[0]]
+            continue
+        missing += [url for url in wanted if url.rpartition("/")[2] not in present]
+    if missing:
+        raise DataError(_listing(missing, "Shards do not exist"))
+
+
+def _listing(urls: Sequence[str], heading: str) -> str:
+    hidden = len(urls) - _MAX_LISTED
+    return join_problems([*urls[:_MAX_LISTED], *([f"and {hidden} more"] if hidden > 0 else [])], heading)
+
+
+def _join_parts(name: str, parts: Sequence[Part], weight: Fraction, factors: Sequence[Fraction] | None) -> Source:
+    shards = tuple(url for urls, _ in parts for url in urls)
+    sizes = tuple(size for _, part_sizes in parts for size in part_sizes)
+    repeats: tuple[Fraction, ...] = ()
+    if factors:
+        repeats = tuple(factor for (urls, _), factor in zip(parts, factors, strict=True) for _ in urls)
+    return Source(name, shards, sizes, weight, repeats)
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+def mix_weights(values: Sequence[float] | None, count: int) -> list[Fraction]:
+    """One weight for each of `count` sources, equal by default; they need not add up to 1."""
+    if values is None:
+        return [Fraction(1)] * count
+    if len(values) != count:
+        raise ConfigError(f"--train-data-mix-weights has {len(values)} values for {count} sources: give one for each")
+    try:
+        weights = [parse_fraction(value) for value in values]
+    except ValueError as error:
+        raise ConfigError(f"--train-data-mix-weights {list(values)}: expected numbers ({error})") from error
+    if min(weights) < 0 or sum(weights) == 0:
+        raise ConfigError(f"--train-data-mix-weights {list(values)}: expected shares of 0 or more, one of them above 0")
+    return weights
+
+
+def _factors(text: str | None, part_counts: Sequence[int]) -> list[list[Fraction]] | None:
+    """The factor of each part of each source, from one factor a source or one a part."""
+    if text is None:
+        return None
+    flag = f"--train-data-upsampling-factors {text}"
+    try:
+        values = [parse_fraction(value) for value in str(text).split("::")]
+    except ValueError as error:
+        raise ConfigError(f"{flag}: expected numbers joined by '::', such as 1::2::0.5 ({error})") from error
+    if min(values) <= 0:
+        raise ConfigError(f"{flag}: expected factors above 0; leave a source out instead")
+    if len(values) == len(part_counts):
+        return [[value] * count for value, count in zip(values, part_counts, strict=True)]
+    if len(values) == sum(part_counts):
+        rest = iter(values)
+        return [[next(rest) for _ in range(count)] for count in part_counts]
+    raise ConfigError(f"{flag}: {len(values)} factors for {len(part_counts)} sources: give one for each")
+
+
+def _as_list(value: str | Sequence[str] | None) -> list[str]:
+    if not value:
+        return []
+    return [value] if isinstance(value, str) else list(value)

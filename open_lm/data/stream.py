@@ -1,0 +1,359 @@
+"""From a plan's samples to rows of token ids: shards are fetched, opened, decoded and checked here.
+
+A local shard is mapped into memory; a remote one (s3://, https://, …, or a `pipe:` command) is first fetched whole
+into a folder that all workers of a rank share. The next shard is fetched while the current one is read.
+Nothing here is opened before the first sample is asked for, so that a `SampleReader` can be sent to a worker process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import mmap
+import os
+import shutil
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from open_lm import storage
+from open_lm.data.plan import Samples, Source, hash_key, hash_range
+from open_lm.data.shard_format import MEMBER_KINDS, Member, decode_member, index_shard
+from open_lm.data.sources import SYNTHETIC
+from open_lm.errors import DataError, StorageError
+
+END_OF_TEXT_ID = 0  # what the string "<|endoftext|>" in old txt members stands for: gpt-neox-20b's end of text
+_LEAST_TOLERANCE_BASE = 1000
+_COMMAND_ATTEMPTS = 3
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+class Shard:
+    """An open shard: its members of one kind, in file order, and their bytes."""
+
+    def __init__(self, url: str, path: str, wanted_kind: str | None) -> None:
+        """Open the local file `path` of the shard `url`; DataError where it is not a whole tar of ids."""
+        self.url = url
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise DataError(f"{url}: the file is empty; make or copy the shard again")
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        members = index_shard(self._bytes, url)
+        kinds = {member.kind for member in members}
+        self.kind = wanted_kind if wanted_kind in kinds else next(kind for kind in MEMBER_KINDS if kind in kinds)
+        self.members: list[Member] = [member for member in members if member.kind == self.kind]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def ids(self, number: int) -> np.ndarray:
+        """The ids of a member, int64 (any length,), as stored; DataError that names shard and member."""
+        member = self.members[number]
+        data = self._bytes[member.offset : member.offset + member.size]
+        try:
+            return decode_member(data, member.kind, eot_id=END_OF_TEXT_ID)
+        except DataError as error:
+            raise DataError(f"{self.url}, member {member.key}.{member.kind}: {error}") from error
+
+
+class ShardStore:
+    """The shards in use: the last `capacity` ones stay open, remote ones are kept as files in `folder`."""
+
+    def __init__(self, capacity: int, folder: str | None) -> None:
+        self._capacity, self._folder = capacity, folder
+        self._open: OrderedDict[tuple[str, str | None], Shard] = OrderedDict()
+        self._fetching: dict[str, Future[str]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def get(self, url: str, wanted_kind: str | None) -> Shard:
+        """The open shard; DataError or StorageError where it cannot be read."""
+        key = (url, wanted_kind)
+        if key in self._open:
+            self._open.move_to_end(key)
+            return self._open[key]
+        shard = self._load(url, wanted_kind) if _needs_fetch(url) else _open_local(url, wanted_kind)
+        self._open[key] = shard
+        while len(self._open) > self._capacity:
+            self._open.popitem(last=False)
+        return shard
+
+    def prefetch(self, url: str) -> None:
+        """Begin to fetch a remote shard; what goes wrong is reported when the shard is asked for."""
+        if not _needs_fetch(url) or url in self._fetching or any(name == url for name, _ in self._open):
+            return
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="shard-fetch")
+        self._fetching[url] = self._pool.submit(fetch, url, self._required_folder)
+
+    @property
+    def _required_folder(self) -> str:
+        if self._folder is None:
+            raise ValueError("remote shards need a folder to be fetched into")
+        return self._folder
+
+    def _load(self, url: str, wanted_kind: str | None) -> Shard:
+        fetched = self._fetching.pop(url, None)
+        if fetched is not None:
+            with contextlib.suppress(DataError, StorageError):  # tried once more below
+                fetched.result()
+        for _ in range(10):
+            path = fetch(url, self._required_folder)
+            with contextlib.suppress(FileNotFoundError):  # another worker has made room just now
+                shard = Shard(url, path, wanted_kind)
+                _make_room(Path(path).parent, keep=2 * self._capacity + 2)
+                return shard
+        raise DataError(f"{url}: disappears from {self._required_folder} while it is opened")
+
+
+def _needs_fetch(url: str) -> bool:
+    return url.startswith("pipe:") or storage.is_remote(url)
+
+
+def _open_local(url: str, wanted_kind: str | None) -> Shard:
+    try:
+        return Shard(url, storage.local_path(url), wanted_kind)
+    except OSError as error:
+        raise DataError(f"{url}: cannot be read ({error.strerror or error}); copy the shard there again") from error
+
+
+def fetch(url: str, folder: str) -> str:
+    """Fetch a remote shard into `folder`, once for all processes that ask; the path of the whole file."""
+    path = os.path.join(folder, hashlib.sha256(url.encode()).hexdigest()[:32] + ".tar")
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path)
+        elif url.startswith("pipe:"):
+            _run_command(url, path)
+        else:
+            storage.download(url, path)
+    return path
+
+
+def _run_command(url: str, path: str) -> None:
+    """The output of a `pipe:` command as a file, whole or not at all."""
+    from webdataset import gopen
+
+    for attempt in range(_COMMAND_ATTEMPTS):
+        try:
+            with storage.atomic_write(path, "wb") as file, gopen(url) as stream:
+                shutil.copyfileobj(stream, file, 1 << 20)
+            return
+        except OSError as error:
+            if attempt == _COMMAND_ATTEMPTS - 1:
+                raise DataError(
+                    f"{url}: the command failed {_COMMAND_ATTEMPTS} times; its own messages are above, run it by hand "
+                    f"to see why ({error})"
+                ) from error
+
+
+def _make_room(folder: Path, keep: int) -> None:
+    """Delete the files used longest ago; a process that still reads one keeps it until it is done."""
+    ages: list[tuple[float, Path]] = []
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):
+            ages.append((path.stat().st_mtime, path))
+    for _, path in sorted(ages, reverse=True)[keep:]:
+        path.unlink(missing_ok=True)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class StreamSpec:
+    """What a reader needs to know; plain values that can be sent to a worker.
+
+    `data_keys` is the member kind of each source; `tolerated_share` the share of broken sequences that become filler
+    rows, None where the first is an error; `folder` is where remote shards are fetched to.
+    """
+
+    sources: tuple[Source, ...]
+    seq_len: int
+    vocab_size: int
+    data_keys: tuple[str | None, ...]
+    tolerated_share: float | None = None
+    folder: str | None = None
+
+
+class SampleReader:
+    """Rows of seq_len + 1 ids for samples of a plan; tells the sizes of shards that no manifest names."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self.spec = spec
+        self.notices: list[str] = []  # for the user, each once; whoever reads the rows passes them on and clears them
+        self._store = ShardStore(capacity=2 * len(spec.sources) + 2, folder=spec.folder)
+        self._rows = Counter[str]()  # "read", "usable", "broken"
+        self._last_size = 1
+        self._broken_shards: set[str] = set()
+        self._noticed: set[str] = set()
+
+    def size_of(self, source: int, shard: int) -> int:
+        """Sequences of a shard, found by opening it; 0 for one that cannot be read and is tolerated."""
+        opened = self._open(source, shard)
+        if opened is None:
+            self._count_broken(self._last_size)  # about as many as another shard holds are lost
+            return 0
+        self._last_size = len(opened)
+        return len(opened)
+
+    def prefetch(self, places: Sequence[tuple[int, int]]) -> None:
+        """Begin to fetch these (source, shard)."""
+        for source, shard in places:
+            self._store.prefetch(self.spec.sources[source].shards[shard])
+
+    def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (n, seq_len + 1) int64 and whether each holds data (n,) bool; the others are filler, all zeros.
+
+        Longer sequences are cut at a random place (fixed by the sample's key), shorter ones become filler, broken ones
+        too where they are tolerated. DataError for everything else.
+        """
+        width = self.spec.seq_len + 1
+        rows = np.zeros((len(samples.source), width), np.int64)
+        filled = np.zeros(len(rows), bool)
+        for number, (source, shard, member, key) in enumerate(zip(*(a.tolist() for a in samples), strict=True)):
+            ids = self._ids(source, shard, member)
+            if ids is None:
+                self._count_broken()
+            elif len(ids) < width:
+                self._rows["read"] += 1
+                self._refuse_if_all_short(source, shard)
+            else:
+                self._rows["read"] += 1
+                spare = len(ids) - width
+                start = hash_key(key, member) % (spare + 1) if spare else 0
+                rows[number] = ids[start : start + width]
+                filled[number] = True
+                self._rows["usable"] += 1
+        return rows, filled
+
+    def _ids(self, source: int, shard: int, member: int) -> np.ndarray | None:
+        """The checked ids of a sample; None for a broken one that is tolerated."""
+        opened = self._open(source, shard)
+        if opened is None:
+            return None
+        try:
+            ids = opened.ids(member)
+        except DataError as error:
+            if self.spec.tolerated_share is None:
+                raise
+            self._notice(f"ignored: {error}")
+            return None
+        return self._checked(ids, opened, member)
+
+    def _checked(self, ids: np.ndarray, shard: Shard, member: int) -> np.ndarray:
+        """Ids within the vocabulary; negative ones count from its end."""
+        vocab_size = self.spec.vocab_size
+        if not len(ids):
+            return ids
+        least, greatest = int(ids.min()), int(ids.max())
+        if greatest >= vocab_size or least < -vocab_size:
+            found = greatest if greatest >= vocab_size else least
+            raise DataError(
+                f"{shard.url}, member {shard.members[member].key}.{shard.kind}: holds the id {found}, the model's "
+                f"vocabulary has {vocab_size}: use a model with the vocabulary of the data's tokenizer, or tokenize "
+                "the data again"
+            )
+        return np.where(ids < 0, ids + vocab_size, ids) if least < 0 else ids
+
+    def _open(self, source: int, shard: int) -> Shard | None:
+        """The open shard of a source; None for a broken one that is tolerated."""
+        url = self.spec.sources[source].shards[shard]
+        if url in self._broken_shards:
+            return None
+        wanted = self.spec.data_keys[source]
+        try:
+            opened = self._store.get(url, wanted)
+            expected = self.spec.sources[source].sizes[shard]
+            if expected is not None and expected != len(opened):
+                raise DataError(
+                    f"{url}: holds {len(opened)} sequences, its manifest says {expected}; make the manifest again with "
+                    "python -m open_lm.utils.make_wds_manifest --data-dir FOLDER, or copy the shard again"
+                )
+        except (DataError, StorageError) as error:
+            if self.spec.tolerated_share is None:
+                raise
+            self._broken_shards.add(url)
+            self._notice(f"ignored: {error}")
+            return None
+        if wanted is not None and wanted != opened.kind:
+            name = self.spec.sources[source].name
+            self._notice(f"the data key is {wanted}, but {name} holds {opened.kind}: using that")
+        return opened
+
+    def _notice(self, text: str) -> None:
+        if text not in self._noticed:
+            self._noticed.add(text)
+            self.notices.append(text)
+
+    def _count_broken(self, count: int = 1) -> None:
+        self._rows["read"] += count
+        self._rows["broken"] += count
+        share = self.spec.tolerated_share or 0.0
+        if self._rows["broken"] > share * max(self._rows["read"], _LEAST_TOLERANCE_BASE):
+            raise DataError(
+                f"{self._rows['broken']} of {self._rows['read']} sequences are broken, more than "
+                f"--data-tolerate-error-p {share} allows; the last notices name them"
+            )
+
+    def _refuse_if_all_short(self, source: int, shard: int) -> None:
+        """At the first short sequence, make sure that not all are: a run on filler alone would train on nothing."""
+        if self._rows["usable"] or self._rows["searched"]:
+            return
+        self._rows["searched"] = 1
+        longest = 0
+        count = len(self.spec.sources[source].shards)
+        for number in (shard, *(n for n in range(min(count, 16)) if n != shard)):
+            opened = self._open(source, number)
+            for member in range(len(opened) if opened else 0):
+                ids = self._ids(source, number, member)
+                longest = max(longest, 0 if ids is None else len(ids))
+                if longest > self.spec.seq_len:
+                    return
+        raise DataError(
+            f"{self.spec.sources[source].name}: every sequence looked at is too short: the longest has {longest} ids, "
+            f"the model's seq_len {self.spec.seq_len} needs {self.spec.seq_len + 1}; use a model with a smaller "
+            "seq_len, or tokenize again with a larger one"
+        )
+
+
+class SyntheticReader:
+    """Random ids of the vocabulary, fixed by the sample's key; for measuring speed and for tests."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self.spec = spec
+        self.notices: list[str] = []
+
+    def size_of(self, source: int, shard: int) -> int:
+        raise AssertionError("the size of synthetic data is always known")
+
+    def prefetch(self, places: Sequence[tuple[int, int]]) -> None:
+        """Nothing to fetch."""
+
+    def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (n, seq_len + 1) int64, and that all of them hold data (n,) bool."""
+        rows = np.empty((len(samples.source), self.spec.seq_len + 1), np.int64)
+        for number, (member, key) in enumerate(zip(samples.member.tolist(), samples.key.tolist(), strict=True)):
+            rows[number] = hash_range(hash_key(key, member), rows.shape[1]) % np.uint64(self.spec.vocab_size)
+        return rows, np.ones(len(rows), bool)
+
+
+Reader = SampleReader | SyntheticReader
+
+
+def make_reader(spec: StreamSpec) -> Reader:
+    """The reader for the sources of `spec`."""
+    kind: Callable[[StreamSpec], Reader] = SyntheticReader if _is_synthetic(spec) else SampleReader
+    return kind(spec)
+
+
+def needs_folder(sources: Sequence[Source]) -> bool:
+    """Whether any shard has to be fetched before it can be read."""
+    return any(_needs_fetch(url) for source in sources for url in source.shards)
+
+
+def _is_synthetic(spec: StreamSpec) -> bool:
+    return spec.sources[0].shards == (SYNTHETIC,)
