@@ -1,0 +1,91 @@
+"""The model as Composer and llm-foundry evaluate it. Needs the environment of `make install-eval`.
+
+Legend: B batch, T sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from composer.metrics import LanguageCrossEntropy, LanguagePerplexity
+from composer.models import HuggingFaceModel
+from llmfoundry.eval.metrics import (
+    InContextLearningGenerationExactMatchAccuracy,
+    InContextLearningLMAccuracy,
+    InContextLearningLMExpectedCalibrationError,
+    InContextLearningMCExpectedCalibrationError,
+    InContextLearningMultipleChoiceAccuracy,
+)
+from torch import Tensor
+
+
+class SimpleComposerOpenLMCausalLM(HuggingFaceModel):
+    """Wraps an `open_lm.hf.OpenLMForCausalLM` and its tokenizer.
+
+    llm-foundry pads every sequence to the longest that the model takes. The padding that all rows of a batch share is
+    cut off before the model sees it, which changes no score and saves most of the work on short tasks.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(
+            model=model,
+            tokenizer=tokenizer,
+            use_logits=True,
+            metrics=[LanguageCrossEntropy(), LanguagePerplexity()],
+            eval_metrics=[
+                LanguageCrossEntropy(),
+                LanguagePerplexity(),
+                InContextLearningLMAccuracy(),
+                InContextLearningMultipleChoiceAccuracy(),
+                InContextLearningGenerationExactMatchAccuracy(),
+                InContextLearningLMExpectedCalibrationError(),
+                InContextLearningMCExpectedCalibrationError(),
+            ],
+            shift_labels=True,
+        )
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        """The model's output for a batch; for in-context-learning tasks logits (B,T',V) without the padding at the end."""
+        if batch.get("mode") == "icl_task":
+            batch = without_right_padding(batch)
+        return super().forward(batch)
+
+    def eval_forward(self, batch: dict[str, Any], outputs: Any = None) -> Any:
+        """Logits (B,T',V), or the generated texts for a batch of a generation task."""
+        if batch.get("mode") == "generate":
+            batch = without_left_padding(batch)
+        return super().eval_forward(batch, outputs)
+
+    def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
+        """Generated ids (B,T). Every process holds the whole model, so that none has to wait for another."""
+        kwargs["synced_gpus"] = False
+        return super().generate(input_ids, **kwargs)
+
+
+def without_right_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch cut after its last real token; without a mask where padding is on the right alone.
+
+    What follows a token changes nothing about it in a causal model, so that such a mask is only work.
+    """
+    mask = batch["attention_mask"].bool()
+    ends = [int(span[-1]) + 1 for span in batch.get("continuation_indices", [])]
+    length = max([_last_true(mask) + 1, *ends])
+    mask = mask[:, :length]
+    trimmed = {**batch, "input_ids": batch["input_ids"][:, :length], "attention_mask": mask}
+    if not bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        del trimmed["attention_mask"]
+    return trimmed
+
+
+def without_left_padding(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch from its first real token on; at least one column stays."""
+    mask = batch["attention_mask"].bool()
+    real = mask.any(dim=0)
+    start = int(real.float().argmax()) if bool(real.any()) else mask.shape[1] - 1
+    return {**batch, "input_ids": batch["input_ids"][:, start:], "attention_mask": batch["attention_mask"][:, start:]}
+
+
+def _last_true(mask: Tensor) -> int:
+    columns = torch.nonzero(mask.any(dim=0))
+    return int(columns[-1]) if len(columns) else 0
