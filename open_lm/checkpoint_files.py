@@ -1,0 +1,255 @@
+"""The files of a checkpoint, one by one: names, safe reading and whole writing, completeness. No process group here.
+
+A checkpoint of epoch N in a run's folder `checkpoints` is
+
+    optimizer_N.pt <averager>_N.pt stats_N.pt    written first
+    epoch_N.pt                                   written last: where it is, the checkpoint is complete
+    epoch_latest.pt                              with --save-most-recent: one file that holds model and optimizer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from open_lm import storage
+from open_lm.errors import CheckpointError, StorageError, join_problems
+from open_lm.param_names import clean_name
+
+LATEST = "latest"
+_NUMBERED = re.compile(r"^epoch_(\d+)\.pt$")
+# Keys of a checkpoint under which a model's weights are found.
+_WEIGHT_KEYS = ("state_dict", "av_model_sd")
+
+
+def file_name(kind: str, epoch: int | str) -> str:
+    """The name of one file: kind "epoch", "optimizer", "stats" or an averager's name; epoch a number or "latest"."""
+    return f"{kind}_{epoch}.pt"
+
+
+def sibling(path: str, kind: str) -> str:
+    """The file of another kind beside .../epoch_N.pt."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + re.sub(r"^epoch_", f"{kind}_", name)
+
+
+# ---------------------------------------------------------------------------------------------- reading
+def read_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
+    """What torch.save wrote to a local or remote file; only tensors and plain values are ever unpickled.
+
+    Local and downloaded files are mapped into memory, so that only what is used is read. CheckpointError where the
+    file is missing, broken or holds other kinds of objects.
+    """
+    url = os.fspath(path)
+    if not storage.is_remote(url):
+        local = storage.local_path(url)
+        if not os.path.isfile(local):
+            raise CheckpointError(f"{url}: there is no such checkpoint{_neighbours(url)}")
+        return _load(local, url, map_location)
+    with tempfile.TemporaryDirectory(prefix="open_lm-checkpoint-") as folder:
+        local = os.path.join(folder, "checkpoint.pt")
+        try:
+            storage.download(url, local)
+        except StorageError as error:
+            raise CheckpointError(f"the checkpoint cannot be fetched: {error}") from error
+        return _load(local, url, map_location)  # the mapping keeps the file's data alive after its removal
+
+
+def _load(local: str, url: str, map_location: Any) -> Any:
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            mapped = zipfile.is_zipfile(local)
+            return torch.load(local, map_location=map_location, weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|class) '?([A-Za-z_][\w.]*\.\w+)", str(error))
+        what = f"an object of type {found.group(1)}" if found else "something else"
+        raise CheckpointError(f"{url}: expected tensors and plain values only, found {what}") from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{url}: the file is broken or no checkpoint ({reason}); fetch it again, or use an earlier one"
+        ) from error
+
+
+def _numpy_scalars() -> list[Any]:
+    """What older optimizer files need beside tensors: numbers such as the learning rate as numpy scalars."""
+    import numpy as np
+
+    scalar = np.float64(0.0).__reduce__()[0]
+    kinds = [type(np.dtype(kind)) for kind in ("f8", "f4", "f2", "i8", "i4", "u8", "u4", "b1")]
+    return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *kinds]
+
+
+def _neighbours(url: str) -> str:
+    present = [os.path.basename(name) for name in storage.glob(os.path.join(os.path.dirname(url) or ".", "epoch_*.pt"))]
+    return f"; beside it are {', '.join(present[:8])}" if present else ""
+
+
+def read_model_state(
+    path: str | os.PathLike[str], map_location: Any = "cpu"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A model's weights by their clean names, and everything else small that the file says (epoch, step, …).
+
+    Takes a checkpoint of a run, an averager's file, or bare weights (then the second result is empty).
+    """
+    content = read_file(path, map_location)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{os.fspath(path)}: expected a checkpoint, found a {type(content).__name__}")
+    key = next((key for key in _WEIGHT_KEYS if isinstance(content.get(key), Mapping)), None)
+    weights = content if key is None else content[key]
+    state = {clean_name(name): value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    if not state:
+        raise CheckpointError(
+            f"{os.fspath(path)}: holds no weights, only {', '.join(map(str, list(content)[:8])) or 'nothing'}; "
+            "expected an epoch_N.pt or bare weights"
+        )
+    meta = {} if key is None else {name: value for name, value in content.items() if name not in (key, "optimizer")}
+    return state, meta
+
+
+def average_states(paths: list[str], coefficients: list[float] | None = None) -> dict[str, torch.Tensor]:
+    """The weighted sum of several checkpoints' weights; equal weights of 1/n by default.
+
+    Summed in float32 (or wider); a tensor of integers is taken from the first checkpoint.
+    """
+    if len(paths) < 2:
+        raise CheckpointError("--average: expected two or more checkpoints; use --pretrained for one")
+    weights = coefficients if coefficients is not None else [1.0 / len(paths)] * len(paths)
+    if len(weights) != len(paths):
+        raise CheckpointError(f"--average-coefficients: found {len(weights)} for {len(paths)} checkpoints of --average")
+    total: dict[str, torch.Tensor] = {}
+    for path, weight in zip(paths, weights, strict=True):
+        state, _ = read_model_state(path)
+        if not total:
+            total = {
+                name: value.float() * weight if value.is_floating_point() else value for name, value in state.items()
+            }
+            shapes = {name: value.shape for name, value in total.items()}
+            continue
+        problems = shape_problems(state, shapes)
+        if problems:
+            raise CheckpointError(join_problems(problems, f"{path} cannot be averaged with {paths[0]}"))
+        for name, value in total.items():
+            if value.is_floating_point():
+                value.add_(state[name].to(value.dtype), alpha=weight)
+    return total
+
+
+def _scaled(value: torch.Tensor, weight: float) -> torch.Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32)) * weight if value.is_floating_point() else value
+
+
+def shape_problems(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
+    """What keeps `state` from fitting `expected` names and shapes: missing, unexpected, other shapes (shortened)."""
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    different = [
+        f"{name} is {tuple(state[name].shape)}, the model's {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    named = (("missing from the checkpoint", missing), ("not in the model", unexpected), ("other shapes", different))
+    return [f"{title} ({len(names)}): {_shortened(names)}" for title, names in named if names]
+
+
+def _shortened(names: list[str], limit: int = 6) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, … and {len(names) - limit} more"
+
+
+# ---------------------------------------------------------------------------------------------- writing
+def write_file(path: str, content: Any) -> None:
+    """Write with torch.save so that the file appears whole or not at all."""
+    try:
+        with storage.atomic_write(path) as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, StorageError):
+            raise
+        raise StorageError(f"{path}: the checkpoint could not be written ({error}); is the disk full?") from error
+
+
+def plain(value: Any) -> Any:
+    """`value` with numpy's and torch's scalars as Python numbers, so that torch's safe loader reads it anywhere."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value)
+    if not isinstance(value, torch.Tensor) and hasattr(value, "item") and hasattr(value, "dtype"):
+        return value.item()
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- finding
+def numbered(folder: str) -> dict[int, str]:
+    """The epoch_N.pt files of a folder by their number, ascending."""
+    found = {}
+    for url in storage.list_files(folder):
+        match = _NUMBERED.match(url.rpartition("/")[2])
+        if match:
+            found[int(match.group(1))] = url
+    return dict(sorted(found.items()))
+
+
+def latest_checkpoint(folder: str) -> str | None:
+    """The newest complete checkpoint of a local or remote folder, or None; broken ones are stepped over aloud.
+
+    epoch_latest.pt comes first where it is younger than the newest numbered one. One without its optimizer's file is
+    taken only if no older one is complete.
+    """
+    by_number = numbered(folder)
+    candidates = list(reversed(by_number.values()))
+    most_recent = storage.info(storage.join(folder, file_name("epoch", LATEST)))
+    if most_recent is not None:
+        newest = storage.info(candidates[0]) if candidates else None
+        if newest is None or most_recent.mtime_s >= newest.mtime_s:
+            candidates.insert(0, most_recent.url)
+        else:
+            candidates.append(most_recent.url)
+    without_optimizer = None
+    for url in candidates:
+        problem = incompleteness(url)
+        if problem is None:
+            if _has_optimizer(url):
+                return url
+            without_optimizer = without_optimizer or url
+            problem = "its optimizer file is missing or broken"
+        logging.warning(f"checkpoint {url} is stepped over: {problem}")
+    return without_optimizer
+
+
+def _has_optimizer(url: str) -> bool:
+    if url.endswith(file_name("epoch", LATEST)):
+        return True
+    beside = sibling(url, "optimizer")
+    return storage.info(beside) is not None and incompleteness(beside) is None
+
+
+def incompleteness(url: str) -> str | None:
+    """Why a file cannot be a whole checkpoint, or None; reads its table of contents only (which stands at its end)."""
+    try:
+        with storage.open_file(url) as file:
+            start = file.read(2)
+            if start == b"PK":
+                with zipfile.ZipFile(file) as archive:
+                    names = archive.namelist()
+                return None if any(name.endswith("/data.pkl") for name in names) else "it is not a checkpoint"
+            return None if start == b"\x80\x02" else "it is empty or not a checkpoint"
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return f"it is truncated or unreadable ({error})"
+
+
+def remove_checkpoint(folder: str, epoch: int, kinds: list[str]) -> None:
+    """Remove the files of one local checkpoint, epoch_N.pt first: what remains of it never looks complete."""
+    for kind in ["epoch", *kinds]:
+        with contextlib.suppress(StorageError):
+            storage.remove(storage.join(folder, file_name(kind, epoch)))

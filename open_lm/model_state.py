@@ -1,0 +1,149 @@
+"""Whole states of (sharded) models and optimizers: gathered to rank 0, and handed out from it.
+
+Names are clean (see param_names.py). Every function that moves tensors is collective: all ranks call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from open_lm.checkpoint_files import read_model_state, shape_problems
+from open_lm.errors import CheckpointError, join_problems
+from open_lm.param_names import clean_name
+
+_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def gather_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The whole weights and persistent buffers in host memory on rank 0; nothing on other ranks.
+
+    All names of a tied weight share one tensor, so that a file holds it once.
+    """
+    gathered: Any = get_model_state_dict(_bare(model), options=_GATHER)
+    state: dict[str, Tensor] = {clean_name(name): value for name, value in gathered.items()}
+    first_name: dict[int, str] = {}
+    for name, value in _named_tensors(model).items():
+        first = first_name.setdefault(id(value), name)
+        if name in state and first in state:
+            state[name] = state[first] if first != name else _compact(state[name])
+    return state
+
+
+def gather_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """The whole optimizer state on rank 0: {"state": {name: moments}, "param_groups": [{…, "params": [name, …]}]}."""
+    state = get_optimizer_state_dict(_bare(model), optimizer, options=_GATHER)
+    moments: Any = state.get("state", {})
+    return {
+        "state": {
+            clean_name(name): {key: _compact(value) for key, value in values.items()}
+            for name, values in moments.items()
+        },
+        "param_groups": state.get("param_groups", []),
+    }
+
+
+def _compact(value: Any) -> Any:
+    """A tensor that is a view of a larger storage as one of its own: torch.save writes whole storages."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size():
+        return value.clone()
+    return value
+
+
+def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:
+    """The weights that the model takes; CheckpointError with everything that does not fit."""
+    targets = _named_tensors(model)
+    tied: dict[int, list[str]] = {}
+    for name, value in targets.items():
+        tied.setdefault(id(value), []).append(name)
+    state = dict(weights)
+    for names in tied.values():  # a tied weight may be stored under one of its names only
+        present = [name for name in names if name in state]
+        state.update({name: state[present[0]] for name in names if present and name not in state})
+    # Rotary frequencies follow from the configuration; some files hold them and some do not.
+    computed = {
+        name for name in {*targets, *state} if name.endswith("inv_freq") and not (name in state and name in targets)
+    }
+    expected = {name: value.shape for name, value in targets.items() if name not in computed}
+    problems = shape_problems({name: value for name, value in state.items() if name not in computed}, expected)
+    if problems:
+        raise CheckpointError(
+            join_problems(problems, f"{path}: does not fit the model (check --model and the flags that shape it)")
+        )
+    return {name: state[name] for name in expected}
+
+
+def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put rank 0's whole weights into the model, each rank its part; buffers that `state` lacks stay as they are."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
+    set_model_state_dict(_bare(model), dict(state), options=options)
+
+
+def moments_by_name(state: Mapping[str, Any], model: nn.Module, path: str) -> dict[str, dict[str, Any]]:
+    """An optimizer's per-parameter states by clean name, checked against the model's shapes."""
+    params = {name: p for name, p in _named_tensors(model).items() if isinstance(p, nn.Parameter)}
+    per_param = state["state"]
+    if per_param and all(isinstance(key, int) for key in per_param):
+        # Numbers count the parameters in the order of the model that was saved, which epoch_N.pt keeps.
+        order, seen = [], set()
+        for name in read_model_state(path)[0]:
+            if name in params and id(params[name]) not in seen:
+                seen.add(id(params[name]))
+                order.append(name)
+        numbers = sorted({number for group in state["param_groups"] for number in group["params"]})
+        if len(numbers) != len(order):
+            raise CheckpointError(f"{path}: its optimizer has {len(numbers)} parameters, the model {len(order)}")
+        per_param = {order[number]: value for number, value in per_param.items()}
+    per_param = {clean_name(name): value for name, value in per_param.items()}
+    wrong = [
+        f"{name}.{key} is {tuple(value.shape)}"
+        + (f", the model's {tuple(params[name].shape)}" if name in params else "")
+        for name, moments in per_param.items()
+        for key, value in moments.items()
+        if isinstance(value, Tensor) and value.dim() and (name not in params or value.shape != params[name].shape)
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: its optimizer does not fit the model: {len(wrong)} moments have no place, such as {wrong[0]}"
+        )
+    return per_param
+
+
+def set_moments(model: nn.Module, optimizer: Optimizer, per_param: dict[str, Any]) -> None:
+    """Put rank 0's whole moments into the optimizer, each rank its part; its hyperparameters stay its own."""
+    bare = _bare(model)
+    names = {id(param): clean_name(name) for name, param in bare.named_parameters()}
+    groups = [
+        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
+    set_optimizer_state_dict(bare, optimizer, {"state": per_param, "param_groups": groups}, options=options)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without the wrappers that hold a whole copy of it."""
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by clean name; tied ones under each of their names."""
+    return {clean_name(name): value for name, value in _bare(model).state_dict(keep_vars=True).items()}

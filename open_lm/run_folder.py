@@ -1,0 +1,138 @@
+"""Where a run keeps its files, and what it writes about itself there: params.txt and a copy of the source.
+
+{logs}/{name}/out.log params.txt metrics.jsonl tensorboard/ wandb/ code/ checkpoints/ checkpoints_failed/
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from open_lm import storage
+from open_lm.errors import ConfigError
+
+# Values of environment variables with such names never appear in anything a run writes.
+_SECRET_NAME = re.compile(r"secret|token|password|passwd|api_?key|access_?key|credential", re.IGNORECASE)
+_MIN_SECRET_LENGTH = 8
+_SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"([a-z][a-z0-9+.\-]*://)[^/\s@]+@", re.IGNORECASE), r"\1***@"),
+    (
+        re.compile(r"([?&][^=&\s]*(?:token|sig|signature|secret|password|credential|key)=)[^&\s'\"]+", re.IGNORECASE),
+        r"\1***",
+    ),
+    (re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)?\s*)[^\s'\"]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(\b\w*(?:secret|token|password|api_?key|access_?key\w*)=)[^\s'\"&]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(--?(?:token|password|secret|api-key)[ =])[^\s'\"]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[\w\-]{20,})\b"), "***"),
+)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The files of the run `name` below the folder `logs`; nothing is written where `logs` is "none" or empty."""
+
+    logs: str
+    name: str
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the run writes anything at all."""
+        return bool(self.logs) and self.logs.lower() != "none"
+
+    @property
+    def root(self) -> str:
+        return storage.join(self.logs, self.name)
+
+    @property
+    def log(self) -> str:
+        return storage.join(self.root, "out.log")
+
+    @property
+    def params(self) -> str:
+        return storage.join(self.root, "params.txt")
+
+    @property
+    def metrics(self) -> str:
+        return storage.join(self.root, "metrics.jsonl")
+
+    @property
+    def tensorboard(self) -> str:
+        return storage.join(self.root, "tensorboard")
+
+    @property
+    def code(self) -> str:
+        return storage.join(self.root, "code")
+
+    @property
+    def checkpoints(self) -> str:
+        return storage.join(self.root, "checkpoints")
+
+    @property
+    def failed(self) -> str:
+        return storage.join(self.root, "checkpoints_failed")
+
+    @property
+    def results(self) -> str:
+        return storage.join(self.checkpoints, "results.jsonl")
+
+    def prepare(self, resume: str | None) -> None:
+        """Make the run's folders; ConfigError where the run exists and is not continued with `--resume latest`."""
+        if not self.enabled:
+            return
+        if storage.is_remote(self.logs):
+            raise ConfigError(
+                f"--logs {self.logs}: expected a local folder; give one, "
+                f"and --remote-sync {self.logs} to have the run copied there"
+            )
+        if os.path.exists(self.log) and resume != "latest":
+            raise ConfigError(
+                f"--name {self.name}: the run exists already at {self.root}; "
+                "continue it with --resume latest, or choose another --name"
+            )
+        for folder in (self.root, self.checkpoints, self.failed):
+            storage.makedirs(folder)
+
+
+def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
+    """`text` without passwords in URLs, tokens, keys, or the values of secret environment variables."""
+    for name, value in (os.environ if environ is None else environ).items():
+        if len(value) >= _MIN_SECRET_LENGTH and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def redacted(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `params` whose texts, also those in lists, hold no secrets."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            return redact(value)
+        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return {key: clean(value) for key, value in params.items()}
+
+
+def write_params(path: str, params: Mapping[str, Any] | object) -> None:
+    """Write params.txt: a "key: value" line for each parameter, sorted, without secrets."""
+    mapping = params if isinstance(params, Mapping) else vars(params)
+    lines = [f"{key}: {value}" for key, value in sorted(redacted(mapping).items())]
+    storage.write_text(path, "\n".join(lines) + "\n")
+
+
+def copy_codebase(paths: RunPaths) -> str:
+    """Copy the package's source into the run's code/ folder and return that folder; a copy already there is kept."""
+    package = Path(__file__).resolve().parent
+    target = Path(paths.code) / package.name
+    if not target.exists():
+        unfinished = target.with_name(target.name + ".copying")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(package, unfinished, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        unfinished.rename(target)
+    return paths.code

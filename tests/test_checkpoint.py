@@ -1,0 +1,549 @@
+"""Checkpoints: the historical files, whole round trips in one process and sharded over two, and what breaks."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from open_lm import storage
+from open_lm.averaging import ModelAverager
+from open_lm.checkpoint import (
+    CheckpointWriter,
+    Progress,
+    find_resume,
+    latest_checkpoint,
+    load_average,
+    load_averagers,
+    load_model,
+    load_optimizer,
+    load_rng,
+    load_weights,
+    read_model_state,
+)
+from open_lm.checkpoint_files import clean_name, read_file, sibling, write_file
+from open_lm.config import CheckpointConfig, LoggingConfig
+from open_lm.errors import CheckpointError, StorageError
+from open_lm.run_folder import RunPaths
+
+METRICS = [{"loss": np.float64(2.5), "tokens": np.int64(7), "val_data": ["a.tar"]}]
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(6, 10, bias=False)
+        self.out_proj = nn.Linear(10, 6, bias=False)
+        self.register_buffer("inv_freq", torch.arange(3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.out_proj(torch.tanh(self.in_proj(x)))
+
+
+class Net(nn.Module):
+    """Small, with tied weights, sizes that do not divide by two, and a buffer that follows from the configuration."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.output = nn.Linear(6, 7, bias=False)
+        if tied:
+            self.output.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.output(x)
+
+
+def build(seed: int, tied: bool = True) -> tuple[Net, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = Net(tied)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    """The same batch on every rank, so that one rank and two do the same."""
+    losses = []
+    for step in steps:
+        ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def writer(tmp_path: Path, epochs: int = 9, **flags: Any) -> CheckpointWriter:
+    paths = RunPaths(str(tmp_path / "logs"), "run")
+    paths.prepare(None)
+    return CheckpointWriter(paths, CheckpointConfig(**flags), epochs)
+
+
+def resume_args(path: str | Path | None, seed: int = 3) -> argparse.Namespace:
+    return argparse.Namespace(resume=str(path), seed=seed)
+
+
+# ---------------------------------------------------------------------------------------------- historical files
+@pytest.fixture(scope="module")
+def golden(shared_dir: Path) -> Path:
+    return shared_dir / "compat" / "run" / "logs" / "upstream" / "checkpoints"
+
+
+def test_golden_weights_load_with_their_progress(golden: Path) -> None:
+    state, meta = read_model_state(golden / "epoch_2.pt")
+    assert len(state) == 21 and state["tok_embeddings.weight"].shape == (256, 64)
+    progress = Progress.from_meta(meta)
+    assert (progress.epoch, progress.step, progress.samples_seen, progress.seed) == (2, 128, 1024, 3)
+    assert progress.next_shard_per_source == [4]
+    assert progress.evaluation_metrics[1]["loss"] == pytest.approx(2.3855272829532623)
+    assert read_file(golden / "stats_2.pt")["is_final_checkpoint"] is True
+
+
+class Named(nn.Module):
+    """A model with the given parameter names in an order of its own: numbered states must go by the file's order."""
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name in sorted(state, reverse=True):
+            *path, leaf = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in dict(module.named_children()):
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            if leaf == "inv_freq":
+                module.register_buffer(leaf, state[name].clone())
+            else:
+                module.register_parameter(leaf, nn.Parameter(torch.zeros_like(state[name])))
+
+
+def test_golden_optimizer_keyed_by_number_finds_its_parameters(golden: Path) -> None:
+    state, _ = read_model_state(golden / "epoch_1.pt")
+    model = Named(state)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.5)
+    args = resume_args(golden / "epoch_1.pt")
+    assert load_model(args, model) == (1, 64, 3)
+    assert load_optimizer(args, model, optimizer)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+    saved = read_file(golden / "optimizer_1.pt")["optimizer"]["state"]
+    in_file_order = [name for name in state if not name.endswith("inv_freq")]
+    params = dict(model.named_parameters())
+    assert len(optimizer.state) == len(in_file_order) == 19
+    for number, name in enumerate(in_file_order):
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[params[name]][key], saved[number][key]), (name, key)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}, "this run's own flags hold"
+    assert {group["lr"] for group in optimizer.param_groups} == {1.0}
+
+
+def test_another_seed_is_refused_unless_it_is_meant(golden: Path) -> None:
+    model = Named(read_model_state(golden / "epoch_1.pt")[0])
+    with pytest.raises(CheckpointError, match="--seed 3"):
+        load_model(resume_args(golden / "epoch_1.pt", seed=4), model)
+    assert load_model(resume_args(golden / "epoch_1.pt", seed=4), model, different_seed=True) == (1, 64, None)
+
+
+# ---------------------------------------------------------------------------------------------- one process
+def test_run_continues_as_if_never_interrupted(tmp_path: Path) -> None:
+    model, optimizer = build(0)
+    averagers = ModelAverager(model, "poly_8_1")
+    train(model, optimizer, range(3))
+    averagers.step()
+    progress = Progress(
+        epoch=1, step=3, samples_seen=12, seed=3, evaluation_metrics=METRICS, data_state={"position": [12]}
+    )
+    path = writer(tmp_path).save(progress, model, optimizer=optimizer, averagers=averagers)
+    assert path == str(tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt")
+    expected = train(model, optimizer, range(3, 6))
+    averagers.step()
+
+    other, other_optimizer = build(99)
+    other_averagers = ModelAverager(other, "poly_8_1")
+    got = load_weights(path, other)
+    assert (got.epoch, got.step, got.samples_seen, got.seed) == (1, 3, 12, 3)
+    assert got.data_state == {"position": [12]}
+    assert got.evaluation_metrics == [{"loss": 2.5, "tokens": 7, "val_data": ["a.tar"]}]
+    assert load_optimizer(resume_args(path), other, other_optimizer)
+    load_averagers(path, other_averagers)
+    assert train(other, other_optimizer, range(3, 6)) == expected
+    other_averagers.step()
+    for name, value in averagers.avgs_dict["poly_8_1"].state_dict()["av_model_sd"].items():
+        assert torch.equal(value, other_averagers.avgs_dict["poly_8_1"].state_dict()["av_model_sd"][name]), name
+
+
+def test_files_have_the_keys_of_the_contract_and_load_by_torchs_default(tmp_path: Path) -> None:
+    model, optimizer = build(0)
+    train(model, optimizer, range(1))
+    scaler = torch.amp.GradScaler("cpu")
+    progress = Progress(
+        epoch=2, step=1, samples_seen=4, seed=3, evaluation_metrics=METRICS, is_final=True,
+        percentage_of_data_seen=1.0, next_shard_per_source=[4], train_data_string=["x/{1,2}.tar"],
+    )  # fmt: skip
+    writer(tmp_path).save(
+        progress, model, optimizer=optimizer, scaler=scaler, averagers=ModelAverager(model, "ema_0.9_2")
+    )
+    folder = tmp_path / "logs" / "run" / "checkpoints"
+    shared = {"next_shard_per_source", "samples_seen", "step", "shard_shuffle_seed"}
+    keys = {
+        "epoch_2.pt": {"epoch", "name", "state_dict", "evaluation_metrics"} | shared,
+        "optimizer_2.pt": {"epoch", "name", "optimizer", "evaluation_metrics", "scaler", "rng"},
+        "stats_2.pt": {"epoch", "name", "is_final_checkpoint", "evaluation_metrics", "percentage_of_data_seen"}
+        | {"train_data_string"} | shared,
+        "ema_0.9_2_2.pt": {"update_counter", "step_counter", "freq", "av_model_sd", "method", "eta", "gamma",
+                           "suffix_steps", "power", "start"},
+    }  # fmt: skip
+    assert sorted(os.listdir(folder)) == sorted(keys)
+    for name, expected in keys.items():
+        assert set(torch.load(folder / name, weights_only=True)) == expected, name
+    weights = torch.load(folder / "epoch_2.pt", weights_only=True)["state_dict"]
+    assert list(weights) == list(model.state_dict())
+    assert weights["embed.weight"].data_ptr() == weights["output.weight"].data_ptr(), "tied weights are stored once"
+    assert read_model_state(folder / "ema_0.9_2_2.pt")[0].keys() == weights.keys()
+
+
+def test_random_generators_continue(tmp_path: Path) -> None:
+    model, optimizer = build(0)
+    path = writer(tmp_path).save(Progress(epoch=1, step=0), model, optimizer=optimizer)
+
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.standard_normal()), torch.randn(1).item()
+
+    expected = [draw() for _ in range(3)]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert path is not None and load_rng(path)
+    assert [draw() for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize("frequency, kept", [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (0, [5])])
+def test_save_frequency_keeps_the_last_one_always(tmp_path: Path, frequency: int, kept: list[int]) -> None:
+    model, _ = build(0)
+    saver = writer(tmp_path, epochs=5, save_frequency=frequency)
+    saved = [epoch for epoch in range(1, 6) if saver.save(Progress(epoch=epoch), model) is not None]
+    assert saved == kept
+
+
+def test_previous_checkpoint_is_deleted_once_the_next_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = build(0)
+    saver = writer(tmp_path, delete_previous_checkpoint=True)
+    folder = Path(saver.paths.checkpoints)
+    (folder / "results.jsonl").write_text("[]\n")
+    saver.save(Progress(epoch=1), model, optimizer=optimizer)
+
+    def full_disk(content: object, file: Any) -> None:
+        file.write(b"PK partial")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)
+        with pytest.raises(StorageError, match="No space left"):
+            saver.save(Progress(epoch=2), model, optimizer=optimizer)
+    assert sorted(os.listdir(folder)) == ["epoch_1.pt", "optimizer_1.pt", "results.jsonl", "stats_1.pt"]
+
+    saver.save(Progress(epoch=2), model, optimizer=optimizer)
+    assert sorted(os.listdir(folder)) == ["epoch_2.pt", "optimizer_2.pt", "results.jsonl", "stats_2.pt"]
+
+
+def test_most_recent_is_one_file_to_resume_from(tmp_path: Path) -> None:
+    model, optimizer = build(0)
+    averagers = ModelAverager(model, "ema")
+    saver = writer(tmp_path, save_most_recent=True, save_frequency=0)
+    train(model, optimizer, range(2))
+    averagers.step()
+    saver.save(Progress(epoch=1, step=2), model, optimizer=optimizer, averagers=averagers)
+    assert os.listdir(saver.paths.checkpoints) == ["epoch_latest.pt"]
+    expected = train(model, optimizer, range(2, 4))
+
+    cfg = CheckpointConfig(resume="latest")
+    path = find_resume(cfg, LoggingConfig(logs=saver.paths.logs), saver.paths)
+    assert path is not None and path.endswith("epoch_latest.pt")
+    other, other_optimizer = build(1)
+    other_averagers = ModelAverager(other, "ema")
+    assert load_weights(path, other).step == 2
+    assert load_optimizer(resume_args(path), other, other_optimizer)
+    load_averagers(path, other_averagers)
+    assert other_averagers.avgs_dict["ema"].step_counter == 2
+    assert train(other, other_optimizer, range(2, 4)) == expected
+
+
+def test_failed_checkpoints_lie_apart_and_no_logs_means_no_files(tmp_path: Path) -> None:
+    model, _ = build(0)
+    saver = writer(tmp_path, save_frequency=0)
+    path = saver.save(Progress(epoch=1), model, failed=True)
+    assert path == str(tmp_path / "logs" / "run" / "checkpoints_failed" / "epoch_1.pt")
+    silent = CheckpointWriter(RunPaths("none", "run"), CheckpointConfig(), 1)
+    assert silent.save(Progress(epoch=1), model) is None
+    assert not Path("none").exists()
+
+
+def test_average_of_checkpoints(tmp_path: Path) -> None:
+    saver = writer(tmp_path)
+    models = [build(seed)[0] for seed in (1, 2)]
+    paths = [saver.save(Progress(epoch=n), model) for n, model in enumerate(models, start=1)]
+    target = build(5)[0]
+    load_average([str(path) for path in paths], [0.25, 0.75], target)
+    expected = 0.25 * models[0].embed.weight + 0.75 * models[1].embed.weight
+    torch.testing.assert_close(target.embed.weight, expected)
+    load_average([str(path) for path in paths], None, target)
+    torch.testing.assert_close(target.embed.weight, (models[0].embed.weight + models[1].embed.weight) / 2)
+    with pytest.raises(CheckpointError, match="found 1 for 2"):
+        load_average([str(path) for path in paths], [1.0], target)
+    with pytest.raises(CheckpointError, match="two or more"):
+        load_average([str(paths[0])], None, target)
+
+
+# ---------------------------------------------------------------------------------------------- other forms
+def test_bare_and_prefixed_weights(tmp_path: Path) -> None:
+    source, target = build(1)[0], build(2)[0]
+    bare = {f"module._orig_mod.{name}": value for name, value in source.state_dict().items()}
+    write_file(str(tmp_path / "bare.pt"), bare)
+    assert load_model(resume_args(tmp_path / "bare.pt"), target) == (0, 0, None)
+    assert torch.equal(target.layers[1].in_proj.weight, source.layers[1].in_proj.weight)
+    assert clean_name("module.layers.0._checkpoint_wrapped_module.w") == "layers.0.w"
+
+
+def test_computed_frequencies_and_twin_names_may_be_absent(tmp_path: Path) -> None:
+    source, target = build(1)[0], build(2)[0]
+    state = {k: v for k, v in source.state_dict().items() if not k.endswith("inv_freq") and k != "output.weight"}
+    write_file(str(tmp_path / "epoch_1.pt"), {"epoch": 1, "state_dict": state})
+    progress = load_weights(str(tmp_path / "epoch_1.pt"), target)
+    assert (progress.epoch, progress.step) == (1, None)
+    assert torch.equal(target.output.weight, source.embed.weight)
+    assert torch.equal(target.layers[0].inv_freq, torch.arange(3.0))
+
+
+def test_compiled_and_replicated_models_load_too(tmp_path: Path) -> None:
+    source = build(1)[0]
+    path = writer(tmp_path).save(Progress(epoch=1), source)
+    compiled = torch.compile(build(2)[0], backend="eager")
+    load_weights(str(path), compiled)
+    assert torch.equal(compiled.embed.weight, source.embed.weight)
+
+
+def test_weights_of_lower_precision_models_are_converted(tmp_path: Path) -> None:
+    source = build(1)[0]
+    path = writer(tmp_path).save(Progress(epoch=1), source)
+    target = build(2)[0].to(torch.bfloat16)
+    load_weights(str(path), target)
+    assert target.embed.weight.dtype == torch.bfloat16
+    assert torch.equal(target.embed.weight, source.embed.weight.to(torch.bfloat16))
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+def test_all_misfits_are_named_at_once(tmp_path: Path) -> None:
+    state = build(1, tied=False)[0].state_dict()
+    state["extra.weight"] = torch.zeros(2)
+    state["embed.weight"] = torch.zeros(8, 6)
+    del state["layers.0.in_proj.weight"]
+    write_file(str(tmp_path / "epoch_1.pt"), {"epoch": 1, "state_dict": state})
+    target = build(2, tied=False)[0]
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(CheckpointError) as error:
+        load_weights(str(tmp_path / "epoch_1.pt"), target)
+    message = str(error.value)
+    for part in ("epoch_1.pt", "layers.0.in_proj.weight", "extra.weight", "embed.weight is (8, 6), the model's (7, 6)"):
+        assert part in message
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items()), "nothing half-loaded"
+
+
+class Danger:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch danger",)
+
+
+def test_broken_foreign_and_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"epoch": 1, "state_dict": {}, "x": Danger()}, "danger.pt")
+    with pytest.raises(CheckpointError, match=r"plain values only, found .*system"):
+        read_file("danger.pt")
+    assert not Path("danger").exists()
+
+    write_file("whole.pt", {"epoch": 1, "state_dict": {"w": torch.zeros(1000)}})
+    Path("cut.pt").write_bytes(Path("whole.pt").read_bytes()[:-100])
+    Path("text.pt").write_text("hello")
+    Path("empty.pt").touch()
+    for name in ("cut.pt", "text.pt", "empty.pt"):
+        with pytest.raises(CheckpointError, match=f"{name}: the file is broken or no checkpoint"):
+            read_file(name)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_file("epoch_7.pt")
+    write_file("stats.pt", {"epoch": 1})
+    with pytest.raises(CheckpointError, match="holds no weights, only epoch"):
+        read_model_state("stats.pt")
+
+
+def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    model, optimizer = build(0)
+    train(model, optimizer, range(1))
+    path = writer(tmp_path).save(Progress(epoch=1), model, optimizer=optimizer)
+    content = read_file(sibling(str(path), "optimizer"))
+    content["optimizer"]["state"]["layers.0.in_proj.weight"]["exp_avg"] = torch.zeros(3, 3)
+    write_file(sibling(str(path), "optimizer"), content)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.in_proj\.weight\.exp_avg"):
+        load_optimizer(resume_args(path), model, optimizer)
+
+
+# ---------------------------------------------------------------------------------------------- latest
+def test_latest_steps_over_broken_ones_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer = build(0)
+    saver = writer(tmp_path)
+    for epoch in (2, 9, 10, 11):
+        saver.save(Progress(epoch=epoch), model, optimizer=optimizer)
+    folder = Path(saver.paths.checkpoints)
+    assert latest_checkpoint(str(folder)) == str(folder / "epoch_11.pt"), "11 is newer than 9"
+    (folder / "epoch_11.pt").write_bytes((folder / "epoch_11.pt").read_bytes()[:500])
+    (folder / "optimizer_10.pt").unlink()
+    (folder / "epoch_12.pt").touch()
+    (folder / ".epoch_13.pt.open-lm-part-x").write_bytes(b"PK")
+    with caplog.at_level(logging.WARNING):
+        assert latest_checkpoint(str(folder)) == str(folder / "epoch_9.pt")
+    assert [word in caplog.text for word in ("epoch_12.pt", "epoch_11.pt", "epoch_10.pt")] == [True] * 3
+    assert latest_checkpoint(str(tmp_path / "nowhere")) is None
+
+
+def test_latest_falls_back_to_weights_alone(tmp_path: Path) -> None:
+    saver = writer(tmp_path)
+    path = saver.save(Progress(epoch=1), build(0)[0])
+    assert latest_checkpoint(saver.paths.checkpoints) == path
+
+
+def test_latest_of_a_remote_copy(tmp_path: Path, s3_bucket: str) -> None:
+    model, optimizer = build(0)
+    saver = writer(tmp_path)
+    for epoch in (1, 2):
+        saver.save(Progress(epoch=epoch, step=epoch), model, optimizer=optimizer)
+    remote = f"s3://{s3_bucket}/runs"
+    for name in os.listdir(saver.paths.checkpoints):
+        storage.upload(storage.join(saver.paths.checkpoints, name), f"{remote}/run/checkpoints/{name}")
+    os.unlink(storage.join(saver.paths.checkpoints, "epoch_2.pt"))
+    logging_cfg = LoggingConfig(logs=saver.paths.logs, remote_sync=remote)
+    path = find_resume(CheckpointConfig(resume="latest"), logging_cfg, saver.paths)
+    assert path == f"{remote}/run/checkpoints/epoch_2.pt"
+    target, target_optimizer = build(3)
+    assert load_weights(path, target).step == 2
+    assert torch.equal(target.embed.weight, model.embed.weight)
+    assert load_optimizer(resume_args(path), target, target_optimizer)
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def on_ranks(worker: Any, folder: Path, world_size: int = 2) -> None:
+    mp.spawn(start_rank, args=(worker, str(folder), world_size, free_port()), nprocs=world_size)
+
+
+def start_rank(rank: int, worker: Any, folder: str, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    try:
+        worker(rank, Path(folder))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: Net) -> torch.optim.Optimizer:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def save_sharded(rank: int, folder: Path) -> None:
+    model, _ = build(0)
+    optimizer = shard(model)
+    averagers = ModelAverager(model, "ema_0.5_1")
+    train(model, optimizer, range(3))
+    averagers.step()
+    saver = CheckpointWriter(RunPaths(str(folder / "logs"), "run"), CheckpointConfig(), 9)
+    torch.manual_seed(100 + rank)
+    path = saver.save(Progress(epoch=1, step=3, seed=3), model, optimizer=optimizer, averagers=averagers)
+    assert path is not None, "every rank learns the path"
+    draw, losses = torch.randn(1).item(), train(model, optimizer, range(3, 6))
+    torch.manual_seed(0)
+    assert load_rng(path) and torch.randn(1).item() == draw, "each rank's own generator continues"
+    if rank == 0:
+        torch.save(losses, folder / "losses.pt")
+
+
+def load_sharded(rank: int, folder: Path) -> None:
+    path = str(folder / "logs" / "run" / "checkpoints" / "epoch_1.pt")
+    model, _ = build(50 + rank)
+    optimizer = shard(model)
+    averagers = ModelAverager(model, "ema_0.5_1")
+    args = resume_args(path)
+    assert load_model(args, model) == (1, 3, 3)
+    assert load_optimizer(args, model, optimizer)
+    load_averagers(path, averagers)
+    saved = read_file(sibling(path, "ema_0.5_1"))["av_model_sd"]
+    got = averagers.avgs_dict["ema_0.5_1"].state_dict()["av_model_sd"]
+    if rank == 0:
+        assert all(torch.equal(value, got[name]) for name, value in saved.items())
+    torch.testing.assert_close(train(model, optimizer, range(3, 6)), torch.load(folder / "losses.pt"))
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        load_model(resume_args(folder / "epoch_77.pt"), model)  # every rank raises, none waits
+
+
+def load_replicated(rank: int, folder: Path) -> None:
+    path = str(folder / "logs" / "run" / "checkpoints" / "epoch_1.pt")
+    model, optimizer = build(70 + rank)
+    replica = DistributedDataParallel(model)
+    load_weights(path, replica)
+    load_optimizer(resume_args(path), replica, optimizer)
+    averagers = ModelAverager(model, "ema_0.5_1")
+    load_averagers(path, averagers)
+    saved = read_file(sibling(path, "ema_0.5_1"))["av_model_sd"]["embed.weight"]
+    with averagers.avgs_dict["ema_0.5_1"].applied() as averaged:
+        assert torch.equal(averaged.embed.weight, saved)
+    torch.testing.assert_close(train(replica, optimizer, range(3, 6)), torch.load(folder / "losses.pt"))
+    saver = CheckpointWriter(RunPaths(str(folder / "logs"), "replicated"), CheckpointConfig(), 9)
+    saver.save(Progress(epoch=1), replica, optimizer=optimizer)
+
+
+def sharded_and_back(rank: int, folder: Path) -> None:
+    for part in (save_sharded, load_sharded, load_replicated):
+        part(rank, folder)
+        dist.barrier()
+
+
+def test_sharded_checkpoint_loads_sharded_replicated_and_in_one_process(tmp_path: Path) -> None:
+    for name in ("run", "replicated"):
+        RunPaths(str(tmp_path / "logs"), name).prepare(None)
+    on_ranks(sharded_and_back, tmp_path)
+
+    model, optimizer = build(9)
+    path = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
+    assert load_model(resume_args(path), model) == (1, 3, 3)
+    assert load_optimizer(resume_args(path), model, optimizer)
+    assert not load_rng(str(path)), "two ranks' generators do not fit one process"
+    torch.testing.assert_close(train(model, optimizer, range(3, 6)), torch.load(tmp_path / "losses.pt"))
+
+    alone, alone_optimizer = build(0)
+    train(alone, alone_optimizer, range(3))
+    for name, value in read_file(path)["state_dict"].items():
+        torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-5, atol=1e-6)
+    assert os.path.getsize(path) < 12_000, "views of padded shards are not written whole"
+    replicated = tmp_path / "logs" / "replicated" / "checkpoints" / "epoch_1.pt"
+    assert list(read_file(replicated)["state_dict"]) == list(model.state_dict())
