@@ -170,7 +170,7 @@ def expand_shards(pattern: str) -> list[str]:
 def _expand_braces(part: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(part))
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise DataError(f"shard pattern {part!r}: braces do not match") from error
 
 

@@ -24,6 +24,7 @@ import mmap
 import os
 import tarfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any
@@ -55,6 +56,7 @@ __all__ = [
     "encode_member",
     "expand_shards",
     "index_shard",
+    "iter_files",
     "read_manifest",
     "shard_sizes",
     "shard_stem",
@@ -191,17 +193,31 @@ def split_name(name: str) -> tuple[str, str]:
 def index_shard(source: Source, name: str) -> list[Member]:
     """All members of known kinds, in file order, found through the tar headers alone.
 
-    Raises DataError, with the shard's `name` and the byte offset, for what is not a tar or is cut short (a shard
-    without its end-of-archive mark counts as cut), and for a shard without a member of a known kind.
+    Raises DataError as `iter_files` does, and for a shard without a member of a known kind.
     """
-    size, read = _reader(source)
     members: list[Member] = []
     other_kinds: set[str] = set()
+    for file_name, offset, size in iter_files(source, name):
+        key, kind = split_name(file_name)
+        if kind in MEMBER_KINDS:
+            members.append(Member(key, kind, offset, size))
+        else:
+            other_kinds.add(kind or "(no suffix)")
+    if not members:
+        found = f"found {', '.join(sorted(other_kinds)[:5])}" if other_kinds else "it is empty"
+        raise DataError(f"{name}: no member of a known kind ({', '.join(MEMBER_KINDS)}); {found}")
+    return members
+
+
+def iter_files(source: Source, name: str) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size in bytes of every regular file in a tar, in its order.
+
+    Raises DataError, with the tar's `name` and the byte offset, for what is not a tar or is cut short (a tar without
+    its end-of-archive mark counts as cut).
+    """
+    size, read = _reader(source)
     offset, long_name = 0, ""
-    while True:
-        block = read(offset, _BLOCK)
-        if block == bytes(_BLOCK):
-            break
+    while (block := read(offset, _BLOCK)) != bytes(_BLOCK):
         info = _parse_header(block, name, offset, size)
         start = offset + _BLOCK
         offset = start + -(-info.size // _BLOCK) * _BLOCK
@@ -213,18 +229,9 @@ def index_shard(source: Source, name: str) -> list[Member]:
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
             long_name = _extended_name(read(start, info.size), info.type) or long_name
             continue
-        key, kind = split_name(long_name or info.name)
+        if info.isreg():
+            yield long_name or info.name, start, info.size
         long_name = ""
-        if not info.isreg():
-            continue
-        if kind in MEMBER_KINDS:
-            members.append(Member(key, kind, start, info.size))
-        else:
-            other_kinds.add(kind or "(no suffix)")
-    if not members:
-        found = f"found {', '.join(sorted(other_kinds)[:5])}" if other_kinds else "it is empty"
-        raise DataError(f"{name}: no member of a known kind ({', '.join(MEMBER_KINDS)}); {found}")
-    return members
 
 
 def _reader(source: Source) -> tuple[int, Any]:

@@ -1,0 +1,112 @@
+"""Tokenize raw text into shards of fixed-length, globally shuffled sequences.
+
+    python datapreprocess/make_2048.py --input-files raw_data/*.jsonl.zst --output-dir preproc_data
+
+writes preproc_data/2048-v1/0/shard-0000000.tar, … with manifest.jsonl and dataset.json beside them. The same inputs,
+seed and settings give the same bytes for any number of workers; started again after an interruption, it goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if (
+    __name__ == "__main__"
+):  # as a script: find the package from a checkout too, and keep this folder's names out of the way
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from open_lm.datapreprocess.commands import (
+    DEFAULT_TOKENIZER,
+    Parser,
+    add_common_options,
+    make_encoder,
+    start_logging,
+)
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="make_2048.py", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument(
+        "--input-files", nargs="+", required=True, metavar="PATH",
+        help="files, globs or folders, local or s3://…: .jsonl, .jsonl.zst, .jsonl.gz, … and .tar",
+    )  # fmt: skip
+    parser.add_argument("--output-dir", required=True, help="local folder or s3:// prefix to write {seqlen}-v1/… in")
+    parser.add_argument(
+        "--tokenizer", default=DEFAULT_TOKENIZER,
+        help="hub name, folder, tokenizer .json or sentencepiece .model file (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seqlen", type=int, default=2048, help="tokens a model sees; a member holds one id more")
+    parser.add_argument("--num-workers", type=int, help="worker processes (default and most: one for each processor)")
+    parser.add_argument("--num-consumers", type=int, default=1, help="folders to spread the shards over (default: 1)")
+    parser.add_argument(
+        "--upload-to-s3", action="store_true",
+        help="write to S3 under the environment variable S3_BASE (s3://bucket/prefix or bucket/prefix)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format", default="npy", choices=["npy", "json.gz", "json", "txt"], help="kind of the members"
+    )
+    parser.add_argument("--shard-size", type=int, help="sequences in a shard (default: 8192, fewer for small data)")
+    parser.add_argument("--content-key", default="text", help="key of the text; for tars text, txt, npy or json:KEY")
+    parser.add_argument("--vocab-size", type=int, help="size of the vocabulary (default: the tokenizer's)")
+    parser.add_argument("--seed", type=int, default=0, help="of the global shuffle (default: 0)")
+    parser.add_argument("--no-shuffle", action="store_true", help="keep the order of the input")
+    parser.add_argument("--ray-address", help="a running Ray cluster; by default a local Ray is started")
+    add_common_options(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; errors of the user come as open_lm.errors.UserError."""
+    args = make_parser().parse_args(argv)
+    from open_lm import storage
+    from open_lm.datapreprocess.engine import run
+    from open_lm.datapreprocess.job import Job, Layout, find_inputs
+    from open_lm.errors import ConfigError
+
+    start_logging()
+    if args.num_consumers < 1:
+        raise ConfigError(f"--num-consumers must be at least 1, found {args.num_consumers}")
+    base = s3_base(os.environ.get("S3_BASE")) if args.upload_to_s3 else args.output_dir
+    folders = tuple(str(number) for number in range(args.num_consumers))
+    layout = Layout(storage.join(base, f"{args.seqlen}-v1"), folders, shard_sequences=args.shard_size)
+    work = args.work_dir or (storage.join(args.output_dir, ".work") if args.upload_to_s3 else None)
+    job = Job(
+        inputs=tuple(find_inputs(args.input_files)),
+        layout=layout,
+        tokenizer=args.tokenizer,
+        seq_len=args.seqlen,
+        kind=args.format,
+        content_key=args.content_key,
+        seed=args.seed,
+        shuffle=not args.no_shuffle,
+        vocab_size=args.vocab_size,
+        eot_token=args.eot_token,
+        skip_bad_lines=args.skip_bad_lines,
+        drop_tail=args.drop_tail,
+        workers=args.num_workers,
+        ray_address=args.ray_address,
+        work_dir=work,
+    )
+    run(job, make_encoder(args.tokenizer, args.eot_token, args.vocab_size))
+
+
+def s3_base(value: str | None) -> str:
+    """The s3:// address that S3_BASE names: s3://bucket/prefix, or bucket/prefix."""
+    from open_lm.errors import ConfigError
+
+    name = (value or "").strip().removeprefix("s3://").strip("/")
+    if not name or "://" in name:
+        raise ConfigError(
+            "--upload-to-s3 needs the environment variable S3_BASE, as s3://bucket/prefix or bucket/prefix; "
+            f"it is {value!r}"
+        )
+    return f"s3://{name}"
+
+
+if __name__ == "__main__":
+    from open_lm.errors import run_cli
+
+    raise SystemExit(run_cli(main))
