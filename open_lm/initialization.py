@@ -54,10 +54,15 @@ def init_weights(model: nn.Module, seed: int) -> None:
             if parameter.is_meta:
                 raise ValueError(f"{name} has no memory; call model.to_empty(device=…) first")
             _fill(parameter, name, seed)
-        for module in model.modules():
-            reset_buffers = getattr(module, "reset_buffers", None)
-            if callable(reset_buffers):
-                reset_buffers()
+    reset_buffers(model)
+
+
+def reset_buffers(model: nn.Module) -> None:
+    """Recompute, in place, what is neither learned nor always in a checkpoint, such as rotary frequencies."""
+    for module in model.modules():
+        reset = getattr(module, "reset_buffers", None)
+        if callable(reset):
+            reset()
 
 
 def _fill(parameter: Tensor, name: str, seed: int) -> None:

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from open_lm.config import ArchitectureConfig, FieldSpec
+from open_lm import storage
+from open_lm.config import ArchitectureConfig, FieldSpec, ModelConfig
 from open_lm.errors import ConfigError, join_problems
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,36 @@ def architecture_of(model: str) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise ConfigError(f"--model {model}: {path} holds a {type(contents).__name__}, expected a JSON object")
     return _checked(contents, f"--model {model} ({path.name})")
+
+
+def settings_of_run(checkpoint: str) -> dict[str, Any]:
+    """What the run that wrote {run}/checkpoints/epoch_N.pt says about its model in {run}/params.txt.
+
+    Returns:
+        fields of ModelConfig (model, model_norm, qk_norm, …) by name; empty where there is no such file.
+    """
+    folder = checkpoint.rpartition("/")[0] or "."
+    url = storage.join(folder, "..", "params.txt") if not storage.is_remote(folder) else _parent(folder) + "/params.txt"
+    if not storage.exists(url):
+        return {}
+    lines = (line.partition(": ") for line in storage.read_text(url).splitlines())
+    written = {key: value for key, _, value in lines}
+    specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelConfig.specs())}
+    return {
+        name: _parsed(written[name], spec)
+        for name, spec in specs.items()
+        if name in written and not (written[name] == "None" and not spec.optional)
+    }
+
+
+def _parent(url: str) -> str:
+    return url.rstrip("/").rpartition("/")[0]
+
+
+def _parsed(text: str, spec: FieldSpec) -> Any:
+    if text == "None" and spec.optional:
+        return None
+    return text == "True" if spec.kind is bool else spec.kind(text)
 
 
 def _not_found(model: str) -> str:

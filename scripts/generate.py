@@ -1,0 +1,177 @@
+#!/usr/bin/env python
+"""Continue texts with a trained model.
+
+    python scripts/generate.py --checkpoint logs/ex/checkpoints/epoch_2.pt --prompt "Once upon a time"
+    python scripts/generate.py --checkpoint model.pt --model open_lm_1b --tokenizer tokenizer.json < prompts.txt
+
+On a terminal a single text appears token by token. The architecture's flags default to those of the run that wrote the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from open_lm.config import ModelConfig
+from open_lm.errors import ConfigError, join_problems, run_cli
+from open_lm.model_files import settings_of_run
+from open_lm.params import FlagParser, add_model_args
+from open_lm.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from open_lm.generate import Sampling
+    from open_lm.model import Transformer
+
+SEPARATOR = "-" * 8
+
+
+def build_parser() -> argparse.ArgumentParser:
+    description, _, rest = (__doc__ or "").partition("\n")
+    parser = FlagParser(
+        prog="generate.py",
+        description=description,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    source = parser.add_argument_group("model")
+    source.add_argument("--checkpoint", required=True, help="epoch_N.pt of a run, or bare weights; a path or url")
+    source.add_argument("--model", help="name of a model configuration or its .json file; default: that of the run")
+    source.add_argument(
+        "--tokenizer",
+        default=DEFAULT_TOKENIZER,
+        help="hub name, folder, tokenizer.json or sentencepiece .model file (default: %(default)s)",
+    )
+    source.add_argument("--eot-token", help="token that ends a text; default: the tokenizer's own")
+    source.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    source.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
+    text = parser.add_argument_group("prompts; without any, standard input is read like a --prompt-file")
+    text.add_argument("--prompt", "--input-text", action="append", default=[], help="a text to continue; repeatable")
+    text.add_argument(
+        "--prompt-file", action="append", default=[], help="file with one prompt a line, or '-'; repeatable"
+    )
+    text.add_argument("--whole-file", action="store_true", help="take each file as a single prompt of several lines")
+    text.add_argument("--json", action="store_true", help="write one JSON object a line: prompt, completion")
+    _add_sampling_args(parser)
+    shape = parser.add_argument_group("architecture, where neither the model's file nor the run says it")
+    add_model_args(shape)  # type: ignore[arg-type]
+    for action in shape._group_actions:
+        action.default = argparse.SUPPRESS
+    return parser
+
+
+def _add_sampling_args(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--max-new-tokens", "--max-gen-len", type=int, default=200, help="default: %(default)s")
+    how.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
+    how.add_argument("--top-k", type=int, default=0, help="choose among the K likeliest tokens; 0: all")
+    how.add_argument("--top-p", type=float, default=0.95, help="choose within this probability (default: %(default)s)")
+    how.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids repeating tokens")
+    how.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    how.add_argument("--batch-size", type=int, default=8, help="prompts at once (default: %(default)s)")
+    how.add_argument("--no-cache", dest="use_cache", action="store_false", help="compute everything anew at each token")
+    how.add_argument("--use-cache", dest="use_cache", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(use_cache=True)
+
+
+def read_prompts(prompts: list[str], files: list[str], whole: bool) -> list[str]:
+    """All prompts: the given ones, then those of files; of standard input where there are neither."""
+    texts = list(prompts)
+    problems = []
+    for name in files or ([] if prompts else ["-"]):
+        if name == "-" and sys.stdin.isatty():
+            print("type prompts, one a line; end with Ctrl-D", file=sys.stderr)
+        try:
+            content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"--prompt-file {name}: cannot be read as text ({error})")
+            continue
+        found = [content.removesuffix("\n")] if whole else [line for line in content.splitlines() if line.strip()]
+        if not found:
+            problems.append(f"--prompt-file {name}: holds no prompt; write one a line")
+        texts += found
+    if problems:
+        raise ConfigError(join_problems(problems))
+    return texts
+
+
+def _load_model(args: argparse.Namespace) -> Transformer:
+    import torch
+
+    from open_lm.generate import load_model_for_generation
+
+    settings: dict[str, Any] = settings_of_run(args.checkpoint)
+    settings |= {key: value for key, value in vars(args).items() if value is not None}
+    if "model" not in settings:
+        raise ConfigError(
+            f"--model is missing and {args.checkpoint} has no params.txt of a run beside its folder; "
+            "give the model's name or .json file"
+        )
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: there is no CUDA device here; use --device cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    section = ModelConfig.from_object(argparse.Namespace(**settings))
+    return load_model_for_generation(args.checkpoint, section, device, dtype)
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    from open_lm.generate import Sampling
+
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size is {args.batch_size}, expected at least 1")
+    return Sampling(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        use_cache=args.use_cache,
+    )
+
+
+def _completions(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling, batch_size: int
+) -> Iterator[tuple[str, str]]:
+    from open_lm.generate import complete_texts
+
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        yield from zip(batch, complete_texts(model, tokenizer, batch, sampling, first_row=start), strict=True)
+
+
+def _stream(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> None:
+    from open_lm.generate import stream_texts
+
+    print(prompt, end="", flush=True)
+    for (piece,) in stream_texts(model, tokenizer, [prompt], sampling):
+        print(piece, end="", flush=True)
+    print()
+
+
+def main(argv: list[str]) -> None:
+    args = build_parser().parse_args(argv)
+    prompts = read_prompts(args.prompt, args.prompt_file, args.whole_file)
+    sampling = _sampling(args)
+    tokenizer = load_tokenizer(args.tokenizer, args.eot_token)
+    model = _load_model(args)
+    if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
+        _stream(model, tokenizer, prompts[0], sampling)
+        return
+    for number, (prompt, completion) in enumerate(_completions(model, tokenizer, prompts, sampling, args.batch_size)):
+        if args.json:
+            print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False), flush=True)
+            continue
+        if number:
+            print(SEPARATOR)
+        print(prompt + completion, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

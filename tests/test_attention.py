@@ -1,0 +1,163 @@
+"""Attention functions against plain loops over queries and keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from open_lm import attention
+from open_lm.attention import (
+    ATTN_ACTIVATIONS,
+    ATTN_SEQ_SCALARS,
+    allowed_keys,
+    custom_attn,
+    get_attn_func,
+    torch_attn,
+)
+from open_lm.errors import ConfigError
+
+ACTIVATIONS: dict[str, Callable[[float], float]] = {
+    "relu": lambda s: max(s, 0.0),
+    "relu_squared": lambda s: max(s, 0.0) ** 2,
+    "softplus": lambda s: math.log1p(math.exp(s)),
+    "identity": lambda s: s,
+    "relu6": lambda s: min(max(s, 0.0), 6.0),
+    "sigmoid": lambda s: 1 / (1 + math.exp(-s)),
+}
+LENGTHS: dict[str, Callable[[int], float]] = {"max": float, "avg": lambda n: (n + 1) / 2, "none": lambda n: 1.0}
+
+
+def qkv(q_len: int, k_len: int, batch: int = 2, heads: int = 3, width: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(q_len * 100 + k_len)
+    shapes = ((batch, q_len, heads, width), (batch, k_len, heads, width), (batch, k_len, heads, width))
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    return q * 3, k, v  # large enough for relu6 to clip
+
+
+def by_hand(  # noqa: PLR0917
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    mask: Tensor | None = None,
+    activation: str = "softmax",
+    length: str = "none",
+    alpha: float = 1.0,
+) -> Tensor:
+    out = torch.zeros_like(q)
+    for b, i, h in ((b, i, h) for b in range(q.shape[0]) for i in range(q.shape[1]) for h in range(q.shape[2])):
+        position = k.shape[1] - q.shape[1] + i
+        keys = [
+            j for j in range(k.shape[1]) if (not causal or j <= position) and (mask is None or bool(mask[b, j]))
+        ] or [position]
+        scores = [float(q[b, i, h] @ k[b, j, h]) / math.sqrt(q.shape[-1]) for j in keys]
+        if activation == "softmax":
+            total = sum(math.exp(s) for s in scores)
+            weights = [math.exp(s) / total for s in scores]
+        else:
+            weights = [ACTIVATIONS[activation](s) for s in scores]
+        count = k.shape[1] if mask is None else int(mask[b].sum())
+        scale = LENGTHS[length](count) ** -alpha
+        out[b, i, h] = sum(
+            (weight * scale * v[b, j, h] for weight, j in zip(weights, keys, strict=True)), 0 * v[b, 0, h]
+        )
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("q_len", "k_len"), [(7, 7), (1, 7), (3, 7), (1, 1)])
+def test_torch_attn(q_len: int, k_len: int, causal: bool) -> None:
+    q, k, v = qkv(q_len, k_len)
+    torch.testing.assert_close(torch_attn(q, k, v, is_causal=causal), by_hand(q, k, v, causal), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("q_len", "k_len"), [(7, 7), (1, 7), (3, 7)])
+def test_torch_attn_with_padding_on_either_side(q_len: int, k_len: int, causal: bool) -> None:
+    q, k, v = qkv(q_len, k_len)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
+    out = torch_attn(q, k, v, is_causal=causal, attention_mask=mask)
+    torch.testing.assert_close(out, by_hand(q, k, v, causal, mask), atol=2e-6, rtol=1e-5)
+
+
+def test_empty_rows_have_finite_gradients() -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in qkv(4, 4))
+    mask = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
+    torch_attn(q, k, v, is_causal=True, attention_mask=mask).sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.isfinite().all() for tensor in (q, k, v))
+
+
+@pytest.mark.parametrize("activation", sorted(ATTN_ACTIVATIONS))
+@pytest.mark.parametrize("length", sorted(ATTN_SEQ_SCALARS))
+@pytest.mark.parametrize(("q_len", "k_len"), [(6, 6), (2, 6), (1, 6)])
+def test_custom_attn(activation: str, length: str, q_len: int, k_len: int) -> None:
+    q, k, v = qkv(q_len, k_len, batch=1, heads=2)
+    out = custom_attn(q, k, v, activation, length, 0.5, is_causal=True)
+    expected = by_hand(q, k, v, True, None, activation, length, 0.5)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("activation", sorted(ATTN_ACTIVATIONS))
+def test_custom_attn_with_padding(activation: str) -> None:
+    q, k, v = qkv(5, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    out = custom_attn(q, k, v, activation, "max", 1.0, is_causal=True, attention_mask=mask)
+    alone = custom_attn(q[:1, 2:], k[:1, 2:], v[:1, 2:], activation, "max", 1.0, is_causal=True)
+    torch.testing.assert_close(out[:1, 2:], alone, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(out, by_hand(q, k, v, True, mask, activation, "max"), atol=1e-5, rtol=1e-5)
+
+
+def test_custom_softmax_is_torch_attn() -> None:
+    q, k, v = qkv(3, 6)
+    torch.testing.assert_close(custom_attn(q, k, v, "softmax", "none", 1.0, is_causal=True), torch_attn(q, k, v, True))
+
+
+def test_half_precision_keeps_its_type() -> None:
+    q, k, v = (tensor.bfloat16() for tensor in qkv(4, 6))
+    mask = torch.ones(2, 6)
+    assert torch_attn(q, k, v, is_causal=True, attention_mask=mask).dtype == torch.bfloat16
+    assert custom_attn(q, k, v, "relu", "avg", 1.0, is_causal=True, attention_mask=mask).dtype == torch.bfloat16
+
+
+def test_shapes_that_cannot_be() -> None:
+    q, k, _ = qkv(4, 3)
+    with pytest.raises(ValueError, match="4 queries for 3 keys"):
+        allowed_keys(q, k, is_causal=True)
+    q, k, _ = qkv(2, 3)
+    with pytest.raises(ValueError, match=r"shape \(2, 2\), expected \(2, 3\)"):
+        allowed_keys(q, k, True, torch.ones(2, 2))
+
+
+def test_choice_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert get_attn_func("auto") is torch_attn
+    assert get_attn_func("torch_attn") is torch_attn
+    for name in ("xformers_attn", "xformers_attn_variable_length"):
+        with pytest.raises(ConfigError, match=f"--attn-name {name}: there is no CUDA device"):
+            get_attn_func(name)
+    monkeypatch.setattr(attention, "has_xformers", lambda: True)
+    assert get_attn_func("auto") is attention.auto_attn
+    assert get_attn_func("xformers_attn_variable_length") is attention.xformers_attn
+    q, k, v = qkv(4, 4)
+    torch.testing.assert_close(attention.auto_attn(q, k, v, True), torch_attn(q, k, v, True))
+
+
+def test_custom_attn_names_all_that_it_lacks() -> None:
+    with pytest.raises(ConfigError) as caught:
+        get_attn_func("custom_attn", attn_activation="gelu")
+    for flag in ("--attn-activation gelu", "--attn-seq-scalar None", "--attn-seq-scalar-alpha"):
+        assert flag in str(caught.value)
+    with pytest.raises(ConfigError, match="flash"):
+        get_attn_func("flash")
+
+
+def test_custom_attn_by_name_takes_its_settings() -> None:
+    q, k, v = qkv(4, 4)
+    attn = get_attn_func("custom_attn", "relu", "max", 1.0)
+    assert isinstance(attn, partial)
+    torch.testing.assert_close(attn(q, k, v, is_causal=True), by_hand(q, k, v, True, None, "relu", "max"))

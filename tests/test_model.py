@@ -1,0 +1,249 @@
+"""The Transformer: caches, padding, tying, initialisation, meta device, sizes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from argparse import Namespace
+from typing import Any
+
+import pytest
+import torch
+from model_helpers import random_ids, small_model
+from torch import Tensor
+
+from open_lm.attention import torch_attn
+from open_lm.errors import ConfigError
+from open_lm.initialization import init_weights
+from open_lm.losses import token_loss
+from open_lm.model import Block, Params, Transformer, create_model, create_params
+
+NUMBERS_OF_PARAMETERS = {
+    "open_lm_11m": 11_014_848,
+    "open_lm_25m": 24_683_904,
+    "open_lm_41m": 41_007_168,
+    "open_lm_87m": 87_474_000,
+    "open_lm_160m": 162_436_608,
+    "open_lm_411m": 411_666_432,
+    "open_lm_410m": 411_666_432,
+    "open_lm_830m": 834_554_880,
+    "open_lm_1b": 1_439_895_552,
+    "m1b_neox": 1_439_895_552,
+    "open_lm_1b_old": 1_439_895_552,
+    "open_lm_3b": 2_796_098_560,
+    "g3b_neox": 2_796_098_560,
+    "open_lm_7b": 6_889_676_800,
+    "l7b_neox": 6_889_676_800,
+    "open_lm_11m_v2": 10_570_944,
+    "open_lm_79m_v2": 78_922_752,
+    "open_lm_154m_v2": 153_705_600,
+    "open_lm_411m_v2": 411_666_432,
+    "open_lm_test_tiny": 27_296,
+    "llama2_7b": 6_738_415_616,
+}
+POSITIONS = ("rotary", "head_rotary", "llama_rotary", "none")
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS_OF_PARAMETERS))
+def test_number_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(Namespace(model=name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == NUMBERS_OF_PARAMETERS[name]
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("ffn_type", ["swiglu", "gelu", "gemma_geglu"])
+def test_chunks_through_the_cache(positions: str, ffn_type: str) -> None:
+    model = small_model(positional_embedding_type=positions, ffn_type=ffn_type, apply_qk_norm=True)
+    ids = random_ids(2, 20)
+    whole, _, _ = model(ids)
+    pieces: list[Tensor] = []
+    cache: Any = None
+    for start, end in ((0, 3), (3, 4), (4, 13), (13, 20)):
+        logits, _, cache = model(ids[:, start:end], past_key_values=cache, use_cache=True)
+        pieces.append(logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+    assert len(cache) == 2
+    assert cache[0][0].shape == (2, 20, 4, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_cache_is_used_but_not_changed_nor_returned_without_use_cache(positions: str) -> None:
+    model = small_model(positional_embedding_type=positions)
+    ids = random_ids(1, 9)
+    _, _, cache = model(ids[:, :6], use_cache=True)
+    before = copy.deepcopy(cache)
+    logits, _, nothing = model(ids[:, 6:], past_key_values=tuple(map(tuple, cache)))
+    assert nothing is None
+    torch.testing.assert_close(cache, before)
+    torch.testing.assert_close(logits, model(ids)[0][:, 6:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("custom", [False, True])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_left_padding_changes_nothing(positions: str, custom: bool) -> None:
+    attention = {"attn_activation": "relu", "attn_seq_scalar": "max", "attn_seq_scalar_alpha": 1.0}
+    changes = {"attn_name": "custom_attn", **attention} if custom else {}
+    model = small_model(positional_embedding_type=positions, **changes)
+    rows = [random_ids(1, length, seed=length)[0] for length in (12, 5, 1)]
+    ids, mask = torch.full((3, 12), 7), torch.zeros(3, 12, dtype=torch.int64)
+    for row, tokens in enumerate(rows):
+        ids[row, 12 - len(tokens) :] = tokens
+        mask[row, 12 - len(tokens) :] = 1
+    logits, _, cache = model(ids, use_cache=True, attention_mask=mask)
+    assert logits.isfinite().all()
+    for row, tokens in enumerate(rows):
+        torch.testing.assert_close(logits[row, 12 - len(tokens) :], model(tokens[None])[0][0], atol=1e-5, rtol=1e-5)
+    if custom:
+        return  # its length is that of the chunk's keys, so that chunks differ by definition
+    after = random_ids(3, 4, seed=99)
+    longer = torch.cat((mask, torch.ones_like(after)), dim=1)
+    logits, _, _ = model(after, past_key_values=cache, use_cache=True, attention_mask=longer)
+    for row, tokens in enumerate(rows):
+        alone = model(torch.cat((tokens, after[row]))[None])[0][0, -4:]
+        torch.testing.assert_close(logits[row], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_in_place_of_ids() -> None:
+    model, ids = small_model(post_embed_norm=True), random_ids(2, 6)
+    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids))[0], model(ids)[0])
+    with pytest.raises(ValueError, match="one of the two"):
+        model()
+    with pytest.raises(ValueError, match="one of the two"):
+        model(ids, inputs_embeds=model.tok_embeddings(ids))
+
+
+def test_a_mask_without_the_cached_columns_is_refused() -> None:
+    model, ids = small_model(), random_ids(2, 6)
+    _, _, cache = model(ids, use_cache=True)
+    with pytest.raises(ValueError, match="cached ones included"):
+        model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("ffn_type", ["swiglu", "gelu"])
+def test_recomputed_activations_give_the_same_gradients(ffn_type: str) -> None:
+    model, ids = small_model(ffn_type=ffn_type).train(), random_ids(2, 9)
+
+    def gradients() -> list[Tensor]:
+        loss, count = token_loss(model(ids[:, :-1])[0], ids[:, 1:])
+        return list(torch.autograd.grad(loss / count, list(model.parameters())))
+
+    expected = gradients()
+    model.set_grad_checkpointing()
+    assert model.grad_checkpointing
+    torch.testing.assert_close(gradients(), expected)
+
+
+def test_logits_are_float32_in_half_precision() -> None:
+    model, ids = small_model(), random_ids(1, 5)
+    exact = model(ids)[0]
+    logits, hidden, _ = model.bfloat16()(ids)
+    assert (logits.dtype, hidden.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(logits, exact, atol=0.1, rtol=0.1)
+
+
+def test_head_width_need_not_divide() -> None:
+    model = small_model(dim=34, n_heads=4)
+    assert model.layers[0].attention.in_proj.weight.shape == (96, 34)
+    assert model(random_ids(1, 3))[0].shape == (1, 3, 61)
+
+
+# ------------------------------------------------------------------------------------------- state and memory
+def test_tied_weights_survive_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = Transformer(Params(dim=16, n_layers=1, n_heads=2, vocab_size=9, weight_tying=True))
+    model.to_empty(device="cpu")
+    assert model.tok_embeddings.weight is model.output.weight
+    assert {"tok_embeddings.weight", "output.weight"} <= set(model.state_dict())
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("ffn_type", ["swiglu", "gelu", "gemma_geglu"])
+def test_meta_device_and_memory_give_the_same_model(positions: str, ffn_type: str) -> None:
+    params = Params(
+        dim=24, n_layers=2, n_heads=2, vocab_size=11, positional_embedding_type=positions, ffn_type=ffn_type
+    )
+    direct = Transformer(params)
+    direct.reset_parameters(seed=5)
+    with torch.device("meta"):
+        late = Transformer(params)
+    late.to_empty(device="cpu")
+    for tensor in late.state_dict().values():
+        tensor.fill_(float("nan"))
+    late.reset_parameters(seed=5)
+    torch.testing.assert_close(late.state_dict(), direct.state_dict(), rtol=0, atol=0)
+
+
+def test_uninitialised_memory_is_refused() -> None:
+    with torch.device("meta"):
+        model = Transformer(Params(dim=16, n_layers=1, n_heads=2, vocab_size=9))
+    with pytest.raises(ValueError, match="to_empty"):
+        init_weights(model, 0)
+
+
+def test_standard_deviations() -> None:
+    model = Transformer(Params(dim=128, n_layers=3, n_heads=4, vocab_size=512, moe_freq=2, moe_num_experts=4))
+    model.reset_parameters(seed=1)
+    hidden = 512  # of 128, rounded up to a multiple of 256
+    expected = {
+        "tok_embeddings.weight": 128**-0.5,
+        "output.weight": 128**-0.5,
+        "layers.2.attention.in_proj.weight": 128**-0.5,
+        "layers.2.attention.out_proj.weight": (128 * 6) ** -0.5,
+        "layers.1.feed_forward.w12.weight": 128**-0.5,
+        "layers.1.feed_forward.w3.weight": (hidden * 4) ** -0.5,
+        "layers.2.feed_forward.experts.mlp.w1": 128**-0.5,
+        "layers.2.feed_forward.experts.mlp.w2": (4 * 128 * 6) ** -0.5,
+    }
+    state = model.state_dict()
+    for name, std in expected.items():
+        # A normal cut at three standard deviations has 0.9866 of its standard deviation.
+        assert state[name].std().item() == pytest.approx(0.9866 * std, rel=0.02), name
+        assert state[name].abs().max().item() <= 3 * std
+    assert (state["norm.weight"] == 1).all() and not state["norm.bias"].any()
+
+
+def test_each_parameter_depends_on_seed_and_name_only() -> None:
+    small = Transformer(Params(dim=16, n_layers=1, n_heads=2, vocab_size=9))
+    deep = Transformer(Params(dim=16, n_layers=3, n_heads=2, vocab_size=9))
+    small.reset_parameters(seed=3)
+    deep.reset_parameters(seed=3)
+    shared = small.state_dict()
+    torch.testing.assert_close({name: deep.state_dict()[name] for name in shared}, shared, rtol=0, atol=0)
+    deep.reset_parameters(seed=4)
+    assert not torch.equal(deep.output.weight, small.output.weight)
+    assert not torch.equal(deep.layers[0].attention.in_proj.weight, deep.layers[1].attention.in_proj.weight)
+
+
+def test_construction_follows_the_global_seed() -> None:
+    torch.testing.assert_close(small_model(seed=2).state_dict(), small_model(seed=2).state_dict(), rtol=0, atol=0)
+    assert not torch.equal(small_model(seed=2).output.weight, small_model(seed=3).output.weight)
+
+
+def test_a_fresh_model_predicts_almost_uniformly() -> None:
+    model, ids = small_model(vocab_size=61), random_ids(4, 40)
+    loss, count = token_loss(model(ids[:, :-1])[0], ids[:, 1:])
+    assert loss.item() / count.item() == pytest.approx(math.log(61), abs=0.8)
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+def test_params_hold_callables_and_names() -> None:
+    params = create_params(Namespace(model="open_lm_test_tiny", model_norm="rms_norm", qk_norm=True, ffn_type="gelu"))
+    assert vars(params)["attn_func"] is torch_attn or not torch.cuda.is_available()
+    assert vars(params)["norm_type"](4, eps=1e-5).weight.shape == (4,)
+    assert (params.dim, params.hidden_dim, params.head_dim, params.norm_eps) == (16, 16, 8, 1e-5)
+    assert (params.model_norm, params.apply_qk_norm, params.ffn_type) == ("rms_norm", True, "gelu")
+    assert isinstance(Transformer(params).layers[0], Block)
+
+
+def test_the_file_wins_over_flags() -> None:
+    params = create_params(Namespace(model="open_lm_1b_old", positional_embedding_type="none", seq_len=4))
+    assert (params.positional_embedding_type, params.seq_len) == ("head_rotary", 2048)
+
+
+def test_impossible_params_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Params(dim=2, n_heads=4, n_layers=0, moe_freq=1, moe_num_experts=2, moe_top_k=3)
+    for part in ("n_layers is 0", "n_heads is 4, more than hidden_dim 2", "--moe-top-k is 3, expected 1 to 2"):
+        assert part in str(caught.value)

@@ -1,0 +1,91 @@
+"""The small leaves: norms and position embeddings."""
+
+from __future__ import annotations
+
+import cmath
+
+import pytest
+import torch
+from torch import Tensor
+
+from open_lm.errors import ConfigError
+from open_lm.norms import NORMS, get_norm_class
+from open_lm.positional_embedding import POSITIONAL_EMBEDDINGS, get_positional_embedding
+
+
+@pytest.mark.parametrize("name", sorted(NORMS))
+def test_norms_against_their_definition(name: str) -> None:
+    norm = get_norm_class(name)(6, eps=1e-2)
+    weight, bias = (getattr(norm, part, None) for part in ("weight", "bias"))
+    assert (weight is not None) == (name != "no_wb_layer_norm")
+    assert (bias is not None) == (name in ("default_layer_norm", "lp_layer_norm"))
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.uniform_(0.5, 2.0)
+    x = torch.randn(3, 5, 6, dtype=torch.float64).float()
+    centred = x if name == "rms_norm" else x - x.mean(-1, keepdim=True)
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-2).sqrt()
+    expected = expected * (1 if weight is None else weight) + (0 if bias is None else bias)
+    torch.testing.assert_close(norm(x), expected)
+
+
+@pytest.mark.parametrize("name", ["lp_layer_norm", "gain_only_lp_layer_norm"])
+def test_low_precision_norm_stays_low_under_autocast(name: str) -> None:
+    norm, x = get_norm_class(name)(6, eps=1e-5), torch.randn(2, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(x).dtype == torch.bfloat16
+    assert norm(x).dtype == torch.float32
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ConfigError, match=r"--model-norm batch.*rms_norm"):
+        get_norm_class("batch")
+    with pytest.raises(ConfigError, match=r"--positional-embedding-type sine.*rotary"):
+        get_positional_embedding("sine", 8)
+    with pytest.raises(ConfigError, match="must be even"):
+        get_positional_embedding("rotary", 7)
+
+
+def turned(x: Tensor, angle_of_pair: list[float], pairs: list[tuple[int, int]]) -> Tensor:
+    """x (K,) with each pair of features turned like a complex number."""
+    out = x.clone()
+    for angle, (i, j) in zip(angle_of_pair, pairs, strict=True):
+        value = complex(x[i], x[j]) * cmath.exp(1j * angle)
+        out[i], out[j] = value.real, value.imag
+    return out
+
+
+@pytest.mark.parametrize("name", ["rotary", "llama_rotary", "head_rotary"])
+def test_rotations_by_hand(name: str) -> None:
+    heads, width = 3, 8
+    q, k = torch.randn(2, 4, heads, width), torch.randn(2, 4, heads, width)
+    positions = torch.tensor([[3, 4, 5, 6], [0, 0, 1, 2]])
+    embed = get_positional_embedding(name, width)
+    got_q, got_k, got_v = embed(q, k, k, positions)
+    half = width // 2
+    pairs = [(2 * i, 2 * i + 1) if name == "llama_rotary" else (i, i + half) for i in range(half)]
+    for b, t, h in ((b, t, h) for b in range(2) for t in range(4) for h in range(heads)):
+        place = h if name == "head_rotary" else int(positions[b, t])
+        angles = [place * 10000 ** (-2 * i / width) for i in range(half)]
+        torch.testing.assert_close(got_q[b, t, h], turned(q[b, t, h], angles, pairs), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got_k[b, t, h], turned(k[b, t, h], angles, pairs), atol=1e-5, rtol=1e-5)
+    assert got_v is k
+
+
+@pytest.mark.parametrize("name", sorted(POSITIONAL_EMBEDDINGS))
+def test_results_have_the_values_type(name: str) -> None:
+    q = torch.randn(1, 2, 2, 4)
+    got_q, got_k, got_v = get_positional_embedding(name, 4)(q, q, q.bfloat16(), torch.arange(2))
+    assert got_q.dtype == got_k.dtype == got_v.dtype == torch.bfloat16
+
+
+def test_frequencies_stay_exact_in_half_precision() -> None:
+    embed = get_positional_embedding("rotary", 64)
+    before = embed.inv_freq.clone()
+    embed.bfloat16()
+    assert embed.inv_freq.dtype == torch.float32
+    assert torch.equal(embed.inv_freq, before)
+    q = torch.randn(1, 1, 1, 64)
+    far = torch.tensor([2000])
+    exact, _, _ = get_positional_embedding("rotary", 64)(q, q, q, far)
+    torch.testing.assert_close(embed(q, q, q, far)[0], exact)
