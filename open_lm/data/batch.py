@@ -22,7 +22,7 @@ from open_lm import errors
 from open_lm.config import DataConfig
 from open_lm.data.masking import IGNORE_INDEX, mask_targets
 from open_lm.data.plan import Order, Plan, Samples, SizeOf
-from open_lm.data.stream import Reader, StreamSpec, make_reader
+from open_lm.data.stream import Notice, Reader, StreamSpec, make_reader
 from open_lm.errors import DataError, UserError
 
 _PREFETCHED_BATCHES = 4  # of each worker
@@ -74,7 +74,7 @@ class Item:
 
     batch: Batch | None
     state: dict[str, Any]
-    notices: tuple[str, ...]
+    notices: tuple[Notice, ...]
     failure: tuple[str, str] | None = None
 
     def pin_memory(self) -> Item:
@@ -134,8 +134,8 @@ class _Stream(IterableDataset[Item]):
         job = self.job
         worker = get_worker_info()
         own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader = make_reader(job.stream)
         try:
-            reader = make_reader(job.stream)
             plan = Plan(job.stream.sources, job.seed, job.order, size_of=reader.size_of, state=job.state)
             first = plan.position
             for number in count():
@@ -151,15 +151,18 @@ class _Stream(IterableDataset[Item]):
                     notices, reader.notices = tuple(reader.notices), []
                     yield Item(batch, plan.state(), notices)
         except UserError as error:
-            yield Item(None, {}, (), (type(error).__name__, str(error)))
+            yield Item(None, {}, tuple(reader.notices), (type(error).__name__, str(error)))
 
 
 def _leave_interrupts_to_the_main_process(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def items(job: Job, workers: int) -> Iterator[Item]:
-    """The items of a job in order, prepared by `workers` processes (0: by this one)."""
+def items(job: Job, workers: int, told: set[str]) -> Iterator[Item]:
+    """The items of a job in order, prepared by `workers` processes (0: by this one).
+
+    Notices that are not in `told` are logged. UserError: what a worker has found, as it found it.
+    """
     loader: DataLoader[Item] = DataLoader(
         _Stream(job),
         batch_size=None,
@@ -170,6 +173,7 @@ def items(job: Job, workers: int) -> Iterator[Item]:
         generator=torch.Generator(),  # one of its own, so that the number of workers leaves the global one alone
     )
     for item in loader:
+        _tell(item.notices, told, job.rank)
         if item.failure:
             name, message = item.failure
             raise getattr(errors, name, DataError)(message)
@@ -188,9 +192,9 @@ def size_of_shards(job: Job) -> SizeOf:
     return size_of
 
 
-def tell(notices: Sequence[str], told: frozenset[str]) -> frozenset[str]:
-    """Log what was not told before; several workers find the same things."""
-    for text in notices:
-        if text not in told:
+def _tell(notices: Sequence[Notice], told: set[str], rank: int) -> None:
+    """Log what was not `told` before: several workers find the same, and so does every reading of a set."""
+    for text, same_on_all_ranks in notices:
+        if text not in told and (rank == 0 or not same_on_all_ranks):
             logger.warning(text)
-    return told.union(notices)
+        told.add(text)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from open_lm.config import DataConfig, ValidationConfig
-from open_lm.data.batch import Batch, Item, Job, TargetMask, items, size_of_shards, tell
+from open_lm.data.batch import Batch, Item, Job, TargetMask, items, size_of_shards
 from open_lm.data.plan import Order, Plan, Source, check_enough, epoch_end_step, epoch_sequences
 from open_lm.data.shard_format import MEMBER_KINDS
 from open_lm.data.sources import collect, find_sources, find_validation_source
@@ -36,7 +36,7 @@ class TrainLoader:
     def __init__(self, job: Job, workers: int, folder: Folder | None) -> None:
         self._job, self._workers, self._folder = job, workers, folder
         self._iterator: Iterator[Item] | None = None
-        self._told: frozenset[str] = frozenset()
+        self._told: set[str] = set()
         self.sources: tuple[Source, ...] = job.stream.sources
         self.state = Plan(self.sources, job.seed, job.order, state=job.state).state()
 
@@ -53,14 +53,13 @@ class TrainLoader:
         """
         for _ in range(num_batches):
             if self._iterator is None:
-                self._iterator = items(replace(self._job, state=self.state), self._workers)
+                self._iterator = items(replace(self._job, state=self.state), self._workers, self._told)
             try:
                 item = next(self._iterator)
             except BaseException:
                 self.close()
                 raise
             assert item.batch is not None
-            self._told = tell(item.notices, self._told)
             self.state = item.state
             yield item.batch, item.state
 
@@ -76,7 +75,7 @@ class TrainLoader:
         return TrainLoader(replace(self._job, mask=TargetMask(), state=self.state), self._workers, self._folder)
 
     def close(self) -> None:
-        """Stop the workers and delete fetched shards; `batches` starts anew from the state."""
+        """Stop the workers; `batches` would start new ones from the state."""
         self._iterator = None
 
 
@@ -170,15 +169,14 @@ class ValLoader:
         self.data_key = job.stream.data_keys[0]
         self.batch_size = job.batch_size
         known = job.stream.sources[0].num_sequences
+        self._told: set[str] = set()
         self.num_sequences = known if known is None or job.limit is None else min(known, job.limit)
-        self._told: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches. DataError for a set without a usable sequence, or as found in the data."""
         batches = 0
-        for item in items(self._job, self._workers):
+        for item in items(self._job, self._workers, self._told):
             assert item.batch is not None
-            self._told = tell(item.notices, self._told)
             batches += 1
             yield item.batch
         if not batches:

@@ -179,7 +179,7 @@ class _Cursor:
             if shard is None:
                 if partial and self._is_last_pass:
                     break
-                self._start_pass(count - done)
+                self._start_pass(self.samples + done, count - done)
                 continue
             order = self._order_of_visit(shard)
             empty_visits = 0 if len(order) else empty_visits + 1
@@ -200,10 +200,10 @@ class _Cursor:
     def _is_last_pass(self) -> bool:
         return self.order.max_passes is not None and self.pass_number + 1 >= self.order.max_passes
 
-    def _start_pass(self, missing: int) -> None:
+    def _start_pass(self, used: int, missing: int) -> None:
         if self._is_last_pass:
             raise DataError(
-                f"{self.source.name}: its {self.samples} sequences are used up and {missing} more are needed; "
+                f"{self.source.name}: its {used} sequences are used up and {missing} more are needed; "
                 "give --multiple-data-passes, more data, or a smaller --train-num-samples or --epochs"
             )
         self.pass_number, self.visit, self.offset = self.pass_number + 1, 0, 0

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -179,12 +180,19 @@ class StreamSpec:
     folder: str | None = None
 
 
+class Notice(NamedTuple):
+    """Something to tell the user; once for the whole job where every rank finds the same."""
+
+    text: str
+    same_on_all_ranks: bool
+
+
 class SampleReader:
     """Rows of seq_len + 1 ids for samples of a plan; tells the sizes of shards that no manifest names."""
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
-        self.notices: list[str] = []  # for the user, each once; whoever reads the rows passes them on and clears them
+        self.notices: list[Notice] = []  # each once; whoever reads the rows passes them on and clears them
         self._store = ShardStore(capacity=2 * len(spec.sources) + 2, folder=spec.folder)
         self._rows = Counter[str]()  # "read", "usable", "broken"
         self._last_size = 1
@@ -281,13 +289,13 @@ class SampleReader:
             return None
         if wanted is not None and wanted != opened.kind:
             name = self.spec.sources[source].name
-            self._notice(f"the data key is {wanted}, but {name} holds {opened.kind}: using that")
+            self._notice(f"the data key is {wanted}, but {name} holds {opened.kind}: using that", same_on_all_ranks=True)
         return opened
 
-    def _notice(self, text: str) -> None:
+    def _notice(self, text: str, same_on_all_ranks: bool = False) -> None:
         if text not in self._noticed:
             self._noticed.add(text)
-            self.notices.append(text)
+            self.notices.append(Notice(text, same_on_all_ranks))
 
     def _count_broken(self, count: int = 1) -> None:
         self._rows["read"] += count
@@ -325,7 +333,7 @@ class SyntheticReader:
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
-        self.notices: list[str] = []
+        self.notices: list[Notice] = []
 
     def size_of(self, source: int, shard: int) -> int:
         raise AssertionError("the size of synthetic data is always known")

@@ -1,0 +1,52 @@
+"""Shards with recognisable sequences for the tests of the training data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from open_lm.data.shard_format import ManifestEntry, ShardWriter, token_dtype, write_manifest
+
+SEQ_LEN = 8
+VOCAB_SIZE = 1000
+
+
+def sequence(source: int, shard: int, member: int, length: int = SEQ_LEN + 1) -> np.ndarray:
+    """Ids (length,) that begin with where they come from."""
+    ids = np.arange(length) % VOCAB_SIZE
+    ids[:3] = (source, shard, member)
+    return ids
+
+
+def write_shard(path: Path, sequences: Sequence[np.ndarray], kind: str = "npy") -> str:
+    """A shard of the sequences; its path."""
+    dtype = token_dtype(VOCAB_SIZE) if kind == "npy" and all(ids.min() >= 0 for ids in sequences if len(ids)) else None
+    with ShardWriter(path, kind, dtype=dtype) as writer:
+        for number, ids in enumerate(sequences):
+            writer.write(f"{number:06d}", ids)
+    return str(path)
+
+
+def write_source(folder: Path, sizes: Sequence[int], source: int = 0, kind: str = "npy", manifest: bool = True) -> str:
+    """Shards 00000.tar, … of these sizes; the path of their manifest, or their pattern without one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard, size in enumerate(sizes):
+        write_shard(folder / f"{shard:05d}.tar", [sequence(source, shard, m) for m in range(size)], kind)
+    if not manifest:
+        return f"{folder}/{{00000..{len(sizes) - 1:05d}}}.tar"
+    entries = [ManifestEntry(f"{shard:05d}", size) for shard, size in enumerate(sizes)]
+    write_manifest(folder / "manifest.jsonl", entries)
+    return str(folder / "manifest.jsonl")
+
+
+def places(rows: np.ndarray) -> list[tuple[int, ...]]:
+    """(source, shard, member) of rows of ids (n, T)."""
+    return [tuple(row[:3]) for row in rows.tolist()]
+
+
+def jsonable(state: object) -> object:
+    """The state after a trip through JSON, as a checkpoint makes it."""
+    return json.loads(json.dumps(state))
