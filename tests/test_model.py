@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from model_helpers import random_ids, small_model
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from open_lm.attention import torch_attn
 from open_lm.errors import ConfigError
@@ -247,3 +252,48 @@ def test_impossible_params_are_reported_together() -> None:
         Params(dim=2, n_heads=4, n_layers=0, moe_freq=1, moe_num_experts=2, moe_top_k=3)
     for part in ("n_layers is 0", "n_heads is 4, more than hidden_dim 2", "--moe-top-k is 3, expected 1 to 2"):
         assert part in str(caught.value)
+
+
+@pytest.fixture
+def second_of_two_ranks() -> Iterator[DeviceMesh]:
+    """A mesh of two ranks as the second one sees it; nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"weight_tying": True}, {"ffn_type": "gelu"}, {"moe_freq": 1, "moe_num_experts": 3}]
+)
+def test_a_sharded_model_gets_its_part_of_the_same_values(
+    second_of_two_ranks: DeviceMesh, changes: dict[str, Any]
+) -> None:
+    params = Params(dim=24, n_layers=2, n_heads=2, vocab_size=31, **changes)
+    with torch.device("meta"):
+        sharded = Transformer(params)
+    for block in sharded.layers:
+        fully_shard(block, mesh=second_of_two_ranks)
+    fully_shard(sharded, mesh=second_of_two_ranks)
+    sharded.to_empty(device="cpu")
+    sharded.reset_parameters(seed=7)
+    whole = Transformer(params)
+    whole.reset_parameters(seed=7)
+    for name, parameter in sharded.named_parameters():
+        expected = whole.get_parameter(name).chunk(2)[1]
+        assert isinstance(parameter, DTensor)
+        torch.testing.assert_close(parameter.to_local(), expected, rtol=0, atol=0, msg=name)
+
+
+def test_compiled_model_gives_the_same_logits_and_gradients() -> None:
+    model, ids = small_model(moe_freq=2, moe_num_experts=3).train(), random_ids(2, 9)
+
+    def gradients(call: Any) -> list[Tensor]:
+        loss, count = token_loss(call(ids[:, :-1])[0], ids[:, 1:])
+        total = loss / count + model.auxiliary_loss()
+        return list(torch.autograd.grad(total, list(model.parameters())))
+
+    expected = gradients(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradients(compiled), expected)
