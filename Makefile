@@ -34,6 +34,16 @@ $(VENV)/.installed: $(UV) requirements/dev.txt setup.py pyproject.toml
 	$(UV) pip install --quiet --python $(VENV)/bin/python --no-deps --editable .
 	@touch $@
 
+install-eval: $(EVAL_VENV)/.installed  ## make .venv-eval with llm-foundry, for in-context-learning evaluation (about 6.5 GB)
+
+$(EVAL_VENV)/.installed: $(UV) requirements/eval.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "llm-foundry needs Python 3.10 to 3.12, $$($(PYTHON) --version) was found; say which with: make install-eval PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(EVAL_VENV)
+	$(UV) pip install --quiet --python $(EVAL_VENV)/bin/python -r requirements/eval.txt
+	$(UV) pip install --quiet --python $(EVAL_VENV)/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
 quickstart: install  ## the main job, offline, in minutes: text -> shards -> trained and evaluated model
 	$(VENV)/bin/python scripts/quickstart.py
 

@@ -1,0 +1,261 @@
+"""The main job from raw text to an evaluated model, offline, in minutes.
+
+    make quickstart            or: python scripts/quickstart.py --dir quickstart
+
+Each step is an ordinary command of this package, printed before it runs, and is skipped where its result is there
+already, so that an interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from python_docs import gather
+
+from open_lm.errors import UserError, run_cli
+from open_lm.storage import atomic_write, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+END_OF_TEXT = "<|endoftext|>"
+PROMPTS = ("The function returns", "This module provides", "Raises an exception if")
+RUN_NAME = "run"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the quickstart works and how much it does."""
+
+    folder: Path
+    text_mb: float
+    train_tokens: int
+    epochs: int
+    vocab_size: int
+    seq_len: int
+    processes: int
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "logs" / RUN_NAME / "checkpoints"
+
+    @property
+    def final_checkpoint(self) -> Path:
+        return self.checkpoints / f"epoch_{self.epochs}.pt"
+
+    def manifest(self, split: str) -> Path:
+        return self.folder / "shards" / split / f"{self.seq_len}-v1" / "0" / "manifest.jsonl"
+
+    def result(self, step: str) -> Path:
+        return self.folder / f"{step}.json"
+
+
+def run(settings: Settings, command: list[str], quiet: bool = False) -> str:
+    """Print and run a command in the quickstart's folder; its output passes through, or is returned with `quiet`."""
+    print("  $ " + shlex.join(["python" if word == sys.executable else word for word in command]), flush=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    result = subprocess.run(
+        command, check=False, cwd=settings.folder, env=env, text=True, stdout=subprocess.PIPE if quiet else None
+    )
+    if result.returncode != 0:
+        raise UserError(f"this command failed with exit code {result.returncode}; start again to continue from here")
+    return result.stdout or ""
+
+
+def gather_text(settings: Settings) -> None:
+    counts = gather(str(settings.folder / "raw"), settings.text_mb)
+    write_text(settings.result("text"), json.dumps(counts))
+    print(f"  {counts['train_bytes'] / 1e6:.1f} MB to train on, {counts['valid_bytes'] / 1e6:.1f} MB held out")
+
+
+def train_tokenizer(settings: Settings) -> None:
+    import zstandard
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def texts() -> Any:
+        for path in sorted((settings.folder / "raw").glob("train-*.jsonl.zst")):
+            for line in zstandard.decompress(path.read_bytes()).splitlines():
+                yield json.loads(line)["text"]
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    with atomic_write(settings.folder / "tokenizer.json", "w") as file:
+        file.write(tokenizer.to_str(pretty=True))
+    print(f"  {tokenizer.get_vocab_size():,} tokens in the vocabulary")
+
+
+def make_shards(settings: Settings) -> None:
+    for split, pattern in (("valid", "raw/valid.jsonl.zst"), ("train", "raw/train-*.jsonl.zst")):
+        command = [sys.executable, str(ROOT / "datapreprocess" / "make_2048.py"), "--input-files", pattern]
+        command += ["--output-dir", f"shards/{split}", "--tokenizer", "tokenizer.json"]
+        run(settings, [*command, "--seqlen", str(settings.seq_len), "--num-workers", "2"])
+
+
+def create_untrained(settings: Settings) -> None:
+    """The model as the run will initialise it, to compare with."""
+    from open_lm.checkpoint import save_model_state
+    from open_lm.model import create_model
+    from open_lm.params import parse_args
+
+    config = {"hidden_dim": 128, "n_layers": 4, "n_heads": 4, "seq_len": settings.seq_len}
+    config |= {"vocab_size": settings.vocab_size, "post_embed_norm": False, "weight_tying": False}
+    config |= {"model_norm": "gain_only_lp_layer_norm", "qk_norm": True}
+    path = settings.folder / "model.json"
+    write_text(path, json.dumps(config, indent=2) + "\n")
+    model = create_model(parse_args(["--model", str(path)]))
+    model.reset_parameters(seed=0)
+    save_model_state(settings.folder / "untrained.pt", model.state_dict(), epoch=0)
+    print(f"  {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def evaluation_command(checkpoint: str, settings: Settings) -> list[str]:
+    command = [sys.executable, "-m", "open_lm.main", "--model", "model.json", "--pretrained", checkpoint]
+    command += ["--val-data", f"{settings.manifest('valid').parent.relative_to(settings.folder)}/*.tar"]
+    command += ["--data-key", "npy", "--val-seq-ci", "--precision", "fp32", "--global-val-batch-size", "8"]
+    return [*command, "--workers", "0", "--logs", "logs"]
+
+
+def evaluate(settings: Settings, name: str, checkpoint: str) -> None:
+    run(settings, [*evaluation_command(checkpoint, settings), "--name", f"evaluate-{name}"], quiet=True)
+    results = (settings.folder / "logs" / f"evaluate-{name}" / "checkpoints" / "results.jsonl").read_text()
+    outcome = json.loads(results.splitlines()[-1])[0]
+    valid_bytes = json.loads(settings.result("text").read_text())["valid_bytes"]
+    outcome["bits_per_byte"] = outcome["loss"] * outcome["tokens"] / math.log(2) / valid_bytes
+    write_text(settings.result(f"evaluation-{name}"), json.dumps(outcome))
+    low, high = outcome["loss_sequences_lower_95"], outcome["loss_sequences_upper_95"]
+    print(
+        f"  loss {outcome['loss']:.3f} (95 % interval {low:.3f} to {high:.3f}) on {outcome['tokens']:,} held-out tokens"
+    )
+
+
+def sample(settings: Settings, name: str, checkpoint: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--model", "model.json"]
+    command += ["--checkpoint", checkpoint, "--tokenizer", "tokenizer.json", "--max-new-tokens", "24"]
+    command += ["--temperature", "0.7", "--seed", "1", "--json"]
+    for prompt in PROMPTS:
+        command += ["--prompt", prompt]
+    lines = run(settings, command, quiet=True).splitlines()
+    write_text(settings.result(f"samples-{name}"), json.dumps([json.loads(line) for line in lines]))
+    for line in lines:
+        item = json.loads(line)
+        print(f"  {item['prompt']!r} -> {item['completion']!r}")
+
+
+def train(settings: Settings) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(settings.processes), "-m", "open_lm.main", "--model", "model.json"]
+    command += ["--dataset-manifest", str(settings.manifest("train").relative_to(settings.folder))]
+    command += ["--multiple-data-passes", "--data-key", "npy", "--workers", "1", "--fsdp", "--precision", "fp32"]
+    command += ["--val-data", f"{settings.manifest('valid').parent.relative_to(settings.folder)}/*.tar"]
+    command += ["--train-num-samples", str(settings.train_tokens // settings.epochs), "--epochs", str(settings.epochs)]
+    command += ["--global-batch-size", "16", "--lr", "3e-3", "--warmup", "20", "--wd", "0.1", "--beta2", "0.95"]
+    command += ["--grad-clip-norm", "1", "--log-every-n-steps", "20", "--report-to", "tensorboard"]
+    run(settings, [*command, "--logs", "logs", "--name", RUN_NAME, "--resume", "latest"])
+
+
+def steps(settings: Settings) -> list[tuple[str, Path, Callable[[], None]]]:
+    """(title, the file whose presence says that it is done, what to do) of each step, in order."""
+    final = str(settings.final_checkpoint.relative_to(settings.folder))
+    result = settings.result
+    return [
+        ("Gather text from the Python installation", result("text"), lambda: gather_text(settings)),
+        ("Train a tokenizer on it", settings.folder / "tokenizer.json", lambda: train_tokenizer(settings)),
+        ("Tokenize, shuffle and write shards", settings.manifest("train"), lambda: make_shards(settings)),
+        ("Create the model", settings.folder / "untrained.pt", lambda: create_untrained(settings)),
+        (
+            "Evaluate it untrained",
+            result("evaluation-before"),
+            lambda: evaluate(settings, "before", "untrained.pt"),
+        ),
+        ("Sample from it untrained", result("samples-before"), lambda: sample(settings, "before", "untrained.pt")),
+        ("Train it with FSDP", settings.final_checkpoint, lambda: train(settings)),
+        ("Evaluate it trained", result("evaluation-after"), lambda: evaluate(settings, "after", final)),
+        ("Sample from it trained", result("samples-after"), lambda: sample(settings, "after", final)),
+    ]
+
+
+def summary(settings: Settings) -> str:
+    """The table at the end, from what the steps left on disk."""
+    from open_lm.loggers import read_metrics
+
+    def load(name: str) -> Any:
+        return json.loads(settings.result(name).read_text())
+
+    before, after = load("evaluation-before"), load("evaluation-after")
+    training = [
+        row for row in read_metrics(settings.folder / "logs" / RUN_NAME / "metrics.jsonl") if "train/loss" in row
+    ]
+    folder = os.path.relpath(settings.folder)
+    rows = [
+        ("text", f"{load('text')['train_bytes'] / 1e6:.1f} MB from {load('text')['train_documents']} documents"),
+        ("tokens trained on", f"{training[-1]['tokens']:,}"),
+        (
+            "training speed",
+            f"{training[-1]['train/tokens_per_second']:,.0f} tokens/s on {settings.processes} processes",
+        ),
+        ("held-out loss", f"{before['loss']:.3f} before, {after['loss']:.3f} after training"),
+        ("bits per byte", f"{before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after training"),
+        ("checkpoints", f"{folder}/logs/{RUN_NAME}/checkpoints"),
+        ("shards", str(settings.manifest("train").parent.relative_to(settings.folder.parent))),
+        ("curves", f"tensorboard --logdir {folder}/logs"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def next_commands(settings: Settings) -> str:
+    folder = os.path.relpath(settings.folder)
+    final = os.path.relpath(settings.final_checkpoint)
+    return (
+        "What to run next:\n"
+        f"  python scripts/generate.py --model {folder}/model.json --checkpoint {final} \\\n"
+        f"      --tokenizer {folder}/tokenizer.json --prompt 'Return the'\n"
+        "  python -m open_lm.main --help     # train on your own text: see README.md\n"
+        "  make install-eval                 # in-context-learning evaluation with llm-foundry"
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", default="quickstart", help="folder to work in")
+    parser.add_argument("--text-mb", type=float, default=4, help="megabytes of text to gather at most")
+    parser.add_argument("--tokens", type=int, default=1_200_000, help="tokens to train on")
+    parser.add_argument("--epochs", type=int, default=3, help="checkpoints to write on the way")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="size of the tokenizer's vocabulary")
+    parser.add_argument("--processes", type=int, default=2, help="training processes")
+    args = parser.parse_args(argv)
+    folder = Path(args.dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = Settings(folder, args.text_mb, args.tokens, args.epochs, args.vocab_size, 256, args.processes)
+
+    plan = steps(settings)
+    for number, (title, done, action) in enumerate(plan, start=1):
+        if done.exists():
+            print(f"[{number}/{len(plan)}] {title}: already there ({os.path.relpath(done)})", flush=True)
+            continue
+        print(f"[{number}/{len(plan)}] {title}", flush=True)
+        start = time.monotonic()
+        action()
+        print(f"  done in {time.monotonic() - start:.0f} s", flush=True)
+    print(f"\n{summary(settings)}\n\n{next_commands(settings)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_cli(main))
