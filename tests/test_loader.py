@@ -84,12 +84,15 @@ def test_one_pass_trains_on_every_sequence_once(two_sources: list[str]) -> None:
         next(loader.batches(1))
 
 
-def test_weights_mix_sources_at_sample_level(two_sources: list[str]) -> None:
+def test_weights_mix_sources_at_sample_level(two_sources: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     loader = loader_of(config(*two_sources, train_data_mix_weights=[3.0, 1.0], multiple_data_passes=True), 8)
     for batch, _ in loader.batches(25):
         assert batch.per_source == (6, 2)
     assert [source["samples"] for source in loader.state["sources"]] == [150, 50]
     assert [source["pass"] for source in loader.state["sources"]] == [3, 2]
+    said = [record.message for record in caplog.records if two_sources[0] in record.message]
+    assert said == [f"pass {number} over {two_sources[0]} begins" for number in (2, 3, 4)]
 
 
 def test_masks_apply_to_targets(tmp_path: Path) -> None:

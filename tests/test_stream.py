@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +236,27 @@ def test_pipe_commands(tmp_path: Path) -> None:
     (tmp_path / "fetched").mkdir()
     rows, _ = read(reader_of(source, folder=str(tmp_path / "fetched")), 5)
     assert places(rows) == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1), (0, 1, 2)]
+
+
+def test_http_shards(tmp_path: Path) -> None:
+    write_source(tmp_path / "data", [2, 3], manifest=False)
+    (tmp_path / "fetched").mkdir()
+    handler = partial(QuietHandler, directory=str(tmp_path / "data"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/{{00000..00001}}.tar"
+        rows, _ = read(reader_of(find_validation_source(url), folder=str(tmp_path / "fetched")), 5)
+        with pytest.raises(StorageError, match=r"00007\.tar: no such file"):
+            read(reader_of(Source("s", (url.replace("{00000..00001}", "00007"),), (1,)), folder=str(tmp_path)), 1)
+        server.shutdown()
+        thread.join()
+    assert len(set(places(rows))) == 5
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    def log_message(self, *_args: object) -> None:
+        """Tests are quiet."""
 
 
 def test_failing_pipe_command_names_itself(tmp_path: Path) -> None:

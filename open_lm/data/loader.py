@@ -9,6 +9,7 @@ number of ranks and workers. How a batch is made stands in batch.py.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from open_lm.data.sources import collect, find_sources, find_validation_source
 from open_lm.data.stream import StreamSpec, needs_folder
 from open_lm.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
 Folder = tempfile.TemporaryDirectory[str]
 __all__ = ["Batch", "TrainLoader", "ValLoader", "build_train_loader", "build_val_loaders"]
 
@@ -60,8 +62,15 @@ class TrainLoader:
                 self.close()
                 raise
             assert item.batch is not None
+            self._announce_passes(item.state)
             self.state = item.state
             yield item.batch, item.state
+
+    def _announce_passes(self, state: dict[str, Any]) -> None:
+        """Say when a source is read again from its beginning."""
+        for source, before, after in zip(self.sources, self.state["sources"], state["sources"], strict=True):
+            if after["pass"] > before["pass"] and self._job.rank == 0:
+                logger.info(f"pass {after['pass'] + 1} over {source.name} begins")
 
     def rewind(self, state: dict[str, Any], skip_batches: int = 0) -> None:
         """Go to `skip_batches` global batches after `state`."""

@@ -80,22 +80,22 @@ def _read_pattern(pattern: str) -> list[Part]:
     empty = [part for part, found in zip(pattern.split("::"), urls, strict=True) if not found]
     if empty:
         raise DataError(join_problems(empty, "No shard found for the pattern"))
-    _check_remote([url for part in urls for url in part])
+    _check_present([url for part in urls for url in part if storage.is_remote(url)])
     return [(tuple(part), _known_sizes(part)) for part in urls]
 
 
 def read_manifest_part(url: str) -> Part:
     """The shards that a manifest names, which lie beside it, and their sizes."""
     entries = read_manifest(url)
-    folder = url.rpartition("/")[0]
+    folder = url[: url.rfind("/") + 1]
     bad = [entry.shard for entry in entries if entry.shard.startswith(("/", "pipe:")) or "://" in entry.shard]
     if bad:
         raise DataError(f"{url}: names shards outside its folder ({', '.join(bad[:5])}); expected names beside it")
-    shards = tuple(storage.join(folder, entry.shard + ".tar") if folder else entry.shard + ".tar" for entry in entries)
-    missing = [shard for shard in shards if not storage.is_remote(shard) and not storage.exists(shard)]
-    if missing:
-        raise DataError(_listing(missing, f"{url} names shards that do not exist; copy them there or make it again"))
-    _check_remote(shards)
+    shards = tuple(f"{folder}{entry.shard}.tar" for entry in entries)
+    try:
+        _check_present(shards)
+    except DataError as error:
+        raise DataError(f"{url} names what is not there; copy it there or make the manifest again. {error}") from error
     return shards, tuple(entry.num_sequences for entry in entries)
 
 
@@ -104,16 +104,16 @@ def _known_sizes(urls: Sequence[str]) -> tuple[int | None, ...]:
     return tuple(table.get(url) for url in urls)
 
 
-def _check_remote(urls: Sequence[str]) -> None:
-    """List the remote folders once and report all shards that they lack."""
+def _check_present(urls: Sequence[str]) -> None:
+    """List the shards' folders once, where they can be listed, and report all shards that they lack."""
     folders: dict[str, list[str]] = defaultdict(list)
     for url in urls:
-        if url.startswith(_LISTABLE):
+        if url.startswith(_LISTABLE) or not storage.is_remote(url):
             folders[url.rpartition("/")[0]].append(url)
     missing: list[str] = []
     for folder, wanted in folders.items():
         try:
-            present = {url.rpartition("/")[2] for url in storage.list_files(folder)}
+            present = {url.rpartition("/")[2] for url in storage.list_files(folder or ".")}
         except StorageError:
             # Objects may be readable where listing is not allowed; an unreachable store fails here again, and says so.
             missing += [] if storage.exists(wanted[0]) else [wanted[0]]
