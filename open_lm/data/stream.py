@@ -289,7 +289,8 @@ class SampleReader:
             return None
         if wanted is not None and wanted != opened.kind:
             name = self.spec.sources[source].name
-            self._notice(f"the data key is {wanted}, but {name} holds {opened.kind}: using that", same_on_all_ranks=True)
+            text = f"the data key is {wanted}, but {name} holds {opened.kind}: using that"
+            self._notice(text, same_on_all_ranks=True)
         return opened
 
     def _notice(self, text: str, same_on_all_ranks: bool = False) -> None:
