@@ -26,13 +26,14 @@ from open_lm.storage_backends import (
     find_backend,
     is_temporary,
     local_path,
+    temporary_name,
     with_retries,
 )
 
 __all__ = [
     "FileInfo", "atomic_write", "copy", "download", "exists", "glob", "info", "is_remote", "is_temporary", "join",
     "list_files", "list_infos", "local_path", "makedirs", "open_file", "read_bytes", "read_text", "remove", "size",
-    "upload", "write_bytes", "write_text",
+    "temporary_name", "upload", "write_bytes", "write_text",
 ]  # fmt: skip
 
 

@@ -65,6 +65,12 @@ def is_temporary(name: str | os.PathLike[str]) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- errors and retries
+def temporary_name(target: str, tag: str) -> str:
+    """The name of an incomplete or passing file beside `target`, which `is_temporary` knows."""
+    folder, name = os.path.split(target)
+    return os.path.join(folder, f".{name}{TEMP_MARK}{tag}")
+
+
 class IncompleteTransfer(OSError):
     """A transfer ended without an error but with the wrong number of bytes."""
 

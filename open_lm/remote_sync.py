@@ -1,0 +1,201 @@
+"""Copying a run's folder to remote storage while it runs (`--remote-sync`), without getting in the way.
+
+A thread copies what is new or changed every `every_s` seconds, several files at once, and checks each one's size at the
+other end. It never deletes anything there. A file is uploaded from a snapshot, so that one which is replaced or grows
+meanwhile arrives as it was at one moment. epoch_N.pt goes after the files it needs: where it is, they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from open_lm import storage
+from open_lm.errors import ConfigError, StorageError, join_problems
+
+_SNAPSHOT = "sync-"
+
+
+@dataclass
+class SyncReport:
+    """What one pass did: files uploaded and files found unchanged (by relative path), and what went wrong."""
+
+    uploaded: list[str] = field(default_factory=list)
+    unchanged: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+class RemoteSync:
+    """Keeps a copy of the folder `local` at `remote`.
+
+    protocol: "s3" (s3:// addresses) or "fsspec" (any that fsspec knows). workers: files at a time.
+    """
+
+    def __init__(self, local: str, remote: str, every_s: float = 300, protocol: str = "s3", workers: int = 4) -> None:
+        if protocol == "s3" and not remote.startswith("s3://"):
+            raise ConfigError(
+                f"--remote-sync {remote}: --remote-sync-protocol s3 expects s3://bucket/folder; "
+                "use --remote-sync-protocol fsspec for other addresses"
+            )
+        self.local = storage.local_path(local)
+        self.remote = remote.rstrip("/")
+        self.every_s = every_s
+        self._workers = workers
+        self._sent: dict[str, tuple[int, int]] = {}  # relative path -> size and time (ns) of what was uploaded
+        self._remote_known = False
+        self._one_pass = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Copy once, so that a wrong address or missing permission ends the run at its start, then keep copying."""
+        self._remove_old_snapshots()
+        report = self.sync_once()
+        if report.problems:
+            raise StorageError(join_problems(report.problems, f"--remote-sync {self.remote} does not work"))
+        self._thread = threading.Thread(target=self._keep_copying, name="remote-sync", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> SyncReport:
+        """Stop the thread and copy a last time; StorageError with every file that could not be copied."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        report = self.sync_once()
+        if report.problems:
+            raise StorageError(
+                join_problems(report.problems, f"--remote-sync: the last copy to {self.remote} is incomplete")
+                + f"\nEverything is complete in {self.local}; copy it by hand"
+            )
+        logging.info(f"remote sync: {self.remote} is complete")
+        return report
+
+    def __enter__(self) -> RemoteSync:
+        self.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.finish()
+        except StorageError as failure:
+            if error is None:
+                raise
+            logging.error(str(failure))  # what ended the run is the error to see
+
+    def sync_once(self) -> SyncReport:
+        """Upload what is new or changed since the last pass. Failures are in the report, not raised."""
+        with self._one_pass:
+            report = SyncReport()
+            try:
+                if not self._remote_known:
+                    self._compare_with_remote()
+                changed = self._changed(report)
+                last = [path for path in changed if os.path.basename(path).startswith("epoch_")]
+                self._upload_all([path for path in changed if path not in last], report)
+                # An epoch_N.pt whose companions did not arrive waits for the next pass.
+                incomplete = {os.path.dirname(path) for path in changed if path not in {*last, *report.uploaded}}
+                self._upload_all([path for path in last if os.path.dirname(path) not in incomplete], report)
+            except StorageError as error:
+                report.problems.append(str(error))
+            return report
+
+    def _keep_copying(self) -> None:
+        while not self._stop.wait(self.every_s):
+            try:
+                problems = self.sync_once().problems
+            except Exception as error:  # a thread that dies unseen would leave the run without copies
+                problems = [f"{type(error).__name__}: {error}"]
+            if problems:
+                logging.warning(join_problems(problems, f"remote sync to {self.remote} will try again"))
+
+    def _files(self) -> Iterable[str]:
+        for folder, _, names in os.walk(self.local):
+            for name in names:
+                path = os.path.join(folder, name)
+                if not storage.is_temporary(name) and not os.path.islink(path):
+                    yield os.path.relpath(path, self.local)
+
+    def _changed(self, report: SyncReport) -> list[str]:
+        changed: list[str] = []
+        for path in sorted(self._files()):
+            try:
+                same = self._sent.get(path) == _fingerprint(os.path.join(self.local, path))
+            except FileNotFoundError:
+                continue  # deleted since it was listed
+            (report.unchanged if same else changed).append(path)
+        return changed
+
+    def _compare_with_remote(self) -> None:
+        """What an earlier run of the program uploaded already: the same size there, and younger than the file here."""
+        there = {item.url[len(self.remote) + 1 :]: item for item in storage.list_infos(self.remote, recursive=True)}
+        for path in self._files():
+            found = there.get(path.replace(os.sep, "/"))
+            try:
+                size, changed_ns = _fingerprint(os.path.join(self.local, path))
+            except FileNotFoundError:
+                continue
+            if found is not None and found.size == size and found.mtime_s > changed_ns / 1e9:
+                self._sent[path] = (size, changed_ns)
+        self._remote_known = True
+
+    def _upload_all(self, paths: list[str], report: SyncReport) -> None:
+        if not paths:
+            return
+        with ThreadPoolExecutor(self._workers, thread_name_prefix="remote-sync") as pool:
+            for path, problem in zip(paths, pool.map(self._upload, paths), strict=True):
+                if problem is None:
+                    report.uploaded.append(path)
+                else:
+                    report.problems.append(problem)
+
+    def _upload(self, path: str) -> str | None:
+        """Upload one file from a snapshot; returns what went wrong, or None."""
+        source = os.path.join(self.local, path)
+        snapshot = storage.temporary_name(source, f"{_SNAPSHOT}{uuid.uuid4().hex}")
+        try:
+            fingerprint = _take_snapshot(source, snapshot)
+            storage.upload(snapshot, storage.join(self.remote, *path.split(os.sep)))
+            self._sent[path] = fingerprint
+        except FileNotFoundError:
+            return None  # deleted since it was listed
+        except (StorageError, OSError) as error:
+            return str(error)
+        finally:
+            if os.path.exists(snapshot):
+                os.unlink(snapshot)
+        return None
+
+    def _remove_old_snapshots(self) -> None:
+        """Those that a killed run left behind."""
+        for folder, _, names in os.walk(self.local):
+            for name in names:
+                if storage.is_temporary(name) and _SNAPSHOT in name:
+                    os.unlink(os.path.join(folder, name))
+
+
+def _fingerprint(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _take_snapshot(source: str, snapshot: str) -> tuple[int, int]:
+    """Make `snapshot` the file as it is now, and return its size and time.
+
+    A checkpoint is never changed in place, only replaced: a second link to it costs nothing. Other files grow: they
+    are copied.
+    """
+    take: Callable[[str, str], object] = os.link if source.endswith(".pt") else shutil.copyfile
+    fingerprint = _fingerprint(source)
+    try:
+        take(source, snapshot)
+    except FileNotFoundError:
+        raise
+    except OSError:  # a file system without links
+        shutil.copyfile(source, snapshot)
+    return _fingerprint(snapshot) if take is os.link else fingerprint

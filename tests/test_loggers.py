@@ -1,0 +1,242 @@
+"""What a run writes about itself, read back by the programs that people read it with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from open_lm import storage
+from open_lm.config import LoggingConfig
+from open_lm.errors import ConfigError
+from open_lm.loggers import (
+    JsonLinesLogger,
+    append_line,
+    build_loggers,
+    close_logging,
+    parse_report_to,
+    setup_logging,
+)
+from open_lm.run_folder import RunPaths, copy_codebase, redact, write_params
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    level = logging.getLogger().level
+    yield
+    close_logging()
+    logging.getLogger().setLevel(level)
+
+
+def paths_in(tmp_path: Path) -> RunPaths:
+    paths = RunPaths(str(tmp_path / "logs"), "run")
+    paths.prepare(None)
+    return paths
+
+
+def config(tmp_path: Path, report_to: str = "") -> LoggingConfig:
+    return LoggingConfig(logs=str(tmp_path / "logs"), report_to=report_to, wandb_project_name="open_lm_test")
+
+
+# ---------------------------------------------------------------------------------------------- messages
+def test_messages_have_the_contracts_format_in_both_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "out.log"
+    setup_logging(str(log))
+    logging.info("first")
+    logging.debug("unseen")
+    setup_logging(str(log))  # the next run in this process: appended to, and no line twice
+    logging.warning("second")
+    lines = log.read_text().splitlines()
+    assert len(lines) == 2
+    pattern = r"\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| %s \| %s"
+    for line, (level, message) in zip(lines, (("INFO", "first"), ("WARNING", "second")), strict=True):
+        assert re.fullmatch(pattern % (level, message), line)
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_messages_hold_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
+    setup_logging(str(tmp_path / "out.log"))
+    logging.info("key 0123456789abcdef0123 at https://me:pw@host/x")
+    assert (tmp_path / "out.log").read_text().endswith("key *** at https://***@host/x\n")
+
+
+# ---------------------------------------------------------------------------------------------- metrics.jsonl
+def read_lines(path: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_metrics_are_one_object_a_line(tmp_path: Path) -> None:
+    paths = paths_in(tmp_path)
+    loggers = build_loggers(config(tmp_path), paths, {})
+    loggers.log({"train/loss": torch.tensor(2.5), "train/tokens": 64, "val/data": ["a"], "x": math.nan}, step=1)
+    loggers.log({"train/loss": float("inf")}, step=2)
+    loggers.close()
+    first, second = read_lines(paths.metrics)
+    assert first.pop("time") and second.pop("time")
+    assert first == {"step": 1, "train/loss": 2.5, "train/tokens": 64, "val/data": ["a"], "x": None}
+    assert second == {"step": 2, "train/loss": None}
+
+
+def test_continued_metrics_have_no_step_twice(tmp_path: Path) -> None:
+    path = str(tmp_path / "metrics.jsonl")
+    logger = JsonLinesLogger(path)
+    for step in range(1, 8):
+        logger.log({"loss": step}, step)
+    with open(path, "a") as file:
+        file.write('{"step": 8, "lo')  # killed in the middle of a line
+    continued = JsonLinesLogger(path, start_step=5)
+    for step in range(6, 9):
+        continued.log({"loss": -step}, step)
+    assert [(line["step"], line["loss"]) for line in read_lines(path)] == [
+        (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, -6), (7, -7), (8, -8),
+    ]  # fmt: skip
+
+
+def test_lines_are_appended_whole_locally_and_remotely(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "new" / "results.jsonl"), "memory://loggers-test/results.jsonl"):
+        append_line(path, "[1]")
+        append_line(path, "[2]\n")
+        assert storage.read_text(path) == "[1]\n[2]\n"
+
+
+# ---------------------------------------------------------------------------------------------- TensorBoard and wandb
+def test_tensorboard_files_read_back_and_continue(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    paths = paths_in(tmp_path)
+    loggers = build_loggers(config(tmp_path, "tensorboard"), paths, {})
+    for step in range(1, 7):
+        loggers.log({"train/loss": 10.0 - step, "note": "text"}, step)
+    loggers.close()
+    loggers = build_loggers(config(tmp_path, "tensorboard"), paths, {}, start_step=4)
+    loggers.log({"train/loss": 0.5}, 5)
+    loggers.close()
+    events = EventAccumulator(paths.tensorboard)
+    events.Reload()
+    assert events.Tags()["scalars"] == ["train/loss"]
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0), (5, 0.5),
+    ]  # fmt: skip
+
+
+def test_wandb_offline_keeps_the_run_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    paths = paths_in(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        loggers = build_loggers(config(tmp_path, "wandb"), paths, {"lr": 0.1, "remote_sync": "https://u:secret12@h/x"})
+    assert "no Weights & Biases API key was found" in caplog.text
+    loggers.log({"train/loss": 1.5}, 1)
+    loggers.log({"train/loss": 1.25}, 2)
+    loggers.close()
+    (folder,) = Path(paths.root, "wandb").glob("offline-run-*")
+    (recorded,) = folder.glob("*.wandb")
+    assert recorded.name == "run-run.wandb"
+    data = recorded.read_bytes()
+    assert b"train/loss" in data and b"1.25" in data and b"open_lm_test" in data
+    assert not any(b"secret12" in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("package, name", [("wandb", "wandb"), ("torch.utils.tensorboard", "tensorboard")])
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=f"--report-to {name}: the package {name} is not installed.*pip install"):
+        build_loggers(config(tmp_path, name), paths_in(tmp_path), {})
+
+
+# ---------------------------------------------------------------------------------------------- which
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", []),
+        ("wandb", ["wandb"]),
+        ("wandb,tensorboard", ["wandb", "tensorboard"]),
+        (" Tensorboard , tensorboard", ["tensorboard"]),
+        ("all", ["tensorboard", "wandb"]),
+    ],
+)
+def test_report_to(text: str, expected: list[str]) -> None:
+    assert parse_report_to(text) == expected
+
+
+def test_unknown_reporters_are_all_named() -> None:
+    with pytest.raises(ConfigError, match=r"found 'mlflow', 'comet', expected tensorboard, wandb, all"):
+        parse_report_to("mlflow,wandb,comet")
+
+
+def test_other_ranks_and_no_logs_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for logs, is_master in (("none", True), ("logs", False)):
+        paths = RunPaths(logs, "run")
+        paths.prepare(None) if is_master else None
+        loggers = build_loggers(LoggingConfig(logs=logs, report_to="all"), paths, {}, is_master=is_master)
+        loggers.log({"x": 1.0}, 1)
+        loggers.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------- the run's folder
+def test_params_are_sorted_lines_without_secrets(tmp_path: Path) -> None:
+    args = argparse.Namespace(
+        name="run",
+        lr=0.003,
+        beta2=0.95,
+        train_data=[
+            "pipe:curl -H 'Authorization: Bearer tok123' https://h/x?X-Amz-Signature=abc&part=1 -",
+            "s3://b/{1..2}.tar",
+        ],
+        val_data_key=["npy"],
+        remote_sync="https://user:hunter2@host/logs",
+        wandb_notes="uses hf_abcdefghijklmnopqrstuvwxyz and AKIAABCDEFGHIJKLMNOP",
+        resume=None,
+    )
+    write_params(str(tmp_path / "params.txt"), args)
+    assert (tmp_path / "params.txt").read_text().splitlines() == [
+        "beta2: 0.95",
+        "lr: 0.003",
+        "name: run",
+        "remote_sync: https://***@host/logs",
+        "resume: None",
+        "train_data: [\"pipe:curl -H 'Authorization: Bearer ***' https://h/x?X-Amz-Signature=***&part=1 -\", 's3://b/{1..2}.tar']",
+        "val_data_key: ['npy']",
+        "wandb_notes: uses *** and ***",
+    ]
+
+
+def test_values_of_secret_variables_are_redacted_and_others_are_not() -> None:
+    environ = {"MY_API_KEY": "verysecretvalue", "HOME": "/home/longname", "AWS_SECRET_ACCESS_KEY": "short"}
+    text = "AWS_SECRET_ACCESS_KEY=abc verysecretvalue /home/longname short --token=xyz s3://bucket/key@2"
+    assert redact(text, environ) == "AWS_SECRET_ACCESS_KEY=*** *** /home/longname short --token=*** s3://bucket/key@2"
+
+
+def test_an_existing_run_is_only_continued_on_purpose(tmp_path: Path) -> None:
+    paths = paths_in(tmp_path)
+    Path(paths.log).write_text("x")
+    with pytest.raises(ConfigError, match=r"--name run: the run exists already.*--resume latest"):
+        paths.prepare(None)
+    with pytest.raises(ConfigError, match="exists already"):
+        paths.prepare("other/epoch_1.pt")
+    paths.prepare("latest")
+    with pytest.raises(ConfigError, match="--remote-sync s3://b/logs"):
+        RunPaths("s3://b/logs", "run").prepare(None)
+
+
+def test_the_source_is_copied(tmp_path: Path) -> None:
+    paths = paths_in(tmp_path)
+    folder = Path(copy_codebase(paths))
+    assert (folder / "open_lm" / "run_folder.py").is_file()
+    assert not list(folder.rglob("__pycache__")) and not list(folder.glob("*.copying"))
+    assert copy_codebase(paths) == str(folder)
