@@ -83,9 +83,8 @@ def read_text(url: str | os.PathLike[str]) -> str:
     try:
         return read_bytes(url).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise StorageError(
-            f"{os.fspath(url)}: expected UTF-8 text, found byte 0x{error.object[error.start]:02x}"
-        ) from error
+        found = f"byte 0x{error.object[error.start]:02x} at {error.start}"
+        raise StorageError(f"{os.fspath(url)}: expected UTF-8 text, found {found}") from error
 
 
 def info(url: str | os.PathLike[str]) -> FileInfo | None:

@@ -235,8 +235,13 @@ class _S3Backend:
         _s3_client().download_file(bucket, key, local_path_, Config=_transfer_config())
 
     def put(self, local_path_: str, url: str) -> None:
+        from boto3.exceptions import S3UploadFailedError
+
         bucket, key = _split_s3(url)
-        _s3_client().upload_file(local_path_, bucket, key, Config=_transfer_config())
+        try:
+            _s3_client().upload_file(local_path_, bucket, key, Config=_transfer_config())
+        except S3UploadFailedError as error:
+            raise error.__context__ or error from None  # the reason, which decides about another try
 
     def remove(self, url: str) -> None:
         bucket, key = _split_s3(url)

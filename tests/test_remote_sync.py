@@ -1,0 +1,205 @@
+"""The copy of a run's folder on S3 (a real server on loopback) and on any fsspec address."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from open_lm import storage
+from open_lm.errors import ConfigError, StorageError
+from open_lm.remote_sync import RemoteSync
+
+FILES = {
+    "out.log": b"line\n",
+    "params.txt": b"lr: 1\n",
+    "checkpoints/epoch_1.pt": b"model" * 100,
+    "checkpoints/optimizer_1.pt": b"moments" * 100,
+    "checkpoints/results.jsonl": b"[]\n",
+    "tensorboard/events.out": b"\x00\x01",
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "logs" / "run"
+    for name, data in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+@pytest.fixture(params=["s3", "memory", "file"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+    """An address and its protocol."""
+    if request.param == "s3":
+        return f"s3://{request.getfixturevalue('s3_bucket')}/runs/run", "s3"
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4().hex}/run", "fsspec"
+    return f"file://{tmp_path}/copy/run", "fsspec"
+
+
+def content(remote: str) -> dict[str, bytes]:
+    root = storage.local_path(remote)
+    root = root.replace("memory://", "memory:///") if root.startswith("memory://") else root
+    return {url[len(root) + 1 :]: storage.read_bytes(url) for url in storage.list_files(remote, recursive=True)}
+
+
+def test_copies_everything_then_only_what_changed_and_deletes_nothing(run: Path, remote: tuple[str, str]) -> None:
+    address, protocol = remote
+    sync = RemoteSync(str(run), address, protocol=protocol)
+    assert sorted(sync.sync_once().uploaded) == sorted(FILES)
+    assert content(address) == FILES
+
+    assert sync.sync_once().uploaded == []
+    with open(run / "out.log", "ab") as file:
+        file.write(b"more\n")
+    (run / "checkpoints" / "epoch_1.pt").unlink()
+    report = sync.finish()
+    assert report.uploaded == ["out.log"] and len(report.unchanged) == len(FILES) - 2
+    assert content(address) == {**FILES, "out.log": b"line\nmore\n"}
+
+
+def test_program_started_again_uploads_only_what_is_new(run: Path, s3_bucket: str) -> None:
+    address = f"s3://{s3_bucket}/runs/run"
+    for path in run.rglob("*"):
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+    RemoteSync(str(run), address).sync_once()
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "params.txt").write_text("lr: 2\n")  # of the same size, but newer than the copy
+    os.utime(run / "params.txt", (4_000_000_000, 4_000_000_000))
+    assert sorted(RemoteSync(str(run), address).sync_once().uploaded) == ["metrics.jsonl", "params.txt"]
+    assert content(address)["params.txt"] == b"lr: 2\n"
+
+
+def test_half_written_files_stay_here(run: Path, remote: tuple[str, str]) -> None:
+    address, protocol = remote
+    with pytest.raises(RuntimeError), storage.atomic_write(str(run / "checkpoints" / "epoch_2.pt")) as file:
+        file.write(b"half")
+        file.flush()
+        RemoteSync(str(run), address, protocol=protocol).sync_once()
+        raise RuntimeError
+    assert set(content(address)) == set(FILES)
+    assert not any(storage.is_temporary(path) for path in run.rglob("*")), "no snapshots are left behind"
+
+
+def test_file_replaced_during_its_upload_arrives_as_it_was(
+    run: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = storage.upload
+
+    def replaced_meanwhile(source: str, url: str) -> None:
+        if "epoch_1" in url:
+            storage.write_bytes(str(run / "checkpoints" / "epoch_1.pt"), b"another")
+        if "out.log" in url:
+            (run / "out.log").write_bytes(b"grown meanwhile\n" * 1000)
+        upload(source, url)
+
+    sync = RemoteSync(str(run), f"s3://{s3_bucket}/run")
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "upload", replaced_meanwhile)
+        assert sync.sync_once().problems == []
+    there = content(f"s3://{s3_bucket}/run")
+    assert (there["checkpoints/epoch_1.pt"], there["out.log"]) == (FILES["checkpoints/epoch_1.pt"], FILES["out.log"])
+    assert sorted(sync.finish().uploaded) == ["checkpoints/epoch_1.pt", "out.log"]
+    assert content(f"s3://{s3_bucket}/run")["checkpoints/epoch_1.pt"] == b"another"
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *names: str) -> Callable[[], None]:
+    """Uploads of files with one of these words in their address fail; the result mends them."""
+    upload = storage.upload
+    broken = set(names)
+
+    def maybe(source: str, url: str) -> None:
+        if any(name in url for name in broken):
+            raise StorageError(f"{url}: the line is cut")
+        upload(source, url)
+
+    monkeypatch.setattr(storage, "upload", maybe)
+    return broken.clear
+
+
+def test_model_is_not_there_before_its_optimizer(run: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mend = failing(monkeypatch, "optimizer_1")
+    sync = RemoteSync(str(run), f"s3://{s3_bucket}/run")
+    report = sync.sync_once()
+    assert len(report.problems) == 1 and "optimizer_1.pt" in report.problems[0]
+    assert set(content(f"s3://{s3_bucket}/run")) == set(FILES) - {
+        "checkpoints/epoch_1.pt",
+        "checkpoints/optimizer_1.pt",
+    }
+    mend()
+    assert sync.sync_once().uploaded == ["checkpoints/optimizer_1.pt", "checkpoints/epoch_1.pt"]
+
+
+def test_failing_last_copy_is_reported_with_every_file(
+    run: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "out.log", "params.txt")
+    sync = RemoteSync(str(run), f"s3://{s3_bucket}/run")
+    with pytest.raises(StorageError) as error:
+        sync.finish()
+    for part in ("out.log", "params.txt", "the last copy", f"complete in {run}"):
+        assert part in str(error.value)
+
+
+def test_thread_copies_meanwhile_and_a_failure_only_delays(
+    run: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"s3://{s3_bucket}/run"
+    sync = RemoteSync(str(run), address, every_s=0.01)
+    sync_once, done, changed = sync.sync_once, [0], threading.Condition()
+
+    def counted() -> object:
+        report = sync_once()
+        with changed:
+            done[0] += 1
+            changed.notify_all()
+        return report
+
+    def wait_for_a_whole_pass() -> None:
+        with changed:
+            goal = done[0] + 2  # the next one to end may have begun before
+            assert changed.wait_for(lambda: done[0] >= goal, timeout=60)
+
+    monkeypatch.setattr(sync, "sync_once", counted)
+    with caplog.at_level(logging.WARNING), sync:
+        mend = failing(monkeypatch, "late.txt")
+        (run / "late.txt").write_text("late")
+        wait_for_a_whole_pass()
+        assert "late.txt" not in content(address)
+        mend()
+        wait_for_a_whole_pass()
+        assert content(address)["late.txt"] == b"late"
+    assert "late.txt: the line is cut" in caplog.text and "will try again" in caplog.text
+    assert not any(thread.name.startswith("remote-sync") for thread in threading.enumerate())
+
+
+def test_wrong_addresses_end_the_run_at_its_start(run: Path, s3_bucket: str) -> None:
+    with pytest.raises(ConfigError, match="--remote-sync-protocol fsspec"):
+        RemoteSync(str(run), "gs://bucket/run", protocol="s3")
+    with pytest.raises(StorageError, match="no such bucket"):
+        RemoteSync(str(run), f"s3://{s3_bucket}-not/run").start()
+
+
+def test_error_of_the_run_is_not_hidden_by_one_of_the_copy(
+    run: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ZeroDivisionError), RemoteSync(str(run), f"s3://{s3_bucket}/run"):
+        failing(monkeypatch, "new.txt")
+        (run / "new.txt").write_text("new")
+        raise ZeroDivisionError
+    assert "new.txt: the line is cut" in caplog.text
+
+
+def test_snapshots_of_a_killed_run_are_removed(run: Path, s3_bucket: str) -> None:
+    left = run / "checkpoints" / ".epoch_1.pt.open-lm-part-sync-0123"
+    os.link(run / "checkpoints" / "epoch_1.pt", left)
+    with RemoteSync(str(run), f"s3://{s3_bucket}/run"):
+        assert not left.exists()
+    assert (run / "checkpoints" / "epoch_1.pt").read_bytes() == FILES["checkpoints/epoch_1.pt"]

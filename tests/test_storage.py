@@ -1,0 +1,285 @@
+"""Local and remote files: every function on every kind of address, S3 from a real server on loopback."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from open_lm import storage, storage_backends
+from open_lm.errors import StorageError
+
+
+@pytest.fixture(params=["local", "file", "s3", "memory"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "s3":
+        return f"s3://{request.getfixturevalue('s3_bucket')}/some/folder"
+    if request.param == "memory":
+        return f"memory:///{uuid.uuid4().hex}"
+    return f"file://{tmp_path}/folder" if request.param == "file" else str(tmp_path / "folder")
+
+
+def plain(url: str) -> str:
+    return storage.local_path(url)
+
+
+# ---------------------------------------------------------------------------------------------- everywhere
+def test_written_files_are_read_listed_and_found(base: str) -> None:
+    assert storage.list_files(base) == [] and not storage.exists(base)
+    storage.write_bytes(storage.join(base, "b.bin"), b"\x00\xff")
+    with storage.atomic_write(storage.join(base, "sub", "a.txt"), "w") as file:
+        file.write("zwei\nZeilen ü\n")
+    storage.write_text(storage.join(base, "c.txt"), "c")
+
+    assert storage.read_bytes(storage.join(base, "b.bin")) == b"\x00\xff"
+    assert storage.read_text(storage.join(base, "sub", "a.txt")) == "zwei\nZeilen ü\n"
+    with storage.open_file(storage.join(base, "sub", "a.txt"), "r") as file:
+        assert list(file) == ["zwei\n", "Zeilen ü\n"]
+    root = plain(base)
+    assert storage.list_files(base) == [f"{root}/b.bin", f"{root}/c.txt"]
+    assert storage.list_files(base, recursive=True) == [f"{root}/b.bin", f"{root}/c.txt", f"{root}/sub/a.txt"]
+    assert storage.glob(storage.join(base, "*.txt")) == [f"{root}/c.txt"]
+    assert storage.glob(storage.join(base, "**", "*.txt")) == [f"{root}/c.txt", f"{root}/sub/a.txt"]
+    assert storage.glob(storage.join(base, "[ab].???")) == [f"{root}/b.bin"]
+    assert storage.glob(storage.join(base, "none*")) == []
+    assert storage.size(storage.join(base, "b.bin")) == 2
+    assert storage.exists(base) and storage.exists(storage.join(base, "sub"))
+    assert storage.info(storage.join(base, "sub")) is None, "a folder is not a file"
+
+
+def test_open_files_are_seekable(base: str) -> None:
+    data = os.urandom(100_000)
+    url = storage.join(base, "data.bin")
+    storage.write_bytes(url, data)
+    with storage.open_file(url) as file:
+        assert file.seek(-10, os.SEEK_END) == len(data) - 10
+        assert file.read() == data[-10:]
+        file.seek(50_000)
+        assert file.read(7) == data[50_000:50_007]
+        file.seek(-7, os.SEEK_CUR)
+        assert file.read() == data[50_000:]
+        assert file.read() == b""
+
+
+def test_failed_writes_leave_the_old_file_and_nothing_else(base: str) -> None:
+    url = storage.join(base, "file.txt")
+    storage.write_text(url, "old")
+    with pytest.raises(ZeroDivisionError), storage.atomic_write(url, "w") as file:
+        file.write("new")
+        file.flush()
+        raise ZeroDivisionError
+    assert storage.read_text(url) == "old"
+    assert storage.list_files(base, recursive=True) == [f"{plain(base)}/file.txt"]
+    with pytest.raises(ZeroDivisionError), storage.atomic_write(storage.join(base, "other"), "wb"):
+        raise ZeroDivisionError
+    assert not storage.exists(storage.join(base, "other"))
+
+
+def test_files_are_copied_between_any_two_places(base: str, tmp_path: Path) -> None:
+    data = os.urandom(10_000)
+    (tmp_path / "here").write_bytes(data)
+    storage.upload(tmp_path / "here", storage.join(base, "there"))
+    storage.copy(storage.join(base, "there"), storage.join(base, "again"))
+    storage.copy(storage.join(base, "again"), "memory:///copies/again")
+    storage.copy("memory:///copies/again", storage.join(base, "back"))
+    storage.download(storage.join(base, "back"), tmp_path / "new" / "folder" / "here")
+    assert (tmp_path / "new" / "folder" / "here").read_bytes() == data
+    assert os.listdir(tmp_path / "new" / "folder") == ["here"]
+
+
+def test_removing_takes_one_file_and_no_folder(base: str) -> None:
+    for name in ("a", "ab", "a/b") if base.startswith("s3:") else ("a", "ab"):
+        storage.write_text(storage.join(base, name), name)
+    storage.remove(storage.join(base, "a"))
+    storage.remove(storage.join(base, "a"))  # not there any more: no error
+    assert not any(url.endswith("/a") for url in storage.list_files(base))
+    assert storage.exists(storage.join(base, "ab"))
+    if not storage.is_remote(base):
+        storage.write_text(storage.join(base, "sub", "x"), "x")
+        with pytest.raises(StorageError):
+            storage.remove(storage.join(base, "sub"))
+        assert storage.exists(storage.join(base, "sub", "x"))
+
+
+@pytest.mark.parametrize("function", [storage.read_bytes, storage.open_file, storage.size])
+def test_missing_files_are_named(base: str, function: Any) -> None:
+    url = storage.join(base, "absent.txt")
+    with pytest.raises(StorageError, match=r"absent\.txt: no such file"):
+        function(url)
+    with pytest.raises(StorageError, match=r"absent\.txt: no such file"):
+        storage.download(url, "/nowhere/at/all")
+
+
+# ---------------------------------------------------------------------------------------------- addresses
+def test_addresses() -> None:
+    assert [storage.is_remote(url) for url in ("s3://b/k", "gs://b", "https://h/x", "memory://x")] == [True] * 4
+    assert [storage.is_remote(url) for url in ("a/b", "/a", "file:///a", "pipe:aws s3 cp s3://b/k -")] == [False] * 4
+    assert storage.join("s3://b/", "/k/", "x.tar") == "s3://b/k/x.tar"
+    assert storage.join("file:///a", "b") == "/a/b" and storage.join("a", "b") == "a/b"
+    with pytest.raises(ValueError, match="use atomic_write"):
+        storage.open_file("x", "wb")
+    with pytest.raises(ValueError, match="'a'"), storage.atomic_write("x", "a"):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------- local
+def test_local_files_are_readable_by_colleagues_and_appear_by_rename(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "file"
+    old_umask = os.umask(0o022)
+    try:
+        with storage.atomic_write(target) as file:
+            file.write(b"x")
+            assert not target.exists()
+            (name,) = os.listdir(target.parent)
+            assert storage.is_temporary(name)
+            assert storage.list_files(target.parent) == [], "what is not complete is not listed"
+    finally:
+        os.umask(old_umask)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o644
+
+
+def test_local_obstacles_are_explained(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError, match=r"file/below: (Not a directory|File exists)"):
+        storage.write_text(tmp_path / "file" / "below", "x")
+    (tmp_path / "latin").write_bytes(b"abc\xff")
+    with pytest.raises(StorageError, match="expected UTF-8 text, found byte 0xff at 3"):
+        storage.read_text(tmp_path / "latin")
+
+
+# ---------------------------------------------------------------------------------------------- S3
+def test_large_objects_travel_in_parts(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_backends, "_PART_BYTES", 5 << 20)  # the least that S3 takes
+    data = os.urandom(12 << 20)
+    (tmp_path / "big").write_bytes(data)
+    url = f"s3://{s3_bucket}/big"
+    storage.upload(tmp_path / "big", url)
+    storage.download(url, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    with storage.open_file(url) as file:
+        file.seek(9 << 20)
+        assert file.read(1000) == data[9 << 20 : (9 << 20) + 1000]
+
+
+def test_objects_beside_a_folder_of_the_same_beginning_are_not_in_it(s3_bucket: str) -> None:
+    for name in ("run/a", "run-2/b", "running"):
+        storage.write_text(f"s3://{s3_bucket}/{name}", name)
+    assert storage.list_files(f"s3://{s3_bucket}/run", recursive=True) == [f"s3://{s3_bucket}/run/a"]
+    assert storage.list_files(f"s3://{s3_bucket}") == [f"s3://{s3_bucket}/running"]
+    assert not storage.exists(f"s3://{s3_bucket}/runn")
+
+
+def test_s3_obstacles_say_what_to_do(s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket-here/x: there is no such bucket"):
+        storage.write_text("s3://no-such-bucket-here/x", "x")
+    with pytest.raises(StorageError, match="expected s3://bucket/key"):
+        storage.read_bytes("s3://bucket-only")
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(StorageError, match=r"127\.0\.0\.1:1 cannot be reached"):
+        storage.read_bytes(f"s3://{s3_bucket}/x")
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(StorageError, match="no S3 credentials found; set AWS_ACCESS_KEY_ID"):
+        storage.read_bytes(f"s3://{s3_bucket}/x")
+
+
+def test_forked_workers_read_s3(s3_bucket: str) -> None:
+    """Data workers are forks; they must not share the parent's connections."""
+    url = f"s3://{s3_bucket}/shared"
+    storage.write_bytes(url, b"x" * 1000)
+    children = []
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if all(storage.read_bytes(url) == b"x" * 1000 for _ in range(5)) else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------- passing faults
+class Fault(Exception):
+    """What botocore raises, as far as it matters."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(code)
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": code}}
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    recorded: list[float] = []
+    monkeypatch.setattr(storage_backends, "_pause", recorded.append)
+    return recorded
+
+
+def test_passing_faults_are_tried_again_with_growing_pauses(pauses: list[float]) -> None:
+    faults = [Fault(503, "SlowDown"), TimeoutError(), ConnectionResetError()]
+
+    def action() -> str:
+        if faults:
+            raise faults.pop(0)
+        return "done"
+
+    assert storage_backends.with_retries(action) == "done"
+    assert len(pauses) == 3
+    for pause, middle in zip(pauses, (0.5, 1.0, 2.0), strict=True):
+        assert middle * 0.5 <= pause <= middle * 1.5
+
+
+@pytest.mark.parametrize("error, tries", [(Fault(403, "AccessDenied"), 1), (Fault(500, "InternalError"), 4)])
+def test_lasting_faults_end_in_their_own_error(pauses: list[float], error: Fault, tries: int) -> None:
+    made = []
+
+    def action() -> None:
+        made.append(1)
+        raise error
+
+    with pytest.raises(StorageError), storage_backends.explained("s3://b/k"):
+        storage_backends.with_retries(action)
+    assert len(made) == tries
+
+
+def test_truncated_transfers_are_noticed_and_repeated(
+    s3_bucket: str, tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{s3_bucket}/x"
+    storage.write_bytes(url, b"0123456789")
+    get, calls = storage_backends._S3Backend.get, []
+
+    def cut_short_once(self: Any, url: str, path: str) -> None:
+        get(self, url, path)
+        calls.append(1)
+        if len(calls) == 1:
+            os.truncate(path, 4)
+
+    monkeypatch.setattr(storage_backends._S3Backend, "get", cut_short_once)
+    storage.download(url, tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == b"0123456789" and len(calls) == 2 and len(pauses) == 1
+
+
+def test_upload_that_the_store_does_not_hold_is_an_error(
+    s3_bucket: str, tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    monkeypatch.setattr(storage_backends._S3Backend, "put", lambda self, path, url: None)
+    with pytest.raises(StorageError, match="10 bytes were sent, the store holds nothing"):
+        storage.upload(tmp_path / "x", f"s3://{s3_bucket}/y")
+    assert len(pauses) == 3
+
+
+# ---------------------------------------------------------------------------------------------- weight
+def test_importing_loads_no_heavy_library() -> None:
+    code = "import sys, open_lm.storage, open_lm.loggers, open_lm.file_utils, open_lm.remote_sync, open_lm.run_folder\n"
+    code += "print([m for m in ('boto3', 's3fs', 'fsspec', 'torch', 'wandb', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
