@@ -1,0 +1,211 @@
+"""Ranks, devices and the process group. Everything here also works in a single process without a group."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from open_lm.config import ParallelConfig
+from open_lm.errors import ConfigError
+
+T = TypeVar("T")
+
+LOCAL_RANK_NAMES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+WORLD_SIZE_NAMES = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among all: its rank, its device, and whether it started the process group."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    owns_group: bool = False
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return dist.is_available() and dist.is_initialized()
+
+
+def world_info_from_env() -> tuple[int, int, int]:
+    """(local_rank, rank, world_size) from torchrun, MPI, PMI, Slurm or Open MPI; (0, 0, 1) without any of them."""
+    return _first_int(LOCAL_RANK_NAMES, 0), _first_int(RANK_NAMES, 0), _first_int(WORLD_SIZE_NAMES, 1)
+
+
+def init_runtime(cfg: ParallelConfig) -> Runtime:
+    """Choose this rank's device and join the process group: gloo on CPU, `cfg.dist_backend` on CUDA.
+
+    A single process starts a group only for --fsdp or --force-distributed. A group that the caller has already started
+    is used and left alone. Raises ConfigError where the launcher's description does not fit the flags.
+    """
+    local_rank, rank, world_size = world_info_from_env()
+    if cfg.preset_world_size is not None and cfg.preset_world_size != world_size:
+        raise ConfigError(
+            f"--preset-world-size {cfg.preset_world_size}: the launcher started {world_size} ranks; start as many as "
+            "the flag says, or leave it out"
+        )
+    device = _device(local_rank, cfg)
+    started = False
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    elif world_size > 1 or cfg.fsdp or cfg.force_distributed:
+        _start_group(cfg, device, rank, world_size)
+        started = True
+    local_size = _first_int(LOCAL_SIZE_NAMES, 0) or _local_size(device, world_size)
+    return Runtime(rank, local_rank, world_size, local_size, device, started)
+
+
+def init_distributed_device(args: Any) -> torch.device:
+    """`init_runtime` for a Namespace: sets distributed, world_size, rank, local_rank, device; returns the device."""
+    runtime = init_runtime(ParallelConfig.from_object(args))
+    args.distributed = runtime.distributed
+    args.world_size, args.rank, args.local_rank = runtime.world_size, runtime.rank, runtime.local_rank
+    args.device = str(runtime.device)
+    return runtime.device
+
+
+def shutdown(runtime: Runtime) -> None:
+    """Leave the process group if `init_runtime` started it."""
+    if runtime.owns_group and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def build_mesh(runtime: Runtime, cfg: ParallelConfig) -> DeviceMesh | None:
+    """All ranks as a mesh: ("replicate",) for DDP, ("shard",) for FSDP, ("replicate", "shard") for hybrid sharding,
+    whose shard dimension is a node. None without a process group."""
+    if not runtime.distributed:
+        return None
+    kind, world = runtime.device.type, runtime.world_size
+    if not cfg.fsdp:
+        return init_device_mesh(kind, (world,), mesh_dim_names=("replicate",))
+    if not (cfg.fsdp_hybrid or cfg.fsdp_hybrid_o2):
+        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
+    per_node = runtime.local_world_size
+    if world % per_node:
+        raise ConfigError(
+            f"--fsdp-hybrid: {world} ranks do not divide into nodes of {per_node}; start the same number on every node"
+        )
+    return init_device_mesh(kind, (world // per_node, per_node), mesh_dim_names=("replicate", "shard"))
+
+
+def is_master(args: Any, local: bool = False) -> bool:
+    """Whether this is rank 0, or with `local` its node's rank 0. `args` has rank and local_rank (a Runtime does)."""
+    return getattr(args, "local_rank" if local else "rank", 0) == 0
+
+
+def broadcast_object(args: Any, obj: T, src: int = 0) -> T:
+    """Rank `src`'s `obj` on every rank. Any object that pickles; `args` is accepted for callers that pass it."""
+    if not dist.is_initialized():
+        return obj
+    objects = [obj]
+    dist.broadcast_object_list(objects, src=src)
+    return objects[0]
+
+
+def on_master(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 alone; every rank returns its result or raises its exception."""
+    if not dist.is_initialized():
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(T, outcome[0])
+
+
+def gather_objects(obj: T) -> list[T]:
+    """Every rank's `obj`, in rank order, on rank 0; an empty list elsewhere."""
+    if not dist.is_initialized():
+        return [obj]
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(obj, gathered)
+    return gathered or []
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place, and return it. Asynchronous on CUDA like any other kernel."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _device(local_rank: int, cfg: ParallelConfig) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = 0 if cfg.no_set_device_rank else local_rank
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(
+            f"local rank {local_rank} needs CUDA device {index}, and {count} are visible: start at most {count} ranks "
+            "a node, or pass --no-set-device-rank where every rank sees a device of its own"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_size: int) -> None:
+    if device.type == "cuda":
+        # Objects and offloaded parameters travel through host memory, so that CPU tensors need a backend as well.
+        backend = f"cpu:gloo,cuda:{cfg.dist_backend}" if cfg.dist_backend != "gloo" else "gloo"
+    else:
+        backend = "gloo"
+        if cfg.dist_backend not in ("nccl", "gloo"):
+            logging.warning("--dist-backend %s: ranks on CPU use gloo", cfg.dist_backend)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=GROUP_TIMEOUT)
+        return
+    if cfg.dist_url == "env://":
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"{world_size} ranks were started without {' and '.join(missing)}: set them to the address and a free "
+                "port of rank 0's node, give --dist-url tcp://HOST:PORT, or start with torchrun"
+            )
+    dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+
+
+def _local_size(device: torch.device, world_size: int) -> int:
+    """Ranks of a node where no launcher says: one for each visible device, as many as there are at most."""
+    return min(world_size, torch.cuda.device_count()) if device.type == "cuda" else world_size
+
+
+def _first_int(names: tuple[str, ...], default: int) -> int:
+    for name in names:
+        if name in os.environ:
+            try:
+                return int(os.environ[name])
+            except ValueError:
+                raise ConfigError(
+                    f"environment variable {name}: found {os.environ[name]!r}, expected a number"
+                ) from None
+    return default

@@ -1,0 +1,353 @@
+"""`python -m open_lm.main`: configuration -> runtime -> session (data, model, weights) -> training or evaluation.
+
+Flags are parsed before torch is imported, so that --help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import logging.handlers
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from open_lm.config import Config, ParallelConfig
+from open_lm.config_checks import ineffective_flags
+from open_lm.errors import ConfigError, UserError, join_problems, run_cli
+from open_lm.params import parse_args
+from open_lm.run_folder import RunPaths, copy_codebase, write_params
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from open_lm.checkpoint import CheckpointWriter, Progress
+    from open_lm.distributed import Runtime
+    from open_lm.evaluate import EvaluationOptions
+    from open_lm.loggers import MetricLoggers
+    from open_lm.session import Session
+    from open_lm.train import Trainer
+
+
+def main(argv: Sequence[str]) -> argparse.Namespace:
+    """Do what the flags say, training or evaluation, in this process (one of several under torchrun).
+
+    Returns the settings once everything is done, the last remote copy too. Raises UserError for what the user can
+    mend; SystemExit for --help alone.
+    """
+    args = parse_args(argv, for_run=True)
+    from open_lm.distributed import init_runtime, shutdown
+    from open_lm.loggers import close_logging
+
+    runtime = init_runtime(ParallelConfig.from_object(args))
+    try:
+        with ExitStack() as stack:
+            _run(args, runtime, stack)
+    finally:
+        close_logging()
+        shutdown(runtime)
+    return args
+
+
+def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tuple[int, int | None, int | None]:
+    """Load `args.resume` into `model`: (epoch, step, seed), see open_lm.checkpoint.load_model."""
+    from open_lm.checkpoint import load_model as load
+
+    return load(args, model, different_seed)
+
+
+def _run(args: argparse.Namespace, runtime: Runtime, stack: ExitStack) -> None:
+    from open_lm.checkpoint import find_resume
+    from open_lm.distributed import broadcast_object, on_master
+    from open_lm.session import build_session
+
+    resolve_batch_sizes(args, runtime.world_size)
+    args.name = broadcast_object(runtime, args.name or default_name(args))
+    config = Config.from_namespace(args)
+    begin_log_file = _start_logging(args, config, runtime, stack)
+    _check_and_tell(config, runtime)
+    paths = RunPaths(config.logging.logs, args.name)
+    on_master(lambda: paths.prepare(config.checkpoint.resume))
+    resume = find_resume(config.checkpoint, config.logging, paths)
+    session = build_session(config, runtime, paths, resume)
+    args.resume = session.resume
+    begin_log_file(paths)
+    loggers = _open_run(args, session, stack)
+    if session.train_loader is not None:
+        _train(session, loggers)
+    else:
+        _evaluate_only(session, loggers)
+
+
+# ------------------------------------------------------------------------------------------------ before the run
+def resolve_batch_sizes(args: argparse.Namespace, world_size: int) -> None:
+    """Set the global batch sizes that are left open, and those of a device; ConfigError where they do not divide."""
+    micro_batches = world_size * args.accum_freq
+    if args.batch_size is not None:
+        args.global_batch_size = args.batch_size * micro_batches
+    if args.global_val_batch_size is None:
+        args.global_val_batch_size = max(args.global_batch_size // args.accum_freq, 1)
+    problems = []
+    if args.global_batch_size % micro_batches:
+        problems.append(
+            f"--global-batch-size {args.global_batch_size} does not divide into {world_size} ranks x --accum-freq "
+            f"{args.accum_freq}: give a multiple of {micro_batches}"
+        )
+    elif args.val_data and args.global_val_batch_size % world_size:
+        problems.append(
+            f"--global-val-batch-size {args.global_val_batch_size} does not divide into {world_size} ranks: give a "
+            f"multiple of {world_size}"
+        )
+    if problems:
+        raise ConfigError(join_problems(problems))
+    args.per_gpu_batch_size = args.global_batch_size // world_size
+    args.per_gpu_val_batch_size = args.global_val_batch_size // world_size
+
+
+def default_name(args: argparse.Namespace) -> str:
+    """The name of a run that got none: date, model, learning rate and batch size of a device."""
+    model = args.hf_model or (PurePath(args.model).stem if args.model.endswith(".json") else args.model)
+    date = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
+    return f"{date}-model_{model.strip('/').replace('/', '-')}-lr_{args.lr}-b_{args.per_gpu_batch_size}"
+
+
+def _start_logging(
+    args: argparse.Namespace, config: Config, runtime: Runtime, stack: ExitStack
+) -> Callable[[RunPaths], None]:
+    """Log to the console. The returned function begins out.log, with what was said before: a run that fails while it
+    is being set up leaves no log, so that it can be started again under its name."""
+    from open_lm.loggers import setup_logging
+
+    level = logging.DEBUG if config.run.debug else logging.INFO
+    console_level = level if runtime.is_master else logging.WARNING
+    setup_logging(None, level, console_level)
+    said_before = logging.handlers.MemoryHandler(capacity=10**9, flushLevel=logging.CRITICAL + 1)
+    logging.getLogger().addHandler(said_before)
+    stack.callback(logging.getLogger().removeHandler, said_before)
+    args.log_level = level
+
+    def begin_log_file(paths: RunPaths) -> None:
+        logging.getLogger().removeHandler(said_before)
+        args.log_path = _log_file(config, runtime, paths)
+        setup_logging(args.log_path, level, console_level)
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.FileHandler):
+                for record in said_before.buffer:
+                    handler.handle(record)
+
+    return begin_log_file
+
+
+def _log_file(config: Config, runtime: Runtime, paths: RunPaths) -> str | None:
+    """out.log on rank 0; with --log-local also out-RANK on the first rank of every other node."""
+    if not paths.enabled or not (runtime.is_master or (config.logging.log_local and runtime.local_rank == 0)):
+        return None
+    return paths.log if runtime.is_master else os.path.join(paths.root, f"out-{runtime.rank}")
+
+
+def _check_and_tell(config: Config, runtime: Runtime) -> None:
+    """Say what the run starts on and which flags change nothing; ConfigError for what this device cannot do."""
+    from open_lm.parallelize import notes
+
+    if config.parallel.fsdp and config.precision.precision == "amp" and runtime.device.type == "cuda":
+        raise ConfigError(
+            "--precision amp computes in float16 on CUDA, whose loss scaling does not work with --fsdp: give "
+            "--precision amp_bfloat16"
+        )
+    if config.precision.precision == "fp16":
+        logging.warning("--precision fp16 trains in float16 without loss scaling; amp or amp_bfloat16 is safer")
+    if runtime.world_size > 1:
+        logging.info(
+            f"Running in distributed mode with multiple processes. Device: {runtime.device}. "
+            f"Process (global: {runtime.rank}, local {runtime.local_rank}), total {runtime.world_size}."
+        )
+    else:
+        logging.info(f"Running with a single process. Device {runtime.device}.")
+    if runtime.is_master:
+        for note in [*ineffective_flags(config), *notes(config.parallel, runtime.device)]:
+            logging.warning(note)
+
+
+def _open_run(args: argparse.Namespace, session: Session, stack: ExitStack) -> MetricLoggers:
+    """Write down what the run is, begin its copies, and open its loggers; `stack` closes them."""
+    from open_lm.distributed import on_master
+    from open_lm.loggers import build_loggers
+    from open_lm.parallelize import unwrap
+    from open_lm.remote_sync import RemoteSync
+
+    config, runtime, paths = session.config, session.runtime, session.paths
+    params = _describe(args, session)
+    model = unwrap(session.model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if runtime.is_master:
+        logging.info(f"Model (has {trained} parameters):")
+        logging.info(str(model))
+        logging.info("Params:")
+        for key, value in sorted(params.items()):
+            logging.info(f"  {key}: {value}")
+    cfg = config.logging
+
+    def write() -> None:
+        write_params(paths.params, params)
+        if cfg.copy_codebase:
+            logging.info(f"copied the program's source to {copy_codebase(paths)}")
+
+    if paths.enabled:
+        on_master(write)
+    if cfg.remote_sync:
+        remote = f"{cfg.remote_sync.rstrip('/')}/{paths.name}"
+        sync = RemoteSync(paths.root, remote, cfg.remote_sync_frequency, cfg.remote_sync_protocol)
+        on_master(sync.start)
+        if runtime.is_master:
+            stack.push(sync)
+    step = session.progress.step or 0
+    loggers = build_loggers(cfg, paths, params, step, runtime.is_master)
+    stack.callback(loggers.close)
+    return loggers
+
+
+def _describe(args: argparse.Namespace, session: Session) -> dict[str, Any]:
+    """The settings with what the run added to them, as params.txt holds them: there train_num_samples and
+    val_num_samples count sequences. Sets the additions on `args` as well."""
+    from open_lm.loggers import parse_report_to
+
+    runtime, paths, params = session.runtime, session.paths, session.params
+    reporters = parse_report_to(args.report_to)
+    args.device, args.distributed = str(runtime.device), runtime.distributed
+    args.rank, args.local_rank, args.world_size = runtime.rank, runtime.local_rank, runtime.world_size
+    args.seq_len, args.vocab_size = params.seq_len, params.vocab_size
+    args.checkpoint_path, args.failed_checkpoint_path = paths.checkpoints, paths.failed
+    args.wandb, args.tensorboard = "wandb" in reporters, "tensorboard" in reporters
+    args.tensorboard_path = paths.tensorboard if args.tensorboard else ""
+    described = dict(vars(args))
+    for name in ("train_num_samples", "val_num_samples"):
+        if described[name] is not None:
+            described[name] //= params.seq_len
+    return described
+
+
+# ------------------------------------------------------------------------------------------------ training
+def _train(session: Session, loggers: MetricLoggers) -> None:
+    from open_lm.checkpoint import CheckpointWriter
+    from open_lm.session import build_trainer, progress_after
+    from open_lm.train import TrainingDiverged
+
+    config, total_steps = session.config, session.total_steps
+    trainer = build_trainer(session, loggers.log)
+    writer = CheckpointWriter(session.paths, config.checkpoint, config.data.epochs)
+    _log_plan(session, trainer)
+    for epoch in range(session.progress.epoch, config.data.epochs):
+        if trainer.step >= total_steps:
+            break
+        logging.info(f"Start epoch {epoch}")
+        logging.info(f"=> epoch {epoch}, training on {[source.name for source in trainer.loader.sources]}")
+        before = trainer.step, trainer.samples_seen
+        try:
+            trainer.run_epoch(epoch, session.end_step(epoch + 1))
+        except TrainingDiverged:
+            path = _save(writer, trainer, progress_after(session, trainer, epoch, before), failed=True)
+            logging.error(f"Training exiting due to NaN value; the state is kept in {path}")
+            raise
+        progress = progress_after(session, trainer, epoch + 1, before)
+        if progress.is_final:
+            logging.warning(f"step: {trainer.step} has reached/exceeded total_steps: {total_steps}. ending training.")
+        _end_epoch(session, trainer, writer, loggers, progress)
+    logging.info("Model has seen the desired number of tokens. Ending training.")
+
+
+def _log_plan(session: Session, trainer: Trainer) -> None:
+    config = session.config
+    if config.optim.z_loss_coefficient:
+        logging.info("Using CrossEntropyLossWithZLoss.")
+    if trainer.peak_flops:
+        logging.info(f"MFU counts against {trainer.peak_flops / 1e9:.0f} GFLOP/s of matrix products a device.")
+    logging.info("Precounting number of steps / tokens seen per checkpoint:")
+    step_tokens = config.data.global_batch_size * session.params.seq_len
+    for epoch in range(1, config.data.epochs + 1):
+        steps = session.end_step(epoch)
+        logging.info(f"==> Checkpoint {epoch}, steps {steps}, tokens seen {steps * step_tokens}")
+    logging.info(f"Number of checkpoints to be made: {config.data.epochs}.")
+
+
+def _end_epoch(
+    session: Session, trainer: Trainer, writer: CheckpointWriter, loggers: MetricLoggers, progress: Progress
+) -> None:
+    """Validate where it is due, and save; a failed validation is raised after saving."""
+    from open_lm.session import evaluation_options
+
+    failure: UserError | None = None
+    if session.val_loaders and (progress.epoch % session.config.validation.val_frequency == 0 or progress.is_final):
+        try:
+            results = _evaluate(session, loggers, evaluation_options(session, trainer.samples_seen), trainer.step)
+            progress = replace(progress, evaluation_metrics=results)
+        except UserError as error:
+            failure = error
+            logging.error(f"validation failed; saving the checkpoint before ending: {error}")
+    values = {
+        "tokens": trainer.samples_seen * session.params.seq_len,
+        "train/epochs_done": progress.epoch,
+        "train/percentage_of_data_seen": progress.percentage_of_data_seen,
+    }
+    loggers.log(values, trainer.step)
+    _save(writer, trainer, progress)
+    if failure is not None:
+        raise failure
+
+
+def _save(writer: CheckpointWriter, trainer: Trainer, progress: Progress, failed: bool = False) -> str | None:
+    return writer.save(
+        progress,
+        trainer.model,
+        optimizer=trainer.optimizer,
+        scaler=trainer.scaler,
+        averagers=trainer.averagers,
+        failed=failed,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+def _evaluate_only(session: Session, loggers: MetricLoggers) -> None:
+    """Validate the loaded weights, or with --averagers the first of its averages."""
+    from open_lm.session import evaluation_options
+
+    logging.info("No training required, evaluating instead.")
+    options, step = evaluation_options(session, session.progress.samples_seen), session.progress.step or 0
+    if session.averagers is None:
+        _evaluate(session, loggers, options, step)
+        return
+    name, averager = next(iter(session.averagers.avgs_dict.items()))
+    logging.info(f"=> evaluation avg {name}")
+    with averager.applied():
+        _evaluate(session, loggers, options, step, average=name)
+
+
+def _evaluate(
+    session: Session,
+    loggers: MetricLoggers,
+    options: EvaluationOptions,
+    step: int,
+    average: str | None = None,
+) -> list[dict[str, Any]]:
+    """Validate, and record the results: a line of results.jsonl, and the loggers' numbers."""
+    from open_lm.distributed import on_master
+    from open_lm.evaluate import evaluate_sets, validation_metrics
+    from open_lm.loggers import append_line
+
+    results = evaluate_sets(session.model, session.val_loaders, options)
+    for result in results if average is not None else []:
+        result["average"] = average
+    if session.paths.enabled:
+        on_master(lambda: append_line(session.paths.results, json.dumps(results)))
+    tokens = {} if options.train_tokens is None else {"tokens": options.train_tokens}
+    loggers.log({**tokens, **validation_metrics(results)}, step)
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,233 @@
+"""What a run measures about itself: values averaged on the device, throughput, model FLOPs, memory, intervals.
+
+Legend: D model width, H heads, K head width, L layers, T sequence.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from open_lm.distributed import sum_over_ranks
+
+# Dense 16-bit FLOP/s of a device by a part of its name, from the makers' data sheets; the first match counts.
+PEAK_16_BIT_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+class DeviceMeans:
+    """Means over steps of scalars that stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add this rank's parts of a step's scalars: what counts is their sum over ranks. No host synchronisation."""
+        for name, value in values.items():
+            part = value.detach().float()
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def pop(self) -> dict[str, float]:
+        """The means over all steps added since the last call, summed over ranks; waits for the device. Every rank has
+        to call it, with the same names added."""
+        if not self._sums:
+            return {}
+        totals = sum_over_ranks(torch.stack(list(self._sums.values()))).tolist()
+        means = {name: total / self._counts[name] for name, total in zip(self._sums, totals, strict=True)}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+class Stopwatch:
+    """Time per step since the last reading, and how much of it was waiting for data; in seconds."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._data_s, self._steps = 0.0, 0
+
+    def data_arrived(self, waited_s: float) -> None:
+        """Count one step, which waited `waited_s` for its batch."""
+        self._data_s += waited_s
+        self._steps += 1
+
+    def pop(self) -> tuple[float, float]:
+        """(data_s, step_s), means over the steps since the last call. Read the device's results first."""
+        now = time.perf_counter()
+        steps = max(self._steps, 1)
+        means = (self._data_s / steps, max((now - self._start) / steps, 1e-9))
+        self._start, self._data_s, self._steps = now, 0.0, 0
+        return means
+
+
+# ------------------------------------------------------------------------------------------------ model FLOPs
+def model_flops_per_token(model: nn.Module) -> float:
+    """FLOPs of a forward and backward pass for one token, without recomputation: 6 for each parameter of a matrix
+    product plus 12 L H K T for the attention (Chowdhery et al. 2022, appendix B, arXiv:2204.02311). An embedding that
+    is only looked up does not count; of a mixture's experts, those that a token visits do."""
+    params: Any = model.params
+    counted = sum(p.numel() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    if embedding is not model.get_output_embeddings().weight:  # type: ignore[operator]
+        counted -= embedding.numel()
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "num_experts") and hasattr(module, "experts"):
+            idle = 1 - module.top_k / module.num_experts
+            counted -= round(idle * sum(p.numel() for p in module.experts.parameters()))
+    width = params.n_heads * params.head_dim if hasattr(params, "n_heads") else params.dim
+    return 6.0 * counted + 12.0 * params.n_layers * width * params.seq_len
+
+
+def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that matrix products in `dtype` can reach on the device, or None where that is not known.
+
+    CUDA devices: the maker's figure (float32 runs as TF32 from Ampere on, at half the 16-bit rate). CPU: measured.
+    """
+    if device.type == "cpu":
+        return measured_matmul_flops(dtype)
+    name = torch.cuda.get_device_name(device)
+    peak = next((flops for part, flops in PEAK_16_BIT_FLOPS.items() if part in name), None)
+    if peak is None or dtype in (torch.float16, torch.bfloat16):
+        return peak
+    return peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None
+
+
+@lru_cache
+def measured_matmul_flops(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of a few square matrix products on this process's CPU threads."""
+    left, right = (torch.rand(size, size).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        times.append(time.perf_counter() - start)
+    return 2.0 * size**3 / min(times)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory in use so far: of the device's allocator on CUDA, of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ------------------------------------------------------------------------------------------------ the log line
+@dataclass(frozen=True)
+class TrainReading:
+    """What one log line of training says. `samples` of `epoch_samples` sequences of the epoch are done; times are
+    means of a step; `mfu` is a share of 1, None where the device's peak is not known."""
+
+    epoch: int
+    samples: int
+    epoch_samples: int
+    loss: float
+    grad_norm: float
+    lr: float
+    data_s: float
+    batch_s: float
+    tokens: int
+    step_tokens: int
+    world_size: int
+    memory_bytes: int
+    mfu: float | None = None
+    extra: Mapping[str, float] | None = None
+
+    def line(self) -> str:
+        """The line of out.log."""
+        digits = len(str(self.epoch_samples))
+        speed = self.step_tokens / self.batch_s
+        parts = [
+            f"Train Epoch: {self.epoch} [{self.samples:>{digits}}/{self.epoch_samples} "
+            f"({100 * self.samples / self.epoch_samples:.0f}%)]",
+            f"Loss: {self.loss:.3f}",
+            f"Data (t): {self.data_s:.3f}",
+            f"Batch (t): {self.batch_s:.3f}, {speed:#g}/s, {speed / self.world_size:#g}/s/gpu",
+            f"LR: {self.lr:5f}",
+            f"Grad norm: {self.grad_norm:.3f}",
+            f"Tokens: {self.tokens}",
+            f"Mem: {self.memory_bytes / 2**30:.2f} GiB",
+        ]
+        if self.mfu is not None:
+            parts.append(f"MFU: {100 * self.mfu:.1f}%")
+        return " ".join(parts)
+
+    def metrics(self) -> dict[str, float]:
+        """The same as named values; samples_per_second counts tokens, as existing dashboards expect."""
+        speed = self.step_tokens / self.batch_s
+        values = {
+            "loss": self.loss,
+            "lr": self.lr,
+            "grad_norm": self.grad_norm,
+            "data_time": self.data_s,
+            "batch_time": self.batch_s,
+            "tokens_per_second": speed,
+            "samples_per_second": speed,
+            "samples_per_second_per_gpu": speed / self.world_size,
+            "tokens": self.tokens,
+            "peak_memory_bytes": self.memory_bytes,
+            **({} if self.mfu is None else {"mfu": self.mfu}),
+            **(self.extra or {}),
+        }
+        return {f"train/{name}": value for name, value in values.items()}
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+def bootstrap_interval(
+    points: np.ndarray,
+    iterations: int = 10_000,
+    max_population: int | None = None,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """(lower, upper) of the mean of points (n,) by the percentile bootstrap (Efron 1979).
+
+    With `max_population` m below n, resamples have m points and their spread is scaled by sqrt(m / n) (the m out of n
+    bootstrap, Bickel et al. 1997), so that the interval is that of all n points. Work is iterations * min(n, m).
+    """
+    points = np.asarray(points, dtype=np.float64)
+    population = len(points)
+    size = min(population, max_population or population)
+    generator = np.random.default_rng(seed)
+    chunk = max(1, 2**22 // size)
+    means = np.concatenate(
+        [
+            points[generator.integers(population, size=(min(chunk, iterations - done), size))].mean(axis=1)
+            for done in range(0, iterations, chunk)
+        ]
+    )
+    center = points.mean()
+    means = center + (means - center) * np.sqrt(size / population)
+    lower, upper = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(lower), float(upper)

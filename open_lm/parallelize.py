@@ -1,0 +1,182 @@
+"""The only file that knows FSDP2, hybrid sharding, DDP, activation checkpointing and compilation.
+
+A model knows nothing of them: `parallelize(model, mesh, cfg, …)` applies them from outside and returns what to train.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from open_lm.config import ModelConfig, ParallelConfig
+from open_lm.errors import ConfigError
+
+# Blocks whose parameters --fsdp-backward-prefetch gathers ahead; FSDP2 by itself is one block ahead.
+PREFETCH_DEPTH = 2
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    cfg: ParallelConfig,
+    *,
+    device: torch.device,
+    model_cfg: ModelConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    initialise: Callable[[nn.Module], object] | None = None,
+) -> nn.Module:
+    """Place `model` on `device` and spread it over `mesh`; the result is called and trained as the model was.
+
+    mesh: None (one process, no group), ("replicate",) for DDP, ("shard",) for FSDP2 with one group of parameters for
+    each block, or ("replicate", "shard") for hybrid sharding. dtype: what parameters are stored in. initialise: fills
+    the parameters and buffers of a model made on the meta device, once each rank has its part of them.
+    """
+    model_cfg = model_cfg or ModelConfig()
+    blocks = find_blocks(model, model_cfg.hf_fsdp_block if model_cfg.hf_model else None)
+    if model_cfg.grad_checkpointing:
+        _checkpoint_activations(model)
+    if model_cfg.torchcompile:
+        # In place and a block at a time: parameter names stay, and equal blocks share one compilation.
+        for block in blocks:
+            block.compile()
+    is_meta = any(p.is_meta for p in model.parameters())
+    if dtype != torch.float32:
+        model.to(dtype)
+    if cfg.fsdp and mesh is not None:
+        _shard(model, blocks, mesh, cfg, device)
+    elif not is_meta:
+        model.to(device)
+    if is_meta:
+        _materialise(model, torch.device("cpu") if _offloads(cfg, device) else device, initialise)
+    if cfg.fsdp or mesh is None:
+        return model
+    return _replicate(model, mesh, cfg, device)
+
+
+def find_blocks(model: nn.Module, class_name: str | None = None) -> list[nn.Module]:
+    """The model's repeated layers: those whose class name contains `class_name`, or the members of `model.layers`."""
+    if class_name is None:
+        return list(getattr(model, "layers", []))
+    blocks = [module for module in model.modules() if class_name in type(module).__name__]
+    if not blocks:
+        found = sorted({type(module).__name__ for module in model.modules()})
+        raise ConfigError(f"--hf-fsdp-block {class_name}: the model has no such layer; it has {', '.join(found)}")
+    return blocks
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """A forward and backward pass inside reduces its gradients over the ranks only if `enabled`; else they pile up
+    locally and the next enabled pass reduces the sum."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not enabled:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def without_training(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients. Afterwards the model is in the mode it was in, and sharded parameters that
+    the forward passes left gathered are given up, so that a change of the weights is seen by the next pass."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        model.train(was_training)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside a DDP wrapper, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def notes(cfg: ParallelConfig, device: torch.device) -> list[str]:
+    """A sentence for each setting that changes nothing on this device."""
+    sentences = []
+    if cfg.fsdp_cpu_offload and device.type == "cpu":
+        sentences.append("--fsdp-cpu-offload has no effect: parameters on CPU devices are in host memory already")
+    if cfg.fsdp and cfg.ddp_static_graph:
+        sentences.append("--ddp-static-graph has no effect with --fsdp")
+    return sentences
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise ConfigError(f"--grad-checkpointing: {type(model).__name__} does not offer it; leave the flag out")
+    switch()
+
+
+def _shard(
+    model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, cfg: ParallelConfig, device: torch.device
+) -> None:
+    """fully_shard on every block and on the rest (embeddings, last norm, head) as one more group, in place.
+
+    The reduced gradient is the mean over ranks, as with DDP: the trainer scales its loss for both alike.
+    """
+    reduce_dtype = {(True, False): torch.float32, (False, True): torch.bfloat16}
+    flags = (cfg.fsdp_amp, cfg.fsdp_pure_bf16)
+    policy = MixedPrecisionPolicy()
+    if flags in reduce_dtype:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype[flags])
+    offload = CPUOffloadPolicy() if _offloads(cfg, device) else OffloadPolicy()
+    for block in blocks:
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            offload_policy=offload,
+            reshard_after_forward=not cfg.fsdp_hybrid_o2,
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    if cfg.fsdp_backward_prefetch:
+        for index, block in enumerate(blocks):
+            assert isinstance(block, FSDPModule)
+            earlier = reversed(blocks[max(0, index - PREFETCH_DEPTH) : index])
+            block.set_modules_to_backward_prefetch([b for b in earlier if isinstance(b, FSDPModule)])
+
+
+def _offloads(cfg: ParallelConfig, device: torch.device) -> bool:
+    return cfg.fsdp and cfg.fsdp_cpu_offload and device.type != "cpu"
+
+
+def _materialise(model: nn.Module, device: torch.device, initialise: Callable[[nn.Module], object] | None) -> None:
+    if initialise is None:
+        raise ConfigError("--experimental-meta-device: this model has no initialisation that could fill it afterwards")
+    model.to_empty(device=device)
+    initialise(model)
+
+
+def _replicate(
+    model: nn.Module, mesh: DeviceMesh, cfg: ParallelConfig, device: torch.device
+) -> DistributedDataParallel:
+    # Buffers are constants of the architecture, equal on all ranks from the start. torch names the switch anew from
+    # 2.13 on and warns of the old name.
+    signature = inspect.signature(DistributedDataParallel.__init__).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in signature else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False}
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        process_group=mesh.get_group(),
+        static_graph=cfg.ddp_static_graph,
+        gradient_as_bucket_view=True,
+        **options,
+    )
