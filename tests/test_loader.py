@@ -19,7 +19,7 @@ from open_lm.config import DataConfig, ValidationConfig
 from open_lm.data.batch import Batch, _Stream
 from open_lm.data.loader import TrainLoader, ValLoader, build_train_loader, build_val_loaders
 from open_lm.data.masking import IGNORE_INDEX
-from open_lm.data.shard_format import ManifestEntry, write_manifest
+from open_lm.data.shard_format import PAD_ID, ManifestEntry, write_manifest
 from open_lm.errors import ConfigError, DataError, StorageError
 
 
@@ -313,6 +313,18 @@ def test_validation_reads_everything_once_in_file_order(tmp_path: Path, workers:
         assert [batch.skipped for batch in batches] == [0, 0, 0]
         assert (batches[-1].targets[3] == IGNORE_INDEX).all()
     assert loader.val_data == [pattern]
+
+
+def test_padding_is_no_target_and_counts_from_the_end_as_an_input(tmp_path: Path) -> None:
+    ids = sequence(0, 0, 0)
+    ids[-3:] = PAD_ID
+    path = write_shard(tmp_path / "a.tar", [ids])
+    (loader,) = val_loaders(DataConfig(data_key="npy", workers=0), val_data=[path])
+    (batch,) = loader
+    assert batch.inputs[0].tolist() == [*ids[:-3], VOCAB_SIZE - 1, VOCAB_SIZE - 1]
+    assert batch.targets[0].tolist() == [*ids[1:-3], IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX]
+    (plain,) = loader.unmasked()
+    assert plain.targets[0].tolist() == [*ids[1:-3], *[VOCAB_SIZE - 1] * 3]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

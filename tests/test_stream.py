@@ -51,10 +51,10 @@ def test_rows_are_the_members_in_order(tmp_path: Path, kind: str) -> None:
 
 def test_negative_ids_count_from_the_end_and_old_end_of_text_strings_are_zero(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    source = one_shard(path, [np.array([-1, -VOCAB_SIZE, *range(NARROW - 2)])], "txt")
-    assert read(reader_of(source), 1)[0][0, :3].tolist() == [VOCAB_SIZE - 1, 0, 0]
+    source = one_shard(path, [np.array([-2, -VOCAB_SIZE, *range(NARROW - 2)])], "txt")
+    assert read(reader_of(source), 1)[0][0, :3].tolist() == [VOCAB_SIZE - 2, 0, 0]
     data = path.read_bytes()
-    text = b"[-1,-1000,0,1,2,3,4,5,6]"
+    text = b"[-2,-1000,0,1,2,3,4,5,6]"
     assert text in data
     old = b'["<|endoftext|>",9,8,7,6,5,4,3,2]'
     path.write_bytes(

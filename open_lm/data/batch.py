@@ -22,6 +22,7 @@ from open_lm import errors
 from open_lm.config import DataConfig
 from open_lm.data.masking import IGNORE_INDEX, mask_targets
 from open_lm.data.plan import Order, Plan, Samples, SizeOf
+from open_lm.data.shard_format import PAD_ID
 from open_lm.data.stream import Notice, Reader, StreamSpec, make_reader
 from open_lm.errors import DataError, UserError
 
@@ -62,6 +63,7 @@ class TargetMask:
     left: int | None = None
     individual: int | None = None
     squash: bool = False
+    padding: bool = True  # PAD_ID, which fills up the last sequence of a dataset, is no target
 
     @classmethod
     def of(cls, data: DataConfig) -> TargetMask:
@@ -110,9 +112,12 @@ def make_batch(job: Job, reader: Reader, samples: Samples) -> Batch:
         rows = np.concatenate([rows, np.zeros((absent, rows.shape[1]), np.int64)])
         filled = np.concatenate([filled, np.zeros(absent, bool)])
     tokens, valid = torch.from_numpy(rows), torch.from_numpy(filled)
+    is_padding = tokens == PAD_ID
+    tokens = tokens.masked_fill(is_padding, job.stream.vocab_size + PAD_ID)  # as an input it counts from the end
+    targets = tokens[:, 1:].masked_fill(is_padding[:, 1:] & job.mask.padding, IGNORE_INDEX)
     inputs, targets = mask_targets(
         tokens[:, :-1],
-        tokens[:, 1:],
+        targets,
         mask_left=job.mask.left,
         mask_individual=job.mask.individual,
         squash=job.mask.squash,

@@ -81,7 +81,7 @@ class TrainLoader:
 
     def unmasked(self) -> TrainLoader:
         """A loader of the same batches whose targets are all ids, from the same position."""
-        return TrainLoader(replace(self._job, mask=TargetMask(), state=self.state), self._workers, self._folder)
+        return TrainLoader(replace(self._job, mask=TargetMask(padding=False), state=self.state), self._workers, self._folder)
 
     def close(self) -> None:
         """Stop the workers; `batches` would start new ones from the state."""
@@ -193,7 +193,7 @@ class ValLoader:
 
     def unmasked(self) -> ValLoader:
         """A loader of the same batches whose targets are all ids."""
-        return ValLoader(replace(self._job, mask=TargetMask()), self._workers, self._folder)
+        return ValLoader(replace(self._job, mask=TargetMask(padding=False)), self._workers, self._folder)
 
 
 def build_val_loaders(

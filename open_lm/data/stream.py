@@ -24,7 +24,7 @@ import numpy as np
 
 from open_lm import storage
 from open_lm.data.plan import Samples, Source, hash_key, hash_range
-from open_lm.data.shard_format import MEMBER_KINDS, Member, decode_member, index_shard
+from open_lm.data.shard_format import MEMBER_KINDS, PAD_ID, Member, decode_member, index_shard
 from open_lm.data.sources import SYNTHETIC
 from open_lm.errors import DataError, StorageError
 
@@ -253,7 +253,7 @@ class SampleReader:
         return self._checked(ids, opened, member)
 
     def _checked(self, ids: np.ndarray, shard: Shard, member: int) -> np.ndarray:
-        """Ids within the vocabulary; negative ones count from its end."""
+        """Ids within the vocabulary; negative ones count from its end, but PAD_ID stays for the loss mask to see."""
         vocab_size = self.spec.vocab_size
         if not len(ids):
             return ids
@@ -265,7 +265,7 @@ class SampleReader:
                 f"vocabulary has {vocab_size}: use a model with the vocabulary of the data's tokenizer, or tokenize "
                 "the data again"
             )
-        return np.where(ids < 0, ids + vocab_size, ids) if least < 0 else ids
+        return np.where((ids < 0) & (ids != PAD_ID), ids + vocab_size, ids) if least < 0 else ids
 
     def _open(self, source: int, shard: int) -> Shard | None:
         """The open shard of a source; None for a broken one that is tolerated."""
