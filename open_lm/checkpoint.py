@@ -21,6 +21,7 @@ from open_lm.averaging import ModelAverager
 from open_lm.checkpoint_files import (
     LATEST,
     average_states,
+    epoch_number,
     file_name,
     latest_checkpoint,
     numbered,
@@ -312,4 +313,5 @@ def find_resume(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPat
 
 
 def _epoch_of(url: str) -> int:
-    return int(read_model_state(url)[1].get("epoch", 0))
+    number = epoch_number(url)
+    return int(read_model_state(url)[1].get("epoch", 0)) if number is None else number

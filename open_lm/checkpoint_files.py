@@ -190,14 +190,16 @@ def plain(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------- finding
+def epoch_number(url: str) -> int | None:
+    """N of .../epoch_N.pt, None for any other name."""
+    match = _NUMBERED.match(url.rpartition("/")[2])
+    return int(match.group(1)) if match else None
+
+
 def numbered(folder: str) -> dict[int, str]:
     """The epoch_N.pt files of a folder by their number, ascending."""
-    found = {}
-    for url in storage.list_files(folder):
-        match = _NUMBERED.match(url.rpartition("/")[2])
-        if match:
-            found[int(match.group(1))] = url
-    return dict(sorted(found.items()))
+    found = [(epoch_number(url), url) for url in storage.list_files(folder)]
+    return dict(sorted((number, url) for number, url in found if number is not None))
 
 
 def latest_checkpoint(folder: str) -> str | None:

@@ -63,26 +63,26 @@ def _compact(value: Any) -> Any:
 
 
 def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:
-    """The weights that the model takes; CheckpointError with everything that does not fit."""
+    """The weights that the model takes; CheckpointError with everything that does not fit.
+
+    A tied weight may be stored under one of its names only, and rotary frequencies, which follow from the
+    configuration, may be missing. Expert biases of old mixtures of experts, which nothing used, are left out.
+    """
     targets = _named_tensors(model)
-    tied: dict[int, list[str]] = {}
+    state = {name: value for name, value in weights.items() if not name.endswith("experts.bias") or name in targets}
+    by_tensor: dict[int, list[str]] = {}
     for name, value in targets.items():
-        tied.setdefault(id(value), []).append(name)
-    state = dict(weights)
-    for names in tied.values():  # a tied weight may be stored under one of its names only
+        by_tensor.setdefault(id(value), []).append(name)
+    for names in by_tensor.values():
         present = [name for name in names if name in state]
         state.update({name: state[present[0]] for name in names if present and name not in state})
-    # Rotary frequencies follow from the configuration; some files hold them and some do not.
-    computed = {
-        name for name in {*targets, *state} if name.endswith("inv_freq") and not (name in state and name in targets)
-    }
-    expected = {name: value.shape for name, value in targets.items() if name not in computed}
-    problems = shape_problems({name: value for name, value in state.items() if name not in computed}, expected)
+    absent = {name for name in targets if name.endswith("inv_freq") and name not in state}
+    expected = {name: value.shape for name, value in targets.items() if name not in absent}
+    problems = shape_problems(state, expected)
     if problems:
-        raise CheckpointError(
-            join_problems(problems, f"{path}: does not fit the model (check --model and the flags that shape it)")
-        )
-    return {name: state[name] for name in expected}
+        heading = f"{path}: does not fit the model (check --model and the flags that shape it)"
+        raise CheckpointError(join_problems(problems, heading))
+    return state
 
 
 def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -81,6 +81,8 @@ class RemoteSync:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._thread is None:
+            return  # it never worked, which `start` has said
         try:
             self.finish()
         except StorageError as failure:

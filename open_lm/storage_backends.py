@@ -223,12 +223,10 @@ class _S3Backend:
                     yield FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp())
 
     def glob(self, pattern: str) -> list[str]:
-        from fsspec.utils import glob_translate
-
         bucket, key = _split_s3(pattern)
-        wanted = re.compile(glob_translate(f"{bucket}/{key}"))
+        wanted = _glob_regex(f"s3://{bucket}/{key}")
         prefix = re.split(r"[*?\[]", key, maxsplit=1)[0]
-        return [item.url for item in self._list(bucket, prefix) if wanted.match(item.url[len("s3://") :])]
+        return [item.url for item in self._list(bucket, prefix) if wanted.fullmatch(item.url)]
 
     def get(self, url: str, local_path_: str) -> None:
         bucket, key = _split_s3(url)
@@ -290,8 +288,21 @@ class _S3Reader(io.RawIOBase):
         return data
 
 
+def _glob_regex(pattern: str) -> re.Pattern[str]:
+    """`*` and `?` stay inside a folder, `**/` crosses any number of them, `[…]` is one of some characters."""
+    token = re.compile(r"\*\*/|\*\*|\*|\?|\[[!^]?\]?[^\]]*\]")
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts, end = [], 0
+    for found in token.finditer(pattern):
+        text = found.group()
+        parts.append(re.escape(pattern[end : found.start()]))
+        parts.append(meaning.get(text) or ("[^" + text[2:] if text[1] in "!^" else text).replace("\\", r"\\"))
+        end = found.end()
+    return re.compile("".join(parts) + re.escape(pattern[end:]), re.DOTALL)
+
+
 _clients: dict[tuple[int, str | None, str | None], Any] = {}
-_clients_lock = threading.Lock()
+_locks: dict[int, threading.Lock] = {}
 
 
 def _s3_client() -> Any:
@@ -301,7 +312,8 @@ def _s3_client() -> Any:
 
     key = (os.getpid(), os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
            os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_PROFILE"))  # fmt: skip
-    with _clients_lock:
+    # A lock of this process alone: one that another thread held during a fork would stay locked in the child.
+    with _locks.setdefault(os.getpid(), threading.Lock()):
         if key not in _clients:
             config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=32,
                             retries={"mode": "standard", "total_max_attempts": 3})  # fmt: skip

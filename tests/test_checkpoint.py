@@ -329,6 +329,16 @@ def test_computed_frequencies_and_twin_names_may_be_absent(tmp_path: Path) -> No
     assert torch.equal(target.layers[0].inv_freq, torch.arange(3.0))
 
 
+def test_frequencies_of_another_position_embedding_and_old_expert_biases(tmp_path: Path) -> None:
+    source, target = build(1)[0], build(2)[0]
+    state = {**source.state_dict(), "layers.0.feed_forward.experts.bias": torch.zeros(3)}
+    write_file(str(tmp_path / "epoch_1.pt"), {"epoch": 1, "state_dict": state})
+    load_weights(str(tmp_path / "epoch_1.pt"), target)
+    del target.layers[0].inv_freq
+    with pytest.raises(CheckpointError, match=r"not in the model \(1\): layers\.0\.inv_freq"):
+        load_weights(str(tmp_path / "epoch_1.pt"), target)
+
+
 def test_compiled_and_replicated_models_load_too(tmp_path: Path) -> None:
     source = build(1)[0]
     path = writer(tmp_path).save(Progress(epoch=1), source)

@@ -175,6 +175,24 @@ def test_objects_beside_a_folder_of_the_same_beginning_are_not_in_it(s3_bucket: 
     assert not storage.exists(f"s3://{s3_bucket}/runn")
 
 
+@pytest.mark.parametrize(
+    "pattern, matched",
+    [
+        ("*.tar", ["a.tar", "b+c.tar"]),
+        ("?.tar", ["a.tar"]),
+        ("**/*.tar", ["a.tar", "b+c.tar", "x/a.tar", "x/y/b.tar"]),
+        ("x/**", ["x/a.tar", "x/a.txt", "x/y/b.tar"]),
+        ("[!a]*.tar", ["b+c.tar"]),
+        ("x/[ab].t[ax][rt]", ["x/a.tar", "x/a.txt"]),
+        ("b+c.tar", ["b+c.tar"]),
+    ],
+)
+def test_s3_patterns(s3_bucket: str, pattern: str, matched: list[str]) -> None:
+    for name in ("a.tar", "b+c.tar", "x/a.tar", "x/a.txt", "x/y/b.tar"):
+        storage.write_text(f"s3://{s3_bucket}/d/{name}", name)
+    assert storage.glob(f"s3://{s3_bucket}/d/{pattern}") == [f"s3://{s3_bucket}/d/{name}" for name in matched]
+
+
 def test_s3_obstacles_say_what_to_do(s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"s3://no-such-bucket-here/x: there is no such bucket"):
         storage.write_text("s3://no-such-bucket-here/x", "x")
