@@ -17,7 +17,8 @@ import pytest
 import zstandard
 
 EOT = "<|endoftext|>"
-WORDS = "the a of model token shard river stone quick brown fox jumps über naïve 数据 🙂 def return 42 3.14".split()
+WORDS = ["the", "a", "of", "model", "token", "shard", "river", "stone", "quick", "brown", "fox", "jumps"]
+WORDS += ["über", "naïve", "数据", "🙂", "def", "return", "42", "3.14"]
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,9 @@ def local_ray() -> Iterator[None]:
     """One Ray with four workers for all tests of a process; the commands use it and leave it running."""
     import ray
 
+    if ray.is_initialized():  # by the fixture of another test file
+        yield
+        return
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20,
         logging_level="ERROR",

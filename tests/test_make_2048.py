@@ -1,0 +1,420 @@
+"""make_2048 end to end on a real Ray: exactness, determinism, restarts, S3, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datapreprocess_helpers import (
+    EOT,
+    corpus,
+    documents,
+    expected_tokens,
+    local_ray,
+    read_shards,
+    small_tokenizer,
+    tokens_of,
+    tree,
+    write_jsonl,
+)
+
+from open_lm import storage
+from open_lm.data.shard_format import expand_shards, read_manifest, shard_sizes
+from open_lm.datapreprocess import engine
+from open_lm.datapreprocess.make_2048 import main, s3_base
+from open_lm.errors import ConfigError, DataError
+
+__all__ = ["local_ray", "small_tokenizer"]
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "datapreprocess" / "make_2048.py"
+EOT_ID = 3
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> tuple[Path, list[str]]:
+    return tmp_path / "raw", corpus(tmp_path / "raw")
+
+
+def make(raw: Path, out: Path, tokenizer: str, *more: str) -> None:
+    main(["--input-files", str(raw), "--output-dir", str(out), "--tokenizer", tokenizer, "--seqlen", "32", *more])
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "dataset.json").read_text()))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_every_token_is_there_once_and_all_is_accounted_for(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    folder, texts = raw
+    make(folder, tmp_path / "out", small_tokenizer, "--shard-size", "50")
+    place = tmp_path / "out" / "32-v1" / "0"
+    members = read_shards(place)
+    expected = expected_tokens(texts, small_tokenizer, EOT_ID)
+    assert tokens_of(members) == expected and expected[EOT_ID] == len(texts)
+    assert all(len(ids) == 33 for _, _, ids in members)
+    assert all(-1 not in ids for _, _, ids in members[:-1])
+    assert len({name for _, name, _ in members}) == len(members)
+    entries = read_manifest(str(place / "manifest.jsonl"))
+    in_shards = Counter(Path(shard).stem for shard, _, _ in members)
+    assert [entry.shard for entry in entries] == [f"shard-{n:07d}" for n in range(len(entries))]
+    assert {entry.shard: entry.num_sequences for entry in entries} == in_shards
+    assert all(entry.num_sequences == 50 for entry in entries[:-1])
+    for entry in entries:
+        data = (place / f"{entry.shard}.tar").read_bytes()
+        assert entry.extra["sha256"] == hashlib.sha256(data).hexdigest() and entry.extra["num_bytes"] == len(data)
+    record, total = record_of(place), sum(expected.values())
+    assert record["counts"]["documents"] == len(texts) and record["counts"]["tokens"] == total
+    assert record["counts"]["sequences"] == len(members) == -(-total // 33)
+    assert record["tail"] == {
+        "fate": "padded", "tokens": total % 33, "pads": 33 - total % 33, "pad_id": -1, "folder": "0",
+        "shard": entries[-1].shard, "key": members[-1][1].removesuffix(".npy"),
+    }  # fmt: skip
+    assert members[-1][2].count(-1) == 33 - total % 33
+    assert sorted(path.name for path in (tmp_path / "out" / "32-v1").iterdir()) == ["0"]
+    urls = expand_shards(str(place))
+    assert sum((shard_sizes(urls) or {}).values()) == len(members)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_bytes_do_not_depend_on_the_number_of_workers_or_on_spilling(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(raw[0] / "large.jsonl", documents(6000, seed=9))  # large enough to be read in several pieces
+    trees = []
+    for workers, run_bytes in ((1, 1 << 25), (2, 1 << 14), (4, 1 << 25)):
+        monkeypatch.setattr(engine, "_RUN_BYTES", run_bytes)
+        out = tmp_path / f"out{workers}"
+        make(raw[0], out, small_tokenizer, "--num-workers", str(workers), "--num-consumers", "2")
+        trees.append(tree(out))
+    assert trees[0] == trees[1] == trees[2]
+    texts = [*raw[1], *documents(6000, seed=9)]
+    assert tokens_of(read_shards(tmp_path / "out1")) == expected_tokens(texts, small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_seeds_change_the_order_alone_and_no_shuffle_keeps_it(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    found = {}
+    for name, more in (("1", ["--seed", "1"]), ("2", ["--seed", "2"]), ("kept", ["--no-shuffle"])):
+        make(raw[0], tmp_path / name, small_tokenizer, *more)
+        found[name] = [tuple(ids) for _, _, ids in read_shards(tmp_path / name)]
+    assert Counter(found["1"]) == Counter(found["2"]) == Counter(found["kept"])
+    assert found["1"] != found["2"]
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_file(small_tokenizer)
+    stream = [value for text in raw[1] for value in [*fast.encode(text, add_special_tokens=False).ids, EOT_ID]]
+    kept = [value for ids in found["kept"] for value in ids if value != -1]
+    assert kept == stream  # all three files fit one unit of work
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("kind", ["npy", "json.gz", "json", "txt"])
+def test_formats(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, kind: str) -> None:
+    make(raw[0], tmp_path / "out", small_tokenizer, "--format", kind)
+    members = read_shards(tmp_path / "out")
+    assert {name.partition(".")[2] for _, name, _ in members} == {kind}
+    assert tokens_of(members) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_numpy_types_follow_the_vocabulary(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+    import io
+    import tarfile
+
+    for vocab, dtype in ((400, "uint16"), (70_000, "uint32")):
+        make(raw[0], tmp_path / dtype, small_tokenizer, "--vocab-size", str(vocab), "--drop-tail")
+        with tarfile.open(tmp_path / dtype / "32-v1" / "0" / "shard-0000000.tar") as tar:
+            types = {np.load(io.BytesIO(tar.extractfile(member).read())).dtype.name for member in tar}  # type: ignore[union-attr]
+        assert types == {dtype}
+    with pytest.raises(DataError, match="vocabulary of 300"):
+        make(raw[0], tmp_path / "small", small_tokenizer, "--vocab-size", "300")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_consumers_share_the_shards_and_a_dropped_tail_is_counted(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    make(raw[0], tmp_path / "out", small_tokenizer, "--num-consumers", "3", "--drop-tail")
+    total = sum(expected_tokens(raw[1], small_tokenizer, EOT_ID).values())
+    counts = []
+    for consumer in ("0", "1", "2"):
+        place = tmp_path / "out" / "32-v1" / consumer
+        counts.append(sum(entry.num_sequences for entry in read_manifest(str(place / "manifest.jsonl"))))
+        assert (place / "shard-0000000.tar").exists() and record_of(place) == record_of(place.parent / "0")
+    assert sum(counts) == total // 33 and max(counts) - min(counts) <= 1
+    assert record_of(tmp_path / "out" / "32-v1" / "0")["tail"] == {"fate": "dropped", "tokens": total % 33}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_finished_output_is_left_alone_and_another_job_is_refused(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    make(raw[0], out, small_tokenizer)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with caplog.at_level("INFO"):
+        make(raw[0], out, small_tokenizer)
+    assert "already done" in caplog.text
+    with pytest.raises(ConfigError, match=r"finished data set.*seed was 0, is 5.*another output folder"):
+        make(raw[0], out, small_tokenizer, "--seed", "5")
+    write_jsonl(raw[0] / "more.jsonl", ["x"])
+    with pytest.raises(ConfigError, match=r"new input: .*more\.jsonl"):
+        make(raw[0], out, small_tokenizer)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_shards_of_unknown_origin_are_not_mixed_in(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    foreign = tmp_path / "out" / "32-v1" / "0" / "shard-0000000.tar"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"somebody's")
+    with pytest.raises(ConfigError, match=r"shard-0000000\.tar: already there"):
+        make(raw[0], tmp_path / "out", small_tokenizer)
+    assert foreign.read_bytes() == b"somebody's"
+
+
+# The command, killed for good (SIGKILL) as soon as so many results of its workers are in.
+KILLED = """
+import os, signal, sys
+from open_lm.datapreprocess import cluster, make_2048
+run, left = cluster.Cluster.run, [int(sys.argv.pop(1))]
+def counted(self, *args, **options):
+    for result in run(self, *args, **options):
+        yield result
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+cluster.Cluster.run = counted
+make_2048.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_run_is_finished_by_the_same_command(
+    tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(4):
+        write_jsonl(tmp_path / "raw" / f"{number}.jsonl", documents(3000, seed=number))
+    make(tmp_path / "raw", tmp_path / "clean", small_tokenizer)
+    out = tmp_path / "out"
+    arguments = ["--input-files", str(tmp_path / "raw"), "--output-dir", str(out), "--tokenizer", small_tokenizer]
+    arguments += ["--seqlen", "32", "--num-workers", "1"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "1", *arguments], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    work = out / "32-v1" / ".work"
+    assert len(list(work.glob("unit-*.json"))) == 1
+    with caplog.at_level("INFO"):
+        main(arguments)
+    assert "1 of " in caplog.text and "units of work are done already" in caplog.text
+    assert tree(out) == tree(tmp_path / "clean")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_shards_that_are_written_are_not_written_again(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_manifests", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            make(raw[0], out, small_tokenizer)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    assert before and not list(out.rglob("manifest.jsonl")) and not list(out.rglob("dataset.json"))
+    make(raw[0], out, small_tokenizer)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    assert tokens_of(read_shards(out)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_unfinished_work_of_another_job_is_named_and_thrown_away(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_manifests", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            make(raw[0], out, small_tokenizer, "--shard-size", "7")
+    make(raw[0], out, small_tokenizer, "--seed", "4", "--shard-size", "90")
+    assert "starting again" in caplog.text and "seed was 0, is 4" in caplog.text
+    assert tokens_of(read_shards(out)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_bad_lines_are_told_together_or_skipped_and_counted(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    folder, texts = raw
+    (folder / "bad1.jsonl").write_text('{"text": "fine"}\n{"text": broken\n{"body": "no text"}\n')
+    (folder / "bad2.jsonl").write_text('\n{"text": 7}\n{"text": "fine"}\n')
+    with pytest.raises(DataError) as caught:
+        make(folder, tmp_path / "out", small_tokenizer)
+    message = str(caught.value)
+    for part in ("bad1.jsonl line 2: invalid JSON", "bad1.jsonl line 3: missing key", "bad2.jsonl line 2: wrong type"):
+        assert part in message
+    assert "--skip-bad-lines" in message and not list((tmp_path / "out").rglob("*.tar"))
+    make(folder, tmp_path / "out", small_tokenizer, "--skip-bad-lines")
+    place = tmp_path / "out" / "32-v1" / "0"
+    assert tokens_of(read_shards(place)) == expected_tokens([*texts, "fine", "fine"], small_tokenizer, EOT_ID)
+    record = record_of(place)
+    assert record["bad_documents"] == {"invalid JSON": 1, "missing key": 1, "wrong type": 1}
+    assert [Path(line).name for line in record["bad_documents_first"]] == [
+        "bad1.jsonl line 2", "bad1.jsonl line 3", "bad2.jsonl line 2"
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_lines_of_a_large_file_are_counted_from_its_beginning(tmp_path: Path, small_tokenizer: str) -> None:
+    lines = [json.dumps({"text": text}) for text in documents(12_000, seed=3)]
+    lines[11_000] = "{"
+    path = tmp_path / "large.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"large\.jsonl line 11001: invalid JSON"):
+        make(path, tmp_path / "out", small_tokenizer)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_no_documents_and_broken_files_are_clear_errors(tmp_path: Path, small_tokenizer: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl.zst", documents(300))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst: cut short"):
+        make(path, tmp_path / "out", small_tokenizer)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="hold no document"):
+        make(tmp_path / "empty.jsonl", tmp_path / "out2", small_tokenizer)
+    with pytest.raises(DataError, match="nothing matches"):
+        make(tmp_path / "missing", tmp_path / "out3", small_tokenizer)
+    with pytest.raises(ConfigError, match=r"--seqlen must be at least 1.*\n.*shard must hold|shard must hold"):
+        make(path, tmp_path / "out4", small_tokenizer, "--shard-size", "0")
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_real_text_with_the_real_tokenizers(shared_dir: Path, tmp_path: Path) -> None:
+    import zstandard
+
+    source = shared_dir / "data" / "raw" / "wiki-00.jsonl.zst"
+    lines = zstandard.ZstdDecompressor().stream_reader(source.read_bytes()).read().splitlines()[:40]
+    path = tmp_path / "wiki.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    texts = [json.loads(line)["text"] for line in lines]
+    neox = str(shared_dir / "data" / "tokenizers" / "gpt-neox-20b.json")
+    main(["--input-files", str(path), "--output-dir", str(tmp_path / "neox"), "--tokenizer", neox])
+    members = read_shards(tmp_path / "neox" / "2048-v1" / "0")
+    assert tokens_of(members) == expected_tokens(texts, neox, 0)
+    assert {len(ids) for _, _, ids in members} == {2049}
+    from sentencepiece import SentencePieceProcessor
+
+    llama = str(shared_dir / "data" / "tokenizers" / "llama2.model")
+    main(["--input-files", str(path), "--output-dir", str(tmp_path / "llama"), "--tokenizer", llama])
+    pieces = SentencePieceProcessor(model_file=llama)
+    expected = Counter(value for text in texts for value in pieces.encode(text))
+    expected[pieces.eos_id()] += len(texts)
+    assert tokens_of(read_shards(tmp_path / "llama")) == expected
+
+
+def run_script(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **env}, cwd=ROOT.parent, timeout=300
+    )
+
+
+@pytest.mark.parametrize("base", ["s3://{bucket}/some/prefix/", "{bucket}/some/prefix"])
+def test_from_s3_to_s3_with_a_ray_of_its_own(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, s3_bucket: str, base: str
+) -> None:
+    for path in raw[0].rglob("*.*"):
+        storage.upload(path, f"s3://{s3_bucket}/raw/{path.relative_to(raw[0])}")
+    result = run_script(
+        "--input-files", f"s3://{s3_bucket}/raw/*.jsonl*", f"s3://{s3_bucket}/raw/deep/", "--output-dir",
+        str(tmp_path / "out"), "--tokenizer", small_tokenizer, "--seqlen", "32", "--num-workers", "1", "--upload-to-s3",
+        S3_BASE=base.format(bucket=s3_bucket),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "starting Ray" in result.stderr and "MB/s" in result.stderr and "left" in result.stderr
+    place = f"s3://{s3_bucket}/some/prefix/32-v1/0"
+    for url in storage.list_files(place):
+        storage.download(url, tmp_path / "copy" / url.rpartition("/")[2])
+    assert tokens_of(read_shards(tmp_path / "copy")) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+    assert len(read_manifest(f"{place}/manifest.jsonl")) == len(expand_shards(f"{place}/"))
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_it_joins_a_running_ray_and_leaves_it_running(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, local_ray: None
+) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    out = tmp_path / "out"
+    result = run_script(
+        "--input-files", str(raw[0]), "--output-dir", str(out), "--tokenizer", small_tokenizer, "--seqlen", "32",
+        "--ray-address", address,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "starting Ray" not in result.stderr
+    assert tokens_of(read_shards(out)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+    assert ray.get(ray.remote(lambda: 5).remote()) == 5
+
+
+def test_mistakes_end_with_one_message_and_exit_code_two(tmp_path: Path, small_tokenizer: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x"])
+    usual = ["--input-files", str(path), "--output-dir", str(tmp_path / "out"), "--tokenizer"]
+    for more, message in (
+        ([*usual, small_tokenizer, "--upload-to-s3"], "S3_BASE"),
+        ([*usual, str(tmp_path / "no.json")], "no.json"),
+        ([*usual, small_tokenizer, "--format", "csv"], "--format"),
+        (["--output-dir", "x"], "--input-files"),
+    ):
+        result = run_script(*more, S3_BASE="")
+        assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_s3_base_in_both_spellings() -> None:
+    assert s3_base("s3://bucket/a/b/") == s3_base("bucket/a/b") == "s3://bucket/a/b"
+    for wrong in (None, "", "s3://", "gs://bucket"):
+        with pytest.raises(ConfigError, match="S3_BASE"):
+            s3_base(wrong)
+
+
+@pytest.mark.parametrize("script", ["make_2048.py", "ray/tokenize_shuffle.py"])
+def test_help_imports_nothing_heavy(script: str) -> None:
+    code = (
+        "import runpy, sys; path = sys.argv[1]; sys.argv = [path, '--help']\n"
+        "try: runpy.run_path(path, run_name='__main__')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'ray', 'numpy', 'transformers', 'tokenizers', 'boto3'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    path = str(ROOT / "datapreprocess" / script)
+    result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--tokenizer" in result.stdout
+
+
+def test_special_tokens_inside_documents_are_encoded_as_the_library_does(
+    tmp_path: Path, small_tokenizer: str, local_ray: None
+) -> None:
+    texts = [f"before {EOT} after", EOT, "", "  "]
+    make(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", small_tokenizer)
+    found = tokens_of(read_shards(tmp_path / "out"))
+    assert found == expected_tokens(texts, small_tokenizer, EOT_ID) and found[EOT_ID] == 6

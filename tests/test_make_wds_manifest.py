@@ -1,0 +1,75 @@
+"""The command that makes a manifest for shards which have none."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from open_lm import storage
+from open_lm.data.shard_format import ManifestEntry, ShardWriter, read_manifest
+from open_lm.errors import ConfigError, DataError
+from open_lm.utils.make_wds_manifest import main, make_manifest
+
+
+def make_shards(folder: Path | str, counts: dict[str, int]) -> None:
+    for name, count in counts.items():
+        with ShardWriter(storage.join(folder, f"{name}.tar"), "json.gz") as writer:
+            for number in range(count):
+                writer.write(f"{number:04d}", np.arange(5))
+
+
+def test_the_golden_shards_as_a_command(shared_dir: Path, tmp_path: Path) -> None:
+    for source in (shared_dir / "compat" / "run" / "data").glob("*.tar"):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "open_lm.utils.make_wds_manifest",
+        "--data-dir",
+        str(tmp_path),
+        "--num-workers",
+        "3",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "2,048 sequences" in result.stdout
+    expected = [ManifestEntry(f"{number:08d}", 256) for number in range(1, 9)]
+    assert read_manifest(str(tmp_path / "manifest.jsonl")) == expected
+
+
+def test_broken_shards_are_told_together_and_nothing_is_written(tmp_path: Path) -> None:
+    make_shards(tmp_path, {"a": 3, "b": 2, "c": 1})
+    for name in ("a", "c"):
+        data = (tmp_path / f"{name}.tar").read_bytes()
+        (tmp_path / f"{name}.tar").write_bytes(data[:700])
+    with pytest.raises(DataError) as caught:
+        main(["--data-dir", str(tmp_path)])
+    assert "a.tar" in str(caught.value) and "c.tar" in str(caught.value) and "b.tar" not in str(caught.value)
+    assert not (tmp_path / "manifest.jsonl").exists()
+    with pytest.raises(DataError, match=r"no \.tar file"):
+        make_manifest(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="--num-workers"):
+        make_manifest(str(tmp_path), workers=0)
+
+
+def test_a_sample_in_several_kinds_counts_once(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.json", "0.txt", "1.json", "1.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"[1]"))
+    assert make_manifest(str(tmp_path), "other.jsonl") == 2
+    assert read_manifest(str(tmp_path / "other.jsonl")) == [ManifestEntry("a", 2)]
+
+
+def test_in_s3(s3_bucket: str, tmp_path: Path) -> None:
+    folder = f"s3://{s3_bucket}/set"
+    make_shards(folder, {"00000001": 4, "00000002": 2})
+    assert make_manifest(folder, tmp_dir=str(tmp_path / "tmp")) == 6
+    assert [entry.num_sequences for entry in read_manifest(f"{folder}/manifest.jsonl")] == [4, 2]
+    assert list((tmp_path / "tmp").iterdir()) == []
