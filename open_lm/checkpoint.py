@@ -8,6 +8,7 @@ is raised on all. The files are described in checkpoint_files.py.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -34,8 +35,9 @@ from open_lm.checkpoint_files import (
 )
 from open_lm.config import CheckpointConfig, LoggingConfig
 from open_lm.distributed import gather_objects, on_master
-from open_lm.errors import CheckpointError
+from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model_state import fitting, gather_optimizer, gather_weights, moments_by_name, set_moments, set_weights
+from open_lm.remote_sync import fetch_logs
 from open_lm.rng import rng_state, set_rng_state
 from open_lm.run_folder import RunPaths
 
@@ -293,23 +295,37 @@ def load_rng(path: str) -> bool:
 # ---------------------------------------------------------------------------------------------- finding
 def find_resume(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPaths) -> str | None:
     """The checkpoint that `--resume` means, on all ranks: "latest" is the newest of the run's folder and of its copy
-    at `--remote-sync` (the local one where both have it), or None where there is none yet."""
+    at `--remote-sync` (the local one where both have it), or None where there is none yet.
+
+    With "latest", logs that are further on in the copy are fetched from there. Without it, ConfigError where the copy
+    holds a run of that name already.
+    """
+    remote = storage.join(logging_cfg.remote_sync, paths.name) if logging_cfg.remote_sync else None
     if cfg.resume != "latest":
+        if remote is not None:
+            on_master(lambda: _refuse_existing(remote, paths))
         return cfg.resume
 
     def newest() -> str | None:
-        found = []
-        if paths.enabled and (local := latest_checkpoint(paths.checkpoints)):
-            found.append(local)
-        if logging_cfg.remote_sync:
-            remote = latest_checkpoint(storage.join(logging_cfg.remote_sync, paths.name, "checkpoints"))
-            found += [remote] if remote else []
-        if len(found) == 2 and _epoch_of(found[1]) > _epoch_of(found[0]):
-            found.reverse()
-        logging.info(f"--resume latest: {found[0]}" if found else "--resume latest: no checkpoint yet, starting afresh")
-        return found[0] if found else None
+        found = latest_checkpoint(paths.checkpoints) if paths.enabled else None
+        if remote is not None:
+            copied = latest_checkpoint(storage.join(remote, "checkpoints"))
+            if copied is not None and (found is None or _epoch_of(copied) > _epoch_of(found)):
+                found = copied
+            if paths.enabled and (fetched := fetch_logs(remote, paths.root)):
+                logging.info(f"fetched {', '.join(fetched)} from {remote}")
+        logging.info(f"--resume latest: {found or 'no checkpoint yet, starting afresh'}")
+        return found
 
     return on_master(newest)
+
+
+def _refuse_existing(remote: str, paths: RunPaths) -> None:
+    if not os.path.exists(paths.log) and storage.exists(storage.join(remote, "out.log")):
+        raise ConfigError(
+            f"--remote-sync: a run of this name exists already at {remote}; "
+            "continue it with --resume latest, or choose another --name"
+        )
 
 
 def _epoch_of(url: str) -> int:

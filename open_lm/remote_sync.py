@@ -20,6 +20,8 @@ from open_lm import storage
 from open_lm.errors import ConfigError, StorageError, join_problems
 
 _SNAPSHOT = "sync-"
+# What a continued run adds to.
+GROWING = ("out.log", "metrics.jsonl", "checkpoints/results.jsonl")
 
 
 @dataclass
@@ -179,6 +181,18 @@ class RemoteSync:
             for name in names:
                 if storage.is_temporary(name) and _SNAPSHOT in name:
                     os.unlink(os.path.join(folder, name))
+
+
+def fetch_logs(remote: str, local: str) -> list[str]:
+    """Bring over a run's growing files where the copy is further on, so that a run which continues on another machine
+    adds to them instead of replacing them there by shorter ones. Returns what was fetched."""
+    fetched = []
+    for name in GROWING:
+        there, here = storage.info(storage.join(remote, name)), storage.info(storage.join(local, name))
+        if there is not None and (here is None or there.size > here.size):
+            storage.download(there.url, storage.join(local, name))
+            fetched.append(name)
+    return fetched
 
 
 def _fingerprint(path: str) -> tuple[int, int]:

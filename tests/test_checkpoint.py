@@ -35,7 +35,7 @@ from open_lm.checkpoint import (
 )
 from open_lm.checkpoint_files import clean_name, read_file, sibling, write_file
 from open_lm.config import CheckpointConfig, LoggingConfig
-from open_lm.errors import CheckpointError, StorageError
+from open_lm.errors import CheckpointError, ConfigError, StorageError
 from open_lm.run_folder import RunPaths
 
 METRICS = [{"loss": np.float64(2.5), "tokens": np.int64(7), "val_data": ["a.tar"]}]
@@ -443,9 +443,18 @@ def test_latest_of_a_remote_copy(tmp_path: Path, s3_bucket: str) -> None:
     for name in os.listdir(saver.paths.checkpoints):
         storage.upload(storage.join(saver.paths.checkpoints, name), f"{remote}/run/checkpoints/{name}")
     os.unlink(storage.join(saver.paths.checkpoints, "epoch_2.pt"))
+    for name, there, here in (("out.log", "a\nb\n", "a\n"), ("metrics.jsonl", "{}\n", None)):
+        storage.write_text(f"{remote}/run/{name}", there)
+        if here is not None:
+            storage.write_text(storage.join(saver.paths.root, name), here)
     logging_cfg = LoggingConfig(logs=saver.paths.logs, remote_sync=remote)
     path = find_resume(CheckpointConfig(resume="latest"), logging_cfg, saver.paths)
     assert path == f"{remote}/run/checkpoints/epoch_2.pt"
+    assert storage.read_text(saver.paths.log) == "a\nb\n", "the longer log is continued"
+    assert storage.read_text(saver.paths.metrics) == "{}\n"
+    elsewhere = RunPaths(str(tmp_path / "elsewhere"), "run")
+    with pytest.raises(ConfigError, match="exists already at"):
+        find_resume(CheckpointConfig(), logging_cfg, elsewhere)
     target, target_optimizer = build(3)
     assert load_weights(path, target).step == 2
     assert torch.equal(target.embed.weight, model.embed.weight)
