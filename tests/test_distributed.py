@@ -1,0 +1,162 @@
+"""Ranks, devices, process groups, and that every layout trains alike."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import trainer_worker
+
+from open_lm import distributed
+from open_lm.config import ParallelConfig
+from open_lm.errors import ConfigError, DataError
+from open_lm.parallelize import find_blocks
+
+LAUNCHER_NAMES = {
+    *distributed.LOCAL_RANK_NAMES,
+    *distributed.RANK_NAMES,
+    *distributed.WORLD_SIZE_NAMES,
+    *distributed.LOCAL_SIZE_NAMES,
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in LAUNCHER_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    yield
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("LOCAL_RANK", "RANK", "WORLD_SIZE"),
+        ("MPI_LOCALRANKID", "PMI_RANK", "PMI_SIZE"),
+        ("SLURM_LOCALID", "SLURM_PROCID", "SLURM_NTASKS"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ],
+)
+def test_ranks_come_from_every_launcher(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert distributed.world_info_from_env() == (0, 0, 1)
+    for name, value in zip(names, ("1", "5", "8"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert distributed.world_info_from_env() == (1, 5, 8)
+
+
+def test_the_first_launcher_found_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "7")
+    monkeypatch.setenv("RANK", "3")
+    assert distributed.world_info_from_env()[1] == 3
+    monkeypatch.setenv("RANK", "three")
+    with pytest.raises(ConfigError, match="RANK: found 'three'"):
+        distributed.world_info_from_env()
+
+
+def test_a_single_process_needs_no_group() -> None:
+    args = argparse.Namespace(dist_url="env://", dist_backend="nccl")
+    device = distributed.init_distributed_device(args)
+    assert (args.rank, args.local_rank, args.world_size, args.distributed) == (0, 0, 1, False)
+    assert torch.device(args.device) == device
+    assert distributed.is_master(args) and distributed.is_master(args, local=True)
+    assert distributed.broadcast_object(args, {"a": 1}) == {"a": 1}
+    assert distributed.gather_objects(3) == [3]
+    assert distributed.on_master(lambda: "done") == "done"
+
+
+def test_force_distributed_starts_a_group_of_one() -> None:
+    runtime = distributed.init_runtime(ParallelConfig(force_distributed=True))
+    try:
+        assert runtime.distributed and runtime.owns_group
+        mesh = distributed.build_mesh(runtime, ParallelConfig())
+        assert mesh is not None and mesh.size() == 1
+        assert distributed.sum_over_ranks(torch.ones(2)).tolist() == [1, 1]
+
+        def fail() -> None:
+            raise DataError("broken")
+
+        with pytest.raises(DataError, match="broken"):
+            distributed.on_master(fail)
+    finally:
+        distributed.shutdown(runtime)
+
+
+def test_wrong_launches_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--preset-world-size 4: the launcher started 1 ranks"):
+        distributed.init_runtime(ParallelConfig(preset_world_size=4))
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ConfigError, match="without MASTER_ADDR and MASTER_PORT"):
+        distributed.init_runtime(ParallelConfig())
+
+
+def test_hybrid_sharding_needs_equal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = distributed.init_runtime(ParallelConfig(force_distributed=True))
+    try:
+        uneven = distributed.Runtime(world_size=6, local_world_size=4)
+        with pytest.raises(ConfigError, match="6 ranks do not divide into nodes of 4"):
+            distributed.build_mesh(uneven, ParallelConfig(fsdp=True, fsdp_hybrid=True))
+    finally:
+        distributed.shutdown(runtime)
+
+
+def test_blocks_of_other_models_are_found_by_class_name() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Sequential(torch.nn.ReLU()))
+    assert [type(block) for block in find_blocks(model, "ReLU")] == [torch.nn.ReLU]
+    with pytest.raises(ConfigError, match="no such layer; it has Linear, ReLU, Sequential"):
+        find_blocks(model, "LlamaDecoderLayer")
+
+
+def differences(steps: list[list[float]], expected: list[list[float]]) -> float:
+    return max(
+        abs(a - b) for step, other in zip(steps, expected, strict=True) for a, b in zip(step, other, strict=True)
+    )
+
+
+def test_every_layout_gives_the_same_losses_on_two_ranks(torchrun: Callable[..., object], tmp_path: Path) -> None:
+    """Float32, masked tokens, accumulation: losses and gradient norms are those of one process within 1e-5."""
+    shutil.copy(trainer_worker.__file__, tmp_path)
+    jobs: list[dict[str, object]] = [
+        {"layout": "plain"},
+        {"layout": "plain", "accum_freq": 4, "checkpointing": True},
+        {"layout": "static_graph", "tied": True},
+        {"layout": "fsdp"},
+        {"layout": "fsdp", "accum_freq": 2},
+        {"layout": "fsdp", "accum_freq": 4, "tied": True, "checkpointing": True},
+        {"layout": "prefetch"},
+        {"layout": "hybrid", "accum_freq": 2},
+        {"layout": "hybrid_o2", "accum_freq": 2},
+        {"layout": "amp"},
+        {"layout": "pure_bf16"},
+    ]
+    torchrun(2, "trainer_worker", "out.json", *[json.dumps(job) for job in jobs])
+    results = json.loads((tmp_path / "out.json").read_text())
+    expected = {tied: trainer_worker.train("plain", tied=tied) for tied in (False, True)}
+    assert expected[False][0] != expected[True][0]
+    for job in jobs:
+        steps = results[json.dumps(job, sort_keys=True)]
+        difference = differences(steps, expected[bool(job.get("tied"))])
+        if job["layout"] in ("amp", "pure_bf16"):
+            assert 1e-5 < difference < 0.1, job
+        else:
+            assert difference < 1e-5, job
+
+
+def test_hybrid_sharding_over_two_nodes_of_two(torchrun: Callable[..., object], tmp_path: Path) -> None:
+    source = Path(trainer_worker.__file__).read_text()
+    # torchrun says that the four ranks share a node; two nodes of two is what hybrid sharding is about.
+    nodes = 'import os\n\nos.environ["LOCAL_WORLD_SIZE"] = "2"\n'
+    (tmp_path / "two_nodes.py").write_text(source.replace("import json\n", f"import json\n{nodes}", 1))
+    jobs = [{"layout": "hybrid", "accum_freq": 2}, {"layout": "hybrid_o2", "tied": True}]
+    torchrun(4, "two_nodes", "out.json", *[json.dumps(job) for job in jobs])
+    results = json.loads((tmp_path / "out.json").read_text())
+    for job in jobs:
+        expected = trainer_worker.train("plain", tied=bool(job.get("tied")))
+        assert differences(results[json.dumps(job, sort_keys=True)], expected) < 1e-5

@@ -1,0 +1,156 @@
+"""Validation: exact losses, intervals, and the functions of existing callers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trainer_worker
+
+from open_lm.config import ValidationConfig
+from open_lm.data import get_data
+from open_lm.data.batch import Batch
+from open_lm.distributed import Runtime
+from open_lm.evaluate import EvaluationOptions, evaluate_loop, evaluate_sets, validation_metrics
+from open_lm.losses import IGNORE_INDEX
+from open_lm.main import load_model, main
+from open_lm.model import Params, Transformer, create_model
+from open_lm.precision import get_autocast
+
+GOLDEN = "compat/run/logs/upstream/checkpoints"
+
+
+def golden_results(shared_dir: Path) -> list[dict[str, Any]]:
+    return json.loads((shared_dir / GOLDEN / "results.jsonl").read_text().splitlines()[-1])
+
+
+def golden_flags(shared_dir: Path) -> list[str]:
+    run = shared_dir / "compat/run"
+    sets = [str(run / "data/00000007.tar"), str(run / "data/00000008.tar")]
+    return ["--model", str(run / "tiny_bytes.json"), "--val-data", *sets, "--data-key", "json.gz", "--workers", "0"]
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
+def test_evaluation_alone_gives_the_golden_losses(flag: str, shared_dir: Path, tmp_path: Path) -> None:
+    checkpoint = str(shared_dir / GOLDEN / "epoch_2.pt")
+    flags = [flag, checkpoint, "--precision", "fp32", "--logs", str(tmp_path), "--name", "run"]
+    main([*golden_flags(shared_dir), *flags])
+    (results,) = [json.loads(line) for line in (tmp_path / "run/checkpoints/results.jsonl").read_text().splitlines()]
+    for result, golden in zip(results, golden_results(shared_dir), strict=True):
+        assert set(result) == set(golden)
+        assert result["loss"] == pytest.approx(golden["loss"], abs=1e-4)
+        for key in ("sequences", "tokens", "train_tokens", "loss_tokens_lower_95"):
+            assert result[key] == golden[key]
+        assert [Path(name).name for name in result["val_data"]] == [Path(name).name for name in golden["val_data"]]
+        assert result["checkpoint_path"] == checkpoint
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 128 and rows[-1]["val/loss"] == pytest.approx(2.385682, abs=1e-4)
+
+
+def test_programs_of_existing_users_evaluate(shared_dir: Path) -> None:
+    run = shared_dir / "compat/run"
+    args = argparse.Namespace(
+        model=str(run / "tiny_bytes.json"),
+        resume=str(shared_dir / GOLDEN / "epoch_2.pt"),
+        val_data=[str(run / "data/00000007.tar")],
+        val_data_key=["json.gz"],
+        per_gpu_val_batch_size=16,
+        workers=0,
+        seed=3,
+        precision="fp32",
+        device="cpu",
+        rank=0,
+        world_size=1,
+        distributed=False,
+        seq_len=64,
+        vocab_size=256,
+        train_num_samples=512,
+        val_seq_ci=True,
+        val_tok_ci=True,
+        val_iter_ci=200,
+        val_max_pop_ci=300,
+    )
+
+    class Writer:
+        def __init__(self) -> None:
+            self.scalars: dict[str, float] = {}
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            self.scalars[name] = value
+
+    model = create_model(args)
+    assert load_model(args, model, different_seed=True)[:2] == (2, 128)
+    writer = Writer()
+    (result,) = evaluate_loop(model, get_data(args, skip_train=True)["val_list"], 2, args, writer)
+    assert result["loss"] == pytest.approx(golden_results(shared_dir)[0]["loss"], abs=1e-4)
+    assert result["train_tokens"] == 2 * 512 * 64
+    for kind in ("sequences", "tokens"):
+        assert result[f"loss_{kind}_lower_95"] < result["loss"] < result[f"loss_{kind}_upper_95"]
+    assert writer.scalars["valid/loss"] == result["loss"]
+    assert model.training
+
+
+class Batches:
+    """A validation set of given batches."""
+
+    def __init__(self, batches: list[tuple[torch.Tensor, torch.Tensor]], name: str = "set/part-0001.tar") -> None:
+        self.batches, self.val_data = batches, [name]
+
+    def __iter__(self) -> Any:
+        for inputs, targets in self.batches:
+            filled = (targets != IGNORE_INDEX).any(1)
+            yield Batch(inputs, targets, filled, int(filled.sum()), (int(filled.sum()),), 0)
+
+
+def evaluate(loaders: list[Any], **flags: Any) -> tuple[Transformer, list[dict[str, Any]]]:
+    model = Transformer(Params(**trainer_worker.SHAPE))
+    model.reset_parameters(seed=1)
+    options = EvaluationOptions(Runtime(), get_autocast("fp32"), ValidationConfig(**flags), model_name="small")
+    return model, evaluate_sets(model, loaders, options)
+
+
+def test_masked_targets_and_filler_rows_do_not_count() -> None:
+    batches = [trainer_worker.batch(step) for step in range(3)]
+    model, (result,) = evaluate([Batches(batches)])
+    with torch.no_grad():
+        logits = torch.cat([model(inputs)[0] for inputs, _ in batches])
+    targets = torch.cat([targets for _, targets in batches])
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    assert result["loss"] == pytest.approx(losses.item(), abs=1e-6)
+    assert result["tokens"] == int((targets != IGNORE_INDEX).sum())
+    assert result["sequences"] == int((targets != IGNORE_INDEX).any(1).sum()) < 24
+    assert "train_tokens" not in result and result["loss_tokens_lower_95"] == -1.0
+
+
+def test_intervals_narrow_with_more_data() -> None:
+    few = Batches([trainer_worker.batch(0)])
+    many = Batches([trainer_worker.batch(step) for step in range(20)])
+    _, results = evaluate([few, many], val_tok_ci=True, val_seq_ci=True, val_iter_ci=300)
+    widths = {
+        kind: [result[f"loss_{kind}_upper_95"] - result[f"loss_{kind}_lower_95"] for result in results]
+        for kind in ("tokens", "sequences")
+    }
+    assert all(0 < many_width < few_width for few_width, many_width in widths.values())
+
+
+def test_metrics_name_each_set_and_weigh_the_common_loss_by_tokens() -> None:
+    _, results = evaluate([Batches([trainer_worker.batch(0)]), Batches([trainer_worker.batch(1)], "b/x.tar")])
+    metrics = validation_metrics(results)
+    tokens = [result["tokens"] for result in results]
+    expected = sum(result["loss"] * result["tokens"] for result in results) / sum(tokens)
+    assert metrics["val/loss"] == pytest.approx(expected)
+    assert metrics["val/part-0001/loss"] == results[0]["loss"] and metrics["val/x/tokens"] == tokens[1]
+    assert "val/part-0001/loss_tokens_lower_95" not in metrics
+    (single,) = evaluate([Batches([trainer_worker.batch(0)])])[1]
+    assert validation_metrics([single])["val/loss"] == pytest.approx(single["loss"])
+
+
+def test_a_set_without_targets_has_no_loss() -> None:
+    inputs, targets = trainer_worker.batch(0)
+    _, (result,) = evaluate([Batches([(inputs, torch.full_like(targets, IGNORE_INDEX))])], val_tok_ci=True)
+    assert math.isnan(result["loss"]) and result["tokens"] == 0 and result["loss_tokens_upper_95"] == -1.0

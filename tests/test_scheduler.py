@@ -1,0 +1,66 @@
+"""Learning rates by step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from open_lm.config import OptimConfig
+from open_lm.errors import ConfigError
+from open_lm.scheduler import build_scheduler, const_lr, const_lr_cooldown, cosine_lr
+
+
+@pytest.fixture
+def optimizer() -> torch.optim.Optimizer:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)]
+    return torch.optim.SGD(groups, lr=1.0)
+
+
+def test_cosine_gives_the_golden_runs_rates(optimizer: torch.optim.Optimizer) -> None:
+    """The LR of the golden run's log lines: lr 0.003, warmup 8, 128 steps."""
+    schedule = cosine_lr(optimizer, 0.003, 8, 128, 0.0, 0.0)
+    logged = {0: "0.000375", 8: "0.003000", 16: "0.002967", 63: "0.001696", 64: "0.001657", 127: "0.000001"}
+    assert {step: f"{schedule(step):5f}" for step in logged} == logged
+    assert [group["lr"] for group in optimizer.param_groups] == [schedule(127)] * 2
+
+
+def test_cosine_ends_at_its_minimum_and_may_be_held_above(optimizer: torch.optim.Optimizer) -> None:
+    assert cosine_lr(optimizer, 1.0, 2, 10, 0.1, 0.0)(10) == pytest.approx(0.1)
+    held = cosine_lr(optimizer, 1.0, 10, 20, 0.0, 0.3)
+    assert held(0) == pytest.approx(0.1), "the warmup begins below"
+    assert min(held(step) for step in range(10, 21)) == 0.3
+
+
+def test_constant_rate_after_the_warmup(optimizer: torch.optim.Optimizer) -> None:
+    schedule = const_lr(optimizer, 2.0, 4)
+    assert [schedule(step) for step in (0, 1, 3, 4, 1000)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(("power", "middle"), [(1.0, 0.55), (2.0, 0.325)])
+def test_cooldown_is_a_polynomial(optimizer: torch.optim.Optimizer, power: float, middle: float) -> None:
+    schedule = const_lr_cooldown(optimizer, 1.0, 2, 20, 10, power, 0.1)
+    assert [schedule(step) for step in (1, 9, 10)] == [1.0, 1.0, 1.0]
+    assert schedule(15) == pytest.approx(middle)
+    assert schedule(20) == pytest.approx(0.1)
+    assert const_lr_cooldown(optimizer, 1.0, 2, 20, 10, power, 0.1, force_min_lr=0.5)(20) == 0.5
+
+
+def test_a_warmup_longer_than_the_run_never_divides_by_zero(optimizer: torch.optim.Optimizer) -> None:
+    schedule = cosine_lr(optimizer, 1.0, 100, 100, 0.0, 0.0)
+    assert schedule(50) == pytest.approx(0.51)
+    assert cosine_lr(optimizer, 1.0, 100, 50, 0.0, 0.0)(100) == 0.0
+
+
+def test_flags_choose_the_schedule(optimizer: torch.optim.Optimizer) -> None:
+    def rates(steps: tuple[int, ...], cooldown_start: int | None = None, **flags: object) -> list[float]:
+        schedule = build_scheduler(OptimConfig(lr=1.0, warmup=10, **flags), optimizer, 100, cooldown_start)  # type: ignore[arg-type]
+        return [round(schedule(step), 6) for step in steps]
+
+    assert rates((0, 55, 100)) == [0.1, 0.5, 0.0]
+    assert rates((0, 55, 100), lr_scheduler="const") == [0.1, 1.0, 1.0]
+    assert rates((0, 80, 90), 80, lr_scheduler="const-cooldown", epochs_cooldown=1) == [0.1, 1.0, 0.5]
+    assert rates((0, 99), skip_scheduler=True) == [1.0, 1.0]
+    with pytest.raises(ConfigError, match="--epochs-cooldown"):
+        rates((0,), lr_scheduler="const-cooldown")
+    with pytest.raises(ConfigError, match="found 'linear', expected cosine, const or const-cooldown"):
+        rates((0,), lr_scheduler="linear")

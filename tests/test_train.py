@@ -1,0 +1,254 @@
+"""One optimizer step, the loop around it, and what it measures."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trainer_worker
+
+from open_lm.averaging import ModelAverager
+from open_lm.config import DataConfig, OptimConfig
+from open_lm.data.loader import build_train_loader
+from open_lm.distributed import Runtime
+from open_lm.losses import IGNORE_INDEX
+from open_lm.metrics import (
+    DeviceMeans,
+    TrainReading,
+    bootstrap_interval,
+    device_peak_flops,
+    model_flops_per_token,
+    peak_memory_bytes,
+)
+from open_lm.model import Params, Transformer
+from open_lm.optim import build_optimizer
+from open_lm.precision import get_autocast
+from open_lm.scheduler import const_lr
+from open_lm.train import StepOptions, Trainer, TrainingDiverged, train_step
+
+OPTIONS = StepOptions(Runtime(), get_autocast("fp32"))
+
+
+def small_model(**shape: Any) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(Params(**{**trainer_worker.SHAPE, **shape}))
+    model.reset_parameters(seed=5)
+    return model
+
+
+def one_step(options: StepOptions, step: int = 0, **shape: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """What a step reports and the weights after it."""
+    model = small_model(**shape)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+    result = train_step(model, *trainer_worker.batch(step), optimizer, options)
+    return {name: value.item() for name, value in result.parts.items()}, model.state_dict()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_changes_nothing_even_with_masked_tokens(checkpointing: bool) -> None:
+    reference = trainer_worker.train("plain")
+    for accum_freq in (2, 4, 8):
+        steps = trainer_worker.train("plain", accum_freq=accum_freq, checkpointing=checkpointing)
+        assert np.allclose(steps, reference, atol=1e-5, rtol=0)
+
+
+def test_the_loss_is_the_mean_over_valid_tokens() -> None:
+    parts, _ = one_step(replace(OPTIONS, accum_freq=4))
+    inputs, targets = trainer_worker.batch(0)
+    logits = small_model()(inputs)[0]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+    assert parts["loss"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_z_loss_is_part_of_the_loss() -> None:
+    inputs, targets = trainer_worker.batch(0)
+    logits = small_model()(inputs)[0]
+    z = logits.logsumexp(-1).square()[targets != IGNORE_INDEX].mean().item()
+    with_z, without = one_step(replace(OPTIONS, z_loss_coefficient=0.5))[0], one_step(OPTIONS)[0]
+    assert with_z["loss"] - without["loss"] == pytest.approx(0.5 * z, rel=1e-4)
+
+
+def test_a_batch_without_any_target_moves_weights_by_decay_alone() -> None:
+    model = small_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1, wd=0.5))
+    inputs, targets = trainer_worker.batch(0)
+    result = train_step(model, inputs, torch.full_like(targets, IGNORE_INDEX), optimizer, OPTIONS, num_samples=0)
+    assert (result.parts["loss"].item(), result.samples.item(), result.valid_tokens.item()) == (0.0, 0, 0)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, before[name] * 0.95, atol=1e-7)
+
+
+def test_logit_mean_and_balancing_loss_are_reported() -> None:
+    options = replace(OPTIONS, log_logit_mean=True, accum_freq=2)
+    parts, _ = one_step(options, moe_freq=1, moe_num_experts=4, moe_capacity_factor=0.0)
+    assert set(parts) == {"loss", "logit_mean", "load_balancing_loss"}
+    model = small_model(moe_freq=1, moe_num_experts=4, moe_capacity_factor=0.0)
+    inputs, _ = trainer_worker.batch(0)
+    assert parts["logit_mean"] == pytest.approx(model(inputs)[0].mean().item(), abs=1e-6)
+    assert 0 < parts["load_balancing_loss"] < 1
+
+
+def test_rows_have_to_divide_into_micro_batches() -> None:
+    with pytest.raises(ValueError, match="8 rows do not divide into 3 micro-batches"):
+        one_step(replace(OPTIONS, accum_freq=3))
+
+
+def test_divergence_is_found_before_the_update() -> None:
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig())
+    with torch.no_grad():
+        model.output.weight[0, 0] = math.nan
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(TrainingDiverged, match="loss nan"):
+        train_step(model, *trainer_worker.batch(0), optimizer, OPTIONS, check=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) or value.isnan().any()
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+def build_trainer(reports: list[tuple[int, dict[str, Any]]], **changes: Any) -> Trainer:
+    data = DataConfig(dataset_type="synthetic", workers=0)
+    loader = build_train_loader(data, seq_len=trainer_worker.SEQ_LEN, vocab_size=trainer_worker.VOCAB, batch_size=4)
+    model = small_model()
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+    settings: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": const_lr(optimizer, 1e-2, 2),
+        "loader": loader,
+        "options": OPTIONS,
+        "report": lambda values, step: reports.append((step, dict(values))),
+        "seq_len": trainer_worker.SEQ_LEN,
+        "global_batch_size": 4,
+        "log_every": 3,
+    }
+    return Trainer(**{**settings, **changes})
+
+
+def test_an_epoch_reports_at_its_steps_and_counts_exactly() -> None:
+    reports: list[tuple[int, dict[str, Any]]] = []
+    trainer = build_trainer(reports, flops_per_token=1e6, peak_flops=1e9)
+    trainer.run_epoch(0, 8)
+    trainer.run_epoch(1, 10)
+    assert [step for step, _ in reports] == [1, 4, 7, 8, 9, 10]
+    assert [values["tokens"] for _, values in reports] == [4 * 12 * step for step in (1, 4, 7, 8, 9, 10)]
+    assert (trainer.step, trainer.samples_seen) == (10, 40)
+    assert trainer.data_state == trainer.loader.state
+    last = reports[-1][1]
+    assert last["train/epoch"] == 1 and last["train/lr"] == 1e-2 and 0 < last["train/mfu"] < 10
+    assert last["train/grad_norm"] > 0 and last["train/peak_memory_bytes"] == peak_memory_bytes(torch.device("cpu"))
+
+
+def test_a_reported_loss_is_the_mean_since_the_last_report() -> None:
+    every: list[tuple[int, dict[str, Any]]] = []
+    some: list[tuple[int, dict[str, Any]]] = []
+    build_trainer(every, log_every=1).run_epoch(0, 7)
+    build_trainer(some, log_every=3).run_epoch(0, 7)
+    losses = [values["train/loss"] for _, values in every]
+    expected = [losses[0], sum(losses[1:4]) / 3, sum(losses[4:7]) / 3]
+    assert [values["train/loss"] for _, values in some] == pytest.approx(expected, abs=1e-6)
+
+
+def test_averaged_models_losses_are_logged_without_touching_training() -> None:
+    plain: list[tuple[int, dict[str, Any]]] = []
+    averaged: list[tuple[int, dict[str, Any]]] = []
+    build_trainer(plain).run_epoch(0, 6)
+    trainer = build_trainer(averaged, average_loss_every=2)
+    trainer.averagers = ModelAverager(trainer.model, "poly_8_1,ema_0.99,none")
+    trainer.run_epoch(0, 6)
+    for (_, without), (_, with_averages) in zip(plain, averaged, strict=True):
+        assert with_averages["train/loss"] == without["train/loss"]
+    first = averaged[0][1]
+    assert {"train/poly_8_1_loss", "train/ema_0.99_loss", "train/none_loss"} <= set(first)
+    assert first["train/none_loss"] < first["train/loss"], "the batch's own update lowers its loss"
+    assert trainer.model.training
+
+
+def test_a_diverged_epoch_says_where_and_keeps_its_count() -> None:
+    trainer = build_trainer([])
+    batches = trainer._batches
+
+    def poisoned(run: Any) -> Iterator[Any]:
+        for number, item in enumerate(batches(run)):
+            if number == 2:
+                with torch.no_grad():
+                    next(trainer.model.parameters()).fill_(math.nan)
+            yield item
+
+    trainer._batches = poisoned  # type: ignore[method-assign]
+    with pytest.raises(TrainingDiverged, match=r"training diverged at step 2 \(learning rate 0.01\): loss nan"):
+        trainer.run_epoch(0, 5)
+    assert (trainer.step, trainer.samples_seen) == (2, 8)
+
+
+# ------------------------------------------------------------------------------------------------ metrics
+def test_log_line_has_the_shape_that_existing_tools_read(shared_dir: Any) -> None:
+    reading = TrainReading(
+        epoch=1,
+        samples=8,
+        epoch_samples=512,
+        loss=2.5664,
+        grad_norm=1.5,
+        lr=0.001657,
+        data_s=0.02,
+        batch_s=0.0776,
+        tokens=33280,
+        step_tokens=512,
+        world_size=2,
+        memory_bytes=2**30,
+        mfu=0.375,
+    )
+    line = reading.line()
+    assert line == (
+        "Train Epoch: 1 [  8/512 (2%)] Loss: 2.566 Data (t): 0.020 Batch (t): 0.078, 6597.94/s, 3298.97/s/gpu "
+        "LR: 0.001657 Grad norm: 1.500 Tokens: 33280 Mem: 1.00 GiB MFU: 37.5%"
+    )
+    number = r"[\d.]+"
+    pattern = re.compile(
+        rf"Train Epoch: \d+ \[ *\d+/\d+ \(\d+%\)\] Loss: {number} Data \(t\): {number} Batch \(t\): {number}, "
+        rf"{number}/s, {number}/s/gpu LR: {number} "
+    )
+    golden = (shared_dir / "compat/run/logs/upstream/out.log").read_text().splitlines()
+    golden_lines = [text.split(" | INFO | ")[1] for text in golden if "Train Epoch" in text]
+    assert len(golden_lines) == 19
+    assert all(pattern.match(text) for text in [line, *golden_lines])
+
+
+def test_means_leave_out_steps_that_reported_nothing() -> None:
+    means = DeviceMeans()
+    for value in (1.0, 2.0, 6.0):
+        means.add({"loss": torch.tensor(value)})
+    means.add({"rare": torch.tensor(5.0)})
+    assert means.pop() == {"loss": 3.0, "rare": 5.0}
+    assert means.pop() == {}
+
+
+def test_model_flops_count_matrix_products_only() -> None:
+    model = small_model()
+    counted = sum(p.numel() for p in model.parameters()) - model.tok_embeddings.weight.numel()
+    attention = 12 * 3 * 24 * trainer_worker.SEQ_LEN
+    assert model_flops_per_token(model) == 6 * counted + attention
+    tied = small_model(weight_tying=True)
+    assert model_flops_per_token(tied) == model_flops_per_token(model)
+    experts = {"moe_freq": 1, "moe_num_experts": 4}
+    one, two = (model_flops_per_token(small_model(**experts, moe_top_k=k)) for k in (1, 2))
+    assert two - one == 6 * 3 * 2 * 4 * 24 * 24, "each block's further expert has two matrices of 4 D x D"
+    assert device_peak_flops(torch.device("cpu"), torch.float32) > 1e8  # type: ignore[operator]
+
+
+def test_bootstrap_interval_matches_the_normal_one() -> None:
+    points = np.random.default_rng(1).exponential(size=4000)
+    half = 1.96 * points.std() / math.sqrt(len(points))
+    lower, upper = bootstrap_interval(points, iterations=2000)
+    assert (lower, upper) == pytest.approx((points.mean() - half, points.mean() + half), abs=0.1 * half)
+    assert bootstrap_interval(points, iterations=2000) == (lower, upper), "the same points give the same interval"
+    small = bootstrap_interval(points, iterations=2000, max_population=500)
+    assert small == pytest.approx((lower, upper), abs=0.15 * half), "fewer draws, the same population"
+    assert bootstrap_interval(np.array([2.0]), iterations=10) == (2.0, 2.0)

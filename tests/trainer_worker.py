@@ -1,0 +1,93 @@
+"""A few training steps of a small model in any layout, for comparisons; runs under torchrun and inside pytest.
+
+`python -m trainer_worker OUT LAYOUT…` trains every layout in one process group; rank 0 writes {layout: steps} as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from open_lm.config import ModelConfig, OptimConfig, ParallelConfig
+from open_lm.distributed import build_mesh, init_runtime, shutdown, sum_over_ranks
+from open_lm.initialization import init_weights
+from open_lm.losses import IGNORE_INDEX
+from open_lm.model import Params, Transformer
+from open_lm.optim import build_optimizer
+from open_lm.parallelize import parallelize
+from open_lm.precision import get_autocast
+from open_lm.train import StepOptions, train_step
+
+ROWS, SEQ_LEN, VOCAB, STEPS = 8, 12, 31, 4
+SHAPE = {"dim": 24, "n_layers": 3, "n_heads": 2, "vocab_size": VOCAB, "seq_len": SEQ_LEN, "apply_qk_norm": True}
+LAYOUTS: dict[str, ParallelConfig] = {
+    "plain": ParallelConfig(),
+    "static_graph": ParallelConfig(ddp_static_graph=True),
+    "fsdp": ParallelConfig(fsdp=True),
+    "prefetch": ParallelConfig(fsdp=True, fsdp_backward_prefetch=True),
+    "hybrid": ParallelConfig(fsdp=True, fsdp_hybrid=True),
+    "hybrid_o2": ParallelConfig(fsdp=True, fsdp_hybrid_o2=True),
+    "amp": ParallelConfig(fsdp=True, fsdp_amp=True),
+    "pure_bf16": ParallelConfig(fsdp=True, fsdp_pure_bf16=True),
+}
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The global batch of a step: inputs and targets (ROWS, SEQ_LEN), half of the targets masked, unevenly."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCAB, (ROWS, SEQ_LEN + 1), generator=generator)
+    targets = tokens[:, 1:].clone()
+    kept = torch.rand(ROWS, SEQ_LEN, generator=generator) < torch.linspace(0.05, 0.95, ROWS)[:, None]
+    targets[~kept] = IGNORE_INDEX
+    targets[0] = IGNORE_INDEX  # a row, and with accumulation a micro-batch, without any target
+    return tokens[:, :-1].contiguous(), targets
+
+
+def train(layout: str, accum_freq: int = 1, tied: bool = False, checkpointing: bool = False) -> list[list[float]]:
+    """[loss, gradient norm] of each step."""
+    cfg = LAYOUTS[layout]
+    runtime = init_runtime(cfg)
+    try:
+        with torch.device("meta"):
+            model = Transformer(Params(**SHAPE, weight_tying=tied))
+        trained = parallelize(
+            model,
+            build_mesh(runtime, cfg),
+            cfg,
+            device=runtime.device,
+            model_cfg=ModelConfig(grad_checkpointing=checkpointing),
+            initialise=lambda made: init_weights(made, seed=5),
+        )
+        optimizer = build_optimizer(trained, OptimConfig(lr=1e-2, wd=0.1))
+        options = StepOptions(
+            runtime, get_autocast("fp32"), accum_freq=accum_freq, z_loss_coefficient=1e-3, grad_clip_norm=0.5
+        )
+        share = ROWS // runtime.world_size
+        own = slice(runtime.rank * share, (runtime.rank + 1) * share)
+        steps = []
+        for step in range(STEPS):
+            inputs, targets = batch(step)
+            result = train_step(trained, inputs[own], targets[own], optimizer, options)
+            loss = sum_over_ranks(result.parts["loss"].clone())
+            steps.append([loss.item(), result.grad_norm.item()])
+            assert result.samples.item() == ROWS
+        return steps
+    finally:
+        shutdown(runtime)
+
+
+def main(argv: list[str]) -> None:
+    out, jobs = argv[0], [json.loads(job) for job in argv[1:]]
+    dist.init_process_group("gloo")
+    results = {json.dumps(job, sort_keys=True): train(**job) for job in jobs}
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
