@@ -270,7 +270,7 @@ class LoggingConfig(Section):
     report_to: str = flag("", "wandb, tensorboard, both joined by a comma, or all")
     wandb_project_name: str = flag("open-lm", "Weights & Biases project")
     wandb_notes: str = flag("", "Weights & Biases notes")
-    copy_codebase: bool = flag(False, "copy the program's source into the run's folder and run from there")
+    copy_codebase: bool = flag(False, "copy the program's source into the run's folder")
     remote_sync: str | None = flag(None, "s3:// or other url that the run's folder is copied to")
     remote_sync_frequency: int = flag(300, "seconds between two such copies")
     remote_sync_protocol: Literal["s3", "fsspec"] = flag("s3", "protocol of --remote-sync")

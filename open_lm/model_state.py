@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from open_lm.checkpoint_files import read_model_state, shape_problems
 from open_lm.errors import CheckpointError, join_problems
+from open_lm.parallelize import unwrap
 from open_lm.param_names import clean_name
 
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -32,7 +32,7 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
 
     All names of a tied weight share one tensor, so that a file holds it once.
     """
-    gathered: Any = get_model_state_dict(_bare(model), options=_GATHER)
+    gathered: Any = get_model_state_dict(unwrap(model), options=_GATHER)
     state: dict[str, Tensor] = {clean_name(name): value for name, value in gathered.items()}
     first_name: dict[int, str] = {}
     for name, value in _named_tensors(model).items():
@@ -44,7 +44,7 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def gather_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """The whole optimizer state on rank 0: {"state": {name: moments}, "param_groups": [{…, "params": [name, …]}]}."""
-    state = get_optimizer_state_dict(_bare(model), optimizer, options=_GATHER)
+    state = get_optimizer_state_dict(unwrap(model), optimizer, options=_GATHER)
     moments: Any = state.get("state", {})
     return {
         "state": {
@@ -88,7 +88,7 @@ def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[
 def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put rank 0's whole weights into the model, each rank its part; buffers that `state` lacks stay as they are."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
-    set_model_state_dict(_bare(model), dict(state), options=options)
+    set_model_state_dict(unwrap(model), dict(state), options=options)
 
 
 def moments_by_name(state: Mapping[str, Any], model: nn.Module, path: str) -> dict[str, dict[str, Any]]:
@@ -123,7 +123,7 @@ def moments_by_name(state: Mapping[str, Any], model: nn.Module, path: str) -> di
 
 def set_moments(model: nn.Module, optimizer: Optimizer, per_param: dict[str, Any]) -> None:
     """Put rank 0's whole moments into the optimizer, each rank its part; its hyperparameters stay its own."""
-    bare = _bare(model)
+    bare = unwrap(model)
     names = {id(param): clean_name(name) for name, param in bare.named_parameters()}
     groups = [
         {**{k: v for k, v in group.items() if k != "params"}, "params": [names[id(p)] for p in group["params"]]}
@@ -133,17 +133,6 @@ def set_moments(model: nn.Module, optimizer: Optimizer, per_param: dict[str, Any
     set_optimizer_state_dict(bare, optimizer, {"state": per_param, "param_groups": groups}, options=options)
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """The model without the wrappers that hold a whole copy of it."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
-
-
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by clean name; tied ones under each of their names."""
-    return {clean_name(name): value for name, value in _bare(model).state_dict(keep_vars=True).items()}
+    return {clean_name(name): value for name, value in unwrap(model).state_dict(keep_vars=True).items()}

@@ -103,8 +103,12 @@ def without_training(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside a DDP wrapper, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside the wrappers that hold a whole copy of it (DDP, torch.compile), or the model itself."""
+    while True:
+        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def notes(cfg: ParallelConfig, device: torch.device) -> list[str]:

@@ -1,0 +1,60 @@
+"""torchrun for Pythons whose argparse takes the training script's own flags for torchrun's.
+
+Before Python 3.12.3 `torchrun -m open_lm.main … --logs DIR` ends in "ambiguous option: --logs could match
+--logs-specs" (https://github.com/pytorch/pytorch/issues/120601). Here the command line is split at the script, so that
+nothing behind it is torchrun's business:
+
+    python -m open_lm.utils.torchrun --nproc-per-node 2 -m open_lm.main --logs logs …
+
+takes exactly torchrun's arguments. `make install` makes it the environment's torchrun where the Python needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_SCRIPT = """#!{python}
+import sys
+
+from open_lm.utils.torchrun import main
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def split_command(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """torchrun's own arguments up to and with the training script, and the arguments of that script."""
+    index = 0
+    while index < len(argv) and argv[index].startswith("-"):
+        name, has_value, _ = argv[index].partition("=")
+        action = parser._option_string_actions.get(name)
+        takes_next = action is not None and action.nargs != 0 and not has_value
+        index += 2 if takes_next else 1
+    return list(argv[: index + 1]), list(argv[index + 1 :])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Launch as torchrun does."""
+    from torch.distributed.run import get_args_parser, parse_args, run
+
+    own, script_args = split_command(argv, get_args_parser())
+    args = parse_args(own)
+    args.training_script_args = script_args
+    run(args)
+
+
+def replace_script(folder: Path) -> bool:
+    """Make this the `torchrun` of an environment's script folder, where its Python needs it; whether it does."""
+    if sys.version_info >= (3, 12, 3):
+        return False
+    path = folder / "torchrun"
+    path.write_text(_SCRIPT.format(python=sys.executable))
+    path.chmod(0o755)
+    return True
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

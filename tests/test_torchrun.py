@@ -1,0 +1,65 @@
+"""The torchrun of old Pythons: where the training script's arguments begin."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from open_lm.utils.torchrun import main, replace_script, split_command
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("own", "script"),
+    [
+        ("--nproc-per-node 2 -m open_lm.main", "--model open_lm_11m --logs logs"),
+        ("--standalone --nproc-per-node=2 train.py", "--logs x --nnodes 3"),
+        ("--nnodes 1:2 --rdzv-backend c10d --rdzv-endpoint host:1 --nproc_per_node 8 --max-restarts 0 -m a.b", ""),
+        ("train.py", "-m x"),
+    ],
+)
+def test_arguments_are_split_at_the_script(own: str, script: str) -> None:
+    from torch.distributed.run import get_args_parser
+
+    found = split_command([*own.split(), *script.split()], get_args_parser())
+    assert found == (own.split(), script.split())
+
+
+def test_flags_of_the_script_that_torchrun_would_take_reach_it(tmp_path: Path) -> None:
+    script = tmp_path / "show.py"
+    script.write_text("import os, sys; print(os.environ['RANK'], sys.argv[1:])")
+    command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
+    result = subprocess.run([*command, "--logs", "x", "--r", "y"], capture_output=True, text=True, check=True)
+    assert sorted(result.stdout.splitlines()) == [f"{rank} ['--logs', 'x', '--r', 'y']" for rank in range(2)]
+
+
+def test_the_script_is_replaced_only_where_needed(tmp_path: Path) -> None:
+    replaced = replace_script(tmp_path)
+    assert replaced == (sys.version_info < (3, 12, 3)) == (tmp_path / "torchrun").exists()
+    if replaced:
+        result = subprocess.run([tmp_path / "torchrun", "--help"], capture_output=True, text=True, check=True)
+        assert "--nproc-per-node" in result.stdout
+
+
+def test_help_is_torchruns_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--rdzv-endpoint" in capsys.readouterr().out
+
+
+def test_only_parallelize_knows_how_models_are_spread() -> None:
+    """import-linter sees packages only; these are modules inside torch."""
+    forbidden = ("torch.distributed.fsdp", "torch.nn.parallel")
+    found = set()
+    for path in (ROOT / "open_lm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(name.startswith(forbidden) for name in names):
+                found.add(path.relative_to(ROOT / "open_lm").as_posix())
+    assert found == {"parallelize.py"}
