@@ -71,10 +71,12 @@ class TrainableHFModel(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
+        word = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"  # the older name
         if enable:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            switch = getattr(self.model, f"{word}_checkpointing_enable")
+            switch(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
         else:
-            self.model.gradient_checkpointing_disable()
+            getattr(self.model, f"{word}_checkpointing_disable")()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()

@@ -46,7 +46,7 @@ class SimpleComposerOpenLMCausalLM(HuggingFaceModel):
         )
 
     def forward(self, batch: dict[str, Any]) -> Any:
-        """The model's output for a batch; for in-context-learning tasks logits (B,T',V) without the padding at the end."""
+        """The model's output for a batch; for in-context-learning tasks logits (B,T',V) without the end padding."""
         if batch.get("mode") == "icl_task":
             batch = without_right_padding(batch)
         return super().forward(batch)
