@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 END_OF_TEXT = "<|endoftext|>"
 PROMPTS = ("The function returns", "This module provides", "Raises an exception if")
 RUN_NAME = "run"
+TRAINING_NEWS = "Train Epoch|Validation|saved|WARNING|ERROR|resum"
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,21 @@ class Settings:
         return self.folder / f"{step}.json"
 
 
-def run(settings: Settings, command: list[str], quiet: bool = False) -> str:
-    """Print and run a command in the quickstart's folder; its output passes through, or is returned with `quiet`."""
+def run(settings: Settings, command: list[str], show: str = "") -> list[str]:
+    """Print and run a command in the quickstart's folder; its output's lines, of which those with `show` in them (a
+    regular expression, "" for none) are printed as they come."""
     print("  $ " + shlex.join(["python" if word == sys.executable else word for word in command]), flush=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    result = subprocess.run(
-        command, check=False, cwd=settings.folder, env=env, text=True, stdout=subprocess.PIPE if quiet else None
-    )
-    if result.returncode != 0:
-        raise UserError(f"this command failed with exit code {result.returncode}; start again to continue from here")
-    return result.stdout or ""
+    lines = []
+    with subprocess.Popen(command, cwd=settings.folder, env=env, text=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            if show and re.search(show, line):
+                print("  " + lines[-1], flush=True)
+    if process.returncode != 0:
+        raise UserError(f"this command failed with exit code {process.returncode}; start again to continue from here")
+    return lines
 
 
 def gather_text(settings: Settings) -> None:
@@ -105,12 +112,12 @@ def make_shards(settings: Settings) -> None:
     for split, pattern in (("valid", "raw/valid.jsonl.zst"), ("train", "raw/train-*.jsonl.zst")):
         command = [sys.executable, str(ROOT / "datapreprocess" / "make_2048.py"), "--input-files", pattern]
         command += ["--output-dir", f"shards/{split}", "--tokenizer", "tokenizer.json"]
-        run(settings, [*command, "--seqlen", str(settings.seq_len), "--num-workers", "2"])
+        run(settings, [*command, "--seqlen", str(settings.seq_len), "--num-workers", "2"], show=".")
 
 
 def create_untrained(settings: Settings) -> None:
     """The model as the run will initialise it, to compare with."""
-    from open_lm.checkpoint import save_model_state
+    from open_lm.checkpoint_files import write_file
     from open_lm.model import create_model
     from open_lm.params import parse_args
 
@@ -121,7 +128,9 @@ def create_untrained(settings: Settings) -> None:
     write_text(path, json.dumps(config, indent=2) + "\n")
     model = create_model(parse_args(["--model", str(path)]))
     model.reset_parameters(seed=0)
-    save_model_state(settings.folder / "untrained.pt", model.state_dict(), epoch=0)
+    write_file(
+        str(settings.folder / "untrained.pt"), {"epoch": 0, "name": "untrained", "state_dict": model.state_dict()}
+    )
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
@@ -133,7 +142,7 @@ def evaluation_command(checkpoint: str, settings: Settings) -> list[str]:
 
 
 def evaluate(settings: Settings, name: str, checkpoint: str) -> None:
-    run(settings, [*evaluation_command(checkpoint, settings), "--name", f"evaluate-{name}"], quiet=True)
+    run(settings, [*evaluation_command(checkpoint, settings), "--name", f"evaluate-{name}"])
     results = (settings.folder / "logs" / f"evaluate-{name}" / "checkpoints" / "results.jsonl").read_text()
     outcome = json.loads(results.splitlines()[-1])[0]
     valid_bytes = json.loads(settings.result("text").read_text())["valid_bytes"]
@@ -151,7 +160,7 @@ def sample(settings: Settings, name: str, checkpoint: str) -> None:
     command += ["--temperature", "0.7", "--seed", "1", "--json"]
     for prompt in PROMPTS:
         command += ["--prompt", prompt]
-    lines = run(settings, command, quiet=True).splitlines()
+    lines = run(settings, command)
     write_text(settings.result(f"samples-{name}"), json.dumps([json.loads(line) for line in lines]))
     for line in lines:
         item = json.loads(line)
@@ -159,7 +168,7 @@ def sample(settings: Settings, name: str, checkpoint: str) -> None:
 
 
 def train(settings: Settings) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone"]
     command += ["--nproc-per-node", str(settings.processes), "-m", "open_lm.main", "--model", "model.json"]
     command += ["--dataset-manifest", str(settings.manifest("train").relative_to(settings.folder))]
     command += ["--multiple-data-passes", "--data-key", "npy", "--workers", "1", "--fsdp", "--precision", "fp32"]
@@ -167,7 +176,7 @@ def train(settings: Settings) -> None:
     command += ["--train-num-samples", str(settings.train_tokens // settings.epochs), "--epochs", str(settings.epochs)]
     command += ["--global-batch-size", "16", "--lr", "3e-3", "--warmup", "20", "--wd", "0.1", "--beta2", "0.95"]
     command += ["--grad-clip-norm", "1", "--log-every-n-steps", "20", "--report-to", "tensorboard"]
-    run(settings, [*command, "--logs", "logs", "--name", RUN_NAME, "--resume", "latest"])
+    run(settings, [*command, "--logs", "logs", "--name", RUN_NAME, "--resume", "latest"], show=TRAINING_NEWS)
 
 
 def steps(settings: Settings) -> list[tuple[str, Path, Callable[[], None]]]:
@@ -193,15 +202,13 @@ def steps(settings: Settings) -> list[tuple[str, Path, Callable[[], None]]]:
 
 def summary(settings: Settings) -> str:
     """The table at the end, from what the steps left on disk."""
-    from open_lm.loggers import read_metrics
 
     def load(name: str) -> Any:
         return json.loads(settings.result(name).read_text())
 
     before, after = load("evaluation-before"), load("evaluation-after")
-    training = [
-        row for row in read_metrics(settings.folder / "logs" / RUN_NAME / "metrics.jsonl") if "train/loss" in row
-    ]
+    metrics = (settings.folder / "logs" / RUN_NAME / "metrics.jsonl").read_text().splitlines()
+    training = [row for row in map(json.loads, metrics) if "train/loss" in row]
     folder = os.path.relpath(settings.folder)
     rows = [
         ("text", f"{load('text')['train_bytes'] / 1e6:.1f} MB from {load('text')['train_documents']} documents"),

@@ -28,6 +28,7 @@ def test_arguments_are_split_at_the_script(own: str, script: str) -> None:
 
     found = split_command([*own.split(), *script.split()], get_args_parser())
     assert found == (own.split(), script.split())
+    assert split_command([*own.split(), "--", *script.split()], get_args_parser()) == found
 
 
 def test_flags_of_the_script_that_torchrun_would_take_reach_it(tmp_path: Path) -> None:

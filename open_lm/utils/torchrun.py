@@ -26,14 +26,18 @@ sys.exit(main(sys.argv[1:]))
 
 
 def split_command(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """torchrun's own arguments up to and with the training script, and the arguments of that script."""
+    """torchrun's own arguments up to and with the training script, and the arguments of that script.
+
+    A "--" between the two, with which other scripts help themselves, belongs to neither.
+    """
     index = 0
     while index < len(argv) and argv[index].startswith("-"):
         name, has_value, _ = argv[index].partition("=")
         action = parser._option_string_actions.get(name)
         takes_next = action is not None and action.nargs != 0 and not has_value
         index += 2 if takes_next else 1
-    return list(argv[: index + 1]), list(argv[index + 1 :])
+    script_args = list(argv[index + 1 :])
+    return list(argv[: index + 1]), script_args[1:] if script_args[:1] == ["--"] else script_args
 
 
 def main(argv: Sequence[str]) -> None:
