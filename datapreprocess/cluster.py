@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import open_lm
 from open_lm.errors import ConfigError, DataError, UserError
 
 _logger = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 << 20  # data goes through the work folder; the store only holds tokenizer and small results
-_ROOT = str(Path(__file__).resolve().parents[1])
+_KNOCK_S = 10.0
 T = TypeVar("T")
 
 
@@ -45,26 +49,23 @@ class Cluster:
     def _start(self) -> None:
         import ray
 
-        # Workers find the package as this process did, and do not print into its progress line.
-        paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        common["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false"}}
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         if self._address:
+            _knock(self._address)
+            environment = {"env_vars": {"PYTHONPATH": _python_path()}}
             try:
-                ray.init(self._address, **common)
+                ray.init(self._address, runtime_env=environment, **common)
             except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise ConfigError(
-                    f"--ray-address {self._address}: no Ray cluster answers there ({reason}); start one with "
-                    "`ray start --head`, or leave the flag out to have a local Ray started"
-                ) from error
+                raise _no_cluster(self._address, str(error).strip().partition("\n")[0]) from error
             return
         workers = local_workers(self._wanted)
         _logger.info("starting Ray on this machine with %d workers", workers)
         defaults = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
-        ray.init(address="local", **{**defaults, **common, **self._options})
+        # The processes of a local Ray inherit the environment, which spares them Ray's slower way of setting it.
+        with _environment(
+            PYTHONPATH=_python_path(), RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"
+        ):
+            ray.init(address="local", **{**defaults, **common, **self._options})
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -117,6 +118,45 @@ class Cluster:
         finally:
             for reference in running:
                 ray.cancel(reference, force=True)
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for minutes; a closed port is told at once."""
+    match = re.fullmatch(r"(?:ray://)?([^/:]+):(\d+)", address)
+    if match is None:
+        return
+    try:
+        socket.create_connection((match.group(1), int(match.group(2))), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
+
+
+def _no_cluster(address: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"--ray-address {address}: no Ray cluster answers there ({reason}); start one with `ray start --head`, "
+        "or leave the flag out to have a local Ray started"
+    )
+
+
+def _python_path() -> str:
+    """Where workers look for packages: where this process found this one, and then as it does."""
+    root = str(Path(open_lm.__file__).resolve().parents[1])
+    return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _result(reference: Any) -> Any:

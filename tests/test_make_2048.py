@@ -227,6 +227,25 @@ def test_a_killed_run_is_finished_by_the_same_command(
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_a_worker_that_dies_is_replaced_and_nothing_comes_twice(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died, original = tmp_path / "died", engine._unit_in_worker
+
+    def dies_once(*arguments: Any) -> Any:
+        result = original(*arguments)
+        if not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    monkeypatch.setattr(engine, "_unit_in_worker", dies_once)
+    make(raw[0], tmp_path / "out", small_tokenizer)
+    assert died.exists()
+    assert tokens_of(read_shards(tmp_path / "out")) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_shards_that_are_written_are_not_written_again(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,16 +356,15 @@ def run_script(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("base", ["s3://{bucket}/some/prefix/", "{bucket}/some/prefix"])
 def test_from_s3_to_s3_with_a_ray_of_its_own(
-    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, s3_bucket: str, base: str
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, s3_bucket: str
 ) -> None:
     for path in raw[0].rglob("*.*"):
         storage.upload(path, f"s3://{s3_bucket}/raw/{path.relative_to(raw[0])}")
     result = run_script(
         "--input-files", f"s3://{s3_bucket}/raw/*.jsonl*", f"s3://{s3_bucket}/raw/deep/", "--output-dir",
         str(tmp_path / "out"), "--tokenizer", small_tokenizer, "--seqlen", "32", "--num-workers", "1", "--upload-to-s3",
-        S3_BASE=base.format(bucket=s3_bucket),
+        S3_BASE=f"{s3_bucket}/some/prefix/",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "starting Ray" in result.stderr and "MB/s" in result.stderr and "left" in result.stderr
@@ -382,11 +400,12 @@ def test_mistakes_end_with_one_message_and_exit_code_two(tmp_path: Path, small_t
         ([*usual, small_tokenizer, "--upload-to-s3"], "S3_BASE"),
         ([*usual, str(tmp_path / "no.json")], "no.json"),
         ([*usual, small_tokenizer, "--format", "csv"], "--format"),
+        ([*usual, small_tokenizer, "--ray-address", "127.0.0.1:1"], "no Ray cluster answers"),
         (["--output-dir", "x"], "--input-files"),
     ):
         result = run_script(*more, S3_BASE="")
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.tar"))
 
 
 def test_s3_base_in_both_spellings() -> None:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # as a script: find the package from a checkout too
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":  # as a script: find the package wherever it lies, and no other folder's module names
+    _ROOT = Path(__file__).resolve().parents[2]
+    sys.path[0] = str(_ROOT if (_ROOT / "open_lm").is_dir() else _ROOT.parent)
 
 from open_lm.datapreprocess.commands import (
     DEFAULT_TOKENIZER,
