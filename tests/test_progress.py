@@ -21,7 +21,7 @@ def test_it_speaks_now_and_then(stream: io.StringIO, seconds: float, monkeypatch
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     display = Display("tokenizing", 10_000_000, "MB", stream)
     for _ in range(20):
-        now[0] += seconds / 4
+        now[0] += seconds * 0.26
         display.show(2_500_000, "7 tokens")
     assert stream.getvalue().count("tokenizing") == 5
     display.show(10_000_000, final=True)
