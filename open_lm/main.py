@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from open_lm.config import Config, ParallelConfig
 from open_lm.config_checks import ineffective_flags
 from open_lm.errors import ConfigError, UserError, join_problems, run_cli
+from open_lm.model_files import architecture_of
 from open_lm.params import parse_args
 from open_lm.run_folder import RunPaths, copy_codebase, write_params
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str]) -> argparse.Namespace:
     mend; SystemExit for --help alone.
     """
     args = parse_args(argv, for_run=True)
+    if args.hf_model is None:
+        architecture_of(args.model)  # a mistyped name or file is told before torch is imported
     from open_lm.distributed import init_runtime, shutdown
     from open_lm.loggers import close_logging
 

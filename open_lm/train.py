@@ -73,7 +73,7 @@ def train_step(
     num_samples: rows that hold data (default: all). check: wait for the gradient norm, and raise TrainingDiverged
     before the update where it is not finite; without it nothing waits for the device.
     """
-    rows = torch.tensor(len(inputs) if num_samples is None else num_samples, device=inputs.device)
+    rows = torch.full((), len(inputs) if num_samples is None else num_samples, device=inputs.device)
     valid_tokens, samples = sum_over_ranks(torch.stack([(targets != IGNORE_INDEX).sum(), rows])).unbind()
     optimizer.zero_grad(set_to_none=True)
     parts: dict[str, Tensor] = {}
