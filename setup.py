@@ -25,7 +25,11 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     packages=find_namespace_packages(include=["open_lm", "open_lm.*"]),
-    package_data={"open_lm.model_configs": ["*.json"], "open_lm.datapreprocess": ["**/*.yaml"], "open_lm": ["py.typed"]},
+    package_data={
+        "open_lm.model_configs": ["*.json"],
+        "open_lm.datapreprocess": ["**/*.yaml"],
+        "open_lm": ["py.typed"],
+    },
     python_requires=">=3.10,<3.14",
     install_requires=requirements("core"),
     extras_require=extras,

@@ -179,7 +179,9 @@ class ModelConfig(ArchitectureConfig):
     hf_fsdp_block: str | None = flag(None, "class name of the --hf-model's layers, which --fsdp shards one by one")
     grad_checkpointing: bool = flag(False, "recompute each block's activations in the backward pass")
     torchcompile: bool = flag(False, "compile the model with torch.compile")
-    experimental_meta_device: bool = flag(False, "create the model without memory and initialise it shard by shard")
+    experimental_meta_device: bool = ineffective(
+        False, "models are always created without memory and initialised shard by shard"
+    )
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class OptimConfig(Section):
     lr_cooldown_end: float = flag(0.0, "learning rate at the end of the cosine or the cooldown")
     lr_cooldown_power: float = flag(1.0, "power of the polynomial cooldown of const-cooldown; 1 is linear")
     epochs_cooldown: int | None = flag(None, "last epochs over which const-cooldown lowers the learning rate")
-    force_min_lr: float = flag(0.0, "the learning rate never goes below this, in the warmup either")
+    force_min_lr: float = flag(0.0, "after the warmup the learning rate never goes below this")
     skip_scheduler: bool = flag(False, "keep the learning rate at --lr throughout")
     z_loss_coefficient: float = flag(0.0, "weight of the squared log-partition of the logits in the loss")
     grad_clip_norm: float | None = flag(None, "clip the gradient to this norm")

@@ -258,7 +258,7 @@ def _train(session: Session, loggers: MetricLoggers) -> None:
             logging.error(f"Training exiting due to NaN value; the state is kept in {path}")
             raise
         progress = progress_after(session, trainer, epoch + 1, before)
-        if progress.is_final:
+        if progress.is_final and session.runtime.is_master:
             logging.warning(f"step: {trainer.step} has reached/exceeded total_steps: {total_steps}. ending training.")
         _end_epoch(session, trainer, writer, loggers, progress)
     logging.info("Model has seen the desired number of tokens. Ending training.")

@@ -81,7 +81,9 @@ class TrainLoader:
 
     def unmasked(self) -> TrainLoader:
         """A loader of the same batches whose targets are all ids, from the same position."""
-        return TrainLoader(replace(self._job, mask=TargetMask(padding=False), state=self.state), self._workers, self._folder)
+        return TrainLoader(
+            replace(self._job, mask=TargetMask(padding=False), state=self.state), self._workers, self._folder
+        )
 
     def close(self) -> None:
         """Stop the workers; `batches` would start new ones from the state."""
