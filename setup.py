@@ -1,4 +1,4 @@
-"""The distribution `open_lm`: trainer, preprocessor (open_lm.datapreprocess) and configurations (open_lm.model_configs)."""
+"""The distribution `open_lm`: trainer, preprocessor and model configurations."""
 
 from pathlib import Path
 
