@@ -37,7 +37,7 @@ from open_lm.config import CheckpointConfig, LoggingConfig
 from open_lm.distributed import gather_objects, on_master
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model_state import fitting, gather_optimizer, gather_weights, moments_by_name, set_moments, set_weights
-from open_lm.remote_sync import fetch_logs
+from open_lm.remote_sync import fetch_logs, remote_folder
 from open_lm.rng import rng_state, set_rng_state
 from open_lm.run_folder import RunPaths
 
@@ -300,7 +300,7 @@ def find_resume(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPat
     With "latest", logs that are further on in the copy are fetched from there. Without it, ConfigError where the copy
     holds a run of that name already.
     """
-    remote = storage.join(logging_cfg.remote_sync, paths.name) if logging_cfg.remote_sync else None
+    remote = remote_folder(logging_cfg, paths.name)
     if cfg.resume != "latest":
         if remote is not None:
             on_master(lambda: _refuse_existing(remote, paths))

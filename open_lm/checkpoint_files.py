@@ -130,9 +130,7 @@ def average_states(paths: list[str], coefficients: list[float] | None = None) ->
     for path, weight in zip(paths, weights, strict=True):
         state, _ = read_model_state(path)
         if not total:
-            total = {
-                name: value.float() * weight if value.is_floating_point() else value for name, value in state.items()
-            }
+            total = {name: _scaled(value, weight) for name, value in state.items()}
             shapes = {name: value.shape for name, value in total.items()}
             continue
         problems = shape_problems(state, shapes)

@@ -165,6 +165,12 @@ def _checkpoint_problems(config: Config) -> list[str]:
             problems.append("--logs none writes nothing, so --copy-codebase has nowhere to copy to")
         if checkpoint.resume == "latest":
             problems.append("--resume latest looks for checkpoints in --logs, which is none: give a checkpoint's path")
+    remote = logging.remote_sync
+    if remote is not None and logging.remote_sync_protocol == "s3" and not remote.startswith("s3://"):
+        problems.append(
+            f"--remote-sync {remote}: --remote-sync-protocol s3 expects s3://bucket/folder; give "
+            "--remote-sync-protocol fsspec for other addresses"
+        )
     run = config.run.name
     if run is not None and (PurePath(run).is_absolute() or ".." in PurePath(run).parts or not run.strip()):
         problems.append(f"--name {run!r} must name a folder below --logs")

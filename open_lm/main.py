@@ -182,7 +182,7 @@ def _open_run(args: argparse.Namespace, session: Session, stack: ExitStack) -> M
     from open_lm.distributed import on_master
     from open_lm.loggers import build_loggers
     from open_lm.parallelize import unwrap
-    from open_lm.remote_sync import RemoteSync
+    from open_lm.remote_sync import RemoteSync, remote_folder
 
     config, runtime, paths = session.config, session.runtime, session.paths
     params = _describe(args, session)
@@ -203,9 +203,9 @@ def _open_run(args: argparse.Namespace, session: Session, stack: ExitStack) -> M
 
     if paths.enabled:
         on_master(write)
-    if cfg.remote_sync:
-        remote = f"{cfg.remote_sync.rstrip('/')}/{paths.name}"
-        sync = RemoteSync(paths.root, remote, cfg.remote_sync_frequency, cfg.remote_sync_protocol)
+    remote = remote_folder(cfg, paths.name)
+    if remote is not None:
+        sync = RemoteSync(paths.root, remote, cfg.remote_sync_frequency)
         on_master(sync.start)
         if runtime.is_master:
             stack.push(sync)

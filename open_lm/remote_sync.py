@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from open_lm import storage
-from open_lm.errors import ConfigError, StorageError, join_problems
+from open_lm.config import LoggingConfig
+from open_lm.errors import StorageError, join_problems
 
 _SNAPSHOT = "sync-"
 # What a continued run adds to.
@@ -33,20 +34,21 @@ class SyncReport:
     problems: list[str] = field(default_factory=list)
 
 
+def remote_folder(cfg: LoggingConfig, name: str) -> str | None:
+    """Where --remote-sync keeps the copy of the run `name`; with --remote-sync-protocol fsspec an address that
+    storage reaches through fsspec, S3 too."""
+    if cfg.remote_sync is None:
+        return None
+    through_fsspec = cfg.remote_sync_protocol == "fsspec" and cfg.remote_sync.startswith("s3://")
+    return storage.join((storage.FSSPEC_PREFIX if through_fsspec else "") + cfg.remote_sync, name)
+
+
 class RemoteSync:
-    """Keeps a copy of the folder `local` at `remote`.
+    """Keeps a copy of the folder `local` at the address `remote`, with up to `workers` files at a time on their way."""
 
-    protocol: "s3" (s3:// addresses) or "fsspec" (any that fsspec knows). workers: files at a time.
-    """
-
-    def __init__(self, local: str, remote: str, every_s: float = 300, protocol: str = "s3", workers: int = 4) -> None:
-        if protocol == "s3" and not remote.startswith("s3://"):
-            raise ConfigError(
-                f"--remote-sync {remote}: --remote-sync-protocol s3 expects s3://bucket/folder; "
-                "use --remote-sync-protocol fsspec for other addresses"
-            )
+    def __init__(self, local: str, remote: str, every_s: float = 300, workers: int = 4) -> None:
         self.local = storage.local_path(local)
-        self.remote = remote.rstrip("/")
+        self.remote = storage.local_path(remote).rstrip("/")
         self.every_s = every_s
         self._workers = workers
         self._sent: dict[str, tuple[int, int]] = {}  # relative path -> size and time (ns) of what was uploaded

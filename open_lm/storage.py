@@ -1,8 +1,9 @@
 """Local and remote files behind one set of functions.
 
 A path is a plain local path, a `file://` URL, an `s3://bucket/key` URL (boto3; `AWS_ENDPOINT_URL` and the usual
-credential chain are honoured) or any other `scheme://` that fsspec can open (gs, az, hf, https, memory, …). Every
-function takes any of them and raises `StorageError`, which names the path and says what to do. Files appear whole or
+credential chain are honoured) or any other `scheme://` that fsspec can open (gs, az, hf, https, memory, …);
+`fsspec+s3://` reaches S3 through fsspec's s3fs, for those who set that up in fsspec's own way. Every function takes any
+of them and raises `StorageError`, which names the path and says what to do. Files appear whole or
 not at all. `open_lm.storage_backends` holds the file systems themselves; no other module knows boto3, s3fs or fsspec.
 """
 
@@ -18,22 +19,21 @@ from typing import IO, Any
 
 from open_lm.errors import StorageError
 from open_lm.storage_backends import (
+    FSSPEC_PREFIX,
     SCHEME,
     TEMP_MARK,
     FileInfo,
-    IncompleteTransfer,
-    explained,
     find_backend,
     is_temporary,
     local_path,
     temporary_name,
-    with_retries,
 )
+from open_lm.storage_errors import IncompleteTransfer, explained, with_retries
 
 __all__ = [
-    "FileInfo", "atomic_write", "copy", "download", "exists", "glob", "info", "is_remote", "is_temporary", "join",
-    "list_files", "list_infos", "local_path", "makedirs", "open_file", "read_bytes", "read_text", "remove", "size",
-    "temporary_name", "upload", "write_bytes", "write_text",
+    "FSSPEC_PREFIX", "FileInfo", "atomic_write", "copy", "download", "exists", "glob", "info", "is_remote",
+    "is_temporary", "join", "list_files", "list_infos", "local_path", "makedirs", "open_file", "read_bytes",
+    "read_text", "remove", "size", "temporary_name", "upload", "write_bytes", "write_text",
 ]  # fmt: skip
 
 

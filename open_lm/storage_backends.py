@@ -1,4 +1,4 @@
-"""What `open_lm.storage` stands on: the file systems themselves, the retries, and the words for their errors.
+"""What `open_lm.storage` stands on: the file systems themselves.
 
 Only this module knows boto3 and fsspec; nothing but `open_lm.storage` calls it.
 """
@@ -9,29 +9,27 @@ import contextlib
 import glob as local_glob
 import io
 import os
-import random
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, Protocol
 
 from open_lm.errors import StorageError
+from open_lm.storage_errors import IncompleteTransfer, explained, status_code, with_retries
 
-T = TypeVar("T")
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 TEMP_MARK = ".open-lm-part-"
-_ATTEMPTS = 4
-_FIRST_DELAY_S = 0.5
 _READ_BLOCK_BYTES = 8 << 20
 _PART_BYTES = 32 << 20
-# fsspec file systems on which a new object replaces the old one in a single act, so that no rename is needed.
-_WHOLE_OBJECT_SCHEMES = frozenset({"memory", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"})
+# Before a scheme: reach it through fsspec, also where this module knows another way (s3).
+FSSPEC_PREFIX = "fsspec+"
+# fsspec file systems without folders, on which a new object replaces the old one in a single act.
+_OBJECT_STORES = frozenset({"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"})
 
 
 @dataclass(frozen=True)
@@ -64,89 +62,10 @@ def is_temporary(name: str | os.PathLike[str]) -> bool:
     return TEMP_MARK in os.path.basename(os.fspath(name))
 
 
-# ---------------------------------------------------------------------------------------------- errors and retries
 def temporary_name(target: str, tag: str) -> str:
     """The name of an incomplete or passing file beside `target`, which `is_temporary` knows."""
     folder, name = os.path.split(target)
     return os.path.join(folder, f".{name}{TEMP_MARK}{tag}")
-
-
-class IncompleteTransfer(OSError):
-    """A transfer ended without an error but with the wrong number of bytes."""
-
-
-def with_retries(action: Callable[[], T]) -> T:
-    """Run `action`, again after a growing, jittered pause when it fails in a way that may pass."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            return action()
-        except Exception as error:
-            if attempt == _ATTEMPTS - 1 or not _is_transient(error):
-                raise
-            _pause(_FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.5))
-    raise AssertionError("unreachable")
-
-
-def _pause(seconds: float) -> None:
-    time.sleep(seconds)
-
-
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, (IncompleteTransfer, TimeoutError, ConnectionResetError, ConnectionAbortedError)):
-        return True
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):  # botocore's ClientError
-        return _status(error) in (429, 500, 502, 503, 504) or response.get("Error", {}).get("Code") in (
-            "SlowDown",
-            "RequestTimeout",
-        )
-    return type(error).__name__ in {
-        "ReadTimeoutError", "ResponseStreamingError", "IncompleteReadError", "IncompleteRead", "ConnectionClosedError",
-        "ProtocolError", "FSTimeoutError", "ClientPayloadError", "ServerDisconnectedError", "FlexibleChecksumError",
-    }  # fmt: skip
-
-
-_ADVICE = {
-    "NoCredentialsError": "no S3 credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
-    "PartialCredentialsError": "the S3 credentials are incomplete; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "ProfileNotFound": "the AWS profile does not exist; check AWS_PROFILE",
-    "NoSuchBucket": "there is no such bucket; create it or correct the name",
-    "NoSuchKey": "no such file",
-    "404": "no such file",
-    "AccessDenied": "access denied; the credentials lack the permission for this path",
-    "403": "access denied; the credentials are wrong or lack the permission for this path",
-    "InvalidAccessKeyId": "the access key is not known to the store; check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
-    "ExpiredToken": "the session token has expired; log in again",
-}
-
-
-@contextlib.contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turn any failure of the libraries below into a StorageError that names `url` and the way out."""
-    try:
-        yield
-    except (StorageError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise StorageError(f"{url}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    kind = type(error).__name__
-    code = _error_code(error)
-    if kind in _ADVICE or code in _ADVICE:
-        return _ADVICE.get(code) or _ADVICE[kind]
-    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "ReadTimeoutError"):
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-        return f"the S3 service at {endpoint} cannot be reached ({kind}); check the network and AWS_ENDPOINT_URL"
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, ModuleNotFoundError | ImportError):
-        return f"this kind of address needs a package that is not installed ({error})"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror} (errno {error.errno})"
-    return f"{kind}: {error}"
 
 
 # ---------------------------------------------------------------------------------------------- file systems
@@ -205,7 +124,7 @@ class _S3Backend:
         try:
             head = _s3_client().head_object(Bucket=bucket, Key=key)
         except Exception as error:
-            if _status(error) == 404:
+            if status_code(error) == 404:
                 return None
             raise
         return FileInfo(url, head["ContentLength"], head["LastModified"].timestamp())
@@ -327,16 +246,6 @@ def _transfer_config() -> Any:
     return TransferConfig(multipart_threshold=2 * _PART_BYTES, multipart_chunksize=_PART_BYTES, max_concurrency=8)
 
 
-def _error_code(error: BaseException) -> str:
-    response = getattr(error, "response", None)
-    return response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
-
-
-def _status(error: BaseException) -> int:
-    response = getattr(error, "response", None)
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(response, dict) else 0
-
-
 def _split_s3(url: str, allow_bucket: bool = False) -> tuple[str, str]:
     bucket, _, key = url.split("://", 1)[1].partition("/")
     if not bucket or (not key and not allow_bucket):
@@ -350,50 +259,61 @@ class _FsspecBackend:
     def __init__(self, scheme: str) -> None:
         import fsspec
 
-        self._scheme = scheme
-        self._fs = fsspec.filesystem(scheme, use_listings_cache=False)
+        self._scheme = scheme.removeprefix(FSSPEC_PREFIX)
+        self._prefix = scheme[: -len(self._scheme)]  # of the addresses given and returned
+        self._fs = fsspec.filesystem(self._scheme, use_listings_cache=False)
+
+    def _own(self, url: str) -> str:
+        """The address as fsspec knows it."""
+        return url[len(self._prefix) :]
+
+    def _url(self, name: str) -> str:
+        return self._prefix + self._fs.unstrip_protocol(name)
 
     def _file_info(self, entry: dict[str, Any], url: str) -> FileInfo:
         changed = entry.get("mtime") or entry.get("LastModified") or entry.get("last_modified") or entry.get("created")
-        mtime = changed.timestamp() if isinstance(changed, datetime) else float(changed or 0.0)
+        mtime = changed.timestamp() if isinstance(changed, datetime) else 0.0
+        if isinstance(changed, int | float):
+            mtime = float(changed)
         return FileInfo(url, -1 if entry.get("size") is None else int(entry["size"]), mtime)
 
     def open(self, url: str) -> IO[bytes]:
-        return self._fs.open(url, "rb")
+        return self._fs.open(self._own(url), "rb")
 
     def info(self, url: str) -> FileInfo | None:
         try:
-            entry = self._fs.info(url)
+            entry = self._fs.info(self._own(url))
         except FileNotFoundError:
             return None
         return self._file_info(entry, url) if entry["type"] == "file" else None
 
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]:
         try:
-            found = self._fs.find(url, maxdepth=None if recursive else 1, detail=True)
+            found = self._fs.find(self._own(url), maxdepth=None if recursive else 1, detail=True)
         except FileNotFoundError:
             return
         for name, entry in found.items():
             if entry["type"] == "file":
-                yield self._file_info(entry, self._fs.unstrip_protocol(name))
+                yield self._file_info(entry, self._url(name))
 
     def glob(self, pattern: str) -> list[str]:
-        return [self._fs.unstrip_protocol(name) for name, entry in self._fs.glob(pattern, detail=True).items()
-                if entry["type"] == "file"]  # fmt: skip
+        found = self._fs.glob(self._own(pattern), detail=True)
+        return [self._url(name) for name, entry in found.items() if entry["type"] == "file"]
 
     def get(self, url: str, local_path_: str) -> None:
-        self._fs.get_file(url, local_path_)
+        self._fs.get_file(self._own(url), local_path_)
 
     def put(self, local_path_: str, url: str) -> None:
-        parent, _, name = url.rpartition("/")
-        self._fs.makedirs(parent, exist_ok=True)
-        if self._scheme in _WHOLE_OBJECT_SCHEMES:
-            self._fs.put_file(local_path_, url)
+        target = self._own(url)
+        if self._scheme in _OBJECT_STORES:
+            self._fs.put_file(local_path_, target)
             return
+        parent, _, name = target.rpartition("/")
+        self._fs.makedirs(parent, exist_ok=True)
         temporary = f"{parent}/.{name}{TEMP_MARK}{os.getpid()}"
         self._fs.put_file(local_path_, temporary)
-        self._fs.mv(temporary, url)
+        self._fs.mv(temporary, target)
 
     def remove(self, url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(url)
+            self._fs.rm_file(self._own(url))

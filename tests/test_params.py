@@ -84,6 +84,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("--attn-name custom_attn", "--attn-activation, --attn-seq-scalar, --attn-seq-scalar-alpha"),
         ("--squash-mask-left", "--target-mask-left, which is missing"),
         ("--logs none --remote-sync s3://b/x", "nothing to copy"),
+        ("--remote-sync gs://b/x", "give --remote-sync-protocol fsspec"),
         ("--name ../x", "must name a folder below --logs"),
         ("--moe-freq 2", "needs --moe-num-experts"),
         ("--global-batch-size 6 --accum-freq 4", "does not divide"),

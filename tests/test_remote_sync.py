@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from open_lm import storage
-from open_lm.errors import ConfigError, StorageError
-from open_lm.remote_sync import RemoteSync
+from open_lm import storage, storage_backends
+from open_lm.config import LoggingConfig
+from open_lm.errors import StorageError
+from open_lm.remote_sync import RemoteSync, remote_folder
 
 FILES = {
     "out.log": b"line\n",
@@ -34,14 +35,17 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["s3", "memory", "file"])
-def remote(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
-    """An address and its protocol."""
-    if request.param == "s3":
-        return f"s3://{request.getfixturevalue('s3_bucket')}/runs/run", "s3"
-    if request.param == "memory":
-        return f"memory://{uuid.uuid4().hex}/run", "fsspec"
-    return f"file://{tmp_path}/copy/run", "fsspec"
+@pytest.fixture(params=["s3", "s3 through fsspec", "memory", "file"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The folder of a run's copy."""
+    kind, _, through = request.param.partition(" through ")
+    folder = f"{tmp_path}/copy" if kind == "file" else uuid.uuid4().hex
+    if kind == "s3":
+        folder = request.getfixturevalue("s3_bucket")
+    cfg = LoggingConfig(remote_sync=f"{kind}://{folder}", remote_sync_protocol="fsspec" if through else "s3")
+    address = remote_folder(cfg, "run")
+    assert address is not None
+    return address
 
 
 def content(remote: str) -> dict[str, bytes]:
@@ -50,11 +54,10 @@ def content(remote: str) -> dict[str, bytes]:
     return {url[len(root) + 1 :]: storage.read_bytes(url) for url in storage.list_files(remote, recursive=True)}
 
 
-def test_copies_everything_then_only_what_changed_and_deletes_nothing(run: Path, remote: tuple[str, str]) -> None:
-    address, protocol = remote
-    sync = RemoteSync(str(run), address, protocol=protocol)
+def test_copies_everything_then_only_what_changed_and_deletes_nothing(run: Path, remote: str) -> None:
+    sync = RemoteSync(str(run), remote)
     assert sorted(sync.sync_once().uploaded) == sorted(FILES)
-    assert content(address) == FILES
+    assert content(remote) == FILES
 
     assert sync.sync_once().uploaded == []
     with open(run / "out.log", "ab") as file:
@@ -62,7 +65,7 @@ def test_copies_everything_then_only_what_changed_and_deletes_nothing(run: Path,
     (run / "checkpoints" / "epoch_1.pt").unlink()
     report = sync.finish()
     assert report.uploaded == ["out.log"] and len(report.unchanged) == len(FILES) - 2
-    assert content(address) == {**FILES, "out.log": b"line\nmore\n"}
+    assert content(remote) == {**FILES, "out.log": b"line\nmore\n"}
 
 
 def test_program_started_again_uploads_only_what_is_new(run: Path, s3_bucket: str) -> None:
@@ -77,14 +80,13 @@ def test_program_started_again_uploads_only_what_is_new(run: Path, s3_bucket: st
     assert content(address)["params.txt"] == b"lr: 2\n"
 
 
-def test_half_written_files_stay_here(run: Path, remote: tuple[str, str]) -> None:
-    address, protocol = remote
+def test_half_written_files_stay_here(run: Path, remote: str) -> None:
     with pytest.raises(RuntimeError), storage.atomic_write(str(run / "checkpoints" / "epoch_2.pt")) as file:
         file.write(b"half")
         file.flush()
-        RemoteSync(str(run), address, protocol=protocol).sync_once()
+        RemoteSync(str(run), remote).sync_once()
         raise RuntimeError
-    assert set(content(address)) == set(FILES)
+    assert set(content(remote)) == set(FILES)
     assert not any(storage.is_temporary(path) for path in run.rglob("*")), "no snapshots are left behind"
 
 
@@ -181,10 +183,18 @@ def test_thread_copies_meanwhile_and_a_failure_only_delays(
 
 
 def test_wrong_addresses_end_the_run_at_its_start(run: Path, s3_bucket: str) -> None:
-    with pytest.raises(ConfigError, match="--remote-sync-protocol fsspec"):
-        RemoteSync(str(run), "gs://bucket/run", protocol="s3")
-    with pytest.raises(StorageError, match="no such bucket"):
-        RemoteSync(str(run), f"s3://{s3_bucket}-not/run").start()
+    for prefix in ("", storage.FSSPEC_PREFIX):
+        with pytest.raises(StorageError, match="no such bucket"):
+            RemoteSync(str(run), f"{prefix}s3://{s3_bucket}-not/run").start()
+
+
+def test_the_fsspec_protocol_goes_through_fsspec(run: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_backends, "_s3_client", lambda: pytest.fail("boto3 was used"))
+    cfg = LoggingConfig(remote_sync=f"s3://{s3_bucket}/runs/", remote_sync_protocol="fsspec")
+    remote = remote_folder(cfg, "run")
+    assert remote is not None and remote.endswith(f"{s3_bucket}/runs/run")
+    assert RemoteSync(str(run), remote).sync_once().problems == []
+    assert content(remote) == FILES
 
 
 def test_error_of_the_run_is_not_hidden_by_one_of_the_copy(

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from open_lm import storage, storage_backends
+from open_lm import storage, storage_backends, storage_errors
 from open_lm.errors import StorageError
 
 
-@pytest.fixture(params=["local", "file", "s3", "memory"])
+@pytest.fixture(params=["local", "file", "s3", "s3fs", "memory"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "s3":
-        return f"s3://{request.getfixturevalue('s3_bucket')}/some/folder"
+    if request.param in ("s3", "s3fs"):
+        prefix = storage.FSSPEC_PREFIX if request.param == "s3fs" else ""
+        return f"{prefix}s3://{request.getfixturevalue('s3_bucket')}/some/folder"
     if request.param == "memory":
         return f"memory:///{uuid.uuid4().hex}"
     return f"file://{tmp_path}/folder" if request.param == "file" else str(tmp_path / "folder")
@@ -237,7 +238,7 @@ class Fault(Exception):
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     recorded: list[float] = []
-    monkeypatch.setattr(storage_backends, "_pause", recorded.append)
+    monkeypatch.setattr(storage_errors, "_pause", recorded.append)
     return recorded
 
 
@@ -249,7 +250,7 @@ def test_passing_faults_are_tried_again_with_growing_pauses(pauses: list[float])
             raise faults.pop(0)
         return "done"
 
-    assert storage_backends.with_retries(action) == "done"
+    assert storage_errors.with_retries(action) == "done"
     assert len(pauses) == 3
     for pause, middle in zip(pauses, (0.5, 1.0, 2.0), strict=True):
         assert middle * 0.5 <= pause <= middle * 1.5
@@ -263,8 +264,8 @@ def test_lasting_faults_end_in_their_own_error(pauses: list[float], error: Fault
         made.append(1)
         raise error
 
-    with pytest.raises(StorageError), storage_backends.explained("s3://b/k"):
-        storage_backends.with_retries(action)
+    with pytest.raises(StorageError), storage_errors.explained("s3://b/k"):
+        storage_errors.with_retries(action)
     assert len(made) == tries
 
 
