@@ -14,24 +14,25 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from python_docs import gather
 
-from open_lm.errors import UserError, run_cli
+from open_lm.errors import ConfigError, UserError, run_cli
 from open_lm.storage import atomic_write, write_text
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 END_OF_TEXT = "<|endoftext|>"
 PROMPTS = ("The function returns", "This module provides", "Raises an exception if")
 RUN_NAME = "run"
-TRAINING_NEWS = "Train Epoch|Validation|saved|WARNING|ERROR|resum"
+TRAINING_NEWS = "Train Epoch|Validation|saved|WARNING|ERROR|--resume latest"
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,28 @@ class Settings:
     processes: int
 
     @property
-    def checkpoints(self) -> Path:
-        return self.folder / "logs" / RUN_NAME / "checkpoints"
+    def tokenizer(self) -> str:
+        return str(self.folder / "tokenizer.json")
+
+    @property
+    def model(self) -> str:
+        return str(self.folder / "model.json")
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def untrained_checkpoint(self) -> Path:
+        return self.folder / "untrained.pt"
 
     @property
     def final_checkpoint(self) -> Path:
-        return self.checkpoints / f"epoch_{self.epochs}.pt"
+        return self.logs / RUN_NAME / "checkpoints" / f"epoch_{self.epochs}.pt"
+
+    @property
+    def valid_shards(self) -> str:
+        return str(self.manifest("valid").parent / "*.tar")
 
     def manifest(self, split: str) -> Path:
         return self.folder / "shards" / split / f"{self.seq_len}-v1" / "0" / "manifest.jsonl"
@@ -61,13 +78,13 @@ class Settings:
         return self.folder / f"{step}.json"
 
 
-def run(settings: Settings, command: list[str], show: str = "") -> list[str]:
-    """Print and run a command in the quickstart's folder; its output's lines, of which those with `show` in them (a
+def run(command: list[str], show: str = "") -> list[str]:
+    """Print and run a command; its output's lines, of which those with `show` in them (a
     regular expression, "" for none) are printed as they come."""
     print("  $ " + shlex.join(["python" if word == sys.executable else word for word in command]), flush=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     lines = []
-    with subprocess.Popen(command, cwd=settings.folder, env=env, text=True, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         for line in process.stdout:
             lines.append(line.rstrip("\n"))
@@ -103,16 +120,17 @@ def train_tokenizer(settings: Settings) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts(), trainer)
-    with atomic_write(settings.folder / "tokenizer.json", "w") as file:
+    with atomic_write(settings.tokenizer, "w") as file:
         file.write(tokenizer.to_str(pretty=True))
     print(f"  {tokenizer.get_vocab_size():,} tokens in the vocabulary")
 
 
 def make_shards(settings: Settings) -> None:
-    for split, pattern in (("valid", "raw/valid.jsonl.zst"), ("train", "raw/train-*.jsonl.zst")):
-        command = [sys.executable, str(ROOT / "datapreprocess" / "make_2048.py"), "--input-files", pattern]
-        command += ["--output-dir", f"shards/{split}", "--tokenizer", "tokenizer.json"]
-        run(settings, [*command, "--seqlen", str(settings.seq_len), "--num-workers", "2"], show=".")
+    for split, pattern in (("valid", "valid.jsonl.zst"), ("train", "train-*.jsonl.zst")):
+        command = [sys.executable, str(ROOT / "datapreprocess" / "make_2048.py")]
+        command += ["--input-files", str(settings.folder / "raw" / pattern)]
+        command += ["--output-dir", str(settings.folder / "shards" / split), "--tokenizer", settings.tokenizer]
+        run([*command, "--seqlen", str(settings.seq_len), "--num-workers", "2"], show=".")
 
 
 def create_untrained(settings: Settings) -> None:
@@ -121,12 +139,11 @@ def create_untrained(settings: Settings) -> None:
     from open_lm.model import create_model
     from open_lm.params import parse_args
 
-    config = {"hidden_dim": 128, "n_layers": 4, "n_heads": 4, "seq_len": settings.seq_len}
+    config: dict[str, Any] = {"hidden_dim": 128, "n_layers": 4, "n_heads": 4, "seq_len": settings.seq_len}
     config |= {"vocab_size": settings.vocab_size, "post_embed_norm": False, "weight_tying": False}
     config |= {"model_norm": "gain_only_lp_layer_norm", "qk_norm": True}
-    path = settings.folder / "model.json"
-    write_text(path, json.dumps(config, indent=2) + "\n")
-    model = create_model(parse_args(["--model", str(path)]))
+    write_text(settings.model, json.dumps(config, indent=2) + "\n")
+    model = create_model(parse_args(["--model", settings.model]))
     model.reset_parameters(seed=0)
     write_file(
         str(settings.folder / "untrained.pt"), {"epoch": 0, "name": "untrained", "state_dict": model.state_dict()}
@@ -134,16 +151,17 @@ def create_untrained(settings: Settings) -> None:
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def evaluation_command(checkpoint: str, settings: Settings) -> list[str]:
-    command = [sys.executable, "-m", "open_lm.main", "--model", "model.json", "--pretrained", checkpoint]
-    command += ["--val-data", f"{settings.manifest('valid').parent.relative_to(settings.folder)}/*.tar"]
+def evaluation_command(checkpoint: Path, settings: Settings) -> list[str]:
+    command = [sys.executable, "-m", "open_lm.main", "--model", settings.model, "--pretrained", str(checkpoint)]
+    command += ["--val-data", settings.valid_shards]
     command += ["--data-key", "npy", "--val-seq-ci", "--precision", "fp32", "--global-val-batch-size", "8"]
-    return [*command, "--workers", "0", "--logs", "logs"]
+    return [*command, "--workers", "0", "--logs", str(settings.logs)]
 
 
-def evaluate(settings: Settings, name: str, checkpoint: str) -> None:
-    run(settings, [*evaluation_command(checkpoint, settings), "--name", f"evaluate-{name}"])
-    results = (settings.folder / "logs" / f"evaluate-{name}" / "checkpoints" / "results.jsonl").read_text()
+def evaluate(settings: Settings, name: str, checkpoint: Path) -> None:
+    shutil.rmtree(settings.logs / f"evaluate-{name}", ignore_errors=True)  # of an interrupted evaluation
+    run([*evaluation_command(checkpoint, settings), "--name", f"evaluate-{name}"])
+    results = (settings.logs / f"evaluate-{name}" / "checkpoints" / "results.jsonl").read_text()
     outcome = json.loads(results.splitlines()[-1])[0]
     valid_bytes = json.loads(settings.result("text").read_text())["valid_bytes"]
     outcome["bits_per_byte"] = outcome["loss"] * outcome["tokens"] / math.log(2) / valid_bytes
@@ -154,13 +172,13 @@ def evaluate(settings: Settings, name: str, checkpoint: str) -> None:
     )
 
 
-def sample(settings: Settings, name: str, checkpoint: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--model", "model.json"]
-    command += ["--checkpoint", checkpoint, "--tokenizer", "tokenizer.json", "--max-new-tokens", "24"]
+def sample(settings: Settings, name: str, checkpoint: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--model", settings.model]
+    command += ["--checkpoint", str(checkpoint), "--tokenizer", settings.tokenizer, "--max-new-tokens", "24"]
     command += ["--temperature", "0.7", "--seed", "1", "--json"]
     for prompt in PROMPTS:
         command += ["--prompt", prompt]
-    lines = run(settings, command)
+    lines = run(command)
     write_text(settings.result(f"samples-{name}"), json.dumps([json.loads(line) for line in lines]))
     for line in lines:
         item = json.loads(line)
@@ -169,32 +187,45 @@ def sample(settings: Settings, name: str, checkpoint: str) -> None:
 
 def train(settings: Settings) -> None:
     command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone"]
-    command += ["--nproc-per-node", str(settings.processes), "-m", "open_lm.main", "--model", "model.json"]
-    command += ["--dataset-manifest", str(settings.manifest("train").relative_to(settings.folder))]
+    command += ["--nproc-per-node", str(settings.processes), "-m", "open_lm.main", "--model", settings.model]
+    command += ["--dataset-manifest", str(settings.manifest("train"))]
     command += ["--multiple-data-passes", "--data-key", "npy", "--workers", "1", "--fsdp", "--precision", "fp32"]
-    command += ["--val-data", f"{settings.manifest('valid').parent.relative_to(settings.folder)}/*.tar"]
+    command += ["--val-data", settings.valid_shards]
     command += ["--train-num-samples", str(settings.train_tokens // settings.epochs), "--epochs", str(settings.epochs)]
-    command += ["--global-batch-size", "16", "--lr", "3e-3", "--warmup", "20", "--wd", "0.1", "--beta2", "0.95"]
-    command += ["--grad-clip-norm", "1", "--log-every-n-steps", "20", "--report-to", "tensorboard"]
-    run(settings, [*command, "--logs", "logs", "--name", RUN_NAME, "--resume", "latest"], show=TRAINING_NEWS)
+    command += ["--global-batch-size", "8", "--lr", "3e-3", "--warmup", "40", "--wd", "0.1", "--beta2", "0.95"]
+    command += ["--grad-clip-norm", "1", "--log-every-n-steps", "40", "--report-to", "tensorboard"]
+    run([*command, "--logs", str(settings.logs), "--name", RUN_NAME, "--resume", "latest"], show=TRAINING_NEWS)
+
+
+def check_settings(settings: Settings) -> None:
+    """Note the settings, or ConfigError where the folder was begun with others."""
+    note = settings.result("settings")
+    now = {name: value for name, value in asdict(settings).items() if name not in ("folder", "processes")}
+    before = json.loads(note.read_text()) if note.exists() else now
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        raise ConfigError(
+            f"{settings.folder} was begun with other settings ({', '.join(changed)}): give another --dir, or the same "
+            "settings to continue"
+        )
+    write_text(note, json.dumps(now))
 
 
 def steps(settings: Settings) -> list[tuple[str, Path, Callable[[], None]]]:
     """(title, the file whose presence says that it is done, what to do) of each step, in order."""
-    final = str(settings.final_checkpoint.relative_to(settings.folder))
-    result = settings.result
+    result, untrained, final = settings.result, settings.untrained_checkpoint, settings.final_checkpoint
     return [
         ("Gather text from the Python installation", result("text"), lambda: gather_text(settings)),
-        ("Train a tokenizer on it", settings.folder / "tokenizer.json", lambda: train_tokenizer(settings)),
+        ("Train a tokenizer on it", Path(settings.tokenizer), lambda: train_tokenizer(settings)),
         ("Tokenize, shuffle and write shards", settings.manifest("train"), lambda: make_shards(settings)),
-        ("Create the model", settings.folder / "untrained.pt", lambda: create_untrained(settings)),
+        ("Create the model", untrained, lambda: create_untrained(settings)),
         (
             "Evaluate it untrained",
             result("evaluation-before"),
-            lambda: evaluate(settings, "before", "untrained.pt"),
+            lambda: evaluate(settings, "before", untrained),
         ),
-        ("Sample from it untrained", result("samples-before"), lambda: sample(settings, "before", "untrained.pt")),
-        ("Train it with FSDP", settings.final_checkpoint, lambda: train(settings)),
+        ("Sample from it untrained", result("samples-before"), lambda: sample(settings, "before", untrained)),
+        ("Train it with FSDP", final, lambda: train(settings)),
         ("Evaluate it trained", result("evaluation-after"), lambda: evaluate(settings, "after", final)),
         ("Sample from it trained", result("samples-after"), lambda: sample(settings, "after", final)),
     ]
@@ -207,9 +238,8 @@ def summary(settings: Settings) -> str:
         return json.loads(settings.result(name).read_text())
 
     before, after = load("evaluation-before"), load("evaluation-after")
-    metrics = (settings.folder / "logs" / RUN_NAME / "metrics.jsonl").read_text().splitlines()
+    metrics = (settings.logs / RUN_NAME / "metrics.jsonl").read_text().splitlines()
     training = [row for row in map(json.loads, metrics) if "train/loss" in row]
-    folder = os.path.relpath(settings.folder)
     rows = [
         ("text", f"{load('text')['train_bytes'] / 1e6:.1f} MB from {load('text')['train_documents']} documents"),
         ("tokens trained on", f"{training[-1]['tokens']:,}"),
@@ -219,21 +249,19 @@ def summary(settings: Settings) -> str:
         ),
         ("held-out loss", f"{before['loss']:.3f} before, {after['loss']:.3f} after training"),
         ("bits per byte", f"{before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after training"),
-        ("checkpoints", f"{folder}/logs/{RUN_NAME}/checkpoints"),
-        ("shards", str(settings.manifest("train").parent.relative_to(settings.folder.parent))),
-        ("curves", f"tensorboard --logdir {folder}/logs"),
+        ("checkpoints", str(settings.final_checkpoint.parent)),
+        ("shards", str(settings.manifest("train").parent)),
+        ("curves", f"tensorboard --logdir {settings.logs}"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
 def next_commands(settings: Settings) -> str:
-    folder = os.path.relpath(settings.folder)
-    final = os.path.relpath(settings.final_checkpoint)
     return (
         "What to run next:\n"
-        f"  python scripts/generate.py --model {folder}/model.json --checkpoint {final} \\\n"
-        f"      --tokenizer {folder}/tokenizer.json --prompt 'Return the'\n"
+        f"  python {ROOT / 'scripts' / 'generate.py'} --checkpoint {settings.final_checkpoint} \\\n"
+        f"      --tokenizer {settings.tokenizer} --prompt 'Return the'\n"
         "  python -m open_lm.main --help     # train on your own text: see README.md\n"
         "  make install-eval                 # in-context-learning evaluation with llm-foundry"
     )
@@ -248,14 +276,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--vocab-size", type=int, default=2048, help="size of the tokenizer's vocabulary")
     parser.add_argument("--processes", type=int, default=2, help="training processes")
     args = parser.parse_args(argv)
-    folder = Path(args.dir).resolve()
+    folder = Path(os.path.relpath(args.dir))
     folder.mkdir(parents=True, exist_ok=True)
     settings = Settings(folder, args.text_mb, args.tokens, args.epochs, args.vocab_size, 256, args.processes)
 
+    check_settings(settings)
     plan = steps(settings)
     for number, (title, done, action) in enumerate(plan, start=1):
         if done.exists():
-            print(f"[{number}/{len(plan)}] {title}: already there ({os.path.relpath(done)})", flush=True)
+            print(f"[{number}/{len(plan)}] {title}: already there ({done})", flush=True)
             continue
         print(f"[{number}/{len(plan)}] {title}", flush=True)
         start = time.monotonic()
