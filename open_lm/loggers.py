@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
@@ -37,7 +37,7 @@ class _OurHandler:
     """Marks the handlers that `setup_logging` put up, so that the next run in this process replaces them."""
 
 
-class _Console(logging.StreamHandler[Any], _OurHandler):
+class _Console(logging.StreamHandler, _OurHandler):  # without its type argument, which Python 3.10 refuses
     pass
 
 
@@ -66,6 +66,14 @@ def setup_logging(log_file: str | None = None, level: int = logging.INFO, consol
         root.addHandler(handler)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+def write_to_log_file(records: Iterable[logging.LogRecord]) -> None:
+    """Messages for the log file alone: what the console showed before, or shows in another way."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _File):
+            for record in records:
+                handler.handle(record)
 
 
 def close_logging() -> None:
