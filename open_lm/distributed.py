@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from open_lm.config import ParallelConfig
-from open_lm.errors import ConfigError
+from open_lm.errors import RANK_NAMES, ConfigError, UserError, join_problems
 
 T = TypeVar("T")
 
 LOCAL_RANK_NAMES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
-RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 WORLD_SIZE_NAMES = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 GROUP_TIMEOUT = timedelta(minutes=30)
@@ -134,8 +132,30 @@ def on_master(function: Callable[[], T]) -> T:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
+        outcome[1].on_every_rank = True
         raise outcome[1]
     return cast(T, outcome[0])
+
+
+def on_all(function: Callable[[], T]) -> T:
+    """Call `function`, which waits for no other rank, on every rank. A UserError on any of them is raised on all, so
+    that none waits for one that has ended, and what they all found is said once."""
+    if not dist.is_initialized():
+        return function()
+    result, failure = None, None
+    try:
+        result = function()
+    except UserError as error:
+        failure = error
+    failures: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    found = {str(error): error for error in failures if error is not None}
+    if found:
+        first = next(iter(found.values()))
+        failure = first if len(found) == 1 else type(first)(join_problems(list(found), "the ranks found problems"))
+        failure.on_every_rank = True
+        raise failure
+    return cast(T, result)
 
 
 def gather_objects(obj: T) -> list[T]:
@@ -163,14 +183,14 @@ def barrier() -> None:
 def _device(local_rank: int, cfg: ParallelConfig) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    index = 0 if cfg.no_set_device_rank else local_rank
     count = torch.cuda.device_count()
-    if index >= count:
+    needed = 1 if cfg.no_set_device_rank else max(local_rank + 1, _first_int(LOCAL_SIZE_NAMES, 0))
+    if needed > count:
         raise ConfigError(
-            f"local rank {local_rank} needs CUDA device {index}, and {count} are visible: start at most {count} ranks "
-            "a node, or pass --no-set-device-rank where every rank sees a device of its own"
+            f"{needed} ranks on this node need a CUDA device each, and {count} are visible: start at most {count} "
+            "ranks a node, or pass --no-set-device-rank where every rank sees a device of its own"
         )
-    device = torch.device("cuda", index)
+    device = torch.device("cuda", 0 if cfg.no_set_device_rank else local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -181,8 +201,6 @@ def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_siz
         backend = f"cpu:gloo,cuda:{cfg.dist_backend}" if cfg.dist_backend != "gloo" else "gloo"
     else:
         backend = "gloo"
-        if cfg.dist_backend not in ("nccl", "gloo"):
-            logging.warning("--dist-backend %s: ranks on CPU use gloo", cfg.dist_backend)
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=GROUP_TIMEOUT)
         return

@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+# Where launchers tell a process which one of all it is; the first found counts.
+RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+
 
 class UserError(Exception):
     """Something outside the program must change: a flag, a file, a service.
@@ -13,9 +16,13 @@ class UserError(Exception):
     The message names the file or flag, what was found, what was expected and what to do.
     """
 
+    on_every_rank = False  # whether all ranks of a run raise the same, so that rank 0 alone has to say it
+
 
 class ConfigError(UserError, ValueError):
     """Flags, configuration files or model names that cannot be used as given."""
+
+    on_every_rank = True
 
 
 class DataError(UserError, RuntimeError):
@@ -43,12 +50,13 @@ def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = No
     """Run a command's `main(argv)` and return its exit code: 0, 2 for a UserError, 130 for an interrupt.
 
     Any other exception keeps its traceback: it is a defect of ours, not of the user's.
-    Under torchrun a ConfigError is the same on every rank, so that only rank 0 prints it.
+    What every rank of a run raises is printed by rank 0 alone.
     """
     try:
         main(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        if not (isinstance(error, ConfigError) and os.environ.get("RANK", "0") != "0"):
+        rank = next((os.environ[name] for name in RANK_NAMES if name in os.environ), "0")
+        if rank == "0" or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

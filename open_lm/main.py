@@ -43,15 +43,15 @@ def main(argv: Sequence[str]) -> argparse.Namespace:
     mend; SystemExit for --help alone.
     """
     args = parse_args(argv, for_run=True)
-    if args.hf_model is None:
-        architecture_of(args.model)  # a mistyped name or file is told before torch is imported
+    # A mistyped name or file is told before torch is imported.
+    architecture = architecture_of(args.model) if args.hf_model is None else {}
     from open_lm.distributed import init_runtime, shutdown
     from open_lm.loggers import close_logging
 
     runtime = init_runtime(ParallelConfig.from_object(args))
     try:
         with ExitStack() as stack:
-            _run(args, runtime, stack)
+            _run(args, architecture, runtime, stack)
     finally:
         close_logging()
         shutdown(runtime)
@@ -65,25 +65,26 @@ def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tup
     return load(args, model, different_seed)
 
 
-def _run(args: argparse.Namespace, runtime: Runtime, stack: ExitStack) -> None:
+def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime, stack: ExitStack) -> None:
     from open_lm.checkpoint import find_resume
     from open_lm.distributed import broadcast_object, on_master
-    from open_lm.session import build_session
+    from open_lm.session import build_session, build_trainer
 
     resolve_batch_sizes(args, runtime.world_size)
     args.name = broadcast_object(runtime, args.name or default_name(args))
     config = Config.from_namespace(args)
     begin_log_file = _start_logging(args, config, runtime, stack)
-    _check_and_tell(config, runtime)
+    _check_and_tell(config, architecture, runtime)
     paths = RunPaths(config.logging.logs, args.name)
     on_master(lambda: paths.prepare(config.checkpoint.resume))
     resume = find_resume(config.checkpoint, config.logging, paths)
     session = build_session(config, runtime, paths, resume)
     args.resume = session.resume
-    begin_log_file(paths)
     loggers = _open_run(args, session, stack)
-    if session.train_loader is not None:
-        _train(session, loggers)
+    trainer = None if session.train_loader is None else build_trainer(session, loggers.log)
+    begin_log_file(paths)
+    if trainer is not None:
+        _train(session, trainer, loggers)
     else:
         _evaluate_only(session, loggers)
 
@@ -124,8 +125,9 @@ def _start_logging(
     args: argparse.Namespace, config: Config, runtime: Runtime, stack: ExitStack
 ) -> Callable[[RunPaths], None]:
     """Log to the console. The returned function begins out.log, with what was said before: a run that fails while it
-    is being set up leaves no log, so that it can be started again under its name."""
-    from open_lm.loggers import setup_logging
+    is being set up leaves no log, so that it can be started again under its name. What ends it later is the last line.
+    """
+    from open_lm.loggers import setup_logging, write_to_log_file
 
     level = logging.DEBUG if config.run.debug else logging.INFO
     console_level = level if runtime.is_master else logging.WARNING
@@ -137,12 +139,15 @@ def _start_logging(
 
     def begin_log_file(paths: RunPaths) -> None:
         logging.getLogger().removeHandler(said_before)
-        args.log_path = _log_file(config, runtime, paths)
-        setup_logging(args.log_path, level, console_level)
-        for handler in logging.getLogger().handlers:
-            if isinstance(handler, logging.FileHandler):
-                for record in said_before.buffer:
-                    handler.handle(record)
+        setup_logging(_log_file(config, runtime, paths), level, console_level)
+        write_to_log_file(said_before.buffer)
+        stack.push(note_the_end)
+
+    def note_the_end(kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            said = f"the run ended early: {type(error).__name__}: {error}"
+            record = {"name": "root", "levelno": logging.ERROR, "levelname": "ERROR", "msg": said}
+            write_to_log_file([logging.makeLogRecord(record)])
 
     return begin_log_file
 
@@ -154,7 +159,7 @@ def _log_file(config: Config, runtime: Runtime, paths: RunPaths) -> str | None:
     return paths.log if runtime.is_master else os.path.join(paths.root, f"out-{runtime.rank}")
 
 
-def _check_and_tell(config: Config, runtime: Runtime) -> None:
+def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runtime) -> None:
     """Say what the run starts on and which flags change nothing; ConfigError for what this device cannot do."""
     from open_lm.parallelize import notes
 
@@ -173,7 +178,7 @@ def _check_and_tell(config: Config, runtime: Runtime) -> None:
     else:
         logging.info(f"Running with a single process. Device {runtime.device}.")
     if runtime.is_master:
-        for note in [*ineffective_flags(config), *notes(config.parallel, runtime.device)]:
+        for note in [*ineffective_flags(config, architecture), *notes(config.parallel, runtime.device)]:
             logging.warning(note)
 
 
@@ -226,6 +231,7 @@ def _describe(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     args.rank, args.local_rank, args.world_size = runtime.rank, runtime.local_rank, runtime.world_size
     args.seq_len, args.vocab_size = params.seq_len, params.vocab_size
     args.checkpoint_path, args.failed_checkpoint_path = paths.checkpoints, paths.failed
+    args.log_path = _log_file(session.config, runtime, paths)
     args.wandb, args.tensorboard = "wandb" in reporters, "tensorboard" in reporters
     args.tensorboard_path = paths.tensorboard if args.tensorboard else ""
     described = dict(vars(args))
@@ -236,13 +242,12 @@ def _describe(args: argparse.Namespace, session: Session) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ training
-def _train(session: Session, loggers: MetricLoggers) -> None:
+def _train(session: Session, trainer: Trainer, loggers: MetricLoggers) -> None:
     from open_lm.checkpoint import CheckpointWriter
-    from open_lm.session import build_trainer, progress_after
+    from open_lm.session import progress_after
     from open_lm.train import TrainingDiverged
 
     config, total_steps = session.config, session.total_steps
-    trainer = build_trainer(session, loggers.log)
     writer = CheckpointWriter(session.paths, config.checkpoint, config.data.epochs)
     _log_plan(session, trainer)
     for epoch in range(session.progress.epoch, config.data.epochs):

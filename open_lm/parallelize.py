@@ -118,6 +118,8 @@ def notes(cfg: ParallelConfig, device: torch.device) -> list[str]:
         sentences.append("--fsdp-cpu-offload has no effect: parameters on CPU devices are in host memory already")
     if cfg.fsdp and cfg.ddp_static_graph:
         sentences.append("--ddp-static-graph has no effect with --fsdp")
+    if device.type == "cpu" and cfg.dist_backend not in ("nccl", "gloo"):
+        sentences.append(f"--dist-backend {cfg.dist_backend} has no effect: ranks on CPU use gloo")
     return sentences
 
 

@@ -19,7 +19,7 @@ from open_lm.config import Config
 from open_lm.config_checks import wants_training
 from open_lm.data.loader import TrainLoader, ValLoader, build_train_loader, build_val_loaders
 from open_lm.data.plan import epoch_end_step
-from open_lm.distributed import Runtime, build_mesh
+from open_lm.distributed import Runtime, build_mesh, on_all
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.evaluate import EvaluationOptions
 from open_lm.initialization import init_weights
@@ -72,9 +72,9 @@ def build_session(config: Config, runtime: Runtime, paths: RunPaths, resume: str
     if runtime.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as OpenLM has always trained
     _seed_everything(config.run.seed + runtime.rank)
-    model = _create_model(config)
+    model = on_all(lambda: _create_model(config))
     params: Any = model.params
-    train_loader, val_loaders = _build_loaders(config, runtime, params)
+    train_loader, val_loaders = on_all(lambda: _build_loaders(config, runtime, params))
     model = parallelize(
         model,
         build_mesh(runtime, config.parallel),

@@ -83,10 +83,36 @@ def test_force_distributed_starts_a_group_of_one() -> None:
         def fail() -> None:
             raise DataError("broken")
 
-        with pytest.raises(DataError, match="broken"):
-            distributed.on_master(fail)
+        assert distributed.on_all(lambda: 3) == 3
+        for everywhere in (distributed.on_master, distributed.on_all):
+            with pytest.raises(DataError, match="broken") as caught:
+                everywhere(fail)
+            assert caught.value.on_every_rank
     finally:
         distributed.shutdown(runtime)
+
+
+def test_what_ranks_find_is_raised_on_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gathered(failures: list[object], own: object) -> None:
+        failures[:] = [None, DataError("no shard a"), DataError("no shard b"), DataError("no shard a")]
+
+    runtime = distributed.init_runtime(ParallelConfig(force_distributed=True))
+    try:
+        monkeypatch.setattr(dist, "all_gather_object", gathered)
+        with pytest.raises(DataError, match=r"(?s)problems \(2\):.*1\. no shard a.*2\. no shard b$") as caught:
+            distributed.on_all(lambda: "fine here")
+        assert caught.value.on_every_rank
+    finally:
+        distributed.shutdown(runtime)
+
+
+def test_more_ranks_than_devices_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="4 ranks on this node need a CUDA device each, and 2 are visible"):
+        distributed.init_runtime(ParallelConfig())
 
 
 def test_wrong_launches_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:

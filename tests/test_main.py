@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from open_lm.errors import CheckpointError, ConfigError, DataError
+from open_lm.errors import CheckpointError, ConfigError, DataError, StorageError
 from open_lm.main import main, resolve_batch_sizes
 from open_lm.params import parse_args
 from open_lm.train import TrainingDiverged
@@ -146,6 +146,30 @@ def test_a_start_that_fails_can_be_repeated_under_its_name(golden: list[str], tm
     main(flags)
     assert (tmp_path / "run/checkpoints/epoch_1.pt").exists()
     assert not [handler for handler in logging.getLogger().handlers if "open_lm" in type(handler).__module__]
+
+
+def test_a_start_without_its_bucket_can_be_repeated(golden: list[str], tmp_path: Path, s3_bucket: str) -> None:
+    flags = [*golden, "--logs", str(tmp_path), "--name", "run", "--epochs", "1"]
+    for _ in range(2):
+        with pytest.raises(StorageError, match="no such bucket"):
+            main([*flags, "--remote-sync", f"s3://{s3_bucket}-not/runs"])
+    main(flags)
+    assert (tmp_path / "run/out.log").read_text().count("Start epoch 0") == 1
+
+
+def test_the_log_says_what_ended_the_run(
+    golden: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("open_lm.train.Trainer.run_epoch", interrupted)
+    copy = ["--remote-sync", str(tmp_path / "copy"), "--remote-sync-protocol", "fsspec"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*golden, *copy, "--logs", str(tmp_path), "--name", "run"])
+    for log in (tmp_path / "run/out.log", tmp_path / "copy/run/out.log"):
+        assert "| ERROR | the run ended early: KeyboardInterrupt" in log.read_text()
+    assert "ended early" not in capsys.readouterr().out, "the console shows the error itself"
 
 
 def test_logs_none_writes_nothing(golden: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +325,16 @@ def test_mistakes_exit_with_one_message_and_nothing_written(tmp_path: Path) -> N
     assert result.returncode == 2
     assert "open_lm_11m" in result.stderr and "Traceback" not in result.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_ranks_say_their_common_mistake_once(
+    shared_dir: Path, tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    model = str(shared_dir / "compat/run/tiny_bytes.json")
+    flags = ["--model", model, "--train-data", "missing-{1..2}.tar", "--train-num-samples", "4096", "--workers", "0"]
+    result = torchrun(2, "open_lm.main", *flags, check=False)
+    assert result.returncode != 0 and result.stderr.count("error: No shard found") == 1
+    assert result.stderr.count("missing-2.tar (of") == 1
 
 
 def test_help_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:

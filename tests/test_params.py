@@ -152,6 +152,31 @@ def test_flags_without_effect_are_named_only_when_used() -> None:
     assert len(notes) == 3 and any("--fsdp-hybrid has no effect without --fsdp" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("--attn-activation relu", "--attn-activation has no effect without --attn-name custom_attn"),
+        ("--epochs-cooldown 1", "--epochs-cooldown has no effect without --lr-scheduler const-cooldown"),
+        ("--skip-scheduler --warmup 5", "--warmup has no effect with --skip-scheduler"),
+        ("--hf-model x --hf-seq-len 8 --qk-norm", "--qk-norm has no effect with --hf-model"),
+        ("--resume a.pt --pretrained b.pt", "--pretrained has no effect with --resume"),
+        ("--val-seq-ci", "--val-seq-ci has no effect without --val-data"),
+        ("--remote-sync-frequency 5", "--remote-sync-frequency has no effect without --remote-sync"),
+        ("--moe-top-k 1", "--moe-top-k has no effect without --moe-freq"),
+        ("--model-norm rms_norm", "--model-norm has no effect: the file of --model says default_layer_norm"),
+    ],
+)
+def test_flags_that_other_settings_silence_say_so(argv: str, said: str) -> None:
+    file = {"model_norm": "default_layer_norm"}
+    (note,) = ineffective_flags(Config.from_namespace(parse_args(argv.split())), file)
+    assert note.startswith(said)
+
+
+def test_flags_in_use_are_not_called_idle() -> None:
+    argv = "--resume latest --pretrained b.pt --moe-top-k 1 --val-data x --val-seq-ci --report-to all --wandb-notes n"
+    assert ineffective_flags(Config.from_namespace(parse_args(argv.split())), {"moe_freq": 2, "moe_top_k": 1}) == []
+
+
 def test_model_flags_for_another_program() -> None:
     parser = argparse.ArgumentParser()
     add_model_args(parser)
