@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import pickle
 from itertools import chain
 from pathlib import Path
@@ -221,11 +222,34 @@ def test_a_worker_raises_the_clear_message(tmp_path: Path, workers: int) -> None
 def test_good_batches_before_a_broken_shard_are_handed_out(tmp_path: Path) -> None:
     data = config(write_source(tmp_path, [8, 8]), workers=2)
     order = [seen(batch)[0][1] for batch, _ in loader_of(data).batches(4)]
-    (tmp_path / f"{order[-1]:05d}.tar").write_bytes(b"no tar at all" * 1000)
+    (tmp_path / f"{order[-1]:05d}.tar").write_bytes(
+        b"no tar at all..." * 1024
+    )  # whole blocks, so that sizes tell nothing
     loader = loader_of(data)
     assert len(list(loader.batches(2))) == 2
     with pytest.raises(DataError, match=rf"{order[-1]:05d}\.tar: no valid tar header"):
         next(loader.batches(1))
+
+
+def test_shards_that_are_visibly_not_whole_are_told_together_before_the_run(tmp_path: Path) -> None:
+    manifest = write_source(tmp_path, [8, 8, 8, 8])
+    whole = (tmp_path / "00003.tar").stat().st_size
+    entries = [ManifestEntry(f"{shard:05d}", 8) for shard in range(3)]
+    write_manifest(tmp_path / "manifest.jsonl", [*entries, ManifestEntry("00003", 8, {"num_bytes": whole})])
+    (tmp_path / "00000.tar").write_bytes(b"")
+    os.truncate(tmp_path / "00001.tar", 5000)
+    os.truncate(tmp_path / "00003.tar", 4096)
+    pattern = str(tmp_path / "*.tar")
+    for data in (config(manifest), DataConfig(train_data=[pattern], train_num_samples=64)):
+        with pytest.raises(DataError) as caught:
+            loader_of(data)
+        told = str(caught.value)
+        assert "00000.tar: the file is empty" in told and "00001.tar: its 5000 bytes" in told
+        assert "00002.tar" not in told and f"00003.tar: has 4096 bytes, its manifest says {whole}" in told
+    with pytest.raises(DataError, match=r"(?s)00000\.tar.*00001\.tar.*00003\.tar"):
+        build_val_loaders(
+            ValidationConfig(val_data=[pattern]), DataConfig(), seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=4
+        )
 
 
 def test_manifest_that_disagrees(tmp_path: Path) -> None:

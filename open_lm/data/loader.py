@@ -117,14 +117,7 @@ def build_train_loader(
         check_enough(sources, steps * batch_size * world_size, seq_len)
     folder = _fetch_folder(sources)
     job = Job(
-        stream=StreamSpec(
-            sources=sources,
-            seq_len=seq_len,
-            vocab_size=vocab_size,
-            data_keys=(key,) * len(sources),
-            tolerated_share=data.data_tolerate_error_p if data.ignore_parse_errors else None,
-            folder=folder.name if folder else None,
-        ),
+        stream=_stream(data, sources, key, seq_len=seq_len, vocab_size=vocab_size, folder=folder),
         order=Order(
             resampled=data.dataset_resampled,
             shuffle_samples=not data.disable_buffer,
@@ -160,6 +153,19 @@ def _checked_key(key: str, flag: str) -> str:
     if key not in MEMBER_KINDS:
         raise ConfigError(f"{flag} {key}: expected one of {', '.join(MEMBER_KINDS)}")
     return key
+
+
+def _stream(
+    data: DataConfig, sources: tuple[Source, ...], key: str, *, seq_len: int, vocab_size: int, folder: Folder | None
+) -> StreamSpec:
+    return StreamSpec(
+        sources=sources,
+        seq_len=seq_len,
+        vocab_size=vocab_size,
+        data_keys=(key,) * len(sources),
+        tolerated_share=data.data_tolerate_error_p if data.ignore_parse_errors else None,
+        folder=folder.name if folder else None,
+    )
 
 
 def _fetch_folder(sources: Sequence[Source]) -> Folder | None:
@@ -222,19 +228,12 @@ def build_val_loaders(
         )
     keys = [_checked_key(key, "--val-data-key") for key in keys] * (len(patterns) if len(keys) == 1 else 1)
     limit = None if validation.val_num_samples is None else max(1, validation.val_num_samples // seq_len)
+    sources = collect(patterns, lambda pattern: find_validation_source(pattern, whole=not data.ignore_parse_errors))
     loaders = []
-    for source, key in zip(collect(patterns, find_validation_source), keys, strict=True):
+    for source, key in zip(sources, keys, strict=True):
         folder = _fetch_folder([source])
-        stream = StreamSpec(
-            sources=(source,),
-            seq_len=seq_len,
-            vocab_size=vocab_size,
-            data_keys=(key,),
-            tolerated_share=data.data_tolerate_error_p if data.ignore_parse_errors else None,
-            folder=folder.name if folder else None,
-        )
         job = Job(
-            stream=stream,
+            stream=_stream(data, (source,), key, seq_len=seq_len, vocab_size=vocab_size, folder=folder),
             order=Order(shuffle_shards=False, shuffle_samples=False, max_passes=1),
             seed=0,
             batch_size=batch_size,

@@ -27,6 +27,12 @@ class ManifestEntry:
     num_sequences: int
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_bytes(self) -> int | None:
+        """Size of the shard's file, where its line says it."""
+        found = self.extra.get("num_bytes")
+        return found if isinstance(found, int) else None
+
 
 def shard_stem(url: str) -> str:
     """The name a manifest gives a shard: its file name without `.tar`."""
@@ -83,46 +89,53 @@ def write_manifest(path: str | os.PathLike[str], entries: Sequence[ManifestEntry
             file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
 
-def _folder(url: str) -> str:
+def shard_folder(url: str) -> str:
+    """The folder that a shard lies in."""
     return url.rpartition("/")[0] or ("/" if url.startswith("/") else ".")
 
 
-def _sizes_in(folder: str) -> dict[str, int] | None:
-    """Sequences by shard stem from a folder's manifest.jsonl or sizes.json, None without either."""
+def _entries_in(folder: str) -> dict[str, ManifestEntry] | None:
+    """Entries by shard stem from a folder's manifest.jsonl or sizes.json, None without either."""
     manifest = storage.join(folder, MANIFEST_NAME)
     if storage.exists(manifest):
-        return {entry.shard: entry.num_sequences for entry in read_manifest(manifest)}
+        return {entry.shard: entry for entry in read_manifest(manifest)}
     sizes = storage.join(folder, "sizes.json")
     if not storage.exists(sizes):
         return None
     try:
         table = orjson.loads(storage.read_bytes(sizes))
-        return {shard_stem(name): int(count) for name, count in table.items()}
+        return {shard_stem(name): ManifestEntry(shard_stem(name), int(count)) for name, count in table.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{sizes}: expected an object {{tar name: number of sequences}} ({error})") from error
 
 
-def shard_sizes(urls: Sequence[str]) -> dict[str, int] | None:
-    """Sequences of each url, from manifest.jsonl or sizes.json in the shards' folders.
+def shard_entries(urls: Sequence[str]) -> dict[str, ManifestEntry] | None:
+    """The entry of each url, from manifest.jsonl or sizes.json in the shards' folders.
 
     None where a folder has neither (`__len__` only knows the sum; for a single shard that is its size). Urls that
     their folder's list does not name are missing in the result. Commands (`pipe:`) have no folder.
     """
-    tables: dict[str, dict[str, int] | None] = {}
-    sizes: dict[str, int] = {}
+    tables: dict[str, dict[str, ManifestEntry] | None] = {}
+    entries: dict[str, ManifestEntry] = {}
     for url in urls:
         if url.startswith("pipe:"):
             return None
-        folder = _folder(url)
+        folder = shard_folder(url)
         if folder not in tables:
-            tables[folder] = _sizes_in(folder)
+            tables[folder] = _entries_in(folder)
         table = tables[folder]
         if table is None:
             length = _length_file(folder) if len(urls) == 1 else None
-            return None if length is None else {url: length}
+            return None if length is None else {url: ManifestEntry(shard_stem(url), length)}
         if shard_stem(url) in table:
-            sizes[url] = table[shard_stem(url)]
-    return sizes
+            entries[url] = table[shard_stem(url)]
+    return entries
+
+
+def shard_sizes(urls: Sequence[str]) -> dict[str, int] | None:
+    """Sequences of each url, as `shard_entries` finds them."""
+    entries = shard_entries(urls)
+    return None if entries is None else {url: entry.num_sequences for url, entry in entries.items()}
 
 
 def total_sequences(urls: Sequence[str]) -> int | None:
@@ -132,7 +145,7 @@ def total_sequences(urls: Sequence[str]) -> int | None:
         return sum(sizes[url] for url in urls)
     if not urls or urls[0].startswith("pipe:"):
         return None
-    return _length_file(_folder(urls[0]))
+    return _length_file(shard_folder(urls[0]))
 
 
 def _length_file(folder: str) -> int | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from tarfile import BLOCKSIZE
 from typing import TypeVar
 
 from open_lm import storage
 from open_lm.config import DataConfig
 from open_lm.data.mixture import parse_fraction
 from open_lm.data.plan import Source
-from open_lm.data.shard_format import expand_shards, read_manifest, shard_sizes
+from open_lm.data.shard_format import ManifestEntry, expand_shards, read_manifest, shard_entries, shard_folder
 from open_lm.errors import ConfigError, DataError, StorageError, UserError, join_problems
 
 SYNTHETIC = "synthetic:"
@@ -26,8 +27,9 @@ Part = tuple[tuple[str, ...], tuple[int | None, ...]]  # shards and their sizes
 def find_sources(data: DataConfig) -> tuple[Source, ...]:
     """The sources of the training data, in the order of the flag's values.
 
-    DataError (StorageError for an unreachable store) with every missing shard and unreadable manifest; ConfigError for
-    weights or factors that do not fit the sources.
+    DataError (StorageError for an unreachable store) with every missing shard, every one that is visibly not whole
+    (unless --ignore-parse-errors) and every unreadable manifest; ConfigError for weights or factors that do not fit
+    the sources.
     """
     if data.dataset_type == "synthetic":
         return (Source("synthetic data", (SYNTHETIC,), (_SYNTHETIC_SEQUENCES,)),)
@@ -37,10 +39,11 @@ def find_sources(data: DataConfig) -> tuple[Source, ...]:
             "there is no training data: give --train-data, --dataset-manifest or --dataset-type synthetic"
         )
     weights = mix_weights(data.train_data_mix_weights, len(names))
+    whole = not data.ignore_parse_errors
     if data.train_data:
-        sources = collect(names, _read_pattern)
+        sources = collect(names, lambda pattern: _read_pattern(pattern, whole))
     else:
-        sources = collect(names, lambda url: [read_manifest_part(url)])
+        sources = collect(names, lambda url: [read_manifest_part(url, whole)])
     factors = _factors(data.train_data_upsampling_factors, [len(parts) for parts in sources])
     if factors and all(len(set(group)) == 1 for group in factors):
         weights = [weight * group[0] for weight, group in zip(weights, factors, strict=True)]
@@ -50,9 +53,10 @@ def find_sources(data: DataConfig) -> tuple[Source, ...]:
     )
 
 
-def find_validation_source(pattern: str) -> Source:
-    """One validation set: the shards of a pattern (or of a manifest.jsonl) in their order."""
-    parts = [read_manifest_part(pattern)] if pattern.endswith(".jsonl") else _read_pattern(pattern)
+def find_validation_source(pattern: str, whole: bool = True) -> Source:
+    """One validation set: the shards of a pattern (or of a manifest.jsonl) in their order. Errors as `find_sources`."""
+    manifest = pattern.endswith(".jsonl")
+    parts = [read_manifest_part(pattern, whole)] if manifest else _read_pattern(pattern, whole)
     return _join_parts(pattern, parts, Fraction(1), None)
 
 
@@ -74,17 +78,21 @@ def collect(items: Iterable[str], read: Callable[[str], T]) -> list[T]:
 
 
 # --- shards and sizes ------------------------------------------------------------------------------------------------
-def _read_pattern(pattern: str) -> list[Part]:
+def _read_pattern(pattern: str, whole: bool) -> list[Part]:
     """One part for each pattern between `::`."""
     urls = collect(pattern.split("::"), expand_shards)
     empty = [part for part, found in zip(pattern.split("::"), urls, strict=True) if not found]
     if empty:
         raise DataError(join_problems(empty, "No shard found for the pattern"))
-    _check_present([url for part in urls for url in part if storage.is_remote(url)])
-    return [(tuple(part), _known_sizes(part)) for part in urls]
+    entries = [shard_entries(part) or {} for part in urls]
+    _check_files({url: table.get(url) for part, table in zip(urls, entries, strict=True) for url in part}, whole)
+    return [
+        (tuple(part), tuple(table[url].num_sequences if url in table else None for url in part))
+        for part, table in zip(urls, entries, strict=True)
+    ]
 
 
-def read_manifest_part(url: str) -> Part:
+def read_manifest_part(url: str, whole: bool = True) -> Part:
     """The shards that a manifest names, which lie beside it, and their sizes."""
     entries = read_manifest(url)
     folder = url[: url.rfind("/") + 1]
@@ -93,34 +101,51 @@ def read_manifest_part(url: str) -> Part:
         raise DataError(f"{url}: names shards outside its folder ({', '.join(bad[:5])}); expected names beside it")
     shards = tuple(f"{folder}{entry.shard}.tar" for entry in entries)
     try:
-        _check_present(shards)
+        _check_files(dict(zip(shards, entries, strict=True)), whole)
     except DataError as error:
-        raise DataError(f"{url} names what is not there; copy it there or make the manifest again. {error}") from error
+        raise DataError(f"{url} does not fit what is there; copy it again or make it anew. {error}") from error
     return shards, tuple(entry.num_sequences for entry in entries)
 
 
-def _known_sizes(urls: Sequence[str]) -> tuple[int | None, ...]:
-    table = shard_sizes(urls) or {}
-    return tuple(table.get(url) for url in urls)
+def _check_files(shards: Mapping[str, ManifestEntry | None], whole: bool) -> None:
+    """List the shards' folders once, where they can be listed, and report all shards that they lack.
 
-
-def _check_present(urls: Sequence[str]) -> None:
-    """List the shards' folders once, where they can be listed, and report all shards that they lack."""
+    With `whole` also those whose size tells that they are no whole tar, before a run has begun.
+    """
     folders: dict[str, list[str]] = defaultdict(list)
-    for url in urls:
-        if url.startswith(_LISTABLE) or not storage.is_remote(url):
-            folders[url.rpartition("/")[0]].append(url)
+    for url in shards:
+        if url.startswith(_LISTABLE) or not (url.startswith("pipe:") or storage.is_remote(url)):
+            folders[shard_folder(url)].append(url)
     missing: list[str] = []
+    broken: list[str] = []
     for folder, wanted in folders.items():
         try:
-            present = {url.rpartition("/")[2] for url in storage.list_files(folder or ".")}
+            present = {info.url.rpartition("/")[2]: info.size for info in storage.list_infos(folder)}
         except StorageError:
             # Objects may be readable where listing is not allowed; an unreachable store fails here again, and says so.
             missing += [] if storage.exists(wanted[0]) else [wanted[0]]
             continue
-        missing += [url for url in wanted if url.rpartition("/")[2] not in present]
+        for url in wanted:
+            size = present.get(url.rpartition("/")[2])
+            if size is None:
+                missing.append(url)
+            elif whole and (problem := _size_problem(size, shards[url])):
+                broken.append(f"{url}: {problem}")
     if missing:
         raise DataError(_listing(missing, "Shards do not exist"))
+    if broken:
+        raise DataError(_listing(broken, "Shards are not whole; make or copy them again"))
+
+
+def _size_problem(num_bytes: int, entry: ManifestEntry | None) -> str:
+    expected = entry.num_bytes if entry else None
+    if num_bytes == 0:
+        return "the file is empty"
+    if expected is not None and num_bytes != expected:
+        return f"has {num_bytes} bytes, its manifest says {expected}"
+    if num_bytes % BLOCKSIZE:
+        return f"its {num_bytes} bytes are no whole tar blocks of {BLOCKSIZE}: cut short, compressed, or no tar at all"
+    return ""
 
 
 def _listing(urls: Sequence[str], heading: str) -> str:
