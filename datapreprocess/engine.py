@@ -26,7 +26,7 @@ from open_lm.datapreprocess.pack import join_tails, pad
 from open_lm.datapreprocess.progress import Board, Display
 from open_lm.datapreprocess.readers import BadDocument
 from open_lm.datapreprocess.shuffle import Run, RunWriter, read_keys, slices
-from open_lm.datapreprocess.state import finished_dataset, open_work, remove_work
+from open_lm.datapreprocess.state import finished_dataset, open_work, remove_idle_work, remove_work
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, load_report, load_tail, run_unit
 from open_lm.datapreprocess.writer import (
@@ -38,7 +38,7 @@ from open_lm.datapreprocess.writer import (
     write_manifests,
     write_shards,
 )
-from open_lm.errors import DataError
+from open_lm.errors import DataError, UserError, join_problems
 
 _logger = logging.getLogger(__name__)
 _RUN_BYTES = 32 << 20
@@ -63,9 +63,13 @@ def run(job: Job, encoder: DocumentEncoder) -> dict[str, Any]:
     started = time.monotonic()
     work = open_work(job, settings)
     tasks = [UnitTask.of(job, unit, work, _RUN_BYTES) for unit in plan_units(_absolute(job).inputs, job.sampling)]
-    with Cluster(job.workers, job.ray_address, job.ray_options) as cluster:
-        reports = _tokenize(cluster, tasks, encoder)
-        results = _write(cluster, job, tasks, reports, work=work, encoder=encoder)
+    try:
+        with Cluster(job.workers, job.ray_address, job.ray_options) as cluster:
+            reports = _tokenize(cluster, tasks, encoder)
+            results = _write(cluster, job, tasks, reports, work=work, encoder=encoder)
+    except UserError:
+        remove_idle_work(work)
+        raise
     record = {"settings": settings, "inputs": job.input_records(), **results}
     write_dataset(job.layout, record)
     remove_work(work)
@@ -90,13 +94,19 @@ def _tokenize(cluster: Cluster, tasks: Sequence[UnitTask], encoder: DocumentEnco
     board, shared = cluster.actor(Board), cluster.share(encoder)
     display = Display("tokenizing", sum(task.unit.num_bytes for task in missing), "MB")
     problems: list[BadDocument] = []
+    failures: dict[str, None] = {}  # in the order they are found, each once
 
     def arguments() -> Iterator[tuple[Any, ...]]:
         for task in missing:
-            if len(problems) >= MAX_SHOWN:
+            if len(problems) + len(failures) >= MAX_SHOWN:
                 return
             # After the first problem the rest is only looked through, so that all problems are told together.
-            yield replace(task, check_only=bool(problems)), (encoder.fingerprint, encoder.vocab_size), [shared], board
+            yield (
+                replace(task, check_only=bool(problems or failures)),
+                (encoder.fingerprint, encoder.vocab_size),
+                [shared],
+                board,
+            )
 
     def tick(final: bool = False) -> None:
         num_bytes, tokens = cluster.get(board.totals.remote())
@@ -104,12 +114,16 @@ def _tokenize(cluster: Cluster, tasks: Sequence[UnitTask], encoder: DocumentEnco
 
     for report in cluster.run(_unit_in_worker, arguments(), tick):
         reports[report.index] = report
+        failures |= dict.fromkeys(report.failures)
         if not tasks[report.index].skip_bad_lines:
             problems += report.bad_shown
     if missing:
         tick(final=True)
+    told = sorted(failures)
     if problems:
-        raise DataError(explain_bad_documents([task.unit for task in tasks], reports))
+        told.append(explain_bad_documents([task.unit for task in tasks], reports))
+    if told:
+        raise DataError(join_problems(told, "The input cannot be used" if failures else ""))
     return [reports[task.unit.index] for task in tasks]
 
 

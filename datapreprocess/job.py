@@ -14,7 +14,7 @@ from open_lm import storage
 from open_lm.data.shard_format import MEMBER_KINDS
 from open_lm.datapreprocess.readers import Piece, is_known, is_splittable, split_suffixes
 from open_lm.datapreprocess.sampling import Sampling
-from open_lm.errors import ConfigError, DataError, join_problems
+from open_lm.errors import ConfigError, DataError, UserError, join_problems
 
 TOOL_VERSION = 1  # of the output's content: raised whenever the same inputs and settings give other bytes
 _UNITS = 64
@@ -148,19 +148,22 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str] | None = None) 
     """
     found: dict[str, InputFile] = {}
     problems: list[str] = []
+    errors: list[UserError] = []
     for pattern in patterns:
         try:
             files = _matches(pattern, suffixes)
-        except DataError as error:
-            problems.append(str(error))
+        except UserError as error:
+            errors.append(error)
             continue
         if not files:
             problems.append(f"{pattern}: nothing matches; expected files ending in .jsonl, .jsonl.zst, .jsonl.gz, …")
         found.update(files)
     if not patterns:
         problems.append("no input is named")
-    if problems:
-        raise DataError(join_problems(problems, "The input cannot be read"))
+    if len(errors) == 1 and not problems:
+        raise errors[0]
+    if problems or errors:
+        raise DataError(join_problems([*problems, *map(str, errors)], "The input cannot be read"))
     return [found[url] for url in sorted(found)]
 
 

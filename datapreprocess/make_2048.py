@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = s3_base(os.environ.get("S3_BASE")) if args.upload_to_s3 else args.output_dir
     folders = tuple(str(number) for number in range(args.num_consumers))
     layout = Layout(storage.join(base, f"{args.seqlen}-v1"), folders, shard_sequences=args.shard_size)
-    work = args.work_dir or (storage.join(args.output_dir, ".work") if args.upload_to_s3 else None)
+    work = args.work_dir or (args.output_dir if args.upload_to_s3 else None)
     job = Job(
         inputs=tuple(find_inputs(args.input_files)),
         layout=layout,

@@ -1,6 +1,6 @@
 """Raw files as documents: decompression and formats, each a registry by suffix.
 
-`read_piece` streams the documents of one `Piece` (a file, or a byte range of a plain JSON-lines file) in bounded
+`PieceReader` streams the documents of one `Piece` (a file, or a byte range of a plain JSON-lines file) in bounded
 memory. What cannot be used as a document comes out as a `BadDocument`, so that the caller decides; a file that is cut
 short or broken beyond its lines is a DataError.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -113,8 +114,16 @@ def _refuse_foreign_shards(job: Job) -> None:
 
 
 def remove_work(work: str) -> None:
-    """Remove the files of a work folder and the folder."""
+    """Remove a work folder and all that is in it."""
+    if not storage.is_remote(work):
+        shutil.rmtree(storage.local_path(work), ignore_errors=True)
+        return
     for url in storage.list_files(work):
         storage.remove(url)
-    if not storage.is_remote(work) and os.path.isdir(work):
-        os.rmdir(work)
+
+
+def remove_idle_work(work: str) -> None:
+    """Remove the work folder of a run that failed before anything was finished: there is nothing to go on with."""
+    records = [url for url in storage.list_files(work) if url.endswith(".json")]
+    if all(url.rpartition("/")[2] == _PLAN for url in records):
+        remove_work(work)

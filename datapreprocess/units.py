@@ -16,6 +16,7 @@ from open_lm.datapreprocess.readers import BadDocument, Document, PieceReader
 from open_lm.datapreprocess.sampling import takes
 from open_lm.datapreprocess.shuffle import Run, RunWriter
 from open_lm.datapreprocess.tokenization import DocumentEncoder
+from open_lm.errors import DataError
 
 MAX_SHOWN = 20
 _BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 1024
@@ -58,7 +59,10 @@ class UnitTask:
 
 @dataclass
 class UnitReport:
-    """What came of a unit: counts (tokens with their end-of-text ids), runs, length of the tail, bad documents."""
+    """What came of a unit: counts (tokens with their end-of-text ids), runs, length of the tail, bad documents.
+
+    `failures` tells of each file that is broken beyond its lines.
+    """
 
     index: int
     documents: int = 0
@@ -69,9 +73,14 @@ class UnitReport:
     lines: list[int] = field(default_factory=list)
     bad: dict[str, int] = field(default_factory=dict)
     bad_shown: list[BadDocument] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
     def runs(self, task: UnitTask) -> list[Run]:
         return [Run(task.path(f"-{number:04d}.run"), count) for number, count in enumerate(self.run_counts)]
+
+    def unusable(self, task: UnitTask) -> bool:
+        """Whether nothing of the unit is to be kept."""
+        return task.check_only or bool(self.failures) or bool(self.bad and not task.skip_bad_lines)
 
     def note(self, bad: BadDocument) -> None:
         self.bad[bad.kind] = self.bad.get(bad.kind, 0) + 1
@@ -96,14 +105,14 @@ def load_tail(task: UnitTask, dtype: np.dtype[Any]) -> np.ndarray:
 def run_unit(task: UnitTask, encoder: DocumentEncoder, report: Report | None = None) -> UnitReport:
     """Do a unit of work and leave runs, tail and, last, its report in the work folder.
 
-    A bad document that is not to be skipped ends the encoding: the rest is only looked through for more of them, and
-    no report is left.
+    A broken file, or a bad document that is not to be skipped, ends the encoding: the rest is only looked through for
+    more of them, and no report is left.
     """
     result = UnitReport(task.unit.index)
     writer = RunWriter(task.path("-{:04d}.run"), task.unit.index, task.seed if task.shuffle else None, task.run_bytes)
     tail = np.zeros(0, encoder.dtype)
     for batch, bytes_read in _batches(task, encoder.vocab_size, result):
-        if task.check_only or (result.bad and not task.skip_bad_lines):
+        if result.unusable(task):
             continue
         ids = encoder.encode(batch)
         sequences, tail = cut([tail, ids], task.length)
@@ -113,7 +122,7 @@ def run_unit(task: UnitTask, encoder: DocumentEncoder, report: Report | None = N
         result.tokens += len(ids)
         if report:
             report(bytes_read, result.tokens)
-    if task.check_only or (result.bad and not task.skip_bad_lines):
+    if result.unusable(task):
         return result
     writer.flush()
     result.run_counts = [run.count for run in writer.runs]
@@ -129,12 +138,7 @@ def _batches(task: UnitTask, vocab_size: int, result: UnitReport) -> Iterator[tu
     characters = bytes_before = number = 0
     for piece in task.unit.pieces:
         reader = PieceReader(piece, task.content_key)
-        for item in reader:
-            found = _check_ids(item, piece.url, vocab_size) if isinstance(item, np.ndarray) else item
-            if isinstance(found, BadDocument):
-                if not task.unit.copy:  # later passes over the same documents tell nothing new
-                    result.note(found)
-                continue
+        for found in _usable(reader, vocab_size, task, result):
             number += 1
             if task.factor != 1.0 and not takes(task.seed, task.unit.group, number - 1, task.factor, task.unit.copy):
                 continue
@@ -147,6 +151,19 @@ def _batches(task: UnitTask, vocab_size: int, result: UnitReport) -> Iterator[tu
         bytes_before += piece.end - piece.start
     if batch:
         yield batch, bytes_before
+
+
+def _usable(reader: PieceReader, vocab_size: int, task: UnitTask, result: UnitReport) -> Iterator[Document]:
+    """The documents of a piece; what is none, and what breaks the piece off, is noted in the report."""
+    try:
+        for item in reader:
+            found = _check_ids(item, reader.piece.url, vocab_size) if isinstance(item, np.ndarray) else item
+            if not isinstance(found, BadDocument):
+                yield found
+            elif not task.unit.copy:  # later passes over the same documents tell nothing new
+                result.note(found)
+    except DataError as error:
+        result.failures.append(str(error))
 
 
 def _check_ids(ids: np.ndarray, url: str, vocab_size: int) -> Document | BadDocument:

@@ -311,10 +311,13 @@ def test_lines_of_a_large_file_are_counted_from_its_beginning(tmp_path: Path, sm
 
 @pytest.mark.usefixtures("local_ray")
 def test_no_documents_and_broken_files_are_clear_errors(tmp_path: Path, small_tokenizer: str) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl.zst", documents(300))
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"a\.jsonl\.zst: cut short"):
-        make(path, tmp_path / "out", small_tokenizer)
+    for name in ("a.jsonl.zst", "b.jsonl.gz"):
+        path = write_jsonl(tmp_path / "raw" / name, documents(300))
+        path.write_bytes(path.read_bytes()[:-20])
+    (tmp_path / "raw" / "c.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match=r"(?s)a\.jsonl\.zst: cut.*b\.jsonl\.gz: cut.*c\.jsonl line 1: inval"):
+        make(tmp_path / "raw", tmp_path / "out", small_tokenizer)
+    assert not [item for item in (tmp_path / "out").rglob("*") if item.is_file()]
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="hold no document"):
         make(tmp_path / "empty.jsonl", tmp_path / "out2", small_tokenizer)
