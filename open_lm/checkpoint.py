@@ -237,6 +237,7 @@ def load_optimizer(args: Any, model: nn.Module, optimizer: Optimizer | None, sca
         beside = sibling(path, "optimizer")
         content = read_file(beside if beside != path and storage.exists(beside) else path)
         if "optimizer" not in content:
+            logging.warning(f"{path}: there is no optimizer state beside it; the optimizer starts afresh")
             return None
         loaded.update(content["optimizer"])
         if optimizer is not None:
@@ -245,7 +246,6 @@ def load_optimizer(args: Any, model: nn.Module, optimizer: Optimizer | None, sca
 
     found = on_master(read)
     if found is None:
-        logging.warning(f"{path}: there is no optimizer state beside it; the optimizer starts afresh")
         return False
     if optimizer is not None:
         set_moments(model, optimizer, loaded.get("state", {}))
@@ -265,14 +265,14 @@ def load_averagers(path: str, averagers: ModelAverager) -> None:
                 state = read_file(beside)
             else:
                 state = (read_file(path).get("averagers") or {}).get(name)
-            if state is not None:
-                weights.update(state["av_model_sd"])
-            return None if state is None else {key: value for key, value in state.items() if key != "av_model_sd"}
+            if state is None:
+                logging.warning(f"{path}: has no averager {name}; it starts afresh from the loaded weights")
+                return None
+            weights.update(state["av_model_sd"])
+            return {key: value for key, value in state.items() if key != "av_model_sd"}
 
         counters = on_master(read)
-        if counters is None:
-            logging.warning(f"{path}: has no averager {name}; it starts afresh from the loaded weights")
-        else:
+        if counters is not None:
             averager.load_state_dict({**counters, "av_model_sd": weights})
 
 

@@ -168,8 +168,6 @@ def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runti
             "--precision amp computes in float16 on CUDA, whose loss scaling does not work with --fsdp: give "
             "--precision amp_bfloat16"
         )
-    if config.precision.precision == "fp16":
-        logging.warning("--precision fp16 trains in float16 without loss scaling; amp or amp_bfloat16 is safer")
     if runtime.world_size > 1:
         logging.info(
             f"Running in distributed mode with multiple processes. Device: {runtime.device}. "
@@ -178,6 +176,8 @@ def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runti
     else:
         logging.info(f"Running with a single process. Device {runtime.device}.")
     if runtime.is_master:
+        if config.precision.precision == "fp16":
+            logging.warning("--precision fp16 trains in float16 without loss scaling; amp or amp_bfloat16 is safer")
         for note in [*ineffective_flags(config, architecture), *notes(config.parallel, runtime.device)]:
             logging.warning(note)
 

@@ -234,10 +234,11 @@ def _restore(session: Session, trainer: Trainer) -> None:
     if progress.data_state is not None:
         trainer.loader.rewind(progress.data_state)
     elif trainer.step:
-        logging.warning(
-            f"{path}: says nothing about its place in the data; going on after the first {trainer.step * batch} "
-            "sequences of this run's own order"
-        )
+        if session.runtime.is_master:
+            logging.warning(
+                f"{path}: says nothing about its place in the data; going on after the first {trainer.step * batch} "
+                "sequences of this run's own order"
+            )
         trainer.loader.rewind(trainer.loader.state, skip_batches=trainer.step)
     trainer.data_state = trainer.loader.state
 
