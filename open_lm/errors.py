@@ -42,7 +42,8 @@ def join_problems(problems: Sequence[str], heading: str = "") -> str:
     if len(problems) == 1:
         return f"{heading}: {problems[0]}" if heading else problems[0]
     lines = [f"{heading or 'There are problems'} ({len(problems)}):"]
-    lines += [f"  {number}. {problem}" for number, problem in enumerate(problems, start=1)]
+    indented = (problem.replace("\n", "\n   ") for problem in problems)  # a problem may be such a list itself
+    lines += [f"  {number}. {problem}" for number, problem in enumerate(indented, start=1)]
     return "\n".join(lines)
 
 
