@@ -55,6 +55,12 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture
+def raw(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A folder of raw files and the texts in them."""
+    return tmp_path / "raw", corpus(tmp_path / "raw")
+
+
 def documents(count: int, seed: int = 0, words: int = 120) -> list[str]:
     """Texts of 0 to `words` words, some of them empty."""
     random_ = random.Random(seed)
