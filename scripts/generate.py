@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_lm import storage
 from open_lm.config import ModelConfig
-from open_lm.errors import ConfigError, join_problems, run_cli
+from open_lm.errors import CheckpointError, ConfigError, join_problems, run_cli
 from open_lm.model_files import settings_of_run
 from open_lm.params import FlagParser, add_model_args
 from open_lm.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
@@ -107,6 +108,8 @@ def _load_model(args: argparse.Namespace) -> Transformer:
 
     settings: dict[str, Any] = settings_of_run(args.checkpoint)
     settings |= {key: value for key, value in vars(args).items() if value is not None}
+    if not storage.exists(args.checkpoint):
+        raise CheckpointError(f"--checkpoint {args.checkpoint}: no such file; give the epoch_N.pt of a run")
     if "model" not in settings:
         raise ConfigError(
             f"--model is missing and {args.checkpoint} has no params.txt of a run beside its folder; "

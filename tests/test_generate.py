@@ -308,6 +308,9 @@ def test_command_without_a_models_name(
     result = command("--checkpoint", tmp_path / "bare.pt", "--tokenizer", tokenizer_file, "--prompt", "x")
     assert result.returncode == 2
     assert "--model is missing" in result.stderr
+    result = command("--checkpoint", tmp_path / "none.pt", "--tokenizer", tokenizer_file, "--prompt", "x")
+    assert result.returncode == 2
+    assert "none.pt: no such file" in result.stderr
 
 
 def test_command_with_a_checkpoint_of_another_shape(
