@@ -174,12 +174,6 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def barrier() -> None:
-    """Wait until every rank is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def _device(local_rank: int, cfg: ParallelConfig) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
