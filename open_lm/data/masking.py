@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from open_lm.errors import DataError
-
-IGNORE_INDEX = -100
+from open_lm.losses import IGNORE_INDEX
 
 
 def mask_targets(
