@@ -56,6 +56,7 @@ lint: install
 
 check-types: install
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy scripts/*.py eval/*.py
 
 layers: install
 	$(VENV)/bin/lint-imports

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
@@ -147,7 +148,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 @dataclass(frozen=True)
 class TrainReading:
     """What one log line of training says. `samples` of `epoch_samples` sequences of the epoch are done; times are
-    means of a step; `mfu` is a share of 1, None where the device's peak is not known."""
+    means of a step, `left_s` what all steps that are left take at that rate; `mfu` is a share of 1, None where the
+    device's peak is not known."""
 
     epoch: int
     samples: int
@@ -161,6 +163,7 @@ class TrainReading:
     step_tokens: int
     world_size: int
     memory_bytes: int
+    left_s: float
     mfu: float | None = None
     extra: Mapping[str, float] | None = None
 
@@ -181,6 +184,7 @@ class TrainReading:
         ]
         if self.mfu is not None:
             parts.append(f"MFU: {100 * self.mfu:.1f}%")
+        parts.append(f"ETA: {timedelta(seconds=round(self.left_s))}")
         return " ".join(parts)
 
     def metrics(self) -> dict[str, float]:

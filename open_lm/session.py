@@ -114,6 +114,7 @@ def build_trainer(session: Session, report: Report) -> Trainer:
         report=report,
         seq_len=session.params.seq_len,
         global_batch_size=config.data.global_batch_size,
+        total_steps=session.total_steps,
         log_every=config.logging.log_every_n_steps,
         scaler=build_scaler(precision, device),
         averagers=session.averagers,

@@ -156,6 +156,7 @@ class Trainer:
     report: Report
     seq_len: int
     global_batch_size: int
+    total_steps: int
     log_every: int = 100
     scaler: torch.amp.GradScaler | None = None
     averagers: ModelAverager | None = None
@@ -266,6 +267,7 @@ class Trainer:
             step_tokens=step_tokens,
             world_size=runtime.world_size,
             memory_bytes=peak_memory_bytes(runtime.device),
+            left_s=(self.total_steps - self.step) * batch_s,
             mfu=mfu,
             extra=means,
         )

@@ -127,6 +127,7 @@ def build_trainer(reports: list[tuple[int, dict[str, Any]]], **changes: Any) -> 
         "report": lambda values, step: reports.append((step, dict(values))),
         "seq_len": trainer_worker.SEQ_LEN,
         "global_batch_size": 4,
+        "total_steps": 7,
         "log_every": 3,
     }
     return Trainer(**{**settings, **changes})
@@ -142,8 +143,8 @@ def test_an_epoch_reports_at_its_steps_and_counts_exactly() -> None:
     assert (trainer.step, trainer.samples_seen) == (10, 40)
     assert trainer.data_state == trainer.loader.state
     last = reports[-1][1]
-    assert last["train/epoch"] == 1 and last["train/lr"] == 1e-2 and 0 < last["train/mfu"] < 10
-    assert last["train/grad_norm"] > 0 and last["train/peak_memory_bytes"] == peak_memory_bytes(torch.device("cpu"))
+    assert last["train/epoch"] == 1 and last["train/lr"] == 1e-2 and last["train/mfu"] > 0
+    assert last["train/grad_norm"] > 0 and 0 < last["train/peak_memory_bytes"] <= peak_memory_bytes(torch.device("cpu"))
 
 
 def test_a_reported_loss_is_the_mean_since_the_last_report() -> None:
@@ -203,12 +204,13 @@ def test_log_line_has_the_shape_that_existing_tools_read(shared_dir: Any) -> Non
         step_tokens=512,
         world_size=2,
         memory_bytes=2**30,
+        left_s=3725.4,
         mfu=0.375,
     )
     line = reading.line()
     assert line == (
         "Train Epoch: 1 [  8/512 (2%)] Loss: 2.566 Data (t): 0.020 Batch (t): 0.078, 6597.94/s, 3298.97/s/gpu "
-        "LR: 0.001657 Grad norm: 1.500 Tokens: 33280 Mem: 1.00 GiB MFU: 37.5%"
+        "LR: 0.001657 Grad norm: 1.500 Tokens: 33280 Mem: 1.00 GiB MFU: 37.5% ETA: 1:02:05"
     )
     number = r"[\d.]+"
     pattern = re.compile(
