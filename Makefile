@@ -70,6 +70,8 @@ lock: install  ## pin requirements/*.txt anew from requirements/*.in
 			-c requirements/known_good.in requirements/core.in requirements/$$name.in \
 			| grep -vE '^(nvidia-|cuda-|triton)' > requirements/$$name.txt.new && mv requirements/$$name.txt.new requirements/$$name.txt || exit 1; \
 	done
+	$(UV) pip compile --quiet --universal --python-version 3.10 --custom-compile-command "make lock" \
+		requirements/eval.in -o requirements/eval.txt
 
 clean:  ## remove environments, caches and the quickstart's files
 	rm -rf $(VENV) $(EVAL_VENV) build dist *.egg-info quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
