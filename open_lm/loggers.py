@@ -38,7 +38,10 @@ class _OurHandler:
 
 
 class _Console(logging.StreamHandler, _OurHandler):  # without its type argument, which Python 3.10 refuses
-    pass
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Whoever read the console may go; the run and its log file go on."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
 
 
 class _File(logging.FileHandler, _OurHandler):

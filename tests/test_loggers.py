@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,25 @@ def test_messages_have_the_contracts_format_in_both_places(tmp_path: Path, capsy
     for line, (level, message) in zip(lines, (("INFO", "first"), ("WARNING", "second")), strict=True):
         assert re.fullmatch(pattern % (level, message), line)
     assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_the_log_file_goes_on_when_nobody_reads_the_console(tmp_path: Path) -> None:
+    log = tmp_path / "out.log"
+    code = (
+        "import logging, os; from open_lm.loggers import setup_logging\n"
+        f"setup_logging({str(log)!r}); logging.info('one'); os.read(0, 1); logging.info('two'); logging.info('three')"
+    )
+    command = [sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert b"one" in process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write(b"x")
+        process.stdin.close()
+        errors = process.stderr.read()
+    assert b"Logging error" not in errors
+    assert [line.split(" | ")[-1] for line in log.read_text().splitlines()] == ["one", "two", "three"]
 
 
 def test_messages_hold_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
