@@ -10,6 +10,7 @@ A YAML file tells which source a file belongs to and the source's factor:
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from open_lm import storage
 from open_lm.datapreprocess.shuffle import random_keys
 from open_lm.errors import ConfigError, join_problems
 
+logger = logging.getLogger(__name__)
 UNKNOWN = "UNKNOWN"
 _STREAM = 1 << 48  # keeps these draws apart from the keys of the shuffle
 
@@ -41,6 +43,17 @@ class Sampling:
     def passes(self, source: str) -> int:
         """How many times the files of a source are read, each time taking every document at most once."""
         return math.ceil(self.factor(source))
+
+
+def tell_sampling(sampling: Sampling, urls: Sequence[str]) -> None:
+    """Log how often the documents of each source's files are taken, and which files belong to no source."""
+    files: dict[str, list[str]] = {}
+    for url in urls:
+        files.setdefault(sampling.source_of(url), []).append(url)
+    for source, found in sorted(files.items()):
+        logger.info("sampling: %d files of %s, factor %g", len(found), source, sampling.factor(source))
+    if UNKNOWN in files:
+        logger.warning("sampling: no marker of any source is in the path of %s", ", ".join(files[UNKNOWN][:5]))
 
 
 def takes(seed: int, stream: int, number: int, factor: float, copy: int) -> bool:

@@ -126,6 +126,9 @@ def _evaluate(args: argparse.Namespace) -> list[Outcome]:
     tokenizer, model = load_tokenizer_and_model(args, settings)
 
     from icl_report import table, write_json
+
+    if os.environ.get("RANK", "0") == "0":
+        print("starting llm-foundry, which takes a while", flush=True)
     from icl_run import run_tasks, start_processes
 
     def report(outcome: Outcome) -> None:

@@ -287,7 +287,7 @@ class ValidationConfig(Section):
     val_num_samples: int | None = flag(None, "tokens of each validation set that are used; default: all")
     val_frequency: int = flag(1, "epochs between two validations")
     global_val_batch_size: int | None = flag(
-        None, "sequences of a validation batch, over all devices; default: as training"
+        None, "sequences of a validation batch, over all devices; default: as training, or 8 a device without"
     )
     val_seq_ci: bool = flag(False, "bootstrap the validation loss over sequences for a 95 %% interval")
     val_tok_ci: bool = flag(False, "bootstrap the validation loss over tokens for a 95 %% interval")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 # Where launchers tell a process which one of all it is; the first found counts.
 RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+_FIRST_WORD_S = 2
 
 
 class UserError(Exception):
@@ -51,7 +53,8 @@ def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = No
     """Run a command's `main(argv)` and return its exit code: 0, 2 for a UserError, 130 for an interrupt.
 
     Any other exception keeps its traceback: it is a defect of ours, not of the user's.
-    What every rank of a run raises is printed by rank 0 alone.
+    What every rank of a run raises is printed by rank 0 alone; the others stay a moment, because a launcher ends all
+    ranks with the first, be it before rank 0 has spoken.
     """
     try:
         main(list(sys.argv[1:] if argv is None else argv))
@@ -59,6 +62,8 @@ def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = No
         rank = next((os.environ[name] for name in RANK_NAMES if name in os.environ), "0")
         if rank == "0" or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_FIRST_WORD_S)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -142,7 +142,7 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         points.add(losses, valid, cfg)
         steps, slots = steps + 1, slots + targets.numel() * runtime.world_size
         if runtime.is_master and number % options.log_every == 0:
-            _log_progress(data_s / steps, (time.perf_counter() - start) / steps, slots / steps, runtime.world_size)
+            _log_progress(number, data_s / steps, (time.perf_counter() - start) / steps, slots / steps, runtime)
         waiting_since = time.perf_counter()
     loss_sum, tokens, sequences = sum_over_ranks(totals).tolist()
     batch_s = max(time.perf_counter() - start, 1e-9) / max(steps, 1)
@@ -195,6 +195,9 @@ def _intervals(points: _Points, cfg: ValidationConfig) -> dict[str, float]:
     return found
 
 
-def _log_progress(data_s: float, batch_s: float, step_tokens: float, world_size: int) -> None:
+def _log_progress(number: int, data_s: float, batch_s: float, step_tokens: float, runtime: Runtime) -> None:
     speed = step_tokens / batch_s
-    logging.info(f"Data (t): {data_s:.3f} Batch (t): {batch_s:.3f}, {speed:#g}/s, {speed / world_size:#g}/s/gpu")
+    logging.info(
+        f"Validation batch {number} Data (t): {data_s:.3f} Batch (t): {batch_s:.3f}, {speed:#g}/s, "
+        f"{speed / runtime.world_size:#g}/s/gpu"
+    )

@@ -18,12 +18,13 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from open_lm.config import Config, ParallelConfig
-from open_lm.config_checks import ineffective_flags
+from open_lm.config import Config, DataConfig, ParallelConfig
+from open_lm.config_checks import ineffective_flags, wants_training
 from open_lm.errors import ConfigError, UserError, join_problems, run_cli
 from open_lm.model_files import architecture_of
 from open_lm.params import parse_args
 from open_lm.run_folder import RunPaths, copy_codebase, write_params
+from open_lm.storage import write_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from open_lm.loggers import MetricLoggers
     from open_lm.session import Session
     from open_lm.train import Trainer
+
+EVALUATION_BATCH_SIZE = 8  # sequences on a device, where neither flags nor a training say how many
 
 
 def main(argv: Sequence[str]) -> argparse.Namespace:
@@ -80,7 +83,7 @@ def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtim
     resume = find_resume(config.checkpoint, config.logging, paths)
     session = build_session(config, runtime, paths, resume)
     args.resume = session.resume
-    loggers = _open_run(args, session, stack)
+    loggers = _open_run(args, architecture, session, stack)
     trainer = None if session.train_loader is None else build_trainer(session, loggers.log)
     begin_log_file(paths)
     if trainer is not None:
@@ -97,6 +100,8 @@ def resolve_batch_sizes(args: argparse.Namespace, world_size: int) -> None:
         args.global_batch_size = args.batch_size * micro_batches
     if args.global_val_batch_size is None:
         args.global_val_batch_size = max(args.global_batch_size // args.accum_freq, 1)
+        if not wants_training(DataConfig.from_object(args)):  # no training has shown that more fits
+            args.global_val_batch_size = min(args.global_val_batch_size, EVALUATION_BATCH_SIZE * world_size)
     problems = []
     if args.global_batch_size % micro_batches:
         problems.append(
@@ -182,7 +187,9 @@ def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runti
             logging.warning(note)
 
 
-def _open_run(args: argparse.Namespace, session: Session, stack: ExitStack) -> MetricLoggers:
+def _open_run(
+    args: argparse.Namespace, architecture: dict[str, Any], session: Session, stack: ExitStack
+) -> MetricLoggers:
     """Write down what the run is, begin its copies, and open its loggers; `stack` closes them."""
     from open_lm.distributed import on_master
     from open_lm.loggers import build_loggers
@@ -203,6 +210,8 @@ def _open_run(args: argparse.Namespace, session: Session, stack: ExitStack) -> M
 
     def write() -> None:
         write_params(paths.params, params)
+        if architecture:
+            write_text(paths.model, json.dumps(architecture, indent=2) + "\n")
         if cfg.copy_codebase:
             logging.info(f"copied the program's source to {copy_codebase(paths)}")
 
@@ -264,7 +273,7 @@ def _train(session: Session, trainer: Trainer, loggers: MetricLoggers) -> None:
             raise
         progress = progress_after(session, trainer, epoch + 1, before)
         if progress.is_final and session.runtime.is_master:
-            logging.warning(f"step: {trainer.step} has reached/exceeded total_steps: {total_steps}. ending training.")
+            logging.info(f"step: {trainer.step} has reached/exceeded total_steps: {total_steps}. ending training.")
         _end_epoch(session, trainer, writer, loggers, progress)
     logging.info("Model has seen the desired number of tokens. Ending training.")
 

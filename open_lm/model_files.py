@@ -56,6 +56,8 @@ def architecture_of(model: str) -> dict[str, Any]:
 def settings_of_run(checkpoint: str) -> dict[str, Any]:
     """What the run that wrote {run}/checkpoints/epoch_N.pt says about its model in {run}/params.txt.
 
+    A --model whose file is not where the run found it is replaced by the run's own copy, {run}/model.json.
+
     Returns:
         fields of ModelConfig (model, model_norm, qk_norm, …) by name; empty where there is no such file.
     """
@@ -66,11 +68,15 @@ def settings_of_run(checkpoint: str) -> dict[str, Any]:
     lines = (line.partition(": ") for line in storage.read_text(url).splitlines())
     written = {key: value for key, _, value in lines}
     specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelConfig.specs())}
-    return {
+    settings = {
         name: _parsed(written[name], spec)
         for name, spec in specs.items()
         if name in written and not (written[name] == "None" and not spec.optional)
     }
+    model, copy = settings.get("model", ""), Path(folder).parent / "model.json"
+    if model.endswith(".json") and not Path(model).exists() and copy.exists():
+        settings["model"] = str(copy)
+    return settings
 
 
 def _parent(url: str) -> str:

@@ -39,7 +39,8 @@ def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace
     given, unknown = parser.parse_known_args(list(args))
     specs = all_specs()
     problems = [_unknown_flag(word, specs) for word in unknown if word.startswith("-")]
-    problems += [f"{word!r} does not belong to any flag" for word in unknown if not word.startswith("-")]
+    if not problems:  # else these are the unknown flags' values
+        problems = [f"{word!r} does not belong to any flag" for word in unknown]
 
     values = {spec.name: spec.default for spec in specs.values()}
     sources: list[tuple[str, dict[str, Any]]] = [("command line", vars(given))]

@@ -57,6 +57,10 @@ class RunPaths:
         return storage.join(self.root, "params.txt")
 
     @property
+    def model(self) -> str:
+        return storage.join(self.root, "model.json")
+
+    @property
     def metrics(self) -> str:
         return storage.join(self.root, "metrics.jsonl")
 
@@ -92,7 +96,7 @@ class RunPaths:
         if os.path.exists(self.log) and resume != "latest":
             raise ConfigError(
                 f"--name {self.name}: the run exists already at {self.root}; "
-                "continue it with --resume latest, or choose another --name"
+                "continue its training with --resume latest, or choose another --name"
             )
         for folder in (self.root, self.checkpoints, self.failed):
             storage.makedirs(folder)

@@ -97,6 +97,15 @@ def test_settings_of_a_run(shared_dir: Path, tmp_path: Path) -> None:
     assert settings_of_run(str(tmp_path / "epoch_2.pt")) == {}
 
 
+def test_a_run_keeps_its_model_when_the_file_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "params.txt").write_text("model: gone/mine.json\n")
+    checkpoint = str(tmp_path / "checkpoints" / "epoch_1.pt")
+    assert settings_of_run(checkpoint)["model"] == "gone/mine.json"
+    (tmp_path / "model.json").write_text(json.dumps(GOOD))
+    assert architecture_of(settings_of_run(checkpoint)["model"]) == architecture_of(written(tmp_path, GOOD))
+
+
 def test_no_torch_is_imported() -> None:
     code = "import sys, open_lm.model_files, open_lm.tokenizer; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -39,6 +39,15 @@ def test_flags_of_the_script_that_torchrun_would_take_reach_it(tmp_path: Path) -
     assert sorted(result.stdout.splitlines()) == [f"{rank} ['--logs', 'x', '--r', 'y']" for rank in range(2)]
 
 
+@pytest.mark.parametrize(("code", "traceback"), [(0, False), (2, False), (130, False), (1, True)])
+def test_a_rank_s_own_message_is_not_buried(tmp_path: Path, code: int, traceback: bool) -> None:
+    script = tmp_path / "end.py"
+    script.write_text(f"import sys; sys.exit({code})")
+    command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (code, traceback)
+
+
 def test_the_script_is_replaced_only_where_needed(tmp_path: Path) -> None:
     replaced = replace_script(tmp_path)
     assert replaced == (sys.version_info < (3, 12, 3)) == (tmp_path / "torchrun").exists()

@@ -72,15 +72,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     from open_lm.datapreprocess.engine import run
     from open_lm.datapreprocess.job import Job, Layout, find_inputs
-    from open_lm.datapreprocess.sampling import load_sampling
+    from open_lm.datapreprocess.sampling import load_sampling, tell_sampling
 
     start_logging()
     note_without_effect([f"--{name}" for name in _WITHOUT_EFFECT if getattr(args, name)], _FIXED_ORDER)
     inputs = find_inputs([part.strip() for part in args.input.split(",") if part.strip()], args.suffixes)
     tokenizer = args.tokenizer or (None if _holds_ids(args) else DEFAULT_TOKENIZER)
+    sampling = load_sampling(args.default_dataset_yaml) if args.do_sample else None
+    chosen = choose(inputs, args.seed, args.subset, args.subfraction)
+    if sampling is not None:
+        tell_sampling(sampling, [item.url for item in chosen])
     limits = [count for count in (args.force_parallelism, args.force_num_cores) if count is not None]
     job = Job(
-        inputs=tuple(choose(inputs, args.seed, args.subset, args.subfraction)),
+        inputs=tuple(chosen),
         layout=Layout(args.output, template="{:08d}", first=1, shard_sequences=args.wds_chunk_size),
         tokenizer=tokenizer,
         seq_len=args.seqlen,
@@ -88,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         content_key=args.content_key,
         seed=args.seed,
         shuffle=not args.no_shuffle,
-        sampling=load_sampling(args.default_dataset_yaml) if args.do_sample else None,
+        sampling=sampling,
         vocab_size=args.vocab_size,
         eot_token=args.eot_token,
         skip_bad_lines=args.skip_bad_lines,

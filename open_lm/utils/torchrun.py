@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+USER_ERROR, INTERRUPTED = 2, 130  # the exit codes of errors.run_cli
 _SCRIPT = """#!{python}
 import sys
 
@@ -40,14 +41,28 @@ def split_command(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple
     return list(argv[: index + 1]), script_args[1:] if script_args[:1] == ["--"] else script_args
 
 
-def main(argv: Sequence[str]) -> None:
-    """Launch as torchrun does."""
+def main(argv: Sequence[str]) -> int:
+    """Launch as torchrun does; the exit code.
+
+    Where a rank ended with a message of its own (exit code 2) or an interrupt, torchrun's traceback is left out.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, parse_args, run
 
     own, script_args = split_command(argv, get_args_parser())
     args = parse_args(own)
     args.training_script_args = script_args
-    run(args)
+    try:
+        run(args)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        if first.exitcode not in (USER_ERROR, INTERRUPTED):
+            raise
+        return int(first.exitcode)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
 
 
 def replace_script(folder: Path) -> bool:
@@ -61,4 +76,4 @@ def replace_script(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
