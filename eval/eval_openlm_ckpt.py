@@ -125,10 +125,9 @@ def _evaluate(args: argparse.Namespace) -> list[Outcome]:
         print(f"note: {args.eval_yaml[0]}: {key} has no effect here", flush=True)
     tokenizer, model = load_tokenizer_and_model(args, settings)
 
-    from icl_report import table, write_json
-
-    if os.environ.get("RANK", "0") == "0":
+    if leader:
         print("starting llm-foundry, which takes a while", flush=True)
+    from icl_report import table, write_json
     from icl_run import run_tasks, start_processes
 
     def report(outcome: Outcome) -> None:

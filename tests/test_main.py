@@ -69,7 +69,7 @@ def test_a_run_leaves_the_files_that_existing_users_read(golden: list[str], shar
         "==> Checkpoint 2, steps 40, tokens seen 20480",
         "Start epoch 1",
         "Train Epoch: 1 [160/160 (100%)] Loss: ",
-        "WARNING | step: 40 has reached/exceeded total_steps: 40. ending training.",
+        " | step: 40 has reached/exceeded total_steps: 40. ending training.",
         "Model has seen the desired number of tokens. Ending training.",
     ):
         assert text in log, text
