@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 # Where launchers tell a process which one of all it is; the first found counts.
 RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
@@ -69,3 +71,16 @@ def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = No
         print("interrupted", file=sys.stderr, flush=True)
         return 130
     return 0
+
+
+def end_process(code: int) -> NoReturn:
+    """Run what is registered for the exit and leave at once, without tearing down the interpreter.
+
+    For processes of a process group: a communication thread that asks for the interpreter's lock while that goes down
+    is ended by force, and now and then takes the finished process with it ("terminate called without an active
+    exception"), which a launcher takes for a failed run.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -10,7 +10,6 @@ import json
 import logging
 import logging.handlers
 import os
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_lm.config import Config, DataConfig, ParallelConfig
 from open_lm.config_checks import ineffective_flags, wants_training
-from open_lm.errors import ConfigError, UserError, join_problems, run_cli
+from open_lm.errors import ConfigError, UserError, end_process, join_problems, run_cli
 from open_lm.model_files import architecture_of
 from open_lm.params import parse_args
 from open_lm.run_folder import RunPaths, copy_codebase, write_params
@@ -367,4 +366,4 @@ def _evaluate(
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    end_process(run_cli(main))

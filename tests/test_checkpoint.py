@@ -35,7 +35,7 @@ from open_lm.checkpoint import (
 )
 from open_lm.checkpoint_files import clean_name, read_file, sibling, write_file
 from open_lm.config import CheckpointConfig, LoggingConfig
-from open_lm.errors import CheckpointError, ConfigError, StorageError
+from open_lm.errors import CheckpointError, ConfigError, StorageError, end_process
 from open_lm.run_folder import RunPaths
 
 METRICS = [{"loss": np.float64(2.5), "tokens": np.int64(7), "val_data": ["a.tar"]}]
@@ -479,6 +479,7 @@ def start_rank(rank: int, worker: Any, folder: str, world_size: int, port: int) 
         worker(rank, Path(folder))
     finally:
         dist.destroy_process_group()
+    end_process(0)
 
 
 def shard(model: Net) -> torch.optim.Optimizer:

@@ -1,6 +1,9 @@
-"""Messages of several problems."""
+"""Messages of several problems, and how a process ends."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 from open_lm.errors import join_problems
 
@@ -15,3 +18,12 @@ def test_a_list_inside_a_list_of_problems_is_indented_under_its_number() -> None
         "     1. one",
         "     2. two",
     ]
+
+
+def test_a_process_ends_with_its_code_and_what_is_registered_for_the_exit() -> None:
+    code = (
+        "import atexit, sys; from open_lm.errors import end_process\n"
+        "atexit.register(print, 'registered'); sys.stdout.write('written '); end_process(7)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (7, "written registered\n")

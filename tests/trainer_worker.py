@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from open_lm.config import ModelConfig, OptimConfig, ParallelConfig
 from open_lm.distributed import build_mesh, init_runtime, shutdown, sum_over_ranks
+from open_lm.errors import end_process
 from open_lm.initialization import init_weights
 from open_lm.losses import IGNORE_INDEX
 from open_lm.model import Params, Transformer
@@ -91,3 +92,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    end_process(0)
