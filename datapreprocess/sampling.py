@@ -56,12 +56,24 @@ def tell_sampling(sampling: Sampling, urls: Sequence[str]) -> None:
         logger.warning("sampling: no marker of any source is in the path of %s", ", ".join(files[UNKNOWN][:5]))
 
 
-def takes(seed: int, stream: int, number: int, factor: float, copy: int) -> bool:
-    """Whether pass number `copy` takes the document: always in the first floor(factor) ones, by chance in the last."""
-    if copy < math.floor(factor):
-        return True
-    draw = float(random_keys(seed, _STREAM + stream, number, 1)[0] >> np.uint64(11)) * 2.0**-53
-    return draw < factor - math.floor(factor)
+def takes_mask(  # noqa: PLR0917 - seed, place, share: an order that callers rely on
+    seed: int, group: int, first: int, count: int, factor: float, copy: int
+) -> np.ndarray:
+    """Which of the documents number first … first + count - 1 of a group pass number `copy` takes: bool (count,).
+
+    The first floor(factor) passes take every document, the one after them takes each with the chance that is left. A
+    document's draw depends on the seed, the group and its number, on nothing else.
+    """
+    whole = math.floor(factor)
+    if copy < whole:
+        return np.ones(count, bool)
+    draws = (random_keys(seed, _STREAM + group, first, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return draws < factor - whole
+
+
+def takes(seed: int, group: int, number: int, factor: float, copy: int) -> bool:
+    """`takes_mask` of a single document."""
+    return bool(takes_mask(seed, group, number, 1, factor, copy)[0])
 
 
 def load_sampling(path: str) -> Sampling:
