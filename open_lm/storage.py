@@ -25,15 +25,16 @@ from open_lm.storage_backends import (
     FileInfo,
     find_backend,
     is_temporary,
+    is_web,
     local_path,
     temporary_name,
 )
 from open_lm.storage_errors import IncompleteTransfer, explained, with_retries
 
 __all__ = [
-    "FSSPEC_PREFIX", "FileInfo", "atomic_write", "copy", "download", "exists", "glob", "info", "is_remote",
-    "is_temporary", "join", "list_files", "list_infos", "local_path", "makedirs", "open_file", "read_bytes",
-    "read_text", "remove", "size", "temporary_name", "upload", "write_bytes", "write_text",
+    "FSSPEC_PREFIX", "FileInfo", "atomic_write", "copy", "download", "exists", "glob", "glob_infos", "info",
+    "is_remote", "is_temporary", "join", "list_files", "list_infos", "local_path", "makedirs", "open_file",
+    "read_bytes", "read_text", "remove", "size", "temporary_name", "upload", "write_bytes", "write_text",
 ]  # fmt: skip
 
 
@@ -109,12 +110,17 @@ def exists(url: str | os.PathLike[str]) -> bool:
         return os.path.exists(local_path(text))
     if info(text) is not None:
         return True
+    if is_web(text):
+        return False  # a web server has no folders to look into
     with explained(text):
         return next(find_backend(text).walk(text, True), None) is not None
 
 
 def list_infos(url: str | os.PathLike[str], recursive: bool = False) -> list[FileInfo]:
-    """The files in a folder, sorted by address; empty where the folder does not exist."""
+    """The files in a folder, sorted by address; empty where the folder does not exist.
+
+    What is known of each file comes from the listing itself, without a request per file.
+    """
     text = os.fspath(url)
     with explained(text):
         found = with_retries(lambda: list(find_backend(text).walk(text, recursive)))
@@ -128,9 +134,15 @@ def list_files(url: str | os.PathLike[str], recursive: bool = False) -> list[str
 
 def glob(pattern: str | os.PathLike[str]) -> list[str]:
     """Files that match a pattern with `*`, `?`, `[…]` and `**`, sorted. Nothing found is an empty list."""
+    return [item.url for item in glob_infos(pattern)]
+
+
+def glob_infos(pattern: str | os.PathLike[str]) -> list[FileInfo]:
+    """`glob`, with each file's size, time and tag as the store's listing tells them."""
     text = os.fspath(pattern)
     with explained(text):
-        return sorted(with_retries(partial(find_backend(text).glob, text)))
+        found = with_retries(lambda: list(find_backend(text).glob(text)))
+    return sorted(found, key=lambda item: item.url)
 
 
 # ---------------------------------------------------------------------------------------------- writing

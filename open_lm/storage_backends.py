@@ -34,18 +34,22 @@ _OBJECT_STORES = frozenset({"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "a
 
 @dataclass(frozen=True)
 class FileInfo:
-    """One file: its address, size in bytes and time of last change (seconds since the epoch; 0.0 where unknown)."""
+    """One file: its address, size in bytes, time of last change (seconds since the epoch) and the store's tag.
+
+    The tag changes with the content. An unknown size is -1, an unknown time 0.0, an unknown tag empty.
+    """
 
     url: str
     size: int
     mtime_s: float
+    etag: str = ""
 
 
 class _Backend(Protocol):
     def open(self, url: str) -> IO[bytes]: ...
     def info(self, url: str) -> FileInfo | None: ...
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]: ...
-    def glob(self, pattern: str) -> list[str]: ...
+    def glob(self, pattern: str) -> Iterator[FileInfo]: ...
     def get(self, url: str, local_path: str) -> None: ...
     def put(self, local_path: str, url: str) -> None: ...
     def remove(self, url: str) -> None: ...
@@ -55,6 +59,10 @@ def local_path(url: str | os.PathLike[str]) -> str:
     """The file-system path of a local address, without `file://`."""
     text = os.fspath(url)
     return text[len("file://") :] if text.lower().startswith("file://") else text
+
+
+def is_web(url: str) -> bool:
+    return url.lower().startswith(("http://", "https://"))
 
 
 def is_temporary(name: str | os.PathLike[str]) -> bool:
@@ -96,8 +104,12 @@ class _LocalBackend:
                 if found is not None and not is_temporary(path):
                     yield found
 
-    def glob(self, pattern: str) -> list[str]:
-        return [path for path in local_glob.glob(local_path(pattern), recursive=True) if os.path.isfile(path)]
+    def glob(self, pattern: str) -> Iterator[FileInfo]:
+        for path in local_glob.iglob(local_path(pattern), recursive=True):
+            with contextlib.suppress(FileNotFoundError):  # removed while we look
+                found = self.info(path)
+                if found is not None:
+                    yield found
 
     def get(self, url: str, local_path_: str) -> None:
         shutil.copyfile(local_path(url), local_path_)
@@ -127,7 +139,7 @@ class _S3Backend:
             if status_code(error) == 404:
                 return None
             raise
-        return FileInfo(url, head["ContentLength"], head["LastModified"].timestamp())
+        return FileInfo(url, head["ContentLength"], head["LastModified"].timestamp(), _etag(head))
 
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]:
         bucket, key = _split_s3(url, allow_bucket=True)
@@ -139,13 +151,14 @@ class _S3Backend:
         for page in pages.paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter):
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # the empty markers some tools write for folders
-                    yield FileInfo(f"s3://{bucket}/{item['Key']}", item["Size"], item["LastModified"].timestamp())
+                    url, changed = f"s3://{bucket}/{item['Key']}", item["LastModified"].timestamp()
+                    yield FileInfo(url, item["Size"], changed, _etag(item))
 
-    def glob(self, pattern: str) -> list[str]:
+    def glob(self, pattern: str) -> Iterator[FileInfo]:
         bucket, key = _split_s3(pattern)
         wanted = _glob_regex(f"s3://{bucket}/{key}")
         prefix = re.split(r"[*?\[]", key, maxsplit=1)[0]
-        return [item.url for item in self._list(bucket, prefix) if wanted.fullmatch(item.url)]
+        return (item for item in self._list(bucket, prefix) if wanted.fullmatch(item.url))
 
     def get(self, url: str, local_path_: str) -> None:
         bucket, key = _split_s3(url)
@@ -205,6 +218,10 @@ class _S3Reader(io.RawIOBase):
         if len(data) != length:
             raise IncompleteTransfer(f"{length} bytes were asked for at {start}, {len(data)} arrived")
         return data
+
+
+def _etag(entry: dict[str, Any]) -> str:
+    return str(entry.get("ETag") or entry.get("etag") or "").strip('"')
 
 
 def _glob_regex(pattern: str) -> re.Pattern[str]:
@@ -275,7 +292,7 @@ class _FsspecBackend:
         mtime = changed.timestamp() if isinstance(changed, datetime) else 0.0
         if isinstance(changed, int | float):
             mtime = float(changed)
-        return FileInfo(url, -1 if entry.get("size") is None else int(entry["size"]), mtime)
+        return FileInfo(url, -1 if entry.get("size") is None else int(entry["size"]), mtime, _etag(entry))
 
     def open(self, url: str) -> IO[bytes]:
         return self._fs.open(self._own(url), "rb")
@@ -288,6 +305,7 @@ class _FsspecBackend:
         return self._file_info(entry, url) if entry["type"] == "file" else None
 
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]:
+        self._expect_listable(url)
         try:
             found = self._fs.find(self._own(url), maxdepth=None if recursive else 1, detail=True)
         except FileNotFoundError:
@@ -296,9 +314,15 @@ class _FsspecBackend:
             if entry["type"] == "file":
                 yield self._file_info(entry, self._url(name))
 
-    def glob(self, pattern: str) -> list[str]:
-        found = self._fs.glob(self._own(pattern), detail=True)
-        return [self._url(name) for name, entry in found.items() if entry["type"] == "file"]
+    def glob(self, pattern: str) -> Iterator[FileInfo]:
+        self._expect_listable(pattern)
+        for name, entry in self._fs.glob(self._own(pattern), detail=True).items():
+            if entry["type"] == "file":
+                yield self._file_info(entry, self._url(name))
+
+    def _expect_listable(self, url: str) -> None:
+        if is_web(self._own(url)):  # fsspec would guess from the links of whatever page is there
+            raise StorageError(f"{url}: files on a web server cannot be listed; name each file by its whole address")
 
     def get(self, url: str, local_path_: str) -> None:
         self._fs.get_file(self._own(url), local_path_)

@@ -54,6 +54,21 @@ def test_written_files_are_read_listed_and_found(base: str) -> None:
     assert storage.info(storage.join(base, "sub")) is None, "a folder is not a file"
 
 
+def test_listings_tell_size_and_tag_without_asking_each_file(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(3):
+        storage.write_bytes(storage.join(base, "sub", f"{number}.bin"), b"x" * number)
+    tags = [storage.info(storage.join(base, "sub", f"{number}.bin")).etag for number in range(3)]  # type: ignore[union-attr]
+    if storage.is_remote(base):
+        backend = type(storage_backends.find_backend(base))
+        monkeypatch.setattr(backend, "info", lambda self, url: pytest.fail("one file was asked for"))
+    for infos in (storage.glob_infos(storage.join(base, "s*", "*.bin")), storage.list_infos(base, recursive=True)):
+        assert [item.url for item in infos] == [f"{plain(base)}/sub/{number}.bin" for number in range(3)]
+        assert [item.size for item in infos] == [0, 1, 2]
+        assert [item.etag for item in infos] == tags
+    if "s3:" in base:
+        assert len(set(tags)) == 3 and all(tag.isalnum() for tag in tags)
+
+
 def test_open_files_are_seekable(base: str) -> None:
     data = os.urandom(100_000)
     url = storage.join(base, "data.bin")
