@@ -1,19 +1,14 @@
-"""Sources of documents and how often each of their documents is taken.
-
-A YAML file tells which source a file belongs to and the source's factor:
-
-    sources:
-      - {source: WIKIPEDIA, markers: [wikipedia, wiki-]}     # substrings of the file's path; the first match counts
-    sampling_frequencies:
-      WIKIPEDIA: 2.5          # each document twice, and half of the documents a third time
-"""
+"""Which source a file belongs to, and how often each of its documents is taken."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,20 +17,52 @@ from open_lm.datapreprocess.shuffle import random_keys
 from open_lm.errors import ConfigError, join_problems
 
 logger = logging.getLogger(__name__)
-UNKNOWN = "UNKNOWN"
+UNKNOWN = "UNKNOWN"  # the source of a file that belongs to none, where sources are named
+EVERYTHING = "all"  # the source of every file where none is named
+_MAX_SHOWN = 5
 _STREAM = 1 << 48  # keeps these draws apart from the keys of the shuffle
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """markers: source -> substrings of paths; factors: source -> copies of each document (1 where not named)."""
+    """What decides about a file and its documents; plain data.
+
+    markers: source -> substrings of paths; factors: source -> copies of each document (1 where not named);
+    files: file -> source, for what patterns assign, which counts before any marker (`from_listing` makes it).
+    """
 
     markers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def from_listing(
+        listing: Mapping[str, Sequence[str]],
+        markers: Mapping[str, Sequence[str]] | None = None,
+        factors: Mapping[str, float] | None = None,
+    ) -> Sampling:
+        """Assign the files that each source's patterns were found to stand for; one of two sources is a ConfigError."""
+        files: dict[str, str] = {}
+        claimed_twice: list[str] = []
+        for source, urls in listing.items():
+            for url in urls:
+                other = files.setdefault(_place(url), source)
+                if other != source:
+                    claimed_twice.append(f"{url} belongs to {other} and to {source}")
+        if claimed_twice:
+            hidden = len(claimed_twice) - _MAX_SHOWN
+            more = [f"and {hidden} more"] if hidden > 0 else []
+            heading = "A file can belong to one source only; make the patterns of the sources narrower"
+            raise ConfigError(join_problems([*claimed_twice[:_MAX_SHOWN], *more], heading))
+        return Sampling(markers or {}, factors or {}, files)
 
     def source_of(self, url: str) -> str:
-        """The first source with a marker in the path, else UNKNOWN."""
-        return next((name for name, marks in self.markers.items() if any(mark in url for mark in marks)), UNKNOWN)
+        """The source that the file is assigned to, else the first with a marker in the path, else UNKNOWN."""
+        if not self.markers and not self.files:
+            return EVERYTHING
+        found = self.files.get(_place(url)) if self.files else None
+        marked = (name for name, marks in self.markers.items() if any(mark in url for mark in marks))
+        return found or next(marked, UNKNOWN)
 
     def factor(self, source: str) -> float:
         return float(self.factors.get(source, 1.0))
@@ -43,6 +70,25 @@ class Sampling:
     def passes(self, source: str) -> int:
         """How many times the files of a source are read, each time taking every document at most once."""
         return math.ceil(self.factor(source))
+
+    def record(self) -> dict[str, Any]:
+        """What must be equal for two runs to sample alike, JSON-able; long lists of files as their digests."""
+        listing: dict[str, list[str]] = {}
+        for url, source in sorted(self.files.items()):
+            listing.setdefault(source, []).append(url)
+        return {
+            "markers": {name: list(marks) for name, marks in self.markers.items()},
+            "factors": dict(self.factors),
+            "files": {
+                name: {"count": len(urls), "sha256": hashlib.sha256("\n".join(urls).encode()).hexdigest()}
+                for name, urls in listing.items()
+            },
+        }
+
+
+def _place(url: str) -> str:
+    """The same for all spellings of a file: a relative local path is made absolute."""
+    return url if storage.is_remote(url) else os.path.abspath(storage.local_path(url))
 
 
 def tell_sampling(sampling: Sampling, urls: Sequence[str]) -> None:
@@ -53,7 +99,8 @@ def tell_sampling(sampling: Sampling, urls: Sequence[str]) -> None:
     for source, found in sorted(files.items()):
         logger.info("sampling: %d files of %s, factor %g", len(found), source, sampling.factor(source))
     if UNKNOWN in files:
-        logger.warning("sampling: no marker of any source is in the path of %s", ", ".join(files[UNKNOWN][:5]))
+        shown = ", ".join(files[UNKNOWN][:_MAX_SHOWN])
+        logger.warning("sampling: no pattern and no marker of any source fits %s", shown)
 
 
 def takes_mask(  # noqa: PLR0917 - seed, place, share: an order that callers rely on
@@ -77,36 +124,7 @@ def takes(seed: int, group: int, number: int, factor: float, copy: int) -> bool:
 
 
 def load_sampling(path: str) -> Sampling:
-    """Read a sampling YAML; a ConfigError lists everything that is wrong with it."""
-    import yaml
+    """The sources and factors of a sampling YAML; see mixtures.load_mixture."""
+    from open_lm.datapreprocess.mixtures import load_mixture
 
-    try:
-        content = yaml.safe_load(storage.read_text(path))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({error})") from error
-    problems: list[str] = []
-    sources = content.get("sources") if isinstance(content, dict) else None
-    factors = content.get("sampling_frequencies") if isinstance(content, dict) else None
-    markers: dict[str, list[str]] = {}
-    if not isinstance(sources, list):
-        problems.append(f'{path}: "sources" must be a list of {{source, markers}}')
-    for entry in sources if isinstance(sources, list) else []:
-        name = entry.get("source") if isinstance(entry, dict) else None
-        marks = entry.get("markers") or [] if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not isinstance(marks, list) or not all(isinstance(mark, str) for mark in marks):
-            problems.append(f"{path}: expected {{source: NAME, markers: [text, …]}}, found {entry!r}")
-        elif name in markers:
-            problems.append(f"{path}: source {name} is there twice")
-        else:
-            markers[name] = marks
-    if not isinstance(factors, dict):
-        problems.append(f'{path}: "sampling_frequencies" must map sources to factors')
-        factors = {}
-    for name, factor in factors.items():
-        if name not in markers and name != UNKNOWN:
-            problems.append(f'{path}: sampling_frequencies names {name}, which is not among the "sources"')
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 <= factor < 1000:
-            problems.append(f"{path}: the factor of {name} must be a number from 0 up, found {factor!r}")
-    if problems:
-        raise ConfigError(join_problems(problems, "The sampling file cannot be used"))
-    return Sampling(markers, factors)
+    return load_mixture(path).sampling()
