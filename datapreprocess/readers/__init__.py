@@ -1,0 +1,33 @@
+"""Raw files as documents: decompression and formats, each a registry by suffix.
+
+`PieceReader` streams the documents of one `Piece` (a file, or a part of one) in bounded memory. What cannot be used as
+a document comes out as a `BadDocument`, so that the caller decides; a file that is cut short or broken beyond its lines
+is a `BrokenFile`. One huge compressed file is read by one `stretches` and any number of `StretchReader`s.
+"""
+
+from open_lm.datapreprocess.readers.base import (
+    WHOLE,
+    BadDocument,
+    Block,
+    BrokenFile,
+    Document,
+    Piece,
+    ReadOptions,
+)
+from open_lm.datapreprocess.readers.formats import (
+    FORMATS,
+    PieceReader,
+    Stretches,
+    StretchReader,
+    can_stream,
+    is_known,
+    split,
+    split_suffixes,
+    stretches,
+)
+from open_lm.datapreprocess.readers.parts import Stretch
+
+__all__ = [
+    "FORMATS", "WHOLE", "BadDocument", "Block", "BrokenFile", "Document", "Piece", "PieceReader", "ReadOptions",
+    "Stretch", "StretchReader", "Stretches", "can_stream", "is_known", "split", "split_suffixes", "stretches",
+]  # fmt: skip

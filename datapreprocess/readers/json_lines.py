@@ -1,0 +1,109 @@
+"""JSON lines: an object a line, its text under the content key."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import orjson
+
+from open_lm.datapreprocess.readers.base import BOM, WHOLE, BadDocument, Block, Document, ReadOptions
+from open_lm.datapreprocess.readers.parts import split_parts
+from open_lm.datapreprocess.readers.source import Source
+
+LINE_END = b"\n"
+Finding = tuple[str, str]  # kind and detail of what is wrong
+
+
+def read_lines(source: Source, options: ReadOptions) -> Iterator[Block]:
+    """The documents of a file of JSON lines, or of those of its lines that begin in a byte range."""
+    blocks = source.blocks() if source.compression else source.line_blocks()
+    for lines in split_parts(blocks, LINE_END):
+        yield parse_lines(source, lines, options)
+    if not source.lines and source.piece.end == WHOLE:
+        yield source.empty_file()
+
+
+def parse_lines(source: Source, lines: list[bytes], options: ReadOptions) -> Block:
+    """The documents of the next lines of a source."""
+    key = options.content_key.removeprefix("json:")
+    if source.at_start and lines:
+        lines[0] = lines[0].removeprefix(BOM)
+    first = source.lines + 1
+    source.lines += len(lines)
+    pick = picker(key)
+    try:
+        texts = list(map(pick, map(orjson.loads, lines)))
+        if set(map(type, texts)) <= {str}:
+            return source.block(texts)
+    except (ValueError, KeyError, TypeError):
+        pass  # something is wrong or blank: see line by line
+    documents: list[Document] = []
+    bad: list[BadDocument] = []
+    for number, line in enumerate(lines, first):
+        if not line or line.isspace():
+            continue
+        found = _text_of(line, pick, key)
+        if isinstance(found, str):
+            documents.append(found)
+        else:
+            bad.append(source.bad(found[0], number, found[1], line))
+    return source.block(documents, bad)
+
+
+def picker(key: str) -> Callable[[Any], Any]:
+    """A function that gives what a record holds under `key`; dots reach nested objects unless the key itself is there.
+
+    It raises KeyError or TypeError where there is no such thing.
+    """
+    if "." not in key:
+        return operator.itemgetter(key)
+    path = key.split(".")
+
+    def pick(record: Any) -> Any:
+        if key in record:
+            return record[key]
+        for part in path:
+            record = record[part]
+        return record
+
+    return pick
+
+
+def parse_json(data: bytes, key: str) -> str | Finding:
+    """The text of one JSON object, or what is wrong with it."""
+    return _text_of(data, picker(key), key)
+
+
+def _text_of(data: bytes, pick: Callable[[Any], Any], key: str) -> str | Finding:
+    try:
+        record = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        return _undecodable(data, error)
+    return text_in(record, pick, key)
+
+
+def text_in(record: Any, pick: Callable[[Any], Any], key: str) -> str | Finding:
+    """The text that a decoded JSON value holds under `key`, or what is wrong with it."""
+    if not isinstance(record, dict):
+        return "not an object", f"expected a JSON object, found {type(record).__name__}"
+    try:
+        value = pick(record)
+    except (KeyError, TypeError):
+        return "missing key", f'no key "{key}"; it has {", ".join(list(record)[:8]) or "none"}'
+    if value is None:
+        return "null", f'"{key}" is null'
+    if not isinstance(value, str):
+        return "wrong type", f'"{key}" is not a text but {type(value).__name__}'
+    return value
+
+
+def _undecodable(data: bytes, error: orjson.JSONDecodeError) -> Finding:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as fault:
+        return "invalid UTF-8", f"byte 0x{data[fault.start]:02x} at {fault.start} of the line is no UTF-8"
+    if "surrogate" in str(error):
+        return "lone surrogate", f"half of a character that UTF-8 cannot hold ({error})"
+    return "invalid JSON", str(error)

@@ -1,0 +1,148 @@
+"""The bytes of a piece: opened, decompressed, counted, hashed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, cast
+
+from open_lm import storage
+from open_lm.datapreprocess.readers.base import WHOLE, BadDocument, Block, BrokenFile, Document, Piece, excerpt
+from open_lm.datapreprocess.readers.compression import decompressed
+
+_COMPRESSED_BYTES, _PLAIN_BYTES = 256 << 10, 1 << 20
+
+
+class Source:
+    """The bytes of one piece as they are read: counted, and hashed on the way.
+
+    `bytes_read` is the input consumed so far, `lines` what the format has counted of lines or rows. `digest` is the
+    sha256 of the bytes that the piece covers, once all of them were read.
+    """
+
+    def __init__(self, piece: Piece, compression: str) -> None:
+        self.piece, self.compression = piece, compression
+        self.bytes_read = self.lines = 0
+        self.digest: str | None = None
+        self._hash = hashlib.sha256()
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[IO[bytes]]:
+        """The file, seekable; what storage cannot read of it is a BrokenFile."""
+        try:
+            with storage.open_file(self.piece.url) as file:
+                yield file
+        except OSError as error:
+            text = str(error)
+            message = text if self.piece.url in text else f"{self.piece.url}: cannot be read ({text})"
+            raise BrokenFile("unreadable", message) from error
+
+    def blocks(self) -> Iterator[bytes]:
+        """The content of the whole file, decompressed, a block at a time."""
+        if self.compression:
+            return decompressed(self._raw_blocks(_COMPRESSED_BYTES), self.compression, self.piece.url)
+        return self._raw_blocks(_PLAIN_BYTES)
+
+    def _raw_blocks(self, block_bytes: int) -> Iterator[bytes]:
+        with self.open() as file:
+            while block := file.read(block_bytes):
+                self._take(block)
+                yield block
+        self._finish()
+
+    def line_blocks(self) -> Iterator[bytes]:
+        """The lines that begin in the bytes [start, end) of the piece, in blocks that end anywhere."""
+        if self.piece.end == WHOLE:
+            yield from self.blocks()
+            return
+        start, end = self.piece.start, self.piece.end
+        position = max(start - 1, 0)  # a line begins at `start` only where the byte before ends another
+        inside = start == 0
+        with self.open() as file:
+            file.seek(position)
+            while block := file.read(_PLAIN_BYTES):
+                self._take(block[max(start - position, 0) : max(end - position, 0)])
+                first = 0 if inside else block.find(b"\n") + 1
+                inside = inside or first > 0
+                if first and position + first >= end:  # the first line that begins here is another piece's
+                    break
+                if inside:
+                    last = block.find(b"\n", max(end - 1 - position, first))  # the end of the last line to give
+                    yield block[first : last + 1] if last >= 0 else block[first:]
+                    if last >= 0:
+                        break
+                position += len(block)
+        self._finish()
+
+    @contextlib.contextmanager
+    def open_forwards(self) -> Iterator[IO[bytes]]:
+        """The uncompressed file for a reader that seeks forwards only: what it skips, and the rest, is hashed too."""
+        with self.open() as file:
+            forward = _ForwardFile(file, self._take)
+            yield cast(IO[bytes], forward)
+            forward.read_rest()
+        self._finish()
+
+    @property
+    def at_start(self) -> bool:
+        """Whether what comes next is the beginning of the file."""
+        return not self.lines and not self.piece.start
+
+    def block(self, documents: Sequence[Document], bad: Sequence[BadDocument] = ()) -> Block:
+        return Block(list(documents), list(bad), self.bytes_read)
+
+    def bad(self, kind: str, line: int, detail: str, content: bytes | str = b"") -> BadDocument:
+        """What is wrong with the line, row or (0) the whole of this piece."""
+        return BadDocument(kind, self.piece.url, line, detail, self.piece.start, excerpt(content))
+
+    def empty_file(self) -> Block:
+        return self.block([], [self.bad("empty file", 0, "the file holds nothing")])
+
+    def _take(self, data: bytes) -> None:
+        self.bytes_read += len(data)
+        self._hash.update(data)
+
+    def _finish(self) -> None:
+        self.digest = self._hash.hexdigest()
+
+
+class _ForwardFile(io.RawIOBase):
+    """Reads in order through a seekable file, in blocks; seeking forwards reads what lies between."""
+
+    def __init__(self, file: IO[bytes], take: Callable[[bytes], None]) -> None:
+        self._file, self._take = file, take
+        self._size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        self._buffer, self._position, self._buffer_start = b"", 0, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            return self._size
+        self._position = offset
+        return offset
+
+    def read(self, count: int = -1) -> bytes:
+        wanted = self._size if count < 0 else min(self._position + count, self._size)
+        parts = []
+        while self._position < wanted:
+            if self._position >= self._buffer_start + len(self._buffer):
+                self._fill()
+                continue
+            part = self._buffer[self._position - self._buffer_start : wanted - self._buffer_start]
+            parts.append(part)
+            self._position += len(part)
+        return b"".join(parts)
+
+    def read_rest(self) -> None:
+        while self._buffer_start + len(self._buffer) < self._size:
+            self._fill()
+
+    def _fill(self) -> None:
+        self._buffer_start += len(self._buffer)
+        self._buffer = self._file.read(_PLAIN_BYTES)
+        if not self._buffer:
+            raise OSError(f"the file ended at byte {self._buffer_start} of {self._size}")
+        self._take(self._buffer)
