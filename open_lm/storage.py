@@ -1,10 +1,10 @@
 """Local and remote files behind one set of functions.
 
 A path is a plain local path, a `file://` URL, an `s3://bucket/key` URL (boto3; `AWS_ENDPOINT_URL` and the usual
-credential chain are honoured) or any other `scheme://` that fsspec can open (gs, az, hf, https, memory, …);
-`fsspec+s3://` reaches S3 through fsspec's s3fs, for those who set that up in fsspec's own way. Every function takes any
-of them and raises `StorageError`, which names the path and says what to do. Files appear whole or
-not at all. `open_lm.storage_backends` holds the file systems themselves; no other module knows boto3, s3fs or fsspec.
+credential chain are honoured), an `https://` file (to read) or any other `scheme://` that fsspec can open (gs, az, hf,
+memory, …); `fsspec+s3://` reaches S3 through fsspec's s3fs, for those who set that up in fsspec's own way. Every
+function takes any of them and raises `StorageError`, which names the path and says what to do. Files appear whole or
+not at all. `open_lm.storage_backends` holds the file systems; no module but it and those below knows boto3 or fsspec.
 """
 
 from __future__ import annotations
@@ -18,18 +18,9 @@ from functools import partial
 from typing import IO, Any
 
 from open_lm.errors import StorageError
-from open_lm.storage_backends import (
-    FSSPEC_PREFIX,
-    SCHEME,
-    TEMP_MARK,
-    FileInfo,
-    find_backend,
-    is_temporary,
-    is_web,
-    local_path,
-    temporary_name,
-)
-from open_lm.storage_errors import IncompleteTransfer, explained, with_retries
+from open_lm.storage_backends import FSSPEC_PREFIX, find_backend
+from open_lm.storage_errors import IncompleteTransfer, explained, full_disk_explained
+from open_lm.storage_files import SCHEME, TEMP_MARK, FileInfo, is_temporary, is_web, local_path, temporary_name
 
 __all__ = [
     "FSSPEC_PREFIX", "FileInfo", "atomic_write", "copy", "download", "exists", "glob", "glob_infos", "info",
@@ -63,20 +54,15 @@ def open_file(url: str | os.PathLike[str], mode: str = "rb") -> IO[Any]:
         raise ValueError(f"open_file reads only (mode {mode!r}); use atomic_write to write {os.fspath(url)!r}")
     text = os.fspath(url)
     with explained(text):
-        raw = with_retries(partial(find_backend(text).open, text))
+        raw = find_backend(text).open(text)
     return raw if mode == "rb" else io.TextIOWrapper(raw, encoding="utf-8")
 
 
 def read_bytes(url: str | os.PathLike[str]) -> bytes:
     """The whole file."""
     text = os.fspath(url)
-
-    def read() -> bytes:
-        with find_backend(text).open(text) as file:
-            return file.read()
-
-    with explained(text):
-        return with_retries(read)
+    with explained(text), find_backend(text).open(text) as file:
+        return file.read()
 
 
 def read_text(url: str | os.PathLike[str]) -> str:
@@ -92,7 +78,7 @@ def info(url: str | os.PathLike[str]) -> FileInfo | None:
     """Size and time of one file, or None where there is no such file (a folder is not a file)."""
     text = os.fspath(url)
     with explained(text):
-        return with_retries(partial(find_backend(text).info, text))
+        return find_backend(text).info(text)
 
 
 def size(url: str | os.PathLike[str]) -> int:
@@ -123,7 +109,7 @@ def list_infos(url: str | os.PathLike[str], recursive: bool = False) -> list[Fil
     """
     text = os.fspath(url)
     with explained(text):
-        found = with_retries(lambda: list(find_backend(text).walk(text, recursive)))
+        found = list(find_backend(text).walk(text, recursive))
     return sorted(found, key=lambda item: item.url)
 
 
@@ -141,7 +127,7 @@ def glob_infos(pattern: str | os.PathLike[str]) -> list[FileInfo]:
     """`glob`, with each file's size, time and tag as the store's listing tells them."""
     text = os.fspath(pattern)
     with explained(text):
-        found = with_retries(lambda: list(find_backend(text).glob(text)))
+        found = list(find_backend(text).glob(text))
     return sorted(found, key=lambda item: item.url)
 
 
@@ -163,14 +149,15 @@ def atomic_write(url: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
         temporary = _temporary_file(target, folder)
     try:
         text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-        with open(temporary, mode, **text_options) as file:  # type: ignore[call-overload]
+        enough_room = partial(full_disk_explained, target, os.path.dirname(temporary))
+        with enough_room(), open(temporary, mode, **text_options) as file:  # type: ignore[call-overload]
             yield file
-            with explained(target):
+            with explained(target), enough_room():
                 file.flush()
                 os.fsync(file.fileno())
         with explained(target):
             if folder is None:
-                _put_verified(temporary, target)
+                find_backend(target).put(temporary, target)
             else:
                 os.replace(temporary, local_path(target))
                 _sync_folder(folder)
@@ -201,7 +188,7 @@ def remove(url: str | os.PathLike[str]) -> None:
     """Remove one file or object, never a folder; one that is not there is no error."""
     text = os.fspath(url)
     with explained(text):
-        with_retries(partial(find_backend(text).remove, text))
+        find_backend(text).remove(text)
 
 
 def download(url: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -212,7 +199,8 @@ def download(url: str | os.PathLike[str], target: str | os.PathLike[str]) -> Non
         os.makedirs(folder, exist_ok=True)
         temporary = _temporary_file(path, folder)
         try:
-            with_retries(partial(_get_verified, source, temporary))
+            with full_disk_explained(path, folder):
+                _get_verified(source, temporary)
             os.replace(temporary, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -231,7 +219,7 @@ def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
         with explained(src), open(local_path(src), "rb"):
             pass  # a missing source is the source's error, not the target's
         with explained(dst):
-            _put_verified(local_path(src), dst)
+            find_backend(dst).put(local_path(src), dst)
     elif not is_remote(dst):
         download(src, dst)
     else:
@@ -240,25 +228,11 @@ def copy(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None
             copy(os.path.join(folder, "copy"), dst)
 
 
-def _put_verified(path: str, url: str) -> None:
-    expected = os.path.getsize(path)
-
-    def put() -> None:
-        find_backend(url).put(path, url)
-        found = find_backend(url).info(url)
-        if found is None or found.size != expected:
-            raise IncompleteTransfer(
-                f"{expected} bytes were sent, the store holds {found.size if found else 'nothing'}"
-            )
-
-    with_retries(put)
-
-
 def _get_verified(url: str, path: str) -> None:
     found = find_backend(url).info(url)
     if found is None:
         raise FileNotFoundError(url)
-    find_backend(url).get(url, path)
+    find_backend(url).get(found, path)
     if found.size >= 0 and os.path.getsize(path) != found.size:
         raise IncompleteTransfer(f"the store says {found.size} bytes, {os.path.getsize(path)} arrived")
 

@@ -3,52 +3,80 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
+from urllib.error import HTTPError, URLError
 
 from open_lm.errors import StorageError
 
 T = TypeVar("T")
-_ATTEMPTS = 4
-_FIRST_DELAY_S = 0.5
+# Ten tries take half a minute at least. A service that cannot be reached at all is mostly a wrong address: told sooner.
+_TRIES = 10
+_TRIES_UNREACHABLE = 6
+_FIRST_DELAY_S = 0.05
+_LONGEST_DELAY_S = 20.0
+
+_UNREACHABLE = frozenset({
+    "EndpointConnectionError", "ConnectTimeoutError", "ConnectionRefusedError", "gaierror", "ClientConnectorError",
+    "ConnectError", "ConnectTimeout", "SSLError",
+})  # fmt: skip
+_BROKEN_OFF = frozenset({
+    "ReadTimeoutError", "ResponseStreamingError", "IncompleteReadError", "IncompleteRead", "ConnectionClosedError",
+    "ProtocolError", "HTTPClientError", "ResponseParserError", "FlexibleChecksumError", "SSLEOFError",
+    "FSTimeoutError", "ClientPayloadError", "ServerDisconnectedError", "ClientOSError", "ChunkedEncodingError",
+    "ConnectionError", "ReadTimeout", "ReadError", "RemoteProtocolError",
+})  # fmt: skip
+_BUSY_CODES = frozenset({
+    "SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "BadDigest", "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch", "IncompleteBody", "Throttling", "ThrottlingException",
+})  # fmt: skip
 
 
 class IncompleteTransfer(OSError):
-    """A transfer ended without an error but with the wrong number of bytes."""
+    """A transfer ended without an error but with the wrong bytes."""
 
 
 def with_retries(action: Callable[[], T]) -> T:
     """Run `action`, again after a growing, jittered pause when it fails in a way that may pass."""
-    for attempt in range(_ATTEMPTS):
+    tries = 0
+    while True:
         try:
             return action()
         except Exception as error:
-            if attempt == _ATTEMPTS - 1 or not _is_transient(error):
+            tries += 1
+            if tries >= _tries_for(error):
                 raise
-            _pause(_FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.5))
-    raise AssertionError("unreachable")
+            delay = min(_FIRST_DELAY_S * 2 ** (tries - 1), _LONGEST_DELAY_S)
+            _pause(delay * random.uniform(0.5, 1.5))
 
 
 def _pause(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, (IncompleteTransfer, TimeoutError, ConnectionResetError, ConnectionAbortedError)):
-        return True
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):  # botocore's ClientError
-        return status_code(error) in (429, 500, 502, 503, 504) or response.get("Error", {}).get("Code") in (
-            "SlowDown",
-            "RequestTimeout",
-        )
-    return type(error).__name__ in {
-        "ReadTimeoutError", "ResponseStreamingError", "IncompleteReadError", "IncompleteRead", "ConnectionClosedError",
-        "ProtocolError", "FSTimeoutError", "ClientPayloadError", "ServerDisconnectedError", "FlexibleChecksumError",
-    }  # fmt: skip
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may well succeed a moment later."""
+    return _tries_for(error) > 1
+
+
+def _tries_for(error: BaseException | None) -> int:
+    if error is None or isinstance(error, StorageError):
+        return 1
+    kind = type(error).__name__
+    if kind in _UNREACHABLE:
+        return _TRIES_UNREACHABLE
+    if isinstance(error, IncompleteTransfer | TimeoutError | ConnectionError) or kind in _BROKEN_OFF:
+        return _TRIES
+    if status_code(error) in (408, 429, 500, 502, 503, 504) or error_code(error) in _BUSY_CODES:
+        return _TRIES
+    reason = getattr(error, "reason", None)  # urllib's URLError
+    # Some libraries raise Python's own errors from those that tell the cause.
+    return _tries_for(reason if isinstance(reason, Exception) else error.__cause__)
 
 
 _ADVICE = {
@@ -58,10 +86,14 @@ _ADVICE = {
     "NoSuchBucket": "there is no such bucket; create it or correct the name",
     "NoSuchKey": "no such file",
     "404": "no such file",
+    "FileNotFoundError": "no such file",
     "AccessDenied": "access denied; the credentials lack the permission for this path",
+    "401": "the server asks for credentials that are missing or wrong",
     "403": "access denied; the credentials are wrong or lack the permission for this path",
     "InvalidAccessKeyId": "the access key is not known to the store; check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
+    "PreconditionFailed": "the file was changed while it was being read; begin again",
+    "412": "the file was changed while it was being read; begin again",
     "ExpiredToken": "the session token has expired; log in again",
 }
 
@@ -77,16 +109,32 @@ def explained(url: str) -> Iterator[None]:
         raise StorageError(f"{url}: {_reason(error)}") from error
 
 
+@contextlib.contextmanager
+def full_disk_explained(url: str, folder: str) -> Iterator[None]:
+    """Turn a local disk that is full into a StorageError that names the file, the folder and what is free there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(folder).free / 1e9
+        raise StorageError(
+            f"{url}: {error.strerror} while writing in {folder} ({free:.3f} GB free there); "
+            "nothing was changed; make room or choose another folder (TMPDIR for what goes to a remote store)"
+        ) from error
+
+
 def _reason(error: Exception) -> str:
     kind = type(error).__name__
-    code = _error_code(error) or _error_code(error.__cause__)  # s3fs raises Python's own errors from botocore's
+    # s3fs raises Python's own errors from botocore's.
+    code = error_code(error) or error_code(error.__cause__) or str(status_code(error))
     if kind in _ADVICE or code in _ADVICE:
         return _ADVICE.get(code) or _ADVICE[kind]
     if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ConnectionClosedError", "ReadTimeoutError"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
         return f"the S3 service at {endpoint} cannot be reached ({kind}); check the network and AWS_ENDPOINT_URL"
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
+    if isinstance(error, URLError) and not isinstance(error, HTTPError):
+        return f"the server cannot be reached ({error.reason}); check the network and the address"
     if isinstance(error, ModuleNotFoundError | ImportError):
         return f"this kind of address needs a package that is not installed ({error})"
     if isinstance(error, OSError) and error.strerror:
@@ -94,11 +142,16 @@ def _reason(error: Exception) -> str:
     return f"{kind}: {error}"
 
 
-def _error_code(error: BaseException | None) -> str:
+def error_code(error: BaseException | None) -> str:
+    """S3's word for what went wrong, or an empty one."""
     response = getattr(error, "response", None)
     return response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
 
 
 def status_code(error: BaseException) -> int:
+    """The HTTP status of an answer, as boto3, urllib, aiohttp and others keep it; 0 where there was none."""
     response = getattr(error, "response", None)
-    return response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if isinstance(response, dict) else 0
+    if isinstance(response, dict):
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    kept = (getattr(error, "status", 0), getattr(response, "status_code", 0))
+    return next((status for status in kept if isinstance(status, int) and status), 0)

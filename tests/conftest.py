@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from faulty_proxy import FaultyProxy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +51,19 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     return bucket
+
+
+@pytest.fixture
+def faulty_s3(s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """The S3 server behind a proxy that breaks what its `.rules` say, for this process and its children."""
+    from s3fs import S3FileSystem
+
+    with FaultyProxy(s3_endpoint) as proxy:
+        proxy.bucket = s3_bucket
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        S3FileSystem.clear_instance_cache()  # an instance keeps the address it first saw
+        yield proxy
+        S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from open_lm import storage, storage_backends
+from open_lm import storage, storage_s3
 from open_lm.config import LoggingConfig
 from open_lm.errors import StorageError
 from open_lm.remote_sync import RemoteSync, remote_folder
@@ -189,7 +189,7 @@ def test_wrong_addresses_end_the_run_at_its_start(run: Path, s3_bucket: str) -> 
 
 
 def test_the_fsspec_protocol_goes_through_fsspec(run: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_backends, "_s3_client", lambda: pytest.fail("boto3 was used"))
+    monkeypatch.setattr(storage_s3, "_client", lambda: pytest.fail("boto3 was used"))
     cfg = LoggingConfig(remote_sync=f"s3://{s3_bucket}/runs/", remote_sync_protocol="fsspec")
     remote = remote_folder(cfg, "run")
     assert remote is not None and remote.endswith(f"{s3_bucket}/runs/run")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from open_lm import storage, storage_backends, storage_errors
+from open_lm import storage, storage_backends, storage_s3
 from open_lm.errors import StorageError
 
 
@@ -171,7 +171,7 @@ def test_local_obstacles_are_explained(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- S3
 def test_large_objects_travel_in_parts(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_backends, "_PART_BYTES", 5 << 20)  # the least that S3 takes
+    monkeypatch.setattr(storage_s3, "_PART_BYTES", 5 << 20)  # the least that S3 takes
     data = os.urandom(12 << 20)
     (tmp_path / "big").write_bytes(data)
     url = f"s3://{s3_bucket}/big"
@@ -239,77 +239,6 @@ def test_forked_workers_read_s3(s3_bucket: str) -> None:
             os._exit(0 if all(storage.read_bytes(url) == b"x" * 1000 for _ in range(5)) else 1)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-
-
-# ---------------------------------------------------------------------------------------------- passing faults
-class Fault(Exception):
-    """What botocore raises, as far as it matters."""
-
-    def __init__(self, status: int, code: str) -> None:
-        super().__init__(code)
-        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": code}}
-
-
-@pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    recorded: list[float] = []
-    monkeypatch.setattr(storage_errors, "_pause", recorded.append)
-    return recorded
-
-
-def test_passing_faults_are_tried_again_with_growing_pauses(pauses: list[float]) -> None:
-    faults = [Fault(503, "SlowDown"), TimeoutError(), ConnectionResetError()]
-
-    def action() -> str:
-        if faults:
-            raise faults.pop(0)
-        return "done"
-
-    assert storage_errors.with_retries(action) == "done"
-    assert len(pauses) == 3
-    for pause, middle in zip(pauses, (0.5, 1.0, 2.0), strict=True):
-        assert middle * 0.5 <= pause <= middle * 1.5
-
-
-@pytest.mark.parametrize("error, tries", [(Fault(403, "AccessDenied"), 1), (Fault(500, "InternalError"), 4)])
-def test_lasting_faults_end_in_their_own_error(pauses: list[float], error: Fault, tries: int) -> None:
-    made = []
-
-    def action() -> None:
-        made.append(1)
-        raise error
-
-    with pytest.raises(StorageError), storage_errors.explained("s3://b/k"):
-        storage_errors.with_retries(action)
-    assert len(made) == tries
-
-
-def test_truncated_transfers_are_noticed_and_repeated(
-    s3_bucket: str, tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    url = f"s3://{s3_bucket}/x"
-    storage.write_bytes(url, b"0123456789")
-    get, calls = storage_backends._S3Backend.get, []
-
-    def cut_short_once(self: Any, url: str, path: str) -> None:
-        get(self, url, path)
-        calls.append(1)
-        if len(calls) == 1:
-            os.truncate(path, 4)
-
-    monkeypatch.setattr(storage_backends._S3Backend, "get", cut_short_once)
-    storage.download(url, tmp_path / "x")
-    assert (tmp_path / "x").read_bytes() == b"0123456789" and len(calls) == 2 and len(pauses) == 1
-
-
-def test_upload_that_the_store_does_not_hold_is_an_error(
-    s3_bucket: str, tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "x").write_bytes(b"0123456789")
-    monkeypatch.setattr(storage_backends._S3Backend, "put", lambda self, path, url: None)
-    with pytest.raises(StorageError, match="10 bytes were sent, the store holds nothing"):
-        storage.upload(tmp_path / "x", f"s3://{s3_bucket}/y")
-    assert len(pauses) == 3
 
 
 # ---------------------------------------------------------------------------------------------- weight

@@ -1,0 +1,344 @@
+"""What networks, busy stores and full disks do to storage: tried again, noticed or told; never a file cut short.
+
+The faults are real: a proxy between boto3 or s3fs and a real S3 server answers errors, cuts bodies and resets sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from faulty_proxy import KINDS, FaultyProxy, Rule
+
+from open_lm import storage, storage_errors, storage_files, storage_s3
+from open_lm.errors import StorageError
+
+FAULTS = [kind for kind in KINDS if kind not in ("delay", "stall")]
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and parts small enough that a file of 12 MiB takes many requests."""
+    monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(storage_s3, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(storage_s3, "_PART_BYTES", 5 << 20)  # the least that S3 takes
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    recorded: list[float] = []
+    monkeypatch.setattr(storage_errors, "_pause", recorded.append)
+    return recorded
+
+
+def in_store(proxy: FaultyProxy, name: str) -> bytes:
+    """What the server behind the proxy holds."""
+    client = boto3.client("s3", endpoint_url=proxy.upstream.geturl())
+    data: bytes = client.get_object(Bucket=proxy.bucket, Key=name)["Body"].read()
+    return data
+
+
+def unfinished(proxy: FaultyProxy) -> list[Any]:
+    client = boto3.client("s3", endpoint_url=proxy.upstream.geturl())
+    return client.list_multipart_uploads(Bucket=proxy.bucket).get("Uploads", [])  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------------------------------- every kind of request
+@pytest.mark.parametrize("kind", FAULTS)
+@pytest.mark.usefixtures("small", "pauses")
+def test_every_request_survives_every_fault(faulty_s3: FaultyProxy, tmp_path: Path, kind: str) -> None:
+    """Each operation's first request fails, and the first three of an upload in parts and of a read in ranges."""
+    data = os.urandom(12 << 20)
+    (tmp_path / "big").write_bytes(data)
+    url = f"s3://{faulty_s3.bucket}/folder/big"
+
+    @contextlib.contextmanager
+    def faults(method: str, path: str, times: int = 1) -> Any:
+        before = faulty_s3.injected[kind]
+        faulty_s3.rules = [Rule(kind, method=method, path=path, times=times)]
+        yield
+        assert faulty_s3.injected[kind] - before == times, (method, path)
+
+    with faults("PUT", "partNumber", times=3):
+        storage.upload(tmp_path / "big", url)
+    with faults("POST", "uploads"):
+        storage.upload(tmp_path / "big", url)
+    with faults("POST", "uploadId"):
+        storage.upload(tmp_path / "big", url)
+    with faults("HEAD", "big"):
+        storage.upload(tmp_path / "big", url)
+    assert in_store(faulty_s3, "folder/big") == data
+    with faults("GET", "big", times=3):
+        storage.download(url, tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    with faults("GET", "big", times=3), storage.open_file(url) as file:
+        assert b"".join(iter(lambda: file.read(300_000), b"")) == data
+    with faults("HEAD", "big"):
+        assert storage.size(url) == len(data)
+    with faults("PUT", "small"):
+        storage.write_text(f"s3://{faulty_s3.bucket}/folder/small", "text")
+    with faults("GET", "list-type"):
+        assert len(storage.glob_infos(f"s3://{faulty_s3.bucket}/*/*")) == 2
+    with faults("DELETE", "big"):
+        storage.remove(url)
+    assert storage.list_files(f"s3://{faulty_s3.bucket}/folder") == [f"s3://{faulty_s3.bucket}/folder/small"]
+
+
+@pytest.mark.usefixtures("small", "pauses")
+@pytest.mark.parametrize("prefix", ["", storage.FSSPEC_PREFIX])
+def test_a_line_full_of_faults_changes_no_byte(faulty_s3: FaultyProxy, tmp_path: Path, prefix: str) -> None:
+    """A fifth of all requests fails, in every way by turns; boto3 and s3fs alike."""
+    data = os.urandom(12 << 20)
+    (tmp_path / "big").write_bytes(data)
+    faulty_s3.rules = [Rule(kind, rate=0.04) for kind in FAULTS]
+    if prefix:  # s3fs waits seconds after a fault of its own finding: fewer, and of the kinds it leaves to us
+        faulty_s3.rules = [Rule(kind, rate=0.5, times=2, method="GET") for kind in ("truncate", "reset_body")]
+    for number in range(1 if prefix else 4):
+        url = f"{prefix}s3://{faulty_s3.bucket}/big-{number}"
+        storage.upload(tmp_path / "big", url)
+        with storage.open_file(url) as file:
+            assert b"".join(iter(lambda: file.read(300_000), b"")) == data
+        storage.download(url, tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == data
+    assert set(faulty_s3.injected) == {rule.kind for rule in faulty_s3.rules}
+    assert unfinished(faulty_s3) == []
+
+
+@pytest.mark.usefixtures("pauses")
+def test_a_stalled_connection_is_given_up_and_asked_anew(
+    faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_s3, "_READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(storage_s3, "_clients", {})
+    url = f"s3://{faulty_s3.bucket}/x"
+    faulty_s3.rules = [Rule("stall", seconds=60, times=1), Rule("delay", seconds=60, times=2, method="GET")]
+    storage.write_bytes(url, b"0123456789")
+    assert storage.read_bytes(url) == b"0123456789"
+    assert faulty_s3.injected == {"stall": 1, "delay": 2}
+
+
+def test_other_processes_meet_the_faults_and_get_over_them(faulty_s3: FaultyProxy) -> None:
+    """With their own, unshortened pauses: the first ones are short."""
+    url = f"s3://{faulty_s3.bucket}/x"
+    faulty_s3.rules = [Rule("503", times=2), Rule("reset", times=2)]
+    code = f"from open_lm import storage; storage.write_text({url!r}, 'text'); print(storage.read_text({url!r}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "text\n"
+    assert faulty_s3.injected == {"503": 2, "reset": 2}
+
+
+# ---------------------------------------------------------------------------------------------- what lasts is told
+@pytest.mark.usefixtures("small", "pauses")
+def test_failed_uploads_leave_nothing_behind(
+    faulty_s3: FaultyProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "big").write_bytes(os.urandom(12 << 20))
+    url = f"s3://{faulty_s3.bucket}/big"
+    faulty_s3.rules = [Rule("500", method="PUT", path="partNumber=2")]
+    with pytest.raises(StorageError, match=r"/big: .*InternalError"):
+        storage.upload(tmp_path / "big", url)
+    assert faulty_s3.injected["500"] == storage_errors._TRIES
+    assert not storage.exists(url) and unfinished(faulty_s3) == []
+
+    faulty_s3.rules = [Rule("503", method="POST", path="uploadId"), Rule("503", method="DELETE")]
+    with pytest.raises(StorageError, match=r"/big: .*SlowDown"):
+        storage.upload(tmp_path / "big", url)
+    (left,) = unfinished(faulty_s3)
+    assert f"abort the multipart upload {left['UploadId']} by hand" in caplog.text
+
+
+@pytest.mark.usefixtures("pauses")
+@pytest.mark.parametrize("prefix", ["", storage.FSSPEC_PREFIX])
+def test_a_file_that_changes_while_it_is_read_is_an_error(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1000)
+    url = f"{prefix}s3://{s3_bucket}/x"
+    storage.write_bytes(url, b"a" * 100_000)
+    with storage.open_file(url) as file:
+        file.read(500)
+        storage.write_bytes(url, b"b" * 100_000)
+        with pytest.raises(StorageError, match=r"/x: the file was changed while it was being read"):
+            file.seek(50_000)
+            while file.read(500):
+                pass
+
+
+@pytest.mark.usefixtures("pauses")
+def test_other_bytes_in_the_store_than_were_sent_are_noticed(
+    s3_bucket: str, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = os.urandom(12 << 20)
+    (tmp_path / "big").write_bytes(data)
+    request = storage_s3._request
+
+    def corrupt(operation: str, **options: Any) -> Any:
+        if options.get("PartNumber") == 2:
+            options["Body"] = bytes(len(options["Body"]))
+        return request(operation, **options)
+
+    monkeypatch.setattr(storage_s3, "_request", corrupt)
+    with pytest.raises(StorageError, match=r"other bytes than were sent \(CRC32"):
+        storage.upload(tmp_path / "big", f"s3://{s3_bucket}/big")
+
+
+def test_upload_that_the_store_does_not_hold_is_an_error(
+    s3_bucket: str, tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"0123456789")
+    monkeypatch.setattr(storage_s3, "_put_whole", lambda path, url: "")
+    with pytest.raises(StorageError, match="10 bytes were sent, the store holds nothing"):
+        storage.upload(tmp_path / "x", f"s3://{s3_bucket}/y")
+    assert len(pauses) == storage_errors._TRIES - 1
+
+
+# ---------------------------------------------------------------------------------------------- trying again
+class Fault(Exception):
+    """What botocore raises, as far as it matters."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(code)
+        self.response = {"ResponseMetadata": {"HTTPStatusCode": status}, "Error": {"Code": code}}
+
+
+class EndpointConnectionError(Exception):
+    """botocore's: nobody listens, or the name is unknown."""
+
+
+def test_passing_faults_are_tried_again_with_growing_pauses(pauses: list[float]) -> None:
+    faults = [Fault(503, "SlowDown"), TimeoutError(), ConnectionResetError(), *[Fault(500, "InternalError")] * 6]
+
+    def action() -> str:
+        if faults:
+            raise faults.pop(0)
+        return "done"
+
+    assert storage_errors.with_retries(action) == "done"
+    assert len(pauses) == 9
+    for number, pause in enumerate(pauses):
+        assert 0.05 * 2**number * 0.5 <= pause <= 0.05 * 2**number * 1.5
+
+
+@pytest.mark.parametrize(
+    "error, tries", [(Fault(403, "AccessDenied"), 1), (Fault(500, "InternalError"), 10), (EndpointConnectionError(), 6)]
+)
+def test_lasting_faults_end_in_their_own_error(pauses: list[float], error: Exception, tries: int) -> None:
+    made = []
+
+    def action() -> None:
+        made.append(1)
+        raise error
+
+    with pytest.raises(StorageError), storage_errors.explained("s3://b/k"):
+        storage_errors.with_retries(action)
+    assert len(made) == tries
+
+
+# ---------------------------------------------------------------------------------------------- reading ahead
+def test_one_block_is_read_ahead_and_only_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1000)
+    data, asked, ahead = os.urandom(10_500), [], threading.Semaphore(0)
+
+    def fetch(start: int, length: int) -> bytes:
+        asked.append((start, length))
+        ahead.release()
+        return data[start : start + length]
+
+    reader = storage_files.RangeReader(storage_files.FileInfo("x://y", len(data), 0.0), fetch)
+    file = reader.buffered()
+    assert reader.read(10) == data[:10]
+    ahead.acquire(), ahead.acquire()
+    assert asked == [(0, 1000), (1000, 1000)], "the block in use and the next, no more"
+    reader.seek(5000)
+    assert reader.read(10) == data[5000:5010]
+    assert asked[2:] == [(5000, 1000)], "a jump says nothing of what comes next"
+    file.seek(0)
+    assert file.read() == data
+    assert file.read() == b""
+
+
+def test_errors_of_reading_ahead_are_raised_where_the_block_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1000)
+
+    def fetch(start: int, length: int) -> bytes:
+        if start >= 1000:
+            raise PermissionError(13, "Permission denied")
+        return bytes(length)
+
+    with storage_files.RangeReader(storage_files.FileInfo("x://y", 5000, 0.0), fetch) as reader:
+        assert reader.read(1000) == bytes(1000)
+        with pytest.raises(StorageError, match=r"x://y: Permission denied \(errno 13\)"):
+            reader.read(1)
+
+
+def test_a_reader_goes_on_in_a_forked_child(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1000)
+    url, data = f"s3://{s3_bucket}/x", os.urandom(5000)
+    storage.write_bytes(url, data)
+    with storage.open_file(url) as file:
+        assert file.read(10) == data[:10]
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if file.read() == data[10:] else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert file.read() == data[10:]
+
+
+# ---------------------------------------------------------------------------------------------- full disks
+WRITE = """
+import resource, sys
+from open_lm import storage
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+try:
+    exec(sys.argv[1])
+except storage.StorageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["write_bytes", "small writes", "download"])
+def test_a_file_that_may_not_grow_is_told_and_leaves_what_was_there(tmp_path: Path, how: str) -> None:
+    target, source = tmp_path / "folder" / "file", tmp_path / "source"
+    storage.write_text(target, "old")
+    source.write_bytes(bytes(3 << 20))
+    commands = {
+        "write_bytes": f"storage.write_bytes({str(target)!r}, bytes(3 << 20))",
+        "small writes": f"with storage.atomic_write({str(target)!r}) as f: [f.write(bytes(9999)) for _ in range(999)]",
+        "download": f"storage.download({str(source)!r}, {str(target)!r})",
+    }
+    command = [sys.executable, "-c", WRITE, commands[how]]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"{target}: File too large while writing in {tmp_path / 'folder'} (" in told and "GB free there" in told
+    assert target.read_text() == "old" and os.listdir(tmp_path / "folder") == ["file"]
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Any:
+    """A file system of 1 MiB; only root may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(tiny_disk: Path, s3_bucket: str) -> None:
+    storage.write_text(tiny_disk / "file", "old")
+    for attempt in (
+        lambda: storage.write_bytes(tiny_disk / "file", bytes(3 << 20)),
+        lambda: storage.download(f"s3://{s3_bucket}/big", tiny_disk / "file"),
+    ):
+        storage.write_bytes(f"s3://{s3_bucket}/big", bytes(3 << 20))
+        with pytest.raises(StorageError, match=r"disk/file: No space left on device while writing in .*/disk \(0\.0"):
+            attempt()
+        assert (tiny_disk / "file").read_text() == "old" and os.listdir(tiny_disk) == ["file"]
