@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 
 from open_lm import storage
-from open_lm.data.shard_format import ManifestEntry, ShardWriter, read_manifest
+from open_lm.data.shard_format import ShardWriter, read_manifest
 from open_lm.errors import ConfigError, DataError
 from open_lm.utils.make_wds_manifest import main, make_manifest
 
@@ -38,8 +41,14 @@ def test_the_golden_shards_as_a_command(shared_dir: Path, tmp_path: Path) -> Non
     ]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "2,048 sequences" in result.stdout
-    expected = [ManifestEntry(f"{number:08d}", 256) for number in range(1, 9)]
-    assert read_manifest(str(tmp_path / "manifest.jsonl")) == expected
+    entries = read_manifest(str(tmp_path / "manifest.jsonl"))
+    assert [(entry.shard, entry.num_sequences) for entry in entries] == [(f"{n:08d}", 256) for n in range(1, 9)]
+    for entry in entries:
+        data = (tmp_path / f"{entry.shard}.tar").read_bytes()
+        assert entry.extra["num_bytes"] == len(data) and entry.extra["sha256"] == hashlib.sha256(data).hexdigest()
+        with tarfile.open(tmp_path / f"{entry.shard}.tar") as tar:
+            members = [json.loads(gzip.decompress(tar.extractfile(name).read())) for name in tar.getnames()]  # type: ignore[union-attr]
+        assert entry.extra["num_tokens"] == sum(map(len, members))
 
 
 def test_broken_shards_are_told_together_and_nothing_is_written(tmp_path: Path) -> None:
@@ -64,7 +73,34 @@ def test_a_sample_in_several_kinds_counts_once(tmp_path: Path) -> None:
             info.size = 3
             tar.addfile(info, io.BytesIO(b"[1]"))
     assert make_manifest(str(tmp_path), "other.jsonl") == 2
-    assert read_manifest(str(tmp_path / "other.jsonl")) == [ManifestEntry("a", 2)]
+    (entry,) = read_manifest(str(tmp_path / "other.jsonl"))
+    assert (entry.shard, entry.num_sequences, entry.extra["num_tokens"]) == ("a", 2, 2)
+
+
+def test_broken_members_count_as_sequences_and_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, text in {"0.json": b"[1]", "1.json": b"[1"}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+    assert make_manifest(str(tmp_path)) == 2
+    assert "1 members cannot be read" in (said := capsys.readouterr().err) and "member 1.json" in said
+    (entry,) = read_manifest(str(tmp_path / "manifest.jsonl"))
+    assert sorted(entry.extra) == ["num_bytes", "sha256"]
+
+
+def test_what_else_is_known_of_shards_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(tmp_path, {"a": 3, "b": 2})
+    (tmp_path / "dataset.json").write_text('{"sources": {"wiki": {}}}')
+    make_manifest(str(tmp_path), workers=1)
+    first, second = read_manifest(str(tmp_path / "manifest.jsonl"))
+    assert (first.extra["sources"], second.extra["sources"]) == ({"wiki": 15}, {"wiki": 10})
+    (tmp_path / "dataset.json").write_text("junk")
+    make_shards(tmp_path, {"b": 1})
+    make_manifest(str(tmp_path), workers=1)
+    assert "dataset.json: not JSON" in capsys.readouterr().err
+    again, changed = read_manifest(str(tmp_path / "manifest.jsonl"))
+    assert again == first and changed.num_sequences == 1 and "sources" not in changed.extra
 
 
 def test_in_s3(s3_bucket: str, tmp_path: Path) -> None:

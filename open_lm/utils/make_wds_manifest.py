@@ -1,4 +1,4 @@
-"""Make the manifest.jsonl of a folder of shards that has none: counts the sequences of every shard.
+"""Make the manifest.jsonl of a folder of shards that has none: sequences, tokens, bytes and checksum of every shard.
 
 python -m open_lm.utils.make_wds_manifest --data-dir s3://bucket/tokenized/
 """
@@ -6,16 +6,15 @@ python -m open_lm.utils.make_wds_manifest --data-dir s3://bucket/tokenized/
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from open_lm import storage
-from open_lm.data.shard_format import ManifestEntry, index_shard, shard_stem, write_manifest
-from open_lm.errors import ConfigError, DataError, UserError, join_problems, run_cli
+from open_lm.errors import DataError, join_problems, run_cli
+
+if TYPE_CHECKING:
+    from open_lm.data.shard_format import ManifestEntry
+    from open_lm.utils.shard_survey import ShardSurvey
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -28,57 +27,92 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def count_sequences(url: str, tmp_dir: str | None = None) -> int:
-    """The sequences in one shard; DataError for a shard that is broken or cut short.
+def manifest_entry(survey: ShardSurvey, old: ManifestEntry | None = None, source: str | None = None) -> ManifestEntry:
+    """The manifest's line of a shard that was looked through.
 
-    A remote shard is copied to `tmp_dir` first: its headers lie spread over the whole file.
+    `source` is the only one of its data set, if it has but one. Where the shard is still the one of the `old` line
+    (equal sha256), what else that line says is kept. A shard with broken members gets no count of tokens.
     """
-    if not storage.is_remote(url):
-        return _count(storage.local_path(url), url)
-    with tempfile.TemporaryDirectory(dir=tmp_dir) as folder:
-        path = os.path.join(folder, "shard.tar")
-        storage.download(url, path)
-        return _count(path, url)
+    from open_lm.data.shard_format import ManifestEntry, shard_stem
+
+    known: dict[str, Any] = {"num_bytes": survey.num_bytes, "sha256": survey.sha256}
+    if not survey.bad_members:
+        known = {"num_tokens": survey.num_tokens, **known}
+    told = {"sources": {source: survey.num_tokens}} if source is not None and not survey.bad_members else {}
+    kept = old.extra if old is not None and old.extra.get("sha256") == survey.sha256 else {}
+    extra = known | {key: value for key, value in (told | kept).items() if key not in ("num_tokens", *known)}
+    return ManifestEntry(shard_stem(survey.url), survey.num_sequences, extra)
 
 
-def _count(path: str, name: str) -> int:
-    with open(path, "rb") as file:
-        members = index_shard(file, name)
-    kinds = {member.kind for member in members}
-    keys = {member.key for member in members}
-    if len(kinds) > 1 and len(keys) < len(members):  # one sample stored in several kinds is still one sample
-        return len(keys)
-    return len(members)
+def write_entries(
+    url: str,
+    surveys: Sequence[ShardSurvey],
+    old: Mapping[str, ManifestEntry] | None = None,
+    source: str | None = None,
+) -> list[ManifestEntry]:
+    """Write the manifest `url` whole; returns its entries. DataError lists every broken shard, then nothing is written.
+
+    Broken members in a shard that is whole are told on standard error; they count as sequences, as in training.
+    """
+    from open_lm.data.shard_format import shard_stem, write_manifest
+
+    if faults := [survey.fault for survey in surveys if survey.fault]:
+        raise DataError(join_problems(faults, "No manifest was written: some shards cannot be used"))
+    for survey in surveys:
+        if survey.bad_members:
+            found = "; ".join(survey.bad_shown)
+            print(f"warning: {survey.bad_members:,} members cannot be read: {found}", file=sys.stderr, flush=True)
+    entries = [manifest_entry(survey, (old or {}).get(shard_stem(survey.url)), source) for survey in surveys]
+    write_manifest(url, entries)
+    return entries
+
+
+def changes(old: Mapping[str, ManifestEntry] | None, entries: Sequence[ManifestEntry]) -> list[str]:
+    """What a new manifest says otherwise than the old one, shard by shard."""
+    if old is None:
+        return ["there was none before"]
+    new = {entry.shard: entry for entry in entries}
+    lines = [f"{shard}: no longer there" for shard in old if shard not in new]
+    gained: dict[str, int] = {}
+    for shard, entry in new.items():
+        if shard not in old:
+            lines.append(f"{shard}: new")
+            continue
+        before = {"num_sequences": old[shard].num_sequences, **old[shard].extra}
+        after = {"num_sequences": entry.num_sequences, **entry.extra}
+        for name in after.keys() - before.keys():
+            gained[name] = gained.get(name, 0) + 1
+        for name in sorted(before):
+            if name not in after:
+                lines.append(f"{shard}: {name} left out, was {before[name]}")
+            elif after[name] != before[name]:
+                lines.append(f"{shard}: {name} {before[name]} -> {after[name]}")
+    lines += [f"{name} added to {count:,} shards" for name, count in sorted(gained.items())]
+    return lines or ["nothing changed"]
 
 
 def make_manifest(data_dir: str, filename: str = "manifest.jsonl", workers: int = 2, tmp_dir: str | None = None) -> int:
     """Write the manifest of a folder; returns the number of sequences. DataError lists every broken shard."""
-    urls = [url for url in storage.list_files(data_dir) if url.endswith(".tar")]
-    if not urls:
+    from open_lm import storage
+    from open_lm.utils.data_sets import find_data_sets, folders_in
+    from open_lm.utils.shard_survey import survey_shards
+
+    folder = next(iter(folders_in(data_dir, recursive=False)), None)
+    if folder is None or not folder.shards:
         raise DataError(f"--data-dir {data_dir}: no .tar file in this folder")
-    if workers < 1:
-        raise ConfigError(f"--num-workers must be at least 1, found {workers}")
-    if tmp_dir is not None:
-        storage.makedirs(tmp_dir)
-    entries: list[ManifestEntry] = []
-    problems: list[str] = []
-    with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(partial(count_sequences, url, tmp_dir)) for url in urls]
-        for number, (url, future) in enumerate(zip(urls, futures, strict=True), start=1):
-            try:
-                entries.append(ManifestEntry(shard_stem(url), future.result()))
-            except UserError as error:
-                problems.append(str(error))
-            if number % 100 == 0:
-                print(f"{number} of {len(urls)} shards", file=sys.stderr, flush=True)
-    if problems:
-        raise DataError(join_problems(problems, "No manifest was written: some shards cannot be used"))
-    write_manifest(storage.join(data_dir, filename), entries)
+    data_sets, problems = find_data_sets([folder])
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
+    surveys = survey_shards(list(folder.shards), list(folder.shards.values()), workers=workers, tmp_dir=tmp_dir)
+    source = data_sets[0].only_source if data_sets else None
+    entries = write_entries(storage.join(data_dir, filename), surveys, folder.entries, source)
     return sum(entry.num_sequences for entry in entries)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
+    from open_lm import storage
+
     args = make_parser().parse_args(argv)
     total = make_manifest(args.data_dir, args.manifest_filename, args.num_workers, args.tmp_dir)
     print(f"{storage.join(args.data_dir, args.manifest_filename)}: {total:,} sequences")

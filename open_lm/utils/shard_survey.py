@@ -1,0 +1,190 @@
+"""Look through whole shards: counts, checksum, used ids and lengths of documents, several shards at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from open_lm import storage
+from open_lm.data.shard_format import MEMBER_KINDS, PAD_ID, Member, decode_member, index_shard
+from open_lm.errors import ConfigError, DataError, UserError
+
+_BLOCK_MEMBERS = 256  # members looked at in one go
+_MAX_ID = 1 << 24  # larger ids count as one: no vocabulary has them, and a broken shard may hold any
+_PROGRESS_EVERY_S = 5.0
+MAX_SHOWN = 5  # broken members named of each shard
+
+
+@dataclass
+class ShardSurvey:
+    """What one shard holds. Tokens are all ids but pads; a shard with a `fault` is useless as a whole.
+
+    Pieces are what end-of-text ids and ends of sequences divide sequences into, their end-of-text ids included.
+    """
+
+    url: str
+    num_bytes: int = 0
+    sha256: str = ""
+    fault: str = ""
+    num_sequences: int = 0
+    num_tokens: int = 0
+    num_pads: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)  # ids of a member, pads included -> members
+    bad_members: int = 0
+    bad_shown: list[str] = field(default_factory=list)
+    min_id: int | None = None  # of all ids, pads left out
+    max_id: int | None = None
+    used_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64, sorted, none negative
+    piece_bins: Counter[int] = field(default_factory=Counter)  # b -> pieces of 2**b to 2**(b + 1) - 1 tokens
+    ended_pieces: int = 0  # pieces that an end-of-text id ends: as many as documents end here
+    longest_piece: int = 0
+
+
+def survey_shard(url: str, eot_id: int | None = None, tmp_dir: str | None = None) -> ShardSurvey:
+    """Read one shard to its end. A shard that cannot be used is told in `fault`, it raises nothing.
+
+    Without `eot_id` pieces are whole sequences. A remote shard is copied to `tmp_dir` (default: the system's) first.
+    """
+    survey = ShardSurvey(url)
+    try:
+        if storage.is_remote(url):
+            with tempfile.TemporaryDirectory(dir=tmp_dir) as folder:
+                path = os.path.join(folder, "shard.tar")
+                storage.download(url, path)
+                _read_file(survey, path, eot_id)
+        else:
+            _read_file(survey, storage.local_path(url), eot_id)
+    except UserError as error:
+        survey.fault = str(error)
+    except OSError as error:
+        survey.fault = f"{url}: cannot be read ({error})"
+    return survey
+
+
+def _read_file(survey: ShardSurvey, path: str, eot_id: int | None) -> None:
+    survey.num_bytes = os.path.getsize(path)
+    if not survey.num_bytes:
+        raise DataError(f"{survey.url}: it is empty; make or copy the shard again")
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        survey.sha256 = hashlib.sha256(data).hexdigest()
+        members = samples(index_shard(data, survey.url))
+        survey.num_sequences = len(members)
+        survey.kinds.update(member.kind for member in members)
+        used = np.zeros(_MAX_ID + 1, dtype=bool)
+        for start in range(0, len(members), _BLOCK_MEMBERS):
+            block = list(_decode(survey, data, members[start : start + _BLOCK_MEMBERS], eot_id))
+            if sum(map(len, block)):
+                _count(survey, block, used, eot_id)
+        survey.used_ids = np.flatnonzero(used)
+
+
+def samples(members: Sequence[Member]) -> list[Member]:
+    """One member for each sequence: of a sample that is stored in several kinds, the first of MEMBER_KINDS."""
+    if len({member.kind for member in members}) < 2:
+        return list(members)
+    chosen: dict[str, Member] = {}
+    for member in sorted(members, key=lambda member: MEMBER_KINDS.index(member.kind)):
+        chosen.setdefault(member.key, member)
+    return sorted(chosen.values(), key=lambda member: member.offset)
+
+
+def _decode(
+    survey: ShardSurvey, data: mmap.mmap, members: Iterable[Member], eot_id: int | None
+) -> Iterator[np.ndarray]:
+    for member in members:
+        try:
+            # The text "<|endoftext|>" of old members counts as id 0 where nothing else is known, as in training.
+            ids = decode_member(data[member.offset : member.offset + member.size], member.kind, eot_id=eot_id or 0)
+        except DataError as error:
+            survey.bad_members += 1
+            if len(survey.bad_shown) < MAX_SHOWN:
+                survey.bad_shown.append(f"{survey.url}: member {member.key}.{member.kind}: {error}")
+            continue
+        survey.lengths[len(ids)] += 1
+        yield ids
+
+
+def _count(survey: ShardSurvey, block: Sequence[np.ndarray], used: np.ndarray, eot_id: int | None) -> None:
+    """Add sequences, each int64 (T,), to the counts; marks their ids in `used` bool (_MAX_ID + 1,)."""
+    ids = np.concatenate(block)
+    ends = np.cumsum([len(sequence) for sequence in block])  # (sequences,)
+    kept = ids != PAD_ID
+    if not kept.all():
+        survey.num_pads += int(np.count_nonzero(~kept))
+        ends = np.concatenate([[0], np.cumsum(kept)])[ends]
+        ids = ids[kept]
+    if not len(ids):
+        return
+    low, high = int(ids.min()), int(ids.max())
+    survey.num_tokens += len(ids)
+    survey.min_id = low if survey.min_id is None else min(low, survey.min_id)
+    survey.max_id = high if survey.max_id is None else max(high, survey.max_id)
+    used[np.minimum(ids if low >= 0 else ids[ids >= 0], _MAX_ID)] = True
+    if eot_id is not None:
+        ended = np.flatnonzero(ids == eot_id) + 1
+        survey.ended_pieces += len(ended)
+        ends = np.union1d(ends, ended)
+    pieces = np.diff(ends, prepend=0)
+    pieces = pieces[pieces > 0]
+    survey.longest_piece = max(survey.longest_piece, int(pieces.max()))
+    bins = np.bincount(np.frexp(pieces)[1] - 1)  # frexp: 2**(exponent - 1) <= piece < 2**exponent
+    survey.piece_bins.update({number: int(count) for number, count in enumerate(bins) if count})
+
+
+def survey_shards(
+    urls: Sequence[str],
+    sizes: Sequence[int] | None = None,
+    *,
+    workers: int = 1,
+    eot_id: int | None = None,
+    tmp_dir: str | None = None,
+) -> list[ShardSurvey]:
+    """A survey of each url, in their order, by `workers` processes. Long work tells its progress on standard error.
+
+    `sizes` (bytes) makes the progress one of bytes.
+    """
+    if workers < 1:
+        raise ConfigError(f"--num-workers must be at least 1, found {workers}")
+    if tmp_dir is not None:
+        storage.makedirs(tmp_dir)
+    work = partial(survey_shard, eot_id=eot_id, tmp_dir=tmp_dir)
+    if min(workers, len(urls)) < 2:
+        return list(_with_progress(map(work, urls), len(urls), sizes))
+    # Fresh processes: a fork would share the connections and locks of this one.
+    with ProcessPoolExecutor(min(workers, len(urls)), multiprocessing.get_context("spawn")) as pool:
+        return list(_with_progress(pool.map(work, urls), len(urls), sizes))
+
+
+def _with_progress(surveys: Iterable[ShardSurvey], shards: int, sizes: Sequence[int] | None) -> Iterator[ShardSurvey]:
+    total = sum(sizes or ())
+    start = shown = time.monotonic()
+    done = 0
+    for number, survey in enumerate(surveys, start=1):
+        done += survey.num_bytes
+        now = time.monotonic()
+        if now - shown >= _PROGRESS_EVERY_S:
+            shown = now
+            print(progress_line(number, shards, done, total, now - start), file=sys.stderr, flush=True)
+        yield survey
+
+
+def progress_line(number: int, shards: int, done: int, total: int, elapsed_s: float) -> str:
+    """How far a look through shards has come: shards and bytes done, rate, time left (by bytes where `total` tells)."""
+    share = done / total if total > 0 else number / shards
+    left = round(elapsed_s / share - elapsed_s) if share else 0
+    rate = done / 1e6 / elapsed_s
+    clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    return f"{number:,} of {shards:,} shards ({share:.0%}), {done / 1e6:,.0f} MB, {rate:,.1f} MB/s, {clock} left"
