@@ -52,16 +52,12 @@ def write_entries(
 ) -> list[ManifestEntry]:
     """Write the manifest `url` whole; returns its entries. DataError lists every broken shard, then nothing is written.
 
-    Broken members in a shard that is whole are told on standard error; they count as sequences, as in training.
+    Broken members in a shard that is whole count as sequences, as in training.
     """
     from open_lm.data.shard_format import shard_stem, write_manifest
 
     if faults := [survey.fault for survey in surveys if survey.fault]:
         raise DataError(join_problems(faults, "No manifest was written: some shards cannot be used"))
-    for survey in surveys:
-        if survey.bad_members:
-            found = "; ".join(survey.bad_shown)
-            print(f"warning: {survey.bad_members:,} members cannot be read: {found}", file=sys.stderr, flush=True)
     entries = [manifest_entry(survey, (old or {}).get(shard_stem(survey.url)), source) for survey in surveys]
     write_manifest(url, entries)
     return entries
@@ -84,15 +80,22 @@ def changes(old: Mapping[str, ManifestEntry] | None, entries: Sequence[ManifestE
             gained[name] = gained.get(name, 0) + 1
         for name in sorted(before):
             if name not in after:
-                lines.append(f"{shard}: {name} left out, was {before[name]}")
+                lines.append(f"{shard}: {name} left out, was {_shown(before[name])}")
             elif after[name] != before[name]:
-                lines.append(f"{shard}: {name} {before[name]} -> {after[name]}")
+                lines.append(f"{shard}: {name} {_shown(before[name])} -> {_shown(after[name])}")
     lines += [f"{name} added to {count:,} shards" for name, count in sorted(gained.items())]
     return lines or ["nothing changed"]
 
 
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def make_manifest(data_dir: str, filename: str = "manifest.jsonl", workers: int = 2, tmp_dir: str | None = None) -> int:
-    """Write the manifest of a folder; returns the number of sequences. DataError lists every broken shard."""
+    """Write the manifest of a folder; returns the number of sequences. DataError lists every broken shard.
+
+    Broken members are told on standard error.
+    """
     from open_lm import storage
     from open_lm.utils.data_sets import find_data_sets, folders_in
     from open_lm.utils.shard_survey import survey_shards
@@ -104,6 +107,10 @@ def make_manifest(data_dir: str, filename: str = "manifest.jsonl", workers: int 
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr, flush=True)
     surveys = survey_shards(list(folder.shards), list(folder.shards.values()), workers=workers, tmp_dir=tmp_dir)
+    for survey in surveys:
+        if survey.bad_members:
+            found = "; ".join(survey.bad_shown)
+            print(f"warning: {survey.bad_members:,} members cannot be read: {found}", file=sys.stderr, flush=True)
     source = data_sets[0].only_source if data_sets else None
     entries = write_entries(storage.join(data_dir, filename), surveys, folder.entries, source)
     return sum(entry.num_sequences for entry in entries)
