@@ -20,14 +20,17 @@ from open_lm.datapreprocess.readers.formats import (
     Stretches,
     StretchReader,
     can_stream,
+    is_data_name,
     is_known,
     split,
     split_suffixes,
     stretches,
 )
+from open_lm.datapreprocess.readers.hub import HUB_PREFIX, expand_folder
 from open_lm.datapreprocess.readers.parts import Stretch
 
 __all__ = [
-    "FORMATS", "WHOLE", "BadDocument", "Block", "BrokenFile", "Document", "Piece", "PieceReader", "ReadOptions",
-    "Stretch", "StretchReader", "Stretches", "can_stream", "is_known", "split", "split_suffixes", "stretches",
+    "FORMATS", "HUB_PREFIX", "WHOLE", "BadDocument", "Block", "BrokenFile", "Document", "Piece", "PieceReader",
+    "ReadOptions", "Stretch", "StretchReader", "Stretches", "can_stream", "expand_folder", "is_data_name", "is_known",
+    "split", "split_suffixes", "stretches",
 ]  # fmt: skip

@@ -7,15 +7,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from open_lm.datapreprocess.readers.base import WHOLE, Block, Piece, ReadOptions
+from open_lm.datapreprocess.readers.columns import (
+    count_arrow,
+    count_parquet,
+    read_arrow,
+    read_parquet,
+    split_arrow,
+    split_parquet,
+)
 from open_lm.datapreprocess.readers.compression import COMPRESSIONS
-from open_lm.datapreprocess.readers.json_lines import LINE_END, parse_lines, read_lines
+from open_lm.datapreprocess.readers.json_documents import has_lines, read_json, split_json
+from open_lm.datapreprocess.readers.json_lines import LINE_END, byte_ranges, parse_lines, read_lines
 from open_lm.datapreprocess.readers.parts import Stretch, cut_stretches, split_parts
-from open_lm.datapreprocess.readers.source import Source
+from open_lm.datapreprocess.readers.source import Source, split_rows
 from open_lm.datapreprocess.readers.tars import read_tar
+from open_lm.datapreprocess.readers.texts import parse_texts, read_texts, text_separator
 from open_lm.errors import DataError
 
 _DEFAULTS = ReadOptions()
 _BLOCK_BYTES = 1 << 20
+_COMPANIONS = (
+    ".", "readme.", "license.", "changelog.", "dataset_info.", "dataset_infos.", "dataset_dict.", "state.json",
+    "manifest.", "dataset.json", "rejects.",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,26 +37,30 @@ class Format:
     """How the files of a suffix are read.
 
     `split` cuts an uncompressed file of so many bytes into pieces of about so many; without it a file is one piece.
-    Where parts of a file stand between separators, `separator` gives those of a file (None where it has none) and
-    `parse` makes documents of parts.
+    Where parts of a file stand between separators, `separator` gives that (None where options name none), `parse`
+    makes documents of parts, and `is_separated` looks at a file (address, compression) whose name does not tell.
+    `count` tells the rows of a file without reading them.
     """
 
     read: Callable[[Source, ReadOptions], Iterator[Block]]
     split: Callable[[str, int, int], list[Piece]] | None = None
-    separator: Callable[[str, ReadOptions], bytes | None] | None = None
+    separator: Callable[[ReadOptions], bytes | None] | None = None
+    is_separated: Callable[[str, str], bool] | None = None
     parse: Callable[[Source, list[bytes], ReadOptions], Block] | None = None
+    count: Callable[[str], int] | None = None
 
 
-def _byte_ranges(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
-    starts = list(range(0, num_bytes - unit_bytes // 2, unit_bytes))
-    return [Piece(url, a, b, b - a) for a, b in zip(starts, [*starts[1:], num_bytes], strict=True)]
-
-
-_LINES = Format(read_lines, _byte_ranges, lambda _url, _options: LINE_END, parse_lines)
+_JSON_LINES = Format(read_lines, byte_ranges, lambda _: LINE_END, parse=parse_lines)
+_TEXT = Format(read_texts, separator=text_separator, parse=parse_texts)
 FORMATS: dict[str, Format] = {
-    ".jsonl": _LINES,
-    ".ndjson": _LINES,
-    ".json": _LINES,
+    ".jsonl": _JSON_LINES,
+    ".ndjson": _JSON_LINES,
+    ".json": Format(read_json, split_json, lambda _: LINE_END, has_lines, parse_lines),
+    ".txt": _TEXT,
+    ".text": _TEXT,
+    ".md": _TEXT,
+    ".parquet": Format(read_parquet, split_parquet, count=count_parquet),
+    ".arrow": Format(read_arrow, split_arrow, count=count_arrow),
     ".tar": Format(read_tar),
 }
 
@@ -55,7 +73,7 @@ def split_suffixes(url: str) -> tuple[str, str]:
 
     A compressed file without a further suffix (`00.zst`) is taken for JSON lines.
     """
-    stem, suffix = os.path.splitext(url.rpartition("/")[2].lower())
+    stem, suffix = os.path.splitext(split_rows(url)[0].rpartition("/")[2].lower())
     compression = ""
     if suffix in COMPRESSIONS:
         compression = suffix
@@ -78,6 +96,11 @@ def is_known(url: str) -> bool:
     return True
 
 
+def is_data_name(url: str) -> bool:
+    """Whether a file found in a folder is meant as data: known, and no readme or description that lies beside data."""
+    return is_known(url) and not url.rpartition("/")[2].lower().startswith(_COMPANIONS)
+
+
 # --- pieces ------------------------------------------------------------------------------------------------------
 
 
@@ -85,9 +108,23 @@ def split(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
     """Pieces of about `unit_bytes` that together are the file, where its format allows; else the whole file."""
     compression, suffix = split_suffixes(url)
     cut = FORMATS[suffix].split
-    if compression or cut is None or num_bytes <= 2 * unit_bytes:
+    if compression or cut is None or split_rows(url)[1] or num_bytes <= 2 * unit_bytes:
         return [Piece(url, 0, WHOLE, max(num_bytes, 0))]
     return cut(url, num_bytes, unit_bytes)
+
+
+def is_counted(url: str) -> bool:
+    """Whether the file itself tells how many rows it has."""
+    return FORMATS[split_suffixes(url)[1]].count is not None
+
+
+def count_rows(url: str) -> int:
+    """The rows (lines that are not blank, elements) of a file, good and bad."""
+    count = FORMATS[split_suffixes(url)[1]].count
+    if count is not None:
+        return count(url)
+    blocks = PieceReader(Piece(url, 0, WHOLE, 0))
+    return sum(len(block.documents) + sum(bad.line > 0 for bad in block.bad) for block in blocks)
 
 
 class PieceReader:
@@ -124,13 +161,20 @@ class PieceReader:
 
 
 def can_stream(url: str, options: ReadOptions = _DEFAULTS) -> bool:
-    """Whether one reader can decompress the file while others parse it: compressed lines or separated texts."""
-    return bool(split_suffixes(url)[0]) and _separator(url, options) is not None
+    """Whether one reader can cut the file into stretches while others parse them.
+
+    So it is with lines that are compressed and with texts between separators; plain lines are better cut into pieces.
+    """
+    compression, suffix = split_suffixes(url)
+    form = FORMATS[suffix]
+    if split_rows(url)[1] or _separator(url, options) is None or (form.split and not compression):
+        return False
+    return form.is_separated is None or form.is_separated(url, compression)
 
 
 def _separator(url: str, options: ReadOptions) -> bytes | None:
     separator = FORMATS[split_suffixes(url)[1]].separator
-    return separator(url, options) if separator else None
+    return separator(options) if separator else None
 
 
 class Stretches:

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from open_lm.datapreprocess.readers.base import BOM, WHOLE, BadDocument, Block, Document, ReadOptions
+from open_lm.datapreprocess.readers.base import BOM, WHOLE, BadDocument, Block, Document, Piece, ReadOptions
 from open_lm.datapreprocess.readers.parts import split_parts
 from open_lm.datapreprocess.readers.source import Source
 
@@ -16,13 +16,32 @@ LINE_END = b"\n"
 Finding = tuple[str, str]  # kind and detail of what is wrong
 
 
-def read_lines(source: Source, options: ReadOptions) -> Iterator[Block]:
-    """The documents of a file of JSON lines, or of those of its lines that begin in a byte range."""
-    blocks = source.blocks() if source.compression else source.line_blocks()
-    for lines in split_parts(blocks, LINE_END):
+def byte_ranges(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
+    """Pieces of a file that is not compressed."""
+    starts = list(range(0, num_bytes - unit_bytes // 2, unit_bytes))
+    return [Piece(url, a, b, b - a) for a, b in zip(starts, [*starts[1:], num_bytes], strict=True)]
+
+
+def read_lines(source: Source, options: ReadOptions, blocks: Iterator[bytes] | None = None) -> Iterator[Block]:
+    """The documents of a file of JSON lines (its `blocks`), or of those lines that begin in a byte range of it."""
+    if blocks is None:
+        blocks = source.blocks() if source.piece.end == WHOLE else source.line_blocks()
+    parts = split_parts(blocks, LINE_END)
+    for lines in _only(parts, *source.rows) if source.rows else parts:
         yield parse_lines(source, lines, options)
-    if not source.lines and source.piece.end == WHOLE:
+    if not source.lines and source.piece.end == WHOLE and not source.rows:
         yield source.empty_file()
+
+
+def _only(parts: Iterator[list[bytes]], first: int, last: int) -> Iterator[list[bytes]]:
+    """Lines number `first` … `last` - 1 of those that are not blank."""
+    seen = 0
+    for found in parts:
+        lines = [line for line in found if line and not line.isspace()]
+        yield lines[max(first - seen, 0) : max(last - seen, 0)]
+        seen += len(lines)
+        if seen >= last:
+            return
 
 
 def parse_lines(source: Source, lines: list[bytes], options: ReadOptions) -> Block:

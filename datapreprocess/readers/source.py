@@ -6,14 +6,24 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, cast
 
 from open_lm import storage
-from open_lm.datapreprocess.readers.base import WHOLE, BadDocument, Block, BrokenFile, Document, Piece, excerpt
+from open_lm.datapreprocess.readers.base import BadDocument, Block, BrokenFile, Document, Piece, excerpt
 from open_lm.datapreprocess.readers.compression import decompressed
 
 _COMPRESSED_BYTES, _PLAIN_BYTES = 256 << 10, 1 << 20
+_BLOCK_CHARACTERS, _BLOCK_DOCUMENTS = 1 << 20, 1024
+_ROWS = re.compile(r"(.*)\?rows=(\d+):(\d+)", re.DOTALL)
+
+
+def split_rows(url: str) -> tuple[str, tuple[int, int] | None]:
+    """The address of a file and the rows [first, last) that are wanted of it (`FILE?rows=FIRST:LAST`), None for all."""
+    match = _ROWS.fullmatch(url)
+    return (match[1], (int(match[2]), int(match[3]))) if match else (url, None)
 
 
 class Source:
@@ -25,6 +35,7 @@ class Source:
 
     def __init__(self, piece: Piece, compression: str) -> None:
         self.piece, self.compression = piece, compression
+        self.path, self.rows = split_rows(piece.url)
         self.bytes_read = self.lines = 0
         self.digest: str | None = None
         self._hash = hashlib.sha256()
@@ -33,17 +44,17 @@ class Source:
     def open(self) -> Iterator[IO[bytes]]:
         """The file, seekable; what storage cannot read of it is a BrokenFile."""
         try:
-            with storage.open_file(self.piece.url) as file:
+            with storage.open_file(self.path) as file:
                 yield file
         except OSError as error:
             text = str(error)
-            message = text if self.piece.url in text else f"{self.piece.url}: cannot be read ({text})"
+            message = text if self.path in text else f"{self.path}: cannot be read ({text})"
             raise BrokenFile("unreadable", message) from error
 
     def blocks(self) -> Iterator[bytes]:
         """The content of the whole file, decompressed, a block at a time."""
         if self.compression:
-            return decompressed(self._raw_blocks(_COMPRESSED_BYTES), self.compression, self.piece.url)
+            return decompressed(self._raw_blocks(_COMPRESSED_BYTES), self.compression, self.path)
         return self._raw_blocks(_PLAIN_BYTES)
 
     def _raw_blocks(self, block_bytes: int) -> Iterator[bytes]:
@@ -55,9 +66,6 @@ class Source:
 
     def line_blocks(self) -> Iterator[bytes]:
         """The lines that begin in the bytes [start, end) of the piece, in blocks that end anywhere."""
-        if self.piece.end == WHOLE:
-            yield from self.blocks()
-            return
         start, end = self.piece.start, self.piece.end
         position = max(start - 1, 0)  # a line begins at `start` only where the byte before ends another
         inside = start == 0
@@ -78,6 +86,29 @@ class Source:
         self._finish()
 
     @contextlib.contextmanager
+    def open_seekable(self) -> Iterator[IO[bytes]]:
+        """The content as a seekable file; a compressed one is unpacked to disk first.
+
+        Of one whose compressed data breaks off, the content before the break is given before the error is raised.
+        """
+        if not self.compression:
+            with self.open() as file:
+                yield file
+            return
+        fault: BrokenFile | None = None
+        with tempfile.TemporaryFile() as unpacked:
+            try:
+                unpacked.writelines(self.blocks())
+            except BrokenFile as error:
+                fault = error
+            try:
+                yield unpacked
+            except BrokenFile as error:
+                raise fault or error from None
+        if fault is not None:
+            raise fault
+
+    @contextlib.contextmanager
     def open_forwards(self) -> Iterator[IO[bytes]]:
         """The uncompressed file for a reader that seeks forwards only: what it skips, and the rest, is hashed too."""
         with self.open() as file:
@@ -93,6 +124,29 @@ class Source:
 
     def block(self, documents: Sequence[Document], bad: Sequence[BadDocument] = ()) -> Block:
         return Block(list(documents), list(bad), self.bytes_read)
+
+    def in_blocks(self, found: Iterable[Document | BadDocument]) -> Iterator[Block]:
+        """What is found one by one, in blocks; before a BrokenFile comes what was found."""
+        documents: list[Document] = []
+        bad: list[BadDocument] = []
+        size = 0
+        fault: BrokenFile | None = None
+        try:
+            for item in found:
+                if isinstance(item, BadDocument):
+                    bad.append(item)
+                else:
+                    documents.append(item)
+                    size += len(item)
+                if size >= _BLOCK_CHARACTERS or len(documents) + len(bad) >= _BLOCK_DOCUMENTS:
+                    yield self.block(documents, bad)
+                    documents, bad, size = [], [], 0
+        except BrokenFile as error:
+            fault = error
+        if documents or bad:
+            yield self.block(documents, bad)
+        if fault is not None:
+            raise fault
 
     def bad(self, kind: str, line: int, detail: str, content: bytes | str = b"") -> BadDocument:
         """What is wrong with the line, row or (0) the whole of this piece."""
