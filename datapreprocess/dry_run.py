@@ -16,6 +16,7 @@ from open_lm import storage
 from open_lm.datapreprocess.cluster import local_workers
 from open_lm.datapreprocess.inputs import InputFile
 from open_lm.datapreprocess.job import Job, shard_size
+from open_lm.datapreprocess.memory import plan_budget
 from open_lm.datapreprocess.probe import Probe, probe
 from open_lm.datapreprocess.progress import clock, memory_in_use, size
 from open_lm.datapreprocess.tokenization import DocumentEncoder
@@ -25,7 +26,8 @@ _SAMPLE_BYTES = 8 << 20
 _SMALL_BYTES = 1 << 20  # so much may be read of any input; of a larger one at most a quarter
 # Not measured here: what a disk takes, what Ray and a worker's buffers hold, how storage reads and writes objects.
 _DISK_BYTES_PER_S = 200e6
-_RAY_BYTES, _BUFFER_BYTES = 512 << 20, 128 << 20
+_RAY_BYTES = 512 << 20
+_HELD_TIMES = 4  # buffers that a worker holds at once
 _GET_BYTES, _PUT_BYTES = 8 << 20, 32 << 20
 _KEY_BYTES = 8  # of a sequence in the work folder, beside its ids
 
@@ -149,7 +151,8 @@ def _predict(job: Job, encoder: DocumentEncoder, sources: Sequence[_Source]) -> 
     members = [member for source in sources for found in source.probes for member in found.member_bytes]
     output_bytes = int(sequences * sum(members) / len(members))
     work_bytes = sequences * (job.length * encoder.dtype.itemsize + _KEY_BYTES)
-    workers = local_workers(job.workers) if job.ray_address is None else job.workers or 1
+    budget = plan_budget(job.memory_limit, local_workers(job.workers) if job.ray_address is None else job.workers or 1)
+    held_bytes = _HELD_TIMES * min(budget.buffer_bytes, work_bytes)
     seconds = sum(source.density(lambda found: found.seconds) * source.num_bytes * source.factor for source in sources)
     taken_bytes = sum(source.num_bytes * source.factor for source in sources)
     return Estimate(
@@ -159,10 +162,10 @@ def _predict(job: Job, encoder: DocumentEncoder, sources: Sequence[_Source]) -> 
         shards=shards,
         output_bytes=output_bytes,
         work_bytes=work_bytes,
-        memory_bytes=workers * (memory_in_use([os.getpid()]) + _BUFFER_BYTES) + _RAY_BYTES,
-        workers=workers,
+        memory_bytes=budget.workers * (memory_in_use([os.getpid()]) + held_bytes) + _RAY_BYTES,
+        workers=budget.workers,
         encode_bytes_per_s=taken_bytes / seconds if seconds else 0.0,
-        tokenize_s=seconds / workers,
+        tokenize_s=seconds / budget.workers,
         write_s=(2 * work_bytes + output_bytes) / _DISK_BYTES_PER_S,
         get_requests=_gets(sources),
         put_requests=_puts(job, shards, output_bytes),
@@ -271,7 +274,7 @@ def describe(prediction: Estimate) -> str:
         f"time: about {clock(prediction.tokenize_s + prediction.write_s)} with {prediction.workers} "
         f"worker{'s' * (prediction.workers != 1)}: {clock(prediction.tokenize_s)} to tokenize, if each keeps the "
         f"{prediction.encode_bytes_per_s / 1e6:,.2f} MB/s of input that one process reached here just now; "
-        f"{clock(prediction.write_s)} to write, at an assumed {size(_DISK_BYTES_PER_S)}/s",
+        f"{clock(prediction.write_s)} to write, at an assumed {size(_DISK_BYTES_PER_S)}/s; Ray's start comes to it",
         f"memory: about {size(prediction.memory_bytes)}",
     ]
     if prediction.get_requests or prediction.put_requests:

@@ -5,6 +5,7 @@ Where a format can be cut, a probe is a piece from anywhere in a file; of other 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,35 +109,37 @@ def _openings(item: InputFile, offsets: Sequence[int], options: ReadOptions) -> 
 
 def _piece(piece: Piece, limit: int, options: ReadOptions, found: Probe) -> Iterator[Block]:
     """The blocks of a piece until `limit` bytes of it are read."""
-    started = time.perf_counter()
-    for block in PieceReader(piece, options):
-        found.seconds += time.perf_counter() - started
+    blocks = iter(PieceReader(piece, options))
+    while True:
+        with _timed(found):
+            block = next(blocks, None)
+        if block is None:
+            break
         found.read = block.bytes_read
         found.stands_for = float(block.bytes_read)
         yield block
         if limit <= block.bytes_read < piece.num_bytes:
             found.beginning = piece.end == WHOLE
             return
-        started = time.perf_counter()
     found.read, found.stands_for = piece.num_bytes, float(piece.num_bytes)
 
 
 def _beginning(item: InputFile, limit: int, options: ReadOptions, found: Probe) -> Iterator[Block]:
     """The whole lines (or texts) in the first `limit` bytes of a compressed file."""
-    started = time.perf_counter()
     compression, suffix = split_suffixes(item.url)
     separator_of = FORMATS[suffix].separator
-    separator = separator_of(item.url, compression, options) if separator_of else None
+    separator = separator_of(options) if separator_of else None
     assert separator is not None, "only what has separators can be streamed"
-    content, found.read, expansion = _head(item, compression, separator, limit)
+    with _timed(found):
+        content, found.read, expansion = _head(item, compression, separator, limit)
     if found.read >= item.num_bytes:
         found.stands_for = float(item.num_bytes)
     else:
         found.beginning = True
         content = content[: content.rfind(separator) + len(separator)]
         found.stands_for = len(content) / expansion
-    blocks = list(StretchReader(Stretch(0, content, 1), item.url, options))
-    found.seconds += time.perf_counter() - started
+    with _timed(found):
+        blocks = list(StretchReader(Stretch(0, content, 1), item.url, options))
     yield from blocks
 
 
@@ -170,15 +173,22 @@ def _head(item: InputFile, compression: str, separator: bytes, limit: int) -> tu
     return b"".join(parts), position, (length - before) / max(1, end - start)
 
 
+@contextlib.contextmanager
+def _timed(found: Probe) -> Iterator[None]:
+    """Add the seconds that one processor needs: those that pass, or more where several work at once."""
+    wall, processors = time.perf_counter(), time.process_time()
+    yield
+    found.seconds += max(time.perf_counter() - wall, time.process_time() - processors)
+
+
 def _count(found: Probe, blocks: Iterable[Block], job: Job, encoder: DocumentEncoder) -> None:
     """Encode the blocks and fill the probe."""
     for block in blocks:
         found.bad += len(block.bad)
         if not block.documents:
             continue
-        started = time.perf_counter()
-        ids = encoder.encode(block.documents).ids
-        found.seconds += time.perf_counter() - started
+        with _timed(found):
+            ids = encoder.encode(block.documents).ids
         found.documents += len(block.documents)
         found.tokens += len(ids)
         if len(ids):
