@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -58,7 +59,9 @@ def test_json_holds_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["problems"] == [] and found["data_sets"][0]["whole"]
 
 
-def test_folders_of_one_data_set_and_their_sum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_of_one_data_set_and_their_sum(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = tmp_path / "7-v1"
     entries = make_folder(root / "0", {"s0": SEQUENCES[:2]}) + make_folder(root / "1", {"s0": SEQUENCES[2:]})
     data = orjson.dumps(record(entries, settings={"folders": ["0", "1", "2"]}))
@@ -72,9 +75,14 @@ def test_folders_of_one_data_set_and_their_sum(tmp_path: Path, capsys: pytest.Ca
     assert found["sources"]["from"] == "dataset.json"
     part = facts(capsys, str(root / "0"), "--verify")
     assert not part["data_sets"][0]["whole"] and any("only a part" in note for note in part["verified"]["unchecked"])
+    shutil.copytree(root / "0", tmp_path / "elsewhere" / "copy")
+    assert not facts(capsys, str(tmp_path / "elsewhere"))["data_sets"][0]["whole"]
+    monkeypatch.chdir(root)
+    assert not facts(capsys, "0")["data_sets"][0]["whole"]
+    assert facts(capsys, "0", "1", "--verify")["data_sets"][0]["whole"]
     (root / "1" / "s0.tar").unlink()
     (root / "1" / "manifest.jsonl").unlink()
-    assert "the shards hold 16 tokens, dataset.json says 29" in problems(str(tmp_path), "--verify")
+    assert "the shards hold 16 tokens, dataset.json says 29" in problems(str(root), "--verify")
 
 
 def test_a_record_above_the_folders_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
