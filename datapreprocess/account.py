@@ -2,75 +2,128 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from open_lm.data.shard_format import PAD_ID, ShardInfo
-from open_lm.datapreprocess.job import Job, Unit
+from open_lm.data.shard_format import PAD_ID, member_key
+from open_lm.datapreprocess.inputs import InputFile, Unit
+from open_lm.datapreprocess.job import Job, input_records
 from open_lm.datapreprocess.readers import BadDocument
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport
-from open_lm.datapreprocess.writer import ShardPlan, member_key
+from open_lm.datapreprocess.writer import ShardPlan, Tail, WrittenShard
 from open_lm.errors import join_problems
 
 
-def check_counts(reports: Iterable[UnitReport], infos: Iterable[ShardInfo], dropped_tokens: int) -> None:
-    """Every token that was made is in the shards, once. Anything else is a defect of ours: RuntimeError."""
-    made = sum(report.tokens for report in reports)
-    written = sum(info.num_tokens for info in infos)
-    if made != written + dropped_tokens:
-        raise RuntimeError(f"{made} tokens were made, {written} written and {dropped_tokens} dropped: the sums differ")
+@dataclass(frozen=True)
+class Output:
+    """What was written for one output: of the one `source`, or, where that is "", of all together."""
+
+    source: str
+    units: Sequence[Unit]
+    reports: Sequence[UnitReport]
+    shards: Sequence[ShardPlan]
+    written: Sequence[WrittenShard]
+    tail: Tail
+
+    def check(self, drop_tail: bool) -> None:
+        """Every token that was made is in the shards, once. Anything else is a defect of ours: RuntimeError."""
+        made = sum(report.tokens for report in self.reports)
+        written = sum(result.info.num_tokens for result in self.written)
+        dropped = len(self.tail.ids) if drop_tail else 0
+        by_source = sum(sum(result.sources.values()) for result in self.written)
+        if made != written + dropped or written != by_source:
+            raise RuntimeError(
+                f"{made} tokens were made, {written} written ({by_source} by source) and {dropped} dropped: "
+                "the sums differ"
+            )
 
 
-def data_set_record(
-    job: Job,
-    units: Sequence[Unit],
-    reports: Sequence[UnitReport],
-    *,
-    shards: Sequence[ShardPlan],
-    infos: Sequence[ShardInfo],
-    tail: np.ndarray,
-) -> dict[str, Any]:
-    """Counts, sources, bad documents and the fate of the tail, as they stand in dataset.json."""
-    sources: dict[str, dict[str, int]] = {}
-    for unit, report in zip(units, reports, strict=True):
-        counts = sources.setdefault(unit.source, {"documents": 0, "tokens": 0})
-        counts["documents"] += report.documents
-        counts["tokens"] += report.tokens
-    by_index = {report.index: report for report in reports}
+def dataset_record(job: Job, settings: dict[str, Any], outputs: Sequence[Output]) -> dict[str, Any]:
+    """What stands in dataset.json: settings, inputs, counts, sources, bad documents and the fate of the tails."""
+    reports = [report for output in outputs for report in output.reports]
+    units = {unit.index: unit for output in outputs for unit in output.units}
+    infos = [result.info for output in outputs for result in output.written]
+    used = {piece.url for unit in units.values() for piece in unit.pieces}
+    inputs = [item for item in job.inputs if item.url in used]
+    tails = [tail_record(job, output) for output in outputs]
     return {
         "tool": {"name": "open_lm", "version": _version()},
+        "settings": settings,
+        "inputs": with_digests(inputs, units, reports),
         "counts": {
             "documents": sum(report.documents for report in reports),
             "characters": sum(report.characters for report in reports),
             "tokens": sum(report.tokens for report in reports),
             "sequences": sum(info.num_sequences for info in infos),
+            "pads": sum(report.pads for report in reports) + sum(tail.get("pads", 0) for tail in tails),
             "shards": len(infos),
             "bytes": sum(info.num_bytes for info in infos),
             "bad_documents": sum(bad_counts(reports).values()),
         },
-        "sources": sources if job.sampling else {},
+        "sources": _source_records(inputs, units, reports),
+        "mixture": job.mixture,
         "bad_documents": bad_counts(reports),
-        "bad_documents_first": [place for place, _ in _located(units, by_index)][:MAX_SHOWN],
-        "tail": _tail_record(job, shards, tail),
+        "bad_documents_first": [place for place, _ in located(list(units.values()), reports)][:MAX_SHOWN],
+        "broken_files": [broken.detail for report in reports for broken in report.broken],
+        "tail": tails[0] if len(tails) == 1 else {"fate": "in each source's own record"},
     }
 
 
-def _tail_record(job: Job, shards: Sequence[ShardPlan], tail: np.ndarray) -> dict[str, Any]:
+def _source_records(
+    inputs: Sequence[InputFile], units: Mapping[int, Unit], reports: Sequence[UnitReport]
+) -> dict[str, dict[str, int]]:
+    records: dict[str, dict[str, int]] = {}
+    files: dict[str, set[str]] = {}
+    for report in reports:
+        unit = units[report.index]
+        counts = records.setdefault(unit.source, {"files": 0, "documents": 0, "characters": 0, "tokens": 0})
+        files.setdefault(unit.source, set()).update(piece.url for piece in unit.pieces)
+        counts["files"] = len(files[unit.source])
+        counts["documents"] += report.documents
+        counts["characters"] += report.characters
+        counts["tokens"] += report.tokens
+    return dict(sorted(records.items()))
+
+
+def with_digests(
+    inputs: Sequence[InputFile], units: Mapping[int, Unit], reports: Sequence[UnitReport]
+) -> list[dict[str, Any]]:
+    """Records of the inputs with the sha256 of what was read: of the file, or of the pieces that it was cut into."""
+    pieces: dict[str, dict[tuple[int, int], str]] = {}
+    for report in reports:
+        unit = units[report.index]
+        covered = unit.pieces if len(report.digests) == len(unit.pieces) else ()
+        for piece, digest in zip(covered, report.digests, strict=False):
+            if digest:
+                pieces.setdefault(piece.url, {})[piece.start, piece.end] = digest
+    records = input_records(inputs)
+    for record in records:
+        found = sorted(pieces.get(record["url"], {}).items())
+        if len(found) == 1:
+            record["sha256"] = found[0][1]
+        elif found:
+            record["sha256_of_pieces"] = hashlib.sha256("".join(digest for _, digest in found).encode()).hexdigest()
+            record["pieces"] = [list(span) for span, _ in found]
+    return records
+
+
+def tail_record(job: Job, output: Output) -> dict[str, Any]:
     """What became of the ids after the last full sequence: nothing left, dropped, or padded in the last member."""
-    if not len(tail):
+    tokens = len(output.tail.ids)
+    if not tokens:
         return {"fate": "none", "tokens": 0}
     if job.drop_tail:
-        return {"fate": "dropped", "tokens": len(tail)}
-    last = shards[-1]
+        return {"fate": "dropped", "tokens": tokens}
+    last = output.shards[-1]
     return {
         "fate": "padded",
-        "tokens": len(tail),
-        "pads": job.length - len(tail),
+        "tokens": tokens,
+        "pads": job.length - tokens,
         "pad_id": PAD_ID,
-        "folder": job.layout.folders[last.folder],
+        "folder": last.folder,
         "shard": last.url.rpartition("/")[2].removesuffix(".tar"),
         "key": member_key(last.first + last.count - 1),
     }
@@ -83,20 +136,27 @@ def _version() -> str:
         return "unknown"
 
 
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: 1 shard, 2,000 shards."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def summary(record: Mapping[str, Any]) -> str:
     """A data set in a sentence."""
     counts, tail, length = record["counts"], record["tail"], record["settings"]["seq_len"] + 1
     text = (
-        f"{counts['documents']:,} documents, {counts['tokens']:,} tokens (end-of-text ids included), "
-        f"{counts['sequences']:,} sequences of {length} ids in {counts['shards']:,} shards"
+        f"{plural(counts['documents'], 'document')}, {plural(counts['tokens'], 'token')} (end-of-text ids included), "
+        f"{plural(counts['sequences'], 'sequence')} of {length} ids in {plural(counts['shards'], 'shard')}"
     )
-    if tail["fate"] == "padded":
-        text += f", the last one with {tail['pads']:,} pads"
+    if counts["pads"]:
+        text += f", {plural(counts['pads'], 'pad')} in them"
     if tail["fate"] == "dropped":
-        text += f", {tail['tokens']:,} tokens of the tail dropped"
+        text += f", {plural(tail['tokens'], 'token')} of the tail dropped"
     if counts["bad_documents"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in record["bad_documents"].items())
         text += f"; left out: {kinds}"
+    if record["broken_files"]:
+        text += f"; broken: {plural(len(record['broken_files']), 'file')}"
     return text
 
 
@@ -112,32 +172,59 @@ def bad_counts(reports: Iterable[UnitReport]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def explain_bad_documents(units: Sequence[Unit], reports: Mapping[int, UnitReport]) -> str:
-    """The first bad documents with file and line, as one message."""
-    lines = [f"{place}: {bad.kind}: {bad.detail}" for place, bad in _located(units, reports)][:MAX_SHOWN]
-    more = sum(bad_counts(reports.values()).values()) - len(lines)
-    lines += [f"and {more} more in what was read so far"] if more > 0 else []
+def too_bad(reports: Sequence[UnitReport], total_bytes: int, limit: float) -> bool:
+    """Whether more is lost than the limit allows of the whole job: of its documents, or of its bytes in broken files.
+
+    While only a part of the bytes is read, its documents are taken to stand for the rest, so that a wrong key is told
+    at once and not after days.
+    """
+    bad = sum(bad_counts(reports).values())
+    lost_bytes = sum(broken.lost_bytes for report in reports for broken in report.broken)
+    broken_files = any(report.broken for report in reports)
+    read_bytes = sum(report.num_bytes for report in reports)
+    documents = (sum(report.seen for report in reports) + bad) * max(1.0, total_bytes / max(1, read_bytes))
+    return bad > limit * documents or lost_bytes > limit * total_bytes or (broken_files and limit == 0)
+
+
+def explain_bad(
+    units: Sequence[Unit], reports: Sequence[UnitReport], *, total_bytes: int, limit: float, rejects: str
+) -> str:
+    """What could not be used, the first of each with file and line, as one message."""
+    bad, seen = sum(bad_counts(reports).values()), sum(report.seen for report in reports)
+    lines = [broken.detail for report in reports for broken in report.broken][:MAX_SHOWN]
+    lines += [f"{place}: {found.kind}: {found.detail}" for place, found in located(units, reports)][:MAX_SHOWN]
+    all_broken = [broken for report in reports for broken in report.broken]
+    hidden = bad + len(all_broken) - len(lines)
+    lines += [f"and {hidden} more in what was read so far"] if hidden > 0 else []
+    lost = sum(broken.lost_bytes for broken in all_broken)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in bad_counts(reports).items())
+    facts = [f"{bad:,} of {plural(bad + seen, 'document')} ({kinds})"] if bad else []
+    facts += [f"{plural(len(all_broken), 'file')} broken, {lost:,} of {total_bytes:,} bytes lost"] if all_broken else []
     return join_problems(
-        lines, "Some documents cannot be used; mend them, or leave them out and count them with --skip-bad-lines"
+        lines,
+        f"Some of the input cannot be used: {'; '.join(facts)}; --max-bad-fraction allows {limit:g}. Mend it, or allow "
+        f"more with --max-bad-fraction (1 leaves out and counts whatever is bad); finished work is kept. All that was "
+        f"rejected is in {rejects}",
     )
 
 
-def _located(units: Sequence[Unit], reports: Mapping[int, UnitReport]) -> Iterator[tuple[str, BadDocument]]:
+def located(units: Sequence[Unit], reports: Sequence[UnitReport]) -> Iterator[tuple[str, BadDocument]]:
     """Each noted bad document with its place. Lines of a file that was cut are counted from the file's beginning."""
     lines_before: dict[tuple[str, int], int] = {}
+    by_index: dict[int, list[UnitReport]] = {}
+    for report in reports:
+        by_index.setdefault(report.index, []).append(report)
     for unit in units:
-        report = reports.get(unit.index)
-        if unit.copy or report is None:
-            continue
-        for piece, lines in zip(unit.pieces, report.lines, strict=False):
-            base = 0 if piece.start == 0 else lines_before.get((piece.url, piece.start))
-            if base is not None:
-                lines_before[piece.url, piece.end] = base + lines
-        for bad in report.bad_shown:
-            base = 0 if bad.start == 0 else lines_before.get((bad.url, bad.start))
-            if not bad.line:
-                yield bad.url, bad
-            elif base is None:
-                yield f"{bad.url} line {bad.line} after byte {bad.start}", bad
-            else:
-                yield f"{bad.url} line {base + bad.line}", bad
+        for report in by_index.get(unit.index, []):
+            for piece, lines in zip(unit.pieces, report.lines, strict=False):
+                base = 0 if piece.start == 0 else lines_before.get((piece.url, piece.start))
+                if base is not None:
+                    lines_before[piece.url, piece.end] = base + lines
+            for bad in report.bad_shown:
+                base = 0 if bad.start == 0 else lines_before.get((bad.url, bad.start))
+                if not bad.line:
+                    yield bad.url, bad
+                elif base is None:
+                    yield f"{bad.url} line {bad.line} of the part that begins at {bad.start}", bad
+                else:
+                    yield f"{bad.url} line {base + bad.line}", bad

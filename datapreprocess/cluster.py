@@ -7,117 +7,267 @@ import logging
 import os
 import re
 import socket
+import sys
+import uuid
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import open_lm
 from open_lm.errors import ConfigError, DataError, UserError
 
 _logger = logging.getLogger(__name__)
-_OBJECT_STORE_BYTES = 256 << 20  # data goes through the work folder; the store only holds tokenizer and small results
+_OBJECT_STORE_BYTES = 256 << 20  # sequences go through the work folder; the store holds only what is fed to tasks
+_WAITING_ITEMS = 3  # of a feed, between the task that makes them and the tasks that take them
 _KNOCK_S = 10.0
+_LOCAL = "local"  # Ray's own word for a session of this machine
+_TICK_S = 1.0
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One task: a plain function, which must be importable where it runs, and its arguments."""
+
+    function: Callable[..., T]
+    args: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Feed(Generic[T]):
+    """A task that yields items, each of which becomes the last argument of a task of its own."""
+
+    generator: Callable[..., Iterator[Any]]
+    args: tuple[Any, ...]
+    consumer: Callable[..., T]
+    consumer_args: tuple[Any, ...]
+
+
+class Shared(Generic[T]):
+    """A value that many tasks need: it is sent to each worker process once, not with every task."""
+
+    _received: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, value: T) -> None:
+        self._value = value
+        self._key = uuid.uuid4().hex
+        self._reference: Any = None
+
+    def get(self) -> T:
+        """The value."""
+        return self._value
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        import ray
+
+        if self._reference is None:
+            self._reference = ray.put(self._value)
+        return _receive, (self._key, [self._reference])
+
+
+def _receive(key: str, reference: list[Any]) -> Shared[Any]:
+    """A Shared as a worker sees it; the value is fetched by the first task that brings it."""
+    import ray
+
+    if key not in Shared._received:
+        shared = Shared(ray.get(reference[0]))
+        shared._key = key
+        Shared._received[key] = shared
+    found: Shared[Any] = Shared._received[key]
+    return found
 
 
 class Cluster:
     """A Ray session: the running one of this process, the one at `address`, or a local one of our own.
 
-    What was started here is stopped at the end of the `with`, also after an error; what was found is left as it was.
+    A local Ray takes seconds to start; it does so beside this thread, and until it is there `run` works in this
+    process. With `alone` and no address it is not started at all, and all is done in this process: for work that takes
+    less time than the start. What was started here is stopped at the end of the `with`, also after an error; what was
+    found is left as it was.
     """
 
-    def __init__(self, workers: int | None, address: str | None = None, options: dict[str, Any] | None = None) -> None:
-        self._wanted, self._address, self._options = workers, address, dict(options or {})
+    def __init__(
+        self,
+        workers: int | None,
+        address: str | None = None,
+        options: dict[str, Any] | None = None,
+        *,
+        alone: bool = False,
+    ) -> None:
+        self._wanted, self._address, self._options, self._alone = workers, address, dict(options or {}), alone
         self._owned = False
+        # Ray's processes end with the thread that started them, so that thread lives as long as they are needed.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
+        self._start: Future[Any] | None = None
         self.workers = 1
 
     def __enter__(self) -> Cluster:
-        import ray
+        if _initialized():
+            self._alone = False
+        elif self._address not in (None, _LOCAL):
+            self._alone, self._owned = False, True
+            self._join(str(self._address))
+        elif not self._alone or self._address == _LOCAL:
+            self._alone, self._owned = False, True
+            self.workers = local_workers(self._wanted)
+            _logger.info("starting Ray on this machine with %d workers", self.workers)
+            self._start = self._thread.submit(self._start_local)
+            return self
+        if not self._alone:
+            import ray
 
-        if not ray.is_initialized():
-            self._owned = True
-            try:
-                self._start()
-            except BaseException:
-                ray.shutdown()
-                raise
-        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self.workers = min(self._wanted or cpus, cpus)
+            cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+            self.workers = min(self._wanted or cpus, cpus)
         return self
 
-    def _start(self) -> None:
+    def _start_local(self) -> None:
         import ray
 
-        common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if self._address:
-            _knock(self._address)
-            environment = {"env_vars": {"PYTHONPATH": _python_path()}}
-            try:
-                ray.init(self._address, runtime_env=environment, **common)
-            except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-                raise _no_cluster(self._address, str(error).strip().partition("\n")[0]) from error
-            return
-        workers = local_workers(self._wanted)
-        _logger.info("starting Ray on this machine with %d workers", workers)
-        defaults = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        defaults: dict[str, Any] = {
+            "num_cpus": self.workers,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
         # The processes of a local Ray inherit the environment, which spares them Ray's slower way of setting it.
         with _environment(
             PYTHONPATH=_python_path(), RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"
         ):
-            ray.init(address="local", **{**defaults, **common, **self._options})
+            ray.init(address=_LOCAL, **{**defaults, **self._options})
+
+    def _join(self, address: str) -> None:
+        import ray
+
+        _knock(address)
+        environment = {"env_vars": {"PYTHONPATH": _python_path()}}
+        try:
+            ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            ray.shutdown()
+            raise _no_cluster(address, str(error).strip().partition("\n")[0]) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        import ray
-
         if self._owned:
-            ray.shutdown()
+            import ray
 
-    def share(self, value: object) -> Any:
-        """Put a value where every worker can read it; the handle goes into `run`."""
-        import ray
+            self._thread.submit(ray.shutdown).result()
+        self._thread.shutdown()
 
-        return ray.put(value)
+    @property
+    def _ready(self) -> bool:
+        """Whether tasks can go to Ray."""
+        return not self._alone and (self._start is None or self._start.done())
 
-    def get(self, reference: Any) -> Any:
-        """The value behind what an actor's method returned."""
-        return _result(reference)
+    def run(self, tasks: Iterable[Call[T] | Feed[T]], tick: Callable[[], None] | None = None) -> Iterator[T]:
+        """Do all tasks, as many at a time as there are workers; results come as they are ready.
 
-    def actor(self, kind: type) -> Any:
-        """A process of its own around an object of class `kind`; its methods are called as Ray's."""
-        import ray
-
-        return ray.remote(num_cpus=0)(kind).remote()
-
-    def run(
-        self, function: Callable[..., T], tasks: Iterable[tuple[Any, ...]], tick: Callable[[], None] | None = None
-    ) -> Iterator[T]:
-        """Call the function with each tuple of arguments, as many at a time as there are workers.
-
-        Results come as they are ready. `tick` is called about every second. A UserError of a worker is raised as it
-        was; tasks whose worker died are tried again by Ray.
+        `tick` is called about every second. A UserError of a worker is raised as it was; tasks whose worker or node
+        died are tried again.
         """
-        import ray
-
-        remote = ray.remote(num_cpus=1, max_retries=3)(function)
         waiting = iter(tasks)
-        running: list[Any] = []
-        try:
-            while True:
-                while len(running) < self.workers and (task := next(waiting, None)) is not None:
-                    running.append(remote.remote(*task))
-                if not running:
-                    return
-                ready, running = ray.wait(running, num_returns=1, timeout=1.0)
+        for task in waiting:
+            if self._ready or (not self._alone and isinstance(task, Feed)):
+                if self._start:
+                    self._start.result()
+                yield from _Session(self.workers, _chain(task, waiting), tick).results()
+                return
+            for result in _here(task):
+                yield result
                 if tick:
                     tick()
+
+
+def _here(task: Call[T] | Feed[T]) -> Iterator[T]:
+    """The results of a task that is done in this process."""
+    if isinstance(task, Call):
+        yield task.function(*task.args)
+    else:
+        for item in task.generator(*task.args):
+            yield task.consumer(*task.consumer_args, item)
+
+
+def _chain(first: T, rest: Iterator[T]) -> Iterator[T]:
+    yield first
+    yield from rest
+
+
+class _Session(Generic[T]):
+    """The tasks of one `run` on Ray."""
+
+    def __init__(
+        self, workers: int, tasks: Iterator[Call[T] | Feed[T]], tick: Callable[[], None] | None = None
+    ) -> None:
+        self._workers, self._tasks, self._tick = workers, tasks, tick
+        self._running: list[Any] = []
+        self._feeds: dict[Any, Feed[T]] = {}  # what yields items -> whom they are for
+        self._fed: deque[tuple[Feed[T], Any]] = deque()
+        self._remotes: dict[Any, Any] = {}
+
+    def results(self) -> Iterator[T]:
+        import ray
+
+        try:
+            while self._fill() or self._feeds:
+                feeds = self._feeds if len(self._fed) < self._workers else ()
+                ready, _ = ray.wait([*self._running, *feeds], num_returns=1, timeout=_TICK_S)
+                if self._tick:
+                    self._tick()
                 for reference in ready:
-                    yield _result(reference)
+                    if reference in self._feeds:
+                        self._take_item(reference)
+                    else:
+                        self._running.remove(reference)
+                        yield _result(reference)
         finally:
-            for reference in running:
+            for reference in [*self._running, *self._feeds]:
                 ray.cancel(reference, force=True)
+
+    def _fill(self) -> bool:
+        """Start tasks while workers are free; whether any runs."""
+        while len(self._running) < self._workers:
+            if self._fed:
+                feed, item = self._fed.popleft()
+                self._submit(feed.consumer, (*feed.consumer_args, item))
+            elif len(self._feeds) > self._workers // 4 or (task := next(self._tasks, None)) is None:
+                break
+            elif isinstance(task, Call):
+                self._submit(task.function, task.args)
+            else:
+                self._open(task)
+        return bool(self._running)
+
+    def _submit(self, function: Callable[..., T], args: tuple[Any, ...]) -> None:
+        import ray
+
+        if function not in self._remotes:
+            self._remotes[function] = ray.remote(num_cpus=1, max_retries=5)(function)
+        self._running.append(self._remotes[function].remote(*args))
+
+    def _open(self, feed: Feed[T]) -> None:
+        import ray
+
+        options = {"num_cpus": 0, "max_retries": 5, "num_returns": "streaming"}
+        remote = ray.remote(**options, _generator_backpressure_num_objects=_WAITING_ITEMS)(feed.generator)
+        self._feeds[remote.remote(*feed.args)] = feed
+
+    def _take_item(self, generator: Any) -> None:
+        try:
+            self._fed.append((self._feeds[generator], next(generator)))
+        except StopIteration:
+            del self._feeds[generator]
+
+
+def _initialized() -> bool:
+    """Whether this process has a Ray session; importing Ray only to ask would take a second."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _knock(address: str) -> None:
@@ -171,7 +321,8 @@ def _result(reference: Any) -> Any:
     except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
         raise DataError(
             f"a worker process died again and again ({type(error).__name__}), most likely for want of memory: "
-            "use fewer workers or a machine with more memory; finished work is kept, the same command goes on with it"
+            "use fewer workers, a lower --memory-limit or a machine with more memory; finished work is kept, the same "
+            "command goes on with it"
         ) from error
 
 

@@ -1,14 +1,19 @@
-"""What the preprocessing commands share: the last options of both, the tokenizer, logging, notes on flags."""
+"""What the preprocessing commands share: the last options of both, and the way from their arguments to a run."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from open_lm.datapreprocess.inputs import InputFile
+    from open_lm.datapreprocess.job import Job, Layout
+    from open_lm.datapreprocess.mixtures import Mixture
     from open_lm.datapreprocess.tokenization import DocumentEncoder
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
@@ -20,12 +25,14 @@ class Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
         """Like argparse's, with the other spelling of each flag added."""
-        spellings = list(names)
-        for name in names:
-            if name.startswith("--"):
-                body = name[2:]
-                spellings += [f"--{other}" for other in (body.replace("_", "-"), body.replace("-", "_"))]
-        return super().add_argument(*dict.fromkeys(spellings), **options)  # type: ignore[arg-type]
+        return super().add_argument(*_spellings(names), **options)  # type: ignore[arg-type]
+
+    def add_argument_group(self, *args: Any, **options: Any) -> argparse._ArgumentGroup:
+        """Like argparse's; its flags have both spellings too."""
+        group = super().add_argument_group(*args, **options)
+        add = group.add_argument
+        group.add_argument = lambda *names, **given: add(*_spellings(names), **given)  # type: ignore[method-assign]
+        return group
 
     def error(self, message: str) -> None:  # type: ignore[override]
         from open_lm.errors import ConfigError
@@ -33,27 +40,97 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} ({self.prog} --help shows all options)")
 
 
+def _spellings(names: Sequence[str]) -> list[str]:
+    spellings = list(names)
+    for name in names:
+        if name.startswith("--"):
+            body = name[2:]
+            spellings += [f"--{other}" for other in (body.replace("_", "-"), body.replace("-", "_"))]
+    return list(dict.fromkeys(spellings))
+
+
 def add_common_options(parser: Parser) -> None:
     """The options that both commands have and the original ones had not."""
-    parser.add_argument(
-        "--eot-token", help="token that ends a document; by default the tokenizer's own end-of-text token"
+    documents = parser.add_argument_group("documents").add_argument
+    documents("--eot-token", help="token that ends a document; by default the tokenizer's own end-of-text token")
+    documents("--add-bos", action="store_true", help="begin every document with the tokenizer's begin-of-text token")
+    documents(
+        "--separator", help=r"cut .txt and .md files into documents here, e.g. '\n\n' (default: a document a file)"
     )
-    parser.add_argument(
-        "--skip-bad-lines", action="store_true", help="leave out and count what is no document, instead of stopping"
-    )
-    parser.add_argument(
-        "--drop-tail",
-        action="store_true",
-        help="drop and count the last tokens that fill no sequence; do not pad them",
-    )
-    parser.add_argument(
+    documents(
+        "--split-documents", action="store_true",
+        help="no document goes from one sequence on into the next: documents are packed whole, sequences padded",
+    )  # fmt: skip
+    documents("--drop-tail", action="store_true", help="drop and count the last tokens that fill no sequence")
+    bad = parser.add_argument_group("bad input").add_argument
+    bad(
+        "--max-bad-fraction", type=float,
+        help="share of documents (and of bytes, for broken files) that may be left out and counted (default: 0.001)",
+    )  # fmt: skip
+    bad("--skip-bad-lines", action="store_true", help="the same as --max-bad-fraction 1")
+    mixing = parser.add_argument_group("mixtures").add_argument
+    mixing(
+        "--source", action="append", default=[], metavar="NAME=PATTERN",
+        help="files of a source, by name, glob or folder; may be given many times, also for one source",
+    )  # fmt: skip
+    mixing("--mixture", help="named mixture of sources and rates, or a YAML file (see docs/data.md)")
+    mixing("--output-per-source", action="store_true", help="a data set for each source, to be mixed while training")
+    mixing("--mixture-tokens", type=int, help="tokens of the mixture; sources may be repeated to reach them")
+    running = parser.add_argument_group("running").add_argument
+    running("--memory-limit", help="of all processes on one machine, e.g. 8GB (default: half of its memory)")
+    running(
         "--work-dir",
         help="folder for intermediate files, removed at the end (default: in the output folder; for a remote output "
         "among this machine's temporary files); on several nodes one that all share",
     )
+    running("--restart", action="store_true", help="throw away unfinished work that was begun with other settings")
+    running(
+        "--dry-run", action="store_true", help="read a sample, predict tokens, shards, disk and time, write nothing"
+    )
+    running(
+        "--verify-tokenizer", type=int, metavar="N",
+        help="compare the fast tokenizer with the reference on N documents and N hostile texts, and write nothing",
+    )  # fmt: skip
 
 
-def make_encoder(tokenizer: str | None, eot_token: str | None, vocab_size: int | None) -> DocumentEncoder:
+@dataclass
+class Request:
+    """A command's arguments in the terms of the engine; `common` holds those of add_common_options."""
+
+    common: argparse.Namespace
+    patterns: Sequence[str]
+    layout: Layout
+    tokenizer: str | None
+    vocab_size: int | None
+    job: dict[str, Any]
+    mixture: Mixture | None = None
+    suffixes: Sequence[str] | None = None
+    choose: Callable[[list[InputFile]], list[InputFile]] = field(default=lambda inputs: inputs)
+
+
+def execute(request: Request) -> None:
+    """Do what a command asks for: make the data set, or only tell of it."""
+    from open_lm.datapreprocess.engine import run
+
+    common = request.common
+    encoder = make_encoder(request.tokenizer, common.eot_token, request.vocab_size, common.add_bos)
+    job = _make_job(request)
+    if common.verify_tokenizer is not None:
+        _verify(job, encoder, common.verify_tokenizer)
+        return
+    job = _sample_by_rate(job, request, encoder)
+    if common.dry_run:
+        from open_lm.datapreprocess.dry_run import describe, estimate
+
+        print(describe(estimate(job, encoder)))
+        return
+    run(job, encoder)
+    _tell_training_flags(job, request)
+
+
+def make_encoder(
+    tokenizer: str | None, eot_token: str | None, vocab_size: int | None, add_bos: bool = False
+) -> DocumentEncoder:
     """The encoder of a tokenizer, or, for None, of documents that come as ids (end-of-text id 0)."""
     from open_lm.datapreprocess.tokenization import DocumentEncoder
 
@@ -61,7 +138,114 @@ def make_encoder(tokenizer: str | None, eot_token: str | None, vocab_size: int |
         return DocumentEncoder(None, vocab_size)
     from open_lm.tokenizer import load_tokenizer
 
-    return DocumentEncoder(load_tokenizer(tokenizer, eot_token), vocab_size)
+    return DocumentEncoder(load_tokenizer(tokenizer, eot_token), vocab_size, add_bos=add_bos)
+
+
+def _make_job(request: Request) -> Job:
+    from open_lm.datapreprocess.inputs import find_inputs
+    from open_lm.datapreprocess.job import DEFAULT_BAD_FRACTION, Job
+    from open_lm.datapreprocess.memory import parse_size
+    from open_lm.datapreprocess.mixtures import choose_mixture
+    from open_lm.datapreprocess.readers import ReadOptions
+    from open_lm.datapreprocess.sampling import Sampling, tell_sampling
+    from open_lm.errors import ConfigError
+
+    common = request.common
+    request.mixture = mixture = request.mixture or choose_mixture(common.mixture, common.source)
+    found = {
+        name: find_inputs(patterns, request.suffixes) for name, patterns in (mixture.inputs if mixture else {}).items()
+    }
+    inputs = {item.url: item for items in found.values() for item in items}
+    if request.patterns or not inputs:
+        inputs |= {item.url: item for item in find_inputs(request.patterns, request.suffixes)}
+    chosen = request.choose(sorted(inputs.values(), key=lambda item: item.url))
+    sampling = Sampling()
+    if mixture:
+        sampling = mixture.sampling({name: [item.url for item in items] for name, items in found.items()})
+        tell_sampling(sampling, [item.url for item in chosen])
+    try:
+        limit = None if common.memory_limit is None else parse_size(common.memory_limit)
+    except ValueError as error:
+        raise ConfigError(f"--memory-limit: {error}") from error
+    bad_fraction = DEFAULT_BAD_FRACTION if common.max_bad_fraction is None else common.max_bad_fraction
+    separator = common.separator.encode().decode("unicode_escape") if common.separator else None
+    return Job(
+        inputs=tuple(chosen),
+        layout=replace(request.layout, per_source=common.output_per_source),
+        tokenizer=request.tokenizer,
+        options=ReadOptions(request.job.pop("content_key"), separator),
+        sampling=sampling,
+        mixture=mixture.record() if mixture else None,
+        split_documents=common.split_documents,
+        drop_tail=common.drop_tail,
+        max_bad_fraction=1.0 if common.skip_bad_lines else bad_fraction,
+        memory_limit=limit,
+        restart=common.restart,
+        **request.job,
+    )
+
+
+# --- mixtures ----------------------------------------------------------------------------------------------------
+
+
+def _sample_by_rate(job: Job, request: Request, encoder: DocumentEncoder) -> Job:
+    """With rates and a single output, documents are left out or repeated so that the sources' shares come to them."""
+    mixture = request.mixture
+    if mixture is None or not mixture.rates or job.layout.per_source:
+        return job
+    from open_lm.datapreprocess.dry_run import estimate
+    from open_lm.datapreprocess.mixtures import factors_for_rates
+
+    tokens = {part.name: round(part.tokens) for part in estimate(job, encoder).sources}
+    factors = factors_for_rates(tokens, mixture.rates, request.common.mixture_tokens)
+    for name, factor in factors.items():
+        _logger.info("mixture: about %s tokens of %s, taken %.4g times", f"{tokens.get(name, 0):,}", name, factor)
+    mixed = replace(mixture, factors=factors)
+    sampling = replace(job.sampling, factors=factors)
+    return replace(job, sampling=sampling, mixture=mixed.record())
+
+
+def _tell_training_flags(job: Job, request: Request) -> None:
+    """The way to train on data sets of single sources at the mixture's rates."""
+    if request.mixture is None or not request.mixture.rates or not job.layout.per_source:
+        return
+    from open_lm import storage
+    from open_lm.datapreprocess.mixtures import training_flags
+    from open_lm.datapreprocess.writer import MANIFEST
+
+    if len(job.layout.folders) > 1:
+        _logger.warning("the rates need one folder for each source: make the data sets with --num-consumers 1")
+        return
+    manifests = {name: storage.join(job.layout.root, name, MANIFEST) for name in job.sources}
+    _logger.info(
+        "to train at the rates of the mixture: %s", shlex.join(training_flags(manifests, request.mixture.rates))
+    )
+
+
+# --- the tokenizer -----------------------------------------------------------------------------------------------
+
+
+def _verify(job: Job, encoder: DocumentEncoder, count: int) -> None:
+    """Compare on the first documents of the inputs and on as many generated ones; DataError for any difference."""
+    from itertools import islice
+
+    from open_lm.datapreprocess.readers import WHOLE, Piece, PieceReader
+    from open_lm.datapreprocess.verification import verify
+    from open_lm.errors import ConfigError, DataError
+
+    if count < 1:
+        raise ConfigError(f"--verify-tokenizer must be at least 1, found {count}")
+
+    pieces = (Piece(item.url, 0, WHOLE, item.num_bytes) for item in job.inputs)
+    blocks = (block for piece in pieces for block in PieceReader(piece, job.options))
+    texts = (document for block in blocks for document in block.documents if isinstance(document, str))
+    result = verify(encoder, islice(texts, count), count)
+    print(result.describe())
+    if result.differences:
+        raise DataError(f"the fast tokenizer differs from the reference in {result.differences} texts")
+
+
+# --- logging -----------------------------------------------------------------------------------------------------
 
 
 def start_logging() -> None:

@@ -1,6 +1,6 @@
-"""The graph of a preprocessing run: units of work -> sorted runs -> shards, on Ray, restartable at any point.
+"""The graph of a preprocessing run: units of work -> runs -> shards, on Ray, restartable at any point.
 
-    inputs ─ plan_units ─► run_unit (many) ─► runs, tails ─ slices ─► write_shards (many) ─► manifests, dataset.json
+    inputs ─ plan_units ─► run_unit (many) ─► runs, tails ─► write_shards (many) ─► manifests, dataset.json
 
 Every file appears whole, and a step that left its record in the work folder is not done again.
 """
@@ -18,33 +18,45 @@ from typing import Any
 import numpy as np
 
 from open_lm import storage
-from open_lm.data.shard_format import ShardInfo
-from open_lm.datapreprocess.account import check_counts, data_set_record, explain_bad_documents, summary
-from open_lm.datapreprocess.cluster import Cluster
-from open_lm.datapreprocess.job import Job, plan_units
-from open_lm.datapreprocess.pack import join_tails, pad
-from open_lm.datapreprocess.progress import Board, Display
-from open_lm.datapreprocess.readers import BadDocument
-from open_lm.datapreprocess.shuffle import Run, RunWriter, read_keys, slices
-from open_lm.datapreprocess.state import finished_dataset, open_work, remove_idle_work, remove_work
+from open_lm.datapreprocess.account import Output, dataset_record, explain_bad, plural, summary, too_bad
+from open_lm.datapreprocess.assembly import Assembler, CountBuckets
+from open_lm.datapreprocess.cluster import Call, Cluster, Feed, Shared
+from open_lm.datapreprocess.inputs import plan_units
+from open_lm.datapreprocess.job import Job
+from open_lm.datapreprocess.memory import Budget, plan_budget
+from open_lm.datapreprocess.monitor import Monitor
+from open_lm.datapreprocess.shuffle import Run, bucket_counts
+from open_lm.datapreprocess.state import (
+    collect_rejects,
+    fall_back,
+    fell_back,
+    finished_dataset,
+    load_reports,
+    open_work,
+    remove_idle_work,
+    remove_work,
+)
 from open_lm.datapreprocess.tokenization import DocumentEncoder
-from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, load_report, load_tail, run_unit
+from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_stretch, run_unit
 from open_lm.datapreprocess.writer import (
-    ShardPlan,
-    ShardTask,
-    group_shards,
-    plan_shards,
+    DATASET,
+    REJECTS,
+    WrittenShard,
+    dataset_url,
     write_dataset,
     write_manifests,
     write_shards,
 )
-from open_lm.errors import DataError, UserError, join_problems
+from open_lm.errors import DataError, UserError
 
 _logger = logging.getLogger(__name__)
-_RUN_BYTES = 32 << 20
-_PART_BYTES = 64 << 20
-_REPORT_EVERY_S = 0.5
-_encoders: dict[tuple[str, int], DocumentEncoder] = {}  # of a worker process, kept from one unit to the next
+_BUCKET_BYTES = 4 << 20  # of input, for each bucket of the shuffle
+_LEAST_BUCKETS, _MOST_BUCKETS = 64, 1 << 16
+_RUNS_COUNTED = 256  # by one task
+# Text bytes in a byte of (compressed) input, and how much text a process turns into shards in a second.
+_TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 25e6, 1e6
+_RAY_START_S = 5.0
+Reports = dict[tuple[int, int], UnitReport]
 
 
 def run(job: Job, encoder: DocumentEncoder) -> dict[str, Any]:
@@ -52,163 +64,232 @@ def run(job: Job, encoder: DocumentEncoder) -> dict[str, Any]:
 
     Raises ConfigError for a conflict with what is there, DataError for inputs that cannot be used.
     """
-    root = job.layout.root
-    if not storage.is_remote(root):  # workers have a working directory of their own
-        job = replace(job, layout=replace(job.layout, root=os.path.abspath(storage.local_path(root))))
-    settings = job.settings(encoder.fingerprint, encoder.eot_id, encoder.vocab_size)
+    job = _absolute(job)
+    settings = job.settings(_tokenizer_facts(encoder))
     finished = finished_dataset(job, settings)
     if finished is not None:
-        _logger.info("already done: %s in %s", summary(finished), root)
+        _logger.info("already done: %s in %s", summary(finished), job.layout.root)
         return finished
     started = time.monotonic()
     work = open_work(job, settings)
-    tasks = [UnitTask.of(job, unit, work, _RUN_BYTES) for unit in plan_units(_absolute(job).inputs, job.sampling)]
     try:
-        with Cluster(job.workers, job.ray_address, job.ray_options) as cluster:
-            reports = _tokenize(cluster, tasks, encoder)
-            results = _write(cluster, job, tasks, reports, work=work, encoder=encoder)
+        alone = _seconds_alone(job, encoder) < _RAY_START_S
+        with Cluster(job.workers, job.ray_address, job.ray_options, alone=alone) as cluster:
+            record = _make(job, settings, encoder, cluster, work)
     except UserError:
         remove_idle_work(work)
         raise
-    record = {"settings": settings, "inputs": job.input_records(), **results}
-    write_dataset(job.layout, record)
     remove_work(work)
-    _logger.info("%s in %s, after %.1f s", summary(record), root, time.monotonic() - started)
+    _logger.info("%s in %s, after %.1f s", summary(record), job.layout.root, time.monotonic() - started)
     return record
 
 
+def _tokenizer_facts(encoder: DocumentEncoder) -> dict[str, Any]:
+    return {
+        "tokenizer_fingerprint": encoder.fingerprint,
+        "eot_id": encoder.eot_id,
+        "bos_id": encoder.bos_id,
+        "vocab_size": encoder.vocab_size,
+    }
+
+
+def _seconds_alone(job: Job, encoder: DocumentEncoder) -> float:
+    """About how long one process would take, from rates that are on the safe side."""
+    return job.num_bytes * _TEXT_IN_INPUT / (_FAST_BYTES_PER_S if encoder.name == "fastokens" else _BYTES_PER_S)
+
+
 def _absolute(job: Job) -> Job:
-    inputs = (
-        item if storage.is_remote(item.url) else replace(item, url=os.path.abspath(storage.local_path(item.url)))
-        for item in job.inputs
-    )
-    return replace(job, inputs=tuple(inputs))
+    """The job with local paths that hold in every worker: they have a working directory of their own."""
+
+    def absolute(url: str) -> str:
+        return url if storage.is_remote(url) else os.path.abspath(storage.local_path(url))
+
+    inputs = tuple(replace(item, url=absolute(item.url)) for item in job.inputs)
+    return replace(job, inputs=inputs, layout=replace(job.layout, root=absolute(job.layout.root)))
 
 
-def _tokenize(cluster: Cluster, tasks: Sequence[UnitTask], encoder: DocumentEncoder) -> list[UnitReport]:
-    """The reports of all units, in their order; those that an earlier run finished are not done again."""
-    reports = {report.index: report for task in tasks if (report := load_report(task))}
-    if reports:
-        _logger.info("%d of %d units of work are done already", len(reports), len(tasks))
-    missing = [task for task in tasks if task.unit.index not in reports]
-    board, shared = cluster.actor(Board), cluster.share(encoder)
-    display = Display("tokenizing", sum(task.unit.num_bytes for task in missing), "MB")
-    problems: list[BadDocument] = []
-    failures: dict[str, None] = {}  # in the order they are found, each once
+def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster: Cluster, work: str) -> dict[str, Any]:
+    budget = plan_budget(job.memory_limit, cluster.workers)
+    if budget.workers < cluster.workers:
+        _logger.info("%d of %d workers fit into --memory-limit", budget.workers, cluster.workers)
+        cluster.workers = budget.workers
+    tasks = _plan(job, budget, work)
+    monitor = Monitor(job, encoder.dtype, cluster.workers)
+    encoder = _checked(encoder, work)
+    reports = _tokenize(job, tasks, cluster, encoder, monitor)
+    if reports is None:  # the fast tokenizer differs somewhere: once more, without it
+        encoder = encoder.reference()
+        reports = _tokenize(job, tasks, cluster, encoder, monitor)
+    assert reports is not None, "the reference does not differ from itself"
+    assembler = Assembler(job, work, encoder.dtype, budget.buffer_bytes, cluster.workers, _bucket_counter(cluster))
+    outputs = _write(job, tasks, reports, assembler, cluster, monitor)
+    collect_rejects(tasks, work, storage.join(job.layout.root, REJECTS))
+    return _write_records(job, settings | {"encoder": encoder.name}, outputs)
 
-    def arguments() -> Iterator[tuple[Any, ...]]:
+
+def _write_records(job: Job, settings: dict[str, Any], outputs: Sequence[Output]) -> dict[str, Any]:
+    """A dataset.json in every folder, and last the one that tells that all is done."""
+    whole = dataset_record(job, settings, outputs)
+    for output in outputs:
+        record = dataset_record(job, settings, [output]) if job.layout.per_source else whole
+        for folder in job.layout.folders_of(output.source):
+            url = storage.join(job.layout.folder(folder), DATASET)
+            if url != dataset_url(job.layout):
+                write_dataset(url, record)
+    write_dataset(dataset_url(job.layout), whole)
+    return whole
+
+
+def _plan(job: Job, budget: Budget, work: str) -> list[UnitTask]:
+    sources = job.sources
+    wanted = max(1, job.num_bytes // _BUCKET_BYTES)
+    buckets = min(max(1 << (wanted - 1).bit_length(), _LEAST_BUCKETS), _MOST_BUCKETS)
+    return [
+        UnitTask(
+            unit=unit,
+            work=work,
+            options=job.options,
+            length=job.length,
+            seed=job.seed,
+            shuffle=job.shuffle,
+            split_documents=job.split_documents,
+            factor=job.sampling.factor(unit.source),
+            source=sources.index(unit.source),
+            buckets=buckets,
+            run_bytes=budget.buffer_bytes,
+        )
+        for unit in plan_units(job.inputs, job.sampling, job.options, keep_order=not job.shuffle)
+    ]
+
+
+def _checked(encoder: DocumentEncoder, work: str) -> DocumentEncoder:
+    """The encoder, or its reference where the fast tokenizer is known or found to differ from it."""
+    difference = encoder.self_check()
+    if difference:
+        _logger.warning("the fast tokenizer is not used: %s", difference)
+    elif fell_back(work):
+        _logger.warning("the fast tokenizer is not used: an earlier start found that it differs")
+    elif encoder.fallback_reason:
+        _logger.info("encoding with %s: %s", encoder.name, encoder.fallback_reason)
+    return encoder.reference() if difference or fell_back(work) else encoder
+
+
+# --- tokenizing --------------------------------------------------------------------------------------------------
+
+
+def _tokenize(
+    job: Job, tasks: Sequence[UnitTask], cluster: Cluster, encoder: DocumentEncoder, monitor: Monitor
+) -> list[UnitReport] | None:
+    """The reports of all units in their order; those that an earlier start finished are not done again.
+
+    None where the fast tokenizer was found to differ from the reference; then nothing is kept.
+    """
+    work = tasks[0].work if tasks else ""
+    reports: Reports = load_reports(tasks, work)
+    done = {report.index for report in reports.values() if report.last}
+    if done:
+        _logger.info("%d of %s are done already", len(done), plural(len(tasks), "unit"))
+    monitor.begin_tokenizing(tasks, reports.values())
+    missing = sorted((task for task in tasks if task.unit.index not in done), key=lambda task: -task.unit.num_bytes)
+    shared = Shared(encoder)
+    stop = False
+
+    def calls() -> Iterator[Call[UnitReport] | Feed[UnitReport]]:
         for task in missing:
-            if len(problems) + len(failures) >= MAX_SHOWN:
+            if stop:
                 return
-            # After the first problem the rest is only looked through, so that all problems are told together.
-            yield (
-                replace(task, check_only=bool(problems or failures)),
-                (encoder.fingerprint, encoder.vocab_size),
-                [shared],
-                board,
-            )
+            if task.unit.streamed:
+                known = frozenset(number for index, number in reports if index == task.unit.index)
+                yield Feed(feed_unit, (task, known), _stretch_in_worker, (task, shared))
+            else:
+                yield Call(_unit_in_worker, (task, shared))
 
-    def tick(final: bool = False) -> None:
-        num_bytes, tokens = cluster.get(board.totals.remote())
-        display.show(num_bytes, f"{tokens:,} tokens", final)
-
-    for report in cluster.run(_unit_in_worker, arguments(), tick):
-        reports[report.index] = report
-        failures |= dict.fromkeys(report.failures)
-        if not tasks[report.index].skip_bad_lines:
-            problems += report.bad_shown
-    if missing:
-        tick(final=True)
-    told = sorted(failures)
-    if problems:
-        told.append(explain_bad_documents([task.unit for task in tasks], reports))
-    if told:
-        raise DataError(join_problems(told, "The input cannot be used" if failures else ""))
-    return [reports[task.unit.index] for task in tasks]
+    for report in cluster.run(calls(), monitor.tick):
+        if report.mismatch:
+            _logger.warning("all is encoded again without the fast tokenizer: %s", report.mismatch)
+            fall_back(work)
+            return None
+        reports[report.index, report.number] = report
+        monitor.finished_unit(report)
+        stop = monitor.problems >= MAX_SHOWN and too_bad(list(reports.values()), job.num_bytes, job.max_bad_fraction)
+        if stop:
+            break
+    monitor.end()
+    _judge(job, tasks, [reports[key] for key in sorted(reports)], work)
+    return [reports[key] for key in sorted(reports)]
 
 
-def _unit_in_worker(task: UnitTask, encoder_key: tuple[str, int], shared: list[Any], board: Any) -> UnitReport:
-    """Runs in a worker process."""
-    import ray
+def _judge(job: Job, tasks: Sequence[UnitTask], reports: Sequence[UnitReport], work: str) -> None:
+    """DataError where more of the input is bad than the job tolerates, or where there is nothing in it."""
+    if too_bad(reports, job.num_bytes, job.max_bad_fraction):
+        rejects = storage.join(job.layout.root, REJECTS)
+        collect_rejects(tasks, work, rejects)
+        units = [task.unit for task in tasks]
+        limits = {"total_bytes": job.num_bytes, "limit": job.max_bad_fraction}
+        raise DataError(explain_bad(units, reports, rejects=rejects, **limits))  # type: ignore[arg-type]
+    if not sum(report.documents for report in reports):
+        raise DataError(f"the {plural(len(job.inputs), 'input file')} hold no document; is --content_key right?")
 
-    if not storage.exists(task.work):
+
+def _prepare_worker(task: UnitTask) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one processor for each worker
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    if not storage.exists(storage.join(task.work, "plan.json")):
         raise DataError(
             f"the work folder {task.work} cannot be seen from node {platform.node()}: on a cluster name a folder that "
             "all nodes share, or a remote one, with --work-dir"
         )
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one processor for each worker
-    if encoder_key not in _encoders:
-        _encoders[encoder_key] = ray.get(shared[0])
-    last = time.monotonic()
-
-    def report(num_bytes: int, tokens: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > _REPORT_EVERY_S:
-            last = time.monotonic()
-            board.update.remote(task.unit.index, num_bytes, tokens)
-
-    result = run_unit(task, _encoders[encoder_key], report)
-    # Waited for, so that the last word on the board is the final count.
-    ray.get(board.update.remote(task.unit.index, task.unit.num_bytes, result.tokens))
-    return result
 
 
-def _write(
-    cluster: Cluster,
+def _unit_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder]) -> UnitReport:
+    _prepare_worker(task)
+    return run_unit(task, encoder.get())
+
+
+def _stretch_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder], item: Any) -> UnitReport:
+    _prepare_worker(task)
+    return run_stretch(task, encoder.get(), item)
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def _write(  # noqa: PLR0917 - the parts of one run
     job: Job,
     tasks: Sequence[UnitTask],
     reports: Sequence[UnitReport],
-    *,
-    work: str,
-    encoder: DocumentEncoder,
-) -> dict[str, Any]:
-    """Write shards and manifests; returns counts and what became of the tail."""
-    if not sum(report.documents for report in reports):
-        raise DataError(f"the {len(job.inputs)} input files hold no document; is --content_key right?")
-    runs = [run for task, report in zip(tasks, reports, strict=True) for run in report.runs(task)]
-    tails = [load_tail(task, encoder.dtype) for task in tasks]
-    joined, tail = join_tails(tails, job.length, encoder.dtype)
-    writer = RunWriter(
-        storage.join(work, "tails-{:04d}.run"), len(tasks), job.seed if job.shuffle else None, _RUN_BYTES
-    )
-    writer.add(joined)
-    writer.flush()
-    runs += writer.runs
-    padded = pad(tail, job.length) if len(tail) and not job.drop_tail else None
-    shards = plan_shards(job.layout, sum(run.count for run in runs) + (padded is not None))
-    if not shards:
-        raise DataError(f"{len(tail)} tokens are too few for one sequence of {job.length} ids, and the tail is dropped")
-    infos = _write_shards(cluster, job, shards, runs=runs, padded=padded, work=work, dtype=encoder.dtype)
-    check_counts(reports, infos, 0 if padded is not None else len(tail))
-    write_manifests(job.layout, shards, infos)
-    return data_set_record(job, [task.unit for task in tasks], reports, shards=shards, infos=infos, tail=tail)
-
-
-def _write_shards(
+    assembler: Assembler,
     cluster: Cluster,
-    job: Job,
-    shards: Sequence[ShardPlan],
-    *,
-    runs: Sequence[Run],
-    padded: np.ndarray | None,
-    work: str,
-    dtype: np.dtype[Any],
-) -> list[ShardInfo]:
-    """Write all shards, several neighbours to a task, and return their infos in order."""
-    sequence_bytes = job.length * dtype.itemsize
-    total_bytes = sum(shard.count for shard in shards) * sequence_bytes
-    groups = group_shards(shards, sequence_bytes, min(_PART_BYTES, total_bytes // (2 * cluster.workers)))
-    bounds = slices(read_keys(runs), [group[0].first for group in groups])
-    display = Display("writing", len(shards), "shards")
-    infos: dict[int, ShardInfo] = {}
+    monitor: Monitor,
+) -> list[Output]:
+    """Write shards and manifests of every output: of all sources together, or of each."""
+    plans = []
+    for source in job.sources if job.layout.per_source else [""]:
+        chosen = [task for task in tasks if not source or task.unit.source == source]
+        indexes = {task.unit.index for task in chosen}
+        plans.append(assembler.plan(source, chosen, [report for report in reports if report.index in indexes]))
+    monitor.begin_writing(sum(len(plan.shards) for plan in plans))
+    written: dict[str, WrittenShard] = {}
+    for shards in cluster.run((Call(write_shards, (task,)) for plan in plans for task in plan.tasks), monitor.tick):
+        for shard in shards:
+            written[shard.url] = shard
+            monitor.finished_shard(shard)
+    monitor.end()
+    outputs = [plan.output([written[shard.url] for shard in plan.shards]) for plan in plans]
+    for output in outputs:
+        output.check(job.drop_tail)
+        write_manifests(job.layout, output.shards, output.written)
+    return outputs
 
-    def arguments() -> Iterator[tuple[ShardTask]]:
-        for group, part in zip(groups, bounds, strict=True):
-            last = padded if group is groups[-1] else None
-            yield (ShardTask(tuple(group), tuple(runs), part, last, job.length, job.kind, dtype, work),)
 
-    for written in cluster.run(write_shards, arguments()):
-        infos.update(written)
-        display.show(len(infos))
-    display.show(len(infos), final=True)
-    return [infos[shard.first] for shard in shards]
+def _bucket_counter(cluster: Cluster) -> CountBuckets:
+    """Counts the buckets of many runs on all workers."""
+
+    def count(runs: Sequence[Run], buckets: int) -> np.ndarray:
+        parts = [runs[start : start + _RUNS_COUNTED] for start in range(0, len(runs), _RUNS_COUNTED)]
+        counts = np.zeros(buckets, np.int64)
+        for part in cluster.run(Call(bucket_counts, (part, buckets)) for part in parts):
+            counts += part
+        return counts
+
+    return count

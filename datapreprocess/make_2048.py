@@ -20,8 +20,9 @@ if __name__ == "__main__":  # as a script: find the package wherever it lies, an
 from open_lm.datapreprocess.commands import (
     DEFAULT_TOKENIZER,
     Parser,
+    Request,
     add_common_options,
-    make_encoder,
+    execute,
     start_logging,
 )
 
@@ -29,8 +30,8 @@ from open_lm.datapreprocess.commands import (
 def make_parser() -> Parser:
     parser = Parser(prog="make_2048.py", description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument(
-        "--input-files", nargs="+", required=True, metavar="PATH",
-        help="files, globs or folders, local or s3://…: .jsonl, .jsonl.zst, .jsonl.gz, … and .tar",
+        "--input-files", nargs="+", default=[], metavar="PATH",
+        help="files, globs, folders or @lists of them, local or s3://…: .jsonl, .jsonl.zst, .parquet, .txt, .tar, …",
     )  # fmt: skip
     parser.add_argument("--output-dir", required=True, help="local folder or s3:// prefix to write {seqlen}-v1/… in")
     parser.add_argument(
@@ -61,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; errors of the user come as open_lm.errors.UserError."""
     args = make_parser().parse_args(argv)
     from open_lm import storage
-    from open_lm.datapreprocess.engine import run
-    from open_lm.datapreprocess.job import Job, Layout, find_inputs
+    from open_lm.datapreprocess.job import Layout
     from open_lm.errors import ConfigError
 
     start_logging()
@@ -70,26 +70,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--num-consumers must be at least 1, found {args.num_consumers}")
     base = s3_base(os.environ.get("S3_BASE")) if args.upload_to_s3 else args.output_dir
     folders = tuple(str(number) for number in range(args.num_consumers))
+    job = {
+        "seq_len": args.seqlen,
+        "kind": args.format,
+        "content_key": args.content_key,
+        "seed": args.seed,
+        "shuffle": not args.no_shuffle,
+        "workers": args.num_workers,
+        "ray_address": args.ray_address,
+        "work_dir": args.work_dir or (args.output_dir if args.upload_to_s3 else None),
+    }
     layout = Layout(storage.join(base, f"{args.seqlen}-v1"), folders, shard_sequences=args.shard_size)
-    work = args.work_dir or (args.output_dir if args.upload_to_s3 else None)
-    job = Job(
-        inputs=tuple(find_inputs(args.input_files)),
-        layout=layout,
-        tokenizer=args.tokenizer,
-        seq_len=args.seqlen,
-        kind=args.format,
-        content_key=args.content_key,
-        seed=args.seed,
-        shuffle=not args.no_shuffle,
-        vocab_size=args.vocab_size,
-        eot_token=args.eot_token,
-        skip_bad_lines=args.skip_bad_lines,
-        drop_tail=args.drop_tail,
-        workers=args.num_workers,
-        ray_address=args.ray_address,
-        work_dir=work,
-    )
-    run(job, make_encoder(args.tokenizer, args.eot_token, args.vocab_size))
+    execute(Request(args, args.input_files, layout, args.tokenizer, args.vocab_size, job))
 
 
 def s3_base(value: str | None) -> str:

@@ -5,21 +5,26 @@ from __future__ import annotations
 import getpass
 import logging
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import orjson
 
 from open_lm import storage
-from open_lm.datapreprocess.job import Job, work_name
+from open_lm.datapreprocess.job import Job, Layout, input_records, work_name
+from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
 from open_lm.datapreprocess.writer import read_dataset
 from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 _PLAN = "plan.json"
+_FALLBACK = "reference-tokenizer"
+_REPORT = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.json")
+_REJECTS = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.rejects")
 
 
 def finished_dataset(job: Job, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -30,30 +35,35 @@ def finished_dataset(job: Job, settings: Mapping[str, Any]) -> dict[str, Any] | 
     record = read_dataset(job.layout)
     if record is None:
         return None
-    changes = differences(record.get("settings", {}), settings, record.get("inputs", []), job.input_records())
+    changes = differences(record.get("settings", {}), settings)
+    changes += changed_inputs(record.get("inputs", []), input_records(job.inputs))
     if changes:
         raise ConfigError(
-            f"{job.layout.folder(0)} holds a finished data set made otherwise: {'; '.join(changes)}. "
+            f"{job.layout.root} holds a finished data set made otherwise: {'; '.join(changes)}. "
             "Choose another output folder, or remove this one to make it again"
         )
     return record
 
 
-def differences(
-    old: Mapping[str, Any], new: Mapping[str, Any], old_inputs: list[dict[str, Any]], new_inputs: list[dict[str, Any]]
-) -> list[str]:
-    """What differs between two runs, in words."""
-    changes = [
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings of two runs, in words."""
+    return [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
     ]
-    before, now = ({item["url"]: item for item in items} for items in (old_inputs, new_inputs))
-    for word, urls in (
-        ("new", now.keys() - before.keys()),
-        ("gone", before.keys() - now.keys()),
-        ("changed", {url for url in now.keys() & before.keys() if now[url] != before[url]}),
-    ):
+
+
+def changed_inputs(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What differs between the inputs of two runs, in words; only what both records know is compared."""
+    before, now = ({item["url"]: item for item in items} for items in (old, new))
+    changed = {
+        url
+        for url in now.keys() & before.keys()
+        if any(before[url][key] != now[url][key] for key in before[url].keys() & now[url].keys())
+    }
+    changes = []
+    for word, urls in (("new", now.keys() - before.keys()), ("gone", before.keys() - now.keys()), ("changed", changed)):
         if urls:
             shown = ", ".join(sorted(urls)[:3]) + (f" and {len(urls) - 3} more" if len(urls) > 3 else "")
             changes.append(f"{word} input: {shown}")
@@ -72,20 +82,31 @@ def work_folder(job: Job) -> str:
 def open_work(job: Job, settings: dict[str, Any]) -> str:
     """The work folder, ready: with what an interrupted run of the same job left, or empty.
 
-    Work for another job is named and thrown away. ConfigError where shards of unknown origin lie at the output.
+    Inputs may have changed since: the units of work that they touch are done again. Other settings are a ConfigError,
+    unless the job says to start again; so are shards of unknown origin at the output.
     """
     work = work_folder(job)
     path = storage.join(work, _PLAN)
     inputs = [asdict(item) for item in job.inputs]
     if storage.exists(path):
         old = orjson.loads(storage.read_bytes(path))
-        changes = differences(old["settings"], settings, old["inputs"], inputs)
-        if not changes:
+        changes = differences(old["settings"], settings)
+        if changes and not job.restart:
+            raise ConfigError(
+                f"{work} holds unfinished work with other settings: {'; '.join(changes)}. Use the settings of then to "
+                "finish it, choose another output, or give --restart to throw it away"
+            )
+        touched = changed_inputs(old["inputs"], inputs)
+        if changes:
+            _logger.warning("starting again, the unfinished work is thrown away (%s)", "; ".join(changes))
+            remove_work(work)
+        elif touched:
+            _logger.warning("the inputs are not those of the unfinished work, what they touch is done again: %s",
+                            "; ".join(touched))  # fmt: skip
+        else:
             _logger.info("going on with unfinished work in %s", work)
-            return work
-        _logger.warning("starting again: the unfinished work in %s is of another run (%s)", work, "; ".join(changes))
-        _remove_shards(job, old["settings"]["folders"])
-        remove_work(work)
+        if changes or touched:
+            _remove_shards(job, work, old["settings"])
     else:
         _refuse_foreign_shards(job)
     storage.makedirs(work)
@@ -93,24 +114,68 @@ def open_work(job: Job, settings: dict[str, Any]) -> str:
     return work
 
 
-def _shards_at(job: Job, folders: list[str]) -> list[str]:
-    places = [storage.join(job.layout.root, name) if name else job.layout.root for name in folders]
-    return [url for place in places for url in storage.list_files(place) if url.endswith(".tar")]
+def _folders(layout: Layout, sources: Iterable[str]) -> list[str]:
+    return [layout.folder(name) for source in sources for name in layout.folders_of(source)]
 
 
-def _remove_shards(job: Job, folders: list[str]) -> None:
-    for url in _shards_at(job, folders):
+def _shards_in(folders: Iterable[str]) -> list[str]:
+    return [url for folder in dict.fromkeys(folders) for url in storage.list_files(folder) if url.endswith(".tar")]
+
+
+def _remove_shards(job: Job, work: str, settings: Mapping[str, Any]) -> None:
+    """Shards of a run that is not gone on with, and their records."""
+    layout = replace(job.layout, folders=tuple(settings["folders"]), per_source=settings["per_source"])
+    for url in _shards_in(_folders(layout, job.sources)):
         storage.remove(url)
+    for url in storage.list_files(work):
+        if url.rpartition("/")[2].startswith("shard-"):
+            storage.remove(url)
 
 
 def _refuse_foreign_shards(job: Job) -> None:
-    shards = _shards_at(job, list(job.layout.folders))
+    shards = _shards_in(_folders(job.layout, job.sources))
     if shards:
         raise ConfigError(
             f"{shards[0]}{f' and {len(shards) - 1} more shards' if len(shards) > 1 else ''}: already there, but "
             "nothing tells how they were made (no dataset.json, no unfinished work). Choose another output folder, "
             "or remove them"
         )
+
+
+def fall_back(work: str) -> None:
+    """Throw away what was encoded with the fast tokenizer, and keep for later starts that it is not to be used."""
+    for url in storage.list_files(work):
+        if url.rpartition("/")[2].startswith("unit-"):
+            storage.remove(url)
+    storage.write_bytes(storage.join(work, _FALLBACK), b"")
+
+
+def fell_back(work: str) -> bool:
+    """Whether an earlier start of the same run found that the fast tokenizer is not to be used."""
+    return storage.exists(storage.join(work, _FALLBACK))
+
+
+def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], UnitReport]:
+    """What earlier starts finished, by unit and stretch; a listing of the folder tells which files there are."""
+    wanted = {(task.unit.index, task.unit.digest) for task in tasks}
+    reports: dict[tuple[int, int], UnitReport] = {}
+    for url in storage.list_files(work):
+        match = _REPORT.fullmatch(url.rpartition("/")[2])
+        if match and (int(match[1]), match[2]) in wanted:
+            reports[int(match[1]), int(match[3])] = load_report(url)
+    return reports
+
+
+def collect_rejects(tasks: Iterable[UnitTask], work: str, target: str) -> bool:
+    """Join what the units rejected in one file, in the order of the input; False where there is none."""
+    wanted = {(task.unit.index, task.unit.digest) for task in tasks}
+    found = [(match, url) for url in storage.list_files(work) if (match := _REJECTS.fullmatch(url.rpartition("/")[2]))]
+    urls = [url for match, url in found if (int(match[1]), match[2]) in wanted]
+    if urls:
+        with storage.atomic_write(target, "wb") as file:
+            for url in sorted(urls):
+                file.write(storage.read_bytes(url))
+    return bool(urls)
 
 
 def remove_work(work: str) -> None:

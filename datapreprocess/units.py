@@ -2,173 +2,319 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+import base64
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import orjson
 
 from open_lm import storage
-from open_lm.datapreprocess.job import Job, Unit
-from open_lm.datapreprocess.pack import cut
-from open_lm.datapreprocess.readers import BadDocument, Document, PieceReader
-from open_lm.datapreprocess.sampling import takes
-from open_lm.datapreprocess.shuffle import Run, RunWriter
+from open_lm.data.shard_format import PAD_ID
+from open_lm.datapreprocess.inputs import Unit
+from open_lm.datapreprocess.pack import DocumentPacker, cut
+from open_lm.datapreprocess.readers import (
+    BadDocument,
+    Block,
+    BrokenFile,
+    Document,
+    Piece,
+    PieceReader,
+    ReadOptions,
+    Stretch,
+    StretchReader,
+    stretches,
+)
+from open_lm.datapreprocess.sampling import takes_mask
+from open_lm.datapreprocess.shuffle import Run, RunWriter, SpanWriter
 from open_lm.datapreprocess.tokenization import DocumentEncoder
-from open_lm.errors import DataError
 
 MAX_SHOWN = 20
-_BATCH_CHARACTERS, _BATCH_DOCUMENTS = 1 << 20, 1024
-Report = Callable[[int, int], None]  # input bytes read and tokens made so far by this unit
+STRETCH_BYTES = 16 << 20
+_STREAM_BITS = 20  # a streamed unit has less than 2^20 stretches
+_CHECKED_OF_FILE, _CHECKED_OF_UNIT = 8 << 10, 64 << 10  # characters compared between the two tokenizers
 
 
 @dataclass(frozen=True)
 class UnitTask:
-    """What a worker needs to know; `work` is the folder for runs, tails and reports."""
+    """What a worker needs to know; `work` is the folder for runs and reports.
+
+    number: of the stretch of a streamed unit, else 0. source: the number of the unit's source.
+    """
 
     unit: Unit
     work: str
+    options: ReadOptions
     length: int
-    content_key: str
     seed: int
     shuffle: bool
+    split_documents: bool
     factor: float
-    skip_bad_lines: bool
+    source: int
+    buckets: int
     run_bytes: int
-    check_only: bool = False
+    number: int = 0
 
-    @staticmethod
-    def of(job: Job, unit: Unit, work: str, run_bytes: int) -> UnitTask:
-        factor = job.sampling.factor(unit.source) if job.sampling else 1.0
-        return UnitTask(
-            unit=unit,
-            work=work,
-            length=job.length,
-            content_key=job.content_key,
-            seed=job.seed,
-            shuffle=job.shuffle,
-            factor=factor,
-            skip_bad_lines=job.skip_bad_lines,
-            run_bytes=run_bytes,
-        )
+    @property
+    def stream(self) -> int:
+        """What the keys of this task's sequences, and the draws of its documents' passes, are derived from."""
+        return (self.unit.index << _STREAM_BITS) + self.number
 
     def path(self, suffix: str) -> str:
-        return storage.join(self.work, f"unit-{self.unit.index:06d}{suffix}")
+        return storage.join(self.work, f"unit-{self.unit.index:06d}-{self.unit.digest}-{self.number:06d}{suffix}")
+
+    def run_name(self) -> str:
+        return self.path("-{:04d}.run")
+
+
+@dataclass
+class Broken:
+    """A file that is broken beyond its lines; `lost_bytes` of its input could not be read."""
+
+    url: str
+    kind: str
+    detail: str
+    lost_bytes: int
 
 
 @dataclass
 class UnitReport:
-    """What came of a unit: counts (tokens with their end-of-text ids), runs, length of the tail, bad documents.
+    """What came of a unit, or of a stretch of one.
 
-    `failures` tells of each file that is broken beyond its lines.
+    documents, characters, tokens (end-of-text ids included), pads: of what was taken. seen: documents read, taken or
+    not. runs: sequences (shuffled) or ids in each run. tail: base64 of the ids that filled no sequence. lines, digests:
+    of each piece. last: whether the unit is complete with this report; num_bytes: input bytes it accounts for.
+    mismatch: where the fast tokenizer differs from the reference; then nothing of the unit counts.
     """
 
     index: int
+    number: int = 0
     documents: int = 0
+    seen: int = 0
     characters: int = 0
     tokens: int = 0
-    run_counts: list[int] = field(default_factory=list)
-    tail_tokens: int = 0
+    pads: int = 0
+    runs: list[int] = field(default_factory=list)
+    tail: str = ""
     lines: list[int] = field(default_factory=list)
+    digests: list[str | None] = field(default_factory=list)
     bad: dict[str, int] = field(default_factory=dict)
     bad_shown: list[BadDocument] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+    num_bytes: int = 0
+    last: bool = True
+    mismatch: str = ""
 
-    def runs(self, task: UnitTask) -> list[Run]:
-        return [Run(task.path(f"-{number:04d}.run"), count) for number, count in enumerate(self.run_counts)]
+    def runs_of(self, task: UnitTask) -> list[Run]:
+        name = replace(task, number=self.number).run_name()
+        return [Run(name.format(number), count, task.source) for number, count in enumerate(self.runs)]
 
-    def unusable(self, task: UnitTask) -> bool:
-        """Whether nothing of the unit is to be kept."""
-        return task.check_only or bool(self.failures) or bool(self.bad and not task.skip_bad_lines)
-
-    def note(self, bad: BadDocument) -> None:
-        self.bad[bad.kind] = self.bad.get(bad.kind, 0) + 1
-        if len(self.bad_shown) < MAX_SHOWN:
-            self.bad_shown.append(bad)
+    def tail_ids(self, dtype: np.dtype[Any]) -> np.ndarray:
+        return np.frombuffer(base64.b64decode(self.tail), dtype)
 
 
-def load_report(task: UnitTask) -> UnitReport | None:
-    """The report of a unit that is done, None where it is not."""
-    if not storage.exists(task.path(".json")):
-        return None
-    record: dict[str, Any] = orjson.loads(storage.read_bytes(task.path(".json")))
+def load_report(path: str) -> UnitReport:
+    """A report that `_save` wrote."""
+    record: dict[str, Any] = orjson.loads(storage.read_bytes(path))
     record["bad_shown"] = [BadDocument(**bad) for bad in record["bad_shown"]]
+    record["broken"] = [Broken(**broken) for broken in record["broken"]]
     return UnitReport(**record)
 
 
-def load_tail(task: UnitTask, dtype: np.dtype[Any]) -> np.ndarray:
-    """The ids that a unit left over, (n,) of `dtype`, fewer than a sequence."""
-    return np.frombuffer(storage.read_bytes(task.path(".tail")), dtype)
-
-
-def run_unit(task: UnitTask, encoder: DocumentEncoder, report: Report | None = None) -> UnitReport:
-    """Do a unit of work and leave runs, tail and, last, its report in the work folder.
-
-    A broken file, or a bad document that is not to be skipped, ends the encoding: the rest is only looked through for
-    more of them, and no report is left.
-    """
-    result = UnitReport(task.unit.index)
-    writer = RunWriter(task.path("-{:04d}.run"), task.unit.index, task.seed if task.shuffle else None, task.run_bytes)
-    tail = np.zeros(0, encoder.dtype)
-    for batch, bytes_read in _batches(task, encoder.vocab_size, result):
-        if result.unusable(task):
-            continue
-        ids = encoder.encode(batch)
-        sequences, tail = cut([tail, ids], task.length)
-        writer.add(sequences)
-        result.documents += len(batch)
-        result.characters += sum(len(document) for document in batch if isinstance(document, str))
-        result.tokens += len(ids)
-        if report:
-            report(bytes_read, result.tokens)
-    if result.unusable(task):
-        return result
-    writer.flush()
-    result.run_counts = [run.count for run in writer.runs]
-    result.tail_tokens = len(tail)
-    storage.write_bytes(task.path(".tail"), tail.tobytes())
-    storage.write_bytes(task.path(".json"), orjson.dumps(asdict(result)))
-    return result
-
-
-def _batches(task: UnitTask, vocab_size: int, result: UnitReport) -> Iterator[tuple[list[Document], int]]:
-    """The documents to take, in batches of bounded size, each with the input bytes read so far."""
-    batch: list[Document] = []
-    characters = bytes_before = number = 0
+def run_unit(task: UnitTask, encoder: DocumentEncoder) -> UnitReport:
+    """Do a unit of work and leave runs, rejects and, last, its report in the work folder."""
+    work = _Work(task, encoder)
     for piece in task.unit.pieces:
-        reader = PieceReader(piece, task.content_key)
-        for found in _usable(reader, vocab_size, task, result):
-            number += 1
-            if task.factor != 1.0 and not takes(task.seed, task.unit.group, number - 1, task.factor, task.unit.copy):
-                continue
-            batch.append(found)
-            characters += len(found)
-            if characters >= _BATCH_CHARACTERS or len(batch) >= _BATCH_DOCUMENTS:
-                yield batch, bytes_before + reader.bytes_read
-                batch, characters = [], 0
-        result.lines.append(reader.lines)
-        bytes_before += piece.end - piece.start
-    if batch:
-        yield batch, bytes_before
+        reader = PieceReader(piece, task.options)
+        work.read(piece, reader)
+        work.note_piece(reader)
+    return work.finish(last=True, num_bytes=task.unit.num_bytes)
 
 
-def _usable(reader: PieceReader, vocab_size: int, task: UnitTask, result: UnitReport) -> Iterator[Document]:
-    """The documents of a piece; what is none, and what breaks the piece off, is noted in the report."""
+def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Stretch, int] | UnitReport]:
+    """The stretches of a streamed unit that are not among those `done`, each with the input bytes that it took.
+
+    At the end comes the report that completes the unit.
+    """
+    piece = task.unit.pieces[0]
+    report = UnitReport(task.unit.index)
+    source = stretches(piece, STRETCH_BYTES, task.options)
+    bytes_before = 0
     try:
-        for item in reader:
-            found = _check_ids(item, reader.piece.url, vocab_size) if isinstance(item, np.ndarray) else item
-            if not isinstance(found, BadDocument):
-                yield found
-            elif not task.unit.copy:  # later passes over the same documents tell nothing new
-                result.note(found)
-    except DataError as error:
-        result.failures.append(str(error))
+        for stretch in source:
+            report.number = stretch.number + 1
+            if stretch.number not in done:
+                yield stretch, source.bytes_read - bytes_before
+            bytes_before = source.bytes_read
+    except BrokenFile as error:
+        report.broken.append(Broken(piece.url, error.kind, str(error), max(0, piece.num_bytes - bytes_before)))
+    report.num_bytes = max(0, piece.num_bytes - bytes_before)
+    report.digests.append(source.digest)
+    yield report
 
 
-def _check_ids(ids: np.ndarray, url: str, vocab_size: int) -> Document | BadDocument:
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        return BadDocument(
-            "id out of range", url, 0, f"ids from {ids.min()} to {ids.max()}, the vocabulary has {vocab_size}"
+def run_stretch(task: UnitTask, encoder: DocumentEncoder, item: tuple[Stretch, int] | UnitReport) -> UnitReport:
+    """`run_unit` for a stretch of a streamed unit; the report at its end is only saved."""
+    if isinstance(item, UnitReport):
+        _save(replace(task, number=item.number), item)
+        return item
+    stretch, num_bytes = item
+    work = _Work(replace(task, number=stretch.number), encoder)
+    piece = task.unit.pieces[0]
+    work.read(piece, StretchReader(stretch, piece.url, task.options))
+    return work.finish(last=False, num_bytes=num_bytes)
+
+
+def _save(task: UnitTask, report: UnitReport) -> None:
+    storage.write_bytes(task.path(".json"), orjson.dumps(asdict(report)))
+
+
+class _Work:
+    """A unit, or a stretch of one, while it is done."""
+
+    def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
+        self._task, self._encoder = task, encoder
+        self._report = UnitReport(task.unit.index, task.number)
+        self._sequences = _sequence_maker(task, encoder)
+        self._rejects: list[bytes] = []
+        self._to_check = _CHECKED_OF_UNIT
+        self._check: list[str] = []
+
+    def read(self, piece: Piece, reader: PieceReader | StretchReader) -> None:
+        """Encode the documents of a piece; what is none, and what breaks it off, is noted."""
+        report, first, bytes_read = self._report, True, 0
+        try:
+            for block in reader:
+                bytes_read = block.bytes_read
+                self._note_bad(block)
+                if not report.mismatch:
+                    if first and piece.start == 0 and block.documents:
+                        self._compare(block.documents)
+                    first = False
+                    self._take(block.documents)
+        except BrokenFile as error:
+            if not self._task.unit.copy:
+                lost = max(0, piece.num_bytes - bytes_read)
+                report.broken.append(Broken(piece.url, error.kind, str(error), lost))
+
+    def note_piece(self, reader: PieceReader) -> None:
+        """Keep what is known of a piece once it is read."""
+        self._report.lines.append(reader.lines)
+        self._report.digests.append(reader.digest)
+
+    def _compare(self, documents: list[Document]) -> None:
+        """The first documents of every file are encoded by both tokenizers; one difference discards the unit."""
+        room = min(_CHECKED_OF_FILE, self._to_check)
+        texts = []
+        for document in documents:
+            if room <= 0:
+                break
+            if isinstance(document, str):
+                texts.append(document[:room])
+                room -= len(texts[-1])
+                self._to_check -= len(texts[-1])
+        self._report.mismatch = self._encoder.difference(texts) or "" if texts else ""
+
+    def _take(self, documents: list[Document]) -> None:
+        task, report = self._task, self._report
+        taken = documents
+        if task.factor != 1.0:
+            group = (task.unit.group << _STREAM_BITS) + task.number
+            mask = takes_mask(task.seed, group, report.seen, len(documents), task.factor, task.unit.copy)
+            taken = [document for document, takes in zip(documents, mask.tolist(), strict=True) if takes]
+        report.seen += len(documents)
+        if taken:
+            encoded = self._encoder.encode(taken)
+            self._sequences.add(encoded.ids, encoded.ends)
+            report.documents += len(taken)
+            report.characters += sum(len(document) for document in taken if isinstance(document, str))
+            report.tokens += len(encoded.ids)
+
+    def _note_bad(self, block: Block) -> None:
+        if self._task.unit.copy:  # later passes over the same documents tell nothing new
+            return
+        for bad in block.bad:
+            self._report.bad[bad.kind] = self._report.bad.get(bad.kind, 0) + 1
+            if len(self._report.bad_shown) < MAX_SHOWN:
+                self._report.bad_shown.append(bad)
+            self._rejects.append(orjson.dumps(asdict(bad), option=orjson.OPT_APPEND_NEWLINE))
+
+    def finish(self, *, last: bool, num_bytes: int) -> UnitReport:
+        report = self._report
+        report.last, report.num_bytes = last, num_bytes
+        if report.mismatch:
+            return report
+        report.runs, tail, report.pads = self._sequences.finish()
+        report.tail = base64.b64encode(tail.tobytes()).decode()
+        if self._rejects:
+            storage.write_bytes(self._task.path(".rejects"), b"".join(self._rejects))
+        _save(self._task, report)
+        return report
+
+
+# --- sequences ---------------------------------------------------------------------------------------------------
+
+
+def _sequence_maker(task: UnitTask, encoder: DocumentEncoder) -> _Shuffled | _Ordered:
+    return _Shuffled(task, encoder) if task.shuffle else _Ordered(task, encoder)
+
+
+class _Shuffled:
+    """Ids to sequences with keys; what fills no sequence is the tail."""
+
+    def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
+        self._length = task.length
+        self._packer = DocumentPacker(task.length, encoder.dtype) if task.split_documents else None
+        self._tail = np.zeros(0, encoder.dtype)
+        self._pads = 0
+        self._writer = RunWriter(
+            task.run_name(),
+            stream=task.stream,
+            seed=task.seed,
+            source=task.source,
+            buckets=task.buckets,
+            run_bytes=task.run_bytes,
         )
-    return ids
+
+    def add(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        if self._packer is None:
+            sequences, self._tail = cut([self._tail, ids] if len(self._tail) else [ids], self._length)
+            self._writer.add(sequences)
+        else:
+            self._add_padded(self._packer.add(ids, ends))
+
+    def _add_padded(self, sequences: np.ndarray) -> None:
+        self._pads += int(np.count_nonzero(sequences == PAD_ID))
+        self._writer.add(sequences)
+
+    def finish(self) -> tuple[list[int], np.ndarray, int]:
+        """Sizes of the runs, the tail, and the number of pads."""
+        if self._packer is not None:
+            self._add_padded(self._packer.finish())
+        self._writer.flush()
+        return [run.count for run in self._writer.runs], self._tail, self._pads
+
+
+class _Ordered:
+    """Ids to one run that keeps their order; the run is cut into sequences only together with all others."""
+
+    def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
+        self._packer = DocumentPacker(task.length, encoder.dtype, keep_order=True) if task.split_documents else None
+        self._tail = np.zeros(0, encoder.dtype)
+        self._writer = SpanWriter(task.run_name(), source=task.source, run_bytes=task.run_bytes)
+        self._pads = 0
+
+    def add(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        self._put(ids if self._packer is None else self._packer.add(ids, ends))
+
+    def _put(self, ids: np.ndarray) -> None:
+        if self._packer is not None:
+            self._pads += int(np.count_nonzero(ids == PAD_ID))
+        self._writer.add(ids)
+
+    def finish(self) -> tuple[list[int], np.ndarray, int]:
+        if self._packer is not None:
+            self._put(self._packer.finish())
+        self._writer.flush()
+        return [run.count for run in self._writer.runs], self._tail, self._pads

@@ -20,8 +20,9 @@ if __name__ == "__main__":  # as a script: find the package wherever it lies, an
 from open_lm.datapreprocess.commands import (
     DEFAULT_TOKENIZER,
     Parser,
+    Request,
     add_common_options,
-    make_encoder,
+    execute,
     note_without_effect,
     start_logging,
 )
@@ -29,7 +30,7 @@ from open_lm.datapreprocess.commands import (
 if TYPE_CHECKING:
     import argparse
 
-    from open_lm.datapreprocess.job import InputFile
+    from open_lm.datapreprocess.inputs import InputFile
 
 SUFFIXES = [".json", ".jsonl", ".zst", ".zstd", ".tar", ".gz"]
 DEFAULT_SAMPLING = Path(__file__).resolve().parents[1] / "metadata" / "rpj_lm_data.yaml"
@@ -40,7 +41,7 @@ _FIXED_ORDER = "the output is the same for any number of workers and writers"
 def make_parser() -> Parser:
     parser = Parser(prog="tokenize_shuffle.py", description=__doc__.partition("\n")[0] if __doc__ else None)
     add = parser.add_argument
-    add("--input", required=True, help="comma-separated folders, globs or files, local or s3://…")
+    add("--input", default="", help="comma-separated folders, globs or files, local or s3://…")
     add("--output", required=True, help="folder or s3:// prefix of the shards")
     add("--content_key", default="text", help="key of the text; for tars text, txt, npy (ids) or json:KEY")
     add("--no_shuffle", action="store_true", help="keep the order of the input")
@@ -70,39 +71,36 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; errors of the user come as open_lm.errors.UserError."""
     args = make_parser().parse_args(argv)
-    from open_lm.datapreprocess.engine import run
-    from open_lm.datapreprocess.job import Job, Layout, find_inputs
-    from open_lm.datapreprocess.sampling import load_sampling, tell_sampling
+    from open_lm.datapreprocess.job import Layout
+    from open_lm.datapreprocess.mixtures import load_mixture
 
     start_logging()
     note_without_effect([f"--{name}" for name in _WITHOUT_EFFECT if getattr(args, name)], _FIXED_ORDER)
-    inputs = find_inputs([part.strip() for part in args.input.split(",") if part.strip()], args.suffixes)
-    tokenizer = args.tokenizer or (None if _holds_ids(args) else DEFAULT_TOKENIZER)
-    sampling = load_sampling(args.default_dataset_yaml) if args.do_sample else None
-    chosen = choose(inputs, args.seed, args.subset, args.subfraction)
-    if sampling is not None:
-        tell_sampling(sampling, [item.url for item in chosen])
     limits = [count for count in (args.force_parallelism, args.force_num_cores) if count is not None]
-    job = Job(
-        inputs=tuple(chosen),
-        layout=Layout(args.output, template="{:08d}", first=1, shard_sequences=args.wds_chunk_size),
-        tokenizer=tokenizer,
-        seq_len=args.seqlen,
-        kind=args.format,
-        content_key=args.content_key,
-        seed=args.seed,
-        shuffle=not args.no_shuffle,
-        sampling=sampling,
-        vocab_size=args.vocab_size,
-        eot_token=args.eot_token,
-        skip_bad_lines=args.skip_bad_lines,
-        drop_tail=args.drop_tail,
-        workers=min(limits) if limits else None,
-        ray_address=args.ray_address,
-        ray_options=_ray_options(args),
-        work_dir=args.work_dir or args.ray_spill_location,
+    job = {
+        "seq_len": args.seqlen,
+        "kind": args.format,
+        "content_key": args.content_key,
+        "seed": args.seed,
+        "shuffle": not args.no_shuffle,
+        "workers": min(limits) if limits else None,
+        "ray_address": args.ray_address,
+        "ray_options": _ray_options(args),
+        "work_dir": args.work_dir or args.ray_spill_location,
+    }
+    execute(
+        Request(
+            args,
+            [part.strip() for part in args.input.split(",") if part.strip()],
+            Layout(args.output, template="{:08d}", first=1, shard_sequences=args.wds_chunk_size),
+            args.tokenizer or (None if _holds_ids(args) else DEFAULT_TOKENIZER),
+            args.vocab_size,
+            job,
+            mixture=load_mixture(args.default_dataset_yaml) if args.do_sample else None,
+            suffixes=args.suffixes,
+            choose=lambda inputs: choose(inputs, args.seed, args.subset, args.subfraction),
+        )
     )
-    run(job, make_encoder(tokenizer, args.eot_token, args.vocab_size))
 
 
 def _holds_ids(args: argparse.Namespace) -> bool:

@@ -44,10 +44,12 @@ from open_lm.data.manifest import (
     total_sequences,
     write_manifest,
 )
+from open_lm.data.npy_block import npy_members, tar_header
 from open_lm.errors import DataError
 
 __all__ = [
     "END_OF_TEXT_STRING",
+    "KEY_DIGITS",
     "MEMBER_KINDS",
     "PAD_ID",
     "ManifestEntry",
@@ -59,6 +61,7 @@ __all__ = [
     "expand_shards",
     "index_shard",
     "iter_files",
+    "member_key",
     "read_manifest",
     "shard_entries",
     "shard_folder",
@@ -75,6 +78,8 @@ PAD_ID = -1
 END_OF_TEXT_STRING = "<|endoftext|>"
 _BLOCK = tarfile.BLOCKSIZE
 _GZIP_WBITS = 31
+KEY_DIGITS = 12
+_BATCH_BYTES = 4 << 20  # of members built at a time: they stay in the processor's cache until they are written
 
 Source = bytes | bytearray | memoryview | mmap.mmap | IO[bytes]
 
@@ -279,6 +284,11 @@ def _extended_name(data: bytes, type_flag: bytes) -> str:
     return ""
 
 
+def member_key(number: int) -> str:
+    """The key of the sequence that stands at `number` in a whole data set, counted from 0."""
+    return f"{number:0{KEY_DIGITS}d}"
+
+
 @dataclass(frozen=True)
 class ShardInfo:
     """What was written: sequences, tokens (pads not counted), size and SHA-256 of the whole file."""
@@ -314,13 +324,27 @@ class ShardWriter:
         if not key or "." in key:
             raise ValueError(f"a member key is not empty and holds no dot, got {key!r}")
         data = encode_member(ids, self.kind, self.dtype)
-        header = tarfile.TarInfo(f"{key}.{self.kind}")
-        header.size, header.mode = len(data), 0o444
-        self._put(header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % _BLOCK))
+        self._put(tar_header(f"{key}.{self.kind}", len(data)) + data + bytes(-len(data) % _BLOCK))
         self._num_sequences += 1
         self._num_tokens += int(np.count_nonzero(ids != PAD_ID))
 
-    def _put(self, data: bytes) -> None:
+    def write_numbered(self, first: int, rows: np.ndarray) -> None:
+        """Append sequences (n, T), keyed by their numbers from `first` on (see `member_key`).
+
+        The bytes are those of `write` for each of them; rows of unsigned npy, which hold no pad, take a faster way.
+        """
+        if self.kind != "npy" or rows.dtype.kind != "u" or not rows.size or (self.dtype or rows.dtype) != rows.dtype:
+            for number, ids in enumerate(rows, start=first):
+                self.write(member_key(number), ids)
+            return
+        step = max(1, _BATCH_BYTES // rows[0].nbytes)
+        for start in range(0, len(rows), step):
+            batch = rows[start : start + step]
+            self._put(npy_members(first + start, KEY_DIGITS, batch).reshape(-1).data)
+            self._num_sequences += len(batch)
+            self._num_tokens += batch.size
+
+    def _put(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._hash.update(data)
         self._num_bytes += len(data)

@@ -1,0 +1,138 @@
+"""From what the units left to a plan of shards: tails joined, runs in one order, tasks for the writers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from open_lm import storage
+from open_lm.datapreprocess.account import Output
+from open_lm.datapreprocess.cluster import Shared
+from open_lm.datapreprocess.inputs import Unit
+from open_lm.datapreprocess.job import Job
+from open_lm.datapreprocess.pack import cut, pad, padded_dtype
+from open_lm.datapreprocess.shuffle import MIXED, OrderedRuns, Run, Runs, RunWriter, ShuffledRuns, random_keys
+from open_lm.datapreprocess.units import UnitReport, UnitTask
+from open_lm.datapreprocess.writer import ShardPlan, ShardTask, Tail, WrittenShard, group_shards, plan_shards
+from open_lm.errors import DataError
+
+_TAIL_STREAM = 1 << 60  # keeps the keys of joined tails apart from those of units
+_PART_BYTES = 64 << 20
+CountBuckets = Callable[[Sequence[Run], int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """All that is to be written for one output; `source` is the name of the only one it holds, or "" for all."""
+
+    source: str
+    units: Sequence[Unit]
+    reports: Sequence[UnitReport]
+    shards: Sequence[ShardPlan]
+    tasks: Sequence[ShardTask]
+    tail: Tail
+
+    def output(self, written: Sequence[WrittenShard]) -> Output:
+        """The books of this output, once its shards are written."""
+        return Output(self.source, self.units, self.reports, self.shards, written, self.tail)
+
+
+@dataclass(frozen=True)
+class Assembler:
+    """What all outputs of a run have in common."""
+
+    job: Job
+    work: str
+    dtype: np.dtype[Any]
+    buffer_bytes: int
+    workers: int
+    count_buckets: CountBuckets
+
+    def plan(self, source: str, tasks: Sequence[UnitTask], reports: Sequence[UnitReport]) -> WritePlan:
+        """Plan the output of these units, all of them or those of one source; reports are in the order of the input."""
+        job = self.job
+        by_index = {task.unit.index: task for task in tasks}
+        spilled = [run for report in reports for run in report.runs_of(by_index[report.index])]
+        runs, tail = self._shuffled(source, by_index, reports, spilled) if job.shuffle else self._ordered(spilled)
+        padded = Tail(pad(tail.ids, job.length), tail.shares) if len(tail.ids) and not job.drop_tail else None
+        shards = plan_shards(job.layout, job.layout.folders_of(source), runs.num_sequences + (padded is not None))
+        if not shards:
+            raise DataError(
+                f"{source + ': ' if source else ''}{len(tail.ids)} tokens are too few for one sequence of {job.length} "
+                "ids, and the tail is dropped"
+            )
+        units = [task.unit for task in tasks]
+        return WritePlan(source, units, reports, shards, self._tasks(shards, runs, padded), tail)
+
+    def _tasks(self, shards: Sequence[ShardPlan], runs: Runs, padded: Tail | None) -> list[ShardTask]:
+        """Neighbouring shards for each task, small enough that every worker has some."""
+        sequence_bytes = self.job.length * self.dtype.itemsize
+        total_bytes = sum(shard.count for shard in shards) * sequence_bytes
+        groups = group_shards(shards, sequence_bytes, min(_PART_BYTES, total_bytes // (2 * self.workers)))
+        shared = Shared(runs)
+        sources = tuple(self.job.sources)
+        return [
+            ShardTask(
+                shards=tuple(group),
+                runs=shared,
+                sources=sources,
+                padded=padded if group is groups[-1] else None,
+                kind=self.job.kind,
+                dtype=self.dtype,
+                work=self.work,
+            )
+            for group in groups
+        ]
+
+    @property
+    def _run_dtype(self) -> np.dtype[Any]:
+        return padded_dtype(self.dtype) if self.job.split_documents else self.dtype
+
+    def _ordered(self, runs: Sequence[Run]) -> tuple[Runs, Tail]:
+        ordered = OrderedRuns(tuple(runs), self.job.length, self._run_dtype, self.buffer_bytes)
+        return ordered, Tail(*ordered.tail())
+
+    def _shuffled(
+        self, name: str, tasks: dict[int, UnitTask], reports: Sequence[UnitReport], runs: list[Run]
+    ) -> tuple[Runs, Tail]:
+        """Tails are joined within their source; what still fills no sequence is joined across sources."""
+        buckets = next(iter(tasks.values())).buckets
+        rest: dict[int, np.ndarray] = {}
+        for source in sorted({task.source for task in tasks.values()}):
+            parts = [report.tail_ids(self.dtype) for report in reports if tasks[report.index].source == source]
+            sequences, rest[source] = cut([np.zeros(0, self.dtype), *parts], self.job.length)
+            runs = runs + self._spill(name, source, source, sequences, buckets)
+        sequences, tail = cut([np.zeros(0, self.dtype), *rest.values()], self.job.length)
+        owners = np.repeat(list(rest), [len(ids) for ids in rest.values()])
+        stream = len(self.job.sources)
+        runs = runs + self._spill(name, stream, MIXED, sequences, buckets)
+        keys = random_keys(self.job.seed, _TAIL_STREAM + stream, 0, len(sequences)).tolist()
+        owned = owners[: sequences.size].reshape(sequences.shape)
+        shares = {key: _shares(row) for key, row in zip(keys, owned, strict=True)}
+        counts = self.count_buckets(runs, buckets)
+        shuffled = ShuffledRuns(tuple(runs), counts, self.job.length, self._run_dtype, shares, self.buffer_bytes)
+        return shuffled, Tail(tail, _shares(owners[sequences.size :]))
+
+    def _spill(self, name: str, stream: int, source: int, sequences: np.ndarray, buckets: int) -> list[Run]:
+        """Sequences made of joined tails, as runs like any other."""
+        template = storage.join(self.work, f"tails-{name or 'all'}-{stream:06d}-{{:04d}}.run")
+        writer = RunWriter(
+            template,
+            stream=_TAIL_STREAM + stream,
+            seed=self.job.seed,
+            source=source,
+            buckets=buckets,
+            run_bytes=self.buffer_bytes,
+        )
+        writer.add(sequences)
+        writer.flush()
+        return writer.runs
+
+
+def _shares(owners: Iterable[int]) -> dict[int, int]:
+    """How many tokens each source has, from the source of every token."""
+    sources, counts = np.unique(np.asarray(owners, np.int64), return_counts=True)
+    return dict(zip(sources.tolist(), counts.tolist(), strict=True))

@@ -1,0 +1,64 @@
+"""How much memory a run may take, and what that leaves for each worker's buffers."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from open_lm.errors import ConfigError
+
+# Measured resident sizes: a process with numpy, Ray and the tokenizer with its caches full; the driver beside it.
+_WORKER_BYTES, _DRIVER_BYTES = 400 << 20, 400 << 20
+_LEAST_BUFFER_BYTES, _MOST_BUFFER_BYTES = 8 << 20, 64 << 20
+_HELD_TIMES = 4  # buffers that a worker holds at once: sequences, their sorted copy, documents with their ids
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a limit comes to: workers at a time, and the bytes of sequences that each may hold before it spills."""
+
+    workers: int
+    buffer_bytes: int
+
+
+def parse_size(text: str) -> int:
+    """Bytes from words such as 4GB, 512MiB, 1.5g or a plain number; ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"expected a size such as 4GB or 512MiB, found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def machine_bytes() -> int:
+    """The memory of this machine, or what its control group allows of it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path) as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total = min(total, int(text))
+    return total
+
+
+def plan_budget(limit: int | None, workers: int) -> Budget:
+    """Share a limit on the processes of the run (half of the machine's memory by default) among workers.
+
+    Fewer workers are used where it is too small for all; ConfigError where it is too small for one.
+    """
+    total = limit if limit is not None else machine_bytes() // 2
+    least = _WORKER_BYTES + _HELD_TIMES * _LEAST_BUFFER_BYTES
+    fitting = min(workers, (total - _DRIVER_BYTES) // least)
+    if fitting < 1:
+        if limit is None:
+            return Budget(1, _LEAST_BUFFER_BYTES)
+        raise ConfigError(
+            f"--memory-limit {limit:,} bytes is too small: one worker needs {_DRIVER_BYTES + least:,} (the tokenizer "
+            "and Python included)"
+        )
+    free = (total - _DRIVER_BYTES) // fitting - _WORKER_BYTES
+    return Budget(fitting, min(max(free // _HELD_TIMES, _LEAST_BUFFER_BYTES), _MOST_BUFFER_BYTES))
