@@ -125,7 +125,12 @@ class DocumentEncoder:
         """`difference` on a fixed sample of texts that are hard to tokenize, this tokenizer's own tokens among them."""
         if self._fast is None:
             return None
-        return self.difference(fixed_sample(self._fast.added_tokens))
+        return self.difference(fixed_sample(self.added_tokens))
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """The tokens that are found in a text before anything else; none where there is no fast tokenizer."""
+        return self._fast.added_tokens if self._fast else ()
 
     def reference(self, reason: str = "the reference is asked for") -> DocumentEncoder:
         """The same without the fast tokenizer; itself where there is none."""

@@ -228,10 +228,19 @@ def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
 
 
 def _fetch(name: str, filename: str) -> Path | None:
-    """A file of the hub or of its local cache; None where the hub says that there is none."""
-    from huggingface_hub import hf_hub_download
+    """A file of the hub, or of its local cache where the hub cannot be reached; None where there is no such file."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    try:  # one short question: a download without a network would try again for half a minute
+        get_hf_file_metadata(hf_hub_url(name, filename))
+    except EntryNotFoundError:
+        pass  # the download is told so too, and notes it in the cache
+    except Exception:
+        cached = try_to_load_from_cache(name, filename)
+        if cached is None:
+            raise
+        return Path(cached) if isinstance(cached, str) else None  # the cache may know that there is no such file
     try:
         return Path(hf_hub_download(name, filename))
     except LocalEntryNotFoundError:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -98,27 +103,80 @@ def test_files_of_another_kind(tmp_path: Path, name: str, content: bytes) -> Non
         load_tokenizer(str(tmp_path / name))
 
 
-def test_hub_without_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+def test_what_begins_a_document(file: Path, neox: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(str(file)).bos_id == (None if file == neox else 1)
+    shutil.copy(file, tmp_path / f"tokenizer{file.suffix}")
+    named = "<|padding|>" if file == neox else "</s>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": named}}))
+    assert load_tokenizer(str(tmp_path)).bos_id == (1 if file == neox else 2)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<nope>"}))
+    assert load_tokenizer(str(tmp_path)).bos_id is None
 
-    def unreachable(name: str, filename: str) -> str:
-        raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", unreachable)
-    with pytest.raises(ConfigError, match=r"some/name: no such file or folder here, and the hub could not give it"):
+def test_pickles_as_its_source(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(str(file))
+    data = pickle.dumps(tokenizer)
+    assert len(data) < file.stat().st_size + 2000
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "_load", None)  # unpickling and the facts take no native tokenizer
+        copy = pickle.loads(data)
+        assert (copy.eot_id, copy.bos_id, copy.name) == (tokenizer.eot_id, tokenizer.bos_id, tokenizer.name)
+    assert same(copy, tokenizer)
+    assert copy.decode(copy.encode(TEXT)) == TEXT
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with the files of its class, as far as the client asks."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_HEAD(self) -> None:
+        data = self.files.get(self.path.rpartition("/")[2])
+        self.send_response(404 if data is None else 200)
+        if data is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", hashlib.sha256(data or b"").hexdigest())
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        if self.command == "GET" and data is not None:
+            self.wfile.write(data)
+
+    do_GET = do_HEAD
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
+    """A hub on loopback, with an empty local cache."""
+    from huggingface_hub import constants
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/main/{{filename}}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(Hub, "files", {})
+        yield server
+        server.shutdown()
+
+
+def test_hub(hub: ThreadingHTTPServer, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Hub.files, f"tokenizer{file.suffix}", file.read_bytes())
+    monkeypatch.setitem(Hub.files, "tokenizer_config.json", b'{"bos_token": "<s>"}')
+    tokenizer = load_tokenizer("some/name")
+    assert tokenizer.name == "some/name"
+    assert same(tokenizer, load_tokenizer(str(file)))
+    hub.shutdown()
+    hub.server_close()  # what the cache holds is enough now, what it does not hold is not
+    assert same(load_tokenizer("some/name"), tokenizer)
+    with pytest.raises(ConfigError, match=r"other/name: no such file or folder here, and the hub could not give it"):
+        load_tokenizer("other/name")
+
+
+def test_hub_without_such_a_file(hub: ThreadingHTTPServer) -> None:
+    with pytest.raises(ConfigError, match=r"neither tokenizer.json nor tokenizer.model under this name"):
         load_tokenizer("some/name")
-
-
-def test_hub(monkeypatch: pytest.MonkeyPatch, neox: Path) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    def download(name: str, filename: str) -> str:
-        if filename == "tokenizer.json":
-            return str(neox)
-        raise EntryNotFoundError("no such file")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    tokenizer = load_tokenizer("EleutherAI/gpt-neox-20b")
-    assert (tokenizer.name, tokenizer.eot_id) == ("EleutherAI/gpt-neox-20b", 0)
