@@ -38,6 +38,7 @@ from open_lm.errors import DataError
 
 _PIECE_BYTES = 256 << 10  # input read at one point
 _STEP_BYTES = 4 << 10
+_LEAST_BLOCKS = 3  # of a piece that is not read to its end
 _TAR_BLOCK = 512
 
 
@@ -108,20 +109,30 @@ def _openings(item: InputFile, offsets: Sequence[int], options: ReadOptions) -> 
 
 
 def _piece(piece: Piece, limit: int, options: ReadOptions, found: Probe) -> Iterator[Block]:
-    """The blocks of a piece until `limit` bytes of it are read."""
+    """The blocks of a piece until `limit` bytes of it are read.
+
+    Readers read ahead of the documents that they give, so what a byte holds is taken from what follows the first block.
+    """
     blocks = iter(PieceReader(piece, options))
+    number = length = first_length = first_bytes = 0
     while True:
         with _timed(found):
             block = next(blocks, None)
         if block is None:
-            break
+            found.read, found.stands_for = piece.num_bytes, float(piece.num_bytes)
+            return
+        length += sum(map(len, block.documents))
+        if not number:
+            first_length, first_bytes = length, block.bytes_read
+        number += 1
         found.read = block.bytes_read
         found.stands_for = float(block.bytes_read)
         yield block
-        if limit <= block.bytes_read < piece.num_bytes:
+        ahead = number >= _LEAST_BLOCKS and block.bytes_read > first_bytes and length > first_length
+        if ahead and limit <= block.bytes_read < piece.num_bytes:
+            found.stands_for = length * (block.bytes_read - first_bytes) / (length - first_length)
             found.beginning = piece.end == WHOLE
             return
-    found.read, found.stands_for = piece.num_bytes, float(piece.num_bytes)
 
 
 def _beginning(item: InputFile, limit: int, options: ReadOptions, found: Probe) -> Iterator[Block]:

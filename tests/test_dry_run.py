@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 import re
+import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from open_lm import storage
 from open_lm.datapreprocess.dry_run import Estimate, describe, estimate
 from open_lm.datapreprocess.inputs import InputFile
 from open_lm.datapreprocess.job import Job, Layout
+from open_lm.datapreprocess.readers import ReadOptions
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.errors import DataError
@@ -93,6 +96,34 @@ def test_a_part_tells_the_whole(
     assert (found.total.documents_error is None) == bool(suffix)  # beginnings say little about the number of documents
     assert ("±?" in describe(found)) == bool(suffix)
     assert found.total.sampled_bytes < 0.5 * job.num_bytes
+
+
+@pytest.mark.parametrize(("suffix", "rel"), [(".parquet", 0.1), (".txt", 0.1), (".txt.gz", 0.1), (".tar", 0.3)])
+def test_other_formats(
+    suffix: str, rel: float, tmp_path: Path, encoder: DocumentEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row groups from anywhere in a table, separated texts, members of a tar (which is read a MB ahead)."""
+    monkeypatch.setattr("open_lm.datapreprocess.probe._PIECE_BYTES", 32 << 10)
+    texts = [text or "empty" for text in documents(6000, words=200)]
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=200)
+    elif suffix == ".tar":
+        with tarfile.open(path, "w") as tar:
+            for number, text in enumerate(texts):
+                member = tarfile.TarInfo(f"{number}.txt")
+                member.size = len(text.encode())
+                tar.addfile(member, io.BytesIO(text.encode()))
+    else:
+        data = "\n===\n".join(texts).encode()
+        path.write_bytes(gzip.compress(data) if suffix == ".txt.gz" else data)
+    job = job_for([path], tmp_path, options=ReadOptions(separator="\n===\n"))
+    found = estimate(job, encoder, sample_bytes=job.num_bytes // 4)
+    assert found.total.tokens == pytest.approx(count_tokens(encoder, texts), rel=rel)
+    assert found.total.documents == pytest.approx(len(texts), rel=rel)
+    assert (found.total.documents_error is None) == (suffix != ".parquet")
 
 
 def test_the_choice_hangs_on_the_seed_alone(tmp_path: Path, encoder: DocumentEncoder) -> None:
