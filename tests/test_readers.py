@@ -1,107 +1,420 @@
-"""Reading raw files: compressions, formats, byte ranges, bad documents, broken files, and the finding of inputs."""
+"""Reading raw files: compressions, lines, byte ranges, stretches, JSON documents, texts, tars, and what is bad."""
 
 from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import io
 import itertools
 import json
 import lzma
+import pickle
+import random
 import tarfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zstandard
-from datapreprocess_helpers import documents, write_jsonl
+from datapreprocess_helpers import documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from open_lm.datapreprocess.job import InputFile, find_inputs, plan_units
-from open_lm.datapreprocess.readers import BadDocument, Piece, PieceReader, split_suffixes
-from open_lm.datapreprocess.sampling import Sampling
-from open_lm.errors import DataError
-
-
-def read(path: Path, key: str = "text") -> list[object]:
-    return list(PieceReader(Piece(str(path), 0, path.stat().st_size), key))
-
+from open_lm.datapreprocess.readers import (
+    WHOLE,
+    BadDocument,
+    Block,
+    BrokenFile,
+    Piece,
+    PieceReader,
+    ReadOptions,
+    StretchReader,
+    can_stream,
+    is_data_name,
+    split,
+    split_suffixes,
+    stretches,
+)
+from open_lm.datapreprocess.readers import source as source_module
+from open_lm.datapreprocess.readers.parts import split_parts
+from open_lm.errors import ConfigError, DataError
 
 COMPRESS = {
     "": lambda data: data,
     ".gz": gzip.compress,
     ".zst": zstandard.compress,
+    ".zstd": zstandard.compress,
     ".xz": lzma.compress,
-    ".bz2": bz2.compress,
+    ".bz2": lambda data: bz2.compress(data, 1),
 }
+
+
+def whole(path: Path | str) -> Piece:
+    return Piece(str(path), 0, WHOLE, 0)
+
+
+def gathered(blocks: Iterable[Block]) -> tuple[list[Any], list[BadDocument]]:
+    """All documents and all that is bad."""
+    documents, bad = [], []
+    for block in blocks:
+        documents += block.documents
+        bad += block.bad
+    return documents, bad
+
+
+def read(path: Path, **options: Any) -> tuple[list[Any], list[BadDocument]]:
+    return gathered(PieceReader(whole(path), ReadOptions(**options)))
+
+
+def read_good(path: Path, **options: Any) -> list[Any]:
+    found, bad = read(path, **options)
+    assert bad == []
+    return found
+
+
+def read_until_break(path: Path, **options: Any) -> tuple[list[Any], BrokenFile]:
+    """What a broken file gives before its end, and how it ends."""
+    found: list[Any] = []
+    with pytest.raises(BrokenFile) as caught:
+        for block in PieceReader(whole(path), ReadOptions(**options)):
+            found += block.documents
+    assert path.name in str(caught.value)
+    return found, caught.value
+
+
+def json_lines(texts: Iterable[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# --- compression -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_every_compression_and_several_frames_in_a_file(tmp_path: Path, suffix: str) -> None:
-    texts = [*documents(50), "x" * 700_000, 'äöü\u2028\x85 \\ " \n end', ""]
-    lines = [json.dumps({"text": text}) + "\n" for text in texts]
-    halves = "".join(lines[:20]).encode(), "".join(lines[20:]).encode()
+    texts = [*documents(50), "x" * 3_000_000, 'äöü\u2028\x85 \\ " \n end', ""]
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(b"".join(COMPRESS[suffix](half) for half in halves))
-    assert read(path) == texts
+    path.write_bytes(COMPRESS[suffix](json_lines(texts[:20])) + COMPRESS[suffix](json_lines(texts[20:])))
+    reader = PieceReader(whole(path))
+    assert gathered(reader) == (texts, [])
+    assert reader.lines == len(texts) and reader.bytes_read == path.stat().st_size
+    assert reader.digest == sha256(path.read_bytes())
+
+
+def test_a_large_window_of_zstandard(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=29, enable_ldm=True)
+    path = tmp_path / "a.zst"
+    path.write_bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(json_lines(["far"])))
+    assert read_good(path) == ["far"]
+
+
+def test_what_compresses_a_thousandfold_is_not_unfolded_whole(tmp_path: Path) -> None:
+    line = json_lines(["x" * 100_000])
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(line * 1000))
+    sizes = [sum(map(len, block.documents)) for block in PieceReader(whole(path))]
+    assert sum(sizes) == 100_000_000 and max(sizes) < 10 << 20
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
-@pytest.mark.parametrize("part", [0.3, 0.99])
-def test_a_cut_compressed_file_is_an_error_not_an_end(tmp_path: Path, suffix: str, part: float) -> None:
+def test_of_a_cut_compressed_file_comes_what_is_whole(tmp_path: Path, suffix: str) -> None:
+    texts = [*documents(300), random.Random(1).randbytes(300_000).hex(), *documents(50)]
+    data = COMPRESS[suffix](json_lines(texts))
     path = tmp_path / f"a.jsonl{suffix}"
-    data = COMPRESS[suffix]("".join(json.dumps({"text": text}) + "\n" for text in documents(500)).encode())
-    path.write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(DataError, match=r"a\.jsonl.*cut short"):
-        read(path)
+    for part in (0.7, 0.999):
+        path.write_bytes(data[: int(len(data) * part)])
+        found, error = read_until_break(path)
+        assert error.kind == "cut short" and "fetch the file again" in str(error)
+        assert len(found) >= 300 and found == texts[: len(found)]
+        given: list[str] = []
+        with pytest.raises(BrokenFile):
+            for stretch in stretches(whole(path), 50_000):
+                given += gathered(StretchReader(stretch, str(path)))[0]
+        assert given == found
     path.write_bytes(b"no such format at all")
-    with pytest.raises(DataError, match=r"a\.jsonl.*cannot be decompressed"):
-        read(path)
+    assert read_until_break(path)[1].kind == "cannot be decompressed"
 
 
-def test_an_empty_file_and_blank_lines_hold_no_documents(tmp_path: Path) -> None:
-    for name in ("a.jsonl", "b.jsonl.zst"):
-        (tmp_path / name).write_bytes(b"")
-        assert read(tmp_path / name) == []
-    (tmp_path / "c.jsonl").write_bytes(b'\n  \n{"text": "x"}\r\n\n{"text": "no newline at the end"}')
-    assert read(tmp_path / "c.jsonl") == ["x", "no newline at the end"]
+def test_a_file_that_is_not_there_is_broken(tmp_path: Path, s3_bucket: str) -> None:
+    assert read_until_break(tmp_path / "missing.jsonl")[1].kind == "unreadable"
+    for url in (f"s3://{s3_bucket}/missing.jsonl.zst", f"s3://{s3_bucket}-no/missing.txt"):
+        with pytest.raises(BrokenFile, match="missing") as caught:
+            list(PieceReader(whole(url)))
+        assert caught.value.kind == "unreadable"
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (copy.kind, str(copy)) == (caught.value.kind, str(caught.value))
 
 
-def test_bad_documents_are_told_by_kind_and_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    wrong = [b'{"text": ', b'{"body": "x"}', b"[]", b'{"text": 5}', b'{"text": "\xff"}', b'{"text": "\\ud800"}', b""]
-    path.write_bytes(b"\n".join([b'{"text": "ok"}', *wrong, b'{"text": "ok too"}']))
-    items = read(path)
-    assert items[0] == "ok" and items[-1] == "ok too"
-    bad = [item for item in items if isinstance(item, BadDocument)]
-    kinds = ["invalid JSON", "missing key", "not an object", "wrong type", "invalid JSON", "invalid JSON"]
-    assert [(item.kind, item.line) for item in bad] == list(zip(kinds, range(2, 8), strict=True))
+# --- lines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.zst", "a.json", "a.json.gz", "a.txt", "a.md.xz", "a.tar", "a.tar.gz"]
+)
+def test_an_empty_file_is_a_bad_document(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    for data in {b"", COMPRESS[split_suffixes(name)[0]](b"")}:
+        path.write_bytes(data)
+        found, bad = read(path)
+        assert found == [] and [(item.kind, item.line) for item in bad] == [("empty file", 0)]
+        if can_stream(str(path)):
+            streamed = [gathered(StretchReader(stretch, str(path))) for stretch in stretches(whole(path), 100)]
+            assert streamed == [([], bad)]
+
+
+def test_line_ends_blank_lines_and_the_mark_of_utf_8(tmp_path: Path) -> None:
+    data = b'\xef\xbb\xbf{"text": "first"}\r\n\n  \n{"text": "x"}\r\n\n{"text": "no newline at the end"}'
+    for suffix in ("", ".gz"):
+        path = tmp_path / f"c.jsonl{suffix}"
+        path.write_bytes(COMPRESS[suffix](data))
+        reader = PieceReader(whole(path))
+        assert gathered(reader) == (["first", "x", "no newline at the end"], [])
+        assert reader.lines == 6
+    (tmp_path / "d.jsonl").write_bytes(b"\n \n")
+    assert read(tmp_path / "d.jsonl") == ([], [])
+
+
+WRONG = {
+    b'{"text": ': "invalid JSON",
+    b'{"body": "x"}': "missing key",
+    b"[]": "not an object",
+    b'"text"': "not an object",
+    b'{"text": 5}': "wrong type",
+    b'{"text": ["x"]}': "wrong type",
+    b'{"text": null}': "null",
+    b'{"text": "\xff"}': "invalid UTF-8",
+    b'{"text": "\xed\xa0\x80"}': "invalid UTF-8",
+    b'{"text": "\\ud800"}': "lone surrogate",
+    b'{"text": "\\udc00 x"}': "lone surrogate",
+    b'{"text": "a\x01b"}': "invalid JSON",
+    b'{"text": "x"} {"text": "y"}': "invalid JSON",
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_bad_documents_are_told_by_kind_and_line(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(COMPRESS[suffix](b"\n".join([b'{"text": "ok"}', *WRONG, b"", b'{"text": "ok too"}'])))
+    found, bad = read(path)
+    assert found == ["ok", "ok too"]
+    assert [(item.kind, item.line) for item in bad] == list(zip(WRONG.values(), range(2, 15), strict=True))
+    assert all(item.url == str(path) and item.content and item.content.isprintable for item in bad)
     assert '"text"' in bad[1].detail and "body" in bad[1].detail
+    assert bad[0].content == '{"text": '
+    streamed = [gathered(StretchReader(stretch, str(path))) for stretch in stretches(whole(path), 40)]
+    assert len(streamed) > 4
+    assert [document for part in streamed for document in part[0]] == found
+    assert [item for part in streamed for item in part[1]] == bad
+
+
+def test_the_content_of_what_is_bad_is_short_and_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "\xff' + "ü".encode() * 4000)
+    (item,) = read(path)[1]
+    assert len(item.content) == 500 and item.content.encode().startswith(b'{"text": "\\xff')
 
 
 def test_content_keys(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a.b": "flat", "a": {"b": "deep"}}\n{"a": {"b": "deep"}}\n')
-    assert read(path, "a.b") == ["flat", "deep"]
-    assert read(path, "json:a.b") == ["flat", "deep"]
+    assert read_good(path, content_key="a.b") == ["flat", "deep"]
+    assert read_good(path, content_key="json:a.b") == ["flat", "deep"]
+    path.write_text('{"a": {"b": "deep"}}\n{"a": "text"}\n{"a": null}\n[]\n"a.b"\n')
+    found, bad = read(path, content_key="a.b")
+    assert found == ["deep"]
+    assert [item.kind for item in bad] == ["missing key", "missing key", "not an object", "not an object"]
+
+
+HOSTILE = b'\n{"text": "a"}\r\n\n{"text": "\xc3\xa4"}\n \n{"no": 1}\n{"text": "last"}'
+
+
+@pytest.mark.parametrize("block_bytes", [1, 3, 8, 1 << 20])
+def test_pieces_from_every_byte_to_every_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr(source_module, "_PLAIN_BYTES", block_bytes)
+    path = tmp_path / "a.jsonl"
+    for data in (HOSTILE, HOSTILE + b"\n"):
+        path.write_bytes(data)
+        for middle in itertools.combinations(range(1, len(data)), 1 if block_bytes < 8 else 2):
+            edges = [0, *middle, len(data)]
+            readers = [PieceReader(Piece(str(path), a, b, b - a)) for a, b in itertools.pairwise(edges)]
+            parts = [gathered(reader) for reader in readers]
+            assert [text for part in parts for text in part[0]] == ["a", "ä", "last"]
+            assert [item.kind for part in parts for item in part[1]] == ["missing key"]
+            assert sum(reader.lines for reader in readers) == 7
+            digests = [sha256(data[a:b]) for a, b in itertools.pairwise(edges)]
+            assert [reader.digest for reader in readers] == digests
 
 
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=30), st.lists(st.integers(0, 10_000), max_size=6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_byte_ranges_give_every_line_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], cuts: list[int]
 ) -> None:
     path = tmp_path_factory.mktemp("ranges") / "a.jsonl"
-    path.write_bytes(
-        "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts).encode("utf-8", "replace")
-    )
+    lines = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    path.write_bytes("\n".join(lines).encode("utf-8", "replace"))
     size = path.stat().st_size
     edges = sorted({0, size, *(cut % (size + 1) for cut in cuts)})
-    readers = [PieceReader(Piece(str(path), start, end)) for start, end in itertools.pairwise(edges)]
-    found = [item for reader in readers for item in reader]
-    assert found == read(path)
+    readers = [PieceReader(Piece(str(path), a, b, b - a)) for a, b in itertools.pairwise(edges)]
+    assert [text for reader in readers for text in gathered(reader)[0]] == read_good(path)
     assert sum(reader.lines for reader in readers) == len(texts)
+
+
+def test_lines_longer_than_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "_PLAIN_BYTES", 1000)
+    texts = ["a", "x" * 50_000, "b", "y" * 999, "z" * 20_000]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(texts))
+    size = path.stat().st_size
+    pieces = split(str(path), size, 3000)
+    assert len(pieces) > 20 and sum(piece.num_bytes for piece in pieces) == size
+    assert [text for piece in pieces for text in gathered(PieceReader(piece))[0]] == texts
+
+
+def test_a_hundred_thousand_lines(tmp_path: Path) -> None:
+    texts = [f"line {number}" for number in range(100_000)]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(texts))
+    reader = PieceReader(whole(path))
+    assert gathered(reader)[0] == texts and reader.lines == 100_000
+    pieces = split(str(path), path.stat().st_size, 300_000)
+    assert [text for piece in pieces for text in gathered(PieceReader(piece))[0]] == texts
+    assert split(str(path), 500_000, 300_000) == [Piece(str(path), 0, WHOLE, 500_000)]
+
+
+# --- stretches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stretch_bytes", [1, 37, 1000, 20_000, 1 << 30])
+def test_stretches_of_any_size_give_the_same_documents(tmp_path: Path, stretch_bytes: int) -> None:
+    texts = documents(200)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(b"\n\r\n" + json_lines(texts)[:-1]))
+    cut = stretches(whole(path), stretch_bytes)
+    found = list(cut)
+    assert [part.number for part in found] == list(range(len(found)))
+    assert [text for part in found for text in gathered(StretchReader(part, str(path)))[0]] == texts
+    assert all(len(part.data) >= stretch_bytes - 1 for part in found[:-1])
+    assert cut.digest == sha256(path.read_bytes()) and cut.bytes_read == path.stat().st_size
+    readers = [StretchReader(part, str(path)) for part in found]
+    assert [gathered(reader)[1] for reader in readers] == [[]] * len(readers)
+    lines = list(itertools.accumulate((reader.lines for reader in readers), initial=1))
+    assert [part.first_line for part in found] == lines[:-1] and lines[-1] == 203
+
+
+@given(st.lists(st.sampled_from(["a", "\n", "\n\n", "<sep>", "ü", "x<", "sep>"]), max_size=40), st.integers(1, 7))
+@settings(max_examples=100, deadline=None)
+def test_parts_do_not_depend_on_blocks(pieces: list[str], block_bytes: int) -> None:
+    data = "".join(pieces).encode()
+    blocks = [data[a : a + block_bytes] for a in range(0, len(data), block_bytes)]
+    for separator in (b"\n", b"\n\n", b"<sep>"):
+        expected = data.split(separator)
+        found = [part for parts in split_parts(iter(blocks), separator) for part in parts]
+        assert found == (expected if expected[-1] else expected[:-1])
+
+
+def test_what_can_be_streamed(tmp_path: Path) -> None:
+    separated = ReadOptions(separator="\n\n")
+    assert can_stream("a.jsonl.zst") and can_stream("a.gz") and not can_stream("a.jsonl")
+    assert can_stream("a.txt", separated) and can_stream("a.txt.gz", separated) and not can_stream("a.txt.gz")
+    assert not can_stream("a.tar.gz") and not can_stream("a.parquet")
+    for name, data in {"lines.json.gz": json_lines(["x"]), "array.json.gz": b'[{"text": "x"}]'}.items():
+        (tmp_path / name).write_bytes(gzip.compress(data))
+        assert can_stream(str(tmp_path / name)) == (name == "lines.json.gz")
+
+
+# --- JSON documents ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_an_array_in_a_json_file(tmp_path: Path, indent: int | None, suffix: str) -> None:
+    texts = [*documents(300), "x" * 3_000_000, "] , [", '\\" ü 🙂', ""]
+    path = tmp_path / f"a.json{suffix}"
+    data = json.dumps([{"text": text, "n": 1.5} for text in texts], indent=indent, ensure_ascii=bool(indent)).encode()
+    path.write_bytes(COMPRESS[suffix](b"\xef\xbb\xbf \n" + data))
+    reader = PieceReader(whole(path))
+    assert gathered(reader) == (texts, [])
+    assert reader.lines == len(texts) and reader.digest == sha256(path.read_bytes())
+    assert split(str(path), path.stat().st_size, 1000) == [Piece(str(path), 0, WHOLE, path.stat().st_size)]
+
+
+def test_json_files_of_other_forms(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    forms = {
+        json.dumps({"text": "one"}, indent=2): ["one"],
+        json.dumps({"text": "one"}, indent=2) + "\n" + json.dumps({"text": "two"}, indent=2): ["one", "two"],
+        '{"text": "line"}\n{"text": "line 2"}\n': ["line", "line 2"],
+        '{"text": "line"}': ["line"],
+        " [ ] \n": [],
+        '{ \r\n "text": "x"}': ["x"],
+    }
+    for content, texts in forms.items():
+        path.write_text(content, newline="")
+        assert read_good(path) == texts
+    path.write_bytes(json_lines(documents(100)))
+    pieces = split(str(path), path.stat().st_size, 1000)
+    assert len(pieces) > 5
+    assert [text for piece in pieces for text in gathered(PieceReader(piece))[0]] == documents(100)
+
+
+def test_bad_elements_of_an_array(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[{"text": "ok"}, 5, {"text": "\xff"}, {"text": "\\ud800"}, {"text": null}, {"text": "ok too"}]')
+    found, bad = read(path)
+    assert found == ["ok", "ok too"]
+    kinds = ["not an object", "invalid UTF-8", "lone surrogate", "null"]
+    assert [(item.kind, item.line) for item in bad] == list(zip(kinds, range(2, 6), strict=True))
+    assert all(item.content.encode() for item in bad)
+
+
+@pytest.mark.parametrize("end", ['{"text": "y', "5", "{'text'", ', {"text": "z"}', "]]", '] {"text": 1}', "tru"])
+def test_of_a_broken_array_comes_what_is_whole(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "x"}, {"text": "y"}' + (", " if end[0] in "{5t" else "") + end)
+    found, error = read_until_break(path)
+    assert found[:2] == ["x", "y"] and error.kind == "invalid JSON"
+
+
+# --- texts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.text.gz", "a.MD", "a.txt.zst"])
+def test_a_text_is_a_document_or_several(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    content = "First ü\r\n\n\n\nSecond<|end|> third\n"
+    path.write_bytes(COMPRESS[split_suffixes(name)[0]](b"\xef\xbb\xbf" + content.encode()))
+    assert read_good(path) == [content]
+    assert read_good(path, separator="<|end|>") == ["First ü\r\n\n\n\nSecond", " third\n"]
+    reader = PieceReader(whole(path), ReadOptions(separator="\n\n"))
+    assert gathered(reader)[0] == ["First ü\r", "Second<|end|> third\n"]
+    assert reader.lines == 3 and reader.digest == sha256(path.read_bytes())
+    options = ReadOptions(separator="\n\n")
+    for stretch_bytes in (1, 5, 1000):
+        parts = list(stretches(whole(path), stretch_bytes, options))
+        assert [text for part in parts for text in gathered(StretchReader(part, str(path), options))[0]] == [
+            "First ü\r",
+            "Second<|end|> third\n",
+        ]
+
+
+def test_a_text_that_is_no_utf_8(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good|b\xe4d|good")
+    assert [item.kind for item in read(path)[1]] == ["invalid UTF-8"]
+    found, bad = read(path, separator="|")
+    assert found == ["good", "good"] and [(item.kind, item.line) for item in bad] == [("invalid UTF-8", 2)]
+
+
+# --- tars --------------------------------------------------------------------------------------------------------
 
 
 def make_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -113,82 +426,106 @@ def make_tar(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
+def npy(array: np.ndarray, allow_pickle: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=allow_pickle)
+    return buffer.getvalue()
+
+
 def test_tar_members(tmp_path: Path) -> None:
-    ids = io.BytesIO()
-    np.save(ids, np.array([[5, 6], [7, 8]], np.uint16))
-    members = {"1.txt": "wörd".encode(), "1.json": b'{"body": {"x": "json text"}}', "1.npy": ids.getvalue()}
-    path = make_tar(tmp_path / "a.tar", {**members, "2.txt": b"\xff", "2.npy": b"junk"})
-    for key in ("text", "txt"):
-        found = read(path, key)
-        assert found[0] == "wörd" and isinstance(found[1], BadDocument) and "2.txt" in found[1].detail
-    assert read(path, "json:body.x") == ["json text"]
-    first, second = read(path, "npy")
-    assert isinstance(first, np.ndarray) and first.tolist() == [5, 6, 7, 8]
-    assert isinstance(second, BadDocument) and second.kind == "invalid npy"
-    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert read(tmp_path / "b.tar.gz", "txt")[0] == "wörd"
-    with pytest.raises(DataError, match="--content_key"):
-        read(path, "body")
-    with pytest.raises(DataError, match="no member ends in"):
-        read(make_tar(tmp_path / "c.tar", {"a.jpg": b""}), "txt")
-    (tmp_path / "d.tar").write_bytes(path.read_bytes()[:1500])
-    with pytest.raises(DataError, match="cut short"):
-        read(tmp_path / "d.tar", "txt")
+    members = {
+        "1.txt": "wörd".encode(), "1.json": b'{"body": {"x": "json text"}}', "x" * 150 + ".json": b'{"body": 1}',
+        "1.npy": npy(np.array([[5, 6], [7, 8]], np.uint16)), "2.txt": b"\xff", "2.npy": b"junk",
+        "3.npy": npy(np.array([1.5])), "4.npy": npy(np.array([{}]), allow_pickle=True), "5.text": b"more",
+    }  # fmt: skip
+    plain = make_tar(tmp_path / "a.tar", members)
+    packed = tmp_path / "b.tar.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    for path in (plain, packed):
+        for key in ("text", "txt"):
+            reader = PieceReader(whole(path), ReadOptions(key))
+            found, bad = gathered(reader)
+            assert found == ["wörd", "more"] and [item.kind for item in bad] == ["invalid UTF-8"]
+            assert "2.txt" in bad[0].detail and reader.lines == 3
+            assert reader.digest == sha256(path.read_bytes()) and reader.bytes_read == path.stat().st_size
+        found, bad = read(path, content_key="json:body.x")
+        assert found == ["json text"] and [item.kind for item in bad] == ["missing key"]
+        found, bad = read(path, content_key="npy")
+        assert [ids.tolist() for ids in found] == [[5, 6, 7, 8]]
+        assert [item.kind for item in bad] == ["invalid npy"] * 3
+    with pytest.raises(ConfigError, match="--content_key"):
+        read(plain, content_key="body")
+
+
+def test_broken_tars(tmp_path: Path) -> None:
+    data = make_tar(tmp_path / "a.tar", {f"{n}.txt": b"x" * 700 for n in range(5)}).read_bytes()
+    path = tmp_path / "d.tar"
+    path.write_bytes(data[:4000])
+    found, error = read_until_break(path)
+    assert len(found) == 2 and error.kind == "damaged" and "cut short" in str(error)
+    path.write_bytes(b"no tar at all" * 100)
+    assert read_until_break(path)[1].kind == "damaged"
+    assert read_until_break(make_tar(path, {"a.jpg": b""}))[1].kind == "no documents"
+    packed = tmp_path / "e.tar.gz"
+    packed.write_bytes(gzip.compress(data, 0)[:4000])
+    found, error = read_until_break(packed)
+    assert len(found) == 2 and error.kind == "cut short"
+
+
+# --- names -------------------------------------------------------------------------------------------------------
 
 
 def test_suffixes() -> None:
     assert split_suffixes("x/00.zst") == (".zst", ".jsonl")
     assert split_suffixes("x/c4.00000-of-01024.json.gz") == (".gz", ".json")
-    for name in ("a.parquet", "a.txt.gz", "README"):
+    assert split_suffixes("x/A.JSONL?rows=3:5") == ("", ".jsonl")
+    for name in ("a.csv", "a.pdf.gz", "README"):
         with pytest.raises(DataError, match=r"no reader for .*\.jsonl.*\.zst"):
             split_suffixes(name)
+    assert is_data_name("x/a.txt") and is_data_name("s3://b/a.parquet")
+    assert not any(map(is_data_name, ["x/README.md", "x/dataset_info.json", "x/.hidden.txt", "x/a.csv"]))
 
 
-def test_inputs_are_found_once_and_in_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl.zst", "deep/er/c.json.gz"):
-        write_jsonl(tmp_path / name, ["x"])
-    (tmp_path / "notes.md").write_text("not an input")
-    everything = [str(tmp_path / name) for name in ("a.jsonl.zst", "b.jsonl", "deep/er/c.json.gz")]
-    assert [item.url for item in find_inputs([str(tmp_path), f"{tmp_path}/*.jsonl", everything[1]])] == everything
-    assert [item.url for item in find_inputs([f"{tmp_path}/*.jsonl*"])] == everything[:2]
-    assert [item.url for item in find_inputs([str(tmp_path)], [".gz"])] == everything[2:]
-    assert [item.url for item in find_inputs([f"{tmp_path}/d*"])] == everything[2:]
-    with pytest.raises(DataError) as caught:
-        find_inputs([f"{tmp_path}/z*", str(tmp_path / "missing.jsonl"), str(tmp_path / "notes.md")])
-    assert all(name in str(caught.value) for name in ("z*", "missing.jsonl", "notes.md"))
+def test_rows_of_a_file(tmp_path: Path) -> None:
+    texts = documents(30)
+    for name, data in {
+        "a.jsonl.gz": b"\n" + json_lines(texts),
+        "b.json": json.dumps([{"text": t} for t in texts]).encode(),
+    }.items():
+        path = tmp_path / name
+        path.write_bytes(COMPRESS[split_suffixes(name)[0]](data))
+        for first, last in ((0, 3), (5, 30), (29, 99), (4, 4)):
+            assert gathered(PieceReader(whole(f"{path}?rows={first}:{last}"))) == (texts[first:last], [])
+        assert split(f"{path}?rows=2:9", 1 << 30, 1) == [Piece(f"{path}?rows=2:9", 0, WHOLE, 1 << 30)]
+        assert not can_stream(f"{path}?rows=2:9")
 
 
-def test_inputs_in_s3(tmp_path: Path, s3_bucket: str) -> None:
+def test_reading_from_s3(tmp_path: Path, s3_bucket: str) -> None:
     from open_lm import storage
 
-    path = write_jsonl(tmp_path / "a.jsonl.zst", documents(20))
-    for name in ("x/a.jsonl.zst", "x/deep/b.jsonl.zst"):
-        storage.upload(path, f"s3://{s3_bucket}/{name}")
-    found = find_inputs([f"s3://{s3_bucket}/x"])
-    assert [item.url for item in found] == [f"s3://{s3_bucket}/x/a.jsonl.zst", f"s3://{s3_bucket}/x/deep/b.jsonl.zst"]
-    assert found[:1] == find_inputs([f"s3://{s3_bucket}/x/*.zst"])
-    assert list(PieceReader(Piece(found[1].url, 0, found[1].num_bytes))) == documents(20)
+    texts = documents(200)
+    tar = make_tar(tmp_path / "a.tar", {f"{number}.txt": text.encode() for number, text in enumerate(texts)})
+    contents = {
+        "a.jsonl": json_lines(texts),
+        "a.jsonl.zst": zstandard.compress(json_lines(texts)),
+        "a.tar": tar.read_bytes(),
+    }
+    for name, data in contents.items():
+        url = f"s3://{s3_bucket}/x/{name}"
+        storage.write_bytes(url, data)
+        readers = [PieceReader(piece) for piece in split(url, len(data), 5000)]
+        assert [text for reader in readers for text in gathered(reader)[0]] == texts
+        assert len(readers) > 1 or readers[0].digest == sha256(data)
 
 
-def test_units_cover_every_byte_once() -> None:
-    inputs = [InputFile(f"f{number:03d}.jsonl", 1000) for number in range(3000)]
-    inputs += [InputFile("huge.jsonl", 50_000_001), InputFile("huge.jsonl.zst", 50_000_000)]
-    units = plan_units(inputs, None)
-    covered: dict[str, int] = {}
-    for unit in units:
-        for piece in unit.pieces:
-            assert covered.get(piece.url, 0) == piece.start
-            covered[piece.url] = piece.end
-    assert covered == {item.url: item.num_bytes for item in inputs}
-    assert sum(any(piece.url == "huge.jsonl" for piece in unit.pieces) for unit in units) > 10
-    assert sum(any(piece.url == "huge.jsonl.zst" for piece in unit.pieces) for unit in units) == 1
-    assert [unit.index for unit in units] == list(range(len(units)))
+def iterate_until(blocks: Iterator[Block], count: int) -> None:
+    for _ in range(count):
+        next(blocks)
 
 
-def test_units_hold_one_source_and_repeat_by_its_factor() -> None:
-    sampling = Sampling({"WIKI": ["wiki"], "WEB": ["web"]}, {"WIKI": 2.5, "WEB": 0})
-    units = plan_units(
-        [InputFile(f"{name}-{n}.jsonl", 10) for name in ("other", "web", "wiki") for n in range(2)], sampling
-    )
-    assert [(unit.source, unit.copy) for unit in units] == [("UNKNOWN", 0), ("WIKI", 0), ("WIKI", 1), ("WIKI", 2)]
-    assert len({unit.group for unit in units[1:]}) == 1
+def test_a_reader_that_is_left_early_claims_no_digest(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(["x" * 1_000_000] * 5))
+    reader = PieceReader(whole(path))
+    iterate_until(iter(reader), 2)
+    assert reader.digest is None

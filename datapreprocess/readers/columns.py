@@ -27,7 +27,7 @@ def read_parquet(source: Source, options: ReadOptions) -> Iterator[Block]:
 
     with source.open_seekable() as file, _explained(source):
         if not file.seek(0, os.SEEK_END):
-            yield source.empty_file()
+            yield source.block([], [source.nothing()])
             return
         table = pyarrow.parquet.ParquetFile(file)
         path = _column_path(source, table.schema_arrow, options.content_key)
@@ -74,7 +74,7 @@ def read_arrow(source: Source, options: ReadOptions) -> Iterator[Block]:
     """The texts of the record batches [start, end) of an Arrow stream or file."""
     with _open_arrow(source) as file, _explained(source):
         if not file.size():
-            yield source.empty_file()
+            yield source.block([], [source.nothing()])
             return
         schema, batches, cut_short = _arrow_batches(file)
         path = _column_path(source, schema, options.content_key)

@@ -27,7 +27,7 @@ COMPRESSIONS: dict[str, Callable[[], Any]] = {
 
 
 _OUTPUT_BYTES = 1 << 20
-_FIRST_INPUT_BYTES, _MAX_INPUT_BYTES = 4 << 10, 256 << 10
+_FIRST_INPUT_BYTES, _MAX_INPUT_BYTES = 512, 256 << 10
 
 
 def decompressed(blocks: Iterator[bytes], suffix: str, url: str) -> Iterator[bytes]:

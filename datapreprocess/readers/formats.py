@@ -221,7 +221,7 @@ class StretchReader:
         separator = _separator(self.url, self.options)
         assert parse is not None and separator is not None, "only what can be cut into stretches comes in them"
         if not self.stretch.data:
-            yield source.empty_file()
+            yield source.block([], [source.nothing()])
         blocks = (self.stretch.data[a : a + _BLOCK_BYTES] for a in range(0, len(self.stretch.data), _BLOCK_BYTES))
         for parts in split_parts(blocks, separator):
             self.lines += len(parts)

@@ -30,7 +30,7 @@ def read_lines(source: Source, options: ReadOptions, blocks: Iterator[bytes] | N
     for lines in _only(parts, *source.rows) if source.rows else parts:
         yield parse_lines(source, lines, options)
     if not source.lines and source.piece.end == WHOLE and not source.rows:
-        yield source.empty_file()
+        yield source.block([], [source.nothing()])
 
 
 def _only(parts: Iterator[list[bytes]], first: int, last: int) -> Iterator[list[bytes]]:

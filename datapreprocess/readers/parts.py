@@ -13,7 +13,7 @@ from open_lm.datapreprocess.readers.base import BrokenFile
 
 @dataclass(frozen=True)
 class Stretch:
-    """Whole lines (or texts) from the middle of a file, whose first is number `first_line`, counted from 1."""
+    """Lines (or texts) from the middle of a file, all whole; the first is number `first_line`, counted from 1."""
 
     number: int
     data: bytes
@@ -47,7 +47,7 @@ def _joined_tail(pending: list[bytes], block: bytes) -> bytes:
 
 
 def cut_stretches(blocks: Iterable[bytes], separator: bytes, stretch_bytes: int) -> Iterator[Stretch]:
-    """Stretches of at least `stretch_bytes` that end after a separator; an empty file is one empty stretch.
+    """Stretches of at least `stretch_bytes` with their separators; an empty file is one empty stretch.
 
     Where they end depends on the content and `stretch_bytes` alone.
     """
@@ -76,4 +76,5 @@ def cut_stretches(blocks: Iterable[bytes], separator: bytes, stretch_bytes: int)
 
 
 def _joined(parts: list[bytes], separator: bytes) -> bytes:
-    return separator.join([*parts, b""])
+    """What is cut into the same parts again; a separator more could be taken for one that begins in the last part."""
+    return separator.join(parts if parts[-1:] != [b""] else [*parts, b""])

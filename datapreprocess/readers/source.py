@@ -152,8 +152,8 @@ class Source:
         """What is wrong with the line, row or (0) the whole of this piece."""
         return BadDocument(kind, self.piece.url, line, detail, self.piece.start, excerpt(content))
 
-    def empty_file(self) -> Block:
-        return self.block([], [self.bad("empty file", 0, "the file holds nothing")])
+    def nothing(self) -> BadDocument:
+        return self.bad("empty file", 0, "the file holds nothing")
 
     def _take(self, data: bytes) -> None:
         self.bytes_read += len(data)

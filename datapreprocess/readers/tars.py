@@ -25,16 +25,12 @@ def read_tar(source: Source, options: ReadOptions) -> Iterator[Block]:
             "it must be text, txt, npy or json:KEY"
         )
     yield from source.in_blocks(_documents(source, kind, json_key))
-    if not source.bytes_read:
-        yield source.empty_file()
-    elif not source.lines:
-        message = f"{source.path}: no member ends in {' or '.join(_SUFFIXES[kind])}; is --content_key right?"
-        raise BrokenFile("no documents", message)
 
 
 def _documents(source: Source, kind: str, json_key: str) -> Iterator[Document | BadDocument]:
     with source.open_seekable() if source.compression else source.open_forwards() as file:
         if not file.seek(0, io.SEEK_END):
+            yield source.nothing()
             return
         try:
             for name, offset, size in iter_files(file, source.path):
@@ -45,7 +41,10 @@ def _documents(source: Source, kind: str, json_key: str) -> Iterator[Document | 
         except BrokenFile:
             raise
         except DataError as error:
-            raise BrokenFile("not a whole tar", str(error)) from error
+            raise BrokenFile("damaged", str(error)) from error
+        if not source.lines:
+            message = f"{source.path}: no member ends in {' or '.join(_SUFFIXES[kind])}; is --content_key right?"
+            raise BrokenFile("no documents", message)
 
 
 def _document(source: Source, name: str, data: bytes, kind: str, json_key: str) -> Document | BadDocument:

@@ -20,7 +20,7 @@ def read_texts(source: Source, options: ReadOptions) -> Iterator[Block]:
         if any(parts) or separator:
             yield parse_texts(source, parts, options)
     if not source.lines:
-        yield source.empty_file()
+        yield source.block([], [source.nothing()])
 
 
 def text_separator(options: ReadOptions) -> bytes | None:
