@@ -9,6 +9,7 @@ import importlib
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -104,10 +105,14 @@ def lines(snapshot: Snapshot, pace: Pace, width: int) -> list[str]:
     cells = min(_BAR_CELLS, width - len(snapshot.stage) - len(times) - 4)
     full = int(cells * snapshot.share)
     bar = f"[{'#' * full}{'.' * (cells - full)}] " if cells >= 5 else ""
-    rows = [f"{snapshot.stage} {bar}{times}", "  " + ", ".join(_counts(snapshot, pace))]
+    rows = [f"{snapshot.stage} {bar}{times}", *_wrapped(_counts(snapshot, pace), width)]
     rows += [f"    {source}" for source in _sources(snapshot)]
-    rows.append("  " + ", ".join(_resources(snapshot)))
-    return [row[:width] for row in rows if row.strip()]
+    rows += _wrapped(_resources(snapshot), width)
+    return [row[:width] for row in rows]
+
+
+def _wrapped(parts: list[str], width: int) -> list[str]:
+    return textwrap.wrap(", ".join(parts), max(width, 1), initial_indent="  ", subsequent_indent="  ")
 
 
 def _counts(snapshot: Snapshot, pace: Pace) -> list[str]:

@@ -117,6 +117,8 @@ def test_many_sources_are_summed() -> None:
 def test_lines_fit_a_narrow_terminal(width: int) -> None:
     rows = lines(SNAPSHOT, PACE, width)
     assert max(map(len, rows)) <= width
+    if width >= 40:
+        assert "246,913 tokens/s" in " ".join(map(str.strip, rows))
     if width >= 56:
         assert re.fullmatch(r"tokenizing \[#+\.+\]  25%  0:00:05 gone, 0:00:15 left", rows[0])
 
