@@ -32,10 +32,8 @@ def convert(model: bytes) -> str:
     parts = _fields(model)
     trainer, normalizer = _last(parts, _TRAINER), _last(parts, _NORMALIZER)
     pieces = [_piece(data) for number, data in parts if number == _PIECES]
-    _check(trainer, normalizer, {kind for _, _, kind in pieces})
+    _check(trainer, normalizer, pieces)
     vocab = {name: i for i, (name, _, _) in enumerate(pieces)}
-    if len(vocab) < len(pieces):
-        raise NotConvertible("two of its pieces are the same")
     escape: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     prefix = {"type": "Prepend", "prepend": _SPACE}
     steps = [prefix, escape] if normalizer.get(_DUMMY_PREFIX, 1) else [escape]
@@ -66,7 +64,9 @@ def convert(model: bytes) -> str:
     )
 
 
-def _check(trainer: dict[int, Any], normalizer: dict[int, Any], kinds: set[int]) -> None:
+def _check(trainer: dict[int, Any], normalizer: dict[int, Any], pieces: list[tuple[str, float, int]]) -> None:
+    kinds = {kind for _, _, kind in pieces}
+    normal = {name for name, _, kind in pieces if kind == _NORMAL}
     reasons = {
         "it is no BPE model": trainer.get(_MODEL_TYPE, 1) != _BPE,
         "it has no byte fallback": not trainer.get(_BYTE_FALLBACK, 0),
@@ -76,6 +76,11 @@ def _check(trainer: dict[int, Any], normalizer: dict[int, Any], kinds: set[int])
         "it leaves spaces as they are": not normalizer.get(_ESCAPE_SPACES, 1),
         "it has user-defined or unused pieces": not kinds <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE},
         "it has no unknown piece": _UNKNOWN not in kinds,
+        "two of its pieces are the same": len({name for name, _, _ in pieces}) < len(pieces),
+        # fastokens finds a control or byte piece, such as <0x0A>, in a text one of whose characters is no piece, and
+        # sentencepiece joins characters that are none.
+        "characters of its pieces are no pieces": not {character for name, _, _ in pieces for character in name}
+        <= normal,
     }
     found = [reason for reason, holds in reasons.items() if holds]
     if found:

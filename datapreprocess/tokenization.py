@@ -65,10 +65,10 @@ class DocumentEncoder:
         self.dtype: np.dtype[Any] = token_dtype(self.vocab_size)
         if add_bos and self.bos_id is None:
             raise ConfigError("no token begins a document: the tokenizer names none, or there is no tokenizer")
-        largest = max(self.eot_id, self.bos_id or 0)
-        if largest >= self.vocab_size:
+        if max(self.eot_id, self.bos_id or 0) >= self.vocab_size:
+            bos = "" if self.bos_id is None else f" and beginning of text {self.bos_id}"
             raise ConfigError(
-                f"--vocab_size {self.vocab_size} is too small: the end-of-text id is {largest} "
+                f"--vocab_size {self.vocab_size} is too small for end of text {self.eot_id}{bos} "
                 f"(the tokenizer knows {tokenizer.vocab_size if tokenizer else 0} ids)"
             )
         self._fast: FastTokenizer | None = None
@@ -131,6 +131,11 @@ class DocumentEncoder:
     def added_tokens(self) -> tuple[str, ...]:
         """The tokens that are found in a text before anything else; none where there is no fast tokenizer."""
         return self._fast.added_tokens if self._fast else ()
+
+    def checked(self) -> DocumentEncoder:
+        """Itself where the self-check passes, else the reference with what differed as `fallback_reason`."""
+        problem = self.self_check()
+        return self if problem is None else self.reference(problem)
 
     def reference(self, reason: str = "the reference is asked for") -> DocumentEncoder:
         """The same without the fast tokenizer; itself where there is none."""
