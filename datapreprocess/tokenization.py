@@ -112,8 +112,11 @@ class DocumentEncoder:
         """None where the fast tokenizer gives the same ids as the reference, else the first place where it does not."""
         if self._fast is None:
             return None
-        ids, lengths = self._texts(texts)
         expected, expected_lengths = self.reference()._texts(texts)
+        try:
+            ids, lengths = self._fast.encode_batch(texts)
+        except ValueError as error:
+            return f"{self.name} refuses a text that {self.reference().name} takes ({error})"
         if np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected):
             return None
         for text, one, other in zip(texts, _parts(ids, lengths), _parts(expected, expected_lengths), strict=True):
@@ -159,11 +162,14 @@ class DocumentEncoder:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         if self._tokenizer is None:
             raise ConfigError("the documents are texts, not ids: name a --tokenizer")
-        try:
-            if self._fast is not None:
+        if self._fast is not None:
+            try:
                 return self._fast.encode_batch(texts)
+            except ValueError:
+                pass  # it refuses what has no id of its own; the reference, which takes that, does this batch
+        try:
             lists = self._tokenizer.encode_batch(texts)
-        except (UnicodeEncodeError, TypeError) as error:
+        except TypeError as error:
             raise _not_unicode(texts, error) from error
         lengths = np.fromiter(map(len, lists), np.int64, count=len(lists))
         return np.fromiter((i for ids in lists for i in ids), np.int64, count=int(lengths.sum())), lengths

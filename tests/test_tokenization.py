@@ -261,6 +261,20 @@ def test_checked_encoder_is_exact(neox: Tokenizer) -> None:
     assert np.array_equal(replaced.encode(["in the end"]).ids, right.encode(["in the end"]).ids)
 
 
+def test_text_that_the_fast_library_refuses() -> None:
+    from tokenizers import AddedToken, models, pre_tokenizers
+    from tokenizers import Tokenizer as Native
+
+    native = Native(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))  # other bytes have no id and are left out
+    native.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    native.add_special_tokens([AddedToken("<eos>", special=True)])
+    encoder = DocumentEncoder(JsonTokenizer(native.to_str(), "ab"))
+    assert encoder.name == "fastokens"
+    assert encoder.encode(["ab", "ab?a"]).ids.tolist() == [2, 3, 2, 0, 3]
+    assert "fastokens refuses a text that tokenizers takes" in str(encoder.difference(["ab?"]))
+    assert encoder.checked().name == "tokenizers"
+
+
 def trained(letters: int = 9, **options: Any) -> Tokenizer:
     """A small sentencepiece model; the letters of its control and byte pieces occur `letters` times."""
     from sentencepiece import SentencePieceTrainer
