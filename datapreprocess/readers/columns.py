@@ -117,6 +117,7 @@ def _arrow_batches(file: Any) -> tuple[Any, Iterator[Any], bool]:
     """Schema, record batches, and whether the end mark of a stream is missing."""
     import pyarrow
 
+    file.seek(0)
     if file.read(6) == b"ARROW1":
         table = pyarrow.ipc.open_file(file)
         return table.schema, (table.get_batch(number) for number in range(table.num_record_batches)), False

@@ -195,9 +195,11 @@ def _slice(url: str, wanted: str, files: dict[str, list[FileInfo]], counts: dict
             for name in names
         }
         parts = instruction.to_absolute(totals)
-        return [
-            info for part in parts for info in _cut(files[part.splitname], rows[part.splitname], part.from_, part.to)
-        ]
+        cuts = [_cut(files[part.splitname], rows[part.splitname], part.from_, part.to) for part in parts]
+        found = [info for cut in cuts for info in cut]
+        if not found:
+            raise ValueError(f"it holds no rows (found {', '.join(f'{n} in {name}' for name, n in totals.items())})")
+        return found
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"{url}: the split {wanted!r} cannot be taken: {error}") from error
 

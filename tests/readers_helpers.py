@@ -1,0 +1,67 @@
+"""What the tests of the readers share: writing compressed lines, and gathering what a reader gives."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import json
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from open_lm.datapreprocess.readers import WHOLE, BadDocument, Block, BrokenFile, Piece, PieceReader, ReadOptions
+
+COMPRESS = {
+    "": lambda data: data,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".zstd": zstandard.compress,
+    ".xz": lzma.compress,
+    ".bz2": lambda data: bz2.compress(data, 1),
+}
+
+
+def whole(path: Path | str) -> Piece:
+    return Piece(str(path), 0, WHOLE, 0)
+
+
+def gathered(blocks: Iterable[Block]) -> tuple[list[Any], list[BadDocument]]:
+    """All documents and all that is bad."""
+    documents, bad = [], []
+    for block in blocks:
+        documents += block.documents
+        bad += block.bad
+    return documents, bad
+
+
+def read(path: Path, **options: Any) -> tuple[list[Any], list[BadDocument]]:
+    return gathered(PieceReader(whole(path), ReadOptions(**options)))
+
+
+def read_good(path: Path, **options: Any) -> list[Any]:
+    found, bad = read(path, **options)
+    assert bad == []
+    return found
+
+
+def read_until_break(path: Path, **options: Any) -> tuple[list[Any], BrokenFile]:
+    """What a broken file gives before its end, and how it ends."""
+    found: list[Any] = []
+    with pytest.raises(BrokenFile) as caught:
+        for block in PieceReader(whole(path), ReadOptions(**options)):
+            found += block.documents
+    assert path.name in str(caught.value)
+    return found, caught.value
+
+
+def json_lines(texts: Iterable[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
