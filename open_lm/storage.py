@@ -96,7 +96,7 @@ def exists(url: str | os.PathLike[str]) -> bool:
         return os.path.exists(local_path(text))
     if info(text) is not None:
         return True
-    if is_web(text):
+    if is_web(text.removeprefix(FSSPEC_PREFIX)):
         return False  # a web server has no folders to look into
     with explained(text):
         return next(find_backend(text).walk(text, True), None) is not None

@@ -130,7 +130,7 @@ class _FsspecBackend:
     def _fetch(self, found: FileInfo, start: int, length: int) -> bytes:
         def fetch() -> bytes:
             data: bytes = self._fs.cat_file(self._own(found.url), start=start, end=start + length)
-            now = self._look(found.url)
+            now = self._look(found.url) if found.etag else found
             if now is None or (now.size, now.etag) != (found.size, found.etag):
                 raise StorageError(f"{found.url}: the file was changed while it was being read; begin again")
             if len(data) != length:

@@ -20,6 +20,7 @@ _TRIES = 10
 _TRIES_UNREACHABLE = 6
 _FIRST_DELAY_S = 0.05
 _LONGEST_DELAY_S = 20.0
+_jitter = random.SystemRandom()  # the program's own random numbers must not depend on the network
 
 _UNREACHABLE = frozenset({
     "EndpointConnectionError", "ConnectTimeoutError", "ConnectionRefusedError", "gaierror", "ClientConnectorError",
@@ -52,7 +53,7 @@ def with_retries(action: Callable[[], T]) -> T:
             if tries >= _tries_for(error):
                 raise
             delay = min(_FIRST_DELAY_S * 2 ** (tries - 1), _LONGEST_DELAY_S)
-            _pause(delay * random.uniform(0.5, 1.5))
+            _pause(delay * _jitter.uniform(0.5, 1.5))
 
 
 def _pause(seconds: float) -> None:
@@ -153,5 +154,7 @@ def status_code(error: BaseException) -> int:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    kept = (getattr(error, "status", 0), getattr(response, "status_code", 0))
+    kept = (
+        getattr(holder, name, 0) for holder, name in ((error, "status"), (error, "code"), (response, "status_code"))
+    )
     return next((status for status in kept if isinstance(status, int) and status), 0)

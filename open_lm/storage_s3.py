@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 
 from open_lm.errors import StorageError
 from open_lm.storage_errors import IncompleteTransfer, error_code, status_code, with_retries
-from open_lm.storage_files import BLOCK_BYTES, FileInfo, RangeReader, plain_tag
+from open_lm.storage_files import FileInfo, RangeReader, plain_tag
 
 T = TypeVar("T")
 _PART_BYTES = 16 << 20
@@ -62,16 +62,17 @@ class S3Backend:
         bucket, key = _split(pattern)
         wanted = _glob_regex(f"s3://{bucket}/{key}")
         prefix = re.split(r"[*?\[]", key, maxsplit=1)[0]
-        return (item for item in self._list(bucket, prefix) if wanted.fullmatch(item.url))
+        one_folder = not re.search(r"/|\*\*", key[len(prefix) :])  # what is in the folders below is not even listed
+        return (item for item in self._list(bucket, prefix, "/" if one_folder else "") if wanted.fullmatch(item.url))
 
     def get(self, found: FileInfo, path: str) -> None:
         def load(start: int) -> None:
-            data = _fetch(found, start, min(BLOCK_BYTES, found.size - start))
+            data = _fetch(found, start, min(_PART_BYTES, found.size - start))
             with open(path, "r+b") as file:
                 file.seek(start)
                 file.write(data)
 
-        _at_once(load, range(0, found.size, BLOCK_BYTES))
+        _at_once(load, range(0, found.size, _PART_BYTES))
 
     def put(self, path: str, url: str) -> None:
         size = os.path.getsize(path)
@@ -112,7 +113,7 @@ def _put_parts(path: str, size: int, url: str) -> str:
     """Send a large file in parts; the object appears when all are there. Returns the checksum of their checksums."""
     place = _place(url)
     part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
-    started = _request("create_multipart_upload", **place, ChecksumAlgorithm="CRC32", ChecksumType="COMPOSITE")
+    started = _request("create_multipart_upload", **place, ChecksumAlgorithm="CRC32")
     upload = {**place, "UploadId": started["UploadId"]}
 
     def send(number: int) -> dict[str, Any]:

@@ -87,7 +87,10 @@ def _fetch(found: FileInfo, start: int, length: int) -> bytes:
     def fetch() -> bytes:
         with _answer(found.url, f"bytes={start}-{start + length - 1}") as answer:
             now = _info(found.url, answer)
-            if answer.status == 206 and now != found:
+            if answer.status == 206 and (now.size, now.etag or now.mtime_s) != (
+                found.size,
+                found.etag or found.mtime_s,
+            ):
                 raise StorageError(f"{found.url}: the file was changed while it was being read; begin again")
             data: bytes = answer.read(length) if answer.status == 206 else b""
         if len(data) != length:

@@ -183,6 +183,21 @@ def test_large_objects_travel_in_parts(s3_bucket: str, tmp_path: Path, monkeypat
         assert file.read(1000) == data[9 << 20 : (9 << 20) + 1000]
 
 
+def test_a_whole_object_is_read_in_few_requests(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = os.urandom(20 << 20)
+    ranges: list[tuple[int, int]] = []
+    storage.write_bytes(f"s3://{s3_bucket}/x", data)
+    fetch = storage_s3._fetch
+
+    def record(found: storage.FileInfo, start: int, length: int) -> bytes:
+        ranges.append((start, length))
+        return fetch(found, start, length)
+
+    monkeypatch.setattr(storage_s3, "_fetch", record)
+    assert storage.read_bytes(f"s3://{s3_bucket}/x") == data
+    assert sorted(ranges) == [(0, 8 << 20), (8 << 20, 8 << 20), (16 << 20, 4 << 20)]
+
+
 def test_objects_beside_a_folder_of_the_same_beginning_are_not_in_it(s3_bucket: str) -> None:
     for name in ("run/a", "run-2/b", "running"):
         storage.write_text(f"s3://{s3_bucket}/{name}", name)
@@ -200,6 +215,8 @@ def test_objects_beside_a_folder_of_the_same_beginning_are_not_in_it(s3_bucket: 
         ("x/**", ["x/a.tar", "x/a.txt", "x/y/b.tar"]),
         ("[!a]*.tar", ["b+c.tar"]),
         ("x/[ab].t[ax][rt]", ["x/a.tar", "x/a.txt"]),
+        ("x/*", ["x/a.tar", "x/a.txt"]),
+        ("*/a.*", ["x/a.tar", "x/a.txt"]),
         ("b+c.tar", ["b+c.tar"]),
     ],
 )
