@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,6 +36,7 @@ from open_lm.datapreprocess.state import (
     open_work,
     remove_idle_work,
     remove_work,
+    work_folder,
 )
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_stretch, run_unit
@@ -69,6 +71,7 @@ def run(job: Job, encoder: DocumentEncoder) -> dict[str, Any]:
     finished = finished_dataset(job, settings)
     if finished is not None:
         _logger.info("already done: %s in %s", summary(finished), job.layout.root)
+        remove_work(work_folder(job))  # where the removal at the end was interrupted
         return finished
     started = time.monotonic()
     work = open_work(job, settings)
@@ -113,26 +116,29 @@ def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster:
     if budget.workers < cluster.workers:
         _logger.info("%d of %d workers fit into --memory-limit", budget.workers, cluster.workers)
         cluster.workers = budget.workers
-    tasks = _plan(job, budget, work)
-    monitor = Monitor(job, encoder.dtype, cluster.workers)
     encoder = _checked(encoder, work)
+    tasks = _plan(job, budget, encoder.name, work)
+    monitor = Monitor(job, encoder.dtype, cluster.workers)
     reports = _tokenize(job, tasks, cluster, encoder, monitor)
     if reports is None:  # the fast tokenizer differs somewhere: once more, without it
         encoder = encoder.reference()
+        tasks = [replace(task, encoder=encoder.name) for task in tasks]
         reports = _tokenize(job, tasks, cluster, encoder, monitor)
     assert reports is not None, "the reference does not differ from itself"
     assembler = Assembler(job, work, encoder.dtype, budget.buffer_bytes, cluster.workers, _bucket_counter(cluster))
     outputs = _write(job, tasks, reports, assembler, cluster, monitor)
     collect_rejects(tasks, work, storage.join(job.layout.root, REJECTS))
-    return _write_records(job, settings | {"encoder": encoder.name}, outputs)
+    return _write_records(job, settings, encoder.name, outputs)
 
 
-def _write_records(job: Job, settings: dict[str, Any], outputs: Sequence[Output]) -> dict[str, Any]:
+def _write_records(job: Job, settings: dict[str, Any], encoder: str, outputs: Sequence[Output]) -> dict[str, Any]:
     """A dataset.json in every folder, and last the one that tells that all is done."""
-    whole = dataset_record(job, settings, outputs)
+    whole = dataset_record(job, settings, encoder, outputs)
     for output in outputs:
-        record = dataset_record(job, settings, [output]) if job.layout.per_source else whole
-        for folder in job.layout.folders_of(output.source):
+        folders = job.layout.folders_of(output.source)
+        own = settings | {"folders": list(folders)}
+        record = dataset_record(job, own, encoder, [output]) if job.layout.per_source else whole
+        for folder in folders:
             url = storage.join(job.layout.folder(folder), DATASET)
             if url != dataset_url(job.layout):
                 write_dataset(url, record)
@@ -140,7 +146,7 @@ def _write_records(job: Job, settings: dict[str, Any], outputs: Sequence[Output]
     return whole
 
 
-def _plan(job: Job, budget: Budget, work: str) -> list[UnitTask]:
+def _plan(job: Job, budget: Budget, encoder: str, work: str) -> list[UnitTask]:
     sources = job.sources
     wanted = max(1, job.num_bytes // _BUCKET_BYTES)
     buckets = min(max(1 << (wanted - 1).bit_length(), _LEAST_BUCKETS), _MOST_BUCKETS)
@@ -157,6 +163,7 @@ def _plan(job: Job, budget: Budget, work: str) -> list[UnitTask]:
             source=sources.index(unit.source),
             buckets=buckets,
             run_bytes=budget.buffer_bytes,
+            encoder=encoder,
         )
         for unit in plan_units(job.inputs, job.sampling, job.options, keep_order=not job.shuffle)
     ]
@@ -186,7 +193,8 @@ def _tokenize(
     """
     work = tasks[0].work if tasks else ""
     reports: Reports = load_reports(tasks, work)
-    done = {report.index for report in reports.values() if report.last}
+    kept = Counter(index for index, _ in reports)  # the last report of a streamed unit may be there before others
+    done = {report.index for report in reports.values() if report.last and kept[report.index] == report.number + 1}
     if done:
         _logger.info("%d of %s are done already", len(done), plural(len(tasks), "unit"))
     monitor.begin_tokenizing(tasks, reports.values())

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -17,11 +17,12 @@ import orjson
 from open_lm import storage
 from open_lm.datapreprocess.job import Job, Layout, input_records, work_name
 from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
-from open_lm.datapreprocess.writer import read_dataset
+from open_lm.datapreprocess.writer import DATASET, MANIFEST, read_dataset
 from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 _PLAN = "plan.json"
+_BESIDE = (MANIFEST, DATASET)  # the shards
 _FALLBACK = "reference-tokenizer"
 _REPORT = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.json")
 _REJECTS = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.rejects")
@@ -99,7 +100,6 @@ def open_work(job: Job, settings: dict[str, Any]) -> str:
         touched = changed_inputs(old["inputs"], inputs)
         if changes:
             _logger.warning("starting again, the unfinished work is thrown away (%s)", "; ".join(changes))
-            remove_work(work)
         elif touched:
             _logger.warning("the inputs are not those of the unfinished work, what they touch is done again: %s",
                             "; ".join(touched))  # fmt: skip
@@ -107,33 +107,42 @@ def open_work(job: Job, settings: dict[str, Any]) -> str:
             _logger.info("going on with unfinished work in %s", work)
         if changes or touched:
             _remove_shards(job, work, old["settings"])
+        if changes:
+            remove_work(work)
+        _remove_torn(job.layout, old["settings"])
     else:
-        _refuse_foreign_shards(job)
+        _refuse_foreign_shards(job, settings["folders"])
+        remove_work(work)  # without a plan nothing tells what it belongs to: a removal that was interrupted
     storage.makedirs(work)
     storage.write_bytes(path, orjson.dumps({"settings": settings, "inputs": inputs}))
     return work
 
 
-def _folders(layout: Layout, sources: Iterable[str]) -> list[str]:
-    return [layout.folder(name) for source in sources for name in layout.folders_of(source)]
-
-
-def _shards_in(folders: Iterable[str]) -> list[str]:
-    return [url for folder in dict.fromkeys(folders) for url in storage.list_files(folder) if url.endswith(".tar")]
+def _shards_in(layout: Layout, folders: Iterable[str]) -> list[str]:
+    places = [layout.folder(name) for name in folders]
+    return [url for place in places for url in storage.list_files(place) if url.endswith(".tar")]
 
 
 def _remove_shards(job: Job, work: str, settings: Mapping[str, Any]) -> None:
-    """Shards of a run that is not gone on with, and their records."""
-    layout = replace(job.layout, folders=tuple(settings["folders"]), per_source=settings["per_source"])
-    for url in _shards_in(_folders(layout, job.sources)):
+    """Shards of a run that is not gone on with, what lies beside them, and their records."""
+    beside = [storage.join(job.layout.folder(folder), name) for folder in settings["folders"] for name in _BESIDE]
+    for url in [*_shards_in(job.layout, settings["folders"]), *beside]:
         storage.remove(url)
     for url in storage.list_files(work):
         if url.rpartition("/")[2].startswith("shard-"):
             storage.remove(url)
 
 
-def _refuse_foreign_shards(job: Job) -> None:
-    shards = _shards_in(_folders(job.layout, job.sources))
+def _remove_torn(layout: Layout, settings: Mapping[str, Any]) -> None:
+    """What a run that was killed had begun to write in a local output."""
+    for folder in {layout.root, *map(layout.folder, settings["folders"])}:
+        if not storage.is_remote(folder) and os.path.isdir(folder):
+            for name in filter(storage.is_temporary, os.listdir(folder)):
+                storage.remove(storage.join(folder, name))
+
+
+def _refuse_foreign_shards(job: Job, folders: Iterable[str]) -> None:
+    shards = _shards_in(job.layout, folders)
     if shards:
         raise ConfigError(
             f"{shards[0]}{f' and {len(shards) - 1} more shards' if len(shards) > 1 else ''}: already there, but "
@@ -157,7 +166,7 @@ def fell_back(work: str) -> bool:
 
 def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], UnitReport]:
     """What earlier starts finished, by unit and stretch; a listing of the folder tells which files there are."""
-    wanted = {(task.unit.index, task.unit.digest) for task in tasks}
+    wanted = {(task.unit.index, task.digest) for task in tasks}
     reports: dict[tuple[int, int], UnitReport] = {}
     for url in storage.list_files(work):
         match = _REPORT.fullmatch(url.rpartition("/")[2])
@@ -167,14 +176,16 @@ def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], 
 
 
 def collect_rejects(tasks: Iterable[UnitTask], work: str, target: str) -> bool:
-    """Join what the units rejected in one file, in the order of the input; False where there is none."""
-    wanted = {(task.unit.index, task.unit.digest) for task in tasks}
+    """Join what the units rejected in one file, in the order of the input; False, and no file, where there is none."""
+    wanted = {(task.unit.index, task.digest) for task in tasks}
     found = [(match, url) for url in storage.list_files(work) if (match := _REJECTS.fullmatch(url.rpartition("/")[2]))]
     urls = [url for match, url in found if (int(match[1]), match[2]) in wanted]
     if urls:
         with storage.atomic_write(target, "wb") as file:
             for url in sorted(urls):
                 file.write(storage.read_bytes(url))
+    else:
+        storage.remove(target)  # of an earlier start, with inputs that were mended since
     return bool(urls)
 
 

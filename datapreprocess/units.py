@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -40,7 +41,7 @@ _CHECKED_OF_FILE, _CHECKED_OF_UNIT = 8 << 10, 64 << 10  # characters compared be
 class UnitTask:
     """What a worker needs to know; `work` is the folder for runs and reports.
 
-    number: of the stretch of a streamed unit, else 0. source: the number of the unit's source.
+    number: of the stretch of a streamed unit, else 0. source: the number of the unit's source. encoder: its name.
     """
 
     unit: Unit
@@ -54,6 +55,7 @@ class UnitTask:
     source: int
     buckets: int
     run_bytes: int
+    encoder: str
     number: int = 0
 
     @property
@@ -61,8 +63,13 @@ class UnitTask:
         """What the keys of this task's sequences, and the draws of its documents' passes, are derived from."""
         return (self.unit.index << _STREAM_BITS) + self.number
 
+    @property
+    def digest(self) -> str:
+        """Of all that the unit's files depend on beside the settings of the run."""
+        return hashlib.sha256(repr((self.unit.digest, self.buckets, self.encoder)).encode()).hexdigest()[:12]
+
     def path(self, suffix: str) -> str:
-        return storage.join(self.work, f"unit-{self.unit.index:06d}-{self.unit.digest}-{self.number:06d}{suffix}")
+        return storage.join(self.work, f"unit-{self.unit.index:06d}-{self.digest}-{self.number:06d}{suffix}")
 
     def run_name(self) -> str:
         return self.path("-{:04d}.run")
@@ -187,6 +194,7 @@ class _Work:
         try:
             for block in reader:
                 bytes_read = block.bytes_read
+                self._set_apart_wrong_ids(block, piece.url)
                 self._note_bad(block)
                 if not report.mismatch:
                     if first and piece.start == 0 and block.documents:
@@ -230,6 +238,18 @@ class _Work:
             report.documents += len(taken)
             report.characters += sum(len(document) for document in taken if isinstance(document, str))
             report.tokens += len(encoded.ids)
+
+    def _set_apart_wrong_ids(self, block: Block, url: str) -> None:
+        """Documents that come as ids, not all of them in the vocabulary, are bad."""
+        size = self._encoder.vocab_size
+        wrong = {
+            number: BadDocument("id out of range", url, 0, f"ids {ids.min()} to {ids.max()}, the vocabulary has {size}")
+            for number, ids in enumerate(block.documents)
+            if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < size
+        }
+        if wrong:
+            block.documents = [ids for number, ids in enumerate(block.documents) if number not in wrong]
+            block.bad += wrong.values()
 
     def _note_bad(self, block: Block) -> None:
         if self._task.unit.copy:  # later passes over the same documents tell nothing new
