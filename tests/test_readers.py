@@ -176,6 +176,23 @@ def test_content_keys(tmp_path: Path) -> None:
     assert [item.kind for item in bad] == ["missing key", "missing key", "not an object", "not an object"]
 
 
+def test_what_stands_beside_the_text_is_not_judged_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [
+        b'{"x": "\xff", "text": "a"}',
+        b'{"text": "old", "text": "b", "x": {"y": [1e999]}}',
+        b'{"te\\u0078t": "c"}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    assert read_good(path) == ["a", "b", "c"]
+    path.write_bytes(b"\n".join([*lines, b"junk"]))
+    found, bad = read(path)
+    assert found == ["a", "b", "c"] and [item.kind for item in bad] == ["invalid JSON"]
+    path.write_bytes(b'{"x": ' + b"[" * 900 + b"]" * 900 + b', "text": "deep"}\n{"x": ' + b"[" * 100_000)
+    found, bad = read(path)
+    assert found == ["deep"] and [item.kind for item in bad] == ["invalid JSON"]
+
+
 HOSTILE = b'\n{"text": "a"}\r\n\n{"text": "\xc3\xa4"}\n \n{"no": 1}\n{"text": "last"}'
 
 

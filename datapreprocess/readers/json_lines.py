@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import orjson
 
 from open_lm.datapreprocess.readers.base import BOM, WHOLE, BadDocument, Block, Document, Piece, ReadOptions
@@ -13,6 +15,7 @@ from open_lm.datapreprocess.readers.parts import split_parts
 from open_lm.datapreprocess.readers.source import Source
 
 LINE_END = b"\n"
+_FAULTS = (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError)
 Finding = tuple[str, str]  # kind and detail of what is wrong
 
 
@@ -51,24 +54,43 @@ def parse_lines(source: Source, lines: list[bytes], options: ReadOptions) -> Blo
         lines[0] = lines[0].removeprefix(BOM)
     first = source.lines + 1
     source.lines += len(lines)
-    pick = picker(key)
+    decode = text_decoder(key)
     try:
-        texts = list(map(pick, map(orjson.loads, lines)))
-        if set(map(type, texts)) <= {str}:
-            return source.block(texts)
-    except (ValueError, KeyError, TypeError):
+        return source.block(decode(lines))
+    except _FAULTS:
         pass  # something is wrong or blank: see line by line
     documents: list[Document] = []
     bad: list[BadDocument] = []
     for number, line in enumerate(lines, first):
         if not line or line.isspace():
             continue
-        found = _text_of(line, pick, key)
+        found = parse_json(line, key)
         if isinstance(found, str):
             documents.append(found)
         else:
             bad.append(source.bad(found[0], number, found[1], line))
     return source.block(documents, bad)
+
+
+@functools.lru_cache
+def text_decoder(key: str) -> Callable[[list[bytes]], list[str]]:
+    """A function that gives the texts of lines that all are as they should be, and raises one of `_FAULTS` otherwise.
+
+    A plain key alone is decoded; what stands beside it must be JSON in form, and is not looked at more closely.
+    """
+    if "." in key:
+        pick = picker(key)
+
+        def decode_nested(lines: list[bytes]) -> list[str]:
+            texts = list(map(pick, map(orjson.loads, lines)))
+            if not set(map(type, texts)) <= {str}:
+                raise TypeError("not only texts")
+            return texts
+
+        return decode_nested
+    record = msgspec.defstruct("Record", [("text", str)], rename={"text": key}, gc=False)
+    decode: Callable[[bytes], Any] = msgspec.json.Decoder(record).decode
+    return lambda lines: [found.text for found in map(decode, lines)]
 
 
 def picker(key: str) -> Callable[[Any], Any]:
@@ -92,15 +114,15 @@ def picker(key: str) -> Callable[[Any], Any]:
 
 def parse_json(data: bytes, key: str) -> str | Finding:
     """The text of one JSON object, or what is wrong with it."""
-    return _text_of(data, picker(key), key)
-
-
-def _text_of(data: bytes, pick: Callable[[Any], Any], key: str) -> str | Finding:
+    try:
+        return text_decoder(key)([data])[0]
+    except _FAULTS:
+        pass
     try:
         record = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         return _undecodable(data, error)
-    return text_in(record, pick, key)
+    return text_in(record, picker(key), key)
 
 
 def text_in(record: Any, pick: Callable[[Any], Any], key: str) -> str | Finding:
