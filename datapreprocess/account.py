@@ -41,7 +41,7 @@ class Output:
             )
 
 
-def dataset_record(job: Job, settings: dict[str, Any], outputs: Sequence[Output]) -> dict[str, Any]:
+def dataset_record(job: Job, settings: dict[str, Any], encoder: str, outputs: Sequence[Output]) -> dict[str, Any]:
     """What stands in dataset.json: settings, inputs, counts, sources, bad documents and the fate of the tails."""
     reports = [report for output in outputs for report in output.reports]
     units = {unit.index: unit for output in outputs for unit in output.units}
@@ -50,7 +50,7 @@ def dataset_record(job: Job, settings: dict[str, Any], outputs: Sequence[Output]
     inputs = [item for item in job.inputs if item.url in used]
     tails = [tail_record(job, output) for output in outputs]
     return {
-        "tool": {"name": "open_lm", "version": _version()},
+        "tool": {"name": "open_lm", "version": _version(), "encoder": encoder},
         "settings": settings,
         "inputs": with_digests(inputs, units, reports),
         "counts": {

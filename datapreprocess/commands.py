@@ -98,6 +98,7 @@ class Request:
     """A command's arguments in the terms of the engine; `common` holds those of add_common_options."""
 
     common: argparse.Namespace
+    input_flag: str
     patterns: Sequence[str]
     layout: Layout
     tokenizer: str | None
@@ -113,8 +114,8 @@ def execute(request: Request) -> None:
     from open_lm.datapreprocess.engine import run
 
     common = request.common
-    encoder = make_encoder(request.tokenizer, common.eot_token, request.vocab_size, common.add_bos)
     job = _make_job(request)
+    encoder = make_encoder(request.tokenizer, common.eot_token, request.vocab_size, common.add_bos)
     if common.verify_tokenizer is not None:
         _verify(job, encoder, common.verify_tokenizer)
         return
@@ -156,7 +157,11 @@ def _make_job(request: Request) -> Job:
         name: find_inputs(patterns, request.suffixes) for name, patterns in (mixture.inputs if mixture else {}).items()
     }
     inputs = {item.url: item for items in found.values() for item in items}
-    if request.patterns or not inputs:
+    if not request.patterns and not inputs:
+        raise ConfigError(
+            f"no input is named: give {request.input_flag}, or files of a source with --source NAME=PATTERN"
+        )
+    if request.patterns:
         inputs |= {item.url: item for item in find_inputs(request.patterns, request.suffixes)}
     chosen = request.choose(sorted(inputs.values(), key=lambda item: item.url))
     sampling = Sampling()

@@ -116,7 +116,9 @@ class Job:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "shard_sequences": self.layout.shard_sequences,
-            "folders": list(self.layout.folders),
+            "folders": [name for source in self.sources for name in self.layout.folders_of(source)]
+            if self.layout.per_source
+            else list(self.layout.folders),
             "per_source": self.layout.per_source,
             "sampling": self.sampling.record(),
             "split_documents": self.split_documents,

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "work_dir": args.work_dir or (args.output_dir if args.upload_to_s3 else None),
     }
     layout = Layout(storage.join(base, f"{args.seqlen}-v1"), folders, shard_sequences=args.shard_size)
-    execute(Request(args, args.input_files, layout, args.tokenizer, args.vocab_size, job))
+    execute(Request(args, "--input-files", args.input_files, layout, args.tokenizer, args.vocab_size, job))
 
 
 def s3_base(value: str | None) -> str:

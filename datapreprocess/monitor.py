@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +12,8 @@ from open_lm.datapreprocess.job import Job
 from open_lm.datapreprocess.progress import TOKENIZING, WRITING, Display, Snapshot, memory_in_use
 from open_lm.datapreprocess.units import UnitReport, UnitTask
 from open_lm.datapreprocess.writer import WrittenShard
+
+_MEASURE_EVERY_S = 2.0
 
 
 class Monitor:
@@ -25,6 +28,7 @@ class Monitor:
         self._tokens: Counter[str] = Counter()
         self._pieces_left: Counter[str] = Counter()
         self._shards_done = self._shards = self._tokens_written = 0
+        self._memory, self._measured = 0, 0.0
         self.problems = 0  # bad documents and broken files so far
 
     def begin_tokenizing(self, tasks: Sequence[UnitTask], done: Iterable[UnitReport]) -> None:
@@ -68,6 +72,12 @@ class Monitor:
         """The stage is over."""
         self._show(final=True)
 
+    def _memory_bytes(self) -> int:
+        """Of all processes; looking through them takes milliseconds, so not at every unit."""
+        if time.monotonic() - self._measured > _MEASURE_EVERY_S:
+            self._memory, self._measured = memory_in_use(), time.monotonic()
+        return self._memory
+
     def _show(self, final: bool = False) -> None:
         writing = self._stage == WRITING
         named = {name: tokens for name, tokens in self._tokens.items() if len(self._tokens) > 1}
@@ -81,7 +91,7 @@ class Monitor:
                 tokens=self._tokens_written if writing else self._tokens.total(),
                 sources=named,
                 spilled_bytes=self._spilled_bytes,
-                memory_bytes=memory_in_use(),
+                memory_bytes=self._memory_bytes(),
                 workers=self._workers,
                 shards_done=self._shards_done,
                 shards=self._shards,

@@ -30,6 +30,7 @@ from datapreprocess_helpers import (
 from open_lm.data.shard_format import expand_shards, read_manifest, shard_sizes
 from open_lm.datapreprocess import engine
 from open_lm.datapreprocess.make_2048 import main
+from open_lm.datapreprocess.memory import Budget
 from open_lm.errors import ConfigError, DataError
 
 __all__ = ["local_ray", "raw", "small_tokenizer"]
@@ -86,8 +87,9 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_or_on_spilling(
 ) -> None:
     write_jsonl(raw[0] / "large.jsonl", documents(6000, seed=9))  # large enough to be read in several pieces
     trees = []
-    for workers, run_bytes in ((1, 1 << 25), (2, 1 << 14), (4, 1 << 25)):
-        monkeypatch.setattr(engine, "_RUN_BYTES", run_bytes)
+    for workers, buffer_bytes in ((1, 1 << 25), (2, 1 << 14), (4, 1 << 25)):
+        budget = Budget(workers, buffer_bytes)
+        monkeypatch.setattr(engine, "plan_budget", lambda *_, budget=budget: budget)
         out = tmp_path / f"out{workers}"
         make(raw[0], out, small_tokenizer, "--num-workers", str(workers), "--num-consumers", "2")
         trees.append(tree(out))
@@ -111,7 +113,7 @@ def test_seeds_change_the_order_alone_and_no_shuffle_keeps_it(
     fast = Tokenizer.from_file(small_tokenizer)
     stream = [value for text in raw[1] for value in [*fast.encode(text, add_special_tokens=False).ids, EOT_ID]]
     kept = [value for ids in found["kept"] for value in ids if value != -1]
-    assert kept == stream  # all three files fit one unit of work
+    assert kept == stream
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -216,7 +218,7 @@ def test_a_killed_run_is_finished_by_the_same_command(
     assert len(list(work.glob("unit-*.json"))) == 1
     with caplog.at_level("INFO"):
         main(arguments)
-    assert "1 of " in caplog.text and "units of work are done already" in caplog.text
+    assert "1 of 4 units are done already" in caplog.text
     assert tree(out) == tree(tmp_path / "clean")
 
 
@@ -256,7 +258,7 @@ def test_shards_that_are_written_are_not_written_again(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_unfinished_work_of_another_job_is_named_and_thrown_away(
+def test_unfinished_work_with_other_settings_is_named_and_thrown_away_only_when_told(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -265,9 +267,32 @@ def test_unfinished_work_of_another_job_is_named_and_thrown_away(
         patch.setattr(engine, "write_manifests", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
         with pytest.raises(OSError, match="no space"):
             make(raw[0], out, small_tokenizer, "--shard-size", "7")
-    make(raw[0], out, small_tokenizer, "--seed", "4", "--shard-size", "90")
+    other = ["--seed", "4", "--shard-size", "90"]
+    with pytest.raises(ConfigError, match=r"(?s)unfinished work.*seed was 0, is 4.*--restart"):
+        make(raw[0], out, small_tokenizer, *other)
+    make(raw[0], out, small_tokenizer, *other, "--restart")
     assert "starting again" in caplog.text and "seed was 0, is 4" in caplog.text
     assert tokens_of(read_shards(out)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_changed_inputs_are_named_and_only_what_they_touch_is_done_again(
+    tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out = tmp_path / "raw", tmp_path / "out"
+    for number in range(4):
+        write_jsonl(folder / f"{number}.jsonl", documents(3000, seed=number))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_manifests", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            make(folder, out, small_tokenizer)
+    write_jsonl(folder / "3.jsonl", documents(3000, seed=77))
+    with caplog.at_level("INFO"):
+        make(folder, out, small_tokenizer)
+    assert "changed input: " in caplog.text and "3.jsonl" in caplog.text
+    assert "3 of 4 units are done already" in caplog.text
+    make(folder, tmp_path / "fresh", small_tokenizer)
+    assert tree(out) == tree(tmp_path / "fresh")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -282,8 +307,14 @@ def test_bad_lines_are_told_together_or_skipped_and_counted(
     message = str(caught.value)
     for part in ("bad1.jsonl line 2: invalid JSON", "bad1.jsonl line 3: missing key", "bad2.jsonl line 2: wrong type"):
         assert part in message
-    assert "--skip-bad-lines" in message and not list((tmp_path / "out").rglob("*.tar"))
-    make(folder, tmp_path / "out", small_tokenizer, "--skip-bad-lines")
+    assert f"3 of {len(texts) + 5} documents" in message and "--max-bad-fraction" in message
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    rejects = tmp_path / "out" / "32-v1" / "rejects.jsonl"
+    first = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert [(Path(found["url"]).name, found["line"], found["content"]) for found in first] == [
+        ("bad1.jsonl", 2, '{"text": broken'), ("bad1.jsonl", 3, '{"body": "no text"}'), ("bad2.jsonl", 2, '{"text": 7}')
+    ]  # fmt: skip
+    make(folder, tmp_path / "out", small_tokenizer, "--max-bad-fraction", "0.02")
     place = tmp_path / "out" / "32-v1" / "0"
     assert tokens_of(read_shards(place)) == expected_tokens([*texts, "fine", "fine"], small_tokenizer, EOT_ID)
     record = record_of(place)
@@ -291,6 +322,23 @@ def test_bad_lines_are_told_together_or_skipped_and_counted(
     assert [Path(line).name for line in record["bad_documents_first"]] == [
         "bad1.jsonl line 2", "bad1.jsonl line 3", "bad2.jsonl line 2"
     ]  # fmt: skip
+    assert len(rejects.read_text().splitlines()) == 3
+    make(folder, tmp_path / "all", small_tokenizer, "--skip-bad-lines")
+    assert tree(tmp_path / "all") == tree(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_wrong_key_is_told_before_the_whole_input_is_read(
+    tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        write_jsonl(tmp_path / "raw" / f"{number}.jsonl", documents(3000, seed=number))
+    read: list[int] = []
+    original = engine.Monitor.finished_unit
+    monkeypatch.setattr(engine.Monitor, "finished_unit", lambda self, report: (read.append(1), original(self, report)))
+    with pytest.raises(DataError, match=r'missing key: no key "body"; it has id, text'):
+        make(tmp_path / "raw", tmp_path / "out", small_tokenizer, "--content-key", "body", "--num-workers", "1")
+    assert len(read) == 1
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -300,7 +348,7 @@ def test_lines_of_a_large_file_are_counted_from_its_beginning(tmp_path: Path, sm
     path = tmp_path / "large.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(DataError, match=r"large\.jsonl line 11001: invalid JSON"):
-        make(path, tmp_path / "out", small_tokenizer)
+        make(path, tmp_path / "out", small_tokenizer, "--max-bad-fraction", "0")
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -311,7 +359,11 @@ def test_no_documents_and_broken_files_are_clear_errors(tmp_path: Path, small_to
     (tmp_path / "raw" / "c.jsonl").write_text("{\n")
     with pytest.raises(DataError, match=r"(?s)a\.jsonl\.zst: cut.*b\.jsonl\.gz: cut.*c\.jsonl line 1: inval"):
         make(tmp_path / "raw", tmp_path / "out", small_tokenizer)
-    assert not [item for item in (tmp_path / "out").rglob("*") if item.is_file()]
+    make(tmp_path / "raw", tmp_path / "out", small_tokenizer, "--max-bad-fraction", "1")
+    record = record_of(tmp_path / "out" / "32-v1" / "0")
+    assert len(record["broken_files"]) == 2 and record["bad_documents"] == {"invalid JSON": 1}
+    assert 0 < record["counts"]["documents"] < 600  # what stands before the break is used
+    tars = list(tmp_path.rglob("*.tar"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="hold no document"):
         make(tmp_path / "empty.jsonl", tmp_path / "out2", small_tokenizer)
@@ -319,7 +371,7 @@ def test_no_documents_and_broken_files_are_clear_errors(tmp_path: Path, small_to
         make(tmp_path / "missing", tmp_path / "out3", small_tokenizer)
     with pytest.raises(ConfigError, match=r"--seqlen must be at least 1.*\n.*shard must hold|shard must hold"):
         make(path, tmp_path / "out4", small_tokenizer, "--shard-size", "0")
-    assert not list(tmp_path.rglob("*.tar"))
+    assert list(tmp_path.rglob("*.tar")) == tars
 
 
 @pytest.mark.usefixtures("local_ray")

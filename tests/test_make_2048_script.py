@@ -36,6 +36,7 @@ def test_from_s3_to_s3_with_a_ray_of_its_own(
     result = run_script(
         "--input-files", f"s3://{s3_bucket}/raw/*.jsonl*", f"s3://{s3_bucket}/raw/deep/", "--output-dir",
         str(tmp_path / "out"), "--tokenizer", small_tokenizer, "--seqlen", "32", "--num-workers", "1", "--upload-to-s3",
+        "--ray-address", "local",
         S3_BASE=f"{s3_bucket}/some/prefix/",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,18 @@ from hypothesis import strategies as st
 
 from open_lm.data.shard_format import PAD_ID
 from open_lm.datapreprocess.job import Layout
-from open_lm.datapreprocess.pack import cut, join_tails, pad
-from open_lm.datapreprocess.sampling import load_sampling, takes
-from open_lm.datapreprocess.shuffle import Run, RunWriter, gather, random_keys, read_keys, slices
+from open_lm.datapreprocess.pack import DocumentPacker, cut, pad
+from open_lm.datapreprocess.shuffle import (
+    MIXED,
+    OrderedRuns,
+    Run,
+    RunWriter,
+    ShuffledRuns,
+    SpanWriter,
+    bucket_counts,
+    random_keys,
+)
 from open_lm.datapreprocess.writer import group_shards, plan_shards
-from open_lm.errors import ConfigError
 
 U16 = np.dtype(np.uint16)
 
@@ -28,20 +36,47 @@ def test_cutting_keeps_every_id_in_order(parts: list[list[int]], length: int) ->
     assert sequences.dtype == tail.dtype == U16
 
 
-def test_tails_are_joined_and_the_last_one_padded() -> None:
-    sequences, tail = join_tails([np.array([1, 2], U16), np.array([], U16), np.array([3, 4, 5], U16)], 4, U16)
-    assert sequences.tolist() == [[1, 2, 3, 4]] and tail.tolist() == [5]
-    assert pad(tail, 4).tolist() == [5, PAD_ID, PAD_ID, PAD_ID]
-    sequences, tail = join_tails([], 4, U16)
-    assert sequences.shape == (0, 4) and len(tail) == 0
+def test_the_last_sequence_is_padded() -> None:
+    assert pad(np.array([5], U16), 4).tolist() == [5, PAD_ID, PAD_ID, PAD_ID]
 
 
-def shuffled(folder: Path, units: list[int], *, seed: int | None, run_bytes: int, parts: int) -> np.ndarray:
-    """The order that units of so many sequences of 3 ids take; a sequence is its number three times."""
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(1, 12), st.integers(1, 5), st.booleans())
+def test_packed_documents_never_go_from_one_sequence_on_into_the_next(
+    lengths: list[int], length: int, max_open: int, keep_order: bool
+) -> None:
+    """Documents are numbered; a sequence may hold a part of one only whole, or full of it."""
+    ids = np.repeat(np.arange(len(lengths)), lengths).astype(U16)
+    packer = DocumentPacker(length, U16, keep_order=keep_order, max_open=max_open)
+    half = len(lengths) // 2
+    ends = np.cumsum(lengths)
+    split = int(ends[half - 1]) if half else 0
+    parts = [packer.add(ids[:split], ends[:half]), packer.add(ids[split:], ends[half:] - split), packer.finish()]
+    rows = np.concatenate(parts)
+    assert rows.shape[1] == length and rows.dtype == np.int32
+    found = rows[rows != PAD_ID]
+    assert sorted(found.tolist()) == ids.tolist() and (not keep_order or found.tolist() == ids.tolist())
+    for row in rows:
+        kept = row[row != PAD_ID]
+        assert len(kept) and row[len(kept) :].tolist() == [PAD_ID] * (length - len(kept))
+        for document, count in zip(*np.unique(kept, return_counts=True), strict=True):
+            rest = lengths[document] % length
+            assert count == rest or (count == length and lengths[document] >= length)
+
+
+def test_packing_wastes_little() -> None:
+    lengths = np.random.default_rng(0).integers(1, 600, 5000)
+    packer = DocumentPacker(512, U16)
+    rows = np.concatenate([packer.add(np.zeros(lengths.sum(), U16), np.cumsum(lengths)), packer.finish()])
+    assert lengths.sum() / rows.size > 0.97
+
+
+def spilled(folder: Path, units: list[int], *, seed: int, run_bytes: int, buckets: int) -> list[Run]:
+    """Runs of units of so many sequences of 3 ids each; a sequence is its number three times."""
     runs: list[Run] = []
     number = 0
     for stream, count in enumerate(units):
-        writer = RunWriter(str(folder / f"{stream}-{{:04d}}"), stream, seed, run_bytes)
+        writer = RunWriter(str(folder / f"{stream}-{{:04d}}"), stream=stream, seed=seed, source=stream % 3,
+                           buckets=buckets, run_bytes=run_bytes)  # fmt: skip
         for start in range(0, count, 7):
             numbers = np.arange(number + start, number + min(start + 7, count), dtype=np.uint32)
             writer.add(np.repeat(numbers[:, None], 3, axis=1))
@@ -49,28 +84,70 @@ def shuffled(folder: Path, units: list[int], *, seed: int | None, run_bytes: int
         assert writer.count == count
         runs += writer.runs
         number += count
-    cuts = sorted({number * part // parts for part in range(parts)})
-    found = [gather(runs, bounds, 3, np.dtype(np.uint32)) for bounds in slices(read_keys(runs), cuts)]
-    whole = np.concatenate(found)
+    return runs
+
+
+def shuffled(
+    folder: Path, units: list[int], *, seed: int, run_bytes: int = 1 << 20, buckets: int = 64,
+    part_bytes: int = 1 << 20, parts: int = 1,
+) -> np.ndarray:  # fmt: skip
+    """The order that the sequences of `spilled` take, read in so many parts."""
+    runs = spilled(folder, units, seed=seed, run_bytes=run_bytes, buckets=buckets)
+    counts = bucket_counts(runs, buckets)
+    everything = ShuffledRuns(tuple(runs), counts, 3, np.dtype(np.uint32), {}, part_bytes)
+    total = sum(units)
+    assert everything.num_sequences == total
+    cuts = [total * part // parts for part in range(parts + 1)]
+    rows = [rows for a, b in itertools.pairwise(cuts) if b > a for rows in everything.rows(a, b - a)]
+    whole = np.concatenate([np.zeros((0, 3), np.uint32), *(part.ids for part in rows)])
     assert (whole == whole[:, :1]).all()
-    assert [len(part) for part in found] == np.diff([*cuts, number]).tolist()
+    owners = np.repeat(np.arange(len(units)) % 3, units)
+    sources = np.concatenate([np.zeros(0, np.uint16), *(part.sources for part in rows)])
+    assert sources.tolist() == owners[whole[:, 0]].tolist()
     return whole[:, 0]
 
 
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 2**70))
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 2**70),
+       st.sampled_from([1, 2, 64, 1024]), st.integers(1, 300))  # fmt: skip
 @settings(max_examples=25, deadline=None)
-def test_the_order_is_a_permutation_that_memory_and_parts_do_not_change(
-    tmp_path_factory: pytest.TempPathFactory, units: list[int], parts: int, seed: int
+def test_the_order_is_a_permutation_that_memory_and_parts_do_not_change(  # noqa: PLR0917 - what is varied
+    tmp_path_factory: pytest.TempPathFactory, units: list[int], parts: int, seed: int, buckets: int, part_bytes: int
 ) -> None:
     one, two = (tmp_path_factory.mktemp("runs") for _ in range(2))
-    small = shuffled(one, units, seed=seed, run_bytes=100, parts=parts)
-    large = shuffled(two, units, seed=seed, run_bytes=1 << 20, parts=1)
+    small = shuffled(one, units, seed=seed, run_bytes=100, parts=parts, buckets=buckets, part_bytes=part_bytes)
+    large = shuffled(two, units, seed=seed)
     assert sorted(small.tolist()) == list(range(sum(units)))
     assert small.tolist() == large.tolist()
 
 
-def test_without_a_seed_the_order_is_kept(tmp_path: Path) -> None:
-    assert shuffled(tmp_path, [50, 3, 20], seed=None, run_bytes=100, parts=4).tolist() == list(range(73))
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 7), st.integers(1, 100), st.integers(1, 60))
+@settings(max_examples=40, deadline=None)
+def test_without_a_shuffle_ids_keep_their_order_and_are_attributed_to_their_sources(
+    tmp_path_factory: pytest.TempPathFactory, units: list[int], length: int, part_bytes: int, run_bytes: int
+) -> None:
+    folder = tmp_path_factory.mktemp("spans")
+    ids = np.arange(sum(units), dtype=np.uint32)
+    runs: list[Run] = []
+    start = 0
+    for number, count in enumerate(units):
+        writer = SpanWriter(str(folder / f"{number}-{{}}"), source=number, run_bytes=run_bytes)
+        for block in np.split(ids[start : start + count], [count // 3, count // 2]):
+            writer.add(block)
+        writer.flush()
+        runs += writer.runs
+        start += count
+    ordered = OrderedRuns(tuple(runs), length, ids.dtype, part_bytes)
+    whole = ordered.num_sequences
+    assert whole == len(ids) // length
+    rows = [part for half in ((0, whole // 2), (whole // 2, whole - whole // 2)) for part in ordered.rows(*half)]
+    tail, tail_shares = ordered.tail()
+    assert [*(value for part in rows for value in part.ids.reshape(-1).tolist()), *tail.tolist()] == ids.tolist()
+    counted = dict(tail_shares)
+    for part in rows:
+        for row, source in enumerate(part.sources.tolist()):
+            for owner, count in part.shares[row].items() if source == MIXED else [(source, length)]:
+                counted[owner] = counted.get(owner, 0) + count
+    assert counted == {number: count for number, count in enumerate(units) if count}
 
 
 def test_seeds_and_streams_give_other_orders() -> None:
@@ -87,7 +164,7 @@ def test_the_shuffle_is_uniform_over_all_units(tmp_path: Path) -> None:
     mean 361 and standard deviation 27. Ranks are uncorrelated (standard deviation 1/sqrt(n) = 0.007) and so are
     neighbours in the output.
     """
-    order = shuffled(tmp_path, [1000] * 20, seed=11, run_bytes=2000, parts=3)
+    order = shuffled(tmp_path, [1000] * 20, seed=11, run_bytes=2000, parts=3, part_bytes=1000)
     n = len(order)
     table = np.zeros((20, 20))
     np.add.at(table, (np.asarray(order, np.int64) * 20 // n, np.arange(n) * 20 // n), 1)
@@ -99,42 +176,14 @@ def test_the_shuffle_is_uniform_over_all_units(tmp_path: Path) -> None:
 
 
 def test_shards_share_the_sequences_evenly() -> None:
-    shards = plan_shards(Layout("out", ("0", "1", "2"), shard_sequences=10), 100)
+    layout = Layout("out", ("0", "1", "2"), shard_sequences=10)
+    shards = plan_shards(layout, layout.folders, 100)
     assert [shard.first for shard in shards] == [0, 10, 20, 30, 33, 43, 53, 63, 66, 76, 86, 96]
     assert sum(shard.count for shard in shards) == 100
     assert [shard.url for shard in shards[3:5]] == ["out/0/shard-0000003.tar", "out/1/shard-0000000.tar"]
-    assert [shard.count for shard in plan_shards(Layout("out"), 100)] == [64, 36]
-    assert {shard.count for shard in plan_shards(Layout("out"), 10**6)} == {8192, 10**6 % 8192}
+    assert [shard.count for shard in plan_shards(Layout("out"), ("",), 100)] == [64, 36]
+    assert {shard.count for shard in plan_shards(Layout("out"), ("",), 10**6)} == {8192, 10**6 % 8192}
     groups = group_shards(shards, 2, 50)
     assert [shard for group in groups for shard in group] == shards
     assert all(sum(shard.count for shard in group) * 2 <= 50 for group in groups)
     assert [len(group) for group in group_shards(shards, 2, 1)] == [1] * len(shards)
-
-
-def test_sampling_takes_each_document_as_often_as_its_factor_says() -> None:
-    counts = [sum(takes(7, 3, number, 2.5, copy) for copy in range(3)) for number in range(4000)]
-    assert set(counts) == {2, 3}
-    assert abs(sum(counts) / 4000 - 2.5) < 5 * 0.5 / np.sqrt(4000)
-    assert not any(takes(7, 3, number, 0.0, 0) for number in range(100))
-    assert all(takes(7, 3, number, 1.0, 0) for number in range(100))
-    assert [takes(7, 3, n, 0.5, 0) for n in range(64)] != [takes(8, 3, n, 0.5, 0) for n in range(64)]
-
-
-def test_sampling_files(tmp_path: Path) -> None:
-    from open_lm.datapreprocess.ray.tokenize_shuffle import DEFAULT_SAMPLING
-
-    sampling = load_sampling(str(DEFAULT_SAMPLING))
-    assert sampling.source_of("x/stackexchange/0.jsonl") == "STACKEXCHANGE" and sampling.source_of("x/y") == "UNKNOWN"
-    assert sampling.factor("BOOKS") == pytest.approx(2.094, abs=0.001) and sampling.passes("BOOKS") == 3
-    bad = tmp_path / "bad.yaml"
-    bad.write_text(
-        "sources:\n- {source: A, markers: [a]}\n- {source: A, markers: [b]}\n- {name: C}\n"
-        "sampling_frequencies: {B: 1, A: -2}\n"
-    )
-    with pytest.raises(ConfigError) as caught:
-        load_sampling(str(bad))
-    for part in ("twice", "name", "names B", "found -2"):
-        assert part in str(caught.value)
-    bad.write_text("sources: [")
-    with pytest.raises(ConfigError, match="not valid YAML"):
-        load_sampling(str(bad))

@@ -25,7 +25,7 @@ from datapreprocess_helpers import (
 )
 
 from open_lm import storage
-from open_lm.datapreprocess.job import InputFile
+from open_lm.datapreprocess.inputs import InputFile
 from open_lm.datapreprocess.ray.tokenize_shuffle import choose, main
 from open_lm.errors import ConfigError, DataError
 
@@ -172,6 +172,7 @@ def test_the_script_from_s3_to_s3_with_a_ray_of_its_own(tmp_path: Path, small_to
     script = ROOT / "datapreprocess" / "ray" / "tokenize_shuffle.py"
     command = [sys.executable, str(script), "--input", f"s3://{s3_bucket}/raw/", "--output", out, "--seqlen", "32"]
     command += ["--tokenizer", small_tokenizer, "--force_num_cores", "1", "--work-dir", str(tmp_path / "work")]
+    command += ["--ray-address", "local"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=300)
     assert result.returncode == 0, result.stderr
     for url in storage.list_files(out):

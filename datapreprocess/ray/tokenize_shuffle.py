@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     execute(
         Request(
             args,
+            "--input",
             [part.strip() for part in args.input.split(",") if part.strip()],
             Layout(args.output, template="{:08d}", first=1, shard_sequences=args.wds_chunk_size),
             args.tokenizer or (None if _holds_ids(args) else DEFAULT_TOKENIZER),
