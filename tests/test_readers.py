@@ -9,7 +9,6 @@ import json
 import pickle
 import random
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from readers_helpers import COMPRESS, gathered, json_lines, read, read_good, rea
 
 from open_lm.datapreprocess.readers import (
     WHOLE,
-    Block,
     BrokenFile,
     Piece,
     PieceReader,
@@ -330,12 +328,14 @@ def test_json_files_of_other_forms(tmp_path: Path) -> None:
 
 def test_bad_elements_of_an_array(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_bytes(b'[{"text": "ok"}, 5, {"text": "\xff"}, {"text": "\\ud800"}, {"text": null}, {"text": "ok too"}]')
+    path.write_bytes(
+        b'[{"text": "ok"}, 5, {"text": "\xff"}, {"text": "\\ud800"}, {"text": null}, {"\xff": 1}, {"text": "ok too"}]'
+    )
     found, bad = read(path)
     assert found == ["ok", "ok too"]
-    kinds = ["not an object", "invalid UTF-8", "lone surrogate", "null"]
-    assert [(item.kind, item.line) for item in bad] == list(zip(kinds, range(2, 6), strict=True))
-    assert all(item.content.encode() for item in bad)
+    kinds = ["not an object", "invalid UTF-8", "lone surrogate", "null", "missing key"]
+    assert [(item.kind, item.line) for item in bad] == list(zip(kinds, range(2, 7), strict=True))
+    assert all(item.content.encode() and item.detail.encode() for item in bad)
 
 
 @pytest.mark.parametrize("end", ['{"text": "y', "5", "{'text'", ', {"text": "z"}', "]]", '] {"text": 1}', "tru"])
@@ -457,7 +457,8 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_bytes(COMPRESS[split_suffixes(name)[0]](data))
         for first, last in ((0, 3), (5, 30), (29, 99), (4, 4)):
-            assert gathered(PieceReader(whole(f"{path}?rows={first}:{last}"))) == (texts[first:last], [])
+            reader = PieceReader(whole(f"{path}?rows={first}:{last}"))
+            assert gathered(reader) == (texts[first:last], []) and reader.digest is None
         assert split(f"{path}?rows=2:9", 1 << 30, 1) == [Piece(f"{path}?rows=2:9", 0, WHOLE, 1 << 30)]
         assert not can_stream(f"{path}?rows=2:9")
 
@@ -480,14 +481,9 @@ def test_reading_from_s3(tmp_path: Path, s3_bucket: str) -> None:
         assert len(readers) > 1 or readers[0].digest == sha256(data)
 
 
-def iterate_until(blocks: Iterator[Block], count: int) -> None:
-    for _ in range(count):
-        next(blocks)
-
-
 def test_a_reader_that_is_left_early_claims_no_digest(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(["x" * 1_000_000] * 5))
     reader = PieceReader(whole(path))
-    iterate_until(iter(reader), 2)
+    next(iter(reader))
     assert reader.digest is None

@@ -18,6 +18,7 @@ from open_lm.datapreprocess.readers.source import Source
 from open_lm.errors import StorageError
 
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024
+_BATCH_BYTES = 8 << 20  # of all columns of the rows that are read from Parquet at once
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
@@ -33,11 +34,13 @@ def read_parquet(source: Source, options: ReadOptions) -> Iterator[Block]:
         path = _column_path(source, table.schema_arrow, options.content_key)
         end = table.num_row_groups if source.piece.end == WHOLE else source.piece.end
         numbers = list(range(source.piece.start, end))
-        num_rows = sum(table.metadata.row_group(number).num_rows for number in numbers)
-        batches = table.iter_batches(_BLOCK_ROWS, numbers, columns=[".".join(path)])
-        yield from _blocks(
-            source, ((batch, source.piece.num_bytes * len(batch) // num_rows) for batch in batches), path
-        )
+        groups = [table.metadata.row_group(number) for number in numbers]
+        num_rows = sum(group.num_rows for group in groups)
+        row_bytes = sum(group.total_byte_size for group in groups) // max(num_rows, 1) + 1
+        batch_rows = min(max(_BATCH_BYTES // row_bytes, 1), _BLOCK_ROWS)
+        batches = table.iter_batches(batch_rows, numbers, columns=[".".join(path)])
+        sized = ((batch, source.piece.num_bytes * len(batch) // num_rows) for batch in batches)
+        yield from _blocks(source, sized, path)
 
 
 def count_parquet(url: str) -> int:

@@ -115,16 +115,17 @@ def split(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
 
 def is_counted(url: str) -> bool:
     """Whether the file itself tells how many rows it has."""
-    return FORMATS[split_suffixes(url)[1]].count is not None
+    compression, suffix = split_suffixes(url)
+    return not compression and FORMATS[suffix].count is not None
 
 
 def count_rows(url: str) -> int:
     """The rows (lines that are not blank, elements) of a file, good and bad."""
     count = FORMATS[split_suffixes(url)[1]].count
-    if count is not None:
+    if count is not None and is_counted(url):
         return count(url)
-    blocks = PieceReader(Piece(url, 0, WHOLE, 0))
-    return sum(len(block.documents) + sum(bad.line > 0 for bad in block.bad) for block in blocks)
+    reader = PieceReader(Piece(url, 0, WHOLE, 0))
+    return sum(len(block.documents) + sum(bad.line > 0 for bad in block.bad) for block in reader)
 
 
 class PieceReader:

@@ -39,6 +39,8 @@ def expand_folder(url: str) -> list[FileInfo] | None:
     path, query = _split_query(url)
     if url.startswith(HUB_PREFIX):
         files, counts = _hub_files(url, path.removeprefix(HUB_PREFIX), query)
+    elif not query and re.search(r"[*?\[]", url):
+        return None  # a pattern
     elif saved := _saved_files(path):
         files, counts = saved, {}
     else:
@@ -55,7 +57,7 @@ def _split_query(url: str) -> tuple[str, dict[str, str]]:
     pairs = [part.partition("=") for part in text.split("&")] if "=" in text else []
     query = {key: value for key, _, value in pairs}
     if not mark or (not url.startswith(HUB_PREFIX) and "split" not in query):
-        return url, {}  # a mark in a pattern
+        return url, {}
     unknown = sorted(set(query) - set(_QUERY_KEYS if url.startswith(HUB_PREFIX) else ("split",)))
     if unknown:
         raise ConfigError(f"{url}: no such option as {', '.join(unknown)}; known are {', '.join(_QUERY_KEYS)}")

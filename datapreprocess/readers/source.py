@@ -150,6 +150,7 @@ class Source:
 
     def bad(self, kind: str, line: int, detail: str, content: bytes | str = b"") -> BadDocument:
         """What is wrong with the line, row or (0) the whole of this piece."""
+        detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
         return BadDocument(kind, self.piece.url, line, detail, self.piece.start, excerpt(content))
 
     def nothing(self) -> BadDocument:
@@ -160,7 +161,7 @@ class Source:
         self._hash.update(data)
 
     def _finish(self) -> None:
-        self.digest = self._hash.hexdigest()
+        self.digest = None if self.rows else self._hash.hexdigest()
 
 
 class _ForwardFile(io.RawIOBase):
