@@ -13,8 +13,8 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
 
-extras = {name: requirements(name) for name in ("train", "preprocess", "hf", "cuda", "dev", "eval")}
-extras["all"] = sorted({line for name in ("train", "preprocess", "hf") for line in extras[name]})
+extras = {name: requirements(name) for name in ("train", "preprocess", "hf", "hub", "cuda", "dev", "eval")}
+extras["all"] = sorted({line for name in ("train", "preprocess", "hf", "hub") for line in extras[name]})
 
 setup(
     name="open_lm",

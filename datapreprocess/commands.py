@@ -235,7 +235,7 @@ def _verify(job: Job, encoder: DocumentEncoder, count: int) -> None:
     from itertools import islice
 
     from open_lm.datapreprocess.readers import WHOLE, Piece, PieceReader
-    from open_lm.datapreprocess.verification import verify
+    from open_lm.datapreprocess.tokenizer_check import verify
     from open_lm.errors import ConfigError, DataError
 
     if count < 1:
@@ -244,10 +244,10 @@ def _verify(job: Job, encoder: DocumentEncoder, count: int) -> None:
     pieces = (Piece(item.url, 0, WHOLE, item.num_bytes) for item in job.inputs)
     blocks = (block for piece in pieces for block in PieceReader(piece, job.options))
     texts = (document for block in blocks for document in block.documents if isinstance(document, str))
-    result = verify(encoder, islice(texts, count), count)
-    print(result.describe())
-    if result.differences:
-        raise DataError(f"the fast tokenizer differs from the reference in {result.differences} texts")
+    result = verify(encoder, count, islice(texts, count))
+    print(result.summary())
+    if result.differing:
+        raise DataError(f"the fast tokenizer differs from the reference in {result.differing} texts")
 
 
 # --- logging -----------------------------------------------------------------------------------------------------

@@ -125,8 +125,8 @@ MIXTURES: dict[str, Mixture] = {
             "redpajama", _RED_PAJAMA_MARKERS,
             common_crawl=67.0, c4=15.0, github=4.5, wikipedia=4.5, books=4.5, arxiv=2.5, stackexchange=2.0,
         ),
-        # Proportions on the card of https://huggingface.co/datasets/cerebras/SlimPajama-627B. Its own files hold all
-        # sources together; the markers fit copies that are parted by source.
+        # Proportions of SlimPajama-627B as https://huggingface.co/datasets/DKYoon/SlimPajama-6B tabulates them. Its own
+        # files hold all sources together; the markers fit copies that are parted by source.
         _named(
             "slimpajama", _RED_PAJAMA_MARKERS,
             common_crawl=52.2, c4=26.7, github=5.2, wikipedia=3.8, books=4.2, arxiv=4.6, stackexchange=3.3,

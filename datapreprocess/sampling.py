@@ -116,15 +116,3 @@ def takes_mask(  # noqa: PLR0917 - seed, place, share: an order that callers rel
         return np.ones(count, bool)
     draws = (random_keys(seed, _STREAM + group, first, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return draws < factor - whole
-
-
-def takes(seed: int, group: int, number: int, factor: float, copy: int) -> bool:
-    """`takes_mask` of a single document."""
-    return bool(takes_mask(seed, group, number, 1, factor, copy)[0])
-
-
-def load_sampling(path: str) -> Sampling:
-    """The sources and factors of a sampling YAML; see mixtures.load_mixture."""
-    from open_lm.datapreprocess.mixtures import load_mixture
-
-    return load_mixture(path).sampling()

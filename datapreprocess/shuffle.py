@@ -157,7 +157,8 @@ def bucket_counts(runs: Sequence[Run], buckets: int) -> np.ndarray:
     for run in runs:
         with storage.open_file(run.url) as file:
             data = _read_exactly(file, (buckets + 1) * _OFFSET_BYTES, run.url)
-        counts += np.diff(np.frombuffer(data, np.int64))
+        offsets = np.frombuffer(data, np.int64)
+        counts += offsets[1:] - offsets[:-1]
     return counts
 
 
