@@ -10,7 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from open_lm import storage
-from open_lm.datapreprocess.readers import Piece, ReadOptions, can_stream, is_known, split, split_suffixes
+from open_lm.datapreprocess.readers import (
+    HUB_PREFIX,
+    Piece,
+    ReadOptions,
+    can_stream,
+    expand_folder,
+    is_data_name,
+    split,
+    split_suffixes,
+)
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import DataError, UserError, join_problems
 
@@ -57,8 +66,9 @@ class Unit:
 def find_inputs(patterns: Sequence[str], suffixes: Sequence[str] | None = None) -> list[InputFile]:
     """The files that names, local or remote globs, folders (searched through) and @lists stand for: sorted, each once.
 
-    In folders only files of known (or the given) suffixes count; a file named otherwise must have a reader. `@FILE`
-    stands for the names in the lines of a text file.
+    Data sets of Hugging Face `datasets` are folders too, saved ones or `hf-dataset://NAME?split=…`. In other folders
+    only files of known (or the given) suffixes count; a file named otherwise must have a reader. `@FILE` stands for the
+    names in the lines of a text file.
     """
     found: dict[str, InputFile] = {}
     problems: list[str] = []
@@ -91,10 +101,13 @@ def _without_lists(patterns: Iterable[str]) -> Iterable[str]:
 
 
 def _matches(pattern: str, suffixes: Sequence[str] | None) -> dict[str, InputFile]:
-    info = storage.info(pattern)
+    info = None if pattern.startswith(HUB_PREFIX) else storage.info(pattern)
     if info is not None:
         split_suffixes(pattern)
         return _by_url([info])
+    data_set = expand_folder(pattern)
+    if data_set is not None:
+        return _by_url(data_set)
     if not re.search(r"[*?\[]", pattern):
         return _in_folder(pattern, suffixes)
     files = _by_url(storage.glob_infos(pattern))
@@ -107,7 +120,7 @@ def _matches(pattern: str, suffixes: Sequence[str] | None) -> dict[str, InputFil
 
 
 def _in_folder(folder: str, suffixes: Sequence[str] | None) -> dict[str, InputFile]:
-    infos = [item for item in storage.list_infos(folder, recursive=True) if is_known(item.url)]
+    infos = [item for item in storage.list_infos(folder, recursive=True) if is_data_name(item.url)]
     return _by_url([item for item in infos if suffixes is None or item.url.endswith(tuple(suffixes))])
 
 

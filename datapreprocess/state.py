@@ -107,9 +107,9 @@ def open_work(job: Job, settings: dict[str, Any]) -> str:
             _logger.info("going on with unfinished work in %s", work)
         if changes or touched:
             _remove_shards(job, work, old["settings"])
+        _remove_torn(job.layout, old["settings"])
         if changes:
             remove_work(work)
-        _remove_torn(job.layout, old["settings"])
     else:
         _refuse_foreign_shards(job, settings["folders"])
         remove_work(work)  # without a plan nothing tells what it belongs to: a removal that was interrupted
