@@ -176,7 +176,8 @@ class Cluster:
             if self._ready or (not self._alone and isinstance(task, Feed)):
                 if self._start:
                     self._start.result()
-                yield from _Session(self.workers, _chain(task, waiting), tick).results()
+                session = _Session(self.workers, _chain(task, waiting), tick, warming=self._start is not None)
+                yield from session.results()
                 return
             for result in _here(task):
                 yield result
@@ -199,12 +200,12 @@ def _chain(first: T, rest: Iterator[T]) -> Iterator[T]:
 
 
 class _Session(Generic[T]):
-    """The tasks of one `run` on Ray."""
+    """The tasks of one `run` on Ray; while its workers are `warming` up, this process goes on working too."""
 
     def __init__(
-        self, workers: int, tasks: Iterator[Call[T] | Feed[T]], tick: Callable[[], None] | None = None
+        self, workers: int, tasks: Iterator[Call[T] | Feed[T]], tick: Callable[[], None] | None, *, warming: bool
     ) -> None:
-        self._workers, self._tasks, self._tick = workers, tasks, tick
+        self._workers, self._tasks, self._tick, self._warming = workers, tasks, tick, warming
         self._running: list[Any] = []
         self._feeds: dict[Any, Feed[T]] = {}  # what yields items -> whom they are for
         self._fed: deque[tuple[Feed[T], Any]] = deque()
@@ -216,18 +217,31 @@ class _Session(Generic[T]):
         try:
             while self._fill() or self._feeds:
                 feeds = self._feeds if len(self._fed) < self._workers else ()
-                ready, _ = ray.wait([*self._running, *feeds], num_returns=1, timeout=_TICK_S)
+                timeout = 0 if self._warming else _TICK_S
+                ready, _ = ray.wait([*self._running, *feeds], num_returns=1, timeout=timeout)
                 if self._tick:
                     self._tick()
+                if not ready and self._warming:
+                    yield from self._next_here()
                 for reference in ready:
                     if reference in self._feeds:
                         self._take_item(reference)
                     else:
                         self._running.remove(reference)
+                        self._warming = False
                         yield _result(reference)
         finally:
             for reference in [*self._running, *self._feeds]:
                 ray.cancel(reference, force=True)
+
+    def _next_here(self) -> Iterator[T]:
+        task = next(self._tasks, None)
+        if isinstance(task, Call):
+            yield from _here(task)
+        else:
+            self._warming = False
+            if task:
+                self._open(task)
 
     def _fill(self) -> bool:
         """Start tasks while workers are free; whether any runs."""

@@ -58,6 +58,7 @@ _RUNS_COUNTED = 256  # by one task
 # Text bytes in a byte of (compressed) input, and how much text a process turns into shards in a second.
 _TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 25e6, 1e6
 _RAY_START_S = 5.0
+_SPILLED_PER_INPUT = 2  # bytes of ids for a byte of compressed input
 Reports = dict[tuple[int, int], UnitReport]
 
 
@@ -112,7 +113,7 @@ def _absolute(job: Job) -> Job:
 
 
 def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster: Cluster, work: str) -> dict[str, Any]:
-    budget = plan_budget(job.memory_limit, cluster.workers)
+    budget = plan_budget(job.memory_limit, cluster.workers, job.num_bytes * _SPILLED_PER_INPUT)
     if budget.workers < cluster.workers:
         _logger.info("%d of %d workers fit into --memory-limit", budget.workers, cluster.workers)
         cluster.workers = budget.workers

@@ -24,7 +24,7 @@ from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import DataError, UserError, join_problems
 
 _UNITS = 128
-_MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 1 << 20, 64 << 20
+_MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 1 << 20, 256 << 20
 _LIST_MARK = "@"
 
 

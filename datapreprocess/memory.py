@@ -10,7 +10,8 @@ from open_lm.errors import ConfigError
 
 # Measured resident sizes: a process with numpy, Ray and the tokenizer with its caches full; the driver beside it.
 _WORKER_BYTES, _DRIVER_BYTES = 400 << 20, 400 << 20
-_LEAST_BUFFER_BYTES, _MOST_BUFFER_BYTES = 8 << 20, 64 << 20
+_LEAST_BUFFER_BYTES, _WANTED_BUFFER_BYTES = 8 << 20, 32 << 20
+_WANTED_RUNS = 2000
 _HELD_TIMES = 4  # buffers that a worker holds at once: sequences, their sorted copy, documents with their ids
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -45,10 +46,11 @@ def machine_bytes() -> int:
     return total
 
 
-def plan_budget(limit: int | None, workers: int) -> Budget:
+def plan_budget(limit: int | None, workers: int, spill_bytes: int = 0) -> Budget:
     """Share a limit on the processes of the run (half of the machine's memory by default) among workers.
 
-    Fewer workers are used where it is too small for all; ConfigError where it is too small for one.
+    Writers read from every run once for each buffer that they fill, so buffers grow with `spill_bytes`, all that will
+    be spilled, as far as the limit allows. Fewer workers are used where it is too small for all; ConfigError where it is too small for one.
     """
     total = limit if limit is not None else machine_bytes() // 2
     least = _WORKER_BYTES + _HELD_TIMES * _LEAST_BUFFER_BYTES
@@ -61,4 +63,5 @@ def plan_budget(limit: int | None, workers: int) -> Budget:
             "and Python included)"
         )
     free = (total - _DRIVER_BYTES) // fitting - _WORKER_BYTES
-    return Budget(fitting, min(max(free // _HELD_TIMES, _LEAST_BUFFER_BYTES), _MOST_BUFFER_BYTES))
+    wanted = max(_WANTED_BUFFER_BYTES, spill_bytes // _WANTED_RUNS)
+    return Budget(fitting, min(max(free // _HELD_TIMES, _LEAST_BUFFER_BYTES), wanted))

@@ -34,7 +34,7 @@ from open_lm.datapreprocess.tokenization import DocumentEncoder
 MAX_SHOWN = 20
 STRETCH_BYTES = 16 << 20
 _STREAM_BITS = 20  # a streamed unit has less than 2^20 stretches
-_CHECKED_OF_FILE, _CHECKED_OF_UNIT = 8 << 10, 64 << 10  # characters compared between the two tokenizers
+_CHECKED_OF_FILE, _CHECKED_OF_UNIT = 4 << 10, 64 << 10  # characters compared between the two tokenizers
 
 
 @dataclass(frozen=True)
