@@ -50,7 +50,8 @@ def plan_budget(limit: int | None, workers: int, spill_bytes: int = 0) -> Budget
     """Share a limit on the processes of the run (half of the machine's memory by default) among workers.
 
     Writers read from every run once for each buffer that they fill, so buffers grow with `spill_bytes`, all that will
-    be spilled, as far as the limit allows. Fewer workers are used where it is too small for all; ConfigError where it is too small for one.
+    be spilled, as far as the limit allows. Fewer workers are used where it is too small for all; ConfigError where it
+    is too small for one.
     """
     total = limit if limit is not None else machine_bytes() // 2
     least = _WORKER_BYTES + _HELD_TIMES * _LEAST_BUFFER_BYTES

@@ -132,7 +132,7 @@ def decode_member(data: bytes, kind: str, *, eot_id: int | None = None) -> np.nd
     """
     try:
         if kind == "npy":
-            array = np.load(io.BytesIO(data), allow_pickle=False)
+            array = _load_npy(data)
         elif kind in ("json", "txt"):
             array = _parse_list(data, eot_id)
         elif kind == "json.gz":
@@ -151,6 +151,13 @@ def decode_member(data: bytes, kind: str, *, eot_id: int | None = None) -> np.nd
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         raise DataError(f"not a valid {kind} member: id {array.max()} is beyond 64 bits")
     return array.astype(np.int64, copy=False)
+
+
+def _load_npy(data: bytes) -> np.ndarray:
+    if not data.startswith(np.lib.format.MAGIC_PREFIX):  # numpy would advise to unpickle it
+        raise DataError(f"not a valid npy member: it begins with {data[:8]!r}; make or copy the shard again")
+    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+    return array
 
 
 def _parse_list(data: bytes, eot_id: int | None) -> np.ndarray:
