@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from open_lm.datapreprocess.tokenization import DocumentEncoder
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
+_ESCAPE = re.compile(r"\\(?:[\\nrtfv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 _logger = logging.getLogger("open_lm.datapreprocess")
 
 
@@ -114,7 +116,10 @@ def execute(request: Request) -> None:
     from open_lm.datapreprocess.engine import run
 
     common = request.common
+    mixture = request.mixture = _choose_mixture(request)
+    _check_flags(common, mixture)
     job = _make_job(request)
+    flags = _training_flags(job, mixture) if mixture and mixture.rates and job.layout.per_source else []
     encoder = make_encoder(request.tokenizer, common.eot_token, request.vocab_size, common.add_bos)
     if common.verify_tokenizer is not None:
         _verify(job, encoder, common.verify_tokenizer)
@@ -126,7 +131,8 @@ def execute(request: Request) -> None:
         print(describe(estimate(job, encoder)))
         return
     run(job, encoder)
-    _tell_training_flags(job, request)
+    if flags:
+        _logger.info("to train at the rates of the mixture: %s", shlex.join(flags))
 
 
 def make_encoder(
@@ -136,7 +142,11 @@ def make_encoder(
     from open_lm.datapreprocess.tokenization import DocumentEncoder
 
     if tokenizer is None:
-        return DocumentEncoder(None, vocab_size)
+        if eot_token is not None:
+            from open_lm.errors import ConfigError
+
+            raise ConfigError(f"--eot-token {eot_token}: documents come as ids, which id 0 ends; name a --tokenizer")
+        return DocumentEncoder(None, vocab_size, add_bos=add_bos)
     from open_lm.tokenizer import load_tokenizer
 
     return DocumentEncoder(load_tokenizer(tokenizer, eot_token), vocab_size, add_bos=add_bos)
@@ -146,13 +156,11 @@ def _make_job(request: Request) -> Job:
     from open_lm.datapreprocess.inputs import find_inputs
     from open_lm.datapreprocess.job import DEFAULT_BAD_FRACTION, Job
     from open_lm.datapreprocess.memory import parse_size
-    from open_lm.datapreprocess.mixtures import choose_mixture
     from open_lm.datapreprocess.readers import ReadOptions
     from open_lm.datapreprocess.sampling import Sampling, tell_sampling
     from open_lm.errors import ConfigError
 
-    common = request.common
-    request.mixture = mixture = request.mixture or choose_mixture(common.mixture, common.source)
+    common, mixture = request.common, request.mixture
     found = {
         name: find_inputs(patterns, request.suffixes) for name, patterns in (mixture.inputs if mixture else {}).items()
     }
@@ -173,7 +181,7 @@ def _make_job(request: Request) -> Job:
     except ValueError as error:
         raise ConfigError(f"--memory-limit: {error}") from error
     bad_fraction = DEFAULT_BAD_FRACTION if common.max_bad_fraction is None else common.max_bad_fraction
-    separator = common.separator.encode().decode("unicode_escape") if common.separator else None
+    separator = _separator(common.separator, chosen)
     return Job(
         inputs=tuple(chosen),
         layout=replace(request.layout, per_source=common.output_per_source),
@@ -190,7 +198,62 @@ def _make_job(request: Request) -> Job:
     )
 
 
+def _check_flags(common: argparse.Namespace, mixture: Mixture | None) -> None:
+    """ConfigError for flags that exclude each other, or that would do nothing."""
+    from open_lm.errors import ConfigError, join_problems
+
+    problems = []
+    if common.dry_run and common.verify_tokenizer is not None:
+        problems.append("--dry-run and --verify-tokenizer: give one of them")
+    if common.skip_bad_lines and common.max_bad_fraction is not None:
+        problems.append("--skip-bad-lines stands for --max-bad-fraction 1: give one of them")
+    if common.separator == "":
+        problems.append("--separator must not be empty; without it a text file is one document")
+    if common.output_per_source and mixture is None:
+        problems.append("--output-per-source: no source is named; give --source NAME=PATTERN or --mixture")
+    if common.mixture_tokens is not None and not (mixture and mixture.rates):
+        problems.append("--mixture-tokens needs the rates of a --mixture")
+    elif common.mixture_tokens is not None and common.output_per_source:
+        problems.append(
+            "--mixture-tokens: with --output-per-source the mixing is done while training; give one of them"
+        )
+    if problems:
+        raise ConfigError(join_problems(problems))
+    if common.drop_tail and common.split_documents:
+        note_without_effect(["--drop-tail"], "with --split-documents there is no tail")
+
+
+def _separator(text: str | None, inputs: Sequence[InputFile]) -> str | None:
+    r"""The separator that a text with escapes such as \n and \u2028 stands for."""
+    from open_lm.datapreprocess.readers import is_text
+    from open_lm.errors import ConfigError
+
+    if text is None:
+        return None
+    if not any(is_text(item.url) for item in inputs):
+        note_without_effect(["--separator"], "no input is a .txt or .md file")
+    separator = _ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), text)
+    try:
+        separator.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--separator {text!r}: no text that UTF-8 can hold ({error.reason})") from error
+    return separator
+
+
 # --- mixtures ----------------------------------------------------------------------------------------------------
+
+
+def _choose_mixture(request: Request) -> Mixture | None:
+    """The command's own mixture with the files of --source, or what --mixture and --source say."""
+    from open_lm.datapreprocess.mixtures import choose_mixture, parse_sources
+    from open_lm.errors import ConfigError
+
+    common = request.common
+    if request.mixture is None:
+        return choose_mixture(common.mixture, common.source)
+    if common.mixture is not None:
+        raise ConfigError(f"--mixture {common.mixture}: --do_sample already names a mixture; give one of them")
+    return request.mixture.with_inputs(parse_sources(common.source))
 
 
 def _sample_by_rate(job: Job, request: Request, encoder: DocumentEncoder) -> Job:
@@ -200,7 +263,13 @@ def _sample_by_rate(job: Job, request: Request, encoder: DocumentEncoder) -> Job
         return job
     from open_lm.datapreprocess.dry_run import estimate
     from open_lm.datapreprocess.mixtures import factors_for_rates
+    from open_lm.errors import ConfigError
 
+    if mixture.factors:
+        raise ConfigError(
+            f"{mixture.name}: has rates and sampling_frequencies, which both decide how often documents are taken; "
+            "leave one of them out, or make a data set for each source (--output-per-source)"
+        )
     tokens = {part.name: round(part.tokens) for part in estimate(job, encoder).sources}
     factors = factors_for_rates(tokens, mixture.rates, request.common.mixture_tokens)
     for name, factor in factors.items():
@@ -210,21 +279,16 @@ def _sample_by_rate(job: Job, request: Request, encoder: DocumentEncoder) -> Job
     return replace(job, sampling=sampling, mixture=mixed.record())
 
 
-def _tell_training_flags(job: Job, request: Request) -> None:
-    """The way to train on data sets of single sources at the mixture's rates."""
-    if request.mixture is None or not request.mixture.rates or not job.layout.per_source:
-        return
+def _training_flags(job: Job, mixture: Mixture) -> list[str]:
+    """The flags that train on data sets of single sources at the mixture's rates."""
     from open_lm import storage
     from open_lm.datapreprocess.mixtures import training_flags
     from open_lm.datapreprocess.writer import MANIFEST
 
     if len(job.layout.folders) > 1:
         _logger.warning("the rates need one folder for each source: make the data sets with --num-consumers 1")
-        return
-    manifests = {name: storage.join(job.layout.root, name, MANIFEST) for name in job.sources}
-    _logger.info(
-        "to train at the rates of the mixture: %s", shlex.join(training_flags(manifests, request.mixture.rates))
-    )
+        return []
+    return training_flags({name: storage.join(job.layout.root, name, MANIFEST) for name in job.sources}, mixture.rates)
 
 
 # --- the tokenizer -----------------------------------------------------------------------------------------------

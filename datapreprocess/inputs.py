@@ -6,7 +6,7 @@ import glob as local_glob
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from open_lm import storage
@@ -73,7 +73,7 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str] | None = None) 
     found: dict[str, InputFile] = {}
     problems: list[str] = []
     errors: list[UserError] = []
-    for pattern in _without_lists(patterns):
+    for pattern in _without_lists(patterns, errors):
         try:
             files = _matches(pattern, suffixes)
         except UserError as error:
@@ -91,13 +91,21 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str] | None = None) 
     return [found[url] for url in sorted(found)]
 
 
-def _without_lists(patterns: Iterable[str]) -> Iterable[str]:
+def _without_lists(patterns: Iterable[str], errors: list[UserError]) -> Iterator[str]:
+    """The patterns, those of lists in their place; lists that cannot be used are added to the errors."""
     for pattern in patterns:
         if not pattern.startswith(_LIST_MARK):
             yield pattern
             continue
-        lines = storage.read_text(pattern.removeprefix(_LIST_MARK)).splitlines()
-        yield from (line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+        try:
+            lines = [line.strip() for line in storage.read_text(pattern.removeprefix(_LIST_MARK)).splitlines()]
+        except UserError as error:
+            errors.append(error)
+            continue
+        names = [line for line in lines if line and not line.startswith("#")]
+        if not names:
+            errors.append(DataError(f"{pattern}: no line of this list names an input"))
+        yield from names
 
 
 def _matches(pattern: str, suffixes: Sequence[str] | None) -> dict[str, InputFile]:
@@ -125,7 +133,9 @@ def _in_folder(folder: str, suffixes: Sequence[str] | None) -> dict[str, InputFi
 
 
 def _by_url(infos: Sequence[storage.FileInfo]) -> dict[str, InputFile]:
-    return {item.url: InputFile(item.url, item.size, item.mtime_s, item.etag) for item in infos}
+    """Files by their addresses; local ones by absolute paths, so that one named in two ways comes once."""
+    places = [item.url if storage.is_remote(item.url) else os.path.abspath(item.url) for item in infos]
+    return {url: InputFile(url, item.size, item.mtime_s, item.etag) for url, item in zip(places, infos, strict=True)}
 
 
 # --- cutting -----------------------------------------------------------------------------------------------------

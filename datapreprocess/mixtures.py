@@ -8,7 +8,8 @@ A mixture is named (MIXTURES), or a YAML file of the user's own:
     sampling_frequencies: {wiki: 2.5}     # factor: each document twice, and half of the documents a third time
 
 A rate is a share of the training's tokens, on any scale. Two ways lead to it: `training_flags` mixes the data sets of
-the sources while training, `factors_for_rates` repeats or leaves out documents in the preprocessor.
+the sources while training, `factors_for_rates` repeats or leaves out documents in the preprocessor. With factors of
+one's own only the first is open.
 """
 
 from __future__ import annotations

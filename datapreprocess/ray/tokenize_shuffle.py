@@ -76,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     start_logging()
     note_without_effect([f"--{name}" for name in _WITHOUT_EFFECT if getattr(args, name)], _FIXED_ORDER)
+    if args.default_dataset_yaml != str(DEFAULT_SAMPLING) and not args.do_sample:
+        note_without_effect(["--default_dataset_yaml"], "which --do_sample asks for")
+    if args.work_dir and args.ray_spill_location:
+        note_without_effect(["--ray_spill_location"], "--work-dir is given")
     limits = [count for count in (args.force_parallelism, args.force_num_cores) if count is not None]
     job = {
         "seq_len": args.seqlen,

@@ -22,6 +22,7 @@ from open_lm.datapreprocess.readers.formats import (
     can_stream,
     is_data_name,
     is_known,
+    is_text,
     split,
     split_suffixes,
     stretches,
@@ -32,5 +33,5 @@ from open_lm.datapreprocess.readers.parts import Stretch
 __all__ = [
     "FORMATS", "HUB_PREFIX", "WHOLE", "BadDocument", "Block", "BrokenFile", "Document", "Piece", "PieceReader",
     "ReadOptions", "Stretch", "StretchReader", "Stretches", "can_stream", "expand_folder", "is_data_name", "is_known",
-    "split", "split_suffixes", "stretches",
+    "is_text", "split", "split_suffixes", "stretches",
 ]  # fmt: skip

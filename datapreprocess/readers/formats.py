@@ -101,6 +101,11 @@ def is_data_name(url: str) -> bool:
     return is_known(url) and not url.rpartition("/")[2].lower().startswith(_COMPANIONS)
 
 
+def is_text(url: str) -> bool:
+    """Whether the file is plain text, of which `ReadOptions.separator` makes documents."""
+    return FORMATS[split_suffixes(url)[1]] is _TEXT
+
+
 # --- pieces ------------------------------------------------------------------------------------------------------
 
 
