@@ -59,6 +59,8 @@ class Assembler:
         runs, tail = self._shuffled(source, by_index, reports, spilled) if job.shuffle else self._ordered(spilled)
         padded = Tail(pad(tail.ids, job.length), tail.shares) if len(tail.ids) and not job.drop_tail else None
         shards = plan_shards(job.layout, job.layout.folders_of(source), runs.num_sequences + (padded is not None))
+        if not shards and not len(tail.ids):
+            raise DataError(f"source {source} holds no document; mend its files, or leave it out")
         if not shards:
             raise DataError(
                 f"{source + ': ' if source else ''}{len(tail.ids)} tokens are too few for one sequence of {job.length} "

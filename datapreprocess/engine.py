@@ -129,6 +129,9 @@ def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster:
     assembler = Assembler(job, work, encoder.dtype, budget.buffer_bytes, cluster.workers, _bucket_counter(cluster))
     outputs = _write(job, tasks, reports, assembler, cluster, monitor)
     collect_rejects(tasks, work, storage.join(job.layout.root, REJECTS))
+    for output in outputs if job.layout.per_source else []:
+        own = [task for task in tasks if task.unit.source == output.source]
+        collect_rejects(own, work, storage.join(job.layout.root, output.source, REJECTS))
     return _write_records(job, settings, encoder.name, outputs)
 
 
@@ -275,6 +278,8 @@ def _write(  # noqa: PLR0917 - the parts of one run
     plans = []
     for source in job.sources if job.layout.per_source else [""]:
         chosen = [task for task in tasks if not source or task.unit.source == source]
+        if not chosen:  # the factor of this source is 0
+            continue
         indexes = {task.unit.index for task in chosen}
         plans.append(assembler.plan(source, chosen, [report for report in reports if report.index in indexes]))
     monitor.begin_writing(sum(len(plan.shards) for plan in plans))
