@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from open_lm import storage
@@ -91,7 +92,7 @@ class Job:
         """Ids in a member: the inputs and, one further on, the targets of a sequence."""
         return self.seq_len + 1
 
-    @property
+    @cached_property
     def sources(self) -> list[str]:
         """The names of all sources, sorted; a source's number is its place here."""
         return sorted({self.sampling.source_of(item.url) for item in self.inputs})

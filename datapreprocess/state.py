@@ -9,7 +9,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -88,7 +87,7 @@ def open_work(job: Job, settings: dict[str, Any]) -> str:
     """
     work = work_folder(job)
     path = storage.join(work, _PLAN)
-    inputs = [asdict(item) for item in job.inputs]
+    inputs = [vars(item) for item in job.inputs]
     if storage.exists(path):
         old = orjson.loads(storage.read_bytes(path))
         changes = differences(old["settings"], settings)

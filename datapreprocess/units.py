@@ -34,7 +34,8 @@ from open_lm.datapreprocess.tokenization import DocumentEncoder
 MAX_SHOWN = 20
 STRETCH_BYTES = 16 << 20
 _STREAM_BITS = 20  # a streamed unit has less than 2^20 stretches
-_CHECKED_OF_FILE, _CHECKED_OF_UNIT = 4 << 10, 64 << 10  # characters compared between the two tokenizers
+_COMPARED_OF_FILE, _COMPARED_OF_UNIT = 4 << 10, 64 << 10  # characters compared between the two tokenizers
+_ENCODED_AT_ONCE = 512 << 10  # characters; small documents, of many files too, go through the tokenizer together
 
 
 @dataclass(frozen=True)
@@ -185,44 +186,43 @@ class _Work:
         self._report = UnitReport(task.unit.index, task.number)
         self._sequences = _sequence_maker(task, encoder)
         self._rejects: list[bytes] = []
-        self._to_check = _CHECKED_OF_UNIT
-        self._check: list[str] = []
+        self._taken: list[Document] = []  # documents that wait to be encoded together
+        self._taken_size = 0
+        self._to_compare: list[str] = []
+        self._room_to_compare = _COMPARED_OF_UNIT
 
     def read(self, piece: Piece, reader: PieceReader | StretchReader) -> None:
-        """Encode the documents of a piece; what is none, and what breaks it off, is noted."""
-        report, first, bytes_read = self._report, True, 0
+        """Take the documents of a piece; what is none, and what breaks it off, is noted."""
+        first, bytes_read = piece.start == 0, 0
         try:
             for block in reader:
                 bytes_read = block.bytes_read
                 self._set_apart_wrong_ids(block, piece.url)
                 self._note_bad(block)
-                if not report.mismatch:
-                    if first and piece.start == 0 and block.documents:
-                        self._compare(block.documents)
+                if first and block.documents:
+                    self._note_first(block.documents)
                     first = False
-                    self._take(block.documents)
+                self._take(block.documents)
         except BrokenFile as error:
             if not self._task.unit.copy:
                 lost = max(0, piece.num_bytes - bytes_read)
-                report.broken.append(Broken(piece.url, error.kind, str(error), lost))
+                self._report.broken.append(Broken(piece.url, error.kind, str(error), lost))
 
     def note_piece(self, reader: PieceReader) -> None:
         """Keep what is known of a piece once it is read."""
         self._report.lines.append(reader.lines)
         self._report.digests.append(reader.digest)
 
-    def _compare(self, documents: list[Document]) -> None:
+    def _note_first(self, documents: list[Document]) -> None:
         """The first documents of every file are encoded by both tokenizers; one difference discards the unit."""
-        room = min(_CHECKED_OF_FILE, self._to_check)
-        texts = []
+        room = min(_COMPARED_OF_FILE, self._room_to_compare)
         for document in documents:
             if room <= 0:
                 break
             if isinstance(document, str):
-                texts.append(document[:room])
-                room -= len(texts[-1])
-                self._to_check -= len(texts[-1])
-        self._report.mismatch = self._encoder.difference(texts) or "" if texts else ""
+                self._to_compare.append(document[:room])
+                self._room_to_compare -= min(room, len(document))
+                room -= len(document)
 
     def _take(self, documents: list[Document]) -> None:
         task, report = self._task, self._report
@@ -232,12 +232,25 @@ class _Work:
             mask = takes_mask(task.seed, group, report.seen, len(documents), task.factor, task.unit.copy)
             taken = [document for document, takes in zip(documents, mask.tolist(), strict=True) if takes]
         report.seen += len(documents)
-        if taken:
-            encoded = self._encoder.encode(taken)
-            self._sequences.add(encoded.ids, encoded.ends)
-            report.documents += len(taken)
-            report.characters += sum(len(document) for document in taken if isinstance(document, str))
-            report.tokens += len(encoded.ids)
+        self._taken += taken
+        self._taken_size += sum(map(len, taken))
+        if self._taken_size >= _ENCODED_AT_ONCE:
+            self._encode()
+
+    def _encode(self) -> None:
+        """Encode what was taken since the last time, and compare the first documents of its files."""
+        taken, report = self._taken, self._report
+        self._taken, self._taken_size = [], 0
+        if self._to_compare and not report.mismatch:
+            report.mismatch = self._encoder.difference(self._to_compare) or ""
+            self._to_compare = []
+        if not taken or report.mismatch:
+            return
+        encoded = self._encoder.encode(taken)
+        self._sequences.add(encoded.ids, encoded.ends)
+        report.documents += len(taken)
+        report.characters += sum(len(document) for document in taken if isinstance(document, str))
+        report.tokens += len(encoded.ids)
 
     def _set_apart_wrong_ids(self, block: Block, url: str) -> None:
         """Documents that come as ids, not all of them in the vocabulary, are bad."""
@@ -261,6 +274,7 @@ class _Work:
             self._rejects.append(orjson.dumps(asdict(bad), option=orjson.OPT_APPEND_NEWLINE))
 
     def finish(self, *, last: bool, num_bytes: int) -> UnitReport:
+        self._encode()
         report = self._report
         report.last, report.num_bytes = last, num_bytes
         if report.mismatch:

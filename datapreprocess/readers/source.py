@@ -59,10 +59,14 @@ class Source:
 
     def _raw_blocks(self, block_bytes: int) -> Iterator[bytes]:
         with self.open() as file:
-            while block := file.read(block_bytes):
+            while block := file.read(self._at_once(block_bytes)):
                 self._take(block)
                 yield block
         self._finish()
+
+    def _at_once(self, most_bytes: int) -> int:
+        """No more than the piece holds: room for a large block costs more than a tiny file takes to read."""
+        return min(most_bytes, self.piece.num_bytes + 1) if self.piece.num_bytes else most_bytes
 
     def line_blocks(self) -> Iterator[bytes]:
         """The lines that begin in the bytes [start, end) of the piece, in blocks that end anywhere."""
@@ -71,7 +75,7 @@ class Source:
         inside = start == 0
         with self.open() as file:
             file.seek(position)
-            while block := file.read(_PLAIN_BYTES):
+            while block := file.read(self._at_once(_PLAIN_BYTES)):
                 self._take(block[max(start - position, 0) : max(end - position, 0)])
                 first = 0 if inside else block.find(b"\n") + 1
                 inside = inside or first > 0
