@@ -25,6 +25,7 @@ from open_lm.errors import DataError, UserError, join_problems
 
 _UNITS = 128
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 1 << 20, 256 << 20
+_FILE_BYTES = 16 << 10  # a file counts as no less: opening it takes time too
 _LIST_MARK = "@"
 
 
@@ -167,7 +168,7 @@ def plan_units(
                 groups.append((source, [], streamed))
                 room = unit_bytes
             groups[-1][1].append(piece)
-            room -= max(piece.num_bytes, 1)
+            room -= max(piece.num_bytes, _FILE_BYTES)
     by_url = {item.url: item for item in inputs}
     units: list[Unit] = []
     for number, (source, pieces, streamed) in enumerate(groups):

@@ -37,6 +37,14 @@ def local_ray() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands do small jobs in this process, also where a Ray of other tests runs."""
+    from open_lm.datapreprocess import cluster
+
+    monkeypatch.setattr(cluster, "_initialized", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A byte-level BPE of 400 ids whose end-of-text id is 3."""
@@ -59,6 +67,21 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 def raw(tmp_path: Path) -> tuple[Path, list[str]]:
     """A folder of raw files and the texts in them."""
     return tmp_path / "raw", corpus(tmp_path / "raw")
+
+
+def make(sources: Iterable[object] | Path, out: Path, tokenizer: str, *more: str) -> Path:
+    """Run make_2048 with sequences of 33 ids; returns the folder above its consumers' folders."""
+    from open_lm.datapreprocess.make_2048 import main
+
+    inputs = [str(source) for source in ([sources] if isinstance(sources, Path) else sources)]
+    named = ["--input-files", *inputs] if inputs else []
+    main([*named, "--output-dir", str(out), "--tokenizer", tokenizer, "--seqlen", "32", *more])
+    return out / "32-v1"
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """The dataset.json in a folder."""
+    return dict(json.loads((folder / "dataset.json").read_text()))
 
 
 def documents(count: int, seed: int = 0, words: int = 120) -> list[str]:
