@@ -155,7 +155,6 @@ def make_encoder(
 def _make_job(request: Request) -> Job:
     from open_lm.datapreprocess.inputs import find_inputs
     from open_lm.datapreprocess.job import DEFAULT_BAD_FRACTION, Job
-    from open_lm.datapreprocess.memory import parse_size
     from open_lm.datapreprocess.readers import ReadOptions
     from open_lm.datapreprocess.sampling import Sampling, tell_sampling
     from open_lm.errors import ConfigError
@@ -176,10 +175,6 @@ def _make_job(request: Request) -> Job:
     if mixture:
         sampling = mixture.sampling({name: [item.url for item in items] for name, items in found.items()})
         tell_sampling(sampling, [item.url for item in chosen])
-    try:
-        limit = None if common.memory_limit is None else parse_size(common.memory_limit)
-    except ValueError as error:
-        raise ConfigError(f"--memory-limit: {error}") from error
     bad_fraction = DEFAULT_BAD_FRACTION if common.max_bad_fraction is None else common.max_bad_fraction
     separator = _separator(common.separator, chosen)
     return Job(
@@ -192,7 +187,7 @@ def _make_job(request: Request) -> Job:
         split_documents=common.split_documents,
         drop_tail=common.drop_tail,
         max_bad_fraction=1.0 if common.skip_bad_lines else bad_fraction,
-        memory_limit=limit,
+        memory_limit=_memory_limit(common.memory_limit),
         restart=common.restart,
         **request.job,
     )
@@ -221,6 +216,20 @@ def _check_flags(common: argparse.Namespace, mixture: Mixture | None) -> None:
         raise ConfigError(join_problems(problems))
     if common.drop_tail and common.split_documents:
         note_without_effect(["--drop-tail"], "with --split-documents there is no tail")
+
+
+def _memory_limit(text: str | None) -> int | None:
+    from open_lm.datapreprocess.memory import parse_size, plan_budget
+    from open_lm.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        limit = parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--memory-limit: {error}") from error
+    plan_budget(limit, workers=1)  # one worker must fit
+    return limit
 
 
 def _separator(text: str | None, inputs: Sequence[InputFile]) -> str | None:

@@ -204,12 +204,9 @@ def _tokenize(
     monitor.begin_tokenizing(tasks, reports.values())
     missing = sorted((task for task in tasks if task.unit.index not in done), key=lambda task: -task.unit.num_bytes)
     shared = Shared(encoder)
-    stop = False
 
     def calls() -> Iterator[Call[UnitReport] | Feed[UnitReport]]:
         for task in missing:
-            if stop:
-                return
             if task.unit.streamed:
                 known = frozenset(number for index, number in reports if index == task.unit.index)
                 yield Feed(feed_unit, (task, known), _stretch_in_worker, (task, shared))
@@ -223,8 +220,7 @@ def _tokenize(
             return None
         reports[report.index, report.number] = report
         monitor.finished_unit(report)
-        stop = monitor.problems >= MAX_SHOWN and too_bad(list(reports.values()), job.num_bytes, job.max_bad_fraction)
-        if stop:
+        if monitor.problems >= MAX_SHOWN and too_bad(list(reports.values()), job.num_bytes, job.max_bad_fraction):
             break
     monitor.end()
     _judge(job, tasks, [reports[key] for key in sorted(reports)], work)

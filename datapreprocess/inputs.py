@@ -23,7 +23,7 @@ from open_lm.datapreprocess.readers import (
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import DataError, UserError, join_problems
 
-_UNITS = 128
+_UNITS = 1024  # enough for every worker to have many, so that all end together
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 1 << 20, 256 << 20
 _FILE_BYTES = 16 << 10  # a file counts as no less: opening it takes time too
 _LIST_MARK = "@"

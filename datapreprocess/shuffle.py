@@ -12,9 +12,10 @@ joined together (see `OrderedRuns`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from open_lm.data.shard_format import PAD_ID
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 _OFFSET_BYTES = 8
+_REQUESTS = 16  # at a time, to remote storage
 MIXED = 0xFFFF  # the source of a sequence with tokens of several sources
 
 
@@ -155,9 +157,7 @@ def bucket_counts(runs: Sequence[Run], buckets: int) -> np.ndarray:
     """How many sequences of the runs fall into each bucket, int64 (buckets,)."""
     counts = np.zeros(buckets, np.int64)
     for run in runs:
-        with storage.open_file(run.url) as file:
-            data = _read_exactly(file, (buckets + 1) * _OFFSET_BYTES, run.url)
-        offsets = np.frombuffer(data, np.int64)
+        offsets = np.frombuffer(storage.read_range(run.url, 0, (buckets + 1) * _OFFSET_BYTES), np.int64)
         counts += offsets[1:] - offsets[:-1]
     return counts
 
@@ -203,25 +203,23 @@ class ShuffledRuns:
     def _offsets(self, first: int, last: int) -> np.ndarray:
         """The number of the first record of buckets first … last in each run, int64 (runs, last - first + 1)."""
         offsets = np.empty((len(self.runs), last - first + 1), np.int64)
-        for row, run in zip(offsets, self.runs, strict=True):
-            with storage.open_file(run.url) as file:
-                file.seek(first * _OFFSET_BYTES)
-                row[:] = np.frombuffer(_read_exactly(file, row.nbytes, run.url), np.int64)
+        _read_all((run, first * _OFFSET_BYTES, row) for run, row in zip(self.runs, offsets, strict=True))
         return offsets
 
     def _part(self, bounds: np.ndarray) -> Rows:
         """The records [first, last) of every run, bounds int64 (runs, 2), in the order of their keys."""
         counts = bounds[:, 1] - bounds[:, 0]
-        records = np.empty(int(counts.sum()), self._record)
+        ends = np.cumsum(counts)
+        records = np.empty(int(ends[-1]), self._record)
         sources = np.repeat(np.array([run.source for run in self.runs], np.uint16), counts)
         header = (len(self.counts) + 1) * _OFFSET_BYTES
-        filled = 0
-        for run, start, count in zip(self.runs, bounds[:, 0].tolist(), counts.tolist(), strict=True):
-            if count:
-                with storage.open_file(run.url) as file:
-                    file.seek(header + start * self._record.itemsize)
-                    _read_into(file, records[filled : filled + count].view(np.uint8).data, run.url)
-                filled += count
+        _read_all(
+            (run, header + start * self._record.itemsize, records[end - count : end])
+            for run, start, count, end in zip(
+                self.runs, bounds[:, 0].tolist(), counts.tolist(), ends.tolist(), strict=True
+            )
+            if count
+        )
         order = np.argsort(records["key"], kind="stable")
         sources = sources[order]
         mixed = np.flatnonzero(sources == MIXED)
@@ -290,9 +288,7 @@ class OrderedRuns:
         ids = np.empty(count, self.dtype)
         shares: dict[int, int] = {}
         for run, offset, begin, end in self._overlaps(first, count):
-            with storage.open_file(run.url) as file:
-                file.seek(offset * self.dtype.itemsize)
-                _read_into(file, ids[begin:end].view(np.uint8).data, run.url)
+            _read_piece((run, offset * self.dtype.itemsize, ids[begin:end]))
             shares[run.source] = shares.get(run.source, 0) + end - begin
         return ids, shares
 
@@ -324,21 +320,19 @@ class OrderedRuns:
                 yield run, first + begin - start, begin, end
 
 
-def _read_into(file: IO[bytes], buffer: memoryview, url: str) -> None:
-    filled = 0
-    while filled < len(buffer):
-        count = file.readinto(buffer[filled:])  # type: ignore[attr-defined]
-        if not count:
-            raise _cut_short(url, len(buffer), filled)
-        filled += count
+def _read_all(pieces: Iterable[tuple[Run, int, np.ndarray]]) -> None:
+    """Fill each array from its run's file, from a byte on; remote ones many at a time, since each has to wait."""
+    local: list[tuple[Run, int, np.ndarray]] = []
+    remote: list[tuple[Run, int, np.ndarray]] = []
+    for piece in pieces:
+        (remote if storage.is_remote(piece[0].url) else local).append(piece)
+    for piece in local:
+        _read_piece(piece)
+    if remote:
+        with ThreadPoolExecutor(min(len(remote), _REQUESTS)) as pool:
+            list(pool.map(_read_piece, remote))
 
 
-def _read_exactly(file: IO[bytes], count: int, url: str) -> bytes:
-    data = file.read(count)
-    if len(data) != count:
-        raise _cut_short(url, count, len(data))
-    return data
-
-
-def _cut_short(url: str, expected: int, found: int) -> storage.StorageError:
-    return storage.StorageError(f"{url}: cut short: {expected} bytes expected, {found} found; remove it and retry")
+def _read_piece(piece: tuple[Run, int, np.ndarray]) -> None:
+    run, offset, target = piece
+    target[:] = np.frombuffer(storage.read_range(run.url, offset, target.nbytes), target.dtype)

@@ -65,6 +65,16 @@ def read_bytes(url: str | os.PathLike[str]) -> bytes:
         return file.read()
 
 
+def read_range(url: str | os.PathLike[str], start: int, length: int) -> bytes:
+    """`length` bytes from byte `start` on, of S3 in a single request; StorageError where the file holds fewer."""
+    text = os.fspath(url)
+    with explained(text):
+        data = find_backend(text).read_range(text, start, length)
+    if len(data) != length:
+        raise StorageError(f"{text}: cut short: {length} bytes were expected at {start}, {len(data)} are there")
+    return data
+
+
 def read_text(url: str | os.PathLike[str]) -> str:
     """The whole file as UTF-8 text."""
     try:

@@ -39,6 +39,7 @@ _OBJECT_STORES = frozenset({"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "a
 
 class _Backend(Protocol):
     def open(self, url: str) -> IO[bytes]: ...
+    def read_range(self, url: str, start: int, length: int) -> bytes: ...  # fewer bytes at the end of the file
     def info(self, url: str) -> FileInfo | None: ...
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]: ...
     def glob(self, pattern: str) -> Iterator[FileInfo]: ...
@@ -60,6 +61,11 @@ def find_backend(url: str) -> _Backend:
 class _LocalBackend:
     def open(self, url: str) -> IO[bytes]:
         return open(local_path(url), "rb")
+
+    def read_range(self, url: str, start: int, length: int) -> bytes:
+        with self.open(url) as file:
+            file.seek(start)
+            return file.read(length)
 
     def info(self, url: str) -> FileInfo | None:
         path = local_path(url)
@@ -126,6 +132,11 @@ class _FsspecBackend:
         if found.size < 0:
             return with_retries(partial(self._fs.open, self._own(url), "rb"))
         return RangeReader(found, partial(self._fetch, found)).buffered()
+
+    def read_range(self, url: str, start: int, length: int) -> bytes:
+        with self.open(url) as file:
+            file.seek(start)
+            return file.read(length)
 
     def _fetch(self, found: FileInfo, start: int, length: int) -> bytes:
         def fetch() -> bytes:

@@ -32,6 +32,9 @@ class S3Backend:
             raise FileNotFoundError(url)
         return RangeReader(found, partial(_fetch, found)).buffered()
 
+    def read_range(self, url: str, start: int, length: int) -> bytes:
+        return _fetch(FileInfo(url, -1, 0.0), start, length)
+
     def info(self, url: str) -> FileInfo | None:
         try:
             head = _request("head_object", **_place(url))

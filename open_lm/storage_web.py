@@ -32,6 +32,11 @@ class WebBackend:
             with_retries(partial(_fill, url, file))
         return file
 
+    def read_range(self, url: str, start: int, length: int) -> bytes:
+        with self.open(url) as file:
+            file.seek(start)
+            return file.read(length)
+
     def info(self, url: str) -> FileInfo | None:
         return with_retries(partial(_look, url))[0]
 

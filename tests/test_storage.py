@@ -263,3 +263,14 @@ def test_importing_loads_no_heavy_library() -> None:
     code = "import sys, open_lm.storage, open_lm.loggers, open_lm.file_utils, open_lm.remote_sync, open_lm.run_folder\n"
     code += "print([m for m in ('boto3', 's3fs', 'fsspec', 'torch', 'wandb', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("kind", ["local", "s3", "memory"])
+def test_a_range_is_read_alone(kind: str, tmp_path: Path, s3_bucket: str) -> None:
+    url = {"local": str(tmp_path / "a"), "s3": f"s3://{s3_bucket}/a", "memory": "memory://ranges/a"}[kind]
+    storage.write_bytes(url, bytes(range(100)))
+    assert storage.read_range(url, 10, 5) == bytes(range(10, 15)) and storage.read_range(url, 0, 100)[-1] == 99
+    with pytest.raises(storage.StorageError, match="a"):
+        storage.read_range(url, 90, 20)
+    with pytest.raises(storage.StorageError, match="missing"):
+        storage.read_range(url.removesuffix("a") + "missing", 0, 1)
