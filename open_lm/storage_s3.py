@@ -94,9 +94,11 @@ def _fetch(found: FileInfo, start: int, length: int) -> bytes:
         options["IfMatch"] = f'"{found.etag}"'
 
     def fetch() -> bytes:
-        with contextlib.closing(_client().get_object(**options)["Body"]) as body:
+        answer = _client().get_object(**options)
+        with contextlib.closing(answer["Body"]) as body:
             data: bytes = body.read()
-        if len(data) != length:
+        expected = length if found.size >= 0 else answer["ContentLength"]  # an unknown file may end before
+        if len(data) != expected:
             raise IncompleteTransfer(f"{length} bytes were asked for at {start}, {len(data)} arrived")
         return data
 
