@@ -45,6 +45,14 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "_initialized", lambda: False)
 
 
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file a unit of its own, larger ones several."""
+    from open_lm.datapreprocess import inputs
+
+    monkeypatch.setattr(inputs, "_MIN_UNIT_BYTES", 1 << 13)
+
+
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A byte-level BPE of 400 ids whose end-of-text id is 3."""

@@ -1,0 +1,383 @@
+"""The options of the preprocessing commands, in this process: what each changes, and what is told of misuse."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datapreprocess_helpers import (
+    alone,
+    corpus,
+    documents,
+    expected_tokens,
+    make,
+    raw,
+    read_shards,
+    record_of,
+    small_tokenizer,
+    small_units,
+    tokens_of,
+    tree,
+    write_jsonl,
+)
+
+from open_lm.data.shard_format import read_manifest
+from open_lm.datapreprocess import engine, make_2048
+from open_lm.datapreprocess.ray import tokenize_shuffle
+from open_lm.errors import ConfigError, DataError
+
+__all__ = ["alone", "raw", "small_tokenizer", "small_units"]
+pytestmark = pytest.mark.usefixtures("alone")
+EOT_ID, LENGTH = 3, 33
+
+
+def ids_of(tokenizer: str, texts: Iterable[str], bos: Sequence[int] = ()) -> list[list[int]]:
+    """The ids of each document, by `tokenizers` itself."""
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_file(tokenizer)
+    return [[*bos, *fast.encode(text, add_special_tokens=False).ids, EOT_ID] for text in texts]
+
+
+def stream(place: Path) -> list[int]:
+    """The ids of all members in their order, without pads."""
+    return [value for _, _, ids in read_shards(place) for value in ids if value != -1]
+
+
+def flat(lists: Iterable[list[int]]) -> list[int]:
+    return [value for ids in lists for value in ids]
+
+
+# --- documents ---------------------------------------------------------------------------------------------------
+
+
+def with_bos(tokenizer: str, path: Path) -> str:
+    """The tokenizer with <s> in place of <a>, which begins documents."""
+    path.write_text(Path(tokenizer).read_text().replace('"<a>"', '"<s>"'))
+    return str(path)
+
+
+def test_every_document_begins_with_bos(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+    folder, texts = raw
+    tokenizer = with_bos(small_tokenizer, tmp_path / "bos.json")
+    place = make(folder, tmp_path / "out", tokenizer, "--add-bos", "--no-shuffle") / "0"
+    assert stream(place) == flat(ids_of(tokenizer, texts, bos=[1]))
+    assert record_of(place)["settings"]["bos_id"] == 1
+    plain = make(folder, tmp_path / "plain", tokenizer, "--no-shuffle") / "0"
+    assert stream(plain) == flat(ids_of(tokenizer, texts)) and record_of(plain)["settings"]["bos_id"] is None
+    with pytest.raises(ConfigError, match="no token begins a document"):
+        make(folder, tmp_path / "no", small_tokenizer, "--add-bos")
+
+
+def test_another_token_ends_documents(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+    folder, texts = raw
+    place = make(folder, tmp_path / "out", small_tokenizer, "--eot-token", "<b>") / "0"
+    assert tokens_of(read_shards(place)) == expected_tokens(texts, small_tokenizer, 2)
+    assert record_of(place)["settings"]["eot_id"] == 2
+    with pytest.raises(ConfigError, match="<none>"):
+        make(folder, tmp_path / "no", small_tokenizer, "--eot-token", "<none>")
+
+
+def parts_of(sequence: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The documents, or parts of them, in a sequence."""
+    ids = [value for value in sequence if value != -1]
+    ends = [number + 1 for number, value in enumerate(ids) if value == EOT_ID]
+    for start, end in zip([0, *ends], [*ends, len(ids)], strict=True):
+        if start < end:
+            yield tuple(ids[start:end])
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("order", ["shuffled", "kept"])
+def test_no_document_goes_from_one_sequence_on_into_the_next(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, order: str
+) -> None:
+    folder, texts = raw
+    short = documents(300, seed=20, words=12)
+    write_jsonl(folder / "short.jsonl", short)
+    more = ["--no-shuffle"] if order == "kept" else []
+    place = make(folder, tmp_path / "out", small_tokenizer, "--split-documents", *more) / "0"
+    encoded = ids_of(small_tokenizer, [*texts, *short])
+    parts = [tuple(ids[at : at + LENGTH]) for ids in encoded for at in range(0, len(ids), LENGTH)]
+    members = [ids for _, _, ids in read_shards(place)]
+    found = [part for ids in members for part in parts_of(ids)]
+    assert found == parts if order == "kept" else Counter(found) == Counter(parts)
+    pads = sum(ids.count(-1) for ids in members)
+    assert all(len(ids) == LENGTH and -1 not in ids[: LENGTH - ids.count(-1)] for ids in members)
+    record, entries = record_of(place), read_manifest(str(place / "manifest.jsonl"))
+    assert record["counts"]["pads"] == pads > 0
+    assert record["counts"]["tokens"] == sum(map(len, encoded)) == sum(entry.extra["num_tokens"] for entry in entries)
+    assert record["tail"] == {"fate": "none", "tokens": 0}
+    for entry in entries:
+        shard = [ids for name, _, ids in read_shards(place) if name == f"{entry.shard}.tar"]
+        assert entry.extra["num_tokens"] == sum(LENGTH - ids.count(-1) for ids in shard)
+
+
+def test_the_trainer_masks_the_pads(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+    import torch
+    from test_get_data import caller
+
+    from open_lm.data import get_data
+    from open_lm.data.masking import IGNORE_INDEX
+
+    place = make(raw[0], tmp_path / "out", small_tokenizer, "--split-documents", "--no-shuffle") / "0"
+    args = caller(dataset_manifest=[str(place / "manifest.jsonl")], seq_len=32, vocab_size=400)
+    args.train_num_samples = record_of(place)["counts"]["sequences"]
+    batches = list(get_data(args)["train"].loader.batches(args.train_num_samples // 5))
+    inputs_ = torch.cat([batch.inputs for batch, _ in batches])
+    targets = torch.cat([batch.targets for batch, _ in batches])
+    known = {tuple(ids[:-1]) for _, _, ids in read_shards(place)}
+    masked = targets == IGNORE_INDEX
+    assert 0 < masked.float().mean() < 0.5 and inputs_.min() >= 0
+    assert torch.equal(targets[:, :-1][~masked[:, :-1]], inputs_[:, 1:][~masked[:, :-1]])
+    for row, left_out in zip(inputs_.tolist(), masked.tolist(), strict=True):
+        count = len(row) - left_out.count(True)
+        assert any(tuple(row[:count]) == ids[:count] for ids in known)
+
+
+def test_a_tail_is_dropped_or_padded(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+    folder, texts = raw
+    total = sum(expected_tokens(texts, small_tokenizer, EOT_ID).values())
+    for more in ([], ["--no-shuffle"]):
+        place = make(folder, tmp_path / f"dropped{len(more)}", small_tokenizer, "--drop-tail", *more) / "0"
+        members = read_shards(place)
+        assert len(members) == total // LENGTH and all(-1 not in ids for _, _, ids in members)
+        record = record_of(place)
+        assert record["tail"] == {"fate": "dropped", "tokens": total % LENGTH}
+        assert record["counts"]["tokens"] == total and record["counts"]["pads"] == 0
+    write_jsonl(tmp_path / "one.jsonl", ["the"])
+    with pytest.raises(DataError, match="2 tokens are too few for one sequence of 33 ids, and the tail is dropped"):
+        make(tmp_path / "one.jsonl", tmp_path / "none", small_tokenizer, "--drop-tail")
+    place = make(tmp_path / "one.jsonl", tmp_path / "one", small_tokenizer) / "0"
+    assert [ids.count(-1) for _, _, ids in read_shards(place)] == [31]
+
+
+@pytest.mark.usefixtures("small_units")
+def test_the_order_is_kept_over_units_files_and_sources(tmp_path: Path, small_tokenizer: str) -> None:
+    texts = []
+    for number, count in enumerate((90, 1, 0, 300, 2, 40)):
+        texts += documents(count, seed=number)
+        write_jsonl(
+            tmp_path / "raw" / f"{number}-{'ab'[number % 2]}.jsonl{'.gz' if number == 5 else ''}",
+            texts[-count:] if count else [""],
+        )
+        texts += [""] if not count else []
+    more = ["--no-shuffle", "--num-consumers", "2", "--shard-size", "17"]
+    sources = ["--source", f"even={tmp_path}/raw/*-a.*", "--source", f"odd={tmp_path}/raw/*-b.*"]
+    place = make([], tmp_path / "out", small_tokenizer, *more, *sources)
+    assert stream(place) == flat(ids_of(small_tokenizer, texts))
+    assert set(record_of(place / "0")["sources"]) == {"even", "odd"}
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+def spoil(folder: Path, good: int, bad: int) -> Path:
+    path = write_jsonl(folder / "a.jsonl", [f"the {number}" for number in range(good)])
+    path.write_text("{\n" * bad + path.read_text())
+    return path
+
+
+def rejects_of(place: Path) -> list[tuple[str, int, str]]:
+    lines = [json.loads(line) for line in (place / "rejects.jsonl").read_text().splitlines()]
+    return [(Path(line["url"]).name, line["line"], line["kind"]) for line in lines]
+
+
+def test_the_share_of_bad_documents(tmp_path: Path, small_tokenizer: str) -> None:
+    path = spoil(tmp_path, 99, 1)
+    for number, fraction in enumerate(("0", "0.001", "0.0099")):
+        with pytest.raises(DataError, match=f"1 of 100 documents.*allows {float(fraction):g}"):
+            make(path, tmp_path / f"no{number}", small_tokenizer, "--max-bad-fraction", fraction)
+    for number, fraction in enumerate(("0.01", "1")):
+        place = make(path, tmp_path / f"yes{number}", small_tokenizer, "--max-bad-fraction", fraction)
+        assert record_of(place / "0")["counts"]["bad_documents"] == 1
+        assert rejects_of(place) == [("a.jsonl", 1, "invalid JSON")]
+    for fraction in ("-0.1", "1.01", "nan"):
+        with pytest.raises(ConfigError, match="--max-bad-fraction must be from 0 to 1"):
+            make(path, tmp_path / "never", small_tokenizer, "--max-bad-fraction", fraction)
+    assert not (tmp_path / "never").exists()
+    clean = make(
+        write_jsonl(tmp_path / "b.jsonl", ["the"]), tmp_path / "clean", small_tokenizer, "--max-bad-fraction", "0"
+    )
+    assert not (clean / "rejects.jsonl").exists()
+
+
+@pytest.mark.usefixtures("small_units")
+def test_rejects_stand_in_the_order_of_the_input(tmp_path: Path, small_tokenizer: str) -> None:
+    folder = tmp_path / "raw"
+    for number in range(4):
+        lines = [json.dumps({"text": text}) for text in documents(200, seed=number)]
+        for at in (0, 120, 199):
+            lines[at] = f"{{broken {number}-{at}"
+        (folder / f"{number}.jsonl").parent.mkdir(exist_ok=True)
+        (folder / f"{number}.jsonl").write_text("\n".join(lines))
+    for more in ([], ["--no-shuffle"]):
+        place = make(folder, tmp_path / f"out{len(more)}", small_tokenizer, "--skip-bad-lines", *more)
+        lines_ = [json.loads(line) for line in (place / "rejects.jsonl").read_text().splitlines()]
+        assert [line["content"] for line in lines_] == [f"{{broken {n}-{at}" for n in range(4) for at in (0, 120, 199)]
+        assert all(Path(line["url"]).name == f"{line['content'][8]}.jsonl" and line["detail"] for line in lines_)
+        assert record_of(place / "0")["bad_documents_first"][1].endswith("0.jsonl line 121")
+
+
+def test_rejects_of_a_failed_start_do_not_outlive_what_was_wrong(tmp_path: Path, small_tokenizer: str) -> None:
+    path = spoil(tmp_path / "raw", 30, 2)
+    with pytest.raises(DataError, match=r"2 of 32 documents.*rejected is in .*rejects\.jsonl"):
+        make(path, tmp_path / "out", small_tokenizer)
+    assert len(rejects_of(tmp_path / "out" / "32-v1")) == 2
+    write_jsonl(path, ["the end"])
+    place = make(path, tmp_path / "out", small_tokenizer)
+    assert not (place / "rejects.jsonl").exists() and record_of(place / "0")["counts"]["documents"] == 1
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_writes_nothing(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    work = ["--work-dir", str(tmp_path / "work"), "--dry-run"]
+    make(raw[0], tmp_path / "out", small_tokenizer, *work)
+    told = capsys.readouterr().out
+    total = sum(expected_tokens(raw[1], small_tokenizer, EOT_ID).values())
+    for part in (f"{total:,} ±", f"{len(raw[1]):,} ±", f"{-(-total // LENGTH):,} sequences"):
+        assert part in told
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ConfigError, match="--dry-run and --verify-tokenizer"):
+        make(raw[0], tmp_path / "out", small_tokenizer, "--dry-run", "--verify-tokenizer", "3")
+
+
+def test_memory_limits(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    for limit, told in (("4 elephants", "expected a size such as 4GB"), ("100MB", "too small: one worker needs")):
+        with pytest.raises(ConfigError, match=f"--memory-limit.*{told}"):
+            make(raw[0], tmp_path / "out", small_tokenizer, "--memory-limit", limit)
+    assert not (tmp_path / "out").exists()
+    enter = engine.Cluster.__enter__
+
+    def four(self: engine.Cluster) -> engine.Cluster:
+        found = enter(self)
+        found.workers = 4
+        return found
+
+    monkeypatch.setattr(engine.Cluster, "__enter__", four)
+    caplog.set_level("INFO")
+    place = make(raw[0], tmp_path / "out", small_tokenizer, "--memory-limit", "1.5GiB") / "0"
+    assert "2 of 4 workers fit into --memory-limit" in caplog.text
+    assert tokens_of(read_shards(place)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+    plain = make(raw[0], tmp_path / "plain", small_tokenizer)
+    assert tree(plain) == tree(place.parent)
+
+
+def test_restart_throws_unfinished_work_away(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_shards", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            make(raw[0], tmp_path / "out", small_tokenizer)
+    assert list((tmp_path / "out").rglob("unit-*.json"))
+    with pytest.raises(ConfigError, match=r"drop_tail was False, is True.*--restart"):
+        make(raw[0], tmp_path / "out", small_tokenizer, "--drop-tail")
+    place = make(raw[0], tmp_path / "out", small_tokenizer, "--drop-tail", "--restart") / "0"
+    assert record_of(place)["tail"]["fate"] == "dropped"
+    with pytest.raises(ConfigError, match="finished data set made otherwise"):
+        make(raw[0], tmp_path / "out", small_tokenizer, "--restart")
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [make_2048, tokenize_shuffle])
+def test_help_shows_every_option_and_each_is_spelled_in_two_ways(
+    module: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = module.make_parser()
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    known = [action for action in parser._actions if action.dest != "help"]
+    assert len(known) > 25
+    for action in known:
+        assert action.help and action.option_strings[0] in shown
+        body = action.option_strings[0].removeprefix("--")
+        for spelling in {body, body.replace("-", "_"), body.replace("_", "-")}:
+            value = [] if action.nargs == 0 else ["1"] if action.type else list(action.choices or ["x"])[:1]
+            required = ["--output", "o"] if module is tokenize_shuffle else ["--output-dir", "o"]
+            parsed = vars(parser.parse_args([*required, f"--{spelling}", *value]))
+            assert parsed[action.dest] not in (None, False, [])
+
+
+MISUSES = {
+    "--skip-bad-lines --max-bad-fraction 0.5": "give one of them",
+    "--separator=": "--separator must not be empty",
+    r"--separator \ud800": "no text that UTF-8 can hold",
+    "--output-per-source": "no source is named",
+    "--mixture-tokens 5": "--mixture-tokens needs the rates",
+    "--mixture-tokens 5 --source a=RAW": "--mixture-tokens needs the rates",
+    "--mixture MIX --mixture-tokens 5 --output-per-source": "the mixing is done while training",
+    "--mixture wikipedia_mixtur": "did you mean wikipedia_mixture",
+    "--mixture FACTORS": "has rates and sampling_frequencies",
+    "--source a": "expected NAME=PATTERN",
+    "--num-consumers 0": "--num-consumers must be at least 1",
+    "--num-workers 0": "number of workers must be at least 1",
+    "--format tsv": "invalid choice",
+    "--seqlen x": "invalid int",
+}
+
+
+@pytest.mark.parametrize("flags", MISUSES)
+def test_misuse_is_told_before_anything_is_written(tmp_path: Path, small_tokenizer: str, flags: str) -> None:
+    corpus(tmp_path / "raw")
+    (tmp_path / "mix.yaml").write_text("sources:\n- {source: a, markers: [raw], rate: 1}\n")
+    (tmp_path / "both.yaml").write_text(
+        "sources:\n- {source: a, markers: [raw], rate: 1}\nsampling_frequencies: {a: 2}\n"
+    )
+    before = tree(tmp_path)
+    places = {"RAW": "raw", "MIX": "mix.yaml", "FACTORS": "both.yaml"}
+    words = [re.sub("RAW|MIX|FACTORS", lambda m: str(tmp_path / places[m[0]]), word) for word in flags.split()]
+    with pytest.raises(ConfigError, match=MISUSES[flags]):
+        make(tmp_path / "raw", tmp_path / "out", small_tokenizer, *words)
+    assert tree(tmp_path) == before
+
+
+def test_flags_that_change_nothing_are_told(
+    tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["the"])
+    make(path, tmp_path / "out", small_tokenizer, "--split-documents", "--drop-tail", "--separator", "x")
+    for part in ("--drop-tail: without effect", "--separator: without effect"):
+        assert part in caplog.text
+    plain = ["--input", str(path), "--tokenizer", small_tokenizer, "--seqlen", "32"]
+    yaml = str(tmp_path / "mix.yaml")
+    more = [
+        "--default-dataset-yaml",
+        yaml,
+        "--ray-spill-location",
+        str(tmp_path / "a"),
+        "--work-dir",
+        str(tmp_path / "b"),
+    ]
+    tokenize_shuffle.main([*plain, "--output", str(tmp_path / "shuffled"), *more])
+    for part in ("--default_dataset_yaml: without effect", "--ray_spill_location: without effect"):
+        assert part in caplog.text
+    with pytest.raises(ConfigError, match="--do_sample already names a mixture"):
+        tokenize_shuffle.main([*plain, "--output", str(tmp_path / "x"), "--do-sample", "--mixture", "dolma_mixture"])
+
+
+def test_no_input_and_inputs_that_are_not_there(tmp_path: Path, small_tokenizer: str) -> None:
+    with pytest.raises(ConfigError, match=r"no input is named: give --input-files, or .*--source NAME=PATTERN"):
+        make([], tmp_path / "out", small_tokenizer)
+    with pytest.raises(ConfigError, match="no input is named: give --input,"):
+        tokenize_shuffle.main(["--output", str(tmp_path / "out"), "--tokenizer", small_tokenizer])
+    with pytest.raises(DataError, match="nothing matches"):
+        make(tmp_path / "nowhere", tmp_path / "out", "no tokenizer of this name")
+    assert not list(tmp_path.iterdir())
