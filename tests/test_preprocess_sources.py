@@ -138,6 +138,18 @@ def test_one_source_from_several_patterns(sources: Texts, tmp_path: Path, small_
     assert record_of(place)["sources"]["w"]["documents"] == len(sources["wiki"])
 
 
+@pytest.mark.parametrize("more", [[], ["--num-consumers", "2"], ["--output-per-source"]])
+def test_inspecting_tells_where_the_rejects_are(
+    sources: Texts, tmp_path: Path, small_tokenizer: str, more: list[str]
+) -> None:
+    write_jsonl(tmp_path / "raw" / "code.jsonl", [7, *sources["code"]])  # type: ignore[list-item]
+    given = [*flags(tmp_path, "code"), "--max-bad-fraction", "0.1", *more]
+    place = make([], tmp_path / "out", small_tokenizer, *given)
+    facts = inspect_shards.inspect(inspect_shards.make_parser().parse_args([str(tmp_path / "out")]))
+    own = place / "code" if "--output-per-source" in more else place
+    assert {data_set["rejects"] for data_set in facts["data_sets"]} == {str(own / "rejects.jsonl")}
+
+
 # --- a data set for each source ----------------------------------------------------------------------------------
 
 

@@ -273,14 +273,15 @@ def _data_set_facts(data_set: DataSet) -> dict[str, Any]:
     lists = {name: record[name] if isinstance(record.get(name), list) else []
              for name in ("inputs", "bad_documents_first", "broken_files")}  # fmt: skip
     sizes = [as_dict(item).get("num_bytes") for item in lists["inputs"]]
-    rejects = [storage.join(folder.url, REJECTS_NAME) for folder in data_set.folders if folder.has_rejects]
+    own = [folder.url for folder in data_set.folders if folder.has_rejects]
+    rejects = next(filter(storage.exists, (storage.join(url, REJECTS_NAME) for url in [*own, data_set.root])), None)
     return {
         "root": data_set.root, "whole": data_set.whole, "folders": [folder.url for folder in data_set.folders],
         "tool": as_dict(record.get("tool")), "settings": data_set.settings,
         "inputs": {"files": len(sizes), "bytes": _total([size if isinstance(size, int) else None for size in sizes])},
         "counts": as_dict(record.get("counts")), "tail": as_dict(record.get("tail")), "mixture": record.get("mixture"),
         "bad_documents": as_dict(record.get("bad_documents")), "bad_documents_first": lists["bad_documents_first"],
-        "broken_files": lists["broken_files"], "rejects": rejects[0] if rejects else None,
+        "broken_files": lists["broken_files"], "rejects": rejects,
     }  # fmt: skip
 
 
