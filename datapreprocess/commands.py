@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def add_common_options(parser: Parser) -> None:
         "--source", action="append", default=[], metavar="NAME=PATTERN",
         help="files of a source, by name, glob or folder; may be given many times, also for one source",
     )  # fmt: skip
-    mixing("--mixture", help="named mixture of sources and rates, or a YAML file (see docs/data.md)")
+    mixing("--mixture", help="named mixture of sources and rates, or a YAML file (see docs/preprocessing.md)")
     mixing("--output-per-source", action="store_true", help="a data set for each source, to be mixed while training")
     mixing("--mixture-tokens", type=int, help="tokens of the mixture; sources may be repeated to reach them")
     running = parser.add_argument_group("running").add_argument
@@ -156,7 +157,7 @@ def _make_job(request: Request) -> Job:
     from open_lm.datapreprocess.inputs import find_inputs
     from open_lm.datapreprocess.job import DEFAULT_BAD_FRACTION, Job
     from open_lm.datapreprocess.readers import ReadOptions
-    from open_lm.datapreprocess.sampling import Sampling, tell_sampling
+    from open_lm.datapreprocess.sampling import UNKNOWN, Sampling, tell_sampling
     from open_lm.errors import ConfigError
 
     common, mixture = request.common, request.mixture
@@ -170,7 +171,10 @@ def _make_job(request: Request) -> Job:
         )
     if request.patterns:
         inputs |= {item.url: item for item in find_inputs(request.patterns, request.suffixes)}
-    chosen = request.choose(sorted(inputs.values(), key=lambda item: item.url))
+    layout = replace(request.layout, per_source=common.output_per_source)
+    names = [UNKNOWN, *(source.name for source in (mixture.sources if mixture else ()))]
+    outside = _outside(layout, inputs.values(), names)
+    chosen = request.choose(sorted(outside, key=lambda item: item.url))
     sampling = Sampling()
     if mixture:
         sampling = mixture.sampling({name: [item.url for item in items] for name, items in found.items()})
@@ -179,7 +183,7 @@ def _make_job(request: Request) -> Job:
     separator = _separator(common.separator, chosen)
     return Job(
         inputs=tuple(chosen),
-        layout=replace(request.layout, per_source=common.output_per_source),
+        layout=layout,
         tokenizer=request.tokenizer,
         options=ReadOptions(request.job.pop("content_key"), separator),
         sampling=sampling,
@@ -216,6 +220,17 @@ def _check_flags(common: argparse.Namespace, mixture: Mixture | None) -> None:
         raise ConfigError(join_problems(problems))
     if common.drop_tail and common.split_documents:
         note_without_effect(["--drop-tail"], "with --split-documents there is no tail")
+
+
+def _outside(layout: Layout, inputs: Iterable[InputFile], sources: Sequence[str]) -> list[InputFile]:
+    """The inputs without the shards of the output, which may lie in a folder of them."""
+    from open_lm import storage
+
+    remote = storage.is_remote(layout.root)
+    root = layout.root.rstrip("/") if remote else os.path.abspath(storage.local_path(layout.root))
+    place = replace(layout, root=root)
+    own = {place.folder(name) for source in sources for name in place.folders_of(source)}
+    return [item for item in inputs if not (item.url.endswith(".tar") and item.url.rpartition("/")[0] in own)]
 
 
 def _memory_limit(text: str | None) -> int | None:

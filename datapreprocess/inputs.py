@@ -129,7 +129,10 @@ def _matches(pattern: str, suffixes: Sequence[str] | None) -> dict[str, InputFil
 
 
 def _in_folder(folder: str, suffixes: Sequence[str] | None) -> dict[str, InputFile]:
-    infos = [item for item in storage.list_infos(folder, recursive=True) if is_data_name(item.url)]
+    """The data files in a folder and below; what is hidden, such as unfinished work, is none."""
+    place = folder.rstrip("/") if storage.is_remote(folder) else os.path.abspath(storage.local_path(folder))
+    infos = storage.list_infos(place, recursive=True)
+    infos = [item for item in infos if is_data_name(item.url) and "/." not in item.url.removeprefix(place)]
     return _by_url([item for item in infos if suffixes is None or item.url.endswith(tuple(suffixes))])
 
 

@@ -92,6 +92,19 @@ def record_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "dataset.json").read_text()))
 
 
+def spoil(folder: Path, good: int, bad: int) -> Path:
+    """A JSON-lines file that begins with `bad` lines that are none."""
+    path = write_jsonl(folder / "a.jsonl", [f"the {number}" for number in range(good)])
+    path.write_text("{\n" * bad + path.read_text())
+    return path
+
+
+def rejects_of(place: Path) -> list[tuple[str, int, str]]:
+    """File, line and kind of all that a run rejected."""
+    lines = [json.loads(line) for line in (place / "rejects.jsonl").read_text().splitlines()]
+    return [(Path(line["url"]).name, line["line"], line["kind"]) for line in lines]
+
+
 def documents(count: int, seed: int = 0, words: int = 120) -> list[str]:
     """Texts of 0 to `words` words, some of them empty."""
     random_ = random.Random(seed)

@@ -60,7 +60,9 @@ def found(*patterns: object, suffixes: Sequence[str] | None = None) -> list[str]
 
 def test_names_globs_and_folders(tmp_path: Path) -> None:
     a, b, parquet, c = touch(tmp_path, "a.jsonl", "b.jsonl.zst", "deep/d.parquet", "deep/er/c.txt")
-    touch(tmp_path, "README.md", "deep/notes.csv", "dataset.json", ".hidden.jsonl")
+    touch(tmp_path, "README.md", "deep/notes.csv", "dataset.json", ".hidden.jsonl", "deep/.work/unit-0.json")
+    (hidden,) = touch(tmp_path / ".cache", "x.jsonl")
+    assert found(tmp_path / ".cache") == [hidden], "asked for by name"
     assert found(a) == [a]
     assert found(tmp_path) == [a, b, parquet, c] == found(f"{tmp_path}/")
     assert found(tmp_path / "*.jsonl") == [a]
@@ -174,8 +176,12 @@ def test_many_small_files_share_units() -> None:
 
 
 def test_the_size_of_units_grows_with_the_inputs_within_bounds() -> None:
-    sizes = [unit_size([InputFile("/a", total)]) for total in (0, 1, 128 * MIB, 129 * MIB, 1 << 33, 1 << 40, 1 << 50)]
-    assert sizes == [MIB, MIB, MIB, 2 * MIB, 64 * MIB, 256 * MIB, 256 * MIB]
+    totals = [0, 1, *(1 << power for power in range(20, 60))]
+    sizes = [unit_size([InputFile("/a", total)]) for total in totals]
+    assert sizes == sorted(sizes) and all(size & (size - 1) == 0 for size in sizes)
+    assert (sizes[0], sizes[-1]) == (inputs._MIN_UNIT_BYTES, inputs._MAX_UNIT_BYTES)
+    counts = [total // size for total, size in zip(totals, sizes, strict=True) if size < sizes[-1]]
+    assert max(counts) <= inputs._UNITS, "as many units as wanted, or as the largest size makes"
 
 
 def test_units_follow_sources_or_names() -> None:

@@ -19,15 +19,17 @@ from datapreprocess_helpers import (
     raw,
     read_shards,
     record_of,
+    rejects_of,
     small_tokenizer,
     small_units,
+    spoil,
     tokens_of,
     tree,
     write_jsonl,
 )
 
 from open_lm.data.shard_format import read_manifest
-from open_lm.datapreprocess import engine, make_2048
+from open_lm.datapreprocess import make_2048
 from open_lm.datapreprocess.ray import tokenize_shuffle
 from open_lm.errors import ConfigError, DataError
 
@@ -177,17 +179,6 @@ def test_the_order_is_kept_over_units_files_and_sources(tmp_path: Path, small_to
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
-def spoil(folder: Path, good: int, bad: int) -> Path:
-    path = write_jsonl(folder / "a.jsonl", [f"the {number}" for number in range(good)])
-    path.write_text("{\n" * bad + path.read_text())
-    return path
-
-
-def rejects_of(place: Path) -> list[tuple[str, int, str]]:
-    lines = [json.loads(line) for line in (place / "rejects.jsonl").read_text().splitlines()]
-    return [(Path(line["url"]).name, line["line"], line["kind"]) for line in lines]
-
-
 def test_the_share_of_bad_documents(tmp_path: Path, small_tokenizer: str) -> None:
     path = spoil(tmp_path, 99, 1)
     for number, fraction in enumerate(("0", "0.001", "0.0099")):
@@ -232,64 +223,6 @@ def test_rejects_of_a_failed_start_do_not_outlive_what_was_wrong(tmp_path: Path,
     write_jsonl(path, ["the end"])
     place = make(path, tmp_path / "out", small_tokenizer)
     assert not (place / "rejects.jsonl").exists() and record_of(place / "0")["counts"]["documents"] == 1
-
-
-# --- running -----------------------------------------------------------------------------------------------------
-
-
-def test_a_dry_run_writes_nothing(
-    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = sorted(tmp_path.rglob("*"))
-    work = ["--work-dir", str(tmp_path / "work"), "--dry-run"]
-    make(raw[0], tmp_path / "out", small_tokenizer, *work)
-    told = capsys.readouterr().out
-    total = sum(expected_tokens(raw[1], small_tokenizer, EOT_ID).values())
-    for part in (f"{total:,} ±", f"{len(raw[1]):,} ±", f"{-(-total // LENGTH):,} sequences"):
-        assert part in told
-    assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(ConfigError, match="--dry-run and --verify-tokenizer"):
-        make(raw[0], tmp_path / "out", small_tokenizer, "--dry-run", "--verify-tokenizer", "3")
-
-
-def test_memory_limits(
-    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
-    for limit, told in (("4 elephants", "expected a size such as 4GB"), ("100MB", "too small: one worker needs")):
-        with pytest.raises(ConfigError, match=f"--memory-limit.*{told}"):
-            make(raw[0], tmp_path / "out", small_tokenizer, "--memory-limit", limit)
-    assert not (tmp_path / "out").exists()
-    enter = engine.Cluster.__enter__
-
-    def four(self: engine.Cluster) -> engine.Cluster:
-        found = enter(self)
-        found.workers = 4
-        return found
-
-    monkeypatch.setattr(engine.Cluster, "__enter__", four)
-    caplog.set_level("INFO")
-    place = make(raw[0], tmp_path / "out", small_tokenizer, "--memory-limit", "1.5GiB") / "0"
-    assert "2 of 4 workers fit into --memory-limit" in caplog.text
-    assert tokens_of(read_shards(place)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
-    plain = make(raw[0], tmp_path / "plain", small_tokenizer)
-    assert tree(plain) == tree(place.parent)
-
-
-def test_restart_throws_unfinished_work_away(
-    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, "write_shards", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
-        with pytest.raises(OSError, match="no space"):
-            make(raw[0], tmp_path / "out", small_tokenizer)
-    assert list((tmp_path / "out").rglob("unit-*.json"))
-    with pytest.raises(ConfigError, match=r"drop_tail was False, is True.*--restart"):
-        make(raw[0], tmp_path / "out", small_tokenizer, "--drop-tail")
-    place = make(raw[0], tmp_path / "out", small_tokenizer, "--drop-tail", "--restart") / "0"
-    assert record_of(place)["tail"]["fate"] == "dropped"
-    with pytest.raises(ConfigError, match="finished data set made otherwise"):
-        make(raw[0], tmp_path / "out", small_tokenizer, "--restart")
 
 
 # --- the command line --------------------------------------------------------------------------------------------
