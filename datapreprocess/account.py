@@ -172,34 +172,36 @@ def bad_counts(reports: Iterable[UnitReport]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def too_bad(reports: Sequence[UnitReport], total_bytes: int, limit: float) -> bool:
-    """Whether more is lost than the limit allows of the whole job: of its documents, or of its bytes in broken files.
+def too_bad(units: Sequence[Unit], reports: Sequence[UnitReport], limit: float) -> bool:
+    """Whether more is lost than the limit allows: of all documents, of all files as broken, or of all bytes with them.
 
     While only a part of the bytes is read, its documents are taken to stand for the rest, so that a wrong key is told
     at once and not after days.
     """
+    total_bytes = sum(unit.num_bytes for unit in units)
+    files = len({piece.url for unit in units for piece in unit.pieces})
     bad = sum(bad_counts(reports).values())
-    lost_bytes = sum(broken.lost_bytes for report in reports for broken in report.broken)
-    broken_files = any(report.broken for report in reports)
+    broken = [broken for report in reports for broken in report.broken]
+    lost_bytes = sum(found.lost_bytes for found in broken)
     read_bytes = sum(report.num_bytes for report in reports)
     documents = (sum(report.seen for report in reports) + bad) * max(1.0, total_bytes / max(1, read_bytes))
-    return bad > limit * documents or lost_bytes > limit * total_bytes or (broken_files and limit == 0)
+    return bad > limit * documents or len(broken) > limit * files or lost_bytes > limit * total_bytes
 
 
-def explain_bad(
-    units: Sequence[Unit], reports: Sequence[UnitReport], *, total_bytes: int, limit: float, rejects: str
-) -> str:
+def explain_bad(units: Sequence[Unit], reports: Sequence[UnitReport], *, limit: float, rejects: str) -> str:
     """What could not be used, the first of each with file and line, as one message."""
     bad, seen = sum(bad_counts(reports).values()), sum(report.seen for report in reports)
-    lines = [broken.detail for report in reports for broken in report.broken][:MAX_SHOWN]
-    lines += [f"{place}: {found.kind}: {found.detail}" for place, found in located(units, reports)][:MAX_SHOWN]
     all_broken = [broken for report in reports for broken in report.broken]
+    lines = [broken.detail for broken in all_broken][:MAX_SHOWN]
+    lines += [f"{place}: {found.kind}: {found.detail}" for place, found in located(units, reports)][:MAX_SHOWN]
     hidden = bad + len(all_broken) - len(lines)
     lines += [f"and {hidden} more in what was read so far"] if hidden > 0 else []
     lost = sum(broken.lost_bytes for broken in all_broken)
+    total_bytes = sum(unit.num_bytes for unit in units)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in bad_counts(reports).items())
+    files = plural(len({piece.url for unit in units for piece in unit.pieces}), "file")
     facts = [f"{bad:,} of {plural(bad + seen, 'document')} ({kinds})"] if bad else []
-    facts += [f"{plural(len(all_broken), 'file')} broken, {lost:,} of {total_bytes:,} bytes lost"] if all_broken else []
+    facts += [f"{len(all_broken)} of {files} broken, {lost:,} of {total_bytes:,} bytes lost"] if all_broken else []
     return join_problems(
         lines,
         f"Some of the input cannot be used: {'; '.join(facts)}; --max-bad-fraction allows {limit:g}. Mend it, or allow "
@@ -208,23 +210,28 @@ def explain_bad(
     )
 
 
+def line_bases(units: Sequence[Unit], reports: Sequence[UnitReport]) -> dict[tuple[str, int], int]:
+    """The lines of a file before each place (url, start) where it was cut, as far as they are known."""
+    by_index = {report.index: report for report in reports}
+    bases: dict[tuple[str, int], int] = {}
+    for unit in units:
+        report = by_index.get(unit.index)
+        for piece, lines in zip(unit.pieces, report.lines if report else (), strict=False):
+            base = 0 if piece.start == 0 else bases.get((piece.url, piece.start))
+            if base is not None:
+                bases[piece.url, piece.end] = base + lines
+    return bases
+
+
 def located(units: Sequence[Unit], reports: Sequence[UnitReport]) -> Iterator[tuple[str, BadDocument]]:
     """Each noted bad document with its place. Lines of a file that was cut are counted from the file's beginning."""
-    lines_before: dict[tuple[str, int], int] = {}
-    by_index: dict[int, list[UnitReport]] = {}
+    bases = line_bases(units, reports)
     for report in reports:
-        by_index.setdefault(report.index, []).append(report)
-    for unit in units:
-        for report in by_index.get(unit.index, []):
-            for piece, lines in zip(unit.pieces, report.lines, strict=False):
-                base = 0 if piece.start == 0 else lines_before.get((piece.url, piece.start))
-                if base is not None:
-                    lines_before[piece.url, piece.end] = base + lines
-            for bad in report.bad_shown:
-                base = 0 if bad.start == 0 else lines_before.get((bad.url, bad.start))
-                if not bad.line:
-                    yield bad.url, bad
-                elif base is None:
-                    yield f"{bad.url} line {bad.line} of the part that begins at {bad.start}", bad
-                else:
-                    yield f"{bad.url} line {base + bad.line}", bad
+        for bad in report.bad_shown:
+            base = 0 if bad.start == 0 else bases.get((bad.url, bad.start))
+            if not bad.line:
+                yield bad.url, bad
+            elif base is None:
+                yield f"{bad.url} line {bad.line} of the part that begins at {bad.start}", bad
+            else:
+                yield f"{bad.url} line {base + bad.line}", bad

@@ -73,7 +73,9 @@ class Assembler:
         """Neighbouring shards for each task, small enough that every worker has some."""
         sequence_bytes = self.job.length * self.dtype.itemsize
         total_bytes = sum(shard.count for shard in shards) * sequence_bytes
-        groups = group_shards(shards, sequence_bytes, min(_PART_BYTES, total_bytes // (2 * self.workers)))
+        groups = group_shards(
+            shards, sequence_bytes, min(max(_PART_BYTES, self.buffer_bytes), total_bytes // (2 * self.workers))
+        )
         shared = Shared(runs)
         sources = tuple(self.job.sources)
         return [

@@ -103,7 +103,9 @@ class Cluster:
         # Ray's processes end with the thread that started them, so that thread lives as long as they are needed.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._start: Future[Any] | None = None
+        self._cpus_per_task = 1.0
         self.workers = 1
+        self.workers_per_machine = 1
 
     def __enter__(self) -> Cluster:
         if _initialized():
@@ -113,16 +115,23 @@ class Cluster:
             self._join(str(self._address))
         elif not self._alone or self._address == _LOCAL:
             self._alone, self._owned = False, True
-            self.workers = local_workers(self._wanted)
+            self.workers = self.workers_per_machine = local_workers(self._wanted)
             _logger.info("starting Ray on this machine with %d workers", self.workers)
             self._start = self._thread.submit(self._start_local)
             return self
         if not self._alone:
             import ray
 
-            cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
-            self.workers = min(self._wanted or cpus, cpus)
+            machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+            self.workers = min(self._wanted or sum(machines), max(1, sum(machines)))
+            self.workers_per_machine = min(self.workers, max(1, *machines))
         return self
+
+    def limit_workers(self, per_machine: int) -> None:
+        """Run no more tasks than this at a time on any machine."""
+        share = self.workers_per_machine / per_machine
+        self._cpus_per_task *= share
+        self.workers, self.workers_per_machine = max(1, int(self.workers / share)), per_machine
 
     def _start_local(self) -> None:
         import ray
@@ -176,7 +185,9 @@ class Cluster:
             if self._ready or (not self._alone and isinstance(task, Feed)):
                 if self._start:
                     self._start.result()
-                session = _Session(self.workers, _chain(task, waiting), tick, warming=self._start is not None)
+                session = _Session(
+                    self.workers, self._cpus_per_task, _chain(task, waiting), tick, warming=self._start is not None
+                )
                 yield from session.results()
                 return
             for result in _here(task):
@@ -203,9 +214,15 @@ class _Session(Generic[T]):
     """The tasks of one `run` on Ray; while its workers are `warming` up, this process goes on working too."""
 
     def __init__(
-        self, workers: int, tasks: Iterator[Call[T] | Feed[T]], tick: Callable[[], None] | None, *, warming: bool
+        self,
+        workers: int,
+        cpus: float,
+        tasks: Iterator[Call[T] | Feed[T]],
+        tick: Callable[[], None] | None,
+        *,
+        warming: bool,
     ) -> None:
-        self._workers, self._tasks, self._tick, self._warming = workers, tasks, tick, warming
+        self._workers, self._cpus, self._tasks, self._tick, self._warming = workers, cpus, tasks, tick, warming
         self._running: list[Any] = []
         self._feeds: dict[Any, Feed[T]] = {}  # what yields items -> whom they are for
         self._fed: deque[tuple[Feed[T], Any]] = deque()
@@ -261,7 +278,7 @@ class _Session(Generic[T]):
         import ray
 
         if function not in self._remotes:
-            self._remotes[function] = ray.remote(num_cpus=1, max_retries=5)(function)
+            self._remotes[function] = ray.remote(num_cpus=self._cpus, max_retries=5)(function)
         self._running.append(self._remotes[function].remote(*args))
 
     def _open(self, feed: Feed[T]) -> None:
@@ -298,7 +315,8 @@ def _knock(address: str) -> None:
 def _no_cluster(address: str, reason: str) -> ConfigError:
     return ConfigError(
         f"--ray-address {address}: no Ray cluster answers there ({reason}); start one with `ray start --head`, "
-        "or leave the flag out to have a local Ray started"
+        "or leave the flag out to have a local Ray started. A cluster that asks for tokens is joined with "
+        "RAY_AUTH_MODE=token in the environment"
     )
 
 

@@ -16,7 +16,7 @@ from open_lm import storage
 from open_lm.datapreprocess.cluster import local_workers
 from open_lm.datapreprocess.inputs import InputFile
 from open_lm.datapreprocess.job import Job, shard_size
-from open_lm.datapreprocess.memory import plan_budget
+from open_lm.datapreprocess.memory import SPILLED_PER_INPUT, plan_budget
 from open_lm.datapreprocess.probe import Probe, probe
 from open_lm.datapreprocess.progress import clock, memory_in_use, size
 from open_lm.datapreprocess.tokenization import DocumentEncoder
@@ -28,7 +28,7 @@ _SMALL_BYTES = 1 << 20  # so much may be read of any input; of a larger one at m
 _DISK_BYTES_PER_S = 200e6
 _RAY_BYTES = 512 << 20
 _HELD_TIMES = 4  # buffers that a worker holds at once
-_GET_BYTES, _PUT_BYTES = 8 << 20, 32 << 20
+_GET_BYTES, _PUT_BYTES = 8 << 20, 16 << 20
 _KEY_BYTES = 8  # of a sequence in the work folder, beside its ids
 
 
@@ -151,7 +151,8 @@ def _predict(job: Job, encoder: DocumentEncoder, sources: Sequence[_Source]) -> 
     members = [member for source in sources for found in source.probes for member in found.member_bytes]
     output_bytes = int(sequences * sum(members) / len(members))
     work_bytes = sequences * (job.length * encoder.dtype.itemsize + _KEY_BYTES)
-    budget = plan_budget(job.memory_limit, local_workers(job.workers) if job.ray_address is None else job.workers or 1)
+    workers = local_workers(job.workers) if job.ray_address is None else job.workers or 1
+    budget = plan_budget(job.memory_limit, workers, job.num_bytes * SPILLED_PER_INPUT)
     held_bytes = _HELD_TIMES * min(budget.buffer_bytes, work_bytes)
     seconds = sum(source.density(lambda found: found.seconds) * source.num_bytes * source.factor for source in sources)
     taken_bytes = sum(source.num_bytes * source.factor for source in sources)

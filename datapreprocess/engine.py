@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 from open_lm import storage
-from open_lm.datapreprocess.account import Output, dataset_record, explain_bad, plural, summary, too_bad
+from open_lm.datapreprocess.account import Output, dataset_record, explain_bad, line_bases, plural, summary, too_bad
 from open_lm.datapreprocess.assembly import Assembler, CountBuckets
 from open_lm.datapreprocess.cluster import Call, Cluster, Feed, Shared
-from open_lm.datapreprocess.inputs import plan_units
+from open_lm.datapreprocess.inputs import plan_units, unit_size
 from open_lm.datapreprocess.job import Job
-from open_lm.datapreprocess.memory import Budget, plan_budget
+from open_lm.datapreprocess.memory import SPILLED_PER_INPUT, Budget, plan_budget
 from open_lm.datapreprocess.monitor import Monitor
 from open_lm.datapreprocess.shuffle import Run, bucket_counts
 from open_lm.datapreprocess.state import (
@@ -53,12 +53,12 @@ from open_lm.errors import DataError, UserError
 
 _logger = logging.getLogger(__name__)
 _BUCKET_BYTES = 4 << 20  # of input, for each bucket of the shuffle
-_LEAST_BUCKETS, _MOST_BUCKETS = 64, 1 << 16
+_LEAST_BUCKETS, _MOST_BUCKETS = 64, 1 << 15
+_LEAST_STRETCH_BYTES, _MOST_STRETCH_BYTES = 16 << 20, 64 << 20  # of text that a feed hands over at a time
 _RUNS_COUNTED = 256  # by one task
 # Text bytes in a byte of (compressed) input, and how much text a process turns into shards in a second.
 _TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 25e6, 1e6
 _RAY_START_S = 5.0
-_SPILLED_PER_INPUT = 2  # bytes of ids for a byte of compressed input
 Reports = dict[tuple[int, int], UnitReport]
 
 
@@ -113,10 +113,11 @@ def _absolute(job: Job) -> Job:
 
 
 def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster: Cluster, work: str) -> dict[str, Any]:
-    budget = plan_budget(job.memory_limit, cluster.workers, job.num_bytes * _SPILLED_PER_INPUT)
-    if budget.workers < cluster.workers:
-        _logger.info("%d of %d workers fit into --memory-limit", budget.workers, cluster.workers)
-        cluster.workers = budget.workers
+    per_machine = cluster.workers_per_machine
+    budget = plan_budget(job.memory_limit, per_machine, job.num_bytes * SPILLED_PER_INPUT)
+    if budget.workers < per_machine:
+        _logger.info("%d of %d workers of a machine fit into --memory-limit", budget.workers, per_machine)
+        cluster.limit_workers(budget.workers)
     encoder = _checked(encoder, work)
     tasks = _plan(job, budget, encoder.name, work)
     monitor = Monitor(job, encoder.dtype, cluster.workers)
@@ -128,10 +129,11 @@ def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster:
     assert reports is not None, "the reference does not differ from itself"
     assembler = Assembler(job, work, encoder.dtype, budget.buffer_bytes, cluster.workers, _bucket_counter(cluster))
     outputs = _write(job, tasks, reports, assembler, cluster, monitor)
-    collect_rejects(tasks, work, storage.join(job.layout.root, REJECTS))
+    bases = line_bases([task.unit for task in tasks], reports)
+    collect_rejects(tasks, work, storage.join(job.layout.root, REJECTS), bases)
     for output in outputs if job.layout.per_source else []:
         own = [task for task in tasks if task.unit.source == output.source]
-        collect_rejects(own, work, storage.join(job.layout.root, output.source, REJECTS))
+        collect_rejects(own, work, storage.join(job.layout.root, output.source, REJECTS), bases)
     return _write_records(job, settings, encoder.name, outputs)
 
 
@@ -154,6 +156,7 @@ def _plan(job: Job, budget: Budget, encoder: str, work: str) -> list[UnitTask]:
     sources = job.sources
     wanted = max(1, job.num_bytes // _BUCKET_BYTES)
     buckets = min(max(1 << (wanted - 1).bit_length(), _LEAST_BUCKETS), _MOST_BUCKETS)
+    stretch_bytes = min(max(unit_size(job.inputs), _LEAST_STRETCH_BYTES), _MOST_STRETCH_BYTES)
     return [
         UnitTask(
             unit=unit,
@@ -167,6 +170,7 @@ def _plan(job: Job, budget: Budget, encoder: str, work: str) -> list[UnitTask]:
             source=sources.index(unit.source),
             buckets=buckets,
             run_bytes=budget.buffer_bytes,
+            stretch_bytes=stretch_bytes,
             encoder=encoder,
         )
         for unit in plan_units(job.inputs, job.sampling, job.options, keep_order=not job.shuffle)
@@ -220,7 +224,9 @@ def _tokenize(
             return None
         reports[report.index, report.number] = report
         monitor.finished_unit(report)
-        if monitor.problems >= MAX_SHOWN and too_bad(list(reports.values()), job.num_bytes, job.max_bad_fraction):
+        if monitor.problems >= MAX_SHOWN and too_bad(
+            [task.unit for task in tasks], list(reports.values()), job.max_bad_fraction
+        ):
             break
     monitor.end()
     _judge(job, tasks, [reports[key] for key in sorted(reports)], work)
@@ -229,13 +235,15 @@ def _tokenize(
 
 def _judge(job: Job, tasks: Sequence[UnitTask], reports: Sequence[UnitReport], work: str) -> None:
     """DataError where more of the input is bad than the job tolerates, or where there is nothing in it."""
-    if too_bad(reports, job.num_bytes, job.max_bad_fraction):
+    if too_bad([task.unit for task in tasks], reports, job.max_bad_fraction):
         rejects = storage.join(job.layout.root, REJECTS)
-        collect_rejects(tasks, work, rejects)
         units = [task.unit for task in tasks]
-        limits = {"total_bytes": job.num_bytes, "limit": job.max_bad_fraction}
-        raise DataError(explain_bad(units, reports, rejects=rejects, **limits))  # type: ignore[arg-type]
+        collect_rejects(tasks, work, rejects, line_bases(units, reports))
+        if not sum(report.documents for report in reports):
+            remove_work(work)  # nothing in it is worth going on with
+        raise DataError(explain_bad(units, reports, limit=job.max_bad_fraction, rejects=rejects))
     if not sum(report.documents for report in reports):
+        remove_work(work)  # nothing in it is worth going on with
         raise DataError(f"the {plural(len(job.inputs), 'input file')} hold no document; is --content_key right?")
 
 

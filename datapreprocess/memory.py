@@ -12,6 +12,7 @@ from open_lm.errors import ConfigError
 _WORKER_BYTES, _DRIVER_BYTES = 400 << 20, 400 << 20
 _LEAST_BUFFER_BYTES, _WANTED_BUFFER_BYTES = 8 << 20, 32 << 20
 _WANTED_RUNS = 2000
+SPILLED_PER_INPUT = 2  # bytes of ids for a byte of compressed input
 _HELD_TIMES = 4  # buffers that a worker holds at once: sequences, their sorted copy, documents with their ids
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

@@ -174,18 +174,29 @@ def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], 
     return reports
 
 
-def collect_rejects(tasks: Iterable[UnitTask], work: str, target: str) -> bool:
-    """Join what the units rejected in one file, in the order of the input; False, and no file, where there is none."""
+def collect_rejects(
+    tasks: Iterable[UnitTask], work: str, target: str, line_bases: Mapping[tuple[str, int], int]
+) -> None:
+    """Join what the units rejected in one file, in the order of the input; no file where there is nothing.
+
+    Lines of a file that was cut are counted from the beginning of the file, where `line_bases` (url, start) knows it;
+    elsewhere `start` tells from where.
+    """
     wanted = {(task.unit.index, task.digest) for task in tasks}
     found = [(match, url) for url in storage.list_files(work) if (match := _REJECTS.fullmatch(url.rpartition("/")[2]))]
-    urls = [url for match, url in found if (int(match[1]), match[2]) in wanted]
-    if urls:
-        with storage.atomic_write(target, "wb") as file:
-            for url in sorted(urls):
-                file.write(storage.read_bytes(url))
-    else:
+    urls = sorted(url for match, url in found if (int(match[1]), match[2]) in wanted)
+    if not urls:
         storage.remove(target)  # of an earlier start, with inputs that were mended since
-    return bool(urls)
+        return
+    with storage.atomic_write(target, "wb") as file:
+        for url in urls:
+            for line in storage.read_bytes(url).splitlines():
+                record = orjson.loads(line)
+                base = 0 if record["start"] == 0 else line_bases.get((record["url"], record["start"]))
+                if base is not None:
+                    record["line"] += base if record["line"] else 0
+                    del record["start"]
+                file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
 
 def remove_work(work: str) -> None:

@@ -32,7 +32,6 @@ from open_lm.datapreprocess.shuffle import Run, RunWriter, SpanWriter
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 
 MAX_SHOWN = 20
-STRETCH_BYTES = 16 << 20
 _STREAM_BITS = 20  # a streamed unit has less than 2^20 stretches
 _COMPARED_OF_FILE, _COMPARED_OF_UNIT = 4 << 10, 64 << 10  # characters compared between the two tokenizers
 _ENCODED_AT_ONCE = 512 << 10  # characters; small documents, of many files too, go through the tokenizer together
@@ -56,6 +55,7 @@ class UnitTask:
     source: int
     buckets: int
     run_bytes: int
+    stretch_bytes: int
     encoder: str
     number: int = 0
 
@@ -147,7 +147,7 @@ def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Stretch, i
     """
     piece = task.unit.pieces[0]
     report = UnitReport(task.unit.index)
-    source = stretches(piece, STRETCH_BYTES, task.options)
+    source = stretches(piece, task.stretch_bytes, task.options)
     bytes_before = 0
     try:
         for stretch in source:
@@ -165,13 +165,22 @@ def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Stretch, i
 def run_stretch(task: UnitTask, encoder: DocumentEncoder, item: tuple[Stretch, int] | UnitReport) -> UnitReport:
     """`run_unit` for a stretch of a streamed unit; the report at its end is only saved."""
     if isinstance(item, UnitReport):
-        _save(replace(task, number=item.number), item)
+        end = replace(task, number=item.number)
+        if item.broken:
+            storage.write_bytes(end.path(".rejects"), b"".join(map(_reject, item.broken)))
+        _save(end, item)
         return item
     stretch, num_bytes = item
     work = _Work(replace(task, number=stretch.number), encoder)
     piece = task.unit.pieces[0]
     work.read(piece, StretchReader(stretch, piece.url, task.options))
     return work.finish(last=False, num_bytes=num_bytes)
+
+
+def _reject(what: BadDocument | Broken) -> bytes:
+    """A line of the rejects file; of a broken file the lost bytes are told in the report."""
+    record = asdict(what) if isinstance(what, BadDocument) else asdict(BadDocument(what.kind, what.url, 0, what.detail))
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _save(task: UnitTask, report: UnitReport) -> None:
@@ -205,8 +214,9 @@ class _Work:
                 self._take(block.documents)
         except BrokenFile as error:
             if not self._task.unit.copy:
-                lost = max(0, piece.num_bytes - bytes_read)
-                self._report.broken.append(Broken(piece.url, error.kind, str(error), lost))
+                broken = Broken(piece.url, error.kind, str(error), max(0, piece.num_bytes - bytes_read))
+                self._report.broken.append(broken)
+                self._rejects.append(_reject(broken))
 
     def note_piece(self, reader: PieceReader) -> None:
         """Keep what is known of a piece once it is read."""
@@ -271,7 +281,7 @@ class _Work:
             self._report.bad[bad.kind] = self._report.bad.get(bad.kind, 0) + 1
             if len(self._report.bad_shown) < MAX_SHOWN:
                 self._report.bad_shown.append(bad)
-            self._rejects.append(orjson.dumps(asdict(bad), option=orjson.OPT_APPEND_NEWLINE))
+            self._rejects.append(_reject(bad))
 
     def finish(self, *, last: bool, num_bytes: int) -> UnitReport:
         self._encode()
