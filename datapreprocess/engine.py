@@ -53,7 +53,7 @@ from open_lm.errors import DataError, UserError
 
 _logger = logging.getLogger(__name__)
 _BUCKET_BYTES = 4 << 20  # of input, for each bucket of the shuffle
-_LEAST_BUCKETS, _MOST_BUCKETS = 64, 1 << 15
+_LEAST_BUCKETS, _MOST_BUCKETS = 64, 1 << 16
 _LEAST_STRETCH_BYTES, _MOST_STRETCH_BYTES = 16 << 20, 64 << 20  # of text that a feed hands over at a time
 _RUNS_COUNTED = 256  # by one task
 # Text bytes in a byte of (compressed) input, and how much text a process turns into shards in a second.
