@@ -141,11 +141,12 @@ def make_encoder(
 ) -> DocumentEncoder:
     """The encoder of a tokenizer, or, for None, of documents that come as ids (end-of-text id 0)."""
     from open_lm.datapreprocess.tokenization import DocumentEncoder
+    from open_lm.errors import ConfigError
 
+    if vocab_size is not None and vocab_size < 1:
+        raise ConfigError(f"--vocab-size must be at least 1, found {vocab_size}")
     if tokenizer is None:
         if eot_token is not None:
-            from open_lm.errors import ConfigError
-
             raise ConfigError(f"--eot-token {eot_token}: documents come as ids, which id 0 ends; name a --tokenizer")
         return DocumentEncoder(None, vocab_size, add_bos=add_bos)
     from open_lm.tokenizer import load_tokenizer

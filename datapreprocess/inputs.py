@@ -75,6 +75,9 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str] | None = None) 
     problems: list[str] = []
     errors: list[UserError] = []
     for pattern in _without_lists(patterns, errors):
+        if not pattern.strip():
+            problems.append("an empty name among the inputs; is a variable of the shell not set?")
+            continue
         try:
             files = _matches(pattern, suffixes)
         except UserError as error:

@@ -76,6 +76,8 @@ class Job:
         problems = []
         if self.seq_len < 1:
             problems.append(f"--seqlen must be at least 1, found {self.seq_len}")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            problems.append(f"--seed must fit 64 bits, found {self.seed}")
         if self.kind not in MEMBER_KINDS:
             problems.append(f"--format must be one of {', '.join(MEMBER_KINDS)}, found {self.kind!r}")
         if self.workers is not None and self.workers < 1:

@@ -117,6 +117,8 @@ def test_all_that_is_wrong_is_told_together(tmp_path: Path) -> None:
     assert "a.jsonl" not in told
     with pytest.raises(DataError, match="no input is named"):
         find_inputs([])
+    with pytest.raises(DataError, match="an empty name among the inputs"):  # not the whole working folder
+        found("", good)
     with pytest.raises(DataError, match=r"b\.csv: no reader for \.csv; known are \.arrow"):
         found(tmp_path / "*.csv")
 

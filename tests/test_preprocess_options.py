@@ -264,6 +264,9 @@ MISUSES = {
     "--num-workers 0": "number of workers must be at least 1",
     "--format tsv": "invalid choice",
     "--seqlen x": "invalid int",
+    "--seed 9223372036854775808": "--seed must fit 64 bits",
+    "--vocab-size 0": "--vocab-size must be at least 1",
+    "--vocab-size 2": "--vocab_size 2 is too small for end of text 3",
 }
 
 
