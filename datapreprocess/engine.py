@@ -203,6 +203,8 @@ def _tokenize(
     reports: Reports = load_reports(tasks, work)
     kept = Counter(index for index, _ in reports)  # the last report of a streamed unit may be there before others
     done = {report.index for report in reports.values() if report.last and kept[report.index] == report.number + 1}
+    for index in {index for index, _ in reports} - done:  # the last stretch may end where the file broke off
+        del reports[max(key for key in reports if key[0] == index)]
     if done:
         _logger.info("%d of %s are done already", len(done), plural(len(tasks), "unit"))
     monitor.begin_tokenizing(tasks, reports.values())

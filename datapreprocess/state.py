@@ -21,6 +21,7 @@ from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 _PLAN = "plan.json"
+UNREADABLE = "unreadable"  # the kind of a file that storage could not read
 _BESIDE = (MANIFEST, DATASET)  # the shards
 _FALLBACK = "reference-tokenizer"
 _REPORT = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.json")
@@ -170,7 +171,11 @@ def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], 
     for url in storage.list_files(work):
         match = _REPORT.fullmatch(url.rpartition("/")[2])
         if match and (int(match[1]), match[2]) in wanted:
-            reports[int(match[1]), int(match[3])] = load_report(url)
+            report = load_report(url)
+            if any(broken.kind == UNREADABLE for broken in report.broken):  # it may be readable by now
+                storage.remove(f"{url.removesuffix('.json')}.rejects")
+            else:
+                reports[int(match[1]), int(match[3])] = report
     return reports
 
 

@@ -24,7 +24,7 @@ from datapreprocess_helpers import (
 
 from open_lm import storage
 from open_lm.data.shard_format import read_manifest
-from open_lm.datapreprocess import engine, inputs, units
+from open_lm.datapreprocess import engine, inputs
 from open_lm.datapreprocess.make_2048 import main
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 
@@ -62,10 +62,11 @@ def start(arguments: Sequence[str], event: str, log: str) -> None:
 
     An event is a moment and the name of a file: "open" (it is begun), "half", "full" (before it gets its name), "done".
     """
-    units.STRETCH_BYTES, inputs._MIN_UNIT_BYTES = 20_000, 4_000  # many units, streamed ones among them
+    engine._LEAST_STRETCH_BYTES = engine._MOST_STRETCH_BYTES = 20_000
+    inputs._MIN_UNIT_BYTES = 4_000  # many units, streamed ones among them
     engine._LEAST_BUCKETS, engine._BUCKET_BYTES = 4, 1 << 14
-    DocumentEncoder.self_check = lambda _: None  # type: ignore[method-assign]  # it takes longer than the job
-    os.fsync = lambda _: None  # no power is cut here
+    DocumentEncoder.self_check = lambda _: None  # type: ignore[assignment,method-assign]  # it takes longer than the job
+    os.fsync = lambda _: None  # type: ignore[assignment]  # no power is cut here
     original, remove_tree = storage.atomic_write, shutil.rmtree
     out = arguments[arguments.index("--output-dir") + 1]
 
@@ -155,7 +156,7 @@ def test_killed_at_any_write_the_same_command_makes_the_same_bytes(
         assert tree(command.out) == expected, event
         done = events[: events.index(event)]
         kept = {line for line in done if line.startswith("done") and "/unit-" in line and line.endswith(".json")}
-        assert not kept & set(again), event
+        assert len(kept & set(again)) <= 1, event  # the last stretch is done again
         shutil.rmtree(command.out)
 
 
