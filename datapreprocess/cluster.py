@@ -9,42 +9,22 @@ import re
 import socket
 import sys
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
 
 import open_lm
-from open_lm.errors import ConfigError, DataError, UserError
+from open_lm.datapreprocess.tasks import Call, Feed, Queue, Session, Threads, finished
+from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 << 20  # sequences go through the work folder; the store holds only what is fed to tasks
-_WAITING_ITEMS = 3  # of a feed, between the task that makes them and the tasks that take them
 _KNOCK_S = 10.0
 _LOCAL = "local"  # Ray's own word for a session of this machine
-_TICK_S = 1.0
+_ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # in a worker, which has one processor
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Call(Generic[T]):
-    """One task: a plain function, which must be importable where it runs, and its arguments."""
-
-    function: Callable[..., T]
-    args: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Feed(Generic[T]):
-    """A task that yields items, each of which becomes the last argument of a task of its own."""
-
-    generator: Callable[..., Iterator[Any]]
-    args: tuple[Any, ...]
-    consumer: Callable[..., T]
-    consumer_args: tuple[Any, ...]
 
 
 class Shared(Generic[T]):
@@ -84,10 +64,10 @@ def _receive(key: str, reference: list[Any]) -> Shared[Any]:
 class Cluster:
     """A Ray session: the running one of this process, the one at `address`, or a local one of our own.
 
-    A local Ray takes seconds to start; it does so beside this thread, and until it is there `run` works in this
-    process. With `alone` and no address it is not started at all, and all is done in this process: for work that takes
-    less time than the start. What was started here is stopped at the end of the `with`, also after an error; what was
-    found is left as it was.
+    A local Ray takes seconds to start; it does so beside this thread, and until it is there and warm `run` works in
+    threads of this process. With `alone` and no address it is not started at all, and all is done in threads: for work
+    that takes less time than the start. What was started here is stopped at the end of the `with`, also after an error;
+    what was found is left as it was.
     """
 
     def __init__(
@@ -108,6 +88,7 @@ class Cluster:
         self.workers_per_machine = 1
 
     def __enter__(self) -> Cluster:
+        self.workers = self.workers_per_machine = local_workers(self._wanted)
         if _initialized():
             self._alone = False
         elif self._address not in (None, _LOCAL):
@@ -115,7 +96,6 @@ class Cluster:
             self._join(str(self._address))
         elif not self._alone or self._address == _LOCAL:
             self._alone, self._owned = False, True
-            self.workers = self.workers_per_machine = local_workers(self._wanted)
             _logger.info("starting Ray on this machine with %d workers", self.workers)
             self._start = self._thread.submit(self._start_local)
             return self
@@ -145,7 +125,10 @@ class Cluster:
         }
         # The processes of a local Ray inherit the environment, which spares them Ray's slower way of setting it.
         with _environment(
-            PYTHONPATH=_python_path(), RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"
+            PYTHONPATH=_python_path(),
+            RAY_USAGE_STATS_ENABLED="0",
+            RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+            **_ONE_THREAD,
         ):
             ray.init(address=_LOCAL, **{**defaults, **self._options})
 
@@ -153,7 +136,7 @@ class Cluster:
         import ray
 
         _knock(address)
-        environment = {"env_vars": {"PYTHONPATH": _python_path()}}
+        environment = {"env_vars": {"PYTHONPATH": _python_path(), **_ONE_THREAD}}
         try:
             ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
@@ -177,122 +160,31 @@ class Cluster:
     def run(self, tasks: Iterable[Call[T] | Feed[T]], tick: Callable[[], None] | None = None) -> Iterator[T]:
         """Do all tasks, as many at a time as there are workers; results come as they are ready.
 
-        `tick` is called about every second. A UserError of a worker is raised as it was; tasks whose worker or node
+        `tick` is called at least every second. A UserError of a worker is raised as it was; tasks whose worker or node
         died are tried again.
         """
-        waiting = iter(tasks)
-        for task in waiting:
-            if self._ready or (not self._alone and isinstance(task, Feed)):
-                if self._start:
-                    self._start.result()
-                session = _Session(
-                    self.workers, self._cpus_per_task, _chain(task, waiting), tick, warming=self._start is not None
-                )
-                yield from session.results()
-                return
-            for result in _here(task):
-                yield result
+        queue = Queue(tasks)
+        threads: Threads[T] = Threads(self.workers_per_machine)
+        session: Session[T] | None = None
+        try:
+            while True:
+                if session is None and self._ready:
+                    if self._start:
+                        self._start.result()
+                    session = Session(self.workers, self._cpus_per_task, warming=self._start is not None)
+                if session:
+                    session.fill(queue)
+                if session is None or session.warming:
+                    threads.fill(queue)
+                if not threads.busy and not (session and session.busy):
+                    return
+                yield from finished(threads, session)
                 if tick:
                     tick()
-
-
-def _here(task: Call[T] | Feed[T]) -> Iterator[T]:
-    """The results of a task that is done in this process."""
-    if isinstance(task, Call):
-        yield task.function(*task.args)
-    else:
-        for item in task.generator(*task.args):
-            yield task.consumer(*task.consumer_args, item)
-
-
-def _chain(first: T, rest: Iterator[T]) -> Iterator[T]:
-    yield first
-    yield from rest
-
-
-class _Session(Generic[T]):
-    """The tasks of one `run` on Ray; while its workers are `warming` up, this process goes on working too."""
-
-    def __init__(
-        self,
-        workers: int,
-        cpus: float,
-        tasks: Iterator[Call[T] | Feed[T]],
-        tick: Callable[[], None] | None,
-        *,
-        warming: bool,
-    ) -> None:
-        self._workers, self._cpus, self._tasks, self._tick, self._warming = workers, cpus, tasks, tick, warming
-        self._running: list[Any] = []
-        self._feeds: dict[Any, Feed[T]] = {}  # what yields items -> whom they are for
-        self._fed: deque[tuple[Feed[T], Any]] = deque()
-        self._remotes: dict[Any, Any] = {}
-
-    def results(self) -> Iterator[T]:
-        import ray
-
-        try:
-            while self._fill() or self._feeds:
-                feeds = self._feeds if len(self._fed) < self._workers else ()
-                timeout = 0 if self._warming else _TICK_S
-                ready, _ = ray.wait([*self._running, *feeds], num_returns=1, timeout=timeout)
-                if self._tick:
-                    self._tick()
-                if not ready and self._warming:
-                    yield from self._next_here()
-                for reference in ready:
-                    if reference in self._feeds:
-                        self._take_item(reference)
-                    else:
-                        self._running.remove(reference)
-                        self._warming = False
-                        yield _result(reference)
         finally:
-            for reference in [*self._running, *self._feeds]:
-                ray.cancel(reference, force=True)
-
-    def _next_here(self) -> Iterator[T]:
-        task = next(self._tasks, None)
-        if isinstance(task, Call):
-            yield from _here(task)
-        else:
-            self._warming = False
-            if task:
-                self._open(task)
-
-    def _fill(self) -> bool:
-        """Start tasks while workers are free; whether any runs."""
-        while len(self._running) < self._workers:
-            if self._fed:
-                feed, item = self._fed.popleft()
-                self._submit(feed.consumer, (*feed.consumer_args, item))
-            elif len(self._feeds) > self._workers // 4 or (task := next(self._tasks, None)) is None:
-                break
-            elif isinstance(task, Call):
-                self._submit(task.function, task.args)
-            else:
-                self._open(task)
-        return bool(self._running)
-
-    def _submit(self, function: Callable[..., T], args: tuple[Any, ...]) -> None:
-        import ray
-
-        if function not in self._remotes:
-            self._remotes[function] = ray.remote(num_cpus=self._cpus, max_retries=5)(function)
-        self._running.append(self._remotes[function].remote(*args))
-
-    def _open(self, feed: Feed[T]) -> None:
-        import ray
-
-        options = {"num_cpus": 0, "max_retries": 5, "num_returns": "streaming"}
-        remote = ray.remote(**options, _generator_backpressure_num_objects=_WAITING_ITEMS)(feed.generator)
-        self._feeds[remote.remote(*feed.args)] = feed
-
-    def _take_item(self, generator: Any) -> None:
-        try:
-            self._fed.append((self._feeds[generator], next(generator)))
-        except StopIteration:
-            del self._feeds[generator]
+            threads.close()
+            if session:
+                session.close()
 
 
 def _initialized() -> bool:
@@ -339,23 +231,6 @@ def _environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _result(reference: Any) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    except (ray.exceptions.OutOfMemoryError, ray.exceptions.WorkerCrashedError) as error:
-        raise DataError(
-            f"a worker process died again and again ({type(error).__name__}), most likely for want of memory: "
-            "use fewer workers, a lower --memory-limit or a machine with more memory; finished work is kept, the same "
-            "command goes on with it"
-        ) from error
 
 
 def local_workers(wanted: int | None) -> int:

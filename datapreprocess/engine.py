@@ -21,7 +21,7 @@ import numpy as np
 from open_lm import storage
 from open_lm.datapreprocess.account import Output, dataset_record, explain_bad, line_bases, plural, summary, too_bad
 from open_lm.datapreprocess.assembly import Assembler, CountBuckets
-from open_lm.datapreprocess.cluster import Call, Cluster, Feed, Shared
+from open_lm.datapreprocess.cluster import Cluster, Shared
 from open_lm.datapreprocess.inputs import plan_units, unit_size
 from open_lm.datapreprocess.job import Job
 from open_lm.datapreprocess.memory import SPILLED_PER_INPUT, Budget, plan_budget
@@ -38,6 +38,7 @@ from open_lm.datapreprocess.state import (
     remove_work,
     work_folder,
 )
+from open_lm.datapreprocess.tasks import Call, Feed
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_stretch, run_unit
 from open_lm.datapreprocess.writer import (
@@ -57,8 +58,8 @@ _LEAST_BUCKETS, _MOST_BUCKETS = 64, 1 << 16
 _LEAST_STRETCH_BYTES, _MOST_STRETCH_BYTES = 16 << 20, 64 << 20  # of text that a feed hands over at a time
 _RUNS_COUNTED = 256  # by one task
 # Text bytes in a byte of (compressed) input, and how much text a process turns into shards in a second.
-_TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 25e6, 1e6
-_RAY_START_S = 5.0
+_TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 50e6, 1e6
+_RAY_START_S = 8.0  # with its end
 Reports = dict[tuple[int, int], UnitReport]
 
 
@@ -249,9 +250,7 @@ def _judge(job: Job, tasks: Sequence[UnitTask], reports: Sequence[UnitReport], w
         raise DataError(f"the {plural(len(job.inputs), 'input file')} hold no document; is --content_key right?")
 
 
-def _prepare_worker(task: UnitTask) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one processor for each worker
-    os.environ["RAYON_NUM_THREADS"] = "1"
+def _expect_work_folder(task: UnitTask) -> None:
     if not storage.exists(storage.join(task.work, "plan.json")):
         raise DataError(
             f"the work folder {task.work} cannot be seen from node {platform.node()}: on a cluster name a folder that "
@@ -260,12 +259,12 @@ def _prepare_worker(task: UnitTask) -> None:
 
 
 def _unit_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder]) -> UnitReport:
-    _prepare_worker(task)
+    _expect_work_folder(task)
     return run_unit(task, encoder.get())
 
 
 def _stretch_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder], item: Any) -> UnitReport:
-    _prepare_worker(task)
+    _expect_work_folder(task)
     return run_stretch(task, encoder.get(), item)
 
 
