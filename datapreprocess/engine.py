@@ -58,7 +58,7 @@ _LEAST_BUCKETS, _MOST_BUCKETS = 64, 1 << 16
 _LEAST_STRETCH_BYTES, _MOST_STRETCH_BYTES = 16 << 20, 64 << 20  # of text that a feed hands over at a time
 _RUNS_COUNTED = 256  # by one task
 # Text bytes in a byte of (compressed) input, and how much text a process turns into shards in a second.
-_TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 50e6, 1e6
+_TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 80e6, 1e6
 _RAY_START_S = 8.0  # with its end
 Reports = dict[tuple[int, int], UnitReport]
 

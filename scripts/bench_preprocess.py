@@ -7,8 +7,9 @@ The corpus is repeated until it holds --megabytes of text. Three things are time
 - tokenizers: encode_batch_fast of the tokenizers library alone, on all processors, texts in memory (a part of them);
 - ceiling: decompress, parse JSON and tokenize with the preprocessor's own tokenizer, a process for each processor, and
   nothing else: no packing, no shuffle, no output;
-- ours: the command make_2048 from its start to its end, Ray's start and the tokenizer's check included; and the steady
-  state, the same job on a Ray that runs already and whose workers have loaded the tokenizer.
+- ours: the command make_2048 from its start to its end, Ray's start and the tokenizer's check included; the same without
+  --ray-address local, where small inputs do without Ray; and the steady state, the job on a Ray that runs already and
+  whose workers have loaded the tokenizer.
 
 Then the time of one process is shared out among the steps, which tells where the rest goes.
 """
@@ -115,15 +116,16 @@ def bench_ceiling(files: Sequence[Path], tokenizer: str, workers: int, megabytes
         return megabytes / (time.perf_counter() - started)
 
 
-def bench_whole(files: Sequence[Path], tokenizer: str, workers: int, folder: Path) -> float:
-    """Seconds of the whole command, with a Ray of its own."""
+def bench_whole(files: Sequence[Path], tokenizer: str, workers: int, folder: Path, *, ray: bool) -> float:
+    """Seconds of the whole command: with a Ray of its own, or as it decides itself."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     names = folder / "inputs.txt"
     names.write_text("\n".join(map(str, files)))
     command = [sys.executable, str(ROOT / "datapreprocess" / "make_2048.py"), "--input-files", f"@{names}"]
     command += ["--output-dir", str(folder / "out"), "--tokenizer", tokenizer, "--num-workers", str(workers)]
     started = time.perf_counter()
-    result = subprocess.run([*command, "--ray-address", "local"], capture_output=True, text=True, check=False)
+    command += ["--ray-address", "local"] if ray else []
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(result.stderr)
     return time.perf_counter() - started
@@ -218,12 +220,15 @@ def main() -> None:
         for _ in range(args.rounds):
             ceilings.append(bench_ceiling(files, args.tokenizer, args.workers, megabytes))
             row("ceiling: decompress, parse, tokenize", ceilings[-1], base)
-            wholes.append(megabytes / bench_whole(files, args.tokenizer, args.workers, folder))
-            row(f"ours, whole command ({megabytes / wholes[-1]:.1f} s)", wholes[-1], base)
+            whole_s = bench_whole(files, args.tokenizer, args.workers, folder, ray=True)
+            wholes.append(megabytes / whole_s)
+            row(f"ours, whole command with Ray ({whole_s:.1f} s)", wholes[-1], base)
+            whole_s = bench_whole(files, args.tokenizer, args.workers, folder, ray=False)
+            row(f"ours, whole command by default ({whole_s:.1f} s)", megabytes / whole_s, base)
             steady_s = float(in_process(bench_steady, files, args.tokenizer, args.workers, folder))  # type: ignore[arg-type]
             steadies.append(megabytes / steady_s)
             row(f"ours, steady state ({steady_s:.1f} s)", steadies[-1], base)
-        print(f"whole command: {min(wholes) / base:.1f} to {max(wholes) / base:.1f} times tokenizers alone")
+        print(f"whole command with Ray: {min(wholes) / base:.1f} to {max(wholes) / base:.1f} times tokenizers alone")
         shares = [steady / ceiling for steady, ceiling in zip(steadies, ceilings, strict=True)]
         print(f"steady state: {min(shares):.0%} to {max(shares):.0%} of the ceiling")
         once = files[: max(1, round(len(files) * 60 / megabytes))]
