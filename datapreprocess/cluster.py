@@ -8,9 +8,10 @@ import os
 import re
 import socket
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
@@ -61,6 +62,75 @@ def _receive(key: str, reference: list[Any]) -> Shared[Any]:
     return found
 
 
+class _LocalRay:
+    """A Ray of this process's own, started and stopped beside the main thread.
+
+    Ray's processes end with the thread that started them, so that thread lives as long as they are needed. It does not
+    keep the process alive: an interrupt need not wait for a start to come to its end.
+    """
+
+    _threads: ClassVar[list[threading.Thread]] = []
+
+    @classmethod
+    def wait_for_interrupted(cls) -> None:
+        """Until what an interrupted run of this process had begun to start is stopped again."""
+        while cls._threads:
+            cls._threads.pop().join()
+
+    def __init__(self, workers: int, options: dict[str, Any]) -> None:
+        self._workers, self._options = workers, options
+        self._started: Future[None] = Future()
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the start is over; what made it fail is raised here."""
+        if self._started.done():
+            self._started.result()
+        return self._started.done()
+
+    def stop(self, *, at_once: bool) -> None:
+        """End Ray and wait for that; `at_once`: do not wait for a start that is still going on."""
+        self._leave.set()
+        if self._started.done() or not at_once:
+            self._thread.join()
+        else:
+            self._threads.append(self._thread)
+
+    def _live(self) -> None:
+        import ray
+
+        try:
+            self._start()
+            self._started.set_result(None)
+            self._leave.wait()
+        except BaseException as error:
+            self._started.set_exception(error)
+        finally:
+            ray.shutdown()
+
+    def _start(self) -> None:
+        import ray
+
+        defaults: dict[str, Any] = {
+            "num_cpus": self._workers,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        # The processes of a local Ray inherit the environment, which spares them Ray's slower way of setting it.
+        with _environment(
+            PYTHONPATH=_python_path(),
+            RAY_USAGE_STATS_ENABLED="0",
+            RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+            **_ONE_THREAD,
+        ):
+            ray.init(address=_LOCAL, **{**defaults, **self._options})
+
+
 class Cluster:
     """A Ray session: the running one of this process, the one at `address`, or a local one of our own.
 
@@ -80,14 +150,13 @@ class Cluster:
     ) -> None:
         self._wanted, self._address, self._options, self._alone = workers, address, dict(options or {}), alone
         self._owned = False
-        # Ray's processes end with the thread that started them, so that thread lives as long as they are needed.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
-        self._start: Future[Any] | None = None
+        self._local: _LocalRay | None = None
         self._cpus_per_task = 1.0
         self.workers = 1
         self.workers_per_machine = 1
 
     def __enter__(self) -> Cluster:
+        _LocalRay.wait_for_interrupted()
         self.workers = self.workers_per_machine = local_workers(self._wanted)
         if _initialized():
             self._alone = False
@@ -97,7 +166,7 @@ class Cluster:
         elif not self._alone or self._address == _LOCAL:
             self._alone, self._owned = False, True
             _logger.info("starting Ray on this machine with %d workers", self.workers)
-            self._start = self._thread.submit(self._start_local)
+            self._local = _LocalRay(self.workers, self._options)
             return self
         if not self._alone:
             import ray
@@ -113,25 +182,6 @@ class Cluster:
         self._cpus_per_task *= share
         self.workers, self.workers_per_machine = max(1, int(self.workers / share)), per_machine
 
-    def _start_local(self) -> None:
-        import ray
-
-        defaults: dict[str, Any] = {
-            "num_cpus": self.workers,
-            "include_dashboard": False,
-            "object_store_memory": _OBJECT_STORE_BYTES,
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-        }
-        # The processes of a local Ray inherit the environment, which spares them Ray's slower way of setting it.
-        with _environment(
-            PYTHONPATH=_python_path(),
-            RAY_USAGE_STATS_ENABLED="0",
-            RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-            **_ONE_THREAD,
-        ):
-            ray.init(address=_LOCAL, **{**defaults, **self._options})
-
     def _join(self, address: str) -> None:
         import ray
 
@@ -146,16 +196,17 @@ class Cluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._owned:
+        if self._local:
+            self._local.stop(at_once=isinstance(error, KeyboardInterrupt))
+        elif self._owned:
             import ray
 
-            self._thread.submit(ray.shutdown).result()
-        self._thread.shutdown()
+            ray.shutdown()
 
     @property
     def _ready(self) -> bool:
         """Whether tasks can go to Ray."""
-        return not self._alone and (self._start is None or self._start.done())
+        return not self._alone and (self._local is None or self._local.ready)
 
     def run(self, tasks: Iterable[Call[T] | Feed[T]], tick: Callable[[], None] | None = None) -> Iterator[T]:
         """Do all tasks, as many at a time as there are workers; results come as they are ready.
@@ -169,9 +220,7 @@ class Cluster:
         try:
             while True:
                 if session is None and self._ready:
-                    if self._start:
-                        self._start.result()
-                    session = Session(self.workers, self._cpus_per_task, warming=self._start is not None)
+                    session = Session(self.workers, self._cpus_per_task, warming=self._local is not None)
                 if session:
                     session.fill(queue)
                 if session is None or session.warming:

@@ -29,6 +29,7 @@ from open_lm.datapreprocess.monitor import Monitor
 from open_lm.datapreprocess.shuffle import Run, bucket_counts
 from open_lm.datapreprocess.state import (
     collect_rejects,
+    expect_shards_of,
     fall_back,
     fell_back,
     finished_dataset,
@@ -128,6 +129,7 @@ def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster:
         tasks = [replace(task, encoder=encoder.name) for task in tasks]
         reports = _tokenize(job, tasks, cluster, encoder, monitor)
     assert reports is not None, "the reference does not differ from itself"
+    expect_shards_of(job, work, settings, reports)
     assembler = Assembler(job, work, encoder.dtype, budget.buffer_bytes, cluster.workers, _bucket_counter(cluster))
     outputs = _write(job, tasks, reports, assembler, cluster, monitor)
     bases = line_bases([task.unit for task in tasks], reports)

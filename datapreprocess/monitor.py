@@ -21,7 +21,7 @@ class Monitor:
 
     def __init__(self, job: Job, dtype: np.dtype[np.generic], workers: int) -> None:
         self._job, self._workers = job, workers
-        self._sequence_bytes = job.length * dtype.itemsize
+        self._unit_of_run_bytes = dtype.itemsize * (job.length if job.shuffle else 1)  # a run counts sequences, or ids
         self._display = Display()
         self._stage = TOKENIZING
         self._done_bytes = self._total_bytes = self._files_done = self._spilled_bytes = 0
@@ -50,7 +50,7 @@ class Monitor:
         task = self._tasks[report.index]
         self._done_bytes += report.num_bytes
         self._tokens[task.unit.source] += report.tokens
-        self._spilled_bytes += sum(report.runs) * (self._sequence_bytes if task.shuffle else 1)
+        self._spilled_bytes += sum(report.runs) * self._unit_of_run_bytes
         self.problems += sum(report.bad.values()) + len(report.broken)
         for piece in task.unit.pieces if report.last else ():
             self._pieces_left[piece.url] -= 1

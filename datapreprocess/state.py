@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import orjson
 from open_lm import storage
 from open_lm.datapreprocess.job import Job, Layout, input_records, work_name
 from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
-from open_lm.datapreprocess.writer import DATASET, MANIFEST, read_dataset
+from open_lm.datapreprocess.writer import DATASET, MANIFEST, read_dataset, read_record
 from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ _PLAN = "plan.json"
 UNREADABLE = "unreadable"  # the kind of a file that storage could not read
 _BESIDE = (MANIFEST, DATASET)  # the shards
 _FALLBACK = "reference-tokenizer"
+_SHARDS_OF = "shards-of"  # the file that tells what the shards were written from
 _REPORT = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.json")
 _REJECTS = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.rejects")
 
@@ -42,6 +44,12 @@ def finished_dataset(job: Job, settings: Mapping[str, Any]) -> dict[str, Any] | 
         raise ConfigError(
             f"{job.layout.root} holds a finished data set made otherwise: {'; '.join(changes)}. "
             "Choose another output folder, or remove this one to make it again"
+        )
+    shards, there = record["counts"]["shards"], len(_shards_in(job.layout, settings["folders"]))
+    if there < shards:
+        raise ConfigError(
+            f"{job.layout.root} holds a finished data set of {shards} shards, of which only {there} are there; restore "
+            "the others, or remove the folder to make it again"
         )
     return record
 
@@ -90,7 +98,7 @@ def open_work(job: Job, settings: dict[str, Any]) -> str:
     path = storage.join(work, _PLAN)
     inputs = [vars(item) for item in job.inputs]
     if storage.exists(path):
-        old = orjson.loads(storage.read_bytes(path))
+        old = read_record(path)
         changes = differences(old["settings"], settings)
         if changes and not job.restart:
             raise ConfigError(
@@ -131,6 +139,19 @@ def _remove_shards(job: Job, work: str, settings: Mapping[str, Any]) -> None:
     for url in storage.list_files(work):
         if url.rpartition("/")[2].startswith("shard-"):
             storage.remove(url)
+
+
+def expect_shards_of(job: Job, work: str, settings: Mapping[str, Any], reports: Iterable[UnitReport]) -> None:
+    """Remove the shards of an earlier start if its units came to something else: a file is readable again, say."""
+    facts = [(r.index, r.number, r.documents, r.characters, r.tokens, r.tail, r.digests) for r in reports]
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest().encode()
+    path = storage.join(work, _SHARDS_OF)
+    if storage.exists(path):
+        if storage.read_bytes(path) == digest:
+            return
+        _logger.warning("the units came to something else than at an earlier start: its shards are written again")
+        _remove_shards(job, work, settings)
+    storage.write_bytes(path, digest)
 
 
 def _remove_torn(layout: Layout, settings: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -63,12 +64,29 @@ class Queue(Generic[T]):
         return None
 
 
+class Abandoned(Exception):
+    """Nobody waits any more for what this thread does."""
+
+
+_of_thread = threading.local()
+
+
+def go_on() -> None:
+    """For tasks to call now and then: ends them, in a thread whose run was interrupted or has failed elsewhere."""
+    closing: threading.Event | None = getattr(_of_thread, "closing", None)
+    if closing is not None and closing.is_set():
+        raise Abandoned
+
+
 class Threads(Generic[T]):
     """Tasks in threads of this process: what takes time in them (decompression, tokenizer, numpy) lets others run."""
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="unit")
+        self._closing = threading.Event()
+        self._pool = ThreadPoolExecutor(
+            count, thread_name_prefix="unit", initializer=setattr, initargs=(_of_thread, "closing", self._closing)
+        )
         self._running: set[Future[T]] = set()
 
     @property
@@ -85,6 +103,7 @@ class Threads(Generic[T]):
             yield future.result()
 
     def close(self) -> None:
+        self._closing.set()
         self._pool.shutdown(cancel_futures=True)
 
 

@@ -29,6 +29,7 @@ from open_lm.datapreprocess.readers import (
 )
 from open_lm.datapreprocess.sampling import takes_mask
 from open_lm.datapreprocess.shuffle import Run, RunWriter, SpanWriter
+from open_lm.datapreprocess.tasks import go_on
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 
 MAX_SHOWN = 20
@@ -67,7 +68,8 @@ class UnitTask:
     @property
     def digest(self) -> str:
         """Of all that the unit's files depend on beside the settings of the run."""
-        return hashlib.sha256(repr((self.unit.digest, self.buckets, self.encoder)).encode()).hexdigest()[:12]
+        cut_at = self.stretch_bytes if self.unit.streamed else None
+        return hashlib.sha256(repr((self.unit.digest, self.buckets, self.encoder, cut_at)).encode()).hexdigest()[:12]
 
     def path(self, suffix: str) -> str:
         return storage.join(self.work, f"unit-{self.unit.index:06d}-{self.digest}-{self.number:06d}{suffix}")
@@ -205,6 +207,7 @@ class _Work:
         first, bytes_read = piece.start == 0, 0
         try:
             for block in reader:
+                go_on()
                 bytes_read = block.bytes_read
                 self._set_apart_wrong_ids(block, piece.url)
                 self._note_bad(block)

@@ -14,6 +14,7 @@ from open_lm.data.shard_format import PAD_ID, ManifestEntry, ShardInfo, ShardWri
 from open_lm.datapreprocess.cluster import Shared
 from open_lm.datapreprocess.job import Layout, shard_size
 from open_lm.datapreprocess.shuffle import MIXED, Rows, Runs
+from open_lm.errors import ConfigError
 
 MANIFEST, DATASET, REJECTS = "manifest.jsonl", "dataset.json", "rejects.jsonl"
 
@@ -171,7 +172,7 @@ def _load_record(work: str, shard: ShardPlan) -> WrittenShard | None:
     path = _record_path(work, shard)
     if not storage.exists(path) or not storage.exists(shard.url):
         return None
-    record: dict[str, Any] = orjson.loads(storage.read_bytes(path))
+    record = read_record(path)
     return WrittenShard(record["url"], ShardInfo(**record["info"]), record["sources"])
 
 
@@ -210,5 +211,17 @@ def read_dataset(layout: Layout) -> dict[str, Any] | None:
     path = dataset_url(layout)
     if not storage.exists(path):
         return None
-    record: dict[str, Any] = orjson.loads(storage.read_bytes(path))
+    return read_record(path)
+
+
+def read_record(url: str) -> dict[str, Any]:
+    """A JSON object that a run keeps; ConfigError where it is none, since no run leaves half a file."""
+    try:
+        record = orjson.loads(storage.read_bytes(url))
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(
+            f"{url}: damaged, not the JSON that was written ({error}); remove the folder it lies in to start again"
+        ) from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{url}: expected a JSON object, found {type(record).__name__}; it was not written by a run")
     return record

@@ -13,6 +13,7 @@ import contextlib
 import io
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator
 from functools import partial
 from typing import IO, Any
@@ -20,7 +21,7 @@ from typing import IO, Any
 from open_lm.errors import StorageError
 from open_lm.storage_backends import FSSPEC_PREFIX, find_backend
 from open_lm.storage_errors import IncompleteTransfer, explained, full_disk_explained
-from open_lm.storage_files import SCHEME, TEMP_MARK, FileInfo, is_temporary, is_web, local_path, temporary_name
+from open_lm.storage_files import SCHEME, FileInfo, is_temporary, is_web, local_path, temporary_name
 
 __all__ = [
     "FSSPEC_PREFIX", "FileInfo", "atomic_write", "copy", "download", "exists", "glob", "glob_infos", "info",
@@ -249,11 +250,10 @@ def _get_verified(url: str, path: str) -> None:
 
 def _temporary_file(target: str, folder: str | None) -> str:
     name = os.path.basename(target.rstrip("/"))
-    handle, path = tempfile.mkstemp(prefix=f".{name}{TEMP_MARK}", dir=folder)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.fchmod(handle, 0o666 & ~umask)  # mkstemp's own mode would make the finished file unreadable for colleagues
-    os.close(handle)
+    path = temporary_name(os.path.join(folder or tempfile.gettempdir(), name), uuid.uuid4().hex[:16])
+    # Opened here, and not by mkstemp, whose mode would make the finished file unreadable for colleagues; to ask for the
+    # umask is to set it, for the other threads too.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     return path
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,8 @@ from datapreprocess_helpers import (
 from open_lm import storage
 from open_lm.datapreprocess import engine
 from open_lm.datapreprocess.ray import tokenize_shuffle
+from open_lm.datapreprocess.readers import Block, BrokenFile, PieceReader
+from open_lm.datapreprocess.tasks import Call, Queue, Threads, go_on
 from open_lm.errors import ConfigError
 
 __all__ = ["alone", "raw", "small_tokenizer"]
@@ -136,3 +140,57 @@ def test_from_a_bucket_into_a_bucket(
     monkeypatch.setenv("S3_BASE", "")
     with pytest.raises(ConfigError, match="--upload-to-s3 needs the environment variable S3_BASE"):
         make(folder, tmp_path / "work", small_tokenizer, "--upload-to-s3")
+
+
+def test_a_finished_data_set_that_was_damaged_since_is_no_finished_one(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    make(raw[0], tmp_path / "out", small_tokenizer)
+    place = tmp_path / "out" / "32-v1" / "0"
+    shards = sorted(place.glob("*.tar"))
+    shards[0].unlink()
+    with pytest.raises(ConfigError, match=rf"of {len(shards)} shards, of which only {len(shards) - 1} are there"):
+        make(raw[0], tmp_path / "out", small_tokenizer)
+    (place / "dataset.json").write_text('{"settings":')
+    with pytest.raises(ConfigError, match=r"dataset\.json: damaged"):
+        make(raw[0], tmp_path / "out", small_tokenizer)
+
+
+def test_shards_of_units_that_came_to_something_else_are_written_again(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    out, name = tmp_path / "out", sorted(path.name for path in raw[0].iterdir())[0]
+    fetch = PieceReader.__iter__
+
+    def broken(self: PieceReader) -> Iterator[Block]:
+        if self.piece.url.endswith(name):
+            raise BrokenFile("unreadable", f"{name}: the store does not answer")
+        return fetch(self)
+
+    def stopped(*_: object) -> None:
+        raise RuntimeError("stopped after all shards")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PieceReader, "__iter__", broken)
+        patch.setattr(engine, "write_manifests", stopped)
+        with pytest.raises(RuntimeError, match="stopped"):
+            make(raw[0], out, small_tokenizer, "--max-bad-fraction", "1")
+    assert list(out.rglob("*.tar"))
+    make(raw[0], out, small_tokenizer, "--max-bad-fraction", "1")
+    assert "its shards are written again" in caplog.text
+    assert tokens_of(read_shards(out)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+def test_threads_that_nobody_waits_for_end() -> None:
+    begun, threads = threading.Event(), Threads[None](1)
+
+    def endless() -> None:
+        while True:
+            begun.set()
+            go_on()
+
+    threads.fill(Queue([Call(endless, ())]))
+    assert begun.wait(10)
+    threads.close()  # waits for the thread
+    go_on()  # elsewhere nothing ends
