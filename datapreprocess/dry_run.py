@@ -275,7 +275,8 @@ def describe(prediction: Estimate) -> str:
         f"time: about {clock(prediction.tokenize_s + prediction.write_s)} with {prediction.workers} "
         f"worker{'s' * (prediction.workers != 1)}: {clock(prediction.tokenize_s)} to tokenize, if each keeps the "
         f"{prediction.encode_bytes_per_s / 1e6:,.2f} MB/s of input that one process reached here just now; "
-        f"{clock(prediction.write_s)} to write, at an assumed {size(_DISK_BYTES_PER_S)}/s; Ray's start comes to it",
+        f"{clock(prediction.write_s)} to write, at an assumed {size(_DISK_BYTES_PER_S)}/s; "
+        "where Ray is started, that comes to it",
         f"memory: about {size(prediction.memory_bytes)}",
     ]
     if prediction.get_requests or prediction.put_requests:

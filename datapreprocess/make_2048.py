@@ -43,7 +43,8 @@ def make_parser() -> Parser:
     parser.add_argument("--num-consumers", type=int, default=1, help="folders to spread the shards over (default: 1)")
     parser.add_argument(
         "--upload-to-s3", action="store_true",
-        help="write to S3 under the environment variable S3_BASE (s3://bucket/prefix or bucket/prefix)",
+        help="write to S3 under the environment variable S3_BASE (s3://bucket/prefix or bucket/prefix); --output-dir "
+        "is then only the work folder",
     )  # fmt: skip
     parser.add_argument(
         "--format", default="npy", choices=["npy", "json.gz", "json", "txt"], help="kind of the members"
