@@ -100,16 +100,22 @@ class _LocalRay:
             self._threads.append(self._thread)
 
     def _live(self) -> None:
-        import ray
-
         try:
             self._start()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            self._started.set_exception(
+                ConfigError(
+                    f"Ray could not be started on this machine ({reason}); look for room in its temporary folder and "
+                    "for its logs there. Finished work is kept, the same command goes on with it"
+                )
+            )
+        else:
             self._started.set_result(None)
             self._leave.wait()
-        except BaseException as error:
-            self._started.set_exception(error)
         finally:
-            ray.shutdown()
+            if _initialized():
+                sys.modules["ray"].shutdown()
 
     def _start(self) -> None:
         import ray
@@ -175,6 +181,11 @@ class Cluster:
             self.workers = min(self._wanted or sum(machines), max(1, sum(machines)))
             self.workers_per_machine = min(self.workers, max(1, *machines))
         return self
+
+    @property
+    def has_threads_too(self) -> bool:
+        """Whether threads of this process work beside Ray's workers, for as long as these warm up."""
+        return self._local is not None
 
     def limit_workers(self, per_machine: int) -> None:
         """Run no more tasks than this at a time on any machine."""
@@ -282,9 +293,14 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def local_workers(wanted: int | None) -> int:
     """Worker processes on this machine: as many as wanted, but no more than it has processors to offer."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    available = processors()
     if wanted and wanted > available:
         _logger.info("%d workers are asked for; %d processors are there, so %d are used", wanted, available, available)
     return min(wanted or available, available)

@@ -21,7 +21,7 @@ import numpy as np
 from open_lm import storage
 from open_lm.datapreprocess.account import Output, dataset_record, explain_bad, line_bases, plural, summary, too_bad
 from open_lm.datapreprocess.assembly import Assembler, CountBuckets
-from open_lm.datapreprocess.cluster import Cluster, Shared
+from open_lm.datapreprocess.cluster import Cluster, Shared, processors
 from open_lm.datapreprocess.inputs import plan_units, unit_size
 from open_lm.datapreprocess.job import Job
 from open_lm.datapreprocess.memory import SPILLED_PER_INPUT, Budget, plan_budget
@@ -32,6 +32,7 @@ from open_lm.datapreprocess.state import (
     expect_shards_of,
     fall_back,
     fell_back,
+    finished_bytes,
     finished_dataset,
     load_reports,
     open_work,
@@ -58,8 +59,10 @@ _BUCKET_BYTES = 4 << 20  # of input, for each bucket of the shuffle
 _LEAST_BUCKETS, _MOST_BUCKETS = 64, 1 << 16
 _LEAST_STRETCH_BYTES, _MOST_STRETCH_BYTES = 16 << 20, 64 << 20  # of text that a feed hands over at a time
 _RUNS_COUNTED = 256  # by one task
-# Text bytes in a byte of (compressed) input, and how much text a process turns into shards in a second.
-_TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 80e6, 1e6
+# Text bytes in a byte of (compressed) input, and how much text a worker turns into shards in a second, with and without
+# the fast tokenizer. More threads than this wait for each other more than they work.
+_TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 50e6, 2e6
+_USEFUL_THREADS = 3
 _RAY_START_S = 8.0  # with its end
 Reports = dict[tuple[int, int], UnitReport]
 
@@ -79,7 +82,7 @@ def run(job: Job, encoder: DocumentEncoder) -> dict[str, Any]:
     started = time.monotonic()
     work = open_work(job, settings)
     try:
-        alone = _seconds_alone(job, encoder) < _RAY_START_S
+        alone = _alone(job, encoder, work)
         with Cluster(job.workers, job.ray_address, job.ray_options, alone=alone) as cluster:
             record = _make(job, settings, encoder, cluster, work)
     except UserError:
@@ -99,9 +102,13 @@ def _tokenizer_facts(encoder: DocumentEncoder) -> dict[str, Any]:
     }
 
 
-def _seconds_alone(job: Job, encoder: DocumentEncoder) -> float:
-    """About how long one process would take, from rates that are on the safe side."""
-    return job.num_bytes * _TEXT_IN_INPUT / (_FAST_BYTES_PER_S if encoder.name == "fastokens" else _BYTES_PER_S)
+def _alone(job: Job, encoder: DocumentEncoder, work: str) -> bool:
+    """Whether threads of this process would be done before Ray's workers, its start and end counted."""
+    workers = min(job.workers or processors(), processors())
+    text_bytes = max(0, job.num_bytes - finished_bytes(work)) * _TEXT_IN_INPUT
+    rate = _FAST_BYTES_PER_S if encoder.name == "fastokens" else _BYTES_PER_S
+    in_threads = text_bytes / (rate * min(workers, _USEFUL_THREADS))
+    return in_threads <= _RAY_START_S + text_bytes / (rate * workers)
 
 
 def _absolute(job: Job) -> Job:
@@ -116,7 +123,9 @@ def _absolute(job: Job) -> Job:
 
 def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster: Cluster, work: str) -> dict[str, Any]:
     per_machine = cluster.workers_per_machine
-    budget = plan_budget(job.memory_limit, per_machine, job.num_bytes * SPILLED_PER_INPUT)
+    budget = plan_budget(
+        job.memory_limit, per_machine, job.num_bytes * SPILLED_PER_INPUT, twice=cluster.has_threads_too
+    )
     if budget.workers < per_machine:
         _logger.info("%d of %d workers of a machine fit into --memory-limit", budget.workers, per_machine)
         cluster.limit_workers(budget.workers)
@@ -209,7 +218,7 @@ def _tokenize(
     for index in {index for index, _ in reports} - done:  # the last stretch may end where the file broke off
         del reports[max(key for key in reports if key[0] == index)]
     if done:
-        _logger.info("%d of %s are done already", len(done), plural(len(tasks), "unit"))
+        _logger.info("%d of %s done already", len(done), plural(len(tasks), "unit"))
     monitor.begin_tokenizing(tasks, reports.values())
     missing = sorted((task for task in tasks if task.unit.index not in done), key=lambda task: -task.unit.num_bytes)
     shared = Shared(encoder)

@@ -47,15 +47,16 @@ def machine_bytes() -> int:
     return total
 
 
-def plan_budget(limit: int | None, workers: int, spill_bytes: int = 0) -> Budget:
+def plan_budget(limit: int | None, workers: int, spill_bytes: int = 0, *, twice: bool = False) -> Budget:
     """Share a limit on the processes of the run (half of the machine's memory by default) among workers.
 
     Writers read from every run once for each buffer that they fill, so buffers grow with `spill_bytes`, all that will
-    be spilled, as far as the limit allows. Fewer workers are used where it is too small for all; ConfigError where it
-    is too small for one.
+    be spilled, as far as the limit allows. `twice`: for a while threads of the command work beside the workers. Fewer
+    workers are used where the limit is too small for all; ConfigError where it is too small for one.
     """
     total = limit if limit is not None else machine_bytes() // 2
-    least = _WORKER_BYTES + _HELD_TIMES * _LEAST_BUFFER_BYTES
+    held_times = _HELD_TIMES * (1 + twice)
+    least = _WORKER_BYTES + held_times * _LEAST_BUFFER_BYTES
     fitting = min(workers, (total - _DRIVER_BYTES) // least)
     if fitting < 1:
         if limit is None:
@@ -66,4 +67,4 @@ def plan_budget(limit: int | None, workers: int, spill_bytes: int = 0) -> Budget
         )
     free = (total - _DRIVER_BYTES) // fitting - _WORKER_BYTES
     wanted = max(_WANTED_BUFFER_BYTES, spill_bytes // _WANTED_RUNS)
-    return Budget(fitting, min(max(free // _HELD_TIMES, _LEAST_BUFFER_BYTES), wanted))
+    return Budget(fitting, min(max(free // held_times, _LEAST_BUFFER_BYTES), wanted))

@@ -200,6 +200,12 @@ def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], 
     return reports
 
 
+def finished_bytes(work: str) -> int:
+    """About how much of the input earlier starts have encoded."""
+    urls = [url for url in storage.list_files(work) if _REPORT.fullmatch(url.rpartition("/")[2])]
+    return sum(load_report(url).num_bytes for url in urls)
+
+
 def collect_rejects(
     tasks: Iterable[UnitTask], work: str, target: str, line_bases: Mapping[tuple[str, int], int]
 ) -> None:

@@ -296,6 +296,8 @@ class _Work:
         report.tail = base64.b64encode(tail.tobytes()).decode()
         if self._rejects:
             storage.write_bytes(self._task.path(".rejects"), b"".join(self._rejects))
+        else:
+            storage.remove(self._task.path(".rejects"))  # of a start that was killed, when the unit had some
         _save(self._task, report)
         return report
 

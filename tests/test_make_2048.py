@@ -89,7 +89,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_or_on_spilling(
     trees = []
     for workers, buffer_bytes in ((1, 1 << 25), (2, 1 << 14), (4, 1 << 25)):
         budget = Budget(workers, buffer_bytes)
-        monkeypatch.setattr(engine, "plan_budget", lambda *_, budget=budget: budget)
+        monkeypatch.setattr(engine, "plan_budget", lambda *_, budget=budget, **__: budget)
         out = tmp_path / f"out{workers}"
         make(raw[0], out, small_tokenizer, "--num-workers", str(workers), "--num-consumers", "2")
         trees.append(tree(out))
@@ -218,7 +218,7 @@ def test_a_killed_run_is_finished_by_the_same_command(
     assert len(list(work.glob("unit-*.json"))) == 1
     with caplog.at_level("INFO"):
         main(arguments)
-    assert "1 of 4 units are done already" in caplog.text
+    assert "1 of 4 units done already" in caplog.text
     assert tree(out) == tree(tmp_path / "clean")
 
 
@@ -290,7 +290,7 @@ def test_changed_inputs_are_named_and_only_what_they_touch_is_done_again(
     with caplog.at_level("INFO"):
         make(folder, out, small_tokenizer)
     assert "changed input: " in caplog.text and "3.jsonl" in caplog.text
-    assert "3 of 4 units are done already" in caplog.text
+    assert "3 of 4 units done already" in caplog.text
     make(folder, tmp_path / "fresh", small_tokenizer)
     assert tree(out) == tree(tmp_path / "fresh")
 

@@ -144,7 +144,7 @@ def test_on_a_full_disk_it_says_so_and_goes_on_when_there_is_room(  # noqa: PLR0
     assert "File too large while writing in" in failed.stderr and file in failed.stderr and "make room" in failed.stderr
     assert (not list(out.rglob("*.tar")) and list(out.rglob("unit-*.json"))) or not kept
     done = run(small_tokenizer, raw, str(out), "--shard-size", "2000")
-    assert not done.returncode and ("done already" in done.stderr) == kept, done.stderr
+    assert not done.returncode and ("done already" in done.stderr or not kept), done.stderr
     clean = run(small_tokenizer, raw, str(tmp_path / "clean"), "--shard-size", "2000")
     assert not clean.returncode and tree(out) == tree(tmp_path / "clean")
 
