@@ -200,7 +200,7 @@ def profile_alone(files: Sequence[Path], tokenizer: str, folder: Path) -> tuple[
     seconds = dict.fromkeys(STEPS, 0.0)
     for (file, _, name), (_, _, _, cumulative, _) in stats.items():
         for step, (function, place) in STEPS.items():
-            exact = name == function or f"'{function}'" in name
+            exact = name == function or f"'{function}'" in name or name.endswith(f".{function}>")
             if exact and (place in file or place in name):
                 seconds[step] += cumulative
     seconds["split lines and parse JSON"] -= seconds["decompress"]
@@ -243,7 +243,7 @@ def main() -> None:
         print(f"whole command with Ray: {min(wholes) / base:.1f} to {max(wholes) / base:.1f} times tokenizers alone")
         shares = [steady / ceiling for steady, ceiling in zip(steadies, ceilings, strict=True)]
         print(f"steady state: {min(shares):.0%} to {max(shares):.0%} of the ceiling")
-        once = files[: max(1, round(len(files) * 60 / megabytes))]
+        once = files[: max(1, round(len(files) * 240 / megabytes))]
         profiled: Any = in_process(profile_alone, once, args.tokenizer, folder)
         whole_s, steps = profiled
         print(f"\none process, {len(once)} files, {whole_s:.2f} s under the profiler:")
