@@ -9,7 +9,8 @@ The corpus is repeated until it holds --megabytes of text. Three things are time
   nothing else: no packing, no shuffle, no output;
 - ours: the command make_2048 from its start to its end, Ray's start and the tokenizer's check included; the same as it
   decides itself, where small inputs do without Ray; and the steady state, the job on a Ray that runs already and whose
-  workers have loaded the tokenizer.
+  workers have loaded the tokenizer. With --memory-limit the memory of all processes of a whole command together is
+  looked at every second, Ray's own included (memory that several share counts once).
 
 Then the time of one process is shared out among the steps, which tells where the rest goes.
 """
@@ -17,6 +18,7 @@ Then the time of one process is shared out among the steps, which tells where th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -29,6 +31,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+LOOK_EVERY_S = 1.0
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -39,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", required=True, help="a tokenizer.json file")
     parser.add_argument("--megabytes", type=float, default=500, help="MB of text to reach by repetition (default: 500)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--memory-limit", help="of the whole commands, e.g. 1300MiB")
     parser.add_argument("--work-dir", help="folder for corpus and output (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=1, help="times that ceiling and ours are measured in turn")
     return parser
@@ -117,19 +121,31 @@ def bench_ceiling(files: Sequence[Path], tokenizer: str, workers: int, megabytes
         return megabytes / (time.perf_counter() - started)
 
 
-def bench_whole(files: Sequence[Path], tokenizer: str, workers: int, folder: Path, *, ray: bool) -> float:
-    """Seconds of the whole command: with a Ray of its own, or as it decides itself."""
+def bench_whole(files: Sequence[Path], args: argparse.Namespace, folder: Path, *, ray: bool) -> tuple[float, float]:
+    """Seconds of the whole command, with a Ray of its own or as it decides itself, and MiB of its processes at most.
+
+    Looking at the memory takes time from the command, so it is done only where a limit of it is what is tried.
+    """
+    from open_lm.datapreprocess.progress import memory_in_use
+
     shutil.rmtree(folder / "out", ignore_errors=True)
     names = folder / "inputs.txt"
     names.write_text("\n".join(map(str, files)))
     command = [sys.executable, str(ROOT / "datapreprocess" / "make_2048.py"), "--input-files", f"@{names}"]
-    command += ["--output-dir", str(folder / "out"), "--tokenizer", tokenizer, "--num-workers", str(workers)]
-    started = time.perf_counter()
+    command += ["--output-dir", str(folder / "out"), "--tokenizer", args.tokenizer, "--num-workers", str(args.workers)]
     command += ["--ray-address", "local"] if ray else []
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        raise SystemExit(result.stderr)
-    return time.perf_counter() - started
+    command += ["--memory-limit", args.memory_limit] if args.memory_limit else []
+    most = 0
+    started = time.perf_counter()
+    with (folder / "log").open("w") as log, subprocess.Popen(command, stderr=log) as process:
+        while args.memory_limit and process.poll() is None:
+            most = max(most, memory_in_use() - memory_in_use([os.getpid()]))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LOOK_EVERY_S)
+        seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit((folder / "log").read_text())
+    return seconds, most / 2**20
 
 
 def bench_steady(files: Sequence[Path], tokenizer: str, workers: int, folder: Path) -> float:
@@ -232,11 +248,11 @@ def main() -> None:
         for _ in range(args.rounds):
             ceilings.append(bench_ceiling(files, args.tokenizer, args.workers, megabytes))
             row("ceiling: decompress, parse, tokenize", ceilings[-1], base)
-            whole_s = bench_whole(files, args.tokenizer, args.workers, folder, ray=True)
+            whole_s, most = bench_whole(files, args, folder, ray=True)
             wholes.append(megabytes / whole_s)
-            row(f"ours, whole command with Ray ({whole_s:.1f} s)", wholes[-1], base)
-            whole_s = bench_whole(files, args.tokenizer, args.workers, folder, ray=False)
-            row(f"ours, whole command by default ({whole_s:.1f} s)", megabytes / whole_s, base)
+            row(f"ours, with Ray ({told(whole_s, most)})", wholes[-1], base)
+            whole_s, most = bench_whole(files, args, folder, ray=False)
+            row(f"ours, by default ({told(whole_s, most)})", megabytes / whole_s, base)
             steady_s = float(in_process(bench_steady, files, args.tokenizer, args.workers, folder))  # type: ignore[arg-type]
             steadies.append(megabytes / steady_s)
             row(f"ours, steady state ({steady_s:.1f} s)", steadies[-1], base)
@@ -249,6 +265,10 @@ def main() -> None:
         print(f"\none process, {len(once)} files, {whole_s:.2f} s under the profiler:")
         for step, seconds in [*steps.items(), ("everything else", whole_s - sum(steps.values()))]:
             print(f"  {step:42} {seconds:6.2f} s  {seconds / whole_s:4.0%}")
+
+
+def told(seconds: float, mebibytes: float) -> str:
+    return f"{seconds:.1f} s, {mebibytes:,.0f} MiB" if mebibytes else f"{seconds:.1f} s"
 
 
 def row(name: str, rate: float, base: float) -> None:
