@@ -34,7 +34,7 @@ from open_lm.datapreprocess.tokenization import DocumentEncoder
 
 MAX_SHOWN = 20
 _STREAM_BITS = 20  # a streamed unit has less than 2^20 stretches
-_COMPARED_OF_FILE, _COMPARED_OF_UNIT = 4 << 10, 64 << 10  # characters compared between the two tokenizers
+_COMPARED_OF_FILE, _COMPARED_OF_UNIT = 2 << 10, 64 << 10  # characters compared between the two tokenizers
 _ENCODED_AT_ONCE = 512 << 10  # characters; small documents, of many files too, go through the tokenizer together
 
 

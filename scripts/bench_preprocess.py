@@ -142,6 +142,7 @@ def bench_whole(files: Sequence[Path], args: argparse.Namespace, folder: Path, *
             most = max(most, memory_in_use() - memory_in_use([os.getpid()]))
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(LOOK_EVERY_S)
+        process.wait()
         seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit((folder / "log").read_text())
