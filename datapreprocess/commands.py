@@ -98,7 +98,8 @@ def add_common_options(parser: Parser) -> None:
 
 @dataclass
 class Request:
-    """A command's arguments in the terms of the engine; `common` holds those of add_common_options."""
+    """What a command asks for. `common` holds the arguments that both have, `running` the fields of a job that each
+    names in its own way: workers, work_dir, ray_options."""
 
     common: argparse.Namespace
     input_flag: str
@@ -106,7 +107,7 @@ class Request:
     layout: Layout
     tokenizer: str | None
     vocab_size: int | None
-    job: dict[str, Any]
+    running: dict[str, Any]
     mixture: Mixture | None = None
     suffixes: Sequence[str] | None = None
     choose: Callable[[list[InputFile]], list[InputFile]] = field(default=lambda inputs: inputs)
@@ -186,15 +187,20 @@ def _make_job(request: Request) -> Job:
         inputs=tuple(chosen),
         layout=layout,
         tokenizer=request.tokenizer,
-        options=ReadOptions(request.job.pop("content_key"), separator),
+        seq_len=common.seqlen,
+        kind=common.format,
+        options=ReadOptions(common.content_key, separator),
+        seed=common.seed,
+        shuffle=not common.no_shuffle,
         sampling=sampling,
         mixture=mixture.record() if mixture else None,
         split_documents=common.split_documents,
         drop_tail=common.drop_tail,
         max_bad_fraction=1.0 if common.skip_bad_lines else bad_fraction,
         memory_limit=_memory_limit(common.memory_limit),
+        ray_address=common.ray_address,
         restart=common.restart,
-        **request.job,
+        **request.running,
     )
 
 

@@ -71,18 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(f"--num-consumers must be at least 1, found {args.num_consumers}")
     base = s3_base(os.environ.get("S3_BASE")) if args.upload_to_s3 else args.output_dir
     folders = tuple(str(number) for number in range(args.num_consumers))
-    job = {
-        "seq_len": args.seqlen,
-        "kind": args.format,
-        "content_key": args.content_key,
-        "seed": args.seed,
-        "shuffle": not args.no_shuffle,
-        "workers": args.num_workers,
-        "ray_address": args.ray_address,
-        "work_dir": args.work_dir or (args.output_dir if args.upload_to_s3 else None),
-    }
+    work_dir = args.work_dir or (args.output_dir if args.upload_to_s3 else None)
+    running = {"workers": args.num_workers, "work_dir": work_dir}
     layout = Layout(storage.join(base, f"{args.seqlen}-v1"), folders, shard_sequences=args.shard_size)
-    execute(Request(args, "--input-files", args.input_files, layout, args.tokenizer, args.vocab_size, job))
+    execute(Request(args, "--input-files", args.input_files, layout, args.tokenizer, args.vocab_size, running))
 
 
 def s3_base(value: str | None) -> str:

@@ -81,14 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.work_dir and args.ray_spill_location:
         note_without_effect(["--ray_spill_location"], "--work-dir is given")
     limits = [count for count in (args.force_parallelism, args.force_num_cores) if count is not None]
-    job = {
-        "seq_len": args.seqlen,
-        "kind": args.format,
-        "content_key": args.content_key,
-        "seed": args.seed,
-        "shuffle": not args.no_shuffle,
+    running = {
         "workers": min(limits) if limits else None,
-        "ray_address": args.ray_address,
         "ray_options": _ray_options(args),
         "work_dir": args.work_dir or args.ray_spill_location,
     }
@@ -100,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             Layout(args.output, template="{:08d}", first=1, shard_sequences=args.wds_chunk_size),
             args.tokenizer or (None if _holds_ids(args) else DEFAULT_TOKENIZER),
             args.vocab_size,
-            job,
+            running,
             mixture=load_mixture(args.default_dataset_yaml) if args.do_sample else None,
             suffixes=args.suffixes,
             choose=lambda inputs: choose(inputs, args.seed, args.subset, args.subfraction),
