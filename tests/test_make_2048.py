@@ -164,6 +164,9 @@ def test_a_finished_output_is_left_alone_and_another_job_is_refused(
     with caplog.at_level("INFO"):
         make(raw[0], out, small_tokenizer)
     assert "already done" in caplog.text
+    elsewhere = tmp_path / "copy.json"
+    elsewhere.write_bytes(Path(small_tokenizer).read_bytes())
+    make(raw[0], out, str(elsewhere))
     with pytest.raises(ConfigError, match=r"finished data set.*seed was 0, is 5.*another output folder"):
         make(raw[0], out, small_tokenizer, "--seed", "5")
     write_jsonl(raw[0] / "more.jsonl", ["x"])
