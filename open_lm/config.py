@@ -126,6 +126,14 @@ class DataConfig(Section):
     )
     squash_mask_left: bool = flag(False, "with --target-mask-left, also remove that token from the sequence")
     target_mask_individual: int | None = flag(None, "token id, such as the padding's, that is never a target")
+    document_mask: bool = flag(False, "keep attention inside documents, whose positions each start at 0")
+    end_of_text_id: int | None = flag(
+        None, "with --document-mask, the id that ends a document; default: what the data's dataset.json says"
+    )
+    cache_dir: str | None = flag(None, "local folder that keeps remote shards for the next time they are read")
+    cache_limit: str = flag("100GB", "most bytes that --cache-dir holds, such as 500MB or 2TB")
+    read_timeout: float = flag(60.0, "seconds without a byte after which a read of a shard is given up and tried again")
+    allow_changed_data: bool = flag(False, "continue on data that is not that of the checkpoint")
     ignore_parse_errors: bool = flag(False, "count broken members and shards and go on, up to --data-tolerate-error-p")
     data_tolerate_error_p: float = flag(0.09, "largest share of broken sequences that --ignore-parse-errors allows")
     data_tolerate_num_ckpts: int = ineffective(
@@ -257,8 +265,36 @@ class CheckpointConfig(Section):
     save_frequency: int = flag(1, "every how many epochs a checkpoint is kept; 0: only the last")
     save_most_recent: bool = flag(False, "also keep epoch_latest.pt, written anew after every epoch")
     delete_previous_checkpoint: bool = flag(False, "delete a checkpoint once the next one is complete")
+    checkpoint_format: Literal["both", "sharded", "interchange"] = flag(
+        "both", "sharded: step_N/ folders, written by all ranks while training goes on; interchange: epoch_N.pt files"
+    )
+    checkpoint_dir: str | None = flag(
+        None, "folder or s3:// url of checkpoints, in {name}/checkpoints there; default: the run's folder in --logs"
+    )
+    save_every_n_steps: int = flag(0, "steps between two sharded checkpoints; 0: at the end of an epoch only")
+    save_every_minutes: float = flag(0.0, "minutes between two sharded checkpoints; 0: at the end of an epoch only")
+    keep_last: int = flag(2, "how many of the newest sharded checkpoints are kept; 0: all")
+    save_milestone_every: int = flag(0, "steps between two sharded checkpoints that are kept for good; 0: none")
     distill_model: str | None = ineffective(None, "training from a teacher is not offered")
     distill_pretrained: str | None = ineffective(None, "training from a teacher is not offered")
+
+
+@dataclass(frozen=True)
+class FaultConfig(Section):
+    title: ClassVar[str] = "faults in training"
+
+    max_skipped_steps: int = flag(
+        10, "how many of the last 100 steps may be skipped for a loss or gradient that is not finite"
+    )
+    skip_loss_spikes: float | None = flag(
+        None, "skip a step whose loss is more than this many standard deviations above the mean of the last 128"
+    )
+    rollback_loss_spikes: float | None = flag(
+        None, "at such a loss go back to the newest checkpoint and pass over the data between"
+    )
+    hang_timeout: float = flag(
+        1800.0, "seconds without progress after which a run ends with the stacks of all ranks; 0: never"
+    )
 
 
 @dataclass(frozen=True)
@@ -306,6 +342,7 @@ class Config:
     parallel: ParallelConfig
     precision: PrecisionConfig
     checkpoint: CheckpointConfig
+    faults: FaultConfig
     logging: LoggingConfig
     validation: ValidationConfig
 

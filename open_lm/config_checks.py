@@ -114,6 +114,8 @@ _USED_ONLY: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = 
         lambda c: c.data.dataset_type != "synthetic",
         "with --dataset-type synthetic",
     ),
+    (("cache_limit",), lambda c: c.data.cache_dir is not None, "without --cache-dir"),
+    (("end_of_text_id",), lambda c: c.data.document_mask, "without --document-mask"),
     (("data_tolerate_error_p",), lambda c: c.data.ignore_parse_errors, "without --ignore-parse-errors"),
     (
         ("pretrained", "load_pretrained_state", "average", "average_coefficients"),
@@ -235,6 +237,17 @@ def _checkpoint_problems(config: Config) -> list[str]:
         problems.append(
             f"--average-coefficients has {len(coefficients)} values for {len(checkpoint.average or [])} of --average"
         )
+    sharded_only = [
+        name
+        for name in ("save_every_n_steps", "save_every_minutes", "save_milestone_every")
+        if getattr(checkpoint, name)
+    ]
+    if checkpoint.checkpoint_format == "interchange" and sharded_only:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sharded_only)
+        problems.append(f"--checkpoint-format interchange writes at the ends of epochs only: leave out {flags}")
+    faults = config.faults
+    if faults.skip_loss_spikes is not None and faults.rollback_loss_spikes is not None:
+        problems.append("--skip-loss-spikes and --rollback-loss-spikes exclude each other: give one of them")
     if checkpoint.load_pretrained_state and not checkpoint.pretrained:
         problems.append("--load-pretrained-state needs --pretrained, whose optimizer state it loads")
     if checkpoint.average and checkpoint.pretrained:
@@ -267,6 +280,7 @@ _AT_LEAST_ONE = (
     *("train_num_samples", "epochs", "global_batch_size", "batch_size", "accum_freq", "log_every_n_steps"),
     *("val_num_samples", "val_frequency", "global_val_batch_size", "val_iter_ci", "moe_top_k", "remote_sync_frequency"),
 )
+_MORE_THAN_ZERO = ("grad_clip_norm", "read_timeout", "skip_loss_spikes", "rollback_loss_spikes")
 _AT_LEAST_ZERO = (
     "workers",
     "warmup",
@@ -277,6 +291,13 @@ _AT_LEAST_ZERO = (
     "moe_freq",
     "lr",
     "force_min_lr",
+    "end_of_text_id",
+    "save_every_n_steps",
+    "save_every_minutes",
+    "keep_last",
+    "save_milestone_every",
+    "max_skipped_steps",
+    "hang_timeout",
 )
 
 
@@ -295,6 +316,6 @@ def _range_problems(config: Config) -> list[str]:
                 problems.append(f"{spec.flag}: found {value}, expected at least 0 and below 1")
             if name == "data_tolerate_error_p" and not 0 <= value <= 1:
                 problems.append(f"{spec.flag}: found {value}, expected a share from 0 to 1")
-            if name == "grad_clip_norm" and not value > 0:
+            if name in _MORE_THAN_ZERO and not value > 0:
                 problems.append(f"{spec.flag}: found {value}, expected more than 0")
     return problems

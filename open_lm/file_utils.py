@@ -1,4 +1,4 @@
-"""File helpers under the names that existing programs import; storage.py and checkpoint_files.py do the work."""
+"""File helpers under the names that existing programs import; storage.py and checkpoint/files.py do the work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pt_load(file_path: str, map_location: Any = None) -> Any:
 
     CheckpointError where the file is missing or broken.
     """
-    from open_lm.checkpoint_files import read_file
+    from open_lm.checkpoint.files import read_file
 
     return read_file(file_path, map_location)
 

@@ -14,7 +14,11 @@ from open_lm.config_checks import contradictions, missing_for_a_run
 from open_lm.errors import ConfigError, join_problems
 
 # Flags that came after these may not make anyone's abbreviations ambiguous.
-LATER_FLAGS = frozenset({"batch_size"})
+LATER_FLAGS = frozenset({
+    "batch_size", "document_mask", "end_of_text_id", "cache_dir", "cache_limit", "read_timeout", "allow_changed_data",
+    "checkpoint_format", "checkpoint_dir", "save_every_n_steps", "save_every_minutes", "keep_last",
+    "save_milestone_every", "max_skipped_steps", "skip_loss_spikes", "rollback_loss_spikes", "hang_timeout",
+})  # fmt: skip
 
 
 class FlagParser(argparse.ArgumentParser):

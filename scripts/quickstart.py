@@ -135,7 +135,7 @@ def make_shards(settings: Settings) -> None:
 
 def create_untrained(settings: Settings) -> None:
     """The model as the run will initialise it, to compare with."""
-    from open_lm.checkpoint_files import write_file
+    from open_lm.checkpoint.files import write_file
     from open_lm.model import create_model
     from open_lm.params import parse_args
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from open_lm.averaging import Averager, ModelAverager, parse_averagers
-from open_lm.checkpoint_files import read_file, write_file
+from open_lm.checkpoint.files import read_file, write_file
 from open_lm.errors import CheckpointError, ConfigError
 
 

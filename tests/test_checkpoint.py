@@ -33,7 +33,7 @@ from open_lm.checkpoint import (
     load_weights,
     read_model_state,
 )
-from open_lm.checkpoint_files import clean_name, read_file, sibling, write_file
+from open_lm.checkpoint.files import clean_name, read_file, sibling, write_file
 from open_lm.config import CheckpointConfig, LoggingConfig
 from open_lm.errors import CheckpointError, ConfigError, StorageError, end_process
 from open_lm.run_folder import RunPaths

@@ -15,7 +15,7 @@ from data_helpers import SEQ_LEN, VOCAB_SIZE, places, sequence, write_shard, wri
 
 from open_lm import storage
 from open_lm.config import DataConfig
-from open_lm.data import stream
+from open_lm.data import shards
 from open_lm.data.plan import Order, Plan, Source
 from open_lm.data.shard_format import MEMBER_KINDS, ManifestEntry, write_manifest
 from open_lm.data.sources import find_sources, find_validation_source
@@ -352,5 +352,5 @@ def test_at_most_a_few_shards_stay_open(tmp_path: Path) -> None:
 def test_command_attempts_are_bounded(tmp_path: Path) -> None:
     counter = tmp_path / "count"
     with pytest.raises(DataError):
-        stream.fetch(f"pipe:echo x >> {counter}; false", str(tmp_path))
+        shards.fetch(f"pipe:echo x >> {counter}; false", str(tmp_path))
     assert counter.read_text().count("x") == 3

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from open_lm.checkpoint_files import read_model_state, shape_problems
+from open_lm.checkpoint.files import read_model_state, shape_problems
 from open_lm.errors import CheckpointError, join_problems
 from open_lm.parallelize import unwrap
 from open_lm.param_names import clean_name

@@ -2,15 +2,12 @@
 
 Works alike for one process, DDP and sharded models: whole tensors are gathered to rank 0, which writes them, and are
 handed out from rank 0, which alone reads. Every function here is collective: all ranks call it, and a failure on rank 0
-is raised on all. The files are described in checkpoint_files.py.
+is raised on all. The files are described in files.py.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch.distributed as dist
@@ -19,12 +16,10 @@ from torch.optim import Optimizer
 
 from open_lm import storage
 from open_lm.averaging import ModelAverager
-from open_lm.checkpoint_files import (
+from open_lm.checkpoint.files import (
     LATEST,
     average_states,
-    epoch_number,
     file_name,
-    latest_checkpoint,
     numbered,
     plain,
     read_file,
@@ -33,57 +28,20 @@ from open_lm.checkpoint_files import (
     sibling,
     write_file,
 )
-from open_lm.config import CheckpointConfig, LoggingConfig
+from open_lm.checkpoint.model_state import (
+    fitting,
+    gather_optimizer,
+    gather_weights,
+    moments_by_name,
+    set_moments,
+    set_weights,
+)
+from open_lm.checkpoint.progress import Progress
+from open_lm.config import CheckpointConfig
 from open_lm.distributed import gather_objects, on_master
-from open_lm.errors import CheckpointError, ConfigError
-from open_lm.model_state import fitting, gather_optimizer, gather_weights, moments_by_name, set_moments, set_weights
-from open_lm.remote_sync import fetch_logs, remote_folder
+from open_lm.errors import CheckpointError
 from open_lm.rng import rng_state, set_rng_state
 from open_lm.run_folder import RunPaths
-
-__all__ = [
-    "CheckpointWriter", "Progress", "RunPaths", "find_resume", "latest_checkpoint", "load_average", "load_averagers",
-    "load_model", "load_optimizer", "load_rng", "load_weights", "read_model_state", "rng_state", "set_rng_state",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come, and what a checkpoint tells about it.
-
-    epoch: completed epochs. step: optimizer steps done. samples_seen: sequences trained on. seed: of the data order.
-    data_state: the loader's state for the next sequence. None where a checkpoint does not say.
-    """
-
-    epoch: int = 0
-    step: int | None = None
-    samples_seen: int | None = None
-    seed: int | None = None
-    evaluation_metrics: list[dict[str, Any]] = field(default_factory=list)
-    is_final: bool = False
-    percentage_of_data_seen: float = -1.0
-    next_shard_per_source: list[int] | None = None
-    train_data_string: list[str] | None = None
-    data_state: dict[str, Any] | None = None
-
-    @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
-        """From what `read_model_state` returns beside the weights; bare weights are step 0 of epoch 0."""
-        if "epoch" not in meta:
-            return cls(epoch=0, step=0)
-        known = {item.name: meta[item.name] for item in fields(cls) if item.name in meta}
-        return cls(**{**known, "seed": meta.get("shard_shuffle_seed")})
-
-    def shared_entries(self) -> dict[str, Any]:
-        """What epoch_N.pt and stats_N.pt both hold, where it is known."""
-        entries = {
-            "next_shard_per_source": self.next_shard_per_source,
-            "samples_seen": self.samples_seen,
-            "step": self.step,
-            "shard_shuffle_seed": self.seed,
-            "data_state": self.data_state,
-        }
-        return {key: value for key, value in entries.items() if value is not None}
 
 
 # ---------------------------------------------------------------------------------------------- saving
@@ -290,44 +248,3 @@ def load_rng(path: str) -> bool:
         return False
     set_rng_state(states[rank])
     return True
-
-
-# ---------------------------------------------------------------------------------------------- finding
-def find_resume(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPaths) -> str | None:
-    """The checkpoint that `--resume` means, on all ranks: "latest" is the newest of the run's folder and of its copy
-    at `--remote-sync` (the local one where both have it), or None where there is none yet.
-
-    With "latest", logs that are further on in the copy are fetched from there. Without it, ConfigError where the copy
-    holds a run of that name already.
-    """
-    remote = remote_folder(logging_cfg, paths.name)
-    if cfg.resume != "latest":
-        if remote is not None:
-            on_master(lambda: _refuse_existing(remote, paths))
-        return cfg.resume
-
-    def newest() -> str | None:
-        found = latest_checkpoint(paths.checkpoints) if paths.enabled else None
-        if remote is not None:
-            copied = latest_checkpoint(storage.join(remote, "checkpoints"))
-            if copied is not None and (found is None or _epoch_of(copied) > _epoch_of(found)):
-                found = copied
-            if paths.enabled and (fetched := fetch_logs(remote, paths.root)):
-                logging.info(f"fetched {', '.join(fetched)} from {remote}")
-        logging.info(f"--resume latest: {found or 'no checkpoint yet, starting afresh'}")
-        return found
-
-    return on_master(newest)
-
-
-def _refuse_existing(remote: str, paths: RunPaths) -> None:
-    if not os.path.exists(paths.log) and storage.exists(storage.join(remote, "out.log")):
-        raise ConfigError(
-            f"--remote-sync: a run of this name exists already at {remote}; "
-            "continue it with --resume latest, or choose another --name"
-        )
-
-
-def _epoch_of(url: str) -> int:
-    number = epoch_number(url)
-    return int(read_model_state(url)[1].get("epoch", 0)) if number is None else number

@@ -1,0 +1,19 @@
+"""A run's state on disk: sharded checkpoints (step_N/) and the interchange files (epoch_N.pt and its companions)."""
+
+from open_lm.checkpoint.files import latest_checkpoint, read_model_state
+from open_lm.checkpoint.finding import find_resume
+from open_lm.checkpoint.interchange import (
+    CheckpointWriter,
+    load_average,
+    load_averagers,
+    load_model,
+    load_optimizer,
+    load_rng,
+    load_weights,
+)
+from open_lm.checkpoint.progress import Progress
+
+__all__ = [
+    "CheckpointWriter", "Progress", "find_resume", "latest_checkpoint", "load_average", "load_averagers", "load_model",
+    "load_optimizer", "load_rng", "load_weights", "read_model_state",
+]  # fmt: skip

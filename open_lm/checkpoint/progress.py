@@ -1,0 +1,46 @@
+"""How far a run has come: what every checkpoint tells beside its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, and what a checkpoint tells about it.
+
+    epoch: completed epochs. step: optimizer steps done. samples_seen: sequences trained on. seed: of the data order.
+    data_state: the loader's state for the next sequence. None where a checkpoint does not say.
+    """
+
+    epoch: int = 0
+    step: int | None = None
+    samples_seen: int | None = None
+    seed: int | None = None
+    evaluation_metrics: list[dict[str, Any]] = field(default_factory=list)
+    is_final: bool = False
+    percentage_of_data_seen: float = -1.0
+    next_shard_per_source: list[int] | None = None
+    train_data_string: list[str] | None = None
+    data_state: dict[str, Any] | None = None
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
+        """From what `read_model_state` returns beside the weights; bare weights are step 0 of epoch 0."""
+        if "epoch" not in meta:
+            return cls(epoch=0, step=0)
+        known = {item.name: meta[item.name] for item in fields(cls) if item.name in meta}
+        return cls(**{**known, "seed": meta.get("shard_shuffle_seed")})
+
+    def shared_entries(self) -> dict[str, Any]:
+        """What epoch_N.pt and stats_N.pt both hold, where it is known."""
+        entries = {
+            "next_shard_per_source": self.next_shard_per_source,
+            "samples_seen": self.samples_seen,
+            "step": self.step,
+            "shard_shuffle_seed": self.seed,
+            "data_state": self.data_state,
+        }
+        return {key: value for key, value in entries.items() if value is not None}
