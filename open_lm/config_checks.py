@@ -260,6 +260,8 @@ def _checkpoint_problems(config: Config) -> list[str]:
     if logging.logs.lower() == "none":
         if logging.remote_sync:
             problems.append("--logs none writes nothing, so --remote-sync has nothing to copy")
+        if checkpoint.checkpoint_dir:
+            problems.append("--logs none writes nothing, so --checkpoint-dir gets no checkpoint")
         if logging.copy_codebase:
             problems.append("--logs none writes nothing, so --copy-codebase has nowhere to copy to")
         if checkpoint.resume == "latest":

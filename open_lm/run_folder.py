@@ -1,6 +1,7 @@
 """Where a run keeps its files, and what it writes about itself there: params.txt and a copy of the source.
 
-{logs}/{name}/out.log params.txt metrics.jsonl tensorboard/ wandb/ code/ checkpoints/ checkpoints_failed/
+{logs}/{name}/out.log params.txt data.json metrics.jsonl tensorboard/ wandb/ code/ stacks/ checkpoints/
+checkpoints_failed/; the last two are in {checkpoint_dir}/{name}/ where that is given, which may be remote.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class RunPaths:
 
     logs: str
     name: str
+    checkpoint_dir: str | None = None
 
     @property
     def enabled(self) -> bool:
@@ -69,20 +71,33 @@ class RunPaths:
         return storage.join(self.root, "tensorboard")
 
     @property
+    def data(self) -> str:
+        return storage.join(self.root, "data.json")
+
+    @property
+    def stacks(self) -> str:
+        return storage.join(self.root, "stacks")
+
+    @property
     def code(self) -> str:
         return storage.join(self.root, "code")
 
     @property
     def checkpoints(self) -> str:
-        return storage.join(self.root, "checkpoints")
+        return storage.join(self._checkpoint_root, "checkpoints")
 
     @property
     def failed(self) -> str:
-        return storage.join(self.root, "checkpoints_failed")
+        return storage.join(self._checkpoint_root, "checkpoints_failed")
+
+    @property
+    def _checkpoint_root(self) -> str:
+        return self.root if self.checkpoint_dir is None else storage.join(self.checkpoint_dir, self.name)
 
     @property
     def results(self) -> str:
-        return storage.join(self.checkpoints, "results.jsonl")
+        """Lines are added to it, so that it is always local."""
+        return storage.join(self.root, "checkpoints", "results.jsonl")
 
     def prepare(self, resume: str | None) -> None:
         """Make the run's folders; ConfigError where the run exists and is not continued with `--resume latest`."""
@@ -98,7 +113,7 @@ class RunPaths:
                 f"--name {self.name}: the run exists already at {self.root}; "
                 "continue its training with --resume latest, or choose another --name"
             )
-        for folder in (self.root, self.checkpoints, self.failed):
+        for folder in (self.root, os.path.dirname(self.results), self.checkpoints, self.failed):
             storage.makedirs(folder)
 
 
