@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from open_lm.config import CheckpointConfig
-
-_STEP_FOLDER = re.compile(r"^step_(\d+)$")
-_DIGITS = 8  # so that names sort as their steps do
-
-
-def step_folder(step: int) -> str:
-    """The name of the sharded checkpoint after `step` optimizer steps."""
-    return f"step_{step:0{_DIGITS}d}"
-
-
-def step_number(url: str) -> int | None:
-    """N of …/step_N, with or without a slash at the end; None for any other name."""
-    match = _STEP_FOLDER.match(url.rstrip("/").rpartition("/")[2])
-    return int(match.group(1)) if match else None
 
 
 def due_after_step(cfg: CheckpointConfig, step: int) -> bool:

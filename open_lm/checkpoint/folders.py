@@ -1,0 +1,60 @@
+"""The folders of sharded checkpoints: step_N/ when complete, another name with INCOMPLETE while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+
+from open_lm import storage
+from open_lm.errors import StorageError
+
+INDEX = "checkpoint.json"  # written last, removed first: where it is, the checkpoint is complete
+INCOMPLETE = ".incomplete"
+_STEP_FOLDER = re.compile(r"^step_(\d+)$")
+_DIGITS = 8  # so that names sort as their steps do
+
+
+def step_folder(step: int) -> str:
+    """The name of the sharded checkpoint after `step` optimizer steps."""
+    return f"step_{step:0{_DIGITS}d}"
+
+
+def step_number(url: str) -> int | None:
+    """N of .../step_N, with or without a slash at the end; None for any other name."""
+    match = _STEP_FOLDER.match(url.rstrip("/").rpartition("/")[2])
+    return int(match.group(1)) if match else None
+
+
+def step_folders(root: str) -> dict[int, str]:
+    """The step_N folders in a local or remote folder by their N, ascending, complete or not."""
+    numbers = {name: step_number(name) for name in _folder_names(root)}
+    found = {number: storage.join(root, name) for name, number in numbers.items() if number is not None}
+    return dict(sorted(found.items()))
+
+
+def unfinished(root: str) -> list[str]:
+    """The folders that nobody completes any more: those with INCOMPLETE, and step_N without their index."""
+    marked = [storage.join(root, name) for name in _folder_names(root) if name.endswith(INCOMPLETE)]
+    return marked + [url for url in step_folders(root).values() if storage.info(storage.join(url, INDEX)) is None]
+
+
+def remove_folder(url: str) -> None:
+    """Remove a checkpoint with all its files, the index first: what remains of it never looks complete."""
+    with contextlib.suppress(StorageError):
+        storage.remove(storage.join(url, INDEX))
+        for file in storage.list_files(url, recursive=True):
+            storage.remove(file)
+        if not storage.is_remote(url):
+            with contextlib.suppress(OSError):
+                os.rmdir(storage.local_path(url))
+
+
+def _folder_names(root: str) -> list[str]:
+    """The names of the folders directly in `root`; of a store without folders, those that hold files."""
+    if not storage.is_remote(root):
+        local = storage.local_path(root)
+        return sorted(entry.name for entry in os.scandir(local) if entry.is_dir()) if os.path.isdir(local) else []
+    base = root.rstrip("/") + "/"
+    inner = [url[len(base) :] for url in storage.list_files(root, recursive=True) if url.startswith(base)]
+    return sorted({path.split("/", 1)[0] for path in inner if "/" in path})
