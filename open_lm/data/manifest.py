@@ -33,6 +33,12 @@ class ManifestEntry:
         found = self.extra.get("num_bytes")
         return found if isinstance(found, int) else None
 
+    @property
+    def sha256(self) -> str:
+        """The sha256 (hex) of the shard's file, where its line says it, else ""."""
+        found = self.extra.get("sha256")
+        return found.lower() if isinstance(found, str) else ""
+
 
 def shard_stem(url: str) -> str:
     """The name a manifest gives a shard: its file name without `.tar`."""

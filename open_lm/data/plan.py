@@ -79,7 +79,8 @@ class Source:
     """One stream of shards, with its share of the samples.
 
     `sizes` are the sequences of each shard, None where they are not known before the shard is read. `repeats` is how
-    often each shard counts in a pass (or its relative chance to be drawn); empty means once each.
+    often each shard counts in a pass (or its relative chance to be drawn); empty means once each. `num_bytes` and
+    `sha256` (hex) are what a manifest says of each shard's file; None and "" where none does.
     """
 
     name: str
@@ -87,6 +88,12 @@ class Source:
     sizes: tuple[int | None, ...]
     weight: Fraction = Fraction(1)
     repeats: tuple[Fraction, ...] = ()
+    num_bytes: tuple[int | None, ...] = ()
+    sha256: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_bytes", self.num_bytes or (None,) * len(self.shards))
+        object.__setattr__(self, "sha256", self.sha256 or ("",) * len(self.shards))
 
     @cached_property
     def num_sequences(self) -> int | None:

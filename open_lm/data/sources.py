@@ -21,7 +21,7 @@ _MAX_LISTED = 20
 _LISTABLE = ("s3://", "s3a://", "gs://", "az://", "abfs://")
 T = TypeVar("T")
 
-Part = tuple[tuple[str, ...], tuple[int | None, ...]]  # shards and their sizes
+Part = list[tuple[str, ManifestEntry | None]]  # shards, each with what a manifest says of it
 
 
 def find_sources(data: DataConfig) -> tuple[Source, ...]:
@@ -85,26 +85,24 @@ def _read_pattern(pattern: str, whole: bool) -> list[Part]:
     if empty:
         raise DataError(join_problems(empty, "No shard found for the pattern"))
     entries = [shard_entries(part) or {} for part in urls]
-    _check_files({url: table.get(url) for part, table in zip(urls, entries, strict=True) for url in part}, whole)
-    return [
-        (tuple(part), tuple(table[url].num_sequences if url in table else None for url in part))
-        for part, table in zip(urls, entries, strict=True)
-    ]
+    parts = [[(url, table.get(url)) for url in part] for part, table in zip(urls, entries, strict=True)]
+    _check_files(dict(shard for part in parts for shard in part), whole)
+    return parts
 
 
 def read_manifest_part(url: str, whole: bool = True) -> Part:
-    """The shards that a manifest names, which lie beside it, and their sizes."""
+    """The shards that a manifest names, which lie beside it."""
     entries = read_manifest(url)
     folder = url[: url.rfind("/") + 1]
     bad = [entry.shard for entry in entries if entry.shard.startswith(("/", "pipe:")) or "://" in entry.shard]
     if bad:
         raise DataError(f"{url}: names shards outside its folder ({', '.join(bad[:5])}); expected names beside it")
-    shards = tuple(f"{folder}{entry.shard}.tar" for entry in entries)
+    part: Part = [(f"{folder}{entry.shard}.tar", entry) for entry in entries]
     try:
-        _check_files(dict(zip(shards, entries, strict=True)), whole)
+        _check_files(dict(part), whole)
     except DataError as error:
         raise DataError(f"{url} does not fit what is there; copy it again or make it anew. {error}") from error
-    return shards, tuple(entry.num_sequences for entry in entries)
+    return part
 
 
 def _check_files(shards: Mapping[str, ManifestEntry | None], whole: bool) -> None:
@@ -154,12 +152,16 @@ def _listing(urls: Sequence[str], heading: str) -> str:
 
 
 def _join_parts(name: str, parts: Sequence[Part], weight: Fraction, factors: Sequence[Fraction] | None) -> Source:
-    shards = tuple(url for urls, _ in parts for url in urls)
-    sizes = tuple(size for _, part_sizes in parts for size in part_sizes)
-    repeats: tuple[Fraction, ...] = ()
-    if factors:
-        repeats = tuple(factor for (urls, _), factor in zip(parts, factors, strict=True) for _ in urls)
-    return Source(name, shards, sizes, weight, repeats)
+    shards, entries = zip(*(shard for part in parts for shard in part), strict=True)
+    return Source(
+        name,
+        shards,
+        sizes=tuple(entry and entry.num_sequences for entry in entries),
+        weight=weight,
+        repeats=tuple(f for part, f in zip(parts, factors, strict=True) for _ in part) if factors else (),
+        num_bytes=tuple(entry and entry.num_bytes for entry in entries),
+        sha256=tuple(entry.sha256 if entry else "" for entry in entries),
+    )
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
