@@ -37,6 +37,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is missing, broken or of another shape than the model."""
 
 
+class BrokenCheckpoint(CheckpointError):
+    """A checkpoint whose files are cut short, changed or unreadable: an earlier one may serve."""
+
+
 class StorageError(UserError, OSError):
     """A local or remote path that cannot be reached, read or written."""
 
