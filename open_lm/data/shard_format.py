@@ -20,7 +20,6 @@ import ast
 import gzip
 import hashlib
 import io
-import mmap
 import os
 import tarfile
 import zlib
@@ -44,7 +43,7 @@ from open_lm.data.manifest import (
     total_sequences,
     write_manifest,
 )
-from open_lm.data.npy_block import npy_members, tar_header
+from open_lm.data.npy_block import Buffer, names_alike, npy_members, tar_header
 from open_lm.errors import DataError
 
 __all__ = [
@@ -81,7 +80,7 @@ _GZIP_WBITS = 31
 KEY_DIGITS = 12
 _BATCH_BYTES = 4 << 20  # of members built at a time: they stay in the processor's cache until they are written
 
-Source = bytes | bytearray | memoryview | mmap.mmap | IO[bytes]
+Source = Buffer | IO[bytes]
 
 
 # --- members -----------------------------------------------------------------------------------------------------
@@ -236,7 +235,8 @@ def iter_files(source: Source, name: str) -> Iterator[tuple[str, int, int]]:
     while (block := read(offset, _BLOCK)) != bytes(_BLOCK):
         info = _parse_header(block, name, offset, size)
         start = offset + _BLOCK
-        offset = start + -(-info.size // _BLOCK) * _BLOCK
+        stride = _BLOCK + -(-info.size // _BLOCK) * _BLOCK
+        offset += stride
         if start + info.size > size:
             raise DataError(
                 f"{name}: cut short: the member {info.name!r} at byte {start - _BLOCK} needs {info.size} bytes, "
@@ -247,12 +247,16 @@ def iter_files(source: Source, name: str) -> Iterator[tuple[str, int, int]]:
             continue
         if info.isreg():
             yield long_name or info.name, start, info.size
+            if isinstance(source, Buffer):
+                for alike in names_alike(source, block, offset, stride):
+                    yield alike, offset + _BLOCK, info.size
+                    offset += stride
         long_name = ""
 
 
 def _reader(source: Source) -> tuple[int, Any]:
     """The size of a source and a function (offset, count) -> bytes."""
-    if isinstance(source, bytes | bytearray | memoryview | mmap.mmap):
+    if isinstance(source, Buffer):
         return len(source), lambda offset, count: bytes(source[offset : offset + count])
     handle = source
     size = handle.seek(0, os.SEEK_END)
