@@ -20,15 +20,15 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from marked_processes import MARK, end_all
 
 from open_lm.errors import DataError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-MARK = "OPEN_LM_KILL_PREPROCESS"  # in the environment of all that is started here
-POLL_S, SETTLE_S = 0.05, 5.0
 
 
 @dataclass
@@ -74,32 +74,6 @@ class Trial:
         }
         found = ", ".join(f"{number} {name}" for name, number in count.items() if number) or "nothing"
         return found + (", finished" if any(path.name == "dataset.json" for path in files) else "")
-
-
-def end_all(mark: str) -> None:
-    """End whatever carries the mark: processes may have left the group that was killed."""
-    deadline = time.monotonic() + SETTLE_S
-    while left := list(marked(mark)):
-        if time.monotonic() > deadline:
-            raise DataError(f"processes {left} survive SIGKILL")
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        time.sleep(POLL_S)
-
-
-def marked(mark: str) -> Iterator[int]:
-    """The processes that carry the mark in their environment; one that has ended carries none."""
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                environment = (folder / "environ").read_bytes()
-            except OSError:
-                continue
-            if f"{MARK}={mark}".encode() in environment:
-                yield int(folder.name)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
