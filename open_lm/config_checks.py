@@ -248,6 +248,8 @@ def _checkpoint_problems(config: Config) -> list[str]:
     faults = config.faults
     if faults.skip_loss_spikes is not None and faults.rollback_loss_spikes is not None:
         problems.append("--skip-loss-spikes and --rollback-loss-spikes exclude each other: give one of them")
+    if checkpoint.checkpoint_format == "interchange" and faults.rollback_loss_spikes is not None:
+        problems.append("--rollback-loss-spikes goes back to a sharded checkpoint: leave out --checkpoint-format")
     if checkpoint.load_pretrained_state and not checkpoint.pretrained:
         problems.append("--load-pretrained-state needs --pretrained, whose optimizer state it loads")
     if checkpoint.average and checkpoint.pretrained:
