@@ -44,7 +44,7 @@ def one_shard(path: Path, sequences: list[np.ndarray], kind: str = "npy", size: 
 def test_rows_are_the_members_in_order(tmp_path: Path, kind: str) -> None:
     source = find_validation_source(write_source(tmp_path, [3, 2], kind=kind))
     rows, filled = read(reader_of(source), 5)
-    assert rows.dtype == np.int64
+    assert rows.dtype == np.uint16
     assert rows.tolist() == [sequence(0, s, m).tolist() for s, m in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]]
     assert filled.all()
 

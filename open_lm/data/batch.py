@@ -1,22 +1,29 @@
-"""A rank's batches as worker processes prepare them: plan -> rows -> inputs and targets.
+"""A rank's batches as worker processes prepare them: plan -> rows -> batch, the stages of a webdataset pipeline.
 
 Worker w of W prepares batches w, w + W, … of the rank; torch's DataLoader hands them out in order, so that the number
 of workers changes nothing. A user's mistake that a worker finds travels as a message and is raised in the main process.
+
+webdataset composes the stages and splits them among workers. Its tar iteration and shuffle buffers have no part: they
+read a shard from front to back, which neither gives a place in the order that a few integers can name nor lets a worker
+take only its own samples, and they take a Python object for each member, where rows are gathered here from the mapped
+file at once. Nor have its handlers, which go on without the sample: here a row that cannot be used stays a row.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from open_lm import errors
 from open_lm.config import DataConfig
@@ -31,43 +38,79 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One rank's rows of a global batch.
-
-    inputs, targets (B, T) int64; masked targets are IGNORE_INDEX, and so is every target of a filler row. `filled` (B,)
-    bool tells the rows that hold data, `num_samples` how many. `per_source` counts those rows by source. `skipped` rows
-    are filler in place of sequences that were too short or (where tolerated) broken.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    filled: Tensor
-    num_samples: int
-    per_source: tuple[int, ...]
-    skipped: int
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
-        return replace(
-            self,
-            inputs=self.inputs.pin_memory(),
-            targets=self.targets.pin_memory(),
-            filled=self.filled.pin_memory(),
-        )
-
-
-@dataclass(frozen=True)
 class TargetMask:
     """The --target-mask-left, --target-mask-individual and --squash-mask-left of a run."""
 
     left: int | None = None
     individual: int | None = None
     squash: bool = False
-    padding: bool = True  # PAD_ID, which fills up the last sequence of a dataset, is no target
 
     @classmethod
     def of(cls, data: DataConfig) -> TargetMask:
         return cls(data.target_mask_left, data.target_mask_individual, data.squash_mask_left)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's rows of a global batch, in the width they are stored in; what is trained on is made where they lie.
+
+    rows (B, T + 1) of `stream.row_dtype`: ids, PAD_ID only where that is signed. `filled` (B,) bool tells the rows that
+    hold data, `num_samples` how many. `per_source` counts those rows by source. `skipped` rows are filler in place of
+    sequences that were too short or (where tolerated) broken.
+    """
+
+    rows: Tensor
+    filled: Tensor
+    num_samples: int
+    per_source: tuple[int, ...]
+    skipped: int
+    vocab_size: int
+    mask: TargetMask
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """All ids (B, T + 1) int64; a pad counts from the vocabulary's end, as a reader that knows no pads takes it."""
+        tokens = self.rows.to(torch.int64)
+        return tokens.masked_fill(tokens == PAD_ID, self.vocab_size + PAD_ID) if self._may_be_padded else tokens
+
+    @property
+    def inputs(self) -> Tensor:
+        """(B, T) int64."""
+        return self._split[0]
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T) int64; masked ones, pads and all of a filler row are IGNORE_INDEX."""
+        return self._split[1]
+
+    @cached_property
+    def _split(self) -> tuple[Tensor, Tensor]:
+        targets = self.tokens[:, 1:]
+        if self._may_be_padded:
+            targets = targets.masked_fill(self.rows[:, 1:] == PAD_ID, IGNORE_INDEX)
+        inputs, targets = mask_targets(
+            self.tokens[:, :-1],
+            targets,
+            mask_left=self.mask.left,
+            mask_individual=self.mask.individual,
+            squash=self.mask.squash,
+        )
+        if self.num_samples < len(self.rows):
+            targets = targets.masked_fill(~self.filled[:, None], IGNORE_INDEX)
+        return inputs.contiguous(), targets.contiguous()
+
+    @property
+    def _may_be_padded(self) -> bool:
+        return self.rows.dtype.is_signed
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; from page-locked memory the copy goes on while the caller does."""
+        rows, filled = (tensor.to(device, non_blocking=True) for tensor in (self.rows, self.filled))
+        return replace(self, rows=rows, filled=filled)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return replace(self, rows=self.rows.pin_memory(), filled=self.filled.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -103,85 +146,145 @@ class Job:
         return self.batch_size * self.world_size
 
 
-def make_batch(job: Job, reader: Reader, samples: Samples) -> Batch:
-    """The rank's part of a global batch `samples` (at most global_batch_size of them)."""
-    own = samples.rows(job.rank * job.batch_size, (job.rank + 1) * job.batch_size)
-    rows, filled = reader.read(own)
-    absent = job.batch_size - len(rows)
-    if absent:
-        rows = np.concatenate([rows, np.zeros((absent, rows.shape[1]), np.int64)])
-        filled = np.concatenate([filled, np.zeros(absent, bool)])
-    tokens, valid = torch.from_numpy(rows), torch.from_numpy(filled)
-    is_padding = tokens == PAD_ID
-    tokens = tokens.masked_fill(is_padding, job.stream.vocab_size + PAD_ID)  # as an input it counts from the end
-    targets = tokens[:, 1:].masked_fill(is_padding[:, 1:] & job.mask.padding, IGNORE_INDEX)
-    inputs, targets = mask_targets(
-        tokens[:, :-1],
-        targets,
-        mask_left=job.mask.left,
-        mask_individual=job.mask.individual,
-        squash=job.mask.squash,
-    )
-    targets = targets.masked_fill(~valid[:, None], IGNORE_INDEX)
-    per_source = np.bincount(own.source[filled[: len(own.source)]], minlength=len(job.stream.sources))
-    num_samples = int(filled.sum())
-    skipped = len(own.source) - num_samples
-    return Batch(inputs.contiguous(), targets, valid, num_samples, tuple(per_source.tolist()), skipped)
+class _Planned(NamedTuple):
+    """A global batch before anything of it is read."""
+
+    samples: Samples
+    state: dict[str, Any]  # the position after it
+    upcoming: list[tuple[int, int]]  # shards to fetch ahead
 
 
-class _Stream(IterableDataset[Item]):
-    """A rank's batches in order; of these the ones that this worker prepares."""
+class Stages:
+    """The stages of a job's pipeline in one process; what they share is made with the first batch."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
 
-    def __iter__(self) -> Iterator[Item]:
+    @cached_property
+    def _reader(self) -> Reader:
+        return make_reader(self.job.stream)
+
+    def plan(self) -> Iterator[_Planned]:
+        """The global batches in order. Each worker counts through all, which costs little, and reads its own."""
         job = self.job
-        worker = get_worker_info()
-        own, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        reader = make_reader(job.stream)
+        plan = Plan(job.stream.sources, job.seed, job.order, size_of=self._reader.size_of, state=job.state)
+        first = plan.position
+        while True:
+            left = job.global_batch_size
+            if job.limit is not None:
+                left = min(left, job.limit - (plan.position - first))
+            samples = plan.take(left, partial=job.ends)
+            if not len(samples.source):
+                return
+            yield _Planned(samples, plan.state(), plan.upcoming())
+
+    def read(self, planned: Iterable[_Planned]) -> Iterator[Item]:
+        """The rank's part of each global batch."""
+        for samples, state, upcoming in planned:
+            self._reader.prefetch(upcoming)
+            batch = self._batch(samples)
+            notices, self._reader.notices = tuple(self._reader.notices), []
+            yield Item(batch, state, notices)
+
+    def _batch(self, samples: Samples) -> Batch:
+        """The rank's rows of a global batch `samples` (at most global_batch_size of them), filled up with filler."""
+        job = self.job
+        own = samples.rows(job.rank * job.batch_size, (job.rank + 1) * job.batch_size)
+        rows, filled = self._reader.read(own)
+        num_samples = int(filled.sum())
+        per_source = np.bincount(own.source[filled], minlength=len(job.stream.sources))
+        absent = job.batch_size - len(rows)
+        if absent:
+            rows = np.pad(rows, ((0, absent), (0, 0)))
+            filled = np.pad(filled, (0, absent))
+        return Batch(
+            torch.from_numpy(rows),
+            torch.from_numpy(filled),
+            num_samples,
+            tuple(per_source.tolist()),
+            skipped=len(own.source) - num_samples,
+            vocab_size=job.stream.vocab_size,
+            mask=job.mask,
+        )
+
+    def carry_failure(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, and a user's mistake as the last of them."""
         try:
-            plan = Plan(job.stream.sources, job.seed, job.order, size_of=reader.size_of, state=job.state)
-            first = plan.position
-            for number in count():
-                left = job.global_batch_size
-                if job.limit is not None:
-                    left = min(left, job.limit - (plan.position - first))
-                samples = plan.take(left, partial=job.ends)
-                if not len(samples.source):
-                    return
-                if number % workers == own:
-                    reader.prefetch(plan.upcoming())
-                    batch = make_batch(job, reader, samples)
-                    notices, reader.notices = tuple(reader.notices), []
-                    yield Item(batch, plan.state(), notices)
+            yield from items
         except UserError as error:
-            yield Item(None, {}, tuple(reader.notices), (type(error).__name__, str(error)))
+            yield Item(None, {}, tuple(self._reader.notices), (type(error).__name__, str(error)))
 
 
-def _leave_interrupts_to_the_main_process(_worker: int) -> None:
+def pipeline(job: Job) -> Any:
+    """A rank's batches as a webdataset pipeline, an IterableDataset of `Item`."""
+    from webdataset import DataPipeline, split_by_worker
+
+    stages = Stages(job)
+    return DataPipeline(stages.plan, split_by_worker, stages.read, stages.carry_failure)
+
+
+def _heed_only_the_parent(_worker: int) -> None:
+    """In a worker: interrupts and the signals that ask a run to save and stop are the main process's to answer, also
+    where a scheduler sends them to every process of the job. A SIGTERM of the main process itself ends the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def wait_for_the_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_the_parent, daemon=True).start()
 
 
 def items(job: Job, workers: int, told: set[str]) -> Iterator[Item]:
     """The items of a job in order, prepared by `workers` processes (0: by this one).
 
-    Notices that are not in `told` are logged. UserError: what a worker has found, as it found it.
+    Notices that are not in `told` are logged. UserError: what a worker has found, as it found it; DataError for a
+    worker that was killed.
     """
     loader: DataLoader[Item] = DataLoader(
-        _Stream(job),
+        pipeline(job),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=_PREFETCHED_BATCHES if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        worker_init_fn=_heed_only_the_parent,
         generator=torch.Generator(),  # one of its own, so that the number of workers leaves the global one alone
     )
-    for item in loader:
+    for item in _from_workers(loader):
         _tell(item.notices, told, job.rank)
         if item.failure:
             name, message = item.failure
             raise getattr(errors, name, DataError)(message)
+        yield item
+
+
+def _from_workers(loader: DataLoader[Item]) -> Iterator[Item]:
+    """What the loader gives; DataError for a worker that died, when its batch is waited for.
+
+    torch would raise from a signal handler, in the middle of whatever the main process is doing just then; its loader
+    looks after its workers every few seconds as well, and that is soon enough.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if in_main_thread and loader.num_workers:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataError(
+                f"{error}: a process that prepares batches was ended from outside; if memory ran out (the kernel's log "
+                "names the processes it kills for that), give fewer --workers or smaller shards"
+            ) from error
         yield item
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from open_lm.config import DataConfig, ValidationConfig
@@ -59,8 +58,7 @@ class TokenBatches:
     def __iter__(self) -> Iterator[tuple[Tensor]]:
         for batch in self._batches():
             if batch.num_samples:
-                tokens = torch.cat([batch.inputs, batch.targets[:, -1:]], dim=1)
-                yield (tokens[batch.filled],)
+                yield (batch.tokens[batch.filled],)
 
 
 class _TrainTokens(TokenBatches):
@@ -132,7 +130,7 @@ def get_wds_dataset(  # noqa: PLR0917 (existing callers pass these by position)
     num_batches = sequences // global_batch if floor else -(-sequences // global_batch)
     if num_batches == 0:
         raise ConfigError(f"an epoch of {sequences} sequences is less than one global batch of {global_batch}")
-    return DataInfo(_TrainTokens(loader.unmasked(), num_batches, num_batches * global_batch, epoch), loader)
+    return DataInfo(_TrainTokens(loader, num_batches, num_batches * global_batch, epoch), loader)
 
 
 def _epoch_sequences(args: Any, loader: TrainLoader, forced: Sequence[int] | None) -> int:
@@ -156,7 +154,7 @@ def _val_loaders(args: Any, data_key: str | None = None) -> list[ValLoader]:
 
 
 def _val_info(loader: ValLoader) -> DataInfo:
-    return DataInfo(_ValTokens(loader.unmasked(), loader.num_sequences or 0), loader)
+    return DataInfo(_ValTokens(loader, loader.num_sequences or 0), loader)
 
 
 def _options(args: Any, world_size: int) -> dict[str, Any]:

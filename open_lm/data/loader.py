@@ -79,12 +79,6 @@ class TrainLoader:
         plan.take(skip_batches * self._job.global_batch_size)
         self.state = plan.state()
 
-    def unmasked(self) -> TrainLoader:
-        """A loader of the same batches whose targets are all ids, from the same position."""
-        return TrainLoader(
-            replace(self._job, mask=TargetMask(padding=False), state=self.state), self._workers, self._folder
-        )
-
     def close(self) -> None:
         """Stop the workers; `batches` would start new ones from the state."""
         self._iterator = None
@@ -198,10 +192,6 @@ class ValLoader:
             yield item.batch
         if not batches:
             raise DataError(f"--val-data {self.val_data[0]}: its shards hold no sequence")
-
-    def unmasked(self) -> ValLoader:
-        """A loader of the same batches whose targets are all ids."""
-        return ValLoader(replace(self._job, mask=TargetMask(padding=False)), self._workers, self._folder)
 
 
 def build_val_loaders(

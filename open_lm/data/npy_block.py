@@ -90,8 +90,10 @@ def names_alike(data: Buffer, header: bytes, start: int, stride: int) -> list[st
 class _Place(Protocol):
     """Where a member's file lies, in bytes."""
 
-    offset: int
-    size: int
+    @property
+    def offset(self) -> int: ...
+    @property
+    def size(self) -> int: ...
 
 
 class NpyRows:

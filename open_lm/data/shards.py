@@ -10,11 +10,13 @@ import os
 import shutil
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from open_lm import storage
+from open_lm.data.npy_block import NpyRows
 from open_lm.data.shard_format import MEMBER_KINDS, Member, decode_member, index_shard
 from open_lm.errors import DataError, StorageError
 
@@ -31,8 +33,8 @@ class Shard:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
                 raise DataError(f"{url}: the file is empty; make or copy the shard again")
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        members = index_shard(self._bytes, url)
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        members = index_shard(self.data, url)
         kinds = {member.kind for member in members}
         self.kind = wanted_kind if wanted_kind in kinds else next(kind for kind in MEMBER_KINDS if kind in kinds)
         self.members: list[Member] = [member for member in members if member.kind == self.kind]
@@ -40,10 +42,18 @@ class Shard:
     def __len__(self) -> int:
         return len(self.members)
 
+    @cached_property
+    def rows(self) -> NpyRows | None:
+        """The members as rows of one array; None where they are not npy or the first of them is not plain."""
+        if self.kind == "npy":
+            with contextlib.suppress(ValueError):
+                return NpyRows(self.data, self.members)
+        return None
+
     def ids(self, number: int) -> np.ndarray:
         """The ids of a member, int64 (any length,), as stored; DataError that names shard and member."""
         member = self.members[number]
-        data = self._bytes[member.offset : member.offset + member.size]
+        data = self.data[member.offset : member.offset + member.size]
         try:
             return decode_member(data, member.kind, eot_id=END_OF_TEXT_ID)
         except DataError as error:

@@ -8,14 +8,14 @@ Nothing here is opened before the first sample is asked for, so that a `SampleRe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from open_lm.data.plan import Samples, Source, hash_key, hash_range
-from open_lm.data.shard_format import PAD_ID
+from open_lm.data.shard_format import PAD_ID, token_dtype
 from open_lm.data.shards import Shard, ShardStore, needs_fetch
 from open_lm.data.sources import SYNTHETIC
 from open_lm.errors import DataError, StorageError
@@ -37,6 +37,15 @@ class StreamSpec:
     data_keys: tuple[str | None, ...]
     tolerated_share: float | None = None
     folder: str | None = None
+
+
+def row_dtype(vocab_size: int, padded: bool = False) -> np.dtype[np.generic]:
+    """The type that rows of ids travel in: the smallest that torch can turn into int64 on any device, signed and so
+    able to hold PAD_ID where they are `padded` or need more than 16 bits."""
+    stored = token_dtype(vocab_size)
+    if stored.itemsize <= 2 and not padded:
+        return stored
+    return np.dtype(np.int32 if vocab_size <= 2**31 else np.int64)
 
 
 class Notice(NamedTuple):
@@ -73,29 +82,71 @@ class SampleReader:
             self._store.prefetch(self.spec.sources[source].shards[shard])
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (n, seq_len + 1) int64 and whether each holds data (n,) bool; the others are filler, all zeros.
+        """Rows (n, seq_len + 1) and whether each holds data (n,) bool; the others are filler, all zeros.
 
-        Longer sequences are cut at a random place (fixed by the sample's key), shorter ones become filler, broken ones
-        too where they are tolerated. DataError for everything else.
+        The rows are of `row_dtype`, the padded one where a row holds PAD_ID. Longer sequences are cut at a random place
+        (fixed by the sample's key), shorter ones become filler, broken ones too where they are tolerated. DataError for
+        everything else.
         """
-        width = self.spec.seq_len + 1
-        rows = np.zeros((len(samples.source), width), np.int64)
+        rows = np.zeros((len(samples.source), self.spec.seq_len + 1), row_dtype(self.spec.vocab_size))
         filled = np.zeros(len(rows), bool)
-        for number, (source, shard, member, key) in enumerate(zip(*(a.tolist() for a in samples), strict=True)):
-            ids = self._ids(source, shard, member)
-            if ids is None:
-                self._count_broken()
-            elif len(ids) < width:
-                self._rows["read"] += 1
-                self._refuse_if_all_short(source, shard)
-            else:
-                self._rows["read"] += 1
-                spare = len(ids) - width
-                start = hash_key(key, member) % (spare + 1) if spare else 0
-                rows[number] = ids[start : start + width]
-                filled[number] = True
-                self._rows["usable"] += 1
+        for source, shard, places in _by_shard(samples):
+            done = self._gather(rows, source, shard, samples, places)
+            filled[places[done]] = True
+            self._count_usable(int(done.sum()))
+            for number in places[~done].tolist():
+                ids = self._read_one(source, shard, int(samples.member[number]), int(samples.key[number]))
+                if ids is not None:
+                    if rows.dtype.kind == "u" and ids.min() < 0:
+                        rows = rows.astype(row_dtype(self.spec.vocab_size, padded=True))
+                    rows[number], filled[number] = ids, True
         return rows, filled
+
+    def _gather(self, rows: np.ndarray, source: int, shard: int, samples: Samples, places: np.ndarray) -> np.ndarray:
+        """Fill in at once what stands in plain npy members: which of `places` (n,) that is, bool (n,).
+
+        What holds an id that is negative or beyond the vocabulary is left out, and so is what is not alike.
+        """
+        done = np.zeros(len(places), bool)
+        opened = self._open(source, shard)
+        found = None if opened is None else opened.rows
+        width = rows.shape[1]
+        if found is None or found.length < width:
+            return done
+        is_row = found.is_row[samples.member[places]]
+        numbers = places[is_row]
+        ids = found.gather(samples.member[numbers])
+        if ids.size and (ids.max() >= self.spec.vocab_size or ids.dtype.kind == "i"):
+            usable = ((ids >= 0) & (ids < self.spec.vocab_size)).all(axis=1)
+            is_row[is_row], numbers, ids = usable, numbers[usable], ids[usable]
+        if found.length == width:
+            rows[numbers] = ids
+        else:
+            for number, long in zip(numbers.tolist(), ids, strict=True):
+                rows[number] = self._cut(long, int(samples.member[number]), int(samples.key[number]))
+        return is_row
+
+    def _read_one(self, source: int, shard: int, member: int, key: int) -> np.ndarray | None:
+        """The seq_len + 1 ids of a sample, int64; None where it is filler."""
+        ids = self._ids(source, shard, member)
+        if ids is None:
+            self._count_broken()
+            return None
+        if len(ids) <= self.spec.seq_len:
+            self._rows["read"] += 1
+            self._refuse_if_all_short(source, shard)
+            return None
+        self._count_usable(1)
+        return self._cut(ids, member, key)
+
+    def _cut(self, ids: np.ndarray, member: int, key: int) -> np.ndarray:
+        spare = len(ids) - (self.spec.seq_len + 1)
+        start = hash_key(key, member) % (spare + 1) if spare else 0
+        return ids[start : start + self.spec.seq_len + 1]
+
+    def _count_usable(self, count: int) -> None:
+        self._rows["read"] += count
+        self._rows["usable"] += count
 
     def _ids(self, source: int, shard: int, member: int) -> np.ndarray | None:
         """The checked ids of a sample; None for a broken one that is tolerated."""
@@ -188,6 +239,15 @@ class SampleReader:
         )
 
 
+def _by_shard(samples: Samples) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Source, shard and places (n,) of the samples of each shard, in the order in which shards come first."""
+    shards = samples.source << 40 | samples.shard
+    values, first, inverse = np.unique(shards, return_index=True, return_inverse=True)
+    for number in np.argsort(first).tolist():
+        value = int(values[number])
+        yield value >> 40, value & (1 << 40) - 1, np.flatnonzero(inverse == number)
+
+
 class SyntheticReader:
     """Random ids of the vocabulary, fixed by the sample's key; for measuring speed and for tests."""
 
@@ -202,8 +262,8 @@ class SyntheticReader:
         """Nothing to fetch."""
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (n, seq_len + 1) int64, and that all of them hold data (n,) bool."""
-        rows = np.empty((len(samples.source), self.spec.seq_len + 1), np.int64)
+        """Rows (n, seq_len + 1) of `row_dtype`, and that all of them hold data (n,) bool."""
+        rows = np.empty((len(samples.source), self.spec.seq_len + 1), row_dtype(self.spec.vocab_size))
         for number, (member, key) in enumerate(zip(samples.member.tolist(), samples.key.tolist(), strict=True)):
             rows[number] = hash_range(hash_key(key, member), rows.shape[1]) % np.uint64(self.spec.vocab_size)
         return rows, np.ones(len(rows), bool)
