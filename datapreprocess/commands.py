@@ -241,13 +241,14 @@ def _outside(layout: Layout, inputs: Iterable[InputFile], sources: Sequence[str]
 
 
 def _memory_limit(text: str | None) -> int | None:
-    from open_lm.datapreprocess.memory import parse_size, plan_budget
+    from open_lm.datapreprocess.memory import plan_budget
     from open_lm.errors import ConfigError
+    from open_lm.storage import parse_bytes
 
     if text is None:
         return None
     try:
-        limit = parse_size(text)
+        limit = parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"--memory-limit: {error}") from error
     plan_budget(limit, workers=1)  # one worker must fit

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 
 from open_lm.errors import ConfigError
@@ -14,7 +13,6 @@ _LEAST_BUFFER_BYTES, _WANTED_BUFFER_BYTES = 8 << 20, 32 << 20
 _WANTED_RUNS = 2000
 SPILLED_PER_INPUT = 2  # bytes of ids for a byte of compressed input
 _HELD_TIMES = 4  # buffers that a worker holds at once: sequences, their sorted copy, documents with their ids
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -23,14 +21,6 @@ class Budget:
 
     workers: int
     buffer_bytes: int
-
-
-def parse_size(text: str) -> int:
-    """Bytes from words such as 4GB, 512MiB, 1.5g or a plain number; ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError(f"expected a size such as 4GB or 512MiB, found {text!r}")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def machine_bytes() -> int:

@@ -19,14 +19,24 @@ from functools import partial
 from typing import IO, Any
 
 from open_lm.errors import StorageError
-from open_lm.storage_backends import FSSPEC_PREFIX, find_backend
-from open_lm.storage_errors import IncompleteTransfer, explained, full_disk_explained
-from open_lm.storage_files import SCHEME, FileInfo, is_temporary, is_web, local_path, temporary_name
+from open_lm.storage_backends import FSSPEC_PREFIX, find_backend, has_backend
+from open_lm.storage_errors import IncompleteTransfer, Stalled, back_off, explained, full_disk_explained
+from open_lm.storage_files import (
+    READ_TIMEOUT_S,
+    SCHEME,
+    FileInfo,
+    is_temporary,
+    is_web,
+    local_path,
+    parse_bytes,
+    temporary_name,
+)
 
 __all__ = [
-    "FSSPEC_PREFIX", "FileInfo", "atomic_write", "copy", "download", "exists", "glob", "glob_infos", "info",
-    "is_remote", "is_temporary", "join", "list_files", "list_infos", "local_path", "makedirs", "open_file",
-    "read_bytes", "read_text", "remove", "size", "temporary_name", "upload", "write_bytes", "write_text",
+    "FSSPEC_PREFIX", "READ_TIMEOUT_S", "FileInfo", "Stalled", "atomic_write", "back_off", "copy", "download", "exists",
+    "full_disk_explained", "glob", "glob_infos", "has_backend", "info", "is_remote", "is_temporary", "join",
+    "list_files", "list_infos", "local_path", "makedirs", "open_file", "parse_bytes", "read_bytes", "read_parts",
+    "read_range", "read_text", "remove", "size", "temporary_name", "upload", "write_bytes", "write_text",
 ]  # fmt: skip
 
 
@@ -85,11 +95,25 @@ def read_text(url: str | os.PathLike[str]) -> str:
         raise StorageError(f"{os.fspath(url)}: expected UTF-8 text, found {found}") from error
 
 
-def info(url: str | os.PathLike[str]) -> FileInfo | None:
+def read_parts(found: FileInfo, timeout_s: float = READ_TIMEOUT_S) -> Iterator[bytes]:
+    """A whole file that `info` has found, in order and in pieces; of remote ones several are on their way at once.
+
+    A read that brings no byte for `timeout_s` seconds is told in a warning, given up and tried again.
+    """
+    done = 0
+    with explained(found.url):
+        for part in find_backend(found.url, timeout_s).parts(found):
+            done += len(part)
+            yield part
+        if found.size not in (-1, done):
+            raise IncompleteTransfer(f"the store says {found.size} bytes, {done} arrived")
+
+
+def info(url: str | os.PathLike[str], timeout_s: float = READ_TIMEOUT_S) -> FileInfo | None:
     """Size and time of one file, or None where there is no such file (a folder is not a file)."""
     text = os.fspath(url)
     with explained(text):
-        return find_backend(text).info(text)
+        return find_backend(text, timeout_s).info(text)
 
 
 def size(url: str | os.PathLike[str]) -> int:
@@ -243,9 +267,9 @@ def _get_verified(url: str, path: str) -> None:
     found = find_backend(url).info(url)
     if found is None:
         raise FileNotFoundError(url)
-    find_backend(url).get(found, path)
-    if found.size >= 0 and os.path.getsize(path) != found.size:
-        raise IncompleteTransfer(f"the store says {found.size} bytes, {os.path.getsize(path)} arrived")
+    with open(path, "wb") as file:
+        for part in read_parts(found):
+            file.write(part)
 
 
 def _temporary_file(target: str, folder: str | None) -> str:

@@ -9,16 +9,17 @@ import contextlib
 import glob as local_glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 from open_lm.errors import StorageError
-from open_lm.storage_errors import IncompleteTransfer, is_transient, with_retries
+from open_lm.storage_errors import IncompleteTransfer, is_transient, watched, with_retries
 from open_lm.storage_files import (
     BLOCK_BYTES,
+    READ_TIMEOUT_S,
     SCHEME,
     TEMP_MARK,
     FileInfo,
@@ -27,12 +28,15 @@ from open_lm.storage_files import (
     is_web,
     local_path,
     plain_tag,
+    read_in_parts,
 )
 from open_lm.storage_s3 import S3Backend
 from open_lm.storage_web import WebBackend
 
 # Before a scheme: reach it through fsspec, also where there is another way (s3, https).
 FSSPEC_PREFIX = "fsspec+"
+_UNWATCHED_BYTES = 2 << 20
+T = TypeVar("T")
 # fsspec file systems without folders, on which a new object replaces the old one in a single act.
 _OBJECT_STORES = frozenset({"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"})
 
@@ -43,19 +47,34 @@ class _Backend(Protocol):
     def info(self, url: str) -> FileInfo | None: ...
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]: ...
     def glob(self, pattern: str) -> Iterator[FileInfo]: ...
-    def get(self, found: FileInfo, path: str) -> None: ...  # into an empty file that is there
+    def parts(self, found: FileInfo) -> Iterator[bytes]: ...  # the whole file, in order
     def put(self, path: str, url: str) -> None: ...  # whole, and verified
     def remove(self, url: str) -> None: ...
 
 
-def find_backend(url: str) -> _Backend:
-    match = SCHEME.match(url)
-    scheme = match.group(1).lower() if match else "file"
+def find_backend(url: str, timeout_s: float = READ_TIMEOUT_S) -> _Backend:
+    """The file system of an address; its reads are given up and tried again after `timeout_s` without a byte."""
+    scheme = _scheme(url)
     if scheme == "file":
         return _LocalBackend()
     if is_web(url):
-        return WebBackend()
-    return S3Backend() if scheme in ("s3", "s3a") else _FsspecBackend(scheme)
+        return WebBackend(timeout_s)
+    return S3Backend(timeout_s) if scheme in ("s3", "s3a") else _FsspecBackend(scheme, timeout_s)
+
+
+def has_backend(url: str) -> bool:
+    """Whether any file system knows the scheme of an address."""
+    scheme = _scheme(url)
+    if scheme in ("file", "s3", "s3a") or is_web(url):
+        return True
+    import fsspec
+
+    return scheme.removeprefix(FSSPEC_PREFIX) in fsspec.available_protocols()
+
+
+def _scheme(url: str) -> str:
+    match = SCHEME.match(url)
+    return match.group(1).lower() if match else "file"
 
 
 class _LocalBackend:
@@ -89,8 +108,9 @@ class _LocalBackend:
                 if found is not None:
                     yield found
 
-    def get(self, found: FileInfo, path: str) -> None:
-        shutil.copyfile(found.url, path)
+    def parts(self, found: FileInfo) -> Iterator[bytes]:
+        with self.open(found.url) as file:
+            yield from iter(partial(file.read, BLOCK_BYTES), b"")
 
     def put(self, path: str, url: str) -> None:
         shutil.copyfile(path, local_path(url))
@@ -103,9 +123,10 @@ class _LocalBackend:
 class _FsspecBackend:
     """Every other scheme, through fsspec; its listings are never taken from a cache."""
 
-    def __init__(self, scheme: str) -> None:
+    def __init__(self, scheme: str, timeout_s: float) -> None:
         import fsspec
 
+        self._timeout_s = timeout_s
         self._scheme = scheme.removeprefix(FSSPEC_PREFIX)
         self._prefix = scheme[: -len(self._scheme)]  # of the addresses given and returned
         self._fs = fsspec.filesystem(self._scheme, use_listings_cache=False)
@@ -139,19 +160,29 @@ class _FsspecBackend:
             return file.read(length)
 
     def _fetch(self, found: FileInfo, start: int, length: int) -> bytes:
+        data = self._fetch_unchecked(found, start, length)
+        self._expect_unchanged(found)
+        return data
+
+    def _fetch_unchecked(self, found: FileInfo, start: int, length: int) -> bytes:
         def fetch() -> bytes:
             data: bytes = self._fs.cat_file(self._own(found.url), start=start, end=start + length)
-            now = self._look(found.url) if found.etag else found
-            if now is None or (now.size, now.etag) != (found.size, found.etag):
-                raise StorageError(f"{found.url}: the file was changed while it was being read; begin again")
             if len(data) != length:
                 raise IncompleteTransfer(f"{length} bytes were asked for at {start}, {len(data)} arrived")
             return data
 
-        return with_retries(fetch)
+        return self._persistently(fetch, found.url)
+
+    def _expect_unchanged(self, found: FileInfo) -> None:
+        now = self.info(found.url) if found.etag else found
+        if now is None or (now.size, now.etag) != (found.size, found.etag):
+            raise StorageError(f"{found.url}: the file was changed while it was being read; begin again")
+
+    def _persistently(self, action: Callable[[], T], url: str) -> T:
+        return with_retries(lambda: watched(lambda _alive: action(), url, self._timeout_s))
 
     def info(self, url: str) -> FileInfo | None:
-        return with_retries(partial(self._look, url))
+        return self._persistently(partial(self._look, url), url)
 
     def _look(self, url: str) -> FileInfo | None:
         try:
@@ -182,9 +213,18 @@ class _FsspecBackend:
         if is_web(self._own(url)):  # fsspec would guess from the links of whatever page is there
             WebBackend().walk(url, True)
 
-    def get(self, found: FileInfo, path: str) -> None:
-        with self.open(found.url) as source, open(path, "wb") as file:
-            shutil.copyfileobj(source, file, BLOCK_BYTES)
+    def parts(self, found: FileInfo) -> Iterator[bytes]:
+        if found.size < 0:
+            with self.open(found.url) as file:
+                yield from iter(partial(file.read, BLOCK_BYTES), b"")
+            return
+        # No sign of life comes out of a request, so that it has to be small; only file systems that are made for many
+        # requests at once get them.
+        at_once = {} if self._fs.async_impl else {"at_once": 1}
+        yield from read_in_parts(
+            partial(self._fetch_unchecked, found), found.size, part_bytes=_UNWATCHED_BYTES, **at_once
+        )
+        self._expect_unchanged(found)
 
     def put(self, path: str, url: str) -> None:
         expected = os.path.getsize(path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
 
 from open_lm.errors import StorageError
@@ -18,6 +20,7 @@ T = TypeVar("T")
 # Ten tries take half a minute at least. A service that cannot be reached at all is mostly a wrong address: told sooner.
 _TRIES = 10
 _TRIES_UNREACHABLE = 6
+_TRIES_STALLED = 4  # each of them has taken a whole timeout
 _FIRST_DELAY_S = 0.05
 _LONGEST_DELAY_S = 20.0
 _jitter = random.SystemRandom()  # the program's own random numbers must not depend on the network
@@ -42,6 +45,13 @@ class IncompleteTransfer(OSError):
     """A transfer ended without an error but with the wrong bytes."""
 
 
+class Stalled(TimeoutError):
+    """A transfer of `url` brought no byte for `timeout_s` seconds."""
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        super().__init__(f"{url}: no byte came for {timeout_s:g} s")
+
+
 def with_retries(action: Callable[[], T]) -> T:
     """Run `action`, again after a growing, jittered pause when it fails in a way that may pass."""
     tries = 0
@@ -52,8 +62,53 @@ def with_retries(action: Callable[[], T]) -> T:
             tries += 1
             if tries >= _tries_for(error):
                 raise
-            delay = min(_FIRST_DELAY_S * 2 ** (tries - 1), _LONGEST_DELAY_S)
-            _pause(delay * _jitter.uniform(0.5, 1.5))
+            if isinstance(error, Stalled):
+                logging.warning(f"{error}; attempt {tries} of {_TRIES_STALLED} is given up, another follows")
+            back_off(tries)
+
+
+def back_off(tries: int) -> None:
+    """Pause after the failure of the try of this number, longer each time and never quite as long as others do."""
+    delay = min(_FIRST_DELAY_S * 2 ** (tries - 1), _LONGEST_DELAY_S)
+    _pause(delay * _jitter.uniform(0.5, 1.5))
+
+
+def watched(action: Callable[[Callable[[], None]], T], url: str, timeout_s: float) -> T:
+    """`action(alive)` in a thread of its own; Stalled where it has not called `alive` for `timeout_s` seconds.
+
+    Timeouts of sockets see neither a name that is not resolved nor a request inside an event loop nor bytes that come
+    one by one. The thread that is given up cannot be ended from outside: `action` must change nothing but its result.
+    """
+    attempt = _Attempt(action)
+    while not attempt.ended.wait(attempt.last_sign_s + timeout_s - time.monotonic()):
+        if time.monotonic() >= attempt.last_sign_s + timeout_s:
+            raise Stalled(url, timeout_s)
+    if attempt.error is not None:
+        raise attempt.error
+    return attempt.results[0]
+
+
+class _Attempt(threading.Thread):
+    """A daemon, so that the end of the process need not wait for what never comes."""
+
+    def __init__(self, action: Callable[[Callable[[], None]], Any]) -> None:
+        super().__init__(name="open-lm-transfer", daemon=True)
+        self.last_sign_s = time.monotonic()
+        self.ended = threading.Event()
+        self.results: list[Any] = []
+        self.error: Exception | None = None
+        self._action = action
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.results.append(self._action(self._alive))
+        except Exception as error:
+            self.error = error
+        self.ended.set()
+
+    def _alive(self) -> None:
+        self.last_sign_s = time.monotonic()
 
 
 def _pause(seconds: float) -> None:
@@ -68,6 +123,8 @@ def is_transient(error: BaseException) -> bool:
 def _tries_for(error: BaseException | None) -> int:
     if error is None or isinstance(error, StorageError):
         return 1
+    if isinstance(error, Stalled):
+        return _TRIES_STALLED
     kind = type(error).__name__
     if kind in _UNREACHABLE:
         return _TRIES_UNREACHABLE
@@ -106,6 +163,10 @@ def explained(url: str) -> Iterator[None]:
         yield
     except (StorageError, KeyboardInterrupt):
         raise
+    except Stalled as error:
+        raise StorageError(
+            f"{error}, in none of {_TRIES_STALLED} attempts; check the network and the server"
+        ) from error
     except Exception as error:
         raise StorageError(f"{url}: {_reason(error)}") from error
 

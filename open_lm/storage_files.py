@@ -6,7 +6,8 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,11 @@ from open_lm.storage_errors import explained
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 TEMP_MARK = ".open-lm-part-"
 BLOCK_BYTES = 8 << 20
+READ_TIMEOUT_S = 30.0
+CHUNK_BYTES = 64 << 10  # what has to come within a timeout: some thousand bytes a second are no stall
 _BUFFER_BYTES = 256 << 10
+_AT_ONCE = 8
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,42 @@ def temporary_name(target: str, tag: str) -> str:
 def plain_tag(tag: str | None) -> str:
     """A store's ETag without its quotes."""
     return (tag or "").strip('"')
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from words such as 4GB, 512MiB, 1.5g or a plain number; ValueError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text, re.IGNORECASE)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"expected a size such as 4GB or 512MiB, found {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def read_chunks(read: Callable[[int], bytes], alive: Callable[[], None]) -> Iterator[bytes]:
+    """The pieces that `read(most_bytes)` gives until its end, with a sign of life for each."""
+    while chunk := read(CHUNK_BYTES):
+        alive()
+        yield chunk
+
+
+def read_in_parts(
+    fetch: Callable[[int, int], bytes], num_bytes: int, *, part_bytes: int = 0, at_once: int = _AT_ONCE
+) -> Iterator[bytes]:
+    """A whole file in order, as parts of `part_bytes` (default: BLOCK_BYTES) of which `at_once` are on their way.
+
+    `fetch(start, length)` gives exactly that or raises.
+    """
+    part_bytes = part_bytes or BLOCK_BYTES
+    starts = iter(range(0, num_bytes, part_bytes))
+    ahead: deque[_Ahead] = deque()
+    while True:
+        while len(ahead) < at_once and (start := next(starts, None)) is not None:
+            ahead.append(_Ahead(fetch, start, min(part_bytes, num_bytes - start)))
+        if not ahead:
+            return
+        part = ahead.popleft().result()
+        if part is None:
+            raise RuntimeError("a file that is read in parts cannot be read on in a forked child")
+        yield part
 
 
 class RangeReader(io.RawIOBase):

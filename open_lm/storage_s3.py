@@ -15,17 +15,19 @@ from functools import partial
 from typing import IO, Any, TypeVar
 
 from open_lm.errors import StorageError
-from open_lm.storage_errors import IncompleteTransfer, error_code, status_code, with_retries
-from open_lm.storage_files import FileInfo, RangeReader, plain_tag
+from open_lm.storage_errors import IncompleteTransfer, error_code, status_code, watched, with_retries
+from open_lm.storage_files import READ_TIMEOUT_S, FileInfo, RangeReader, plain_tag, read_chunks, read_in_parts
 
 T = TypeVar("T")
 _PART_BYTES = 16 << 20
 _MOST_PARTS = 10_000  # S3's own limit
 _AT_ONCE = 8
-_READ_TIMEOUT_S = 30.0
 
 
 class S3Backend:
+    def __init__(self, timeout_s: float = READ_TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+
     def open(self, url: str) -> IO[bytes]:
         found = self.info(url)
         if found is None:
@@ -36,8 +38,9 @@ class S3Backend:
         return _fetch(FileInfo(url, -1, 0.0), start, length)
 
     def info(self, url: str) -> FileInfo | None:
+        client = _client(self._timeout_s)
         try:
-            head = _request("head_object", **_place(url))
+            head = with_retries(lambda: watched(lambda _: client.head_object(**_place(url)), url, self._timeout_s))
         except Exception as error:
             if status_code(error) == 404:
                 return None
@@ -68,14 +71,8 @@ class S3Backend:
         one_folder = not re.search(r"/|\*\*", key[len(prefix) :])  # what is in the folders below is not even listed
         return (item for item in self._list(bucket, prefix, "/" if one_folder else "") if wanted.fullmatch(item.url))
 
-    def get(self, found: FileInfo, path: str) -> None:
-        def load(start: int) -> None:
-            data = _fetch(found, start, min(_PART_BYTES, found.size - start))
-            with open(path, "r+b") as file:
-                file.seek(start)
-                file.write(data)
-
-        _at_once(load, range(0, found.size, _PART_BYTES))
+    def parts(self, found: FileInfo) -> Iterator[bytes]:
+        return read_in_parts(partial(_fetch, found, timeout_s=self._timeout_s), found.size)
 
     def put(self, path: str, url: str) -> None:
         size = os.path.getsize(path)
@@ -87,22 +84,23 @@ class S3Backend:
 
 
 # ---------------------------------------------------------------------------------------------- reading
-def _fetch(found: FileInfo, start: int, length: int) -> bytes:
+def _fetch(found: FileInfo, start: int, length: int, timeout_s: float = READ_TIMEOUT_S) -> bytes:
     """One range of a file that is still the one `found` describes."""
+    client = _client(timeout_s)
     options = {**_place(found.url), "Range": f"bytes={start}-{start + length - 1}"}
     if found.etag:
         options["IfMatch"] = f'"{found.etag}"'
 
-    def fetch() -> bytes:
-        answer = _client().get_object(**options)
+    def fetch(alive: Callable[[], None]) -> bytes:
+        answer = client.get_object(**options)
         with contextlib.closing(answer["Body"]) as body:
-            data: bytes = body.read()
+            data = b"".join(read_chunks(body.read, alive))
         expected = length if found.size >= 0 else answer["ContentLength"]  # an unknown file may end before
         if len(data) != expected:
             raise IncompleteTransfer(f"{length} bytes were asked for at {start}, {len(data)} arrived")
         return data
 
-    return with_retries(fetch)
+    return with_retries(lambda: watched(fetch, found.url, timeout_s))
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -188,21 +186,21 @@ def _request(operation: str, **options: Any) -> dict[str, Any]:
     return with_retries(lambda: getattr(_client(), operation)(**options))
 
 
-_clients: dict[tuple[int, str | None, str | None], Any] = {}
+_clients: dict[tuple[int, float, str | None, str | None], Any] = {}
 _locks: dict[int, threading.Lock] = {}
 
 
-def _client() -> Any:
-    """The process's own client (a forked one must not share sockets), per endpoint and key of the environment."""
+def _client(timeout_s: float = READ_TIMEOUT_S) -> Any:
+    """The process's own client (a forked one must not share sockets), per timeout and what the environment says."""
     import boto3
     from botocore.config import Config
 
-    key = (os.getpid(), os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
+    key = (os.getpid(), timeout_s, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
            os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_PROFILE"))  # fmt: skip
     # A lock of this process alone: one that another thread held during a fork would stay locked in the child.
     with _locks.setdefault(os.getpid(), threading.Lock()):
         if key not in _clients:
-            config = Config(connect_timeout=10, read_timeout=_READ_TIMEOUT_S, max_pool_connections=32,
+            config = Config(connect_timeout=10, read_timeout=timeout_s, max_pool_connections=32,
                             retries={"mode": "standard", "total_max_attempts": 1})  # fmt: skip  # with_retries does it
             _clients[key] = boto3.session.Session().client("s3", config=config)
         return _clients[key]

@@ -7,8 +7,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from open_lm.datapreprocess import memory
-from open_lm.datapreprocess.memory import Budget, machine_bytes, parse_size, plan_budget
+from open_lm.datapreprocess.memory import Budget, machine_bytes, plan_budget
 from open_lm.errors import ConfigError
+from open_lm.storage import parse_bytes
 
 GIB = 1 << 30
 LEAST = memory._DRIVER_BYTES + memory._WORKER_BYTES + memory._HELD_TIMES * memory._LEAST_BUFFER_BYTES
@@ -22,7 +23,7 @@ LEAST = memory._DRIVER_BYTES + memory._WORKER_BYTES + memory._HELD_TIMES * memor
     ],
 )  # fmt: skip
 def test_sizes_in_words(text: str, expected: int) -> None:
-    assert parse_size(text) == expected
+    assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_sizes_in_words(text: str, expected: int) -> None:
 )
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="expected a size such as 4GB or 512MiB, found"):
-        parse_size(text)
+        parse_bytes(text)
 
 
 def taken(budget: Budget) -> int:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,16 +114,64 @@ def test_a_line_full_of_faults_changes_no_byte(faulty_s3: FaultyProxy, tmp_path:
 
 
 @pytest.mark.usefixtures("pauses")
-def test_a_stalled_connection_is_given_up_and_asked_anew(
-    faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(storage_s3, "_READ_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(storage_s3, "_clients", {})
+def test_a_stalled_request_is_given_up_and_made_anew(faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_s3._client, "__defaults__", (0.5,))
     url = f"s3://{faulty_s3.bucket}/x"
-    faulty_s3.rules = [Rule("stall", seconds=60, times=1), Rule("delay", seconds=60, times=2, method="GET")]
+    faulty_s3.rules = [Rule("stall", seconds=60, times=1)]
     storage.write_bytes(url, b"0123456789")
-    assert storage.read_bytes(url) == b"0123456789"
-    assert faulty_s3.injected == {"stall": 1, "delay": 2}
+    assert in_store(faulty_s3, "x") == b"0123456789" and faulty_s3.injected == {"stall": 1}
+
+
+def found(url: str) -> storage.FileInfo:
+    info = storage.info(url)
+    assert info is not None
+    return info
+
+
+@pytest.mark.usefixtures("pauses", "small")
+@pytest.mark.parametrize("prefix", ["", storage.FSSPEC_PREFIX])
+@pytest.mark.parametrize("kind", ["stall", "delay"])
+def test_a_read_that_brings_no_byte_is_told_and_made_anew(
+    faulty_s3: FaultyProxy, caplog: pytest.LogCaptureFixture, prefix: str, kind: str
+) -> None:
+    url, data = f"{prefix}s3://{faulty_s3.bucket}/x", os.urandom(5 << 20)
+    storage.write_bytes(url, data)
+    faulty_s3.rules = [Rule(kind, seconds=60, times=3, method="GET", path="/x")]
+    assert b"".join(storage.read_parts(found(url), timeout_s=0.5)) == data
+    assert faulty_s3.injected == {kind: 3}
+    told = [record.getMessage() for record in caplog.records if "no byte" in record.getMessage()]
+    assert told.count(f"{url}: no byte came for 0.5 s; attempt 1 of 4 is given up, another follows") >= 3
+
+
+@pytest.mark.usefixtures("pauses")
+def test_a_store_that_never_answers_is_an_error_that_says_so(faulty_s3: FaultyProxy) -> None:
+    url = f"s3://{faulty_s3.bucket}/x"
+    storage.write_bytes(url, b"0123456789")
+    file = found(url)
+    faulty_s3.rules = [Rule("delay", seconds=60)]
+    for read in (lambda: list(storage.read_parts(file, timeout_s=0.2)), lambda: storage.info(url, timeout_s=0.2)):
+        with pytest.raises(
+            StorageError, match=rf"^{url}: no byte came for 0.2 s, in none of 4 attempts; check the net"
+        ):
+            read()
+    assert faulty_s3.injected == {"delay": 8}
+
+
+def test_what_comes_in_drops_is_no_stall_and_silence_is(pauses: list[float]) -> None:
+    told = threading.Event()
+
+    def slowly(alive: Callable[[], None]) -> str:
+        for _ in range(5):
+            told.wait(0.2)
+            alive()
+        return "done"
+
+    assert storage_errors.watched(slowly, "x://y", timeout_s=0.6) == "done"
+    with pytest.raises(storage.Stalled, match=r"^x://y: no byte came for 0\.1 s$"):
+        storage_errors.watched(lambda alive: told.wait(60), "x://y", timeout_s=0.1)
+    with pytest.raises(ZeroDivisionError):
+        storage_errors.watched(lambda alive: 1 // 0, "x://y", timeout_s=5)
+    told.set()
 
 
 def test_other_processes_meet_the_faults_and_get_over_them(faulty_s3: FaultyProxy) -> None:
