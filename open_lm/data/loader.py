@@ -32,15 +32,24 @@ __all__ = ["Batch", "TrainLoader", "ValLoader", "build_train_loader", "build_val
 class TrainLoader:
     """The batches of a rank, without end unless passes are limited and the data runs out.
 
-    `sources` is what the batches are mixed from, `state` the position after the last batch handed out.
+    `sources` is what the batches are mixed from, `state` the position after the last batch handed out. With
+    `allow_changed` a state of other data is taken, as `continuation.continued` says, with a warning.
     """
 
-    def __init__(self, job: Job, workers: int, folder: Folder | None) -> None:
-        self._job, self._workers, self._folder = job, workers, folder
+    def __init__(self, job: Job, workers: int, folder: Folder | None, allow_changed: bool = False) -> None:
+        self._job, self._workers, self._folder, self._allow_changed = job, workers, folder, allow_changed
         self._iterator: Iterator[Item] | None = None
         self._told: set[str] = set()
         self.sources: tuple[Source, ...] = job.stream.sources
-        self.state = Plan(self.sources, job.seed, job.order, state=job.state).state()
+        self.state = self._plan(job.state).state()
+
+    def _plan(self, state: dict[str, Any] | None) -> Plan:
+        job = self._job
+        size_of = size_of_shards(job)
+        plan = Plan(self.sources, job.seed, job.order, size_of=size_of, state=state, allow_changed=self._allow_changed)
+        if plan.notice and job.rank == 0:
+            logger.warning(plan.notice)
+        return plan
 
     @property
     def tokens_available(self) -> list[int | None]:
@@ -75,7 +84,7 @@ class TrainLoader:
     def rewind(self, state: dict[str, Any], skip_batches: int = 0) -> None:
         """Go to `skip_batches` global batches after `state`."""
         self.close()
-        plan = Plan(self.sources, self._job.seed, self._job.order, size_of=size_of_shards(self._job), state=state)
+        plan = self._plan(state)
         plan.take(skip_batches * self._job.global_batch_size)
         self.state = plan.state()
 
@@ -100,7 +109,7 @@ def build_train_loader(
     `batch_size` is the rank's rows of one optimizer step, all accumulated micro-batches included. `state` is what
     `batches` gave after the last step that is kept; its seed then holds, not `seed`. ConfigError, DataError or
     StorageError up front: missing shards, weights that do not fit, too little data for the run in one pass, a state of
-    other data.
+    other data (without --allow-changed-data).
     """
     data = DataConfig.from_object(data)
     key = _checked_key(data.data_key, "--data-key")
@@ -124,7 +133,7 @@ def build_train_loader(
         mask=TargetMask.of(data),
         state=state,
     )
-    return TrainLoader(job, data.workers, folder)
+    return TrainLoader(job, data.workers, folder, data.allow_changed_data)
 
 
 def _steps_of_run(data: DataConfig, seq_len: int, global_batch_size: int) -> int | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from heapq import heapify, heappop, heappush
 from math import gcd, lcm
+
+import numpy as np
 
 _MAX_SIMULATED_SAMPLES = 1_000_000
 
@@ -27,13 +30,42 @@ def integer_weights(weights: Sequence[Fraction]) -> list[int]:
     return [number // divisor for number in numbers]
 
 
-def next_source(credits_: list[int], weights: Sequence[int], total: int) -> int:
-    """The source furthest behind its share (the first of several); updates the credits."""
-    for number, weight in enumerate(weights):
-        credits_[number] += weight
-    chosen = max(range(len(weights)), key=credits_.__getitem__)
-    credits_[chosen] -= total
-    return chosen
+class Interleaving:
+    """Which source each sample comes from, so that after any number n of samples every source has given less than one
+    sample more or less than n times its share.
+
+    The k-th sample (from 0) of a source with the share s may come at the places floor(k / s) … ceil((k + 1) / s) - 1.
+    Each place goes to the source whose time ends first, among those whose time has come; that this keeps every
+    sample's time is a known property of unit tasks (earliest deadline first). `weights` are whole numbers, `counts` the
+    samples that each source has given so far.
+    """
+
+    def __init__(self, weights: Sequence[int], counts: Sequence[int]) -> None:
+        self._weights, self._total = list(weights), sum(weights)
+        self._counts, self._place = list(counts), sum(counts)
+        self._due: list[tuple[int, int]] = []  # (end of its time, source): may come now
+        self._waiting = [(self._begin(source), source) for source, weight in enumerate(weights) if weight]
+        heapify(self._waiting)
+
+    def _begin(self, source: int) -> int:
+        return self._counts[source] * self._total // self._weights[source]
+
+    def _end(self, source: int) -> int:
+        return -(-(self._counts[source] + 1) * self._total // self._weights[source])
+
+    def take(self, count: int) -> np.ndarray:
+        """The sources of the next `count` samples: int64 (count,)."""
+        chosen = []
+        for place in range(self._place, self._place + count):
+            while self._waiting and self._waiting[0][0] <= place:
+                source = heappop(self._waiting)[1]
+                heappush(self._due, (self._end(source), source))
+            source = heappop(self._due)[1]
+            self._counts[source] += 1
+            heappush(self._waiting, (self._begin(source), source))
+            chosen.append(source)
+        self._place += count
+        return np.array(chosen, dtype=np.int64)
 
 
 def most_samples(weights: Sequence[Fraction], count: int) -> list[int]:
@@ -43,8 +75,5 @@ def most_samples(weights: Sequence[Fraction], count: int) -> list[int]:
     periods, rest = divmod(count, total)
     if rest > _MAX_SIMULATED_SAMPLES:
         return [-(-count * number // total) for number in numbers]
-    counts = [periods * number for number in numbers]
-    credits_ = [0] * len(numbers)
-    for _ in range(rest):
-        counts[next_source(credits_, numbers, total)] += 1
-    return counts
+    begun = np.bincount(Interleaving(numbers, [0] * len(numbers)).take(rest), minlength=len(numbers)).tolist()
+    return [periods * number + more for number, more in zip(numbers, begun, strict=True)]

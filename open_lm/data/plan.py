@@ -4,12 +4,11 @@
                    fixed by (seed, source, pass, visit). Without replacement a pass visits every shard (an upsampling
                    factor f visits it f times, on average over the passes), in an order of its own for each pass;
                    with replacement every visit draws a shard.
-    all sources    interleaved sample by sample: the next sample comes from the source that is furthest behind its
-                   share. After n samples a source has given at most ceil(n * share), and exactly its share in each
-                   full period.
+    all sources    interleaved sample by sample (mixture.py): after any n samples a source has given less than one
+                   sample more or less than n * its share, so exactly its share in each full period.
     global batch   batch k is samples [k * G, (k + 1) * G) of that order; ranks and workers only split the work.
 
-The state after any sample is four integers for each source and is all that is needed to go on from there.
+The state after any sample is a few integers and a fingerprint for each source, all that is needed to go on from there.
 No I/O happens here: sizes of shards that no manifest tells come from a callable.
 """
 
@@ -24,7 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from open_lm.data.mixture import integer_weights, most_samples, next_source
+from open_lm.data.continuation import continued
+from open_lm.data.mixture import Interleaving, integer_weights, most_samples
 from open_lm.errors import DataError, join_problems
 
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -47,7 +47,15 @@ def hash_key(*values: int) -> int:
 
 def hash_range(key: int, count: int) -> np.ndarray:
     """`count` 64-bit random numbers of a key (splitmix64): uint64 (count,)."""
-    state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
+    return _mixed(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+
+
+def _hash_each(count: int) -> np.ndarray:
+    """`hash_key` of each of 0 … count - 1: uint64 (count,)."""
+    return _mixed(np.arange(count, dtype=np.uint64) + np.uint64(_GOLDEN))
+
+
+def _mixed(state: np.ndarray) -> np.ndarray:
     state = (state ^ state >> np.uint64(30)) * np.uint64(_MIX_1)
     state = (state ^ state >> np.uint64(27)) * np.uint64(_MIX_2)
     return state ^ state >> np.uint64(31)
@@ -73,6 +81,19 @@ def epoch_end_step(epoch: int, *, epoch_tokens: int, seq_len: int, global_batch_
     return epoch * epoch_sequences(epoch_tokens, seq_len) // global_batch_size
 
 
+class Leftover(NamedTuple):
+    """What is not trained on: sequences that fill no global batch, and tokens that fill no sequence."""
+
+    sequences: int
+    tokens: int
+
+
+def leftover(epochs: int, *, epoch_tokens: int, seq_len: int, global_batch_size: int) -> Leftover:
+    """What `epochs` epochs of --train-num-samples leave over; steps * batch, it and no more are what was promised."""
+    sequences = epochs * epoch_sequences(epoch_tokens, seq_len)
+    return Leftover(sequences % global_batch_size, epochs * (epoch_tokens % seq_len))
+
+
 # --- sources ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Source:
@@ -80,7 +101,8 @@ class Source:
 
     `sizes` are the sequences of each shard, None where they are not known before the shard is read. `repeats` is how
     often each shard counts in a pass (or its relative chance to be drawn); empty means once each. `num_bytes` and
-    `sha256` (hex) are what a manifest says of each shard's file; None and "" where none does.
+    `sha256` (hex) are what a manifest says of each shard's file; None and "" where none does. `data_key` is the kind of
+    members asked for, `datasets` what the dataset.json of each of the shards' folders says (provenance.read_dataset).
     """
 
     name: str
@@ -90,6 +112,8 @@ class Source:
     repeats: tuple[Fraction, ...] = ()
     num_bytes: tuple[int | None, ...] = ()
     sha256: tuple[str, ...] = ()
+    data_key: str = ""
+    datasets: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_bytes", self.num_bytes or (None,) * len(self.shards))
@@ -98,29 +122,38 @@ class Source:
     @cached_property
     def num_sequences(self) -> int | None:
         """Sequences of the first pass, None where a size is not known."""
-        total = 0
-        for shard, size in enumerate(self.sizes):
-            if size is None:
-                return None
-            total += size * copies_in_pass(self, shard, 0)
-        return total
+        if None in self.sizes:
+            return None
+        return int(np.dot(np.array(self.sizes, np.int64), copies_in_pass(self, 0)))
 
     @cached_property
     def fingerprint(self) -> str:
-        """Names the shards and their order, wherever the folder lies."""
+        """Four hashes joined by ":" that name the data wherever its folder lies: of the shards' names, order and
+        factors; of their numbers of sequences; of their sha256; of their dataset.json. Empty where nothing is known.
+        """
         stems = "\n".join(url.rpartition("/")[2] for url in self.shards)
         repeats = ",".join(map(str, self.repeats)) if any(factor != 1 for factor in self.repeats) else ""
-        return hashlib.sha256(f"{stems}\n{repeats}".encode()).hexdigest()[:16]
+        sizes = ["" if size is None else str(size) for size in self.sizes]
+        digests = [dataset["digest"] for dataset in self.datasets]
+        known = [",".join(values) if any(values) else "" for values in (sizes, self.sha256, digests)]
+        texts = [f"{stems}\n{repeats}", *known]
+        return ":".join(text and hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
 
 
-def copies_in_pass(source: Source, shard: int, pass_number: int) -> int:
-    """How often a shard is visited in a pass: its factor exactly, in the long run; once without one."""
-    if not source.repeats:
-        return 1
-    factor = source.repeats[shard]
-    shift = hash_key(shard) % factor.denominator
-    parts = factor.numerator * pass_number + shift
-    return (parts + factor.numerator) // factor.denominator - parts // factor.denominator
+def copies_in_pass(source: Source, pass_number: int) -> np.ndarray:
+    """How often each shard is visited in a pass, int64 (shards,): its factor exactly, in the long run; once without.
+
+    Shards with the same broken factor take turns: which passes a shard gets its extra visit in is fixed by its number.
+    """
+    copies = np.ones(len(source.shards), np.int64)
+    numbers = {factor: number for number, factor in enumerate(dict.fromkeys(source.repeats))}
+    which = np.array([numbers[factor] for factor in source.repeats])
+    for factor, number in numbers.items():
+        shards = np.flatnonzero(which == number)
+        shifts = _hash_each(len(copies))[shards] % np.uint64(factor.denominator)
+        parts = shifts.astype(object) + factor.numerator * pass_number  # whole numbers of any size
+        copies[shards] = (parts + factor.numerator) // factor.denominator - parts // factor.denominator
+    return copies
 
 
 def check_enough(sources: Sequence[Source], count: int, seq_len: int) -> None:
@@ -165,10 +198,14 @@ class Order:
 
 
 class _Cursor:
-    """The position in one source: (pass, visit in the pass or draw, offset in the visit, samples so far)."""
+    """The position in one source: (pass, visit in the pass or draw, offset in the visit, samples so far).
+
+    `stream` makes the source's order its own: its number among the sources when it came into the run.
+    """
 
     def __init__(self, number: int, source: Source, seed: int, order: Order, size_of: SizeOf) -> None:
         self.number, self.source, self.seed, self.order, self.size_of = number, source, seed, order, size_of
+        self.stream = number
         self.pass_number = self.visit = self.offset = self.samples = 0
         self._pass_order: tuple[int, np.ndarray] | None = None
         self._visit_order: tuple[tuple[int, int], np.ndarray] | None = None
@@ -216,23 +253,21 @@ class _Cursor:
         self.pass_number, self.visit, self.offset = self.pass_number + 1, 0, 0
 
     def _key(self) -> int:
-        return hash_key(self.seed, self.number, self.pass_number, self.visit)
+        return hash_key(self.seed, self.stream, self.pass_number, self.visit)
 
     def _shard_at(self, visit: int) -> int | None:
         """The shard of a visit of this pass (or of a draw), None past the end of the pass."""
         if self.order.resampled:
-            draw = hash_key(self.seed, self.number, visit, 1) % int(self._chances[-1])
+            draw = hash_key(self.seed, self.stream, visit, 1) % int(self._chances[-1])
             return int(np.searchsorted(self._chances, draw, side="right"))
         shards = self._shards_of_pass()
         return int(shards[visit]) if visit < len(shards) else None
 
     def _shards_of_pass(self) -> np.ndarray:
         if self._pass_order is None or self._pass_order[0] != self.pass_number:
-            count = len(self.source.shards)
-            copies = [copies_in_pass(self.source, shard, self.pass_number) for shard in range(count)]
-            shards = np.repeat(np.arange(count), copies)
+            shards = np.repeat(np.arange(len(self.source.shards)), copies_in_pass(self.source, self.pass_number))
             if self.order.shuffle_shards:
-                shards = shards[permutation(hash_key(self.seed, self.number, self.pass_number, -1), len(shards))]
+                shards = shards[permutation(hash_key(self.seed, self.stream, self.pass_number, -1), len(shards))]
             self._pass_order = (self.pass_number, shards)
         return self._pass_order[1]
 
@@ -254,6 +289,8 @@ class _Cursor:
         return {
             "fingerprint": self.source.fingerprint,
             "num_sequences": self.source.num_sequences,
+            "data_key": self.source.data_key,
+            "stream": self.stream,
             "pass": self.pass_number,
             "visit": self.visit,
             "offset": self.offset,
@@ -261,8 +298,8 @@ class _Cursor:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.pass_number, self.visit, self.offset, self.samples = (
-            int(state[name]) for name in ("pass", "visit", "offset", "samples")
+        self.stream, self.pass_number, self.visit, self.offset, self.samples = (
+            state[name] for name in ("stream", "pass", "visit", "offset", "samples")
         )
 
 
@@ -270,7 +307,8 @@ class Plan:
     """The order of samples from a position on.
 
     `size_of(source, shard)` tells sizes that the sources leave open. With a `state` the plan goes on from there, under
-    that state's seed; a state of other sources or of another order is a DataError.
+    that state's seed; a state of other data or of another order is a DataError, or with `allow_changed` a `notice` that
+    tells what has changed and from where each source goes on.
     """
 
     def __init__(
@@ -281,26 +319,24 @@ class Plan:
         *,
         size_of: SizeOf | None = None,
         state: dict[str, Any] | None = None,
+        allow_changed: bool = False,
     ) -> None:
         self.order = order or Order()
         self.seed = int(state["seed"]) if state else seed
         size_of = size_of or _unknown_size
         self._cursors = [_Cursor(n, source, self.seed, self.order, size_of) for n, source in enumerate(sources)]
         self._weights = integer_weights([source.weight for source in sources])
-        self._total = sum(self._weights)
+        self.notice = ""
         if state:
-            _check_state(state, sources, self.order)
-            for cursor, saved in zip(self._cursors, state["sources"], strict=True):
-                cursor.restore(saved)
-        position = self.position
-        self._credits = [
-            weight * position - self._total * cursor.samples
-            for weight, cursor in zip(self._weights, self._cursors, strict=True)
-        ]
+            names = [source.name for source in sources]
+            accepted, self.notice = continued(state, self.state(), names, allow_changed)
+            for cursor, place in zip(self._cursors, accepted["sources"], strict=True):
+                cursor.restore(place)
+        self._interleaving = Interleaving(self._weights, [cursor.samples for cursor in self._cursors])
 
     @property
     def position(self) -> int:
-        """Samples taken since the beginning."""
+        """Samples taken since the beginning, or since the data was changed."""
         return sum(cursor.samples for cursor in self._cursors)
 
     def take(self, count: int, partial: bool = False) -> Samples:
@@ -308,9 +344,7 @@ class Plan:
         if len(self._cursors) == 1:
             shard, member, key = self._cursors[0].take(count, partial)
             return Samples(np.zeros(len(shard), np.int64), shard, member, key)
-        source = np.array(
-            [next_source(self._credits, self._weights, self._total) for _ in range(count)], dtype=np.int64
-        )
+        source = self._interleaving.take(count)
         samples = Samples(source, np.empty_like(source), np.empty_like(source), np.empty(count, np.uint64))
         for number, cursor in enumerate(self._cursors):
             places = np.flatnonzero(source == number)
@@ -329,34 +363,12 @@ class Plan:
             "seed": self.seed,
             "resampled": self.order.resampled,
             "shuffled": self.order.shuffle_samples,
-            "sources": [cursor.state() for cursor in self._cursors],
+            "sources": [
+                {**cursor.state(), "weight": weight}
+                for cursor, weight in zip(self._cursors, self._weights, strict=True)
+            ],
         }
 
 
 def _unknown_size(source: int, shard: int) -> int:
     raise DataError(f"the size of shard {shard} of source {source} is not known")
-
-
-def _check_state(state: dict[str, Any], sources: Sequence[Source], order: Order) -> None:
-    """A position only means something on the data it was taken from: DataError with everything that has changed."""
-    problems = []
-    if bool(state["resampled"]) != order.resampled:
-        problems.append(f"--dataset-resampled was {bool(state['resampled'])}, now it is {order.resampled}")
-    if bool(state["shuffled"]) != order.shuffle_samples:
-        problems.append(f"--disable-buffer was {not state['shuffled']}, now it is {not order.shuffle_samples}")
-    if len(state["sources"]) != len(sources):
-        problems.append(f"there were {len(state['sources'])} sources, now there are {len(sources)}")
-    else:
-        for source, saved in zip(sources, state["sources"], strict=True):
-            before, now = saved["num_sequences"], source.num_sequences
-            if saved["fingerprint"] != source.fingerprint:
-                problems.append(f"{source.name}: the names, order or upsampling of its shards differ")
-            elif None not in (before, now) and before != now:
-                problems.append(f"{source.name}: it held {before} sequences, now it holds {now}")
-    if problems:
-        raise DataError(
-            join_problems(
-                problems,
-                "The training data is not that of the checkpoint; restore it, or begin a new run from its weights",
-            )
-        )

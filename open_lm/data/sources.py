@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from tarfile import BLOCKSIZE
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from open_lm import storage
 from open_lm.config import DataConfig
 from open_lm.data.mixture import parse_fraction
 from open_lm.data.plan import Source
+from open_lm.data.provenance import read_dataset
 from open_lm.data.shard_format import ManifestEntry, expand_shards, read_manifest, shard_entries, shard_folder
 from open_lm.errors import ConfigError, DataError, StorageError, UserError, join_problems
 
+logger = logging.getLogger(__name__)
 SYNTHETIC = "synthetic:"
 _SYNTHETIC_SEQUENCES = 1 << 20
 _MAX_LISTED = 20
@@ -47,17 +52,18 @@ def find_sources(data: DataConfig) -> tuple[Source, ...]:
     factors = _factors(data.train_data_upsampling_factors, [len(parts) for parts in sources])
     if factors and all(len(set(group)) == 1 for group in factors):
         weights = [weight * group[0] for weight, group in zip(weights, factors, strict=True)]
-    return tuple(
+    joined = (
         _join_parts(name, parts, weights[number], factors[number] if factors else None)
         for number, (name, parts) in enumerate(zip(names, sources, strict=True))
     )
+    return _with_datasets(replace(source, data_key=data.data_key) for source in joined)
 
 
 def find_validation_source(pattern: str, whole: bool = True) -> Source:
     """One validation set: the shards of a pattern (or of a manifest.jsonl) in their order. Errors as `find_sources`."""
     manifest = pattern.endswith(".jsonl")
     parts = [read_manifest_part(pattern, whole)] if manifest else _read_pattern(pattern, whole)
-    return _join_parts(pattern, parts, Fraction(1), None)
+    return _with_datasets([_join_parts(pattern, parts, Fraction(1), None)])[0]
 
 
 def collect(items: Iterable[str], read: Callable[[str], T]) -> list[T]:
@@ -162,6 +168,26 @@ def _join_parts(name: str, parts: Sequence[Part], weight: Fraction, factors: Seq
         num_bytes=tuple(entry and entry.num_bytes for entry in entries),
         sha256=tuple(entry.sha256 if entry else "" for entry in entries),
     )
+
+
+def _with_datasets(sources: Iterable[Source]) -> tuple[Source, ...]:
+    """The sources with what the dataset.json of their folders say, each read once."""
+    read = cache(_dataset_of)
+    found = []
+    for source in sources:
+        folders = dict.fromkeys(shard_folder(url) for url in source.shards if not url.startswith("pipe:"))
+        datasets = tuple(dataset for dataset in map(read, folders) if dataset is not None)
+        found.append(replace(source, datasets=datasets))
+    return tuple(found)
+
+
+def _dataset_of(folder: str) -> dict[str, Any] | None:
+    """As read_dataset; a store that does not hand the file out is no reason not to train on the shards."""
+    try:
+        return read_dataset(folder)
+    except StorageError as error:
+        logger.warning(f"how the data of {folder} were made is not known: {error}")
+        return None
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
