@@ -17,6 +17,7 @@ SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 TEMP_MARK = ".open-lm-part-"
 BLOCK_BYTES = 8 << 20
 READ_TIMEOUT_S = 30.0
+GIVEN_UP = 2  # a socket's timeout, in timeouts of a read: after it the thread of a request that was given up ends
 CHUNK_BYTES = 64 << 10  # what has to come within a timeout: some thousand bytes a second are no stall
 _BUFFER_BYTES = 256 << 10
 _AT_ONCE = 8

@@ -16,7 +16,7 @@ from typing import IO, Any, TypeVar
 
 from open_lm.errors import StorageError
 from open_lm.storage_errors import IncompleteTransfer, error_code, status_code, watched, with_retries
-from open_lm.storage_files import READ_TIMEOUT_S, FileInfo, RangeReader, plain_tag, read_chunks, read_in_parts
+from open_lm.storage_files import GIVEN_UP, READ_TIMEOUT_S, FileInfo, RangeReader, plain_tag, read_chunks, read_in_parts
 
 T = TypeVar("T")
 _PART_BYTES = 16 << 20
@@ -38,7 +38,7 @@ class S3Backend:
         return _fetch(FileInfo(url, -1, 0.0), start, length)
 
     def info(self, url: str) -> FileInfo | None:
-        client = _client(self._timeout_s)
+        client = _client(GIVEN_UP * self._timeout_s)
         try:
             head = with_retries(lambda: watched(lambda _: client.head_object(**_place(url)), url, self._timeout_s))
         except Exception as error:
@@ -86,7 +86,7 @@ class S3Backend:
 # ---------------------------------------------------------------------------------------------- reading
 def _fetch(found: FileInfo, start: int, length: int, timeout_s: float = READ_TIMEOUT_S) -> bytes:
     """One range of a file that is still the one `found` describes."""
-    client = _client(timeout_s)
+    client = _client(GIVEN_UP * timeout_s)
     options = {**_place(found.url), "Range": f"bytes={start}-{start + length - 1}"}
     if found.etag:
         options["IfMatch"] = f'"{found.etag}"'

@@ -16,6 +16,7 @@ from open_lm.errors import StorageError
 from open_lm.storage_errors import IncompleteTransfer, full_disk_explained, watched, with_retries
 from open_lm.storage_files import (
     CHUNK_BYTES,
+    GIVEN_UP,
     READ_TIMEOUT_S,
     FileInfo,
     RangeReader,
@@ -85,7 +86,7 @@ class WebBackend:
 def _answer(url: str, timeout_s: float, wanted: str | None = None) -> Iterator[Any]:
     headers = {"User-Agent": "open_lm", "Accept-Encoding": "identity", **({"Range": wanted} if wanted else {})}
     request = Request(quote(url, safe="%/:?#[]@!$&'()*+,;=~"), headers=headers)
-    with urlopen(request, timeout=timeout_s) as answer:
+    with urlopen(request, timeout=GIVEN_UP * timeout_s) as answer:
         yield answer
 
 
