@@ -117,26 +117,24 @@ class Averager:
         for param, average in zip(self._params, averages, strict=True):
             _local(param).copy_(_local(average))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The counters and the full averaged weights, by the model's clean names.
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages themselves, sharded as the weights are, by clean name; a tied weight's under its first."""
+        return {clean_name(name): average for name, _, average in self._named()}
 
-        All ranks call it; only rank 0 gets the weights, in host memory.
-        """
-        on_rank0 = not dist.is_initialized() or dist.get_rank() == 0
-        by_id = {id(param): average for param, average in zip(self._params, self._averages, strict=True)}
-        weights: dict[str, Tensor] = {}
-        copies: dict[int, Tensor] = {}  # tied weights are gathered and stored once
-        for name, value in self.model.state_dict(keep_vars=True).items():
-            if id(value) not in copies:
-                full = _full(by_id.get(id(value), value.detach()))
-                copies[id(value)] = full.cpu() if on_rank0 else full.new_empty(0)
-            weights[clean_name(name)] = copies[id(value)]
+    @torch.no_grad()
+    def start_afresh(self) -> None:
+        """Forget what was taken in: the averages are the weights as they are now."""
+        self.update_counter = self.step_counter = 1
+        for _, param, average in self._named():
+            _local(average).copy_(_local(param))
+
+    def counters(self) -> dict[str, Any]:
+        """Everything of its state but the averages: plain values."""
         method = self.spec.method
         return {
             "update_counter": self.update_counter,
             "step_counter": self.step_counter,
             "freq": self.spec.freq,
-            "av_model_sd": weights if on_rank0 else {},
             "method": method,
             "eta": self.spec.value if method == "poly" else None,
             "gamma": self.spec.value if method == "ema" else None,
@@ -145,12 +143,32 @@ class Averager:
             "start": None,
         }
 
+    def load_counters(self, state: Mapping[str, Any]) -> None:
+        """Take over the counts of `counters`; method and value stay those of this run's flags."""
+        self.update_counter = int(state["update_counter"])
+        self.step_counter = int(state["step_counter"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters and the full averaged weights, by the model's clean names.
+
+        All ranks call it; only rank 0 gets the weights, in host memory.
+        """
+        on_rank0 = not dist.is_initialized() or dist.get_rank() == 0
+        by_id = {id(param): average for _, param, average in self._named()}
+        weights: dict[str, Tensor] = {}
+        copies: dict[int, Tensor] = {}  # tied weights are gathered and stored once
+        for name, value in self.model.state_dict(keep_vars=True).items():
+            if id(value) not in copies:
+                full = _full(by_id.get(id(value), value.detach()))
+                copies[id(value)] = full.cpu() if on_rank0 else full.new_empty(0)
+            weights[clean_name(name)] = copies[id(value)]
+        return {**self.counters(), "av_model_sd": weights if on_rank0 else {}}
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved average; all ranks call it, the weights (`av_model_sd`) are needed on rank 0 alone."""
         saved = {clean_name(name): value for name, value in state["av_model_sd"].items()}
-        by_id = {id(param): average for param, average in zip(self._params, self._averages, strict=True)}
-        names = {clean_name(name): by_id[id(p)] for name, p in self.model.named_parameters() if id(p) in by_id}
+        names = self.tensors()
 
         def check() -> None:
             wrong = [name for name, value in names.items() if name not in saved or saved[name].shape != value.shape]
@@ -161,8 +179,12 @@ class Averager:
         on_master(check)
         for name, average in names.items():
             _scatter(average, saved.get(name))
-        self.update_counter = int(state["update_counter"])
-        self.step_counter = int(state["step_counter"])
+        self.load_counters(state)
+
+    def _named(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, parameter, average) of all that are averaged."""
+        by_id = {id(param): average for param, average in zip(self._params, self._averages, strict=True)}
+        return [(name, p, by_id[id(p)]) for name, p in self.model.named_parameters() if id(p) in by_id]
 
 
 class ModelAverager:

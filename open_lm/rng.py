@@ -1,4 +1,4 @@
-"""The state of this process's random generators, in plain values that torch's safe loader reads."""
+"""The state of this process's random generators, as plain values that torch's safe loader reads, or as tensors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def rng_state() -> dict[str, Any]:
@@ -31,3 +32,32 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu().clone())
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([device_state.cpu().clone() for device_state in state["cuda"]])
+
+
+def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What `rng_state` returns as tensors alone: int64 words, float64 for a normal number that was drawn ahead (empty
+    without one), uint8 for torch's own generators."""
+    version, words, gauss = state["python"]
+    _, keys, position, has_gauss, cached = state["numpy"]  # MT19937, the only kind that the global generator has
+    tensors = {
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([position, *keys]),
+        "numpy_gauss": torch.tensor([cached] if has_gauss else [], dtype=torch.float64),
+        "torch": state["torch"],
+    }
+    return {**tensors, **{f"cuda_{number}": device_state for number, device_state in enumerate(state["cuda"])}}
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `to_tensors` was given, for `set_rng_state` and for files."""
+    version, *words = tensors["python"].tolist()
+    position, *keys = tensors["numpy"].tolist()
+    python_gauss, numpy_gauss = tensors["python_gauss"].tolist(), tensors["numpy_gauss"].tolist()
+    cuda = sorted((name for name in tensors if name.startswith("cuda_")), key=lambda name: int(name[len("cuda_") :]))
+    return {
+        "python": [version, words, python_gauss[0] if python_gauss else None],
+        "numpy": ["MT19937", keys, position, int(bool(numpy_gauss)), numpy_gauss[0] if numpy_gauss else 0.0],
+        "torch": tensors["torch"],
+        "cuda": [tensors[name] for name in cuda],
+    }

@@ -35,7 +35,7 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
     gathered: Any = get_model_state_dict(unwrap(model), options=_GATHER)
     state: dict[str, Tensor] = {clean_name(name): value for name, value in gathered.items()}
     first_name: dict[int, str] = {}
-    for name, value in _named_tensors(model).items():
+    for name, value in named_tensors(model).items():
         first = first_name.setdefault(id(value), name)
         if name in state and first in state:
             state[name] = state[first] if first != name else _compact(state[name])
@@ -68,7 +68,7 @@ def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[
     A tied weight may be stored under one of its names only, and rotary frequencies, which follow from the
     configuration, may be missing. Expert biases of old mixtures of experts, which nothing used, are left out.
     """
-    targets = _named_tensors(model)
+    targets = named_tensors(model)
     state = {name: value for name, value in weights.items() if not name.endswith("experts.bias") or name in targets}
     by_tensor: dict[int, list[str]] = {}
     for name, value in targets.items():
@@ -93,7 +93,7 @@ def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def moments_by_name(state: Mapping[str, Any], model: nn.Module, path: str) -> dict[str, dict[str, Any]]:
     """An optimizer's per-parameter states by clean name, checked against the model's shapes."""
-    params = {name: p for name, p in _named_tensors(model).items() if isinstance(p, nn.Parameter)}
+    params = {name: p for name, p in named_tensors(model).items() if isinstance(p, nn.Parameter)}
     per_param = state["state"]
     if per_param and all(isinstance(key, int) for key in per_param):
         # Numbers count the parameters in the order of the model that was saved, which epoch_N.pt keeps.
@@ -133,6 +133,6 @@ def set_moments(model: nn.Module, optimizer: Optimizer, per_param: dict[str, Any
     set_optimizer_state_dict(bare, optimizer, {"state": per_param, "param_groups": groups}, options=options)
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by clean name; tied ones under each of their names."""
     return {clean_name(name): value for name, value in unwrap(model).state_dict(keep_vars=True).items()}

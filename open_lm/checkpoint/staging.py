@@ -1,0 +1,106 @@
+"""What each rank writes of a (sharded) state, and its copy in host memory, from which a thread can write in peace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from open_lm.checkpoint.tensor_index import CHUNK_BYTES
+
+# A power of two: torch rounds pinned memory up to one.
+_BLOCK_BYTES = 64 << 20
+_ALIGNMENT_BYTES = 64
+
+
+def own_chunks(tensors: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> list[tuple[WriteItem, Tensor]]:
+    """What this rank writes: its parts of sharded tensors, its share of those that several ranks hold alike, and its
+    `private` tensors whole; each in chunks, with a view of the live data.
+
+    All ranks must name the tensors in the same order: who writes what follows from it without a word between them.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loads: dict[tuple[int, ...], list[int]] = {}  # bytes written by each of the ranks that hold the same
+    chunks: list[tuple[WriteItem, Tensor]] = []
+    for name, tensor in tensors.items():
+        holders = _holders(tensor, world_size)
+        load = loads.setdefault(holders, [0] * len(holders))
+        for item, view in _chunks(name, tensor.detach()):
+            least = load.index(min(load))
+            load[least] += view.numel() * view.element_size()
+            if holders[least] == rank:
+                chunks.append((item, view))
+    for name, tensor in private.items():
+        chunks += _chunks(name, tensor)
+    return chunks
+
+
+def _holders(tensor: Tensor, world_size: int) -> tuple[int, ...]:
+    """The ranks that hold the same part of a tensor as this one."""
+    if not isinstance(tensor, DTensor):
+        return tuple(range(world_size))
+    mesh = tensor.device_mesh
+    own: Sequence[int] = mesh.get_coordinate() or ()
+    same = [slice(None) if place.is_replicate() else at for place, at in zip(tensor.placements, own, strict=True)]
+    return tuple(mesh.mesh[tuple(same)].flatten().tolist())
+
+
+def _chunks(name: str, tensor: Tensor) -> Iterator[tuple[WriteItem, Tensor]]:
+    """This rank's part of a tensor in pieces of up to CHUNK_BYTES, cut along the first dimension."""
+    begin = [0] * tensor.dim()
+    local = tensor
+    if isinstance(tensor, DTensor):
+        (place,) = tensor.__create_chunk_list__()
+        begin, local = list(place.offsets), tensor.to_local()
+    if local.numel() == 0 < tensor.numel():
+        return  # a tensor with fewer rows than ranks
+    rows = local.shape[0] if local.dim() else 1
+    step = max(1, CHUNK_BYTES // max(1, math.prod(local.shape[1:]) * local.element_size()))
+    for start in range(0, max(rows, 1), step):
+        view = local.narrow(0, start, min(step, rows - start)) if rows > step else local
+        offsets = torch.Size([begin[0] + start, *begin[1:]] if begin else [])
+        data = TensorWriteData(
+            ChunkStorageMetadata(offsets, view.shape), TensorProperties(dtype=tensor.dtype), tensor.shape
+        )
+        yield WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data), view
+
+
+class HostCopies:
+    """Host memory for one copy of what a rank writes, used again from save to save; pinned where it comes from CUDA."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held, whether or not they are in use."""
+        return sum(block.numel() for block in self._blocks)
+
+    def copy(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Contiguous copies in host memory, valid until the next call. Waits for the device, if there is one."""
+        on_cuda = any(view.is_cuda for view in views)
+        copies: list[Tensor] = []
+        number, used = 0, 0
+        for view in views:
+            length = view.numel() * view.element_size()
+            while number < len(self._blocks) and used + length > self._blocks[number].numel():
+                number, used = number + 1, 0
+            if number == len(self._blocks):
+                size = max(length, _BLOCK_BYTES)
+                self._blocks.append(torch.empty(size, dtype=torch.uint8, pin_memory=on_cuda))
+            place = self._blocks[number][used : used + length].view(view.dtype).view(view.shape)
+            copies.append(place.copy_(view, non_blocking=True))
+            used += -(-length // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if on_cuda:
+            torch.cuda.synchronize()
+        return copies

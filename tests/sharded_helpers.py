@@ -1,0 +1,127 @@
+"""A small model with awkward shapes, its training, and ranks to run it on, for the tests of sharded checkpoints."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from open_lm.averaging import ModelAverager
+from open_lm.checkpoint.sharded import TrainingState
+from open_lm.errors import end_process
+
+AVERAGERS = "ema_0.5,poly_2"
+
+
+class Layer(nn.Module):
+    """Sizes that neither two nor four divide, and a parameter of fewer rows than ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(6, 11, bias=True)
+        self.out_proj = nn.Linear(11, 6, bias=False)
+        self.gain = nn.Parameter(torch.ones(1, 6))
+        self.register_buffer("calls", torch.tensor(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gain * self.out_proj(torch.tanh(self.in_proj(x)))
+
+
+class Net(nn.Module):
+    def __init__(self, tied: bool = True, layers: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.output = nn.Linear(6, 7, bias=False)
+        if tied:
+            self.output.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.output(x)
+
+
+def build(kind: str, seed: int, **changes: Any) -> TrainingState:
+    """A run's objects; kind: "alone", "ddp", "fsdp" or "hybrid" (two ranks share what four hold)."""
+    torch.manual_seed(seed)
+    model: nn.Module = Net(**changes)
+    if kind in ("fsdp", "hybrid"):
+        mesh = _mesh(kind)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    wrapped = DistributedDataParallel(model) if kind == "ddp" else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1, fused=True)
+    return TrainingState(wrapped, optimizer, averagers=ModelAverager(model, AVERAGERS))
+
+
+def _mesh(kind: str) -> DeviceMesh:
+    world_size = dist.get_world_size()
+    if kind == "fsdp":
+        return init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh("cpu", (world_size // 2, 2), mesh_dim_names=("replicate", "shard"))
+
+
+def train(state: TrainingState, steps: range) -> list[float]:
+    """The same batch on every rank, so that any number of ranks does the same."""
+    losses = []
+    for step in steps:
+        ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(state.model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        assert state.optimizer is not None and state.averagers is not None
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.averagers.step()
+        losses.append(loss.item())
+    return losses
+
+
+def whole_state(state: TrainingState) -> dict[str, Tensor]:
+    """Every tensor of a run, whole, by a name of its own; all ranks call it."""
+    assert state.optimizer is not None and state.averagers is not None
+    tensors = {f"model/{name.removeprefix('module.')}": value for name, value in state.model.state_dict().items()}
+    for name, param in state.model.named_parameters():
+        for moment, value in state.optimizer.state.get(param, {}).items():
+            tensors[f"optimizer/{name.removeprefix('module.')}/{moment}"] = value
+    for averager_name, averager in state.averagers.avgs_dict.items():
+        tensors.update({f"averager/{averager_name}/{name}": value for name, value in averager.tensors().items()})
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+        for name, value in tensors.items()
+    }
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+# ---------------------------------------------------------------------------------------------- ranks
+def on_ranks(worker: Any, folder: Path, world_size: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    mp.spawn(_start_rank, args=(worker, str(folder), world_size, port), nprocs=world_size)
+
+
+def _start_rank(rank: int, worker: Any, folder: str, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    try:
+        worker(rank, Path(folder))
+    finally:
+        dist.destroy_process_group()
+    end_process(0)
