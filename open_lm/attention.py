@@ -3,12 +3,14 @@
 All share one interface: `attn(queries, keys, values, is_causal, attention_mask=None)` with queries (B,Tq,H,K), keys and
 values (B,Tk,H,K) float, and attention_mask (B,Tk), nonzero where a key may be attended to. Scores are scaled by
 1/sqrt(K). Queries are aligned to the END of longer keys: query i stands at key Tk - Tq + i, as in a chunk that is
-appended to a cache.
+appended to a cache. In place of an attention_mask there may be `Documents` (from `find_documents`), for as many keys as
+queries: attention is causal then, and stays inside documents.
 Legend: B batch, T sequence (Tq of queries, Tk of keys), H heads, K head width.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -18,12 +20,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_lm.document_attention import (
+    BLOCK_TOKENS,
+    Documents,
+    allowed_in,
+    blocks_in,
+    first_tokens,
+    has_flex,
+    lengths_in,
+    positions_in,
+    softmax_in_documents,
+)
 from open_lm.errors import ConfigError, join_problems
 
 AttnFunc = Callable[..., Tensor]
+Mask = Tensor | Documents
 
 
-def allowed_keys(queries: Tensor, keys: Tensor, is_causal: bool, attention_mask: Tensor | None = None) -> Tensor | None:
+def find_documents(document_ids: Tensor, attn_func: AttnFunc) -> Documents:
+    """The documents of document_ids (B,T), runs of equal integers, in the form that suits an attention function here.
+
+    The one place that chooses: xformers' kernels where `attn_func` uses them; on a CPU each document by itself; on CUDA
+    flex attention; and a mask (B,1,T,T) where that cannot be, where T is short, and for all other attention functions.
+    """
+    first = first_tokens(document_ids)
+    positions = positions_in(first)
+    if attn_func is xformers_attn or (attn_func is auto_attn and first.is_cuda):
+        from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+        bias = BlockDiagonalCausalMask.from_seqlens(list(lengths_in(first))).to(first.device)
+        return Documents(positions, bias=bias)
+    if attn_func in (torch_attn, auto_attn):
+        if not first.is_cuda:
+            return Documents(positions, lengths=lengths_in(first))
+        if first.shape[1] > BLOCK_TOKENS and has_flex(first.device):
+            return Documents(positions, blocks=blocks_in(first))
+    return Documents(positions, allowed=allowed_in(first))
+
+
+def allowed_keys(queries: Tensor, keys: Tensor, is_causal: bool, attention_mask: Mask | None = None) -> Tensor | None:
     """Which keys each query may attend to: bool, broadcasting to (B,H,Tq,Tk); None where every query may see all keys.
 
     A query that is left with no key (padding on the left) may see its own, so that no row of the softmax is empty.
@@ -31,6 +66,8 @@ def allowed_keys(queries: Tensor, keys: Tensor, is_causal: bool, attention_mask:
     Raises:
         ValueError: more queries than keys, or an attention_mask that is not (B,Tk).
     """
+    if isinstance(attention_mask, Documents):
+        return attention_mask.allowed
     q_len, k_len = queries.shape[1], keys.shape[1]
     if q_len > k_len:
         raise ValueError(f"{q_len} queries for {k_len} keys: queries are the last of the keys' positions")
@@ -52,9 +89,12 @@ def allowed_keys(queries: Tensor, keys: Tensor, is_causal: bool, attention_mask:
 
 
 def torch_attn(
-    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Tensor | None = None
+    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
 ) -> Tensor:
-    """Softmax attention through torch's scaled_dot_product_attention -> (B,Tq,H,K)."""
+    """Softmax attention through torch's scaled_dot_product_attention, inside documents through flex attention as well
+    -> (B,Tq,H,K)."""
+    if isinstance(attention_mask, Documents):
+        return softmax_in_documents(queries, keys, values, attention_mask)
     aligned = is_causal and attention_mask is None and 1 < queries.shape[1] == keys.shape[1]
     mask = None if aligned else allowed_keys(queries, keys, is_causal, attention_mask)
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
@@ -63,11 +103,13 @@ def torch_attn(
 
 
 def xformers_attn(
-    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Tensor | None = None
+    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
 ) -> Tensor:
     """Softmax attention through xformers' memory-efficient kernels, on CUDA tensors only -> (B,Tq,H,K)."""
     from xformers import ops
 
+    if isinstance(attention_mask, Documents):
+        return _xformers_in_documents(queries, keys, values, attention_mask)
     mask = None
     if attention_mask is None and is_causal and queries.shape[1] > 1:
         mask = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask()
@@ -75,6 +117,16 @@ def xformers_attn(
         mask = _xformers_bias(queries, keys, allowed_keys(queries, keys, is_causal, attention_mask))
     out: Tensor = ops.memory_efficient_attention(queries, keys, values, attn_bias=mask)
     return out.contiguous()
+
+
+@torch.compiler.disable  # it would be compiled anew for every list of lengths
+def _xformers_in_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
+    """As xformers_attn; the kernels take the whole batch as one row (1,B*T,H,K)."""
+    from xformers import ops
+
+    q, k, v = (x.flatten(0, 1)[None] for x in (queries, keys, values))
+    out: Tensor = ops.memory_efficient_attention(q, k, v, attn_bias=documents.bias)
+    return out.reshape(queries.shape)
 
 
 def _xformers_bias(queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Tensor:
@@ -86,7 +138,7 @@ def _xformers_bias(queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Ten
 
 
 def auto_attn(
-    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Tensor | None = None
+    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
 ) -> Tensor:
     """xformers_attn for tensors on CUDA, torch_attn elsewhere -> (B,Tq,H,K)."""
     attn = xformers_attn if queries.is_cuda else torch_attn
@@ -137,7 +189,7 @@ def custom_attn(  # noqa: PLR0917 (callers pass these by position)
     attn_seq_scalar: str,
     alpha: float,
     is_causal: bool = False,
-    attention_mask: Tensor | None = None,
+    attention_mask: Mask | None = None,
 ) -> Tensor:
     """Attention whose weights are activation(scores) / length^alpha (Wortsman et al. 2023, https://arxiv.org/abs/2309.08586).
 
@@ -145,7 +197,8 @@ def custom_attn(  # noqa: PLR0917 (callers pass these by position)
         queries, keys, values, is_causal, attention_mask: as in the module's interface.
         attn_activation: name in ATTN_ACTIVATIONS. Keys that may not be seen get weight 0 whatever the activation.
         attn_seq_scalar: name in ATTN_SEQ_SCALARS; with an attention_mask each row's length is its number of nonzero
-            columns, so that padding changes nothing.
+            columns, so that padding changes nothing. With documents it stays the row's number of keys: a document's own
+            would tell its first tokens where it ends.
         alpha: exponent of the length.
 
     Returns:
@@ -162,18 +215,37 @@ def custom_attn(  # noqa: PLR0917 (callers pass these by position)
     return out.to(queries.dtype)
 
 
-def _length_scale(keys: Tensor, attn_seq_scalar: str, alpha: float, attention_mask: Tensor | None) -> float | Tensor:
+def _length_scale(keys: Tensor, attn_seq_scalar: str, alpha: float, attention_mask: Mask | None) -> float | Tensor:
     """length^-alpha: a number, or (B,1,1,1) in the keys' type where rows are padded."""
     scalar = ATTN_SEQ_SCALARS[attn_seq_scalar]
-    if attention_mask is None or attn_seq_scalar == "none":
+    if not isinstance(attention_mask, Tensor) or attn_seq_scalar == "none":
         return float(scalar(keys.shape[1])) ** -alpha
     lengths = (attention_mask != 0).sum(-1).clamp(min=1).float()
     return (scalar(lengths) ** -alpha).to(keys.dtype)[:, None, None, None]
 
 
 def has_xformers() -> bool:
-    """Whether xformers can be used here: CUDA is there and the package is installed."""
-    return torch.cuda.is_available() and importlib.util.find_spec("xformers") is not None
+    """Whether xformers can be used here: CUDA is there, the package is installed and its kernels can be loaded."""
+    return xformers_problem() is None
+
+
+def xformers_problem() -> str | None:
+    """Why xformers cannot be used here, or None where it can."""
+    return _xformers_load_problem() if torch.cuda.is_available() else "there is no CUDA device"
+
+
+@functools.cache
+def _xformers_load_problem() -> str | None:
+    if importlib.util.find_spec("xformers") is None:
+        return "the package is not installed"
+    try:
+        from xformers import ops
+
+        # Some forward kernels need nothing of the compiled library; backward kernels do.
+        loaded = any(kernel.is_available() for kernel in ops.fmha.ALL_BW_OPS)
+    except Exception as error:  # a library built for another torch or CUDA fails in many ways
+        return f"the installed package cannot be loaded ({type(error).__name__}: {error})"
+    return None if loaded else "the installed package's kernels do not fit this torch"
 
 
 def get_attn_func(
@@ -185,7 +257,7 @@ def get_attn_func(
     """The attention function of --attn-name: the one place where xformers is chosen.
 
     Args:
-        attn_name: auto (xformers on CUDA where installed, else torch_attn), torch_attn, xformers_attn,
+        attn_name: auto (xformers on CUDA where it can be loaded, else torch_attn), torch_attn, xformers_attn,
             xformers_attn_variable_length (the same: every length works) or custom_attn.
         attn_activation, attn_seq_scalar, alpha: --attn-activation, --attn-seq-scalar, --attn-seq-scalar-alpha; all
             three are needed by custom_attn, and by no other.
@@ -199,8 +271,7 @@ def get_attn_func(
         return torch_attn
     if attn_name in ("xformers_attn", "xformers_attn_variable_length"):
         if not has_xformers():
-            missing = "the package is not installed" if torch.cuda.is_available() else "there is no CUDA device"
-            raise ConfigError(f"--attn-name {attn_name}: {missing}; use --attn-name auto or torch_attn")
+            raise ConfigError(f"--attn-name {attn_name}: {xformers_problem()}; use --attn-name auto or torch_attn")
         return xformers_attn
     if attn_name == "custom_attn":
         return _bound_custom_attn(attn_activation, attn_seq_scalar, alpha)

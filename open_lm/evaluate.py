@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from open_lm.config import LoggingConfig, ValidationConfig
 from open_lm.data.loader import ValLoader
+from open_lm.data.masking import document_ids
 from open_lm.distributed import Runtime, broadcast_object, gather_objects, sum_over_ranks
 from open_lm.losses import IGNORE_INDEX
 from open_lm.metrics import bootstrap_interval
@@ -32,7 +33,8 @@ NO_INTERVAL = (-1.0, -1.0)
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How validation computes, and what it says about the run. `train_tokens`: trained on so far, None: unknown."""
+    """How validation computes, and what it says about the run. `train_tokens`: trained on so far, None: unknown.
+    `end_of_text_id`: attention stays inside the documents that it ends; None: it sees the whole row."""
 
     runtime: Runtime
     autocast: Callable[[], AbstractContextManager[object]]
@@ -41,6 +43,7 @@ class EvaluationOptions:
     checkpoint_path: str | None = None
     train_tokens: int | None = None
     log_every: int = 100
+    end_of_text_id: int | None = None
 
 
 def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: EvaluationOptions) -> list[dict[str, Any]]:
@@ -135,7 +138,7 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         data_s += time.perf_counter() - waiting_since
         inputs = batch.inputs.to(runtime.device, non_blocking=True)
         targets = batch.targets.to(runtime.device, non_blocking=True)
-        losses = token_losses(model, inputs, targets, options.autocast)
+        losses = token_losses(model, inputs, targets, options.autocast, options.end_of_text_id)
         valid = targets != IGNORE_INDEX
         sums = (losses.sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
         totals += torch.stack([value.to(torch.float64) for value in sums])
@@ -169,11 +172,21 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
 
 
 def token_losses(
-    model: nn.Module, inputs: Tensor, targets: Tensor, autocast: Callable[[], AbstractContextManager[object]]
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    autocast: Callable[[], AbstractContextManager[object]],
+    end_of_text_id: int | None = None,
 ) -> Tensor:
-    """Cross entropy of each token, 0 where it is masked: inputs, targets (B,T) int64 -> (B,T) float32."""
+    """Cross entropy of each token, 0 where it is masked: inputs, targets (B,T) int64 -> (B,T) float32.
+
+    With end_of_text_id attention stays inside documents, see `document_ids`.
+    """
     with autocast():
-        logits = model(inputs)[0]
+        if end_of_text_id is None:
+            logits = model(inputs)[0]
+        else:
+            logits = model(inputs, document_ids=document_ids(inputs, end_of_text_id))[0]
     flat = F.cross_entropy(
         logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from open_lm.attention import AttnFunc, get_attn_func
+from open_lm.attention import AttnFunc, Mask, find_documents, get_attn_func
 from open_lm.config import ModelConfig
+from open_lm.document_attention import Documents
 from open_lm.errors import ConfigError, join_problems
 from open_lm.feed_forward import get_feed_forward
 from open_lm.initialization import init_weights
@@ -121,9 +122,10 @@ class Attention(nn.Module):
         self.k_norm = params.norm(width) if params.apply_qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, past: LayerCache | None = None, attention_mask: Tensor | None = None
+        self, x: Tensor, past: LayerCache | None = None, attention_mask: Mask | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """x (B,T,D), past 2 x (B,P,H,K), attention_mask (B,P+T) -> (B,T,D) and keys and values 2 x (B,P+T,H,K)."""
+        """x (B,T,D), past 2 x (B,P,H,K), attention_mask (B,P+T) or documents -> (B,T,D) and keys and values 2 x
+        (B,P+T,H,K)."""
         queries, keys, values = self.in_proj(x).chunk(3, dim=-1)
         heads = (self.n_heads, self.head_dim)
         queries = self.q_norm(queries).unflatten(-1, heads)
@@ -138,11 +140,14 @@ class Attention(nn.Module):
         return self.out_proj(mixed.flatten(-2)), [keys, values]
 
 
-def token_positions(x: Tensor, past_len: int, attention_mask: Tensor | None) -> Tensor:
+def token_positions(x: Tensor, past_len: int, attention_mask: Mask | None) -> Tensor:
     """Positions of the tokens of x (B,T,D) after past_len cached ones: (T,), or (B,T) with a mask (B,P+T), int64.
 
-    Masked tokens do not count, so that a row has the same positions with padding on its left and without.
+    Masked tokens do not count, so that a row has the same positions with padding on its left and without. Each
+    document's are counted from 0.
     """
+    if isinstance(attention_mask, Documents):
+        return attention_mask.positions
     length = x.shape[1]
     if attention_mask is None:
         return torch.arange(past_len, past_len + length, device=x.device)
@@ -181,9 +186,10 @@ class Block(nn.Module):
         x: Tensor,
         past_key_value: LayerCache | None = None,
         use_cache: bool = False,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask | None = None,
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """x (B,T,D), attention_mask (B,P+T) -> (B,T,D) and, with use_cache, keys and values (B,P+T,H,K)."""
+        """x (B,T,D), attention_mask (B,P+T) or documents -> (B,T,D) and, with use_cache, keys and values 2 x
+        (B,P+T,H,K)."""
         mixed, cache = self.attention(self.attention_norm(x), past_key_value, attention_mask)
         x = x + mixed
         x = x + self.feed_forward(self.ffn_norm(x))
@@ -246,6 +252,8 @@ class Transformer(nn.Module):
         past_key_values: Sequence[LayerCache] | None = None,
         use_cache: bool = False,
         attention_mask: Tensor | None = None,
+        *,
+        document_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, list[list[Tensor]] | None]:
         """Next-token logits.
 
@@ -256,25 +264,36 @@ class Transformer(nn.Module):
             use_cache: return such pairs for what this call has seen.
             attention_mask: (B,P+T), nonzero for real tokens, 0 for padding; rows padded on the left get the logits of
                 the unpadded rows. Logits at padding mean nothing.
+            document_ids: (B,T) integers, equal for neighbours of one document (data.masking.document_ids): attention
+                stays inside documents and positions start at 0 in each, so that a row of several documents gets the
+                logits of each of them alone. For whole rows: not with past_key_values, use_cache or attention_mask.
 
         Returns:
             logits (B,T,V) float32; the normalised hidden states (B,T,D); with use_cache L pairs (B,P+T,H,K), else None.
 
         Raises:
-            ValueError: neither or both of the inputs, or a mask of another shape.
+            ValueError: neither or both of the inputs, a mask or document_ids of another shape, or document_ids together
+                with what they cannot go with.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        mask: Mask | None = attention_mask
+        if document_ids is not None:
+            _check_document_ids(
+                document_ids, x, past_key_values=past_key_values, use_cache=use_cache, attention_mask=attention_mask
+            )
+            assert self.params.attn_func is not None
+            mask = find_documents(document_ids, self.params.attn_func)
         x = self.post_embed_norm(x)
         caches: list[list[Tensor]] = []
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and not use_cache
         for i, block in enumerate(self.layers):
             past = None if past_key_values is None else past_key_values[i]
             if recompute:
-                x, cache = checkpoint(block, x, past, use_cache, attention_mask, use_reentrant=False)
+                x, cache = checkpoint(block, x, past, use_cache, mask, use_reentrant=False)
             else:
-                x, cache = block(x, past, use_cache=use_cache, attention_mask=attention_mask)
+                x, cache = block(x, past, use_cache=use_cache, attention_mask=mask)
             if cache is not None:
                 caches.append(cache)
         hidden = self.norm(x)
@@ -294,6 +313,19 @@ class Transformer(nn.Module):
         if not losses:
             return None
         return self.params.moe_loss_weight * torch.stack(losses).mean()
+
+
+def _check_document_ids(document_ids: Tensor, x: Tensor, **others: Any) -> None:
+    """ValueError for document_ids of another shape or type than x (B,T,D) asks for, or given together with others."""
+    found = [name for name, value in others.items() if value is not None and value is not False]
+    if found:
+        raise ValueError(
+            f"document_ids together with {', '.join(found)}: documents are kept apart in whole rows only, without "
+            "cached keys or padding; leave out one or the other"
+        )
+    if document_ids.shape != x.shape[:2] or document_ids.is_floating_point():
+        shape, kind = tuple(document_ids.shape), document_ids.dtype
+        raise ValueError(f"document_ids have shape {shape} of {kind}, expected integers of shape {tuple(x.shape[:2])}")
 
 
 def create_params(cfg: object) -> Params:

@@ -1,4 +1,5 @@
-"""From token ids to inputs and targets: cutting a training window out of a chunk, and masking targets from the loss.
+"""From token ids to inputs and targets: cutting a training window out of a chunk, masking targets from the loss, and
+telling a row's documents apart.
 
 Masked targets are -100, which losses.py leaves out of both the sum and the count.
 """
@@ -86,3 +87,21 @@ def sample_chunk(chunk: Tensor, args: Any) -> tuple[Tensor, Tensor]:
         )
     start = int(torch.randint(0, spare + 1, (1,))) if spare else 0
     return mask_sequence(chunk, start, args)
+
+
+def document_ids(inputs: Tensor, end_of_text_id: int) -> Tensor:
+    """The document of each token, numbered from 0 in each row: inputs (B,T) int64 -> (B,T) int32, on their device.
+
+    The end-of-text token belongs to the document that it ends, the next token begins a new one:
+
+        inputs   b c E d e f E E g P      E end of text, P padding
+        ids      0 0 0 0 1 1 1 1 2 3 3
+
+    A row begins where a chunk was cut, mostly inside a document; that piece is document 0, with positions from 0.
+    Padding belongs to the row's last document: it comes after all of that document's tokens, which therefore never see
+    it, and its own targets are masked. (Padded with the end-of-text token, each pad is a document of its own.)
+    Targets stay as they are: the target of an end-of-text token is the first token of the next document, trained on
+    as without the mask.
+    """
+    is_end = inputs == end_of_text_id
+    return is_end.cumsum(-1, dtype=torch.int32) - is_end.to(torch.int32)
