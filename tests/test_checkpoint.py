@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import socket
@@ -18,13 +17,11 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from open_lm import storage
 from open_lm.averaging import ModelAverager
 from open_lm.checkpoint import (
     CheckpointWriter,
     Progress,
     find_resume,
-    latest_checkpoint,
     load_average,
     load_averagers,
     load_model,
@@ -35,7 +32,7 @@ from open_lm.checkpoint import (
 )
 from open_lm.checkpoint.files import clean_name, read_file, sibling, write_file
 from open_lm.config import CheckpointConfig, LoggingConfig
-from open_lm.errors import CheckpointError, ConfigError, StorageError, end_process
+from open_lm.errors import CheckpointError, StorageError, end_process
 from open_lm.run_folder import RunPaths
 
 METRICS = [{"loss": np.float64(2.5), "tokens": np.int64(7), "val_data": ["a.tar"]}]
@@ -408,57 +405,6 @@ def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     write_file(sibling(str(path), "optimizer"), content)
     with pytest.raises(CheckpointError, match=r"layers\.0\.in_proj\.weight\.exp_avg"):
         load_optimizer(resume_args(path), model, optimizer)
-
-
-# ---------------------------------------------------------------------------------------------- latest
-def test_latest_steps_over_broken_ones_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, optimizer = build(0)
-    saver = writer(tmp_path)
-    for epoch in (2, 9, 10, 11):
-        saver.save(Progress(epoch=epoch), model, optimizer=optimizer)
-    folder = Path(saver.paths.checkpoints)
-    assert latest_checkpoint(str(folder)) == str(folder / "epoch_11.pt"), "11 is newer than 9"
-    (folder / "epoch_11.pt").write_bytes((folder / "epoch_11.pt").read_bytes()[:500])
-    (folder / "optimizer_10.pt").unlink()
-    (folder / "epoch_12.pt").touch()
-    (folder / ".epoch_13.pt.open-lm-part-x").write_bytes(b"PK")
-    with caplog.at_level(logging.WARNING):
-        assert latest_checkpoint(str(folder)) == str(folder / "epoch_9.pt")
-    assert [word in caplog.text for word in ("epoch_12.pt", "epoch_11.pt", "epoch_10.pt")] == [True] * 3
-    assert latest_checkpoint(str(tmp_path / "nowhere")) is None
-
-
-def test_latest_falls_back_to_weights_alone(tmp_path: Path) -> None:
-    saver = writer(tmp_path)
-    path = saver.save(Progress(epoch=1), build(0)[0])
-    assert latest_checkpoint(saver.paths.checkpoints) == path
-
-
-def test_latest_of_a_remote_copy(tmp_path: Path, s3_bucket: str) -> None:
-    model, optimizer = build(0)
-    saver = writer(tmp_path)
-    for epoch in (1, 2):
-        saver.save(Progress(epoch=epoch, step=epoch), model, optimizer=optimizer)
-    remote = f"s3://{s3_bucket}/runs"
-    for name in os.listdir(saver.paths.checkpoints):
-        storage.upload(storage.join(saver.paths.checkpoints, name), f"{remote}/run/checkpoints/{name}")
-    os.unlink(storage.join(saver.paths.checkpoints, "epoch_2.pt"))
-    for name, there, here in (("out.log", "a\nb\n", "a\n"), ("metrics.jsonl", "{}\n", None)):
-        storage.write_text(f"{remote}/run/{name}", there)
-        if here is not None:
-            storage.write_text(storage.join(saver.paths.root, name), here)
-    logging_cfg = LoggingConfig(logs=saver.paths.logs, remote_sync=remote)
-    path = find_resume(CheckpointConfig(resume="latest"), logging_cfg, saver.paths)
-    assert path == f"{remote}/run/checkpoints/epoch_2.pt"
-    assert storage.read_text(saver.paths.log) == "a\nb\n", "the longer log is continued"
-    assert storage.read_text(saver.paths.metrics) == "{}\n"
-    elsewhere = RunPaths(str(tmp_path / "elsewhere"), "run")
-    with pytest.raises(ConfigError, match="exists already at"):
-        find_resume(CheckpointConfig(), logging_cfg, elsewhere)
-    target, target_optimizer = build(3)
-    assert load_weights(path, target).step == 2
-    assert torch.equal(target.embed.weight, model.embed.weight)
-    assert load_optimizer(resume_args(path), target, target_optimizer)
 
 
 # ---------------------------------------------------------------------------------------------- several processes

@@ -1,7 +1,7 @@
 """A run's state on disk: sharded checkpoints (step_N/) and the interchange files (epoch_N.pt and its companions)."""
 
-from open_lm.checkpoint.files import latest_checkpoint, read_model_state
-from open_lm.checkpoint.finding import find_resume
+from open_lm.checkpoint.files import read_model_state
+from open_lm.checkpoint.finding import Candidate, candidates, find_resume
 from open_lm.checkpoint.interchange import (
     CheckpointWriter,
     load_average,
@@ -14,6 +14,6 @@ from open_lm.checkpoint.interchange import (
 from open_lm.checkpoint.progress import Progress
 
 __all__ = [
-    "CheckpointWriter", "Progress", "find_resume", "latest_checkpoint", "load_average", "load_averagers", "load_model",
-    "load_optimizer", "load_rng", "load_weights", "read_model_state",
+    "Candidate", "CheckpointWriter", "Progress", "candidates", "find_resume", "load_average", "load_averagers",
+    "load_model", "load_optimizer", "load_rng", "load_weights", "read_model_state",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from open_lm.errors import CheckpointError
+from open_lm.errors import BrokenCheckpoint
 
 _ALIGNMENT = 64
 _ROOT = "archive"
@@ -61,7 +61,7 @@ class LazyTensor:
 def write_archive(file: IO[bytes], content: Any) -> None:
     """Write `content`, dicts, lists and plain values with LazyTensors for tensors, to a file open for writing.
 
-    At most one piece of a tensor is held at a time. CheckpointError where pieces do not make up their tensor.
+    At most one piece of a tensor is held at a time. BrokenCheckpoint where pieces do not make up their tensor.
     """
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
@@ -73,7 +73,7 @@ def write_archive(file: IO[bytes], content: Any) -> None:
             written = _write_record(archive, f"data/{key}", (_bytes_of(piece) for piece in tensor.pieces()))
             if written != tensor.num_bytes:
                 found = f"{written} bytes were found, {tensor.num_bytes} expected"
-                raise CheckpointError(f"a tensor of shape {tuple(tensor.shape)} is incomplete: {found}")
+                raise BrokenCheckpoint(f"a tensor of shape {tuple(tensor.shape)} is incomplete: {found}")
         _write_record(archive, "version", [_VERSION.encode()])
 
 
@@ -104,11 +104,12 @@ class _Storage:
     tensor: LazyTensor
 
 
-def _bytes_of(piece: Tensor) -> memoryview:
-    return memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy())
+def _bytes_of(piece: Tensor) -> Any:
+    """The memory of a tensor, as what takes bytes takes it."""
+    return piece.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _write_record(archive: zipfile.ZipFile, name: str, pieces: Iterable[bytes | memoryview]) -> int:
+def _write_record(archive: zipfile.ZipFile, name: str, pieces: Iterable[Any]) -> int:
     """Write an aligned record and return its size; zipfile adds up its checksum."""
     record = zipfile.ZipInfo(f"{_ROOT}/{name}")
     assert archive.fp is not None

@@ -10,25 +10,31 @@ A checkpoint of epoch N in a run's folder `checkpoints` is
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
 import re
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from open_lm import storage
-from open_lm.errors import CheckpointError, StorageError, join_problems
+from open_lm.checkpoint.folders import step_number
+from open_lm.checkpoint.progress import Progress
+from open_lm.checkpoint.tensor_index import StoredTensors
+from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError, join_problems
 from open_lm.param_names import clean_name
 
 LATEST = "latest"
 _NUMBERED = re.compile(r"^epoch_(\d+)\.pt$")
+_COMPANION = re.compile(r"^(optimizer|stats|(poly|ema|none)(_[^_]+){0,2})_(\d+)\.pt$")  # averagers go by their names
 # Keys of a checkpoint under which a model's weights are found.
 _WEIGHT_KEYS = ("state_dict", "av_model_sd")
+_LARGE_KEYS = ("optimizer", "averagers", "rng")
 
 
 def file_name(kind: str, epoch: int | str) -> str:
@@ -53,29 +59,31 @@ def read_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
     if not storage.is_remote(url):
         local = storage.local_path(url)
         if not os.path.isfile(local):
-            raise CheckpointError(f"{url}: there is no such checkpoint{_neighbours(url)}")
-        return _load(local, url, map_location)
+            raise CheckpointError(f"{url}: there is no such checkpoint{neighbours(url)}")
+        return _load(local, url, map_location, mmap=zipfile.is_zipfile(local))
     with tempfile.TemporaryDirectory(prefix="open_lm-checkpoint-") as folder:
         local = os.path.join(folder, "checkpoint.pt")
         try:
             storage.download(url, local)
         except StorageError as error:
             raise CheckpointError(f"the checkpoint cannot be fetched: {error}") from error
-        return _load(local, url, map_location)  # the mapping keeps the file's data alive after its removal
+        # The mapping keeps the file's data alive after its removal.
+        return _load(local, url, map_location, mmap=zipfile.is_zipfile(local))
 
 
-def _load(local: str, url: str, map_location: Any) -> Any:
+def _load(source: str | IO[bytes], url: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
-            mapped = zipfile.is_zipfile(local)
-            return torch.load(local, map_location=map_location, weights_only=True, mmap=mapped)
+            return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class) '?([A-Za-z_][\w.]*\.\w+)", str(error))
         what = f"an object of type {found.group(1)}" if found else "something else"
         raise CheckpointError(f"{url}: expected tensors and plain values only, found {what}") from error
+    except StorageError:
+        raise
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
+        raise BrokenCheckpoint(
             f"{url}: the file is broken or no checkpoint ({reason}); fetch it again, or use an earlier one"
         ) from error
 
@@ -89,34 +97,82 @@ def _numpy_scalars() -> list[Any]:
     return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *kinds]
 
 
-def _neighbours(url: str) -> str:
+def neighbours(url: str) -> str:
+    """The end of a message about a file that is not there: which checkpoints are beside it."""
     present = [os.path.basename(name) for name in storage.glob(os.path.join(os.path.dirname(url) or ".", "epoch_*.pt"))]
     return f"; beside it are {', '.join(present[:8])}" if present else ""
 
 
-def read_model_state(
-    path: str | os.PathLike[str], map_location: Any = "cpu"
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """A model's weights by their clean names, and everything else small that the file says (epoch, step, …).
+def read_model_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A model's weights by their clean names, and everything else small that the checkpoint says (epoch, step, …).
 
-    Takes a checkpoint of a run, an averager's file, or bare weights (then the second result is empty).
+    Takes a checkpoint of a run (epoch_N.pt or a step_N folder), an averager's file, or bare weights (then the second
+    result is empty).
     """
-    content = read_file(path, map_location)
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{os.fspath(path)}: expected a checkpoint, found a {type(content).__name__}")
-    key = next((key for key in _WEIGHT_KEYS if isinstance(content.get(key), Mapping)), None)
-    weights = content if key is None else content[key]
-    state = {clean_name(name): value for name, value in weights.items() if isinstance(value, torch.Tensor)}
+    url = os.fspath(path)
+    if step_number(url) is not None:
+        stored = StoredTensors(url)
+        return stored_weights(stored), _stored_meta(stored)
+    content = read_file(url)
+    weights = _weights_of(content, url)
+    state = {clean_name(name): value for name, value in weights.items() if isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(
-            f"{os.fspath(path)}: holds no weights, only {', '.join(map(str, list(content)[:8])) or 'nothing'}; "
+            f"{url}: holds no weights, only {', '.join(map(str, list(content)[:8])) or 'nothing'}; "
             "expected an epoch_N.pt or bare weights"
         )
-    meta = {} if key is None else {name: value for name, value in content.items() if name not in (key, "optimizer")}
-    return state, meta
+    return state, _meta_of(content, weights)
 
 
-def average_states(paths: list[str], coefficients: list[float] | None = None) -> dict[str, torch.Tensor]:
+def read_meta(url: str) -> dict[str, Any]:
+    """What `read_model_state` returns beside the weights, of which nothing is read, and nothing downloaded."""
+    if step_number(url) is not None:
+        return _stored_meta(StoredTensors(url))
+    beside = sibling(url, "stats")
+    if beside != url and storage.info(beside) is not None:
+        with contextlib.suppress(CheckpointError):  # the file itself says the same
+            content = read_file(beside)
+            if "step" in content:
+                return dict(content)
+    with storage.open_file(url) as file:
+        if not zipfile.is_zipfile(file):
+            return read_model_state(url)[1]  # an old format, in which all has to be read
+        file.seek(0)
+        with FakeTensorMode():  # tensors without their data
+            content = _load(file, url)
+    return _meta_of(content, _weights_of(content, url))
+
+
+def _weights_of(content: Any, url: str) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{url}: expected a checkpoint, found a {type(content).__name__}")
+    return next((content[key] for key in _WEIGHT_KEYS if isinstance(content.get(key), Mapping)), content)
+
+
+def _meta_of(content: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str, Any]:
+    if weights is content:
+        return {}
+    return {name: value for name, value in content.items() if name not in (*_WEIGHT_KEYS, *_LARGE_KEYS)}
+
+
+def stored_weights(stored: StoredTensors) -> dict[str, Tensor]:
+    """The whole weights of a sharded checkpoint; all names of a tied weight share one tensor."""
+    read: dict[str, Tensor] = {}
+    state = {}
+    for name in stored.names("model/"):
+        first = stored.stored_name(name)
+        if first not in read:
+            read[first] = stored.read(first)
+        state[name.removeprefix("model/")] = read[first]
+    return state
+
+
+def _stored_meta(stored: StoredTensors) -> dict[str, Any]:
+    progress = Progress.from_json(stored.extra["progress"])
+    return {**progress.common_entries(str(stored.extra.get("name", ""))), **progress.shared_entries()}
+
+
+def average_states(paths: list[str], coefficients: list[float] | None = None) -> dict[str, Tensor]:
     """The weighted sum of several checkpoints' weights; equal weights of 1/n by default.
 
     Summed in float32 (or wider); a tensor of integers is taken from the first checkpoint.
@@ -126,7 +182,7 @@ def average_states(paths: list[str], coefficients: list[float] | None = None) ->
     weights = coefficients if coefficients is not None else [1.0 / len(paths)] * len(paths)
     if len(weights) != len(paths):
         raise CheckpointError(f"--average-coefficients: found {len(weights)} for {len(paths)} checkpoints of --average")
-    total: dict[str, torch.Tensor] = {}
+    total: dict[str, Tensor] = {}
     for path, weight in zip(paths, weights, strict=True):
         state, _ = read_model_state(path)
         if not total:
@@ -142,11 +198,11 @@ def average_states(paths: list[str], coefficients: list[float] | None = None) ->
     return total
 
 
-def _scaled(value: torch.Tensor, weight: float) -> torch.Tensor:
+def _scaled(value: Tensor, weight: float) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32)) * weight if value.is_floating_point() else value
 
 
-def shape_problems(state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
+def shape_problems(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
     """What keeps `state` from fitting `expected` names and shapes: missing, unexpected, other shapes (shortened)."""
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
@@ -176,17 +232,6 @@ def write_file(path: str, content: Any) -> None:
         raise StorageError(f"{path}: the checkpoint could not be written ({error}); is the disk full?") from error
 
 
-def plain(value: Any) -> Any:
-    """`value` with numpy's and torch's scalars as Python numbers, so that torch's safe loader reads it anywhere."""
-    if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(plain(item) for item in value)
-    if not isinstance(value, torch.Tensor) and hasattr(value, "item") and hasattr(value, "dtype"):
-        return value.item()
-    return value
-
-
 # ---------------------------------------------------------------------------------------------- finding
 def epoch_number(url: str) -> int | None:
     """N of .../epoch_N.pt, None for any other name."""
@@ -200,36 +245,8 @@ def numbered(folder: str) -> dict[int, str]:
     return dict(sorted((number, url) for number, url in found if number is not None))
 
 
-def latest_checkpoint(folder: str) -> str | None:
-    """The newest complete checkpoint of a local or remote folder, or None; broken ones are stepped over aloud.
-
-    epoch_latest.pt comes first where it is younger than the newest numbered one. One without its optimizer's file is
-    taken only if no older one is complete.
-    """
-    by_number = numbered(folder)
-    candidates = list(reversed(by_number.values()))
-    most_recent = storage.info(storage.join(folder, file_name("epoch", LATEST)))
-    if most_recent is not None:
-        newest = storage.info(candidates[0]) if candidates else None
-        if newest is None or most_recent.mtime_s >= newest.mtime_s:
-            candidates.insert(0, most_recent.url)
-        else:
-            candidates.append(most_recent.url)
-    without_optimizer = None
-    for url in candidates:
-        problem = incompleteness(url)
-        if problem is None:
-            if _has_optimizer(url):
-                return url
-            without_optimizer = without_optimizer or url
-            problem = "its optimizer file is missing or broken"
-        logging.warning(f"checkpoint {url} is stepped over: {problem}")
-    return without_optimizer
-
-
-def _has_optimizer(url: str) -> bool:
-    if url.endswith(file_name("epoch", LATEST)):
-        return True
+def has_optimizer(url: str) -> bool:
+    """Whether the optimizer's file beside an epoch_N.pt is there and whole."""
     beside = sibling(url, "optimizer")
     return storage.info(beside) is not None and incompleteness(beside) is None
 
@@ -248,8 +265,10 @@ def incompleteness(url: str) -> str | None:
         return f"it is truncated or unreadable ({error})"
 
 
-def remove_checkpoint(folder: str, epoch: int, kinds: list[str]) -> None:
-    """Remove the files of one local checkpoint, epoch_N.pt first: what remains of it never looks complete."""
-    for kind in ["epoch", *kinds]:
+def remove_checkpoint(folder: str, epoch: int) -> None:
+    """Remove the files of one checkpoint, epoch_N.pt first: what remains of it never looks complete."""
+    first = storage.join(folder, file_name("epoch", epoch))
+    beside = [url for url in storage.list_files(folder) if _COMPANION.match(url.rpartition("/")[2])]
+    for url in [first, *(url for url in beside if url.endswith(f"_{epoch}.pt"))]:
         with contextlib.suppress(StorageError):
-            storage.remove(storage.join(folder, file_name(kind, epoch)))
+            storage.remove(url)

@@ -1,44 +1,154 @@
-"""Which checkpoint `--resume` means."""
+"""Which checkpoints `--resume` can mean: those of the run's folder, of --checkpoint-dir and of its copy elsewhere."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from open_lm import storage
-from open_lm.checkpoint.files import epoch_number, latest_checkpoint, read_model_state
+from open_lm.checkpoint import files
+from open_lm.checkpoint.folders import step_folders, step_number
+from open_lm.checkpoint.progress import Progress
+from open_lm.checkpoint.tensor_index import StoredTensors, incompleteness
 from open_lm.config import CheckpointConfig, LoggingConfig
 from open_lm.distributed import on_master
-from open_lm.errors import ConfigError
+from open_lm.errors import CheckpointError, ConfigError
 from open_lm.remote_sync import fetch_logs, remote_folder
 from open_lm.run_folder import RunPaths
 
+_ENOUGH = 4  # of the newest: where all of them turn out to be broken, an older one is not what is needed
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that looks complete: a step_N folder if `sharded`, else an epoch_N.pt. It was saved after `step`
+    optimizer steps, in which `epoch` epochs were completed; 0 where an old file does not say."""
+
+    url: str
+    step: int
+    epoch: int
+    sharded: bool
+    remote: bool
+
+    @property
+    def rank(self) -> tuple[int, int, bool, bool]:
+        """The larger is preferred: what is newer, then what is sharded, then what is at hand."""
+        return self.step, 0 if self.step else self.epoch, self.sharded, not self.remote
+
+
+def candidates(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPaths) -> list[Candidate]:
+    """The newest few checkpoints that `--resume` means, the one to prefer first; the same on all ranks. Collective.
+
+    "latest": of the run's folder, of --checkpoint-dir and of the copy at --remote-sync; none where there is none yet.
+    Logs that are further on in the copy are fetched from there. A path: that checkpoint, or the newest of the run's
+    folder that it names. Those that are broken or incomplete are stepped over with a warning; weights without their
+    optimizer come last. Only listings and small files are read.
+
+    Raises:
+        CheckpointError: a path where there is no checkpoint.
+        ConfigError: without "latest", where the copy holds a run of this name already.
+    """
+    return on_master(lambda: _candidates(cfg.resume, remote_folder(logging_cfg, paths.name), paths))
+
 
 def find_resume(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPaths) -> str | None:
-    """The checkpoint that `--resume` means, on all ranks: "latest" is the newest of the run's folder and of its copy
-    at `--remote-sync` (the local one where both have it), or None where there is none yet.
+    """The interchange file that `--resume` means, on all ranks, or None where there is none yet."""
+    found = candidates(cfg, logging_cfg, paths)
+    return next((candidate.url for candidate in found if not candidate.sharded), None)
 
-    With "latest", logs that are further on in the copy are fetched from there. Without it, ConfigError where the copy
-    holds a run of that name already.
-    """
-    remote = remote_folder(logging_cfg, paths.name)
-    if cfg.resume != "latest":
+
+def _candidates(resume: str | None, remote: str | None, paths: RunPaths) -> list[Candidate]:
+    if resume != "latest":
         if remote is not None:
-            on_master(lambda: _refuse_existing(remote, paths))
-        return cfg.resume
+            _refuse_existing(remote, paths)
+        return [] if resume is None else named(resume)
+    places = [paths.checkpoints, storage.join(paths.root, "checkpoints")] if paths.enabled else []
+    if remote is not None:
+        places.append(storage.join(remote, "checkpoints"))
+        if paths.enabled and (fetched := fetch_logs(remote, paths.root)):
+            logging.info(f"fetched {', '.join(fetched)} from {remote}")
+    found = newest(places)
+    logging.info(f"--resume latest: {found[0].url if found else 'no checkpoint yet, starting afresh'}")
+    return found
 
-    def newest() -> str | None:
-        found = latest_checkpoint(paths.checkpoints) if paths.enabled else None
-        if remote is not None:
-            copied = latest_checkpoint(storage.join(remote, "checkpoints"))
-            if copied is not None and (found is None or _epoch_of(copied) > _epoch_of(found)):
-                found = copied
-            if paths.enabled and (fetched := fetch_logs(remote, paths.root)):
-                logging.info(f"fetched {', '.join(fetched)} from {remote}")
-        logging.info(f"--resume latest: {found or 'no checkpoint yet, starting afresh'}")
-        return found
 
-    return on_master(newest)
+def named(path: str) -> list[Candidate]:
+    """What a path means: a step_N folder, an epoch_N.pt or other file of weights, or the newest of a run's folder."""
+    path = path.rstrip("/")
+    if step_number(path) is not None:
+        if problem := incompleteness(path):
+            raise CheckpointError(f"{path} cannot be resumed from: {problem}")
+        return [_sharded(path)]
+    if storage.info(path) is not None:
+        return [_interchange(path)]
+    found = newest([path, storage.join(path, "checkpoints")])
+    if not found:
+        raise CheckpointError(
+            f"{path}: there is no such checkpoint{files.neighbours(path)}; expected an epoch_N.pt, a step_N folder, or "
+            "the folder of a run with such"
+        )
+    return found
+
+
+def newest(places: list[str]) -> list[Candidate]:
+    """The newest few complete checkpoints of some folders, the one to prefer first."""
+    weights_only: list[Candidate] = []
+    streams = []
+    for place in dict.fromkeys(places):  # one that is named twice is looked into once
+        streams += [_sharded_of(place), _interchange_of(place, weights_only), _latest_of(place)]
+    merged = heapq.merge(*streams, key=lambda candidate: candidate.rank, reverse=True)
+    return [*itertools.islice(merged, _ENOUGH), *weights_only]
+
+
+# ---------------------------------------------------------------------------------------------- one folder
+# Each of these looks at a checkpoint only when it is asked for: a run may have hundreds, and the newest one serves.
+def _sharded_of(place: str) -> Iterator[Candidate]:
+    for url in reversed(step_folders(place).values()):
+        if problem := incompleteness(url):
+            _step_over(url, problem)
+        else:
+            yield _sharded(url)
+
+
+def _interchange_of(place: str, weights_only: list[Candidate]) -> Iterator[Candidate]:
+    """Those without an optimizer's file are put into `weights_only`."""
+    for url in reversed(files.numbered(place).values()):
+        if problem := files.incompleteness(url):
+            _step_over(url, problem)
+        elif files.has_optimizer(url):
+            yield _interchange(url)
+        else:
+            _step_over(url, "its optimizer file is missing or broken")
+            weights_only.append(_interchange(url))
+
+
+def _latest_of(place: str) -> Iterator[Candidate]:
+    url = storage.join(place, files.file_name("epoch", files.LATEST))
+    if storage.info(url) is None:
+        return
+    if problem := files.incompleteness(url):
+        _step_over(url, problem)
+    else:
+        yield _interchange(url)
+
+
+def _step_over(url: str, problem: str) -> None:
+    logging.warning(f"checkpoint {url} is stepped over: {problem}")
+
+
+def _sharded(url: str) -> Candidate:
+    stored = StoredTensors(url)
+    progress = Progress.from_json(stored.extra.get("progress", {}))
+    return Candidate(url, stored.step, progress.epoch, sharded=True, remote=storage.is_remote(url))
+
+
+def _interchange(url: str) -> Candidate:
+    progress = Progress.from_meta(files.read_meta(url))
+    return Candidate(url, progress.step or 0, progress.epoch, sharded=False, remote=storage.is_remote(url))
 
 
 def _refuse_existing(remote: str, paths: RunPaths) -> None:
@@ -47,8 +157,3 @@ def _refuse_existing(remote: str, paths: RunPaths) -> None:
             f"--remote-sync: a run of this name exists already at {remote}; "
             "continue it with --resume latest, or choose another --name"
         )
-
-
-def _epoch_of(url: str) -> int:
-    number = epoch_number(url)
-    return int(read_model_state(url)[1].get("epoch", 0)) if number is None else number

@@ -1,13 +1,15 @@
-"""Saving and loading a run's state: model, optimizer, averagers, random generators, progress and position in the data.
+"""The interchange files, epoch_N.pt and its companions, which any program with torch reads (described in files.py).
 
-Works alike for one process, DDP and sharded models: whole tensors are gathered to rank 0, which writes them, and are
-handed out from rank 0, which alone reads. Every function here is collective: all ranks call it, and a failure on rank 0
-is raised on all. The files are described in files.py.
+They are made from a sharded checkpoint by one process, tensor by tensor, so that nobody ever holds the whole model.
+They are loaded into one process, DDP and sharded models alike: rank 0 alone reads, and hands out to each rank its part.
+Loading is collective: all ranks call it, and a failure on rank 0 is raised on all.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -16,12 +18,12 @@ from torch.optim import Optimizer
 
 from open_lm import storage
 from open_lm.averaging import ModelAverager
+from open_lm.checkpoint.archive import LazyTensor, write_archive
 from open_lm.checkpoint.files import (
     LATEST,
     average_states,
     file_name,
     numbered,
-    plain,
     read_file,
     read_model_state,
     remove_checkpoint,
@@ -36,15 +38,143 @@ from open_lm.checkpoint.model_state import (
     set_moments,
     set_weights,
 )
-from open_lm.checkpoint.progress import Progress
+from open_lm.checkpoint.progress import Progress, plain
+from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.config import CheckpointConfig
 from open_lm.distributed import gather_objects, on_master
-from open_lm.errors import CheckpointError
-from open_lm.rng import rng_state, set_rng_state
+from open_lm.errors import BrokenCheckpoint, CheckpointError
+from open_lm.rng import from_tensors, rng_state, set_rng_state
 from open_lm.run_folder import RunPaths
 
 
-# ---------------------------------------------------------------------------------------------- saving
+# ---------------------------------------------------------------------------------------------- writing
+def write_interchange(stored: StoredTensors, folder: str, name: str, keep_optimizer: bool = True) -> str:
+    """Write the interchange files of a sharded checkpoint to a local or remote folder; returns epoch_N.pt's path.
+
+    `name` is the run's. Each file appears whole or not at all, epoch_N.pt last. At most one chunk of a tensor is held.
+    CheckpointError where the checkpoint is broken, StorageError where it cannot be read or the files not be written.
+    """
+    contents = _contents(stored, name)
+    if not keep_optimizer:
+        contents.pop("optimizer", None)
+    epoch, path = contents["epoch"]["epoch"], ""
+    for kind, content in contents.items():
+        path = storage.join(folder, file_name(kind, epoch))
+        _write(path, content)
+    return path
+
+
+def write_latest(stored: StoredTensors, folder: str, name: str) -> str:
+    """Write epoch_latest.pt, one file with all that `write_interchange` writes: so the newest model never stands beside
+    the optimizer of another step. Returns its path."""
+    contents = _contents(stored, name)
+    averages = {kind: content for kind, content in contents.items() if "av_model_sd" in content}
+    path = storage.join(folder, file_name("epoch", LATEST))
+    _write(path, {**contents.get("optimizer", {}), **contents["epoch"], "averagers": averages})
+    return path
+
+
+def _write(path: str, content: dict[str, Any]) -> None:
+    try:
+        with storage.atomic_write(path) as file:
+            write_archive(file, content)
+    except CheckpointError as error:
+        raise type(error)(f"{path} could not be made: {error}") from error
+
+
+def _contents(stored: StoredTensors, name: str) -> dict[str, dict[str, Any]]:
+    """The content of each file by its kind, with LazyTensors for tensors; the order is the order of writing."""
+    progress, extra = Progress.from_json(stored.extra["progress"]), stored.extra
+    common, shared = progress.common_entries(name), progress.shared_entries()
+    weights = _named(stored, "model/")
+    contents: dict[str, dict[str, Any]] = {}
+    if extra.get("param_groups"):
+        optimizer = {
+            "state": _moments(stored),
+            "param_groups": [_as_torch_says(group) for group in extra["param_groups"]],
+        }
+        scaler = {"scaler": extra["scaler"]} if extra.get("scaler") else {}
+        contents["optimizer"] = {**common, "optimizer": optimizer, "rng": _generators(stored), **scaler}
+    for averager, counters in (extra.get("averagers") or {}).items():
+        contents[averager] = {**counters, "av_model_sd": _averages(stored, averager, weights)}
+    contents["stats"] = {
+        **common,
+        "is_final_checkpoint": progress.is_final,
+        "percentage_of_data_seen": float(progress.percentage_of_data_seen),
+        **shared,
+    }
+    if progress.train_data_string is not None:
+        contents["stats"]["train_data_string"] = list(progress.train_data_string)
+    contents["epoch"] = {**common, "state_dict": weights, **shared}
+    return contents
+
+
+def _named(stored: StoredTensors, prefix: str) -> dict[str, LazyTensor]:
+    """The tensors below `prefix` by the rest of their names; all names of a tied weight share one."""
+    lazy: dict[str, LazyTensor] = {}
+    return {
+        name.removeprefix(prefix): lazy.setdefault(stored.stored_name(name), _lazy(stored, name))
+        for name in stored.names(prefix)
+    }
+
+
+def _averages(stored: StoredTensors, averager: str, weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """An averager's weights under the names that the model's have; what it does not average, such as buffers, is as in
+    the model."""
+    averages = _named(stored, f"averager/{averager}/")
+    first_names = {name: stored.stored_name(f"model/{name}").removeprefix("model/") for name in weights}
+    return {name: averages.get(first_names[name], tensor) for name, tensor in weights.items()}
+
+
+def _generators(stored: StoredTensors) -> list[dict[str, Any]]:
+    """The states of the random generators of each rank."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name in stored.names("rng/"):
+        _, rank, generator = name.split("/", 2)
+        states.setdefault(int(rank), {})[generator] = stored.read(name)
+    return [_held(from_tensors(states[rank])) for rank in sorted(states)]
+
+
+def _held(value: Any) -> Any:
+    """A content with tensors that are in memory as LazyTensors."""
+    if isinstance(value, dict):
+        return {key: _held(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_held(item) for item in value]
+    return LazyTensor(tuple(value.shape), value.dtype, lambda: [value]) if isinstance(value, Tensor) else value
+
+
+def _moments(stored: StoredTensors) -> dict[str, dict[str, LazyTensor]]:
+    """The optimizer's state by parameter and moment."""
+    moments: dict[str, dict[str, LazyTensor]] = {}
+    for name, tensor in _named(stored, "optimizer/").items():
+        param, _, moment = name.rpartition("/")
+        moments.setdefault(param, {})[moment] = tensor
+    return moments
+
+
+def _as_torch_says(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of parameters with its pairs of numbers, such as betas, as the tuples that JSON made lists of."""
+    return {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
+
+
+def _lazy(stored: StoredTensors, name: str) -> LazyTensor:
+    return LazyTensor(tuple(stored.shape(name)), stored.dtype(name), partial(_in_order, stored, name))
+
+
+def _in_order(stored: StoredTensors, name: str) -> Iterator[Tensor]:
+    """A tensor's chunks where each is some of its rows, one after the other; else the whole tensor."""
+    width, row = tuple(stored.shape(name))[1:], 0
+    for first, chunk in stored.chunks(name):
+        if tuple(chunk.shape[1:]) != width or tuple(first[:1]) not in ((), (row,)):
+            if row:
+                raise BrokenCheckpoint(f"{name}: its chunks are not in order")
+            yield stored.read(name)
+            return
+        yield chunk
+        row += len(chunk) if chunk.dim() else 1
+
+
 class CheckpointWriter:
     """Writes the checkpoints of one run, and decides which epochs are kept.
 
@@ -137,7 +267,7 @@ class CheckpointWriter:
         if keep and self.cfg.delete_previous_checkpoint:
             previous = [epoch for epoch in numbered(folder) if epoch < progress.epoch]
             if previous:
-                remove_checkpoint(folder, previous[-1], [kind for kind in contents if kind != "epoch"])
+                remove_checkpoint(folder, previous[-1])
         return path
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,20 @@ class Progress:
         known = {item.name: meta[item.name] for item in fields(cls) if item.name in meta}
         return cls(**{**known, "seed": meta.get("shard_shuffle_seed")})
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Progress:
+        """The other way of `to_json`; fields that this version does not know are left out."""
+        return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as values that JSON holds."""
+        values: dict[str, Any] = plain(asdict(self))
+        return values
+
+    def common_entries(self, name: str) -> dict[str, Any]:
+        """What the interchange files of the run `name` have in common."""
+        return {"epoch": self.epoch, "name": name, "evaluation_metrics": plain(self.evaluation_metrics)}
+
     def shared_entries(self) -> dict[str, Any]:
         """What epoch_N.pt and stats_N.pt both hold, where it is known."""
         entries = {
@@ -43,4 +59,15 @@ class Progress:
             "shard_shuffle_seed": self.seed,
             "data_state": self.data_state,
         }
-        return {key: value for key, value in entries.items() if value is not None}
+        return {key: plain(value) for key, value in entries.items() if value is not None}
+
+
+def plain(value: Any) -> Any:
+    """`value` with numpy's scalars as Python numbers, which JSON and torch's safe loader take anywhere."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(plain(item) for item in value)
+    if not isinstance(value, torch.Tensor) and hasattr(value, "item") and hasattr(value, "dtype"):
+        return value.item()
+    return value
