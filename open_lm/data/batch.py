@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -67,6 +67,13 @@ class Batch:
     vocab_size: int
     mask: TargetMask
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Batches travel from a worker as plain bytes through its pipe. torch would pass a descriptor of shared memory
+        for each tensor, which takes longer than so few bytes do and fails where /dev/shm is as small as in a container.
+        """
+        others = (getattr(self, field.name) for field in fields(self)[2:])
+        return _from_arrays, (self.rows.numpy(), self.filled.numpy(), *others)
+
     @cached_property
     def tokens(self) -> Tensor:
         """All ids (B, T + 1) int64; a pad counts from the vocabulary's end, as a reader that knows no pads takes it."""
@@ -111,6 +118,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
         return replace(self, rows=self.rows.pin_memory(), filled=self.filled.pin_memory())
+
+
+def _from_arrays(rows: np.ndarray, filled: np.ndarray, *others: Any) -> Batch:
+    return Batch(torch.from_numpy(rows), torch.from_numpy(filled), *others)
 
 
 @dataclass(frozen=True)
