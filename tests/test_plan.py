@@ -23,6 +23,7 @@ from open_lm.data.plan import (
     epoch_end_step,
     hash_key,
     hash_range,
+    leftover,
     permutation,
 )
 from open_lm.errors import DataError
@@ -70,6 +71,15 @@ def test_epochs_end_at_their_share_of_all_steps(tokens: int, seq_len: int, batch
     assert ends == sorted(ends)
     for epoch, end in enumerate(ends):
         assert end * batch <= epoch * sequences < (end + 1) * batch
+
+
+@given(st.integers(1, 10**12), st.integers(1, 4096), st.integers(1, 5000), st.integers(1, 50))
+def test_what_is_not_trained_on_is_counted(tokens: int, seq_len: int, batch: int, epochs: int) -> None:
+    sizes = {"epoch_tokens": tokens, "seq_len": seq_len, "global_batch_size": batch}
+    over = leftover(epochs, **sizes)
+    assert over.sequences < batch
+    trained = epoch_end_step(epochs, **sizes) * batch
+    assert (trained + over.sequences) * seq_len + over.tokens == epochs * tokens
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
@@ -138,6 +148,39 @@ def test_passes_and_shards_are_shuffled_unless_switched_off() -> None:
     assert only_shards != sorted(first)
 
 
+@settings(deadline=None)
+@given(SIZES, st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(0, 3))
+def test_one_pass_over_all_ranks_and_workers_is_every_sequence_once(
+    sizes: list[int], ranks: int, workers: int, rows: int, seed: int
+) -> None:
+    """As ranks read a set that ends: the last global batch may be smaller, none of them has fewer batches."""
+    taken, batches = [], Counter[int]()
+    for rank in range(ranks):
+        for worker in range(workers):
+            plan = Plan([source(sizes)], seed, Order(max_passes=1))
+            number = 0
+            while len((samples := plan.take(ranks * rows, partial=True)).source):
+                if number % workers == worker:
+                    taken += places(samples.rows(rank * rows, (rank + 1) * rows))
+                    batches[rank] += 1
+                number += 1
+    assert sorted(taken) == [(0, shard, member) for shard, size in enumerate(sizes) for member in range(size)]
+    assert set(batches.values()) == {-(-sum(sizes) // (ranks * rows))}
+
+
+def test_neighbours_do_not_stay_neighbours() -> None:
+    order = np.concatenate([Plan([source([2000])], seed).take(2000).member for seed in range(20)])
+    together = np.count_nonzero(np.diff(order) == 1)
+    assert together < 45  # 20 expected, as in any random permutation
+
+
+def test_a_shard_has_an_order_of_its_own_in_each_pass_and_visit() -> None:
+    plan = Plan([source([200], repeats=(Fraction(2),))], 0)
+    orders = [tuple(plan.take(200).member.tolist()) for _ in range(6)]
+    assert len(set(orders)) == 6
+    assert all(sorted(order) == list(range(200)) for order in orders)
+
+
 def test_the_last_pass_ends_with_an_error_or_with_what_is_left() -> None:
     once = Order(max_passes=1)
     plan = Plan([source([3, 4])], 0, once)
@@ -156,7 +199,7 @@ def test_a_source_without_sequences_is_an_error() -> None:
         Plan([source([0, 0])], 0, Order(resampled=True)).take(1)
 
 
-@pytest.mark.parametrize("factor", [Fraction(2), Fraction(3, 2), Fraction(1, 4), Fraction(7, 3)])
+@pytest.mark.parametrize("factor", [Fraction(2), Fraction(3, 2), Fraction(1, 2), Fraction(7, 3)])
 def test_upsampling_repeats_each_shard_exactly_in_the_long_run(factor: Fraction) -> None:
     upsampled = source([1] * 5, repeats=(factor,) * 5)
     for shard in range(5):
@@ -170,6 +213,17 @@ def test_upsampling_repeats_each_shard_exactly_in_the_long_run(factor: Fraction)
         assert set(seen.values()) == {factor.numerator}
 
 
+def test_each_shard_of_a_source_keeps_its_own_factor() -> None:
+    factors = (Fraction(1, 2), Fraction(2), Fraction(3, 2), Fraction(1))
+    passes = [copies_in_pass(source([1] * 4, repeats=factors), number) for number in range(4)]
+    assert sum(passes).tolist() == [2, 8, 6, 4]
+    shifts = [hash_key(shard) % factor.denominator for shard, factor in enumerate(factors)]  # part of the format
+    for number, copies in enumerate(passes):
+        for shard, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
+            begin = factor.numerator * number + shift
+            assert copies[shard] == (begin + factor.numerator) // factor.denominator - begin // factor.denominator
+
+
 # --- with replacement ------------------------------------------------------------------------------------------------
 def test_drawn_shards_are_read_whole_and_about_equally_often() -> None:
     plan = Plan([source([3] * 10)], 5, Order(resampled=True))
@@ -180,6 +234,17 @@ def test_drawn_shards_are_read_whole_and_about_equally_often() -> None:
     counts = Counter(visit[0][1] for visit in visits)
     assert len(counts) == 10
     assert all(850 < number < 1150 for number in counts.values())
+
+
+def test_draws_are_unbiased_and_the_same_for_a_seed() -> None:
+    """Chi-square over 50 shards: 49 degrees of freedom, whose 0.1 % and 99.9 % points are 23.98 and 85.35."""
+    drawn = [Plan([source([1] * 50)], 11, Order(resampled=True)).take(20_000) for _ in range(2)]
+    assert listed(drawn[0]) == listed(drawn[1])
+    counts = np.bincount(drawn[0].shard, minlength=50)
+    assert 23.98 < ((counts - 400) ** 2 / 400).sum() < 85.35
+    pairs = np.bincount(drawn[0].shard[:-1] * 50 + drawn[0].shard[1:], minlength=2500)  # a draw forgets the one before
+    expected = 19_999 / 2500
+    assert 2290 < ((pairs - expected) ** 2 / expected).sum() < 2730  # 2499 degrees of freedom, 0.1 % and 99.9 %
 
 
 def test_factors_are_chances_when_shards_are_drawn() -> None:
@@ -238,6 +303,26 @@ def test_ranks_and_workers_split_the_same_global_batches(
     assert joined == whole
 
 
+@settings(deadline=None, max_examples=40)
+@given(plans(), st.lists(st.sampled_from([1, 2, 4]), min_size=4, max_size=4))
+def test_a_run_that_moves_between_numbers_of_ranks_sees_the_same_global_batches(
+    make: Callable[..., Plan], world_sizes: list[int]
+) -> None:
+    """1 to 2 to 4 to 1 ranks, and any other way: three global batches of 8 on each, the state through JSON between."""
+    whole = listed(make().take(8 * 3 * 4))
+    taken, state = [], None
+    for world_size in world_sizes:
+        rows = 8 // world_size
+        ranks = [make(state) for _ in range(world_size)]
+        for _ in range(3):
+            for rank, plan in enumerate(ranks):
+                taken += listed(plan.take(8).rows(rank * rows, (rank + 1) * rows))
+        states = [jsonable(plan.state()) for plan in ranks]
+        assert all(other == states[0] for other in states)
+        state = states[0]
+    assert taken == whole
+
+
 def test_upcoming_names_the_shards_that_follow() -> None:
     plan = Plan([source([2, 2, 2])], 4)
     plan.take(1)
@@ -265,10 +350,95 @@ def test_state_holds_for_data_in_another_folder_and_keeps_its_seed() -> None:
     assert listed(there.take(6)) == listed(here.take(6))
 
 
+def test_a_state_of_earlier_versions_goes_on() -> None:
+    """Such a state names the shards only, and neither shares nor data key."""
+    data = [source([5, 5], "a"), source([3, 4], "b")]
+    plan = Plan(data, 3)
+    plan.take(6)
+    state = plan.state()
+    names = ("num_sequences", "pass", "visit", "offset", "samples")
+    old = {
+        **state,
+        "sources": [
+            {"fingerprint": s["fingerprint"].partition(":")[0], **{name: s[name] for name in names}}
+            for s in state["sources"]
+        ],
+    }
+    assert old["sources"][0]["fingerprint"] == "e7ba0236836c38c5"
+    resumed = Plan(data, 0, state=jsonable(old))  # type: ignore[arg-type]
+    assert resumed.state() == state
+    assert listed(resumed.take(20)) == listed(plan.take(20))
+    with pytest.raises(DataError, match=r"a: the number of its sequences differ \(it held 10, now it holds 11\)"):
+        Plan([source([5, 6], "a"), data[1]], 0, state=old)
+
+
+def test_what_a_manifest_adds_later_is_no_change() -> None:
+    plan = Plan([source([5, 5], known=False)], 3, size_of=lambda *_: 5)
+    plan.take(4)
+    counted = source([5, 5], sha256=("aa", "bb"), num_bytes=(1, 2))
+    assert listed(Plan([counted], 0, state=plan.state()).take(6)) == listed(plan.take(6))
+
+
+# --- changed data ----------------------------------------------------------------------------------------------------
+def test_what_is_unchanged_goes_on_and_what_changed_starts_again() -> None:
+    a, b, c = source([6, 6, 6], "a"), source([9, 9], "b"), source([4, 4, 4, 4], "c")
+    plan = Plan([a, b, c], 5)
+    plan.take(3 * 7)
+    state = jsonable(plan.state())
+    expected = listed(plan.take(3 * 6))
+    now = [c, source([9, 8], "b"), a, source([3], "new")]
+    with pytest.raises(DataError, match=r"--allow-changed-data[\s\S]*b: the numbers of sequences[\s\S]*new is new"):
+        Plan(now, 0, state=state)  # type: ignore[arg-type]
+    resumed = Plan(now, 0, state=state, allow_changed=True)  # type: ignore[arg-type]
+    for told in ("c goes on", "b starts at its beginning", "a goes on", "new starts", "another order", "new is new"):
+        assert told in resumed.notice
+    taken = listed(resumed.take(4 * 6))
+    for here, before in ((0, 2), (2, 0)):  # the very samples that would have come
+        assert [row[1:] for row in taken if row[0] == here] == [row[1:] for row in expected if row[0] == before]
+    assert Counter(row[0] for row in taken) == {0: 6, 1: 6, 2: 6, 3: 6}
+    again = Plan(now, 0, state=jsonable(resumed.state()))  # type: ignore[arg-type]
+    assert again.notice == "" and listed(again.take(9)) == listed(resumed.take(9))
+
+
+def test_a_changed_source_begins_with_its_first_pass_and_other_shares_hold_from_here() -> None:
+    plan = Plan([source([5], "a", weight=Fraction(3)), source([5], "b")], 0)
+    plan.take(40)
+    now = [source([5], "a"), source([6], "b")]
+    resumed = Plan(now, 0, state=plan.state(), allow_changed=True)
+    assert "the weights of the sources were 3 : 1, now they are 1 : 1" in resumed.notice
+    positions = [(s["pass"], s["samples"]) for s in resumed.state()["sources"]]
+    assert positions == [(5, 0), (0, 0)]  # a stood at the end of its sixth pass
+    assert Counter(resumed.take(20).source.tolist()) == {0: 10, 1: 10}
+
+
+def test_another_order_begins_at_the_beginning() -> None:
+    plan = Plan([source([5, 5])], 0)
+    plan.take(7)
+    resumed = Plan([source([5, 5])], 0, Order(resampled=True), state=plan.state(), allow_changed=True)
+    assert "--dataset-resampled was off, now it is on" in resumed.notice
+    assert (resumed.state()["sources"][0]["visit"], resumed.position) == (0, 0)
+
+
+def test_another_data_key_is_told_and_changes_no_position() -> None:
+    plan = Plan([source([5, 5], data_key="npy")], 0)
+    plan.take(7)
+    with pytest.raises(DataError, match="s: --data-key was npy, now it is txt"):
+        Plan([source([5, 5], data_key="txt")], 0, state=plan.state())
+    resumed = Plan([source([5, 5], data_key="txt")], 0, state=plan.state(), allow_changed=True)
+    assert listed(resumed.take(3)) == listed(plan.take(3))
+
+
+def test_twins_keep_their_places() -> None:
+    """The same data named twice are two sources with orders of their own."""
+    plan = Plan([source([8]), source([8])], 0)
+    plan.take(8)
+    assert listed(Plan([source([8]), source([8])], 0, state=plan.state()).take(8)) == listed(plan.take(8))
+
+
 def test_state_is_small_and_does_not_grow() -> None:
     plan = Plan([source([50] * 20)], 0)
     plan.take(123_456)
-    assert len(str(plan.state())) < 300
+    assert len(str(plan.state())) < 400
 
 
 # --- enough data -----------------------------------------------------------------------------------------------------
