@@ -7,6 +7,7 @@ part of what is compared: the same data elsewhere are the same data.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
@@ -170,7 +171,7 @@ def _pairs(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -
 
 def _source_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     changes = []
-    before, now = ({row["shard"]: row for row in source["shards"]} for source in (old, new))
+    before, now = (_by_name(source["shards"]) for source in (old, new))
     for word, names in (
         ("new", [name for name in now if name not in before]),
         ("gone", [name for name in before if name not in now]),
@@ -188,6 +189,16 @@ def _source_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     if old["data_key"] != new["data_key"]:
         changes.append(f"--data-key was {old['data_key']}, is {new['data_key']}")
     return [*changes, *_dataset_differences(old["datasets"], new["datasets"])]
+
+
+def _by_name(shards: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The rows by the shards' names; of several folders' shards of one name the second is number 2."""
+    rows: dict[str, Mapping[str, Any]] = {}
+    seen = Counter[str]()
+    for row in shards:
+        seen[row["shard"]] += 1
+        rows[row["shard"] if seen[row["shard"]] == 1 else f"{row['shard']} (number {seen[row['shard']]})"] = row
+    return rows
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any], field: str) -> list[str]:
