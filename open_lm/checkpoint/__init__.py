@@ -1,7 +1,7 @@
 """A run's state on disk: sharded checkpoints (step_N/) and the interchange files (epoch_N.pt and its companions)."""
 
 from open_lm.checkpoint.files import read_model_state
-from open_lm.checkpoint.finding import Candidate, candidates, find_resume
+from open_lm.checkpoint.finding import Candidate, candidates, find_resume, named
 from open_lm.checkpoint.interchange import (
     CheckpointWriter,
     load_average,
@@ -11,9 +11,10 @@ from open_lm.checkpoint.interchange import (
     load_rng,
     load_weights,
 )
+from open_lm.checkpoint.manager import CheckpointManager
 from open_lm.checkpoint.progress import Progress
 
 __all__ = [
-    "Candidate", "CheckpointWriter", "Progress", "candidates", "find_resume", "load_average", "load_averagers",
-    "load_model", "load_optimizer", "load_rng", "load_weights", "read_model_state",
+    "Candidate", "CheckpointManager", "CheckpointWriter", "Progress", "candidates", "find_resume", "load_average",
+    "load_averagers", "load_model", "load_optimizer", "load_rng", "load_weights", "named", "read_model_state",
 ]  # fmt: skip
