@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from checkpoint_helpers import build, on_ranks, save, shard, train
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.averaging import ModelAverager
 from open_lm.checkpoint import (
-    CheckpointWriter,
     Progress,
-    find_resume,
     load_average,
     load_averagers,
     load_model,
@@ -31,65 +29,11 @@ from open_lm.checkpoint import (
     read_model_state,
 )
 from open_lm.checkpoint.files import clean_name, read_file, sibling, write_file
-from open_lm.config import CheckpointConfig, LoggingConfig
-from open_lm.errors import CheckpointError, StorageError, end_process
-from open_lm.run_folder import RunPaths
+from open_lm.distributed import gather_objects
+from open_lm.errors import CheckpointError
+from open_lm.rng import rng_state
 
 METRICS = [{"loss": np.float64(2.5), "tokens": np.int64(7), "val_data": ["a.tar"]}]
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.in_proj = nn.Linear(6, 10, bias=False)
-        self.out_proj = nn.Linear(10, 6, bias=False)
-        self.register_buffer("inv_freq", torch.arange(3.0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.out_proj(torch.tanh(self.in_proj(x)))
-
-
-class Net(nn.Module):
-    """Small, with tied weights, sizes that do not divide by two, and a buffer that follows from the configuration."""
-
-    def __init__(self, tied: bool = True) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 6)
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-        self.output = nn.Linear(6, 7, bias=False)
-        if tied:
-            self.output.weight = self.embed.weight
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.output(x)
-
-
-def build(seed: int, tied: bool = True) -> tuple[Net, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
-    model = Net(tied)
-    return model, torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    """The same batch on every rank, so that one rank and two do the same."""
-    losses = []
-    for step in steps:
-        ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(step))
-        loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def writer(tmp_path: Path, epochs: int = 9, **flags: Any) -> CheckpointWriter:
-    paths = RunPaths(str(tmp_path / "logs"), "run")
-    paths.prepare(None)
-    return CheckpointWriter(paths, CheckpointConfig(**flags), epochs)
 
 
 def resume_args(path: str | Path | None, seed: int = 3) -> argparse.Namespace:
@@ -167,7 +111,7 @@ def test_run_continues_as_if_never_interrupted(tmp_path: Path) -> None:
     progress = Progress(
         epoch=1, step=3, samples_seen=12, seed=3, evaluation_metrics=METRICS, data_state={"position": [12]}
     )
-    path = writer(tmp_path).save(progress, model, optimizer=optimizer, averagers=averagers)
+    path = save(tmp_path / "logs", progress, model, optimizer=optimizer, averagers=averagers)
     assert path == str(tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt")
     expected = train(model, optimizer, range(3, 6))
     averagers.step()
@@ -194,8 +138,13 @@ def test_files_have_the_keys_of_the_contract_and_load_by_torchs_default(tmp_path
         epoch=2, step=1, samples_seen=4, seed=3, evaluation_metrics=METRICS, is_final=True,
         percentage_of_data_seen=1.0, next_shard_per_source=[4], train_data_string=["x/{1,2}.tar"],
     )  # fmt: skip
-    writer(tmp_path).save(
-        progress, model, optimizer=optimizer, scaler=scaler, averagers=ModelAverager(model, "ema_0.9_2")
+    save(
+        tmp_path / "logs",
+        progress,
+        model,
+        optimizer=optimizer,
+        scaler=scaler,
+        averagers=ModelAverager(model, "ema_0.9_2"),
     )
     folder = tmp_path / "logs" / "run" / "checkpoints"
     shared = {"next_shard_per_source", "samples_seen", "step", "shard_shuffle_seed"}
@@ -218,82 +167,20 @@ def test_files_have_the_keys_of_the_contract_and_load_by_torchs_default(tmp_path
 
 def test_random_generators_continue(tmp_path: Path) -> None:
     model, optimizer = build(0)
-    path = writer(tmp_path).save(Progress(epoch=1, step=0), model, optimizer=optimizer)
+    path = save(tmp_path / "logs", Progress(epoch=1, step=0), model, optimizer=optimizer)
 
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.standard_normal()), torch.randn(1).item()
 
     expected = [draw() for _ in range(3)]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    assert path is not None and load_rng(path)
+    assert load_rng(path)
     assert [draw() for _ in range(3)] == expected
 
 
-@pytest.mark.parametrize("frequency, kept", [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (0, [5])])
-def test_save_frequency_keeps_the_last_one_always(tmp_path: Path, frequency: int, kept: list[int]) -> None:
-    model, _ = build(0)
-    saver = writer(tmp_path, epochs=5, save_frequency=frequency)
-    saved = [epoch for epoch in range(1, 6) if saver.save(Progress(epoch=epoch), model) is not None]
-    assert saved == kept
-
-
-def test_previous_checkpoint_is_deleted_once_the_next_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer = build(0)
-    saver = writer(tmp_path, delete_previous_checkpoint=True)
-    folder = Path(saver.paths.checkpoints)
-    (folder / "results.jsonl").write_text("[]\n")
-    saver.save(Progress(epoch=1), model, optimizer=optimizer)
-
-    def full_disk(content: object, file: Any) -> None:
-        file.write(b"PK partial")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", full_disk)
-        with pytest.raises(StorageError, match="No space left"):
-            saver.save(Progress(epoch=2), model, optimizer=optimizer)
-    assert sorted(os.listdir(folder)) == ["epoch_1.pt", "optimizer_1.pt", "results.jsonl", "stats_1.pt"]
-
-    saver.save(Progress(epoch=2), model, optimizer=optimizer)
-    assert sorted(os.listdir(folder)) == ["epoch_2.pt", "optimizer_2.pt", "results.jsonl", "stats_2.pt"]
-
-
-def test_most_recent_is_one_file_to_resume_from(tmp_path: Path) -> None:
-    model, optimizer = build(0)
-    averagers = ModelAverager(model, "ema")
-    saver = writer(tmp_path, save_most_recent=True, save_frequency=0)
-    train(model, optimizer, range(2))
-    averagers.step()
-    saver.save(Progress(epoch=1, step=2), model, optimizer=optimizer, averagers=averagers)
-    assert os.listdir(saver.paths.checkpoints) == ["epoch_latest.pt"]
-    expected = train(model, optimizer, range(2, 4))
-
-    cfg = CheckpointConfig(resume="latest")
-    path = find_resume(cfg, LoggingConfig(logs=saver.paths.logs), saver.paths)
-    assert path is not None and path.endswith("epoch_latest.pt")
-    other, other_optimizer = build(1)
-    other_averagers = ModelAverager(other, "ema")
-    assert load_weights(path, other).step == 2
-    assert load_optimizer(resume_args(path), other, other_optimizer)
-    load_averagers(path, other_averagers)
-    assert other_averagers.avgs_dict["ema"].step_counter == 2
-    assert train(other, other_optimizer, range(2, 4)) == expected
-
-
-def test_failed_checkpoints_lie_apart_and_no_logs_means_no_files(tmp_path: Path) -> None:
-    model, _ = build(0)
-    saver = writer(tmp_path, save_frequency=0)
-    path = saver.save(Progress(epoch=1), model, failed=True)
-    assert path == str(tmp_path / "logs" / "run" / "checkpoints_failed" / "epoch_1.pt")
-    silent = CheckpointWriter(RunPaths("none", "run"), CheckpointConfig(), 1)
-    assert silent.save(Progress(epoch=1), model) is None
-    assert not Path("none").exists()
-
-
 def test_average_of_checkpoints(tmp_path: Path) -> None:
-    saver = writer(tmp_path)
     models = [build(seed)[0] for seed in (1, 2)]
-    paths = [saver.save(Progress(epoch=n), model) for n, model in enumerate(models, start=1)]
+    paths = [save(tmp_path, Progress(epoch=n), model) for n, model in enumerate(models, start=1)]
     target = build(5)[0]
     load_average([str(path) for path in paths], [0.25, 0.75], target)
     expected = 0.25 * models[0].embed.weight + 0.75 * models[1].embed.weight
@@ -338,7 +225,7 @@ def test_frequencies_of_another_position_embedding_and_old_expert_biases(tmp_pat
 
 def test_compiled_and_replicated_models_load_too(tmp_path: Path) -> None:
     source = build(1)[0]
-    path = writer(tmp_path).save(Progress(epoch=1), source)
+    path = save(tmp_path / "logs", Progress(epoch=1), source)
     compiled = torch.compile(build(2)[0], backend="eager")
     load_weights(str(path), compiled)
     assert torch.equal(compiled.embed.weight, source.embed.weight)
@@ -346,7 +233,7 @@ def test_compiled_and_replicated_models_load_too(tmp_path: Path) -> None:
 
 def test_weights_of_lower_precision_models_are_converted(tmp_path: Path) -> None:
     source = build(1)[0]
-    path = writer(tmp_path).save(Progress(epoch=1), source)
+    path = save(tmp_path / "logs", Progress(epoch=1), source)
     target = build(2)[0].to(torch.bfloat16)
     load_weights(str(path), target)
     assert target.embed.weight.dtype == torch.bfloat16
@@ -399,7 +286,7 @@ def test_broken_foreign_and_missing_files(tmp_path: Path, monkeypatch: pytest.Mo
 def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     model, optimizer = build(0)
     train(model, optimizer, range(1))
-    path = writer(tmp_path).save(Progress(epoch=1), model, optimizer=optimizer)
+    path = save(tmp_path / "logs", Progress(epoch=1), model, optimizer=optimizer)
     content = read_file(sibling(str(path), "optimizer"))
     content["optimizer"]["state"]["layers.0.in_proj.weight"]["exp_avg"] = torch.zeros(3, 3)
     write_file(sibling(str(path), "optimizer"), content)
@@ -408,33 +295,29 @@ def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- several processes
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def full(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def on_ranks(worker: Any, folder: Path, world_size: int = 2) -> None:
-    mp.spawn(start_rank, args=(worker, str(folder), world_size, free_port()), nprocs=world_size)
-
-
-def start_rank(rank: int, worker: Any, folder: str, world_size: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    try:
-        worker(rank, Path(folder))
-    finally:
-        dist.destroy_process_group()
-    end_process(0)
-
-
-def shard(model: Net) -> torch.optim.Optimizer:
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+def same_as_gathered(
+    rank: int, path: str, model: nn.Module, optimizer: torch.optim.Optimizer, averagers: ModelAverager
+) -> None:
+    """The files hold what both ranks' parts make up together, to the last bit."""
+    weights = {name: full(value) for name, value in model.state_dict().items()}
+    params = dict(model.named_parameters())
+    moments = {(name, key): full(v) for name, param in params.items() for key, v in optimizer.state[param].items()}
+    averages = averagers.avgs_dict["ema_0.5_1"].state_dict()
+    generators = gather_objects(rng_state())
+    if rank == 0:
+        beside = read_file(sibling(path, "optimizer"))
+        stored = beside["optimizer"]["state"]
+        assert sorted(stored) == sorted({name for name, _ in moments})
+        assert all(torch.equal(value, weights[name]) for name, value in read_file(path)["state_dict"].items())
+        assert all(torch.equal(stored[name][key], value) for (name, key), value in moments.items())
+        found = read_file(sibling(path, "ema_0.5_1"))
+        assert all(torch.equal(value, averages["av_model_sd"][name]) for name, value in found["av_model_sd"].items())
+        assert [state["python"] for state in beside["rng"]] == [state["python"] for state in generators]
+        assert all(torch.equal(a["torch"], b["torch"]) for a, b in zip(beside["rng"], generators, strict=True))
 
 
 def save_sharded(rank: int, folder: Path) -> None:
@@ -443,10 +326,9 @@ def save_sharded(rank: int, folder: Path) -> None:
     averagers = ModelAverager(model, "ema_0.5_1")
     train(model, optimizer, range(3))
     averagers.step()
-    saver = CheckpointWriter(RunPaths(str(folder / "logs"), "run"), CheckpointConfig(), 9)
     torch.manual_seed(100 + rank)
-    path = saver.save(Progress(epoch=1, step=3, seed=3), model, optimizer=optimizer, averagers=averagers)
-    assert path is not None, "every rank learns the path"
+    path = save(folder / "logs", Progress(epoch=1, step=3, seed=3), model, optimizer=optimizer, averagers=averagers)
+    same_as_gathered(rank, path, model, optimizer, averagers)
     draw, losses = torch.randn(1).item(), train(model, optimizer, range(3, 6))
     torch.manual_seed(0)
     assert load_rng(path) and torch.randn(1).item() == draw, "each rank's own generator continues"
@@ -484,8 +366,7 @@ def load_replicated(rank: int, folder: Path) -> None:
     with averagers.avgs_dict["ema_0.5_1"].applied() as averaged:
         assert torch.equal(averaged.embed.weight, saved)
     torch.testing.assert_close(train(replica, optimizer, range(3, 6)), torch.load(folder / "losses.pt"))
-    saver = CheckpointWriter(RunPaths(str(folder / "logs"), "replicated"), CheckpointConfig(), 9)
-    saver.save(Progress(epoch=1), replica, optimizer=optimizer)
+    save(folder / "replicated", Progress(epoch=1), replica, optimizer=optimizer)
 
 
 def sharded_and_back(rank: int, folder: Path) -> None:
@@ -495,8 +376,6 @@ def sharded_and_back(rank: int, folder: Path) -> None:
 
 
 def test_sharded_checkpoint_loads_sharded_replicated_and_in_one_process(tmp_path: Path) -> None:
-    for name in ("run", "replicated"):
-        RunPaths(str(tmp_path / "logs"), name).prepare(None)
     on_ranks(sharded_and_back, tmp_path)
 
     model, optimizer = build(9)
@@ -511,5 +390,5 @@ def test_sharded_checkpoint_loads_sharded_replicated_and_in_one_process(tmp_path
     for name, value in read_file(path)["state_dict"].items():
         torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-5, atol=1e-6)
     assert os.path.getsize(path) < 12_000, "views of padded shards are not written whole"
-    replicated = tmp_path / "logs" / "replicated" / "checkpoints" / "epoch_1.pt"
+    replicated = tmp_path / "replicated" / "run" / "checkpoints" / "epoch_1.pt"
     assert list(read_file(replicated)["state_dict"]) == list(model.state_dict())

@@ -1,0 +1,113 @@
+"""A small model with what is hard about checkpoints, training and saving it, and processes to do so."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from open_lm.averaging import ModelAverager
+from open_lm.checkpoint.interchange import write_interchange
+from open_lm.checkpoint.progress import Progress
+from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState
+from open_lm.distributed import on_master
+from open_lm.errors import end_process
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(6, 10, bias=False)
+        self.out_proj = nn.Linear(10, 6, bias=False)
+        self.register_buffer("inv_freq", torch.arange(3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.out_proj(torch.tanh(self.in_proj(x)))
+
+
+class Net(nn.Module):
+    """Small, with tied weights, sizes that do not divide by two, and a buffer that follows from the configuration."""
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 6)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.output = nn.Linear(6, 7, bias=False)
+        if tied:
+            self.output.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.output(x)
+
+
+def build(seed: int, tied: bool = True) -> tuple[Net, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = Net(tied)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    """The same batch on every rank, so that one rank and two do the same."""
+    losses = []
+    for step in steps:
+        ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def save(
+    logs: Path,
+    progress: Progress,
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    averagers: ModelAverager | None = None,
+    scaler: Any = None,
+) -> str:
+    """Write the interchange files of the run logs/run as a run does, from a sharded checkpoint; on all ranks alike."""
+    state = TrainingState(model, optimizer, scaler, averagers, {"progress": progress.to_json(), "name": "run"})
+    passing = str(logs / f"passing_{progress.epoch}")
+    ShardedWriter().save(state, passing, progress.step or 0, wait=True)
+    return on_master(lambda: write_interchange(StoredTensors(passing), str(logs / "run" / "checkpoints"), "run"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def on_ranks(worker: Callable[[int, Path], None], folder: Path, world_size: int = 2) -> None:
+    mp.spawn(start_rank, args=(worker, str(folder), world_size, free_port()), nprocs=world_size)
+
+
+def start_rank(rank: int, worker: Callable[[int, Path], None], folder: str, world_size: int, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    try:
+        worker(rank, Path(folder))
+    finally:
+        dist.destroy_process_group()
+    end_process(0)
+
+
+def shard(model: Net) -> torch.optim.Optimizer:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)

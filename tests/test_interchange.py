@@ -1,0 +1,283 @@
+"""Interchange files made from sharded checkpoints: the same as torch.save of everything, without holding it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import weakref
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_helpers import Net, build, train
+from faulty_proxy import FaultyProxy, Rule
+from torch import Tensor
+
+from open_lm import storage
+from open_lm.averaging import ModelAverager
+from open_lm.checkpoint.archive import LazyTensor, write_archive
+from open_lm.checkpoint.files import read_file
+from open_lm.checkpoint.interchange import (
+    load_averagers,
+    load_optimizer,
+    load_rng,
+    load_weights,
+    write_interchange,
+    write_latest,
+)
+from open_lm.checkpoint.progress import Progress
+from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState
+from open_lm.checkpoint.tensor_index import read_index
+from open_lm.errors import BrokenCheckpoint, StorageError
+from open_lm.rng import rng_state
+
+PROGRESS = Progress(
+    epoch=2, step=3, samples_seen=12, seed=3, evaluation_metrics=[{"loss": 2.5}], is_final=True,
+    percentage_of_data_seen=1.0, next_shard_per_source=[4], train_data_string=["x/{1,2}.tar"], data_state={"at": [12]},
+)  # fmt: skip
+
+
+def trained(dtype: torch.dtype = torch.float32) -> TrainingState:
+    """A state with everything in it, after three steps."""
+    model, _ = build(0)
+    model.to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    averagers = ModelAverager(model, "poly_8_1,ema_0.5_2")
+    train(model, optimizer, range(3))
+    averagers.step()
+    extra = {"progress": PROGRESS.to_json(), "name": "run"}
+    return TrainingState(model, optimizer, torch.amp.GradScaler("cpu"), averagers, extra)
+
+
+def stored(state: TrainingState, folder: str | Path) -> StoredTensors:
+    ShardedWriter().save(state, str(folder), 3, wait=True)
+    return StoredTensors(str(folder))
+
+
+def whole(state: TrainingState) -> dict[str, dict[str, Any]]:
+    """What each file holds, put together by hand from the live objects."""
+    assert state.optimizer is not None and state.averagers is not None
+    names = [name for name, _ in state.model.named_parameters()]
+    numbered = state.optimizer.state_dict()
+    groups = [{**group, "params": [names[number] for number in group["params"]]} for group in numbered["param_groups"]]
+    optimizer = {"state": {names[n]: moments for n, moments in numbered["state"].items()}, "param_groups": groups}
+    common = {"epoch": 2, "name": "run", "evaluation_metrics": [{"loss": 2.5}]}
+    shared = {"step": 3, "samples_seen": 12, "shard_shuffle_seed": 3, "next_shard_per_source": [4]}
+    shared["data_state"] = {"at": [12]}
+    return {
+        "epoch_2.pt": {**common, **shared, "state_dict": dict(state.model.state_dict())},
+        "optimizer_2.pt": {
+            **common, "optimizer": optimizer, "scaler": state.scaler.state_dict(), "rng": [rng_state()],
+        },
+        "stats_2.pt": {
+            **common, **shared, "is_final_checkpoint": True, "percentage_of_data_seen": 1.0,
+            "train_data_string": ["x/{1,2}.tar"],
+        },
+        **{f"{name}_2.pt": averager.state_dict() for name, averager in state.averagers.avgs_dict.items()},
+    }  # fmt: skip
+
+
+def same(found: Any, expected: Any, where: str = "") -> None:
+    """Of the same types and values, tensors to the last bit, dicts of the same order of tensors."""
+    assert type(found) is type(expected) or isinstance(expected, Tensor), (where, type(found), type(expected))
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        tensors = [name for name, value in expected.items() if isinstance(value, Tensor)]
+        assert [name for name in found if name in tensors] == tensors, where
+        for name, value in expected.items():
+            same(found[name], value, f"{where}/{name}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for number, value in enumerate(expected):
+            same(found[number], value, f"{where}/{number}")
+    elif isinstance(expected, Tensor):
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), where
+        assert found.stride() == torch.empty_like(found).contiguous().stride(), where
+        assert torch.equal(found, expected), where
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_files_hold_what_torch_save_of_everything_holds(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = trained(dtype)
+    expected = whole(state)
+    path = write_interchange(stored(state, tmp_path / "step_3"), str(tmp_path / "files"), "run")
+    assert path == str(tmp_path / "files" / "epoch_2.pt")
+    assert sorted(os.listdir(tmp_path / "files")) == sorted(expected)
+    for name, content in expected.items():
+        for mmap in (True, False):
+            same(torch.load(tmp_path / "files" / name, weights_only=True, mmap=mmap), content, name)
+    for name in ("epoch_2.pt", "poly_8_1_2.pt"):
+        content = read_file(tmp_path / "files" / name)
+        weights = content.get("state_dict") or content["av_model_sd"]
+        assert weights["embed.weight"].data_ptr() == weights["output.weight"].data_ptr(), "tied weights are stored once"
+
+
+def test_weights_alone(tmp_path: Path) -> None:
+    of = stored(TrainingState(Net(), extra={"progress": Progress(epoch=1, step=3).to_json()}), tmp_path / "step_3")
+    write_interchange(of, str(tmp_path / "a"), "run")
+    write_interchange(stored(trained(), tmp_path / "step_4"), str(tmp_path / "b"), "run", keep_optimizer=False)
+    assert sorted(os.listdir(tmp_path / "a")) == ["epoch_1.pt", "stats_1.pt"]
+    assert "optimizer_2.pt" not in os.listdir(tmp_path / "b")
+
+
+# ---------------------------------------------------------------------------------------------- the format
+def test_archives_are_what_zipfile_and_a_mapping_take(tmp_path: Path) -> None:
+    with storage.atomic_write(str(tmp_path / "a.pt")) as file:
+        write_archive(
+            file, {"odd": held(torch.ones(3, dtype=torch.uint8)), "x": held(torch.rand(5, 7)), "é": [1, None]}
+        )
+    with zipfile.ZipFile(tmp_path / "a.pt") as archive:
+        assert archive.testzip() is None, "all checksums are right"
+        assert {record.compress_type for record in archive.infolist()} == {zipfile.ZIP_STORED}
+    content = torch.load(tmp_path / "a.pt", weights_only=True, mmap=True)
+    start = content["x"].untyped_storage().data_ptr()
+    assert (start % 64, content["é"]) == (0, [1, None])
+
+
+def held(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor.split(2) if tensor.dim() else [tensor])
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (1,), (5, 3, 2)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.bool]
+)
+def test_every_kind_of_tensor(tmp_path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = (torch.rand(shape) * 2).to(dtype)
+    with storage.atomic_write(str(tmp_path / "a.pt")) as file:
+        write_archive(file, held(tensor))
+    found = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert (found.dtype, found.shape) == (dtype, tensor.shape) and torch.equal(found, tensor)
+
+
+def test_pieces_that_make_up_no_tensor_are_an_error(tmp_path: Path) -> None:
+    short = LazyTensor((6,), torch.float32, lambda: [torch.zeros(4)])
+    found = pytest.raises(BrokenCheckpoint, match="16 bytes were found, 24 expected")
+    with found, storage.atomic_write(str(tmp_path / "a.pt")) as file:
+        write_archive(file, {"x": short})
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------- memory
+class Counted(StoredTensors):
+    """Twenty tensors of a million bytes, in chunks of a hundredth, that are counted while anyone holds them."""
+
+    NUM_TENSORS, ROWS, COLUMNS, CHUNK_ROWS = 20, 1000, 250, 10
+
+    def __init__(self) -> None:
+        self.held_bytes = self.most_bytes = 0
+        self.extra = {"progress": PROGRESS.to_json()}
+
+    def names(self, prefix: str = "") -> list[str]:
+        return [f"model/{number}" for number in range(self.NUM_TENSORS) if prefix == "model/"]
+
+    def stored_name(self, name: str) -> str:
+        return name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.ROWS, self.COLUMNS
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def chunks(self, name: str) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        for row in range(0, self.ROWS, self.CHUNK_ROWS):
+            chunk = torch.full((self.CHUNK_ROWS, self.COLUMNS), float(row))
+            self.held_bytes += chunk.nbytes
+            self.most_bytes = max(self.most_bytes, self.held_bytes)
+            weakref.finalize(chunk, self._let_go, chunk.nbytes)
+            yield (row, 0), chunk
+            del chunk
+
+    def _let_go(self, num_bytes: int) -> None:
+        self.held_bytes -= num_bytes
+
+
+def test_no_more_than_two_chunks_are_held(tmp_path: Path) -> None:
+    source = Counted()
+    path = write_interchange(source, str(tmp_path), "run")
+    assert os.path.getsize(path) > 20_000_000
+    assert (source.most_bytes, source.held_bytes) == (2 * 10_000, 0)
+    rows = read_file(path)["state_dict"]["19"][:, 7]
+    assert torch.equal(rows, torch.arange(0.0, 1000.0, 10.0).repeat_interleave(10))
+
+
+class Columns(Counted):
+    """Sharded along the second dimension: the chunks' rows do not follow each other in the whole tensor's memory."""
+
+    def chunks(self, name: str) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        for column in (0, 125):
+            yield (0, column), torch.full((self.ROWS, 125), float(column))
+
+    def read(self, name: str) -> Tensor:
+        return torch.cat([chunk for _, chunk in self.chunks(name)], dim=1)
+
+
+def test_tensors_in_columns_are_put_together(tmp_path: Path) -> None:
+    found = read_file(write_interchange(Columns(), str(tmp_path), "run"))["state_dict"]["0"]
+    assert torch.equal(found, torch.tensor([0.0] * 125 + [125.0] * 125).expand(1000, 250))
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+def test_a_broken_chunk_leaves_no_file_that_looks_complete(tmp_path: Path) -> None:
+    state = trained()
+    of = stored(state, tmp_path / "step_3")
+    before = write_interchange(of, str(tmp_path), "run")
+    good = Path(before).read_bytes()
+    chunk = read_index(of.folder).tensors["model/layers.1.out_proj.weight"].chunks[0]
+    data = bytearray((tmp_path / "step_3" / chunk.file).read_bytes())
+    data[chunk.start + 7] ^= 1
+    (tmp_path / "step_3" / chunk.file).write_bytes(data)
+    said = rf"epoch_2\.pt could not be made: .*{chunk.file}.*layers\.1\.out_proj\.weight.* changed since"
+    with pytest.raises(BrokenCheckpoint, match=said):
+        write_interchange(of, str(tmp_path), "run")
+    assert Path(before).read_bytes() == good, "the file that is there stays as it was"
+    with pytest.raises(BrokenCheckpoint):
+        write_interchange(of, str(tmp_path / "new"), "run")
+    assert "epoch_2.pt" not in os.listdir(tmp_path / "new")
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = stored(trained(), tmp_path / "step_3")
+    monkeypatch.setattr(zipfile._ZipWriteFile, "write", lambda self, data: full())  # type: ignore[attr-defined]
+
+    def full() -> int:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(StorageError, match=r"optimizer_2\.pt.*No space left"):
+        write_interchange(of, str(tmp_path / "new"), "run")
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_files_go_to_a_store_that_fails_now_and_then(tmp_path: Path, faulty_s3: FaultyProxy) -> None:
+    state = trained()
+    expected = whole(state)
+    of = stored(state, tmp_path / "step_3")
+    for kind in ("503", "reset", "reset_after"):
+        faulty_s3.rules += [Rule(kind, method="PUT", times=1), Rule(kind, method="HEAD", times=1, skip=1)]
+    path = write_interchange(of, f"s3://{faulty_s3.bucket}/run", "run")
+    assert path == f"s3://{faulty_s3.bucket}/run/epoch_2.pt"
+    assert set(faulty_s3.injected) == {"503", "reset", "reset_after"}
+    for name, content in expected.items():
+        same(read_file(f"s3://{faulty_s3.bucket}/run/{name}"), content, name)
+
+
+# ---------------------------------------------------------------------------------------------- going on from them
+def test_most_recent_is_one_file_to_resume_from(tmp_path: Path) -> None:
+    state = trained()
+    path = write_latest(stored(state, tmp_path / "step_3"), str(tmp_path / "run"), "run")
+    assert os.listdir(tmp_path / "run") == ["epoch_latest.pt"]
+    expected = train(state.model, state.optimizer, range(3, 6))
+    other, optimizer = build(1)
+    averagers = ModelAverager(other, "ema_0.5_2")
+    assert load_weights(path, other) == Progress(**{**vars(PROGRESS), "is_final": False, "percentage_of_data_seen": -1,
+                                                    "train_data_string": None})  # fmt: skip
+    assert load_optimizer(argparse.Namespace(resume=path), other, optimizer) and load_rng(path)
+    load_averagers(path, averagers)
+    assert averagers.avgs_dict["ema_0.5_2"].counters() == state.averagers.avgs_dict["ema_0.5_2"].counters()
+    assert train(other, optimizer, range(3, 6)) == expected
