@@ -333,7 +333,9 @@ def test_upcoming_names_the_shards_that_follow() -> None:
 
 def test_state_of_other_data_is_refused_with_all_changes() -> None:
     state = Plan([source([5, 5], "a"), source([5], "b")], 0).state()
-    with pytest.raises(DataError, match=r"a: .*it held 10, now it holds 11[\s\S]*b: the names") as caught:
+    with pytest.raises(
+        DataError, match=r"a differs in .*it held 10, now it holds 11[\s\S]*b differs in the names"
+    ) as caught:
         Plan([source([5, 6], "a"), source([5, 1], "b")], 0, state=state)
     assert "new run" in str(caught.value)
     with pytest.raises(DataError, match=r"were 2 sources, now there are 1"):
@@ -368,7 +370,7 @@ def test_a_state_of_earlier_versions_goes_on() -> None:
     resumed = Plan(data, 0, state=jsonable(old))  # type: ignore[arg-type]
     assert resumed.state() == state
     assert listed(resumed.take(20)) == listed(plan.take(20))
-    with pytest.raises(DataError, match=r"a: the number of its sequences differ \(it held 10, now it holds 11\)"):
+    with pytest.raises(DataError, match=r"a differs in the number of its sequences \(it held 10, now it holds 11\)"):
         Plan([source([5, 6], "a"), data[1]], 0, state=old)
 
 
@@ -387,7 +389,9 @@ def test_what_is_unchanged_goes_on_and_what_changed_starts_again() -> None:
     state = jsonable(plan.state())
     expected = listed(plan.take(3 * 6))
     now = [c, source([9, 8], "b"), a, source([3], "new")]
-    with pytest.raises(DataError, match=r"--allow-changed-data[\s\S]*b: the numbers of sequences[\s\S]*new is new"):
+    with pytest.raises(
+        DataError, match=r"--allow-changed-data[\s\S]*b differs in the numbers of sequences[\s\S]*new is new"
+    ):
         Plan(now, 0, state=state)  # type: ignore[arg-type]
     resumed = Plan(now, 0, state=state, allow_changed=True)  # type: ignore[arg-type]
     for told in ("c goes on", "b starts at its beginning", "a goes on", "new starts", "another order", "new is new"):

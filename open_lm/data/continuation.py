@@ -111,7 +111,7 @@ def _source_changes(name: str, before: State | None, now: State) -> list[str]:
     if before is None:
         return [f"{name} is new"]
     if parts := _different_parts(before, now):
-        return [f"{name}: {', '.join(parts)} differ{_counts(before, now)}"]
+        return [f"{name} differs in {' and '.join(parts)}{_counts(before, now)}"]
     old_key, new_key = before.get("data_key", now["data_key"]), now["data_key"]
     return [] if old_key == new_key else [f"{name}: --data-key was {old_key}, now it is {new_key}"]
 
@@ -127,7 +127,7 @@ def _share_changes(before: Sequence[State], after: Sequence[State]) -> list[str]
 def _notice(
     changes: Sequence[str], names: Sequence[str], sources: Sequence[State], matches: Sequence[int | None]
 ) -> str:
-    lines = [join_problems(changes, "The training data is not that of the checkpoint; going on all the same"), ""]
+    lines = [join_problems(changes, "The training data is not that of the checkpoint; going on all the same")]
     for name, source, match in zip(names, sources, matches, strict=True):
         if match is None:
             lines.append(f"  {name} starts at its beginning")
