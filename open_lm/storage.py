@@ -14,13 +14,13 @@ import io
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import IO, Any
 
 from open_lm.errors import StorageError
 from open_lm.storage_backends import FSSPEC_PREFIX, find_backend, has_backend
-from open_lm.storage_errors import IncompleteTransfer, Stalled, back_off, explained, full_disk_explained
+from open_lm.storage_errors import IncompleteTransfer, Stalled, back_off, explained, full_disk_explained, in_background
 from open_lm.storage_files import (
     READ_TIMEOUT_S,
     SCHEME,
@@ -34,7 +34,8 @@ from open_lm.storage_files import (
 
 __all__ = [
     "FSSPEC_PREFIX", "READ_TIMEOUT_S", "FileInfo", "Stalled", "atomic_write", "back_off", "copy", "download", "exists",
-    "full_disk_explained", "glob", "glob_infos", "has_backend", "info", "is_remote", "is_temporary", "join",
+    "full_disk_explained", "glob", "glob_infos", "has_backend", "in_background",
+   "info", "is_remote", "is_temporary", "join",
     "list_files", "list_infos", "local_path", "makedirs", "open_file", "parse_bytes", "read_bytes", "read_parts",
     "read_range", "read_text", "remove", "size", "temporary_name", "upload", "write_bytes", "write_text",
 ]  # fmt: skip
@@ -95,7 +96,7 @@ def read_text(url: str | os.PathLike[str]) -> str:
         raise StorageError(f"{os.fspath(url)}: expected UTF-8 text, found {found}") from error
 
 
-def read_parts(found: FileInfo, timeout_s: float = READ_TIMEOUT_S) -> Iterator[bytes]:
+def read_parts(found: FileInfo, timeout_s: float = READ_TIMEOUT_S) -> Generator[bytes, None, None]:
     """A whole file that `info` has found, in order and in pieces; of remote ones several are on their way at once.
 
     A read that brings no byte for `timeout_s` seconds is told in a warning, given up and tried again.

@@ -11,7 +11,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from concurrent.futures import Future, wait
+from typing import TypeVar
 from urllib.error import HTTPError, URLError
 
 from open_lm.errors import StorageError
@@ -79,36 +80,31 @@ def watched(action: Callable[[Callable[[], None]], T], url: str, timeout_s: floa
     Timeouts of sockets see neither a name that is not resolved nor a request inside an event loop nor bytes that come
     one by one. The thread that is given up cannot be ended from outside: `action` must change nothing but its result.
     """
-    attempt = _Attempt(action)
-    while not attempt.ended.wait(attempt.last_sign_s + timeout_s - time.monotonic()):
-        if time.monotonic() >= attempt.last_sign_s + timeout_s:
+    last_sign_s = time.monotonic()
+
+    def alive() -> None:
+        nonlocal last_sign_s
+        last_sign_s = time.monotonic()
+
+    attempt = in_background(lambda: action(alive))
+    while not wait([attempt], last_sign_s + timeout_s - time.monotonic()).done:
+        if time.monotonic() >= last_sign_s + timeout_s:
             raise Stalled(url, timeout_s)
-    if attempt.error is not None:
-        raise attempt.error
-    return attempt.results[0]
+    return attempt.result()
 
 
-class _Attempt(threading.Thread):
-    """A daemon, so that the end of the process need not wait for what never comes."""
+def in_background(action: Callable[[], T]) -> Future[T]:
+    """`action` in a thread of its own: a daemon, so that the end of the process need not wait for what never comes."""
+    future = Future[T]()
 
-    def __init__(self, action: Callable[[Callable[[], None]], Any]) -> None:
-        super().__init__(name="open-lm-transfer", daemon=True)
-        self.last_sign_s = time.monotonic()
-        self.ended = threading.Event()
-        self.results: list[Any] = []
-        self.error: Exception | None = None
-        self._action = action
-        self.start()
-
-    def run(self) -> None:
+    def run() -> None:
         try:
-            self.results.append(self._action(self._alive))
-        except Exception as error:
-            self.error = error
-        self.ended.set()
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
 
-    def _alive(self) -> None:
-        self.last_sign_s = time.monotonic()
+    threading.Thread(target=run, name="open-lm-transfer", daemon=True).start()
+    return future
 
 
 def _pause(seconds: float) -> None:

@@ -10,21 +10,21 @@ number of ranks and workers. How a batch is made stands in batch.py.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from open_lm.config import DataConfig, ValidationConfig
 from open_lm.data.batch import Batch, Item, Job, TargetMask, items, size_of_shards
-from open_lm.data.plan import Order, Plan, Source, check_enough, epoch_end_step, epoch_sequences
+from open_lm.data.fetch import FetchFolder, FetchSettings
+from open_lm.data.mixture import most_samples
+from open_lm.data.plan import Order, Plan, Source, check_enough, epoch_end_step, epoch_sequences, leftover
 from open_lm.data.shard_format import MEMBER_KINDS
 from open_lm.data.sources import collect, find_sources, find_validation_source
 from open_lm.data.stream import StreamSpec, needs_folder
 from open_lm.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
-Folder = tempfile.TemporaryDirectory[str]
 __all__ = ["Batch", "TrainLoader", "ValLoader", "build_train_loader", "build_val_loaders"]
 
 
@@ -36,7 +36,7 @@ class TrainLoader:
     `allow_changed` a state of other data is taken, as `continuation.continued` says, with a warning.
     """
 
-    def __init__(self, job: Job, workers: int, folder: Folder | None, allow_changed: bool = False) -> None:
+    def __init__(self, job: Job, workers: int, folder: FetchFolder | None, allow_changed: bool = False) -> None:
         self._job, self._workers, self._folder, self._allow_changed = job, workers, folder, allow_changed
         self._iterator: Iterator[Item] | None = None
         self._told: set[str] = set()
@@ -118,6 +118,8 @@ def build_train_loader(
     steps = _steps_of_run(data, seq_len, batch_size * world_size)
     if passes == 1 and steps is not None:
         check_enough(sources, steps * batch_size * world_size, seq_len)
+    if steps is not None and rank == 0:
+        _tell_leftovers(data, sources, passes == 1, seq_len=seq_len, global_batch_size=batch_size * world_size)
     folder = _fetch_folder(sources)
     job = Job(
         stream=_stream(data, sources, key, seq_len=seq_len, vocab_size=vocab_size, folder=folder),
@@ -152,6 +154,27 @@ def _steps_of_run(data: DataConfig, seq_len: int, global_batch_size: int) -> int
     return steps
 
 
+def _tell_leftovers(
+    data: DataConfig, sources: Sequence[Source], one_pass: bool, *, seq_len: int, global_batch_size: int
+) -> None:
+    """Say what the run will not train on: promised sequences that fill no last batch, and what is left of one pass."""
+    assert data.train_num_samples is not None
+    run = {"epoch_tokens": data.train_num_samples, "seq_len": seq_len, "global_batch_size": global_batch_size}
+    promised = leftover(data.epochs, **run)
+    if promised.sequences or promised.tokens:
+        logger.info(
+            f"of the promised tokens, {promised.sequences} sequences do not fill a last global batch of "
+            f"{global_batch_size}, and {promised.tokens} tokens no sequence of {seq_len}: they are not trained on"
+        )
+    if not one_pass:
+        return
+    trained = epoch_end_step(data.epochs, **run) * global_batch_size
+    for source, count in zip(sources, most_samples([source.weight for source in sources], trained), strict=True):
+        if source.num_sequences is not None and source.num_sequences > count:
+            left = source.num_sequences - count
+            logger.info(f"{source.name}: {left} of its {source.num_sequences} sequences are left over after this run")
+
+
 def _checked_key(key: str, flag: str) -> str:
     if key not in MEMBER_KINDS:
         raise ConfigError(f"{flag} {key}: expected one of {', '.join(MEMBER_KINDS)}")
@@ -159,7 +182,13 @@ def _checked_key(key: str, flag: str) -> str:
 
 
 def _stream(
-    data: DataConfig, sources: tuple[Source, ...], key: str, *, seq_len: int, vocab_size: int, folder: Folder | None
+    data: DataConfig,
+    sources: tuple[Source, ...],
+    key: str,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    folder: FetchFolder | None,
 ) -> StreamSpec:
     return StreamSpec(
         sources=sources,
@@ -167,12 +196,12 @@ def _stream(
         vocab_size=vocab_size,
         data_keys=(key,) * len(sources),
         tolerated_share=data.data_tolerate_error_p if data.ignore_parse_errors else None,
-        folder=folder.name if folder else None,
+        fetch=FetchSettings.of(data, folder.name if folder else None),
     )
 
 
-def _fetch_folder(sources: Sequence[Source]) -> Folder | None:
-    return tempfile.TemporaryDirectory(prefix="open_lm-shards-") if needs_folder(sources) else None
+def _fetch_folder(sources: Sequence[Source]) -> FetchFolder | None:
+    return FetchFolder() if needs_folder(sources) else None
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
@@ -183,7 +212,7 @@ class ValLoader:
     `val_data` names the set as results do; `num_sequences` is None where shards have to be read to know.
     """
 
-    def __init__(self, job: Job, workers: int, folder: Folder | None) -> None:
+    def __init__(self, job: Job, workers: int, folder: FetchFolder | None) -> None:
         self._job, self._workers, self._folder = job, workers, folder
         self.val_data = [job.stream.sources[0].name]
         self.data_key = job.stream.data_keys[0]

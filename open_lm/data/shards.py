@@ -1,39 +1,46 @@
-"""Shards as a reader opens them: local files mapped into memory, remote ones and `pipe:` commands fetched first."""
+"""Shards as a reader opens them: verified, mapped into memory; remote ones and commands' output fetched first."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
+import logging
 import mmap
 import os
-import shutil
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Mapping
+from concurrent.futures import Future
+from functools import cached_property, partial
+from typing import IO
 
 import numpy as np
 
 from open_lm import storage
+from open_lm.data.cache import Cache, Fill
+from open_lm.data.fetch import FetchSettings, fetch, look_up, needs_fetch
 from open_lm.data.npy_block import NpyRows
 from open_lm.data.shard_format import MEMBER_KINDS, Member, decode_member, index_shard
-from open_lm.errors import DataError, StorageError
+from open_lm.data.verify import Expected, note_verified, verify
+from open_lm.errors import DataError, StorageError, UserError
 
 END_OF_TEXT_ID = 0  # what the string "<|endoftext|>" in old txt members stands for: gpt-neox-20b's end of text
-_COMMAND_ATTEMPTS = 3
+_AT_ONCE = 4
+_MOST_BROKEN_COPIES = 3
+_NOTHING = Expected()
+logger = logging.getLogger(__name__)
 
 
 class Shard:
     """An open shard: its members of one kind, in file order, and their bytes."""
 
-    def __init__(self, url: str, path: str, wanted_kind: str | None) -> None:
-        """Open the local file `path` of the shard `url`; DataError where it is not a whole tar of ids."""
+    def __init__(self, url: str, file: IO[bytes], wanted_kind: str | None) -> None:
+        """Map the open local file of the shard `url`; DataError where it is not a whole tar of ids.
+
+        The mapping goes on holding the locks of `file`, which may be closed.
+        """
         self.url = url
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                raise DataError(f"{url}: the file is empty; make or copy the shard again")
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if os.fstat(file.fileno()).st_size == 0:
+            raise DataError(f"{url}: the file is empty; make or copy the shard again")
+        self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         members = index_shard(self.data, url)
         kinds = {member.kind for member in members}
         self.kind = wanted_kind if wanted_kind in kinds else next(kind for kind in MEMBER_KINDS if kind in kinds)
@@ -61,101 +68,130 @@ class Shard:
 
 
 class ShardStore:
-    """The shards in use: the last `capacity` ones stay open, remote ones are kept as files in `folder`."""
+    """The shards in use: the last `capacity` ones stay open, so that those which were fetched stay where they are.
 
-    def __init__(self, capacity: int, folder: str | None) -> None:
-        self._capacity, self._folder = capacity, folder
+    `expected` is what manifests say of the shards' files, by address; it is checked before a shard is handed out.
+    """
+
+    def __init__(self, capacity: int, settings: FetchSettings, expected: Mapping[str, Expected]) -> None:
+        self._capacity, self._settings, self._expected = capacity, settings, expected
         self._open: OrderedDict[tuple[str, str | None], Shard] = OrderedDict()
-        self._fetching: dict[str, Future[str]] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: OrderedDict[str, Future[IO[bytes]]] = OrderedDict()
+        self._remote = RemoteShards(settings)
 
     def get(self, url: str, wanted_kind: str | None) -> Shard:
-        """The open shard; DataError or StorageError where it cannot be read."""
+        """The open shard; DataError or StorageError where it cannot be read or is not what its manifest says."""
         key = (url, wanted_kind)
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
-        shard = self._load(url, wanted_kind) if needs_fetch(url) else _open_local(url, wanted_kind)
+        begun = self._ahead.pop(url, None)
+        with self._file(url) if begun is None else begun.result() as file:
+            shard = Shard(url, file, wanted_kind)
         self._open[key] = shard
-        while len(self._open) > self._capacity:
+        if len(self._open) > self._capacity:
             self._open.popitem(last=False)
+            self._remote.trim()
         return shard
 
     def prefetch(self, url: str) -> None:
-        """Begin to fetch a remote shard; what goes wrong is reported when the shard is asked for."""
-        if not needs_fetch(url) or url in self._fetching or any(name == url for name, _ in self._open):
+        """Begin to fetch a remote shard, to verify a local one; what goes wrong is raised when the shard is asked for.
+
+        Nothing is begun while enough others are on their way: the caller asks again.
+        """
+        if url in self._ahead or any(name == url for name, _ in self._open):
             return
-        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="shard-fetch")
-        self._fetching[url] = self._pool.submit(fetch, url, self._required_folder)
+        is_work = needs_fetch(url) or self._expected.get(url, _NOTHING).sha256
+        if is_work and sum(not future.done() for future in self._ahead.values()) < _AT_ONCE:
+            self._ahead[url] = storage.in_background(partial(self._file, url))
+            self._forget_oldest()
 
-    @property
-    def _required_folder(self) -> str:
-        if self._folder is None:
-            raise ValueError("remote shards need a folder to be fetched into")
-        return self._folder
+    def _forget_oldest(self) -> None:
+        """Close shards that were fetched ahead for samples which other workers have read."""
+        while len(self._ahead) > self._capacity and next(iter(self._ahead.values())).done():
+            _, future = self._ahead.popitem(last=False)
+            with contextlib.suppress(UserError), future.result():
+                pass
 
-    def _load(self, url: str, wanted_kind: str | None) -> Shard:
-        fetched = self._fetching.pop(url, None)
-        if fetched is not None:
-            with contextlib.suppress(DataError, StorageError):  # tried once more below
-                fetched.result()
-        for _ in range(10):
-            path = fetch(url, self._required_folder)
-            with contextlib.suppress(FileNotFoundError):  # another worker has made room just now
-                shard = Shard(url, path, wanted_kind)
-                _make_room(Path(path).parent, keep=2 * self._capacity + 2)
-                return shard
-        raise DataError(f"{url}: disappears from {self._required_folder} while it is opened")
-
-
-def needs_fetch(url: str) -> bool:
-    return url.startswith("pipe:") or storage.is_remote(url)
-
-
-def _open_local(url: str, wanted_kind: str | None) -> Shard:
-    try:
-        return Shard(url, storage.local_path(url), wanted_kind)
-    except OSError as error:
-        raise DataError(f"{url}: cannot be read ({error.strerror or error}); copy the shard there again") from error
-
-
-def fetch(url: str, folder: str) -> str:
-    """Fetch a remote shard into `folder`, once for all processes that ask; the path of the whole file."""
-    path = os.path.join(folder, hashlib.sha256(url.encode()).hexdigest()[:32] + ".tar")
-    with open(path + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.exists(path):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path)
-        elif url.startswith("pipe:"):
-            _run_command(url, path)
-        else:
-            storage.download(url, path)
-    return path
-
-
-def _run_command(url: str, path: str) -> None:
-    """The output of a `pipe:` command as a file, whole or not at all."""
-    from webdataset import gopen
-
-    for attempt in range(_COMMAND_ATTEMPTS):
+    def _file(self, url: str) -> IO[bytes]:
+        """The open, verified file of a shard."""
+        expected = self._expected.get(url, _NOTHING)
+        if needs_fetch(url):
+            return self._remote.open(url, expected)
         try:
-            with storage.atomic_write(path, "wb") as file, gopen(url) as stream:
-                shutil.copyfileobj(stream, file, 1 << 20)
-            return
+            file = open(storage.local_path(url), "rb")  # noqa: SIM115  (handed out)
+            problem = verify(file, expected, self._settings.folder)
         except OSError as error:
-            if attempt == _COMMAND_ATTEMPTS - 1:
-                raise DataError(
-                    f"{url}: the command failed {_COMMAND_ATTEMPTS} times; its own messages are above, run it by hand "
-                    f"to see why ({error})"
-                ) from error
+            told = f"{url}: cannot be read ({error.strerror or error}); copy the shard there again"
+            raise DataError(told) from error
+        if problem:
+            file.close()
+            raise DataError(f"{url}: {problem} by its manifest; copy the shard again, or make the manifest anew")
+        return file
 
 
-def _make_room(folder: Path, keep: int) -> None:
-    """Delete the files used longest ago; a process that still reads one keeps it until it is done."""
-    ages: list[tuple[float, Path]] = []
-    for path in folder.glob("*.tar"):
-        with contextlib.suppress(FileNotFoundError):
-            ages.append((path.stat().st_mtime, path))
-    for _, path in sorted(ages, reverse=True)[keep:]:
-        path.unlink(missing_ok=True)
+class RemoteShards:
+    """Remote shards as open local files: from --cache-dir where it has them or has room, else from the run's folder."""
+
+    def __init__(self, settings: FetchSettings) -> None:
+        self._settings = settings
+        patience_s = 10 * settings.read_timeout_s + 60  # longer than any fetching goes on without a byte
+        self._kept = Cache(settings.cache_dir, settings.cache_limit_bytes, patience_s) if settings.cache_dir else None
+        self._passing = Cache(settings.folder, None, patience_s) if settings.folder else None
+        self._has_warned = self._has_passing = False
+
+    def open(self, url: str, expected: Expected) -> IO[bytes]:
+        """The whole, verified file, which stays where it is while it is open or mapped."""
+        if self._passing is None:
+            raise ValueError("remote shards need a folder to be fetched into")
+        origin = look_up(url, expected, self._settings.read_timeout_s)
+        fill = partial(fetch, origin, expected, self._settings.read_timeout_s)
+        places = [(self._passing, origin.identity), (self._passing, f"{origin.identity}\n{os.getpid()}")]
+        if self._kept is not None:
+            places.insert(0, (self._kept, origin.identity))
+        for cache, identity in places:
+            file = self._from(cache, identity, origin.num_bytes, fill, url)
+            if file is not None:
+                return file
+            if cache is self._kept:
+                self._warn(url)
+        raise StorageError(f"{url}: another process fetches it and does not get on; look for one that was stopped")
+
+    def trim(self) -> None:
+        """Remove what is not read any more and is not to be kept."""
+        if self._passing and self._has_passing:
+            self._passing.trim()
+
+    def _from(self, cache: Cache, identity: str, num_bytes: int, fill: Fill, url: str) -> IO[bytes] | None:
+        """The file from a cache; a copy that was damaged there is fetched again. None where the cache has no room."""
+        self._has_passing |= cache is self._passing
+        for _ in range(_MOST_BROKEN_COPIES):
+            try:
+                held = cache.hold(identity, num_bytes, fill)
+                if held is None:
+                    return None
+                if held.is_new:
+                    note_verified(held.file, held.sha256, self._settings.folder)
+                    return held.file
+                problem = verify(held.file, Expected(None, held.sha256), self._settings.folder)
+                if not problem:
+                    return held.file
+                logger.warning(f"{url}: its copy in {cache.folder} {problem}; it is fetched anew")
+                cache.discard(held)
+            except StorageError:
+                raise
+            except OSError as error:
+                told = f"{cache.folder}: shards cannot be kept there ({error.strerror or error}); choose another folder"
+                raise StorageError(f"{told} (--cache-dir, or TMPDIR)") from error
+        raise StorageError(
+            f"{url}: each of {_MOST_BROKEN_COPIES} copies in {cache.folder} was damaged; check that disk"
+        )
+
+    def _warn(self, url: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"{url}: --cache-dir {self._settings.cache_dir} has no room for it beside what is in use, within "
+                f"--cache-limit {self._settings.cache_limit_bytes} bytes: such shards are kept in a temporary folder "
+                "while they are read, and fetched again the next time"
+            )

@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from open_lm.data.fetch import FetchSettings, needs_fetch
 from open_lm.data.plan import Samples, Source, hash_key, hash_range
 from open_lm.data.shard_format import PAD_ID, token_dtype
-from open_lm.data.shards import Shard, ShardStore, needs_fetch
+from open_lm.data.shards import Shard, ShardStore
 from open_lm.data.sources import SYNTHETIC
+from open_lm.data.verify import Expected
 from open_lm.errors import DataError, StorageError
 
 _LEAST_TOLERANCE_BASE = 1000
@@ -28,7 +30,7 @@ class StreamSpec:
     """What a reader needs to know; plain values that can be sent to a worker.
 
     `data_keys` is the member kind of each source; `tolerated_share` the share of broken sequences that become filler
-    rows, None where the first is an error; `folder` is where remote shards are fetched to.
+    rows, None where the first is an error; `fetch` is how shards reach the reader.
     """
 
     sources: tuple[Source, ...]
@@ -36,7 +38,7 @@ class StreamSpec:
     vocab_size: int
     data_keys: tuple[str | None, ...]
     tolerated_share: float | None = None
-    folder: str | None = None
+    fetch: FetchSettings = FetchSettings()
 
 
 def row_dtype(vocab_size: int, padded: bool = False) -> np.dtype[np.generic]:
@@ -61,7 +63,7 @@ class SampleReader:
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
         self.notices: list[Notice] = []  # each once; whoever reads the rows passes them on and clears them
-        self._store = ShardStore(capacity=2 * len(spec.sources) + 2, folder=spec.folder)
+        self._store = ShardStore(2 * len(spec.sources) + 2, spec.fetch, _expected_files(spec.sources))
         self._rows = Counter[str]()  # "read", "usable", "broken"
         self._last_size = 1
         self._broken_shards: set[str] = set()
@@ -279,8 +281,20 @@ def make_reader(spec: StreamSpec) -> Reader:
 
 
 def needs_folder(sources: Sequence[Source]) -> bool:
-    """Whether any shard has to be fetched before it can be read."""
-    return any(needs_fetch(url) for source in sources for url in source.shards)
+    """Whether any shard has to be fetched or verified before it can be read."""
+    return any(needs_fetch(url) for source in sources for url in source.shards) or any(
+        sha256 for source in sources for sha256 in source.sha256
+    )
+
+
+def _expected_files(sources: Sequence[Source]) -> dict[str, Expected]:
+    """What manifests say of the shards' files, by address."""
+    return {
+        url: Expected(num_bytes, sha256)
+        for source in sources
+        for url, num_bytes, sha256 in zip(source.shards, source.num_bytes, source.sha256, strict=True)
+        if sha256 or num_bytes is not None
+    }
 
 
 def _is_synthetic(spec: StreamSpec) -> bool:
