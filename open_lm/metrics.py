@@ -5,10 +5,13 @@ Legend: D model width, H heads, K head width, L layers, T sequence.
 
 from __future__ import annotations
 
+import math
+import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -18,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from open_lm.distributed import sum_over_ranks
+_LATE_STEPS = 4  # on CUDA: enough that the device is never waited for, few enough that a stop comes in time
 
 # Dense 16-bit FLOP/s of a device by a part of its name, from the makers' data sheets; the first match counts.
 PEAK_16_BIT_FLOPS = {
@@ -50,24 +53,71 @@ class DeviceMeans:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add this rank's parts of a step's scalars: what counts is their sum over ranks. No host synchronisation."""
+    def add(self, values: Mapping[str, Tensor], counts: Tensor) -> None:
+        """Add a step's scalars, the same on all ranks, if `counts`, a bool scalar. No host synchronisation."""
         for name, value in values.items():
-            part = value.detach().float()
+            part = torch.where(counts, value.detach().float(), 0.0)
             self._sums[name] = self._sums[name] + part if name in self._sums else part
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] = self._counts[name] + counts if name in self._counts else counts.to(torch.int64)
 
     def pop(self) -> dict[str, float]:
-        """The means over all steps added since the last call, summed over ranks; waits for the device. Every rank has
-        to call it, with the same names added."""
-        if not self._sums:
-            return {}
-        totals = sum_over_ranks(torch.stack(list(self._sums.values()))).tolist()
-        means = {name: total / self._counts[name] for name, total in zip(self._sums, totals, strict=True)}
+        """The means over all steps that counted since the last call, NaN where none did; waits for the device."""
+        sums, counts = self.state().values()
         self._sums, self._counts = {}, {}
-        return means
+        return {name: total / counts[name] if counts[name] else math.nan for name, total in sums.items()}
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """The sums and counts so far, JSON-able and exact; waits for the device."""
+        kinds = {"sums": self._sums, "counts": self._counts}
+        return {
+            kind: dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) if values else {}
+            for kind, values in kinds.items()
+        }
+
+    def restore(self, state: Mapping[str, Mapping[str, float]], device: torch.device) -> None:
+        """Go on from what `state` returned."""
+        self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        self._counts = {name: torch.tensor(int(value), device=device) for name, value in state["counts"].items()}
+
+
+class LateValues:
+    """Small vectors of steps, read on the host without waiting for the device: at once on CPU, a fixed number of steps
+    later on CUDA. Fixed, so that what ranks read after a step, and do about it, is the same on all of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._lag = _LATE_STEPS if device.type == "cuda" else 0
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, Any]] = deque()
+
+    def add(self, values: Tensor, note: Any) -> None:
+        """Send a step's vector on its way, with a note that comes back beside it."""
+        if self._lag == 0:
+            self._pending.append((values, None, note))
+            return
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((host, event, note))
+
+    def take(self, everything: bool = False) -> Iterator[tuple[list[float], Any]]:
+        """What is due, oldest first; or everything, waiting for the device."""
+        while len(self._pending) > (0 if everything else self._lag):
+            values, event, note = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            yield values.tolist(), note
+
+    def clear(self) -> None:
+        """Forget what has not been read."""
+        self._pending.clear()
+
+
+def to_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """Integers of the host as int64 on the device, without waiting for it."""
+    host = torch.tensor(values, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 class Stopwatch:
@@ -205,6 +255,26 @@ class TrainReading:
             **(self.extra or {}),
         }
         return {f"train/{name}": value for name, value in values.items()}
+
+
+def short_labels(names: Sequence[str]) -> dict[str, str]:
+    """A short label for each of several paths or urls, no two alike, of characters that every logger takes.
+
+    It is the folder of the shards or the manifest, or their own name where several names lie in that folder; as much of
+    what stands before as tells it from the labels of earlier names.
+    """
+    folders = [name.rpartition("/")[0] for name in dict.fromkeys(names)]
+    labels: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        words = [re.sub(r"[^\w.-]+", "_", word) for word in re.split("[/:]+", name) if word]
+        if len(words) > 1 and folders.count(name.rpartition("/")[0]) == 1:
+            words.pop()
+        else:
+            words[-1] = words[-1].partition(".")[0] or words[-1]
+        choices = ["-".join(words[-count:]) for count in range(1, len(words) + 1)]
+        choices += [f"{words[-1]}-{number}" for number in range(2, len(folders) + 2)]
+        labels[name] = next(choice for choice in choices if choice not in labels.values())
+    return labels
 
 
 # ------------------------------------------------------------------------------------------------ intervals

@@ -45,3 +45,19 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
     return norm
+
+
+def step_unless(optimizer: Optimizer, skip: torch.Tensor) -> None:
+    """One update, or where `skip` (a bool scalar on the device) is true none at all: parameters, moments and step
+    counts stay as they are. A fused optimizer decides on the device; for any other the host waits for `skip`."""
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        if not bool(skip):
+            optimizer.step()
+        return
+    # As a GradScaler tells a fused optimizer. Parameters that are offloaded are updated on the host, so it goes there.
+    device = optimizer.param_groups[0]["params"][0].device
+    optimizer.found_inf = skip.float().to(device)  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]

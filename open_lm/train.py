@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,26 +17,29 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from open_lm import watchdog
 from open_lm.averaging import ModelAverager
-from open_lm.data.loader import Batch, TrainLoader
+from open_lm.config import FaultConfig
+from open_lm.control import Agreed, RunControl
+from open_lm.data.device import DeviceBatch, on_device
+from open_lm.data.loader import TrainLoader
+from open_lm.data.masking import document_ids
 from open_lm.distributed import Runtime, sum_over_ranks
-from open_lm.errors import UserError
+from open_lm.guard import Guard, TrainingDiverged, not_finite
 from open_lm.losses import IGNORE_INDEX, token_loss
-from open_lm.metrics import DeviceMeans, Stopwatch, TrainReading, peak_memory_bytes
-from open_lm.optim import clip_gradients
+from open_lm.metrics import DeviceMeans, LateValues, Stopwatch, TrainReading, peak_memory_bytes, short_labels, to_device
+from open_lm.optim import clip_gradients, step_unless
 from open_lm.parallelize import gradient_sync, unwrap, without_training
 from open_lm.scheduler import Schedule
 
+__all__ = ["Agreed", "Report", "StepOptions", "StepResult", "Trainer", "TrainingDiverged", "train_step"]
 Report = Callable[[Mapping[str, Any], int], None]  # (values by name, step)
-
-
-class TrainingDiverged(UserError):
-    """The loss or its gradient is no longer a number."""
 
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step computes. `accum_freq` micro-batches have to divide the rows of a batch."""
+    """How a step computes. `accum_freq` micro-batches have to divide the rows of a batch. With `end_of_text_id`
+    attention stays inside the documents that it ends."""
 
     runtime: Runtime
     autocast: Callable[[], AbstractContextManager[object]]
@@ -44,17 +47,21 @@ class StepOptions:
     z_loss_coefficient: float = 0.0
     grad_clip_norm: float | None = None
     log_logit_mean: bool = False
+    end_of_text_id: int | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Scalars on the device. `parts` are this rank's shares of global values (their sum over ranks counts); the rest is
-    global already: `grad_norm`, `valid_tokens` with a target and `samples`, the sequences that held data (int64)."""
+    """Scalars on the device, the same on all ranks: `values` by name (loss, …), `grad_norm` before clipping, whether
+    the update was `skipped` (bool), and of all ranks together `valid_tokens` with a target, `samples`, the sequences
+    that held data, and the caller's `counts` (n,) (int64)."""
 
-    parts: dict[str, Tensor]
+    values: dict[str, Tensor]
     grad_norm: Tensor
+    skipped: Tensor
     valid_tokens: Tensor
     samples: Tensor
+    counts: Tensor
 
 
 def train_step(
@@ -65,16 +72,18 @@ def train_step(
     options: StepOptions,
     *,
     num_samples: int | None = None,
+    counts: Sequence[int] = (),
     scaler: torch.amp.GradScaler | None = None,
-    check: bool = False,
+    judge: Callable[[Tensor, Tensor], Tensor] = not_finite,
 ) -> StepResult:
     """One update of `model` from this rank's inputs and targets, both (B,T) int64 on the device.
 
-    num_samples: rows that hold data (default: all). check: wait for the gradient norm, and raise TrainingDiverged
-    before the update where it is not finite; without it nothing waits for the device.
+    num_samples: rows that hold data (default: all). counts: further numbers to be summed over ranks. judge: from the
+    global loss and gradient norm, whether the update is skipped. Nothing waits for the device.
     """
-    rows = torch.full((), len(inputs) if num_samples is None else num_samples, device=inputs.device)
-    valid_tokens, samples = sum_over_ranks(torch.stack([(targets != IGNORE_INDEX).sum(), rows])).unbind()
+    own = to_device([len(inputs) if num_samples is None else num_samples, *counts], inputs.device)
+    summed = sum_over_ranks(torch.cat([(targets != IGNORE_INDEX).sum().reshape(1), own]))
+    valid_tokens, samples = summed[0], summed[1]
     optimizer.zero_grad(set_to_none=True)
     parts: dict[str, Tensor] = {}
     for ids, labels, is_last in _micro_batches(inputs, targets, options.accum_freq):
@@ -82,19 +91,23 @@ def train_step(
             objective, more = _objective(model, ids, labels, valid_tokens, options)
             (objective if scaler is None else scaler.scale(objective)).backward()
         parts = {name: parts[name] + value if name in parts else value for name, value in more.items()}
+    values = _sum_values(parts)
     if scaler is not None:
         scaler.unscale_(optimizer)
     grad_norm = clip_gradients(model.parameters(), options.grad_clip_norm)
-    # Overflows are the scaler's everyday business: it skips the update and lowers its scale.
-    if check and scaler is None and not bool(torch.isfinite(grad_norm)):
-        loss = sum_over_ranks(parts["loss"].clone()).item()
-        raise TrainingDiverged(f"loss {loss}, gradient norm {grad_norm.item()}")
-    if scaler is None:
-        optimizer.step()
-    else:
-        scaler.step(optimizer)
+    skipped = judge(values["loss"], grad_norm)
+    step_unless(optimizer, skipped)  # a scaler's step() would skip for its overflows alone, which are not finite here
+    if scaler is not None:
         scaler.update()
-    return StepResult(parts, grad_norm, valid_tokens, samples)
+    return StepResult(values, grad_norm, skipped, valid_tokens, samples, summed[2:])
+
+
+def _sum_values(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over ranks of float scalars."""
+    if not parts:
+        return {}
+    summed = sum_over_ranks(torch.stack([part.float() for part in parts.values()]))
+    return dict(zip(parts, summed.unbind(), strict=True))
 
 
 def _micro_batches(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
@@ -105,12 +118,20 @@ def _micro_batches(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tupl
         yield ids, labels, number == count
 
 
+def _logits(model: nn.Module, ids: Tensor, options: StepOptions) -> Tensor:
+    """(B,T,V) from ids (B,T)."""
+    documents = {}
+    if options.end_of_text_id is not None:
+        documents["document_ids"] = document_ids(ids, options.end_of_text_id)
+    with options.autocast():
+        return model(ids, **documents)[0]
+
+
 def _objective(
     model: nn.Module, ids: Tensor, labels: Tensor, valid_tokens: Tensor, options: StepOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What a micro-batch adds to the function that is minimised, and its parts of what is reported."""
-    with options.autocast():
-        logits = model(ids)[0]
+    logits = _logits(model, ids, options)
     loss_sum, _ = token_loss(logits, labels, options.z_loss_coefficient)
     loss = loss_sum / valid_tokens.clamp(min=1)
     world_size = options.runtime.world_size
@@ -129,23 +150,26 @@ def _objective(
 
 @dataclass
 class _EpochRun:
-    """What an epoch gathers between two readings. `unread_samples`: int64 scalar on the device."""
+    """An epoch on its way, from the step that it began with to the one that ends it."""
 
     epoch: int
-    num_steps: int
-    unread_samples: Tensor
-    window: DeviceMeans = field(default_factory=DeviceMeans)
+    first_step: int
+    end_step: int
     watch: Stopwatch = field(default_factory=Stopwatch)
-    steps_done: int = 0
 
 
 @dataclass
 class Trainer:
-    """All that an epoch of training needs, and how far it has come.
+    """All that a run of training needs, and how far it has come.
 
-    `step` counts optimizer updates, `data_state` is the loader's position after the last of them. log_every: steps
-    between readings. average_loss_every: steps between losses of the averaged models, 0 for none.
-    flops_per_token and peak_flops (of one device) give the MFU; None leaves it out.
+    `step` counts steps, skipped ones too; `data_state` is the loader's position after the last of them. `samples_seen`
+    and `samples_per_source` count the sequences that held data, also where some of their targets are masked and where
+    the step was skipped; filler rows are not among them but in `samples_skipped`. A sequence is `seq_len` tokens. All
+    counts stand as of the last reading of the device, which a log line and `state` are.
+
+    log_every: steps between readings. average_loss_every: steps between losses of the averaged models, 0 for none.
+    flops_per_token and peak_flops (of one device) give the MFU; None leaves it out. after_step: called after each step
+    with what all ranks agree on then; it may save `state`, go back with `restore`, or raise.
     """
 
     model: nn.Module
@@ -163,43 +187,87 @@ class Trainer:
     average_loss_every: int = 0
     flops_per_token: float | None = None
     peak_flops: float | None = None
+    faults: FaultConfig = field(default_factory=FaultConfig)
+    control: RunControl | None = None
+    after_step: Callable[[Agreed], None] | None = None
     step: int = 0
     samples_seen: int = 0
+    samples_skipped: int = 0
+    samples_per_source: dict[str, int] = field(default_factory=dict)
     data_state: dict[str, Any] | None = None
 
-    def run_epoch(self, epoch: int, end_step: int) -> None:
-        """Train from the current step to `end_step`. TrainingDiverged leaves step and state as before the bad update;
-        on CUDA, where only logged steps are checked, as found there."""
-        unread = torch.zeros((), dtype=torch.int64, device=self.options.runtime.device)
-        run = _EpochRun(epoch, end_step - self.step, unread)
+    def __post_init__(self) -> None:
+        device = self.options.runtime.device
+        self._sources = [source.name for source in self.loader.sources]
+        self._guard = Guard(self.faults, self.options.runtime, scaled=self.scaler is not None)
+        self._window = DeviceMeans()
+        self._late = LateValues(device)
+        self._unread = torch.zeros(2 + len(self._sources), dtype=torch.int64, device=device)
+
+    def run_epoch(self, epoch: int, end_step: int, first_step: int | None = None) -> None:
+        """Train from the current step to `end_step`, or until `after_step` has gone back before the epoch.
+
+        first_step: the step that the epoch began with, from which its log lines count (default: the current one).
+        TrainingDiverged: too many steps were skipped; weights are those of the last good step, and step, counts and
+        data_state fit them. On CUDA some good steps may have followed the last bad one.
+        """
+        run = _EpochRun(epoch, self.step if first_step is None else first_step, end_step)
         self.model.train()
         try:
-            self._run_steps(run)
+            while run.first_step <= self.step < end_step:
+                self._run_steps(run)
         except TrainingDiverged:
-            self._read_samples(run)
+            self._read_counts()
             raise
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside weights, step and data_state: JSON-able, the same on all ranks, whatever their
+        number. Waits for the device."""
+        self._read_counts()
+        return {
+            "samples_seen": self.samples_seen,
+            "samples_skipped": self.samples_skipped,
+            "samples_per_source": dict(self.samples_per_source),
+            "window": self._window.state(),
+            "guard": self._guard.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned; who calls it sets weights, step and data_state and rewinds the loader."""
+        self._late.clear()
+        self._unread.zero_()
+        self.samples_seen, self.samples_skipped = int(state["samples_seen"]), int(state["samples_skipped"])
+        self.samples_per_source = dict(state["samples_per_source"])
+        self._window.restore(state["window"], self.options.runtime.device)
+        self._guard.restore(state["guard"])
+
     def _run_steps(self, run: _EpochRun) -> None:
-        device = self.options.runtime.device
-        for number, (batch, state) in enumerate(self._batches(run)):
-            is_logged = number % self.log_every == 0 or number == run.num_steps - 1
+        """Steps to the end of the epoch, or until `after_step` has gone to another place in the data."""
+        for batch, state in self._batches(run):
+            number, is_last = self.step - run.first_step, self.step + 1 == run.end_step
             lr = self.scheduler(self.step)
-            inputs = batch.inputs.to(device, non_blocking=True)
-            targets = batch.targets.to(device, non_blocking=True)
-            result = self._checked_step(inputs, targets, batch.num_samples, lr, is_logged)
-            run.window.add(result.parts)
-            run.unread_samples += result.samples
+            result = self._train_step(batch)
+            accepted = self._guard.accepted
+            self._window.add(result.values, accepted)
             if self.averagers is not None:
                 self.averagers.step()
                 if self.average_loss_every and number % self.average_loss_every == 0:
-                    run.window.add(self._averaged_losses(inputs, targets, result.valid_tokens))
-            self.step, self.data_state, run.steps_done = self.step + 1, state, number + 1
-            if is_logged:
+                    losses = self._averaged_losses(batch.inputs, batch.targets, result.valid_tokens)
+                    self._window.add(_sum_values(losses), accepted)
+            self._late.add(torch.cat([result.counts[:2].double(), self._guard.report()]), (self.step, lr))
+            self.step, self.data_state = self.step + 1, state
+            if is_last or number % self.log_every == 0:
                 self._log(run, lr, result.grad_norm)
+            agreed = self._agree(everything=is_last)
+            if self.after_step is not None:
+                self.after_step(agreed)
+            if self.data_state is not state:
+                return
+            watchdog.beat("waiting for data", self.step)
 
-    def _batches(self, run: _EpochRun) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        """The epoch's batches; what waiting for them takes goes to the run's watch."""
-        batches = self.loader.batches(run.num_steps)
+    def _batches(self, run: _EpochRun) -> Iterator[tuple[DeviceBatch, dict[str, Any]]]:
+        """The batches from here to the epoch's end; what waiting for them takes goes to the run's watch."""
+        batches = on_device(self.loader.batches(run.end_step - self.step), self.options.runtime.device)
         while True:
             start = time.perf_counter()
             try:
@@ -209,26 +277,30 @@ class Trainer:
             run.watch.data_arrived(time.perf_counter() - start)
             yield item
 
-    def _checked_step(
-        self, inputs: Tensor, targets: Tensor, num_samples: int, lr: float, is_logged: bool
-    ) -> StepResult:
-        check = is_logged or inputs.device.type == "cpu"  # elsewhere reading a value means waiting for the device
-        try:
-            return train_step(
-                self.model,
-                inputs,
-                targets,
-                self.optimizer,
-                self.options,
-                num_samples=num_samples,
-                scaler=self.scaler,
-                check=check,
-            )
-        except TrainingDiverged as error:
-            raise TrainingDiverged(
-                f"training diverged at step {self.step} (learning rate {lr:g}): {error}; continue from an earlier "
-                "checkpoint with a lower --lr, a longer --warmup or --grad-clip-norm, and check the data of this step"
-            ) from None
+    def _train_step(self, batch: DeviceBatch) -> StepResult:
+        stop, save = (0, 0) if self.control is None else self.control.wishes()
+        watchdog.beat("step", self.step)
+        result = train_step(
+            self.model,
+            batch.inputs,
+            batch.targets,
+            self.optimizer,
+            self.options,
+            num_samples=batch.num_samples,
+            counts=(stop, save, batch.skipped, *batch.per_source),
+            scaler=self.scaler,
+            judge=self._guard.judge,
+        )
+        self._unread += torch.cat([result.samples.reshape(1), result.counts[2:]])
+        return result
+
+    def _agree(self, everything: bool) -> Agreed:
+        """What ranks agree on by what has come to the host, from this step or from earlier ones. TrainingDiverged."""
+        stop = save = rollback = False
+        for (stops, saves, *report), (step, lr) in self._late.take(everything):
+            stop, save = stop or stops > 0, save or saves > 0
+            rollback = self._guard.heed(report, step, lr) or rollback
+        return Agreed(stop, save, rollback)
 
     def _averaged_losses(self, inputs: Tensor, targets: Tensor, valid_tokens: Tensor) -> dict[str, Tensor]:
         """This rank's part of the averaged models' losses on a batch, by "<averager>_loss"."""
@@ -238,8 +310,7 @@ class Trainer:
             total = torch.zeros((), device=inputs.device)
             with averager.applied(), without_training(self.model):
                 for ids, labels, _ in _micro_batches(inputs, targets, self.options.accum_freq):
-                    with self.options.autocast():
-                        logits = self.model(ids)[0]
+                    logits = _logits(self.model, ids, self.options)
                     total += token_loss(logits, labels, self.options.z_loss_coefficient)[0]
             losses[f"{name}_loss"] = total / valid_tokens.clamp(min=1)
         return losses
@@ -247,8 +318,8 @@ class Trainer:
     def _log(self, run: _EpochRun, lr: float, grad_norm: Tensor) -> None:
         """Read the device's results since the last reading, and report them."""
         runtime = self.options.runtime
-        means = run.window.pop()
-        self._read_samples(run)
+        means = self._window.pop()
+        self._read_counts()
         data_s, batch_s = run.watch.pop()
         step_tokens = self.global_batch_size * self.seq_len
         mfu = None
@@ -256,8 +327,8 @@ class Trainer:
             mfu = self.flops_per_token * step_tokens / batch_s / (self.peak_flops * runtime.world_size)
         reading = TrainReading(
             epoch=run.epoch,
-            samples=run.steps_done * self.global_batch_size,
-            epoch_samples=run.num_steps * self.global_batch_size,
+            samples=(self.step - run.first_step) * self.global_batch_size,
+            epoch_samples=(run.end_step - run.first_step) * self.global_batch_size,
             loss=means.pop("loss"),
             grad_norm=float(grad_norm.item()),
             lr=lr,
@@ -269,12 +340,23 @@ class Trainer:
             memory_bytes=peak_memory_bytes(runtime.device),
             left_s=(self.total_steps - self.step) * batch_s,
             mfu=mfu,
-            extra=means,
+            extra={**means, **self._counted()},
         )
         if runtime.is_master:
             logging.info(reading.line())
         self.report({"tokens": reading.tokens, "train/epoch": run.epoch, **reading.metrics()}, self.step)
 
-    def _read_samples(self, run: _EpochRun) -> None:
-        self.samples_seen += int(run.unread_samples.item())
-        run.unread_samples.zero_()
+    def _counted(self) -> dict[str, float]:
+        """Counts of the whole run so far, by name."""
+        labels = short_labels(list(self.samples_per_source))
+        tokens = {f"tokens/{labels[name]}": n * self.seq_len for name, n in self.samples_per_source.items()}
+        return {**self._guard.counts(), "skipped_samples": self.samples_skipped, **tokens}
+
+    def _read_counts(self) -> None:
+        """Bring the counts up to date; waits for the device."""
+        samples, skipped, *per_source = self._unread.tolist()
+        self._unread.zero_()
+        self.samples_seen += samples
+        self.samples_skipped += skipped
+        for name, number in zip(self._sources, per_source, strict=True):
+            self.samples_per_source[name] = self.samples_per_source.get(name, 0) + number

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import trainer_worker
 
 from open_lm.averaging import ModelAverager
-from open_lm.config import DataConfig, OptimConfig
+from open_lm.config import DataConfig, FaultConfig, OptimConfig
 from open_lm.data.loader import build_train_loader
 from open_lm.distributed import Runtime
 from open_lm.losses import IGNORE_INDEX
@@ -35,6 +36,10 @@ from open_lm.train import StepOptions, Trainer, TrainingDiverged, train_step
 OPTIONS = StepOptions(Runtime(), get_autocast("fp32"))
 
 
+def assert_equal(found: object, expected: object) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def small_model(**shape: Any) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(Params(**{**trainer_worker.SHAPE, **shape}))
@@ -47,7 +52,7 @@ def one_step(options: StepOptions, step: int = 0, **shape: Any) -> tuple[dict[st
     model = small_model(**shape)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
     result = train_step(model, *trainer_worker.batch(step), optimizer, options)
-    return {name: value.item() for name, value in result.parts.items()}, model.state_dict()
+    return {name: value.item() for name, value in result.values.items()}, model.state_dict()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -80,7 +85,7 @@ def test_a_batch_without_any_target_moves_weights_by_decay_alone() -> None:
     optimizer = build_optimizer(model, OptimConfig(lr=0.1, wd=0.5))
     inputs, targets = trainer_worker.batch(0)
     result = train_step(model, inputs, torch.full_like(targets, IGNORE_INDEX), optimizer, OPTIONS, num_samples=0)
-    assert (result.parts["loss"].item(), result.samples.item(), result.valid_tokens.item()) == (0.0, 0, 0)
+    assert (result.values["loss"].item(), result.samples.item(), result.valid_tokens.item()) == (0.0, 0, 0)
     for name, p in model.named_parameters():
         assert torch.allclose(p, before[name] * 0.95, atol=1e-7)
 
@@ -100,16 +105,20 @@ def test_rows_have_to_divide_into_micro_batches() -> None:
         one_step(replace(OPTIONS, accum_freq=3))
 
 
-def test_divergence_is_found_before_the_update() -> None:
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
     model = small_model()
     optimizer = build_optimizer(model, OptimConfig())
+    train_step(model, *trainer_worker.batch(0), optimizer, OPTIONS)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     with torch.no_grad():
-        model.output.weight[0, 0] = math.nan
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(TrainingDiverged, match="loss nan"):
-        train_step(model, *trainer_worker.batch(0), optimizer, OPTIONS, check=True)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, before[name]) or value.isnan().any()
+        kept = model.output.weight[0, 0].item()
+        model.output.weight[0, 0] = math.inf
+    result = train_step(model, *trainer_worker.batch(1), optimizer, OPTIONS)
+    with torch.no_grad():
+        model.output.weight[0, 0] = kept
+    assert result.skipped and not result.values["loss"].isfinite()
+    assert_equal((model.state_dict(), optimizer.state_dict()), before)
+    assert not train_step(model, *trainer_worker.batch(1), optimizer, OPTIONS).skipped
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -173,20 +182,13 @@ def test_averaged_models_losses_are_logged_without_touching_training() -> None:
 
 
 def test_a_diverged_epoch_says_where_and_keeps_its_count() -> None:
-    trainer = build_trainer([])
-    batches = trainer._batches
-
-    def poisoned(run: Any) -> Iterator[Any]:
-        for number, item in enumerate(batches(run)):
-            if number == 2:
-                with torch.no_grad():
-                    next(trainer.model.parameters()).fill_(math.nan)
-            yield item
-
-    trainer._batches = poisoned  # type: ignore[method-assign]
+    trainer = build_trainer([], faults=FaultConfig(max_skipped_steps=0))
+    trainer.run_epoch(0, 2)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(math.nan)
     with pytest.raises(TrainingDiverged, match=r"training diverged at step 2 \(learning rate 0.01\): loss nan"):
-        trainer.run_epoch(0, 5)
-    assert (trainer.step, trainer.samples_seen) == (2, 8)
+        trainer.run_epoch(0, 5, first_step=0)
+    assert (trainer.step, trainer.samples_seen) == (3, 12)
 
 
 # ------------------------------------------------------------------------------------------------ metrics
@@ -223,13 +225,18 @@ def test_log_line_has_the_shape_that_existing_tools_read(shared_dir: Any) -> Non
     assert all(pattern.match(text) for text in [line, *golden_lines])
 
 
-def test_means_leave_out_steps_that_reported_nothing() -> None:
-    means = DeviceMeans()
+def test_means_leave_out_steps_that_reported_nothing_or_do_not_count() -> None:
+    means, yes, no = DeviceMeans(), torch.tensor(True), torch.tensor(False)
     for value in (1.0, 2.0, 6.0):
-        means.add({"loss": torch.tensor(value)})
-    means.add({"rare": torch.tensor(5.0)})
-    assert means.pop() == {"loss": 3.0, "rare": 5.0}
+        means.add({"loss": torch.tensor(value)}, yes)
+    means.add({"loss": torch.tensor(math.nan)}, no)
+    means.add({"rare": torch.tensor(5.0)}, yes)
+    moved = DeviceMeans()
+    moved.restore(json.loads(json.dumps(means.state())), torch.device("cpu"))
+    assert means.pop() == moved.pop() == {"loss": 3.0, "rare": 5.0}
     assert means.pop() == {}
+    means.add({"loss": torch.tensor(math.nan)}, no)
+    assert math.isnan(means.pop()["loss"])
 
 
 def test_model_flops_count_matrix_products_only() -> None:

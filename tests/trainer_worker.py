@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from open_lm.config import ModelConfig, OptimConfig, ParallelConfig
-from open_lm.distributed import build_mesh, init_runtime, shutdown, sum_over_ranks
+from open_lm.distributed import build_mesh, init_runtime, shutdown
 from open_lm.errors import end_process
 from open_lm.initialization import init_weights
 from open_lm.losses import IGNORE_INDEX
@@ -73,7 +73,7 @@ def train(layout: str, accum_freq: int = 1, tied: bool = False, checkpointing: b
         for step in range(STEPS):
             inputs, targets = batch(step)
             result = train_step(trained, inputs[own], targets[own], optimizer, options)
-            loss = sum_over_ranks(result.parts["loss"].clone())
+            loss = result.values["loss"]
             steps.append([loss.item(), result.grad_norm.item()])
             assert result.samples.item() == ROWS
         return steps

@@ -1,0 +1,7 @@
+"""Stub."""
+
+from __future__ import annotations
+
+
+def beat(phase: str, step: int | None = None) -> None:
+    pass
