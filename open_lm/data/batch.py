@@ -11,6 +11,7 @@ file at once. Nor have its handlers, which go on without the sample: here a row 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -234,12 +235,19 @@ def pipeline(job: Job) -> Any:
     return DataPipeline(stages.plan, split_by_worker, stages.read, stages.carry_failure)
 
 
-def _heed_only_the_parent(_worker: int) -> None:
-    """In a worker: interrupts and the signals that ask a run to save and stop are the main process's to answer, also
-    where a scheduler sends them to every process of the job. A SIGTERM of the main process itself ends the worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started in here never see interrupts and the signals that ask a run to save and stop, which a scheduler
+    may send to every process of the job: they are the main process's to answer, and it does when this ends."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_parent(_worker: int) -> None:
+    """In a worker, whose signals are held back: a SIGTERM of the main process itself still ends it."""
     parent = os.getppid()
 
     def wait_for_the_parent() -> None:
@@ -262,7 +270,7 @@ def items(job: Job, workers: int, told: set[str]) -> Iterator[Item]:
         num_workers=workers,
         prefetch_factor=_PREFETCHED_BATCHES if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_heed_only_the_parent,
+        worker_init_fn=_end_with_the_parent,
         generator=torch.Generator(),  # one of its own, so that the number of workers leaves the global one alone
     )
     for item in _from_workers(loader):
@@ -281,22 +289,25 @@ def _from_workers(loader: DataLoader[Item]) -> Iterator[Item]:
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
+    with _signals_held_back():
+        iterator = iter(loader)
     if in_main_thread and loader.num_workers:
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    while True:
+    death = ""
+    while not death:
         try:
-            item = next(iterator)
+            yield next(iterator)
         except StopIteration:
             return
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
                 raise
-            raise DataError(
-                f"{error}: a process that prepares batches was ended from outside; if memory ran out (the kernel's log "
-                "names the processes it kills for that), give fewer --workers or smaller shards"
-            ) from error
-        yield item
+            death = str(error)
+    del iterator  # ends the other workers; an error that came from its frames would keep it
+    raise DataError(
+        f"{death}: a process that prepares batches was ended from outside; if memory ran out (the kernel's log names "
+        "the processes it kills for that), give fewer --workers or smaller shards"
+    )
 
 
 def size_of_shards(job: Job) -> SizeOf:

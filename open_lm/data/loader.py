@@ -214,6 +214,7 @@ class ValLoader:
 
     def __init__(self, job: Job, workers: int, folder: FetchFolder | None) -> None:
         self._job, self._workers, self._folder = job, workers, folder
+        self.sources = job.stream.sources
         self.val_data = [job.stream.sources[0].name]
         self.data_key = job.stream.data_keys[0]
         self.batch_size = job.batch_size
