@@ -1,8 +1,9 @@
 """Copying a run's folder to remote storage while it runs (`--remote-sync`), without getting in the way.
 
-A thread copies what is new or changed every `every_s` seconds, several files at once, and checks each one's size at the
-other end. It never deletes anything there. A file is uploaded from a snapshot, so that one which is replaced or grows
-meanwhile arrives as it was at one moment. epoch_N.pt goes after the files it needs: where it is, they are.
+A thread copies what is new or changed every `every_s` seconds, several files at once, each verified at the other end.
+It never deletes anything there. A file is uploaded from a snapshot, so that one which is replaced, grows or is removed
+meanwhile arrives as it was at one moment. What makes a checkpoint complete, a step_N folder's checkpoint.json or an
+epoch_N.pt, goes after the files beside it: where it is, they are. What is not complete here stays here.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ from open_lm.config import LoggingConfig
 from open_lm.errors import StorageError, join_problems
 
 _SNAPSHOT = "sync-"
+# The names of open_lm/checkpoint, which stands above this module.
+_INCOMPLETE = ".incomplete"
+_INDEX = "checkpoint.json"
+_NEVER_CHANGED = (".pt", ".bin")  # in place: they are only replaced, or removed
 # What a continued run adds to.
 GROWING = ("out.log", "metrics.jsonl", "checkpoints/results.jsonl")
 
 
 @dataclass
 class SyncReport:
-    """What one pass did: files uploaded and files found unchanged (by relative path), and what went wrong."""
+    """What one pass did, by relative path: files uploaded, found unchanged, and held back because those that they
+    complete did not arrive; and what went wrong."""
 
     uploaded: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -73,8 +80,10 @@ class RemoteSync:
             self._thread.join()
         report = self.sync_once()
         if report.problems:
+            held_back = [f"{path} was held back, because files beside it did not arrive" for path in report.waiting]
+            problems = [*report.problems, *held_back]
             raise StorageError(
-                join_problems(report.problems, f"--remote-sync: the last copy to {self.remote} is incomplete")
+                join_problems(problems, f"--remote-sync: the last copy to {self.remote} is incomplete")
                 + f"\nEverything is complete in {self.local}; copy it by hand"
             )
         logging.info(f"remote sync: {self.remote} is complete")
@@ -102,13 +111,16 @@ class RemoteSync:
                 if not self._remote_known:
                     self._compare_with_remote()
                 changed = self._changed(report)
-                last = [path for path in changed if os.path.basename(path).startswith("epoch_")]
-                self._upload_all([path for path in changed if path not in last], report)
-                # An epoch_N.pt whose companions did not arrive waits for the next pass.
-                incomplete = {os.path.dirname(path) for path in changed if path not in {*last, *report.uploaded}}
-                self._upload_all([path for path in last if os.path.dirname(path) not in incomplete], report)
+                last = [path for path in changed if _completes(path)]
+                failed = self._upload_all([path for path in changed if path not in last], report)
+                # What completes a checkpoint whose other files did not arrive waits for the next pass.
+                unready = {os.path.dirname(path) for path in failed}
+                report.waiting += [path for path in last if os.path.dirname(path) in unready]
+                self._upload_all([path for path in last if path not in report.waiting], report)
             except StorageError as error:
                 report.problems.append(str(error))
+            if report.problems:
+                self._remote_known = False  # who knows what else is lost there: the next pass looks
             return report
 
     def _keep_copying(self) -> None:
@@ -121,7 +133,8 @@ class RemoteSync:
                 logging.warning(join_problems(problems, f"remote sync to {self.remote} will try again"))
 
     def _files(self) -> Iterable[str]:
-        for folder, _, names in os.walk(self.local):
+        for folder, folders, names in os.walk(self.local):
+            folders[:] = [name for name in folders if not name.endswith(_INCOMPLETE)]
             for name in names:
                 path = os.path.join(folder, name)
                 if not storage.is_temporary(name) and not os.path.islink(path):
@@ -138,44 +151,51 @@ class RemoteSync:
         return changed
 
     def _compare_with_remote(self) -> None:
-        """What an earlier run of the program uploaded already: the same size there, and younger than the file here."""
+        """What is there already, from this or an earlier run of the program: of the same size, and uploaded from the
+        file as it is, or younger than it."""
         there = {item.url[len(self.remote) + 1 :]: item for item in storage.list_infos(self.remote, recursive=True)}
+        present: dict[str, tuple[int, int]] = {}
         for path in self._files():
             found = there.get(path.replace(os.sep, "/"))
             try:
                 size, changed_ns = _fingerprint(os.path.join(self.local, path))
             except FileNotFoundError:
                 continue
-            if found is not None and found.size == size and found.mtime_s > changed_ns / 1e9:
-                self._sent[path] = (size, changed_ns)
+            unchanged = self._sent.get(path) == (size, changed_ns)
+            if found is not None and found.size == size and (unchanged or found.mtime_s > changed_ns / 1e9):
+                present[path] = (size, changed_ns)
+        self._sent = present
         self._remote_known = True
 
-    def _upload_all(self, paths: list[str], report: SyncReport) -> None:
-        if not paths:
-            return
+    def _upload_all(self, paths: list[str], report: SyncReport) -> list[str]:
+        """Upload files, some at a time; returns those that failed."""
         with ThreadPoolExecutor(self._workers, thread_name_prefix="remote-sync") as pool:
-            for path, problem in zip(paths, pool.map(self._upload, paths), strict=True):
-                if problem is None:
-                    report.uploaded.append(path)
-                else:
-                    report.problems.append(problem)
+            uploads = [(path, pool.submit(self._upload, path)) for path in paths]
+        failed = []
+        for path, upload in uploads:
+            try:
+                upload.result()
+                report.uploaded.append(path)
+            except FileNotFoundError:
+                pass  # removed since it was listed, such as a checkpoint that a newer one replaced
+            except (StorageError, OSError) as error:
+                report.problems.append(str(error))
+                failed.append(path)
+        return failed
 
-    def _upload(self, path: str) -> str | None:
-        """Upload one file from a snapshot; returns what went wrong, or None."""
+    def _upload(self, path: str) -> None:
+        """Upload one file from a snapshot; FileNotFoundError where it is no longer here."""
         source = os.path.join(self.local, path)
-        snapshot = storage.temporary_name(source, f"{_SNAPSHOT}{uuid.uuid4().hex}")
+        # Not in a step_N folder, which the snapshot would keep from being removed.
+        top = os.path.join(self.local, os.path.dirname(path).partition(os.sep)[0])
+        snapshot = storage.temporary_name(os.path.join(top, os.path.basename(path)), f"{_SNAPSHOT}{uuid.uuid4().hex}")
         try:
             fingerprint = _take_snapshot(source, snapshot)
             storage.upload(snapshot, storage.join(self.remote, *path.split(os.sep)))
             self._sent[path] = fingerprint
-        except FileNotFoundError:
-            return None  # deleted since it was listed
-        except (StorageError, OSError) as error:
-            return str(error)
         finally:
             if os.path.exists(snapshot):
                 os.unlink(snapshot)
-        return None
 
     def _remove_old_snapshots(self) -> None:
         """Those that a killed run left behind."""
@@ -197,6 +217,12 @@ def fetch_logs(remote: str, local: str) -> list[str]:
     return fetched
 
 
+def _completes(path: str) -> bool:
+    """Whether a file says that the checkpoint in its folder is complete."""
+    name = os.path.basename(path)
+    return name == _INDEX or (name.startswith("epoch_") and name.endswith(".pt"))
+
+
 def _fingerprint(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
@@ -205,10 +231,9 @@ def _fingerprint(path: str) -> tuple[int, int]:
 def _take_snapshot(source: str, snapshot: str) -> tuple[int, int]:
     """Make `snapshot` the file as it is now, and return its size and time.
 
-    A checkpoint is never changed in place, only replaced: a second link to it costs nothing. Other files grow: they
-    are copied.
+    To a file that is never changed in place a second link costs nothing. Other files grow: they are copied.
     """
-    take: Callable[[str, str], object] = os.link if source.endswith(".pt") else shutil.copyfile
+    take: Callable[[str, str], object] = os.link if source.endswith(_NEVER_CHANGED) else shutil.copyfile
     fingerprint = _fingerprint(source)
     try:
         take(source, snapshot)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import boto3
 import pytest
+from faulty_proxy import FaultyProxy, Rule
 
-from open_lm import storage, storage_s3
+from open_lm import remote_sync, storage, storage_s3
+from open_lm.checkpoint.folders import INCOMPLETE, INDEX, remove_folder
 from open_lm.config import LoggingConfig
 from open_lm.errors import StorageError
 from open_lm.remote_sync import RemoteSync, remote_folder
@@ -213,3 +218,131 @@ def test_snapshots_of_a_killed_run_are_removed(run: Path, s3_bucket: str) -> Non
     with RemoteSync(str(run), f"s3://{s3_bucket}/run"):
         assert not left.exists()
     assert (run / "checkpoints" / "epoch_1.pt").read_bytes() == FILES["checkpoints/epoch_1.pt"]
+
+
+# ---------------------------------------------------------------------------------------------- sharded checkpoints
+STEP = {"rank_00000_000.bin": b"0" * 3000, "rank_00001_000.bin": b"1" * 3000, "checkpoint.json": b'{"format": 1}'}
+
+
+@pytest.fixture
+def step(run: Path) -> Path:
+    """A step_N folder of the run, and one that is not complete yet."""
+    for folder in ("step_00000007", "step_00000009.incomplete"):
+        for name, data in STEP.items():
+            (run / "checkpoints" / folder).mkdir(exist_ok=True)
+            (run / "checkpoints" / folder / name).write_bytes(data)
+    return run / "checkpoints" / "step_00000007"
+
+
+def in_step(names: Iterable[str]) -> list[str]:
+    return [f"checkpoints/step_00000007/{name}" for name in names]
+
+
+def test_the_names_are_those_of_the_checkpoints() -> None:
+    assert (remote_sync._INDEX, remote_sync._INCOMPLETE) == (INDEX, INCOMPLETE)
+
+
+def test_index_goes_last_and_incomplete_folders_not_at_all(run: Path, step: Path, remote: str) -> None:
+    report = RemoteSync(str(run), remote).sync_once()
+    expected = {**FILES, **{f"checkpoints/step_00000007/{name}": data for name, data in STEP.items()}}
+    assert content(remote) == expected
+    assert sorted(report.uploaded[-2:]) == ["checkpoints/epoch_1.pt", "checkpoints/step_00000007/checkpoint.json"]
+
+
+def test_index_waits_for_its_files_and_nothing_else_does(
+    run: Path, step: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"s3://{s3_bucket}/run"
+    mend = failing(monkeypatch, "rank_00001")
+    sync = RemoteSync(str(run), address)
+    report = sync.sync_once()
+    assert report.waiting == in_step(["checkpoint.json"]) and len(report.problems) == 1
+    assert set(content(address)) == {*FILES, *in_step(["rank_00000_000.bin"])}
+    with pytest.raises(StorageError, match=r"step_00000007/checkpoint\.json was held back") as error:
+        sync.finish()
+    assert "rank_00001_000.bin: the line is cut" in str(error.value)
+    mend()
+    assert sync.sync_once().uploaded == in_step(["rank_00001_000.bin", "checkpoint.json"])
+
+
+def test_folder_that_is_removed_meanwhile_is_no_error(
+    run: Path, step: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = storage.upload
+
+    def removed_meanwhile(source: str, url: str) -> None:
+        if "rank_0000" in url:
+            remove_folder(str(step))
+        upload(source, url)
+
+    sync = RemoteSync(str(run), f"s3://{s3_bucket}/run", workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "upload", removed_meanwhile)
+        report = sync.sync_once()
+    assert report.problems == [] and not step.exists()
+    there = content(f"s3://{s3_bucket}/run")
+    assert there == {**FILES, "checkpoints/step_00000007/rank_00000_000.bin": STEP["rank_00000_000.bin"]}
+    assert sync.finish().uploaded == []
+    assert content(f"s3://{s3_bucket}/run") == there, "nothing is deleted there"
+
+
+def test_program_started_again_does_not_send_checkpoints_again(run: Path, step: Path, s3_bucket: str) -> None:
+    address = f"s3://{s3_bucket}/run"
+    for path in run.rglob("*"):
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+    RemoteSync(str(run), address).sync_once()
+    step.with_name("step_00000009.incomplete").rename(step.with_name("step_00000009"))
+    uploaded = RemoteSync(str(run), address).sync_once().uploaded
+    assert sorted(uploaded) == sorted(f"checkpoints/step_00000009/{name}" for name in STEP)
+
+
+# ---------------------------------------------------------------------------------------------- stores that fail
+@pytest.mark.parametrize("kind", ["503", "500", "reset", "reset_after", "stall"])
+def test_a_store_that_fails_now_and_then_delays_only(run: Path, step: Path, faulty_s3: FaultyProxy, kind: str) -> None:
+    faulty_s3.rules += [Rule(kind, method=method, times=3, skip=2, seconds=0.05) for method in ("PUT", "HEAD")]
+    sync = RemoteSync(str(run), f"s3://{faulty_s3.bucket}/run")
+    assert sync.finish().problems == [] and faulty_s3.injected[kind] == 6
+    expected = {**FILES, **dict(zip(in_step(STEP), STEP.values(), strict=True))}
+    assert content(f"s3://{faulty_s3.bucket}/run") == expected
+
+
+def test_a_bucket_that_disappears_and_comes_back(
+    run: Path, step: Path, s3_bucket: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    address, store = f"s3://{s3_bucket}/run", boto3.client("s3")
+    sync = RemoteSync(str(run), address)
+    sync.sync_once()
+    for name in content(address):
+        store.delete_object(Bucket=s3_bucket, Key=f"run/{name}")
+    store.delete_bucket(Bucket=s3_bucket)
+    with open(run / "out.log", "ab") as file:
+        file.write(b"more\n")
+    assert "there is no such bucket" in sync.sync_once().problems[0]
+    with pytest.raises(StorageError, match=r"(?s)the last copy .* is incomplete.*no such bucket"):
+        sync.finish()
+    store.create_bucket(Bucket=s3_bucket)
+    assert sync.finish().problems == []
+    assert set(content(address)) == {*FILES, *in_step(STEP)}, "what had been there before is there again"
+
+
+def test_a_killed_upload_leaves_nothing_that_looks_complete(run: Path, step: Path, faulty_s3: FaultyProxy) -> None:
+    arrived, end = threading.Event(), threading.Event()
+
+    def hold(seconds: float) -> None:
+        arrived.set()
+        end.wait(60)
+
+    faulty_s3.wait = hold  # type: ignore[method-assign]
+    faulty_s3.rules += [Rule("delay", method="PUT", path=name) for name in ("rank_00001", "optimizer_1")]
+    address = f"s3://{faulty_s3.bucket}/run"
+    code = f"from open_lm.remote_sync import RemoteSync; RemoteSync({str(run)!r}, {address!r}).sync_once()"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        assert arrived.wait(60)
+        process.kill()
+    there = set(content(address))
+    end.set()
+    assert not there & {*in_step(["checkpoint.json"]), "checkpoints/epoch_1.pt"}
+    faulty_s3.rules.clear()
+    with RemoteSync(str(run), address):
+        assert set(content(address)) == {*FILES, *in_step(STEP)}
+    assert not any(storage.is_temporary(path) for path in run.rglob("*")), "its snapshots are gone"
