@@ -60,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", required=True, help="epoch_N.pt, an averager's file or bare weights")
+    parser.add_argument(
+        "--checkpoint", required=True, help="epoch_N.pt, step_N folder, an averager's file or bare weights"
+    )
     parser.add_argument("--eval-yaml", required=True, nargs="+", help="YAML files with the tasks")
     parser.add_argument("--model", help="name of a model configuration, or the path of its .json file")
     parser.add_argument("--model-config", help="the same, under the name the README has always used")

@@ -54,14 +54,14 @@ def architecture_of(model: str) -> dict[str, Any]:
 
 
 def settings_of_run(checkpoint: str) -> dict[str, Any]:
-    """What the run that wrote {run}/checkpoints/epoch_N.pt says about its model in {run}/params.txt.
+    """What the run that wrote {run}/checkpoints/epoch_N.pt (or step_N/) says about its model in {run}/params.txt.
 
     A --model whose file is not where the run found it is replaced by the run's own copy, {run}/model.json.
 
     Returns:
         fields of ModelConfig (model, model_norm, qk_norm, …) by name; empty where there is no such file.
     """
-    folder = checkpoint.rpartition("/")[0] or "."
+    folder = checkpoint.rstrip("/").rpartition("/")[0] or "."
     url = storage.join(folder, "..", "params.txt") if not storage.is_remote(folder) else _parent(folder) + "/params.txt"
     if not storage.exists(url):
         return {}

@@ -41,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     source = parser.add_argument_group("model")
-    source.add_argument("--checkpoint", required=True, help="epoch_N.pt of a run, or bare weights; a path or url")
+    source.add_argument(
+        "--checkpoint", required=True, help="epoch_N.pt or step_N folder of a run, or bare weights; a path or url"
+    )
     source.add_argument("--model", help="name of a model configuration or its .json file; default: that of the run")
     source.add_argument(
         "--tokenizer",
@@ -109,7 +111,7 @@ def _load_model(args: argparse.Namespace) -> Transformer:
     settings: dict[str, Any] = settings_of_run(args.checkpoint)
     settings |= {key: value for key, value in vars(args).items() if value is not None}
     if not storage.exists(args.checkpoint):
-        raise CheckpointError(f"--checkpoint {args.checkpoint}: no such file; give the epoch_N.pt of a run")
+        raise CheckpointError(f"--checkpoint {args.checkpoint}: no such file; give the epoch_N.pt or step_N of a run")
     if "model" not in settings:
         raise ConfigError(
             f"--model is missing and {args.checkpoint} has no params.txt of a run beside its folder; "

@@ -19,8 +19,9 @@ from torch import Tensor
 from open_lm import storage
 from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.archive import LazyTensor, write_archive
-from open_lm.checkpoint.files import read_file
+from open_lm.checkpoint.files import read_file, read_model_state
 from open_lm.checkpoint.interchange import (
+    load_average,
     load_averagers,
     load_optimizer,
     load_rng,
@@ -31,8 +32,9 @@ from open_lm.checkpoint.interchange import (
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState
 from open_lm.checkpoint.tensor_index import read_index
-from open_lm.errors import BrokenCheckpoint, StorageError
+from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError
 from open_lm.rng import rng_state
+from open_lm.utils import convert_checkpoint
 
 PROGRESS = Progress(
     epoch=2, step=3, samples_seen=12, seed=3, evaluation_metrics=[{"loss": 2.5}], is_final=True,
@@ -281,3 +283,30 @@ def test_most_recent_is_one_file_to_resume_from(tmp_path: Path) -> None:
     load_averagers(path, averagers)
     assert averagers.avgs_dict["ema_0.5_2"].counters() == state.averagers.avgs_dict["ema_0.5_2"].counters()
     assert train(other, optimizer, range(3, 6)) == expected
+
+
+def test_folders_serve_wherever_weights_are_read(tmp_path: Path) -> None:
+    state = trained()
+    of = stored(state, tmp_path / "step_3")
+    path = write_interchange(of, str(tmp_path), "run")
+    models = [build(seed)[0] for seed in (1, 2, 3)]
+    for model, source in zip(models, (of.folder, path, of.folder + "/"), strict=True):
+        assert load_weights(source, model).step == 3
+        same(dict(model.state_dict()), dict(state.model.state_dict()))
+    same(read_model_state(of.folder)[0], read_model_state(path)[0])
+    load_average([of.folder, path], None, models[0])
+    same(dict(models[0].state_dict()), dict(state.model.state_dict()))
+
+
+def test_the_command_makes_the_same_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of = stored(trained(), tmp_path / "step_3")
+    write_interchange(of, str(tmp_path / "expected"), "run")
+    path = convert_checkpoint.main([of.folder, "--output", str(tmp_path / "found")])
+    assert f"{path}: the model after 3 steps" in capsys.readouterr().out
+    assert sorted(os.listdir(tmp_path / "found")) == sorted(os.listdir(tmp_path / "expected"))
+    for name in os.listdir(tmp_path / "found"):
+        assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    convert_checkpoint.main([of.folder, "--output", str(tmp_path / "weights"), "--weights-only"])
+    assert "optimizer_2.pt" not in os.listdir(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=r"expected cannot be converted: .*no complete checkpoint"):
+        convert_checkpoint.main([str(tmp_path / "expected"), "--output", str(tmp_path / "x")])

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from open_lm import storage
 from open_lm.averaging import ModelAverager
+from open_lm.checkpoint import sharded
 from open_lm.checkpoint.archive import LazyTensor, write_archive
 from open_lm.checkpoint.files import (
     LATEST,
@@ -30,6 +31,7 @@ from open_lm.checkpoint.files import (
     sibling,
     write_file,
 )
+from open_lm.checkpoint.folders import step_number
 from open_lm.checkpoint.model_state import (
     fitting,
     gather_optimizer,
@@ -290,7 +292,12 @@ def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tup
 
 
 def load_weights(path: str, model: nn.Module) -> Progress:
-    """Load a checkpoint's weights into a (sharded) model in place; returns what else the checkpoint says."""
+    """Load the weights of an epoch_N.pt or a step_N folder into a (sharded) model in place; returns what else the
+    checkpoint says."""
+    if step_number(path) is not None:
+        progress = Progress.from_json(sharded.load_weights(model, path)["progress"])
+        logging.info(f"loaded {path} (epoch {progress.epoch}, step {progress.step})")
+        return progress
     state: dict[str, Tensor] = {}
 
     def read() -> Progress:

@@ -1,0 +1,45 @@
+"""Make the interchange files of a sharded checkpoint: epoch_N.pt, optimizer_N.pt, stats_N.pt and those of averagers.
+
+python -m open_lm.utils.convert_checkpoint logs/NAME/checkpoints/step_00001000 --output exported
+python -m open_lm.utils.convert_checkpoint s3://bucket/NAME/checkpoints/step_00001000 --output s3://bucket/exported
+
+One process does it, tensor by tensor: it never holds the model, needs no GPU and no process group. N is the number of
+epochs completed at that step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from open_lm.errors import CheckpointError, run_cli
+
+
+def main(argv: list[str]) -> str:
+    """Run the command; see --help. Returns the path of the epoch_N.pt that it wrote.
+
+    Raises:
+        CheckpointError: a folder that is no whole sharded checkpoint.
+        StorageError: a place that cannot be read or written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="STEP_FOLDER", help="a step_N folder, local or s3://…")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the files go, local or s3://…")
+    parser.add_argument("--weights-only", action="store_true", help="leave out the optimizer's file, the largest")
+    args = parser.parse_args(argv)
+
+    from open_lm.checkpoint.interchange import write_interchange
+    from open_lm.checkpoint.tensor_index import StoredTensors, incompleteness
+
+    if problem := incompleteness(args.checkpoint):
+        raise CheckpointError(f"{args.checkpoint} cannot be converted: {problem}")
+    stored = StoredTensors(args.checkpoint)
+    path = write_interchange(stored, args.output, str(stored.extra.get("name", "")), not args.weights_only)
+    print(f"{path}: the model after {stored.step} steps")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
