@@ -12,28 +12,24 @@ import logging.handlers
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from open_lm.config import Config, DataConfig, ParallelConfig
 from open_lm.config_checks import ineffective_flags, wants_training
-from open_lm.errors import ConfigError, UserError, end_process, join_problems, run_cli
+from open_lm.errors import ConfigError, end_process, join_problems, run_cli
 from open_lm.model_files import architecture_of
 from open_lm.params import parse_args
-from open_lm.run_folder import RunPaths, copy_codebase, write_params
+from open_lm.run_folder import RunPaths, copy_codebase, redacted, write_params
 from open_lm.storage import write_text
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from open_lm.checkpoint import CheckpointWriter, Progress
     from open_lm.distributed import Runtime
-    from open_lm.evaluate import EvaluationOptions
     from open_lm.loggers import MetricLoggers
     from open_lm.session import Session
-    from open_lm.train import Trainer
 
 EVALUATION_BATCH_SIZE = 8  # sequences on a device, where neither flags nor a training say how many
 
@@ -68,27 +64,32 @@ def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tup
 
 
 def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime, stack: ExitStack) -> None:
-    from open_lm.checkpoint import find_resume
+    from open_lm.checkpoint import candidates
+    from open_lm.control import RunControl
     from open_lm.distributed import broadcast_object, on_master
-    from open_lm.session import build_session, build_trainer
+    from open_lm.session import build_session, build_trainer, load_state
+    from open_lm.training import TrainingRun
 
     resolve_batch_sizes(args, runtime.world_size)
     args.name = broadcast_object(runtime, args.name or default_name(args))
     config = Config.from_namespace(args)
     begin_log_file = _start_logging(args, config, runtime, stack)
     _check_and_tell(config, architecture, runtime)
-    paths = RunPaths(config.logging.logs, args.name)
+    paths = RunPaths(config.logging.logs, args.name, config.checkpoint.checkpoint_dir)
     on_master(lambda: paths.prepare(config.checkpoint.resume))
-    resume = find_resume(config.checkpoint, config.logging, paths)
-    session = build_session(config, runtime, paths, resume)
+    found = candidates(config.checkpoint, config.logging, paths)
+    session = build_session(config, runtime, paths)
+    control = stack.enter_context(RunControl(runtime.is_master, config.checkpoint.save_every_minutes))
+    trainer = None if session.train_loader is None else build_trainer(session, control)
+    load_state(session, trainer, found)
     args.resume = session.resume
-    loggers = _open_run(args, architecture, session, stack)
-    trainer = None if session.train_loader is None else build_trainer(session, loggers.log)
+    loggers, described = _open_run(args, architecture, session, stack)
     begin_log_file(paths)
-    if trainer is not None:
-        _train(session, trainer, loggers)
-    else:
+    if trainer is None:
         _evaluate_only(session, loggers)
+        return
+    trainer.report = loggers.log
+    TrainingRun(session, trainer, loggers, described).run()
 
 
 # ------------------------------------------------------------------------------------------------ before the run
@@ -188,8 +189,10 @@ def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runti
 
 def _open_run(
     args: argparse.Namespace, architecture: dict[str, Any], session: Session, stack: ExitStack
-) -> MetricLoggers:
-    """Write down what the run is, begin its copies, and open its loggers; `stack` closes them."""
+) -> tuple[MetricLoggers, dict[str, Any]]:
+    """Write down what the run is, begin its copies, and open its loggers, which `stack` closes; returns them and the
+    run's settings as they were written, without secrets."""
+    from open_lm.data import provenance
     from open_lm.distributed import on_master
     from open_lm.loggers import build_loggers
     from open_lm.parallelize import unwrap
@@ -211,6 +214,8 @@ def _open_run(
         write_params(paths.params, params)
         if architecture:
             write_text(paths.model, json.dumps(architecture, indent=2) + "\n")
+        if session.train_loader is not None:
+            provenance.write(paths.data, provenance.describe(session.train_loader.sources))
         if cfg.copy_codebase:
             logging.info(f"copied the program's source to {copy_codebase(paths)}")
 
@@ -225,7 +230,7 @@ def _open_run(
     step = session.progress.step or 0
     loggers = build_loggers(cfg, paths, params, step, runtime.is_master)
     stack.callback(loggers.close)
-    return loggers
+    return loggers, redacted(params)
 
 
 def _describe(args: argparse.Namespace, session: Session) -> dict[str, Any]:
@@ -249,120 +254,20 @@ def _describe(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     return described
 
 
-# ------------------------------------------------------------------------------------------------ training
-def _train(session: Session, trainer: Trainer, loggers: MetricLoggers) -> None:
-    from open_lm.checkpoint import CheckpointWriter
-    from open_lm.session import progress_after
-    from open_lm.train import TrainingDiverged
-
-    config, total_steps = session.config, session.total_steps
-    writer = CheckpointWriter(session.paths, config.checkpoint, config.data.epochs)
-    _log_plan(session, trainer)
-    for epoch in range(session.progress.epoch, config.data.epochs):
-        if trainer.step >= total_steps:
-            break
-        logging.info(f"Start epoch {epoch}")
-        logging.info(f"=> epoch {epoch}, training on {[source.name for source in trainer.loader.sources]}")
-        before = trainer.step, trainer.samples_seen
-        try:
-            trainer.run_epoch(epoch, session.end_step(epoch + 1))
-        except TrainingDiverged:
-            path = _save(writer, trainer, progress_after(session, trainer, epoch, before), failed=True)
-            logging.error(f"Training exiting due to NaN value; the state is kept in {path}")
-            raise
-        progress = progress_after(session, trainer, epoch + 1, before)
-        if progress.is_final and session.runtime.is_master:
-            logging.info(f"step: {trainer.step} has reached/exceeded total_steps: {total_steps}. ending training.")
-        _end_epoch(session, trainer, writer, loggers, progress)
-    logging.info("Model has seen the desired number of tokens. Ending training.")
-
-
-def _log_plan(session: Session, trainer: Trainer) -> None:
-    config = session.config
-    if config.optim.z_loss_coefficient:
-        logging.info("Using CrossEntropyLossWithZLoss.")
-    if trainer.peak_flops:
-        logging.info(f"MFU counts against {trainer.peak_flops / 1e9:.0f} GFLOP/s of matrix products a device.")
-    logging.info("Precounting number of steps / tokens seen per checkpoint:")
-    step_tokens = config.data.global_batch_size * session.params.seq_len
-    for epoch in range(1, config.data.epochs + 1):
-        steps = session.end_step(epoch)
-        logging.info(f"==> Checkpoint {epoch}, steps {steps}, tokens seen {steps * step_tokens}")
-    logging.info(f"Number of checkpoints to be made: {config.data.epochs}.")
-
-
-def _end_epoch(
-    session: Session, trainer: Trainer, writer: CheckpointWriter, loggers: MetricLoggers, progress: Progress
-) -> None:
-    """Validate where it is due, and save; a failed validation is raised after saving."""
-    from open_lm.session import evaluation_options
-
-    failure: UserError | None = None
-    if session.val_loaders and (progress.epoch % session.config.validation.val_frequency == 0 or progress.is_final):
-        try:
-            results = _evaluate(session, loggers, evaluation_options(session, trainer.samples_seen), trainer.step)
-            progress = replace(progress, evaluation_metrics=results)
-        except UserError as error:
-            failure = error
-            logging.error(f"validation failed; saving the checkpoint before ending: {error}")
-    values = {
-        "tokens": trainer.samples_seen * session.params.seq_len,
-        "train/epochs_done": progress.epoch,
-        "train/percentage_of_data_seen": progress.percentage_of_data_seen,
-    }
-    loggers.log(values, trainer.step)
-    _save(writer, trainer, progress)
-    if failure is not None:
-        raise failure
-
-
-def _save(writer: CheckpointWriter, trainer: Trainer, progress: Progress, failed: bool = False) -> str | None:
-    return writer.save(
-        progress,
-        trainer.model,
-        optimizer=trainer.optimizer,
-        scaler=trainer.scaler,
-        averagers=trainer.averagers,
-        failed=failed,
-    )
-
-
 # ------------------------------------------------------------------------------------------------ evaluation
 def _evaluate_only(session: Session, loggers: MetricLoggers) -> None:
     """Validate the loaded weights, or with --averagers the first of its averages."""
-    from open_lm.session import evaluation_options
+    from open_lm.session import evaluation_options, validate
 
     logging.info("No training required, evaluating instead.")
     options, step = evaluation_options(session, session.progress.samples_seen), session.progress.step or 0
     if session.averagers is None:
-        _evaluate(session, loggers, options, step)
+        validate(session, loggers, options, step)
         return
     name, averager = next(iter(session.averagers.avgs_dict.items()))
     logging.info(f"=> evaluation avg {name}")
     with averager.applied():
-        _evaluate(session, loggers, options, step, average=name)
-
-
-def _evaluate(
-    session: Session,
-    loggers: MetricLoggers,
-    options: EvaluationOptions,
-    step: int,
-    average: str | None = None,
-) -> list[dict[str, Any]]:
-    """Validate, and record the results: a line of results.jsonl, and the loggers' numbers."""
-    from open_lm.distributed import on_master
-    from open_lm.evaluate import evaluate_sets, validation_metrics
-    from open_lm.loggers import append_line
-
-    results = evaluate_sets(session.model, session.val_loaders, options)
-    for result in results if average is not None else []:
-        result["average"] = average
-    if session.paths.enabled:
-        on_master(lambda: append_line(session.paths.results, json.dumps(results)))
-    tokens = {} if options.train_tokens is None else {"tokens": options.train_tokens}
-    loggers.log({**tokens, **validation_metrics(results)}, step)
-    return results
+        validate(session, loggers, options, step, average=name)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,28 +16,31 @@ from torch import nn
 
 from open_lm import checkpoint
 from open_lm.averaging import ModelAverager
-from open_lm.checkpoint import Progress
+from open_lm.checkpoint import Candidate, Progress, sharded
 from open_lm.config import Config
 from open_lm.config_checks import wants_training
+from open_lm.control import RunControl
+from open_lm.data import provenance
 from open_lm.data.loader import TrainLoader, ValLoader, build_train_loader, build_val_loaders
-from open_lm.data.plan import epoch_end_step
-from open_lm.distributed import Runtime, build_mesh, on_all
-from open_lm.errors import CheckpointError, ConfigError
-from open_lm.evaluate import EvaluationOptions
+from open_lm.data.plan import Source, epoch_end_step
+from open_lm.distributed import Runtime, build_mesh, on_all, on_master
+from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError
+from open_lm.evaluate import EvaluationOptions, evaluate_sets, validation_metrics
 from open_lm.initialization import init_weights
+from open_lm.loggers import MetricLoggers, append_line
 from open_lm.metrics import device_peak_flops, model_flops_per_token
 from open_lm.optim import build_optimizer
 from open_lm.parallelize import parallelize, unwrap
 from open_lm.precision import build_scaler, compute_dtype, get_autocast, parameter_dtype
 from open_lm.run_folder import RunPaths
 from open_lm.scheduler import build_scheduler
-from open_lm.train import Report, StepOptions, Trainer
+from open_lm.train import StepOptions, Trainer
 
 
 @dataclass
 class Session:
     """A run whose parts stand. `params` is the model's shape, `resume` the checkpoint that the run goes on from or
-    evaluates, `progress` what that says."""
+    evaluates, `progress` what that says; `epoch_start` are the steps and sequences done when its epoch began."""
 
     config: Config
     runtime: Runtime
@@ -44,9 +49,10 @@ class Session:
     params: Any
     train_loader: TrainLoader | None
     val_loaders: list[ValLoader]
-    resume: str | None
-    progress: Progress
     averagers: ModelAverager | None
+    resume: str | None = None
+    progress: Progress = field(default_factory=lambda: Progress(step=0))
+    epoch_start: tuple[int, int] = (0, 0)
 
     def end_step(self, epoch: int) -> int:
         """Optimizer steps done after `epoch` epochs."""
@@ -64,10 +70,10 @@ class Session:
         return self.end_step(self.config.data.epochs)
 
 
-def build_session(config: Config, runtime: Runtime, paths: RunPaths, resume: str | None) -> Session:
-    """Data first, which costs least to find wrong, then the model and its weights. Collective.
+def build_session(config: Config, runtime: Runtime, paths: RunPaths) -> Session:
+    """Data first, which costs least to find wrong, then the model, initialised. Collective.
 
-    `resume` is the checkpoint of --resume, found already. Batch sizes in `config` are resolved for the number of ranks.
+    Batch sizes in `config` are resolved for the number of ranks.
     """
     if runtime.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as OpenLM has always trained
@@ -84,21 +90,18 @@ def build_session(config: Config, runtime: Runtime, paths: RunPaths, resume: str
         dtype=parameter_dtype(config.precision.precision),
         initialise=lambda made: init_weights(made, config.run.seed),
     )
-    resume, progress = _load_weights(config, model, resume, training=train_loader is not None)
     averagers = ModelAverager(model, config.optim.averagers) if config.optim.averagers else None
-    if averagers is not None and resume is not None:
-        checkpoint.load_averagers(resume, averagers)
-    return Session(config, runtime, paths, model, params, train_loader, val_loaders, resume, progress, averagers)
+    return Session(config, runtime, paths, model, params, train_loader, val_loaders, averagers)
 
 
-def build_trainer(session: Session, report: Report) -> Trainer:
-    """The trainer at the step that the session's progress says, with its optimizer, schedule and place in the data."""
+def build_trainer(session: Session, control: RunControl) -> Trainer:
+    """The trainer of a new run, with its optimizer and schedule; it reports nothing yet."""
     config, device, loader = session.config, session.runtime.device, session.train_loader
     assert loader is not None
     optim, precision = config.optim, config.precision.precision
     optimizer = build_optimizer(session.model, optim)
     cooldown = None if optim.epochs_cooldown is None else session.end_step(config.data.epochs - optim.epochs_cooldown)
-    trainer = Trainer(
+    return Trainer(
         model=session.model,
         optimizer=optimizer,
         scheduler=build_scheduler(optim, optimizer, session.total_steps, cooldown),
@@ -110,8 +113,9 @@ def build_trainer(session: Session, report: Report) -> Trainer:
             z_loss_coefficient=optim.z_loss_coefficient,
             grad_clip_norm=optim.grad_clip_norm,
             log_logit_mean=config.logging.log_logit_mean,
+            end_of_text_id=end_of_text_id(config, loader.sources),
         ),
-        report=report,
+        report=lambda values, step: None,
         seq_len=session.params.seq_len,
         global_batch_size=config.data.global_batch_size,
         total_steps=session.total_steps,
@@ -121,9 +125,9 @@ def build_trainer(session: Session, report: Report) -> Trainer:
         average_loss_every=optim.log_avg_model_training_loss,
         flops_per_token=model_flops_per_token(unwrap(session.model)),
         peak_flops=device_peak_flops(device, _matmul_dtype(config, device)),
+        faults=config.faults,
+        control=control,
     )
-    _restore(session, trainer)
-    return trainer
 
 
 def evaluation_options(session: Session, samples_seen: int | None) -> EvaluationOptions:
@@ -137,25 +141,145 @@ def evaluation_options(session: Session, samples_seen: int | None) -> Evaluation
         checkpoint_path=session.resume,
         train_tokens=None if samples_seen is None else samples_seen * session.params.seq_len,
         log_every=config.logging.log_every_n_steps,
+        end_of_text_id=end_of_text_id(config, [source for loader in session.val_loaders for source in loader.sources]),
     )
 
 
-def progress_after(session: Session, trainer: Trainer, epoch: int, before: tuple[int, int]) -> Progress:
-    """What a checkpoint says when `epoch` epochs are done; `before`: step and sequences seen at the epoch's start."""
-    assert session.train_loader is not None
-    expected = max(trainer.step - before[0], 1) * session.config.data.global_batch_size
-    return Progress(
-        epoch=epoch,
-        step=trainer.step,
-        samples_seen=trainer.samples_seen,
-        seed=session.config.run.seed,
-        is_final=trainer.step >= session.total_steps,
-        percentage_of_data_seen=(trainer.samples_seen - before[1]) / expected,
-        train_data_string=[source.name for source in session.train_loader.sources],
-        data_state=trainer.data_state,
-    )
+def end_of_text_id(config: Config, sources: Sequence[Source]) -> int | None:
+    """The id that ends a document, for --document-mask; None without it. ConfigError where nothing says it."""
+    if not config.data.document_mask:
+        return None
+    found = config.data.end_of_text_id
+    found = provenance.end_of_text_id(sources) if found is None else found
+    if found is None:
+        raise ConfigError(
+            "--document-mask has to know the id that ends a document, which no dataset.json beside the shards says: "
+            "give --end-of-text-id"
+        )
+    return found
 
 
+def validate(
+    session: Session, loggers: MetricLoggers, options: EvaluationOptions, step: int, average: str | None = None
+) -> list[dict[str, Any]]:
+    """Validate, and record the results: a line of results.jsonl, and the loggers' numbers."""
+    results = evaluate_sets(session.model, session.val_loaders, options)
+    for result in results if average is not None else []:
+        result["average"] = average
+    if session.paths.enabled:
+        on_master(lambda: append_line(session.paths.results, json.dumps(results)))
+    tokens = {} if options.train_tokens is None else {"tokens": options.train_tokens}
+    loggers.log({**tokens, **validation_metrics(results)}, step)
+    return results
+
+
+# ------------------------------------------------------------------------------------------ loading
+def load_state(session: Session, trainer: Trainer | None, found: list[Candidate]) -> None:
+    """Put the session where the first of the checkpoints `found` that can be read says; without any, load what
+    --pretrained or --average name. Collective.
+
+    Evaluation takes --resume and --pretrained alike; training goes on from --pretrained with --load-pretrained-state.
+    """
+    cfg = session.config.checkpoint
+    if not found and cfg.pretrained and (cfg.load_pretrained_state or trainer is None):
+        found = on_master(lambda: checkpoint.named(str(cfg.pretrained)))
+    for candidate in found:
+        try:
+            restore_from(session, trainer, candidate)
+            return
+        except BrokenCheckpoint as error:
+            if candidate is found[-1]:
+                raise
+            if session.runtime.is_master:
+                logging.warning(f"checkpoint {candidate.url} is stepped over: {error}")
+    if cfg.pretrained:
+        checkpoint.load_weights(cfg.pretrained, session.model)
+    elif cfg.average:
+        checkpoint.load_average(cfg.average, cfg.average_coefficients, session.model)
+    elif trainer is None and not session.config.model.hf_model:
+        raise ConfigError("there is no model to evaluate: give its checkpoint with --resume, --pretrained or --average")
+    session.progress = Progress(step=0, samples_seen=0 if trainer is not None else None)
+
+
+def restore_from(session: Session, trainer: Trainer | None, candidate: Candidate) -> None:
+    """Load a checkpoint into the live run: weights, averages and, with a trainer, all that a training goes on with.
+
+    Collective. CheckpointError where it does not fit; BrokenCheckpoint where it cannot be read, which leaves what is
+    loaded so far.
+    """
+    load = _load_sharded if candidate.sharded else _load_interchange
+    session.progress, extra = load(session, trainer, candidate.url)
+    session.resume = candidate.url
+    if trainer is None:
+        return
+    progress = session.progress
+    _check_resumable(candidate.url, progress, extra, session.config)
+    batch = trainer.global_batch_size
+    trainer.step = progress.step or 0
+    trainer.samples_seen = trainer.step * batch if progress.samples_seen is None else progress.samples_seen
+    start_step, start_samples = extra.get("epoch_start", (trainer.step, trainer.samples_seen))
+    session.epoch_start = start_step, start_samples
+    if extra:
+        trainer.restore(extra["trainer"])
+    if progress.data_state is not None:
+        _rewind(session, trainer.loader, progress.data_state)
+    elif trainer.step:
+        if session.runtime.is_master:
+            logging.warning(
+                f"{candidate.url}: says nothing about its place in the data; going on after the first "
+                f"{trainer.step * batch} sequences of this run's own order"
+            )
+        trainer.loader.rewind(trainer.loader.state, skip_batches=trainer.step)
+    trainer.data_state = trainer.loader.state
+
+
+def _rewind(session: Session, loader: TrainLoader, data_state: dict[str, Any]) -> None:
+    """Go to a place in the data; where they have changed, the error says shard by shard how."""
+    try:
+        loader.rewind(data_state)
+    except DataError as error:
+        before = provenance.read(session.paths.data) if session.paths.enabled else None
+        changes = provenance.differences(before, provenance.describe(loader.sources)) if before else []
+        raise DataError("\n".join([str(error), *(f"  - {change}" for change in changes)])) from error
+
+
+def _load_sharded(session: Session, trainer: Trainer | None, url: str) -> tuple[Progress, dict[str, Any]]:
+    state = sharded.TrainingState(session.model, averagers=session.averagers)
+    if trainer is not None:
+        state.optimizer, state.scaler = trainer.optimizer, trainer.scaler
+    extra = sharded.load(state, url)
+    return Progress.from_json(extra["progress"]), extra
+
+
+def _load_interchange(session: Session, trainer: Trainer | None, url: str) -> tuple[Progress, dict[str, Any]]:
+    progress = checkpoint.load_weights(url, session.model)
+    if session.averagers is not None:
+        checkpoint.load_averagers(url, session.averagers)
+    if trainer is not None:
+        checkpoint.load_optimizer(Namespace(resume=url), session.model, trainer.optimizer, trainer.scaler)
+        checkpoint.load_rng(url)
+    return progress, {}
+
+
+def _check_resumable(url: str, progress: Progress, extra: dict[str, Any], config: Config) -> None:
+    if progress.step is None:
+        raise CheckpointError(f"{url}: does not say after which step it was saved; begin a new run with --pretrained")
+    seed = config.run.seed
+    if progress.seed not in (None, seed):
+        raise CheckpointError(
+            f"{url}: was trained with --seed {progress.seed}, this run has --seed {seed}, which orders the data "
+            f"differently; continue with --seed {progress.seed}, or begin a new run from it with --pretrained"
+        )
+    batch = config.data.global_batch_size
+    saved = extra.get("global_batch_size", batch)
+    if saved != batch:
+        raise CheckpointError(
+            f"{url}: was trained with {saved} sequences a step, this run has {batch}, which counts steps differently; "
+            f"continue with --global-batch-size {saved}, or begin a new run from it with --pretrained"
+        )
+
+
+# ------------------------------------------------------------------------------------------ parts
 def _seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -188,60 +312,6 @@ def _build_loaders(config: Config, runtime: Runtime, params: Any) -> tuple[Train
         train_loader = build_train_loader(data, batch_size=rows, seed=config.run.seed, **sizes)
     rows = (validation.global_val_batch_size or data.global_batch_size) // runtime.world_size
     return train_loader, build_val_loaders(validation, data, batch_size=rows, **sizes)
-
-
-def _load_weights(config: Config, model: nn.Module, resume: str | None, training: bool) -> tuple[str | None, Progress]:
-    """Load what the flags name into the model; returns the checkpoint that the run goes on from, and its progress.
-
-    Evaluation takes --resume and --pretrained alike; training goes on from --pretrained with --load-pretrained-state.
-    """
-    cfg = config.checkpoint
-    if resume is None and cfg.pretrained and (cfg.load_pretrained_state or not training):
-        resume = cfg.pretrained
-    if resume is not None:
-        progress = checkpoint.load_weights(resume, model)
-        if training:
-            _check_resumable(resume, progress, config.run.seed)
-        return resume, progress
-    if cfg.pretrained:
-        checkpoint.load_weights(cfg.pretrained, model)
-    elif cfg.average:
-        checkpoint.load_average(cfg.average, cfg.average_coefficients, model)
-    elif not training and not config.model.hf_model:
-        raise ConfigError("there is no model to evaluate: give its checkpoint with --resume, --pretrained or --average")
-    return None, Progress(step=0, samples_seen=0 if training else None)
-
-
-def _check_resumable(path: str, progress: Progress, seed: int) -> None:
-    if progress.step is None:
-        raise CheckpointError(f"{path}: does not say after which step it was saved; begin a new run with --pretrained")
-    if progress.seed not in (None, seed):
-        raise CheckpointError(
-            f"{path}: was trained with --seed {progress.seed}, this run has --seed {seed}, which orders the data "
-            f"differently; continue with --seed {progress.seed}, or begin a new run from it with --pretrained"
-        )
-
-
-def _restore(session: Session, trainer: Trainer) -> None:
-    """Optimizer, generators, counters and place in the data of the checkpoint that the run goes on from."""
-    progress, path = session.progress, session.resume
-    if path is None:
-        return
-    checkpoint.load_optimizer(Namespace(resume=path), session.model, trainer.optimizer, trainer.scaler)
-    checkpoint.load_rng(path)
-    batch = trainer.global_batch_size
-    trainer.step = progress.step or 0
-    trainer.samples_seen = trainer.step * batch if progress.samples_seen is None else progress.samples_seen
-    if progress.data_state is not None:
-        trainer.loader.rewind(progress.data_state)
-    elif trainer.step:
-        if session.runtime.is_master:
-            logging.warning(
-                f"{path}: says nothing about its place in the data; going on after the first {trainer.step * batch} "
-                "sequences of this run's own order"
-            )
-        trainer.loader.rewind(trainer.loader.state, skip_batches=trainer.step)
-    trainer.data_state = trainer.loader.state
 
 
 def _matmul_dtype(config: Config, device: torch.device) -> torch.dtype:

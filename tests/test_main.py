@@ -54,6 +54,8 @@ def test_a_run_leaves_the_files_that_existing_users_read(golden: list[str], shar
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         *(f"{kind}_{epoch}.pt" for kind in ("epoch", "optimizer", "stats") for epoch in (1, 2)),
         "results.jsonl",
+        "step_00000020",
+        "step_00000040",
     }
     params = dict(line.split(": ", 1) for line in (run / "params.txt").read_text().splitlines())
     assert list(params) == sorted(params)
@@ -86,12 +88,23 @@ def test_a_run_leaves_the_files_that_existing_users_read(golden: list[str], shar
     assert last["tokens"] == 20480 and {"train/logit_mean", "train/mfu", "train/tokens_per_second"} <= set(last)
 
 
-def test_an_interrupted_run_goes_on_exactly_as_if_it_had_not_been(golden: list[str], tmp_path: Path) -> None:
+def forget_second_epoch(run: Path, sharded: bool) -> None:
+    """Leave one form of the first epoch's checkpoint, and nothing of the second's."""
+    checkpoints = run / "checkpoints"
+    for path in [*checkpoints.glob("*_2.pt"), *(checkpoints.glob("*_1.pt") if sharded else [])]:
+        path.unlink()
+    for path in [checkpoints / "step_00000040", *([] if sharded else [checkpoints / "step_00000020"])]:
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_interrupted_run_goes_on_exactly_as_if_it_had_not_been(
+    sharded: bool, golden: list[str], tmp_path: Path
+) -> None:
     flags = [*golden, "--averagers", "poly_8_1", "--accum-freq", "2", "--logs", str(tmp_path)]
     main([*flags, "--name", "whole"])
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    for path in (tmp_path / "broken/checkpoints").glob("*_2.pt"):
-        path.unlink()
+    forget_second_epoch(tmp_path / "broken", sharded)
     main([*flags, "--name", "broken", "--resume", "latest"])
     whole, broken = losses(tmp_path / "whole"), losses(tmp_path / "broken")
     assert broken == whole
@@ -121,8 +134,7 @@ def test_layouts_and_resuming_across_them(
     assert results[0][0]["loss"] == pytest.approx(results[1][0]["loss"], abs=1e-5)
     assert results[0][0]["tokens"] == results[1][0]["tokens"] == 2048
     before = losses(two)
-    for path in (two / "checkpoints").glob("*_2.pt"):
-        path.unlink()
+    forget_second_epoch(two, sharded=True)
     main([*flags, "--logs", str(tmp_path / "logs"), "--name", "two", "--resume", "latest"])
     for ours, theirs in zip(losses(two), before, strict=True):
         assert ours[1:] == pytest.approx(theirs[1:], abs=1e-5)
