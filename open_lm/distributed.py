@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +23,7 @@ LOCAL_RANK_NAMES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM
 WORLD_SIZE_NAMES = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
 GROUP_TIMEOUT = timedelta(minutes=30)
-_GROUPS_STARTED = itertools.count()
+_NAMES_MADE = itertools.count()  # by this process, in the same order after a restart
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,43 @@ def init_distributed_device(args: Any) -> torch.device:
 
 
 def shutdown(runtime: Runtime) -> None:
-    """Leave the process group if `init_runtime` started it."""
+    """Leave the process group if `init_runtime` started it.
+
+    Not on the way out with an error, where other ranks are there: they may be in the middle of a collective, and would
+    lose contact before this rank has said what is wrong, or be waited for in vain.
+    """
+    if sys.exc_info()[0] is not None and runtime.world_size > 1:
+        return
     if runtime.owns_group and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def restart_count() -> int:
+    """How often the launcher has started this run anew (torchrun --max-restarts); 0 for the first start."""
+    return _first_int(("TORCHELASTIC_RESTART_COUNT",), 0)
+
+
+def agreed_name(runtime: Runtime, make_name: Callable[[], str]) -> str:
+    """The name of a run that was given none: rank 0's `make_name()`, that of the first start. Collective.
+
+    torchrun's agent remembers it, whose store outlives the workers; ConfigError where a restarted run has no such one.
+    """
+    number = next(_NAMES_MADE)
+
+    def name() -> str:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+            run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+            return str(store.compare_set(f"open_lm/{run_id}/name_{number}", "", make_name()).decode())
+        if restart_count():
+            raise ConfigError(
+                f"--name: not given, and this is restart {restart_count()} of a run whose launcher does not remember "
+                "the name of its first start: give one"
+            )
+        return make_name()
+
+    return on_master(name)
 
 
 def build_mesh(runtime: Runtime, cfg: ParallelConfig) -> DeviceMesh | None:

@@ -6,12 +6,15 @@ import atexit
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 # Where launchers tell a process which one of all it is; the first found counts.
 RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-_FIRST_WORD_S = 2
+HUNG = 124  # the exit code of a run that its watchdog ends
+_FIRST_WORD_S = 2  # what the others leave the rank that has something to say
+_LOST_CONTACT = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 class UserError(Exception):
@@ -58,15 +61,16 @@ def join_problems(problems: Sequence[str], heading: str = "") -> str:
 def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = None) -> int:
     """Run a command's `main(argv)` and return its exit code: 0, 2 for a UserError, 130 for an interrupt.
 
-    Any other exception keeps its traceback: it is a defect of ours, not of the user's.
+    Any other exception keeps its traceback: it is a defect of ours, not of the user's. Of several ranks each prints its
+    own and returns 1, because leaving in any other way may wait for ranks that do not answer.
     What every rank of a run raises is printed by rank 0 alone; the others stay a moment, because a launcher ends all
-    ranks with the first, be it before rank 0 has spoken.
+    ranks with the first, be it before rank 0 has spoken. So does a rank that has only lost contact with one that ended.
     """
+    rank = next((os.environ[name] for name in RANK_NAMES if name in os.environ), None)
     try:
         main(list(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        rank = next((os.environ[name] for name in RANK_NAMES if name in os.environ), "0")
-        if rank == "0" or not error.on_every_rank:
+        if rank in (None, "0") or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(_FIRST_WORD_S)
@@ -74,7 +78,19 @@ def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = No
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130
+    except Exception as error:
+        if rank is None:
+            raise
+        if _has_lost_contact(error):
+            time.sleep(_FIRST_WORD_S)
+        print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
+        return 1
     return 0
+
+
+def _has_lost_contact(error: Exception) -> bool:
+    """Whether an error says no more than that another rank has ended, as the backends of torch put it."""
+    return type(error).__name__ in _LOST_CONTACT or "gloo/transport" in str(error)
 
 
 def end_process(code: int) -> NoReturn:

@@ -7,16 +7,31 @@ nothing behind it is torchrun's business:
     python -m open_lm.utils.torchrun --nproc-per-node 2 -m open_lm.main --logs logs …
 
 takes exactly torchrun's arguments. `make install` makes it the environment's torchrun where the Python needs it.
+
+It also hands on the signals with which a scheduler asks a run to stop, SIGTERM and SIGUSR1: the workers get them and
+all the time they take to save, and the exit code is 0 when theirs is. torchrun itself ends them after half a minute and
+reports a failure, or dies of SIGUSR1 without them.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-USER_ERROR, INTERRUPTED = 2, 130  # the exit codes of errors.run_cli
+from open_lm.errors import HUNG
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+OWN_MESSAGE = (2, 130, HUNG)  # exit codes of errors.run_cli and of the watchdog
 _SCRIPT = """#!{python}
 import sys
 
@@ -41,25 +56,51 @@ def split_command(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple
     return list(argv[: index + 1]), script_args[1:] if script_args[:1] == ["--"] else script_args
 
 
+def agent_class() -> type[LocalElasticAgent]:
+    """torch's agent, which starts and watches the workers of a node, with the signals handed on to them."""
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    class Agent(LocalElasticAgent):
+        def _start_workers(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
+            pids = super()._start_workers(*args, **kwargs)
+
+            def hand_on(number: int, _frame: FrameType | None) -> None:
+                self._remaining_restarts = 0  # who is asked to stop is not started anew
+                for pid in pids.values():
+                    with suppress(ProcessLookupError):  # it has ended already
+                        os.kill(pid, number)
+
+            for number in STOP_SIGNALS:  # after torch, which has just set its own handlers
+                signal.signal(number, hand_on)
+            return pids
+
+    return Agent
+
+
 def main(argv: Sequence[str]) -> int:
     """Launch as torchrun does; the exit code.
 
-    Where a rank ended with a message of its own (exit code 2) or an interrupt, torchrun's traceback is left out.
+    Where a rank ended with a message of its own (exit code 2), an interrupt, its watchdog or a signal to stop that came
+    before it could take it, torchrun's traceback is left out.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import api
     from torch.distributed.run import get_args_parser, parse_args, run
 
     own, script_args = split_command(argv, get_args_parser())
     args = parse_args(own)
     args.training_script_args = script_args
+    api.LocalElasticAgent = agent_class()  # type: ignore[misc]
     try:
         run(args)
     except ChildFailedError as error:
-        _, first = error.get_first_failure()
-        if first.exitcode not in (USER_ERROR, INTERRUPTED):
+        code = error.get_first_failure()[1].exitcode
+        if -code in STOP_SIGNALS:
+            return 128 - code
+        if code not in OWN_MESSAGE:
             raise
-        return int(first.exitcode)
+        return int(code)
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
