@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import socket
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,13 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 # ---------------------------------------------------------------------------------------------- ranks
 def on_ranks(worker: Any, folder: Path, world_size: int) -> None:
+    """Run worker(rank, folder) in processes of a gloo group; what takes long to import is imported once for them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    mp.spawn(_start_rank, args=(worker, str(folder), world_size, port), nprocs=world_size)
+    multiprocessing.set_forkserver_preload(["open_lm.checkpoint.sharded", "torch._dynamo", "torch.distributed.fsdp"])
+    args = (worker, str(folder), world_size, port)
+    mp.start_processes(_start_rank, args=args, nprocs=world_size, start_method="forkserver")
 
 
 def _start_rank(rank: int, worker: Any, folder: str, world_size: int, port: int) -> None:

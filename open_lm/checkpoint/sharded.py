@@ -84,6 +84,11 @@ class ShardedWriter:
         """Host memory held for copies."""
         return self._copies.num_bytes
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def save(
         self,
         state: TrainingState,
@@ -116,7 +121,7 @@ class ShardedWriter:
 
     def check(self) -> None:
         """Raise the error of a background save that has failed. Does not wait; ranks may learn of it a step apart."""
-        if self._thread is not None and not self._thread.is_alive():
+        if not self.busy:
             self.wait()
 
     def wait(self) -> None:
@@ -129,18 +134,18 @@ class ShardedWriter:
 
     def _run(self, planner: _StagedPlanner, writer: TensorWriter, then: Callable[[], None] | None) -> None:
         started = time.perf_counter()
+        failed = f"{writer.folder}: the checkpoint could not be written"
         try:
-            self._write(planner, writer)
+            self._write(planner, writer, failed)
             self.last_write_s = time.perf_counter() - started
-            reduce_scatter(self._group, lambda: None, lambda _: then() if then is not None else None)
+            what_follows = f"{writer.folder}: the checkpoint is complete, but what was to follow failed"
+            reduce_scatter(self._group, what_follows, lambda: None, lambda _: then() if then is not None else None)
         except UserError as error:
             self._error = error
-        except Exception as error:
-            self._error = StorageError(
-                f"{writer.folder}: the checkpoint could not be written ({type(error).__name__}: {error})"
-            )
+        except Exception as error:  # another rank is gone
+            self._error = StorageError(f"{failed} ({type(error).__name__}: {error})")
 
-    def _write(self, planner: _StagedPlanner, writer: TensorWriter) -> None:
+    def _write(self, planner: _StagedPlanner, writer: TensorWriter, failed: str) -> None:
         """What torch.distributed.checkpoint.save does, over the writer's own group and with errors that can be read."""
         is_master = self._group is None or dist.get_rank() == 0
         planner.set_up_planner({}, None, is_master)
@@ -158,11 +163,11 @@ class ShardedWriter:
             return writer.write_data(planner.finish_plan(own_plan), planner).wait()
 
         try:
-            own_plan = reduce_scatter(self._group, plan, plan_all)
-            reduce_scatter(self._group, write, lambda results: writer.finish(metadata, results))
-        except Exception:
-            if is_master:
-                _abandon(writer)
+            own_plan = reduce_scatter(self._group, failed, plan, plan_all)
+            reduce_scatter(self._group, failed, write, lambda results: writer.finish(metadata, results))
+        except UserError:
+            # Told to all only when nothing half-written is in the way any more.
+            reduce_scatter(self._group, failed, lambda: _abandon(writer) if is_master else None, lambda _: None)
             raise
 
 

@@ -220,11 +220,11 @@ def _neighbours(
 def _read_group(folder: str, group: list[tuple[str, StoredTensor, StoredChunk]]) -> list[tuple[StoredChunk, Tensor]]:
     first, last = group[0][2], group[-1][2]
     url, length = storage.join(folder, first.file), last.start + last.length - first.start
-    names = ", ".join(dict.fromkeys(name for name, _, _ in group))
+    more = f" and {len(group) - 1} more" if len(group) > 1 else ""
     try:
         data = _read_range(url, first.start, length)
     except StorageError as error:
-        raise BrokenCheckpoint(f"{error}; it holds {names[:200]}; use an earlier checkpoint") from error
+        raise BrokenCheckpoint(f"{error}; it holds {group[0][0]}{more}; use an earlier checkpoint") from error
     found = []
     for name, tensor, chunk in group:
         begin = chunk.start - first.start
