@@ -18,9 +18,9 @@ TEMP_MARK = ".open-lm-part-"
 BLOCK_BYTES = 8 << 20
 READ_TIMEOUT_S = 30.0
 GIVEN_UP = 2  # a socket's timeout, in timeouts of a read: after it the thread of a request that was given up ends
-CHUNK_BYTES = 64 << 10  # what has to come within a timeout: some thousand bytes a second are no stall
+CHUNK_BYTES = 256 << 10  # what has to come within a timeout: some thousand bytes a second are no stall
 _BUFFER_BYTES = 256 << 10
-_AT_ONCE = 8
+PART_BYTES, _AT_ONCE = 32 << 20, 6  # of a whole file: long ranges, as each costs a store and the way to it a moment
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -82,11 +82,11 @@ def read_chunks(read: Callable[[int], bytes], alive: Callable[[], None]) -> Iter
 def read_in_parts(
     fetch: Callable[[int, int], bytes], num_bytes: int, *, part_bytes: int = 0, at_once: int = _AT_ONCE
 ) -> Iterator[bytes]:
-    """A whole file in order, as parts of `part_bytes` (default: BLOCK_BYTES) of which `at_once` are on their way.
+    """A whole file in order, in parts of `part_bytes` (default: PART_BYTES), `at_once` of them held or on their way.
 
     `fetch(start, length)` gives exactly that or raises.
     """
-    part_bytes = part_bytes or BLOCK_BYTES
+    part_bytes = part_bytes or PART_BYTES
     starts = iter(range(0, num_bytes, part_bytes))
     ahead: deque[_Ahead] = deque()
     while True:

@@ -28,6 +28,7 @@ FAULTS = [kind for kind in KINDS if kind not in ("delay", "stall")]
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and parts small enough that a file of 12 MiB takes many requests."""
     monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1 << 20)
+    monkeypatch.setattr(storage_files, "PART_BYTES", 1 << 20)
     monkeypatch.setattr(storage_s3, "_PART_BYTES", 5 << 20)  # the least that S3 takes
 
 

@@ -119,12 +119,13 @@ def shard_entries(urls: Sequence[str]) -> dict[str, ManifestEntry] | None:
     """The entry of each url, from manifest.jsonl or sizes.json in the shards' folders.
 
     None where a folder has neither (`__len__` only knows the sum; for a single shard that is its size). Urls that
-    their folder's list does not name are missing in the result. Commands (`pipe:`) have no folder.
+    their folder's list does not name are missing in the result. Commands (`pipe:`) have no folder, and what only a
+    command can read has none that can be looked into.
     """
     tables: dict[str, dict[str, ManifestEntry] | None] = {}
     entries: dict[str, ManifestEntry] = {}
     for url in urls:
-        if url.startswith("pipe:"):
+        if url.startswith("pipe:") or not storage.has_backend(url):
             return None
         folder = shard_folder(url)
         if folder not in tables:
