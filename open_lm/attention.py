@@ -48,7 +48,7 @@ def find_documents(document_ids: Tensor, attn_func: AttnFunc) -> Documents:
     if attn_func is xformers_attn or (attn_func is auto_attn and first.is_cuda):
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
-        bias = BlockDiagonalCausalMask.from_seqlens(list(lengths_in(first))).to(first.device)
+        bias = BlockDiagonalCausalMask.from_seqlens(list(lengths_in(first)), device=first.device)
         return Documents(positions, bias=bias)
     if attn_func in (torch_attn, auto_attn):
         if not first.is_cuda:
@@ -241,8 +241,8 @@ def _xformers_load_problem() -> str | None:
     try:
         from xformers import ops
 
-        # Some forward kernels need nothing of the compiled library; backward kernels do.
-        loaded = any(kernel.is_available() for kernel in ops.fmha.ALL_BW_OPS)
+        # The general backward kernels are in the compiled library; those of single devices may come without it.
+        loaded = ops.fmha.ALL_BW_OPS[0].is_available()
     except Exception as error:  # a library built for another torch or CUDA fails in many ways
         return f"the installed package cannot be loaded ({type(error).__name__}: {error})"
     return None if loaded else "the installed package's kernels do not fit this torch"

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.config import LoggingConfig, ValidationConfig
+from open_lm.data.device import on_device
 from open_lm.data.loader import ValLoader
 from open_lm.data.masking import document_ids
 from open_lm.distributed import Runtime, broadcast_object, gather_objects, sum_over_ranks
+from open_lm.errors import ConfigError
 from open_lm.losses import IGNORE_INDEX
 from open_lm.metrics import bootstrap_interval
 from open_lm.parallelize import without_training
@@ -88,12 +90,16 @@ def evaluate_loop(
 ) -> list[dict[str, Any]]:
     """`evaluate_sets` for programs written against the original: `val_list` from get_data, a flat `args`.
 
-    args: device, rank, world_size, precision and the validation flags, with defaults where they are missing;
-    train_num_samples counts sequences here. writer: None, or what has add_scalar(name, value, step).
+    args: device, rank, world_size, precision, the validation flags, document_mask and end_of_text_id, with defaults
+    where they are missing; train_num_samples counts sequences here. writer: None, or what has add_scalar(name, value,
+    step). ConfigError for document_mask without end_of_text_id.
     """
     device = torch.device(getattr(args, "device", None) or next(model.parameters()).device)
     runtime = Runtime(rank=getattr(args, "rank", 0), world_size=getattr(args, "world_size", 1) or 1, device=device)
     samples, seq_len = getattr(args, "train_num_samples", None), getattr(args, "seq_len", None)
+    end_of_text_id = getattr(args, "end_of_text_id", None) if getattr(args, "document_mask", False) else None
+    if getattr(args, "document_mask", False) and end_of_text_id is None:
+        raise ConfigError("document_mask is set without end_of_text_id: give the id that ends a document")
     options = EvaluationOptions(
         runtime=runtime,
         autocast=get_autocast(getattr(args, "precision", "fp32"), device.type),
@@ -102,6 +108,7 @@ def evaluate_loop(
         checkpoint_path=getattr(args, "resume", None),
         train_tokens=epoch * samples * seq_len if samples is not None and seq_len else None,
         log_every=LoggingConfig.from_object(args).log_every_n_steps,
+        end_of_text_id=end_of_text_id,
     )
     results = evaluate_sets(model, [getattr(item, "loader", item) for item in val_list], options)
     for result in results:
@@ -134,11 +141,10 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
     points = _Points()
     data_s, steps, slots, start = 0.0, 0, 0, time.perf_counter()
     waiting_since = start
-    for number, batch in enumerate(loader):
+    for number, (batch, _) in enumerate(on_device(((batch, None) for batch in loader), runtime.device)):
         data_s += time.perf_counter() - waiting_since
-        inputs = batch.inputs.to(runtime.device, non_blocking=True)
-        targets = batch.targets.to(runtime.device, non_blocking=True)
-        losses = token_losses(model, inputs, targets, options.autocast, options.end_of_text_id)
+        targets = batch.targets
+        losses = token_losses(model, batch.inputs, targets, options.autocast, options.end_of_text_id)
         valid = targets != IGNORE_INDEX
         sums = (losses.sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
         totals += torch.stack([value.to(torch.float64) for value in sums])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +148,59 @@ def test_choice_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_attn_func("xformers_attn_variable_length") is attention.xformers_attn
     q, k, v = qkv(4, 4)
     torch.testing.assert_close(attention.auto_attn(q, k, v, True), torch_attn(q, k, v, True))
+
+
+BROKEN_PACKAGES = {
+    "another CUDA": ("raise ImportError('libcudart.so.1: no such file')", r"loaded \(ImportError: libcudart.so.1"),
+    "another torch": ("raise OSError('undefined symbol: _ZN3c10')", r"loaded \(OSError: undefined symbol"),
+    "no kernels": (
+        """
+        class Kernel:
+            is_available = staticmethod(lambda: False)
+        class fmha:
+            ALL_BW_OPS = [Kernel]
+        """,
+        "kernels do not fit this torch",
+    ),
+}
+
+
+@pytest.fixture
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A machine that seems to have a CUDA device, and has not looked at xformers yet; nothing of it is kept."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    attention._xformers_load_problem.cache_clear()
+    yield monkeypatch
+    attention._xformers_load_problem.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("kind", sorted(BROKEN_PACKAGES))
+def test_a_broken_xformers_is_not_chosen(kind: str, with_cuda: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code, problem = BROKEN_PACKAGES[kind]
+    (tmp_path / "xformers/ops").mkdir(parents=True)
+    (tmp_path / "xformers/__init__.py").touch()
+    (tmp_path / "xformers/ops/__init__.py").write_text(textwrap.dedent(code))
+    with_cuda.syspath_prepend(tmp_path)
+    assert not attention.has_xformers()
+    assert get_attn_func("auto") is torch_attn
+    with pytest.raises(ConfigError, match=f"--attn-name xformers_attn: the installed package.*{problem}"):
+        get_attn_func("xformers_attn")
+
+
+def test_an_xformers_that_loads_is_looked_at_once(with_cuda: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    working = BROKEN_PACKAGES["no kernels"][0].replace("False", "True")
+    (tmp_path / "xformers/ops").mkdir(parents=True)
+    (tmp_path / "xformers/__init__.py").touch()
+    (tmp_path / "xformers/ops/__init__.py").write_text(textwrap.dedent(working))
+    with_cuda.syspath_prepend(tmp_path)
+    assert attention.has_xformers()
+    (tmp_path / "xformers/ops/__init__.py").unlink()
+    del sys.modules["xformers.ops"]
+    assert get_attn_func("auto") is attention.auto_attn
 
 
 def test_custom_attn_names_all_that_it_lacks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import trainer_worker
 
 from open_lm.config import ValidationConfig
 from open_lm.data import get_data
-from open_lm.data.batch import Batch
+from open_lm.data.device import DeviceBatch
 from open_lm.distributed import Runtime
+from open_lm.errors import ConfigError
 from open_lm.evaluate import EvaluationOptions, evaluate_loop, evaluate_sets, validation_metrics
 from open_lm.losses import IGNORE_INDEX
 from open_lm.main import load_model, main
@@ -95,6 +97,13 @@ def test_programs_of_existing_users_evaluate(shared_dir: Path) -> None:
     assert model.training
 
 
+class Masked(DeviceBatch):
+    """A batch with any targets masked, which stored rows alone could not say; where it is needed already."""
+
+    def to(self, _device: torch.device) -> Masked:
+        return self
+
+
 class Batches:
     """A validation set of given batches."""
 
@@ -104,13 +113,21 @@ class Batches:
     def __iter__(self) -> Any:
         for inputs, targets in self.batches:
             filled = (targets != IGNORE_INDEX).any(1)
-            yield Batch(inputs, targets, filled, int(filled.sum()), (int(filled.sum()),), 0)
+            yield Masked(inputs, targets, filled, int(filled.sum()), (int(filled.sum()),), 0)
 
 
-def evaluate(loaders: list[Any], **flags: Any) -> tuple[Transformer, list[dict[str, Any]]]:
+def evaluate(
+    loaders: list[Any], end_of_text_id: int | None = None, **flags: Any
+) -> tuple[Transformer, list[dict[str, Any]]]:
     model = Transformer(Params(**trainer_worker.SHAPE))
     model.reset_parameters(seed=1)
-    options = EvaluationOptions(Runtime(), get_autocast("fp32"), ValidationConfig(**flags), model_name="small")
+    options = EvaluationOptions(
+        Runtime(),
+        get_autocast("fp32"),
+        ValidationConfig(**flags),
+        model_name="small",
+        end_of_text_id=end_of_text_id,
+    )
     return model, evaluate_sets(model, loaders, options)
 
 
@@ -125,6 +142,32 @@ def test_masked_targets_and_filler_rows_do_not_count() -> None:
     assert result["tokens"] == int((targets != IGNORE_INDEX).sum())
     assert result["sequences"] == int((targets != IGNORE_INDEX).any(1).sum()) < 24
     assert "train_tokens" not in result and result["loss_tokens_lower_95"] == -1.0
+
+
+def test_documents_of_a_packed_set_are_evaluated_each_alone() -> None:
+    end = 4
+    inputs, targets = trainer_worker.batch(0)
+    inputs[:, 5], inputs[1] = end, end
+    pieces = []
+    for row, tokens in enumerate(inputs.tolist()):
+        starts = [0, *(place + 1 for place, token in enumerate(tokens[:-1]) if token == end), len(tokens)]
+        pieces += [(inputs[row : row + 1, a:b], targets[row : row + 1, a:b]) for a, b in pairwise(starts)]
+    _, (packed, alone) = evaluate([Batches([(inputs, targets)]), Batches(pieces)], end_of_text_id=end)
+    _, (unmasked, still_alone) = evaluate([Batches([(inputs, targets)]), Batches(pieces)])
+    assert packed["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+    assert packed["tokens"] == alone["tokens"] and still_alone["loss"] == alone["loss"]
+    assert unmasked["loss"] != pytest.approx(packed["loss"], abs=1e-4)
+
+
+def test_programs_of_existing_users_name_the_end_of_text() -> None:
+    model = Transformer(Params(**trainer_worker.SHAPE))
+    batches, found = [trainer_worker.batch(0)], []
+    for flags in ({}, {"end_of_text_id": 4}, {"document_mask": True, "end_of_text_id": 4}):
+        (result,) = evaluate_loop(model, [Batches(batches)], 0, argparse.Namespace(device="cpu", **flags))
+        found.append(result["loss"])
+    assert found[0] == found[1] != found[2]
+    with pytest.raises(ConfigError, match="without end_of_text_id"):
+        evaluate_loop(model, [Batches(batches)], 0, argparse.Namespace(device="cpu", document_mask=True))
 
 
 def test_intervals_narrow_with_more_data() -> None:

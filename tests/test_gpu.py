@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from model_helpers import random_ids, small_model
+from torch import Tensor
+from torch._dynamo.utils import counters
 
-from open_lm.attention import get_attn_func, torch_attn, xformers_attn
+from open_lm.attention import find_documents, get_attn_func, has_xformers, torch_attn, xformers_attn
+from open_lm.data.masking import document_ids
+from open_lm.document_attention import Documents, allowed_in, first_tokens, has_flex, positions_in
+from open_lm.evaluate import token_losses
+from open_lm.generate import Sampling, generate_ids
+from open_lm.precision import get_autocast
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-needs_xformers = pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="needs xformers")
+needs_xformers = pytest.mark.skipif(not has_xformers(), reason="needs xformers, with kernels that can be loaded")
 
 
 @needs_xformers
@@ -51,7 +59,104 @@ def test_auto_attention_trains_through_xformers() -> None:
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("flags", [[], ["--fsdp", "--fsdp-amp"], ["--fsdp", "--fsdp-cpu-offload"], ["--torchcompile"]])
+# --------------------------------------------------------------------------------------------------- documents
+def packed_ids(rows: int, length: int, share: float = 0.01, seed: int = 3) -> Tensor:
+    """(rows, length) ids on the device; 0 ends documents."""
+    ids = random_ids(rows, length, seed=seed).clamp(min=1)
+    ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < share] = 0
+    return ids.cuda()
+
+
+def with_gradients(attn: Any, qkv: Tensor, documents: Documents) -> list[Tensor]:
+    """The result and its gradient for qkv (3,B,T,H,K)."""
+    qkv = qkv.detach().requires_grad_()
+    out = attn(*qkv, is_causal=True, attention_mask=documents)
+    (gradient,) = torch.autograd.grad(out.float().sin().sum(), qkv)
+    return [out.detach(), gradient]
+
+
+@pytest.mark.parametrize("name", ["flex", pytest.param("xformers", marks=needs_xformers)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [8, 64, 80])
+@pytest.mark.parametrize(("length", "share"), [(256, 0.0), (300, 0.02), (1024, 0.005), (256, 1.0)])
+def test_kernels_for_documents_equal_the_mask(
+    length: int, share: float, width: int, dtype: torch.dtype, name: str
+) -> None:
+    attn = torch_attn if name == "flex" else xformers_attn
+    numbers = document_ids(packed_ids(2, length, share), 0)
+    documents = find_documents(numbers, attn)
+    if name == "flex":
+        assert has_flex(numbers.device) and documents.blocks is not None
+    first = first_tokens(numbers)
+    exact = Documents(positions_in(first), allowed=allowed_in(first))
+    qkv = torch.randn(3, 2, length, 2, width, generator=torch.Generator().manual_seed(1)).cuda()
+    expected = with_gradients(torch_attn, qkv, exact)
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    for found, wanted in zip(with_gradients(attn, qkv.to(dtype), documents), expected, strict=True):
+        torch.testing.assert_close(found.float(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["torch_attn", "auto"])
+def test_a_packed_row_is_each_of_its_documents_alone(name: str, compiled: bool) -> None:
+    """On the device with recomputed activations against the same documents one by one on the CPU; whatever documents
+    follow, nothing is compiled again."""
+    model = small_model(seq_len=300, apply_qk_norm=True, weight_tying=True, attn_name=name).train()
+    reference = copy.deepcopy(model)
+    model.cuda().set_grad_checkpointing()
+    if compiled:
+        for block in model.layers:
+            block.compile()
+    for number, seed in enumerate((3, 4, 5)):
+        ids = packed_ids(2, 300, seed=seed)
+        before = counters["stats"]["unique_graphs"]
+        logits = model(ids, document_ids=document_ids(ids, 0))[0]
+        gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
+        assert number == 0 or counters["stats"]["unique_graphs"] == before
+        alone = reference(ids.cpu(), document_ids=document_ids(ids.cpu(), 0))[0]
+        torch.testing.assert_close(logits.cpu(), alone, atol=1e-3, rtol=1e-3)
+        expected = torch.autograd.grad(alone.sin().sum(), list(reference.parameters()))
+        for found, wanted in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found.cpu(), wanted, atol=2e-2, rtol=1e-2)
+
+
+# ------------------------------------------------------------------------------------- evaluation and generation
+@pytest.mark.parametrize("end_of_text_id", [None, 0])
+def test_token_losses_are_those_of_the_cpu(end_of_text_id: int | None) -> None:
+    model, ids = small_model(seq_len=300), packed_ids(2, 300)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    with torch.no_grad():
+        expected = token_losses(model, inputs.cpu(), targets.cpu(), get_autocast("fp32"), end_of_text_id)
+        model.cuda()
+        found = token_losses(model, inputs, targets, get_autocast("fp32"), end_of_text_id)
+        half = token_losses(model, inputs, targets, get_autocast("amp_bf16", "cuda"), end_of_text_id)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(half.cpu(), expected, atol=0.1, rtol=0.1)
+
+
+def test_greedy_generation_is_that_of_the_cpu() -> None:
+    """Prompts of different lengths: padding, the cache, and one new query for many keys."""
+    model, sampling = small_model(), Sampling(max_new_tokens=20, temperature=0)
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (1, 7, 12)]
+    expected = list(generate_ids(model, prompts, sampling))
+    assert list(generate_ids(model.cuda(), prompts, sampling)) == expected
+
+
+# ------------------------------------------------------------------------------------------------------- training
+DOCUMENT_MASK = ["--document-mask", "--end-of-text-id", "10"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--fsdp", "--fsdp-amp"],
+        ["--fsdp", "--fsdp-cpu-offload"],
+        ["--torchcompile"],
+        [*DOCUMENT_MASK, "--fsdp", "--grad-checkpointing"],
+        [*DOCUMENT_MASK, "--torchcompile"],
+    ],
+)
 def test_training_on_the_device_lowers_the_loss(
     flags: list[str], shared_dir: Path, tmp_path: Path, torchrun: Callable[..., object]
 ) -> None:

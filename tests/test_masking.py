@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from open_lm.data import mask_sequence, sample_chunk
-from open_lm.data.masking import IGNORE_INDEX, mask_targets
+from open_lm.data.masking import IGNORE_INDEX, document_ids, mask_targets
 from open_lm.errors import DataError
 
 L, P, _ = 42, 2, IGNORE_INDEX
@@ -109,3 +109,17 @@ def test_mask_sequence_starts_anywhere_and_leaves_the_chunk_alone() -> None:
     assert inputs.tolist() == [[1, L, 5]]
     assert targets.tolist() == [[-7, 5, 6]]
     assert torch.equal(chunk, before)
+
+
+def test_documents_by_hand() -> None:
+    end, pad = 0, 9
+    rows = torch.tensor([[5, 5, end, 5, end, end, end, 5, pad], [end] * 9, [5] * 9, [end, *[5] * 7, end]])
+    numbers = document_ids(rows, end)
+    assert numbers.dtype == torch.int32
+    assert numbers.tolist() == [[0, 0, 0, 1, 1, 2, 3, 4, 4], [*range(9)], [0] * 9, [0, *[1] * 8]]
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=3))
+def test_documents_token_by_token(rows: list[list[int]]) -> None:
+    expected = [[row[:place].count(3) for place in range(9)] for row in rows]
+    assert document_ids(torch.tensor(rows), 3).tolist() == expected
