@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ from open_lm.errors import CheckpointError, StorageError
 
 # A remote file is put together on local disk before it is sent: so much room each rank needs there.
 FILE_BYTES = 1 << 30
+_LEFTOVER = re.compile(r"^step_\d+(\.replaced)?\.incomplete$")
 
 
 class TensorWriter(StorageWriter):
@@ -73,8 +75,10 @@ class TensorWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Clear away what an earlier try left behind, and tell each rank its number."""
+        """Clear away what earlier tries left behind, and tell each rank its number."""
         self.abandon()
+        if not storage.is_remote(self._target):
+            _remove_leftovers(os.path.dirname(os.path.abspath(self._target)))
         storage.makedirs(self._target)
         return [SavePlan(plan.items, rank, plan.planner_data) for rank, plan in enumerate(plans)]
 
@@ -178,6 +182,14 @@ def _remove_folder(path: str) -> None:
             shutil.rmtree(path)
     except OSError as error:
         raise StorageError(f"{path}: an unfinished checkpoint could not be removed ({error}); remove it") from error
+
+
+def _remove_leftovers(folder: str) -> None:
+    """What a killed process left in a run's folder of checkpoints, of whatever step; a run has one writer."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for name in os.listdir(folder):
+            if _LEFTOVER.match(name):
+                _remove_folder(os.path.join(folder, name))
 
 
 def _sync_folder(folder: str) -> None:
