@@ -108,9 +108,8 @@ def agreed_name(runtime: Runtime, make_name: Callable[[], str]) -> str:
     number = next(_NAMES_MADE)
 
     def name() -> str:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        store = _agent_store()
+        if store is not None:
             run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
             return str(store.compare_set(f"open_lm/{run_id}/name_{number}", "", make_name()).decode())
         if restart_count():
@@ -240,7 +239,21 @@ def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_siz
                 f"{world_size} ranks were started without {' and '.join(missing)}: set them to the address and a free "
                 "port of rank 0's node, give --dist-url tcp://HOST:PORT, or start with torchrun"
             )
+    agent_store = _agent_store() if cfg.dist_url == "env://" else None
+    if agent_store is not None:
+        # It still holds the addresses of the workers before a restart, which the new ones must not take for theirs.
+        store = dist.PrefixStore(f"restart_{restart_count()}", agent_store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        return
     dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+
+
+def _agent_store() -> dist.TCPStore | None:
+    """A connection to the store of torchrun's agent, which outlives the workers; None where no agent keeps one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=GROUP_TIMEOUT)
 
 
 def _local_size(device: torch.device, world_size: int) -> int:

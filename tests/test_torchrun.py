@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,29 @@ def test_a_rank_s_own_message_is_not_buried(tmp_path: Path, code: int, traceback
     command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (code, traceback)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("code", [0, 7])
+def test_signals_to_stop_reach_the_workers_and_end_well(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])\n"
+        "print('ready', flush=True)\n"
+        "print(signal.sigwait([signal.SIGTERM, signal.SIGUSR1]).name, flush=True)\n"
+        f"sys.exit({code})\n"
+    )
+    command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2"]
+    with subprocess.Popen(
+        [*command, "--max-restarts", "3", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.read(len("ready\n") * 2)
+        process.send_signal(number)
+        rest = process.communicate(timeout=120)[0]
+    assert said.split() == ["ready"] * 2 and set(rest.split()) == {number.name}
+    assert (process.returncode == 0) == (code == 0)
 
 
 def test_the_script_is_replaced_only_where_needed(tmp_path: Path) -> None:

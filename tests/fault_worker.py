@@ -1,0 +1,177 @@
+"""Ranks that meet a fault; `python -m fault_worker FAULT …` under torchrun, each rank's findings in FAULT_RANK.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import trainer_worker
+from torch.distributed.tensor import DTensor
+
+from open_lm import watchdog
+from open_lm.config import DataConfig, OptimConfig, ParallelConfig
+from open_lm.control import Agreed, RunControl
+from open_lm.data.loader import build_train_loader
+from open_lm.distributed import Runtime, agreed_name, build_mesh, init_runtime, restart_count, shutdown
+from open_lm.errors import end_process, run_cli
+from open_lm.initialization import init_weights
+from open_lm.model import Params, Transformer
+from open_lm.optim import build_optimizer
+from open_lm.parallelize import parallelize
+from open_lm.precision import get_autocast
+from open_lm.scheduler import const_lr
+from open_lm.train import StepOptions, Trainer, train_step
+from open_lm.watchdog import Watchdog
+
+GLOBAL_BATCH = 4
+
+
+def build_trainer(runtime: Runtime, cfg: ParallelConfig, **changes: Any) -> Trainer:
+    """A small model on synthetic data, the same training at any number of ranks."""
+    with torch.device("meta"):
+        model = Transformer(Params(**trainer_worker.SHAPE))
+    trained = parallelize(
+        model,
+        build_mesh(runtime, cfg),
+        cfg,
+        device=runtime.device,
+        initialise=lambda made: init_weights(made, seed=5),
+    )
+    loader = build_train_loader(
+        DataConfig(dataset_type="synthetic", workers=0),
+        seq_len=trainer_worker.SEQ_LEN,
+        vocab_size=trainer_worker.VOCAB,
+        batch_size=GLOBAL_BATCH // runtime.world_size,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+    optimizer = build_optimizer(trained, OptimConfig(lr=1e-2))
+    settings: dict[str, Any] = {
+        "model": trained,
+        "optimizer": optimizer,
+        "scheduler": const_lr(optimizer, 1e-2, 2),
+        "loader": loader,
+        "options": StepOptions(runtime, get_autocast("fp32"), grad_clip_norm=1.0),
+        "report": lambda values, step: None,
+        "seq_len": trainer_worker.SEQ_LEN,
+        "global_batch_size": GLOBAL_BATCH,
+        "total_steps": 20,
+        "log_every": 3,
+    }
+    return Trainer(**{**settings, **changes})
+
+
+def tensors(trainer: Trainer) -> list[torch.Tensor]:
+    """Copies of this rank's parts of parameters, moments and step counts."""
+    state = trainer.optimizer.state_dict()["state"].values()
+    found = [*trainer.model.parameters(), *(value for moments in state for value in moments.values())]
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in found]
+
+
+def skip(runtime: Runtime, layout: str) -> list[bool]:
+    """A loss that is infinite on rank 1 alone, with finite gradients: [rank has skipped, nothing changed, goes on]."""
+    trainer = build_trainer(runtime, trainer_worker.LAYOUTS[layout])
+    rows = trainer_worker.ROWS // runtime.world_size
+    own = slice(runtime.rank * rows, (runtime.rank + 1) * rows)
+    batches = [[part[own] for part in trainer_worker.batch(step)] for step in range(3)]
+    train_step(trainer.model, *batches[0], trainer.optimizer, trainer.options)
+    before = tensors(trainer)
+
+    def judge(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        return trainer._guard.judge(loss, norm)
+
+    handle = None
+    if runtime.rank == 1:
+        handle = trainer.model.register_forward_hook(lambda _m, _i, out: (out[0] * math.nan, *out[1:]))
+    result = train_step(trainer.model, *batches[1], trainer.optimizer, trainer.options, judge=judge)
+    if handle is not None:
+        handle.remove()
+    same = all(torch.equal(a, b) for a, b in zip(before, tensors(trainer), strict=True))
+    after = train_step(trainer.model, *batches[2], trainer.optimizer, trainer.options)
+    changed = not any(torch.equal(a, b) for a, b in zip(before, tensors(trainer), strict=True) if a.numel() > 1)
+    return [bool(result.skipped), same, not after.skipped and changed]
+
+
+def stop(runtime: Runtime) -> list[int]:
+    """The steps after which a signal that rank 1 gets in step 4, and rank 0's clock in step 2, are agreed upon."""
+    found: list[tuple[int, Agreed]] = []
+    now = [0.0]
+    with RunControl(runtime.is_master, save_every_minutes=1, clock=lambda: now[0]) as control:
+        trainer = build_trainer(runtime, ParallelConfig(), control=control)
+
+        def after_step(agreed: Agreed) -> None:
+            found.append((trainer.step, agreed))
+            now[0] += 50
+            if trainer.step == 4 and runtime.rank == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        trainer.after_step = after_step
+        trainer.run_epoch(0, 6)
+    return [step for step, agreed in found if agreed.stop] + [-step for step, agreed in found if agreed.save]
+
+
+def agree(runtime: Runtime, _out: str) -> dict[str, Any]:
+    trainer = build_trainer(runtime, ParallelConfig(fsdp=True))
+    trainer.run_epoch(0, 5)
+    return {
+        "skip": {layout: skip(runtime, layout) for layout in ("plain", "fsdp", "hybrid")},
+        "stop": stop(runtime),
+        "state": trainer.state(),
+    }
+
+
+def hang(runtime: Runtime, out: str) -> None:
+    with Watchdog(3.0, runtime, str(Path(out) / "stacks")):
+        for step in range(4):
+            watchdog.beat("step", step)
+            dist.barrier()
+        if runtime.rank == 1:
+            watchdog.beat("waiting for data")
+            never = threading.Lock()
+            never.acquire()
+            never.acquire()
+        dist.barrier()
+
+
+def fail(runtime: Runtime, _out: str) -> dict[str, Any]:
+    """The first start fails on rank 1, the next one goes on under the same name."""
+    name = agreed_name(runtime, lambda: f"run-{os.getpid()}")
+    Path(f"name_{restart_count()}_{runtime.rank}").write_text(name)
+    if restart_count() == 0:
+        with Watchdog(60.0, runtime):
+            if runtime.rank == 1:
+                raise ZeroDivisionError("the cause")
+            dist.barrier()
+    return {"name": name, "restarts": restart_count()}
+
+
+def die(runtime: Runtime, _out: str) -> None:
+    with Watchdog(60.0, runtime):
+        dist.barrier()
+        if runtime.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.barrier()
+
+
+FAULTS = {"agree": agree, "hang": hang, "fail": fail, "die": die}
+
+
+def main(argv: list[str]) -> None:
+    runtime = init_runtime(ParallelConfig())
+    try:
+        found = FAULTS[argv[0]](runtime, argv[1])
+    finally:
+        shutdown(runtime)
+    Path(argv[1], f"{argv[0]}_{runtime.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    end_process(run_cli(main, sys.argv[1:]))

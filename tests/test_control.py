@@ -1,0 +1,47 @@
+"""Signals to stop and the clock of saving."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from open_lm.control import STOP_SIGNALS, RunControl
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_asks_to_stop_and_goes_back_to_who_had_it(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with RunControl() as control:
+        assert control.wishes() == (0, 0)
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+            assert control.wishes() == (1, 0), "and a second signal changes nothing"
+    assert signal.getsignal(number) == before
+
+
+def test_another_thread_leaves_signals_alone() -> None:
+    found = []
+
+    def enter() -> None:
+        with RunControl() as control:
+            found.append((signal.getsignal(signal.SIGTERM), control.wishes()))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert found == [(signal.getsignal(signal.SIGTERM), (0, 0))]
+
+
+def test_the_clock_of_the_master_asks_to_save() -> None:
+    now = [0.0]
+    master, other = (RunControl(is_master, save_every_minutes=2, clock=lambda: now[0]) for is_master in (True, False))
+    wishes = []
+    for second in (0, 119, 120, 121, 239, 241, 361):
+        now[0] = second
+        wishes.append(master.wishes()[1])
+        assert other.wishes() == (0, 0)
+    assert wishes == [0, 0, 1, 0, 0, 1, 1]
+    assert RunControl(clock=lambda: 1e9).wishes() == (0, 0), "0 minutes are never"
