@@ -1,0 +1,275 @@
+"""Shards as a reader gets them: verified, fetched ahead, kept no longer than needed, or in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import SEQ_LEN, VOCAB_SIZE, sequence, write_shard
+from faulty_proxy import FaultyProxy, Rule
+
+from open_lm import storage, storage_errors
+from open_lm.config import DataConfig
+from open_lm.data import verify as verify_room
+from open_lm.data.fetch import FetchSettings
+from open_lm.data.loader import build_train_loader
+from open_lm.data.manifest import ManifestEntry, write_manifest
+from open_lm.data.plan import Order, Plan, Source
+from open_lm.data.shards import ShardStore
+from open_lm.data.stream import SampleReader, StreamSpec
+from open_lm.data.verify import Expected
+from open_lm.errors import DataError, StorageError
+
+MEMBERS = 20
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_errors, "_pause", lambda seconds: None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """For what passes."""
+    (tmp_path / "passing").mkdir()
+    return str(tmp_path / "passing")
+
+
+def shard_bytes(tmp_path: Path, number: int) -> bytes:
+    return Path(write_shard(tmp_path / "made.tar", [sequence(0, number, m) for m in range(MEMBERS)])).read_bytes()
+
+
+def expected(data: bytes) -> Expected:
+    return Expected(len(data), hashlib.sha256(data).hexdigest())
+
+
+def put(tmp_path: Path, base: str, count: int) -> dict[str, Expected]:
+    """Shards 0.tar, … in a store, and what is expected of them."""
+    known = {}
+    for number in range(count):
+        data = shard_bytes(tmp_path, number)
+        storage.write_bytes(f"{base}/{number}.tar", data)
+        known[f"{base}/{number}.tar"] = expected(data)
+    return known
+
+
+def first_ids(store: ShardStore, url: str) -> list[int]:
+    return store.get(url, "npy").ids(0)[:3].tolist()
+
+
+def names(folder: str) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.endswith((".tar", ".part")))
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+def flip(path: Path, byte: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 16
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_and_every_cut_of_a_local_shard_is_found(tmp_path: Path, folder: str) -> None:
+    data = shard_bytes(tmp_path, 0)
+    path = tmp_path / "a.tar"
+    known = {str(path): expected(data)}
+    for byte in (*np.random.default_rng(0).integers(0, len(data), 10).tolist(), len(data) - 1):
+        path.write_bytes(data)
+        flip(path, byte)
+        with pytest.raises(
+            DataError, match=rf"a\.tar: has the sha256 \w+, expected is {known[str(path)].sha256} by its"
+        ):
+            ShardStore(2, FetchSettings(folder), known).get(str(path), "npy")
+    for length in (0, 511, len(data) // 2, len(data) - 1024, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(DataError, match=rf"a\.tar: has {length} bytes, expected are {len(data)} by its manifest"):
+            ShardStore(2, FetchSettings(folder), known).get(str(path), "npy")
+    path.write_bytes(data)
+    assert first_ids(ShardStore(2, FetchSettings(folder), known), str(path)) == [0, 0, 0]
+
+
+def test_a_local_shard_is_hashed_ahead_and_once(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    hash_file = verify_room._hash
+    monkeypatch.setattr(verify_room, "_known", set())
+    monkeypatch.setattr(verify_room, "_hash", lambda file: hashed.append(file.name) or hash_file(file))
+    known = put(tmp_path, str(tmp_path / "data"), 2)
+    for _worker in range(2):
+        store = ShardStore(2, FetchSettings(folder), known)
+        for url in known:
+            store.prefetch(url)
+        assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0]]
+        verify_room._known.clear()
+    assert sorted(hashed) == sorted(known)
+
+
+# --- remote shards without a cache -----------------------------------------------------------------------------------
+def test_remote_shards_go_when_they_are_read(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
+    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 8)
+    faulty_s3.requests.clear()
+    store = ShardStore(2, FetchSettings(folder), known)
+    urls = list(known)
+    for number, url in enumerate(urls):
+        for upcoming in urls[number + 1 : number + 3]:
+            store.prefetch(upcoming)
+        assert first_ids(store, url) == [0, number, 0]
+        assert len(names(folder)) <= 2 + 3, "those that are open, and those that come"
+    assert faulty_s3.requests["GET"] == 8, "each once"
+    assert len(names(folder)) == 2
+
+
+def test_what_was_fetched_ahead_for_others_is_let_go(s3_bucket: str, tmp_path: Path, folder: str) -> None:
+    known = put(tmp_path, f"s3://{s3_bucket}/d", 8)
+    store, urls = ShardStore(2, FetchSettings(folder), known), list(known)
+    for url in urls[:7]:
+        store.prefetch(url)
+        store._ahead[url].result()
+    assert len(store._ahead) == 2
+    first_ids(store, urls[7])
+    store._remote.trim()
+    assert len(names(folder)) == 3
+
+
+def test_what_goes_wrong_ahead_is_raised_when_the_shard_is_asked_for(
+    faulty_s3: FaultyProxy, tmp_path: Path, folder: str
+) -> None:
+    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 1)
+    (url,) = known
+    faulty_s3.rules = [Rule("500", method="GET")]
+    store = ShardStore(2, FetchSettings(folder), known)
+    store.prefetch(url)
+    with pytest.raises(StorageError, match=r"0\.tar: .*InternalError"):
+        store.get(url, "npy")
+    assert faulty_s3.injected["500"] == storage_errors._TRIES, "and is not tried as often again"
+    faulty_s3.rules = []
+    assert first_ids(store, url) == [0, 0, 0]
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def cached(tmp_path: Path, folder: str) -> FetchSettings:
+    return FetchSettings(folder, str(tmp_path / "cache"), 10**7, 30)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_cached_shard_is_not_fetched_again(
+    faulty_s3: FaultyProxy, tmp_path: Path, cached: FetchSettings, is_known: bool
+) -> None:
+    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 3)
+    faulty_s3.requests.clear()
+    for _run in range(3):
+        store = ShardStore(2, cached, known if is_known else {})
+        assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0], [0, 2, 0]]
+    assert faulty_s3.requests["GET"] == 3
+    assert faulty_s3.requests["HEAD"] == (3 if is_known else 9), "what the manifest tells need not be asked"
+    assert len(names(str(cached.cache_dir))) == 3 and names(str(cached.folder)) == []
+
+
+def test_a_changed_remote_object_is_fetched_anew(faulty_s3: FaultyProxy, tmp_path: Path, cached: FetchSettings) -> None:
+    put(tmp_path, f"s3://{faulty_s3.bucket}/d", 1)
+    url = f"s3://{faulty_s3.bucket}/d/0.tar"
+    assert first_ids(ShardStore(2, cached, {}), url) == [0, 0, 0]
+    storage.write_bytes(url, shard_bytes(tmp_path, 7))
+    assert first_ids(ShardStore(2, cached, {}), url) == [0, 7, 0]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_copy_in_the_cache_is_found_and_fetched_anew(
+    faulty_s3: FaultyProxy, tmp_path: Path, cached: FetchSettings, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 1)
+    (url,) = known
+    first_ids(ShardStore(2, cached, known), url)
+    (name,) = names(str(cached.cache_dir))
+    path = Path(str(cached.cache_dir)) / name
+    if damage == "flip":
+        flip(path, 5000)
+    else:
+        os.truncate(path, 5000)
+    assert first_ids(ShardStore(2, cached, {**known}), url) == [0, 0, 0]
+    assert f"{url}: its copy in {cached.cache_dir} has the sha256" in caplog.text
+    assert expected(path.read_bytes()) == known[url]
+
+
+def test_a_limit_smaller_than_a_shard_is_told_and_does_without_the_cache(
+    faulty_s3: FaultyProxy, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 3)
+    settings = FetchSettings(folder, str(tmp_path / "cache"), 1000, 30)
+    store = ShardStore(2, settings, known)
+    assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0], [0, 2, 0]]
+    assert caplog.text.count("has no room for it beside what is in use, within --cache-limit 1000 bytes") == 1
+    assert names(str(tmp_path / "cache")) == [] and len(names(folder)) == 2
+
+
+def test_a_cache_that_cannot_be_made_is_told(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
+    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 1)
+    (tmp_path / "file").write_text("")
+    store = ShardStore(2, FetchSettings(folder, str(tmp_path / "file"), 10**6, 30), known)
+    with pytest.raises(StorageError, match=r"/file: shards cannot be kept there \(File exists\); choose another"):
+        store.get(next(iter(known)), "npy")
+
+
+# --- broken shards that are tolerated --------------------------------------------------------------------------------
+def test_a_tolerated_broken_shard_is_fetched_a_few_times_and_not_for_each_of_its_sequences(
+    faulty_s3: FaultyProxy, tmp_path: Path, folder: str
+) -> None:
+    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 3)
+    urls = tuple(known)
+    broken = bytearray(storage.read_bytes(urls[1]))
+    broken[3000] ^= 1
+    storage.write_bytes(urls[1], bytes(broken))
+    source = Source(
+        "s",
+        urls,
+        (MEMBERS,) * 3,
+        num_bytes=tuple(one.num_bytes for one in known.values()),
+        sha256=tuple(one.sha256 for one in known.values()),
+    )
+    spec = StreamSpec((source,), SEQ_LEN, VOCAB_SIZE, ("npy",), tolerated_share=0.05, fetch=FetchSettings(folder))
+    reader = SampleReader(spec)
+    plan = Plan((source,), 0, Order(shuffle_shards=False, shuffle_samples=False))
+    faulty_s3.requests.clear()
+    filled = []
+    for _batch in range(3 * MEMBERS // 5):
+        reader.prefetch(plan.upcoming())
+        filled += reader.read(plan.take(5))[1].tolist()
+    assert filled == [True] * MEMBERS + [False] * MEMBERS + [True] * MEMBERS
+    (notice,) = reader.notices
+    assert notice.text.startswith(f"ignored: {urls[1]}: has the sha256")
+    assert faulty_s3.requests["GET"] == 2 + 3
+
+
+# --- all together ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_share_what_they_fetch_over_a_line_that_stalls(
+    faulty_s3: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    base = f"s3://{faulty_s3.bucket}/d"
+    known = put(tmp_path, base, 6)
+    entries = [
+        ManifestEntry(str(number), MEMBERS, {"num_bytes": one.num_bytes, "sha256": one.sha256})
+        for number, one in enumerate(known.values())
+    ]
+    write_manifest(f"{base}/manifest.jsonl", entries)
+    data = DataConfig(
+        dataset_manifest=[f"{base}/manifest.jsonl"],
+        workers=workers,
+        read_timeout=1.0,
+        cache_dir=str(tmp_path / "cache"),
+        cache_limit="1MB",
+    )
+    seen = []
+    for _run in range(2):
+        loader = build_train_loader(data, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=10)
+        faulty_s3.rules = [Rule("stall", method="GET", path=r"\.tar", times=2, seconds=60)]
+        seen += [tuple(row[1:3]) for batch, _ in loader.batches(12) for row in batch.inputs.tolist()]
+        loader.close()
+    assert seen[:120] == seen[120:] and len(set(seen)) == 120, "each sequence once in a run"
+    assert faulty_s3.injected == {"stall": 2}, "the second run asks for no shard"
+    del loader
+    assert os.listdir(tmp_path / "tmp") == [] and len(names(str(tmp_path / "cache"))) == 6
