@@ -1,9 +1,8 @@
 """A run's state on disk: sharded checkpoints (step_N/) and the interchange files (epoch_N.pt and its companions)."""
 
 from open_lm.checkpoint.files import read_model_state
-from open_lm.checkpoint.finding import Candidate, candidates, find_resume, named
+from open_lm.checkpoint.finding import Candidate, candidates, named
 from open_lm.checkpoint.interchange import (
-    CheckpointWriter,
     load_average,
     load_averagers,
     load_model,
@@ -15,6 +14,6 @@ from open_lm.checkpoint.manager import CheckpointManager
 from open_lm.checkpoint.progress import Progress
 
 __all__ = [
-    "Candidate", "CheckpointManager", "CheckpointWriter", "Progress", "candidates", "find_resume", "load_average",
-    "load_averagers", "load_model", "load_optimizer", "load_rng", "load_weights", "named", "read_model_state",
+    "Candidate", "CheckpointManager", "Progress", "candidates", "load_average", "load_averagers", "load_model",
+    "load_optimizer", "load_rng", "load_weights", "named", "read_model_state",
 ]  # fmt: skip

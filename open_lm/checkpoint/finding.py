@@ -55,12 +55,6 @@ def candidates(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPath
     return on_master(lambda: _candidates(cfg.resume, remote_folder(logging_cfg, paths.name), paths))
 
 
-def find_resume(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPaths) -> str | None:
-    """The interchange file that `--resume` means, on all ranks, or None where there is none yet."""
-    found = candidates(cfg, logging_cfg, paths)
-    return next((candidate.url for candidate in found if not candidate.sharded), None)
-
-
 def _candidates(resume: str | None, remote: str | None, paths: RunPaths) -> list[Candidate]:
     if resume != "latest":
         if remote is not None:

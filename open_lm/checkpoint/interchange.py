@@ -24,29 +24,22 @@ from open_lm.checkpoint.files import (
     LATEST,
     average_states,
     file_name,
-    numbered,
     read_file,
     read_model_state,
-    remove_checkpoint,
     sibling,
-    write_file,
 )
 from open_lm.checkpoint.folders import step_number
 from open_lm.checkpoint.model_state import (
     fitting,
-    gather_optimizer,
-    gather_weights,
     moments_by_name,
     set_moments,
     set_weights,
 )
-from open_lm.checkpoint.progress import Progress, plain
+from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
-from open_lm.config import CheckpointConfig
-from open_lm.distributed import gather_objects, on_master
+from open_lm.distributed import on_master
 from open_lm.errors import BrokenCheckpoint, CheckpointError
-from open_lm.rng import from_tensors, rng_state, set_rng_state
-from open_lm.run_folder import RunPaths
+from open_lm.rng import from_tensors, set_rng_state
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -175,102 +168,6 @@ def _in_order(stored: StoredTensors, name: str) -> Iterator[Tensor]:
             return
         yield chunk
         row += len(chunk) if chunk.dim() else 1
-
-
-class CheckpointWriter:
-    """Writes the checkpoints of one run, and decides which epochs are kept.
-
-    epochs: of the whole run; the last one is always kept. Beside it every `save_frequency`-th (0: none).
-    """
-
-    def __init__(self, paths: RunPaths, cfg: CheckpointConfig, epochs: int) -> None:
-        self.paths = paths
-        self.cfg = cfg
-        self.epochs = epochs
-
-    def save(
-        self,
-        progress: Progress,
-        model: nn.Module,
-        *,
-        optimizer: Optimizer | None = None,
-        scaler: Any = None,
-        averagers: ModelAverager | None = None,
-        failed: bool = False,
-    ) -> str | None:
-        """Write what is due after an epoch and return epoch_N.pt's path, or None where nothing was due.
-
-        With `failed`, write to checkpoints_failed/ whatever the epoch. Raises StorageError where it cannot be written;
-        then the earlier checkpoints are untouched.
-        """
-        keep = failed or self._is_kept(progress)
-        if not self.paths.enabled or not (keep or self.cfg.save_most_recent):
-            return None
-        contents = self._gather(progress, model, optimizer, scaler, averagers)
-        folder = self.paths.failed if failed else self.paths.checkpoints
-        return on_master(lambda: self._write(folder, progress, contents, keep, failed))
-
-    def _is_kept(self, progress: Progress) -> bool:
-        frequency = self.cfg.save_frequency
-        return progress.is_final or progress.epoch >= self.epochs or (frequency > 0 and progress.epoch % frequency == 0)
-
-    def _gather(
-        self,
-        progress: Progress,
-        model: nn.Module,
-        optimizer: Optimizer | None,
-        scaler: Any,
-        averagers: ModelAverager | None,
-    ) -> dict[str, dict[str, Any]]:
-        """The content of each file by its kind, on rank 0; the order is the order of writing."""
-        common = {
-            "epoch": progress.epoch,
-            "name": self.paths.name,
-            "evaluation_metrics": plain(progress.evaluation_metrics),
-        }
-        contents: dict[str, dict[str, Any]] = {}
-        if optimizer is not None:
-            state = gather_optimizer(model, optimizer)
-            contents["optimizer"] = {**common, "optimizer": plain(state), "rng": gather_objects(rng_state())}
-            if scaler is not None:
-                contents["optimizer"]["scaler"] = plain(scaler.state_dict())
-        for name, averager in (averagers.avgs_dict if averagers is not None else {}).items():
-            contents[name] = averager.state_dict()
-        shared = plain(progress.shared_entries())
-        contents["stats"] = {
-            **common,
-            "is_final_checkpoint": progress.is_final,
-            "percentage_of_data_seen": float(progress.percentage_of_data_seen),
-            **shared,
-        }
-        if progress.train_data_string is not None:
-            contents["stats"]["train_data_string"] = list(progress.train_data_string)
-        contents["epoch"] = {**common, "state_dict": gather_weights(model), **shared}
-        return contents
-
-    def _write(
-        self, folder: str, progress: Progress, contents: dict[str, dict[str, Any]], keep: bool, failed: bool
-    ) -> str | None:
-        path = None
-        if keep:
-            for kind, content in contents.items():
-                path = storage.join(folder, file_name(kind, progress.epoch))
-                write_file(path, content)
-            logging.info(f"saved checkpoint {path}")
-        if failed:
-            return path
-        if self.cfg.save_most_recent:
-            # One file, so that the newest model never stands beside the optimizer of another step.
-            whole = {**contents.get("optimizer", {}), **contents["epoch"]}
-            averages = {kind: content for kind, content in contents.items() if "av_model_sd" in content}
-            latest = storage.join(folder, file_name("epoch", LATEST))
-            write_file(latest, {**whole, "averagers": averages})
-            path = path or latest
-        if keep and self.cfg.delete_previous_checkpoint:
-            previous = [epoch for epoch in numbered(folder) if epoch < progress.epoch]
-            if previous:
-                remove_checkpoint(folder, previous[-1])
-        return path
 
 
 # ---------------------------------------------------------------------------------------------- loading
