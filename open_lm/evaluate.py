@@ -29,6 +29,7 @@ from open_lm.losses import IGNORE_INDEX
 from open_lm.metrics import bootstrap_interval
 from open_lm.parallelize import without_training
 from open_lm.precision import get_autocast
+from open_lm.watchdog import beat
 
 NO_INTERVAL = (-1.0, -1.0)
 
@@ -143,6 +144,7 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
     waiting_since = start
     for number, (batch, _) in enumerate(on_device(((batch, None) for batch in loader), runtime.device)):
         data_s += time.perf_counter() - waiting_since
+        beat("validating")
         targets = batch.targets
         losses = token_losses(model, batch.inputs, targets, options.autocast, options.end_of_text_id)
         valid = targets != IGNORE_INDEX

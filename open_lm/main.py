@@ -66,12 +66,16 @@ def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tup
 def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime, stack: ExitStack) -> None:
     from open_lm.checkpoint import candidates
     from open_lm.control import RunControl
-    from open_lm.distributed import broadcast_object, on_master
+    from open_lm.distributed import agreed_name, broadcast_object, on_master, restart_count
     from open_lm.session import build_session, build_trainer, load_state
     from open_lm.training import TrainingRun
+    from open_lm.watchdog import Watchdog
 
     resolve_batch_sizes(args, runtime.world_size)
-    args.name = broadcast_object(runtime, args.name or default_name(args))
+    named = args.name is not None
+    args.name = broadcast_object(runtime, args.name) if named else agreed_name(runtime, lambda: default_name(args))
+    if restart_count() and args.resume is None and wants_training(DataConfig.from_object(args)):
+        args.resume = "latest"  # a launcher that starts the ranks anew means the same run
     config = Config.from_namespace(args)
     begin_log_file = _start_logging(args, config, runtime, stack)
     _check_and_tell(config, architecture, runtime)
@@ -85,6 +89,8 @@ def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtim
     args.resume = session.resume
     loggers, described = _open_run(args, architecture, session, stack)
     begin_log_file(paths)
+    # Entered last and so left first: a rank that fails says so before it waits for anything.
+    stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.stacks if paths.enabled else None))
     if trainer is None:
         _evaluate_only(session, loggers)
         return

@@ -14,6 +14,7 @@ from open_lm.evaluate import EvaluationOptions
 from open_lm.loggers import MetricLoggers
 from open_lm.session import Session, evaluation_options, restore_from, validate
 from open_lm.train import Agreed, Trainer, TrainingDiverged
+from open_lm.watchdog import pause
 
 _MOST_RETURNS = 5  # to one and the same checkpoint
 
@@ -53,10 +54,12 @@ class TrainingRun:
                 "--resume latest goes on from there"
             )
         except TrainingDiverged:
-            path = self.manager.save_failed(*self._snapshot(self.session.progress.epoch))
+            with pause("saving"):
+                path = self.manager.save_failed(*self._snapshot(self.session.progress.epoch))
             logging.error(f"Training exiting due to NaN value; the state is kept in {path}")
             raise
-        self.manager.finish()
+        with pause("saving"):
+            self.manager.finish()
 
     # ------------------------------------------------------------------------------------------ epochs
     def _run_epochs(self) -> None:
@@ -94,10 +97,11 @@ class TrainingRun:
         session.progress = progress
         session.epoch_start = trainer.step, trainer.samples_seen
         state.extra |= self._extra(progress)
-        self.manager.save_epoch(progress, state)
-        if failure is not None:
-            self.manager.finish()
-            raise failure
+        with pause("saving"):
+            self.manager.save_epoch(progress, state)
+            if failure is not None:
+                self.manager.finish()
+                raise failure
 
     def _evaluation_options(self) -> EvaluationOptions:
         return evaluation_options(self.session, self.trainer.samples_seen)
@@ -106,18 +110,23 @@ class TrainingRun:
     def _after_step(self, agreed: Agreed) -> None:
         self.manager.check()
         if agreed.stop:
-            self.manager.save_step(*self._snapshot(self.session.progress.epoch), wait=True)
+            self._save_step(wait=True)
             raise _Stopped
         if agreed.rollback:
             self._go_back()
             return
         at_the_end = self.trainer.step >= self.session.end_step(self.session.progress.epoch + 1)
         if not at_the_end and self.manager.due(self.trainer.step, agreed.save):
-            self.manager.save_step(*self._snapshot(self.session.progress.epoch))
+            self._save_step()
+
+    def _save_step(self, wait: bool = False) -> None:
+        with pause("saving"):  # which may have to wait for the save before
+            self.manager.save_step(*self._snapshot(self.session.progress.epoch), wait=wait)
 
     def _go_back(self) -> None:
         """Load the newest checkpoint of this run, and go on from it behind the data seen since."""
-        self.manager.finish()
+        with pause("saving"):
+            self.manager.finish()
         trainer, step, data_state = self.trainer, self.trainer.step, self.trainer.data_state
         found = self.manager.newest()
         if found is None:
@@ -129,7 +138,8 @@ class TrainingRun:
                 f"the loss has spiked {_MOST_RETURNS + 1} times after the checkpoint of step {found.step}; continue "
                 "from it with a lower --lr or --grad-clip-norm, and check the data"
             )
-        restore_from(self.session, trainer, found)
+        with pause("loading"):
+            restore_from(self.session, trainer, found)
         assert data_state is not None
         trainer.loader.rewind(data_state)
         trainer.data_state = data_state
