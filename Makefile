@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 EVAL_VENV ?= .venv-eval
+BENCH_VENV ?= .venv-bench
 JOBS ?= 2
 UV_VERSION := 0.13.9
 UV := $(VENV)/bin/uv
@@ -16,7 +17,7 @@ export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-eval quickstart test lint check-types layers unit lock clean
+.PHONY: help install install-eval install-bench quickstart test lint check-types layers unit lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -45,6 +46,13 @@ $(EVAL_VENV)/.installed: $(UV) requirements/eval.txt setup.py
 	$(UV) pip install --quiet --python $(EVAL_VENV)/bin/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
+install-bench: $(BENCH_VENV)/.installed  ## make .venv-bench with the libraries that scripts/bench_loader.py measures beside ours
+
+$(BENCH_VENV)/.installed: $(UV) requirements/bench.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(UV) pip install --quiet --python $(BENCH_VENV)/bin/python -r requirements/bench.txt
+	@touch $@
+
 quickstart: install  ## the main job, offline, in minutes: text -> shards -> trained and evaluated model
 	$(VENV)/bin/python scripts/quickstart.py
 
@@ -70,8 +78,10 @@ lock: install  ## pin requirements/*.txt anew from requirements/*.in
 			-c requirements/known_good.in requirements/core.in requirements/$$name.in \
 			| grep -vE '^(nvidia-|cuda-|triton)' > requirements/$$name.txt.new && mv requirements/$$name.txt.new requirements/$$name.txt || exit 1; \
 	done
-	$(UV) pip compile --quiet --universal --python-version 3.10 --custom-compile-command "make lock" \
-		requirements/eval.in -o requirements/eval.txt
+	for name in eval bench; do \
+		$(UV) pip compile --quiet --universal --python-version 3.10 --custom-compile-command "make lock" \
+			requirements/$$name.in -o requirements/$$name.txt || exit 1; \
+	done
 
 clean:  ## remove environments, caches and the quickstart's files
-	rm -rf $(VENV) $(EVAL_VENV) build dist *.egg-info quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EVAL_VENV) $(BENCH_VENV) build dist *.egg-info quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
