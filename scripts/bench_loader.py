@@ -6,8 +6,8 @@
 The tokens are the corpus in OPEN_LM_SHARED (or ../shared) where that is there, else random. Ours is the loader that
 training uses, with its worker processes, up to the rows that `on_device` takes; the others: bench_loader_peers.py.
 Every measurement is a process of its own, warmed up before it counts; rounds alternate, so that what else the machine
-does falls on all. Files are in the page cache. Shown is the median with the least and the greatest, for each worker process.
-S3: one pass over shards never read before, beside reading the same objects whole, one after the other.
+does falls on all. Files are in the page cache. Shown is the median with the least and the greatest, for each worker
+process. S3: one pass over shards never read before, beside reading the same objects whole, one after the other.
 """
 
 from __future__ import annotations
