@@ -124,6 +124,16 @@ def test_without_a_limit_only_what_is_in_use_stays(tmp_path: Path) -> None:
     assert used_bytes(tmp_path) == BLOCK
 
 
+def test_files_of_others_in_the_folder_are_let_alone(tmp_path: Path) -> None:
+    for name in ("00000.tar", "train-000001.part", "notes.txt"):
+        (tmp_path / name).write_bytes(bytes(9 * BLOCK))
+    for blocks in (2, None):
+        cache = cache_of(tmp_path, blocks)
+        assert use(cache, "a") and use(cache, "b") and use(cache, "c")
+        cache.trim()
+        assert {"00000.tar", "train-000001.part", "notes.txt"} <= set(os.listdir(tmp_path))
+
+
 def test_a_damaged_file_is_discarded_and_fetched_anew(tmp_path: Path) -> None:
     cache, log = cache_of(tmp_path, 3), list[bytes]()
     held = hold(cache, "a", log=log)

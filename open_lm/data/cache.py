@@ -17,11 +17,13 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
 _PART, _WHOLE = ".part", ".tar"
+_OWN_NAME = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{64}\.tar|\.part)")  # whatever else lies there is let alone
 _STEP_BYTES = 64 << 20  # room that is promised at a time to a file of unknown length
 _BLOCK_BYTES = 4096  # a file takes whole blocks of the disk
 _WAIT_S = 0.05
@@ -116,7 +118,7 @@ class Cache:
 
     def _entries(self) -> list[os.DirEntry[str]]:
         with os.scandir(self.folder) as entries:
-            return [entry for entry in entries if entry.name.endswith((_PART, _WHOLE))]
+            return [entry for entry in entries if _OWN_NAME.fullmatch(entry.name)]
 
     # --- one file ----------------------------------------------------------------------------------------------------
     def _find(self, key: str) -> Held | None:
