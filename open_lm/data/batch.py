@@ -7,6 +7,8 @@ webdataset composes the stages and splits them among workers. Its tar iteration 
 read a shard from front to back, which neither gives a place in the order that a few integers can name nor lets a worker
 take only its own samples, and they take a Python object for each member, where rows are gathered here from the mapped
 file at once. Nor have its handlers, which go on without the sample: here a row that cannot be used stays a row.
+torchdata's StatefulDataLoader keeps a state for each worker, which as many workers have to take back; the position in
+the plan that comes with each batch fits any number of them, and costs nothing beside.
 """
 
 from __future__ import annotations
