@@ -165,7 +165,8 @@ class Trainer:
 
     `step` counts steps, skipped ones too; `data_state` is the loader's position after the last of them. `samples_seen`
     and `samples_per_source` count the sequences that held data, also where some of their targets are masked and where
-    the step was skipped; filler rows are not among them but in `samples_skipped`. A sequence is `seq_len` tokens. All
+    the step was skipped; filler rows are not among them but in `samples_skipped`. A sequence is `seq_len` tokens. After a
+    skipped step averaged models take the unchanged weights in once more. All
     counts stand as of the last reading of the device, which a log line and `state` are.
 
     log_every: steps between readings. average_loss_every: steps between losses of the averaged models, 0 for none.

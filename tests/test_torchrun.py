@@ -54,10 +54,10 @@ def test_a_rank_s_own_message_is_not_buried(tmp_path: Path, code: int, traceback
 def test_signals_to_stop_reach_the_workers_and_end_well(tmp_path: Path, number: signal.Signals, code: int) -> None:
     script = tmp_path / "train.py"
     script.write_text(
-        "import signal, sys\n"
+        "import os, signal, sys\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])\n"
-        "print('ready', flush=True)\n"
-        "print(signal.sigwait([signal.SIGTERM, signal.SIGUSR1]).name, flush=True)\n"
+        "os.write(1, b'ready\\n')\n"
+        "os.write(1, signal.sigwait([signal.SIGTERM, signal.SIGUSR1]).name.encode() + b'\\n')\n"
         f"sys.exit({code})\n"
     )
     command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2"]

@@ -26,12 +26,13 @@ from open_lm.metrics import (
     device_peak_flops,
     model_flops_per_token,
     peak_memory_bytes,
+    short_labels,
 )
 from open_lm.model import Params, Transformer
 from open_lm.optim import build_optimizer
 from open_lm.precision import get_autocast
 from open_lm.scheduler import const_lr
-from open_lm.train import StepOptions, Trainer, TrainingDiverged, train_step
+from open_lm.train import Agreed, StepOptions, Trainer, TrainingDiverged, train_step
 
 OPTIONS = StepOptions(Runtime(), get_autocast("fp32"))
 
@@ -189,6 +190,111 @@ def test_a_diverged_epoch_says_where_and_keeps_its_count() -> None:
     with pytest.raises(TrainingDiverged, match=r"training diverged at step 2 \(learning rate 0.01\): loss nan"):
         trainer.run_epoch(0, 5, first_step=0)
     assert (trainer.step, trainer.samples_seen) == (3, 12)
+
+
+TIMES = re.compile("time|second|memory|mfu")
+
+
+def saved(trainer: Trainer) -> dict[str, Any]:
+    """A copy of all that the trainer goes on from."""
+    parts = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+    place = {"step": trainer.step, "data_state": trainer.data_state, "trainer": trainer.state()}
+    return {**copy.deepcopy(parts), **json.loads(json.dumps(place))}
+
+
+def go_to(trainer: Trainer, found: dict[str, Any]) -> None:
+    trainer.model.load_state_dict(found["model"])
+    trainer.optimizer.load_state_dict(copy.deepcopy(found["optimizer"]))
+    trainer.step, trainer.data_state = found["step"], found["data_state"]
+    trainer.loader.rewind(found["data_state"])
+    trainer.restore(found["trainer"])
+
+
+def without_times(reports: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+    return [(step, {name: v for name, v in values.items() if not TIMES.search(name)}) for step, values in reports]
+
+
+def test_going_on_inside_an_epoch_logs_what_an_unbroken_run_logs() -> None:
+    unbroken: list[tuple[int, dict[str, Any]]] = []
+    broken: list[tuple[int, dict[str, Any]]] = []
+    found = {}
+    first = build_trainer(unbroken, average_loss_every=2)
+    first.averagers = ModelAverager(first.model, "none")
+
+    def after_step(agreed: Agreed) -> None:
+        assert agreed == Agreed(stop=False, save=False, rollback=False)
+        found[first.step] = saved(first)
+
+    first.after_step = after_step
+    first.run_epoch(0, 8)
+    for step, state in found.items():
+        second = build_trainer(broken, average_loss_every=2)
+        second.averagers = ModelAverager(second.model, "none")
+        go_to(second, state)
+        second.run_epoch(0, 8, first_step=0)
+        assert without_times(broken) == [entry for entry in without_times(unbroken) if entry[0] > step]
+        assert_equal(second.model.state_dict(), first.model.state_dict())
+        assert second.state() == first.state()
+        broken.clear()
+
+
+def test_skipped_steps_are_counted_logged_and_left_out_of_the_mean() -> None:
+    reports: list[tuple[int, dict[str, Any]]] = []
+    plain: list[tuple[int, dict[str, Any]]] = []
+    build_trainer(plain, log_every=1).run_epoch(0, 2)
+    trainer = build_trainer(reports)
+    good: dict[str, torch.Tensor] = {}
+
+    def after_step(_agreed: Agreed) -> None:
+        weight = trainer.model.get_parameter("output.weight")
+        with torch.no_grad():
+            if trainer.step == 2:
+                good["weight"] = weight.clone()
+                weight.fill_(math.inf)
+            elif trainer.step == 3:
+                assert weight.isinf().all(), "nothing was added to it"
+                weight.copy_(good["weight"])
+
+    trainer.after_step = after_step
+    trainer.run_epoch(0, 4)
+    assert [values["train/skipped_steps"] for _, values in reports] == [0, 1]
+    assert trainer.samples_seen == 16 and reports[-1][1]["train/tokens/synthetic_data"] == 16 * trainer_worker.SEQ_LEN
+    window = trainer.state()["guard"]["recent"][-4:]
+    assert window == [0, 0, 1, 0]
+    assert plain[1][1]["train/loss"] * 0.5 < reports[1][1]["train/loss"] < plain[0][1]["train/loss"] * 1.5
+
+
+def test_a_spike_goes_back_and_on_behind_the_data_that_led_to_it() -> None:
+    trainer = build_trainer([], faults=FaultConfig(rollback_loss_spikes=6.0), total_steps=60)
+    kept: list[dict[str, Any]] = []
+    steps = []
+
+    def after_step(agreed: Agreed) -> None:
+        steps.append(trainer.step)
+        if trainer.step == 38 and not kept:
+            kept.append(saved(trainer))
+        if trainer.step == 40 and len(kept) == 1:
+            with torch.no_grad():
+                trainer.model.get_parameter("output.weight").mul_(100)  # the next loss is a spike
+        if agreed.rollback:
+            behind = trainer.data_state
+            assert behind is not None
+            go_to(trainer, kept[0])
+            trainer.loader.rewind(behind)
+            trainer.data_state = behind
+            kept.append({})
+
+    trainer.after_step = after_step
+    trainer.run_epoch(0, 44)
+    assert steps == [*range(1, 42), *range(39, 45)]
+    assert (len(kept), trainer.step) == (2, 44)
+
+
+def test_labels_of_sources_are_short_and_differ() -> None:
+    names = ["s3://bucket/sets/wiki/manifest.jsonl", "/data/books/shard-{000..010}.tar", "a/x.tar", "a/y.tar"]
+    names += ["/other/wiki/manifest.jsonl", "synthetic data", "wiki"]
+    expected = ["wiki", "books", "x", "y", "other-wiki", "synthetic_data", "wiki-2"]
+    assert list(short_labels(names).values()) == expected
 
 
 # ------------------------------------------------------------------------------------------------ metrics

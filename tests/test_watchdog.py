@@ -42,9 +42,12 @@ def test_a_hanging_rank_is_found_by_all(tmp_path: Path) -> None:
     ("then", "code"),
     [
         ("threading.Event().wait()", HUNG),
-        ("with watchdog.pause('compiling'): threading.Event().wait(1.5)", 0),
-        ("for _ in range(8): watchdog.beat('validating'); threading.Event().wait(0.2)", 0),
-        ("watchdog.beat('first step', allow_s=60); threading.Event().wait(1.5)", 0),
+        (
+            "with watchdog.pause('compiling'): threading.Event().wait(1)\n"
+            "    for _ in range(8): watchdog.beat('validating'); threading.Event().wait(0.1)\n"
+            "    watchdog.beat('first step', allow_s=60); threading.Event().wait(1)",
+            0,
+        ),
     ],
 )
 def test_a_single_process_is_watched_too(tmp_path: Path, then: str, code: int) -> None:
