@@ -165,9 +165,9 @@ class Trainer:
 
     `step` counts steps, skipped ones too; `data_state` is the loader's position after the last of them. `samples_seen`
     and `samples_per_source` count the sequences that held data, also where some of their targets are masked and where
-    the step was skipped; filler rows are not among them but in `samples_skipped`. A sequence is `seq_len` tokens. After a
-    skipped step averaged models take the unchanged weights in once more. All
-    counts stand as of the last reading of the device, which a log line and `state` are.
+    the step was skipped; filler rows are not among them but in `samples_skipped`. A sequence is `seq_len` tokens. All
+    counts stand as of the last reading of the device, which a log line and `state` are. After a skipped step averaged
+    models take the unchanged weights in once more.
 
     log_every: steps between readings. average_loss_every: steps between losses of the averaged models, 0 for none.
     flops_per_token and peak_flops (of one device) give the MFU; None leaves it out. after_step: called after each step
