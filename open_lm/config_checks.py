@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from open_lm.config import ArchitectureConfig, Config, DataConfig, OptimConfig, ParallelConfig, ValidationConfig
+from open_lm.storage import parse_bytes
 
 SCHEDULES = ("cosine", "const", "const-cooldown")
 OPTIMIZERS = ("adamw",)
@@ -160,6 +161,10 @@ def _data_problems(data: DataConfig, stated: Set[str]) -> list[str]:
             f"--batch-size {data.batch_size} counts per device, --global-batch-size {data.global_batch_size} over all: "
             "give one of them"
         )
+    try:
+        parse_bytes(data.cache_limit)
+    except ValueError as error:
+        problems.append(f"--cache-limit: {error}")
     sources = len(data.dataset_manifest or data.train_data or [])
     weights = data.train_data_mix_weights
     if weights is not None and len(weights) != sources:
@@ -225,6 +230,8 @@ def _model_problems(config: Config) -> list[str]:
         problems.append(f"--attn-name custom_attn needs {flags}")
     if model.hf_model and not model.hf_seq_len:
         problems.append(f"--hf-model {model.hf_model} needs --hf-seq-len, the length of its training sequences")
+    if model.hf_model and config.data.document_mask:
+        problems.append("--document-mask needs a model of this package; those of --hf-model see whole sequences")
     if model.hf_model and config.parallel.fsdp and not model.hf_fsdp_block:
         problems.append("--hf-model with --fsdp needs --hf-fsdp-block, the class name of the model's layers")
     return problems

@@ -229,10 +229,11 @@ def _open_run(
         on_master(write)
     remote = remote_folder(cfg, paths.name)
     if remote is not None:
-        sync = RemoteSync(paths.root, remote, cfg.remote_sync_frequency)
-        on_master(sync.start)
-        if runtime.is_master:
-            stack.push(sync)
+        for folder in paths.local_roots():
+            sync = RemoteSync(folder, remote, cfg.remote_sync_frequency)
+            on_master(sync.start)
+            if runtime.is_master:
+                stack.push(sync)
     step = session.progress.step or 0
     loggers = build_loggers(cfg, paths, params, step, runtime.is_master)
     stack.callback(loggers.close)

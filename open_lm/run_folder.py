@@ -99,6 +99,11 @@ class RunPaths:
         """Lines are added to it, so that it is always local."""
         return storage.join(self.root, "checkpoints", "results.jsonl")
 
+    def local_roots(self) -> list[str]:
+        """The local folders that together are the run: one, and --checkpoint-dir's where that is another local one."""
+        roots = [self.root, self._checkpoint_root]
+        return [root for root in dict.fromkeys(roots) if not storage.is_remote(root)]
+
     def prepare(self, resume: str | None) -> None:
         """Make the run's folders; ConfigError where the run exists and is not continued with `--resume latest`."""
         if not self.enabled:

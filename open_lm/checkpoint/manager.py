@@ -24,8 +24,6 @@ from open_lm.distributed import on_all, on_master
 from open_lm.errors import StorageError
 from open_lm.run_folder import RunPaths
 
-_PROBE = "probe.tmp"
-
 
 class CheckpointManager:
     """`epochs`: of the whole run, whose last one is always kept."""
@@ -167,4 +165,4 @@ class CheckpointManager:
 
     @property
     def _probe(self) -> str:
-        return storage.join(self.paths.checkpoints, _PROBE)
+        return storage.temporary_name(storage.join(self.paths.checkpoints, "probe"), "all-ranks")
