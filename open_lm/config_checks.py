@@ -23,6 +23,8 @@ def contradictions(config: Config, stated: Set[str] = frozenset()) -> list[str]:
         *_parallel_problems(config.parallel),
         *_model_problems(config),
         *_checkpoint_problems(config),
+        *_fault_problems(config),
+        *_logging_problems(config),
         *_range_problems(config),
     ]
 
@@ -238,29 +240,34 @@ def _model_problems(config: Config) -> list[str]:
 
 
 def _checkpoint_problems(config: Config) -> list[str]:
-    checkpoint, logging, problems = config.checkpoint, config.logging, []
+    checkpoint, problems = config.checkpoint, []
     coefficients = checkpoint.average_coefficients
     if coefficients is not None and len(coefficients) != len(checkpoint.average or []):
         problems.append(
             f"--average-coefficients has {len(coefficients)} values for {len(checkpoint.average or [])} of --average"
         )
-    sharded_only = [
-        name
-        for name in ("save_every_n_steps", "save_every_minutes", "save_milestone_every")
-        if getattr(checkpoint, name)
-    ]
-    if checkpoint.checkpoint_format == "interchange" and sharded_only:
-        flags = ", ".join("--" + name.replace("_", "-") for name in sharded_only)
-        problems.append(f"--checkpoint-format interchange writes at the ends of epochs only: leave out {flags}")
-    faults = config.faults
-    if faults.skip_loss_spikes is not None and faults.rollback_loss_spikes is not None:
-        problems.append("--skip-loss-spikes and --rollback-loss-spikes exclude each other: give one of them")
-    if checkpoint.checkpoint_format == "interchange" and faults.rollback_loss_spikes is not None:
-        problems.append("--rollback-loss-spikes goes back to a sharded checkpoint: leave out --checkpoint-format")
     if checkpoint.load_pretrained_state and not checkpoint.pretrained:
         problems.append("--load-pretrained-state needs --pretrained, whose optimizer state it loads")
     if checkpoint.average and checkpoint.pretrained:
         problems.append("--average and --pretrained both say which weights to start from: give one of them")
+    if checkpoint.checkpoint_format == "interchange" and checkpoint.save_milestone_every:
+        problems.append("--save-milestone-every keeps sharded checkpoints: leave out --checkpoint-format interchange")
+    return problems
+
+
+def _fault_problems(config: Config) -> list[str]:
+    faults, problems = config.faults, []
+    if faults.skip_loss_spikes is not None and faults.rollback_loss_spikes is not None:
+        problems.append("--skip-loss-spikes and --rollback-loss-spikes exclude each other: give one of them")
+    if config.checkpoint.checkpoint_format == "interchange" and faults.rollback_loss_spikes is not None:
+        problems.append(
+            "--rollback-loss-spikes goes back to a sharded checkpoint: leave out --checkpoint-format interchange"
+        )
+    return problems
+
+
+def _logging_problems(config: Config) -> list[str]:
+    checkpoint, logging, problems = config.checkpoint, config.logging, []
     unknown = [name for name in logging.report_to.replace(",", " ").split() if name not in REPORTERS]
     if unknown:
         problems.append(
