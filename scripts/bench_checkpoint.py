@@ -34,14 +34,17 @@ from open_lm.config import ModelConfig
 from open_lm.distributed import gather_objects
 from open_lm.model import create_model
 
+_QUIET_STEPS = 300
+
 
 @dataclass
 class Timing:
-    """One rank's view of one save: the step's pause, the time until all was written, the median step meanwhile."""
+    """One rank's view of one save: the step's pause, the time until all was written, and how many times as long the
+    median step was meanwhile as just before."""
 
     pause_s: float
     total_s: float
-    step_s: float | None = None
+    slower: float | None = None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -118,12 +121,13 @@ def save_torch(state: TrainingState, folder: str) -> Timing:
 
 
 def save_torch_async(state: TrainingState, group: dist.ProcessGroup, folder: str) -> Timing:
+    quiet_s = steps(lambda: True, least=_QUIET_STEPS)
     started = time.perf_counter()
     future: Any = dcp.async_save(torch_state(state), storage_writer=dcp.FileSystemWriter(folder), process_group=group)
     pause = time.perf_counter() - started
     step_s = steps(future.done)
     future.result()
-    return Timing(pause, time.perf_counter() - started, step_s)
+    return Timing(pause, time.perf_counter() - started, step_s / quiet_s)
 
 
 def save_ours(state: TrainingState, writer: ShardedWriter, folder: str) -> Timing:
@@ -133,12 +137,13 @@ def save_ours(state: TrainingState, writer: ShardedWriter, folder: str) -> Timin
 
 
 def save_ours_async(state: TrainingState, writer: ShardedWriter, folder: str) -> Timing:
+    quiet_s = steps(lambda: True, least=_QUIET_STEPS)
     started = time.perf_counter()
     writer.save(state, folder, 1)
     pause = time.perf_counter() - started
     step_s = steps(lambda: not writer.busy)
     writer.wait()
-    return Timing(pause, time.perf_counter() - started, step_s)
+    return Timing(pause, time.perf_counter() - started, step_s / quiet_s)
 
 
 def synchronous(started: float) -> Timing:
@@ -154,7 +159,7 @@ def measure(rank: int, args: argparse.Namespace, folder: str, port: int) -> None
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=args.ranks)
     group, writer = dist.new_group(backend="gloo"), ShardedWriter()
     state = make_state(args.model)
-    size, quiet_s = num_bytes(state.model), steps(lambda: True, least=100)
+    size = num_bytes(state.model)
     say = print if rank == 0 else lambda *_: None
     say(f"{args.model}: {size / 1e9:.2f} GB of weights and moments on {args.ranks} rank(s), torch {torch.__version__}")
     ways: dict[str, Callable[[str], Timing]] = {}
@@ -171,8 +176,8 @@ def measure(rank: int, args: argparse.Namespace, folder: str, port: int) -> None
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             dist.barrier()
             timing = save(target)
-            peaks = gather_objects(memory_gb("VmHWM") - before)
-            say(described(f"{name}, save {number + 1}", timing, size, quiet_s, peaks))
+            peaks = gather_objects(max(0.0, memory_gb("VmHWM") - before))
+            say(described(f"{name}, save {number + 1}", timing, size, peaks))
             if name.startswith("ours") and number == args.rounds - 1:
                 started = time.perf_counter()
                 load(state, target)
@@ -184,10 +189,10 @@ def measure(rank: int, args: argparse.Namespace, folder: str, port: int) -> None
     dist.destroy_process_group()
 
 
-def described(name: str, timing: Timing, size: int, quiet_s: float, peaks: list[float]) -> str:
+def described(name: str, timing: Timing, size: int, peaks: list[float]) -> str:
     if not peaks:
         return ""  # not rank 0
-    step = "" if timing.step_s is None else f", steps {timing.step_s / quiet_s:.2f} times as long"
+    step = "" if timing.slower is None else f", steps {timing.slower:.2f} times as long"
     return (
         f"{name:34} pause {timing.pause_s:7.3f} s, written after {timing.total_s:7.2f} s "
         f"({size / timing.total_s / 1e6:5.0f} MB/s), peak +{max(peaks):.2f} GB{step}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -287,6 +288,7 @@ def test_an_averager_that_the_checkpoint_lacks_starts_from_the_loaded_weights(
     assert "no averager ema_0.5" in caplog.text and averagers is not None
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torchs_own_save_and_load_use_the_store(tmp_path: Path) -> None:
     from torch.distributed import checkpoint as dcp
 
@@ -308,6 +310,17 @@ def test_names_of_folders() -> None:
     assert folder_step("s3://bucket/run/checkpoints/step_0000123/") == 123
     assert folder_step("a/step_12345678") == 12345678
     assert folder_step("a/step_0000123.incomplete") is None and folder_step("a/epoch_1.pt") is None
+
+
+def test_the_benchmark_shows_every_way() -> None:
+    script = Path(__file__).parents[1] / "scripts" / "bench_checkpoint.py"
+    command = [sys.executable, str(script), "--model", "open_lm_test_tiny", "--rounds", "1"]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    ways = ("torch.save", "torch dcp.save", "torch dcp.async_save", "ours, synchronous", "ours, in the background")
+    for way in ways:
+        assert re.search(rf"^{way}.* pause .* s, written after .* MB/s.*, peak ", result.stdout, re.MULTILINE), way
+    assert result.stdout.count("and loaded") == 2
 
 
 # ---------------------------------------------------------------------------------------------- in the background
@@ -416,9 +429,9 @@ def test_killed_at_every_moment_of_a_save(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- S3
-def test_s3_directly_and_again_over_an_older_one(s3_bucket: str) -> None:
+def test_s3_directly_and_again_over_an_older_one(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, state = f"s3://{s3_bucket}/run/{folder_name(3)}", trained()
-    storage.write_bytes(f"{folder}/rank_00005_000.bin", b"of more ranks, killed")
+    storage.write_bytes(f"{folder}/12345678_rank_00005_000.bin", b"of more ranks, killed")
     for _ in range(2):
         train(state, range(3, 4))
         save(state, folder)
@@ -426,7 +439,15 @@ def test_s3_directly_and_again_over_an_older_one(s3_bucket: str) -> None:
         load(found, folder)
         assert_equal(whole_state(found), whole_state(state))
         assert incompleteness(folder) is None
-    assert [url.rpartition("/")[2] for url in storage.list_files(folder)] == ["checkpoint.json", "rank_00000_000.bin"]
+    files = storage.list_files(folder)
+    assert sorted(url.rpartition("/")[2][-18:] for url in files) == ["checkpoint.json", "rank_00000_000.bin"]
+    with monkeypatch.context() as patch:  # one of the same step that does not come to its end
+        patch.setattr(tensor_store.TensorWriter, "finish", lambda *_: storage.read_bytes(f"{folder}/gone"))
+        train(state, range(5, 6))
+        with pytest.raises(StorageError, match="gone"):
+            save(state, folder)
+    assert storage.list_files(folder) == files
+    load(build("alone", 2), folder)
     storage.remove(f"{folder}/checkpoint.json")
     assert "no complete checkpoint" in str(incompleteness(folder))
     with pytest.raises(StorageError, match=r"s3://no-such-bucket-here/a.*create it or correct the name"):

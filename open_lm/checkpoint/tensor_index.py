@@ -6,7 +6,9 @@ A checkpoint is a folder:
     checkpoint.json        what is where, with a checksum of each chunk and of itself; written last: where it is, the
                            checkpoint is complete
 
-On local disks the folder is written as `….incomplete` and renamed when it is whole.
+On local disks the folder is written as `….incomplete` and renamed when it is whole. On remote stores the files' names
+begin with something new for each save, so that a checkpoint of the same step is replaced by the one act of writing
+checkpoint.json.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,8 @@ class TensorWriter(StorageWriter):
         # What a remote store holds is incomplete as long as checkpoint.json is not there.
         self._target = self.folder if storage.is_remote(folder) else storage.local_path(self.folder) + INCOMPLETE_SUFFIX
         self._step, self._extra, self._names = step, extra, names or {}
+        # There new files lie beside those of an earlier checkpoint of the same step until the index names the new ones.
+        self._prefix = f"{uuid.uuid4().hex[:8]}_" if storage.is_remote(folder) else ""
         self.finished = False
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -75,29 +78,33 @@ class TensorWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Clear away what earlier tries left behind, and tell each rank its number."""
+        """Clear away what earlier tries left behind, and tell each rank how its files are called."""
         self.abandon()
-        if not storage.is_remote(self._target):
+        if not self._prefix:
             _remove_leftovers(os.path.dirname(os.path.abspath(self._target)))
         storage.makedirs(self._target)
-        return [SavePlan(plan.items, rank, plan.planner_data) for rank, plan in enumerate(plans)]
+        names = (f"{self._prefix}rank_{rank:05d}" for rank in range(len(plans)))
+        return [SavePlan(plan.items, name, plan.planner_data) for plan, name in zip(plans, names, strict=True)]
 
     def abandon(self) -> None:
-        """Remove what was written, if it is not a complete checkpoint yet; checkpoint.json of a remote one first."""
+        """Remove what was written, if it is not a complete checkpoint yet."""
         if self.finished:
             return
-        if not storage.is_remote(self._target):
+        if self._prefix:
+            self._remove_remote(lambda name: name.startswith(self._prefix))
+        else:
             _remove_folder(self._target)
-            return
-        storage.remove(storage.join(self._target, INDEX_NAME))
+
+    def _remove_remote(self, unwanted: Callable[[str], bool]) -> None:
         for url in storage.list_files(self._target):
-            storage.remove(url)
+            if unwanted(url.rpartition("/")[2]):
+                storage.remove(url)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items into files of up to 1 GiB, each whole or not at all."""
-        rank, results = plan.storage_data or 0, []
+        results = []
         for number, items in enumerate(_by_file(plan.items)):
-            name = f"rank_{rank:05d}_{number:03d}.bin"
+            name = f"{plan.storage_data}_{number:03d}.bin"
             with storage.atomic_write(storage.join(self._target, name)) as file:
                 position = 0
                 for item in items:
@@ -128,9 +135,11 @@ class TensorWriter(StorageWriter):
         aliases = {name: first for name, first in names.items() if name != first}
         index = Index(self._step, files, tensors, aliases, self._extra)
         storage.write_bytes(storage.join(self._target, INDEX_NAME), index.to_bytes())
-        if self._target != self.folder:
+        if not self._prefix:
             _publish(self._target, storage.local_path(self.folder))
         self.finished = True
+        if self._prefix:
+            self._remove_remote(lambda name: name not in (INDEX_NAME, *files))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
