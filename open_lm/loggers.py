@@ -92,6 +92,7 @@ class MetricLogger(Protocol):
     """One place that numbers go to."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None: ...
+    def go_back(self, step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -104,19 +105,10 @@ class JsonLinesLogger:
 
     def __init__(self, path: str, start_step: int = 0) -> None:
         self._path = path
-        self._drop_after(start_step)
+        self.go_back(start_step)
 
-    def _drop_after(self, step: int) -> None:
-        if not os.path.exists(self._path):
-            return
-        kept, dropped = [], 0
-        for line in storage.read_bytes(self._path).decode("utf-8", errors="replace").splitlines(keepends=True):
-            if line.endswith("\n") and _step_of(line) <= step:
-                kept.append(line)
-            else:
-                dropped += 1
-        if dropped:
-            storage.write_text(self._path, "".join(kept))
+    def go_back(self, step: int) -> None:
+        keep_lines(self._path, lambda line: isinstance(line["step"], int) and line["step"] <= step)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         numbers = {key: _json_value(value) for key, value in values.items()}
@@ -146,12 +138,21 @@ def append_line(path: str, line: str) -> None:
         raise StorageError(f"{path}: only {written} of {len(data)} bytes could be appended; is the disk full?")
 
 
-def _step_of(line: str) -> float:
+def keep_lines(path: str, is_kept: Callable[[Any], bool]) -> None:
+    """Drop the lines of a file of JSON lines that are not kept, half-written ones, and those of another shape."""
+    if not os.path.exists(path):
+        return
+    lines = storage.read_bytes(path).decode("utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and _fits(line, is_kept)]
+    if len(kept) < len(lines):
+        storage.write_text(path, "".join(kept))
+
+
+def _fits(line: str, is_kept: Callable[[Any], bool]) -> bool:
     try:
-        step = json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-    return step if isinstance(step, int) else math.inf
+        return is_kept(json.loads(line))
+    except (ValueError, KeyError, IndexError, TypeError):
+        return False
 
 
 def _json_value(value: Any) -> Any:
@@ -177,7 +178,12 @@ class TensorBoardLogger:
                 "install it with `pip install tensorboard`, or leave it out of --report-to"
             ) from error
         continued = os.path.isdir(folder) and bool(os.listdir(folder))
+        self._folder, self._open = folder, SummaryWriter
         self._writer = SummaryWriter(folder, purge_step=start_step + 1 if continued else None)
+
+    def go_back(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(self._folder, purge_step=step + 1)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         for key, value in _numbers(values).items():
@@ -230,6 +236,9 @@ class WandbLogger:
     def log(self, values: Mapping[str, Any], step: int) -> None:
         self._run.log({**_numbers(values), "step": step})
 
+    def go_back(self, step: int) -> None:
+        """Nothing can be taken back there: later values of a step stand beside the earlier ones."""
+
     def close(self) -> None:
         self._run.finish()
         if self._alone:
@@ -268,6 +277,11 @@ class MetricLoggers:
         """Record `values` (numbers or 0-dimensional tensors, by names such as "train/loss") at an optimizer step."""
         for logger in self._loggers:
             logger.log(values, step)
+
+    def go_back(self, step: int) -> None:
+        """Forget what was recorded of later steps: the run goes on from there."""
+        for logger in self._loggers:
+            logger.go_back(step)
 
     def close(self) -> None:
         """Finish all of them; the first failure is raised after every one was tried."""

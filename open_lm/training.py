@@ -9,9 +9,10 @@ from typing import Any
 
 from open_lm.checkpoint import CheckpointManager, Progress
 from open_lm.checkpoint.sharded import TrainingState
+from open_lm.distributed import on_master
 from open_lm.errors import UserError
 from open_lm.evaluate import EvaluationOptions
-from open_lm.loggers import MetricLoggers
+from open_lm.loggers import MetricLoggers, keep_lines
 from open_lm.session import Session, evaluation_options, restore_from, validate
 from open_lm.train import Agreed, Trainer, TrainingDiverged
 from open_lm.watchdog import pause
@@ -44,6 +45,7 @@ class TrainingRun:
         written.
         """
         self.manager.start()
+        self._forget_later_results()
         self._log_plan()
         try:
             self._run_epochs()
@@ -140,9 +142,10 @@ class TrainingRun:
             )
         with pause("loading"):
             restore_from(self.session, trainer, found)
+        self.loggers.go_back(found.step)
         assert data_state is not None
         trainer.loader.rewind(data_state)
-        trainer.data_state = data_state
+        trainer.data_state = trainer.loader.state  # another object: the trainer takes batches anew
         logging.warning(
             f"the loss spiked at step {step}: back to the state of step {found.step}; the {step - found.step} batches "
             "between are passed over"
@@ -179,6 +182,12 @@ class TrainingRun:
             "global_batch_size": self.session.config.data.global_batch_size,
             "flags": dict(self.described),
         }
+
+    def _forget_later_results(self) -> None:
+        """Of validations that an earlier start has made after the state that this one goes on from: they come anew."""
+        paths, seen = self.session.paths, self.trainer.samples_seen * self.session.params.seq_len
+        if paths.enabled:
+            on_master(lambda: keep_lines(paths.results, lambda line: (line[0].get("train_tokens") or 0) <= seen))
 
     # ------------------------------------------------------------------------------------------ what is said
     def _log_plan(self) -> None:
