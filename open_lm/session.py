@@ -40,7 +40,7 @@ from open_lm.train import StepOptions, Trainer
 @dataclass
 class Session:
     """A run whose parts stand. `params` is the model's shape, `resume` the checkpoint that the run goes on from or
-    evaluates, `progress` what that says; `epoch_start` are the steps and sequences done when its epoch began."""
+    evaluates, `progress` what that says; `samples_before` are the sequences trained on before its epoch."""
 
     config: Config
     runtime: Runtime
@@ -52,7 +52,7 @@ class Session:
     averagers: ModelAverager | None
     resume: str | None = None
     progress: Progress = field(default_factory=lambda: Progress(step=0))
-    epoch_start: tuple[int, int] = (0, 0)
+    samples_before: int = 0
 
     def end_step(self, epoch: int) -> int:
         """Optimizer steps done after `epoch` epochs."""
@@ -217,8 +217,7 @@ def restore_from(session: Session, trainer: Trainer | None, candidate: Candidate
     batch = trainer.global_batch_size
     trainer.step = progress.step or 0
     trainer.samples_seen = trainer.step * batch if progress.samples_seen is None else progress.samples_seen
-    start_step, start_samples = extra.get("epoch_start", (trainer.step, trainer.samples_seen))
-    session.epoch_start = start_step, start_samples
+    session.samples_before = int(extra.get("samples_before", trainer.samples_seen))
     if extra:
         trainer.restore(extra["trainer"])
     if progress.data_state is not None:

@@ -71,7 +71,7 @@ class TrainingRun:
             logging.info(f"Start epoch {epoch}")
             logging.info(f"=> epoch {epoch}, training on {[source.name for source in trainer.loader.sources]}")
             end_step = session.end_step(epoch + 1)
-            trainer.run_epoch(epoch, end_step, session.epoch_start[0])
+            trainer.run_epoch(epoch, end_step, session.end_step(epoch))
             if trainer.step >= end_step:  # else it went back to an earlier epoch
                 self._end_epoch(epoch + 1)
 
@@ -97,7 +97,7 @@ class TrainingRun:
         }
         self.loggers.log(values, trainer.step)
         session.progress = progress
-        session.epoch_start = trainer.step, trainer.samples_seen
+        session.samples_before = trainer.samples_seen
         state.extra |= self._extra(progress)
         with pause("saving"):
             self.manager.save_epoch(progress, state)
@@ -155,15 +155,15 @@ class TrainingRun:
     def _snapshot(self, epoch: int) -> tuple[Progress, TrainingState]:
         """Where the run stands when `epoch` epochs are done, and its live state. Collective."""
         session, trainer = self.session, self.trainer
-        start_step, start_samples = session.epoch_start
-        expected = max(trainer.step - start_step, 1) * session.config.data.global_batch_size
+        steps = trainer.step - session.end_step(session.progress.epoch)
+        expected = max(steps, 1) * session.config.data.global_batch_size
         progress = Progress(
             epoch=epoch,
             step=trainer.step,
             samples_seen=trainer.samples_seen,
             seed=session.config.run.seed,
             is_final=trainer.step >= session.total_steps,
-            percentage_of_data_seen=(trainer.samples_seen - start_samples) / expected,
+            percentage_of_data_seen=(trainer.samples_seen - session.samples_before) / expected,
             train_data_string=[source.name for source in trainer.loader.sources],
             data_state=trainer.data_state,
         )
@@ -177,7 +177,7 @@ class TrainingRun:
         return {
             "name": self.session.paths.name,
             "progress": progress.to_json(),
-            "epoch_start": list(self.session.epoch_start),
+            "samples_before": self.session.samples_before,
             "world_size": self.session.runtime.world_size,
             "global_batch_size": self.session.config.data.global_batch_size,
             "flags": dict(self.described),

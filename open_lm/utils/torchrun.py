@@ -1,4 +1,4 @@
-"""torchrun for Pythons whose argparse takes the training script's own flags for torchrun's.
+"""torchrun that leaves the training script its flags, and its ranks the time to save when they are asked to stop.
 
 Before Python 3.12.3 `torchrun -m open_lm.main … --logs DIR` ends in "ambiguous option: --logs could match
 --logs-specs" (https://github.com/pytorch/pytorch/issues/120601). Here the command line is split at the script, so that
@@ -6,7 +6,7 @@ nothing behind it is torchrun's business:
 
     python -m open_lm.utils.torchrun --nproc-per-node 2 -m open_lm.main --logs logs …
 
-takes exactly torchrun's arguments. `make install` makes it the environment's torchrun where the Python needs it.
+takes exactly torchrun's arguments. `make install` makes it the environment's torchrun.
 
 It also hands on the signals with which a scheduler asks a run to stop, SIGTERM and SIGUSR1: the workers get them and
 all the time they take to save, and the exit code is 0 when theirs is. torchrun itself ends them after half a minute and
@@ -106,14 +106,11 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def replace_script(folder: Path) -> bool:
-    """Make this the `torchrun` of an environment's script folder, where its Python needs it; whether it does."""
-    if sys.version_info >= (3, 12, 3):
-        return False
+def replace_script(folder: Path) -> None:
+    """Make this the `torchrun` of an environment's script folder."""
     path = folder / "torchrun"
     path.write_text(_SCRIPT.format(python=sys.executable))
     path.chmod(0o755)
-    return True
 
 
 if __name__ == "__main__":
