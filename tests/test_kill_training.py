@@ -14,12 +14,9 @@ SCRIPT = Path(__file__).resolve().parents[1] / "scripts/kill_training.py"
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found in /proc")
-@pytest.mark.parametrize(
-    ("ways", "flags"),
-    [(("checkpoint", "rank", "signal"), ()), (("upload", "all"), ("--", "--fsdp", "--accum-freq", "2"))],
-)
-def test_a_killed_training_is_an_unbroken_one(ways: tuple[str, ...], flags: tuple[str, ...], tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--kills", str(len(ways)), "--ways", *ways, *flags]
+def test_a_killed_training_is_an_unbroken_one(tmp_path: Path) -> None:
+    ways = ("checkpoint", "upload", "rank")
+    command = [sys.executable, str(SCRIPT), "--kills", str(len(ways)), "--ways", *ways, "--", "--fsdp"]
     result = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False
     )
