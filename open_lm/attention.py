@@ -27,7 +27,9 @@ from open_lm.document_attention import (
     blocks_in,
     first_tokens,
     has_flex,
+    kept_apart,
     lengths_in,
+    one_by_one,
     positions_in,
     softmax_in_documents,
 )
@@ -49,10 +51,10 @@ def find_documents(document_ids: Tensor, attn_func: AttnFunc) -> Documents:
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
         bias = BlockDiagonalCausalMask.from_seqlens(list(lengths_in(first)), device=first.device)
-        return Documents(positions, bias=bias)
+        return Documents(positions, bias=bias, attend=kept_apart(_xformers_in_documents))
     if attn_func in (torch_attn, auto_attn):
         if not first.is_cuda:
-            return Documents(positions, lengths=lengths_in(first))
+            return one_by_one(first)
         if first.shape[1] > BLOCK_TOKENS and has_flex(first.device):
             return Documents(positions, blocks=blocks_in(first))
     return Documents(positions, allowed=allowed_in(first))
@@ -109,7 +111,8 @@ def xformers_attn(
     from xformers import ops
 
     if isinstance(attention_mask, Documents):
-        return _xformers_in_documents(queries, keys, values, attention_mask)
+        assert attention_mask.attend is not None
+        return attention_mask.attend(queries, keys, values, attention_mask)
     mask = None
     if attention_mask is None and is_causal and queries.shape[1] > 1:
         mask = ops.fmha.attn_bias.LowerTriangularFromBottomRightMask()
@@ -119,7 +122,6 @@ def xformers_attn(
     return out.contiguous()
 
 
-@torch.compiler.disable  # it would be compiled anew for every list of lengths
 def _xformers_in_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
     """As xformers_attn; the kernels take the whole batch as one row (1,B*T,H,K)."""
     from xformers import ops

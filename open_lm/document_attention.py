@@ -12,6 +12,8 @@ import importlib.util
 import logging
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +39,7 @@ class Documents:
         lengths: tokens of each document, row after row; they add up to B * T.
         blocks: which blocks of queries and keys share a document, for flex attention.
         bias: the lengths, as xformers' kernels take them (BlockDiagonalCausalMask).
+        attend: (queries, keys, values, documents) -> attention by lengths or bias, see `kept_apart`.
     """
 
     positions: Tensor
@@ -44,6 +47,21 @@ class Documents:
     lengths: tuple[int, ...] = ()
     blocks: BlockMask | None = None
     bias: Any = None
+    attend: Callable[..., Tensor] | None = None
+
+
+def kept_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, kept out of compilation: it would be compiled anew for every list of lengths.
+
+    The compiler takes seconds to import, so that nothing is done where nobody has loaded it.
+    """
+    return _not_compiled(function) if "torch._dynamo" in sys.modules else function
+
+
+@functools.cache  # one object, so that a compiled block finds what it has seen before
+def _not_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    apart: Callable[..., Tensor] = torch.compiler.disable(function)
+    return apart
 
 
 def first_tokens(document_ids: Tensor) -> Tensor:
@@ -69,6 +87,11 @@ def lengths_in(first: Tensor) -> tuple[int, ...]:
     """`Documents.lengths` of documents that begin at first (B,T) bool. Waits for the device."""
     starts = first.flatten().nonzero()[:, 0]
     return tuple(starts.diff(append=starts.new_tensor([first.numel()])).tolist())
+
+
+def one_by_one(first: Tensor) -> Documents:
+    """Documents that begin at first (B,T) bool, attended to one by one. Waits for the device."""
+    return Documents(positions_in(first), lengths=lengths_in(first), attend=kept_apart(_one_by_one))
 
 
 def blocks_in(first: Tensor) -> BlockMask:
@@ -113,14 +136,13 @@ def softmax_in_documents(queries: Tensor, keys: Tensor, values: Tensor, document
     """Softmax attention inside documents, by whichever form of them is there: four times (B,T,H,K) float."""
     if documents.blocks is not None:
         return _through_flex(queries, keys, values, documents.blocks)
-    if documents.allowed is None:
-        return _one_by_one(queries, keys, values, documents)
+    if documents.attend is not None:
+        return documents.attend(queries, keys, values, documents)
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.allowed)
     return out.transpose(1, 2).contiguous()
 
 
-@torch.compiler.disable  # it would be compiled anew for every list of lengths
 def _one_by_one(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
     """Each document by itself, which on a CPU is faster than a mask and than attention to the whole row."""
     pieces = (x.flatten(0, 1).transpose(0, 1)[None].split(documents.lengths, dim=2) for x in (queries, keys, values))

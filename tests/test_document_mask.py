@@ -22,14 +22,21 @@ from torch.nn.attention.flex_attention import create_block_mask
 from open_lm import document_attention, model
 from open_lm.attention import ATTN_ACTIVATIONS, custom_attn, find_documents, torch_attn
 from open_lm.data.masking import document_ids
-from open_lm.document_attention import Documents, allowed_in, blocks_in, first_tokens, lengths_in, positions_in
+from open_lm.document_attention import (
+    Documents,
+    allowed_in,
+    blocks_in,
+    first_tokens,
+    one_by_one,
+    positions_in,
+)
 from open_lm.losses import token_loss
 from open_lm.model import Transformer
 
 END = 0
 FORMS: dict[str, Callable[[Tensor], Documents]] = {
     "allowed": lambda first: Documents(positions_in(first), allowed=allowed_in(first)),
-    "lengths": lambda first: Documents(positions_in(first), lengths=lengths_in(first)),
+    "lengths": one_by_one,
     "blocks": lambda first: Documents(positions_in(first), blocks=blocks_in(first)),
 }
 CUSTOM = {
