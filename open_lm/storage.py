@@ -20,7 +20,15 @@ from typing import IO, Any
 
 from open_lm.errors import StorageError
 from open_lm.storage_backends import FSSPEC_PREFIX, find_backend, has_backend
-from open_lm.storage_errors import IncompleteTransfer, Stalled, back_off, explained, full_disk_explained, in_background
+from open_lm.storage_errors import (
+    IncompleteTransfer,
+    OtherSize,
+    Stalled,
+    back_off,
+    explained,
+    full_disk_explained,
+    in_background,
+)
 from open_lm.storage_files import (
     READ_TIMEOUT_S,
     SCHEME,
@@ -33,11 +41,11 @@ from open_lm.storage_files import (
 )
 
 __all__ = [
-    "FSSPEC_PREFIX", "READ_TIMEOUT_S", "FileInfo", "Stalled", "atomic_write", "back_off", "copy", "download", "exists",
-    "full_disk_explained", "glob", "glob_infos", "has_backend", "in_background",
-   "info", "is_remote", "is_temporary", "join",
-    "list_files", "list_infos", "local_path", "makedirs", "open_file", "parse_bytes", "read_bytes", "read_parts",
-    "read_range", "read_text", "remove", "size", "temporary_name", "upload", "write_bytes", "write_text",
+    "FSSPEC_PREFIX", "READ_TIMEOUT_S", "FileInfo", "OtherSize", "Stalled", "atomic_write", "back_off", "copy",
+    "download", "exists", "full_disk_explained", "glob", "glob_infos", "has_backend", "in_background", "info",
+    "is_remote", "is_temporary", "join", "list_files", "list_infos", "local_path", "makedirs", "open_file",
+    "parse_bytes", "read_bytes", "read_parts", "read_range", "read_text", "remove", "size", "temporary_name", "upload",
+    "write_bytes", "write_text",
 ]  # fmt: skip
 
 
@@ -97,8 +105,9 @@ def read_text(url: str | os.PathLike[str]) -> str:
 
 
 def read_parts(found: FileInfo, timeout_s: float = READ_TIMEOUT_S) -> Generator[bytes, None, None]:
-    """A whole file that `info` has found, in order and in pieces; of remote ones several are on their way at once.
+    """A whole file that `info` has found, in order and in pieces; of a large remote one several are fetched at a time.
 
+    A `found` made of an address and a size alone spares a request; OtherSize where the file has another size.
     A read that brings no byte for `timeout_s` seconds is told in a warning, given up and tried again.
     """
     done = 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from open_lm.errors import StorageError
-from open_lm.storage_errors import IncompleteTransfer, is_transient, watched, with_retries
+from open_lm.storage_errors import IncompleteTransfer, OtherSize, is_transient, watched, with_retries
 from open_lm.storage_files import (
     BLOCK_BYTES,
     READ_TIMEOUT_S,
@@ -178,6 +178,15 @@ class _FsspecBackend:
         if now is None or (now.size, now.etag) != (found.size, found.etag):
             raise StorageError(f"{found.url}: the file was changed while it was being read; begin again")
 
+    def _as_it_is(self, found: FileInfo) -> FileInfo:
+        """What the store tells of a file of which the caller may know no more than the size."""
+        now = self.info(found.url)
+        if now is None:
+            raise FileNotFoundError(found.url)
+        if -1 not in (found.size, now.size) and found.size != now.size:
+            raise OtherSize(found.url, now.size, found.size)
+        return now
+
     def _persistently(self, action: Callable[[], T], url: str) -> T:
         return with_retries(lambda: watched(lambda _alive: action(), url, self._timeout_s))
 
@@ -214,6 +223,8 @@ class _FsspecBackend:
             WebBackend().walk(url, True)
 
     def parts(self, found: FileInfo) -> Iterator[bytes]:
+        if not found.etag:
+            found = self._as_it_is(found)
         if found.size < 0:
             with self.open(found.url) as file:
                 yield from iter(partial(file.read, BLOCK_BYTES), b"")

@@ -46,6 +46,14 @@ class IncompleteTransfer(OSError):
     """A transfer ended without an error but with the wrong bytes."""
 
 
+class OtherSize(StorageError):
+    """A file of a store is `num_bytes` long, and not what the reader was told."""
+
+    def __init__(self, url: str, num_bytes: int, expected_bytes: int) -> None:
+        super().__init__(f"{url}: has {num_bytes} bytes, expected are {expected_bytes}; begin again")
+        self.num_bytes = num_bytes
+
+
 class Stalled(TimeoutError):
     """A transfer of `url` brought no byte for `timeout_s` seconds."""
 

@@ -9,10 +9,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from open_lm.storage_errors import explained
 
+T = TypeVar("T")
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 TEMP_MARK = ".open-lm-part-"
 BLOCK_BYTES = 8 << 20
@@ -80,15 +81,18 @@ def read_chunks(read: Callable[[int], bytes], alive: Callable[[], None]) -> Iter
 
 
 def read_in_parts(
-    fetch: Callable[[int, int], bytes], num_bytes: int, *, part_bytes: int = 0, at_once: int = _AT_ONCE
-) -> Iterator[bytes]:
+    fetch: Callable[[int, int], T], num_bytes: int, *, part_bytes: int = 0, at_once: int = _AT_ONCE
+) -> Iterator[T]:
     """A whole file in order, in parts of `part_bytes` (default: PART_BYTES), `at_once` of them held or on their way.
 
     `fetch(start, length)` gives exactly that or raises.
     """
     part_bytes = part_bytes or PART_BYTES
+    if 0 < num_bytes <= part_bytes:
+        yield fetch(0, num_bytes)
+        return
     starts = iter(range(0, num_bytes, part_bytes))
-    ahead: deque[_Ahead] = deque()
+    ahead: deque[_Ahead[T]] = deque()
     while True:
         while len(ahead) < at_once and (start := next(starts, None)) is not None:
             ahead.append(_Ahead(fetch, start, min(part_bytes, num_bytes - start)))
@@ -111,7 +115,7 @@ class RangeReader(io.RawIOBase):
         self._found, self._fetch = found, fetch
         self._position = 0
         self._block, self._block_start = b"", 0
-        self._ahead: _Ahead | None = None
+        self._ahead: _Ahead[bytes] | None = None
 
     def buffered(self) -> io.BufferedReader:
         return io.BufferedReader(self, _BUFFER_BYTES)
@@ -161,14 +165,14 @@ class RangeReader(io.RawIOBase):
         super().close()
 
 
-class _Ahead(threading.Thread):
+class _Ahead(threading.Thread, Generic[T]):
     """One block on its way. A daemon: a reader that goes away, and the end of the process, need not wait for it."""
 
-    def __init__(self, fetch: Callable[[int, int], bytes], start: int, length: int) -> None:
+    def __init__(self, fetch: Callable[[int, int], T], start: int, length: int) -> None:
         super().__init__(name="open-lm-read-ahead", daemon=True)
         self.start_byte = start
         self._fetch, self._length = fetch, length
-        self._data: bytes | None = None
+        self._data: T | None = None
         self._error: Exception | None = None
         self.start()
 
@@ -178,7 +182,7 @@ class _Ahead(threading.Thread):
         except Exception as error:
             self._error = error
 
-    def result(self) -> bytes | None:
+    def result(self) -> T | None:
         """The block, or None in a forked child, to which the thread did not come along."""
         self.join()
         if self._error is not None:

@@ -12,10 +12,11 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from typing import IO, Any, TypeVar
 
 from open_lm.errors import StorageError
-from open_lm.storage_errors import IncompleteTransfer, error_code, status_code, watched, with_retries
+from open_lm.storage_errors import IncompleteTransfer, OtherSize, error_code, status_code, watched, with_retries
 from open_lm.storage_files import GIVEN_UP, READ_TIMEOUT_S, FileInfo, RangeReader, plain_tag, read_chunks, read_in_parts
 
 T = TypeVar("T")
@@ -32,10 +33,10 @@ class S3Backend:
         found = self.info(url)
         if found is None:
             raise FileNotFoundError(url)
-        return RangeReader(found, partial(_fetch, found)).buffered()
+        return RangeReader(found, lambda start, length: b"".join(_fetch(found, start, length))).buffered()
 
     def read_range(self, url: str, start: int, length: int) -> bytes:
-        return _fetch(FileInfo(url, -1, 0.0), start, length)
+        return b"".join(_fetch(FileInfo(url, -1, 0.0), start, length))
 
     def info(self, url: str) -> FileInfo | None:
         client = _client(GIVEN_UP * self._timeout_s)
@@ -72,7 +73,8 @@ class S3Backend:
         return (item for item in self._list(bucket, prefix, "/" if one_folder else "") if wanted.fullmatch(item.url))
 
     def parts(self, found: FileInfo) -> Iterator[bytes]:
-        return read_in_parts(partial(_fetch, found, timeout_s=self._timeout_s), found.size)
+        parts = read_in_parts(partial(_fetch, found, timeout_s=self._timeout_s), found.size)
+        return chain.from_iterable(parts)
 
     def put(self, path: str, url: str) -> None:
         size = os.path.getsize(path)
@@ -84,20 +86,26 @@ class S3Backend:
 
 
 # ---------------------------------------------------------------------------------------------- reading
-def _fetch(found: FileInfo, start: int, length: int, timeout_s: float = READ_TIMEOUT_S) -> bytes:
-    """One range of a file that is still the one `found` describes."""
+def _fetch(found: FileInfo, start: int, length: int, timeout_s: float = READ_TIMEOUT_S) -> list[bytes]:
+    """One range of a file that is still the one `found` describes, in pieces; OtherSize where it is not that long."""
     client = _client(GIVEN_UP * timeout_s)
-    options = {**_place(found.url), "Range": f"bytes={start}-{start + length - 1}"}
+    options = _place(found.url)
+    if (start, length) != (0, found.size):
+        options["Range"] = f"bytes={start}-{start + length - 1}"
     if found.etag:
         options["IfMatch"] = f'"{found.etag}"'
 
-    def fetch(alive: Callable[[], None]) -> bytes:
+    def fetch(alive: Callable[[], None]) -> list[bytes]:
         answer = client.get_object(**options)
         with contextlib.closing(answer["Body"]) as body:
-            data = b"".join(read_chunks(body.read, alive))
+            size = int(answer.get("ContentRange", "").rpartition("/")[2] or answer["ContentLength"])
+            if found.size not in (-1, size):
+                raise OtherSize(found.url, size, found.size)
+            data = list(read_chunks(body.read, alive))
         expected = length if found.size >= 0 else answer["ContentLength"]  # an unknown file may end before
-        if len(data) != expected:
-            raise IncompleteTransfer(f"{length} bytes were asked for at {start}, {len(data)} arrived")
+        arrived = sum(map(len, data))
+        if arrived != expected:
+            raise IncompleteTransfer(f"{length} bytes were asked for at {start}, {arrived} arrived")
         return data
 
     return with_retries(lambda: watched(fetch, found.url, timeout_s))

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from open_lm.errors import StorageError
-from open_lm.storage_errors import IncompleteTransfer, full_disk_explained, watched, with_retries
+from open_lm.storage_errors import IncompleteTransfer, OtherSize, full_disk_explained, watched, with_retries
 from open_lm.storage_files import (
     CHUNK_BYTES,
     GIVEN_UP,
@@ -50,6 +50,8 @@ class WebBackend:
 
     def parts(self, found: FileInfo) -> Iterator[bytes]:
         now, has_ranges = self._look(found.url)
+        if now is not None and -1 not in (found.size, now.size) and found.size != now.size:
+            raise OtherSize(found.url, now.size, found.size)
         if now is not None and has_ranges:
             yield from read_in_parts(partial(self._fetch, now), now.size)
             return

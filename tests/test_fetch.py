@@ -15,6 +15,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import boto3
 import pytest
 from data_helpers import sequence, write_shard
 from faulty_proxy import KINDS, FaultyProxy, Rule
@@ -102,6 +103,23 @@ def test_another_length_is_told_without_a_download(faulty_s3: FaultyProxy, tmp_p
     with pytest.raises(DataError, match=rf"a\.tar: has {len(shard) - 1024} bytes, expected are {len(shard)}, in the"):
         fetched(url, tmp_path, Expected(len(shard), ""))
     assert faulty_s3.requests["GET"] == 0
+
+
+@pytest.mark.parametrize("scheme", ["s3", "fsspec+s3", "http"])
+def test_what_a_manifest_tells_is_not_asked_and_another_length_is_told(
+    faulty_s3: FaultyProxy, tmp_path: Path, shard: bytes, scheme: str
+) -> None:
+    storage.write_bytes(f"s3://{faulty_s3.bucket}/a.tar", shard)
+    boto3.client("s3").put_object_acl(Bucket=faulty_s3.bucket, Key="a.tar", ACL="public-read")
+    place = f"{faulty_s3.bucket}/a.tar"
+    url = f"{faulty_s3.endpoint}/{place}" if scheme == "http" else f"{scheme}://{place}"
+    faulty_s3.requests.clear()
+    assert fetched(url, tmp_path, Expected(len(shard), sha256(shard))) == shard
+    if scheme == "s3":
+        assert faulty_s3.requests == {"GET": 1}
+    for length in (len(shard) - 1, len(shard) + 1):
+        with pytest.raises(DataError, match=rf"a\.tar: has {len(shard)} bytes, expected are {length}, in the last of"):
+            fetched(url, tmp_path, Expected(length, sha256(shard)))
 
 
 def test_a_longer_failed_attempt_leaves_nothing_in_the_right_one(tmp_path: Path, shard: bytes) -> None:

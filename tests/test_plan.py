@@ -331,6 +331,22 @@ def test_upcoming_names_the_shards_that_follow() -> None:
     assert places(plan.take(1))[0][:2] == (number, shard)
 
 
+@pytest.mark.parametrize("resampled", [True, False])
+def test_upcoming_names_as_many_as_are_asked_for_the_nearest_first(resampled: bool) -> None:
+    sources = [source([1] * 5, "a"), source([1] * 9, "b"), source([1] * 3, "c", weight=Fraction(0))]
+    order = Order(resampled=resampled)
+    for count in (0, 1, 2, 5, 8, 30):
+        plan = Plan(sources, 4, order)
+        plan.take(2)  # both sources stand before their second visit
+        upcoming = plan.upcoming(count)
+        plan.take(2)
+        each = max(1, count // 2)
+        followed = [place[:2] for place in places(plan.take(6))]  # the first pass of a ends
+        assert sorted(upcoming[:6]) == sorted(followed[: 2 * each])
+        assert len(upcoming) == (2 * each if resampled else min(3, each) + min(7, each))
+        assert [number for number, _ in upcoming[:6]] == [0, 1, 0, 1, 0, 1][: 2 * each]
+
+
 def test_state_of_other_data_is_refused_with_all_changes() -> None:
     state = Plan([source([5, 5], "a"), source([5], "b")], 0).state()
     with pytest.raises(

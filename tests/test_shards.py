@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from faulty_proxy import FaultyProxy, Rule
 
 from open_lm import storage, storage_errors
 from open_lm.config import DataConfig
+from open_lm.data import shards
 from open_lm.data import verify as verify_room
 from open_lm.data.fetch import FetchSettings
 from open_lm.data.loader import build_train_loader
@@ -98,8 +100,7 @@ def test_a_local_shard_is_hashed_ahead_and_once(tmp_path: Path, folder: str, mon
     known = put(tmp_path, str(tmp_path / "data"), 2)
     for _worker in range(2):
         store = ShardStore(2, FetchSettings(folder), known)
-        for url in known:
-            store.prefetch(url)
+        store.prefetch(list(known))
         assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0]]
         verify_room._known.clear()
     assert sorted(hashed) == sorted(known)
@@ -112,8 +113,7 @@ def test_remote_shards_go_when_they_are_read(faulty_s3: FaultyProxy, tmp_path: P
     store = ShardStore(2, FetchSettings(folder), known)
     urls = list(known)
     for number, url in enumerate(urls):
-        for upcoming in urls[number + 1 : number + 3]:
-            store.prefetch(upcoming)
+        store.prefetch(urls[number + 1 : number + 3])
         assert first_ids(store, url) == [0, number, 0]
         assert len(names(folder)) <= 2 + 3, "those that are open, and those that come"
     assert faulty_s3.requests["GET"] == 8, "each once"
@@ -123,13 +123,45 @@ def test_remote_shards_go_when_they_are_read(faulty_s3: FaultyProxy, tmp_path: P
 def test_what_was_fetched_ahead_for_others_is_let_go(s3_bucket: str, tmp_path: Path, folder: str) -> None:
     known = put(tmp_path, f"s3://{s3_bucket}/d", 8)
     store, urls = ShardStore(2, FetchSettings(folder), known), list(known)
-    for url in urls[:7]:
-        store.prefetch(url)
-        store._ahead[url].result()
-    assert len(store._ahead) == 2
+    for number in range(6):
+        store.prefetch(urls[number : number + 2])
+        wait(store._ahead.values())
+    assert list(store._ahead) == urls[5:7]
     first_ids(store, urls[7])
     store._remote.trim()
     assert len(names(folder)) == 3
+
+
+def test_as_much_is_fetched_ahead_as_some_bytes_and_one_shard_of_each_source(
+    s3_bucket: str, tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = put(tmp_path, f"s3://{s3_bucket}/d", 8)
+    urls = list(known)
+    size = known[urls[0]].num_bytes or 0
+    cached = FetchSettings(folder, str(tmp_path / "cache"), 4 * 5 * size, 30)
+    for capacity, settings, most_bytes, ahead in [
+        (2, FetchSettings(folder), 3 * size, 3),
+        (2, FetchSettings(folder), 3 * size - 1, 2),
+        (10, FetchSettings(folder), size, 5),
+        (2, cached, 100 * size, 5),
+    ]:
+        monkeypatch.setattr(shards, "_AHEAD_BYTES", most_bytes)
+        for store_knows in (known, {}):
+            store = ShardStore(capacity, settings, store_knows)
+            first_ids(store, urls[7])  # tells the length of a shard where no manifest does
+            for _ in urls:
+                store.prefetch(urls)
+                wait(store._ahead.values())
+            assert list(store._ahead) == urls[:ahead]
+
+
+def test_no_more_are_on_their_way_than_may_be(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
+    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 8)
+    faulty_s3.rules = [Rule("delay", method="GET", seconds=60)]
+    store = ShardStore(2, FetchSettings(folder), known)
+    for _ in range(3):
+        store.prefetch(list(known))
+    assert list(store._ahead) == list(known)[:4]
 
 
 def test_what_goes_wrong_ahead_is_raised_when_the_shard_is_asked_for(
@@ -139,7 +171,7 @@ def test_what_goes_wrong_ahead_is_raised_when_the_shard_is_asked_for(
     (url,) = known
     faulty_s3.rules = [Rule("500", method="GET")]
     store = ShardStore(2, FetchSettings(folder), known)
-    store.prefetch(url)
+    store.prefetch([url])
     with pytest.raises(StorageError, match=r"0\.tar: .*InternalError"):
         store.get(url, "npy")
     assert faulty_s3.injected["500"] == storage_errors._TRIES, "and is not tried as often again"
@@ -163,7 +195,7 @@ def test_a_cached_shard_is_not_fetched_again(
         store = ShardStore(2, cached, known if is_known else {})
         assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0], [0, 2, 0]]
     assert faulty_s3.requests["GET"] == 3
-    assert faulty_s3.requests["HEAD"] == (3 if is_known else 9), "what the manifest tells need not be asked"
+    assert faulty_s3.requests["HEAD"] == (0 if is_known else 9), "what the manifest tells need not be asked"
     assert len(names(str(cached.cache_dir))) == 3 and names(str(cached.folder)) == []
 
 
@@ -234,8 +266,9 @@ def test_a_tolerated_broken_shard_is_fetched_a_few_times_and_not_for_each_of_its
     faulty_s3.requests.clear()
     filled = []
     for _batch in range(3 * MEMBERS // 5):
-        reader.prefetch(plan.upcoming())
-        filled += reader.read(plan.take(5))[1].tolist()
+        samples = plan.take(5)
+        reader.prefetch(samples, plan.upcoming())
+        filled += reader.read(samples)[1].tolist()
     assert filled == [True] * MEMBERS + [False] * MEMBERS + [True] * MEMBERS
     (notice,) = reader.notices
     assert notice.text.startswith(f"ignored: {urls[1]}: has the sha256")

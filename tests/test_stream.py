@@ -200,8 +200,9 @@ def test_s3_shards_are_fetched_once_and_deleted_again(
     plan = Plan([source], 0, Order(shuffle_shards=False), size_of=reader.size_of)
     taken = []
     for _batch in range(18):
-        reader.prefetch(plan.upcoming())
-        taken += places(reader.read(plan.take(2))[0])
+        samples = plan.take(2)
+        reader.prefetch(samples, plan.upcoming())
+        taken += places(reader.read(samples)[0])
     assert sorted(taken) == [(0, s, m) for s in range(12) for m in range(3)]
     assert sorted(fetched) == sorted(source.shards)
     assert 1 <= len(list(folder.glob("*.tar"))) <= 10

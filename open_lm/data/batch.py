@@ -37,6 +37,7 @@ from open_lm.data.stream import Notice, Reader, StreamSpec, make_reader
 from open_lm.errors import DataError, UserError
 
 _PREFETCHED_BATCHES = 4  # of each worker
+_VISITS_AHEAD = 16  # that may be fetched before they begin
 logger = logging.getLogger(__name__)
 
 
@@ -190,20 +191,20 @@ class Stages:
             samples = plan.take(left, partial=job.ends)
             if not len(samples.source):
                 return
-            yield _Planned(samples, plan.state(), plan.upcoming())
+            yield _Planned(samples, plan.state(), plan.upcoming(_VISITS_AHEAD))
 
     def read(self, planned: Iterable[_Planned]) -> Iterator[Item]:
         """The rank's part of each global batch."""
         for samples, state, upcoming in planned:
-            self._reader.prefetch(upcoming)
-            batch = self._batch(samples)
+            own = samples.rows(self.job.rank * self.job.batch_size, (self.job.rank + 1) * self.job.batch_size)
+            self._reader.prefetch(own, upcoming)
+            batch = self._batch(own)
             notices, self._reader.notices = tuple(self._reader.notices), []
             yield Item(batch, state, notices)
 
-    def _batch(self, samples: Samples) -> Batch:
-        """The rank's rows of a global batch `samples` (at most global_batch_size of them), filled up with filler."""
+    def _batch(self, own: Samples) -> Batch:
+        """The rank's rows of a global batch (at most batch_size of them), filled up with filler."""
         job = self.job
-        own = samples.rows(job.rank * job.batch_size, (job.rank + 1) * job.batch_size)
         rows, filled = self._reader.read(own)
         num_samples = int(filled.sum())
         per_source = np.bincount(own.source[filled], minlength=len(job.stream.sources))

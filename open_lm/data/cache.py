@@ -26,7 +26,7 @@ _PART, _WHOLE = ".part", ".tar"
 _OWN_NAME = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{64}\.tar|\.part)")  # whatever else lies there is let alone
 _STEP_BYTES = 64 << 20  # room that is promised at a time to a file of unknown length
 _BLOCK_BYTES = 4096  # a file takes whole blocks of the disk
-_WAIT_S = 0.05
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.05
 
 Fill = Callable[[IO[bytes], Callable[[int], None]], str]
 
@@ -137,6 +137,7 @@ class Cache:
         """The file to fetch into, exclusively locked; None where another process holds it and does not get on."""
         path = self._path(key + _PART)
         progress, since_s = (0, 0), time.monotonic()
+        wait_s = _SHORTEST_WAIT_S
         while True:
             file = open(path, "r+b", opener=_creating)  # noqa: SIM115  (handed out)
             try:
@@ -150,7 +151,8 @@ class Cache:
                 elif time.monotonic() > since_s + self._patience_s:
                     file.close()
                     return None
-                time.sleep(_WAIT_S)
+                time.sleep(wait_s)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
             file.close()
 
     # --- room --------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def _remove_abandoned() -> None:
 class Origin:
     """A shard where it comes from: what names its present content (the more is known the surer), and how long it is.
 
-    `found` is None for the output of a command, of which nothing is known before; an unknown size is -1.
+    `found` is None for the output of a command; an unknown size is -1.
     """
 
     url: str
@@ -131,16 +131,13 @@ def look_up(url: str, expected: Expected, timeout_s: float) -> Origin:
         size = -1 if expected.num_bytes is None else expected.num_bytes
         return Origin(url, f"{url}\n{expected.num_bytes} {expected.sha256}", size, None)
     if expected.sha256 and expected.num_bytes is not None:
-        return Origin(url, f"{url}\n{expected.num_bytes} {expected.sha256}", expected.num_bytes, None)
-    found = _look(url, timeout_s)
-    return Origin(url, f"{url}\n{found.size} {found.etag or found.mtime_s} {expected.sha256}", found.size, found)
-
-
-def _look(url: str, timeout_s: float) -> storage.FileInfo:
-    found = storage.info(url, timeout_s)
-    if found is None:
+        found = storage.FileInfo(url, expected.num_bytes, 0.0)
+        return Origin(url, f"{url}\n{expected.num_bytes} {expected.sha256}", found.size, found)
+    looked = storage.info(url, timeout_s)
+    if looked is None:
         raise StorageError(f"{url}: no such file")
-    return found
+    identity = f"{url}\n{looked.size} {looked.etag or looked.mtime_s} {expected.sha256}"
+    return Origin(url, identity, looked.size, looked)
 
 
 def fetch(origin: Origin, expected: Expected, timeout_s: float, file: IO[bytes], grow: Callable[[int], None]) -> str:
@@ -156,6 +153,8 @@ def fetch(origin: Origin, expected: Expected, timeout_s: float, file: IO[bytes],
             problem, sha256 = _fetch_once(origin, expected, timeout_s, file, grow)
         except (storage.Stalled, subprocess.CalledProcessError) as error:  # a command's; storage tries on its own
             problem, sha256 = _command_problem(error), ""
+        except storage.OtherSize as error:
+            problem, sha256 = Expected(origin.num_bytes).problem(error.num_bytes, ""), ""
         if not problem:
             return sha256
         if attempt < _ATTEMPTS:
@@ -173,14 +172,13 @@ def _fetch_once(
     """What is wrong with what came, or an empty string, and its sha256."""
     digest, size, announced = hashlib.sha256(), 0, -1
     file.seek(0)
-    if _is_command(origin.url):
+    if origin.found is None:
         parts = _output(origin.url, timeout_s)
     else:
-        found = origin.found or _look(origin.url, timeout_s)
-        announced = found.size
+        announced = origin.found.size
         if announced >= 0 and expected.num_bytes not in (None, announced):
             return expected.problem(announced, ""), ""
-        parts = storage.read_parts(found, timeout_s)
+        parts = storage.read_parts(origin.found, timeout_s)
     with storage.full_disk_explained(origin.url, os.path.dirname(file.name)), contextlib.closing(parts):
         for part in parts:
             size += len(part)

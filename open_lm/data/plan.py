@@ -281,9 +281,10 @@ class _Cursor:
             self._visit_order = (place, order)
         return self._visit_order[1]
 
-    def upcoming(self) -> int | None:
-        """The shard of the next visit, where it is in this pass."""
-        return self._shard_at(self.visit + 1)
+    def upcoming(self, count: int) -> list[int]:
+        """The shards of the next `count` visits, as far as they are in this pass."""
+        shards = (self._shard_at(self.visit + number) for number in range(1, count + 1))
+        return [shard for shard in shards if shard is not None]
 
     def state(self) -> dict[str, Any]:
         return {
@@ -352,10 +353,15 @@ class Plan:
                 array[places] = values
         return samples
 
-    def upcoming(self) -> list[tuple[int, int]]:
-        """(source, shard) of the visits that follow the current ones, to be fetched ahead."""
-        found = [(cursor.number, cursor.upcoming()) for cursor in self._cursors if self._weights[cursor.number]]
-        return [(source, shard) for source, shard in found if shard is not None]
+    def upcoming(self, count: int = 1) -> list[tuple[int, int]]:
+        """(source, shard) of the visits that follow the current ones, to be fetched ahead: of each source the next one,
+        or more where that makes no more than `count` together; first the next of all sources, then those after them.
+        """
+        cursors = [cursor for cursor in self._cursors if self._weights[cursor.number]]
+        shards = [cursor.upcoming(max(1, count // len(cursors))) for cursor in cursors]
+        places = [(cursor.number, row) for cursor, row in zip(cursors, shards, strict=True)]
+        depth = max(map(len, shards))
+        return [(source, row[number]) for number in range(depth) for source, row in places if number < len(row)]
 
     def state(self) -> dict[str, Any]:
         """Where the plan stands: plain integers and strings, fit for JSON."""

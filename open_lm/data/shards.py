@@ -7,7 +7,7 @@ import logging
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property, partial
 from typing import IO
@@ -24,6 +24,7 @@ from open_lm.errors import DataError, StorageError, UserError
 
 END_OF_TEXT_ID = 0  # what the string "<|endoftext|>" in old txt members stands for: gpt-neox-20b's end of text
 _AT_ONCE = 4
+_AHEAD_BYTES = 256 << 20
 _MOST_BROKEN_COPIES = 3
 _NOTHING = Expected()
 logger = logging.getLogger(__name__)
@@ -76,7 +77,9 @@ class ShardStore:
     def __init__(self, capacity: int, settings: FetchSettings, expected: Mapping[str, Expected]) -> None:
         self._capacity, self._settings, self._expected = capacity, settings, expected
         self._open: OrderedDict[tuple[str, str | None], Shard] = OrderedDict()
-        self._ahead: OrderedDict[str, Future[IO[bytes]]] = OrderedDict()
+        self._ahead: dict[str, Future[IO[bytes]]] = {}
+        self._ahead_bytes = min(_AHEAD_BYTES, settings.cache_limit_bytes // 4) if settings.cache_dir else _AHEAD_BYTES
+        self._largest_bytes = 0  # of the shards so far: about what one of unknown length takes
         self._remote = RemoteShards(settings)
 
     def get(self, url: str, wanted_kind: str | None) -> Shard:
@@ -89,29 +92,36 @@ class ShardStore:
         with self._file(url) if begun is None else begun.result() as file:
             shard = Shard(url, file, wanted_kind)
         self._open[key] = shard
+        self._largest_bytes = max(self._largest_bytes, len(shard.data))
         if len(self._open) > self._capacity:
             self._open.popitem(last=False)
             self._remote.trim()
         return shard
 
-    def prefetch(self, url: str) -> None:
-        """Begin to fetch a remote shard, to verify a local one; what goes wrong is raised when the shard is asked for.
+    def prefetch(self, urls: Sequence[str]) -> None:
+        """Begin to fetch remote shards and to verify local ones; what goes wrong is raised when the shard is asked for.
 
-        Nothing is begun while enough others are on their way: the caller asks again.
+        `urls` come in the order in which they are needed. As many are begun as may be on their way at a time, and as
+        lie within some bytes, but at least one of each source; what is left the caller asks for again. What was begun
+        before and is not among them is let go: other workers read it.
         """
-        if url in self._ahead or any(name == url for name, _ in self._open):
-            return
-        is_work = needs_fetch(url) or self._expected.get(url, _NOTHING).sha256
-        if is_work and sum(not future.done() for future in self._ahead.values()) < _AT_ONCE:
-            self._ahead[url] = storage.in_background(partial(self._file, url))
-            self._forget_oldest()
+        for url in self._ahead.keys() - set(urls):
+            if self._ahead[url].done():
+                with contextlib.suppress(UserError), self._ahead.pop(url).result():
+                    pass
+        running = sum(not future.done() for future in self._ahead.values())
+        ahead_bytes = 0
+        for number, url in enumerate(url for url in dict.fromkeys(urls) if not self._is_open(url)):
+            expected = self._expected.get(url, _NOTHING)
+            ahead_bytes += expected.num_bytes or self._largest_bytes or self._ahead_bytes
+            if running >= _AT_ONCE or (ahead_bytes > self._ahead_bytes and number >= self._capacity // 2):
+                return
+            if url not in self._ahead and (needs_fetch(url) or expected.sha256):
+                self._ahead[url] = storage.in_background(partial(self._file, url))
+                running += 1
 
-    def _forget_oldest(self) -> None:
-        """Close shards that were fetched ahead for samples which other workers have read."""
-        while len(self._ahead) > self._capacity and next(iter(self._ahead.values())).done():
-            _, future = self._ahead.popitem(last=False)
-            with contextlib.suppress(UserError), future.result():
-                pass
+    def _is_open(self, url: str) -> bool:
+        return any(name == url for name, _ in self._open)
 
     def _file(self, url: str) -> IO[bytes]:
         """The open, verified file of a shard."""

@@ -78,10 +78,11 @@ class SampleReader:
         self._last_size = len(opened)
         return len(opened)
 
-    def prefetch(self, places: Sequence[tuple[int, int]]) -> None:
-        """Begin to fetch these (source, shard)."""
-        for source, shard in places:
-            self._store.prefetch(self.spec.sources[source].shards[shard])
+    def prefetch(self, samples: Samples, upcoming: Sequence[tuple[int, int]]) -> None:
+        """Begin to fetch the shards of these samples and then the upcoming (source, shard), the nearest first."""
+        places = [(source, shard) for source, shard, _ in _by_shard(samples)]
+        urls = (self.spec.sources[source].shards[shard] for source, shard in (*places, *upcoming))
+        self._store.prefetch([url for url in urls if url not in self._broken_shards])
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
         """Rows (n, seq_len + 1) and whether each holds data (n,) bool; the others are filler, all zeros.
@@ -260,7 +261,7 @@ class SyntheticReader:
     def size_of(self, source: int, shard: int) -> int:
         raise AssertionError("the size of synthetic data is always known")
 
-    def prefetch(self, places: Sequence[tuple[int, int]]) -> None:
+    def prefetch(self, samples: Samples, upcoming: Sequence[tuple[int, int]]) -> None:
         """Nothing to fetch."""
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
