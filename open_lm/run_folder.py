@@ -116,7 +116,8 @@ class RunPaths:
         if os.path.exists(self.log) and resume != "latest":
             raise ConfigError(
                 f"--name {self.name}: the run exists already at {self.root}; "
-                "continue its training with --resume latest, or choose another --name"
+                "continue its training with --resume latest, or choose another --name "
+                "(an evaluation and --resume PATH need one of their own)"
             )
         for folder in (self.root, os.path.dirname(self.results), self.checkpoints, self.failed):
             storage.makedirs(folder)

@@ -247,7 +247,9 @@ def _load_sharded(session: Session, trainer: Trainer | None, url: str) -> tuple[
     if trainer is not None:
         state.optimizer, state.scaler = trainer.optimizer, trainer.scaler
     extra = sharded.load(state, url)
-    return Progress.from_json(extra["progress"]), extra
+    progress = Progress.from_json(extra["progress"])
+    logging.info(f"loaded {url} (epoch {progress.epoch}, step {progress.step})")
+    return progress, extra
 
 
 def _load_interchange(session: Session, trainer: Trainer | None, url: str) -> tuple[Progress, dict[str, Any]]:

@@ -66,7 +66,8 @@ def _candidates(resume: str | None, remote: str | None, paths: RunPaths) -> list
         if paths.enabled and (fetched := fetch_logs(remote, paths.root)):
             logging.info(f"fetched {', '.join(fetched)} from {remote}")
     found = newest(places)
-    logging.info(f"--resume latest: {found[0].url if found else 'no checkpoint yet, starting afresh'}")
+    afresh = f"no complete checkpoint in {' or '.join(dict.fromkeys(places)) or '--logs none'}, starting afresh"
+    logging.info(f"--resume latest: {found[0].url if found else afresh}")
     return found
 
 
