@@ -7,6 +7,7 @@ comes out is the same on all of them, and so is the step at which they act on it
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -29,7 +30,7 @@ class Agreed:
 
 class RunControl:
     """Takes the stop signals while its `with` block lasts, if that is entered in the main thread; the handlers of
-    before are back afterwards.
+    before are back afterwards. That torchrun has gone, which would have ended its ranks, counts as such a signal.
 
     save_every_minutes: 0 for never; only the master's clock counts. clock: seconds, ever rising.
     """
@@ -39,6 +40,7 @@ class RunControl:
     ) -> None:
         self._interval_s = 60 * save_every_minutes if is_master else 0.0
         self._clock, self._last_save = clock, clock()
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._received: int | None = None
         self._announced = False
         self._before: dict[int, Any] = {}
@@ -63,10 +65,17 @@ class RunControl:
     def wishes(self) -> tuple[int, int]:
         """(stop, save), each 0 or 1, as this rank knows it before a step. A due save is told once; the clock starts
         anew."""
-        if self._received is not None and not self._announced:
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        stop = orphaned or self._received is not None
+        if stop and not self._announced:
             self._announced = True
-            logging.info(f"received {signal.Signals(self._received).name}: saving and stopping after this step")
+            why = "the launcher has gone" if self._received is None else f"received {_name(self._received)}"
+            logging.info(f"{why}: saving and stopping after this step")
         save = self._interval_s > 0 and self._clock() - self._last_save >= self._interval_s
         if save:
             self._last_save = self._clock()
-        return int(self._received is not None), int(save)
+        return int(stop), int(save)
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name

@@ -6,13 +6,18 @@ checkpoints_failed/; the last two are in {checkpoint_dir}/{name}/ where that is 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError
@@ -20,6 +25,7 @@ from open_lm.errors import ConfigError
 # Values of environment variables with such names never appear in anything a run writes.
 _SECRET_NAME = re.compile(r"secret|token|password|passwd|api_?key|access_?key|credential", re.IGNORECASE)
 _MIN_SECRET_LENGTH = 8
+_LOCK_WAIT_S, _LOCK_POLL_S = 30.0, 0.2  # ranks that have lost their launcher save and end within a step
 _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"([a-z][a-z0-9+.\-]*://)[^/\s@]+@", re.IGNORECASE), r"\1***@"),
     (
@@ -121,6 +127,41 @@ class RunPaths:
             )
         for folder in (self.root, os.path.dirname(self.results), self.checkpoints, self.failed):
             storage.makedirs(folder)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the run's folder, until the block or the process ends, however it does.
+
+        Waits for one that is about to end; ConfigError that names it where it does not. Nothing is locked where
+        nothing is written, nor on a file system without locks.
+        """
+        if not self.enabled:
+            yield
+            return
+        with open(storage.temporary_name(storage.join(self.root, "run"), "lock"), "a+", encoding="utf-8") as file:
+            deadline = time.monotonic() + _LOCK_WAIT_S
+            while not _lock(file):
+                file.seek(0)
+                holder = file.read().strip()
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"--name {self.name}: {holder} is working in {self.root}; wait until it has ended, end it, "
+                        "or choose another --name"
+                    )
+                time.sleep(_LOCK_POLL_S)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether this process has the file for itself now; data workers, which are forked, have no part in that."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:

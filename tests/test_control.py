@@ -22,6 +22,17 @@ def test_a_signal_asks_to_stop_and_goes_back_to_who_had_it(number: signal.Signal
     assert signal.getsignal(number) == before
 
 
+def test_a_launcher_that_has_gone_counts_as_a_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    alone = RunControl()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    launched = RunControl()
+    assert launched.wishes() == alone.wishes() == (0, 0)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert launched.wishes() == (1, 0)
+    assert alone.wishes() == (0, 0), "whoever started a process by hand may go"
+
+
 def test_another_thread_leaves_signals_alone() -> None:
     found = []
 

@@ -111,6 +111,19 @@ BROKEN: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 
 
+def test_a_run_whose_checkpoints_are_all_broken_does_not_begin_anew(paths: RunPaths) -> None:
+    spoil, said = BROKEN["a file that is cut short"]
+    for step in (1, 2):
+        spoil(sharded(paths.checkpoints, step))
+    with pytest.raises(CheckpointError, match=rf"no checkpoint of this run can be read(.|\n)*{said}"):
+        candidates(LATEST, LoggingConfig(logs=paths.logs), paths)
+
+
+def test_what_was_never_completed_is_no_broken_checkpoint(paths: RunPaths) -> None:
+    BROKEN["no index"][0](sharded(paths.checkpoints, 1))
+    assert candidates(LATEST, LoggingConfig(logs=paths.logs), paths) == []
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("place", ["here", "there"])
 def test_broken_folders_are_stepped_over_aloud(

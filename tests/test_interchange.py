@@ -308,5 +308,7 @@ def test_the_command_makes_the_same_files(tmp_path: Path, capsys: pytest.Capture
         assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
     convert_checkpoint.main([of.folder, "--output", str(tmp_path / "weights"), "--weights-only"])
     assert "optimizer_2.pt" not in os.listdir(tmp_path / "weights")
-    with pytest.raises(CheckpointError, match=r"expected cannot be converted: .*no complete checkpoint"):
+    with pytest.raises(CheckpointError, match=r"expected: expected the step_N folder"):
         convert_checkpoint.main([str(tmp_path / "expected"), "--output", str(tmp_path / "x")])
+    with pytest.raises(CheckpointError, match=r"step_9 cannot be converted: .*no complete checkpoint"):
+        convert_checkpoint.main([str(tmp_path / "step_9"), "--output", str(tmp_path / "x")])

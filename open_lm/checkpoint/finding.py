@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from open_lm import storage
 from open_lm.checkpoint import files
-from open_lm.checkpoint.folders import step_folders, step_number
+from open_lm.checkpoint.folders import INDEX, step_folders, step_number
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors, incompleteness
 from open_lm.config import CheckpointConfig, LoggingConfig
 from open_lm.distributed import on_master
-from open_lm.errors import CheckpointError, ConfigError
+from open_lm.errors import CheckpointError, ConfigError, join_problems
 from open_lm.remote_sync import fetch_logs, remote_folder
 from open_lm.run_folder import RunPaths
 
@@ -49,7 +49,7 @@ def candidates(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPath
     optimizer come last. Only listings and small files are read.
 
     Raises:
-        CheckpointError: a path where there is no checkpoint.
+        CheckpointError: a path where there is no checkpoint; "latest" where all that there are are broken.
         ConfigError: without "latest", where the copy holds a run of this name already.
     """
     return on_master(lambda: _candidates(cfg.resume, remote_folder(logging_cfg, paths.name), paths))
@@ -65,7 +65,13 @@ def _candidates(resume: str | None, remote: str | None, paths: RunPaths) -> list
         places.append(storage.join(remote, "checkpoints"))
         if paths.enabled and (fetched := fetch_logs(remote, paths.root)):
             logging.info(f"fetched {', '.join(fetched)} from {remote}")
-    found = newest(places)
+    broken: list[str] = []
+    found = newest(places, broken)
+    if broken and not found:
+        advice = "mend or remove them to go on, or start under another --name"
+        raise CheckpointError(
+            join_problems(broken, f"--resume latest: no checkpoint of this run can be read; {advice}")
+        )
     afresh = f"no complete checkpoint in {' or '.join(dict.fromkeys(places)) or '--logs none'}, starting afresh"
     logging.info(f"--resume latest: {found[0].url if found else afresh}")
     return found
@@ -89,49 +95,53 @@ def named(path: str) -> list[Candidate]:
     return found
 
 
-def newest(places: list[str]) -> list[Candidate]:
-    """The newest few complete checkpoints of some folders, the one to prefer first."""
+def newest(places: list[str], broken: list[str] | None = None) -> list[Candidate]:
+    """The newest few complete checkpoints of some folders, the one to prefer first. What is wrong with those that were
+    stepped over goes to `broken`; one that was never completed is not among them."""
     weights_only: list[Candidate] = []
+    problems: list[str] = [] if broken is None else broken
     streams = []
     for place in dict.fromkeys(places):  # one that is named twice is looked into once
-        streams += [_sharded_of(place), _interchange_of(place, weights_only), _latest_of(place)]
+        streams += [_sharded_of(place, problems), _interchange_of(place, problems, weights_only)]
+        streams += [_latest_of(place, problems)]
     merged = heapq.merge(*streams, key=lambda candidate: candidate.rank, reverse=True)
     return [*itertools.islice(merged, _ENOUGH), *weights_only]
 
 
 # ---------------------------------------------------------------------------------------------- one folder
 # Each of these looks at a checkpoint only when it is asked for: a run may have hundreds, and the newest one serves.
-def _sharded_of(place: str) -> Iterator[Candidate]:
+def _sharded_of(place: str, broken: list[str]) -> Iterator[Candidate]:
     for url in reversed(step_folders(place).values()):
         if problem := incompleteness(url):
-            _step_over(url, problem)
+            _step_over(url, problem, broken if storage.exists(storage.join(url, INDEX)) else [])
         else:
             yield _sharded(url)
 
 
-def _interchange_of(place: str, weights_only: list[Candidate]) -> Iterator[Candidate]:
+def _interchange_of(place: str, broken: list[str], weights_only: list[Candidate]) -> Iterator[Candidate]:
     """Those without an optimizer's file are put into `weights_only`."""
     for url in reversed(files.numbered(place).values()):
         if problem := files.incompleteness(url):
-            _step_over(url, problem)
+            _step_over(url, problem, broken)
         elif files.has_optimizer(url):
             yield _interchange(url)
         else:
-            _step_over(url, "its optimizer file is missing or broken")
+            _step_over(url, "its optimizer file is missing or broken", broken)
             weights_only.append(_interchange(url))
 
 
-def _latest_of(place: str) -> Iterator[Candidate]:
+def _latest_of(place: str, broken: list[str]) -> Iterator[Candidate]:
     url = storage.join(place, files.file_name("epoch", files.LATEST))
     if storage.info(url) is None:
         return
     if problem := files.incompleteness(url):
-        _step_over(url, problem)
+        _step_over(url, problem, broken)
     else:
         yield _interchange(url)
 
 
-def _step_over(url: str, problem: str) -> None:
+def _step_over(url: str, problem: str, broken: list[str]) -> None:
+    broken.append(f"{url}: {problem}")
     logging.warning(f"checkpoint {url} is stepped over: {problem}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from open_lm import storage
 from open_lm.config import DataConfig
+from open_lm.data.manifest import MANIFEST_NAME
 from open_lm.data.mixture import parse_fraction
 from open_lm.data.plan import Source
 from open_lm.data.provenance import read_dataset

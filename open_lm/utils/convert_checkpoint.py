@@ -30,9 +30,12 @@ def main(argv: list[str]) -> str:
     parser.add_argument("--weights-only", action="store_true", help="leave out the optimizer's file, the largest")
     args = parser.parse_args(argv)
 
+    from open_lm.checkpoint.folders import step_number
     from open_lm.checkpoint.interchange import write_interchange
     from open_lm.checkpoint.tensor_index import StoredTensors, incompleteness
 
+    if step_number(args.checkpoint) is None:
+        raise CheckpointError(f"{args.checkpoint}: expected the step_N folder of a sharded checkpoint")
     if problem := incompleteness(args.checkpoint):
         raise CheckpointError(f"{args.checkpoint} cannot be converted: {problem}")
     stored = StoredTensors(args.checkpoint)
