@@ -83,8 +83,10 @@ def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtim
     on_master(lambda: paths.prepare(config.checkpoint.resume))
     found = candidates(config.checkpoint, config.logging, paths)
     session = build_session(config, runtime, paths)
-    control = stack.enter_context(RunControl(runtime.is_master, config.checkpoint.save_every_minutes))
-    trainer = None if session.train_loader is None else build_trainer(session, control)
+    trainer = None
+    if session.train_loader is not None:  # an evaluation has nothing to save: a signal ends it
+        control = stack.enter_context(RunControl(runtime.is_master, config.checkpoint.save_every_minutes))
+        trainer = build_trainer(session, control)
     load_state(session, trainer, found)
     args.resume = session.resume
     loggers, described = _open_run(args, architecture, session, stack)

@@ -217,6 +217,7 @@ def restore_from(session: Session, trainer: Trainer | None, candidate: Candidate
     batch = trainer.global_batch_size
     trainer.step = progress.step or 0
     trainer.samples_seen = trainer.step * batch if progress.samples_seen is None else progress.samples_seen
+    trainer.samples_per_source = dict(progress.samples_per_source or {})
     session.samples_before = int(extra.get("samples_before", trainer.samples_seen))
     if extra:
         trainer.restore(extra["trainer"])

@@ -45,33 +45,43 @@ class TrainingRun:
         written.
         """
         self.manager.start()
+        self._make_up()
         self._forget_later_results()
         self._log_plan()
         try:
             self._run_epochs()
             logging.info("Model has seen the desired number of tokens. Ending training.")
         except _Stopped:
-            logging.warning(
-                f"stopped by a signal after step {self.trainer.step}; the state is saved, and the same command with "
-                "--resume latest goes on from there"
-            )
+            left = "the state is saved, and the same command with --resume latest goes on from there"
+            if not self.session.paths.enabled:
+                left = "nothing is saved, as --logs none says"
+            logging.warning(f"stopped by a signal after step {self.trainer.step}; {left}")
         except TrainingDiverged:
             with pause("saving"):
                 path = self.manager.save_failed(*self._snapshot(self.session.progress.epoch))
-            logging.error(f"Training exiting due to NaN value; the state is kept in {path}")
+            kept = f"; the state is kept in {path}" if path is not None else ""
+            logging.error(f"Training exiting due to NaN value{kept}")
             raise
         with pause("saving"):
             self.manager.finish()
 
+    def _make_up(self) -> None:
+        """What a run that was killed right after the end of an epoch has not come to."""
+        session, progress = self.session, self.session.progress
+        at_an_end = progress.epoch > 0 and progress.step == session.end_step(progress.epoch)
+        if at_an_end and session.config.checkpoint.resume == "latest":
+            self.manager.make_up(session.resume, progress)
+
     # ------------------------------------------------------------------------------------------ epochs
     def _run_epochs(self) -> None:
         session, trainer = self.session, self.trainer
-        while session.progress.epoch < session.config.data.epochs and trainer.step < session.total_steps:
+        while session.end_step(session.progress.epoch) < session.total_steps:
             epoch = session.progress.epoch
             logging.info(f"Start epoch {epoch}")
             logging.info(f"=> epoch {epoch}, training on {[source.name for source in trainer.loader.sources]}")
             end_step = session.end_step(epoch + 1)
-            trainer.run_epoch(epoch, end_step, session.end_step(epoch))
+            # A run of other epochs, such as one of the original, may stand before the place where this one begins.
+            trainer.run_epoch(epoch, end_step, min(session.end_step(epoch), trainer.step))
             if trainer.step >= end_step:  # else it went back to an earlier epoch
                 self._end_epoch(epoch + 1)
 
@@ -155,21 +165,21 @@ class TrainingRun:
     def _snapshot(self, epoch: int) -> tuple[Progress, TrainingState]:
         """Where the run stands when `epoch` epochs are done, and its live state. Collective."""
         session, trainer = self.session, self.trainer
+        counted = trainer.state()  # which brings the trainer's counts up to date
         steps = trainer.step - session.end_step(session.progress.epoch)
         expected = max(steps, 1) * session.config.data.global_batch_size
         progress = Progress(
             epoch=epoch,
             step=trainer.step,
             samples_seen=trainer.samples_seen,
+            samples_per_source=counted["samples_per_source"],
             seed=session.config.run.seed,
             is_final=trainer.step >= session.total_steps,
             percentage_of_data_seen=(trainer.samples_seen - session.samples_before) / expected,
             train_data_string=[source.name for source in trainer.loader.sources],
             data_state=trainer.data_state,
         )
-        state = TrainingState(
-            trainer.model, trainer.optimizer, trainer.scaler, trainer.averagers, {"trainer": trainer.state()}
-        )
+        state = TrainingState(trainer.model, trainer.optimizer, trainer.scaler, trainer.averagers, {"trainer": counted})
         state.extra |= self._extra(progress)
         return progress, state
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,12 @@ import numpy as np
 import pytest
 from data_helpers import SEQ_LEN, VOCAB_SIZE, sequence, write_shard, write_source
 
+from open_lm.checkpoint import manager
+from open_lm.checkpoint.files import read_file
 from open_lm.data.shard_format import ManifestEntry, write_manifest
-from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError
+from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError, StorageError
 from open_lm.main import main
+from open_lm.train import Trainer
 
 BATCH = 4
 
@@ -206,3 +212,97 @@ def test_what_was_validated_after_the_state_is_validated_again(flags: list[str],
 @pytest.fixture(autouse=True)
 def _all_levels(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+
+
+# --- stops at the wrong moment ---------------------------------------------------------------------------------------
+def before_step(step: int, do: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Trainer._train_step
+
+    def train_step(trainer: Trainer, batch: Any) -> Any:
+        if trainer.step == step:
+            do()
+        return original(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def epoch_files(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").glob("epoch_*.pt")}
+
+
+def test_a_signal_in_the_last_step_leaves_the_end_of_the_run_to_the_next_start(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_source(tmp_path / "data", [40, 40])
+    more = ("--name", "run", "--val-data", data, "--val-num-samples", str(4 * SEQ_LEN))
+    with monkeypatch.context() as patches:
+        before_step(7, stop, patches)
+        train(flags, data, 4, *more, epochs=2)
+    assert epoch_files(tmp_path / "run") == {"epoch_1.pt"}
+    train(flags, data, 4, *more, "--resume", "latest", epochs=2)
+    assert epoch_files(tmp_path / "run") == {"epoch_1.pt", "epoch_2.pt"}
+    assert len((tmp_path / "run/checkpoints/results.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_interchange_files_that_a_killed_run_has_not_come_to_are_made_up(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
+) -> None:
+    data = write_source(tmp_path / "data", [40, 40])
+    original = manager.write_interchange
+
+    def write(stored: Any, folder: str, name: str) -> str:
+        if stored.extra["progress"]["epoch"] == epoch:
+            raise RuntimeError("as if killed")
+        return original(stored, folder, name)
+
+    with monkeypatch.context() as patches, pytest.raises(StorageError, match="as if killed"):
+        patches.setattr(manager, "write_interchange", write)
+        train(flags, data, 4, "--name", "run", epochs=2)
+    train(flags, data, 4, "--name", "run", "--resume", "latest", epochs=2)
+    assert epoch_files(tmp_path / "run") == {"epoch_1.pt", "epoch_2.pt"}
+    assert read_file(tmp_path / f"run/checkpoints/epoch_{epoch}.pt")["step"] == 4 * epoch
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_epochs_of_another_length_go_on_where_the_run_stands(flags: list[str], tmp_path: Path) -> None:
+    data = write_source(tmp_path / "data", [40, 40])
+    train(flags, data, 4, "--name", "run")
+    train(flags, data, 6, "--name", "run", "--resume", "latest", epochs=2)
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_interchange_files_alone_keep_all_counts(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_source(tmp_path / "data", [40, 40])
+    more = ("--name", "run", "--checkpoint-format", "interchange", "--log-every-n-steps", "100")
+    with monkeypatch.context() as patches:
+        before_step(2, stop, patches)
+        train(flags, data, 8, *more)
+    assert read_file(tmp_path / "run/checkpoints/epoch_latest.pt")["samples_seen"] == 3 * BATCH
+    train(flags, data, 8, *more, "--resume", "latest")
+    last = rows(tmp_path / "run")[-1]
+    by_source = [value for name, value in last.items() if name.startswith("train/tokens/")]
+    assert (last["tokens"], by_source) == (8 * BATCH * SEQ_LEN, [8 * BATCH * SEQ_LEN])
+
+
+def test_a_stop_says_what_is_kept_and_an_evaluation_stops_at_once(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_source(tmp_path / "data", [40])
+    train(flags, data, 2, "--name", "run")
+    with monkeypatch.context() as patches:
+        before_step(1, stop, patches)
+        train(flags, data, 4, "--logs", "none")
+    assert "nothing is saved" in caplog.text
+    handlers = []
+    monkeypatch.setattr("open_lm.session.evaluate_sets", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
+    monkeypatch.setattr("open_lm.session.validation_metrics", lambda _: {})
+    weights = str(tmp_path / "run/checkpoints/epoch_1.pt")
+    main([*flags, "--val-data", data, "--pretrained", weights, "--name", "evaluation"])
+    assert handlers == [signal.SIG_DFL]

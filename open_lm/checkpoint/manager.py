@@ -14,7 +14,7 @@ from functools import partial
 from open_lm import storage
 from open_lm.checkpoint.files import numbered, remove_checkpoint
 from open_lm.checkpoint.finding import Candidate
-from open_lm.checkpoint.folders import INCOMPLETE, remove_folder, step_folder, step_folders, unfinished
+from open_lm.checkpoint.folders import INCOMPLETE, remove_folder, step_folder, step_folders, step_number, unfinished
 from open_lm.checkpoint.interchange import write_interchange, write_latest
 from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
 from open_lm.checkpoint.progress import Progress
@@ -54,17 +54,19 @@ class CheckpointManager:
 
     def save_epoch(self, progress: Progress, state: TrainingState) -> None:
         """Save what is due at the end of an epoch."""
-        kept = progress.is_final or due_after_epoch(self.cfg, progress.epoch, progress.epoch >= self.epochs)
-        if not self.paths.enabled or not (kept or self.cfg.save_most_recent):
+        if self.paths.enabled and (self._is_kept(progress) or self.cfg.save_most_recent):
+            self._save(progress, state, partial(self._write_files, progress), wait=False)
+
+    def make_up(self, resumed: str | None, progress: Progress) -> None:
+        """Make, in the background, the interchange files of the checkpoint at an epoch's end that the run goes on
+        from, where it was killed before they were complete."""
+        if not self.paths.enabled or self.cfg.checkpoint_format == "sharded" or not self._is_kept(progress):
             return
-
-        def make_interchange_files(stored: StoredTensors) -> None:
-            if kept and self.cfg.checkpoint_format != "sharded":
-                self._write_epoch(stored, progress.epoch)
-            if self.cfg.save_most_recent:
-                self._write_latest(stored)
-
-        self._save(progress, state, make_interchange_files, wait=False)
+        if resumed is None or step_number(resumed) is None:
+            return
+        folder = resumed.rpartition("/")[0]
+        if on_master(lambda: progress.epoch not in numbered(folder)):
+            self.writer.follow_up(resumed, lambda: self._write_files(progress, StoredTensors(resumed)))
 
     def save_failed(self, progress: Progress, state: TrainingState) -> str | None:
         """Save to checkpoints_failed/ what a run ends with that cannot go on; returns where it is."""
@@ -103,6 +105,10 @@ class CheckpointManager:
         return on_master(find) if self.paths.enabled else None
 
     # ------------------------------------------------------------------------------------------ one save
+    def _is_kept(self, progress: Progress) -> bool:
+        """Whether the end of this epoch is saved for good."""
+        return progress.is_final or due_after_epoch(self.cfg, progress.epoch, progress.epoch >= self.epochs)
+
     @property
     def _only_interchange(self) -> bool:
         return self.cfg.checkpoint_format == "interchange"
@@ -136,6 +142,13 @@ class CheckpointManager:
         there = step_folders(self.paths.checkpoints)
         for old in superseded(self.cfg, there, step):
             remove_folder(there[old])
+
+    def _write_files(self, progress: Progress, stored: StoredTensors) -> None:
+        """The interchange files that are due at the end of an epoch."""
+        if self._is_kept(progress) and self.cfg.checkpoint_format != "sharded":
+            self._write_epoch(stored, progress.epoch)
+        if self.cfg.save_most_recent:
+            self._write_latest(stored)
 
     def _write_epoch(self, stored: StoredTensors, epoch: int) -> None:
         folder = self.paths.checkpoints

@@ -13,13 +13,15 @@ import torch
 class Progress:
     """How far a run has come, and what a checkpoint tells about it.
 
-    epoch: completed epochs. step: optimizer steps done. samples_seen: sequences trained on. seed: of the data order.
-    data_state: the loader's state for the next sequence. None where a checkpoint does not say.
+    epoch: completed epochs. step: optimizer steps done. samples_seen: sequences trained on; samples_per_source: those
+    of each source, by its name. seed: of the data order. data_state: the loader's state for the next sequence. None
+    where a checkpoint does not say.
     """
 
     epoch: int = 0
     step: int | None = None
     samples_seen: int | None = None
+    samples_per_source: dict[str, int] | None = None
     seed: int | None = None
     evaluation_metrics: list[dict[str, Any]] = field(default_factory=list)
     is_final: bool = False
@@ -55,6 +57,7 @@ class Progress:
         entries = {
             "next_shard_per_source": self.next_shard_per_source,
             "samples_seen": self.samples_seen,
+            "samples_per_source": self.samples_per_source,
             "step": self.step,
             "shard_shuffle_seed": self.seed,
             "data_state": self.data_state,

@@ -111,13 +111,21 @@ class ShardedWriter:
         planner = _StagedPlanner([item for item, _ in chunks], self._copies.copy([view for _, view in chunks]))
         writer = TensorWriter(folder, step, _extra(state), names)
         self.last_pause_s = time.perf_counter() - started
-        # A daemon: a process that has to end leaves an incomplete folder behind, and waits for no one.
-        self._thread = threading.Thread(
-            target=self._run, args=(planner, writer, then), name="checkpoint-write", daemon=True
-        )
-        self._thread.start()
+
+        def work() -> None:
+            begun = time.perf_counter()
+            self._write(planner, writer)
+            self.last_write_s = time.perf_counter() - begun
+            self._follow_up(folder, then)
+
+        self._start(folder, work)
         if wait:
             self.wait()
+
+    def follow_up(self, folder: str, then: Callable[[], None]) -> None:
+        """Have rank 0's thread do what is to follow the complete checkpoint in `folder`, as `save` has it done."""
+        self.wait()
+        self._start(folder, lambda: self._follow_up(folder, then))
 
     def check(self) -> None:
         """Raise the error of a background save that has failed. Does not wait; ranks may learn of it a step apart."""
@@ -132,21 +140,26 @@ class ShardedWriter:
         if error is not None:
             raise error
 
-    def _run(self, planner: _StagedPlanner, writer: TensorWriter, then: Callable[[], None] | None) -> None:
-        started = time.perf_counter()
-        failed = f"{writer.folder}: the checkpoint could not be written"
-        try:
-            self._write(planner, writer, failed)
-            self.last_write_s = time.perf_counter() - started
-            what_follows = f"{writer.folder}: the checkpoint is complete, but what was to follow failed"
-            reduce_scatter(self._group, what_follows, lambda: None, lambda _: then() if then is not None else None)
-        except UserError as error:
-            self._error = error
-        except Exception as error:  # another rank is gone
-            self._error = StorageError(f"{failed} ({type(error).__name__}: {error})")
+    def _start(self, folder: str, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except UserError as error:
+                self._error = error
+            except Exception as error:  # another rank is gone
+                self._error = StorageError(f"{_failure(folder)} ({type(error).__name__}: {error})")
 
-    def _write(self, planner: _StagedPlanner, writer: TensorWriter, failed: str) -> None:
+        # A daemon: a process that has to end leaves an incomplete folder behind, and waits for no one.
+        self._thread = threading.Thread(target=run, name="checkpoint-write", daemon=True)
+        self._thread.start()
+
+    def _follow_up(self, folder: str, then: Callable[[], None] | None) -> None:
+        failed = f"{folder}: the checkpoint is complete, but what was to follow failed"
+        reduce_scatter(self._group, failed, lambda: None, lambda _: then() if then is not None else None)
+
+    def _write(self, planner: _StagedPlanner, writer: TensorWriter) -> None:
         """What torch.distributed.checkpoint.save does, over the writer's own group and with errors that can be read."""
+        failed = _failure(writer.folder)
         is_master = self._group is None or dist.get_rank() == 0
         planner.set_up_planner({}, None, is_master)
         metadata: Any = None
@@ -185,6 +198,10 @@ class _StagedPlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         return self._copies[write_item.index]
+
+
+def _failure(folder: str) -> str:
+    return f"{folder}: the checkpoint could not be written"
 
 
 def _abandon(writer: TensorWriter) -> None:
