@@ -100,6 +100,8 @@ def _read_pattern(pattern: str, whole: bool) -> list[Part]:
 
 def read_manifest_part(url: str, whole: bool = True) -> Part:
     """The shards that a manifest names, which lie beside it."""
+    if not storage.is_remote(url) and os.path.isdir(storage.local_path(url)):
+        raise DataError(f"{url} is a folder; expected its manifest: {storage.join(url, MANIFEST_NAME)}")
     entries = read_manifest(url)
     folder = url[: url.rfind("/") + 1]
     bad = [entry.shard for entry in entries if entry.shard.startswith(("/", "pipe:")) or "://" in entry.shard]
