@@ -1,30 +1,26 @@
 """Tokens a second of the data loader beside the original's recipe and other libraries, on the same tokens in one run.
 
     make install-bench                      # .venv-bench with the other libraries, whose pins differ from ours
-    python scripts/bench_loader.py          # --s3 loopback: from an S3 server in this process too; or --s3 s3://bucket/folder
+    python scripts/bench_loader.py          # from S3: bench_s3.py
 
 The tokens are the corpus in OPEN_LM_SHARED (or ../shared) where that is there, else random. Ours is the loader that
 training uses, with its worker processes, up to the rows that `on_device` takes; the others: bench_loader_peers.py.
 Every measurement is a process of its own, warmed up before it counts; rounds alternate, so that what else the machine
 does falls on all. Files are in the page cache. Shown is the median with the least and the greatest, for each worker
-process. S3: one pass over shards never read before, beside reading the same objects whole, one after the other.
+process.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import logging
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from bench_loader_peers import PEERS, SEQUENCES_IN_SHARD, measure
@@ -32,7 +28,6 @@ from bench_loader_peers import PEERS, SEQUENCES_IN_SHARD, measure
 ROOT = Path(__file__).resolve().parents[1]
 LENGTH, VOCAB_SIZE, END_OF_TEXT = 2049, 50432, 0
 OURS = {"npy": "npy", "npy of 4 bytes": "npy-uint32", "json.gz": "json.gz", "txt": "txt"}
-S3_SHARDS = 64
 BASELINE = "ours, npy"
 
 
@@ -43,11 +38,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement (default: 4)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--s3", help="'loopback', or a folder s3://… to put shards into and read them from")
     parser.add_argument("--work-dir", type=Path, help="folder for the shards (default: a temporary one)")
     parser.add_argument("--peer-python", type=Path, default=ROOT / ".venv-bench" / "bin" / "python")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="measure what bears one of these names, as printed")
-    parser.add_argument("--measure", choices=["local", "s3", "raw"], help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--data", help=argparse.SUPPRESS)
     return parser
 
@@ -97,81 +91,20 @@ def make_data(folder: Path, sequences: int) -> str:
 
 # --- ours, in a process of its own ----------------------------------------------------------------------------------
 def our_speed(args: argparse.Namespace) -> dict[str, float]:
-    """The loader on `args.data`, a manifest; from S3 its first pass, else passes without end."""
+    """The loader on `args.data`, a manifest, in passes without end."""
     from open_lm.config import DataConfig
     from open_lm.data.loader import build_train_loader
 
     (workers,) = args.workers
     kind = Path(args.data).parent.name.partition("-")[0]
-    once = args.measure == "s3"
-    data = DataConfig(dataset_manifest=[args.data], data_key=kind, workers=workers, multiple_data_passes=not once)
+    data = DataConfig(dataset_manifest=[args.data], data_key=kind, workers=workers, multiple_data_passes=True)
     loader = build_train_loader(data, seq_len=LENGTH - 1, vocab_size=VOCAB_SIZE, batch_size=args.batch_size)
-    if not once:
-        endless = (batch for batch, _ in loader.batches(sys.maxsize))
-        return measure(endless, workers, args.seconds, lambda batch: batch.rows.numel())
-    (tokens,) = (available // (LENGTH - 1) * LENGTH for available in loader.tokens_available if available)
-    batches = loader.batches(tokens // LENGTH // args.batch_size)
-    next(batches)
-    started = time.perf_counter()
-    rows = sum(batch.num_samples for batch, _ in batches)
-    return {"tokens": rows * LENGTH, "seconds": time.perf_counter() - started}
-
-
-def raw_speed(args: argparse.Namespace) -> dict[str, float]:
-    """The shards beside the manifest `args.data`, read whole one after the other; the tokens are those in them."""
-    from open_lm import storage
-    from open_lm.data.shard_format import read_manifest
-
-    folder = args.data.rpartition("/")[0]
-    entries = list(read_manifest(args.data))
-    started = time.perf_counter()
-    for entry in entries:
-        with storage.open_file(f"{folder}/{entry.shard}.tar", "rb") as file:
-            file.read()
-    seconds = time.perf_counter() - started
-    return {"tokens": sum(entry.num_sequences for entry in entries) * LENGTH, "seconds": seconds}
-
-
-# --- S3 -------------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def s3_folder(wanted: str | None) -> Iterator[str | None]:
-    """Where shards may be put on S3: the folder that is wanted, or one on a server of this process."""
-    if wanted != "loopback":
-        yield wanted and wanted.rstrip("/")
-        return
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
-    os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
-    boto3.client("s3").create_bucket(Bucket="bench")
-    try:
-        yield "s3://bench/shards"
-    finally:
-        server.stop()
-
-
-def upload(folder: Path, target: str) -> str:
-    """Put S3_SHARDS shards below `target`, the local ones again and again; the manifest's url."""
-    from open_lm import storage
-    from open_lm.data.shard_format import ManifestEntry, read_manifest, write_manifest
-
-    local = list(read_manifest(str(folder / "npy" / "manifest.jsonl")))
-    entries = []
-    for number in range(S3_SHARDS):
-        entry = local[number % len(local)]
-        storage.upload(str(folder / "npy" / f"{entry.shard}.tar"), f"{target}/npy/{number:05d}.tar")
-        entries.append(ManifestEntry(f"{number:05d}", entry.num_sequences))
-    write_manifest(f"{target}/npy/manifest.jsonl", entries)
-    return f"{target}/npy/manifest.jsonl"
+    endless = (batch for batch, _ in loader.batches(sys.maxsize))
+    return measure(endless, workers, args.seconds, lambda batch: batch.rows.numel())
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
-def contenders(args: argparse.Namespace, folder: Path, s3_manifest: str | None) -> dict[tuple[str, int], list[str]]:
+def contenders(args: argparse.Namespace, folder: Path) -> dict[tuple[str, int], list[str]]:
     """The commands to measure, by name and number of workers; what is not installed is said and left out."""
     me, peers = [sys.executable, __file__], str(Path(__file__).with_name("bench_loader_peers.py"))
     common = ["--batch-size", str(args.batch_size), "--seconds", str(args.seconds), "--workers"]
@@ -179,7 +112,7 @@ def contenders(args: argparse.Namespace, folder: Path, s3_manifest: str | None) 
     for workers in args.workers:
         for label, name in OURS.items():
             data = str(folder / name / "manifest.jsonl")
-            commands[f"ours, {label}", workers] = [*me, "--measure", "local", "--data", data, *common, str(workers)]
+            commands[f"ours, {label}", workers] = [*me, "--measure", "--data", data, *common, str(workers)]
     for name, (_, make) in PEERS.items():
         if args.only and name not in args.only:
             continue
@@ -193,10 +126,6 @@ def contenders(args: argparse.Namespace, folder: Path, s3_manifest: str | None) 
             continue
         for workers in args.workers:
             commands[name, workers] = [python, peers, "speed", name, str(folder), *common, str(workers)]
-    if s3_manifest:
-        commands["S3, objects read whole", 1] = [*me, "--measure", "raw", "--data", s3_manifest]
-        for workers in args.workers:
-            commands["S3, ours, npy", workers] = [*me, "--measure", "s3", "--data", s3_manifest, *common, str(workers)]
     return {key: command for key, command in commands.items() if not args.only or key[0] in args.only}
 
 
@@ -229,12 +158,11 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         "tokens a second for each worker (workers 0: in the main process)",
         flush=True,
     )
-    with s3_folder(args.s3) as target:
-        commands = contenders(args, folder, upload(folder, target) if target else None)
-        speeds: dict[tuple[str, int], list[float]] = {key: [] for key in commands}
-        for _ in range(args.rounds):
-            for key, command in commands.items():
-                speeds[key].append(run_once(command))
+    commands = contenders(args, folder)
+    speeds: dict[tuple[str, int], list[float]] = {key: [] for key in commands}
+    for _ in range(args.rounds):
+        for key, command in commands.items():
+            speeds[key].append(run_once(command))
     print(table(speeds), flush=True)
 
 
@@ -242,8 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.measure:
-        measured: dict[str, Any] = raw_speed(args) if args.measure == "raw" else our_speed(args)
-        print(json.dumps(measured), flush=True)
+        print(json.dumps(our_speed(args)), flush=True)
         return
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as temporary:
         run(args, args.work_dir or Path(temporary))
