@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from open_lm.config import Config, DataConfig, ParallelConfig
+from open_lm.config import Config, DataConfig, FaultConfig, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from open_lm.config_checks import ineffective_flags, wants_training
 from open_lm.errors import ConfigError, end_process, join_problems, run_cli
 from open_lm.model_files import architecture_of
@@ -77,19 +77,24 @@ def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtim
     if restart_count() and args.resume is None and wants_training(DataConfig.from_object(args)):
         args.resume = "latest"  # a launcher that starts the ranks anew means the same run
     config = Config.from_namespace(args)
+    trains = wants_training(config.data)
+    control = RunControl(runtime.is_master, config.checkpoint.save_every_minutes)
+    if trains:  # an evaluation has nothing to save: a signal ends it
+        stack.enter_context(control)
     begin_log_file = _start_logging(args, config, runtime, stack)
     _check_and_tell(config, architecture, runtime)
     paths = RunPaths(config.logging.logs, args.name, config.checkpoint.checkpoint_dir)
     on_master(lambda: paths.prepare(config.checkpoint.resume))
+    on_master(lambda: stack.enter_context(paths.locked()))
     found = candidates(config.checkpoint, config.logging, paths)
+    if config.checkpoint.resume == "latest" and not found:
+        on_master(paths.refuse_other_checkpoint_dir)
     session = build_session(config, runtime, paths)
-    trainer = None
-    if session.train_loader is not None:  # an evaluation has nothing to save: a signal ends it
-        control = stack.enter_context(RunControl(runtime.is_master, config.checkpoint.save_every_minutes))
-        trainer = build_trainer(session, control)
+    trainer = build_trainer(session, control) if trains else None
     load_state(session, trainer, found)
     args.resume = session.resume
     loggers, described = _open_run(args, architecture, session, stack)
+    _tell_changed_flags(session.saved_flags, described)
     begin_log_file(paths)
     # Entered last and so left first: a rank that fails says so before it waits for anything.
     stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.stacks if paths.enabled else None))
@@ -193,6 +198,26 @@ def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runti
             logging.warning("--precision fp16 trains in float16 without loss scaling; amp or amp_bfloat16 is safer")
         for note in [*ineffective_flags(config, architecture), *notes(config.parallel, runtime.device)]:
             logging.warning(note)
+
+
+def _tell_changed_flags(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """What a run goes on with that it did not begin with, of what may change its numbers."""
+    sections = (DataConfig, ModelConfig, OptimConfig, PrecisionConfig, FaultConfig)
+    changed = [
+        f"{spec.flag} was {before[spec.name]}, now it is {now[spec.name]}"
+        for section in sections
+        for spec in section.specs()
+        if spec.name in before and spec.name not in _CHANGES_NOTHING and before[spec.name] != now[spec.name]
+    ]
+    if changed:
+        logging.warning(join_problems(changed, "the run goes on with other settings than its checkpoint's"))
+
+
+# Of the sections above: where data lie, how fast they come, and what the checks of resuming compare themselves.
+_CHANGES_NOTHING = frozenset({
+    "train_data", "dataset_manifest", "workers", "cache_dir", "cache_limit", "read_timeout", "allow_changed_data",
+    "batch_size", "accum_freq", "hang_timeout",
+})  # fmt: skip
 
 
 def _open_run(

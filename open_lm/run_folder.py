@@ -128,6 +128,18 @@ class RunPaths:
         for folder in (self.root, os.path.dirname(self.results), self.checkpoints, self.failed):
             storage.makedirs(folder)
 
+    def refuse_other_checkpoint_dir(self) -> None:
+        """ConfigError where the run that is here keeps its checkpoints in another place, which would be overlooked."""
+        if not self.enabled or not os.path.exists(self.params):
+            return
+        known = dict(line.partition(": ")[::2] for line in storage.read_text(self.params).splitlines())
+        before, now = known.get("checkpoint_dir", "None"), redact(str(self.checkpoint_dir))
+        if before != now:
+            raise ConfigError(
+                f"--resume latest finds no checkpoint: the run in {self.root} was started with --checkpoint-dir "
+                f"{before}, now it is {now}; give the same, or another --name"
+            )
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes out of the run's folder, until the block or the process ends, however it does.

@@ -40,7 +40,8 @@ from open_lm.train import StepOptions, Trainer
 @dataclass
 class Session:
     """A run whose parts stand. `params` is the model's shape, `resume` the checkpoint that the run goes on from or
-    evaluates, `progress` what that says; `samples_before` are the sequences trained on before its epoch."""
+    evaluates, `progress` what that says; `samples_before` are the sequences trained on before its epoch,
+    `saved_flags` the settings that it was saved with."""
 
     config: Config
     runtime: Runtime
@@ -53,6 +54,7 @@ class Session:
     resume: str | None = None
     progress: Progress = field(default_factory=lambda: Progress(step=0))
     samples_before: int = 0
+    saved_flags: dict[str, Any] = field(default_factory=dict)
 
     def end_step(self, epoch: int) -> int:
         """Optimizer steps done after `epoch` epochs."""
@@ -213,7 +215,8 @@ def restore_from(session: Session, trainer: Trainer | None, candidate: Candidate
     if trainer is None:
         return
     progress = session.progress
-    _check_resumable(candidate.url, progress, extra, session.config)
+    session.saved_flags = extra.get("flags", {})
+    _check_resumable(candidate.url, progress, session.config)
     batch = trainer.global_batch_size
     trainer.step = progress.step or 0
     trainer.samples_seen = trainer.step * batch if progress.samples_seen is None else progress.samples_seen
@@ -240,7 +243,8 @@ def _rewind(session: Session, loader: TrainLoader, data_state: dict[str, Any]) -
     except DataError as error:
         before = provenance.read(session.paths.data) if session.paths.enabled else None
         changes = provenance.differences(before, provenance.describe(loader.sources)) if before else []
-        raise DataError("\n".join([str(error), *(f"  - {change}" for change in changes)])) from error
+        new = [f"  - {change}" for change in changes if "shard" in change or provenance.DATASET_NAME in change]
+        raise DataError("\n".join([str(error), *new])) from error
 
 
 def _load_sharded(session: Session, trainer: Trainer | None, url: str) -> tuple[Progress, dict[str, Any]]:
@@ -263,7 +267,7 @@ def _load_interchange(session: Session, trainer: Trainer | None, url: str) -> tu
     return progress, {}
 
 
-def _check_resumable(url: str, progress: Progress, extra: dict[str, Any], config: Config) -> None:
+def _check_resumable(url: str, progress: Progress, config: Config) -> None:
     if progress.step is None:
         raise CheckpointError(f"{url}: does not say after which step it was saved; begin a new run with --pretrained")
     seed = config.run.seed
@@ -273,8 +277,8 @@ def _check_resumable(url: str, progress: Progress, extra: dict[str, Any], config
             f"differently; continue with --seed {progress.seed}, or begin a new run from it with --pretrained"
         )
     batch = config.data.global_batch_size
-    saved = extra.get("global_batch_size", batch)
-    if saved != batch:
+    saved = progress.global_batch_size
+    if saved not in (None, batch):
         raise CheckpointError(
             f"{url}: was trained with {saved} sequences a step, this run has {batch}, which counts steps differently; "
             f"continue with --global-batch-size {saved}, or begin a new run from it with --pretrained"

@@ -55,7 +55,8 @@ class TrainingRun:
             left = "the state is saved, and the same command with --resume latest goes on from there"
             if not self.session.paths.enabled:
                 left = "nothing is saved, as --logs none says"
-            logging.warning(f"stopped by a signal after step {self.trainer.step}; {left}")
+            if self.session.runtime.is_master:
+                logging.warning(f"stopped by a signal after step {self.trainer.step}; {left}")
         except TrainingDiverged:
             with pause("saving"):
                 path = self.manager.save_failed(*self._snapshot(self.session.progress.epoch))
@@ -174,6 +175,7 @@ class TrainingRun:
             samples_seen=trainer.samples_seen,
             samples_per_source=counted["samples_per_source"],
             seed=session.config.run.seed,
+            global_batch_size=session.config.data.global_batch_size,
             is_final=trainer.step >= session.total_steps,
             percentage_of_data_seen=(trainer.samples_seen - session.samples_before) / expected,
             train_data_string=[source.name for source in trainer.loader.sources],
@@ -189,7 +191,6 @@ class TrainingRun:
             "progress": progress.to_json(),
             "samples_before": self.session.samples_before,
             "world_size": self.session.runtime.world_size,
-            "global_batch_size": self.session.config.data.global_batch_size,
             "flags": dict(self.described),
         }
 

@@ -306,3 +306,30 @@ def test_a_stop_says_what_is_kept_and_an_evaluation_stops_at_once(
     weights = str(tmp_path / "run/checkpoints/epoch_1.pt")
     main([*flags, "--val-data", data, "--pretrained", weights, "--name", "evaluation"])
     assert handlers == [signal.SIG_DFL]
+
+
+# --- settings that differ --------------------------------------------------------------------------------------------
+def test_other_settings_are_told(flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = write_source(tmp_path / "data", [40, 40])
+    more = ["--name", "run", "--lr-scheduler", "const"]
+    train(flags, data, 4, *more)
+    train(flags, data, 4, *more, "--resume", "latest", epochs=1)
+    assert "goes on with other settings" not in caplog.text
+    train(flags, data, 4, *more, "--resume", "latest", "--lr", "1e-3", "--workers", "1", epochs=2)
+    told = next(record.message for record in caplog.records if "goes on with other settings" in record.message)
+    assert "--lr was 0.03, now it is 0.001" in told and "--epochs was 1, now it is 2" in told
+    assert "--workers" not in told
+
+
+def test_an_interchange_file_knows_its_batch(flags: list[str], tmp_path: Path) -> None:
+    data = write_source(tmp_path / "data", [40, 40])
+    train(flags, data, 6, "--name", "run", "--checkpoint-format", "interchange")
+    with pytest.raises(CheckpointError, match=r"4 sequences a step, this run has 8"):
+        train(flags, data, 12, "--name", "run", "--resume", "latest", "--global-batch-size", "8")
+
+
+def test_checkpoints_elsewhere_are_not_overlooked(flags: list[str], tmp_path: Path) -> None:
+    data = write_source(tmp_path / "data", [40, 40])
+    train(flags, data, 4, "--name", "run", "--checkpoint-dir", str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match=r"started with --checkpoint-dir .*elsewhere, now it is None"):
+        train(flags, data, 4, "--name", "run", "--resume", "latest")

@@ -23,6 +23,7 @@ class Progress:
     samples_seen: int | None = None
     samples_per_source: dict[str, int] | None = None
     seed: int | None = None
+    global_batch_size: int | None = None
     evaluation_metrics: list[dict[str, Any]] = field(default_factory=list)
     is_final: bool = False
     percentage_of_data_seen: float = -1.0
@@ -60,6 +61,7 @@ class Progress:
             "samples_per_source": self.samples_per_source,
             "step": self.step,
             "shard_shuffle_seed": self.seed,
+            "global_batch_size": self.global_batch_size,
             "data_state": self.data_state,
         }
         return {key: plain(value) for key, value in entries.items() if value is not None}
