@@ -2,8 +2,9 @@
 
 One process after the other, forked from this one, saves step 2 beside a complete step 1 and is killed (SIGKILL) at the
 next event that Python's audit hooks tell of: opening, renaming, removing a file or making a folder. After each the
-checkpoints that look complete must load with what was saved. Prints how many moments there were; last, a save that
-never ends must not keep the interpreter from ending.
+checkpoints that look complete must load with what was saved. Then the same with a complete step 2 that is replaced: it
+is always there, as it was before or as it is to be. Prints how many moments there were; last, a save that never ends
+must not keep the interpreter from ending.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import shutil
 import signal
 import sys
 import threading
+from typing import Any
 
 import torch
 from sharded_helpers import assert_equal, build, train, whole_state
 
 from open_lm import storage
-from open_lm.checkpoint.sharded import ShardedWriter, TrainingState, folder_name, incompleteness, load
+from open_lm.checkpoint.folders import remove_folder, step_folder, unfinished
+from open_lm.checkpoint.sharded import ShardedWriter, TrainingState, incompleteness, load
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
@@ -35,43 +38,72 @@ def save_and_die(state: TrainingState, folder: str, moment: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    ShardedWriter().save(state, os.path.join(folder, folder_name(2)), 2, wait=True)
+    ShardedWriter().save(state, os.path.join(folder, step_folder(2)), 2, wait=True)
     os._exit(0)
+
+
+def killed(state: TrainingState, folder: str, moment: int) -> int:
+    """The status with which a process ends that is to die at this moment."""
+    child = os.fork()
+    if child == 0:
+        save_and_die(state, folder, moment)
+    return os.waitpid(child, 0)[1]
+
+
+def loaded(folder: str, step: int) -> Any:
+    state = build("alone", 9)
+    load(state, os.path.join(folder, step_folder(step)))
+    return whole_state(state)
 
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     state = build("alone", 0)
     train(state, range(1))
-    ShardedWriter().save(state, os.path.join(folder, folder_name(1)), 1, wait=True)
+    ShardedWriter().save(state, os.path.join(folder, step_folder(1)), 1, wait=True)
     saved = {1: whole_state(state)}
     train(state, range(1, 2))
     saved[2] = whole_state(state)
+    second = os.path.join(folder, step_folder(2))
     complete = []
     status = signal.SIGKILL
     while status == signal.SIGKILL:
-        second = os.path.join(folder, folder_name(2))
         if complete and complete[-1]:
             shutil.rmtree(second)
-        child = os.fork()
-        if child == 0:
-            save_and_die(state, folder, len(complete) + 1)
-        status = os.waitpid(child, 0)[1]
+        status = killed(state, folder, len(complete) + 1)
         complete.append(incompleteness(second) is None)
         for step in (1, 2) if complete[-1] else (1,):
-            target = build("alone", 9)
-            load(target, os.path.join(folder, folder_name(step)))
-            assert_equal(whole_state(target), saved[step])
+            assert_equal(loaded(folder, step), saved[step])
+        for left in unfinished(folder):
+            remove_folder(left)
+        assert sorted(os.listdir(folder)) == [step_folder(step) for step in ((1, 2) if complete[-1] else (1,))]
     assert status == 0 and complete[-1] and not complete[0]
-    assert sorted(os.listdir(folder)) == [folder_name(1), folder_name(2)], "what was left behind is cleared away"
-    print(f"killed {len(complete) - 1} times", flush=True)
+
+    train(state, range(2, 3))
+    before, after = saved[2], whole_state(state)
+    replaced = []
+    status = signal.SIGKILL
+    while status == signal.SIGKILL:
+        if replaced and replaced[-1]:
+            shutil.rmtree(second)
+            shutil.copytree(f"{folder}.kept", second)
+        elif not replaced:
+            shutil.copytree(second, f"{folder}.kept")
+        status = killed(state, folder, len(replaced) + 1)
+        found = loaded(folder, 2)
+        replaced.append(any(not torch.equal(found[name], value) for name, value in before.items()))
+        assert_equal(found, after if replaced[-1] else before)
+        assert unfinished(folder) == []
+    assert status == 0 and replaced[-1] and not replaced[0]
+    assert len(os.listdir(second)) == 2, "what was left behind is cleared away"
+    print(f"killed {len(complete) + len(replaced) - 2} times", flush=True)
 
     def never_ends(*args: object) -> object:
         print("blocked", flush=True)
         threading.Event().wait()
 
     storage.atomic_write = never_ends  # type: ignore[assignment]
-    ShardedWriter().save(state, os.path.join(folder, folder_name(3)), 3)
+    ShardedWriter().save(state, os.path.join(folder, step_folder(3)), 3)
 
 
 if __name__ == "__main__":

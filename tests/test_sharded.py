@@ -7,6 +7,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,12 +25,11 @@ from torch import nn
 
 from open_lm import storage, storage_errors
 from open_lm.checkpoint import staging, tensor_index, tensor_store
+from open_lm.checkpoint.folders import step_folder
 from open_lm.checkpoint.sharded import (
     ShardedWriter,
     StoredTensors,
     TrainingState,
-    folder_name,
-    folder_step,
     incompleteness,
     load,
     load_weights,
@@ -305,13 +305,6 @@ def test_torchs_own_save_and_load_use_the_store(tmp_path: Path) -> None:
     assert StoredTensors(folder).step == 7
 
 
-def test_names_of_folders() -> None:
-    assert folder_name(123) == "step_0000123"
-    assert folder_step("s3://bucket/run/checkpoints/step_0000123/") == 123
-    assert folder_step("a/step_12345678") == 12345678
-    assert folder_step("a/step_0000123.incomplete") is None and folder_step("a/epoch_1.pt") is None
-
-
 def test_the_benchmark_shows_every_way() -> None:
     script = Path(__file__).parents[1] / "scripts" / "bench_checkpoint.py"
     command = [sys.executable, str(script), "--model", "open_lm_test_tiny", "--rounds", "1"]
@@ -396,7 +389,7 @@ def test_a_full_disk_names_it_and_leaves_the_last_checkpoint(tmp_path: Path) -> 
     try:
         with pytest.raises(StorageError, match=r"b\.incomplete/rank_00000_000\.bin.*make room"):
             save(state, tmp_path / "b")
-        with pytest.raises(StorageError, match=r"a\.incomplete/rank_00000_000\.bin.*make room"):
+        with pytest.raises(StorageError, match=r"a/\w+_rank_00000_000\.bin.*make room"):
             save(state, tmp_path / "a")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -411,10 +404,14 @@ def test_an_earlier_try_and_an_earlier_checkpoint_of_the_step_are_replaced(tmp_p
     save(state, tmp_path / "a", step=1)
     (tmp_path / "a.incomplete").mkdir()
     (tmp_path / "a.incomplete" / "rank_00007_000.bin").write_bytes(b"left by a killed process")
-    (tmp_path / "step_0000007.incomplete").mkdir()  # of another step
-    save(state, tmp_path / "a", step=2)
-    assert os.listdir(tmp_path) == ["a"] and StoredTensors(str(tmp_path / "a")).step == 2
-    assert sorted(os.listdir(tmp_path / "a")) == ["checkpoint.json", "rank_00000_000.bin"]
+    save(state, tmp_path / "b", step=1)
+    shutil.copytree(tmp_path / "b", tmp_path / "a.incomplete", dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "a")
+    for step in (2, 3):
+        save(state, tmp_path / "a", step=step)
+        assert sorted(os.listdir(tmp_path)) == ["a", "b"] and StoredTensors(str(tmp_path / "a")).step == step
+        files = sorted(name[-18:] for name in os.listdir(tmp_path / "a"))
+        assert files == ["checkpoint.json", "rank_00000_000.bin"]
 
 
 def test_killed_at_every_moment_of_a_save(tmp_path: Path) -> None:
@@ -425,12 +422,12 @@ def test_killed_at_every_moment_of_a_save(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     killed, _, blocked = result.stdout.partition(" times\n")
-    assert int(killed.removeprefix("killed ")) > 10 and blocked == "blocked\n"
+    assert int(killed.removeprefix("killed ")) > 20 and blocked == "blocked\n"
 
 
 # ---------------------------------------------------------------------------------------------- S3
 def test_s3_directly_and_again_over_an_older_one(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, state = f"s3://{s3_bucket}/run/{folder_name(3)}", trained()
+    folder, state = f"s3://{s3_bucket}/run/{step_folder(3)}", trained()
     storage.write_bytes(f"{folder}/12345678_rank_00005_000.bin", b"of more ranks, killed")
     for _ in range(2):
         train(state, range(3, 4))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import shutil
 
 from open_lm import storage
-from open_lm.errors import StorageError
 
 INDEX = "checkpoint.json"  # written last, removed first: where it is, the checkpoint is complete
 INCOMPLETE = ".incomplete"
@@ -41,13 +42,16 @@ def unfinished(root: str) -> list[str]:
 
 def remove_folder(url: str) -> None:
     """Remove a checkpoint with all its files, the index first: what remains of it never looks complete."""
-    with contextlib.suppress(StorageError):
+    try:
         storage.remove(storage.join(url, INDEX))
+        if not storage.is_remote(url):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(storage.local_path(url))  # with what a killed writer had only begun
+            return
         for file in storage.list_files(url, recursive=True):
             storage.remove(file)
-        if not storage.is_remote(url):
-            with contextlib.suppress(OSError):
-                os.rmdir(storage.local_path(url))
+    except OSError as error:
+        logging.warning(f"{url} could not be removed: {error}")
 
 
 def _folder_names(root: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whole states of (sharded) models and optimizers: gathered to rank 0, and handed out from it.
+"""Whole states of models and optimizers, handed out from rank 0 to their (sharded) places, and whether they fit.
 
 Names are clean (see param_names.py). Every function that moves tensors is collective: all ranks call it.
 """
@@ -12,8 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -23,43 +21,6 @@ from open_lm.checkpoint.files import read_model_state, shape_problems
 from open_lm.errors import CheckpointError, join_problems
 from open_lm.parallelize import unwrap
 from open_lm.param_names import clean_name
-
-_GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def gather_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole weights and persistent buffers in host memory on rank 0; nothing on other ranks.
-
-    All names of a tied weight share one tensor, so that a file holds it once.
-    """
-    gathered: Any = get_model_state_dict(unwrap(model), options=_GATHER)
-    state: dict[str, Tensor] = {clean_name(name): value for name, value in gathered.items()}
-    first_name: dict[int, str] = {}
-    for name, value in named_tensors(model).items():
-        first = first_name.setdefault(id(value), name)
-        if name in state and first in state:
-            state[name] = state[first] if first != name else _compact(state[name])
-    return state
-
-
-def gather_optimizer(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The whole optimizer state on rank 0: {"state": {name: moments}, "param_groups": [{…, "params": [name, …]}]}."""
-    state = get_optimizer_state_dict(unwrap(model), optimizer, options=_GATHER)
-    moments: Any = state.get("state", {})
-    return {
-        "state": {
-            clean_name(name): {key: _compact(value) for key, value in values.items()}
-            for name, values in moments.items()
-        },
-        "param_groups": state.get("param_groups", []),
-    }
-
-
-def _compact(value: Any) -> Any:
-    """A tensor that is a view of a larger storage as one of its own: torch.save writes whole storages."""
-    if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.numel() * value.element_size():
-        return value.clone()
-    return value
 
 
 def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:

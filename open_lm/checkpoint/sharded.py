@@ -27,14 +27,12 @@ from torch.optim import Optimizer
 from open_lm import storage
 from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.collective import reduce_scatter
+from open_lm.checkpoint.folders import INDEX
 from open_lm.checkpoint.model_state import fitting, named_tensors
 from open_lm.checkpoint.staging import HostCopies, own_chunks
 from open_lm.checkpoint.tensor_index import (
-    INDEX_NAME,
     Index,
     StoredTensors,
-    folder_name,
-    folder_step,
     incompleteness,
     read_index_bytes,
 )
@@ -46,8 +44,7 @@ from open_lm.param_names import clean_name
 from open_lm.rng import from_tensors, rng_state, set_rng_state, to_tensors
 
 __all__ = [
-    "ShardedWriter", "StoredTensors", "TrainingState", "folder_name", "folder_step", "incompleteness", "load",
-    "load_weights",
+    "ShardedWriter", "StoredTensors", "TrainingState", "incompleteness", "load", "load_weights",
 ]  # fmt: skip
 # A rank that ends breaks the connection at once; this is for the slowest store.
 _GROUP_TIMEOUT = timedelta(hours=6)
@@ -291,7 +288,7 @@ def load_weights(model: nn.Module, folder: str) -> dict[str, Any]:
 
 def _read_index(folder: str) -> Index:
     data = on_master(lambda: read_index_bytes(folder))
-    return on_all(lambda: Index.from_bytes(data, storage.join(folder, INDEX_NAME)))
+    return on_all(lambda: Index.from_bytes(data, storage.join(folder, INDEX)))
 
 
 def _read_into(targets: dict[str, Tensor], index: Index, folder: str) -> None:

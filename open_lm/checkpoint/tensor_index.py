@@ -6,9 +6,9 @@ A checkpoint is a folder:
     checkpoint.json        what is where, with a checksum of each chunk and of itself; written last: where it is, the
                            checkpoint is complete
 
-On local disks the folder is written as `….incomplete` and renamed when it is whole. On remote stores the files' names
-begin with something new for each save, so that a checkpoint of the same step is replaced by the one act of writing
-checkpoint.json.
+On local disks the folder is written as `….incomplete` and renamed when it is whole. On remote stores, and where a
+checkpoint of that step is there already, it is written in place, to files whose names begin with something new: so the
+one act of writing checkpoint.json makes it appear, or replaces the one before.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -29,11 +28,10 @@ import torch
 from torch import Tensor
 
 from open_lm import storage
+from open_lm.checkpoint.folders import INDEX
 from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError
 
 FORMAT = 1
-INDEX_NAME = "checkpoint.json"
-INCOMPLETE_SUFFIX = ".incomplete"
 # A chunk is what one checksum covers: who needs a part of it reads it whole, so it is small beside a tensor.
 CHUNK_BYTES = 16 << 20
 _WORKERS_REMOTE = 8
@@ -41,7 +39,6 @@ _WORKERS_LOCAL = 2
 # Chunks with no more than this between them are read as one range.
 _GAP_BYTES = 64 << 10
 _CHECKSUM_KEY = b',"checksum":"'
-_FOLDER = re.compile(r"^step_(\d+)$")
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -49,17 +46,6 @@ _DTYPES = {
         torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2,
     )
 }  # fmt: skip
-
-
-def folder_name(step: int) -> str:
-    """The name of the checkpoint of one optimizer step in a run's folder of checkpoints."""
-    return f"step_{step:07d}"
-
-
-def folder_step(url: str) -> int | None:
-    """The step of .../step_0000123, None for any other name (an incomplete one too)."""
-    match = _FOLDER.match(os.path.basename(url.rstrip("/")))
-    return int(match.group(1)) if match else None
 
 
 @dataclass(frozen=True)
@@ -144,7 +130,7 @@ def _tensor_from(entry: dict[str, Any], name: str, url: str) -> StoredTensor:
 
 def read_index_bytes(folder: str) -> bytes:
     """checkpoint.json as it is; CheckpointError where the folder has none."""
-    url = storage.join(folder, INDEX_NAME)
+    url = storage.join(folder, INDEX)
     try:
         return storage.read_bytes(url)
     except StorageError as error:
@@ -153,7 +139,7 @@ def read_index_bytes(folder: str) -> bytes:
 
 def read_index(folder: str) -> Index:
     """CheckpointError where checkpoint.json is missing or broken."""
-    return Index.from_bytes(read_index_bytes(folder), storage.join(folder, INDEX_NAME))
+    return Index.from_bytes(read_index_bytes(folder), storage.join(folder, INDEX))
 
 
 def incompleteness(folder: str) -> str | None:

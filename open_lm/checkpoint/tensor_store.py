@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
-import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,9 +31,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from open_lm import storage
+from open_lm.checkpoint.folders import INCOMPLETE, INDEX, remove_folder
 from open_lm.checkpoint.tensor_index import (
-    INCOMPLETE_SUFFIX,
-    INDEX_NAME,
     Index,
     StoredChunk,
     StoredTensor,
@@ -47,7 +44,6 @@ from open_lm.errors import CheckpointError, StorageError
 
 # A remote file is put together on local disk before it is sent: so much room each rank needs there.
 FILE_BYTES = 1 << 30
-_LEFTOVER = re.compile(r"^step_\d+(\.replaced)?\.incomplete$")
 
 
 class TensorWriter(StorageWriter):
@@ -58,12 +54,10 @@ class TensorWriter(StorageWriter):
     """
 
     def __init__(self, folder: str, step: int, extra: dict[str, Any], names: Mapping[str, str] | None = None) -> None:
-        self.folder = folder.rstrip("/")
-        # What a remote store holds is incomplete as long as checkpoint.json is not there.
-        self._target = self.folder if storage.is_remote(folder) else storage.local_path(self.folder) + INCOMPLETE_SUFFIX
+        self.folder = folder.rstrip("/") if storage.is_remote(folder) else storage.local_path(folder.rstrip("/"))
         self._step, self._extra, self._names = step, extra, names or {}
-        # There new files lie beside those of an earlier checkpoint of the same step until the index names the new ones.
-        self._prefix = f"{uuid.uuid4().hex[:8]}_" if storage.is_remote(folder) else ""
+        # Where the coordinator has the files written to, and what their names begin with if that is in place.
+        self._target, self._prefix = "", ""
         self.finished = False
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -78,24 +72,27 @@ class TensorWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Clear away what earlier tries left behind, and tell each rank how its files are called."""
-        self.abandon()
-        if not self._prefix:
-            _remove_leftovers(os.path.dirname(os.path.abspath(self._target)))
+        """Decide where the files go, clear away what an earlier try left there, and tell each rank."""
+        if storage.is_remote(self.folder) or os.path.isdir(self.folder):
+            # Beside those of an earlier checkpoint of the same step, until the index names the new ones.
+            self._target, self._prefix = self.folder, f"{uuid.uuid4().hex[:8]}_"
+        else:
+            self._target = self.folder + INCOMPLETE
+            remove_folder(self._target)
         storage.makedirs(self._target)
-        names = (f"{self._prefix}rank_{rank:05d}" for rank in range(len(plans)))
+        names = (storage.join(self._target, f"{self._prefix}rank_{rank:05d}") for rank in range(len(plans)))
         return [SavePlan(plan.items, name, plan.planner_data) for plan, name in zip(plans, names, strict=True)]
 
     def abandon(self) -> None:
         """Remove what was written, if it is not a complete checkpoint yet."""
-        if self.finished:
+        if self.finished or not self._target:
             return
         if self._prefix:
-            self._remove_remote(lambda name: name.startswith(self._prefix))
+            self._remove_files(lambda name: name.startswith(self._prefix))
         else:
-            _remove_folder(self._target)
+            remove_folder(self._target)
 
-    def _remove_remote(self, unwanted: Callable[[str], bool]) -> None:
+    def _remove_files(self, unwanted: Callable[[str], bool]) -> None:
         for url in storage.list_files(self._target):
             if unwanted(url.rpartition("/")[2]):
                 storage.remove(url)
@@ -104,8 +101,9 @@ class TensorWriter(StorageWriter):
         """Write this rank's items into files of up to 1 GiB, each whole or not at all."""
         results = []
         for number, items in enumerate(_by_file(plan.items)):
-            name = f"{plan.storage_data}_{number:03d}.bin"
-            with storage.atomic_write(storage.join(self._target, name)) as file:
+            url = f"{plan.storage_data}_{number:03d}.bin"
+            name = os.path.basename(url)
+            with storage.atomic_write(url) as file:
                 position = 0
                 for item in items:
                     data = _bytes_of(planner.resolve_data(item))
@@ -134,12 +132,12 @@ class TensorWriter(StorageWriter):
         tensors = {name: stored[first] for name, first in names.items()}
         aliases = {name: first for name, first in names.items() if name != first}
         index = Index(self._step, files, tensors, aliases, self._extra)
-        storage.write_bytes(storage.join(self._target, INDEX_NAME), index.to_bytes())
+        storage.write_bytes(storage.join(self._target, INDEX), index.to_bytes())
         if not self._prefix:
-            _publish(self._target, storage.local_path(self.folder))
+            _publish(self._target, self.folder)
         self.finished = True
         if self._prefix:
-            self._remove_remote(lambda name: name not in (INDEX_NAME, *files))
+            self._remove_files(lambda name: name not in (INDEX, *files))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -172,33 +170,12 @@ def _stored_chunk(item: WriteItem, file: str, start: int, data: memoryview) -> S
 
 
 def _publish(incomplete: str, folder: str) -> None:
-    """Rename a whole folder into place. One of that name, which this one replaces, is first moved aside."""
-    aside = f"{folder}.replaced{INCOMPLETE_SUFFIX}"
+    """Rename a whole folder into place."""
     try:
-        _remove_folder(aside)
-        if os.path.isdir(folder):
-            os.rename(folder, aside)
         os.rename(incomplete, folder)
         _sync_folder(os.path.dirname(os.path.abspath(folder)))
-        _remove_folder(aside)
     except OSError as error:
         raise StorageError(f"{folder}: the finished checkpoint could not be renamed into place ({error})") from error
-
-
-def _remove_folder(path: str) -> None:
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(path)
-    except OSError as error:
-        raise StorageError(f"{path}: an unfinished checkpoint could not be removed ({error}); remove it") from error
-
-
-def _remove_leftovers(folder: str) -> None:
-    """What a killed process left in a run's folder of checkpoints, of whatever step; a run has one writer."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for name in os.listdir(folder):
-            if _LEFTOVER.match(name):
-                _remove_folder(os.path.join(folder, name))
 
 
 def _sync_folder(folder: str) -> None:
