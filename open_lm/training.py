@@ -145,6 +145,13 @@ class TrainingRun:
         if found is None:
             logging.warning("the loss has spiked before the first checkpoint: the step is skipped, no state to go to")
             return
+        assert data_state is not None
+        if not trainer.loader.reaches(data_state, self.session.total_steps - found.step):
+            logging.warning(
+                f"the loss has spiked: the step is skipped, for the data do not reach to go back to step {found.step} "
+                "and pass over what has come since (--multiple-data-passes or more data allow it)"
+            )
+            return
         self._returns[found.step] = self._returns.get(found.step, 0) + 1
         if self._returns[found.step] > _MOST_RETURNS:
             raise TrainingDiverged(
@@ -154,7 +161,6 @@ class TrainingRun:
         with pause("loading"):
             restore_from(self.session, trainer, found)
         self.loggers.go_back(found.step)
-        assert data_state is not None
         trainer.loader.rewind(data_state)
         trainer.data_state = trainer.loader.state  # another object: the trainer takes batches anew
         logging.warning(

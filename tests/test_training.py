@@ -95,6 +95,19 @@ def test_without_a_checkpoint_a_spike_is_only_skipped(
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 51))
 
 
+def test_a_run_does_not_go_back_where_its_data_would_not_last(
+    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spiky_data(tmp_path / "data", 52, bad=44)
+    manifest = str(tmp_path / "data/manifest.jsonl")
+    write_manifest(manifest, [ManifestEntry("00000", 52 * BATCH)])
+    more = ("--name", "run", "--disable-buffer", "--save-every-n-steps", "20", "--rollback-loss-spikes", "6")
+    train(flags, manifest, 50, *more)
+    assert "the data do not reach to go back to step 40" in caplog.text
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 51))
+    assert "epoch_1.pt" in epoch_files(tmp_path / "run")
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())

@@ -81,6 +81,17 @@ class TrainLoader:
             if after["pass"] > before["pass"] and self._job.rank == 0:
                 logger.info(f"pass {after['pass'] + 1} over {source.name} begins")
 
+    def reaches(self, state: dict[str, Any], num_batches: int) -> bool:
+        """Whether the data hold `num_batches` after `state`, as far as their sizes are known; of passes without end,
+        always."""
+        if self._job.order.max_passes is None:
+            return True
+        taken = sum(source["samples"] for source in state["sources"])
+        count = taken + num_batches * self._job.global_batch_size
+        needed = most_samples([source.weight for source in self.sources], count)
+        sizes = [source.num_sequences for source in self.sources]
+        return all(size is None or number <= size for size, number in zip(sizes, needed, strict=True))
+
     def rewind(self, state: dict[str, Any], skip_batches: int = 0) -> None:
         """Go to `skip_batches` global batches after `state`."""
         self.close()
