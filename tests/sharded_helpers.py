@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from checkpoint_helpers import free_port, start_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.sharded import TrainingState
-from open_lm.errors import end_process
 
 AVERAGERS = "ema_0.5,poly_2"
 
@@ -113,19 +112,6 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------- ranks
 def on_ranks(worker: Any, folder: Path, world_size: int) -> None:
     """Run worker(rank, folder) in processes of a gloo group; what takes long to import is imported once for them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
     multiprocessing.set_forkserver_preload(["open_lm.checkpoint.sharded", "torch._dynamo", "torch.distributed.fsdp"])
-    args = (worker, str(folder), world_size, port)
-    mp.start_processes(_start_rank, args=args, nprocs=world_size, start_method="forkserver")
-
-
-def _start_rank(rank: int, worker: Any, folder: str, world_size: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    try:
-        worker(rank, Path(folder))
-    finally:
-        dist.destroy_process_group()
-    end_process(0)
+    args = (worker, str(folder), world_size, free_port())
+    mp.start_processes(start_rank, args=args, nprocs=world_size, start_method="forkserver")

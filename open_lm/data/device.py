@@ -79,7 +79,5 @@ class _OnItsWay:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._event)
             for tensor in (self._batch.inputs, self._batch.targets, self._batch.filled):
-                tensor.record_stream(
-                    current
-                )  # its memory belongs to the other stream and is not to be used again early
+                tensor.record_stream(current)  # the other stream owns its memory, and may not use it again too early
         return self._batch
