@@ -195,7 +195,7 @@ def load_state(session: Session, trainer: Trainer | None, found: list[Candidate]
             if session.runtime.is_master:
                 logging.warning(f"checkpoint {candidate.url} is stepped over: {error}")
     if cfg.pretrained:
-        checkpoint.load_weights(cfg.pretrained, session.model)
+        checkpoint.load_weights(on_master(lambda: checkpoint.named(str(cfg.pretrained))[0].url), session.model)
     elif cfg.average:
         checkpoint.load_average(cfg.average, cfg.average_coefficients, session.model)
     elif trainer is None and not session.config.model.hf_model:
@@ -209,6 +209,9 @@ def restore_from(session: Session, trainer: Trainer | None, candidate: Candidate
     Collective. CheckpointError where it does not fit; BrokenCheckpoint where it cannot be read, which leaves what is
     loaded so far.
     """
+    if trainer is not None:  # before anything large is read
+        saved = on_master(lambda: checkpoint.saved_progress(candidate.url, candidate.sharded))
+        _check_resumable(candidate.url, saved, session.config)
     load = _load_sharded if candidate.sharded else _load_interchange
     session.progress, extra = load(session, trainer, candidate.url)
     session.resume = candidate.url
@@ -216,7 +219,6 @@ def restore_from(session: Session, trainer: Trainer | None, candidate: Candidate
         return
     progress = session.progress
     session.saved_flags = extra.get("flags", {})
-    _check_resumable(candidate.url, progress, session.config)
     batch = trainer.global_batch_size
     trainer.step = progress.step or 0
     trainer.samples_seen = trainer.step * batch if progress.samples_seen is None else progress.samples_seen

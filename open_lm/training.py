@@ -17,6 +17,7 @@ from open_lm.session import Session, evaluation_options, restore_from, validate
 from open_lm.train import Agreed, Trainer, TrainingDiverged
 from open_lm.watchdog import pause
 
+STORE_S = 6 * 3600.0  # what the slowest store may take for a checkpoint
 _MOST_RETURNS = 5  # to one and the same checkpoint
 
 
@@ -58,12 +59,12 @@ class TrainingRun:
             if self.session.runtime.is_master:
                 logging.warning(f"stopped by a signal after step {self.trainer.step}; {left}")
         except TrainingDiverged:
-            with pause("saving"):
+            with pause("saving", STORE_S):
                 path = self.manager.save_failed(*self._snapshot(self.session.progress.epoch))
             kept = f"; the state is kept in {path}" if path is not None else ""
             logging.error(f"Training exiting due to NaN value{kept}")
             raise
-        with pause("saving"):
+        with pause("saving", STORE_S):
             self.manager.finish()
 
     def _make_up(self) -> None:
@@ -110,7 +111,7 @@ class TrainingRun:
         session.progress = progress
         session.samples_before = trainer.samples_seen
         state.extra |= self._extra(progress)
-        with pause("saving"):
+        with pause("saving", STORE_S):
             self.manager.save_epoch(progress, state)
             if failure is not None:
                 self.manager.finish()
@@ -133,12 +134,12 @@ class TrainingRun:
             self._save_step()
 
     def _save_step(self, wait: bool = False) -> None:
-        with pause("saving"):  # which may have to wait for the save before
+        with pause("saving", STORE_S):  # which may have to wait for the save before
             self.manager.save_step(*self._snapshot(self.session.progress.epoch), wait=wait)
 
     def _go_back(self) -> None:
         """Load the newest checkpoint of this run, and go on from it behind the data seen since."""
-        with pause("saving"):
+        with pause("saving", STORE_S):
             self.manager.finish()
         trainer, step, data_state = self.trainer, self.trainer.step, self.trainer.data_state
         found = self.manager.newest()
@@ -158,7 +159,7 @@ class TrainingRun:
                 f"the loss has spiked {_MOST_RETURNS + 1} times after the checkpoint of step {found.step}; continue "
                 "from it with a lower --lr or --grad-clip-norm, and check the data"
             )
-        with pause("loading"):
+        with pause("loading", STORE_S):
             restore_from(self.session, trainer, found)
         self.loggers.go_back(found.step)
         trainer.loader.rewind(data_state)

@@ -68,10 +68,11 @@ def beat(phase: str, step: int | None = None, allow_s: float = 0.0) -> None:
 
 
 @contextmanager
-def pause(phase: str) -> Iterator[None]:
-    """Something that may take any time without a beat: while it lasts, the run does not count as hanging."""
+def pause(phase: str, allow_s: float = math.inf) -> Iterator[None]:
+    """Something that may take a long time without a beat: for `allow_s` seconds beyond --hang-timeout it does not count
+    as hanging."""
     before = _progress.phase
-    _progress.beat(phase, None, allowed_s=math.inf)
+    _progress.beat(phase, None, allowed_s=allow_s)
     try:
         yield
     finally:

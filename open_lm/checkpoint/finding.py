@@ -146,14 +146,21 @@ def _step_over(url: str, problem: str, broken: list[str]) -> None:
 
 
 def _sharded(url: str) -> Candidate:
-    stored = StoredTensors(url)
-    progress = Progress.from_json(stored.extra.get("progress", {}))
-    return Candidate(url, stored.step, progress.epoch, sharded=True, remote=storage.is_remote(url))
+    progress = saved_progress(url, sharded=True)
+    return Candidate(url, progress.step or 0, progress.epoch, sharded=True, remote=storage.is_remote(url))
 
 
 def _interchange(url: str) -> Candidate:
-    progress = Progress.from_meta(files.read_meta(url))
+    progress = saved_progress(url, sharded=False)
     return Candidate(url, progress.step or 0, progress.epoch, sharded=False, remote=storage.is_remote(url))
+
+
+def saved_progress(url: str, sharded: bool) -> Progress:
+    """What a checkpoint says of its run, without reading a tensor."""
+    if not sharded:
+        return Progress.from_meta(files.read_meta(url))
+    stored = StoredTensors(url)
+    return Progress.from_json({"step": stored.step, **stored.extra.get("progress", {})})
 
 
 def _refuse_existing(remote: str, paths: RunPaths) -> None:
