@@ -313,12 +313,12 @@ def test_a_stop_says_what_is_kept_and_an_evaluation_stops_at_once(
         before_step(1, stop, patches)
         train(flags, data, 4, "--logs", "none")
     assert "nothing is saved" in caplog.text
-    handlers = []
+    before, handlers = signal.getsignal(signal.SIGTERM), []
     monkeypatch.setattr("open_lm.session.evaluate_sets", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
     monkeypatch.setattr("open_lm.session.validation_metrics", lambda _: {})
     weights = str(tmp_path / "run/checkpoints/epoch_1.pt")
     main([*flags, "--val-data", data, "--pretrained", weights, "--name", "evaluation"])
-    assert handlers == [signal.SIG_DFL]
+    assert handlers == [before]
 
 
 # --- settings that differ --------------------------------------------------------------------------------------------
