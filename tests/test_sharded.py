@@ -456,15 +456,26 @@ def test_s3_that_breaks_off_is_tried_again(faulty_s3: FaultyProxy, monkeypatch: 
     monkeypatch.setattr(staging, "CHUNK_BYTES", 100)
     monkeypatch.setattr(tensor_index, "CHUNK_BYTES", 500)  # so that there are many requests to break
     monkeypatch.setattr(tensor_store, "FILE_BYTES", 6000)
-    for kind in ("503", "reset", "reset_after"):
-        faulty_s3.rules.append(Rule(kind, rate=0.2))
-    faulty_s3.rules.append(Rule("truncate", method="GET", path=r"\.bin", rate=0.2))
+    for number, kind in enumerate(("503", "reset", "reset_after")):
+        faulty_s3.rules.append(Rule(kind, times=2, skip=4 * number))  # all on one request would still be tried again
+    faulty_s3.rules.append(Rule("truncate", method="GET", path=r"\.bin", times=2, skip=1))
     folder, state = f"s3://{faulty_s3.bucket}/run/a", trained()
     save(state, folder)
     found = build("alone", 1)
     load(found, folder)
     assert_equal(whole_state(found), whole_state(state))
     assert all(faulty_s3.injected[kind] for kind in ("503", "reset", "reset_after", "truncate"))
+
+
+def test_a_store_that_gives_nothing_is_no_broken_checkpoint(
+    faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage_errors, "_pause", lambda seconds: None)
+    folder, state = f"s3://{faulty_s3.bucket}/run/a", trained()
+    save(state, folder)
+    faulty_s3.rules.append(Rule("reset", method="GET", path=r"\.bin"))
+    with pytest.raises(StorageError, match=r"\.bin"):
+        load(build("alone", 1), folder)
 
 
 # ---------------------------------------------------------------------------------------------- broken files

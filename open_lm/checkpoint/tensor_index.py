@@ -171,7 +171,8 @@ def read_chunks(
     """The chunks in the order asked for, each a tensor of its sizes and dtype, verified.
 
     wanted: (name, tensor, chunk). Neighbours in a file are read as one range; some ranges are read at the same time, so
-    that about 16 MiB for each worker are held. BrokenCheckpoint names the file and the tensor that are broken.
+    that about 16 MiB for each worker are held. BrokenCheckpoint names the file and the tensor that are broken;
+    StorageError where a store does not give what it has.
     """
     workers = _WORKERS_REMOTE if storage.is_remote(folder) else _WORKERS_LOCAL
     pending: deque[Future[list[tuple[StoredChunk, Tensor]]]] = deque()
@@ -212,6 +213,9 @@ def _read_group(folder: str, group: list[tuple[str, StoredTensor, StoredChunk]])
     try:
         data = _read_range(url, first.start, length)
     except StorageError as error:
+        whole = storage.info(url) if storage.is_remote(url) else None
+        if whole is not None and whole.size >= first.start + length:
+            raise  # the store is at fault, not the checkpoint: an earlier one is no better
         raise BrokenCheckpoint(f"{error}; it holds {group[0][0]}{more}; use an earlier checkpoint") from error
     found = []
     for name, tensor, chunk in group:
