@@ -162,6 +162,7 @@ class TrainingRun:
         with pause("loading", STORE_S):
             restore_from(self.session, trainer, found)
         self.loggers.go_back(found.step)
+        self._forget_later_results()
         trainer.loader.rewind(data_state)
         trainer.data_state = trainer.loader.state  # another object: the trainer takes batches anew
         logging.warning(
@@ -197,7 +198,6 @@ class TrainingRun:
             "name": self.session.paths.name,
             "progress": progress.to_json(),
             "samples_before": self.session.samples_before,
-            "world_size": self.session.runtime.world_size,
             "flags": dict(self.described),
         }
 

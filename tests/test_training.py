@@ -86,6 +86,14 @@ def test_a_run_goes_back_before_a_spike_and_passes_over_its_data(
     assert progress["data_state"]["sources"][0]["samples"] == 55 * BATCH
 
 
+def test_going_back_over_the_end_of_an_epoch_validates_it_once(flags: list[str], tmp_path: Path) -> None:
+    data = spiky_data(tmp_path / "data", 80, bad=44)
+    more = ["--epochs", "3", "--save-frequency", "0", "--val-data", data, "--val-num-samples", tokens(1)]
+    main([*spike_flags(flags, data, 21), "--name", "run", "--rollback-loss-spikes", "6", *more])
+    lines = (tmp_path / "run/checkpoints/results.jsonl").read_text().splitlines()
+    assert [json.loads(line)[0]["train_tokens"] for line in lines] == [int(tokens(n)) for n in (21, 42, 63)]
+
+
 def test_without_a_checkpoint_a_spike_is_only_skipped(
     flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
