@@ -1,15 +1,62 @@
 """Token losses as sums, so that micro-batches and ranks add up exactly.
 
-Legend: B batch, T sequence, V vocabulary.
+Legend: B batch, T sequence, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What a model computes in place of logits: the cross entropy of its predictions, with the z-loss of `token_loss`.
+
+    Attributes:
+        targets: (B,T) int64, IGNORE_INDEX where there is none.
+        z_loss_coefficient: weight of the z-loss; 0 leaves it out.
+        per_token: give each token's loss, (B,T) float32 with 0 where there is no target, in place of their sum, a
+            float32 scalar.
+    """
+
+    targets: Tensor
+    z_loss_coefficient: float = 0.0
+    per_token: bool = False
+
+    def of_hidden(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The loss of hidden states (B,T,D) whose logits are hidden @ weight.T, weight (V,D)."""
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return self.of_logits(F.linear(hidden, whole))
+
+    def of_logits(self, logits: Tensor) -> Tensor:
+        """The loss of logits (B,T,V), any floating type."""
+        if not self.per_token:
+            return token_loss(logits, self.targets, self.z_loss_coefficient)[0]
+        flat_logits, flat_targets = logits.flatten(0, -2).float(), self.targets.flatten()
+        losses = F.cross_entropy(flat_logits, flat_targets, ignore_index=IGNORE_INDEX, reduction="none")
+        if self.z_loss_coefficient:
+            valid = flat_targets != IGNORE_INDEX
+            losses = losses + self.z_loss_coefficient * torch.logsumexp(flat_logits, dim=-1).square() * valid
+        return losses.view_as(self.targets)
+
+
+def logit_mean(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The mean of the logits hidden @ weight.T without computing them: hidden (B,T,D), weight (V,D) -> float32 scalar.
+
+    The mean of products over independent indices is the product of the means. weight may be sharded over a mesh.
+    """
+    rows = weight.detach()
+    mean_row = rows.float().mean(0)
+    if isinstance(mean_row, DTensor):
+        mean_row = mean_row.full_tensor()
+    return hidden.detach().flatten(0, -2).float().mean(0) @ mean_row
 
 
 def token_loss(
