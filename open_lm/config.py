@@ -87,6 +87,7 @@ class RunConfig(Section):
     config: str | None = flag(None, "YAML or JSON file with flags as keys; flags on the command line win over it")
     name: str | None = flag(None, "name of the run, its folder below --logs; default: date, model, lr and batch size")
     seed: int = flag(0, "seed of initialisation, data order and shuffling")
+    deterministic: bool = flag(False, "the same numbers bit for bit from run to run, at some cost in speed")
     debug: bool = flag(False, "log at debug level")
 
 
@@ -165,9 +166,16 @@ class ArchitectureConfig(Section):
     moe_loss_weight: float = flag(0.1, "weight of the load-balancing loss")
     moe_weight_parallelism: bool = ineffective(False, "--fsdp shards the experts' weights like all others")
     moe_expert_model_parallelism: bool = ineffective(False, "--fsdp shards the experts' weights like all others")
-    attn_name: Literal["auto", "xformers_attn", "xformers_attn_variable_length", "torch_attn", "custom_attn"] = flag(
-        "auto", "attention implementation; auto takes the fastest that is installed for the device"
-    )
+    attn_name: Literal[
+        "auto",
+        "xformers_attn",
+        "xformers_attn_variable_length",
+        "torch_attn",
+        "custom_attn",
+        "sdpa_flash",
+        "sdpa_cudnn",
+        "flash_attn_3",
+    ] = flag("auto", "attention implementation; auto takes the fastest that is installed for the device")
     attn_activation: Literal["relu", "relu_squared", "softplus", "identity", "relu6", "sigmoid", "softmax"] | None = (
         flag(None, "with custom_attn, what is applied to the scores")
     )
@@ -186,7 +194,15 @@ class ModelConfig(ArchitectureConfig):
     hf_seq_len: int | None = flag(None, "sequence length for --hf-model")
     hf_fsdp_block: str | None = flag(None, "class name of the --hf-model's layers, which --fsdp shards one by one")
     grad_checkpointing: bool = flag(False, "recompute each block's activations in the backward pass")
-    torchcompile: bool = flag(False, "compile the model with torch.compile")
+    activation_checkpointing: str = flag(
+        "none",
+        "what the backward pass recomputes: none; full, as --grad-checkpointing; op, all but matrix products and "
+        "attention; or a number K, every K-th block in full",
+    )
+    torchcompile: bool = flag(False, "compile the model with torch.compile, one block for all")
+    torchcompile_mode: Literal["default", "reduce-overhead", "max-autotune"] = flag(
+        "default", "with --torchcompile: reduce-overhead replays CUDA graphs, max-autotune also tries out kernels"
+    )
     experimental_meta_device: bool = ineffective(
         False, "models are always created without memory and initialised shard by shard"
     )
@@ -196,17 +212,21 @@ class ModelConfig(ArchitectureConfig):
 class OptimConfig(Section):
     title: ClassVar[str] = "optimisation"
 
-    optimizer: str = flag("adamw", "optimizer: adamw")
+    optimizer: str = flag("adamw", "adamw, or muon: Muon for the blocks' matrices and AdamW for all else")
     lr: float = flag(5.0e-4, "peak learning rate")
     beta1: float = flag(0.9, "AdamW beta 1")
     beta2: float = flag(0.95, "AdamW beta 2")
     eps: float = flag(1.0e-8, "AdamW epsilon")
     wd: float = flag(0.2, "weight decay, on all parameters")
+    no_decay_norms: bool = flag(False, "no weight decay on norms and biases")
+    muon_momentum: float = flag(0.95, "with --optimizer muon, its momentum")
     warmup: int = flag(10000, "steps of linear warmup")
-    lr_scheduler: str = flag("cosine", "schedule after the warmup: cosine, const or const-cooldown")
-    lr_cooldown_end: float = flag(0.0, "learning rate at the end of the cosine or the cooldown")
+    lr_scheduler: str = flag("cosine", "schedule after the warmup: cosine, const, const-cooldown or wsd")
+    lr_cooldown_end: float = flag(0.0, "learning rate at the end of the cosine, the cooldown or wsd")
     lr_cooldown_power: float = flag(1.0, "power of the polynomial cooldown of const-cooldown; 1 is linear")
     epochs_cooldown: int | None = flag(None, "last epochs over which const-cooldown lowers the learning rate")
+    lr_decay_fraction: float = flag(0.2, "with wsd, the last part of all steps over which the learning rate decays")
+    lr_decay_shape: Literal["1-sqrt", "linear", "cosine"] = flag("1-sqrt", "with wsd, how it decays")
     force_min_lr: float = flag(0.0, "after the warmup the learning rate never goes below this")
     skip_scheduler: bool = flag(False, "keep the learning rate at --lr throughout")
     z_loss_coefficient: float = flag(0.0, "weight of the squared log-partition of the logits in the loss")
@@ -225,6 +245,7 @@ class ParallelConfig(Section):
     fsdp_pure_bf16: bool = flag(False, "with --fsdp, compute and reduce in bfloat16")
     fsdp_hybrid: bool = flag(False, "with --fsdp, shard inside a node and replicate across nodes")
     fsdp_hybrid_o2: bool = flag(False, "as --fsdp-hybrid, but keep parameters gathered from forward to backward")
+    fsdp_zero2: bool = flag(False, "with --fsdp, keep parameters gathered from forward to backward")
     fsdp_cpu_offload: bool = flag(False, "with --fsdp, keep parameters and optimizer state in host memory")
     fsdp_backward_prefetch: bool = flag(
         False, "with --fsdp, gather the next block's parameters early in the backward pass"
@@ -232,9 +253,15 @@ class ParallelConfig(Section):
     fsdp_use_orig_params: bool = ineffective(False, "sharded parameters always keep their own names and shapes")
     fsdp_limit_all_gathers: bool = ineffective(False, "gathers are always limited")
     fsdp_checkpoint: bool = ineffective(False, "--grad-checkpointing recomputes activations under --fsdp too")
+    tensor_parallel: int = flag(1, "ranks that each matrix and the vocabulary are split over")
+    context_parallel: int = flag(1, "ranks that each sequence is split over")
+    mesh_dim: str | None = flag(
+        None, "ranks as data,fsdp,tensor in place of --fsdp-hybrid and --tensor-parallel; one may be -1, such as -1,2,4"
+    )
     ddp_static_graph: bool = flag(False, "tell data-parallel training that every step uses the same parameters")
     dist_url: str = flag("env://", "how ranks that no launcher describes find each other")
     dist_backend: str = flag("nccl", "backend on CUDA devices; CPU devices use gloo")
+    dist_timeout: float = flag(1800.0, "seconds that a rank waits for the others in one exchange")
     no_set_device_rank: bool = flag(False, "every rank uses the first device that it can see")
     force_distributed: bool = flag(False, "start a process group for a single process too")
     preset_world_size: int | None = flag(None, "refuse to start with any other number of ranks")
@@ -248,6 +275,7 @@ class PrecisionConfig(Section):
     precision: Literal["amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32"] = flag(
         "amp", "amp computes in the device's own half precision, amp_bfloat16 in bfloat16; bf16 and fp16 also store so"
     )
+    fp8: bool = flag(False, "matrix products of the blocks in 8-bit floating point, where the device has it (torchao)")
     torchscript: bool = ineffective(False, "use --torchcompile")
     trace: bool = ineffective(False, "use --torchcompile")
     use_bnb_linear: str | None = ineffective(None, "8-bit linear layers are not offered")

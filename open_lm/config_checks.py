@@ -6,11 +6,21 @@ from collections.abc import Callable, Mapping, Set
 from pathlib import PurePath
 from typing import Any
 
-from open_lm.config import ArchitectureConfig, Config, DataConfig, OptimConfig, ParallelConfig, ValidationConfig
+from open_lm.config import (
+    ArchitectureConfig,
+    Config,
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    ValidationConfig,
+)
+from open_lm.errors import ConfigError
+from open_lm.layout import parse_mesh_dim
 from open_lm.storage import parse_bytes
 
-SCHEDULES = ("cosine", "const", "const-cooldown")
-OPTIMIZERS = ("adamw",)
+SCHEDULES = ("cosine", "const", "const-cooldown", "wsd")
+OPTIMIZERS = ("adamw", "muon")
+CHECKPOINTING_POLICIES = ("none", "full", "op")
 REPORTERS = ("wandb", "tensorboard", "all")
 
 
@@ -107,6 +117,13 @@ _USED_ONLY: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = 
         lambda c: c.optim.lr_scheduler == "const-cooldown",
         "without --lr-scheduler const-cooldown",
     ),
+    (
+        ("lr_decay_fraction", "lr_decay_shape"),
+        lambda c: c.optim.lr_scheduler == "wsd" and not c.optim.skip_scheduler,
+        "without --lr-scheduler wsd",
+    ),
+    (("muon_momentum",), lambda c: c.optim.optimizer == "muon", "without --optimizer muon"),
+    (("torchcompile_mode",), lambda c: c.model.torchcompile, "without --torchcompile"),
     (
         ("lr_cooldown_end", "force_min_lr"),
         lambda c: c.optim.lr_scheduler != "const",
@@ -216,7 +233,20 @@ def _parallel_problems(parallel: ParallelConfig) -> list[str]:
         problems.append("--fsdp-amp reduces gradients in float32, --fsdp-pure-bf16 in bfloat16: give one of them")
     if parallel.fsdp_hybrid and parallel.fsdp_hybrid_o2:
         problems.append("--fsdp-hybrid and --fsdp-hybrid-o2 exclude each other: give one of them")
+    if parallel.mesh_dim is not None:
+        try:
+            parse_mesh_dim(parallel.mesh_dim)
+        except ConfigError as error:
+            problems.append(str(error))
+        flags = {"--fsdp-hybrid": parallel.fsdp_hybrid, "--fsdp-hybrid-o2": parallel.fsdp_hybrid_o2}
+        flags["--tensor-parallel"] = parallel.tensor_parallel != 1
+        given = ", ".join(flag for flag, is_given in flags.items() if is_given)
+        if given:
+            problems.append(f"--mesh-dim says how ranks are divided, and so does {given}: give one of them")
     return problems
+
+
+_SPLITS = ("tensor_parallel", "context_parallel", "mesh_dim")
 
 
 def _model_problems(config: Config) -> list[str]:
@@ -230,6 +260,22 @@ def _model_problems(config: Config) -> list[str]:
     if model.attn_name == "custom_attn" and absent:
         flags = ", ".join("--" + name.replace("_", "-") for name in absent)
         problems.append(f"--attn-name custom_attn needs {flags}")
+    policy = model.activation_checkpointing
+    if policy not in CHECKPOINTING_POLICIES and not (policy.isdecimal() and int(policy) > 0):
+        problems.append(
+            f"--activation-checkpointing: found {policy!r}, expected {', '.join(CHECKPOINTING_POLICIES)} or a number "
+            "of 1 or more"
+        )
+    if model.grad_checkpointing and policy not in ("none", "full"):
+        problems.append(
+            f"--grad-checkpointing recomputes blocks in full, --activation-checkpointing {policy} in part: give one of "
+            "them"
+        )
+    if model.hf_model:
+        splits = [spec for spec in ParallelConfig.specs() if spec.name in _SPLITS]
+        given = [spec.flag for spec in splits if getattr(config.parallel, spec.name) != spec.default]
+        if given:
+            problems.append(f"{', '.join(given)}: models of --hf-model are not split so; use --fsdp")
     if model.hf_model and not model.hf_seq_len:
         problems.append(f"--hf-model {model.hf_model} needs --hf-seq-len, the length of its training sequences")
     if model.hf_model and config.data.document_mask:
@@ -297,8 +343,9 @@ def _logging_problems(config: Config) -> list[str]:
 _AT_LEAST_ONE = (
     *("train_num_samples", "epochs", "global_batch_size", "batch_size", "accum_freq", "log_every_n_steps"),
     *("val_num_samples", "val_frequency", "global_val_batch_size", "val_iter_ci", "moe_top_k", "remote_sync_frequency"),
+    *("tensor_parallel", "context_parallel"),
 )
-_MORE_THAN_ZERO = ("grad_clip_norm", "read_timeout", "skip_loss_spikes", "rollback_loss_spikes")
+_MORE_THAN_ZERO = ("grad_clip_norm", "read_timeout", "skip_loss_spikes", "rollback_loss_spikes", "dist_timeout")
 _AT_LEAST_ZERO = (
     "workers",
     "warmup",
@@ -330,9 +377,9 @@ def _range_problems(config: Config) -> list[str]:
                 problems.append(f"{spec.flag}: found {value}, expected 1 or more")
             if name in _AT_LEAST_ZERO and not value >= 0:
                 problems.append(f"{spec.flag}: found {value}, expected 0 or more")
-            if name in ("beta1", "beta2") and not 0 <= value < 1:
+            if name in ("beta1", "beta2", "muon_momentum") and not 0 <= value < 1:
                 problems.append(f"{spec.flag}: found {value}, expected at least 0 and below 1")
-            if name == "data_tolerate_error_p" and not 0 <= value <= 1:
+            if name in ("data_tolerate_error_p", "lr_decay_fraction") and not 0 <= value <= 1:
                 problems.append(f"{spec.flag}: found {value}, expected a share from 0 to 1")
             if name in _MORE_THAN_ZERO and not value > 0:
                 problems.append(f"{spec.flag}: found {value}, expected more than 0")

@@ -6,23 +6,24 @@ import itertools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from open_lm.config import ParallelConfig
 from open_lm.errors import RANK_NAMES, ConfigError, UserError, join_problems
+from open_lm.layout import Layout, layout_of
 
 T = TypeVar("T")
 
 LOCAL_RANK_NAMES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 WORLD_SIZE_NAMES = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
-GROUP_TIMEOUT = timedelta(minutes=30)
+_STORE_TIMEOUT = timedelta(minutes=30)
 _NAMES_MADE = itertools.count()  # by this process, in the same order after a restart
 
 
@@ -122,22 +123,19 @@ def agreed_name(runtime: Runtime, make_name: Callable[[], str]) -> str:
     return on_master(name)
 
 
-def build_mesh(runtime: Runtime, cfg: ParallelConfig) -> DeviceMesh | None:
-    """All ranks as a mesh: ("replicate",) for DDP, ("shard",) for FSDP, ("replicate", "shard") for hybrid sharding,
-    whose shard dimension is a node. None without a process group."""
+def build_layout(runtime: Runtime, cfg: ParallelConfig) -> Layout:
+    """How all ranks are divided, with their meshes. Collective. ConfigError where they do not divide."""
+    layout = layout_of(cfg, runtime.world_size, runtime.local_world_size, runtime.rank)
     if not runtime.distributed:
-        return None
-    kind, world = runtime.device.type, runtime.world_size
-    if not cfg.fsdp:
-        return init_device_mesh(kind, (world,), mesh_dim_names=("replicate",))
-    if not (cfg.fsdp_hybrid or cfg.fsdp_hybrid_o2):
-        return init_device_mesh(kind, (world,), mesh_dim_names=("shard",))
-    per_node = runtime.local_world_size
-    if world % per_node:
-        raise ConfigError(
-            f"--fsdp-hybrid: {world} ranks do not divide into nodes of {per_node}; start the same number on every node"
-        )
-    return init_device_mesh(kind, (world // per_node, per_node), mesh_dim_names=("replicate", "shard"))
+        return layout
+    kind = runtime.device.type
+    replicate, shard, context, tensor = layout.replicate, layout.shard, layout.context, layout.tensor
+    mesh = init_device_mesh(kind, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor"))
+    group = None
+    if context > 1:
+        names = ("replicate", "shard", "context", "tensor")
+        group = init_device_mesh(kind, (replicate, shard, context, tensor), mesh_dim_names=names).get_group("context")
+    return replace(layout, mesh=mesh, context_group=group)
 
 
 def is_master(args: Any, local: bool = False) -> bool:
@@ -229,8 +227,9 @@ def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_siz
         backend = f"cpu:gloo,cuda:{cfg.dist_backend}" if cfg.dist_backend != "gloo" else "gloo"
     else:
         backend = "gloo"
+    timeout = timedelta(seconds=cfg.dist_timeout)
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=GROUP_TIMEOUT)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if cfg.dist_url == "env://":
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -239,21 +238,21 @@ def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_siz
                 f"{world_size} ranks were started without {' and '.join(missing)}: set them to the address and a free "
                 "port of rank 0's node, give --dist-url tcp://HOST:PORT, or start with torchrun"
             )
-    agent_store = _agent_store() if cfg.dist_url == "env://" else None
+    agent_store = _agent_store(timeout) if cfg.dist_url == "env://" else None
     if agent_store is not None:
         # It still holds the addresses of the workers before a restart, which the new ones must not take for theirs.
         store = dist.PrefixStore(f"restart_{restart_count()}", agent_store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return
-    dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, timeout=GROUP_TIMEOUT)
+    dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _agent_store() -> dist.TCPStore | None:
+def _agent_store(timeout: timedelta = _STORE_TIMEOUT) -> dist.TCPStore | None:
     """A connection to the store of torchrun's agent, which outlives the workers; None where no agent keeps one."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=GROUP_TIMEOUT)
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def _local_size(device: torch.device, world_size: int) -> int:

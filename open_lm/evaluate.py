@@ -25,6 +25,7 @@ from open_lm.data.loader import ValLoader
 from open_lm.data.masking import document_ids
 from open_lm.distributed import Runtime, broadcast_object, gather_objects, sum_over_ranks
 from open_lm.errors import ConfigError
+from open_lm.layout import Layout
 from open_lm.losses import IGNORE_INDEX
 from open_lm.metrics import bootstrap_interval
 from open_lm.parallelize import without_training
@@ -40,6 +41,7 @@ class EvaluationOptions:
     `end_of_text_id`: attention stays inside the documents that it ends; None: it sees the whole row."""
 
     runtime: Runtime
+    layout: Layout
     autocast: Callable[[], AbstractContextManager[object]]
     cfg: ValidationConfig
     model_name: str
@@ -103,6 +105,7 @@ def evaluate_loop(
         raise ConfigError("document_mask is set without end_of_text_id: give the id that ends a document")
     options = EvaluationOptions(
         runtime=runtime,
+        layout=Layout(replicate=runtime.world_size, rank=runtime.rank),
         autocast=get_autocast(getattr(args, "precision", "fp32"), device.type),
         cfg=ValidationConfig.from_object(args),
         model_name=getattr(args, "hf_model", None) or getattr(args, "model", None) or type(model).__name__,

@@ -18,12 +18,20 @@ def gated_width(dim: int) -> int:
     return 256 * -(-int(8 * dim / 3) // 256)
 
 
+class FusedLinear(nn.Linear):
+    """A linear layer without bias whose weight holds those of `parts` layers of equal width, one after the other."""
+
+    def __init__(self, in_features: int, out_features: int, parts: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.parts = parts
+
+
 class SwiGLU(nn.Module):
     """silu(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202), gate and up in one matrix, no biases."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden_dim, bias=False)
+        self.w12 = FusedLinear(dim, 2 * hidden_dim, parts=2)
         self.w3 = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

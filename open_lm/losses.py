@@ -24,19 +24,28 @@ class TokenLoss:
         z_loss_coefficient: weight of the z-loss; 0 leaves it out.
         per_token: give each token's loss, (B,T) float32 with 0 where there is no target, in place of their sum, a
             float32 scalar.
+        logit_means: a list to which each computation adds the mean of its logits, a float32 scalar without a graph.
     """
 
     targets: Tensor
     z_loss_coefficient: float = 0.0
     per_token: bool = False
+    logit_means: list[Tensor] | None = None
 
     def of_hidden(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The loss of hidden states (B,T,D) whose logits are hidden @ weight.T, weight (V,D)."""
+        if self.logit_means is not None:
+            self.logit_means.append(logit_mean(hidden, weight))
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return self.of_logits(F.linear(hidden, whole))
+        return self._of_logits(F.linear(hidden, whole))
 
     def of_logits(self, logits: Tensor) -> Tensor:
         """The loss of logits (B,T,V), any floating type."""
+        if self.logit_means is not None:
+            self.logit_means.append(logits.detach().float().mean())
+        return self._of_logits(logits)
+
+    def _of_logits(self, logits: Tensor) -> Tensor:
         if not self.per_token:
             return token_loss(logits, self.targets, self.z_loss_coefficient)[0]
         flat_logits, flat_targets = logits.flatten(0, -2).float(), self.targets.flatten()

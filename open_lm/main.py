@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from open_lm.config import Config, DataConfig, FaultConfig, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from open_lm.config_checks import ineffective_flags, wants_training
 from open_lm.errors import ConfigError, end_process, join_problems, run_cli
+from open_lm.layout import layout_of
 from open_lm.model_files import architecture_of
 from open_lm.params import parse_args
 from open_lm.run_folder import RunPaths, copy_codebase, redacted, write_params
@@ -71,7 +72,8 @@ def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtim
     from open_lm.training import TrainingRun
     from open_lm.watchdog import Watchdog
 
-    resolve_batch_sizes(args, runtime.world_size)
+    layout = layout_of(ParallelConfig.from_object(args), runtime.world_size, runtime.local_world_size)
+    resolve_batch_sizes(args, layout.data_size)
     named = args.name is not None
     args.name = broadcast_object(runtime, args.name) if named else agreed_name(runtime, lambda: default_name(args))
     if restart_count() and args.resume is None and wants_training(DataConfig.from_object(args)):
@@ -107,7 +109,10 @@ def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtim
 
 # ------------------------------------------------------------------------------------------------ before the run
 def resolve_batch_sizes(args: argparse.Namespace, world_size: int) -> None:
-    """Set the global batch sizes that are left open, and those of a device; ConfigError where they do not divide."""
+    """Set the global batch sizes that are left open, and those of a device; ConfigError where they do not divide.
+
+    world_size: ranks that rows are divided over; those of --context-parallel and --tensor-parallel share theirs.
+    """
     micro_batches = world_size * args.accum_freq
     if args.batch_size is not None:
         args.global_batch_size = args.batch_size * micro_batches

@@ -17,8 +17,9 @@ from open_lm.attention import AttnFunc, Mask, find_documents, get_attn_func
 from open_lm.config import ModelConfig
 from open_lm.document_attention import Documents
 from open_lm.errors import ConfigError, join_problems
-from open_lm.feed_forward import get_feed_forward
+from open_lm.feed_forward import FusedLinear, get_feed_forward
 from open_lm.initialization import init_weights
+from open_lm.losses import TokenLoss
 from open_lm.mixture_of_experts import MixtureOfExperts
 from open_lm.model_files import architecture_of
 from open_lm.norms import get_norm_class
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         assert params.attn_func is not None
         self.n_heads, self.head_dim = params.n_heads, params.head_dim
         width = self.n_heads * self.head_dim
-        self.in_proj = nn.Linear(params.dim, 3 * width, bias=False)
+        self.in_proj = FusedLinear(params.dim, 3 * width, parts=3)
         self.out_proj = nn.Linear(width, params.dim, bias=False)
         self.pos_embed = get_positional_embedding(params.positional_embedding_type, self.head_dim)
         self.attn_func = params.attn_func
@@ -127,7 +128,7 @@ class Attention(nn.Module):
         """x (B,T,D), past 2 x (B,P,H,K), attention_mask (B,P+T) or documents -> (B,T,D) and keys and values 2 x
         (B,P+T,H,K)."""
         queries, keys, values = self.in_proj(x).chunk(3, dim=-1)
-        heads = (self.n_heads, self.head_dim)
+        heads = (-1, self.head_dim)  # not n_heads: under tensor parallelism these are a rank's heads alone
         queries = self.q_norm(queries).unflatten(-1, heads)
         keys = self.k_norm(keys).unflatten(-1, heads)
         values = values.unflatten(-1, heads)
@@ -254,8 +255,9 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         document_ids: Tensor | None = None,
+        loss: TokenLoss | None = None,
     ) -> tuple[Tensor, Tensor, list[list[Tensor]] | None]:
-        """Next-token logits.
+        """Next-token logits, or their loss.
 
         Args:
             input_ids: (B,T) int64 token ids; or
@@ -267,9 +269,11 @@ class Transformer(nn.Module):
             document_ids: (B,T) integers, equal for neighbours of one document (data.masking.document_ids): attention
                 stays inside documents and positions start at 0 in each, so that a row of several documents gets the
                 logits of each of them alone. For whole rows: not with past_key_values, use_cache or attention_mask.
+            loss: compute this loss in place of logits, which are then never held as a whole.
 
         Returns:
-            logits (B,T,V) float32; the normalised hidden states (B,T,D); with use_cache L pairs (B,P+T,H,K), else None.
+            logits (B,T,V) float32, or the loss; the normalised hidden states (B,T,D); with use_cache L pairs
+            (B,P+T,H,K), else None.
 
         Raises:
             ValueError: neither or both of the inputs, a mask or document_ids of another shape, or document_ids together
@@ -297,6 +301,8 @@ class Transformer(nn.Module):
             if cache is not None:
                 caches.append(cache)
         hidden = self.norm(x)
+        if loss is not None:
+            return loss.of_hidden(hidden, self.output.weight), hidden, caches or None
         return self.output(hidden).float(), hidden, caches or None
 
     def auxiliary_loss(self) -> Tensor | None:

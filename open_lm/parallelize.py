@@ -1,6 +1,6 @@
 """The only file that knows FSDP2, hybrid sharding, DDP, activation checkpointing and compilation.
 
-A model knows nothing of them: `parallelize(model, mesh, cfg, …)` applies them from outside and returns what to train.
+A model knows nothing of them: `parallelize(model, layout, cfg, …)` applies them from outside and returns what to train.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
+from open_lm.layout import Layout
 
 # Blocks whose parameters --fsdp-backward-prefetch gathers ahead; FSDP2 by itself is one block ahead.
 PREFETCH_DEPTH = 2
@@ -25,7 +26,7 @@ PREFETCH_DEPTH = 2
 
 def parallelize(
     model: nn.Module,
-    mesh: DeviceMesh | None,
+    layout: Layout,
     cfg: ParallelConfig,
     *,
     device: torch.device,
@@ -33,11 +34,12 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     initialise: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
-    """Place `model` on `device` and spread it over `mesh`; the result is called and trained as the model was.
+    """Place `model` on `device` and spread it over the ranks of `layout`; the result is called and trained as the model
+    was: with --fsdp by FSDP2, with one group of parameters for each block, else by DDP; in a single process without a
+    group not at all.
 
-    mesh: None (one process, no group), ("replicate",) for DDP, ("shard",) for FSDP2 with one group of parameters for
-    each block, or ("replicate", "shard") for hybrid sharding. dtype: what parameters are stored in. initialise: fills
-    the parameters and buffers of a model made on the meta device, once each rank has its part of them.
+    dtype: what parameters are stored in. initialise: fills the parameters and buffers of a model made on the meta
+    device, once each rank has its part of them.
     """
     model_cfg = model_cfg or ModelConfig()
     blocks = find_blocks(model, model_cfg.hf_fsdp_block if model_cfg.hf_model else None)
@@ -50,15 +52,21 @@ def parallelize(
     is_meta = any(p.is_meta for p in model.parameters())
     if dtype != torch.float32:
         model.to(dtype)
-    if cfg.fsdp and mesh is not None:
-        _shard(model, blocks, mesh, cfg, device)
+    if cfg.fsdp and layout.mesh is not None:
+        _shard(model, blocks, _data_mesh(layout), cfg, device)
     elif not is_meta:
         model.to(device)
     if is_meta:
         _materialise(model, torch.device("cpu") if _offloads(cfg, device) else device, initialise)
-    if cfg.fsdp or mesh is None:
+    if cfg.fsdp or layout.mesh is None:
         return model
-    return _replicate(model, mesh, cfg, device)
+    return _replicate(model, cfg, device)
+
+
+def _data_mesh(layout: Layout) -> DeviceMesh:
+    """The ranks that gradients are averaged over: ("shard",) or ("replicate", "shard")."""
+    assert layout.mesh is not None
+    return layout.mesh["shard"] if layout.replicate == 1 else layout.mesh["replicate", "shard"]
 
 
 def find_blocks(model: nn.Module, class_name: str | None = None) -> list[nn.Module]:
@@ -149,7 +157,7 @@ def _shard(
             mesh=mesh,
             mp_policy=policy,
             offload_policy=offload,
-            reshard_after_forward=not cfg.fsdp_hybrid_o2,
+            reshard_after_forward=not (cfg.fsdp_hybrid_o2 or cfg.fsdp_zero2),
         )
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
     if cfg.fsdp_backward_prefetch:
@@ -170,9 +178,7 @@ def _materialise(model: nn.Module, device: torch.device, initialise: Callable[[n
     initialise(model)
 
 
-def _replicate(
-    model: nn.Module, mesh: DeviceMesh, cfg: ParallelConfig, device: torch.device
-) -> DistributedDataParallel:
+def _replicate(model: nn.Module, cfg: ParallelConfig, device: torch.device) -> DistributedDataParallel:
     # Buffers are constants of the architecture, equal on all ranks from the start. torch names the switch anew from
     # 2.13 on and warns of the old name.
     signature = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -181,7 +187,6 @@ def _replicate(
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        process_group=mesh.get_group(),
         static_graph=cfg.ddp_static_graph,
         gradient_as_bucket_view=True,
         **options,

@@ -12,12 +12,16 @@ from typing import Any, NoReturn
 from open_lm.config import ArchitectureConfig, Config, FieldSpec, sections
 from open_lm.config_checks import contradictions, missing_for_a_run
 from open_lm.errors import ConfigError, join_problems
+from open_lm.layout import parse_mesh_dim
 
 # Flags that came after these may not make anyone's abbreviations ambiguous.
 LATER_FLAGS = frozenset({
     "batch_size", "document_mask", "end_of_text_id", "cache_dir", "cache_limit", "read_timeout", "allow_changed_data",
     "checkpoint_format", "checkpoint_dir", "save_every_n_steps", "save_every_minutes", "keep_last",
     "save_milestone_every", "max_skipped_steps", "skip_loss_spikes", "rollback_loss_spikes", "hang_timeout",
+    "deterministic", "activation_checkpointing", "torchcompile_mode", "no_decay_norms", "muon_momentum",
+    "lr_decay_fraction", "lr_decay_shape", "fsdp_zero2", "tensor_parallel", "context_parallel", "mesh_dim",
+    "dist_timeout", "fp8",
 })  # fmt: skip
 
 
@@ -40,7 +44,7 @@ def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace
     With `for_run`, what a training or evaluation run cannot do without counts as well.
     """
     parser = build_parser()
-    given, unknown = parser.parse_known_args(list(args))
+    given, unknown = parser.parse_known_args(_joined(args))
     specs = all_specs()
     problems = [_unknown_flag(word, specs) for word in unknown if word.startswith("-")]
     if not problems:  # else these are the unknown flags' values
@@ -62,6 +66,7 @@ def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace
                 stated.add(key)
             except ConfigError as error:
                 problems.append(f"{error} (in {origin})" if origin != "command line" else str(error))
+    values["fsdp"] = values["fsdp"] or _shards(values["mesh_dim"])
     namespace = argparse.Namespace(**values)
     config = Config.from_namespace(namespace)
     problems += contradictions(config, stated)
@@ -70,6 +75,25 @@ def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace
     if problems:
         raise ConfigError(join_problems(problems, "the configuration cannot be used"))
     return namespace
+
+
+def _joined(args: Sequence[str]) -> list[str]:
+    """`args` with --mesh-dim and a value such as -1,2,4, which argparse would take for a flag, in one word."""
+    words: list[str] = []
+    for word in args:
+        if words and words[-1] == "--mesh-dim" and word.startswith("-1"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _shards(mesh_dim: str | None) -> bool:
+    """Whether --mesh-dim divides parameters as --fsdp does."""
+    try:
+        return mesh_dim is not None and parse_mesh_dim(mesh_dim)[1] != 1
+    except ConfigError:  # told with all other problems
+        return False
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -23,10 +23,11 @@ from open_lm.control import RunControl
 from open_lm.data import provenance
 from open_lm.data.loader import TrainLoader, ValLoader, build_train_loader, build_val_loaders
 from open_lm.data.plan import Source, epoch_end_step
-from open_lm.distributed import Runtime, build_mesh, on_all, on_master
+from open_lm.distributed import Runtime, build_layout, on_all, on_master
 from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError
 from open_lm.evaluate import EvaluationOptions, evaluate_sets, validation_metrics
 from open_lm.initialization import init_weights
+from open_lm.layout import Layout
 from open_lm.loggers import MetricLoggers, append_line
 from open_lm.metrics import device_peak_flops, model_flops_per_token
 from open_lm.optim import build_optimizer
@@ -45,6 +46,7 @@ class Session:
 
     config: Config
     runtime: Runtime
+    layout: Layout
     paths: RunPaths
     model: nn.Module
     params: Any
@@ -79,13 +81,14 @@ def build_session(config: Config, runtime: Runtime, paths: RunPaths) -> Session:
     """
     if runtime.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as OpenLM has always trained
-    _seed_everything(config.run.seed + runtime.rank)
+    layout = build_layout(runtime, config.parallel)
+    _seed_everything(config.run.seed + layout.data_rank)
     model = on_all(lambda: _create_model(config))
     params: Any = model.params
-    train_loader, val_loaders = on_all(lambda: _build_loaders(config, runtime, params))
+    train_loader, val_loaders = on_all(lambda: _build_loaders(config, layout, params))
     model = parallelize(
         model,
-        build_mesh(runtime, config.parallel),
+        layout,
         config.parallel,
         device=runtime.device,
         model_cfg=config.model,
@@ -93,7 +96,7 @@ def build_session(config: Config, runtime: Runtime, paths: RunPaths) -> Session:
         initialise=lambda made: init_weights(made, config.run.seed),
     )
     averagers = ModelAverager(model, config.optim.averagers) if config.optim.averagers else None
-    return Session(config, runtime, paths, model, params, train_loader, val_loaders, averagers)
+    return Session(config, runtime, layout, paths, model, params, train_loader, val_loaders, averagers)
 
 
 def build_trainer(session: Session, control: RunControl) -> Trainer:
@@ -110,6 +113,7 @@ def build_trainer(session: Session, control: RunControl) -> Trainer:
         loader=loader,
         options=StepOptions(
             runtime=session.runtime,
+            layout=session.layout,
             autocast=get_autocast(precision, device.type),
             accum_freq=optim.accum_freq,
             z_loss_coefficient=optim.z_loss_coefficient,
@@ -137,6 +141,7 @@ def evaluation_options(session: Session, samples_seen: int | None) -> Evaluation
     config = session.config
     return EvaluationOptions(
         runtime=session.runtime,
+        layout=session.layout,
         autocast=get_autocast(config.precision.precision, session.runtime.device.type),
         cfg=config.validation,
         model_name=config.model.hf_model or config.model.model,
@@ -306,19 +311,19 @@ def _create_model(config: Config) -> nn.Module:
         return create_model(config.model)
 
 
-def _build_loaders(config: Config, runtime: Runtime, params: Any) -> tuple[TrainLoader | None, list[ValLoader]]:
+def _build_loaders(config: Config, layout: Layout, params: Any) -> tuple[TrainLoader | None, list[ValLoader]]:
     data, validation = config.data, config.validation
     sizes: dict[str, Any] = {
         "seq_len": params.seq_len,
         "vocab_size": params.vocab_size,
-        "rank": runtime.rank,
-        "world_size": runtime.world_size,
+        "rank": layout.data_rank,
+        "world_size": layout.data_size,
     }
     train_loader = None
     if wants_training(data):
-        rows = data.global_batch_size // runtime.world_size
+        rows = data.global_batch_size // layout.data_size
         train_loader = build_train_loader(data, batch_size=rows, seed=config.run.seed, **sizes)
-    rows = (validation.global_val_batch_size or data.global_batch_size) // runtime.world_size
+    rows = (validation.global_val_batch_size or data.global_batch_size) // layout.data_size
     return train_loader, build_val_loaders(validation, data, batch_size=rows, **sizes)
 
 

@@ -26,7 +26,8 @@ from open_lm.data.loader import TrainLoader
 from open_lm.data.masking import document_ids
 from open_lm.distributed import Runtime, sum_over_ranks
 from open_lm.guard import Guard, TrainingDiverged, not_finite
-from open_lm.losses import IGNORE_INDEX, token_loss
+from open_lm.layout import Layout
+from open_lm.losses import IGNORE_INDEX, TokenLoss
 from open_lm.metrics import DeviceMeans, LateValues, Stopwatch, TrainReading, peak_memory_bytes, short_labels, to_device
 from open_lm.optim import clip_gradients, step_unless
 from open_lm.parallelize import gradient_sync, unwrap, without_training
@@ -43,6 +44,7 @@ class StepOptions:
     attention stays inside the documents that it ends."""
 
     runtime: Runtime
+    layout: Layout
     autocast: Callable[[], AbstractContextManager[object]]
     accum_freq: int = 1
     z_loss_coefficient: float = 0.0
@@ -82,8 +84,11 @@ def train_step(
     num_samples: rows that hold data (default: all). counts: further numbers to be summed over ranks. judge: from the
     global loss and gradient norm, whether the update is skipped. Nothing waits for the device.
     """
-    own = to_device([len(inputs) if num_samples is None else num_samples, *counts], inputs.device)
-    summed = sum_over_ranks(torch.cat([(targets != IGNORE_INDEX).sum().reshape(1), own]))
+    layout = options.layout
+    rows = len(inputs) if num_samples is None else num_samples
+    own = to_device([rows if layout.counts_rows else 0, *counts], inputs.device)
+    num_targets = (targets != IGNORE_INDEX).sum().reshape(1) * layout.counts_tokens
+    summed = sum_over_ranks(torch.cat([num_targets, own]))
     valid_tokens, samples = summed[0], summed[1]
     optimizer.zero_grad(set_to_none=True)
     parts: dict[str, Tensor] = {}
@@ -92,7 +97,7 @@ def train_step(
             objective, more = _objective(model, ids, labels, valid_tokens, options)
             (objective if scaler is None else scaler.scale(objective)).backward()
         parts = {name: parts[name] + value if name in parts else value for name, value in more.items()}
-    values = _sum_values(parts)
+    values = _sum_values(parts, layout)
     if scaler is not None:
         scaler.unscale_(optimizer)
     grad_norm = clip_gradients(model.parameters(), options.grad_clip_norm)
@@ -103,11 +108,11 @@ def train_step(
     return StepResult(values, grad_norm, skipped, valid_tokens, samples, summed[2:])
 
 
-def _sum_values(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sums over ranks of float scalars."""
+def _sum_values(parts: dict[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """The sums over ranks of float scalars, of which ranks with the same tokens have the same."""
     if not parts:
         return {}
-    summed = sum_over_ranks(torch.stack([part.float() for part in parts.values()]))
+    summed = sum_over_ranks(torch.stack([part.float() for part in parts.values()]) * layout.counts_tokens)
     return dict(zip(parts, summed.unbind(), strict=True))
 
 
@@ -119,29 +124,29 @@ def _micro_batches(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tupl
         yield ids, labels, number == count
 
 
-def _logits(model: nn.Module, ids: Tensor, options: StepOptions) -> Tensor:
-    """(B,T,V) from ids (B,T)."""
+def _loss_sum(model: nn.Module, ids: Tensor, loss: TokenLoss, options: StepOptions) -> Tensor:
+    """`loss` of the model's predictions from ids (B,T)."""
     documents = {}
     if options.end_of_text_id is not None:
         documents["document_ids"] = document_ids(ids, options.end_of_text_id)
     with options.autocast():
-        return model(ids, **documents)[0]
+        return model(ids, loss=loss, **documents)[0]
 
 
 def _objective(
     model: nn.Module, ids: Tensor, labels: Tensor, valid_tokens: Tensor, options: StepOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What a micro-batch adds to the function that is minimised, and its parts of what is reported."""
-    logits = _logits(model, ids, options)
-    loss_sum, _ = token_loss(logits, labels, options.z_loss_coefficient)
-    loss = loss_sum / valid_tokens.clamp(min=1)
-    world_size = options.runtime.world_size
-    share = 1 / (world_size * options.accum_freq)
+    logit_means: list[Tensor] | None = [] if options.log_logit_mean else None
+    token_loss = TokenLoss(labels, options.z_loss_coefficient, logit_means=logit_means)
+    loss = _loss_sum(model, ids, token_loss, options) / valid_tokens.clamp(min=1)
+    ranks = options.layout.gradient_ranks
+    share = 1 / (ranks * options.accum_freq)
     parts = {"loss": loss.detach()}
-    if options.log_logit_mean:
-        parts["logit_mean"] = logits.detach().mean() * share
+    if logit_means is not None:
+        parts["logit_mean"] = logit_means[0] * share
     # Both DDP and FSDP average gradients over ranks, where the loss's have to be added.
-    objective = loss * world_size
+    objective = loss * ranks
     auxiliary_loss = getattr(unwrap(model), "auxiliary_loss", lambda: None)()
     if auxiliary_loss is not None:
         objective = objective + auxiliary_loss / options.accum_freq
@@ -256,7 +261,7 @@ class Trainer:
                 self.averagers.step()
                 if self.average_loss_every and number % self.average_loss_every == 0:
                     losses = self._averaged_losses(batch.inputs, batch.targets, result.valid_tokens)
-                    self._window.add(_sum_values(losses), accepted)
+                    self._window.add(_sum_values(losses, self.options.layout), accepted)
             self._late.add(torch.cat([result.counts[:2].double(), self._guard.report()]), (self.step, lr))
             self.step, self.data_state = self.step + 1, state
             if is_last or number % self.log_every == 0:
@@ -309,13 +314,13 @@ class Trainer:
     def _averaged_losses(self, inputs: Tensor, targets: Tensor, valid_tokens: Tensor) -> dict[str, Tensor]:
         """This rank's part of the averaged models' losses on a batch, by "<averager>_loss"."""
         assert self.averagers is not None
+        coefficient = self.options.z_loss_coefficient
         losses = {}
         for name, averager in self.averagers.avgs_dict.items():
             total = torch.zeros((), device=inputs.device)
             with averager.applied(), without_training(self.model):
                 for ids, labels, _ in _micro_batches(inputs, targets, self.options.accum_freq):
-                    logits = _logits(self.model, ids, self.options)
-                    total += token_loss(logits, labels, self.options.z_loss_coefficient)[0]
+                    total += _loss_sum(self.model, ids, TokenLoss(labels, coefficient), self.options)
             losses[f"{name}_loss"] = total / valid_tokens.clamp(min=1)
         return losses
 

@@ -15,7 +15,7 @@ from model_helpers import random_ids
 
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.data.masking import document_ids
-from open_lm.distributed import build_mesh, init_runtime, shutdown, sum_over_ranks
+from open_lm.distributed import build_layout, init_runtime, shutdown, sum_over_ranks
 from open_lm.errors import end_process
 from open_lm.initialization import init_weights
 from open_lm.losses import token_loss
@@ -36,7 +36,7 @@ def loss_and_norm(layout: str, masked: bool = True) -> list[float]:
             model = Transformer(Params(dim=24, n_layers=2, n_heads=2, vocab_size=7, seq_len=LENGTH, weight_tying=True))
         trained = parallelize(
             model,
-            build_mesh(runtime, cfg),
+            build_layout(runtime, cfg),
             cfg,
             device=runtime.device,
             model_cfg=ModelConfig(grad_checkpointing=True),

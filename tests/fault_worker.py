@@ -20,7 +20,7 @@ from open_lm import watchdog
 from open_lm.config import DataConfig, OptimConfig, ParallelConfig
 from open_lm.control import Agreed, RunControl
 from open_lm.data.loader import build_train_loader
-from open_lm.distributed import Runtime, agreed_name, build_mesh, init_runtime, restart_count, shutdown
+from open_lm.distributed import Runtime, agreed_name, build_layout, init_runtime, restart_count, shutdown
 from open_lm.errors import end_process, run_cli
 from open_lm.initialization import init_weights
 from open_lm.model import Params, Transformer
@@ -36,11 +36,12 @@ GLOBAL_BATCH = 4
 
 def build_trainer(runtime: Runtime, cfg: ParallelConfig, **changes: Any) -> Trainer:
     """A small model on synthetic data, the same training at any number of ranks."""
+    layout = build_layout(runtime, cfg)
     with torch.device("meta"):
         model = Transformer(Params(**trainer_worker.SHAPE))
     trained = parallelize(
         model,
-        build_mesh(runtime, cfg),
+        layout,
         cfg,
         device=runtime.device,
         initialise=lambda made: init_weights(made, seed=5),
@@ -59,7 +60,7 @@ def build_trainer(runtime: Runtime, cfg: ParallelConfig, **changes: Any) -> Trai
         "optimizer": optimizer,
         "scheduler": const_lr(optimizer, 1e-2, 2),
         "loader": loader,
-        "options": StepOptions(runtime, get_autocast("fp32"), grad_clip_norm=1.0),
+        "options": StepOptions(runtime, layout, get_autocast("fp32"), grad_clip_norm=1.0),
         "report": lambda values, step: None,
         "seq_len": trainer_worker.SEQ_LEN,
         "global_batch_size": GLOBAL_BATCH,

@@ -76,7 +76,7 @@ def test_force_distributed_starts_a_group_of_one() -> None:
     runtime = distributed.init_runtime(ParallelConfig(force_distributed=True))
     try:
         assert runtime.distributed and runtime.owns_group
-        mesh = distributed.build_mesh(runtime, ParallelConfig())
+        mesh = distributed.build_layout(runtime, ParallelConfig()).mesh
         assert mesh is not None and mesh.size() == 1
         assert distributed.sum_over_ranks(torch.ones(2)).tolist() == [1, 1]
 
@@ -128,7 +128,7 @@ def test_hybrid_sharding_needs_equal_nodes(monkeypatch: pytest.MonkeyPatch) -> N
     try:
         uneven = distributed.Runtime(world_size=6, local_world_size=4)
         with pytest.raises(ConfigError, match="6 ranks do not divide into nodes of 4"):
-            distributed.build_mesh(uneven, ParallelConfig(fsdp=True, fsdp_hybrid=True))
+            distributed.build_layout(uneven, ParallelConfig(fsdp=True, fsdp_hybrid=True))
     finally:
         distributed.shutdown(runtime)
 

@@ -19,6 +19,7 @@ from open_lm.data.device import DeviceBatch
 from open_lm.distributed import Runtime
 from open_lm.errors import ConfigError
 from open_lm.evaluate import EvaluationOptions, evaluate_loop, evaluate_sets, validation_metrics
+from open_lm.layout import Layout
 from open_lm.losses import IGNORE_INDEX
 from open_lm.main import load_model, main
 from open_lm.model import Params, Transformer, create_model
@@ -123,6 +124,7 @@ def evaluate(
     model.reset_parameters(seed=1)
     options = EvaluationOptions(
         Runtime(),
+        Layout(),
         get_autocast("fp32"),
         ValidationConfig(**flags),
         model_name="small",

@@ -18,6 +18,7 @@ from open_lm.averaging import ModelAverager
 from open_lm.config import DataConfig, FaultConfig, OptimConfig
 from open_lm.data.loader import build_train_loader
 from open_lm.distributed import Runtime
+from open_lm.layout import Layout
 from open_lm.losses import IGNORE_INDEX
 from open_lm.metrics import (
     DeviceMeans,
@@ -34,7 +35,7 @@ from open_lm.precision import get_autocast
 from open_lm.scheduler import const_lr
 from open_lm.train import Agreed, StepOptions, Trainer, TrainingDiverged, train_step
 
-OPTIONS = StepOptions(Runtime(), get_autocast("fp32"))
+OPTIONS = StepOptions(Runtime(), Layout(), get_autocast("fp32"))
 
 
 def assert_equal(found: object, expected: object) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from open_lm.config import ModelConfig, OptimConfig, ParallelConfig
-from open_lm.distributed import build_mesh, init_runtime, shutdown
+from open_lm.distributed import build_layout, init_runtime, shutdown
 from open_lm.errors import end_process
 from open_lm.initialization import init_weights
 from open_lm.losses import IGNORE_INDEX
@@ -53,11 +53,12 @@ def train(layout: str, accum_freq: int = 1, tied: bool = False, checkpointing: b
     cfg = LAYOUTS[layout]
     runtime = init_runtime(cfg)
     try:
+        layout = build_layout(runtime, cfg)
         with torch.device("meta"):
             model = Transformer(Params(**SHAPE, weight_tying=tied))
         trained = parallelize(
             model,
-            build_mesh(runtime, cfg),
+            layout,
             cfg,
             device=runtime.device,
             model_cfg=ModelConfig(grad_checkpointing=checkpointing),
@@ -65,10 +66,10 @@ def train(layout: str, accum_freq: int = 1, tied: bool = False, checkpointing: b
         )
         optimizer = build_optimizer(trained, OptimConfig(lr=1e-2, wd=0.1))
         options = StepOptions(
-            runtime, get_autocast("fp32"), accum_freq=accum_freq, z_loss_coefficient=1e-3, grad_clip_norm=0.5
+            runtime, layout, get_autocast("fp32"), accum_freq=accum_freq, z_loss_coefficient=1e-3, grad_clip_norm=0.5
         )
-        share = ROWS // runtime.world_size
-        own = slice(runtime.rank * share, (runtime.rank + 1) * share)
+        share = ROWS // layout.data_size
+        own = slice(layout.data_rank * share, (layout.data_rank + 1) * share)
         steps = []
         for step in range(STEPS):
             inputs, targets = batch(step)
