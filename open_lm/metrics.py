@@ -120,27 +120,6 @@ def to_device(values: Sequence[int], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
-class Stopwatch:
-    """Time per step since the last reading, and how much of it was waiting for data; in seconds."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._data_s, self._steps = 0.0, 0
-
-    def data_arrived(self, waited_s: float) -> None:
-        """Count one step, which waited `waited_s` for its batch."""
-        self._data_s += waited_s
-        self._steps += 1
-
-    def pop(self) -> tuple[float, float]:
-        """(data_s, step_s), means over the steps since the last call. Read the device's results first."""
-        now = time.perf_counter()
-        steps = max(self._steps, 1)
-        means = (self._data_s / steps, max((now - self._start) / steps, 1e-9))
-        self._start, self._data_s, self._steps = now, 0.0, 0
-        return means
-
-
 # ------------------------------------------------------------------------------------------------ model FLOPs
 def model_flops_per_token(model: nn.Module) -> float:
     """FLOPs of a forward and backward pass for one token, without recomputation: 6 for each parameter of a matrix

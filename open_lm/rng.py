@@ -1,7 +1,9 @@
-"""The state of this process's random generators, as plain values that torch's safe loader reads, or as tensors."""
+"""Chance, and how to leave none: this process's random generators, their state, and algorithms that always give the
+same bits."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def seed_everything(seed: int) -> None:
+    """Seed this rank's generators (Python, numpy, torch)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """Have torch use algorithms alone that give the same bits in every run on the same devices (--deterministic); an
+    operation that has none raises a RuntimeError. Before anything has run on the device."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # its workspaces else depend on what runs beside
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # which kernel is fastest is found by timing
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none of it is read
 
 
 def rng_state() -> dict[str, Any]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import random
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -33,6 +31,7 @@ from open_lm.metrics import device_peak_flops, model_flops_per_token
 from open_lm.optim import build_optimizer
 from open_lm.parallelize import parallelize, unwrap
 from open_lm.precision import build_scaler, compute_dtype, get_autocast, parameter_dtype
+from open_lm.rng import make_deterministic, seed_everything
 from open_lm.run_folder import RunPaths
 from open_lm.scheduler import build_scheduler
 from open_lm.train import StepOptions, Trainer
@@ -82,7 +81,9 @@ def build_session(config: Config, runtime: Runtime, paths: RunPaths) -> Session:
     if runtime.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as OpenLM has always trained
     layout = build_layout(runtime, config.parallel)
-    _seed_everything(config.run.seed + layout.data_rank)
+    seed_everything(config.run.seed + layout.data_rank)
+    if config.run.deterministic:
+        make_deterministic()
     model = on_all(lambda: _create_model(config))
     params: Any = model.params
     train_loader, val_loaders = on_all(lambda: _build_loaders(config, layout, params))
@@ -293,12 +294,6 @@ def _check_resumable(url: str, progress: Progress, config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------------ parts
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def _create_model(config: Config) -> nn.Module:
     """Without memory, so that no rank ever holds what it will not keep; --hf-model comes with its weights."""
     if config.model.hf_model:

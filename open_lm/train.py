@@ -28,10 +28,11 @@ from open_lm.distributed import Runtime, sum_over_ranks
 from open_lm.guard import Guard, TrainingDiverged, not_finite
 from open_lm.layout import Layout
 from open_lm.losses import IGNORE_INDEX, TokenLoss
-from open_lm.metrics import DeviceMeans, LateValues, Stopwatch, TrainReading, peak_memory_bytes, short_labels, to_device
+from open_lm.metrics import DeviceMeans, LateValues, TrainReading, peak_memory_bytes, short_labels, to_device
 from open_lm.optim import clip_gradients, step_unless
 from open_lm.parallelize import gradient_sync, unwrap, without_training
 from open_lm.scheduler import Schedule
+from open_lm.timing import PhaseClock, Stopwatch
 
 __all__ = ["Agreed", "Report", "StepOptions", "StepResult", "Trainer", "TrainingDiverged", "train_step"]
 _COMPILE_S = 1800.0  # what the first step of a compiled model may take on top
@@ -78,12 +79,15 @@ def train_step(
     counts: Sequence[int] = (),
     scaler: torch.amp.GradScaler | None = None,
     judge: Callable[[Tensor, Tensor], Tensor] = not_finite,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
     """One update of `model` from this rank's inputs and targets, both (B,T) int64 on the device.
 
     num_samples: rows that hold data (default: all). counts: further numbers to be summed over ranks. judge: from the
-    global loss and gradient norm, whether the update is skipped. Nothing waits for the device.
+    global loss and gradient norm, whether the update is skipped. enter: told the name of each phase as it begins: sums
+    over ranks (where a rank waits for slower ones), forward, backward, optimizer. Nothing waits for the device.
     """
+    enter("sums")
     layout = options.layout
     rows = len(inputs) if num_samples is None else num_samples
     own = to_device([rows if layout.counts_rows else 0, *counts], inputs.device)
@@ -94,10 +98,14 @@ def train_step(
     parts: dict[str, Tensor] = {}
     for ids, labels, is_last in _micro_batches(inputs, targets, options.accum_freq):
         with gradient_sync(model, is_last):
+            enter("forward")
             objective, more = _objective(model, ids, labels, valid_tokens, options)
+            enter("backward")
             (objective if scaler is None else scaler.scale(objective)).backward()
         parts = {name: parts[name] + value if name in parts else value for name, value in more.items()}
+    enter("sums")
     values = _sum_values(parts, layout)
+    enter("optimizer")
     if scaler is not None:
         scaler.unscale_(optimizer)
     grad_norm = clip_gradients(model.parameters(), options.grad_clip_norm)
@@ -209,6 +217,7 @@ class Trainer:
         self._guard = Guard(self.faults, self.options.runtime, scaled=self.scaler is not None)
         self._compiles = any(getattr(m, "_compiled_call_impl", None) is not None for m in self.model.modules())
         self._window = DeviceMeans()
+        self._phases = PhaseClock(device)
         self._late = LateValues(device)
         self._unread = torch.zeros(2 + len(self._sources), dtype=torch.int64, device=device)
 
@@ -289,6 +298,7 @@ class Trainer:
         stop, save = (0, 0) if self.control is None else self.control.wishes()
         watchdog.beat("step", self.step, allow_s=_COMPILE_S if self._compiles else 0.0)
         self._compiles = False
+        own_rows = (batch.skipped, *batch.per_source)
         result = train_step(
             self.model,
             batch.inputs,
@@ -296,10 +306,12 @@ class Trainer:
             self.optimizer,
             self.options,
             num_samples=batch.num_samples,
-            counts=(stop, save, batch.skipped, *batch.per_source),
+            counts=(stop, save, *(n if self.options.layout.counts_rows else 0 for n in own_rows)),
             scaler=self.scaler,
             judge=self._guard.judge,
+            enter=self._phases.enter,
         )
+        self._phases.end_step()
         self._unread += torch.cat([result.samples.reshape(1), result.counts[2:]])
         return result
 
@@ -329,6 +341,7 @@ class Trainer:
         runtime = self.options.runtime
         means = self._window.pop()
         self._read_counts()
+        phases = {f"{name}_time": seconds for name, seconds in self._phases.pop().items()}
         data_s, batch_s = run.watch.pop()
         step_tokens = self.global_batch_size * self.seq_len
         mfu = None
@@ -349,7 +362,7 @@ class Trainer:
             memory_bytes=peak_memory_bytes(runtime.device),
             left_s=(self.total_steps - self.step) * batch_s,
             mfu=mfu,
-            extra={**means, **self._counted()},
+            extra={**means, **self._counted(), **phases},
         )
         if runtime.is_master:
             logging.info(reading.line())

@@ -155,6 +155,8 @@ def test_an_epoch_reports_at_its_steps_and_counts_exactly() -> None:
     assert trainer.data_state == trainer.loader.state
     last = reports[-1][1]
     assert last["train/epoch"] == 1 and last["train/lr"] == 1e-2 and last["train/mfu"] > 0
+    phases = [last[f"train/{phase}_time"] for phase in ("sums", "forward", "backward", "optimizer")]
+    assert min(phases) > 0 and sum(phases) + last["train/data_time"] <= last["train/batch_time"]
     assert last["train/grad_norm"] > 0 and 0 < last["train/peak_memory_bytes"] <= peak_memory_bytes(torch.device("cpu"))
 
 
