@@ -1,0 +1,193 @@
+"""One measurement of bench_train.py, in a process of its own: `bench_train_worker.py JOB`, JOB as JSON; the result is
+the last line printed.
+
+A step that is measured is any function(inputs, targets) -> loss. Ours is the one that training uses, its model,
+optimizer and options made by the run's own session; others come from a function(model, precision, device) that makes
+one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from matmul_ceiling import linear_shapes, own_flops, square_flops
+from step_profile import profile_step
+from torch import Tensor, nn
+
+from open_lm.config import Config, ModelConfig
+from open_lm.control import RunControl
+from open_lm.distributed import init_runtime, shutdown
+from open_lm.errors import ConfigError, run_cli
+from open_lm.guard import Guard
+from open_lm.metrics import peak_memory_bytes
+from open_lm.model import create_model
+from open_lm.params import parse_args
+from open_lm.run_folder import RunPaths
+from open_lm.session import build_session, build_trainer
+from open_lm.train import train_step
+
+OURS, CEILING = "ours", "ceiling"
+Step = Callable[[Tensor, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure: `kind` is OURS, CEILING or the module:function that makes another's step. `model` is the path of
+    a configuration, `flags` what the trainer is given beside it, `dtypes` those of the ceiling."""
+
+    kind: str
+    model: str
+    device: str
+    precision: str
+    batch_size: int
+    seq_len: int
+    vocab_size: int
+    micro_batches: int
+    warmup: int
+    steps: int
+    flags: list[str]
+    dtypes: list[str]
+    profile: bool = False
+    trace: str | None = None
+
+    def command(self) -> list[str]:
+        return [sys.executable, __file__, json.dumps(asdict(self))]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of each step, from the beginning to the end of the first step, and the most memory beyond what the
+    process held before there was a model; the profile's seconds by room and pass, and those of its step."""
+
+    step_s: list[float]
+    first_step_s: float
+    memory_bytes: int
+    profile: dict[str, dict[str, float]] | None = None
+    profiled_s: float | None = None
+
+
+def trainer_flags(model: str, batch_size: int, flags: Sequence[str]) -> list[str]:
+    """The command line of a training run of `model` on random tokens."""
+    own = ["--model", model, "--global-batch-size", str(batch_size), "--dataset-type", "synthetic", "--workers", "0"]
+    return [*own, "--train-num-samples", "1000000000", "--epochs", "1", "--logs", "none", *flags]
+
+
+class OurStep:
+    """The step of training, as a run with these flags has it."""
+
+    def __init__(self, job: Job) -> None:
+        config = Config.from_namespace(parse_args(trainer_flags(job.model, job.batch_size, job.flags)))
+        self.runtime = init_runtime(config.parallel)
+        session = build_session(config, self.runtime, RunPaths("none", "bench"))
+        self._trainer = build_trainer(session, RunControl())
+        self._guard = Guard(config.faults, self.runtime, scaled=self._trainer.scaler is not None)
+        self.model: nn.Module = session.model.train()
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        trainer = self._trainer
+        result = train_step(
+            trainer.model,
+            inputs,
+            targets,
+            trainer.optimizer,
+            trainer.options,
+            scaler=trainer.scaler,
+            judge=self._guard.judge,
+        )
+        return result.values["loss"]
+
+
+def imported_step(job: Job) -> Step:
+    """What module:function makes; modules are looked for beside this file and in the working directory too."""
+    sys.path.append(os.getcwd())
+    module, _, name = job.kind.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--against {job.kind}: cannot be imported ({error}); expected module:function") from error
+    return build(job.model, job.precision, torch.device(job.device))
+
+
+def random_batches(job: Job, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Inputs and targets (B,T) of random tokens on the device, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, job.batch_size, job.seq_len + 1)
+    ids = torch.randint(job.vocab_size, shape, generator=generator).to(job.device)
+    return [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in ids]
+
+
+def timed(step: Step, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], float]:
+    """Seconds of each step and the last loss. On CUDA by the device's clock, so that the host runs ahead as it does in
+    training."""
+    is_cuda = batches[0][0].is_cuda
+    if not is_cuda:
+        marks = [time.perf_counter()]
+        for inputs, targets in batches:
+            loss = step(inputs, targets)
+            marks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(marks)], float(loss)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(batches) + 1)]
+    torch.cuda.synchronize()
+    events[0].record()
+    for (inputs, targets), event in zip(batches, events[1:], strict=True):
+        loss = step(inputs, targets)
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)], float(loss)
+
+
+def measure(job: Job) -> Measured:
+    batches = random_batches(job, job.warmup + job.steps)
+    memory_before = peak_memory_bytes(torch.device(job.device))
+    start = time.perf_counter()
+    step = OurStep(job) if job.kind == OURS else imported_step(job)
+    made_s = time.perf_counter() - start
+    warm_s, _ = timed(step, batches[: job.warmup]) if job.warmup else ([], 0.0)
+    step_s, loss = timed(step, batches[job.warmup :])
+    if not math.isfinite(loss):
+        raise ConfigError(f"{job.kind}: the loss after {len(batches)} steps is {loss}, so that its speed means nothing")
+    memory = peak_memory_bytes(torch.device(job.device)) - memory_before
+    profile, profiled_s = None, None
+    if job.profile:
+        profile, profiled_s = profile_step(step, *batches[-1], None if job.trace is None else Path(job.trace))
+    if isinstance(step, OurStep):
+        shutdown(step.runtime)
+    return Measured(step_s, made_s + [*warm_s, *step_s][0], memory, profile, profiled_s)
+
+
+def ceiling(job: Job) -> dict[str, dict[str, float]]:
+    """FLOP/s by type: at the model's own shapes and tokens of a micro-batch, and at a square."""
+    with torch.device("meta"):
+        shapes = linear_shapes(create_model(ModelConfig(model=job.model)))
+    tokens = job.batch_size // job.micro_batches * job.seq_len
+    device = torch.device(job.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as in training
+    return {
+        name: {
+            "own": own_flops(shapes, tokens, getattr(torch, name), device),
+            "square": square_flops(getattr(torch, name), device),
+        }
+        for name in job.dtypes
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    job = Job(**json.loads(argv[0]))
+    result = ceiling(job) if job.kind == CEILING else asdict(measure(job))
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
