@@ -21,31 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_LATE_STEPS = 4  # on CUDA: enough that the device is never waited for, few enough that a stop comes in time
+from open_lm.devices import peak_16_bit_flops
 
-# Dense 16-bit FLOP/s of a device by a part of its name, from the makers' data sheets; the first match counts.
-PEAK_16_BIT_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "A40": 149.7e12,
-    "A30": 165e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
-}
+_LATE_STEPS = 4  # on CUDA: enough that the device is never waited for, few enough that a stop comes in time
 
 
 class DeviceMeans:
@@ -147,7 +125,7 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type == "cpu":
         return measured_matmul_flops(dtype)
     name = torch.cuda.get_device_name(device)
-    peak = next((flops for part, flops in PEAK_16_BIT_FLOPS.items() if part in name), None)
+    peak = peak_16_bit_flops(name)
     if peak is None or dtype in (torch.float16, torch.bfloat16):
         return peak
     return peak / 2 if torch.cuda.get_device_capability(device) >= (8, 0) else None

@@ -38,8 +38,9 @@ from bench_train_worker import CEILING, OURS, Job, Measured, trainer_flags
 from step_profile import table as profile_table
 
 from open_lm.config import Config, ModelConfig
+from open_lm.devices import peak_16_bit_flops
 from open_lm.errors import ConfigError, run_cli
-from open_lm.metrics import PEAK_16_BIT_FLOPS, model_flops_per_token
+from open_lm.metrics import model_flops_per_token
 from open_lm.model import create_model
 from open_lm.model_files import architecture_of
 from open_lm.params import parse_args
@@ -234,7 +235,7 @@ def machine(args: argparse.Namespace) -> str:
     if args.device == "cpu":
         return f"CPU, {args.threads} threads, torch {torch.__version__}"
     name = torch.cuda.get_device_name()
-    peak = next((flops for part, flops in PEAK_16_BIT_FLOPS.items() if part in name), None)
+    peak = peak_16_bit_flops(name)
     said = "" if peak is None else f" (16-bit peak by its data sheet: {peak / 1e12:.0f} TFLOP/s)"
     return f"{name}{said}, torch {torch.__version__}"
 

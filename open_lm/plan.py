@@ -1,0 +1,1 @@
+"""Say what a training run will take, without any device."""
