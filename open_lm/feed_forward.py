@@ -11,11 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.errors import ConfigError
-
-
-def gated_width(dim: int) -> int:
-    """Hidden width of the gated networks: 8/3 of D, rounded up to a multiple of 256."""
-    return 256 * -(-int(8 * dim / 3) // 256)
+from open_lm.model_files import gated_width
 
 
 class FusedLinear(nn.Linear):

@@ -53,6 +53,11 @@ def architecture_of(model: str) -> dict[str, Any]:
     return _checked(contents, f"--model {model} ({path.name})")
 
 
+def gated_width(dim: int) -> int:
+    """Hidden width of a gated feed-forward network for model width D: 8/3 of D, rounded up to a multiple of 256."""
+    return 256 * -(-int(8 * dim / 3) // 256)
+
+
 def settings_of_run(checkpoint: str) -> dict[str, Any]:
     """What the run that wrote {run}/checkpoints/epoch_N.pt (or step_N/) says about its model in {run}/params.txt.
 
