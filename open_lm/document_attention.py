@@ -39,7 +39,8 @@ class Documents:
         lengths: tokens of each document, row after row; they add up to B * T.
         blocks: which blocks of queries and keys share a document, for flex attention.
         bias: the lengths, as xformers' kernels take them (BlockDiagonalCausalMask).
-        attend: (queries, keys, values, documents) -> attention by lengths or bias, see `kept_apart`.
+        part: whose part of longer rows these tokens are, for context parallelism (context_parallel.PartOfRows).
+        attend: (queries, keys, values, documents) -> attention by lengths, bias or part, see `kept_apart`.
     """
 
     positions: Tensor
@@ -47,6 +48,7 @@ class Documents:
     lengths: tuple[int, ...] = ()
     blocks: BlockMask | None = None
     bias: Any = None
+    part: Any = None
     attend: Callable[..., Tensor] | None = None
 
 

@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         inputs_embeds: Tensor | None = None,
         past_key_values: Sequence[LayerCache] | None = None,
         use_cache: bool = False,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask | None = None,
         *,
         document_ids: Tensor | None = None,
         loss: TokenLoss | None = None,
@@ -265,7 +265,8 @@ class Transformer(nn.Module):
             past_key_values: L pairs of keys and values (B,P,H,K), as an earlier call returned them; not changed.
             use_cache: return such pairs for what this call has seen.
             attention_mask: (B,P+T), nonzero for real tokens, 0 for padding; rows padded on the left get the logits of
-                the unpadded rows. Logits at padding mean nothing.
+                the unpadded rows. Logits at padding mean nothing. Or `Documents`, which say where tokens stand and how
+                they attend.
             document_ids: (B,T) integers, equal for neighbours of one document (data.masking.document_ids): attention
                 stays inside documents and positions start at 0 in each, so that a row of several documents gets the
                 logits of each of them alone. For whole rows: not with past_key_values, use_cache or attention_mask.
@@ -282,7 +283,7 @@ class Transformer(nn.Module):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give input_ids or inputs_embeds, one of the two")
         x = self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        mask: Mask | None = attention_mask
+        mask = attention_mask
         if document_ids is not None:
             _check_document_ids(
                 document_ids, x, past_key_values=past_key_values, use_cache=use_cache, attention_mask=attention_mask

@@ -23,12 +23,12 @@ from open_lm.config import FaultConfig
 from open_lm.control import Agreed, RunControl
 from open_lm.data.device import DeviceBatch, on_device
 from open_lm.data.loader import TrainLoader
-from open_lm.data.masking import document_ids
 from open_lm.distributed import Runtime, sum_over_ranks
 from open_lm.guard import Guard, TrainingDiverged, not_finite
 from open_lm.layout import Layout
 from open_lm.losses import IGNORE_INDEX, TokenLoss
 from open_lm.metrics import DeviceMeans, LateValues, TrainReading, peak_memory_bytes, short_labels, to_device
+from open_lm.objective import batch_loss
 from open_lm.optim import clip_gradients, step_unless
 from open_lm.parallelize import gradient_sync, unwrap, without_training
 from open_lm.scheduler import Schedule
@@ -91,7 +91,7 @@ def train_step(
     layout = options.layout
     rows = len(inputs) if num_samples is None else num_samples
     own = to_device([rows if layout.counts_rows else 0, *counts], inputs.device)
-    num_targets = (targets != IGNORE_INDEX).sum().reshape(1) * layout.counts_tokens
+    num_targets = (targets != IGNORE_INDEX).sum().reshape(1) * layout.counts_rows
     summed = sum_over_ranks(torch.cat([num_targets, own]))
     valid_tokens, samples = summed[0], summed[1]
     optimizer.zero_grad(set_to_none=True)
@@ -132,22 +132,13 @@ def _micro_batches(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tupl
         yield ids, labels, number == count
 
 
-def _loss_sum(model: nn.Module, ids: Tensor, loss: TokenLoss, options: StepOptions) -> Tensor:
-    """`loss` of the model's predictions from ids (B,T)."""
-    documents = {}
-    if options.end_of_text_id is not None:
-        documents["document_ids"] = document_ids(ids, options.end_of_text_id)
-    with options.autocast():
-        return model(ids, loss=loss, **documents)[0]
-
-
 def _objective(
     model: nn.Module, ids: Tensor, labels: Tensor, valid_tokens: Tensor, options: StepOptions
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What a micro-batch adds to the function that is minimised, and its parts of what is reported."""
     logit_means: list[Tensor] | None = [] if options.log_logit_mean else None
     token_loss = TokenLoss(labels, options.z_loss_coefficient, logit_means=logit_means)
-    loss = _loss_sum(model, ids, token_loss, options) / valid_tokens.clamp(min=1)
+    loss = batch_loss(model, ids, token_loss, options) / valid_tokens.clamp(min=1)
     ranks = options.layout.gradient_ranks
     share = 1 / (ranks * options.accum_freq)
     parts = {"loss": loss.detach()}
@@ -332,7 +323,7 @@ class Trainer:
             total = torch.zeros((), device=inputs.device)
             with averager.applied(), without_training(self.model):
                 for ids, labels, _ in _micro_batches(inputs, targets, self.options.accum_freq):
-                    total += _loss_sum(self.model, ids, TokenLoss(labels, coefficient), self.options)
+                    total += batch_loss(self.model, ids, TokenLoss(labels, coefficient), self.options)
             losses[f"{name}_loss"] = total / valid_tokens.clamp(min=1)
         return losses
 

@@ -1,0 +1,116 @@
+"""Context parallelism: ranks that share rows, each with a part of every sequence (--context-parallel).
+
+A row of T tokens is cut into 2 C chunks for C ranks, and rank c has chunks c and 2 C - 1 - c, so that causal attention
+is the same work for all. All that is not attention sees its own tokens alone. For attention a rank gathers the keys and
+values of all (as Llama 3 was trained, https://arxiv.org/abs/2407.21783, section 3.3.2), and its two chunks of queries
+look back from where they stand. The model knows nothing of it: it is given `Documents`.
+Legend: B batch, T sequence, H heads, K head width, C ranks of a context group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from open_lm.document_attention import Documents, first_tokens, kept_apart, positions_in
+from open_lm.errors import ConfigError
+from open_lm.layout import Layout
+
+
+# Named anew from torch 2.13 on, which warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def check_length(length: int, context: int) -> None:
+    """ConfigError where sequences of `length` tokens cannot be cut for so many ranks."""
+    if length % (2 * context):
+        raise ConfigError(
+            f"--context-parallel {context}: the model's sequences of {length} tokens do not divide into {2 * context} "
+            "chunks, two for each rank"
+        )
+
+
+def own_part(rows: Tensor, layout: Layout) -> Tensor:
+    """This rank's tokens of whole rows: (B,T,…) -> (B,T/C,…)."""
+    if layout.context == 1:
+        return rows
+    chunks = rows.chunk(2 * layout.context, dim=1)
+    return torch.cat((chunks[layout.context_rank], chunks[-1 - layout.context_rank]), dim=1)
+
+
+def whole_rows(part: Tensor, layout: Layout) -> Tensor:
+    """Whole rows (B,T,…) of all ranks' parts (B,T/C,…), with gradients. Collective."""
+    if layout.context == 1:
+        return part
+    parts: Tensor = _Gather.apply(part, layout.context_group)
+    halves = parts.unflatten(2, (2, -1))  # (C,B,2,T/(2 C),…)
+    in_order = torch.cat((halves[:, :, 0], halves[:, :, 1].flip(0)))
+    return in_order.movedim(0, 1).flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class PartOfRows:
+    """Whose part of rows, and the documents (B,T) of whole rows; None: each row is one."""
+
+    layout: Layout
+    document_ids: Tensor | None
+
+
+def part_of_rows(layout: Layout, length: int, device: torch.device, document_ids: Tensor | None = None) -> Documents:
+    """What the model needs to know of this rank's part of rows of `length` tokens: where its tokens stand, and how they
+    attend to those of all ranks; inside documents with document_ids (B,T)."""
+    if document_ids is None:
+        positions = torch.arange(length, device=device)[None]
+    else:
+        positions = positions_in(first_tokens(document_ids))
+    part = PartOfRows(layout, document_ids)
+    return Documents(own_part(positions, layout), part=part, attend=kept_apart(_attend))
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
+    """Causal attention of this rank's queries to the keys and values of all: three times (B,T/C,H,K) -> (B,T/C,H,K).
+
+    Inside documents it takes a mask of T/(2 C) * T bytes for a row.
+    """
+    layout, document_ids = documents.part.layout, documents.part.document_ids
+    both = whole_rows(torch.stack((keys, values), dim=-1), layout)
+    k, v = (x.transpose(1, 2) for x in both.unbind(-1))
+    outs = []
+    length = both.shape[1] // (2 * layout.context)
+    for place, chunk in zip(
+        (layout.context_rank, 2 * layout.context - 1 - layout.context_rank), queries.chunk(2, dim=1), strict=True
+    ):
+        begin, end = place * length, (place + 1) * length
+        # Chunks of queries are the last of the keys that they may see.
+        mask: Tensor = causal_lower_right(length, end)
+        if document_ids is not None:
+            same = document_ids[:, begin:end, None] == document_ids[:, None, :end]
+            mask = same.tril(diagonal=begin)[:, None]
+        out = F.scaled_dot_product_attention(chunk.transpose(1, 2), k[:, :, :end], v[:, :, :end], attn_mask=mask)
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, dim=1)
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' parts (B,…) of equal shape as (C,B,…); its gradient is the sum of what all ranks have for a part."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = part.new_empty(dist.get_world_size(group), *part.shape)
+        _all_gather(gathered.flatten(0, 1), part.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        part = torch.empty_like(grad[0])
+        _reduce_scatter(part, grad.contiguous().flatten(0, 1), group=ctx.group)
+        return part, None

@@ -1,0 +1,53 @@
+"""Rows shared by several ranks give what one rank computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import context_worker
+import pytest
+import torch
+
+from open_lm.context_parallel import check_length, own_part, part_of_rows
+from open_lm.errors import ConfigError
+from open_lm.layout import Layout
+
+
+def test_every_token_is_one_ranks_and_work_is_even() -> None:
+    parts = [own_part(torch.arange(12)[None], Layout(context=3, rank=rank))[0].tolist() for rank in range(3)]
+    assert parts == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    seen = [sum(position + 1 for position in part) for part in parts]  # keys that a rank's queries attend to
+    assert len(set(seen)) == 1
+
+
+def test_positions_start_anew_in_documents_that_other_ranks_began() -> None:
+    ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
+    documents = part_of_rows(Layout(context=2, rank=1), 8, torch.device("cpu"), ids)
+    assert documents.positions.tolist() == [[2, 3, 4, 0]]
+    assert part_of_rows(Layout(context=2, rank=0), 8, torch.device("cpu")).positions.tolist() == [[0, 1, 6, 7]]
+
+
+def test_lengths_that_do_not_divide_are_refused() -> None:
+    check_length(12, 3)
+    with pytest.raises(
+        ConfigError, match="--context-parallel 4: the model's sequences of 12 tokens do not divide into 8"
+    ):
+        check_length(12, 4)
+
+
+@pytest.mark.parametrize("processes", [2, 6])
+def test_losses_and_gradients_equal_those_of_one_process(
+    torchrun: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(context_worker.__file__).parent))
+    torchrun(processes, "context_worker", str(tmp_path / "out.json"))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert len(found) == len(context_worker.CASES) * (1 if processes == 2 else 2)
+    for case, numbers in found.items():
+        name = case.partition(",")[0]
+        settings = {key: value for key, value in context_worker.CASES[name].items() if key != "fsdp"}
+        expected = context_worker.train(context=1, **settings)
+        for got, wanted in zip(numbers, expected, strict=True):
+            assert got == pytest.approx(wanted[: len(got)], abs=1e-4), case
