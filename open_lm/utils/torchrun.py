@@ -8,6 +8,9 @@ nothing behind it is torchrun's business:
 
 takes exactly torchrun's arguments. `make install` makes it the environment's torchrun.
 
+With --node-rank, ranks follow it under every rendezvous: node 0 holds rank 0. torchrun itself orders the nodes of a
+c10d rendezvous by their names.
+
 It also hands on the signals with which a scheduler asks a run to stop, SIGTERM and SIGUSR1: the workers get them and
 all the time they take to save, and the exit code is 0 when theirs is. torchrun itself ends them after half a minute and
 reports a failure, or dies of SIGUSR1 without them.
@@ -56,8 +59,11 @@ def split_command(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple
     return list(argv[: index + 1]), script_args[1:] if script_args[:1] == ["--"] else script_args
 
 
-def agent_class() -> type[LocalElasticAgent]:
-    """torch's agent, which starts and watches the workers of a node, with the signals handed on to them."""
+def agent_class(node_rank: int = 0) -> type[LocalElasticAgent]:
+    """torch's agent, which starts and watches the workers of a node, with the signals handed on to them.
+
+    Ranks follow the nodes' `node_rank`; where those are equal, the order that the rendezvous finds.
+    """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     class Agent(LocalElasticAgent):
@@ -74,6 +80,12 @@ def agent_class() -> type[LocalElasticAgent]:
                 signal.signal(number, hand_on)
             return pids
 
+        def _assign_worker_ranks(self, store: Any, group_rank: int, group_world_size: int, spec: Any) -> list[Any]:
+            store.set(f"open_lm/node/{group_rank}", str(node_rank))
+            nodes = [(int(store.get(f"open_lm/node/{node}")), node) for node in range(group_world_size)]
+            place = sorted(nodes).index((node_rank, group_rank))
+            return super()._assign_worker_ranks(store, place, group_world_size, spec)
+
     return Agent
 
 
@@ -83,15 +95,22 @@ def main(argv: Sequence[str]) -> int:
     Where a rank ended with a message of its own (exit code 2), an interrupt, its watchdog or a signal to stop that came
     before it could take it, torchrun's traceback is left out.
     """
+    import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousConnectionError
     from torch.distributed.launcher import api
     from torch.distributed.run import get_args_parser, parse_args, run
 
     own, script_args = split_command(argv, get_args_parser())
     args = parse_args(own)
     args.training_script_args = script_args
-    api.LocalElasticAgent = agent_class()  # type: ignore[misc]
+    if args.nproc_per_node == "gpu" and not torch.cuda.is_available():
+        print("error: --nproc-per-node gpu: torch finds no CUDA device here; give a number of ranks", file=sys.stderr)
+        return 2
+    api.LocalElasticAgent = agent_class(args.node_rank)  # type: ignore[misc]
+    if args.rdzv_backend != "static":
+        args.node_rank = 0  # else torch warns that it does not look at it
     try:
         run(args)
     except ChildFailedError as error:
@@ -101,6 +120,14 @@ def main(argv: Sequence[str]) -> int:
         if code not in OWN_MESSAGE:
             raise
         return int(code)
+    except RendezvousConnectionError as error:
+        said = f"{error.__cause__ or error}".partition("\n")[0]
+        print(
+            f"error: no connection to the rendezvous at {args.rdzv_endpoint} ({said}): the node that keeps it is not "
+            "reached, or has ended",
+            file=sys.stderr,
+        )
+        return 1
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
