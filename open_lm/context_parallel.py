@@ -22,7 +22,6 @@ from open_lm.document_attention import Documents, first_tokens, kept_apart, posi
 from open_lm.errors import ConfigError
 from open_lm.layout import Layout
 
-
 # Named anew from torch 2.13 on, which warns of the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

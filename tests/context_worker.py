@@ -53,7 +53,7 @@ def train(
             model_cfg=ModelConfig(grad_checkpointing=checkpointing),
             initialise=lambda made: init_weights(made, seed=5),
         )
-        optimizer = build_optimizer(trained, OptimConfig(lr=1e-2, wd=0.1))
+        optimizer = build_optimizer(trained, OptimConfig(lr=1e-3, wd=0.1))
         options = StepOptions(
             runtime,
             layout,
