@@ -19,11 +19,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from open_lm.distributed import on_master
 from open_lm.errors import CheckpointError, ConfigError, join_problems
 from open_lm.param_names import clean_name
+from open_lm.sharded_tensor import fill_from_first, fused_parts, whole
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,14 @@ class Averager:
         on_rank0 = not dist.is_initialized() or dist.get_rank() == 0
         by_id = {id(param): average for _, param, average in self._named()}
         weights: dict[str, Tensor] = {}
+        parts = fused_parts(self.model)
         copies: dict[int, Tensor] = {}  # tied weights are gathered and stored once
-        for name, value in self.model.state_dict(keep_vars=True).items():
+        for wrapped_name, value in self.model.state_dict(keep_vars=True).items():
+            name = clean_name(wrapped_name)
             if id(value) not in copies:
-                full = _full(by_id.get(id(value), value.detach()))
+                full = whole(by_id.get(id(value), value), parts.get(name, 1))
                 copies[id(value)] = full.cpu() if on_rank0 else full.new_empty(0)
-            weights[clean_name(name)] = copies[id(value)]
+            weights[name] = copies[id(value)]
         return {**self.counters(), "av_model_sd": weights if on_rank0 else {}}
 
     @torch.no_grad()
@@ -177,8 +180,9 @@ class Averager:
                 raise CheckpointError(f"averager {self.spec.name}: {what}")
 
         on_master(check)
+        parts = fused_parts(self.model)
         for name, average in names.items():
-            _scatter(average, saved.get(name))
+            fill_from_first(average, saved.get(name), parts.get(name, 1))
         self.load_counters(state)
 
     def _named(self) -> list[tuple[str, Tensor, Tensor]]:
@@ -207,25 +211,3 @@ def _average_of(param: Tensor) -> Tensor:
 def _local(tensor: Tensor) -> Tensor:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return local.detach()
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _scatter(target: Tensor, full: Tensor | None) -> None:
-    """Copy rank 0's whole tensor into every rank's part of `target`."""
-    if not dist.is_initialized():
-        assert full is not None
-        target.copy_(full)
-        return
-    whole = torch.empty(target.shape, dtype=target.dtype, device=target.device)
-    if dist.get_rank() == 0:
-        assert full is not None
-        whole.copy_(full)
-    if isinstance(target, DTensor):
-        parts = distribute_tensor(whole, target.device_mesh, target.placements)
-        target.to_local().copy_(parts.to_local())
-    else:
-        dist.broadcast(whole, src=0)
-        target.copy_(whole)

@@ -12,6 +12,9 @@ import re
 import torch
 from torch import Tensor, nn
 
+from open_lm.param_names import clean_name
+from open_lm.sharded_tensor import fill, fused_parts
+
 INPUT_WEIGHTS = (
     "tok_embeddings.weight",
     "output.weight",
@@ -24,8 +27,6 @@ INPUT_WEIGHTS = (
     "mlp.w1",
 )
 OUTPUT_WEIGHTS = ("out_proj.weight", "w3.weight", "down_proj.weight", "feed_forward.2.weight", "mlp.w2")
-# What wrappers (DDP, torch.compile, activation checkpointing) put into a parameter's name.
-WRAPPER_NAMES = re.compile(r"\b(module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
@@ -48,12 +49,13 @@ def init_weights(model: nn.Module, seed: int) -> None:
     Raises:
         ValueError: a parameter that the table does not name, or that has no memory.
     """
+    parts = fused_parts(model)
     with torch.no_grad():
         for wrapped_name, parameter in model.named_parameters():
-            name = WRAPPER_NAMES.sub("", wrapped_name)
+            name = clean_name(wrapped_name)
             if parameter.is_meta:
                 raise ValueError(f"{name} has no memory; call model.to_empty(device=…) first")
-            _fill(parameter, name, seed)
+            _fill(parameter, name, seed, parts.get(name, 1))
     reset_buffers(model)
 
 
@@ -65,13 +67,13 @@ def reset_buffers(model: nn.Module) -> None:
             reset()
 
 
-def _fill(parameter: Tensor, name: str, seed: int) -> None:
+def _fill(parameter: Tensor, name: str, seed: int, parts: int) -> None:
     if name.endswith(".bias"):
         parameter.zero_()
     elif name.endswith("norm.weight"):
         parameter.fill_(1.0)
     else:
-        _fill_normal(parameter, name, seed)
+        fill(parameter, _drawn(parameter, name, seed), parts)
 
 
 def standard_deviation(name: str, shape: torch.Size) -> float:
@@ -85,20 +87,10 @@ def standard_deviation(name: str, shape: torch.Size) -> float:
     raise ValueError(f"no rule to initialise the parameter {name} of shape {tuple(shape)}")
 
 
-def _fill_normal(parameter: Tensor, name: str, seed: int) -> None:
+def _drawn(parameter: Tensor, name: str, seed: int) -> Tensor:
+    """The whole parameter's values in float32, so that a half-precision model is a rounding of the float32 one."""
     std = standard_deviation(name, parameter.shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
-    # Drawn in float32, so that a half-precision model is a rounding of the float32 one.
-    full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-    nn.init.trunc_normal_(full, std=std, a=-3 * std, b=3 * std, generator=generator)
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None:
-        parameter.copy_(full)
-        return
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-    full = full.to(mesh.device_type)
-    shard = distribute_tensor(full, mesh, parameter.placements, src_data_rank=None).to_local()
-    parameter.to_local().copy_(shard)
+    values = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    return nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)

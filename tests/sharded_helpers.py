@@ -13,7 +13,7 @@ from checkpoint_helpers import free_port, start_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.averaging import ModelAverager
@@ -64,6 +64,19 @@ def build(kind: str, seed: int, **changes: Any) -> TrainingState:
     wrapped = DistributedDataParallel(model) if kind == "ddp" else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1, fused=True)
     return TrainingState(wrapped, optimizer, averagers=ModelAverager(model, AVERAGERS))
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh, ways: dict[str, int]) -> None:
+    """Divide the named parameters over `mesh` ("tensor",) along a dimension each, with the values that they have."""
+    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
+    for module_name, module in model.named_modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            full_name = f"{module_name}.{name}".removeprefix(".")
+            if id(param) in made or full_name in ways:
+                if id(param) not in made:
+                    spread = distribute_tensor(param.detach(), mesh, [Shard(ways[full_name])], src_data_rank=None)
+                    made[id(param)] = nn.Parameter(spread)
+                setattr(module, name, made[id(param)])
 
 
 def _mesh(kind: str) -> DeviceMesh:
