@@ -25,12 +25,20 @@ def warmup_value(base_lr: float, warmup_length: int, step: int) -> float:
 
 def cosine_value(base_lr: float, min_lr: float, progress: float) -> float:
     """Half a cosine from base_lr at progress 0 to min_lr at progress 1 (Loshchilov & Hutter, 2016)."""
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (base_lr - min_lr)
+    return min_lr + _half_cosine(progress) * (base_lr - min_lr)
 
 
 def polynomial_value(base_lr: float, min_lr: float, progress: float, power: float) -> float:
     """(1 - progress)^power from base_lr at progress 0 to min_lr at progress 1; linear for power 1."""
     return min_lr + (1 - progress) ** power * (base_lr - min_lr)
+
+
+def decayed_value(base_lr: float, min_lr: float, progress: float, shape: str) -> float:
+    """From base_lr at progress 0 to min_lr at progress 1, as 1 - sqrt(progress), which falls fastest at first, as a
+    straight line, or as half a cosine. ConfigError for another shape."""
+    if shape not in DECAY_SHAPES:
+        raise ConfigError(f"--lr-decay-shape: found {shape!r}, expected one of {', '.join(DECAY_SHAPES)}")
+    return min_lr + DECAY_SHAPES[shape](progress) * (base_lr - min_lr)
 
 
 def const_lr(optimizer: Optimizer, base_lr: float, warmup_length: int) -> Schedule:
@@ -82,6 +90,31 @@ def const_lr_cooldown(  # noqa: PLR0917 - callers pass these by position
     return _setting(optimizer, value)
 
 
+def wsd_lr(  # noqa: PLR0917 - as its neighbours
+    optimizer: Optimizer,
+    base_lr: float,
+    warmup_length: int,
+    steps: int,
+    decay_steps: int,
+    decay_shape: str = "1-sqrt",
+    end_lr: float = 0.0,
+    force_min_lr: float = 0.0,
+) -> Schedule:
+    """Warmup, base_lr, and over the last `decay_steps` of `steps` down to `end_lr`, which step `steps` would have.
+
+    Warmup, stable, decay (Hägele et al. 2024, https://arxiv.org/abs/2405.18392, where 1-sqrt over a fifth of the steps
+    equals a cosine of that length): until the decay nothing depends on `steps`, so that a run can go on from there.
+    """
+
+    def value(step: int) -> float:
+        if step < warmup_length:
+            return warmup_value(base_lr, warmup_length, step)
+        progress = _progress(step, steps - decay_steps, steps)
+        return max(decayed_value(base_lr, end_lr, progress, decay_shape), force_min_lr)
+
+    return _setting(optimizer, value)
+
+
 def build_scheduler(cfg: OptimConfig, optimizer: Optimizer, total_steps: int, cooldown_start: int | None) -> Schedule:
     """The schedule of --lr-scheduler over `total_steps`; `cooldown_start` is the step where const-cooldown descends."""
     if cfg.skip_scheduler:
@@ -98,14 +131,29 @@ def build_scheduler(cfg: OptimConfig, optimizer: Optimizer, total_steps: int, co
         return const_lr_cooldown(
             optimizer, cfg.lr, cfg.warmup, total_steps, cooldown, power, end, force_min_lr=cfg.force_min_lr
         )
-    raise ConfigError(f"--lr-scheduler: found {cfg.lr_scheduler!r}, expected cosine, const or const-cooldown")
+    if cfg.lr_scheduler == "wsd":
+        decay, shape, end = round(cfg.lr_decay_fraction * total_steps), cfg.lr_decay_shape, cfg.lr_cooldown_end
+        return wsd_lr(optimizer, cfg.lr, cfg.warmup, total_steps, decay, shape, end, cfg.force_min_lr)
+    raise ConfigError(f"--lr-scheduler: found {cfg.lr_scheduler!r}, expected cosine, const, const-cooldown or wsd")
+
+
+def _half_cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# What is left of the way down, by progress.
+DECAY_SHAPES: dict[str, Callable[[float], float]] = {
+    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
+    "linear": lambda progress: 1 - progress,
+    "cosine": _half_cosine,
+}
 
 
 def _progress(step: int, start: int, end: int) -> float:
     """How far `step` is from `start` to `end`, kept within 0 and 1."""
     if step >= end:
         return 1.0
-    return max(0.0, (step - start) / (end - start))
+    return (step - start) / (end - start) if step > start else 0.0
 
 
 def _setting(optimizer: Optimizer, value: Schedule) -> Schedule:

@@ -7,7 +7,7 @@ import torch
 
 from open_lm.config import OptimConfig
 from open_lm.errors import ConfigError
-from open_lm.scheduler import build_scheduler, const_lr, const_lr_cooldown, cosine_lr
+from open_lm.scheduler import build_scheduler, const_lr, const_lr_cooldown, cosine_lr, decayed_value, wsd_lr
 
 
 @pytest.fixture
@@ -45,6 +45,32 @@ def test_cooldown_is_a_polynomial(optimizer: torch.optim.Optimizer, power: float
     assert const_lr_cooldown(optimizer, 1.0, 2, 20, 10, power, 0.1, force_min_lr=0.5)(20) == 0.5
 
 
+@pytest.mark.parametrize(("shape", "quarter"), [("1-sqrt", 0.55), ("linear", 0.775), ("cosine", 0.868198)])
+def test_wsd_is_stable_then_decays(optimizer: torch.optim.Optimizer, shape: str, quarter: float) -> None:
+    schedule = wsd_lr(optimizer, 1.0, 4, 100, 20, shape, 0.1)
+    assert [schedule(step) for step in (0, 3, 4, 79, 80)] == [0.25, 1.0, 1.0, 1.0, 1.0]
+    assert schedule(85) == pytest.approx(quarter)
+    assert schedule(100) == schedule(1000) == pytest.approx(0.1)
+    rates = [schedule(step) for step in range(80, 101)]
+    assert rates == sorted(rates, reverse=True) and len(set(rates)) == 21
+    assert wsd_lr(optimizer, 1.0, 4, 100, 20, shape, 0.1, force_min_lr=0.5)(100) == 0.5
+
+
+def test_wsd_at_its_limits(optimizer: torch.optim.Optimizer) -> None:
+    assert wsd_lr(optimizer, 1.0, 0, 10, 0)(9) == 1.0, "no decay"
+    assert [wsd_lr(optimizer, 1.0, 0, 10, 10, "linear")(step) for step in (0, 5, 10)] == [1.0, 0.5, 0.0], "all decay"
+    late = wsd_lr(optimizer, 1.0, 9, 10, 5, "linear")
+    assert [late(step) for step in (8, 9)] == [1.0, pytest.approx(0.2)], "a warmup into the decay comes first"
+    with pytest.raises(ConfigError, match="--lr-decay-shape: found 'step', expected one of 1-sqrt, linear, cosine"):
+        decayed_value(1.0, 0.0, 0.5, "step")
+
+
+def test_a_longer_wsd_run_is_the_same_until_the_decay(optimizer: torch.optim.Optimizer) -> None:
+    short, long = wsd_lr(optimizer, 1.0, 5, 50, 10), wsd_lr(optimizer, 1.0, 5, 500, 100)
+    assert [short(step) for step in range(41)] == [long(step) for step in range(41)]
+    assert short(41) < long(41)
+
+
 def test_a_warmup_longer_than_the_run_never_divides_by_zero(optimizer: torch.optim.Optimizer) -> None:
     schedule = cosine_lr(optimizer, 1.0, 100, 100, 0.0, 0.0)
     assert schedule(50) == pytest.approx(0.51)
@@ -59,8 +85,12 @@ def test_flags_choose_the_schedule(optimizer: torch.optim.Optimizer) -> None:
     assert rates((0, 55, 100)) == [0.1, 0.5, 0.0]
     assert rates((0, 55, 100), lr_scheduler="const") == [0.1, 1.0, 1.0]
     assert rates((0, 80, 90), 80, lr_scheduler="const-cooldown", epochs_cooldown=1) == [0.1, 1.0, 0.5]
+    assert rates((0, 80, 90, 100), lr_scheduler="wsd") == [0.1, 1.0, 0.292893, 0.0]
+    wsd = {"lr_scheduler": "wsd", "lr_decay_fraction": 0.5, "lr_decay_shape": "linear", "lr_cooldown_end": 0.2}
+    assert rates((50, 75, 100), **wsd) == [1.0, 0.6, 0.2]
+    assert rates((50, 75, 100), **wsd, force_min_lr=0.3) == [1.0, 0.6, 0.3]
     assert rates((0, 99), skip_scheduler=True) == [1.0, 1.0]
     with pytest.raises(ConfigError, match="--epochs-cooldown"):
         rates((0,), lr_scheduler="const-cooldown")
-    with pytest.raises(ConfigError, match="found 'linear', expected cosine, const or const-cooldown"):
+    with pytest.raises(ConfigError, match="found 'linear', expected cosine, const, const-cooldown or wsd"):
         rates((0,), lr_scheduler="linear")
