@@ -37,17 +37,15 @@ def test_lengths_that_do_not_divide_are_refused() -> None:
         check_length(12, 4)
 
 
-@pytest.mark.parametrize("processes", [2, 6])
 def test_losses_and_gradients_equal_those_of_one_process(
-    torchrun: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+    torchrun: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(context_worker.__file__).parent))
-    torchrun(processes, "context_worker", str(tmp_path / "out.json"))
+    torchrun(3, "context_worker", str(tmp_path / "out.json"))
     found = json.loads((tmp_path / "out.json").read_text())
-    assert len(found) == len(context_worker.CASES) * (1 if processes == 2 else 2)
-    for case, numbers in found.items():
-        name = case.partition(",")[0]
+    assert set(found) == set(context_worker.CASES)
+    for name, numbers in found.items():
         settings = {key: value for key, value in context_worker.CASES[name].items() if key != "fsdp"}
         expected = context_worker.train(context=1, **settings)
         for got, wanted in zip(numbers, expected, strict=True):
-            assert got == pytest.approx(wanted[: len(got)], abs=1e-4), case
+            assert got == pytest.approx(wanted, abs=1e-4), name
