@@ -16,18 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.config import LoggingConfig, ValidationConfig
 from open_lm.data.device import on_device
 from open_lm.data.loader import ValLoader
-from open_lm.data.masking import document_ids
 from open_lm.distributed import Runtime, broadcast_object, gather_objects, sum_over_ranks
 from open_lm.errors import ConfigError
 from open_lm.layout import Layout
-from open_lm.losses import IGNORE_INDEX
+from open_lm.losses import IGNORE_INDEX, TokenLoss
 from open_lm.metrics import bootstrap_interval
+from open_lm.objective import ForwardOptions, batch_loss
 from open_lm.parallelize import without_training
 from open_lm.precision import get_autocast
 from open_lm.watchdog import beat
@@ -149,12 +148,12 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         data_s += time.perf_counter() - waiting_since
         beat("validating")
         targets = batch.targets
-        losses = token_losses(model, batch.inputs, targets, options.autocast, options.end_of_text_id)
-        valid = targets != IGNORE_INDEX
-        sums = (losses.sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
+        losses = token_losses(model, batch.inputs, targets, options)
+        valid = (targets != IGNORE_INDEX) & options.layout.counts_rows
+        sums = ((losses * valid).sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
         totals += torch.stack([value.to(torch.float64) for value in sums])
         points.add(losses, valid, cfg)
-        steps, slots = steps + 1, slots + targets.numel() * runtime.world_size
+        steps, slots = steps + 1, slots + targets.numel() * options.layout.data_size
         if runtime.is_master and number % options.log_every == 0:
             _log_progress(number, data_s / steps, (time.perf_counter() - start) / steps, slots / steps, runtime)
         waiting_since = time.perf_counter()
@@ -182,26 +181,9 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
     return broadcast_object(runtime, result)
 
 
-def token_losses(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    autocast: Callable[[], AbstractContextManager[object]],
-    end_of_text_id: int | None = None,
-) -> Tensor:
-    """Cross entropy of each token, 0 where it is masked: inputs, targets (B,T) int64 -> (B,T) float32.
-
-    With end_of_text_id attention stays inside documents, see `document_ids`.
-    """
-    with autocast():
-        if end_of_text_id is None:
-            logits = model(inputs)[0]
-        else:
-            logits = model(inputs, document_ids=document_ids(inputs, end_of_text_id))[0]
-    flat = F.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-    )
-    return flat.view_as(targets)
+def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, options: ForwardOptions) -> Tensor:
+    """Cross entropy of each token, 0 where it is masked: inputs, targets (B,T) int64 -> (B,T) float32."""
+    return batch_loss(model, inputs, TokenLoss(targets, per_token=True), options)
 
 
 def _intervals(points: _Points, cfg: ValidationConfig) -> dict[str, float]:

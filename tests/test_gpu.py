@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from open_lm.attention import find_documents, get_attn_func, has_xformers, torch_attn, xformers_attn
+from open_lm.config import ValidationConfig
 from open_lm.data.masking import document_ids
+from open_lm.distributed import Runtime
 from open_lm.document_attention import Documents, allowed_in, first_tokens, has_flex, positions_in
-from open_lm.evaluate import token_losses
+from open_lm.evaluate import EvaluationOptions, token_losses
 from open_lm.generate import Sampling, generate_ids
+from open_lm.layout import Layout
 from open_lm.precision import get_autocast
 
 pytestmark = [
@@ -125,11 +129,13 @@ def test_a_packed_row_is_each_of_its_documents_alone(name: str, compiled: bool) 
 def test_token_losses_are_those_of_the_cpu(end_of_text_id: int | None) -> None:
     model, ids = small_model(seq_len=300), packed_ids(2, 300)
     inputs, targets = ids[:, :-1], ids[:, 1:]
+    runtime, cfg = Runtime(device=torch.device("cuda")), ValidationConfig()
+    single = EvaluationOptions(runtime, Layout(), get_autocast("fp32"), cfg, "small", end_of_text_id=end_of_text_id)
     with torch.no_grad():
-        expected = token_losses(model, inputs.cpu(), targets.cpu(), get_autocast("fp32"), end_of_text_id)
+        expected = token_losses(model, inputs.cpu(), targets.cpu(), single)
         model.cuda()
-        found = token_losses(model, inputs, targets, get_autocast("fp32"), end_of_text_id)
-        half = token_losses(model, inputs, targets, get_autocast("amp_bf16", "cuda"), end_of_text_id)
+        found = token_losses(model, inputs, targets, single)
+        half = token_losses(model, inputs, targets, replace(single, autocast=get_autocast("amp_bf16", "cuda")))
     torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(half.cpu(), expected, atol=0.1, rtol=0.1)
 

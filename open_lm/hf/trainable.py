@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from open_lm.config import ModelConfig
 from open_lm.errors import ConfigError
+from open_lm.losses import TokenLoss
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,20 @@ class TrainableHFModel(nn.Module):
         past_key_values: Any = None,
         use_cache: bool = False,
         attention_mask: Tensor | None = None,
+        *,
+        loss: TokenLoss | None = None,
     ) -> tuple[Tensor, None, Any]:
-        """Next-token logits.
+        """Next-token logits, or their loss.
 
         Args:
             input_ids: (B,T) int64, or inputs_embeds: (B,T,D) float.
             past_key_values: the third result of an earlier call.
             use_cache: return a cache for the next call.
             attention_mask: (B,P+T), nonzero for real tokens.
+            loss: compute this loss of the logits in their place.
 
         Returns:
-            logits (B,T,V) float32, None in place of the hidden states, and the cache or None.
+            logits (B,T,V) float32, or the loss; None in place of the hidden states, and the cache or None.
         """
         output = self.model(
             input_ids=input_ids,
@@ -67,7 +71,10 @@ class TrainableHFModel(nn.Module):
             attention_mask=attention_mask,
             return_dict=True,
         )
-        return output.logits.float(), None, output.past_key_values if use_cache else None
+        cache = output.past_key_values if use_cache else None
+        if loss is not None:
+            return loss.of_logits(output.logits), None, cache
+        return output.logits.float(), None, cache
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
