@@ -30,7 +30,7 @@ def contradictions(config: Config, stated: Set[str] = frozenset()) -> list[str]:
         *_data_problems(config.data, stated),
         *_validation_problems(config),
         *_optimisation_problems(config.optim, config.data),
-        *_parallel_problems(config.parallel),
+        *_parallel_problems(config),
         *_model_problems(config),
         *_checkpoint_problems(config),
         *_fault_problems(config),
@@ -227,8 +227,10 @@ def _optimisation_problems(optim: OptimConfig, data: DataConfig) -> list[str]:
     return problems
 
 
-def _parallel_problems(parallel: ParallelConfig) -> list[str]:
-    problems = []
+def _parallel_problems(config: Config) -> list[str]:
+    parallel, problems = config.parallel, []
+    if parallel.context_parallel > 1 and config.model.attn_name == "custom_attn":
+        problems.append("--attn-name custom_attn needs whole sequences: leave out --context-parallel")
     if parallel.fsdp_amp and parallel.fsdp_pure_bf16:
         problems.append("--fsdp-amp reduces gradients in float32, --fsdp-pure-bf16 in bfloat16: give one of them")
     if parallel.fsdp_hybrid and parallel.fsdp_hybrid_o2:

@@ -17,6 +17,7 @@ from open_lm.averaging import ModelAverager
 from open_lm.checkpoint import Candidate, Progress, sharded
 from open_lm.config import Config
 from open_lm.config_checks import wants_training
+from open_lm.context_parallel import check_length
 from open_lm.control import RunControl
 from open_lm.data import provenance
 from open_lm.data.loader import TrainLoader, ValLoader, build_train_loader, build_val_loaders
@@ -84,7 +85,7 @@ def build_session(config: Config, runtime: Runtime, paths: RunPaths) -> Session:
     seed_everything(config.run.seed + layout.data_rank)
     if config.run.deterministic:
         make_deterministic()
-    model = on_all(lambda: _create_model(config))
+    model = on_all(lambda: _create_model(config, layout))
     params: Any = model.params
     train_loader, val_loaders = on_all(lambda: _build_loaders(config, layout, params))
     model = parallelize(
@@ -294,7 +295,7 @@ def _check_resumable(url: str, progress: Progress, config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------------------ parts
-def _create_model(config: Config) -> nn.Module:
+def _create_model(config: Config, layout: Layout) -> nn.Module:
     """Without memory, so that no rank ever holds what it will not keep; --hf-model comes with its weights."""
     if config.model.hf_model:
         from open_lm.hf.trainable import create_hf_model
@@ -303,7 +304,9 @@ def _create_model(config: Config) -> nn.Module:
     from open_lm.model import create_model
 
     with torch.device("meta"):
-        return create_model(config.model)
+        model = create_model(config.model)
+    check_length(model.seq_len, layout.context)
+    return model
 
 
 def _build_loaders(config: Config, layout: Layout, params: Any) -> tuple[TrainLoader | None, list[ValLoader]]:

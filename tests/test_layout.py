@@ -1,0 +1,70 @@
+"""How ranks are divided, as plain numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from open_lm.config import ParallelConfig
+from open_lm.errors import ConfigError
+from open_lm.layout import Layout, layout_of, parse_mesh_dim
+from open_lm.params import parse_args
+
+
+@pytest.mark.parametrize(
+    ("cfg", "world_size", "per_node", "expected"),
+    [
+        (ParallelConfig(), 8, 4, (8, 1, 1, 1)),
+        (ParallelConfig(fsdp=True), 8, 4, (1, 8, 1, 1)),
+        (ParallelConfig(fsdp=True, fsdp_hybrid=True), 8, 4, (2, 4, 1, 1)),
+        (ParallelConfig(fsdp=True, fsdp_hybrid_o2=True, tensor_parallel=2), 8, 4, (2, 2, 1, 2)),
+        (ParallelConfig(fsdp=True, context_parallel=2, tensor_parallel=2), 8, 8, (1, 2, 2, 2)),
+        (ParallelConfig(context_parallel=4), 8, 8, (2, 1, 4, 1)),
+        (ParallelConfig(mesh_dim="-1,2,4"), 32, 8, (4, 2, 1, 4)),
+        (ParallelConfig(mesh_dim="2,-1,1", context_parallel=2), 16, 8, (2, 4, 2, 1)),
+        (ParallelConfig(mesh_dim="1,2,2"), 4, 4, (1, 2, 1, 2)),
+    ],
+)
+def test_sizes(cfg: ParallelConfig, world_size: int, per_node: int, expected: tuple[int, int, int, int]) -> None:
+    layout = layout_of(cfg, world_size, per_node)
+    assert (layout.replicate, layout.shard, layout.context, layout.tensor) == expected
+    assert layout.gradient_ranks * layout.tensor == world_size
+
+
+def test_ranks_that_share_rows_are_neighbours_and_count_once() -> None:
+    layouts = [Layout(replicate=2, shard=2, context=2, tensor=3, rank=rank) for rank in range(24)]
+    assert [layout.data_rank for layout in layouts] == [number for number in range(4) for _ in range(6)]
+    places = {(layout.data_rank, layout.context_rank, layout.tensor_rank) for layout in layouts}
+    assert len(places) == 24
+    assert sum(layout.counts_rows for layout in layouts) == 4  # each row once
+    assert sum(layout.counts_tokens for layout in layouts) == 8  # each part of a row once
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (ParallelConfig(tensor_parallel=3), "--tensor-parallel 3: 8 ranks do not divide into groups of 3"),
+        (ParallelConfig(tensor_parallel=2, context_parallel=8), "2 x --context-parallel 8: 8 ranks do not divide"),
+        (ParallelConfig(fsdp=True, fsdp_hybrid=True), "8 ranks do not divide into nodes of 3"),
+        (ParallelConfig(mesh_dim="-1,3,1"), "--mesh-dim -1,3,1 needs a multiple of 3 ranks, and 8 were started"),
+        (ParallelConfig(mesh_dim="2,2,1"), "--mesh-dim 2,2,1 needs 4 ranks, and 8 were started"),
+    ],
+)
+def test_ranks_that_do_not_divide(cfg: ParallelConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        layout_of(cfg, 8, 3)
+
+
+@pytest.mark.parametrize("text", ["2,2", "-1,-1,2", "0,1,1", "a,1,1", "1,2,3,4", "-2,1,1"])
+def test_other_mesh_dims_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected three numbers of ranks"):
+        parse_mesh_dim(text)
+
+
+def test_mesh_dim_on_the_command_line() -> None:
+    args = parse_args(["--mesh-dim", "-1,2,4"])
+    assert (args.mesh_dim, args.fsdp) == ("-1,2,4", True)
+    assert not parse_args(["--mesh-dim=8,1,1"]).fsdp
+    with pytest.raises(ConfigError, match=r"--mesh-dim says how ranks are divided, and so does --tensor-parallel"):
+        parse_args(["--mesh-dim", "-1,2,4", "--tensor-parallel", "2"])
+    with pytest.raises(ConfigError, match=r"--mesh-dim: found '1,2'"):
+        parse_args(["--mesh-dim", "1,2"])
