@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--against", metavar="NAME", help=f"{', '.join(PEERS)} or MODULE:FUNCTION")
     parser.add_argument("--against-command", metavar="COMMAND")
-    parser.add_argument("--profile", action="store_true", help="show where the time of a further step goes")
+    parser.add_argument("--profile", action="store_true", help="show where the time of one more step goes")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write that profile of ours (.json or .json.gz)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
     return parser
@@ -78,10 +78,10 @@ def make_parser() -> argparse.ArgumentParser:
 # --- what to measure ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Contenders:
-    """The commands to measure for a model, by name; `flops_per_token` is the same for all, `dtype` that of --precision,
-    `num_params` and `job` say what is measured."""
+    """What is measured for a model: a process's job, or a command, by name. `job` is ours, `dtype` that of --precision,
+    `flops_per_token` the same for all."""
 
-    commands: dict[str, list[str]]
+    jobs: dict[str, Job | list[str]]
     job: Job
     dtype: str
     flops_per_token: float
@@ -100,9 +100,6 @@ def contenders(args: argparse.Namespace, flags: list[str], model: str, folder: P
     write_text(path, json.dumps({**shape, "seq_len": seq_len}))
     flags = ["--precision", args.precision, *flags]
     config = Config.from_namespace(parse_args(trainer_flags(str(path), args.batch_size, flags)))
-    micro_batches = config.optim.accum_freq
-    if args.batch_size % micro_batches:
-        raise ConfigError(f"--batch-size {args.batch_size}: does not divide into --accum-freq {micro_batches}")
     dtype = str(compute_dtype(args.precision, args.device)).removeprefix("torch.")
     job = Job(
         kind=OURS,
@@ -112,7 +109,7 @@ def contenders(args: argparse.Namespace, flags: list[str], model: str, folder: P
         batch_size=args.batch_size,
         seq_len=seq_len,
         vocab_size=shape["vocab_size"],
-        micro_batches=micro_batches,
+        micro_batches=config.optim.accum_freq,
         warmup=args.warmup,
         steps=args.steps,
         flags=flags,
@@ -120,13 +117,13 @@ def contenders(args: argparse.Namespace, flags: list[str], model: str, folder: P
     )
     with torch.device("meta"):
         meta = create_model(ModelConfig.from_object(replace(config.model, model=str(path))))
-    commands = {CEILING: replace(job, kind=CEILING).command(), OURS: job.command()}
+    jobs: dict[str, Job | list[str]] = {CEILING: replace(job, kind=CEILING), OURS: job}
     if args.against:
-        commands[args.against] = replace(job, kind=PEERS.get(args.against, args.against)).command()
+        jobs[args.against] = replace(job, kind=PEERS.get(args.against, args.against))
     if args.against_command:
         values = {name: str(getattr(job, name)) for name in ("model", "precision", "device", "batch_size", "seq_len")}
-        commands["the command"] = [filled(word, values) for word in shlex.split(args.against_command)]
-    return Contenders(commands, job, dtype, model_flops_per_token(meta), sum(p.numel() for p in meta.parameters()))
+        jobs["the command"] = [filled(word, values) for word in shlex.split(args.against_command)]
+    return Contenders(jobs, job, dtype, model_flops_per_token(meta), sum(p.numel() for p in meta.parameters()))
 
 
 def filled(word: str, values: dict[str, str]) -> str:
@@ -174,44 +171,52 @@ class Results:
             self.memory_bytes.append(found["memory_bytes"])
 
 
-def measure(found: Contenders, args: argparse.Namespace) -> tuple[dict[str, Results], dict[str, dict[str, float]]]:
-    """The contenders' results and the ceilings, the best of all rounds."""
-    results = {name: Results([], [], [], []) for name in found.commands if name != CEILING}
-    ceilings: dict[str, dict[str, float]] = {}
-    for _ in range(args.rounds):
-        for name, command in found.commands.items():
-            said = run_once(command, args)
-            if name != CEILING:
-                results[name].add(said, found.tokens)
+@dataclass
+class Everything:
+    """The results of all contenders of a model, the ceilings by type (the best of all rounds), and profiles."""
+
+    results: dict[str, Results]
+    ceilings: dict[str, dict[str, float]]
+    profiles: dict[str, Measured]
+
+
+def measure(found: Contenders, args: argparse.Namespace) -> Everything:
+    """All rounds; with --profile the processes of the last one profile a further step."""
+    every = Everything({name: Results([], [], [], []) for name in found.jobs if name != CEILING}, {}, {})
+    for number in range(1, args.rounds + 1):
+        for name, job in found.jobs.items():
+            said = run_once(command(job, args, number == args.rounds), args)
+            if name == CEILING:
+                for dtype, rates in said.items():
+                    before = every.ceilings.get(dtype, rates)
+                    every.ceilings[dtype] = {key: max(rate, before[key]) for key, rate in rates.items()}
                 continue
-            for dtype, rates in said.items():
-                before = ceilings.get(dtype, rates)
-                ceilings[dtype] = {key: max(rate, before[key]) for key, rate in rates.items()}
-    return results, ceilings
+            every.results[name].add(said, found.tokens)
+            if said.get("profile"):
+                every.profiles[name] = Measured(**said)
+    return every
 
 
-def profiles(found: Contenders, args: argparse.Namespace) -> dict[str, Measured]:
-    """Of a step of ours and of the module:function."""
-    said = {}
-    for name in (OURS, args.against):
-        if name is not None:
-            trace = str(args.trace) if args.trace and name == OURS else None
-            kind = OURS if name == OURS else PEERS.get(name, name)
-            job = replace(found.job, kind=kind, warmup=max(1, args.warmup), steps=1, profile=True, trace=trace)
-            said[name] = Measured(**run_once(job.command(), args))
-    return said
+def command(job: Job | list[str], args: argparse.Namespace, last: bool) -> list[str]:
+    if isinstance(job, list):
+        return job
+    if args.profile and last and job.kind != CEILING:
+        job = replace(job, profile=True, trace=str(args.trace) if args.trace and job.kind == OURS else None)
+    return job.command()
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------
-def report(found: Contenders, results: dict[str, Results], ceilings: dict[str, dict[str, float]]) -> str:
-    job, own = found.job, ceilings[found.dtype]
+def report(found: Contenders, every: Everything) -> str:
+    job, own, results = found.job, every.ceilings[found.dtype], every.results
     lines = [
         f"{Path(job.model).stem}: {found.num_params / 1e6:.1f} million parameters, "
         f"{found.flops_per_token / 1e9:.3f} GFLOP a token; "
         f"{job.batch_size} x {job.seq_len} tokens, {' '.join(job.flags)}",
         f"{'matrix products':26}{'own shapes':>12}{'square':>12}  GFLOP/s",
     ]
-    lines += [f"{name:26}{rates['own'] / 1e9:12.0f}{rates['square'] / 1e9:12.0f}" for name, rates in ceilings.items()]
+    lines += [
+        f"{name:26}{rates['own'] / 1e9:12.0f}{rates['square'] / 1e9:12.0f}" for name, rates in every.ceilings.items()
+    ]
     heads = ("tokens/s", "least", "greatest", "MFU, own", "square", "GB", "first s")
     lines.append(f"{'':26}" + "".join(f"{head:>10}" for head in heads))
     for name, result in results.items():
@@ -255,19 +260,13 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
         plans = {model: contenders(args, flags, model, Path(folder)) for model in args.model}
         for model, found in plans.items():
-            results, ceilings = measure(found, args)
-            print(f"\n{report(found, results, ceilings)}", flush=True)
-            profiled = profiles(found, args) if args.profile else {}
-            for name, said in profiled.items():
+            every = measure(found, args)
+            print(f"\n{report(found, every)}", flush=True)
+            for name, said in every.profiles.items():
                 assert said.profile is not None and said.profiled_s is not None
                 print(f"\n{name}, a step:\n{profile_table(said.profile, said.profiled_s)}", flush=True)
-            everything["models"][model] = {
-                "flops_per_token": found.flops_per_token,
-                "tokens_per_step": found.tokens,
-                "matmul_flops": ceilings,
-                "results": {name: vars(result) for name, result in results.items()},
-                "profiles": {name: vars(said) for name, said in profiled.items()},
-            }
+            numbers = {"flops_per_token": found.flops_per_token, "tokens_per_step": found.tokens}
+            everything["models"][model] = {**numbers, **asdict(every)}
     if args.json is not None:
         write_text(args.json, json.dumps(everything, indent=1))
 

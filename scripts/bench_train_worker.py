@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,19 +24,12 @@ from typing import Any
 import torch
 from matmul_ceiling import linear_shapes, own_flops, square_flops
 from step_profile import profile_step
-from torch import Tensor, nn
+from torch import Tensor
 
-from open_lm.config import Config, ModelConfig
-from open_lm.control import RunControl
-from open_lm.distributed import init_runtime, shutdown
+from open_lm.config import ModelConfig
 from open_lm.errors import ConfigError, run_cli
-from open_lm.guard import Guard
 from open_lm.metrics import peak_memory_bytes
 from open_lm.model import create_model
-from open_lm.params import parse_args
-from open_lm.run_folder import RunPaths
-from open_lm.session import build_session, build_trainer
-from open_lm.train import train_step
 
 OURS, CEILING = "ours", "ceiling"
 Step = Callable[[Tensor, Tensor], Any]
@@ -68,7 +62,8 @@ class Job:
 @dataclass(frozen=True)
 class Measured:
     """Seconds of each step, from the beginning to the end of the first step, and the most memory beyond what the
-    process held before there was a model; the profile's seconds by room and pass, and those of its step."""
+    process held before there was a model; of one more step, where it was profiled, the seconds by room and pass and
+    all."""
 
     step_s: list[float]
     first_step_s: float
@@ -81,31 +76,6 @@ def trainer_flags(model: str, batch_size: int, flags: Sequence[str]) -> list[str
     """The command line of a training run of `model` on random tokens."""
     own = ["--model", model, "--global-batch-size", str(batch_size), "--dataset-type", "synthetic", "--workers", "0"]
     return [*own, "--train-num-samples", "1000000000", "--epochs", "1", "--logs", "none", *flags]
-
-
-class OurStep:
-    """The step of training, as a run with these flags has it."""
-
-    def __init__(self, job: Job) -> None:
-        config = Config.from_namespace(parse_args(trainer_flags(job.model, job.batch_size, job.flags)))
-        self.runtime = init_runtime(config.parallel)
-        session = build_session(config, self.runtime, RunPaths("none", "bench"))
-        self._trainer = build_trainer(session, RunControl())
-        self._guard = Guard(config.faults, self.runtime, scaled=self._trainer.scaler is not None)
-        self.model: nn.Module = session.model.train()
-
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        trainer = self._trainer
-        result = train_step(
-            trainer.model,
-            inputs,
-            targets,
-            trainer.optimizer,
-            trainer.options,
-            scaler=trainer.scaler,
-            judge=self._guard.judge,
-        )
-        return result.values["loss"]
 
 
 def imported_step(job: Job) -> Step:
@@ -148,21 +118,30 @@ def timed(step: Step, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[fl
 
 
 def measure(job: Job) -> Measured:
+    """The step of `job`, from before there is a model."""
+    with ExitStack() as stack:
+        if job.kind != OURS:
+            return _measure(job, lambda: imported_step(job))
+        from our_step import OurStep  # the rooms of a whole run, which others do not need
+
+        flags = trainer_flags(job.model, job.batch_size, job.flags)
+        return _measure(job, lambda: stack.enter_context(OurStep(flags)))
+
+
+def _measure(job: Job, build: Callable[[], Step]) -> Measured:
+    device = torch.device(job.device)
     batches = random_batches(job, job.warmup + job.steps)
-    memory_before = peak_memory_bytes(torch.device(job.device))
-    start = time.perf_counter()
-    step = OurStep(job) if job.kind == OURS else imported_step(job)
+    memory_before, start = peak_memory_bytes(device), time.perf_counter()
+    step = build()
     made_s = time.perf_counter() - start
     warm_s, _ = timed(step, batches[: job.warmup]) if job.warmup else ([], 0.0)
     step_s, loss = timed(step, batches[job.warmup :])
     if not math.isfinite(loss):
         raise ConfigError(f"{job.kind}: the loss after {len(batches)} steps is {loss}, so that its speed means nothing")
-    memory = peak_memory_bytes(torch.device(job.device)) - memory_before
+    memory = peak_memory_bytes(device) - memory_before
     profile, profiled_s = None, None
     if job.profile:
         profile, profiled_s = profile_step(step, *batches[-1], None if job.trace is None else Path(job.trace))
-    if isinstance(step, OurStep):
-        shutdown(step.runtime)
     return Measured(step_s, made_s + [*warm_s, *step_s][0], memory, profile, profiled_s)
 
 
