@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from open_lm.config import ParallelConfig
 from open_lm.errors import RANK_NAMES, ConfigError, UserError, join_problems
@@ -131,10 +132,15 @@ def build_layout(runtime: Runtime, cfg: ParallelConfig) -> Layout:
     kind = runtime.device.type
     replicate, shard, context, tensor = layout.replicate, layout.shard, layout.context, layout.tensor
     mesh = init_device_mesh(kind, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor"))
+    groups = mesh.get_all_groups()
     group = None
     if context > 1:
         names = ("replicate", "shard", "context", "tensor")
         group = init_device_mesh(kind, (replicate, shard, context, tensor), mesh_dim_names=names).get_group("context")
+        groups.append(group)
+    for part in groups:
+        if part is not dist.group.WORLD:  # made with torch's default, not with the timeout of the whole group
+            _set_pg_timeout(timedelta(seconds=cfg.dist_timeout), part)
     return replace(layout, mesh=mesh, context_group=group)
 
 

@@ -1,4 +1,4 @@
-"""The only file that knows FSDP2, hybrid sharding, DDP, activation checkpointing and compilation.
+"""How a model is spread over ranks, checkpointed and compiled: the only file that knows FSDP2, hybrid sharding and DDP.
 
 A model knows nothing of them: `parallelize(model, layout, cfg, …)` applies them from outside and returns what to train.
 """
@@ -17,8 +17,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.config import ModelConfig, ParallelConfig
+from open_lm.distributed import on_all
 from open_lm.errors import ConfigError
 from open_lm.layout import Layout
+from open_lm.tensor_parallel import check_splits, split_model
 
 # Blocks whose parameters --fsdp-backward-prefetch gathers ahead; FSDP2 by itself is one block ahead.
 PREFETCH_DEPTH = 2
@@ -35,30 +37,35 @@ def parallelize(
     initialise: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
     """Place `model` on `device` and spread it over the ranks of `layout`; the result is called and trained as the model
-    was: with --fsdp by FSDP2, with one group of parameters for each block, else by DDP; in a single process without a
-    group not at all.
+    was. With --fsdp by FSDP2, one group of parameters for each block; else by DDP; in a single process without a group
+    not at all. Tensor parallelism splits matrices first, and leaves the rest to FSDP2 with or without --fsdp.
 
     dtype: what parameters are stored in. initialise: fills the parameters and buffers of a model made on the meta
     device, once each rank has its part of them.
     """
     model_cfg = model_cfg or ModelConfig()
     blocks = find_blocks(model, model_cfg.hf_fsdp_block if model_cfg.hf_model else None)
+    if layout.tensor > 1:
+        assert layout.mesh is not None
+        on_all(lambda: check_splits(model, layout.tensor))
+        split_model(model, layout.mesh["tensor"])
     if model_cfg.grad_checkpointing:
         _checkpoint_activations(model)
     if model_cfg.torchcompile:
         # In place and a block at a time: parameter names stay, and equal blocks share one compilation.
         for block in blocks:
-            block.compile()
+            block.compile(mode=model_cfg.torchcompile_mode)
     is_meta = any(p.is_meta for p in model.parameters())
     if dtype != torch.float32:
         model.to(dtype)
-    if cfg.fsdp and layout.mesh is not None:
+    is_sharded = layout.mesh is not None and (cfg.fsdp or layout.tensor > 1)
+    if is_sharded:
         _shard(model, blocks, _data_mesh(layout), cfg, device)
     elif not is_meta:
         model.to(device)
     if is_meta:
         _materialise(model, torch.device("cpu") if _offloads(cfg, device) else device, initialise)
-    if cfg.fsdp or layout.mesh is None:
+    if is_sharded or layout.mesh is None:
         return model
     return _replicate(model, cfg, device)
 
