@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from open_lm.linear_loss import linear_cross_entropy
+
 IGNORE_INDEX = -100
 
 
@@ -33,11 +35,19 @@ class TokenLoss:
     logit_means: list[Tensor] | None = None
 
     def of_hidden(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """The loss of hidden states (B,T,D) whose logits are hidden @ weight.T, weight (V,D)."""
+        """The loss of hidden states (B,T,D) whose logits are hidden @ weight.T, weight (V,D), see
+        `linear_cross_entropy`: the logits of all are never held."""
         if self.logit_means is not None:
             self.logit_means.append(logit_mean(hidden, weight))
-        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        return self._of_logits(F.linear(hidden, whole))
+        losses = linear_cross_entropy(
+            hidden.flatten(0, -2),
+            weight,
+            self.targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            z_loss_coefficient=self.z_loss_coefficient,
+            per_token=self.per_token,
+        ).float()
+        return losses.view_as(self.targets) if self.per_token else losses
 
     def of_logits(self, logits: Tensor) -> Tensor:
         """The loss of logits (B,T,V), any floating type."""
