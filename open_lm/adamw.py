@@ -1,0 +1,89 @@
+"""AdamW on this rank's parts of the parameters, and what it has in common with Muon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from open_lm.errors import CheckpointError
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW (Loshchilov & Hutter, 2017), with its results and its state, as one fused kernel a step over what
+    this rank holds of the parameters. They may be whole, or sharded over different meshes: an update is elementwise and
+    needs no other rank."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update; what `closure` returns. `found_inf`, an attribute that a caller may set to a float scalar on the
+        device, makes it none at all where it is 1."""
+        loss = evaluate(closure)
+        for group in self.param_groups:
+            adamw_update(self, group)
+        return loss
+
+
+def adamw_update(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Update the parameters of one group that have a gradient, and their state `step`, `exp_avg`, `exp_avg_sq`."""
+    params = [param for param in group["params"] if param.grad is not None]
+    states = [state_of(optimizer, param, _begin, "exp_avg") for param in params]
+    adamw(
+        [local_part(param) for param in params],
+        [local_part(param.grad) for param in params],
+        [local_part(state["exp_avg"]) for state in states],
+        [local_part(state["exp_avg_sq"]) for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        found_inf=getattr(optimizer, "found_inf", None),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _begin(param: Tensor) -> dict[str, Any]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=local_part(param).device),
+        "exp_avg": torch.zeros_like(param),
+        "exp_avg_sq": torch.zeros_like(param),
+    }
+
+
+def state_of(
+    optimizer: torch.optim.Optimizer, param: Tensor, begin: Callable[[Tensor], dict[str, Any]], moment: str
+) -> dict[str, Any]:
+    """What the optimizer keeps of a parameter; `begin(param)` at its first update. CheckpointError where it has been
+    loaded from another optimizer's, which has no `moment`."""
+    state: dict[str, Any] = optimizer.state[param]
+    if not state:
+        state.update(begin(param))
+    elif moment not in state:
+        raise CheckpointError(
+            f"--optimizer: the checkpoint's state of a parameter of shape {tuple(param.shape)} has {', '.join(state)}, "
+            f"expected {moment}: another optimizer saved it; continue with the --optimizer of that run, or begin a new "
+            "run from its weights with --pretrained"
+        )
+    return state
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor; the tensor itself where it is not sharded. Shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def evaluate(closure: Callable[[], Any] | None) -> Any:
+    """What a step's closure, which torch's optimizers take, returns; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -1,0 +1,133 @@
+"""Updates of a small model from given gradients in any layout, for comparisons; runs under torchrun and inside pytest.
+
+`python -m optim_worker OUT LAYOUT…`: rank 0 writes {(optimizer, layout): what `train` returns} with torch.save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from open_lm.config import OptimConfig
+from open_lm.errors import end_process
+from open_lm.feed_forward import FusedLinear
+from open_lm.optim import build_optimizer, clip_gradients, step_unless
+from open_lm.sharded_tensor import fill, whole
+
+STEPS, SKIPPED, LR, MAX_NORM = 4, 2, 0.02, 3.0
+# Sizes of the mesh ("replicate", "shard", "tensor"); None for copies that know no mesh, as DDP makes them.
+LAYOUTS: dict[str, tuple[int, int, int] | None] = {
+    "copies": None,
+    "fsdp": (1, 4, 1),
+    "hybrid": (2, 2, 1),
+    "tensor": (1, 2, 2),
+    "hybrid_tensor": (2, 1, 2),
+}
+
+
+class Block(nn.Module):
+    """The kinds of weights that blocks have, of sizes that divide badly among ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj = FusedLinear(7, 3 * 10, parts=3)
+        self.out_proj = nn.Linear(10, 7)
+        self.w12 = FusedLinear(7, 2 * 12, parts=2)
+        self.w3 = nn.Linear(12, 7, bias=False)
+        self.w1 = nn.Parameter(torch.empty(3, 7, 9))
+        self.norm = nn.LayerNorm(7)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(11, 7)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.output = nn.Linear(7, 11, bias=False)
+        for name, param in self.named_parameters():
+            param.data = made(param, name)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.output
+
+
+def made(like: Tensor, name: str) -> Tensor:
+    """Numbers of the shape of `like` that follow from the name."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def parts_of(model: nn.Module) -> dict[Tensor, int]:
+    return {module.weight: module.parts for module in model.modules() if isinstance(module, FusedLinear)}
+
+
+def shard(model: Model, mesh: DeviceMesh) -> None:
+    """In place, as open_lm.parallelize would, and filled again, since tensor parallelism orders rows its own way."""
+    full = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for block in model.layers:
+        if mesh.size(2) > 1:
+            plan = {"in_proj": ColwiseParallel(), "out_proj": RowwiseParallel()}
+            parallelize_module(block, mesh["tensor"], {**plan, "w12": ColwiseParallel(), "w3": RowwiseParallel()})
+        fully_shard(block, mesh=mesh["replicate", "shard"])
+    fully_shard(model, mesh=mesh["replicate", "shard"])
+    parts = parts_of(model)
+    for name, param in model.named_parameters():
+        fill(param, full[name], parts.get(param, 1))
+
+
+def config(optimizer: str) -> OptimConfig:
+    return OptimConfig(optimizer=optimizer, lr=LR, wd=0.2, no_decay_norms=True)
+
+
+def train(layout: str, cfg: OptimConfig) -> dict[str, Tensor]:
+    """A few updates, of which one is skipped and has broken gradients; all parameters, moments and norms."""
+    model = Model()
+    sizes = LAYOUTS[layout]
+    if sizes is not None:
+        shard(model, init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard", "tensor")))
+    optimizer = build_optimizer(model, cfg)
+    parts, results = parts_of(model), {}
+    for step in range(STEPS):
+        for name, param in model.named_parameters():
+            param.grad = torch.empty_like(param)
+            grad = made(param, f"{name} {step}") * (float("nan") if step == SKIPPED else 1.0)
+            fill(param.grad, grad, parts.get(param, 1))
+        norm = clip_gradients(model.parameters(), MAX_NORM)
+        step_unless(optimizer, ~norm.isfinite())
+        results[f"norm {step}"] = norm
+    for name, param in model.named_parameters():
+        tensors = {"": param, **optimizer.state[param]}
+        results.update({f"{name} {key}": whole(value, parts.get(param, 1)) for key, value in tensors.items()})
+    return {name: value.detach().clone() for name, value in results.items()}
+
+
+def same_on_all_ranks(results: dict[str, Tensor]) -> bool:
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in results.values())).hexdigest()
+    digests: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    return len(set(digests)) == 1
+
+
+def main(argv: list[str]) -> None:
+    out, layouts = argv[0], argv[1:]
+    dist.init_process_group("gloo")
+    results = {}
+    for optimizer in ("adamw", "muon"):
+        for layout in layouts:
+            results[optimizer, layout] = train(layout, config(optimizer))
+            assert same_on_all_ranks(results[optimizer, layout]), layout
+    if dist.get_rank() == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+    end_process(0)
