@@ -82,7 +82,7 @@ def fused_parts(model: nn.Module) -> dict[str, int]:
     return {
         clean_name(f"{name}.weight"): module.parts
         for name, module in model.named_modules()
-        if isinstance(module, FusedLinear) and _tensor_ranks(module.weight) > 1
+        if isinstance(module, FusedLinear) and _tensor_ranks(next(module.parameters())) > 1
     }
 
 

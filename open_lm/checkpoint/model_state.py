@@ -8,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from open_lm.checkpoint.files import read_model_state, shape_problems
+from open_lm.distributed import on_master
 from open_lm.errors import CheckpointError, join_problems
 from open_lm.parallelize import unwrap
 from open_lm.param_names import clean_name
+from open_lm.sharded_tensor import fill_from_first, fused_parts
 
 
 def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:
@@ -48,8 +46,12 @@ def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[
 
 def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put rank 0's whole weights into the model, each rank its part; buffers that `state` lacks stay as they are."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
-    set_model_state_dict(unwrap(model), dict(state), options=options)
+    present = set(on_master(lambda: list(state)))
+    parts, filled = fused_parts(unwrap(model)), set()
+    for name, value in named_tensors(model).items():
+        if name in present and id(value) not in filled:
+            filled.add(id(value))
+            fill_from_first(value, state.get(name), parts.get(name, 1))
 
 
 def moments_by_name(state: Mapping[str, Any], model: nn.Module, path: str) -> dict[str, dict[str, Any]]:
@@ -79,19 +81,49 @@ def moments_by_name(state: Mapping[str, Any], model: nn.Module, path: str) -> di
         raise CheckpointError(
             f"{path}: its optimizer does not fit the model: {len(wrong)} moments have no place, such as {wrong[0]}"
         )
-    return per_param
+    return {name: {key: _as_tensor(value) for key, value in moments.items()} for name, moments in per_param.items()}
 
 
-def set_moments(model: nn.Module, optimizer: Optimizer, per_param: dict[str, Any]) -> None:
-    """Put rank 0's whole moments into the optimizer, each rank its part; its hyperparameters stay its own."""
-    bare = unwrap(model)
-    names = {id(param): clean_name(name) for name, param in bare.named_parameters()}
-    groups = [
-        {**{k: v for k, v in group.items() if k != "params"}, "params": [names[id(p)] for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized(), strict=False)
-    set_optimizer_state_dict(bare, optimizer, {"state": per_param, "param_groups": groups}, options=options)
+def _as_tensor(value: Any) -> Any:
+    """A count of steps, which may be a number, as torch's optimizers keep it now."""
+    return torch.tensor(float(value)) if isinstance(value, int | float) else value
+
+
+def set_moments(model: nn.Module, optimizer: Optimizer, per_param: dict[str, dict[str, Any]]) -> None:
+    """Put rank 0's whole moments into the optimizer, each rank its part; its hyperparameters stay its own. A parameter
+    without moments there has none afterwards."""
+    found = on_master(lambda: {name: _described(moments) for name, moments in per_param.items()})
+    groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
+    parts = fused_parts(unwrap(model))
+    for name, param in trained(model, optimizer).items():
+        if name not in found:
+            optimizer.state.pop(param, None)
+            continue
+        moments = optimizer.state[param]
+        for key, (shape, dtype) in found[name].items():
+            if key not in moments:
+                moments[key] = empty_moment(param, shape, param.dtype if shape else dtype, groups[id(param)])
+            fill_from_first(moments[key], per_param.get(name, {}).get(key), parts.get(name, 1))
+
+
+def _described(moments: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {key: (tuple(value.shape), value.dtype) for key, value in moments.items() if isinstance(value, Tensor)}
+
+
+def empty_moment(param: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
+    """Of the parameter's shape and sharding, or a scalar (a count of steps) where torch's optimizers keep one: on the
+    host, unless the whole step runs on the device."""
+    if shape == tuple(param.shape):
+        return torch.empty_like(param, dtype=dtype, requires_grad=False)
+    local = param.to_local() if isinstance(param, DTensor) else param
+    on_device = group.get("fused") or group.get("capturable")
+    return torch.empty(shape, dtype=dtype, device=local.device if on_device else "cpu")
+
+
+def trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer holds, by clean name."""
+    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return {clean_name(name): param for name, param in unwrap(model).named_parameters() if id(param) in held}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -18,17 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from open_lm import storage
 from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.collective import reduce_scatter
 from open_lm.checkpoint.folders import INDEX
-from open_lm.checkpoint.model_state import fitting, named_tensors
+from open_lm.checkpoint.model_state import empty_moment, fitting, named_tensors, trained
+from open_lm.checkpoint.planners import BoxPlanner, StagedPlanner
 from open_lm.checkpoint.staging import HostCopies, own_chunks
 from open_lm.checkpoint.tensor_index import (
     Index,
@@ -40,8 +39,8 @@ from open_lm.checkpoint.tensor_store import TensorReader, TensorWriter
 from open_lm.distributed import on_all, on_master
 from open_lm.errors import CheckpointError, StorageError, UserError, join_problems
 from open_lm.parallelize import unwrap
-from open_lm.param_names import clean_name
 from open_lm.rng import from_tensors, rng_state, set_rng_state, to_tensors
+from open_lm.sharded_tensor import boxes, fused_parts
 
 __all__ = [
     "ShardedWriter", "StoredTensors", "TrainingState", "incompleteness", "load", "load_weights",
@@ -104,8 +103,8 @@ class ShardedWriter:
         tensors, names = _tensors(state)
         rank = dist.get_rank() if dist.is_initialized() else 0
         private = {f"rng/{rank}/{name}": value for name, value in to_tensors(rng_state()).items()}
-        chunks = own_chunks(tensors, private)
-        planner = _StagedPlanner([item for item, _ in chunks], self._copies.copy([view for _, view in chunks]))
+        chunks = own_chunks(tensors, private, _parts(state.model, tensors))
+        planner = StagedPlanner([item for item, _ in chunks], self._copies.copy([view for _, view in chunks]))
         writer = TensorWriter(folder, step, _extra(state), names)
         self.last_pause_s = time.perf_counter() - started
 
@@ -154,7 +153,7 @@ class ShardedWriter:
         failed = f"{folder}: the checkpoint is complete, but what was to follow failed"
         reduce_scatter(self._group, failed, lambda: None, lambda _: then() if then is not None else None)
 
-    def _write(self, planner: _StagedPlanner, writer: TensorWriter) -> None:
+    def _write(self, planner: StagedPlanner, writer: TensorWriter) -> None:
         """What torch.distributed.checkpoint.save does, over the writer's own group and with errors that can be read."""
         failed = _failure(writer.folder)
         is_master = self._group is None or dist.get_rank() == 0
@@ -181,22 +180,6 @@ class ShardedWriter:
             raise
 
 
-class _StagedPlanner(DefaultSavePlanner):
-    """Plans what this rank has copied to host memory."""
-
-    def __init__(self, items: list[WriteItem], copies: list[Tensor]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._items = items
-        self._copies = {item.index: copy for item, copy in zip(items, copies, strict=True)}
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(self._items)
-        return self.plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
-        return self._copies[write_item.index]
-
-
 def _failure(folder: str) -> str:
     return f"{folder}: the checkpoint could not be written"
 
@@ -217,7 +200,7 @@ def _tensors(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, str]]:
         names[f"model/{name}"] = first = first_name.setdefault(id(value), f"model/{name}")
         tensors[first] = value
     if state.optimizer is not None:
-        for name, param in _trained(state.model, state.optimizer).items():
+        for name, param in trained(state.model, state.optimizer).items():
             moments = state.optimizer.state.get(param, {})
             tensors.update({f"optimizer/{name}/{key}": v for key, v in moments.items() if isinstance(v, Tensor)})
     for averager_name, averager in (state.averagers.avgs_dict if state.averagers else {}).items():
@@ -225,10 +208,20 @@ def _tensors(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {**names, **{name: name for name in tensors if name not in names}}
 
 
-def _trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters that the optimizer holds, by clean name."""
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    return {clean_name(name): param for name, param in unwrap(model).named_parameters() if id(param) in held}
+def _parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Of how many parts those tensors are whose parameters `fused_parts` names; a moment or an average is cut and
+    ordered as its parameter."""
+    fused = fused_parts(unwrap(model))
+    found = {}
+    for name in names if fused else ():
+        kind, _, parameter = name.partition("/")
+        if kind == "optimizer":
+            parameter = parameter.rpartition("/")[0]
+        elif kind == "averager":
+            parameter = parameter.partition("/")[2]
+        if parameter in fused:
+            found[name] = fused[parameter]
+    return found
 
 
 def _extra(state: TrainingState) -> dict[str, Any]:
@@ -236,7 +229,7 @@ def _extra(state: TrainingState) -> dict[str, Any]:
     extra = dict(state.extra)
     extra["world_size"] = dist.get_world_size() if dist.is_initialized() else 1
     if state.optimizer is not None:
-        names = {id(param): name for name, param in _trained(state.model, state.optimizer).items()}
+        names = {id(param): name for name, param in trained(state.model, state.optimizer).items()}
         extra["param_groups"] = [
             {**group, "params": [names[id(param)] for param in group["params"]]}
             for group in state.optimizer.param_groups
@@ -268,7 +261,7 @@ def load(state: TrainingState, folder: str) -> dict[str, Any]:
             for name, tensor in index.tensors.items()
             if name.startswith(f"rng/{rank}/")
         }
-    on_all(lambda: _read_into({**targets, **rng}, index, folder))
+    on_all(lambda: _read_into({**targets, **rng}, _parts(state.model, targets), index, folder))
     if state.scaler is not None and index.extra.get("scaler"):
         state.scaler.load_state_dict(index.extra["scaler"])
     if state.averagers is not None:
@@ -282,7 +275,7 @@ def load_weights(model: nn.Module, folder: str) -> dict[str, Any]:
     """Load a checkpoint's weights alone, for evaluation or to begin another run; returns its `extra`. Collective."""
     index = _read_index(folder)
     targets = on_all(lambda: _weights(model, index, folder))
-    on_all(lambda: _read_into(targets, index, folder))
+    on_all(lambda: _read_into(targets, _parts(model, targets), index, folder))
     return index.extra
 
 
@@ -291,11 +284,11 @@ def _read_index(folder: str) -> Index:
     return on_all(lambda: Index.from_bytes(data, storage.join(folder, INDEX)))
 
 
-def _read_into(targets: dict[str, Tensor], index: Index, folder: str) -> None:
+def _read_into(targets: dict[str, Tensor], parts: dict[str, int], index: Index, folder: str) -> None:
     """Fill this rank's part of each target with what is stored under its name."""
     reader = TensorReader(folder, index)
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(targets), reader.read_metadata(), is_coordinator=True)
+    planner = BoxPlanner({name: boxes(tensor, parts.get(name, 1)) for name, tensor in targets.items()})
+    planner.set_up_planner({}, reader.read_metadata(), is_coordinator=True)
     reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
 
 
@@ -335,7 +328,7 @@ def _weights(model: nn.Module, index: Index, folder: str) -> dict[str, Tensor]:
 
 def _moments(model: nn.Module, optimizer: Optimizer, index: Index, folder: str) -> dict[str, Tensor]:
     """The optimizer's moments that are to be filled; made, sharded as the parameters are, where it has none yet."""
-    params = _trained(model, optimizer)
+    params = trained(model, optimizer)
     groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
     stored: dict[str, dict[str, Any]] = {}
     for key, tensor in index.tensors.items():
@@ -359,19 +352,9 @@ def _moments(model: nn.Module, optimizer: Optimizer, index: Index, folder: str) 
         moments = optimizer.state[param]
         for moment, tensor in stored[name].items():
             if moment not in moments:
-                moments[moment] = _empty_moment(param, tensor.shape, tensor.dtype, groups[id(param)])
+                moments[moment] = empty_moment(param, tensor.shape, tensor.dtype, groups[id(param)])
             targets[f"optimizer/{name}/{moment}"] = moments[moment]
     return targets
-
-
-def _empty_moment(param: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
-    """Of the parameter's shape and sharding, or a scalar (a count of steps) where torch's optimizers keep one: on the
-    host, unless the whole step runs on the device."""
-    if shape == tuple(param.shape):
-        return torch.empty_like(param, dtype=dtype, requires_grad=False)
-    local = param.to_local() if isinstance(param, DTensor) else param
-    on_device = group.get("fused") or group.get("capturable")
-    return torch.empty(shape, dtype=dtype, device=local.device if on_device else "cpu")
 
 
 def _finish_averagers(averagers: ModelAverager, index: Index, folder: str) -> None:

@@ -17,62 +17,52 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 
 from open_lm.checkpoint.tensor_index import CHUNK_BYTES
+from open_lm.sharded_tensor import boxes, holders
 
 # A power of two: torch rounds pinned memory up to one.
 _BLOCK_BYTES = 64 << 20
 _ALIGNMENT_BYTES = 64
 
 
-def own_chunks(tensors: Mapping[str, Tensor], private: Mapping[str, Tensor]) -> list[tuple[WriteItem, Tensor]]:
+def own_chunks(
+    tensors: Mapping[str, Tensor], private: Mapping[str, Tensor], parts: Mapping[str, int] | None = None
+) -> list[tuple[WriteItem, Tensor]]:
     """What this rank writes: its parts of sharded tensors, its share of those that several ranks hold alike, and its
     `private` tensors whole; each in chunks, with a view of the live data.
 
-    All ranks must name the tensors in the same order: who writes what follows from it without a word between them.
+    parts: of the weights that sharded_tensor.fused_parts names. All ranks must name the tensors in the same order: who
+    writes what follows from it without a word between them.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    meshes = [tensor.device_mesh for tensor in tensors.values() if isinstance(tensor, DTensor)]
+    mesh = max(meshes, key=lambda each: each.ndim, default=None)
     loads: dict[tuple[int, ...], list[int]] = {}  # bytes written by each of the ranks that hold the same
     chunks: list[tuple[WriteItem, Tensor]] = []
     for name, tensor in tensors.items():
-        holders = _holders(tensor, world_size)
-        load = loads.setdefault(holders, [0] * len(holders))
-        for item, view in _chunks(name, tensor.detach()):
+        same = holders(tensor, mesh, world_size)
+        load = loads.setdefault(same, [0] * len(same))
+        for item, view in _chunks(name, tensor, (parts or {}).get(name, 1)):
             least = load.index(min(load))
             load[least] += view.numel() * view.element_size()
-            if holders[least] == rank:
+            if same[least] == rank:
                 chunks.append((item, view))
     for name, tensor in private.items():
         chunks += _chunks(name, tensor)
     return chunks
 
 
-def _holders(tensor: Tensor, world_size: int) -> tuple[int, ...]:
-    """The ranks that hold the same part of a tensor as this one."""
-    if not isinstance(tensor, DTensor):
-        return tuple(range(world_size))
-    mesh = tensor.device_mesh
-    own: Sequence[int] = mesh.get_coordinate() or ()
-    same = [slice(None) if place.is_replicate() else at for place, at in zip(tensor.placements, own, strict=True)]
-    return tuple(mesh.mesh[tuple(same)].flatten().tolist())
-
-
-def _chunks(name: str, tensor: Tensor) -> Iterator[tuple[WriteItem, Tensor]]:
+def _chunks(name: str, tensor: Tensor, parts: int = 1) -> Iterator[tuple[WriteItem, Tensor]]:
     """This rank's part of a tensor in pieces of up to CHUNK_BYTES, cut along the first dimension."""
-    begin = [0] * tensor.dim()
-    local = tensor
-    if isinstance(tensor, DTensor):
-        (place,) = tensor.__create_chunk_list__()
-        begin, local = list(place.offsets), tensor.to_local()
-    if local.numel() == 0 < tensor.numel():
-        return  # a tensor with fewer rows than ranks
-    rows = local.shape[0] if local.dim() else 1
-    step = max(1, CHUNK_BYTES // max(1, math.prod(local.shape[1:]) * local.element_size()))
-    for start in range(0, max(rows, 1), step):
-        view = local.narrow(0, start, min(step, rows - start)) if rows > step else local
-        offsets = torch.Size([begin[0] + start, *begin[1:]] if begin else [])
-        data = TensorWriteData(
-            ChunkStorageMetadata(offsets, view.shape), TensorProperties(dtype=tensor.dtype), tensor.shape
-        )
-        yield WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data), view
+    for box in boxes(tensor, parts):
+        rows = box.sizes[0] if box.sizes else 1
+        step = max(1, CHUNK_BYTES // max(1, math.prod(box.sizes[1:]) * tensor.element_size()))
+        for start in range(0, max(rows, 1), step):
+            view = box.view.narrow(0, start, min(step, rows - start)) if rows > step else box.view
+            offsets = torch.Size([box.offsets[0] + start, *box.offsets[1:]] if box.offsets else [])
+            data = TensorWriteData(
+                ChunkStorageMetadata(offsets, view.shape), TensorProperties(dtype=tensor.dtype), tensor.shape
+            )
+            yield WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data), view
 
 
 class HostCopies:
