@@ -22,6 +22,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OWN_MESSAGE = (2, 130, HUNG)  # exit codes of errors.run_cli and of the watchdog
+_FIRST_WORD_S = 2  # what is left to the node that ended, and so took the rendezvous with it, to say why
 _SCRIPT = """#!{python}
 import sys
 
@@ -121,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         return int(code)
     except RendezvousConnectionError as error:
+        time.sleep(_FIRST_WORD_S)
         said = f"{error.__cause__ or error}".partition("\n")[0]
         print(
             f"error: no connection to the rendezvous at {args.rdzv_endpoint} ({said}): the node that keeps it is not "
