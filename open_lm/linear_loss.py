@@ -164,7 +164,9 @@ def _losses(
         losses, of_hidden, of_weight = _over_chunks(
             hidden.to(task.dtype), weight, targets, task, keys=keys, gains=gains
         )
-        return losses * valid, None if of_hidden is None else of_hidden.masked_fill_(~valid[:, None], 0), of_weight
+        if of_hidden is not None:
+            of_hidden.masked_fill_(~valid[:, None], 0)
+        return losses.masked_fill(~valid, 0), of_hidden, of_weight
     rows = valid.nonzero().squeeze(1)
     if len(rows) < len(valid):
         hidden, targets, gains = hidden[rows], targets[rows], None if gains is None else gains[rows]
