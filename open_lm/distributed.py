@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 LOCAL_RANK_NAMES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 WORLD_SIZE_NAMES = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 _STORE_TIMEOUT = timedelta(minutes=30)
 _NAMES_MADE = itertools.count()  # by this process, in the same order after a restart
 
@@ -238,6 +239,8 @@ def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_siz
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     if cfg.dist_url == "env://":
+        for name, value in _slurm_master(os.environ).items():
+            os.environ.setdefault(name, value)
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ConfigError(
@@ -251,6 +254,18 @@ def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_siz
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return
     dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _slurm_master(environment: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT of ranks that srun has started: the first of a step's nodes, where rank 0 is, and a
+    port that other jobs do not have; nothing elsewhere. Node lists are such as gpu[003-010,12],cpu1."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
+    job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "0")
+    if first is None or not (job.isdecimal() and step.isdecimal()):
+        return {}
+    port = 20000 + (int(job) + int(step)) % 10000
+    return {"MASTER_ADDR": re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group()), "MASTER_PORT": str(port)}
 
 
 def _agent_store(timeout: timedelta = _STORE_TIMEOUT) -> dist.TCPStore | None:
