@@ -13,11 +13,13 @@ from checkpoint_helpers import free_port, start_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.averaging import ModelAverager
+from open_lm.checkpoint.model_state import named_tensors, trained
 from open_lm.checkpoint.sharded import TrainingState
+from open_lm.sharded_tensor import fused_parts, whole
 
 AVERAGERS = "ema_0.5,poly_2"
 
@@ -102,18 +104,17 @@ def train(state: TrainingState, steps: range) -> list[float]:
 
 
 def whole_state(state: TrainingState) -> dict[str, Tensor]:
-    """Every tensor of a run, whole, by a name of its own; all ranks call it."""
+    """Every tensor of a run, whole, by the name under which it is stored; all ranks call it."""
     assert state.optimizer is not None and state.averagers is not None
-    tensors = {f"model/{name.removeprefix('module.')}": value for name, value in state.model.state_dict().items()}
-    for name, param in state.model.named_parameters():
+    parts = fused_parts(state.model)
+    found = {f"model/{name}": whole(value, parts.get(name, 1)) for name, value in named_tensors(state.model).items()}
+    for name, param in trained(state.model, state.optimizer).items():
         for moment, value in state.optimizer.state.get(param, {}).items():
-            tensors[f"optimizer/{name.removeprefix('module.')}/{moment}"] = value
+            found[f"optimizer/{name}/{moment}"] = whole(value, parts.get(name, 1))
     for averager_name, averager in state.averagers.avgs_dict.items():
-        tensors.update({f"averager/{averager_name}/{name}": value for name, value in averager.tensors().items()})
-    return {
-        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
-        for name, value in tensors.items()
-    }
+        for name, value in averager.tensors().items():
+            found[f"averager/{averager_name}/{name}"] = whole(value, parts.get(name, 1))
+    return {name: value.clone() for name, value in found.items()}
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

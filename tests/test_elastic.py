@@ -1,4 +1,5 @@
-"""A run that goes on with other numbers of ranks and workers trains on each sequence of the plan once, in its order."""
+"""A run that goes on with other numbers of ranks and workers trains on each sequence of the plan once, in its order,
+and in any other layout from the same weights."""
 
 from __future__ import annotations
 
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import SEQ_LEN, VOCAB_SIZE, places, sequence, write_source
+from elastic_worker import ALONE, JOBS, OPTIMIZERS, Run, do_jobs
 from recording_worker import recording
+from sharded_helpers import on_ranks
 
 from open_lm.config import DataConfig
 from open_lm.data.plan import Plan
@@ -81,3 +85,19 @@ def test_ranks_and_workers_come_and_go(
     ours, theirs = losses(tmp_path / "logs/parts"), losses(tmp_path / "logs/whole")
     assert [step for step, _ in ours] == list(range(1, STEPS + 1))
     assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], abs=1e-5)
+
+
+def test_any_layout_goes_on_from_any_other(tmp_path: Path) -> None:
+    for optimizer in OPTIMIZERS:
+        (tmp_path / optimizer).mkdir()
+    on_ranks(do_jobs, tmp_path, 4)
+    on_ranks(do_jobs, tmp_path, 2)
+    do_jobs(0, tmp_path)
+    on_ranks(do_jobs, tmp_path, 8)
+    for optimizer in OPTIMIZERS:
+        expected = Run(ALONE, optimizer, seed=1).train(range(6))
+        for ranks, jobs in JOBS.items():
+            for job, found in zip(jobs, torch.load(tmp_path / optimizer / f"losses_{ranks}.pt"), strict=True):
+                wanted = expected[job.steps.start : job.steps.stop]
+                assert found == pytest.approx(wanted, abs=1e-5), (optimizer, ranks, job)
+        Run(ALONE, optimizer, seed=3).load(tmp_path / optimizer / "eight")
