@@ -49,8 +49,7 @@ def parallelize(
         assert layout.mesh is not None
         on_all(lambda: check_splits(model, layout.tensor))
         split_model(model, layout.mesh["tensor"])
-    if model_cfg.grad_checkpointing:
-        _checkpoint_activations(model)
+    _checkpoint_activations(model, model_cfg)
     if model_cfg.torchcompile:
         # In place and a block at a time: parameter names stay, and equal blocks share one compilation.
         for block in blocks:
@@ -94,7 +93,8 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
         yield
-    elif isinstance(model, DistributedDataParallel) and not enabled:
+    elif isinstance(model, DistributedDataParallel) and not enabled and not model.static_graph:
+        # A static graph has to be seen with its reductions first; there each pass reduces what has piled up.
         with model.no_sync():
             yield
     else:
@@ -138,11 +138,22 @@ def notes(cfg: ParallelConfig, device: torch.device) -> list[str]:
     return sentences
 
 
-def _checkpoint_activations(model: nn.Module) -> None:
+def _checkpoint_activations(model: nn.Module, cfg: ModelConfig) -> None:
+    """Switch recomputation on, by the model's own means: of every block, of every K-th, or of cheap operators."""
+    policy = "full" if cfg.grad_checkpointing else cfg.activation_checkpointing
+    if policy == "none":
+        return
     switch = getattr(model, "set_grad_checkpointing", None)
     if switch is None:
         raise ConfigError(f"--grad-checkpointing: {type(model).__name__} does not offer it; leave the flag out")
-    switch()
+    if policy == "full":
+        switch()
+    elif cfg.hf_model:
+        raise ConfigError(f"--activation-checkpointing {policy}: models of --hf-model recompute all or nothing: full")
+    elif policy == "op":
+        switch(policy="op")
+    else:
+        switch(every=int(policy))
 
 
 def _shard(
