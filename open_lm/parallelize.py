@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.distributed import on_all
 from open_lm.errors import ConfigError
+from open_lm.float8 import MULTIPLE, check_float8, convert_to_float8
 from open_lm.layout import Layout
 from open_lm.tensor_parallel import check_splits, split_model
 
@@ -34,17 +35,24 @@ def parallelize(
     device: torch.device,
     model_cfg: ModelConfig | None = None,
     dtype: torch.dtype = torch.float32,
+    fp8: bool = False,
     initialise: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
     """Place `model` on `device` and spread it over the ranks of `layout`; the result is called and trained as the model
     was. With --fsdp by FSDP2, one group of parameters for each block; else by DDP; in a single process without a group
     not at all. Tensor parallelism splits matrices first, and leaves the rest to FSDP2 with or without --fsdp.
 
-    dtype: what parameters are stored in. initialise: fills the parameters and buffers of a model made on the meta
-    device, once each rank has its part of them.
+    dtype: what parameters are stored in. fp8: multiply in 8-bit floating point in the blocks. initialise: fills the
+    parameters and buffers of a model made on the meta device, once each rank has its part of them.
     """
     model_cfg = model_cfg or ModelConfig()
     blocks = find_blocks(model, model_cfg.hf_fsdp_block if model_cfg.hf_model else None)
+    if fp8:
+        check_float8(device)
+        if not convert_to_float8(blocks, layout.tensor):
+            raise ConfigError(
+                f"--fp8: no matrix of the blocks has widths that are multiples of {MULTIPLE * layout.tensor}"
+            )
     if layout.tensor > 1:
         assert layout.mesh is not None
         on_all(lambda: check_splits(model, layout.tensor))

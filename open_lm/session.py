@@ -95,6 +95,7 @@ def build_session(config: Config, runtime: Runtime, paths: RunPaths) -> Session:
         device=runtime.device,
         model_cfg=config.model,
         dtype=parameter_dtype(config.precision.precision),
+        fp8=config.precision.fp8,
         initialise=lambda made: init_weights(made, config.run.seed),
     )
     averagers = ModelAverager(model, config.optim.averagers) if config.optim.averagers else None

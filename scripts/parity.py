@@ -72,7 +72,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "documents": (False, True),
     "z_loss": (0.0, 1e-3),
     "clip": (None, 0.5),
-    "checkpointing": ("none", "full"),
+    "checkpointing": ("none", "full", "op", "2"),
     "odd": (False, True),
     "qk_norm": (False, True),
     "tied": (False, True),

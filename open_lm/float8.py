@@ -1,0 +1,77 @@
+"""Matrix products of the blocks in 8-bit floating point (--fp8), by torchao.
+
+Inputs, weights and gradients are scaled by their largest value, one scale for each tensor found anew for each product,
+and rounded to 8 bits (e4m3; gradients e5m2); products are added in higher precision. Weights themselves stay as they
+are. (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433.)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from open_lm.errors import ConfigError
+from open_lm.feed_forward import FusedLinear
+from open_lm.mixture_of_experts import Router
+
+CAPABILITY = (8, 9)  # compute capability of the first devices that have such products
+MULTIPLE = 16  # of both widths of a matrix, as the devices want it
+
+
+def check_float8(device: torch.device) -> None:
+    """ConfigError where --fp8 cannot work on this device."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--fp8 needs a CUDA device of compute capability 8.9 or more; this is a {device.type} device"
+        )
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"--fp8 needs compute capability 8.9 or more (H100, L4, …); {name} has {found[0]}.{found[1]}")
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError('--fp8 needs torchao, which is not installed: pip install "open_lm[cuda]", or torchao')
+
+
+def convert_to_float8(blocks: Iterable[nn.Module], ranks: int = 1, emulate: bool = False) -> int:
+    """Let the linear layers of the blocks multiply in 8 bits, in place; returns how many do.
+
+    Routers of experts stay as they are, and so do matrices whose widths, once divided over `ranks` of tensor
+    parallelism, are no multiples of 16. Parameters and their names do not change. emulate: compute the same in float32,
+    on devices without such products.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig(emulate=emulate)
+    converted: dict[nn.Module, nn.Module] = {}  # a module may have two names
+    for block in blocks:
+        for parent in list(block.modules()):
+            for name, child in list(parent.named_children()):
+                if not isinstance(child, nn.Linear) or isinstance(parent, Router) or not _fits(child, ranks):
+                    continue
+                if child not in converted:
+                    converted[child] = convert_to_float8_training(child, config=config)
+                    if isinstance(child, FusedLinear):
+                        _make_fused(converted[child], child.parts)
+                setattr(parent, name, converted[child])
+    return len(converted)
+
+
+def _fits(linear: nn.Linear, ranks: int) -> bool:
+    return not any(width % (MULTIPLE * ranks) for width in (linear.in_features, linear.out_features))
+
+
+def _make_fused(linear: nn.Module, parts: int) -> None:
+    """Let a converted layer be a FusedLinear still."""
+    own: Any = type(linear)
+    linear.__class__ = _fused(own)
+    linear.parts = parts  # type: ignore[assignment]
+
+
+@functools.cache  # equal blocks are compiled once, if their modules are of the same classes
+def _fused(own: type) -> type:
+    return type(f"Fused{own.__name__}", (own, FusedLinear), {})
