@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from open_lm.document_attention import (
     BLOCK_TOKENS,
@@ -42,21 +43,23 @@ Mask = Tensor | Documents
 def find_documents(document_ids: Tensor, attn_func: AttnFunc) -> Documents:
     """The documents of document_ids (B,T), runs of equal integers, in the form that suits an attention function here.
 
-    The one place that chooses: xformers' kernels where `attn_func` uses them; on a CPU each document by itself; on CUDA
-    flex attention; and a mask (B,1,T,T) where that cannot be, where T is short, and for all other attention functions.
+    The one place that chooses: on a CPU each document by itself; on CUDA flex attention, which alone does not wait for
+    the device; xformers' kernels where `attn_func` is theirs, or may use them and flex attention cannot be; and a mask
+    (B,1,T,T) where none of these can be, where T is short, and for all other attention functions.
     """
     first = first_tokens(document_ids)
     positions = positions_in(first)
-    if attn_func is xformers_attn or (attn_func is auto_attn and first.is_cuda):
+    if attn_func in _SDPA and not first.is_cuda:
+        return one_by_one(first)
+    if attn_func in _SDPA and first.shape[1] <= BLOCK_TOKENS:
+        return Documents(positions, allowed=allowed_in(first))
+    if attn_func in _SDPA and has_flex(first.device):
+        return Documents(positions, blocks=blocks_in(first))
+    if attn_func in (xformers_attn, auto_attn):
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
         bias = BlockDiagonalCausalMask.from_seqlens(list(lengths_in(first)), device=first.device)
         return Documents(positions, bias=bias, attend=kept_apart(_xformers_in_documents))
-    if attn_func in (torch_attn, auto_attn):
-        if not first.is_cuda:
-            return one_by_one(first)
-        if first.shape[1] > BLOCK_TOKENS and has_flex(first.device):
-            return Documents(positions, blocks=blocks_in(first))
     return Documents(positions, allowed=allowed_in(first))
 
 
@@ -142,9 +145,43 @@ def _xformers_bias(queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Ten
 def auto_attn(
     queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
 ) -> Tensor:
-    """xformers_attn for tensors on CUDA, torch_attn elsewhere -> (B,Tq,H,K)."""
-    attn = xformers_attn if queries.is_cuda else torch_attn
+    """xformers_attn for tensors on CUDA, torch_attn elsewhere and for documents in a form of its -> (B,Tq,H,K)."""
+    for_torch = isinstance(attention_mask, Documents) and attention_mask.bias is None
+    attn = xformers_attn if queries.is_cuda and not for_torch else torch_attn
     return attn(queries, keys, values, is_causal, attention_mask)
+
+
+def sdpa_flash(
+    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
+) -> Tensor:
+    """torch_attn by its FlashAttention kernels alone, wherever no mask is needed; in half precision -> (B,Tq,H,K)."""
+    return _by_backend("FLASH_ATTENTION", queries, keys, values, is_causal, attention_mask)
+
+
+def sdpa_cudnn(
+    queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
+) -> Tensor:
+    """torch_attn by cuDNN's kernels alone, wherever no mask is needed; in half precision -> (B,Tq,H,K)."""
+    return _by_backend("CUDNN_ATTENTION", queries, keys, values, is_causal, attention_mask)
+
+
+def _by_backend(  # noqa: PLR0917 (in the order of the interface)
+    name: str, queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None
+) -> Tensor:
+    """torch_attn through a member of SDPBackend; these kernels know no masks, which are left to torch's choice."""
+    if attention_mask is not None or (is_causal and 1 < queries.shape[1] != keys.shape[1]):
+        return torch_attn(queries, keys, values, is_causal, attention_mask)
+    if queries.dtype not in (torch.float16, torch.bfloat16):
+        raise ConfigError(
+            f"--attn-name: the kernels of {name} take float16 and bfloat16, found {queries.dtype}; choose another "
+            "--precision, or --attn-name auto"
+        )
+    with sdpa_kernel(getattr(SDPBackend, name)):
+        return torch_attn(queries, keys, values, is_causal)
+
+
+# Attention functions for which documents may be in any form that torch's own attention takes.
+_SDPA: tuple[AttnFunc, ...] = (torch_attn, auto_attn, sdpa_flash, sdpa_cudnn)
 
 
 def _relu_squared(scores: Tensor) -> Tensor:
@@ -260,12 +297,13 @@ def get_attn_func(
 
     Args:
         attn_name: auto (xformers on CUDA where it can be loaded, else torch_attn), torch_attn, xformers_attn,
-            xformers_attn_variable_length (the same: every length works) or custom_attn.
+            xformers_attn_variable_length (the same: every length works), custom_attn, or torch's attention by one of
+            its kernels on CUDA: sdpa_flash, sdpa_cudnn, flash_attn_3.
         attn_activation, attn_seq_scalar, alpha: --attn-activation, --attn-seq-scalar, --attn-seq-scalar-alpha; all
             three are needed by custom_attn, and by no other.
 
     Raises:
-        ConfigError: an unknown name, xformers where it cannot run, or missing settings of custom_attn.
+        ConfigError: an unknown name, kernels that cannot run here, or missing settings of custom_attn.
     """
     if attn_name == "auto":
         return auto_attn if has_xformers() else torch_attn
@@ -277,8 +315,55 @@ def get_attn_func(
         return xformers_attn
     if attn_name == "custom_attn":
         return _bound_custom_attn(attn_activation, attn_seq_scalar, alpha)
-    names = "auto, torch_attn, xformers_attn, xformers_attn_variable_length, custom_attn"
-    raise ConfigError(f"--attn-name {attn_name}: expected one of {names}")
+    if attn_name in _BACKENDS:
+        problem = backend_problem(attn_name)
+        if problem is not None:
+            raise ConfigError(f"--attn-name {attn_name}: {problem}; {', '.join(_names_that_work())} work here")
+        return _BACKENDS[attn_name]
+    names = ("auto", "torch_attn", "xformers_attn", "xformers_attn_variable_length", "custom_attn", *_BACKENDS)
+    raise ConfigError(f"--attn-name {attn_name}: expected one of {', '.join(names)}")
+
+
+# FlashAttention 3, once it is registered with torch, takes the place of torch's own FlashAttention.
+_BACKENDS: dict[str, AttnFunc] = {"sdpa_flash": sdpa_flash, "sdpa_cudnn": sdpa_cudnn, "flash_attn_3": sdpa_flash}
+
+
+def backend_problem(attn_name: str) -> str | None:
+    """Why sdpa_flash, sdpa_cudnn or flash_attn_3 cannot be used here, or None where it can.
+
+    flash_attn_3 is registered with torch by this question, for the whole process.
+    """
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    least = (9, 0) if attn_name == "flash_attn_3" else (8, 0)
+    if capability < least:
+        return f"the device's compute capability is {capability[0]}.{capability[1]}, below {least[0]}.{least[1]}"
+    if attn_name == "flash_attn_3":
+        return _flash_attn_3_problem()
+    if attn_name == "sdpa_cudnn":
+        return None if torch.backends.cudnn.is_available() else "this torch was built without cuDNN"
+    return None if torch.backends.cuda.is_flash_attention_available() else "this torch was built without FlashAttention"
+
+
+@functools.cache
+def _flash_attn_3_problem() -> str | None:
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    if activate is None:
+        return f"torch {torch.__version__} cannot register it; install torch 2.11 or newer"
+    try:
+        activate("FA3")
+    except Exception as error:  # a library built for another torch or CUDA fails in many ways
+        return (
+            f"FlashAttention 3 cannot be loaded ({type(error).__name__}: {error}); install its package, which gives "
+            "the module flash_attn_interface (https://github.com/Dao-AILab/flash-attention, folder hopper)"
+        )
+    return None
+
+
+def _names_that_work() -> list[str]:
+    names = ["auto", "torch_attn", *(["xformers_attn"] if has_xformers() else []), "custom_attn"]
+    return names + [name for name in ("sdpa_flash", "sdpa_cudnn") if backend_problem(name) is None]
 
 
 def _bound_custom_attn(activation: str | None, seq_scalar: str | None, alpha: float | None) -> AttnFunc:

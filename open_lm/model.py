@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from open_lm.attention import AttnFunc, Mask, find_documents, get_attn_func
 from open_lm.config import ModelConfig
@@ -24,6 +23,7 @@ from open_lm.mixture_of_experts import MixtureOfExperts
 from open_lm.model_files import architecture_of
 from open_lm.norms import get_norm_class
 from open_lm.positional_embedding import get_positional_embedding
+from open_lm.recomputation import POLICIES, recomputed
 
 LayerCache = Sequence[Tensor]  # keys and values of a layer, both (B,P,H,K), keys already rotated
 
@@ -212,6 +212,7 @@ class Transformer(nn.Module):
         self.n_layers = params.n_layers
         self.weight_tying = params.weight_tying
         self.grad_checkpointing = False
+        self._recomputation = ("full", 1)
         self.tok_embeddings = nn.Embedding(params.vocab_size, params.dim)
         self.post_embed_norm = params.norm(params.dim) if params.post_embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(layer_id, params) for layer_id in range(params.n_layers))
@@ -236,9 +237,24 @@ class Transformer(nn.Module):
             seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_())
         init_weights(self, seed)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the blocks' inputs for the backward pass and compute their insides again there."""
+    def set_grad_checkpointing(self, enable: bool = True, policy: str = "full", every: int = 1) -> None:
+        """Keep less of blocks 0, every, 2 * every, … for the backward pass, and compute the rest again there.
+
+        Args:
+            enable: False keeps everything, whatever else is given.
+            policy: "full" keeps a block's input alone, "op" also what matrix products and attention give.
+            every: of how many blocks one is treated so.
+
+        Raises:
+            ConfigError: another policy, or `every` below 1.
+        """
+        if policy not in POLICIES or every < 1:
+            raise ConfigError(
+                f"--activation-checkpointing: found policy {policy!r} of every {every}. block, expected one of "
+                f"{', '.join(POLICIES)}, and 1 or more"
+            )
         self.grad_checkpointing = enable
+        self._recomputation = (policy, every)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.tok_embeddings
@@ -293,12 +309,11 @@ class Transformer(nn.Module):
         x = self.post_embed_norm(x)
         caches: list[list[Tensor]] = []
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and not use_cache
+        policy, every = self._recomputation
         for i, block in enumerate(self.layers):
             past = None if past_key_values is None else past_key_values[i]
-            if recompute:
-                x, cache = checkpoint(block, x, past, use_cache, mask, use_reentrant=False)
-            else:
-                x, cache = block(x, past, use_cache=use_cache, attention_mask=mask)
+            run = recomputed(block, policy) if recompute and i % every == 0 else block
+            x, cache = run(x, past, use_cache, mask)
             if cache is not None:
                 caches.append(cache)
         hidden = self.norm(x)

@@ -20,6 +20,8 @@ from open_lm.attention import (
     allowed_keys,
     custom_attn,
     get_attn_func,
+    sdpa_cudnn,
+    sdpa_flash,
     torch_attn,
 )
 from open_lm.errors import ConfigError
@@ -148,6 +150,45 @@ def test_choice_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
     assert get_attn_func("xformers_attn_variable_length") is attention.xformers_attn
     q, k, v = qkv(4, 4)
     torch.testing.assert_close(attention.auto_attn(q, k, v, True), torch_attn(q, k, v, True))
+
+
+BACKENDS = ("sdpa_flash", "sdpa_cudnn", "flash_attn_3")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_that_cannot_run_are_refused_with_those_that_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=f"{name}: there is no CUDA device; auto, torch_attn, custom_attn work here"):
+        get_attn_func(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ConfigError, match=f"{name}: the device's compute capability is 7.5, below [89].0; auto"):
+        get_attn_func(name)
+
+
+def test_flash_attention_3_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    with pytest.raises(ConfigError, match=r"install (torch 2\.11 or newer|its package)"):
+        get_attn_func("flash_attn_3")
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", lambda name: None, raising=False)
+    attention._flash_attn_3_problem.cache_clear()
+    assert get_attn_func("flash_attn_3") is sdpa_flash
+    attention._flash_attn_3_problem.cache_clear()
+
+
+def test_sdpa_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's FlashAttention exists on a CPU too, where it can show how the others are called."""
+    q, k, v = (tensor.bfloat16() for tensor in qkv(4, 4))
+    assert torch.equal(sdpa_flash(q, k, v, True), torch_attn(q, k, v, True))
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    assert torch.equal(sdpa_cudnn(q, k, v, True, mask), torch_attn(q, k, v, True, mask))
+    assert torch.equal(sdpa_cudnn(q[:, :2], k, v, True), torch_attn(q[:, :2], k, v, True))
+    assert torch.equal(sdpa_flash(q[:, :1], k, v, True), torch_attn(q[:, :1], k, v, True))
+    with pytest.raises(ConfigError, match=r"FLASH_ATTENTION take float16 and bfloat16, found torch.float32"):
+        sdpa_flash(*qkv(4, 4), True)
+    with pytest.raises(RuntimeError):
+        sdpa_cudnn(q, k, v, True)
 
 
 BROKEN_PACKAGES = {

@@ -15,7 +15,7 @@ from model_helpers import random_ids, small_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from open_lm.attention import find_documents, get_attn_func, has_xformers, torch_attn, xformers_attn
+from open_lm.attention import backend_problem, find_documents, get_attn_func, has_xformers, torch_attn, xformers_attn
 from open_lm.config import ValidationConfig
 from open_lm.data.masking import document_ids
 from open_lm.distributed import Runtime
@@ -178,3 +178,38 @@ def test_training_on_the_device_lowers_the_loss(
     rows = [json.loads(line) for line in (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses[0] > 5.5 and losses[-1] < 3.0
+
+
+# ------------------------------------------------------------------------------------------------- named kernels
+@pytest.mark.parametrize("name", ["sdpa_flash", "sdpa_cudnn", "flash_attn_3"])
+@pytest.mark.parametrize("length", [64, 300])
+def test_named_kernels_equal_torch_s_choice(name: str, length: int) -> None:
+    if backend_problem(name) is not None:
+        pytest.skip(str(backend_problem(name)))
+    attn = get_attn_func(name)
+    qkv = torch.randn(3, 2, length, 4, 64, generator=torch.Generator().manual_seed(1)).cuda()
+    results = []
+    for function, dtype in ((torch_attn, torch.float32), (attn, torch.bfloat16)):
+        leaf = qkv.to(dtype).requires_grad_()
+        out = function(*leaf, is_causal=True)
+        results.append((out.float(), torch.autograd.grad(out.float().sin().sum(), leaf)[0].float()))
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("policy", ["full", "op"])
+@pytest.mark.parametrize("name", ["torch_attn", "auto"])
+def test_steps_do_not_wait_for_the_device(name: str, policy: str) -> None:
+    """With documents, and with recomputed activations."""
+    model = small_model(seq_len=300, attn_name=name).cuda().train()
+    model.set_grad_checkpointing(policy=policy)
+    ids = packed_ids(2, 300)
+    for sync in ("default", "error"):  # what is compiled or loaded at first may wait
+        torch.cuda.set_sync_debug_mode(sync)
+        try:
+            for documents in (None, document_ids(ids, 0)):
+                with torch.autocast("cuda", dtype=torch.bfloat16):
+                    loss = model(ids, document_ids=documents)[0].square().mean()
+                loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

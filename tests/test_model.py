@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from open_lm.attention import torch_attn
 from open_lm.errors import ConfigError
@@ -126,18 +129,72 @@ def test_a_mask_without_the_cached_columns_is_refused() -> None:
         model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
 
 
+class Watch(TorchDispatchMode):
+    """Counts matrix products, and knows which of the results that it has seen are still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+        self.results: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten._scaled_dot_product_attention_math)
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.results.append((StorageWeakRef(storage), storage.nbytes()))
+        return result
+
+    def bytes_kept(self) -> int:
+        alive = {ref.cdata: size for ref, size in self.results if not ref.expired()}
+        return sum(alive.values())
+
+
+def trained(model: Transformer, ids: Tensor) -> tuple[list[Tensor], int, int, int]:
+    """Gradients, bytes kept for the backward pass, and the products of the forward and of the backward pass."""
+    with Watch() as watch:
+        loss, count = token_loss(model(ids[:, :-1])[0], ids[:, 1:])
+        kept, forward = watch.bytes_kept(), watch.products
+        gradients = list(torch.autograd.grad(loss / count, list(model.parameters())))
+    return gradients, kept, forward, watch.products - forward
+
+
 @pytest.mark.parametrize("ffn_type", ["swiglu", "gelu"])
 def test_recomputed_activations_give_the_same_gradients(ffn_type: str) -> None:
-    model, ids = small_model(ffn_type=ffn_type).train(), random_ids(2, 9)
+    model, ids = small_model(ffn_type=ffn_type).train(), random_ids(2, 41)
+    expected, everything, forward, backward = trained(model, ids)
+    assert backward == 2 * forward
+    in_a_block = (forward - 1) // 2  # two blocks and the head
+    kept = {}
+    for policy, every, again in (("full", 1, 2 * in_a_block), ("full", 2, in_a_block), ("op", 1, 0)):
+        model.set_grad_checkpointing(policy=policy, every=every)
+        assert model.grad_checkpointing
+        gradients, kept[policy, every], _, products = trained(model, ids)
+        assert products in (backward + again, backward + again - again // in_a_block)  # a block's last is not needed
+        torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
+    assert kept["full", 1] < kept["full", 2] < everything
+    assert kept["full", 1] < kept["op", 1] < everything
+    model.set_grad_checkpointing(False)
+    assert trained(model, ids)[1] == everything
 
-    def gradients() -> list[Tensor]:
-        loss, count = token_loss(model(ids[:, :-1])[0], ids[:, 1:])
-        return list(torch.autograd.grad(loss / count, list(model.parameters())))
 
-    expected = gradients()
-    model.set_grad_checkpointing()
-    assert model.grad_checkpointing
-    torch.testing.assert_close(gradients(), expected)
+def test_unknown_ways_of_recomputing_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"found policy 'some' of every 1\. block, expected one of full, op"):
+        small_model().set_grad_checkpointing(policy="some")
+    with pytest.raises(ConfigError, match="1 or more"):
+        small_model().set_grad_checkpointing(every=0)
+
+
+@pytest.mark.parametrize("policy", ["full", "op"])
+def test_compiled_blocks_recompute(policy: str) -> None:
+    model, ids = small_model().train(), random_ids(2, 9)
+    expected = trained(model, ids)[0]
+    model.set_grad_checkpointing(policy=policy)
+    for block in model.layers:
+        block.compile(backend="aot_eager")
+    loss, count = token_loss(model(ids[:, :-1])[0], ids[:, 1:])
+    torch.testing.assert_close(list(torch.autograd.grad(loss / count, list(model.parameters()))), expected)
 
 
 def test_logits_are_float32_in_half_precision() -> None:
