@@ -42,7 +42,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_small_float16_gradients_are_kept() -> None:
-    """Probabilities of 1e-6 are near what float16 holds; the weight's gradient of tokens nobody expects has them all."""
+    """Probabilities of 1e-6 are near what float16 holds; the gradient of what nobody expects is made of them alone."""
     hidden, weight, targets = inputs(64, 5000, 16)
     with torch.no_grad():
         weight[5:] *= 0.01

@@ -64,7 +64,14 @@ def test_gradients_are_those_of_finite_differences(z: float) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.fixture(params=["cpu", "gpu"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps taken on a CPU, and those taken on other devices, which are right on a CPU too."""
+    if request.param == "gpu":
+        monkeypatch.setattr(linear_loss, "_on_cpu", lambda tensor: False)
+
+
+@pytest.mark.usefixtures("small_chunks", "path")
 @pytest.mark.parametrize("z", [0.0, Z])
 @pytest.mark.parametrize("missing", ["none", "some", "all"])
 def test_float32_is_that_of_all_logits(z: float, missing: str) -> None:
@@ -84,7 +91,7 @@ def test_float32_is_that_of_all_logits(z: float, missing: str) -> None:
             torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("small_chunks", "path")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 4.0])  # by 4, most of a token's probability lies on one target
