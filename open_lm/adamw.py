@@ -81,6 +81,14 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def working_device(tensor: Tensor) -> torch.device:
+    """Where a tensor is worked on: what is kept in host memory for the ranks of another device, on that device."""
+    device = local_part(tensor).device
+    if isinstance(tensor, DTensor) and tensor.device_mesh.device_type != device.type:
+        return torch.device(tensor.device_mesh.device_type)
+    return device
+
+
 def evaluate(closure: Callable[[], Any] | None) -> Any:
     """What a step's closure, which torch's optimizers take, returns; None without one."""
     if closure is None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from open_lm.adamw import local_part
+from open_lm.adamw import local_part, working_device
 from open_lm.sharded_tensor import boxes
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # of a part in the whole tensor: offsets and sizes
@@ -23,13 +23,13 @@ Work = Callable[[list[Tensor]], None]  # on stacks (U, m, n), in place
 
 def divide(tensors: Sequence[Tensor], parts: Sequence[int]) -> list[MatrixShares]:
     """The division of the work on parameters (U m, n) or (U, m, n) among all ranks that share them; `parts` is U of
-    those with two dimensions. Collective."""
-    by_ranks: dict[tuple[int, ...], list[int]] = {}
+    those with two dimensions. Those that are not sharded are taken to be the same on all ranks. Collective."""
+    alike: dict[tuple[tuple[int, ...], bool], list[int]] = {}  # by the ranks that share them, and whether in parts
     for number, tensor in enumerate(tensors):
-        by_ranks.setdefault(_sharing_ranks(tensor), []).append(number)
+        alike.setdefault((_sharing_ranks(tensor), bool(_divided_dimensions(tensor))), []).append(number)
     return [
         MatrixShares(ranks, numbers, [tensors[i] for i in numbers], [parts[i] for i in numbers])
-        for ranks, numbers in by_ranks.items()
+        for (ranks, _), numbers in alike.items()
     ]
 
 
@@ -37,7 +37,7 @@ class MatrixShares:
     """The division of some parameters' matrices among ranks that share them, for work to be done at every step.
 
     Args:
-        ranks: those that hold the parts of the tensors, or each the whole of them; ascending, this one among them.
+        ranks: those that hold parts of each tensor, or that all hold all of each; ascending, this one among them.
         numbers: where the tensors stand in the list that `apply` is given.
         tensors, parts: as `divide` has them.
 
@@ -47,8 +47,8 @@ class MatrixShares:
     def __init__(self, ranks: tuple[int, ...], numbers: list[int], tensors: list[Tensor], parts: list[int]) -> None:
         self._numbers, self._parts = numbers, parts
         self._shapes = [tuple(tensor.shape) for tensor in tensors]
-        self._dimensions = _divided_dimensions(tensors[0])
-        self._device = _working_device(tensors[0])
+        self._in_parts = bool(_divided_dimensions(tensors[0]))
+        self._device = working_device(tensors[0])
         self._alone = len(ranks) == 1
         self._rank = 0 if self._alone else ranks.index(dist.get_rank())
         self._group = None if self._alone else _group_of(tensors[0], ranks)
@@ -66,7 +66,7 @@ class MatrixShares:
         """Call `work` once, with the matrices that this rank owns of `tensors`, and bring what it makes of them to all
         ranks: tensors of one type, shaped and sharded as the parameters are, changed in place. Collective."""
         mine = [tensors[number] for number in self._numbers]
-        if self._dimensions and not self._alone:
+        if self._in_parts and not self._alone:
             wholes = self._gathered(mine)
         else:
             wholes = {i: local_part(mine[i]) for i in self._owned[self._rank]}
@@ -158,14 +158,6 @@ def _group_of(tensor: Tensor, ranks: tuple[int, ...]) -> dist.ProcessGroup | Non
     rest = [dim for dim in range(mesh.ndim) if dim not in divided]
     all_groups = mesh.mesh.permute(*rest, *divided).reshape(-1, len(ranks)).tolist()
     return dist.new_subgroups_by_enumeration(all_groups)[0]
-
-
-def _working_device(tensor: Tensor) -> torch.device:
-    """Where a tensor is worked on: what is kept in host memory for a device, on that device."""
-    device = local_part(tensor).device
-    if isinstance(tensor, DTensor) and tensor.device_mesh.device_type != device.type:
-        return torch.device(tensor.device_mesh.device_type)
-    return device
 
 
 def _balanced(costs: list[int], ranks: int) -> list[int]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from open_lm.adamw import adamw_update, evaluate, local_part, state_of
 from open_lm.matrix_shares import MatrixShares, divide
 
-# Of the quintic whose fifth iterate takes singular values from 0.003 to 1 to between 0.68 and 1.21 (Jordan 2024).
+# Of the quintic (Jordan 2024) whose fifth iterate takes singular values from 0.002 to 1 to between 0.68 and 1.21.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 _LEAST_NORM = 1e-7
@@ -150,7 +150,7 @@ def _orthogonalize_all(stacks: list[Tensor]) -> None:
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """(U, m, n) with m <= n, each U S V^T, to about U V^T: five iterations of Newton and Schulz's kind with a quintic,
-    which leave singular values of 0.68 to 1.21 (smaller where they were below 0.003 of the matrix's norm). Of the type
+    which leave singular values of 0.68 to 1.21 (smaller where they were below 0.002 of the matrix's norm). Of the type
     of `matrices`; 0 stays 0."""
     norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float32)
     x = matrices / norms.clamp(min=_LEAST_NORM).to(matrices.dtype)

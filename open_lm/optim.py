@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from open_lm.adamw import AdamW, local_part
+from open_lm.adamw import AdamW, local_part, working_device
 from open_lm.config import OptimConfig
 from open_lm.distributed import sum_over_ranks
 from open_lm.errors import ConfigError
@@ -94,7 +94,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
         by_copies.setdefault(_copies(grad), []).append(local_part(grad))
     # In float64, where a float32's square and its root are exact.
     squares = [_norm(parts).double().square() / copies for copies, parts in by_copies.items()]
-    norm = sum_over_ranks(torch.stack(squares).sum()).sqrt().float()
+    norm = sum_over_ranks(torch.stack(squares).sum().to(working_device(grads[0]))).sqrt().float()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for parts in by_copies.values():

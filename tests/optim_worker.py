@@ -29,16 +29,17 @@ LAYOUTS: dict[str, tuple[int, int, int] | None] = {
     "hybrid": (2, 2, 1),
     "tensor": (1, 2, 2),
     "hybrid_tensor": (2, 1, 2),
+    "tensor_alone": (1, 1, 4),
 }
 
 
 class Block(nn.Module):
-    """The kinds of weights that blocks have, of sizes that divide badly among ranks."""
+    """The kinds of weights that blocks have, of sizes that shards divide badly."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.in_proj = FusedLinear(7, 3 * 10, parts=3)
-        self.out_proj = nn.Linear(10, 7)
+        self.in_proj = FusedLinear(7, 3 * 12, parts=3)
+        self.out_proj = nn.Linear(12, 7)
         self.w12 = FusedLinear(7, 2 * 12, parts=2)
         self.w3 = nn.Linear(12, 7, bias=False)
         self.w1 = nn.Parameter(torch.empty(3, 7, 9))
