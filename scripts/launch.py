@@ -51,6 +51,9 @@ class Host:
     port: int | None = None
     slots: str | None = None
 
+    def __str__(self) -> str:
+        return self.name if self.port is None else f"{self.name}:{self.port}"
+
 
 # --- hosts ----------------------------------------------------------------------------------------------------------
 def read_hosts(path: Path) -> list[Host]:
@@ -146,6 +149,8 @@ def remote_command(host: Host, args: argparse.Namespace) -> list[str]:
     # What ssh makes of several words is the remote shell's, so that each is quoted for it; most need no quotes.
     quoted = [shlex.quote(word) for word in program]
     if any("{host}" in word for word in remote):
+        if host.port is not None:
+            raise ConfigError(f"--ssh {args.ssh}: has no place for the port of {host}; leave it out of the hosts file")
         return [*(word.replace("{host}", host.name) for word in remote), *quoted]
     port = [] if host.port is None else ["-p", str(host.port)]
     return [*remote, *port, host.name, *quoted]
@@ -179,7 +184,7 @@ def job_of(hosts: Sequence[Host], rank: int, port: int, args: argparse.Namespace
     return {
         "command": torchrun_command(hosts, rank, port, args),
         "directory": str(args.directory),
-        "environment": passed_on([*PASSED_ON, *args.env], os.environ),
+        "environment": passed_on([*PASSED_ON, *args.env.split(",")], os.environ),
         "grace_s": args.grace,
     }
 
@@ -203,7 +208,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ssh", metavar="COMMAND", help=f"in place of {SSH!r}; the host follows, or stands where it holds {{host}}")
     add("--python", default=sys.executable, help="on the hosts (default: this one)")
     add("--directory", type=Path, default=Path.cwd(), help="where the run starts on the hosts (default: this one)")
-    add("--env", nargs="+", default=[], metavar="NAME", help="further variables to hand on; a name may hold *")
+    add("--env", default="", metavar="NAMES", help="further variables to hand on, joined by commas; * fits anything")
     add("--port", type=int, help="of the rendezvous on the first host (default: one that is free)")
     add("--grace", type=float, default=60.0, metavar="S", help="seconds to end after a failure (default: 60)")
     add("--max-restarts", type=int, default=0, metavar="N", help="how often failed ranks are started anew (default: 0)")
@@ -239,7 +244,7 @@ def show(hosts: Sequence[Host], args: argparse.Namespace) -> None:
     """Print what each host would be told, with the names of variables alone."""
     for rank, host in enumerate(hosts):
         job = job_of(hosts, rank, args.port or 0, args)
-        print(f"{host.name}: {shlex.join(remote_command(host, args))}")
+        print(f"{host}: {shlex.join(remote_command(host, args))}")
         print(f"  in {job['directory']}: {shlex.join(job['command'])}")
         print(f"  with {', '.join(job['environment']) or 'no variables'}")
 
@@ -251,8 +256,8 @@ def launch(argv: Sequence[str]) -> int:
     if args.dry_run:
         show(hosts, args)
         return 0
-    names = [host.name if args.hosts else f"node {rank}" for rank, host in enumerate(hosts)]
-    commands = {name: remote_command(host, args) for name, host in zip(names, hosts, strict=True)}
+    names = [str(host) if args.hosts else f"node {rank}" for rank, host in enumerate(hosts)]
+    commands = [(name, remote_command(host, args)) for name, host in zip(names, hosts, strict=True)]
     with Nodes(commands, args.output, args.grace) as nodes:
         ports = nodes.connect()
         port = args.port or ports[0]

@@ -7,7 +7,8 @@ silent, the launcher or the way to it is lost: the run is ended as by `end grace
 no command line, and a connection that breaks leaves nothing running.
 
 What the run prints goes to this process's own output. Between it, a line that begins with MARK is JSON for the
-launcher: first {"port": …}, a port that is free here, or {"problem": …}; last {"code": …}, the exit code of the run.
+launcher: first {"port": …}, a port that is free here, or {"problem": …}; last {"code": …, "ago_s": …}, the exit code of
+the run, and how long ago its first rank failed: torchrun ends some time after that, when the others of its node have.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 MARK = "\x1elaunch "
+FAILURE_FILE = "OPEN_LM_FAILURE_FILE"  # as in open_lm.utils.torchrun
 SILENCE_S = 60.0  # without a sign of life from the launcher, of which there is one every few seconds
 _POLL_S = 0.1
 _KILL_S = 10.0  # what processes may take to die of SIGKILL; one that the kernel holds takes longer
@@ -64,15 +67,21 @@ class Run:
     """The run's command with all that it starts."""
 
     def __init__(self, job: dict[str, Any]) -> None:
+        self._failure = tempfile.NamedTemporaryFile("r", prefix="failure-")  # noqa: SIM115 (as long as the run)
         self.process = subprocess.Popen(
             job["command"],
             cwd=job["directory"],
-            env={**os.environ, **job["environment"]},
+            env={**os.environ, **job["environment"], FAILURE_FILE: self._failure.name},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # an interrupt at a terminal is the launcher's to hand on
             preexec_fn=_end_with_parent,  # noqa: PLW1509 (this process has one thread)
         )
         self._kill_at = float("inf")
+
+    def failed_ago_s(self) -> float:
+        """Seconds since its first rank failed, 0 where torchrun has not said."""
+        said = self._failure.read()
+        return time.time() - float(said) if said else 0.0
 
     def send(self, number: int) -> None:
         if self.process.poll() is None:
@@ -177,7 +186,7 @@ def serve() -> int:
             run.end(job["grace_s"])
     end_descendants()
     if not was_lost:
-        tell(code=code)
+        tell(code=code, ago_s=run.failed_ago_s())
     return code
 
 

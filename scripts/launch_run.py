@@ -27,14 +27,20 @@ _CONNECT_S = 60.0
 _SIGN_OF_LIFE_S = SILENCE_S / 10
 _OWN_END_S = 15.0  # what nodes get to end by themselves after one has failed: their ranks notice, and say so
 _BACKSTOP_S = 15.0  # beyond the grace time, for a node that does not answer
+_KILL_S = 2.0  # what a connection gets that leads nowhere yet
 _KEPT_LINES = 1000  # of a node's output that is shown only if it fails first
 _LAST_WORDS = 20
 
 
 @dataclass(eq=False)
 class Node:
-    """A node and the process that leads to it. `code`: the run's exit code there, once it is told; `gone`: the process
-    has ended; `kept`: lines not shown so far, as (is_error, line); `dropped`: how many more there were."""
+    """A node and the process that leads to it.
+
+    Attributes:
+        code: the run's exit code there, once it is told. gone: the process has ended.
+        failed_at: when its first rank failed, by the clock of this process.
+        kept: lines not shown so far, as (is_error, line). dropped: how many more there were.
+    """
 
     name: str
     process: subprocess.Popen[bytes]
@@ -42,6 +48,7 @@ class Node:
     problem: str | None = None
     code: int | None = None
     gone: bool = False
+    failed_at: float = float("inf")
     kept: deque[tuple[bool, bytes]] = field(default_factory=deque)
     dropped: int = 0
     last_errors: deque[str] = field(default_factory=lambda: deque(maxlen=_LAST_WORDS))
@@ -62,13 +69,13 @@ class Node:
 class Nodes:
     """All nodes of a run. In a `with` block, which takes the stop signals; nothing is left running after it."""
 
-    def __init__(self, commands: Mapping[str, Sequence[str]], output: Output, grace_s: float) -> None:
-        """commands: what leads to each node, by its name in the output, rank 0's first."""
+    def __init__(self, commands: Sequence[tuple[str, Sequence[str]]], output: Output, grace_s: float) -> None:
+        """commands: each node's name in the output and what leads to it, rank 0's first."""
         self._commands, self._output, self._grace_s = commands, output, grace_s
         self._events: SimpleQueue[tuple[str, Node | None, Any]] = SimpleQueue()
         self._nodes: list[Node] = []
         self._failed: Node | None = None
-        self._failed_at = 0.0
+        self._noticed_at = 0.0
         self._asked = False  # the others to end, after a failure
         self._started = False
         self._signals: list[int] = []
@@ -87,7 +94,7 @@ class Nodes:
                 node.process.stdin.close()
         for node in self._nodes:
             try:
-                node.process.wait(0 if node.gone else self._grace_s + _BACKSTOP_S)
+                node.process.wait(self._grace_s + _BACKSTOP_S if self._started else _KILL_S)
             except subprocess.TimeoutExpired:
                 node.process.kill()
                 node.process.wait()
@@ -101,28 +108,18 @@ class Nodes:
     def connect(self) -> list[int]:
         """Reach all nodes at once: a free port of each. ConfigError that names those that cannot be reached, with what
         their connection said. KeyboardInterrupt at a signal."""
-        for name, command in self._commands.items():
-            process = subprocess.Popen(
-                command,
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # an interrupt at the terminal reaches this process alone
-            )
-            self._nodes.append(Node(name, process))
+        for name, command in self._commands:
+            self._nodes.append(Node(name, _start(command)))
             threading.Thread(target=self._follow, args=(self._nodes[-1],), daemon=True).start()
         deadline = time.monotonic() + _CONNECT_S
         while (left_s := deadline - time.monotonic()) > 0 and any(n.port is None and not n.gone for n in self._nodes):
             self._take(min(left_s, _SIGN_OF_LIFE_S))
             if self._signals:
                 raise KeyboardInterrupt
-        self._raise([_unreached(node) for node in self._nodes if node.port is None])
-        return [node.port for node in self._nodes if node.port is not None]
-
-    def _raise(self, problems: list[str]) -> None:
+        problems = [_unreached(node) for node in self._nodes if node.port is None]
         if problems:
             raise ConfigError(join_problems(problems, "hosts cannot be reached"))
+        return [node.port for node in self._nodes if node.port is not None]
 
     def _follow(self, node: Node) -> None:
         """Read what comes from a node until its process ends; in a thread of its own."""
@@ -162,7 +159,7 @@ class Nodes:
                 for node in self._living():
                     node.order("")
             if self._failed is not None:
-                self._end_others(time.monotonic() - self._failed_at)
+                self._end_others(time.monotonic() - self._noticed_at)
         return self._conclude()
 
     def _living(self) -> list[Node]:
@@ -181,8 +178,8 @@ class Nodes:
         elif kind == "told":
             node.port, node.code = value.get("port", node.port), value.get("code", node.code)
             node.problem = value.get("problem")
-            if node.code:
-                self._fails(node)
+            if node.code or node.problem is not None:
+                self._fails(node, value.get("ago_s", 0.0))
         else:
             node.gone = True
             if node.code is None:
@@ -199,11 +196,12 @@ class Nodes:
         done = "are ended" if len(self._signals) > 1 else "save and stop; a second signal ends them at once"
         print(f"{signal.Signals(number).name}: the nodes {done}", file=sys.stderr, flush=True)
 
-    def _fails(self, node: Node) -> None:
-        if self._failed is not None:
-            return
-        self._failed, self._failed_at = node, time.monotonic()
-        self._show_kept(node)
+    def _fails(self, node: Node, ago_s: float = 0.0) -> None:
+        """A node has failed; the first that is heard of need not be the first, which `_conclude` finds."""
+        node.failed_at = min(node.failed_at, time.monotonic() - ago_s)
+        if self._failed is None:
+            self._failed, self._noticed_at = node, time.monotonic()
+            self._show_kept(node)
 
     def _end_others(self, since_s: float) -> None:
         own_s = min(_OWN_END_S, self._grace_s / 2)
@@ -241,12 +239,14 @@ class Nodes:
 
     def _conclude(self) -> int:
         """Say which node failed first, then what the others said after that; the exit code."""
-        failed = self._failed
-        if failed is None:
+        if self._failed is None:
             return 0
+        self._failed = failed = min(self._nodes, key=lambda node: node.failed_at)
+        self._show_kept(failed)
         code = LOST if failed.code is None else failed.code
-        if failed.problem is not None:
-            raise ConfigError(f"{failed.name}: {failed.problem}")
+        problems = [f"{node.name}: {node.problem}" for node in self._nodes if node.problem is not None]
+        if problems:
+            raise ConfigError(join_problems(problems, "the run cannot be started"))
         if failed.code is None:
             said = "the connection to it was lost before its run ended"
             print(f"error: {failed.name}: {said}; the other nodes were ended", file=sys.stderr, flush=True)
@@ -260,6 +260,21 @@ class Nodes:
             for node in self._nodes:
                 self._show_kept(node)
         return code
+
+
+def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # an interrupt at the terminal reaches this process alone
+        )
+    except OSError as error:
+        said = f"{command[0]} cannot be run here ({error.strerror})"
+        raise ConfigError(f"{said}; --ssh and --python name other commands") from error
 
 
 def _as_stop(number: int) -> int:

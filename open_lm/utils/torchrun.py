@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OWN_MESSAGE = (2, 130, HUNG)  # exit codes of errors.run_cli and of the watchdog
+FAILURE_FILE = "OPEN_LM_FAILURE_FILE"  # the variable that names a file, which gets the time of a rank's failure
 _FIRST_WORD_S = 2  # what is left to the node that ended, and so took the rendezvous with it, to say why
 _SCRIPT = """#!{python}
 import sys
@@ -116,7 +117,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         run(args)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
+        failure = error.get_first_failure()[1]
+        if FAILURE_FILE in os.environ:
+            Path(os.environ[FAILURE_FILE]).write_text(str(failure.timestamp))
+        code = failure.exitcode
         if -code in STOP_SIGNALS:
             return 128 - code
         if code not in OWN_MESSAGE:
