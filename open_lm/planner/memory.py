@@ -7,7 +7,7 @@ Legend: N ranks that share parameters, V vocabulary, D model width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -114,6 +114,16 @@ class Job:
         parts = (weight.part(self.layout.tensor) for weight in weights)
         return sum(-(-part[0] // self.shards) * math.prod(part[1:]) for part in parts)
 
+    @cached_property
+    def own_numbers(self) -> int:
+        """Parameters of the model that a rank holds."""
+        return sum(count * self.own(weights) for weights, count in self.shape.kinds)
+
+    @cached_property
+    def whole_numbers(self) -> int:
+        """Parameters of the model on a rank before FSDP shards them."""
+        return sum(count * self.numbers(weights) for weights, count in self.shape.kinds)
+
     def buffer(self, weights: Iterable[Weight]) -> int:
         """Numbers of a flat buffer that is gathered or reduced: all ranks' parts, rounded up."""
         return self.own(weights) * self.shards if self.is_sharded else 0
@@ -155,26 +165,26 @@ def optimizer_bytes(job: Job) -> int:
     """Moments, and averages of the weights: two numbers for each parameter, one where Muon updates it."""
     averagers = job.config.optim.averagers
     copies = len(averagers.split(",")) if averagers else 0
-    return job.types.stored * ((2 + copies) * job.own(job.shape.weights) - job.own(_muon_weights(job)))
+    return job.types.stored * ((2 + copies) * job.own_numbers - job.own(muon_weights(job)))
 
 
 def host_bytes(job: Job) -> int:
     """What --fsdp-cpu-offload keeps in host memory for a rank: parameters, gradients and moments."""
     if not job.config.parallel.fsdp_cpu_offload:
         return 0
-    return 2 * job.own(job.shape.weights) * job.types.stored + optimizer_bytes(job)
+    return 2 * job.own_numbers * job.types.stored + optimizer_bytes(job)
 
 
 def phases(job: Job) -> Iterator[Memory]:
     """A step's memory: while the loss is computed, in each block's backward pass, in the last one, in the update."""
     offloads = job.config.parallel.fsdp_cpu_offload
-    weights, types = job.shape.weights, job.types
+    types = job.types
     resident = Memory(
-        parameters=0 if offloads else job.own(weights) * types.stored,
+        parameters=0 if offloads else job.own_numbers * types.stored,
         optimizer=0 if offloads else optimizer_bytes(job),
     )
-    blocks = [_block(job, number) for number in range(job.shape.n_layers)]
-    root = [w for w in weights if w.block is None]
+    blocks = _blocks(job)
+    root = job.shape.by_block[None]
     before = _gradients_before(job)
     gathered = job.numbers(root) * types.gathered if job.is_sharded else 0
     yield replace(
@@ -190,19 +200,17 @@ def phases(job: Job) -> Iterator[Memory]:
     )
     # From the last block to the first; of those behind it gradients are what is left.
     done = before or job.numbers([_head(root)]) * (types.gathered if job.is_sharded else types.stored)
-    reducing = 0
+    kept, casts = sum(block.kept for block in blocks), sum(block.casts_kept for block in blocks)
+    whole, reducing = sum(block.gathered for block in blocks), 0
     for number in reversed(range(len(blocks))):
-        block, earlier = blocks[number], blocks[:number]
-        if job.keeps_gathered:
-            ahead = sum(other.gathered for other in earlier)
-        else:
-            ahead = sum(other.buffer for other in earlier[-1:])  # FSDP2 gathers the next one meanwhile
+        block, ahead = blocks[number], blocks[number - 1].buffer if number else 0  # FSDP2 gathers the next meanwhile
+        kept, casts, whole = kept - block.kept, casts - block.casts_kept, whole - block.gathered
         yield replace(
             resident,
             phase=f"backward of block {number}",
-            gathered=gathered + block.gathered + ahead + block.casts + sum(other.casts_kept for other in earlier),
+            gathered=gathered + block.gathered + (whole if job.keeps_gathered else ahead) + block.casts + casts,
             gradients=done + reducing + (0 if before else block.gradients),
-            activations=sum(other.kept for other in earlier) + block.kept + block.again,
+            activations=kept + block.kept + block.again,
         )
         reducing = block.reduce
         done += 0 if before else block.own_gradients
@@ -215,19 +223,26 @@ def phases(job: Job) -> Iterator[Memory]:
     yield replace(
         resident,
         phase="update",
-        gradients=0 if offloads else job.own(weights) * types.stored,
+        gradients=0 if offloads else job.own_numbers * types.stored,
         activations=_muon_bytes(job),
     )
 
 
-def _head(root: list[Weight]) -> Weight:
+def _head(root: Sequence[Weight]) -> Weight:
     """The weight that logits are made with; with tied weights the embedding."""
     return next((weight for weight in root if weight.role == "head"), root[0])
 
 
+def _blocks(job: Job) -> list[_Block]:
+    """All of them; equal ones are worked out once."""
+    kinds = [(job.shape.has_experts(number), job.checkpointing(number)) for number in range(job.shape.n_layers)]
+    made = {kind: _block(job, kinds.index(kind)) for kind in set(kinds)}
+    return [made[kind] for kind in kinds]
+
+
 def _block(job: Job, number: int) -> _Block:
     shape, types, tensor = job.shape, job.types, job.layout.tensor
-    weights = [w for w in shape.weights if w.block == number]
+    weights = shape.by_block[number]
     sharded, offloads = job.is_sharded, job.config.parallel.fsdp_cpu_offload
     whole, buffer = job.numbers(weights), job.buffer(weights)
     cast = types.autocast and types.gathered != types.compute
@@ -255,13 +270,13 @@ def _block(job: Job, number: int) -> _Block:
 def _gradients_before(job: Job) -> int:
     """Gradients that are there when a micro-batch's backward pass begins: DDP's buckets, or sums of earlier ones."""
     accumulates = job.config.optim.accum_freq > 1
-    whole = job.numbers(job.shape.weights)
+    whole = job.whole_numbers
     if job.is_sharded:  # whole ones, in the type of the reduction, until the last micro-batch
         return whole * job.types.reduced if accumulates else 0
     return whole * job.types.stored if accumulates or job.ranks > 1 else 0
 
 
-def _root_gradients(job: Job, root: list[Weight], before: int) -> int:
+def _root_gradients(job: Job, root: Sequence[Weight], before: int) -> int:
     """Of embedding and head at the end, beyond `before` and the head's: the embedding's beside the sum that it is
     added to, and FSDP's buffer for them all."""
     types, embedding = job.types, job.numbers(root[:1])
@@ -274,7 +289,7 @@ def _root_gradients(job: Job, root: list[Weight], before: int) -> int:
 def _loss_bytes(job: Job) -> int:
     """What linear_loss.py holds while it computes: the last chunk's logits, and all gradients that it gives."""
     types, tokens, dim = job.types, job.tokens, job.shape.dim
-    rows = job.numbers([_head([w for w in job.shape.weights if w.block is None])]) // dim
+    rows = job.numbers([_head(job.shape.by_block[None])]) // dim
     narrow, on_cpu = types.compute < 4, job.device_type == "cpu"
     small = on_cpu and (not narrow or dim < 512)
     chunk = min(SMALL_CHUNK_TOKENS if small else CHUNK_TOKENS, tokens)
@@ -285,7 +300,7 @@ def _loss_bytes(job: Job) -> int:
     return products + cast + logits + hidden
 
 
-def _muon_weights(job: Job) -> list[Weight]:
+def muon_weights(job: Job) -> list[Weight]:
     if job.config.optim.optimizer != "muon":
         return []
     return [w for w in job.shape.weights if w.block is not None and len(w.shape) > 1]
@@ -293,5 +308,5 @@ def _muon_weights(job: Job) -> list[Weight]:
 
 def _muon_bytes(job: Job) -> int:
     """Directions of all matrices in bfloat16, and what a rank works with: some 8 bytes for each of its share."""
-    weights = _muon_weights(job)
+    weights = muon_weights(job)
     return 2 * job.own(weights) + 8 * job.numbers(weights) // job.shards

@@ -23,7 +23,7 @@ NORM_VECTORS = {"no_wb_layer_norm": (), "gain_only_lp_layer_norm": ("weight",), 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter. `role`: "in" for matrices whose rows tensor parallelism divides, "out" for those whose columns."""
+    """A parameter. `role`: "in" where tensor parallelism divides rows, "out" where it divides columns."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,17 +34,15 @@ class Weight:
     def size(self) -> int:
         return math.prod(self.shape)
 
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it is a matrix inside a block, which Muon updates."""
-        return self.block is not None and len(self.shape) == 2
-
     def part(self, tensor: int) -> tuple[int, ...]:
         """The shape of the largest part when `tensor` ranks divide it."""
         if self.role in ("in", "embedding", "head"):
             return (-(-self.shape[0] // tensor), *self.shape[1:])
         if self.role == "out" and len(self.shape) == 2:
             return (self.shape[0], -(-self.shape[1] // tensor))
+        if self.role == "expert":
+            divided = 2 if self.name.endswith("w1") else 1
+            return tuple(-(-size // tensor) if dim == divided else size for dim, size in enumerate(self.shape))
         return self.shape
 
 
@@ -86,6 +84,23 @@ class ModelShape:
     def weights(self) -> tuple[Weight, ...]:
         """All parameters, in the order of the model."""
         return tuple(self._weights())
+
+    @cached_property
+    def by_block(self) -> dict[int | None, tuple[Weight, ...]]:
+        """The parameters of each block, and under None those outside."""
+        found: dict[int | None, list[Weight]] = {}
+        for weight in self.weights:
+            found.setdefault(weight.block, []).append(weight)
+        return {block: tuple(weights) for block, weights in found.items()}
+
+    @cached_property
+    def kinds(self) -> list[tuple[tuple[Weight, ...], int]]:
+        """Parameters outside of blocks, once, and of each kind of block with the number of such blocks."""
+        kinds = [self.has_experts(block) for block in range(self.n_layers)]
+        return [
+            (self.by_block[None], 1),
+            *((self.by_block[kinds.index(kind)], kinds.count(kind)) for kind in dict.fromkeys(kinds)),
+        ]
 
     @cached_property
     def num_params(self) -> int:
