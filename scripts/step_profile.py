@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-LOSS, OPTIMIZER, COPIES, OTHER = "loss and head", "optimizer and clipping", "casts and copies", "other"
-ROOMS = ("attention", "feed-forward", "norms", "compiled blocks", LOSS, OPTIMIZER, COPIES, OTHER)
+LOSS, COMPILED, OPTIMIZER = "loss and head", "compiled blocks", "optimizer and clipping"
+COPIES, OTHER = "casts and copies", "other"
+ROOMS = ("attention", "feed-forward", "norms", COMPILED, LOSS, OPTIMIZER, COPIES, OTHER)
 _MARK = "room: "
 _BACKWARD = "autograd::engine::evaluate_function"
+_REGION = "Torch-Compiled Region"  # as torch marks what it compiled
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to", "aten::clone", "aten::contiguous")
 
 Times = dict[str, dict[str, float]]  # room -> forward, backward -> seconds
@@ -36,8 +38,9 @@ def profile_step(
     where there is one, is what rooms are told apart by. `trace`: also write the profile there, for chrome://tracing or
     perfetto."""
     device = inputs.device
+    model: nn.Module = getattr(step, "model", None) or nn.Identity()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with _marked(getattr(step, "model", None)), profile(activities=activities) as recorded:
+    with _marked(model), profile(activities=activities) as recorded:
         start = time.perf_counter()
         step(inputs, targets)
         if device.type == "cuda":
@@ -77,7 +80,7 @@ def room_of(name: str) -> str | None:
 
 
 @contextmanager
-def _marked(model: nn.Module | None) -> Iterator[None]:
+def _marked(model: nn.Module) -> Iterator[None]:
     """The forward passes of the rooms' modules bear their names in the profile."""
     hooks: list[Any] = []
     open_marks: list[record_function] = []
@@ -87,12 +90,13 @@ def _marked(model: nn.Module | None) -> Iterator[None]:
         open_marks[-1].__enter__()
 
     compiled = ""  # the name, with a dot, of a compiled block
-    for name, module in [] if model is None else model.named_modules():
+    for name, module in model.named_modules():
         room = room_of(name)
         if room is None or (compiled and name.startswith(compiled)):
             continue
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            compiled, room = f"{name}.", "compiled blocks"
+        if getattr(module, "_compiled_call_impl", None) is not None:  # hooks would be compiled with it
+            compiled = f"{name}."
+            continue
         hooks.append(module.register_forward_pre_hook(lambda *_, room=room: enter(room)))
         hooks.append(module.register_forward_hook(lambda *_: open_marks.pop().__exit__(None, None, None)))
     try:
@@ -128,12 +132,14 @@ def _times(events: Any, cuda: bool) -> Times:
 
 def _room(event: Any) -> str | None:
     """The innermost room that the event lies in."""
-    mark = _ancestor(event, _MARK)
-    return None if mark is None else str(mark.name.removeprefix(_MARK))
+    mark = _ancestor(event, _MARK, _REGION)
+    if mark is None:
+        return None
+    return COMPILED if mark.name.startswith(_REGION) else str(mark.name.removeprefix(_MARK))
 
 
-def _ancestor(event: Any, beginning: str) -> Any:
+def _ancestor(event: Any, *beginnings: str) -> Any:
     """The innermost event that holds this one, or itself, and whose name so begins; or None."""
-    while event is not None and not event.name.startswith(beginning):
+    while event is not None and not event.name.startswith(beginnings):
         event = event.cpu_parent
     return event
