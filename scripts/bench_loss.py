@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import importlib.util
 import time
 from collections.abc import Callable
@@ -55,9 +56,8 @@ def ways(dtype: torch.dtype, device: torch.device) -> dict[str, Loss]:
         for policy in (None, "auto", "accurate", "balanced", "compact"):
             found[f"torch {policy or 'reference'}"] = torchs(dtype, policy)
     if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum")
+        module = importlib.import_module("liger_kernel.transformers")
+        liger = module.LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum")
         found["liger"] = lambda hidden, weight, targets: liger(weight.to(dtype), hidden.to(dtype), targets)
     return {**found, "open_lm": chunks}
 
