@@ -112,7 +112,8 @@ def _copies(tensor: Tensor) -> int:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)))
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)))
 
 
 def step_unless(optimizer: Optimizer, skip: Tensor) -> None:

@@ -16,7 +16,7 @@ from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, load
 from open_lm.config import OptimConfig
 from open_lm.errors import CheckpointError, ConfigError
-from open_lm.optim import build_optimizer, clip_gradients
+from open_lm.optim import build_optimizer, clip_gradients, step_unless
 from open_lm.precision import build_scaler, compute_dtype, get_autocast, parameter_dtype
 
 
@@ -88,6 +88,22 @@ def test_the_norm_of_one_process_is_torchs_to_the_last_bit() -> None:
         for param, grad in zip(params, clipped, strict=True):
             assert torch.allclose(param.grad, grad)  # type: ignore[arg-type]
     assert clip_gradients([torch.nn.Parameter(torch.ones(1))], 1.0) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_parameters_of_other_types_are_clipped_and_updated(name: str, dtype: torch.dtype) -> None:
+    """The norm is float32's, not rounded to the gradients' type."""
+    model = optim_worker.Model().to(dtype)
+    optimizer = build_optimizer(model, optim_worker.config(name))
+    before = [param.detach().clone() for param in model.parameters()]
+    for key, param in model.named_parameters():
+        param.grad = optim_worker.made(param, key).to(dtype)
+    expected = torch.cat([param.grad.flatten() for param in model.parameters()]).double().norm()  # type: ignore[union-attr]
+    assert clip_gradients(model.parameters(), None).item() == pytest.approx(expected.item(), rel=1e-6)
+    step_unless(optimizer, torch.tensor(False))
+    for param, old in zip(model.parameters(), before, strict=True):
+        assert param.dtype == dtype and param.isfinite().all() and not torch.equal(param, old)
 
 
 def test_weight_decay_may_leave_norms_and_biases_out() -> None:
