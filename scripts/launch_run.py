@@ -58,6 +58,7 @@ class Node:
         assert self.process.stdin is not None
         with suppress(OSError):
             self.process.stdin.write(f"{line}\n".encode())
+            self.process.stdin.flush()
 
     def keep(self, is_error: bool, line: bytes) -> None:
         self.kept.append((is_error, line))
@@ -210,7 +211,7 @@ class Nodes:
             for node in self._living():
                 node.order(f"end {self._grace_s - own_s}")
         if since_s > self._grace_s + _BACKSTOP_S:
-            for node in self._living():
+            for node in self._nodes:
                 node.process.kill()
 
     # --- the output
@@ -266,7 +267,6 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             command,
-            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -204,6 +204,19 @@ def test_a_node_ends_with_its_launcher(tmp_path: Path) -> None:
         os.close(end)
 
 
+def test_a_second_signal_ends_what_does_not_stop(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{WORKER}")
+    with start(["--nproc-per-node", "1", str(tmp_path / "worker.py")], tmp_path) as process:
+        pids = [int(word) for word in until(process.stdout, "pids")[-1].split()[1:]]
+        process.send_signal(signal.SIGINT)
+        until(process.stdout, "SIGINT: the nodes save and stop")
+        assert all(alive(pid) for pid in pids)
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + signal.SIGKILL and "SIGINT: the nodes are ended" in rest
+    assert len(pids) == 2 and not any(alive(pid) for pid in pids)
+
+
 # --- nodes with addresses of their own ------------------------------------------------------------------------------
 @dataclass
 class Machines:
@@ -342,11 +355,9 @@ def test_a_machine_that_dies_ends_the_others(machines: Machines, tmp_path: Path)
             os.kill(pid, signal.SIGKILL)
         rest = process.communicate(timeout=4 * GRACE_S)[0]
     assert process.returncode == 255, rest
-    said = [line for line in rest.splitlines() if "Train Epoch" not in line]
-    assert (
-        said[0]
-        == f"error: {ADDRESSES[1]}: the connection to it was lost before its run ended; the other nodes were ended"
-    )
+    said = [line for line in rest.splitlines() if not line.startswith("[")]
+    lost = "the connection to it was lost before its run ended; the other nodes were ended"
+    assert said[0] == f"error: {ADDRESSES[1]}: {lost}"
     assert said[1].endswith("lines of the other nodes are left out)")
     assert not any(machines.processes(address) for address in ADDRESSES)
 
