@@ -19,6 +19,7 @@ import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORE_INDEX)
 
 
-def torchs(dtype: torch.dtype, policy: str | None) -> Loss:
+def torchs(dtype: torch.dtype, policy: Any) -> Loss:
     """torch's own; it knows no autocast. policy: how it accumulates, None for all logits at once."""
     options = None if policy is None else torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
 
