@@ -2,6 +2,7 @@
 
     python scripts/bench_checkpoint.py                                      # open_lm_11m on one process, seconds
     python scripts/bench_checkpoint.py --model open_lm_411m --ranks 2       # FSDP over two processes on the CPU
+    python scripts/bench_checkpoint.py --model open_lm_411m --ranks 2 --layout tensor --format sharded
 
 Every way saves the same: float32 weights and both moments of AdamW. A stand-in for training goes on meanwhile: matrix
 products on one core, in steps of a few milliseconds. Ways that write synchronously pause for the whole of their time.
@@ -30,9 +31,11 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from open_lm.checkpoint.sharded import ShardedWriter, TrainingState, load
-from open_lm.config import ModelConfig
-from open_lm.distributed import gather_objects
+from open_lm.config import ModelConfig, ParallelConfig
+from open_lm.distributed import build_layout, gather_objects, init_runtime
+from open_lm.initialization import init_weights
 from open_lm.model import create_model
+from open_lm.parallelize import parallelize, unwrap
 
 _QUIET_STEPS = 300
 
@@ -50,7 +53,10 @@ class Timing:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="open_lm_11m", help="name of a model configuration (default: open_lm_11m)")
-    parser.add_argument("--ranks", type=int, default=1, help="processes; more than one shard with FSDP (default: 1)")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that share the model (default: 1)")
+    parser.add_argument(
+        "--layout", choices=["fsdp", "tensor"], default="fsdp", help="how they share it (default: fsdp)"
+    )
     parser.add_argument(
         "--format", choices=["all", "sharded", "torch"], default="all", help="whose ways (default: all)"
     )
@@ -60,16 +66,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 # ---------------------------------------------------------------------------------------------- what is saved
-def make_state(model_name: str) -> TrainingState:
-    """A model and AdamW with moments, on the CPU; sharded where there are several ranks."""
-    torch.manual_seed(0)
-    model = create_model(ModelConfig(model=model_name))
-    if dist.get_world_size() > 1:
-        from torch.distributed.fsdp import fully_shard
-
-        for layer in model.layers:
-            fully_shard(layer)
-        fully_shard(model)
+def make_state(model_name: str, layout: str) -> TrainingState:
+    """A model and AdamW with moments, on the CPU; divided where there are several ranks."""
+    ranks = dist.get_world_size()
+    cfg = ParallelConfig(tensor_parallel=ranks) if layout == "tensor" else ParallelConfig(fsdp=ranks > 1)
+    runtime = init_runtime(cfg)
+    with torch.device("meta"):
+        bare = create_model(ModelConfig(model=model_name))
+    made = build_layout(runtime, cfg)
+    model = unwrap(parallelize(bare, made, cfg, device=runtime.device, initialise=lambda new: init_weights(new, 0)))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for param in model.parameters():
         zeros = torch.zeros_like(param, requires_grad=False)
@@ -158,10 +163,11 @@ def measure(rank: int, args: argparse.Namespace, folder: str, port: int) -> None
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=args.ranks)
     group, writer = dist.new_group(backend="gloo"), ShardedWriter()
-    state = make_state(args.model)
+    state = make_state(args.model, args.layout)
     size = num_bytes(state.model)
     say = print if rank == 0 else lambda *_: None
-    say(f"{args.model}: {size / 1e9:.2f} GB of weights and moments on {args.ranks} rank(s), torch {torch.__version__}")
+    ranks = f"{args.ranks} rank(s)" + (f" ({args.layout})" if args.ranks > 1 else "")
+    say(f"{args.model}: {size / 1e9:.2f} GB of weights and moments on {ranks}, torch {torch.__version__}")
     ways: dict[str, Callable[[str], Timing]] = {}
     if args.format != "sharded":
         ways["torch.save, gathered"] = lambda to: save_gathered(state, to)
@@ -179,10 +185,14 @@ def measure(rank: int, args: argparse.Namespace, folder: str, port: int) -> None
             peaks = gather_objects(max(0.0, memory_gb("VmHWM") - before))
             say(described(f"{name}, save {number + 1}", timing, size, peaks))
             if name.startswith("ours") and number == args.rounds - 1:
+                before = memory_gb("VmRSS")
+                Path("/proc/self/clear_refs").write_text("5")
                 started = time.perf_counter()
                 load(state, target)
                 seconds = time.perf_counter() - started
-                say(f"{'  and loaded':34} {seconds:.2f} s ({size / seconds / 1e6:.0f} MB/s)")
+                peaks = gather_objects(max(0.0, memory_gb("VmHWM") - before))
+                rate = size / seconds / 1e6
+                say(f"{'  and loaded':34} {seconds:.2f} s ({rate:.0f} MB/s), peak +{max(peaks, default=0.0):.2f} GB")
             dist.barrier()
             if rank == 0:
                 shutil.rmtree(target)

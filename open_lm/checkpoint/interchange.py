@@ -46,7 +46,8 @@ from open_lm.rng import from_tensors, set_rng_state
 def write_interchange(stored: StoredTensors, folder: str, name: str, keep_optimizer: bool = True) -> str:
     """Write the interchange files of a sharded checkpoint to a local or remote folder; returns epoch_N.pt's path.
 
-    `name` is the run's. Each file appears whole or not at all, epoch_N.pt last. At most one chunk of a tensor is held.
+    `name` is the run's. Each file appears whole or not at all, epoch_N.pt last. At most one chunk of a tensor is held,
+    or the whole of one that tensor parallelism has divided along its columns.
     CheckpointError where the checkpoint is broken, StorageError where it cannot be read or the files not be written.
     """
     contents = _contents(stored, name)
