@@ -71,11 +71,10 @@ def logit_mean(hidden: Tensor, weight: Tensor) -> Tensor:
 
     The mean of products over independent indices is the product of the means. weight may be sharded over a mesh.
     """
-    rows = weight.detach()
-    mean_row = rows.float().mean(0)
-    if isinstance(mean_row, DTensor):
-        mean_row = mean_row.full_tensor()
-    return hidden.detach().flatten(0, -2).float().mean(0) @ mean_row
+    row_sum = weight.detach().float().sum(0)
+    if isinstance(row_sum, DTensor):
+        row_sum = row_sum.full_tensor()
+    return hidden.detach().flatten(0, -2).float().mean(0) @ (row_sum / len(weight))
 
 
 def token_loss(
