@@ -5,6 +5,7 @@ A model knows nothing of them: `parallelize(model, layout, cfg, …)` applies th
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from open_lm.distributed import on_all
 from open_lm.errors import ConfigError
 from open_lm.float8 import MULTIPLE, check_float8, convert_to_float8
 from open_lm.layout import Layout
+from open_lm.recomputation import recomputed
 from open_lm.tensor_parallel import check_splits, split_model
 
 # Blocks whose parameters --fsdp-backward-prefetch gathers ahead; FSDP2 by itself is one block ahead.
@@ -57,7 +59,7 @@ def parallelize(
         assert layout.mesh is not None
         on_all(lambda: check_splits(model, layout.tensor))
         split_model(model, layout.mesh["tensor"])
-    _checkpoint_activations(model, model_cfg)
+    _checkpoint_activations(model, blocks, model_cfg)
     if model_cfg.torchcompile:
         # In place and a block at a time: parameter names stay, and equal blocks share one compilation.
         for block in blocks:
@@ -146,7 +148,7 @@ def notes(cfg: ParallelConfig, device: torch.device) -> list[str]:
     return sentences
 
 
-def _checkpoint_activations(model: nn.Module, cfg: ModelConfig) -> None:
+def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module], cfg: ModelConfig) -> None:
     """Switch recomputation on, by the model's own means: of every block, of every K-th, or of cheap operators."""
     policy = "full" if cfg.grad_checkpointing else cfg.activation_checkpointing
     if policy == "none":
@@ -158,10 +160,25 @@ def _checkpoint_activations(model: nn.Module, cfg: ModelConfig) -> None:
         switch()
     elif cfg.hf_model:
         raise ConfigError(f"--activation-checkpointing {policy}: models of --hf-model recompute all or nothing: full")
-    elif policy == "op":
-        switch(policy="op")
-    else:
+    elif policy != "op":
         switch(every=int(policy))
+    elif cfg.torchcompile:
+        # Operators of a compiled block cannot be told apart from outside: it is compiled with what is recomputed.
+        for block in blocks:
+            own: Any = type(block)
+            block.__class__ = _recomputing(own, policy)
+    else:
+        switch(policy=policy)
+
+
+@functools.cache  # equal blocks are compiled once, if they are of the same class
+def _recomputing(own: Any, policy: str) -> type:
+    """A subclass of a block's class whose forward is recomputed by `policy`."""
+
+    def forward(block: nn.Module, *args: Any) -> Any:
+        return recomputed(own.forward, policy)(block, *args)
+
+    return type(own.__name__, (own,), {"forward": forward})
 
 
 def _shard(

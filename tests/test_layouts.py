@@ -1,0 +1,145 @@
+"""Every layout of ranks starts, trains, evaluates and compiles alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import layout_worker
+import pytest
+import torch
+
+from open_lm.config import ModelConfig, ParallelConfig
+from open_lm.errors import ConfigError
+from open_lm.feed_forward import FusedLinear
+from open_lm.float8 import check_float8, convert_to_float8
+from open_lm.layout import Layout
+from open_lm.model import Params, Transformer
+from open_lm.parallelize import parallelize
+from open_lm.tensor_parallel import check_splits
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import parity
+
+TENSOR = {"tensor_parallel": 2}
+START = [
+    {"fsdp": True, "tensor_parallel": 2},
+    {"fsdp": True},
+    {"tensor_parallel": 4},
+    {"fsdp": True, "mesh_dim": "2,1,2"},
+    {"fsdp": True, "context_parallel": 2},
+]
+
+
+@pytest.fixture
+def on_ranks(torchrun: Callable[..., object], tmp_path: Path) -> Callable[..., list[Any]]:
+    def run(ranks: int, *jobs: list[Any]) -> list[Any]:
+        shutil.copy(layout_worker.__file__, tmp_path)
+        torchrun(ranks, "layout_worker", "out.json", *[json.dumps(job) for job in jobs])
+        return json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def test_every_pair_of_options_meets() -> None:
+    chosen = parity.cases(2)
+    for one, other in combinations(["layout", *parity.OPTIONS], 2):
+        values = [parity.OPTIONS.get(name, tuple(parity.LAYOUTS)) for name in (one, other)]
+        met = {(case[one], case[other]) for case in chosen}
+        if max(len(each) for each in values) == 2:
+            assert len(met) == 4, (one, other)
+    assert {case["layout"] for case in chosen} == set(parity.LAYOUTS)
+
+
+def test_every_layout_trains_as_a_single_process_does() -> None:
+    chosen = parity.short_cases()
+    differences = parity.run(chosen, parity.SHORT_STEPS)
+    wrong = [(found, case) for found, case in zip(differences, chosen, strict=True) if found > 1e-5]
+    assert not wrong
+
+
+def test_a_model_starts_alike_on_any_ranks_and_whole_on_none(on_ranks: Callable[..., list[Any]]) -> None:
+    small, large = layout_worker.SMALL, layout_worker.LARGE
+    first = [["start", START[0], small], ["start", START[0], large]]  # memory is a high-water mark of the process
+    _, spread_out, *results = on_ranks(4, *first, *[["start", settings, small] for settings in START])
+    alone = layout_worker.start({}, small)["sums"]
+    for settings, result in zip(START, results, strict=True):
+        assert result["sums"].keys() == alone.keys()
+        for name, sums in result["sums"].items():
+            assert sums == pytest.approx(alone[name], rel=1e-12), (settings, name)
+    whole_bytes = 4 * sum(p.numel() for p in meta_model(**large).parameters())
+    assert spread_out["held_bytes"] < 0.26 * whole_bytes
+    assert spread_out["growth_bytes"] < 0.75 * whole_bytes  # and one tensor at a time
+
+
+def test_evaluation_sees_whole_logits_however_the_model_is_called(on_ranks: Callable[..., list[Any]]) -> None:
+    expected = layout_worker.logits({})
+    for found in on_ranks(2, ["logits", TENSOR], ["logits", {**TENSOR, "fsdp": True}]):
+        for name, values in expected.items():
+            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "op"])
+def test_equal_blocks_are_compiled_once(checkpointing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = layout_worker.compiled({}, checkpointing)
+    assert result["graphs"] == 1 and result["graph_breaks"] == 0
+    assert result["numbers"][1] == pytest.approx(result["numbers"][0], rel=1e-5)
+
+
+def test_equal_blocks_are_compiled_once_on_ranks_that_split_them(on_ranks: Callable[..., list[Any]]) -> None:
+    (result,) = on_ranks(2, ["compiled", TENSOR, "none"])
+    assert result["graphs"] == 1 and result["graph_breaks"] == 0
+    assert result["numbers"][1] == pytest.approx(result["numbers"][0], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ what cannot be
+def meta_model(**shape: Any) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(Params(**{"dim": 48, "n_layers": 2, "n_heads": 6, "vocab_size": 9, "seq_len": 8, **shape}))
+
+
+def test_splits_that_do_not_fit_are_explained() -> None:
+    check_splits(meta_model(), 2)
+    with pytest.raises(ConfigError, match=r"-parallel 3: .* 6 heads and 256 hidden features .* divide over 1, 2 ranks"):
+        check_splits(meta_model(), 3)
+    check_splits(meta_model(ffn_type="gelu"), 3)
+    with pytest.raises(ConfigError, match=r"(?s)1\. .* over 1, 2, 3, 6 ranks.*2\. .* a vocabulary of 3 leaves a rank"):
+        check_splits(meta_model(ffn_type="gelu", vocab_size=3), 4)
+    with pytest.raises(ConfigError, match="--qk-norm by RMSNorm"):
+        check_splits(meta_model(apply_qk_norm=True, norm_type=torch.nn.RMSNorm), 2)
+    unknown = meta_model()
+    unknown.layers[1].feed_forward = torch.nn.Bilinear(48, 48, 48, device="meta")
+    with pytest.raises(ConfigError, match=r"not known how feed_forward\.weight is to be split"):
+        check_splits(unknown, 2)
+
+
+def test_float8_says_what_it_needs() -> None:
+    with pytest.raises(ConfigError, match=r"--fp8 needs a CUDA device of compute capability 8\.9"):
+        check_float8(torch.device("cpu"))
+
+
+def test_blocks_of_hf_models_are_recomputed_in_full_or_not() -> None:
+    cfg = ModelConfig(hf_model="some/model", hf_fsdp_block="Block", activation_checkpointing="op")
+    with pytest.raises(ConfigError, match="--activation-checkpointing op: models of --hf-model"):
+        parallelize(meta_model(), Layout(), ParallelConfig(), device=torch.device("cpu"), model_cfg=cfg)
+
+
+def test_float8_layers_keep_names_and_parts() -> None:
+    pytest.importorskip("torchao")
+    model, plain = (Transformer(Params(dim=64, n_layers=2, n_heads=4, vocab_size=32, seq_len=16)) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    assert convert_to_float8(model.layers, emulate=True) == 8
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert [m.parts for m in model.modules() if isinstance(m, FusedLinear)] == [3, 2, 3, 2]
+    ids = torch.arange(32).view(2, 16)
+    exact, rounded = plain(ids)[0], model(ids)[0]
+    error = (exact - rounded).norm() / exact.norm()
+    assert 1e-3 < error < 0.1
+    rounded.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
