@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ from open_lm.errors import ConfigError, join_problems, run_cli
 from open_lm.params import build_parser, load_config_file, parse_args
 from open_lm.planner.checkpoints import Checkpoints, checkpoints_of
 from open_lm.planner.report import Plan, text, values
-from open_lm.planner.strategies import STRATEGIES, Machine, Option, Wishes, best, option, options
+from open_lm.planner.strategies import STRATEGIES, Machine, Option, Wishes, best, options
 from open_lm.planner.traffic import Rates
 from open_lm.storage import parse_bytes
 
@@ -116,7 +117,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
         rates_from=source,
         found=found,
         chosen=chosen,
-        growth=_growth(wishes, machine, rates, found, most),
+        growth=_growth(wishes, machine, rates, names, most),
         max_exposed=max_exposed,
         train_tokens=int(tokens) or None,
         checkpoints=_checkpoints(chosen, int(tokens)),
@@ -208,20 +209,17 @@ def _measured(path: str, wishes: Wishes) -> tuple[float, float, str]:
 
 # --- what follows ---------------------------------------------------------------------------------------------------
 def _growth(
-    wishes: Wishes, machine: Machine, rates: Rates, found: Sequence[Option], most: int
+    wishes: Wishes, machine: Machine, rates: Rates, names: Sequence[str], most: int
 ) -> dict[int, dict[str, Option]]:
-    """On 1, 2, 4, … times as many devices, each strategy with the checkpointing that is best for it here, or there."""
-    names = list(dict.fromkeys(item.strategy for item in found))
+    """On 1, 2, 4, … times as many devices, each strategy with the checkpointing that is best for it there."""
     growth: dict[int, dict[str, Option]] = {}
-    devices = machine.devices
-    while devices <= most:
-        larger = Machine(devices, machine.memory_bytes, machine.per_node, machine.name)
-        row = {}
-        for name in names:
-            tried = [option(wishes, larger, rates, name, checkpointing) for checkpointing in wishes.checkpointing()]
-            row[name] = best(tried) or tried[-1]
-        growth[devices] = row
-        devices *= 2
+    while machine.devices <= most:
+        found = options(wishes, machine, rates, names)
+        rows = {
+            name: [item for item in found if item.strategy == name] for name in dict.fromkeys(o.strategy for o in found)
+        }
+        growth[machine.devices] = {name: best(tried) or tried[-1] for name, tried in rows.items()}
+        machine = replace(machine, devices=2 * machine.devices)
     return growth
 
 

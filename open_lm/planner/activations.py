@@ -21,16 +21,16 @@ Split = Literal["tokens", "features", "whole"]
 @dataclass(frozen=True)
 class Types:
     """Bytes of one number: `stored` parameters and moments, `gathered` parameters as FSDP gathers them and gradients
-    before their reduction, `reduced` gradients on the way, `compute` of matrix products, `residual` stream, `normed`,
-    what a norm computes in. `autocast`: whether matrices are cast for each use."""
+    before their reduction, `reduced` gradients on the way, `compute` of matrix products, `residual` stream. `autocast`:
+    whether matrices are cast for each use. `norms`: what every norm computes in; 0: in the type of its input."""
 
     stored: int
     gathered: int
     reduced: int
     compute: int
     residual: int
-    normed: int
     autocast: bool
+    norms: int = 0
 
 
 def types_of(config: Config, device_type: str = "cuda") -> Types:
@@ -43,12 +43,12 @@ def types_of(config: Config, device_type: str = "cuda") -> Types:
     autocast = precision.startswith("amp")
     # The embedding gives the residual stream its type, and no addition to it is wider than float32.
     residual, compute = gathered, 2 if autocast else gathered
-    normed = residual
+    norms = 0
     if autocast and "lp_layer_norm" in config.model.model_norm:
-        normed = compute
+        norms = compute
     elif autocast and device_type == "cuda":
-        normed = 4  # autocast runs norms in float32 there, and not on CPU
-    return Types(stored, gathered, reduced, compute, residual, normed, autocast)
+        norms = 4  # autocast runs norms in float32 there, and not on CPU
+    return Types(stored, gathered, reduced, compute, residual, autocast, norms)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _norm(name: str, shape: ModelShape, types: Types, width: int = 0, split: Spl
             Kept(f"{name} before the gain", width, types.residual, split),
             Kept(f"{name} scale", 1, 4, split),
         ]
-    return [Kept(f"{name} input", width, types.normed, split), Kept(f"{name} statistics", 2, 4, split)]
+    return [Kept(f"{name} input", width, types.norms or types.residual, split), Kept(f"{name} statistics", 2, 4, split)]
 
 
 def _attention(shape: ModelShape, types: Types, context: int) -> list[Kept]:
@@ -133,8 +133,8 @@ def _attention(shape: ModelShape, types: Types, context: int) -> list[Kept]:
         kept.append(Kept("gathered keys, values", 2 * width * context, c))
     if shape.qk_norm:
         # On the layer's own output, which is kept as it is, but for a norm that computes in another type.
-        if types.autocast and types.normed != c:
-            kept += [Kept("queries, keys for their norms", 2 * width, types.normed)]
+        if types.norms not in (0, c):
+            kept += [Kept("queries, keys for their norms", 2 * width, types.norms)]
         kept += [Kept("statistics", 4, 4)]
     if shape.positional_embedding_type != "none" or shape.qk_norm:
         kept.append(Kept("rotated queries, keys", 2 * width, c))

@@ -161,31 +161,34 @@ def _growth_table(plan: Plan) -> str:
     rows = [
         ("devices", "strategy", "batch", "GB sent", "compute s", "exchange s", "exposed s", "efficiency", "tokens/s")
     ]
-    last: dict[str, int] = {}
     for devices, row in plan.growth.items():
         for name, option in row.items():
             if option.time is None or not option.fits:
                 rows.append((str(devices), name, *("",) * 6, "does not fit" if not option.problem else "not possible"))
                 continue
             time = option.time
-            if time.exposed_s <= plan.max_exposed * time.seconds:
-                last[name] = devices
             rows.append((str(devices), name, str(option.batch), f"{time.num_bytes / GB:.1f}", f"{time.compute_s:.2f}",
                          f"{time.exchange_s:.2f}", f"{time.exposed_s:.2f}", f"{time.efficiency:.0%}",
                          f"{time.tokens_per_s:,.0f}"))  # fmt: skip
-    most = max(plan.growth)
-    ends = [_end(name, last.get(name), plan) for name in plan.growth[most]]
+    names = dict.fromkeys(name for row in plan.growth.values() for name in row)
     return (
-        f"More devices, a step of each (GB that a device sends; exchange that nothing hides is exposed):\n"
-        f"{aligned(rows, left=2)}\n" + "\n".join(ends)
+        "More devices, a step of each (GB that a device sends; exchange that nothing hides is exposed):\n"
+        f"{aligned(rows, left=2)}\n" + "\n".join(f"  {name}: {_end(name, plan)}" for name in names)
     )
 
 
-def _end(name: str, last: int | None, plan: Plan) -> str:
-    limit = f"more than {plan.max_exposed:.0%} of a step waits for exchange"
-    if last is None:
-        return f"  {name}: nowhere, or {limit} from the start"
-    return f"  {name}: scales to {last}" + ("" if last == max(plan.growth) else f"; beyond, {limit} or it does not fit")
+def _end(name: str, plan: Plan) -> str:
+    """To how many devices a strategy scales, and what comes then."""
+    fitting = [(devices, row[name]) for devices, row in plan.growth.items() if name in row and row[name].fits]
+    scales = 0
+    for devices, option in fitting:
+        assert option.time is not None
+        share = option.time.exposed_s / option.time.seconds
+        if share > plan.max_exposed:
+            before = f"scales to {scales}; on " if scales else "on "
+            return f"{before}{devices}, {share:.0%} of a step waits for exchange"
+        scales = devices
+    return f"scales to {scales}" if scales else "fits nowhere"
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int) -> str:

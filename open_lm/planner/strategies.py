@@ -72,11 +72,10 @@ class Option:
         return self.batch * self.job.config.optim.accum_freq * self.job.layout.data_size
 
     def command(self) -> str:
-        """The command line that starts it; the trainer's own parser has taken its flags."""
+        """The command line that starts it; the trainer's own parser has taken these flags."""
         machine = self.machine
         nodes = f"--nnodes {machine.nodes} --rdzv-backend c10d --rdzv-endpoint NODE:29400 " if machine.nodes > 1 else ""
         start = f"torchrun {nodes}--nproc-per-node {min(machine.devices, machine.per_node)} -m open_lm.main"
-        parse_args(self.flags)
         return f"{start if machine.devices > 1 else 'python -m open_lm.main'} {shlex.join(self.flags)}"
 
 
@@ -136,6 +135,7 @@ def option(wishes: Wishes, machine: Machine, rates: Rates, strategy: str, checkp
         flags += ("--accum-freq", str(count))
     if not wishes.stated & {"batch_size", "global_batch_size"}:
         flags += ("--batch-size", str(job.batch))
+    job = replace(job, config=Config.from_namespace(parse_args(flags)))  # as the trainer will understand them
     return replace(
         found,
         flags=flags,

@@ -1,0 +1,62 @@
+"""The planner's memory against the CUDA allocator's peak."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from open_lm.config import Config
+from open_lm.distributed import Runtime
+from open_lm.layout import Layout
+from open_lm.model import create_model
+from open_lm.optim import build_optimizer
+from open_lm.parallelize import parallelize
+from open_lm.params import parse_args
+from open_lm.planner.memory import Job, peak
+from open_lm.planner.shapes import shape_of
+from open_lm.precision import get_autocast, parameter_dtype
+from open_lm.train import StepOptions, train_step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("model", ["open_lm_160m", "open_lm_411m"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--precision fp32",
+        "--precision amp_bfloat16",
+        "--precision bf16",
+        "--precision amp_bfloat16 --activation-checkpointing full",
+        "--precision amp_bfloat16 --activation-checkpointing op",
+    ],
+)
+def test_memory_is_within_a_tenth_of_the_allocator_s_peak(model: str, flags: str) -> None:
+    config = Config.from_namespace(parse_args(["--model", model, *flags.split()]))
+    batch, precision = 4, config.precision.precision
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    device, layout = torch.device("cuda"), Layout()
+    net = parallelize(
+        create_model(config.model),
+        layout,
+        config.parallel,
+        device=device,
+        model_cfg=config.model,
+        dtype=parameter_dtype(precision),
+    )
+    optimizer = build_optimizer(net, config.optim)
+    options = StepOptions(Runtime(device=device), layout, get_autocast(precision, "cuda"), grad_clip_norm=1.0)
+    ids = torch.randint(1000, (batch, shape_of(config.model).seq_len), device=device)
+    for _ in range(2):  # the second has the optimizer's state from its beginning
+        torch.cuda.reset_peak_memory_stats()
+        train_step(net, ids, ids, optimizer, options)
+    found = torch.cuda.max_memory_allocated() - before
+    planned = peak(Job(shape_of(config.model), config, layout, batch))
+    assert planned.total == pytest.approx(found, rel=0.1)
