@@ -64,7 +64,7 @@ lint: install
 
 check-types: install
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy scripts/*.py eval/*.py
+	MYPYPATH=scripts $(VENV)/bin/mypy scripts/*.py scripts/benchmark_7B/*.py eval/*.py
 
 layers: install
 	$(VENV)/bin/lint-imports

@@ -217,7 +217,7 @@ class OptimConfig(Section):
     beta1: float = flag(0.9, "AdamW beta 1")
     beta2: float = flag(0.95, "AdamW beta 2")
     eps: float = flag(1.0e-8, "AdamW epsilon")
-    wd: float = flag(0.2, "weight decay, on all parameters")
+    wd: float = flag(0.2, "weight decay, on all parameters but for --no-decay-norms")
     no_decay_norms: bool = flag(False, "no weight decay on norms and biases")
     muon_momentum: float = flag(0.95, "with --optimizer muon, its momentum")
     warmup: int = flag(10000, "steps of linear warmup")
