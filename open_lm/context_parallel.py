@@ -56,10 +56,12 @@ def whole_rows(part: Tensor, layout: Layout) -> Tensor:
 
 @dataclass(frozen=True)
 class PartOfRows:
-    """Whose part of rows, and the documents (B,T) of whole rows; None: each row is one."""
+    """Whose part of rows, and the documents (B,T) of whole rows; None: each row is one, and `causal` are the masks of
+    the two chunks. They are made outside the blocks, as recomputation by operator cannot see a tensor subclass made."""
 
     layout: Layout
     document_ids: Tensor | None
+    causal: tuple[Tensor, ...] = ()
 
 
 def part_of_rows(layout: Layout, length: int, device: torch.device, document_ids: Tensor | None = None) -> Documents:
@@ -67,10 +69,17 @@ def part_of_rows(layout: Layout, length: int, device: torch.device, document_ids
     attend to those of all ranks; inside documents with document_ids (B,T)."""
     if document_ids is None:
         positions = torch.arange(length, device=device)[None]
+        chunk = length // (2 * layout.context)
+        part = PartOfRows(layout, None, tuple(causal_lower_right(chunk, (at + 1) * chunk) for at in _places(layout)))
     else:
         positions = positions_in(first_tokens(document_ids))
-    part = PartOfRows(layout, document_ids)
+        part = PartOfRows(layout, document_ids)
     return Documents(own_part(positions, layout), part=part, attend=kept_apart(_attend))
+
+
+def _places(layout: Layout) -> tuple[int, int]:
+    """Where this rank's two chunks stand among all."""
+    return layout.context_rank, 2 * layout.context - 1 - layout.context_rank
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
@@ -83,13 +92,12 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents)
     k, v = (x.transpose(1, 2) for x in both.unbind(-1))
     outs = []
     length = both.shape[1] // (2 * layout.context)
-    for place, chunk in zip(
-        (layout.context_rank, 2 * layout.context - 1 - layout.context_rank), queries.chunk(2, dim=1), strict=True
-    ):
+    for number, (place, chunk) in enumerate(zip(_places(layout), queries.chunk(2, dim=1), strict=True)):
         begin, end = place * length, (place + 1) * length
         # Chunks of queries are the last of the keys that they may see.
-        mask: Tensor = causal_lower_right(length, end)
-        if document_ids is not None:
+        if document_ids is None:
+            mask = documents.part.causal[number]
+        else:
             same = document_ids[:, begin:end, None] == document_ids[:, None, :end]
             mask = same.tril(diagonal=begin)[:, None]
         out = F.scaled_dot_product_attention(chunk.transpose(1, 2), k[:, :, :end], v[:, :, :end], attn_mask=mask)

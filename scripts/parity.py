@@ -1,8 +1,7 @@
 """Do all layouts of ranks train alike? Compares each with one process, step by step, on CPU in float32.
 
-    python scripts/parity.py                          the short matrix: 4 steps, each layout with one or two sets
-    python scripts/parity.py --full                   20 steps, each layout with four
-    python scripts/parity.py --full --layout tensor_fsdp
+    python scripts/parity.py                    20 steps, each layout with two sets of options
+    python scripts/parity.py --sets 8 --layout tensor_fsdp
 
 A small model is trained with AdamW, by each layout with several sets of options, and the largest difference of losses
 and gradient norms from those of a single process is printed for each layout, with that of the logits afterwards. Ends
@@ -38,7 +37,6 @@ from open_lm.precision import get_autocast
 from open_lm.train import StepOptions, train_step
 
 ROWS, END_OF_TEXT, TOLERANCE = 16, 3, 1e-4
-SHORT_STEPS, FULL_STEPS = 4, 20
 
 # Ranks, and the settings of the layout.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -93,11 +91,6 @@ def cases(per_layout: int) -> list[dict[str, Any]]:
                 chosen = {n: values[(first[n] + turn) % len(values)] for n, values in OPTIONS.items()}
                 found.append({"layout": layout, **chosen})
     return found
-
-
-def short_cases() -> list[dict[str, Any]]:
-    """Two sets for each layout, of 8 ranks one."""
-    return [case for number, case in enumerate(cases(2)) if LAYOUTS[case["layout"]][0] < 8 or number % 2]
 
 
 def batch(step: int, case: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -211,16 +204,16 @@ def work(jobs: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="20 steps, and four sets of options for each layout")
+    parser.add_argument("--steps", type=int, default=20, help="of each training")
+    parser.add_argument("--sets", type=int, default=2, help="of options for each layout, an even number")
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="only this layout; may be repeated")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         work(args.worker)
         end_process(0)
-    chosen = cases(4) if args.full else short_cases()
-    chosen = [case for case in chosen if args.layout is None or case["layout"] in args.layout]
-    results = run(chosen, FULL_STEPS if args.full else SHORT_STEPS, say=lambda text: print(text, flush=True))
+    chosen = [case for case in cases(args.sets) if args.layout is None or case["layout"] in args.layout]
+    results = run(chosen, args.steps, say=lambda text: print(text, flush=True))
     print(f"{'layout':22} {'ranks':>5} {'cases':>5}  largest difference")
     for layout in dict.fromkeys(case["layout"] for case in chosen):
         of_layout = [(result, case) for result, case in zip(results, chosen, strict=True) if case["layout"] == layout]

@@ -16,8 +16,6 @@ import torch
 
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
-from open_lm.feed_forward import FusedLinear
-from open_lm.float8 import check_float8, convert_to_float8
 from open_lm.layout import Layout
 from open_lm.model import Params, Transformer
 from open_lm.parallelize import parallelize
@@ -58,8 +56,10 @@ def test_every_pair_of_options_meets() -> None:
 
 
 def test_every_layout_trains_as_a_single_process_does() -> None:
-    chosen = parity.short_cases()
-    differences = parity.run(chosen, parity.SHORT_STEPS)
+    """As `scripts/parity.py` says of 20 steps; here of fewer, and of 8 ranks with one set of options each."""
+    every = enumerate(parity.cases(2))
+    chosen = [case for number, case in every if number % 2 or parity.LAYOUTS[case["layout"]][0] < 8]
+    differences = parity.run(chosen, steps=4)
     wrong = [(found, case) for found, case in zip(differences, chosen, strict=True) if found > 1e-5]
     assert not wrong
 
@@ -119,27 +119,7 @@ def test_splits_that_do_not_fit_are_explained() -> None:
         check_splits(unknown, 2)
 
 
-def test_float8_says_what_it_needs() -> None:
-    with pytest.raises(ConfigError, match=r"--fp8 needs a CUDA device of compute capability 8\.9"):
-        check_float8(torch.device("cpu"))
-
-
 def test_blocks_of_hf_models_are_recomputed_in_full_or_not() -> None:
     cfg = ModelConfig(hf_model="some/model", hf_fsdp_block="Block", activation_checkpointing="op")
     with pytest.raises(ConfigError, match="--activation-checkpointing op: models of --hf-model"):
         parallelize(meta_model(), Layout(), ParallelConfig(), device=torch.device("cpu"), model_cfg=cfg)
-
-
-def test_float8_layers_keep_names_and_parts() -> None:
-    pytest.importorskip("torchao")
-    model, plain = (Transformer(Params(dim=64, n_layers=2, n_heads=4, vocab_size=32, seq_len=16)) for _ in range(2))
-    plain.load_state_dict(model.state_dict())
-    assert convert_to_float8(model.layers, emulate=True) == 8
-    assert list(model.state_dict()) == list(plain.state_dict())
-    assert [m.parts for m in model.modules() if isinstance(m, FusedLinear)] == [3, 2, 3, 2]
-    ids = torch.arange(32).view(2, 16)
-    exact, rounded = plain(ids)[0], model(ids)[0]
-    error = (exact - rounded).norm() / exact.norm()
-    assert 1e-3 < error < 0.1
-    rounded.square().sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,0 +1,77 @@
+"""Blocks that multiply in 8-bit floating point."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from open_lm.config import ModelConfig, ParallelConfig
+from open_lm.errors import ConfigError
+from open_lm.feed_forward import FusedLinear
+from open_lm.float8 import check_float8, convert_to_float8
+from open_lm.layout import Layout
+from open_lm.losses import TokenLoss
+from open_lm.model import Params, Transformer
+from open_lm.parallelize import parallelize
+
+IDS = torch.arange(64).view(2, 32)
+
+
+def model(dim: int = 64, **shape: object) -> Transformer:
+    made = Transformer(Params(**{"dim": dim, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "seq_len": 32, **shape}))
+    made.reset_parameters(seed=1)
+    return made
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def test_what_it_needs_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"--fp8 needs a CUDA device of compute capability 8\.9"):
+        check_float8(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("ffn_type", "layers"), [("swiglu", 4), ("gelu", 4), ("gemma_geglu", 5)])
+def test_layers_keep_their_names_and_parts(ffn_type: str, layers: int) -> None:
+    """On a CPU, where torchao computes in float32 what a device would in 8 bits."""
+    pytest.importorskip("torchao")
+    plain, converted = model(ffn_type=ffn_type), model(ffn_type=ffn_type)
+    assert convert_to_float8(converted.layers, emulate=True) == 2 * layers
+    assert converted.state_dict().keys() == plain.state_dict().keys()
+    parts = [each.parts for each in plain.modules() if isinstance(each, FusedLinear)]
+    assert [each.parts for each in converted.modules() if isinstance(each, FusedLinear)] == parts
+    for each in (plain, converted):
+        each(IDS, loss=TokenLoss(IDS))[0].backward()
+    assert 1e-3 < relative_error(converted(IDS)[0], plain(IDS)[0]) < 0.2
+    for name, parameter in converted.named_parameters():
+        assert relative_error(parameter.grad, plain.get_parameter(name).grad) < 0.3, name
+
+
+def test_matrices_that_devices_cannot_multiply_so_are_left() -> None:
+    pytest.importorskip("torchao")
+    assert convert_to_float8(model(dim=40).layers, emulate=True) == 0
+    assert convert_to_float8(model(ffn_type="gelu").layers, ranks=8, emulate=True) == 0
+    experts = model(moe_freq=1, moe_num_experts=16)
+    assert convert_to_float8(experts.layers, emulate=True) == 4
+    assert type(experts.layers[0].feed_forward.router.layer) is torch.nn.Linear
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_blocks_multiply_in_8_bits() -> None:
+    pytest.importorskip("torchao")
+    device, ids = torch.device("cuda"), IDS.cuda()
+    check_float8(device)
+    plain = model(dim=256).to(device)
+    made = model(dim=256)
+    trained = parallelize(
+        made, Layout(), ParallelConfig(), device=device, model_cfg=ModelConfig(torchcompile=True), fp8=True
+    )
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        expected = plain(ids)[0]
+        found = trained(ids)[0]
+        trained(ids, loss=TokenLoss(ids))[0].backward()
+    assert 1e-3 < relative_error(found, expected) < 0.2
+    assert all(parameter.grad is not None for parameter in trained.parameters())
