@@ -191,8 +191,12 @@ class _Sequences:
         return self._exchanged(args[0], Replicate(), Shard(1)).to_local(), *args[1:]
 
     def gather(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """(B,t,D) -> (B,T,D), of which each rank has a partial gradient."""
-        return self._exchanged(args[0], Shard(1), Replicate()).to_local(grad_placements=[Partial()]), *args[1:]
+        """(B,t,D) -> (B,T,D), of which each rank has a partial gradient; in the type of autocast, where that is on, as
+        all that follows are matrix products."""
+        x = args[0]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self._exchanged(x, Shard(1), Replicate()).to_local(grad_placements=[Partial()]), *args[1:]
 
     def gather_for_all(self, module: nn.Module, args: tuple[Any, ...], x: Tensor) -> Tensor:
         """(B,t,D) -> (B,T,D), of which all ranks have the same gradient."""

@@ -146,17 +146,12 @@ def differences(steps: list[list[float]], expected: list[list[float]]) -> float:
     )
 
 
-def test_every_layout_gives_the_same_losses_on_two_ranks(torchrun: Callable[..., object], tmp_path: Path) -> None:
-    """Float32, masked tokens, accumulation: losses and gradient norms are those of one process within 1e-5."""
+def test_settings_of_fsdp_on_two_ranks(torchrun: Callable[..., object], tmp_path: Path) -> None:
+    """Losses and gradient norms are those of one process within 1e-5, in half precision nearly. All layouts are
+    compared in test_layouts.py."""
     shutil.copy(trainer_worker.__file__, tmp_path)
     jobs: list[dict[str, object]] = [
-        {"layout": "plain"},
-        {"layout": "plain", "accum_freq": 4, "checkpointing": True},
-        {"layout": "static_graph", "tied": True},
-        {"layout": "fsdp"},
-        {"layout": "fsdp", "accum_freq": 2},
         {"layout": "fsdp", "accum_freq": 4, "tied": True, "checkpointing": True},
-        {"layout": "prefetch"},
         {"layout": "hybrid", "accum_freq": 2},
         {"layout": "hybrid_o2", "accum_freq": 2},
         {"layout": "amp"},
