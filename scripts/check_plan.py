@@ -119,7 +119,7 @@ def tracked(case: Case) -> dict[str, int]:
         ids = torch.zeros(case.batch, shape_of(config.model).seq_len, dtype=torch.int64)
         with _assumed_values():
             train_step(model, ids, ids, optimizer, options)  # makes the optimizer's state
-        if config.parallel.fsdp:
+        if case.job().is_sharded:
             tracker: Any = FSDPMemTracker(model, optimizer)
             tracker.track_external(optimizer, ids)
         else:

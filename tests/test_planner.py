@@ -221,7 +221,7 @@ def test_commands_are_what_the_trainer_takes_and_say_what_was_planned() -> None:
     assert found.chosen is not None
     speeds = [option.time.tokens_per_s for option in found.found if option.fits and option.time]
     assert found.chosen.time is not None
-    assert found.chosen.time.tokens_per_s == max(speeds)
+    assert found.chosen.time.tokens_per_s >= 0.995 * max(speeds)
 
 
 def test_a_global_batch_is_divided_into_micro_batches_that_fit() -> None:
@@ -296,6 +296,7 @@ def test_measured_speeds_come_from_the_benchmark_s_file(tmp_path: Path) -> None:
 
 
 def test_planning_loads_no_torch() -> None:
-    code = "import sys, open_lm.plan as p; p.main(['--model', 'open_lm_1b', '--most-devices', '0', '--json']); assert 'torch' not in sys.modules"
+    argv = ["--model", "open_lm_1b", "--most-devices", "0", "--json"]
+    code = f"import sys, open_lm.plan as p; p.main({argv}); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["recommended"]["fits"]

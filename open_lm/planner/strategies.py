@@ -27,6 +27,7 @@ STRATEGIES: dict[str, str] = {
     "tensor+fsdp": "--fsdp --tensor-parallel {tensor}",
     "context": "--fsdp --context-parallel {context}",
 }
+AS_FAST = 0.995
 CHECKPOINTING = ("none", "op", "2", "full")
 _CHOOSING = {"fsdp", "tensor_parallel", "context_parallel", "mesh_dim"}
 ALONE = ("single", "offload")  # what there is for one device
@@ -148,9 +149,10 @@ def option(wishes: Wishes, machine: Machine, rates: Rates, strategy: str, checkp
 
 
 def best(found: Sequence[Option]) -> Option | None:
-    """The fastest that fits; None where none does."""
-    fitting = [item for item in found if item.fits]
-    return max(fitting, key=lambda item: item.time.tokens_per_s if item.time else 0.0, default=None)
+    """The fastest that fits, of those that are as fast the one that needs least memory; None where none fits."""
+    speeds = {id(item): item.time.tokens_per_s for item in found if item.fits and item.time is not None}
+    as_fast = [item for item in found if speeds.get(id(item), 0.0) >= AS_FAST * max(speeds.values(), default=1.0)]
+    return min(as_fast, key=lambda item: item.memory.total, default=None)
 
 
 def largest_batch(fits: Callable[[int], bool], most: int = 1 << 14) -> int:
