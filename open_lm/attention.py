@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from open_lm.cpu_attention import causal_attention
 from open_lm.document_attention import (
     BLOCK_TOKENS,
     Documents,
@@ -100,10 +101,11 @@ def torch_attn(
     -> (B,Tq,H,K)."""
     if isinstance(attention_mask, Documents):
         return softmax_in_documents(queries, keys, values, attention_mask)
-    aligned = is_causal and attention_mask is None and 1 < queries.shape[1] == keys.shape[1]
-    mask = None if aligned else allowed_keys(queries, keys, is_causal, attention_mask)
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=aligned)
+    if is_causal and attention_mask is None and 1 < queries.shape[1] == keys.shape[1]:
+        return causal_attention(q, k, v).transpose(1, 2).contiguous()
+    mask = allowed_keys(queries, keys, is_causal, attention_mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).contiguous()
 
 

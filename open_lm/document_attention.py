@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_lm.cpu_attention import causal_attention
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # its import takes seconds in older versions of torch
 
@@ -148,7 +150,7 @@ def softmax_in_documents(queries: Tensor, keys: Tensor, values: Tensor, document
 def _one_by_one(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
     """Each document by itself, which on a CPU is faster than a mask and than attention to the whole row."""
     pieces = (x.flatten(0, 1).transpose(0, 1)[None].split(documents.lengths, dim=2) for x in (queries, keys, values))
-    outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in zip(*pieces, strict=True)]
+    outs = [causal_attention(q, k, v) for q, k, v in zip(*pieces, strict=True)]
     return torch.cat(outs, dim=2)[0].transpose(0, 1).reshape(queries.shape)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import cmath
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from open_lm import cache_blocks
+from open_lm.cache_blocks import row_blocks
 from open_lm.errors import ConfigError
 from open_lm.norms import NORMS, get_norm_class
 from open_lm.positional_embedding import POSITIONAL_EMBEDDINGS, get_positional_embedding
+from open_lm.positional_embedding.rotary import rotate_halves, rotate_neighbours
 
 
 @pytest.mark.parametrize("name", sorted(NORMS))
@@ -89,3 +93,29 @@ def test_frequencies_stay_exact_in_half_precision() -> None:
     far = torch.tensor([2000])
     exact, _, _ = get_positional_embedding("rotary", 64)(q, q, q, far)
     torch.testing.assert_close(embed(q, q, q, far)[0], exact)
+
+
+@pytest.mark.parametrize("rotate", [rotate_halves, rotate_neighbours])
+@pytest.mark.parametrize("shared", [True, False])
+def test_rotation_is_what_is_compiled_and_its_derivative(
+    rotate: Callable[..., Tensor], shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Angles of all rows and heads or of each; blocks of two tokens."""
+    monkeypatch.setattr(cache_blocks, "_BLOCK_BYTES", 400 // torch.get_num_threads())
+    q = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    angles = torch.linspace(0, 9, 20).view(5, 1, 4) if shared else torch.linspace(0, 9, 120).view(2, 5, 3, 4)
+    cos, sin = angles.cos(), angles.sin()
+    found = rotate(q, cos, sin)
+    torch.testing.assert_close(found, torch.compile(rotate, backend="eager")(q, cos, sin), atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(rotate, (q, cos, sin))
+    half = rotate(q.bfloat16(), cos, sin, torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and rotate(q.bfloat16(), cos, sin).dtype == torch.float32
+    torch.testing.assert_close(half.double(), found, atol=3e-2, rtol=1e-2)
+
+
+def test_blocks_of_rows_cover_them_once() -> None:
+    cpu, threads = torch.device("cpu"), torch.get_num_threads()
+    assert list(row_blocks(5, 2**19 * threads // 2, cpu)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert [piece.stop - piece.start for piece in row_blocks(3, 2**40, cpu)] == [1, 1, 1]
+    assert list(row_blocks(10**6, 2**20, torch.device("meta"))) == [slice(0, 10**6)]
+    assert list(row_blocks(0, 4, cpu)) == list(row_blocks(0, 4, torch.device("meta"))) == []
