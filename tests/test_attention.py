@@ -206,7 +206,7 @@ def test_flash_attention_3_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 def test_sdpa_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's FlashAttention exists on a CPU too, where it can show how the others are called."""
-    q, k, v = (tensor.bfloat16() for tensor in qkv(4, 4))
+    q, k, v = (tensor.bfloat16() for tensor in qkv(4, 4, width=32))
     assert torch.equal(sdpa_flash(q, k, v, True), torch_attn(q, k, v, True))
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     assert torch.equal(sdpa_cudnn(q, k, v, True, mask), torch_attn(q, k, v, True, mask))
