@@ -23,7 +23,7 @@ _NARROW = 16
 def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Each query attends to the keys up to its own: three times (B,H,T,K) float -> (B,H,T,K), scaled by 1/sqrt(K)."""
     narrow = queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.shape[-1] <= _NARROW
-    if narrow and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if narrow and torch.is_grad_enabled():
         out: Tensor = _WideBackward.apply(queries, keys, values)
         return out
     return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
