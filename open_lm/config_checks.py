@@ -98,7 +98,16 @@ _USED_ONLY: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = 
         "with --hf-model, which brings its own architecture",
     ),
     (("hf_seq_len", "hf_fsdp_block"), lambda c: c.model.hf_model is not None, "without --hf-model"),
-    (("hf_fsdp_block",), lambda c: c.parallel.fsdp, "without --fsdp"),
+    (
+        ("hf_fsdp_block",),
+        lambda c: c.parallel.fsdp or c.model.torchcompile or c.precision.fp8,
+        "without --fsdp, --torchcompile or --fp8",
+    ),
+    (
+        ("torchcompile",),
+        lambda c: c.model.hf_model is None or c.model.hf_fsdp_block is not None,
+        "with --hf-model and no --hf-fsdp-block, which says what its layers are",
+    ),
     (
         ("attn_activation", "attn_seq_scalar", "attn_seq_scalar_alpha"),
         lambda c: c.model.attn_name == "custom_attn",
@@ -248,6 +257,7 @@ def _parallel_problems(config: Config) -> list[str]:
     return problems
 
 
+_CHANGING_ATTENTION = ("xformers_attn", "xformers_attn_variable_length", "sdpa_cudnn")
 _SPLITS = ("tensor_parallel", "context_parallel", "mesh_dim")
 
 
@@ -282,8 +292,17 @@ def _model_problems(config: Config) -> list[str]:
         problems.append(f"--hf-model {model.hf_model} needs --hf-seq-len, the length of its training sequences")
     if model.hf_model and config.data.document_mask:
         problems.append("--document-mask needs a model of this package; those of --hf-model see whole sequences")
-    if model.hf_model and config.parallel.fsdp and not model.hf_fsdp_block:
-        problems.append("--hf-model with --fsdp needs --hf-fsdp-block, the class name of the model's layers")
+    needing = {"--fsdp": config.parallel.fsdp, "--fp8": config.precision.fp8}
+    problems += [
+        f"--hf-model with {flag} needs --hf-fsdp-block, the class name of the model's layers"
+        for flag, is_given in needing.items()
+        if is_given and model.hf_model and not model.hf_fsdp_block
+    ]
+    if config.run.deterministic and model.attn_name in _CHANGING_ATTENTION:
+        problems.append(
+            f"--attn-name {model.attn_name}: its kernels give other bits from run to run, which --deterministic rules "
+            "out; choose torch_attn"
+        )
     return problems
 
 
@@ -349,22 +368,9 @@ _AT_LEAST_ONE = (
 )
 _MORE_THAN_ZERO = ("grad_clip_norm", "read_timeout", "skip_loss_spikes", "rollback_loss_spikes", "dist_timeout")
 _AT_LEAST_ZERO = (
-    "workers",
-    "warmup",
-    "wd",
-    "eps",
-    "z_loss_coefficient",
-    "save_frequency",
-    "moe_freq",
-    "lr",
-    "force_min_lr",
-    "end_of_text_id",
-    "save_every_n_steps",
-    "save_every_minutes",
-    "keep_last",
-    "save_milestone_every",
-    "max_skipped_steps",
-    "hang_timeout",
+    *("workers", "warmup", "wd", "eps", "z_loss_coefficient", "save_frequency", "moe_freq", "lr", "force_min_lr"),
+    *("end_of_text_id", "save_every_n_steps", "save_every_minutes", "keep_last", "save_milestone_every"),
+    *("max_skipped_steps", "hang_timeout"),
 )
 
 

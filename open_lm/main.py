@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from open_lm.config import Config, DataConfig, FaultConfig, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from open_lm.config_checks import ineffective_flags, wants_training
 from open_lm.errors import ConfigError, end_process, join_problems, run_cli
-from open_lm.layout import layout_of
+from open_lm.layout import Layout, layout_of
 from open_lm.model_files import architecture_of
 from open_lm.params import parse_args
 from open_lm.run_folder import RunPaths, copy_codebase, redacted, write_params
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtim
     if trains:  # an evaluation has nothing to save: a signal ends it
         stack.enter_context(control)
     begin_log_file = _start_logging(args, config, runtime, stack)
-    _check_and_tell(config, architecture, runtime)
+    _check_and_tell(config, architecture, runtime, layout)
     paths = RunPaths(config.logging.logs, args.name, config.checkpoint.checkpoint_dir)
     on_master(lambda: paths.prepare(config.checkpoint.resume))
     on_master(lambda: stack.enter_context(paths.locked()))
@@ -182,13 +182,15 @@ def _log_file(config: Config, runtime: Runtime, paths: RunPaths) -> str | None:
     return paths.log if runtime.is_master else os.path.join(paths.root, f"out-{runtime.rank}")
 
 
-def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runtime) -> None:
+def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runtime, layout: Layout) -> None:
     """Say what the run starts on and which flags change nothing; ConfigError for what this device cannot do."""
     from open_lm.parallelize import notes
 
-    if config.parallel.fsdp and config.precision.precision == "amp" and runtime.device.type == "cuda":
+    is_sharded = config.parallel.fsdp or layout.tensor > 1
+    if is_sharded and config.precision.precision == "amp" and runtime.device.type == "cuda":
+        flag = "--fsdp" if config.parallel.fsdp else "--tensor-parallel"
         raise ConfigError(
-            "--precision amp computes in float16 on CUDA, whose loss scaling does not work with --fsdp: give "
+            f"--precision amp computes in float16 on CUDA, whose loss scaling does not work with {flag}: give "
             "--precision amp_bfloat16"
         )
     if runtime.world_size > 1:

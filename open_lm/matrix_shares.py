@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_lm.adamw import local_part, working_device
+from open_lm.distributed import own_subgroup
 from open_lm.sharded_tensor import boxes
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # of a part in the whole tensor: offsets and sizes
@@ -157,7 +158,7 @@ def _group_of(tensor: Tensor, ranks: tuple[int, ...]) -> dist.ProcessGroup | Non
         return mesh.get_group(divided[0])
     rest = [dim for dim in range(mesh.ndim) if dim not in divided]
     all_groups = mesh.mesh.permute(*rest, *divided).reshape(-1, len(ranks)).tolist()
-    return dist.new_subgroups_by_enumeration(all_groups)[0]
+    return own_subgroup(all_groups, like=mesh.get_group(divided[0]))
 
 
 def _balanced(costs: list[int], ranks: int) -> list[int]:

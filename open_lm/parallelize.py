@@ -69,7 +69,8 @@ def parallelize(
         model.to(dtype)
     is_sharded = layout.mesh is not None and (cfg.fsdp or layout.tensor > 1)
     if is_sharded:
-        _shard(model, blocks, _data_mesh(layout), cfg, device)
+        # Without --fsdp its flags say nothing, here as elsewhere.
+        _shard(model, blocks, _data_mesh(layout), cfg if cfg.fsdp else ParallelConfig(), device)
     elif not is_meta:
         model.to(device)
     if is_meta:

@@ -80,7 +80,9 @@ def test_a_model_starts_alike_on_any_ranks_and_whole_on_none(on_ranks: Callable[
 
 def test_evaluation_sees_whole_logits_however_the_model_is_called(on_ranks: Callable[..., list[Any]]) -> None:
     expected = layout_worker.logits({})
-    for found in on_ranks(2, ["logits", TENSOR], ["logits", {**TENSOR, "fsdp": True}]):
+    # Flags of --fsdp say nothing without it: of half precision there is none here.
+    layouts = [TENSOR, {**TENSOR, "fsdp": True}, {**TENSOR, "fsdp_pure_bf16": True}]
+    for found in on_ranks(2, *[["logits", settings] for settings in layouts]):
         for name, values in expected.items():
             torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
 

@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 import torch
 
+from open_lm.config import Config
+from open_lm.distributed import Runtime
 from open_lm.errors import CheckpointError, ConfigError, DataError, StorageError
-from open_lm.main import main, resolve_batch_sizes
+from open_lm.layout import Layout
+from open_lm.main import _check_and_tell, main, resolve_batch_sizes
 from open_lm.params import parse_args
 from open_lm.train import TrainingDiverged
 
@@ -360,3 +363,13 @@ def test_help_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
     assert result.returncode == 0, result.stderr
     assert "--train-num-samples" in result.stdout
+
+
+@pytest.mark.parametrize(("flags", "tensor"), [("--fsdp", 1), ("--tensor-parallel 2", 2)])
+def test_float16_with_loss_scaling_is_refused_where_parameters_are_sharded(flags: str, tensor: int) -> None:
+    config = Config.from_namespace(parse_args(flags.split()))
+    runtime = Runtime(world_size=2, device=torch.device("cuda"))
+    with pytest.raises(
+        ConfigError, match=f"does not work with {flags.split(maxsplit=1)[0]}: give --precision amp_bfloat16"
+    ):
+        _check_and_tell(config, {}, runtime, Layout(tensor=tensor))

@@ -90,6 +90,8 @@ def test_all_problems_are_reported_at_once() -> None:
         ("--global-batch-size 6 --accum-freq 4", "does not divide"),
         ("--val-data a b c --val-data-key npy txt", "2 values for 3"),
         ("--load-pretrained-state", "needs --pretrained"),
+        ("--hf-model x --hf-seq-len 8 --fp8", "--hf-model with --fp8 needs --hf-fsdp-block"),
+        ("--deterministic --attn-name xformers_attn", "--attn-name xformers_attn: its kernels give other bits"),
         ("--lr", "expected one argument"),
     ],
 )
@@ -159,6 +161,10 @@ def test_flags_without_effect_are_named_only_when_used() -> None:
         ("--epochs-cooldown 1", "--epochs-cooldown has no effect without --lr-scheduler const-cooldown"),
         ("--skip-scheduler --warmup 5", "--warmup has no effect with --skip-scheduler"),
         ("--hf-model x --hf-seq-len 8 --qk-norm", "--qk-norm has no effect with --hf-model"),
+        (
+            "--hf-model x --hf-seq-len 8 --torchcompile",
+            "--torchcompile has no effect with --hf-model and no --hf-fsdp-b",
+        ),
         ("--resume a.pt --pretrained b.pt", "--pretrained has no effect with --resume"),
         ("--val-seq-ci", "--val-seq-ci has no effect without --val-data"),
         ("--remote-sync-frequency 5", "--remote-sync-frequency has no effect without --remote-sync"),
@@ -175,6 +181,8 @@ def test_flags_that_other_settings_silence_say_so(argv: str, said: str) -> None:
 def test_flags_in_use_are_not_called_idle() -> None:
     argv = "--resume latest --pretrained b.pt --moe-top-k 1 --val-data x --val-seq-ci --report-to all --wandb-notes n"
     assert ineffective_flags(Config.from_namespace(parse_args(argv.split())), {"moe_freq": 2, "moe_top_k": 1}) == []
+    argv = "--hf-model x --hf-seq-len 8 --hf-fsdp-block Layer --torchcompile"
+    assert ineffective_flags(Config.from_namespace(parse_args(argv.split()))) == []
 
 
 def test_model_flags_for_another_program() -> None:
