@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -80,8 +82,9 @@ def logits(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value.tolist() for name, value in found.items()}
 
 
-def compiled(settings: dict[str, Any], checkpointing: str) -> dict[str, Any]:
-    """Loss and the gradients' norm with compiled blocks and without, and how often a block was compiled."""
+def compiled(settings: dict[str, Any], checkpointing: str, backend: str = "inductor") -> dict[str, Any]:
+    """Loss and the gradients' norm with compiled blocks and without, and how often a block was compiled. The backend
+    "aot_eager" traces as the other does, and makes no machine code, which takes long."""
     cfg = ParallelConfig(**settings)
     runtime = init_runtime(cfg)
     ids = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -90,7 +93,8 @@ def compiled(settings: dict[str, Any], checkpointing: str) -> dict[str, Any]:
         torch._dynamo.reset()
         counters.clear()
         model_cfg = ModelConfig(torchcompile=compile_blocks, activation_checkpointing=checkpointing)
-        model = spread(runtime, cfg, {**SMALL, "n_layers": 4}, model_cfg)
+        with mock.patch("torch.compile", partial(torch.compile, backend=backend)):
+            model = spread(runtime, cfg, {**SMALL, "n_layers": 4}, model_cfg)
         loss = model(ids, loss=TokenLoss(ids))[0]
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])

@@ -94,7 +94,7 @@ def test_equal_blocks_are_compiled_once_with_what_they_recompute() -> None:
 
 
 def test_equal_blocks_are_compiled_once_on_ranks_that_split_them(on_ranks: Callable[..., list[Any]]) -> None:
-    (result,) = on_ranks(2, ["compiled", TENSOR, "none"])
+    (result,) = on_ranks(2, ["compiled", TENSOR, "none", "aot_eager"])
     assert result["graphs"] == 1 and result["graph_breaks"] == 0
     assert result["numbers"][1] == pytest.approx(result["numbers"][0], rel=1e-5)
 
