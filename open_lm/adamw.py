@@ -68,11 +68,13 @@ def state_of(
     if not state:
         state.update(begin(param))
     elif moment not in state:
-        raise CheckpointError(
+        error = CheckpointError(
             f"--optimizer: the checkpoint's state of a parameter of shape {tuple(param.shape)} has {', '.join(state)}, "
             f"expected {moment}: another optimizer saved it; continue with the --optimizer of that run, or begin a new "
             "run from its weights with --pretrained"
         )
+        error.on_every_rank = True
+        raise error
     return state
 
 

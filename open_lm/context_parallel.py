@@ -88,6 +88,9 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents)
     Inside documents it takes a mask of T/(2 C) * T bytes for a row.
     """
     layout, document_ids = documents.part.layout, documents.part.document_ids
+    kind = queries.device.type
+    if torch.is_autocast_enabled(kind):  # norms of queries and keys widen them; autocast does not see through the masks
+        queries, keys, values = (x.to(torch.get_autocast_dtype(kind)) for x in (queries, keys, values))
     both = whole_rows(torch.stack((keys, values), dim=-1), layout)
     k, v = (x.transpose(1, 2) for x in both.unbind(-1))
     outs = []

@@ -96,7 +96,8 @@ def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtim
     load_state(session, trainer, found)
     args.resume = session.resume
     loggers, described = _open_run(args, architecture, session, stack)
-    _tell_changed_flags(session.saved_flags, described)
+    if runtime.is_master:
+        _tell_changed_flags(session.saved_flags, described)
     begin_log_file(paths)
     # Entered last and so left first: a rank that fails says so before it waits for anything.
     stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.stacks if paths.enabled else None))

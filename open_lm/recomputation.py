@@ -18,7 +18,10 @@ POLICIES = ("full", "op")
 
 # Operators by name, so that those of other versions and of packages that are not loaded need no guard.
 _PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_mm"})
-_ATTENTION = ("aten::_scaled_dot_product_", "xformers", "flex_attention")
+_ATTENTION = (
+    *("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
+    *("xformers", "flex_attention"),
+)
 
 
 def recomputed(function: Callable[..., Any], policy: str = "full") -> Callable[..., Any]:

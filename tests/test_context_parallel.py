@@ -10,6 +10,7 @@ import context_worker
 import pytest
 import torch
 
+from open_lm import context_parallel
 from open_lm.context_parallel import check_length, own_part, part_of_rows
 from open_lm.errors import ConfigError
 from open_lm.layout import Layout
@@ -35,6 +36,17 @@ def test_lengths_that_do_not_divide_are_refused() -> None:
         ConfigError, match="--context-parallel 4: the model's sequences of 12 tokens do not divide into 8"
     ):
         check_length(12, 4)
+
+
+def test_ranks_exchange_and_attend_in_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where norms have made queries and keys float32."""
+    sent = []
+    monkeypatch.setattr(context_parallel, "whole_rows", lambda part, layout: sent.append(part.dtype) or part)
+    documents = part_of_rows(Layout(), 8, torch.device("cpu"))
+    wide = torch.randn(1, 8, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert context_parallel._attend(wide, wide, wide.bfloat16(), documents).dtype == torch.bfloat16
+    assert sent == [torch.bfloat16]
 
 
 def test_losses_and_gradients_equal_those_of_one_process(

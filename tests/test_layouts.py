@@ -19,6 +19,7 @@ from open_lm.errors import ConfigError
 from open_lm.layout import Layout
 from open_lm.model import Params, Transformer
 from open_lm.parallelize import parallelize
+from open_lm.recomputation import _is_dear
 from open_lm.tensor_parallel import check_splits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -118,6 +119,13 @@ def test_splits_that_do_not_fit_are_explained() -> None:
     unknown.layers[1].feed_forward = torch.nn.Bilinear(48, 48, 48, device="meta")
     with pytest.raises(ConfigError, match=r"not known how feed_forward\.weight is to be split"):
         check_splits(unknown, 2)
+
+
+def test_what_is_dear_is_kept_by_op() -> None:
+    operators = torch.ops.aten
+    dear = (operators.mm, operators._flash_attention_forward, operators._efficient_attention_forward)
+    assert all(_is_dear(each.default) for each in dear)
+    assert not any(_is_dear(each.default) for each in (operators.silu, operators.native_layer_norm))
 
 
 def test_blocks_of_hf_models_are_recomputed_in_full_or_not() -> None:

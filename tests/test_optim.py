@@ -181,9 +181,10 @@ def test_moments_of_another_optimizer_are_refused(names: tuple[str, str], tmp_pa
     for path in saved(tmp_path, optimizer=names[0]):
         model = optim_worker.Model()
         optimizer = build_optimizer(model, OptimConfig(optimizer=names[1]))
-        with pytest.raises(CheckpointError, match="continue with the --optimizer of that run"):
+        with pytest.raises(CheckpointError, match="continue with the --optimizer of that run") as refused:
             resumed(model, optimizer, path)
             updated(model, optimizer, range(2, 3))
+        assert refused.value.on_every_rank
 
 
 # ---------------------------------------------------------------------------------------------- ranks
