@@ -201,7 +201,9 @@ class ModelConfig(ArchitectureConfig):
     )
     torchcompile: bool = flag(False, "compile the model with torch.compile, one block for all")
     torchcompile_mode: Literal["default", "reduce-overhead", "max-autotune"] = flag(
-        "default", "with --torchcompile: reduce-overhead replays CUDA graphs, max-autotune also tries out kernels"
+        "default",
+        "with --torchcompile and without --accum-freq: reduce-overhead replays CUDA graphs, max-autotune also tries "
+        "out kernels",
     )
     experimental_meta_device: bool = ineffective(
         False, "models are always created without memory and initialised shard by shard"

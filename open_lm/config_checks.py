@@ -298,6 +298,11 @@ def _model_problems(config: Config) -> list[str]:
         for flag, is_given in needing.items()
         if is_given and model.hf_model and not model.hf_fsdp_block
     ]
+    if model.torchcompile and model.torchcompile_mode != "default" and config.optim.accum_freq > 1:
+        problems.append(
+            f"--torchcompile-mode {model.torchcompile_mode} replays CUDA graphs, which write gradients where those of "
+            "the micro-batch before are: leave out --accum-freq, or take the mode default"
+        )
     if config.run.deterministic and model.attn_name in _CHANGING_ATTENTION:
         problems.append(
             f"--attn-name {model.attn_name}: its kernels give other bits from run to run, which --deterministic rules "

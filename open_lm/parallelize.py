@@ -64,6 +64,9 @@ def parallelize(
         # In place and a block at a time: parameter names stay, and equal blocks share one compilation.
         for block in blocks:
             block.compile(mode=model_cfg.torchcompile_mode)
+        if model_cfg.torchcompile_mode != "default":
+            # CUDA graphs of one forward pass belong together: each block reads what the one before has written.
+            model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     is_meta = any(p.is_meta for p in model.parameters())
     if dtype != torch.float32:
         model.to(dtype)

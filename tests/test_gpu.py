@@ -16,13 +16,15 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from open_lm.attention import backend_problem, find_documents, get_attn_func, has_xformers, torch_attn, xformers_attn
-from open_lm.config import ValidationConfig
+from open_lm.config import ModelConfig, ParallelConfig, ValidationConfig
 from open_lm.data.masking import document_ids
 from open_lm.distributed import Runtime
 from open_lm.document_attention import Documents, allowed_in, first_tokens, has_flex, positions_in
 from open_lm.evaluate import EvaluationOptions, token_losses
 from open_lm.generate import Sampling, generate_ids
 from open_lm.layout import Layout
+from open_lm.losses import TokenLoss
+from open_lm.parallelize import parallelize, without_training
 from open_lm.precision import get_autocast
 
 pytestmark = [
@@ -178,6 +180,26 @@ def test_training_on_the_device_lowers_the_loss(
     rows = [json.loads(line) for line in (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses[0] > 5.5 and losses[-1] < 3.0
+
+
+def test_cuda_graphs_train_and_evaluate_as_blocks_without() -> None:
+    results = []
+    for mode in (None, "reduce-overhead"):
+        cfg = ModelConfig() if mode is None else ModelConfig(torchcompile=True, torchcompile_mode=mode)
+        model = small_model(seq_len=64)
+        trained = parallelize(model, Layout(), ParallelConfig(), device=torch.device("cuda"), model_cfg=cfg)
+        optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+        losses = []
+        for step in range(6):
+            ids = random_ids(2, 64, seed=step).cuda()
+            optimizer.zero_grad(set_to_none=True)
+            loss = trained(ids, loss=TokenLoss(ids))[0] / ids.numel()
+            loss.backward()
+            optimizer.step()
+            with without_training(trained):
+                losses += [loss.item(), trained(ids, loss=TokenLoss(ids))[0].item() / ids.numel()]
+        results.append(losses)
+    assert results[0] == pytest.approx(results[1], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- named kernels

@@ -13,6 +13,7 @@ from typing import Any
 import layout_worker
 import pytest
 import torch
+from torch._inductor.cudagraph_trees import MarkStepBox
 
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
@@ -119,6 +120,19 @@ def test_splits_that_do_not_fit_are_explained() -> None:
     unknown.layers[1].feed_forward = torch.nn.Bilinear(48, 48, 48, device="meta")
     with pytest.raises(ConfigError, match=r"not known how feed_forward\.weight is to be split"):
         check_splits(unknown, 2)
+
+
+def test_graphs_of_a_forward_pass_belong_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, mode: None)
+    cfg = ModelConfig(torchcompile=True, torchcompile_mode="reduce-overhead")
+    model = Transformer(Params(dim=16, n_layers=2, n_heads=2, vocab_size=9, seq_len=8)).eval()
+    passes = parallelize(model, Layout(), ParallelConfig(), device=torch.device("cpu"), model_cfg=cfg)
+    begun = []
+    for _ in range(2):
+        with torch.no_grad():
+            passes(torch.zeros(1, 8, dtype=torch.int64))
+        begun.append(MarkStepBox.mark_step_counter)
+    assert begun[0] - begun[1] == 1  # it counts downwards
 
 
 def test_what_is_dear_is_kept_by_op() -> None:

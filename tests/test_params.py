@@ -91,6 +91,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("--val-data a b c --val-data-key npy txt", "2 values for 3"),
         ("--load-pretrained-state", "needs --pretrained"),
         ("--hf-model x --hf-seq-len 8 --fp8", "--hf-model with --fp8 needs --hf-fsdp-block"),
+        ("--torchcompile --torchcompile-mode max-autotune --accum-freq 2", "leave out --accum-freq"),
         ("--deterministic --attn-name xformers_attn", "--attn-name xformers_attn: its kernels give other bits"),
         ("--lr", "expected one argument"),
     ],
