@@ -19,6 +19,7 @@ from open_lm.config import Config
 from open_lm.config_checks import wants_training
 from open_lm.context_parallel import check_length
 from open_lm.control import RunControl
+from open_lm.cpu_memory import keep_freed_memory
 from open_lm.data import provenance
 from open_lm.data.loader import TrainLoader, ValLoader, build_train_loader, build_val_loaders
 from open_lm.data.plan import Source, epoch_end_step
@@ -81,6 +82,8 @@ def build_session(config: Config, runtime: Runtime, paths: RunPaths) -> Session:
     """
     if runtime.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as OpenLM has always trained
+    else:
+        keep_freed_memory()
     layout = build_layout(runtime, config.parallel)
     seed_everything(config.run.seed + layout.data_rank)
     if config.run.deterministic:
