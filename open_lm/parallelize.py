@@ -77,7 +77,7 @@ def parallelize(
     elif not is_meta:
         model.to(device)
     if is_meta:
-        _materialise(model, torch.device("cpu") if _offloads(cfg, device) else device, initialise)
+        _materialise(model, torch.device("cpu") if _offloads(cfg, device) else device, device, initialise)
     if is_sharded or layout.mesh is None:
         return model
     return _replicate(model, cfg, device)
@@ -218,10 +218,20 @@ def _offloads(cfg: ParallelConfig, device: torch.device) -> bool:
     return cfg.fsdp and cfg.fsdp_cpu_offload and device.type != "cpu"
 
 
-def _materialise(model: nn.Module, device: torch.device, initialise: Callable[[nn.Module], object] | None) -> None:
+def _materialise(
+    model: nn.Module,
+    home: torch.device,
+    device: torch.device,
+    initialise: Callable[[nn.Module], object] | None,
+) -> None:
+    """Give the parameters memory at `home`, from where FSDP2 takes them to the device, and buffers, which it never
+    moves, on the device; and fill them."""
     if initialise is None:
         raise ConfigError("--experimental-meta-device: this model has no initialisation that could fill it afterwards")
-    model.to_empty(device=device)
+    model.to_empty(device=home)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty_like(buffer, device=device))
     initialise(model)
 
 

@@ -17,9 +17,10 @@ from torch._inductor.cudagraph_trees import MarkStepBox
 
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
+from open_lm.initialization import init_weights
 from open_lm.layout import Layout
 from open_lm.model import Params, Transformer
-from open_lm.parallelize import parallelize
+from open_lm.parallelize import _materialise, parallelize
 from open_lm.recomputation import _is_dear
 from open_lm.tensor_parallel import check_splits
 
@@ -133,6 +134,14 @@ def test_graphs_of_a_forward_pass_belong_together(monkeypatch: pytest.MonkeyPatc
             passes(torch.zeros(1, 8, dtype=torch.int64))
         begun.append(MarkStepBox.mark_step_counter)
     assert begun[0] - begun[1] == 1  # it counts downwards
+
+
+def test_buffers_of_offloaded_models_are_on_the_device() -> None:
+    host, device = torch.device("cpu"), torch.device("meta")  # in the place of a GPU
+    model = meta_model()
+    _materialise(model, host, device, lambda made: init_weights(made, seed=1))
+    assert {parameter.device for parameter in model.parameters()} == {host}
+    assert {buffer.device for buffer in model.buffers()} == {device}
 
 
 def test_what_is_dear_is_kept_by_op() -> None:
