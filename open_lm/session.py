@@ -6,7 +6,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -307,8 +307,11 @@ def _create_model(config: Config, layout: Layout) -> nn.Module:
         return create_hf_model(config.model)
     from open_lm.model import create_model
 
+    cfg = config.model
+    if config.run.deterministic and cfg.attn_name == "auto":  # xformers' gradients differ from run to run
+        cfg = replace(cfg, attn_name="torch_attn")
     with torch.device("meta"):
-        model = create_model(config.model)
+        model = create_model(cfg)
     check_length(model.seq_len, layout.context)
     return model
 

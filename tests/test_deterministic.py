@@ -8,9 +8,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
+from open_lm import attention
 from open_lm.checkpoint.tensor_index import StoredTensors
+from open_lm.config import Config
+from open_lm.layout import Layout
+from open_lm.params import parse_args
+from open_lm.session import _create_model
 
 FLAGS = (
     *("--model", "open_lm_test_tiny", "--dataset-type", "synthetic", "--train-num-samples", "8192", "--epochs", "1"),
@@ -35,6 +41,15 @@ def test_two_runs_on_two_ranks_are_equal_bit_for_bit(torchrun: Callable[..., obj
     stored, again = StoredTensors(str(first)), StoredTensors(str(second))
     names = stored.names("model/")
     assert names and all(torch.equal(stored.read(name), again.read(name)) for name in names)
+
+
+def test_attention_is_not_that_of_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "has_xformers", lambda: True)
+    chosen = []
+    for flags in (["--deterministic"], []):
+        config = Config.from_namespace(parse_args(["--model", "open_lm_test_tiny", *flags]))
+        chosen.append(_create_model(config, Layout()).params.attn_func)
+    assert chosen == [attention.torch_attn, attention.auto_attn]
 
 
 def test_torch_is_told_before_anything_runs() -> None:
