@@ -238,6 +238,14 @@ def test_flags_that_choose_a_strategy_are_planned_alone() -> None:
     assert (option.strategy, option.checkpointing, option.batch) == ("given", "op", 2)
 
 
+@pytest.mark.parametrize("flags", ["--fsdp", "--mesh-dim 2,-1,2", "--strategies fsdp"])
+def test_shards_travel_in_half_precision_unless_it_is_said_otherwise(flags: str) -> None:
+    given = f"--model open_lm_160m --devices 8 --batch-size 1 --most-devices 0 {flags}"
+    assert all("--fsdp-amp" in option.flags for option in planned(given).found)
+    stated = planned(f"{given} --fsdp-pure-bf16").found
+    assert not any("--fsdp-amp" in option.flags for option in stated)
+
+
 def test_more_devices_are_tabled_and_strategies_end() -> None:
     argv = "--model open_lm_1b --devices 8 --most-devices 32 --batch-size 1 --bandwidth-inter 1 --strategies ddp,hybrid"
     made = plan.make_plan(argv.split())

@@ -202,7 +202,8 @@ def _flags(wishes: Wishes, machine: Machine, strategy: str, checkpointing: str) 
         flags += ["--activation-checkpointing", checkpointing]
     if "precision" not in wishes.stated:
         flags += ["--precision", "amp_bfloat16"]
-        if "--fsdp" in flags and not wishes.stated & {"fsdp_amp", "fsdp_pure_bf16"}:
+        is_sharded = "--fsdp" in flags or wishes.config.parallel.fsdp
+        if is_sharded and not wishes.stated & {"fsdp_amp", "fsdp_pure_bf16"}:
             flags.append("--fsdp-amp")
     return flags
 
