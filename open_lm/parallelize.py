@@ -50,7 +50,7 @@ def parallelize(
     model_cfg = model_cfg or ModelConfig()
     blocks = find_blocks(model, model_cfg.hf_fsdp_block if model_cfg.hf_model else None)
     if fp8:
-        check_float8(device)
+        on_all(lambda: check_float8(device))
         if not convert_to_float8(blocks, layout.tensor):
             raise ConfigError(
                 f"--fp8: no matrix of the blocks has widths that are multiples of {MULTIPLE * layout.tensor}"
@@ -145,8 +145,8 @@ def notes(cfg: ParallelConfig, device: torch.device) -> list[str]:
     sentences = []
     if cfg.fsdp_cpu_offload and device.type == "cpu":
         sentences.append("--fsdp-cpu-offload has no effect: parameters on CPU devices are in host memory already")
-    if cfg.fsdp and cfg.ddp_static_graph:
-        sentences.append("--ddp-static-graph has no effect with --fsdp")
+    if cfg.ddp_static_graph and (cfg.fsdp or cfg.tensor_parallel > 1):
+        sentences.append(f"--ddp-static-graph has no effect with {'--fsdp' if cfg.fsdp else '--tensor-parallel'}")
     if device.type == "cpu" and cfg.dist_backend not in ("nccl", "gloo"):
         sentences.append(f"--dist-backend {cfg.dist_backend} has no effect: ranks on CPU use gloo")
     return sentences

@@ -20,7 +20,7 @@ from open_lm.errors import ConfigError
 from open_lm.initialization import init_weights
 from open_lm.layout import Layout
 from open_lm.model import Params, Transformer
-from open_lm.parallelize import _materialise, parallelize
+from open_lm.parallelize import _materialise, notes, parallelize
 from open_lm.recomputation import _is_dear
 from open_lm.tensor_parallel import check_splits
 
@@ -149,6 +149,13 @@ def test_what_is_dear_is_kept_by_op() -> None:
     dear = (operators.mm, operators._flash_attention_forward, operators._efficient_attention_forward)
     assert all(_is_dear(each.default) for each in dear)
     assert not any(_is_dear(each.default) for each in (operators.silu, operators.native_layer_norm))
+
+
+def test_a_static_graph_of_what_is_no_copy_is_told() -> None:
+    for layout in ({"fsdp": True}, TENSOR):
+        (note,) = notes(ParallelConfig(ddp_static_graph=True, **layout), torch.device("cpu"))
+        assert note.startswith("--ddp-static-graph has no effect with --")
+    assert notes(ParallelConfig(ddp_static_graph=True), torch.device("cpu")) == []
 
 
 def test_blocks_of_hf_models_are_recomputed_in_full_or_not() -> None:
