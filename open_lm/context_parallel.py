@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from open_lm.document_attention import Documents, first_tokens, kept_apart, positions_in
 from open_lm.errors import ConfigError
@@ -68,6 +67,8 @@ def part_of_rows(layout: Layout, length: int, device: torch.device, document_ids
     """What the model needs to know of this rank's part of rows of `length` tokens: where its tokens stand, and how they
     attend to those of all ranks; inside documents with document_ids (B,T)."""
     if document_ids is None:
+        from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it, which takes seconds
+
         positions = torch.arange(length, device=device)[None]
         chunk = length // (2 * layout.context)
         part = PartOfRows(layout, None, tuple(causal_lower_right(chunk, (at + 1) * chunk) for at in _places(layout)))
