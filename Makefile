@@ -31,9 +31,10 @@ $(UV):
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
 $(VENV)/.installed: $(UV) requirements/dev.txt setup.py pyproject.toml
-	$(UV) pip install --quiet --python $(VENV)/bin/python -r requirements/dev.txt
+	$(UV) pip install --quiet --compile-bytecode --python $(VENV)/bin/python -r requirements/dev.txt
 	$(UV) pip install --quiet --python $(VENV)/bin/python --no-deps --editable .
 	@$(VENV)/bin/python -c "import sys; from pathlib import Path; from open_lm.utils.torchrun import replace_script; replace_script(Path(sys.executable).parent)"
+	@$(VENV)/bin/python -m compileall -q open_lm || true
 	@touch $@
 
 install-eval: $(EVAL_VENV)/.installed  ## make .venv-eval with llm-foundry, for in-context-learning evaluation (about 6.5 GB)
