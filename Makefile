@@ -34,7 +34,7 @@ $(VENV)/.installed: $(UV) requirements/dev.txt setup.py pyproject.toml
 	$(UV) pip install --quiet --compile-bytecode --python $(VENV)/bin/python -r requirements/dev.txt
 	$(UV) pip install --quiet --python $(VENV)/bin/python --no-deps --editable .
 	@$(VENV)/bin/python -c "import sys; from pathlib import Path; from open_lm.utils.torchrun import replace_script; replace_script(Path(sys.executable).parent)"
-	@$(VENV)/bin/python -m compileall -q open_lm || true
+	@$(VENV)/bin/python -m compileall -q open_lm
 	@touch $@
 
 install-eval: $(EVAL_VENV)/.installed  ## make .venv-eval with llm-foundry, for in-context-learning evaluation (about 6.5 GB)
