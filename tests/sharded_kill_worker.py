@@ -98,12 +98,16 @@ def main(folder: str) -> None:
     assert len(os.listdir(second)) == 2, "what was left behind is cleared away"
     print(f"killed {len(complete) + len(replaced) - 2} times", flush=True)
 
+    reached = threading.Event()
+
     def never_ends(*args: object) -> object:
         print("blocked", flush=True)
+        reached.set()
         threading.Event().wait()
 
     storage.atomic_write = never_ends  # type: ignore[assignment]
     ShardedWriter().save(state, os.path.join(folder, step_folder(3)), 3)
+    reached.wait()
 
 
 if __name__ == "__main__":
