@@ -60,13 +60,10 @@ def cosine_lr(  # noqa: PLR0917 - callers pass these by position
 ) -> Schedule:
     """Warmup, then a cosine that reaches `min_lr` at step `steps`; after the warmup never below `force_min_lr`."""
 
-    def value(step: int) -> float:
-        if step < warmup_length:
-            return warmup_value(base_lr, warmup_length, step)
-        lr = cosine_value(base_lr, min_lr, _progress(step, warmup_length, steps))
-        return max(lr, force_min_lr)
+    def lowered(progress: float) -> float:
+        return max(cosine_value(base_lr, min_lr, progress), force_min_lr)
 
-    return _setting(optimizer, value)
+    return _setting(optimizer, _after_warmup(base_lr, warmup_length, lowered, warmup_length, steps))
 
 
 def const_lr_cooldown(  # noqa: PLR0917 - callers pass these by position
@@ -81,13 +78,10 @@ def const_lr_cooldown(  # noqa: PLR0917 - callers pass these by position
 ) -> Schedule:
     """Warmup, base_lr, and over the last `cooldown_steps` of `steps` a polynomial down to `cooldown_end_lr`."""
 
-    def value(step: int) -> float:
-        if step < warmup_length:
-            return warmup_value(base_lr, warmup_length, step)
-        progress = _progress(step, steps - cooldown_steps, steps)
+    def lowered(progress: float) -> float:
         return max(polynomial_value(base_lr, cooldown_end_lr, progress, cooldown_power), force_min_lr)
 
-    return _setting(optimizer, value)
+    return _setting(optimizer, _after_warmup(base_lr, warmup_length, lowered, steps - cooldown_steps, steps))
 
 
 def wsd_lr(  # noqa: PLR0917 - as its neighbours
@@ -106,13 +100,10 @@ def wsd_lr(  # noqa: PLR0917 - as its neighbours
     equals a cosine of that length): until the decay nothing depends on `steps`, so that a run can go on from there.
     """
 
-    def value(step: int) -> float:
-        if step < warmup_length:
-            return warmup_value(base_lr, warmup_length, step)
-        progress = _progress(step, steps - decay_steps, steps)
+    def lowered(progress: float) -> float:
         return max(decayed_value(base_lr, end_lr, progress, decay_shape), force_min_lr)
 
-    return _setting(optimizer, value)
+    return _setting(optimizer, _after_warmup(base_lr, warmup_length, lowered, steps - decay_steps, steps))
 
 
 def build_scheduler(cfg: OptimConfig, optimizer: Optimizer, total_steps: int, cooldown_start: int | None) -> Schedule:
@@ -147,6 +138,19 @@ DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": _half_cosine,
 }
+
+
+def _after_warmup(
+    base_lr: float, warmup_length: int, lowered: Callable[[float], float], start: int, end: int
+) -> Schedule:
+    """Warmup, then `lowered` of how far a step is from `start` to `end`."""
+
+    def value(step: int) -> float:
+        if step < warmup_length:
+            return warmup_value(base_lr, warmup_length, step)
+        return lowered(_progress(step, start, end))
+
+    return value
 
 
 def _progress(step: int, start: int, end: int) -> float:
