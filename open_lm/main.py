@@ -17,8 +17,9 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from open_lm.config import Config, DataConfig, FaultConfig, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig
-from open_lm.config_checks import ineffective_flags, wants_training
+from open_lm.config_checks import wants_training
 from open_lm.errors import ConfigError, end_process, join_problems, run_cli
+from open_lm.idle_flags import ineffective_flags
 from open_lm.layout import Layout, layout_of
 from open_lm.model_files import architecture_of
 from open_lm.params import parse_args

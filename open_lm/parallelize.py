@@ -162,8 +162,6 @@ def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module], cfg: Mode
         raise ConfigError(f"--grad-checkpointing: {type(model).__name__} does not offer it; leave the flag out")
     if policy == "full":
         switch()
-    elif cfg.hf_model:
-        raise ConfigError(f"--activation-checkpointing {policy}: models of --hf-model recompute all or nothing: full")
     elif policy != "op":
         switch(every=int(policy))
     elif cfg.torchcompile:

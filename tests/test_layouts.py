@@ -156,9 +156,3 @@ def test_a_static_graph_of_what_is_no_copy_is_told() -> None:
         (note,) = notes(ParallelConfig(ddp_static_graph=True, **layout), torch.device("cpu"))
         assert note.startswith("--ddp-static-graph has no effect with --")
     assert notes(ParallelConfig(ddp_static_graph=True), torch.device("cpu")) == []
-
-
-def test_blocks_of_hf_models_are_recomputed_in_full_or_not() -> None:
-    cfg = ModelConfig(hf_model="some/model", hf_fsdp_block="Block", activation_checkpointing="op")
-    with pytest.raises(ConfigError, match="--activation-checkpointing op: models of --hf-model"):
-        parallelize(meta_model(), Layout(), ParallelConfig(), device=torch.device("cpu"), model_cfg=cfg)

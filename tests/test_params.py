@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from open_lm.config import ArchitectureConfig, Config, ModelConfig
-from open_lm.config_checks import ineffective_flags
 from open_lm.errors import ConfigError
+from open_lm.idle_flags import ineffective_flags
 from open_lm.params import LATER_FLAGS, add_model_args, all_specs, parse_args
 
 
@@ -91,6 +91,14 @@ def test_all_problems_are_reported_at_once() -> None:
         ("--val-data a b c --val-data-key npy txt", "2 values for 3"),
         ("--load-pretrained-state", "needs --pretrained"),
         ("--hf-model x --hf-seq-len 8 --fp8", "--hf-model with --fp8 needs --hf-fsdp-block"),
+        (
+            "--hf-model x --hf-seq-len 8 --activation-checkpointing op",
+            "of --hf-model recompute all or nothing: give full",
+        ),
+        (
+            "--hf-model x --hf-seq-len 8 --activation-checkpointing 2",
+            "--activation-checkpointing 2: models of --hf-model",
+        ),
         ("--torchcompile --torchcompile-mode max-autotune --accum-freq 2", "leave out --accum-freq"),
         ("--deterministic --attn-name xformers_attn", "--attn-name xformers_attn: its kernels give other bits"),
         ("--lr", "expected one argument"),
