@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-from open_lm.errors import CheckpointError
+# What is kept of a parameter from its first update on.
+MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
 
 
 class AdamW(torch.optim.AdamW):
@@ -31,7 +32,7 @@ class AdamW(torch.optim.AdamW):
 def adamw_update(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
     """Update the parameters of one group that have a gradient, and their state `step`, `exp_avg`, `exp_avg_sq`."""
     params = [param for param in group["params"] if param.grad is not None]
-    states = [state_of(optimizer, param, _begin, "exp_avg") for param in params]
+    states = [state_of(optimizer, param, _begin) for param in params]
     adamw(
         [local_part(param) for param in params],
         [local_part(param.grad) for param in params],
@@ -60,21 +61,12 @@ def _begin(param: Tensor) -> dict[str, Any]:
 
 
 def state_of(
-    optimizer: torch.optim.Optimizer, param: Tensor, begin: Callable[[Tensor], dict[str, Any]], moment: str
+    optimizer: torch.optim.Optimizer, param: Tensor, begin: Callable[[Tensor], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What the optimizer keeps of a parameter; `begin(param)` at its first update. CheckpointError where it has been
-    loaded from another optimizer's, which has no `moment`."""
+    """What the optimizer keeps of a parameter; `begin(param)` at its first update."""
     state: dict[str, Any] = optimizer.state[param]
     if not state:
         state.update(begin(param))
-    elif moment not in state:
-        error = CheckpointError(
-            f"--optimizer: the checkpoint's state of a parameter of shape {tuple(param.shape)} has {', '.join(state)}, "
-            f"expected {moment}: another optimizer saved it; continue with the --optimizer of that run, or begin a new "
-            "run from its weights with --pretrained"
-        )
-        error.on_every_rank = True
-        raise error
     return state
 
 

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from open_lm.adamw import adamw_update, evaluate, local_part, state_of
 from open_lm.matrix_shares import MatrixShares, divide
 
+MOMENTS = frozenset({"momentum_buffer"})  # what is kept of a matrix from its first update on
+
 # Of the quintic (Jordan 2024) whose fifth iterate takes singular values from 0.002 to 1 to between 0.68 and 1.21.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
@@ -97,7 +99,7 @@ class Muon(torch.optim.Optimizer):
     def _directions(self, params: list[nn.Parameter], momentum: float, skip: Tensor) -> list[Tensor]:
         """The orthogonal directions of the parameters, sharded as they are; their momenta go on."""
         grads = [local_part(param.grad) for param in params if param.grad is not None]
-        states = [state_of(self, param, _begin, "momentum_buffer") for param in params]
+        states = [state_of(self, param, _begin) for param in params]
         momenta = [local_part(state["momentum_buffer"]) for state in states]
         for grad in grads:
             grad.masked_fill_(skip, 0.0)  # not a product, which would let NaN through

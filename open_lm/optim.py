@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from open_lm import adamw, muon
 from open_lm.adamw import AdamW, local_part, working_device
 from open_lm.config import OptimConfig
 from open_lm.distributed import sum_over_ranks
@@ -51,6 +52,26 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     if cfg.optimizer not in OPTIMIZERS:
         raise ConfigError(f"--optimizer: found {cfg.optimizer!r}, expected one of {', '.join(OPTIMIZERS)}")
     return OPTIMIZERS[cfg.optimizer](model, cfg)
+
+
+def moments_of(optimizer: Optimizer) -> dict[Tensor, Set[str]]:
+    """What an optimizer of this module keeps of each of its parameters from the first update on; of others nothing is
+    known."""
+    if not isinstance(optimizer, (AdamW, Muon)):
+        return {}
+    return {
+        param: muon.MOMENTS if group.get("muon") else adamw.MOMENTS
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
+
+
+def optimizer_of(moments: Iterable[Set[str]]) -> str | None:
+    """The name of the optimizer that keeps such moments of a model's parameters; None for those of none here."""
+    kept = frozenset().union(*moments)
+    if kept >= adamw.MOMENTS:  # Muon has some as well, of what is no matrix
+        return "muon" if kept >= muon.MOMENTS else "adamw"
+    return None
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

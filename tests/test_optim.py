@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from open_lm.checkpoint.interchange import load_model, load_optimizer, write_interchange
+from open_lm.checkpoint.model_state import check_moments
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, load
 from open_lm.config import OptimConfig
@@ -181,10 +182,21 @@ def test_moments_of_another_optimizer_are_refused(names: tuple[str, str], tmp_pa
     for path in saved(tmp_path, optimizer=names[0]):
         model = optim_worker.Model()
         optimizer = build_optimizer(model, OptimConfig(optimizer=names[1]))
-        with pytest.raises(CheckpointError, match="continue with the --optimizer of that run") as refused:
+        with pytest.raises(CheckpointError, match=f"continue with --optimizer {names[0]}, or begin a new") as refused:
             resumed(model, optimizer, path)
-            updated(model, optimizer, range(2, 3))
-        assert refused.value.on_every_rank
+        assert f"{path}: was saved by --optimizer {names[0]}, this run has --optimizer {names[1]}" in str(refused.value)
+        assert not optimizer.state, "nothing is loaded in part"
+
+
+def test_moments_of_another_program_are_refused() -> None:
+    model = optim_worker.Model()
+    stored = {"output.weight": {"momentum_buffer"}}
+    with pytest.raises(
+        CheckpointError, match=r"saved by another program.* has momentum_buffer and no .*exp_avg"
+    ) as said:
+        check_moments(stored, model, build_optimizer(model, OptimConfig()), "epoch_1.pt")
+    assert str(said.value).endswith("; begin a new run from its weights with --pretrained")
+    check_moments(stored, model, torch.optim.SGD(model.parameters(), momentum=0.9), "epoch_1.pt")
 
 
 # ---------------------------------------------------------------------------------------------- ranks

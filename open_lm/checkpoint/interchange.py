@@ -234,7 +234,7 @@ def load_optimizer(args: Any, model: nn.Module, optimizer: Optimizer | None, sca
             return None
         loaded.update(content["optimizer"])
         if optimizer is not None:
-            loaded["state"] = moments_by_name(loaded, model, path)
+            loaded["state"] = moments_by_name(loaded, model, optimizer, path)
         return {"scaler": content.get("scaler")}
 
     found = on_master(read)

@@ -5,7 +5,7 @@ Names are clean (see param_names.py). Every function that moves tensors is colle
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from open_lm.checkpoint.files import read_model_state, shape_problems
 from open_lm.distributed import on_master
 from open_lm.errors import CheckpointError, join_problems
+from open_lm.optim import moments_of, optimizer_of
 from open_lm.parallelize import unwrap
 from open_lm.param_names import clean_name
 from open_lm.sharded_tensor import fill_from_first, fused_parts
@@ -54,8 +55,29 @@ def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             fill_from_first(value, state.get(name), parts.get(name, 1))
 
 
-def moments_by_name(state: Mapping[str, Any], model: nn.Module, path: str) -> dict[str, dict[str, Any]]:
-    """An optimizer's per-parameter states by clean name, checked against the model's shapes."""
+def check_moments(stored: Mapping[str, Set[str]], model: nn.Module, optimizer: Optimizer, path: str) -> None:
+    """CheckpointError where a checkpoint's moments, whose names are given by those of the parameters, are another
+    optimizer's."""
+    expected = moments_of(optimizer)
+    params = trained(model, optimizer)
+    wrong = [name for name in stored if name in params and not expected.get(params[name], frozenset()) <= stored[name]]
+    if not wrong:
+        return
+    found, wanted = optimizer_of(stored.values()), optimizer_of(expected.values())
+    saved_by = f"--optimizer {found}" if found else "another program"
+    first = wrong[0]
+    lacking = expected[params[first]] - stored[first]
+    raise CheckpointError(
+        f"{path}: was saved by {saved_by}, this run has --optimizer {wanted}, which keeps other moments of {len(wrong)} "
+        f"parameters ({first} has {', '.join(sorted(stored[first]))} and no {', '.join(sorted(lacking))}); "
+        f"{f'continue with {saved_by}, or ' if found else ''}begin a new run from its weights with --pretrained"
+    )
+
+
+def moments_by_name(
+    state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, path: str
+) -> dict[str, dict[str, Any]]:
+    """An optimizer's per-parameter states by clean name, checked against this optimizer and the model's shapes."""
     params = {name: p for name, p in named_tensors(model).items() if isinstance(p, nn.Parameter)}
     per_param = state["state"]
     if per_param and all(isinstance(key, int) for key in per_param):
@@ -70,6 +92,7 @@ def moments_by_name(state: Mapping[str, Any], model: nn.Module, path: str) -> di
             raise CheckpointError(f"{path}: its optimizer has {len(numbers)} parameters, the model {len(order)}")
         per_param = {order[number]: value for number, value in per_param.items()}
     per_param = {clean_name(name): value for name, value in per_param.items()}
+    check_moments({name: moments.keys() for name, moments in per_param.items()}, model, optimizer, path)
     wrong = [
         f"{name}.{key} is {tuple(value.shape)}"
         + (f", the model's {tuple(params[name].shape)}" if name in params else "")

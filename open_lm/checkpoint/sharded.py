@@ -26,7 +26,7 @@ from open_lm import storage
 from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.collective import reduce_scatter
 from open_lm.checkpoint.folders import INDEX
-from open_lm.checkpoint.model_state import empty_moment, fitting, named_tensors, trained
+from open_lm.checkpoint.model_state import check_moments, empty_moment, fitting, named_tensors, trained
 from open_lm.checkpoint.planners import BoxPlanner, StagedPlanner
 from open_lm.checkpoint.staging import HostCopies, own_chunks
 from open_lm.checkpoint.tensor_index import (
@@ -335,6 +335,7 @@ def _moments(model: nn.Module, optimizer: Optimizer, index: Index, folder: str) 
         if key.startswith("optimizer/"):
             name, _, moment = key.removeprefix("optimizer/").rpartition("/")
             stored.setdefault(name, {})[moment] = tensor
+    check_moments({name: moments.keys() for name, moments in stored.items()}, model, optimizer, folder)
     problems = [f"the optimizer has no parameter {name}" for name in stored if name not in params]
     problems += [
         f"optimizer/{name}/{moment} is {tensor.shape}, the model's {tuple(params[name].shape)}"
