@@ -19,6 +19,8 @@ from open_lm.errors import ConfigError
 from open_lm.feed_forward import FusedLinear
 from open_lm.muon import Muon
 
+_NORM_ELEMENTS = 1 << 16  # whose squares are added up in one go on a CPU
+
 
 def build_adamw(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """AdamW with weight decay on every parameter, norms and embeddings too; see `_decay_groups`."""
@@ -105,7 +107,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
     Every part of a gradient counts once over all ranks, however many hold it and whichever meshes the parameters are
     spread over: the norm has the same bits on each rank. In a single process it is torch's, but for gradients in half
-    precision, whose norms torch rounds to their type. Collective; nothing waits for the device.
+    precision, whose norms torch rounds to their type, and for large ones on a CPU, see `_norm`. Collective; nothing
+    waits for the device.
     """
     grads = [param.grad for param in parameters if param.grad is not None]
     if not grads:
@@ -133,7 +136,11 @@ def _copies(tensor: Tensor) -> int:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
+    """The common 2-norm of tensors on one device, a float32 scalar (float64 of float64)."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    if tensors[0].device.type == "cpu":
+        # There torch adds squares up one after the other: of 40 million in float32 0.3 % are lost.
+        tensors = [piece for tensor in tensors for piece in tensor.flatten().split(_NORM_ELEMENTS)]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)))
 
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.distributed import on_all
 from open_lm.errors import ConfigError
-from open_lm.float8 import MULTIPLE, check_float8, convert_to_float8
+from open_lm.float8 import check_float8, convert_to_float8
 from open_lm.layout import Layout
 from open_lm.recomputation import recomputed
 from open_lm.tensor_parallel import check_splits, split_model
@@ -51,10 +51,7 @@ def parallelize(
     blocks = find_blocks(model, model_cfg.hf_fsdp_block if model_cfg.hf_model else None)
     if fp8:
         on_all(lambda: check_float8(device))
-        if not convert_to_float8(blocks, layout.tensor):
-            raise ConfigError(
-                f"--fp8: no matrix of the blocks has widths that are multiples of {MULTIPLE * layout.tensor}"
-            )
+        convert_to_float8(blocks, layout.tensor)
     if layout.tensor > 1:
         assert layout.mesh is not None
         on_all(lambda: check_splits(model, layout.tensor))

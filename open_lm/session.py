@@ -26,6 +26,7 @@ from open_lm.data.plan import Source, epoch_end_step
 from open_lm.distributed import Runtime, build_layout, on_all, on_master
 from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError
 from open_lm.evaluate import EvaluationOptions, evaluate_sets, validation_metrics
+from open_lm.float8 import check_tokens
 from open_lm.initialization import init_weights
 from open_lm.layout import Layout
 from open_lm.loggers import MetricLoggers, append_line
@@ -90,6 +91,8 @@ def build_session(config: Config, runtime: Runtime, paths: RunPaths) -> Session:
         make_deterministic()
     model = on_all(lambda: _create_model(config, layout))
     params: Any = model.params
+    if config.precision.fp8 and wants_training(config.data):
+        check_tokens(config.data.global_batch_size, config.optim.accum_freq, params.seq_len, layout)
     train_loader, val_loaders = on_all(lambda: _build_loaders(config, layout, params))
     model = parallelize(
         model,

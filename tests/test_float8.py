@@ -9,7 +9,7 @@ from torch import Tensor
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
 from open_lm.feed_forward import FusedLinear
-from open_lm.float8 import check_float8, convert_to_float8
+from open_lm.float8 import check_float8, check_tokens, convert_to_float8
 from open_lm.layout import Layout
 from open_lm.losses import TokenLoss
 from open_lm.model import Params, Transformer
@@ -51,11 +51,40 @@ def test_layers_keep_their_names_and_parts(ffn_type: str, layers: int) -> None:
 
 def test_matrices_that_devices_cannot_multiply_so_are_left() -> None:
     pytest.importorskip("torchao")
-    assert convert_to_float8(model(dim=40).layers, emulate=True) == 0
-    assert convert_to_float8(model(ffn_type="gelu").layers, ranks=8, emulate=True) == 0
+    for made, ranks, widths in (
+        (model(dim=40), 1, "multiples of 16;"),
+        (model(ffn_type="gelu"), 8, "multiples of 128, 16"),
+    ):
+        with pytest.raises(ConfigError, match=f"--fp8 needs widths that are {widths}.* all matrices .*in_proj from"):
+            convert_to_float8(made.layers, ranks, emulate=True)
+    with pytest.raises(ConfigError, match=r"--fp8: the blocks have no torch\.nn\.Linear"):
+        convert_to_float8([torch.nn.ReLU()], emulate=True)
     experts = model(moe_freq=1, moe_num_experts=16)
     assert convert_to_float8(experts.layers, emulate=True) == 4
     assert type(experts.layers[0].feed_forward.router.layer) is torch.nn.Linear
+
+
+def test_some_matrices_that_are_left_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("torchao")
+    made = model()
+    made.layers[0].feed_forward.w3 = torch.nn.Linear(24, 64)
+    assert convert_to_float8(made.layers, emulate=True) == 7
+    assert "1 of 8 matrices of the blocks have others (w3 from 24 to 64)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "layout", "given"),
+    [
+        (4, 20, Layout(), "2 sequences x 20 = 40 tokens: give --global-batch-size a multiple of 8 (--batch-size of 4)"),
+        (8, 20, Layout(2, 2), "1 sequences x 20 = 20 tokens: give --global-batch-size a multiple of 32 "),
+        (4, 40, Layout(context=2), "2 sequences x 40 / --context-parallel 2 = 40 tokens: give --global-batch-size a "),
+    ],
+)
+def test_tokens_that_devices_cannot_sum_over_are_told(rows: int, length: int, layout: Layout, given: str) -> None:
+    with pytest.raises(ConfigError, match="--fp8 needs a multiple of 16 tokens in a rank's micro-batch") as refused:
+        check_tokens(rows, 2, length, layout)
+    assert given in str(refused.value)
+    check_tokens(rows * 16, 2, length, layout)
 
 
 @pytest.mark.gpu

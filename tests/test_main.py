@@ -327,6 +327,24 @@ def test_batches_that_do_not_divide_are_explained() -> None:
         resolve_batch_sizes(args, world_size=4)
 
 
+def test_tokens_that_float8_cannot_sum_over_are_told(tmp_path: Path) -> None:
+    shape = {"hidden_dim": 32, "n_layers": 1, "n_heads": 2, "seq_len": 20, "vocab_size": 64}
+    (tmp_path / "odd.json").write_text(json.dumps(shape))
+    flags = [
+        "--model",
+        str(tmp_path / "odd.json"),
+        "--logs",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--fp8",
+        "--accum-freq",
+        "4",
+    ]
+    with pytest.raises(ConfigError, match="2 sequences x 20 = 40 tokens: give --global-batch-size a multiple of 16"):
+        main([*SYNTHETIC[2:], *flags])
+
+
 def test_nothing_to_evaluate_is_a_mistake(shared_dir: Path, tmp_path: Path) -> None:
     model = str(shared_dir / "compat/run/tiny_bytes.json")
     with pytest.raises(ConfigError, match="no model to evaluate: give its checkpoint"):

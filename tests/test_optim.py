@@ -91,6 +91,13 @@ def test_the_norm_of_one_process_is_torchs_to_the_last_bit() -> None:
     assert clip_gradients([torch.nn.Parameter(torch.ones(1))], 1.0) == 0.0
 
 
+def test_the_norm_of_large_gradients_is_exact_too() -> None:
+    """As sums of parts are, which ranks that share a gradient add up; torch's own is 1e-4 off here."""
+    large = torch.nn.Parameter(torch.empty(1000, 4000))
+    large.grad = torch.randn(large.shape, generator=torch.Generator().manual_seed(1))
+    assert clip_gradients([large], None).item() == pytest.approx(large.grad.double().norm().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_parameters_of_other_types_are_clipped_and_updated(name: str, dtype: torch.dtype) -> None:

@@ -66,10 +66,10 @@ def check_moments(stored: Mapping[str, Set[str]], model: nn.Module, optimizer: O
     found, wanted = optimizer_of(stored.values()), optimizer_of(expected.values())
     saved_by = f"--optimizer {found}" if found else "another program"
     first = wrong[0]
-    lacking = expected[params[first]] - stored[first]
+    has, lacks = (", ".join(sorted(names)) for names in (stored[first], expected[params[first]] - stored[first]))
     raise CheckpointError(
-        f"{path}: was saved by {saved_by}, this run has --optimizer {wanted}, which keeps other moments of {len(wrong)} "
-        f"parameters ({first} has {', '.join(sorted(stored[first]))} and no {', '.join(sorted(lacking))}); "
+        f"{path}: was saved by {saved_by}, this run has --optimizer {wanted}, which keeps other moments of "
+        f"{len(wrong)} parameters ({first} has {has} and no {lacks}); "
         f"{f'continue with {saved_by}, or ' if found else ''}begin a new run from its weights with --pretrained"
     )
 
