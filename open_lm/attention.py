@@ -31,9 +31,9 @@ from open_lm.document_attention import (
     has_flex,
     kept_apart,
     lengths_in,
-    one_by_one,
     positions_in,
     softmax_in_documents,
+    starts_in,
 )
 from open_lm.errors import ConfigError, join_problems
 
@@ -44,14 +44,14 @@ Mask = Tensor | Documents
 def find_documents(document_ids: Tensor, attn_func: AttnFunc) -> Documents:
     """The documents of document_ids (B,T), runs of equal integers, in the form that suits an attention function here.
 
-    The one place that chooses: on a CPU each document by itself; on CUDA flex attention, which alone does not wait for
+    The one place that chooses: on a CPU where each begins; on CUDA flex attention, which alone does not wait for
     the device; xformers' kernels where `attn_func` is theirs, or may use them and flex attention cannot be; and a mask
     (B,1,T,T) where none of these can be, where T is short, and for all other attention functions.
     """
     first = first_tokens(document_ids)
     positions = positions_in(first)
     if attn_func in _SDPA and not first.is_cuda:
-        return one_by_one(first)
+        return Documents(positions, starts=starts_in(first))
     if attn_func in _SDPA and first.shape[1] <= BLOCK_TOKENS:
         return Documents(positions, allowed=allowed_in(first))
     if attn_func in _SDPA and has_flex(first.device):
@@ -97,15 +97,20 @@ def allowed_keys(queries: Tensor, keys: Tensor, is_causal: bool, attention_mask:
 def torch_attn(
     queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
 ) -> Tensor:
-    """Softmax attention through torch's scaled_dot_product_attention, inside documents through flex attention as well
-    -> (B,Tq,H,K)."""
+    """Softmax attention through torch's scaled_dot_product_attention, inside documents through flex attention as well,
+    and of whole rows on a CPU through `cpu_attention` -> (B,Tq,H,K)."""
     if isinstance(attention_mask, Documents):
         return softmax_in_documents(queries, keys, values, attention_mask)
+    whole = is_causal and attention_mask is None and 1 < queries.shape[1] == keys.shape[1]
+    if whole and queries.device.type == "cpu" and queries.shape == keys.shape == values.shape:
+        return causal_attention(queries, keys, values)
+    mask = None if whole else allowed_keys(queries, keys, is_causal, attention_mask)
+    return _scaled_dot_product(queries, keys, values, mask, is_causal=whole)
+
+
+def _scaled_dot_product(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    if is_causal and attention_mask is None and 1 < queries.shape[1] == keys.shape[1]:
-        return causal_attention(q, k, v).transpose(1, 2).contiguous()
-    mask = allowed_keys(queries, keys, is_causal, attention_mask)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     return out.transpose(1, 2).contiguous()
 
 
@@ -179,7 +184,7 @@ def _by_backend(  # noqa: PLR0917 (in the order of the interface)
             "--precision, or --attn-name auto"
         )
     with sdpa_kernel(getattr(SDPBackend, name)):
-        return torch_attn(queries, keys, values, is_causal)
+        return _scaled_dot_product(queries, keys, values, None, is_causal and queries.shape[1] > 1)
 
 
 # Attention functions for which documents may be in any form that torch's own attention takes.

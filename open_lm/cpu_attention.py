@@ -1,48 +1,132 @@
-"""Causal softmax attention on a CPU: torch's, with a faster way back for narrow heads.
+"""Causal softmax attention on a CPU: one operator for all, by the kernels that suit the tensors and the processor.
 
-Legend: B batch, H heads, T sequence, K head width.
+Bfloat16 on a processor with matrix units goes through kernels of our own (amx_attention), all else through torch's.
+Registered with torch, so that compilation, fake tensors and recomputation treat it as they do torch's operators.
+Legend: B batch, T sequence, H heads, K head width, N documents of all rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from open_lm import amx_attention
 
-# Up to this head width the backward kernel takes 0.6 times as long in float32 as in bfloat16: its products are too
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+# Up to this head width torch's backward kernel takes 0.6 times as long in float32 as in bfloat16: its products are too
 # small for the matrix units, and conversions between the types remain. At 32 both are equal.
 _NARROW = 16
 
 
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Each query attends to the keys up to its own: three times (B,H,T,K) float -> (B,H,T,K), scaled by 1/sqrt(K)."""
-    narrow = queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and queries.shape[-1] <= _NARROW
-    if narrow and torch.is_grad_enabled():
-        out: Tensor = _WideBackward.apply(queries, keys, values)
-        return out
-    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor | None = None) -> Tensor:
+    """Each query attends to the keys from its document's first up to its own, scores scaled by 1/sqrt(K).
+
+    Args:
+        queries, keys, values: (B,T,H,K) float on a CPU; under autocast they are taken in its type.
+        first_tokens: (B,T) int32, where in its row each token's document begins; None where a row is one document.
+
+    Returns:
+        (B,T,H,K) in the queries' type. It and the gradients are the same bits in every run.
+    """
+    if torch.is_autocast_enabled("cpu") and queries.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+        queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
+    out: Tensor
+    out, _log_sums = _forward(queries, keys, values, first_tokens)
+    return out
 
 
-class _WideBackward(torch.autograd.Function):
-    """Attention by torch's kernels whose gradients are computed in float32 (float64 of float64) from what the forward
-    pass kept; they are nearer to the exact ones than those in half precision."""
+@torch.library.custom_op("open_lm::cpu_attention", mutates_args=(), device_types="cpu")
+def _forward(queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """-> (B,T,H,K) as the queries, and the natural logarithms (B,H,T) of the softmax's sums, in float32 or wider."""
+    queries, keys, values = (_side_by_side(x) for x in (queries, keys, values))
+    if amx_attention.takes(queries):
+        return amx_attention.forward(queries, keys, values, first_tokens)
+    pieces = zip(*(_documents(x, first_tokens) for x in (queries, keys, values)), strict=True)
+    outs, log_sums = zip(*(_flash_forward(*piece, is_causal=True) for piece in pieces), strict=True)
+    sums = _rows([x[..., None] for x in log_sums], queries.shape[:2])
+    return _rows(outs, queries.shape[:2]), sums[..., 0].transpose(1, 2).contiguous()
 
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        out, log_sums = _forward(queries, keys, values, is_causal=True)
-        ctx.save_for_backward(queries, keys, values, out, log_sums)
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        *kept, log_sums = ctx.saved_tensors
-        dtype = kept[0].dtype
-        wide = [x if dtype == torch.float64 else x.float() for x in (*grads, *kept)]
-        return tuple(grad.to(dtype) for grad in _backward(*wide, log_sums, dropout_p=0.0, is_causal=True))
+@torch.library.custom_op("open_lm::cpu_attention_backward", mutates_args=(), device_types="cpu")
+def _backward(  # noqa: PLR0917 (an operator takes its arguments by position)
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    first_tokens: Tensor | None,
+    out: Tensor,
+    log_sums: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_forward` took and gave, and the gradients of its result -> those of queries, keys and values."""
+    grad, queries, keys, values = (_side_by_side(x) for x in (grad, queries, keys, values))
+    if amx_attention.takes(queries):
+        return amx_attention.backward(grad, queries, keys, values, first_tokens, out, log_sums)
+    dtype, batch_and_length = queries.dtype, queries.shape[:2]
+    tensors = [grad, queries, keys, values, out]
+    if dtype == torch.bfloat16 and queries.shape[-1] <= _NARROW:
+        tensors = [x.float() for x in tensors]
+    pieces = [_documents(x, first_tokens) for x in (*tensors, log_sums.transpose(1, 2)[..., None])]
+    grads = [
+        _flash_backward(*piece, sums[..., 0], dropout_p=0.0, is_causal=True)
+        for *piece, sums in zip(*pieces, strict=True)
+    ]
+    of_queries, of_keys, of_values = (_rows(x, batch_and_length).to(dtype) for x in zip(*grads, strict=True))
+    return of_queries, of_keys, of_values
+
+
+def _documents(x: Tensor, first_tokens: Tensor | None) -> list[Tensor]:
+    """x (B,T,H,K) as torch's kernels take it, each document by itself, N x (1,H,its tokens,K), or all rows at once
+    (B,H,T,K). Documents one by one are faster than a mask, and than attention to the whole row."""
+    if first_tokens is None:
+        return [x.transpose(1, 2)]
+    places = torch.arange(first_tokens.shape[1], dtype=first_tokens.dtype)
+    starts = (first_tokens == places).flatten().nonzero()[:, 0]
+    lengths = starts.diff(append=starts.new_tensor([first_tokens.numel()])).tolist()
+    return list(x.flatten(0, 1).transpose(0, 1)[None].split(lengths, dim=2))
+
+
+def _rows(pieces: Sequence[Tensor], batch_and_length: tuple[int, ...]) -> Tensor:
+    """The reverse of `_documents`: -> (B,T,H,K)."""
+    if len(pieces) == 1:
+        rows = pieces[0].transpose(1, 2)
+    else:
+        rows = torch.cat(tuple(pieces), dim=2)[0].transpose(0, 1).unflatten(0, batch_and_length)
+    return rows.contiguous()
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x, the elements of whose heads lie side by side in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+# ------------------------------------------------------------------------------------------ for torch
+@_forward.register_fake
+def _forward_shapes(
+    queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = queries.shape
+    wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    return queries.new_empty(queries.shape), queries.new_empty((batch, heads, length), dtype=wide)
+
+
+@_backward.register_fake
+def _backward_shapes(grad: Tensor, queries: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return queries.new_empty(queries.shape), queries.new_empty(queries.shape), queries.new_empty(queries.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _of_log_sums: Any) -> tuple[Tensor | None, ...]:
+    return (*_backward(grad, *ctx.saved_tensors), None)
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)

@@ -38,16 +38,16 @@ class Documents:
         positions: (B,T) int64, counted from 0 in each document.
         allowed: (B,1,T,T) bool, true where a query (third dimension) may see a key: for every device and attention
             function, at B * T * T bytes.
-        lengths: tokens of each document, row after row; they add up to B * T.
+        starts: (B,T) int32, where in its row each token's document begins, for kernels on a CPU.
         blocks: which blocks of queries and keys share a document, for flex attention.
         bias: the lengths, as xformers' kernels take them (BlockDiagonalCausalMask).
         part: whose part of longer rows these tokens are, for context parallelism (context_parallel.PartOfRows).
-        attend: (queries, keys, values, documents) -> attention by lengths, bias or part, see `kept_apart`.
+        attend: (queries, keys, values, documents) -> attention by bias or part, see `kept_apart`.
     """
 
     positions: Tensor
     allowed: Tensor | None = None
-    lengths: tuple[int, ...] = ()
+    starts: Tensor | None = None
     blocks: BlockMask | None = None
     bias: Any = None
     part: Any = None
@@ -77,8 +77,7 @@ def first_tokens(document_ids: Tensor) -> Tensor:
 
 def positions_in(first: Tensor) -> Tensor:
     """Positions (B,T) int64 that start at 0 with each first token; first (B,T) bool."""
-    places = torch.arange(first.shape[1], device=first.device).expand_as(first)
-    return places - torch.where(first, places, 0).cummax(1).values
+    return torch.arange(first.shape[1], device=first.device) - starts_in(first)
 
 
 def allowed_in(first: Tensor) -> Tensor:
@@ -88,14 +87,15 @@ def allowed_in(first: Tensor) -> Tensor:
 
 
 def lengths_in(first: Tensor) -> tuple[int, ...]:
-    """`Documents.lengths` of documents that begin at first (B,T) bool. Waits for the device."""
+    """Tokens of each document that begins at first (B,T) bool, row after row. Waits for the device."""
     starts = first.flatten().nonzero()[:, 0]
     return tuple(starts.diff(append=starts.new_tensor([first.numel()])).tolist())
 
 
-def one_by_one(first: Tensor) -> Documents:
-    """Documents that begin at first (B,T) bool, attended to one by one. Waits for the device."""
-    return Documents(positions_in(first), lengths=lengths_in(first), attend=kept_apart(_one_by_one))
+def starts_in(first: Tensor) -> Tensor:
+    """`Documents.starts` (B,T) int32 of documents that begin at first (B,T) bool."""
+    places = torch.arange(first.shape[1], device=first.device)
+    return torch.where(first, places, 0).cummax(1).values.to(torch.int32)
 
 
 def blocks_in(first: Tensor) -> BlockMask:
@@ -140,18 +140,13 @@ def softmax_in_documents(queries: Tensor, keys: Tensor, values: Tensor, document
     """Softmax attention inside documents, by whichever form of them is there: four times (B,T,H,K) float."""
     if documents.blocks is not None:
         return _through_flex(queries, keys, values, documents.blocks)
+    if documents.starts is not None:
+        return causal_attention(queries, keys, values, documents.starts)
     if documents.attend is not None:
         return documents.attend(queries, keys, values, documents)
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.allowed)
     return out.transpose(1, 2).contiguous()
-
-
-def _one_by_one(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
-    """Each document by itself, which on a CPU is faster than a mask and than attention to the whole row."""
-    pieces = (x.flatten(0, 1).transpose(0, 1)[None].split(documents.lengths, dim=2) for x in (queries, keys, values))
-    outs = [causal_attention(q, k, v) for q, k, v in zip(*pieces, strict=True)]
-    return torch.cat(outs, dim=2)[0].transpose(0, 1).reshape(queries.shape)
 
 
 def _through_flex(queries: Tensor, keys: Tensor, values: Tensor, blocks: BlockMask) -> Tensor:

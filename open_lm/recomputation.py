@@ -20,7 +20,7 @@ POLICIES = ("full", "op")
 _PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_mm"})
 _ATTENTION = (
     *("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
-    *("xformers", "flex_attention"),
+    *("xformers", "flex_attention", "open_lm::cpu_attention"),
 )
 
 

@@ -27,8 +27,8 @@ from open_lm.document_attention import (
     allowed_in,
     blocks_in,
     first_tokens,
-    one_by_one,
     positions_in,
+    starts_in,
 )
 from open_lm.losses import token_loss
 from open_lm.model import Transformer
@@ -36,7 +36,7 @@ from open_lm.model import Transformer
 END = 0
 FORMS: dict[str, Callable[[Tensor], Documents]] = {
     "allowed": lambda first: Documents(positions_in(first), allowed=allowed_in(first)),
-    "lengths": one_by_one,
+    "starts": lambda first: Documents(positions_in(first), starts=starts_in(first)),
     "blocks": lambda first: Documents(positions_in(first), blocks=blocks_in(first)),
 }
 CUSTOM = {
@@ -108,7 +108,7 @@ def test_a_packed_row_is_each_of_its_documents_alone(changes: dict[str, Any]) ->
     assert not torch.allclose(logits, made(ids)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["allowed", "lengths"])
+@pytest.mark.parametrize("form", ["allowed", "starts"])
 def test_gradients_through_recomputed_activations(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made, ids = small_model(apply_qk_norm=True, weight_tying=True).train(), packed_rows()
     expected = gradients(made, made(ids, document_ids=document_ids(ids, END))[0].square().mean())
@@ -230,7 +230,8 @@ def test_custom_attention_divides_by_the_row_s_length(activation: str) -> None:
 def test_the_form_follows_the_attention_function() -> None:
     numbers = document_ids(packed_rows(), END)
     documents = find_documents(numbers, torch_attn)
-    assert documents.lengths[:6] == (5, 1, 1, 13, 19, 1) and documents.allowed is None
+    assert documents.starts is not None and documents.starts[0, :8].tolist() == [0, 0, 0, 0, 0, 5, 6, 7]
+    assert documents.allowed is None
     assert documents.positions[0, :8].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
     other = find_documents(numbers, lambda q, k, v, is_causal, attention_mask=None: v)
     assert other.allowed is not None and other.allowed.shape == (3, 1, 40, 40)
@@ -248,9 +249,9 @@ def test_a_device_without_flex_attention_is_told_of_once(
     assert caplog.text.count("compute capability is below 8.0") == 1
 
 
-@pytest.mark.parametrize(("form", "graphs"), [("blocks", 1), ("allowed", 1), ("lengths", None)])
+@pytest.mark.parametrize("form", ["blocks", "allowed", "starts"])
 @torch.no_grad()
-def test_compiled_blocks_are_compiled_once(form: str, graphs: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_are_compiled_once(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the documents are: their numbers and lengths change with every batch."""
     made = small_model(seq_len=200)
     batches = [random_ids(2, 200, vocab_size=20, seed=seed) for seed in range(12)]
@@ -264,8 +265,7 @@ def test_compiled_blocks_are_compiled_once(form: str, graphs: int | None, monkey
         found = made(ids, document_ids=document_ids(ids, END))[0]
         torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
         compiled_after_first = compiled_after_first or counter.frame_count
-    assert counter.frame_count == compiled_after_first > 0
-    assert graphs is None or counter.frame_count == graphs
+    assert counter.frame_count == compiled_after_first == 1
 
 
 def test_layouts_of_two_processes_give_one_process_s_loss(tmp_path: Path, torchrun: Callable[..., Any]) -> None:
