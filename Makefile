@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EVAL_VENV ?= .venv-eval
 BENCH_VENV ?= .venv-bench
+TITAN_VENV ?= .venv-titan
 JOBS ?= 2
 UV_VERSION := 0.13.9
 UV := $(VENV)/bin/uv
@@ -17,7 +18,7 @@ export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-eval install-bench quickstart test lint check-types layers unit lock clean
+.PHONY: help install install-eval install-bench install-titan quickstart test lint check-types layers unit lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -54,6 +55,14 @@ $(BENCH_VENV)/.installed: $(UV) requirements/bench.txt
 	$(UV) pip install --quiet --python $(BENCH_VENV)/bin/python -r requirements/bench.txt
 	@touch $@
 
+install-titan: $(TITAN_VENV)/.installed  ## make .venv-titan with torchtitan, which scripts/bench_train.py measures beside ours (Python 3.11 or newer)
+
+$(TITAN_VENV)/.installed: $(UV) requirements/torchtitan.in setup.py
+	$(PYTHON) -m venv $(TITAN_VENV)
+	$(UV) pip install --quiet --python $(TITAN_VENV)/bin/python -r requirements/torchtitan.in
+	$(UV) pip install --quiet --python $(TITAN_VENV)/bin/python --no-deps --editable .
+	@touch $@
+
 quickstart: install  ## the main job, offline, in minutes: text -> shards -> trained and evaluated model
 	$(VENV)/bin/python scripts/quickstart.py
 
@@ -85,4 +94,4 @@ lock: install  ## pin requirements/*.txt anew from requirements/*.in
 	done
 
 clean:  ## remove environments, caches and the quickstart's files
-	rm -rf $(VENV) $(EVAL_VENV) $(BENCH_VENV) build dist *.egg-info quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(EVAL_VENV) $(BENCH_VENV) $(TITAN_VENV) build dist *.egg-info quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,12 +3,16 @@
     python scripts/bench_train.py --model open_lm_11m open_lm_160m --against original
     python scripts/bench_train.py --model open_lm_1b --device cuda --torchcompile --profile --trace step.json.gz
     python scripts/bench_train.py --model open_lm_160m --precision fp32 --against my_module:my_function
+    python scripts/bench_train.py --model open_lm_1b --torchcompile --against torchtitan \
+        --peer-python .venv-titan/bin/python        # `make install-titan` makes it
 
 Further flags are the trainer's own (--torchcompile, --activation-checkpointing op, --fp8, --accum-freq 2, …), and ours
 is measured through what training runs: its session, optimizer and train_step, on random tokens. What it is measured
-against is `original`, the plain recipe of original_recipe.py; or MODULE:FUNCTION, where function(model, precision,
-device) returns a step(inputs, targets) -> loss; or a command that prints a line of JSON with tokens_per_second, whose
-words may hold {model}, {precision}, {device}, {batch_size} and {seq_len}.
+against is `original`, the plain recipe of original_recipe.py; `torchtitan`, its Llama 3 at the size of the model and
+with the same flags (torchtitan_recipe.py); MODULE:FUNCTION, where function(model, precision, device) returns a
+step(inputs, targets) -> loss, and is given the trainer's whole configuration too where it has a parameter `config`; or
+a command that prints a line of JSON with tokens_per_second, whose words may hold {model}, {precision}, {device},
+{batch_size} and {seq_len}.
 
 Every measurement is a process of its own, and rounds alternate, so that what else the machine does falls on all. Shown
 is the median of all steps with the least and the greatest. The share (MFU) is of the model's FLOPs, without
@@ -37,7 +41,7 @@ import torch
 from bench_train_worker import CEILING, OURS, Job, Measured, trainer_flags
 from step_profile import table as profile_table
 
-from open_lm.config import Config, ModelConfig
+from open_lm.config import ArchitectureConfig, Config, ModelConfig
 from open_lm.devices import peak_16_bit_flops
 from open_lm.errors import ConfigError, run_cli
 from open_lm.metrics import model_flops_per_token
@@ -47,7 +51,7 @@ from open_lm.params import parse_args
 from open_lm.precision import compute_dtype
 from open_lm.storage import write_text
 
-PEERS = {"original": "original_recipe:build"}
+PEERS = {"original": "original_recipe:build", "torchtitan": "torchtitan_recipe:build"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -68,6 +72,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="types whose ceiling is measured beside that of --precision (default: both)",
     )  # fmt: skip
     parser.add_argument("--against", metavar="NAME", help=f"{', '.join(PEERS)} or MODULE:FUNCTION")
+    parser.add_argument(
+        "--peer-python", type=Path, default=Path(sys.executable), metavar="PYTHON",
+        help="the interpreter that runs what --against names (default: this one)",
+    )  # fmt: skip
     parser.add_argument("--against-command", metavar="COMMAND")
     parser.add_argument("--profile", action="store_true", help="show where the time of one more step goes")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write that profile of ours (.json or .json.gz)")
@@ -96,10 +104,10 @@ def contenders(args: argparse.Namespace, flags: list[str], model: str, folder: P
     """ConfigError for settings that the trainer does not take."""
     shape = architecture_of(model)
     seq_len = args.seq_len or shape["seq_len"]
-    path = folder / f"{Path(model).stem}.json"
-    write_text(path, json.dumps({**shape, "seq_len": seq_len}))
     flags = ["--precision", args.precision, *flags]
-    config = Config.from_namespace(parse_args(trainer_flags(str(path), args.batch_size, flags)))
+    config = Config.from_namespace(parse_args(trainer_flags(model, args.batch_size, flags)))
+    path = folder / f"{Path(model).stem}.json"
+    write_text(path, json.dumps({**chosen(config.model), **shape, "seq_len": seq_len}))
     dtype = str(compute_dtype(args.precision, args.device)).removeprefix("torch.")
     job = Job(
         kind=OURS,
@@ -119,11 +127,27 @@ def contenders(args: argparse.Namespace, flags: list[str], model: str, folder: P
         meta = create_model(ModelConfig.from_object(replace(config.model, model=str(path))))
     jobs: dict[str, Job | list[str]] = {CEILING: replace(job, kind=CEILING), OURS: job}
     if args.against:
-        jobs[args.against] = replace(job, kind=PEERS.get(args.against, args.against))
+        jobs[args.against] = replace(job, kind=PEERS.get(args.against, args.against), python=str(args.peer_python))
     if args.against_command:
         values = {name: str(getattr(job, name)) for name in ("model", "precision", "device", "batch_size", "seq_len")}
         jobs["the command"] = [filled(word, values) for word in shlex.split(args.against_command)]
     return Contenders(jobs, job, dtype, model_flops_per_token(meta), sum(p.numel() for p in meta.parameters()))
+
+
+def chosen(model: ModelConfig) -> dict[str, Any]:
+    """What flags say of the model's shape: others read it from its file."""
+    values = {spec.name: getattr(model, spec.name) for spec in ArchitectureConfig.specs() if not spec.ineffective}
+    return {name: value for name, value in values.items() if value != getattr(ArchitectureConfig, name)}
+
+
+def check(found: Contenders, args: argparse.Namespace) -> None:
+    """ConfigError for what cannot be measured, before anything else is; another version of torch is said."""
+    job = found.jobs.get(args.against)
+    if not isinstance(job, Job):
+        return
+    version = run_once(replace(job, check=True).command(), args)["torch"]
+    if version != torch.__version__:
+        print(f"{args.against}: torch {version}", flush=True)
 
 
 def filled(word: str, values: dict[str, str]) -> str:
@@ -259,6 +283,8 @@ def main(argv: Sequence[str]) -> None:
     everything: dict[str, Any] = {"machine": machine(args), "arguments": list(argv), "models": {}}
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
         plans = {model: contenders(args, flags, model, Path(folder)) for model in args.model}
+        for found in plans.values():
+            check(found, args)
         for model, found in plans.items():
             every = measure(found, args)
             print(f"\n{report(found, every)}", flush=True)

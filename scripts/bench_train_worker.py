@@ -3,12 +3,13 @@ the last line printed.
 
 A step that is measured is any function(inputs, targets) -> loss. Ours is the one that training uses, its model,
 optimizer and options made by the run's own session; others come from a function(model, precision, device) that makes
-one.
+one, and that is given the trainer's whole configuration too where it has a parameter `config`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,10 +28,11 @@ from matmul_ceiling import linear_shapes, own_flops, square_flops
 from step_profile import profile_step
 from torch import Tensor
 
-from open_lm.config import ModelConfig
+from open_lm.config import Config, ModelConfig
 from open_lm.errors import ConfigError, run_cli
 from open_lm.metrics import peak_memory_bytes
 from open_lm.model import create_model
+from open_lm.params import parse_args
 
 OURS, CEILING = "ours", "ceiling"
 Step = Callable[[Tensor, Tensor], Any]
@@ -38,7 +41,8 @@ Step = Callable[[Tensor, Tensor], Any]
 @dataclass(frozen=True)
 class Job:
     """What to measure: `kind` is OURS, CEILING or the module:function that makes another's step. `model` is the path of
-    a configuration, `flags` what the trainer is given beside it, `dtypes` those of the ceiling."""
+    a configuration, `flags` what the trainer is given beside it, `dtypes` those of the ceiling, `python` what runs the
+    process. `check`: measure nothing, but say whether another's step can be made."""
 
     kind: str
     model: str
@@ -54,9 +58,11 @@ class Job:
     dtypes: list[str]
     profile: bool = False
     trace: str | None = None
+    python: str = sys.executable
+    check: bool = False
 
     def command(self) -> list[str]:
-        return [sys.executable, __file__, json.dumps(asdict(self))]
+        return [self.python, __file__, json.dumps(asdict(self))]
 
 
 @dataclass(frozen=True)
@@ -79,14 +85,36 @@ def trainer_flags(model: str, batch_size: int, flags: Sequence[str]) -> list[str
 
 
 def imported_step(job: Job) -> Step:
-    """What module:function makes; modules are looked for beside this file and in the working directory too."""
+    """What module:function makes."""
+    return called(job, imported(job)[1])
+
+
+def imported(job: Job) -> tuple[ModuleType, Callable[..., Any]]:
+    """The module and its function; modules are looked for beside this file and in the working directory too."""
     sys.path.append(os.getcwd())
-    module, _, name = job.kind.partition(":")
+    name, _, function = job.kind.partition(":")
     try:
-        build = getattr(importlib.import_module(module), name)
+        module = importlib.import_module(name)
+        return module, getattr(module, function)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"--against {job.kind}: cannot be imported ({error}); expected module:function") from error
-    return build(job.model, job.precision, torch.device(job.device))
+
+
+def called(job: Job, function: Callable[..., Any]) -> Any:
+    """`function` of model, precision and device, and of the configuration where it asks for one."""
+    settings = {}
+    if "config" in inspect.signature(function).parameters:
+        settings["config"] = Config.from_namespace(parse_args(trainer_flags(job.model, job.batch_size, job.flags)))
+    return function(job.model, job.precision, torch.device(job.device), **settings)
+
+
+def check(job: Job) -> dict[str, str]:
+    """The version of torch that will be measured with; ConfigError where a step cannot be made, as far as its module's
+    own `check` finds out."""
+    module, _ = imported(job)
+    if hasattr(module, "check"):
+        called(job, module.check)
+    return {"torch": torch.__version__}
 
 
 def random_batches(job: Job, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -164,6 +192,9 @@ def ceiling(job: Job) -> dict[str, dict[str, float]]:
 
 def main(argv: Sequence[str]) -> None:
     job = Job(**json.loads(argv[0]))
+    if job.check:
+        print(json.dumps(check(job)), flush=True)
+        return
     result = ceiling(job) if job.kind == CEILING else asdict(measure(job))
     print(json.dumps(result), flush=True)
 

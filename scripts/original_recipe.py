@@ -223,9 +223,20 @@ def build(
     """The step of the model that --model names.
 
     weights: a state dict to start from; without it torch's own initial values, on which speed does not depend. optim:
-    lr, betas, eps, wd, grad_clip_norm and z_loss_coefficient count. ConfigError for what is not said again here.
+    lr, betas, eps, wd, grad_clip_norm and z_loss_coefficient count. ConfigError as `check` has it.
     """
-    shape = {"model_norm": "default_layer_norm", "qk_norm": False, **architecture_of(model)}
+    check(model, precision, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as the original trained
+    made = Model(_shape(model))
+    if weights is not None:
+        made.load_state_dict(weights)
+    return Recipe(made, precision, device, optim or OptimConfig())
+
+
+def check(model: str, precision: str, device: torch.device) -> None:
+    """ConfigError for what is not said again here, on any device."""
+    shape = _shape(model)
     accepted = {"model_norm": tuple(NORMS), **SUPPORTED}
     for key, values in accepted.items():
         if shape.get(key, values[0]) not in values:
@@ -235,9 +246,7 @@ def build(
             )
     if precision not in PRECISIONS:
         raise ConfigError(f"--precision {precision}: the original's recipe runs in one of {', '.join(PRECISIONS)}")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as the original trained
-    made = Model(shape)
-    if weights is not None:
-        made.load_state_dict(weights)
-    return Recipe(made, precision, device, optim or OptimConfig())
+
+
+def _shape(model: str) -> dict[str, Any]:
+    return {"model_norm": "default_layer_norm", "qk_norm": False, **architecture_of(model)}

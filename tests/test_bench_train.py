@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from open_lm.config import ModelConfig, OptimConfig
+from open_lm.config import Config, ModelConfig, OptimConfig
 from open_lm.errors import ConfigError
 from open_lm.losses import token_loss
 from open_lm.model import create_model
+from open_lm.params import parse_args
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import bench_train  # noqa: E402
+import bench_train_worker  # noqa: E402
 import compare_curves  # noqa: E402
+import torchtitan_recipe  # noqa: E402
 from matmul_ceiling import linear_shapes, own_flops  # noqa: E402
 from original_recipe import build  # noqa: E402
 from step_profile import profile_step, room_of  # noqa: E402
 
 CPU = torch.device("cpu")
+has_torchtitan = find_spec("torchtitan") is not None
 GOLDEN = ("default", "gain_only_qknorm", "lp_qknorm_dclm", "tied_postembed")
 
 
@@ -159,6 +166,105 @@ def test_a_peer_that_cannot_be_measured_is_named(tmp_path: Path) -> None:
         bench_train.run_once([sys.executable, "-c", "print('fast')"], args)
     with pytest.raises(ConfigError, match="no tokens_per_second, but speed"):
         bench_train.Results([], [], [], []).add({"speed": 1}, 10)
+
+
+def test_a_peer_is_given_what_flags_say(tmp_path: Path) -> None:
+    args = bench_train.make_parser().parse_args(["--device", "cpu", "--against", "a:b", "--peer-python", "python9"])
+    args.device = "cpu"
+    flags = ["--qk-norm", "--lr", "0.25", "--precision", "fp32"]
+    found = bench_train.contenders(args, flags, "open_lm_test_tiny", tmp_path)
+    job = found.jobs["a:b"]
+    assert isinstance(job, bench_train_worker.Job) and job.command()[0] == "python9"
+    shape = json.loads(Path(job.model).read_text())
+    assert shape["qk_norm"] is True and shape["hidden_dim"] == 16 and "model_norm" not in shape
+
+    def with_all(model: str, precision: str, device: torch.device, config: Config) -> Any:
+        return model, precision, device, config.optim.lr, config.optim.wd
+
+    def plain(*arguments: object) -> Any:
+        return arguments
+
+    expected = (job.model, args.precision, CPU)
+    assert bench_train_worker.called(job, with_all) == (*expected, 0.25, OptimConfig().wd)
+    assert bench_train_worker.called(job, plain) == expected
+    with pytest.raises(ConfigError, match="--against a:b: cannot be imported"):
+        bench_train_worker.check(job)
+    assert bench_train_worker.check(replace(job, kind="original_recipe:build")) == {"torch": torch.__version__}
+    path = tmp_path / "rms_norm.json"
+    path.write_text(json.dumps({**shape, "model_norm": "rms_norm"}))
+    with pytest.raises(ConfigError, match="model_norm is 'rms_norm', the original's recipe"):
+        bench_train_worker.check(replace(job, kind="original_recipe:build", model=str(path)))
+
+
+# --- torchtitan -----------------------------------------------------------------------------------------------------
+def config_of(flags: list[str]) -> Config:
+    return Config.from_namespace(parse_args(bench_train_worker.trainer_flags("open_lm_test_tiny", 4, flags)))
+
+
+def test_what_torchtitan_does_not_have_is_told_together(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    shape = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 9, "seq_len": 12, "qk_norm": True}
+    path.write_text(json.dumps(shape))
+    flags = ["--optimizer", "muon", "--activation-checkpointing", "2", "--z-loss-coefficient", "0.1"]
+    with pytest.raises(ConfigError) as caught:
+        torchtitan_recipe.check(str(path), "fp16", CPU, config=config_of(flags))
+    said = str(caught.value)
+    assert "--against torchtitan (6)" in said and "qk_norm is True, expected False" in said
+    for flag in ("--seq-len 12", "--precision fp16", "--activation-checkpointing 2", "--optimizer muon", "--z-loss"):
+        assert flag in said
+
+
+@pytest.mark.skipif(has_torchtitan, reason="torchtitan is installed here")
+def test_without_torchtitan_it_is_said_what_to_install(capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "open_lm_test_tiny", "--device", "cpu", "--threads", "1", "--against", "torchtitan"]
+    with pytest.raises(ConfigError, match=r"torchtitan: it cannot be imported by .*make install-titan.*--peer-python"):
+        bench_train.main(flags)
+    assert "GFLOP" not in capfd.readouterr().out  # before anything is measured
+
+
+TRAINED = """
+import json, sys
+sys.path[:0] = sys.argv[1:2]
+import torch
+from bench_train_worker import trainer_flags
+from open_lm.config import Config
+from open_lm.params import parse_args
+from torchtitan_recipe import build
+
+found = {}
+ids = torch.randint(512, (4, 17), generator=torch.Generator().manual_seed(0))
+for flags in json.loads(sys.argv[3]):
+    config = Config.from_namespace(parse_args(trainer_flags(sys.argv[2], 4, ["--lr", "0.02", *flags])))
+    step = build(sys.argv[2], config.precision.precision, torch.device("cpu"), config=config)
+    losses = [float(step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())) for _ in range(8)]
+    found[" ".join(flags)] = losses, sum(p.numel() for p in step.model.parameters())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not has_torchtitan, reason="needs torchtitan: make install-titan, and run with its python")
+def test_torchtitan_trains_a_model_of_our_size(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    shape = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 512, "seq_len": 16}
+    path.write_text(json.dumps(shape))
+    flags = [
+        ["--precision", "fp32"],
+        ["--precision", "amp_bfloat16", "--accum-freq", "2", "--grad-clip-norm", "1"],
+        ["--precision", "bf16", "--activation-checkpointing", "full"],
+        ["--precision", "fp32", "--activation-checkpointing", "op"],
+    ]
+    command = [sys.executable, "-c", TRAINED, str(SCRIPTS), str(path), json.dumps(flags)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    with torch.device("meta"):
+        ours = create_model(ModelConfig(model=str(path), model_norm="rms_norm"))
+    assert len(found) == len(flags)
+    for losses, num_params in found.values():
+        assert num_params == sum(p.numel() for p in ours.parameters())
+        # Logits begin with a variance of 1, which adds half of it to the loss of equal probabilities.
+        assert losses[0] == pytest.approx(math.log(512) + 0.5, abs=0.2)
+        assert losses[-1] < losses[0] - 1
 
 
 def test_products_are_counted_at_the_shapes_of_the_linear_layers() -> None:
