@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,14 +26,19 @@ from open_lm.parallelize import parallelize
 from open_lm.precision import get_autocast
 from open_lm.train import StepOptions, train_step
 
-ROWS, SEQ_LEN = 8, 10
+ROWS, SEQ_LEN = 8, 12
 # A vocabulary that no number of ranks divides, tensor parallelism and FSDP2 together neither.
 SHAPE = {"dim": 24, "n_layers": 2, "n_heads": 4, "vocab_size": 29, "seq_len": SEQ_LEN, "apply_qk_norm": True}
+# Experts that drop nothing and are not balanced, which ranks do among their own tokens.
+EXPERTS = {"moe_freq": 2, "moe_num_experts": 4, "moe_capacity_factor": 0.0, "moe_loss_weight": 0.0}
+# The settings of the model by the optimizer's name.
+MODELS: dict[str, dict[str, Any]] = {"adamw": {}, "muon": {"weight_tying": True, **EXPERTS}}
 AVERAGERS = "ema_0.5,poly_2"
 ALONE = ParallelConfig()
 FSDP = ParallelConfig(fsdp=True)
 TENSOR = ParallelConfig(tensor_parallel=2)
 SHARDED_TENSOR = ParallelConfig(fsdp=True, tensor_parallel=2)
+CONTEXT = ParallelConfig(fsdp=True, context_parallel=2)
 HYBRID = ParallelConfig(fsdp=True, mesh_dim="2,-1,1")
 HYBRID_TENSOR = ParallelConfig(fsdp=True, mesh_dim="2,2,2")
 
@@ -44,7 +50,7 @@ class Run:
         self.runtime = init_runtime(cfg)
         self.layout: Layout = build_layout(self.runtime, cfg)
         with torch.device("meta"):
-            model = Transformer(Params(**SHAPE, weight_tying=optimizer == "muon"))
+            model = Transformer(Params(**SHAPE, **MODELS[optimizer]))
         trained = parallelize(
             model, self.layout, cfg, device=self.runtime.device, initialise=lambda made: init_weights(made, seed)
         )
@@ -124,7 +130,11 @@ class Job:
 
 OPTIMIZERS = ("adamw", "muon")
 JOBS: dict[int, list[Job]] = {
-    4: [Job(SHARDED_TENSOR, None, range(2), "four"), Job(TENSOR, "four", range(2, 4))],
+    4: [
+        Job(SHARDED_TENSOR, None, range(2), "four"),
+        Job(TENSOR, "four", range(2, 4)),
+        Job(CONTEXT, "four", range(2, 4)),
+    ],
     2: [Job(FSDP, "four", range(2, 4)), Job(TENSOR, "four", range(2, 4)), Job(ALONE, "four", range(2, 4), "two")],
     1: [Job(ALONE, "two", range(4, 5), "one", files=True)],
     8: [Job(HYBRID, "one", range(5, 6), files=True), Job(HYBRID_TENSOR, "one", range(5, 6), "eight", files=True)],

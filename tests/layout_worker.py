@@ -1,13 +1,9 @@
-"""What ranks do in test_layouts.py, in one process group: `python -m layout_worker OUT JOB…`, jobs as JSON lists of a
-function's name and its arguments; rank 0 writes their results as JSON."""
+"""What ranks do in test_layouts.py; results are what JSON can hold."""
 
 from __future__ import annotations
 
-import json
 import resource
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -19,7 +15,6 @@ from torch._dynamo.utils import counters
 from open_lm import sharded_tensor
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.distributed import Runtime, build_layout, init_runtime, shutdown
-from open_lm.errors import end_process
 from open_lm.initialization import init_weights
 from open_lm.losses import TokenLoss
 from open_lm.model import Params, Transformer
@@ -102,19 +97,3 @@ def compiled(settings: dict[str, Any], checkpointing: str, backend: str = "induc
     graphs, breaks = counters["stats"]["unique_graphs"], len(counters["graph_break"])
     shutdown(runtime)
     return {"numbers": numbers, "graphs": graphs, "graph_breaks": breaks}
-
-
-def main(argv: list[str]) -> None:
-    dist.init_process_group("gloo")
-    results = []
-    for job in argv[1:]:
-        function, *arguments = json.loads(job)
-        results.append({"start": start, "logits": logits, "compiled": compiled}[function](*arguments))
-    if dist.get_rank() == 0:
-        Path(argv[0]).write_text(json.dumps(results))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
-    end_process(0)
