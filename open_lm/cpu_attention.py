@@ -37,11 +37,10 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, first_tokens
         dtype = torch.get_autocast_dtype("cpu")
         queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
     out: Tensor
-    out, _log_sums = _forward(queries, keys, values, first_tokens)
+    out, _log_sums = torch.ops.open_lm.cpu_attention(queries, keys, values, first_tokens)
     return out
 
 
-@torch.library.custom_op("open_lm::cpu_attention", mutates_args=(), device_types="cpu")
 def _forward(queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     """-> (B,T,H,K) as the queries, and the natural logarithms (B,H,T) of the softmax's sums, in float32 or wider."""
     queries, keys, values = (_side_by_side(x) for x in (queries, keys, values))
@@ -53,7 +52,6 @@ def _forward(queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor
     return _rows(outs, queries.shape[:2]), sums[..., 0].transpose(1, 2).contiguous()
 
 
-@torch.library.custom_op("open_lm::cpu_attention_backward", mutates_args=(), device_types="cpu")
 def _backward(  # noqa: PLR0917 (an operator takes its arguments by position)
     grad: Tensor,
     queries: Tensor,
@@ -106,17 +104,13 @@ def _side_by_side(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------ for torch
-@_forward.register_fake
-def _forward_shapes(
-    queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _shapes_forward(queries: Tensor, *_rest: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = queries.shape
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     return queries.new_empty(queries.shape), queries.new_empty((batch, heads, length), dtype=wide)
 
 
-@_backward.register_fake
-def _backward_shapes(grad: Tensor, queries: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes_backward(grad: Tensor, queries: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return queries.new_empty(queries.shape), queries.new_empty(queries.shape), queries.new_empty(queries.shape)
 
 
@@ -126,7 +120,20 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradients(ctx: Any, grad: Tensor, _of_log_sums: Any) -> tuple[Tensor | None, ...]:
-    return (*_backward(grad, *ctx.saved_tensors), None)
+    return (*torch.ops.open_lm.cpu_attention_backward(grad, *ctx.saved_tensors), None)
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+def _register() -> None:
+    """Not by torch.library.custom_op, whose first call takes seconds to load the compiler."""
+    taken = "Tensor queries, Tensor keys, Tensor values, Tensor? first_tokens"
+    forward, backward = "open_lm::cpu_attention", "open_lm::cpu_attention_backward"
+    torch.library.define(forward, f"({taken}) -> (Tensor, Tensor)")
+    torch.library.define(backward, f"(Tensor grad, {taken}, Tensor out, Tensor log_sums) -> (Tensor, Tensor, Tensor)")
+    torch.library.impl(forward, "cpu", _forward)
+    torch.library.impl(backward, "cpu", _backward)
+    torch.library.register_fake(forward, _shapes_forward)
+    torch.library.register_fake(backward, _shapes_backward)
+    torch.library.register_autograd(forward, _gradients, setup_context=_keep)
+
+
+_register()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_lm import amx_attention, native
-from open_lm.cpu_attention import _forward, causal_attention
+from open_lm.cpu_attention import causal_attention
 
 needs_matrix_units = pytest.mark.skipif(
     not {"amx_tile", "amx_bf16"} <= native.processor_features(), reason="this processor has no matrix units (AMX)"
@@ -149,7 +149,9 @@ def test_autocast_takes_its_type() -> None:
 def test_torch_s_own_checks_of_an_operator(dtype: torch.dtype) -> None:
     for first_tokens in (None, some_documents(20)):
         tensors = tuple(x.detach() for x in inputs(20, 8, dtype)[:3])
-        torch.library.opcheck(_forward, (*tensors, first_tokens), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            torch.ops.open_lm.cpu_attention, (*tensors, first_tokens), test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_gradients_are_the_derivative() -> None:
