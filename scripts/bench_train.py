@@ -17,9 +17,10 @@ a command that prints a line of JSON with tokens_per_second, whose words may hol
 Every measurement is a process of its own, and rounds alternate, so that what else the machine does falls on all. Shown
 is the median of all steps with the least and the greatest. The share (MFU) is of the model's FLOPs, without
 recomputation (open_lm.metrics), in how fast the machine multiplies matrices in the same run: at the shapes of the
-model's own linear layers, forward and backward, and at a large square. Memory is the most that the process held beyond
-what it held before there was a model, on CUDA of the allocator; time to the first step counts from there, and holds
-compilation.
+model's own linear layers, forward and backward, and at a large square; and in what a CUDA device's data sheet says.
+Memory is the most that the process held beyond what it held before there was a model, on CUDA of the allocator; time to
+the first step counts from there, and holds compilation. CUDA graphs, which torchtitan makes, cannot be looked into by
+--profile.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from step_profile import table as profile_table
 from open_lm.config import ArchitectureConfig, Config, ModelConfig
 from open_lm.devices import peak_16_bit_flops
 from open_lm.errors import ConfigError, run_cli
-from open_lm.metrics import model_flops_per_token
+from open_lm.metrics import device_peak_flops, model_flops_per_token
 from open_lm.model import create_model
 from open_lm.model_files import architecture_of
 from open_lm.params import parse_args
@@ -63,8 +64,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="amp_bfloat16", help="as the trainer's (default: amp_bfloat16)")
     parser.add_argument("--batch-size", type=int, default=4, help="sequences of a step (default: 4)")
     parser.add_argument("--seq-len", type=int, help="tokens of a sequence (default: the model's)")
-    parser.add_argument("--steps", type=int, default=3, help="of each round that count (default: 3)")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them that do not (default: 1)")
+    parser.add_argument("--steps", type=int, help="of each round that count (default: 3, on CUDA 20)")
+    parser.add_argument("--warmup", type=int, help="steps before them that do not (default: 1, on CUDA 5)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, help="of each process, on the CPU (default: one for each processor)")
     parser.add_argument(
@@ -241,12 +242,15 @@ def report(found: Contenders, every: Everything) -> str:
     lines += [
         f"{name:26}{rates['own'] / 1e9:12.0f}{rates['square'] / 1e9:12.0f}" for name, rates in every.ceilings.items()
     ]
-    heads = ("tokens/s", "least", "greatest", "MFU, own", "square", "GB", "first s")
+    ceilings = {"own": own["own"], "square": own["square"]}
+    if job.device == "cuda" and (sheet := device_peak_flops(torch.device("cuda"), getattr(torch, found.dtype))):
+        ceilings["sheet"] = sheet
+    heads = ("tokens/s", "least", "greatest", "MFU, own", *list(ceilings)[1:], "GB", "first s")
     lines.append(f"{'':26}" + "".join(f"{head:>10}" for head in heads))
     for name, result in results.items():
         speed = statistics.median(result.speeds)
         numbers = [f"{value:.{0 if value >= 100 else 1}f}" for value in (speed, min(result.speeds), max(result.speeds))]
-        numbers += [f"{speed * found.flops_per_token / own[kind]:.1%}" for kind in ("own", "square")]
+        numbers += [f"{speed * found.flops_per_token / most:.1%}" for most in ceilings.values()]
         numbers.append(f"{max(result.memory_bytes) / 1e9:.2f}" if result.memory_bytes else "")
         numbers.append(f"{statistics.median(result.first_step_s):.1f}" if result.first_step_s else "")
         lines.append(f"{name:26}" + "".join(f"{number:>10}" for number in numbers))
@@ -269,16 +273,24 @@ def machine(args: argparse.Namespace) -> str:
     return f"{name}{said}, torch {torch.__version__}"
 
 
+def settle(args: argparse.Namespace) -> None:
+    """Fill in what depends on the device."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    warmup, steps = (5, 20) if args.device == "cuda" else (1, 3)
+    args.warmup = warmup if args.warmup is None else args.warmup
+    args.steps = steps if args.steps is None else args.steps
+    if min(args.steps, args.rounds, args.batch_size) < 1 or args.warmup < 0:
+        raise ConfigError("--steps, --rounds and --batch-size: expected at least 1; --warmup: at least 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no CUDA device here")
+    args.threads = args.threads or len(os.sched_getaffinity(0))
+
+
 def main(argv: Sequence[str]) -> None:
     args, flags = make_parser().parse_known_args(argv)
     if args.trace is not None and (len(args.model) > 1 or not args.profile):
         raise ConfigError("--trace: goes with --profile and a single --model")
-    if min(args.steps, args.rounds, args.batch_size) < 1 or args.warmup < 0:
-        raise ConfigError("--steps, --rounds and --batch-size: expected at least 1; --warmup: at least 0")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here")
-    args.threads = args.threads or len(os.sched_getaffinity(0))
+    settle(args)
     print(f"{machine(args)}; {args.rounds} rounds of {args.steps} steps after {args.warmup}", flush=True)
     everything: dict[str, Any] = {"machine": machine(args), "arguments": list(argv), "models": {}}
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
