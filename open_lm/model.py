@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from open_lm.attention import AttnFunc, Mask, find_documents, get_attn_func
 from open_lm.config import ModelConfig
-from open_lm.document_attention import Documents
 from open_lm.errors import ConfigError, join_problems
 from open_lm.feed_forward import FusedLinear, get_feed_forward
 from open_lm.initialization import init_weights
@@ -22,7 +21,7 @@ from open_lm.losses import TokenLoss
 from open_lm.mixture_of_experts import MixtureOfExperts
 from open_lm.model_files import architecture_of
 from open_lm.norms import get_norm_class
-from open_lm.positional_embedding import get_positional_embedding
+from open_lm.positional_embedding import Angles, get_positional_embedding, token_positions
 from open_lm.recomputation import POLICIES, recomputed
 
 LayerCache = Sequence[Tensor]  # keys and values of a layer, both (B,P,H,K), keys already rotated
@@ -117,43 +116,38 @@ class Attention(nn.Module):
         width = self.n_heads * self.head_dim
         self.in_proj = FusedLinear(params.dim, 3 * width, parts=3)
         self.out_proj = nn.Linear(width, params.dim, bias=False)
-        self.pos_embed = get_positional_embedding(params.positional_embedding_type, self.head_dim)
+        self.pos_embed: Any = get_positional_embedding(params.positional_embedding_type, self.head_dim)
         self.attn_func = params.attn_func
         self.q_norm = params.norm(width) if params.apply_qk_norm else nn.Identity()
         self.k_norm = params.norm(width) if params.apply_qk_norm else nn.Identity()
 
+    def angles(self, x: Tensor, past: LayerCache | None, attention_mask: Mask | None) -> Angles | None:
+        """By which `forward` is to turn queries and keys: the same in all layers."""
+        positions = token_positions(x, 0 if past is None else past[0].shape[1], attention_mask)
+        angles: Angles | None = self.pos_embed.angles(positions, self.n_heads)
+        return angles
+
     def forward(
-        self, x: Tensor, past: LayerCache | None = None, attention_mask: Mask | None = None
+        self,
+        x: Tensor,
+        past: LayerCache | None = None,
+        attention_mask: Mask | None = None,
+        angles: Angles | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """x (B,T,D), past 2 x (B,P,H,K), attention_mask (B,P+T) or documents -> (B,T,D) and keys and values 2 x
-        (B,P+T,H,K)."""
+        (B,P+T,H,K). Without `angles` they are computed here."""
         queries, keys, values = self.in_proj(x).chunk(3, dim=-1)
         heads = (-1, self.head_dim)  # not n_heads: under tensor parallelism these are a rank's heads alone
         queries = self.q_norm(queries).unflatten(-1, heads)
         keys = self.k_norm(keys).unflatten(-1, heads)
         values = values.unflatten(-1, heads)
-        positions = token_positions(x, 0 if past is None else past[0].shape[1], attention_mask)
-        queries, keys, values = self.pos_embed(queries, keys, values, positions)
+        angles = self.angles(x, past, attention_mask) if angles is None else angles
+        queries, keys, values = self.pos_embed(queries, keys, values, angles)
         if past is not None:
             keys = torch.cat((past[0], keys), dim=1)
             values = torch.cat((past[1], values), dim=1)
         mixed = self.attn_func(queries, keys, values, is_causal=True, attention_mask=attention_mask)
         return self.out_proj(mixed.flatten(-2)), [keys, values]
-
-
-def token_positions(x: Tensor, past_len: int, attention_mask: Mask | None) -> Tensor:
-    """Positions of the tokens of x (B,T,D) after past_len cached ones: (T,), or (B,T) with a mask (B,P+T), int64.
-
-    Masked tokens do not count, so that a row has the same positions with padding on its left and without. Each
-    document's are counted from 0.
-    """
-    if isinstance(attention_mask, Documents):
-        return attention_mask.positions
-    length = x.shape[1]
-    if attention_mask is None:
-        return torch.arange(past_len, past_len + length, device=x.device)
-    counted = (attention_mask != 0).cumsum(-1) - 1
-    return counted.clamp(min=0)[:, -length:]
 
 
 class Block(nn.Module):
@@ -188,10 +182,11 @@ class Block(nn.Module):
         past_key_value: LayerCache | None = None,
         use_cache: bool = False,
         attention_mask: Mask | None = None,
+        angles: Angles | None = None,
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """x (B,T,D), attention_mask (B,P+T) or documents -> (B,T,D) and, with use_cache, keys and values 2 x
-        (B,P+T,H,K)."""
-        mixed, cache = self.attention(self.attention_norm(x), past_key_value, attention_mask)
+        """x (B,T,D), attention_mask (B,P+T) or documents, angles as `Attention` takes them -> (B,T,D) and, with
+        use_cache, keys and values 2 x (B,P+T,H,K)."""
+        mixed, cache = self.attention(self.attention_norm(x), past_key_value, attention_mask, angles)
         x = x + mixed
         x = x + self.feed_forward(self.ffn_norm(x))
         return x, cache if use_cache else None
@@ -306,6 +301,8 @@ class Transformer(nn.Module):
             )
             assert self.params.attn_func is not None
             mask = find_documents(document_ids, self.params.attn_func)
+        first: Any = self.layers[0]
+        angles = first.attention.angles(x, past_key_values[0] if past_key_values else None, mask)
         x = self.post_embed_norm(x)
         caches: list[list[Tensor]] = []
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and not use_cache
@@ -313,7 +310,7 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.layers):
             past = None if past_key_values is None else past_key_values[i]
             run = recomputed(block, policy) if recompute and i % every == 0 else block
-            x, cache = run(x, past, use_cache, mask)
+            x, cache = run(x, past, use_cache, mask, angles)
             if cache is not None:
                 caches.append(cache)
         hidden = self.norm(x)

@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from open_lm.errors import ConfigError, join_problems
 from open_lm.mixture_of_experts import MixtureOfExperts
 from open_lm.norms import LayerNorm, LPLayerNorm, RmsNorm
-from open_lm.positional_embedding.rotary import HeadRotary
+from open_lm.positional_embedding.rotary import Angles, HeadRotary
 from open_lm.sharded_tensor import fill
 
 # The dimension that a block's parameter is split along, None for none, by its name there. Others are whole on every
@@ -121,7 +121,7 @@ def _split_block(block: nn.Module, mesh: DeviceMesh, sequences: _Sequences) -> N
             _specialise(norm, forward=_normed_over_ranks)
     positions: Any = attention.pos_embed
     if isinstance(positions, HeadRotary):
-        positions.tensor_rank = mesh.get_local_rank()  # type: ignore[assignment]
+        positions.tensor_mesh = mesh  # type: ignore[assignment]
         _specialise(positions, angles=_angles_of_own_heads)
     if isinstance(feed_forward, MixtureOfExperts):
         feed_forward.register_forward_hook(_share_balancing_loss(mesh.size()))
@@ -242,11 +242,10 @@ def _normed_over_ranks(norm: Any, x: Tensor) -> Tensor:
     return result.to(x.dtype) if stays else result
 
 
-def _angles_of_own_heads(embedding: Any, q: Tensor, positions: Tensor) -> Tensor:
-    """`HeadRotary.angles` where q (B,T,H/N,K) are the heads of one rank."""
-    count = q.shape[2]
-    heads = torch.arange(embedding.tensor_rank * count, (embedding.tensor_rank + 1) * count, device=q.device)
-    return heads[:, None] * embedding.inv_freq
+def _angles_of_own_heads(embedding: Any, positions: Tensor, heads: int) -> Angles:
+    """`HeadRotary.angles` of those of all heads that are this rank's."""
+    whole, mesh = HeadRotary.angles(embedding, positions, heads), embedding.tensor_mesh
+    return Angles(*(part.chunk(mesh.size())[mesh.get_local_rank()] for part in (whole.cos, whole.sin)))
 
 
 def _share_balancing_loss(ranks: int) -> Callable[..., None]:

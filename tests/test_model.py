@@ -14,7 +14,7 @@ import torch.distributed as dist
 from model_helpers import random_ids, small_model
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,15 +130,16 @@ def test_a_mask_without_the_cached_columns_is_refused() -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Counts matrix products, and knows which of the results that it has seen are still there."""
+    """Counts matrix products and cosines, and knows which of the results that it has seen are still there."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = 0
+        self.products = self.cosines = 0
         self.results: list[tuple[StorageWeakRef, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten._scaled_dot_product_attention_math)
+        self.cosines += func.overloadpacket is torch.ops.aten.cos
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -177,6 +178,18 @@ def test_recomputed_activations_give_the_same_gradients(ffn_type: str) -> None:
     assert kept["full", 1] < kept["op", 1] < everything
     model.set_grad_checkpointing(False)
     assert trained(model, ids)[1] == everything
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_angles_are_computed_once_for_all_layers(positions: str) -> None:
+    model, ids = small_model(positional_embedding_type=positions).train(), random_ids(2, 9)
+    model.set_grad_checkpointing()
+    with Watch() as watch:
+        model(ids)[0].sum().backward()
+    assert watch.cosines == (positions != "none")
+    x = torch.randn(2, 5, 32)
+    angles = model.layers[0].attention.angles(x, None, None)
+    assert torch.equal(model.layers[1](x)[0], model.layers[1](x, angles=angles)[0])
 
 
 def test_unknown_ways_of_recomputing_are_refused() -> None:
@@ -341,6 +354,17 @@ def test_a_sharded_model_gets_its_part_of_the_same_values(
         expected = whole.get_parameter(name).chunk(2)[1]
         assert isinstance(parameter, DTensor)
         torch.testing.assert_close(parameter.to_local(), expected, rtol=0, atol=0, msg=name)
+
+
+def test_angles_are_not_rounded_where_parameters_are(second_of_two_ranks: DeviceMesh) -> None:
+    model = small_model()
+    for block in (*model.layers, model):
+        fully_shard(block, mesh=second_of_two_ranks, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    seen: list[Any] = []
+    model.layers[1].attention.pos_embed.register_forward_pre_hook(lambda _, args: seen.extend(args))
+    model(random_ids(2, 9))
+    queries, _, _, angles = seen
+    assert queries.dtype == torch.bfloat16 and angles.cos.dtype == angles.sin.dtype == torch.float32
 
 
 def test_compiled_model_gives_the_same_logits_and_gradients() -> None:

@@ -65,7 +65,7 @@ def test_rotations_by_hand(name: str) -> None:
     q, k = torch.randn(2, 4, heads, width), torch.randn(2, 4, heads, width)
     positions = torch.tensor([[3, 4, 5, 6], [0, 0, 1, 2]])
     embed = get_positional_embedding(name, width)
-    got_q, got_k, got_v = embed(q, k, k, positions)
+    got_q, got_k, got_v = embed(q, k, k, embed.angles(positions, heads))
     half = width // 2
     pairs = [(2 * i, 2 * i + 1) if name == "llama_rotary" else (i, i + half) for i in range(half)]
     for b, t, h in ((b, t, h) for b in range(2) for t in range(4) for h in range(heads)):
@@ -79,7 +79,8 @@ def test_rotations_by_hand(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(POSITIONAL_EMBEDDINGS))
 def test_results_have_the_values_type(name: str) -> None:
     q = torch.randn(1, 2, 2, 4)
-    got_q, got_k, got_v = get_positional_embedding(name, 4)(q, q, q.bfloat16(), torch.arange(2))
+    embed = get_positional_embedding(name, 4)
+    got_q, got_k, got_v = embed(q, q, q.bfloat16(), embed.angles(torch.arange(2), 2))
     assert got_q.dtype == got_k.dtype == got_v.dtype == torch.bfloat16
 
 
@@ -90,9 +91,9 @@ def test_frequencies_stay_exact_in_half_precision() -> None:
     assert embed.inv_freq.dtype == torch.float32
     assert torch.equal(embed.inv_freq, before)
     q = torch.randn(1, 1, 1, 64)
-    far = torch.tensor([2000])
-    exact, _, _ = get_positional_embedding("rotary", 64)(q, q, q, far)
-    torch.testing.assert_close(embed(q, q, q, far)[0], exact)
+    far, fresh = torch.tensor([2000]), get_positional_embedding("rotary", 64)
+    exact, _, _ = fresh(q, q, q, fresh.angles(far, 1))
+    torch.testing.assert_close(embed(q, q, q, embed.angles(far, 1))[0], exact)
 
 
 @pytest.mark.parametrize("rotate", [rotate_halves, rotate_neighbours])

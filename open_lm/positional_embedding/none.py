@@ -11,6 +11,9 @@ class NoPositions(nn.Module):
     def __init__(self, head_width: int) -> None:
         super().__init__()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def angles(self, positions: Tensor, heads: int) -> None:
+        """None."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v (B,T,H,K) -> q and k in v's type, and v."""
         return q.to(v.dtype), k.to(v.dtype), v

@@ -25,6 +25,21 @@ def inverse_frequencies(head_width: int, device: torch.device | None = None) -> 
     return 1.0 / (BASE**exponents)
 
 
+class Angles:
+    """cos and sin (float32) of the angles by which pairs turn, broadcasting to (B,T,H,K/2): the same for all layers, so
+    computed once for a forward pass.
+
+    Neither tuple nor dataclass: in those FSDP2 rounds what a block is given to the type of its parameters.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos, self.sin = cos, sin
+
+
+def _angles(angles: Tensor) -> Angles:
+    return Angles(angles.cos(), angles.sin())
+
+
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Views (…,K/2) of the pairs (i, i + K/2) of x (…,K)."""
     first, second = x.chunk(2, dim=-1)
@@ -127,22 +142,21 @@ class Rotary(nn.Module):
             self.inv_freq = frequencies.to(self.inv_freq.device)
         return self
 
-    def angles(self, q: Tensor, positions: Tensor) -> Tensor:
-        """Angles that broadcast to (B,T,H,K/2), float32, of the rows of q at integer positions (T,) or (B,T)."""
-        return (positions[..., None] * self.inv_freq)[..., None, :]
+    def angles(self, positions: Tensor, heads: int) -> Angles:
+        """Of tokens at integer positions (T,) or (B,T), for so many heads."""
+        return _angles((positions[..., None] * self.inv_freq)[..., None, :])
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate queries and keys.
 
         Args:
             q, k, v: (B,T,H,K) float.
-            positions: (T,) or (B,T) int64, the positions of the rows of q and k.
+            angles: of the rows of q and k.
 
         Returns:
             q, k in v's type, and v.
         """
-        angles = self.angles(q, positions)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos, angles.sin
         return rotate_halves(q, cos, sin, v.dtype), rotate_halves(k, cos, sin, v.dtype), v
 
 
@@ -152,9 +166,8 @@ class HeadRotary(Rotary):
     Such models see order only through the causal mask.
     """
 
-    def angles(self, q: Tensor, positions: Tensor) -> Tensor:
-        heads = torch.arange(q.shape[2], device=q.device)
-        return heads[:, None] * self.inv_freq
+    def angles(self, positions: Tensor, heads: int) -> Angles:
+        return _angles(torch.arange(heads, device=positions.device)[:, None] * self.inv_freq)
 
 
 class LlamaRotary(nn.Module):
@@ -164,8 +177,11 @@ class LlamaRotary(nn.Module):
         super().__init__()
         self.head_width = head_width
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def angles(self, positions: Tensor, heads: int) -> Angles:
+        """As `Rotary.angles`."""
+        return _angles((positions[..., None] * inverse_frequencies(self.head_width, positions.device))[..., None, :])
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """As `Rotary.forward`."""
-        angles = (positions[..., None] * inverse_frequencies(self.head_width, q.device))[..., None, :]
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = angles.cos, angles.sin
         return rotate_neighbours(q, cos, sin, v.dtype), rotate_neighbours(k, cos, sin, v.dtype), v
