@@ -55,27 +55,33 @@ def whole_rows(part: Tensor, layout: Layout) -> Tensor:
 
 @dataclass(frozen=True)
 class PartOfRows:
-    """Whose part of rows, and the documents (B,T) of whole rows; None: each row is one, and `causal` are the masks of
-    the two chunks. They are made outside the blocks, as recomputation by operator cannot see a tensor subclass made."""
+    """Whose part of rows, and what its two chunks of queries may see of the keys up to their ends. The masks are made
+    outside the blocks: once for all, and where recomputation by operator sees no tensor subclass made."""
 
     layout: Layout
-    document_ids: Tensor | None
-    causal: tuple[Tensor, ...] = ()
+    masks: tuple[Tensor, ...]
 
 
 def part_of_rows(layout: Layout, length: int, device: torch.device, document_ids: Tensor | None = None) -> Documents:
     """What the model needs to know of this rank's part of rows of `length` tokens: where its tokens stand, and how they
-    attend to those of all ranks; inside documents with document_ids (B,T)."""
+    attend to those of all ranks. Inside documents with document_ids (B,T), by masks of T/(2 C) * T bytes for a row."""
+    chunk = length // (2 * layout.context)
+    ends = [(place + 1) * chunk for place in _places(layout)]
     if document_ids is None:
         from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler with it, which takes seconds
 
         positions = torch.arange(length, device=device)[None]
-        chunk = length // (2 * layout.context)
-        part = PartOfRows(layout, None, tuple(causal_lower_right(chunk, (at + 1) * chunk) for at in _places(layout)))
+        masks: list[Tensor] = [causal_lower_right(chunk, end) for end in ends]
     else:
         positions = positions_in(first_tokens(document_ids))
-        part = PartOfRows(layout, document_ids)
-    return Documents(own_part(positions, layout), part=part, attend=kept_apart(_attend))
+        masks = [_in_documents(document_ids[:, :end], chunk) for end in ends]
+    return Documents(own_part(positions, layout), part=PartOfRows(layout, tuple(masks)), attend=kept_apart(_attend))
+
+
+def _in_documents(document_ids: Tensor, queries: int) -> Tensor:
+    """Which of the keys of document_ids (B,S) the last `queries` of them may see: (B,1,queries,S) bool."""
+    before = document_ids.shape[1] - queries
+    return (document_ids[:, before:, None] == document_ids[:, None, :]).tril(diagonal=before)[:, None]
 
 
 def _places(layout: Layout) -> tuple[int, int]:
@@ -84,26 +90,16 @@ def _places(layout: Layout) -> tuple[int, int]:
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
-    """Causal attention of this rank's queries to the keys and values of all: three times (B,T/C,H,K) -> (B,T/C,H,K).
-
-    Inside documents it takes a mask of T/(2 C) * T bytes for a row.
-    """
-    layout, document_ids = documents.part.layout, documents.part.document_ids
+    """Causal attention of this rank's queries to the keys and values of all: three times (B,T/C,H,K) -> (B,T/C,H,K)."""
+    part: PartOfRows = documents.part
     kind = queries.device.type
     if torch.is_autocast_enabled(kind):  # norms of queries and keys widen them; autocast does not see through the masks
         queries, keys, values = (x.to(torch.get_autocast_dtype(kind)) for x in (queries, keys, values))
-    both = whole_rows(torch.stack((keys, values), dim=-1), layout)
+    both = whole_rows(torch.stack((keys, values), dim=-1), part.layout)
     k, v = (x.transpose(1, 2) for x in both.unbind(-1))
     outs = []
-    length = both.shape[1] // (2 * layout.context)
-    for number, (place, chunk) in enumerate(zip(_places(layout), queries.chunk(2, dim=1), strict=True)):
-        begin, end = place * length, (place + 1) * length
-        # Chunks of queries are the last of the keys that they may see.
-        if document_ids is None:
-            mask = documents.part.causal[number]
-        else:
-            same = document_ids[:, begin:end, None] == document_ids[:, None, :end]
-            mask = same.tril(diagonal=begin)[:, None]
+    for place, chunk, mask in zip(_places(part.layout), queries.chunk(2, dim=1), part.masks, strict=True):
+        end = (place + 1) * chunk.shape[1]  # chunks of queries are the last of the keys that they may see
         out = F.scaled_dot_product_attention(chunk.transpose(1, 2), k[:, :, :end], v[:, :, :end], attn_mask=mask)
         outs.append(out.transpose(1, 2))
     return torch.cat(outs, dim=1)

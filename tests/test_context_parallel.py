@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import context_worker
 import pytest
 import torch
+from model_helpers import random_ids, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_lm import context_parallel
 from open_lm.context_parallel import check_length, own_part, part_of_rows
@@ -47,6 +50,26 @@ def test_ranks_exchange_and_attend_in_the_type_of_autocast(monkeypatch: pytest.M
     with torch.autocast("cpu", torch.bfloat16):
         assert context_parallel._attend(wide, wide, wide.bfloat16(), documents).dtype == torch.bfloat16
     assert sent == [torch.bfloat16]
+
+
+class Masks(TorchDispatchMode):
+    """Counts the masks of documents that are made."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made += func.overloadpacket is torch.ops.aten.tril
+        return func(*args, **(kwargs or {}))
+
+
+def test_masks_of_documents_are_made_once_for_all_layers() -> None:
+    model, ids = small_model(), random_ids(2, 8)
+    document_ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 2, 2, 2, 2, 2]])
+    with Masks() as masks:
+        documents = part_of_rows(Layout(), 8, ids.device, document_ids)
+        found = model(ids, attention_mask=documents)[0]
+    assert masks.made == 2, "one for each chunk"
+    torch.testing.assert_close(found, model(ids, document_ids=document_ids)[0])
 
 
 def test_losses_and_gradients_equal_those_of_one_process(
