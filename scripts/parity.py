@@ -288,7 +288,10 @@ def run(chosen: list[dict[str, Any]], steps: int, say: Callable[[str], object] =
         results = on_ranks(ranks, [(train, chosen[number], steps) for number in numbers])
         found.update(zip(numbers, results, strict=True))
         say(f"{len(numbers)} cases on {ranks} ranks: {time.perf_counter() - start:.0f} s")
-    return [difference(found[number], train(case, steps, alone=True)) for number, case in enumerate(chosen)]
+    start = time.perf_counter()
+    alone = [train(case, steps, alone=True) for case in chosen]
+    say(f"{len(chosen)} cases alone: {time.perf_counter() - start:.0f} s")
+    return [difference(found[number], expected) for number, expected in enumerate(alone)]
 
 
 def on_ranks(ranks: int, jobs: list[tuple[Any, ...]]) -> list[Any]:
