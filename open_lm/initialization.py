@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ INPUT_WEIGHTS = (
     "mlp.w1",
 )
 OUTPUT_WEIGHTS = ("out_proj.weight", "w3.weight", "down_proj.weight", "feed_forward.2.weight", "mlp.w2")
+
+
+_PIECE = 1 << 20  # values, a multiple of 16
 
 
 def init_weights(model: nn.Module, seed: int) -> None:
@@ -93,4 +97,30 @@ def _drawn(parameter: Tensor, name: str, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
     values = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
-    return nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)
+    draw(values.view(-1), std, generator)
+    return values
+
+
+def draw(values: Tensor, std: float, generator: torch.Generator) -> None:
+    """Fill values (N,) float32 with normal numbers. While there are some beyond three standard deviations all are drawn
+    anew, and take the place of those.
+
+    To the last bit what nn.init.trunc_normal_ gives since torch 2.13, which needs three times the memory of the values
+    besides: here, on a CPU, of a piece of them.
+    """
+    limit = torch.tensor(3 * std).item()  # as float32
+    values.normal_(0, std, generator=generator)
+    pieces = _pieces(values)
+    while any(bool((piece.abs() > limit).any()) for piece in pieces):
+        for piece in pieces:
+            again = torch.empty_like(piece).normal_(0, std, generator=generator)
+            torch.where(piece.abs() > limit, again, piece, out=piece)
+
+
+def _pieces(values: Tensor) -> list[Tensor]:
+    """Pieces of values (N,) that a generator fills one after the other as it fills the whole: on a CPU, where it makes
+    16 at a time, and what is left of them together with the 16 before."""
+    if values.device.type != "cpu":
+        return [values]
+    starts = [*range(0, max(1, len(values) - 15), _PIECE), len(values)]
+    return [values[begin:end] for begin, end in pairwise(starts)]

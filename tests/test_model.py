@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from open_lm import initialization
 from open_lm.attention import torch_attn
 from open_lm.errors import ConfigError
 from open_lm.initialization import init_weights
@@ -289,6 +290,21 @@ def test_each_parameter_depends_on_seed_and_name_only() -> None:
     deep.reset_parameters(seed=4)
     assert not torch.equal(deep.output.weight, small.output.weight)
     assert not torch.equal(deep.layers[0].attention.in_proj.weight, deep.layers[1].attention.in_proj.weight)
+
+
+@pytest.mark.parametrize("count", [7, 16, 64, 77, 32 * 31 + 15, 32 * 31 + 17])
+def test_values_are_drawn_in_pieces_as_if_at_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    for piece in (32, 1 << 20):
+        monkeypatch.setattr(initialization, "_PIECE", piece)
+        drawn[piece] = torch.empty(count)
+        with Watch() as watch:
+            initialization.draw(drawn[piece], 0.5, torch.Generator().manual_seed(0))
+        assert piece > count or len({ref.cdata for ref, size in watch.results if size > 4 * 47}) <= 1  # the values
+    assert torch.equal(drawn[32], drawn[1 << 20]) and drawn[32].abs().max() <= 1.5
+    if torch.__version__ >= "2.13":  # else by another algorithm
+        whole = torch.nn.init.trunc_normal_(torch.empty(count), 0, 0.5, -1.5, 1.5, torch.Generator().manual_seed(0))
+        assert torch.equal(whole, drawn[32])
 
 
 def test_construction_follows_the_global_seed() -> None:
