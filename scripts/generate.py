@@ -17,9 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_lm import storage
 from open_lm.config import ModelConfig
-from open_lm.errors import CheckpointError, ConfigError, join_problems, run_cli
+from open_lm.errors import ConfigError, join_problems, run_cli
 from open_lm.model_files import settings_of_run
 from open_lm.params import FlagParser, add_model_args
 from open_lm.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
@@ -42,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_argument_group("model")
     source.add_argument(
-        "--checkpoint", required=True, help="epoch_N.pt or step_N folder of a run, or bare weights; a path or url"
+        "--checkpoint",
+        required=True,
+        help="epoch_N.pt or step_N of a run, its folder for the newest, or bare weights; a path or url",
     )
     source.add_argument("--model", help="name of a model configuration or its .json file; default: that of the run")
     source.add_argument(
@@ -106,15 +107,17 @@ def read_prompts(prompts: list[str], files: list[str], whole: bool) -> list[str]
 def _load_model(args: argparse.Namespace) -> Transformer:
     import torch
 
+    from open_lm.checkpoint import named
     from open_lm.generate import load_model_for_generation
 
-    settings: dict[str, Any] = settings_of_run(args.checkpoint)
+    checkpoint = named(args.checkpoint)[0].url
+    if checkpoint != args.checkpoint.rstrip("/"):
+        print(f"the newest checkpoint there is {checkpoint}", file=sys.stderr)
+    settings: dict[str, Any] = settings_of_run(checkpoint)
     settings |= {key: value for key, value in vars(args).items() if value is not None}
-    if not storage.exists(args.checkpoint):
-        raise CheckpointError(f"--checkpoint {args.checkpoint}: no such file; give the epoch_N.pt or step_N of a run")
     if "model" not in settings:
         raise ConfigError(
-            f"--model is missing and {args.checkpoint} has no params.txt of a run beside its folder; "
+            f"--model is missing and {checkpoint} has no params.txt of a run beside its folder; "
             "give the model's name or .json file"
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +125,7 @@ def _load_model(args: argparse.Namespace) -> Transformer:
         raise ConfigError(f"--device {device}: there is no CUDA device here; use --device cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     section = ModelConfig.from_object(argparse.Namespace(**settings))
-    return load_model_for_generation(args.checkpoint, section, device, dtype)
+    return load_model_for_generation(checkpoint, section, device, dtype)
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:

@@ -310,7 +310,18 @@ def test_command_without_a_models_name(
     assert "--model is missing" in result.stderr
     result = command("--checkpoint", tmp_path / "none.pt", "--tokenizer", tokenizer_file, "--prompt", "x")
     assert result.returncode == 2
-    assert "none.pt: no such file" in result.stderr
+    assert "none.pt: there is no such checkpoint" in result.stderr
+
+
+def test_command_with_a_runs_folder(command: Callable[..., Result], trained: Path, tokenizer_file: Path) -> None:
+    run, flags = trained.parent.parent, ["--tokenizer", tokenizer_file, "--prompt", "x", "--max-new-tokens", 2]
+    result = command("--checkpoint", run, *flags)
+    assert result.returncode == 0, result.stderr
+    assert f"the newest checkpoint there is {trained}" in result.stderr
+    trained.unlink()
+    result = command("--checkpoint", run, *flags)
+    assert result.returncode == 2
+    assert f"{run}: there is no such checkpoint; expected an epoch_N.pt, a step_N folder, or the fol" in result.stderr
 
 
 def test_command_with_a_checkpoint_of_another_shape(
