@@ -34,11 +34,13 @@ pytestmark = [
         "--precision bf16",
         "--precision amp_bfloat16 --activation-checkpointing full",
         "--precision amp_bfloat16 --activation-checkpointing op",
+        "--precision amp_bfloat16 --accum-freq 2",
+        "--precision amp_bfloat16 --activation-checkpointing full --optimizer muon",
     ],
 )
 def test_memory_is_within_a_tenth_of_the_allocator_s_peak(model: str, flags: str) -> None:
     config = Config.from_namespace(parse_args(["--model", model, *flags.split()]))
-    batch, precision = 4, config.precision.precision
+    batch, precision, count = 4, config.precision.precision, config.optim.accum_freq
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
@@ -52,8 +54,9 @@ def test_memory_is_within_a_tenth_of_the_allocator_s_peak(model: str, flags: str
         dtype=parameter_dtype(precision),
     )
     optimizer = build_optimizer(net, config.optim)
-    options = StepOptions(Runtime(device=device), layout, get_autocast(precision, "cuda"), grad_clip_norm=1.0)
-    ids = torch.randint(1000, (batch, shape_of(config.model).seq_len), device=device)
+    autocast = get_autocast(precision, "cuda")
+    options = StepOptions(Runtime(device=device), layout, autocast, accum_freq=count, grad_clip_norm=1.0)
+    ids = torch.randint(1000, (batch * count, shape_of(config.model).seq_len), device=device)
     for _ in range(2):  # the second has the optimizer's state from its beginning
         torch.cuda.reset_peak_memory_stats()
         train_step(net, ids, ids, optimizer, options)

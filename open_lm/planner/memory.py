@@ -33,6 +33,7 @@ FRAGMENTATION = 0.05
 # Tokens whose logits the loss holds at a time (linear_loss.py), on a CPU also for narrow models and in float32.
 CHUNK_TOKENS = 2048
 SMALL_CHUNK_TOKENS = 512
+MUON_BATCH = 1 << 26  # numbers of matrices that are made orthogonal together (muon.py)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ class Job:
 @dataclass(frozen=True)
 class _Block:
     """Bytes of one block on a rank. `casts`: its matrices in autocast's type, which stay for the backward pass unless
-    they are `cast_again`; `kept` as checkpointing leaves it; `again` beside that while its backward pass runs."""
+    they are `cast_again`; `kept` as checkpointing leaves it; `again` beside that while its backward pass runs.
+    `summed`: gradients of earlier micro-batches, which go when the last one's are reduced."""
 
     gathered: int
     buffer: int
@@ -143,6 +145,7 @@ class _Block:
     gradients: int
     reduce: int
     own_gradients: int
+    summed: int
 
     @property
     def casts_kept(self) -> int:
@@ -199,7 +202,8 @@ def phases(job: Job) -> Iterator[Memory]:
         loss=_loss_bytes(job),
     )
     # From the last block to the first; of those behind it gradients are what is left.
-    done = before or job.numbers([_head(root)]) * (types.gathered if job.is_sharded else types.stored)
+    fresh = _fresh_bytes(job)
+    done = before + (job.numbers([_head(root)]) * fresh if job.is_sharded or not before else 0)
     kept, casts = sum(block.kept for block in blocks), sum(block.casts_kept for block in blocks)
     whole, reducing = sum(block.gathered for block in blocks), 0
     for number in reversed(range(len(blocks))):
@@ -213,13 +217,17 @@ def phases(job: Job) -> Iterator[Memory]:
             activations=kept + block.kept + block.again,
         )
         reducing = block.reduce
-        done += 0 if before else block.own_gradients
+        done += block.own_gradients - block.summed
     yield replace(
         resident,
         phase="backward of the embedding",
         gathered=gathered,
-        gradients=done + reducing + _root_gradients(job, root, before),
+        gradients=done + reducing + job.numbers(root[:1]) * fresh,
     )
+    if job.is_sharded:  # nothing is gathered any more; gradients have been added to those of earlier micro-batches
+        both = {weight.name: weight for weight in (root[0], _head(root))}.values()
+        others = done - job.numbers([_head(root)]) * fresh + (0 if before else job.numbers(both) * fresh)
+        yield replace(resident, phase="reduction of the embedding", gradients=others + job.buffer(root) * types.reduced)
     yield replace(
         resident,
         phase="update",
@@ -243,7 +251,7 @@ def _blocks(job: Job) -> list[_Block]:
 def _block(job: Job, number: int) -> _Block:
     shape, types, tensor = job.shape, job.types, job.layout.tensor
     weights = shape.by_block[number]
-    sharded, offloads = job.is_sharded, job.config.parallel.fsdp_cpu_offload
+    sharded, offloads, before = job.is_sharded, job.config.parallel.fsdp_cpu_offload, _gradients_before(job)
     whole, buffer = job.numbers(weights), job.buffer(weights)
     cast = types.autocast and types.gathered != types.compute
     casts = job.numbers(w for w in weights if len(w.shape) > 1) * types.compute if cast else 0
@@ -256,34 +264,40 @@ def _block(job: Job, number: int) -> _Block:
         kept = total_bytes([Kept("input", shape.dim, types.residual, "tokens")], job.tokens, tensor)
     return _Block(
         gathered=whole * types.gathered if sharded else 0,
-        buffer=buffer * types.gathered + (job.own(weights) * types.stored if offloads else 0),
+        # A single rank has nothing to gather.
+        buffer=(job.shards > 1) * (buffer * types.gathered + (job.own(weights) * types.stored if offloads else 0)),
         casts=casts,
         cast_again=mode != "none",
         kept=kept,
         again=everything - kept + transient,
-        gradients=whole * (types.gathered if sharded else types.stored),
+        gradients=whole * _fresh_bytes(job),
         reduce=buffer * types.reduced,
-        own_gradients=0 if offloads else job.own(weights) * types.stored,
+        own_gradients=0 if offloads or (before and not sharded) else job.own(weights) * types.stored,
+        summed=_summed(job, whole),
     )
 
 
 def _gradients_before(job: Job) -> int:
-    """Gradients that are there when a micro-batch's backward pass begins: DDP's buckets, or sums of earlier ones."""
-    accumulates = job.config.optim.accum_freq > 1
+    """Gradients that are there when the last micro-batch's backward pass begins: sums of earlier ones, and DDP's
+    buckets, which take them in only in that pass."""
     whole = job.whole_numbers
-    if job.is_sharded:  # whole ones, in the type of the reduction, until the last micro-batch
-        return whole * job.types.reduced if accumulates else 0
-    return whole * job.types.stored if accumulates or job.ranks > 1 else 0
+    if job.is_sharded:  # whole ones, in the type of the reduction
+        return whole * job.types.reduced if job.config.optim.accum_freq > 1 else 0
+    return ((job.config.optim.accum_freq > 1) + (job.ranks > 1)) * whole * job.types.stored
 
 
-def _root_gradients(job: Job, root: Sequence[Weight], before: int) -> int:
-    """Of embedding and head at the end, beyond `before` and the head's: the embedding's beside the sum that it is
-    added to, and FSDP's buffer for them all."""
-    types, embedding = job.types, job.numbers(root[:1])
-    tied = _head(root) is root[0]
+def _summed(job: Job, whole: int) -> int:
+    """What of these goes, for `whole` parameters, once the last micro-batch's gradients are there and reduced."""
+    if job.config.optim.accum_freq == 1:
+        return 0
     if job.is_sharded:
-        return (0 if tied and not before else embedding * types.gathered) + job.buffer(root) * types.reduced
-    return embedding * types.stored
+        return whole * job.types.reduced
+    return whole * job.types.stored if job.ranks > 1 else 0
+
+
+def _fresh_bytes(job: Job) -> int:
+    """Of a gradient's number as the backward pass gives it."""
+    return job.types.gathered if job.is_sharded else job.types.stored
 
 
 def _loss_bytes(job: Job) -> int:
@@ -295,7 +309,7 @@ def _loss_bytes(job: Job) -> int:
     chunk = min(SMALL_CHUNK_TOKENS if small else CHUNK_TOKENS, tokens)
     products = rows * dim * (4 + (types.compute if on_cpu and narrow else 0))  # the sum, and on a CPU what is added
     cast = rows * dim * types.compute if types.gathered != types.compute else 0
-    logits = chunk * rows * (types.compute + (0 if on_cpu else 4))
+    logits = chunk * rows * (types.compute + 4)  # also in float32, of which a CPU holds less at a time
     hidden = tokens * dim * (types.compute + (types.compute if on_cpu else 4))
     return products + cast + logits + hidden
 
@@ -307,6 +321,21 @@ def muon_weights(job: Job) -> list[Weight]:
 
 
 def _muon_bytes(job: Job) -> int:
-    """Directions of all matrices in bfloat16, and what a rank works with: some 8 bytes for each of its share."""
+    """Directions of all matrices in bfloat16, and what a rank works with: copies of its share of them while they are
+    made orthogonal, and what ranks send and receive. Mirrors muon.py and matrix_shares.py."""
     weights = muon_weights(job)
-    return 2 * job.own(weights) + 8 * job.numbers(weights) // job.shards
+    if not weights:
+        return 0
+    numbers = job.numbers(weights)
+    sharers, share = (job.shards * job.layout.tensor, numbers // job.shards) if job.is_sharded else (job.ranks, 0)
+    exchanged = 2 * (share or (numbers if sharers > 1 else 0))
+    counts: dict[tuple[int, ...], int] = {}
+    for weight in weights:
+        count, *sides = weight.matrices
+        counts[tuple(sorted(sides))] = counts.get(tuple(sorted(sides)), 0) + count
+    working = 0
+    for (m, n), count in counts.items():
+        together = min(-(-count // sharers), max(1, MUON_BATCH // (m * n)))
+        working = max(working, together * (3 * m * n + 2 * m * m))
+    own = 0 if job.config.parallel.fsdp_cpu_offload else job.own(weights)
+    return 2 * (own + share + max(working, exchanged))

@@ -34,6 +34,13 @@ class Weight:
     def size(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """(U, m, n): the matrices that Muon sees in it; weights that several layers share hold one for each."""
+        *experts, m, n = self.shape
+        parts = {"in_proj": 3, "w12": 2}.get(self.name.split(".")[-2], 1)
+        return math.prod(experts) * parts, m // parts, n
+
     def part(self, tensor: int) -> tuple[int, ...]:
         """The shape of the largest part when `tensor` ranks divide it."""
         if self.role in ("in", "embedding", "head"):

@@ -123,20 +123,21 @@ def options(wishes: Wishes, machine: Machine, rates: Rates, names: Sequence[str]
 
 def option(wishes: Wishes, machine: Machine, rates: Rates, strategy: str, checkpointing: str) -> Option:
     """One of them. What the machine or the trainer cannot do becomes its `problem`."""
-    found = Option(strategy, checkpointing, (), machine)
+    found, tried = Option(strategy, checkpointing, (), machine), ""
     try:
         flags = (*wishes.flags, *_flags(wishes, machine, strategy, checkpointing))
         config = Config.from_namespace(parse_args(flags))
         layout = layout_of(config.parallel, machine.devices, min(machine.per_node, machine.devices))
         _check(wishes.shape, layout, strategy, machine)
         job = _with_batch(wishes, Job(wishes.shape, config, layout, 1), machine.memory_bytes)
+        if (count := job.config.optim.accum_freq) != config.optim.accum_freq:
+            flags += ("--accum-freq", str(count))
+            tried = f"with --accum-freq {count}, to fit: "
+        if not wishes.stated & {"batch_size", "global_batch_size"}:
+            flags += ("--batch-size", str(job.batch))
+        job = replace(job, config=Config.from_namespace(parse_args(flags)))  # as the trainer will understand them
     except ConfigError as error:
-        return replace(found, problem=str(error))
-    if (count := job.config.optim.accum_freq) != config.optim.accum_freq:
-        flags += ("--accum-freq", str(count))
-    if not wishes.stated & {"batch_size", "global_batch_size"}:
-        flags += ("--batch-size", str(job.batch))
-    job = replace(job, config=Config.from_namespace(parse_args(flags)))  # as the trainer will understand them
+        return replace(found, problem=f"{tried}{error}")
     return replace(
         found,
         flags=flags,
