@@ -28,7 +28,8 @@ setup(
     package_data={
         "open_lm.model_configs": ["*.json"],
         "open_lm.datapreprocess": ["**/*.yaml"],
-        "open_lm": ["py.typed", "*.cpp"],
+        "open_lm": ["py.typed"],
+        "open_lm.native": ["*.cpp", "*.h"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=requirements("core"),

@@ -1,7 +1,7 @@
 """Causal softmax attention on a CPU: one operator for all, by the kernels that suit the tensors and the processor.
 
-Bfloat16 on a processor with matrix units goes through kernels of our own (amx_attention), all else through torch's.
-Registered with torch, so that compilation, fake tensors and recomputation treat it as they do torch's operators.
+Bfloat16 on a processor with matrix units goes through kernels of our own (native/attention.py), all else through
+torch's.
 Legend: B batch, T sequence, H heads, K head width, N documents of all rows.
 """
 
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_lm import amx_attention
+from open_lm import operators
+from open_lm.native import attention as native
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -44,8 +45,8 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, first_tokens
 def _forward(queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     """-> (B,T,H,K) as the queries, and the natural logarithms (B,H,T) of the softmax's sums, in float32 or wider."""
     queries, keys, values = (_side_by_side(x) for x in (queries, keys, values))
-    if amx_attention.takes(queries):
-        return amx_attention.forward(queries, keys, values, first_tokens)
+    if native.takes(queries):
+        return native.forward(queries, keys, values, first_tokens)
     pieces = zip(*(_documents(x, first_tokens) for x in (queries, keys, values)), strict=True)
     outs, log_sums = zip(*(_flash_forward(*piece, is_causal=True) for piece in pieces), strict=True)
     sums = _rows([x[..., None] for x in log_sums], queries.shape[:2])
@@ -63,8 +64,8 @@ def _backward(  # noqa: PLR0917 (an operator takes its arguments by position)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `_forward` took and gave, and the gradients of its result -> those of queries, keys and values."""
     grad, queries, keys, values = (_side_by_side(x) for x in (grad, queries, keys, values))
-    if amx_attention.takes(queries):
-        return amx_attention.backward(grad, queries, keys, values, first_tokens, out, log_sums)
+    if native.takes(queries):
+        return native.backward(grad, queries, keys, values, first_tokens, out, log_sums)
     dtype, batch_and_length = queries.dtype, queries.shape[:2]
     tensors = [grad, queries, keys, values, out]
     if dtype == torch.bfloat16 and queries.shape[-1] <= _NARROW:
@@ -123,17 +124,11 @@ def _gradients(ctx: Any, grad: Tensor, _of_log_sums: Any) -> tuple[Tensor | None
     return (*torch.ops.open_lm.cpu_attention_backward(grad, *ctx.saved_tensors), None)
 
 
-def _register() -> None:
-    """Not by torch.library.custom_op, whose first call takes seconds to load the compiler."""
-    taken = "Tensor queries, Tensor keys, Tensor values, Tensor? first_tokens"
-    forward, backward = "open_lm::cpu_attention", "open_lm::cpu_attention_backward"
-    torch.library.define(forward, f"({taken}) -> (Tensor, Tensor)")
-    torch.library.define(backward, f"(Tensor grad, {taken}, Tensor out, Tensor log_sums) -> (Tensor, Tensor, Tensor)")
-    torch.library.impl(forward, "cpu", _forward)
-    torch.library.impl(backward, "cpu", _backward)
-    torch.library.register_fake(forward, _shapes_forward)
-    torch.library.register_fake(backward, _shapes_backward)
-    torch.library.register_autograd(forward, _gradients, setup_context=_keep)
-
-
-_register()
+_TAKEN = "Tensor queries, Tensor keys, Tensor values, Tensor? first_tokens"
+operators.register(f"cpu_attention({_TAKEN}) -> (Tensor, Tensor)", _forward, _shapes_forward)
+operators.register(
+    f"cpu_attention_backward(Tensor grad, {_TAKEN}, Tensor out, Tensor log_sums) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _shapes_backward,
+)
+operators.differentiate("cpu_attention", _keep, _gradients)

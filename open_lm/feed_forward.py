@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.errors import ConfigError
+from open_lm.gating import gated_silu
 from open_lm.model_files import gated_width
 
 
@@ -32,8 +33,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,T,D) -> (B,T,D)."""
-        gate, up = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * up)
+        return self.w3(gated_silu(self.w12(x)))
 
 
 class GeGLU(nn.Module):

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from open_lm.document_attention import kept_apart
+from open_lm.native import elements
 
 _BLOCK_BYTES = 2**20  # of a float32 block of logits on a CPU, for each thread: with its source half a core's cache
 _CAST_ROWS = 2048  # of a weight's gradient: adding them casts into a temporary, which is to stay in the cache
@@ -195,8 +196,13 @@ def _over_chunks(
     weight = weight.to(task.dtype)
     losses = torch.empty(tokens, dtype=wide, device=device)
     of_hidden = torch.empty_like(hidden, dtype=wide if shared else task.dtype) if task.wants_hidden else None
-    of_weight = torch.zeros_like(weight, dtype=wide) if task.wants_weight else None
-    spare = torch.empty_like(weight) if task.wants_weight and wide != task.dtype and not shared else None
+    # Products with the logits' transpose take twice the time of the transpose of products with the logits.
+    turned = elements.takes(weight)
+    shape = weight.shape[::-1] if turned else weight.shape
+    of_weight = torch.zeros(shape, dtype=wide, device=device) if task.wants_weight else None
+    spare = None
+    if of_weight is not None and wide != task.dtype and not shared:
+        spare = torch.empty_like(of_weight, dtype=task.dtype)
     step = min(_chunk_rows(hidden), tokens)
     logits_of_chunk = torch.empty(step, len(weight), dtype=task.dtype, device=device)
     for start in range(0, tokens, max(step, 1)):
@@ -207,10 +213,13 @@ def _over_chunks(
         if of_hidden is not None:
             _product(logits, weight, of_hidden[rows])
         if of_weight is not None:
-            _add_product_(of_weight, logits.t(), keys[rows], spare)
+            factors = (keys[rows].t().contiguous(), logits) if turned else (logits.t(), keys[rows])
+            _add_product_(of_weight, *factors, spare)
     if of_hidden is not None and task.part is not None:
         of_hidden = of_hidden.to(wide)
         dist.all_reduce(of_hidden, group=task.part.group)
+    if of_weight is not None and turned:
+        of_weight = elements.transposed(of_weight)
     return losses, of_hidden, of_weight
 
 
@@ -251,8 +260,12 @@ def _differentiate_(logits: Tensor, targets: Tensor, task: _Task, gains: Tensor 
 
 
 def _blocks(logits: Tensor, wide: torch.dtype, whole: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of logits (R,V) and a place (rows,V) of the wide type to work in: on a CPU as many as stay in its cache."""
+    """Rows of logits (R,V) and a place (rows,V) of the wide type to work in: on a CPU as many as stay in its cache.
+    Kernels of our own take all rows and work in the logits; their place holds the logarithms of sums (R,)."""
     rows, vocabulary = logits.shape
+    if elements.takes(logits):
+        yield slice(0, rows), torch.empty(rows)
+        return
     block = rows
     if _on_cpu(logits) and not whole:
         block = min(rows, max(1, torch.get_num_threads() * _BLOCK_BYTES // (4 * vocabulary)))
@@ -266,6 +279,10 @@ def _softmax(logits: Tensor, work: Tensor, columns: Tensor, at_columns: Tensor) 
 
     at_columns (r,): the logits at columns. A CPU's softmax takes half the time of its exp.
     """
+    if work.dim() == 1:
+        peaks, rests = elements.log_sums(logits)
+        torch.add(peaks, rests, out=work)
+        return (at_columns - peaks) - rests
     places = torch.arange(len(logits), device=logits.device)
     if not _on_cpu(logits):
         torch.log_softmax(logits, -1, dtype=work.dtype, out=work)
@@ -278,7 +295,10 @@ def _softmax(logits: Tensor, work: Tensor, columns: Tensor, at_columns: Tensor) 
 
 
 def _store_shares(work: Tensor, factor: Tensor | None, out: Tensor) -> None:
-    """out (r,V) = shares * factor (r,), shares as `_softmax` left them in work (r,V)."""
+    """out (r,V) = shares * factor (r,), shares as `_softmax` left them in work."""
+    if work.dim() == 1:
+        elements.to_shares_(out, work, factor)
+        return
     if not _on_cpu(work):
         if factor is None:
             torch.exp(work, out=out)
@@ -301,17 +321,19 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor, spare: Tensor | None) -> 
         total.addmm_(a, b)
     elif spare is None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif elements.takes(torch.mm(a, b, out=spare)):
+        elements.add_(total, spare)
     else:
-        torch.mm(a, b, out=spare)
         for some, more in zip(total.split(_CAST_ROWS), spare.split(_CAST_ROWS), strict=True):
             some.add_(more)
 
 
 def _chunk_rows(hidden: Tensor) -> int:
-    """R. A larger chunk adds to the weight's gradient less often; in wide types on a CPU that costs nothing."""
-    if _on_cpu(hidden) and (hidden.element_size() > 2 or hidden.shape[1] < 512):
+    """R. A larger chunk adds to the weight's gradient less often; on a CPU, where products are small, a smaller one
+    finds more of it in the cache."""
+    if _on_cpu(hidden) and hidden.element_size() > 2:
         return 512
-    return 2048
+    return 256 if _on_cpu(hidden) and hidden.shape[1] < 512 else 2048
 
 
 def _on_cpu(tensor: Tensor) -> bool:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_lm.cpu_memory import keep_freed_memory
 from open_lm.linear_loss import linear_cross_entropy
 from open_lm.losses import IGNORE_INDEX
 
@@ -148,6 +149,7 @@ def main() -> None:
     parser.add_argument("--check-tokens", type=int, default=512)
     parser.add_argument("--only", nargs="*", help="names of ways, as they are printed")
     args = parser.parse_args()
+    keep_freed_memory()  # as training has it
     bench = Bench(args)
     chosen = {name: way for name, way in ways(bench.dtype, bench.device).items() if not args.only or name in args.only}
     if not chosen:

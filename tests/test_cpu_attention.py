@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_lm import amx_attention, native
+from open_lm import native
 from open_lm.cpu_attention import causal_attention
+from open_lm.native import attention as kernels_of_our_own
 
 needs_matrix_units = pytest.mark.skipif(
     not {"amx_tile", "amx_bf16"} <= native.processor_features(), reason="this processor has no matrix units (AMX)"
@@ -26,9 +27,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Has bfloat16 go through our own kernels, or torch's; ours have to be there where the processor allows them."""
     name: str = request.param
     if name == "torch":
-        monkeypatch.setattr(amx_attention, "takes", lambda queries: False)
+        monkeypatch.setattr(kernels_of_our_own, "takes", lambda queries: False)
     else:
-        assert amx_attention.problem(8) is None
+        assert kernels_of_our_own.problem(8) is None
     return name
 
 
@@ -171,19 +172,19 @@ def test_an_empty_batch() -> None:
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache of compiled libraries, and a process that has loaded none."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (amx_attention.problem, amx_attention._library):
+    for cached in (kernels_of_our_own.problem, kernels_of_our_own._library):
         cached.cache_clear()
     yield tmp_path
-    for cached in (amx_attention.problem, amx_attention._library):
+    for cached in (kernels_of_our_own.problem, kernels_of_our_own._library):
         cached.cache_clear()
 
 
 @needs_matrix_units
 def test_libraries_are_compiled_once_and_left_alone(fresh: Path) -> None:
-    assert amx_attention.problem(24) is None
+    assert kernels_of_our_own.problem(24) is None
     (library,) = (fresh / "open_lm" / "native").iterdir()
     stamp = library.stat().st_mtime_ns
-    code = "from open_lm import amx_attention as a; import sys; sys.exit(a.problem(24))"
+    code = "from open_lm.native import attention as a; import sys; sys.exit(a.problem(24))"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [(path, path.stat().st_mtime_ns) for path in library.parent.iterdir()] == [(library, stamp)]
 
@@ -200,7 +201,7 @@ def test_without_a_compiler_that_works_torch_s_kernels_serve(
     broken.write_text(compiler)
     broken.chmod(0o700)
     monkeypatch.setenv("CXX", str(broken))
-    assert complaint in str(amx_attention.problem(8))
+    assert complaint in str(kernels_of_our_own.problem(8))
     assert not list((fresh / "open_lm" / "native").iterdir())
     q, k, v, _ = inputs(40, 8, torch.bfloat16)
     assert causal_attention(q, k, v).isfinite().all()
@@ -210,15 +211,15 @@ def test_without_a_compiler_that_works_torch_s_kernels_serve(
 def test_what_is_missing_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(fresh))
-    assert amx_attention.problem(8) == "there is no C++ compiler (install g++, or set CXX)"
+    assert kernels_of_our_own.problem(8) == "there is no C++ compiler (install g++, or set CXX)"
     monkeypatch.setenv("CXX", str(fresh / "absent"))
-    assert "absent" in str(amx_attention.problem(16))
+    assert "absent" in str(kernels_of_our_own.problem(16))
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    assert "set XDG_CACHE_HOME to a folder of yours" in str(amx_attention.problem(24))
+    assert "set XDG_CACHE_HOME to a folder of yours" in str(kernels_of_our_own.problem(24))
 
 
 def test_a_processor_without_matrix_units_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(amx_attention, "processor_features", lambda: frozenset({"avx512f"}))
-    assert "this processor has no amx_bf16, amx_tile, avx512_bf16" in str(amx_attention.problem(8))
-    assert "heads are wider" in str(amx_attention.problem(10_000))
+    monkeypatch.setattr(native, "processor_features", lambda: frozenset({"avx512f"}))
+    assert "this processor has no amx_bf16, amx_tile, avx512_bf16" in str(kernels_of_our_own.problem(8))
+    assert "heads are wider" in str(kernels_of_our_own.problem(10_000))

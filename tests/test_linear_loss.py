@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from open_lm import linear_loss
+from open_lm import linear_loss, native
 from open_lm.linear_loss import linear_cross_entropy
 from open_lm.losses import IGNORE_INDEX, TokenLoss, logit_mean
 from open_lm.model import Params, Transformer
+from open_lm.native import elements
 
 Z = 1e-2
 
@@ -64,9 +65,14 @@ def test_gradients_are_those_of_finite_differences(z: float) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+@pytest.fixture(params=["own", "cpu", "gpu"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The steps taken on a CPU, and those taken on other devices, which are right on a CPU too."""
+    """The steps taken on a CPU by kernels of our own, by torch's, and those taken on other devices, which are right on
+    a CPU too."""
+    if request.param != "own":
+        monkeypatch.setattr(elements, "takes", lambda *tensors: False)
+    elif not native.processor_features() >= native.VECTORS:
+        pytest.skip("this processor has no AVX-512 with bfloat16")
     if request.param == "gpu":
         monkeypatch.setattr(linear_loss, "_on_cpu", lambda tensor: False)
 

@@ -12,7 +12,6 @@
 //   C  16 rows x 16 columns of float32
 // An A tile of a matrix becomes a B tile of its transpose by transposing 16 x 16 words of 32 bits.
 
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -20,6 +19,8 @@
 #include <cmath>
 #include <cstdint>
 #include <vector>
+
+#include "vectors.h"
 
 namespace {
 
@@ -29,7 +30,6 @@ constexpr int COLUMNS = (W + 15) / 16;  // tiles of a head where it is kept
 constexpr int TOKENS = 32;              // tokens of a block, two tiles
 constexpr int FORWARD_BLOCKS = 4;       // blocks of keys whose scores are held at once, going forward
 constexpr int BACKWARD_BLOCKS = 2;      // blocks of queries that a block of keys takes at once, going back
-constexpr float LOG2E = 1.4426950408889634f;
 constexpr float NEVER = -INFINITY;  // score of a key that may not be seen
 constexpr float LOWEST = -1e30f;    // where a running maximum starts
 
@@ -120,38 +120,8 @@ inline void sum_over_queries(Sums* sums, const Operand* a, const Operand* b, int
         multiply<2, 1>(sums + COLUMNS - 1, COLUMNS, a, BACKWARD_BLOCKS, 1, b + COLUMNS - 1, 1, COLUMNS, steps, add);
 }
 
-// 16 x 16 words of 32 bits.
-inline void transpose_words(const void* from, void* to) {
-    const __m512i* in = static_cast<const __m512i*>(from);
-    __m512i* out = static_cast<__m512i*>(to);
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-        a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-        a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-        a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; ++i) {
-        out[i] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88);
-        out[i + 8] = _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd);
-    }
-}
-
 // The lanes of a row of W that stand at `column` and after it, at most `lanes` of them.
-inline uint32_t lanes_from(int column, int lanes) {
-    int left = std::min(W - column, lanes);
-    return left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
-}
+inline uint32_t lanes_from(int column, int lanes) { return first_lanes(std::min(W - column, lanes)); }
 
 // 16 tokens from `t` on, as A tiles [STEPS]: a row for each token.
 inline void load_rows(const Rows& rows, int64_t t, Operand* to) {
@@ -174,14 +144,14 @@ inline void load_columns(const Rows& rows, int64_t t, Operand* to) {
 inline void load_pairs(const Rows& rows, int64_t t, Operand* to) {
     for (int column = 0; column < COLUMNS; ++column)
         for (int i = 0; i < 16; ++i) {
-            uint16_t lanes = lanes_from(16 * column, 16);
+            const uint16_t lanes = lanes_from(16 * column, 16);
             __m512i half[2];
             for (int odd = 0; odd < 2; ++odd) {
-                int64_t token = t + 2 * i + odd;
-                __mmask16 seen = token < rows.length ? lanes : 0;
+                const int64_t token = t + 2 * i + odd;
+                const __mmask16 seen = token < rows.length ? lanes : 0;
                 half[odd] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(seen, rows.token(token) + 16 * column));
             }
-            _mm512_store_si512(to[column].at[i], _mm512_or_si512(half[0], _mm512_slli_epi32(half[1], 16)));
+            _mm512_store_si512(to[column].at[i], pair_words(half[0], half[1]));
         }
 }
 
@@ -193,28 +163,6 @@ inline void load_transposed(const Rows& rows, int64_t t, Operand* to) {
 }
 
 // ---- elements ------------------------------------------------------------------------------------------------------
-
-// 2^x for x up to about 100, to 4e-6 of itself; 2^-126 for all below.
-inline __m512 exp2_of(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
-    __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 rest = _mm512_sub_ps(x, whole);  // in [-0.5, 0.5]
-    __m512 y = _mm512_set1_ps(0.0096181291f);
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.0555041087f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.2402265070f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(0.6931471806f));
-    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, whole);
-}
-
-// 16 (even, odd) pairs of bfloat16: a line of a B tile.
-inline __m512i interleave(__m512 even, __m512 odd) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                           6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
-}
-
-inline __m512 widen(__m256i row) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(row), 16); }
 
 // Hides from scores [2 tiles of keys][2 tiles of queries] the keys that come after a query or before its document.
 // `document` holds the first token of each of these queries' documents.
@@ -241,7 +189,7 @@ inline void store_rows(const Sums& sums, __m512 factor, const Rows& to, int64_t 
     const __mmask16 lanes = lanes_from(column, 16);
     for (int i = 0; i < 16 && t + i < to.length; ++i) {
         const __m512 row = _mm512_mul_ps(_mm512_load_ps(sums.at[i]), factor);
-        _mm256_mask_storeu_epi16(to.token(t + i) + column, lanes, (__m256i)_mm512_cvtneps_pbh(row));
+        _mm256_mask_storeu_epi16(to.token(t + i) + column, lanes, narrow(row));
     }
 }
 
@@ -273,14 +221,14 @@ inline void soften(const Sums* scores, int blocks, float scale, Running& run, Op
         const __m512 offset = _mm512_mul_ps(maximum, by);
         // At most 1, also where no key was seen yet and LOWEST's rounding is all that is left.
         const __m512 fall = _mm512_min_ps(_mm512_fmsub_ps(run.maximum[j], by, offset), _mm512_setzero_ps());
-        const __m512 shrink = exp2_of(fall);
+        const __m512 shrink = exp2_of<4>(fall);
         __m512 sum[2] = {_mm512_mul_ps(run.sum[j], shrink), _mm512_setzero_ps()};
         for (int tile = 0; tile < 2 * blocks; ++tile)
             for (int i = 0; i < 16; i += 2) {
                 __m512 weight[2];
                 for (int odd = 0; odd < 2; ++odd) {
                     const __m512 score = _mm512_load_ps(scores[2 * tile + j].at[i + odd]);
-                    weight[odd] = exp2_of(_mm512_fmsub_ps(score, by, offset));
+                    weight[odd] = exp2_of<4>(_mm512_fmsub_ps(score, by, offset));
                     sum[odd] = _mm512_add_ps(sum[odd], weight[odd]);
                 }
                 void* line = weights[tile / 2 * 2 + j].at[tile % 2 * 8 + i / 2];
@@ -369,7 +317,7 @@ inline void differentiate(const Sums* scores, const Sums* gradients, const float
                 for (int j = 0; j < 2; ++j) {
                     const __m512 score = _mm512_load_ps(scores[2 * tile + j].at[i + odd]);
                     const __m512 gradient = _mm512_load_ps(gradients[2 * tile + j].at[i + odd]);
-                    weight[odd][j] = exp2_of(_mm512_fmsub_ps(score, by, offset[j]));
+                    weight[odd][j] = exp2_of<4>(_mm512_fmsub_ps(score, by, offset[j]));
                     slope[odd][j] = _mm512_mul_ps(weight[odd][j], _mm512_sub_ps(gradient, delta[j]));
                 }
                 void* line = weights[BACKWARD_BLOCKS * tile].at[i + odd];

@@ -1,6 +1,6 @@
 """Causal softmax attention in bfloat16 on a CPU with matrix units (Intel AMX), by kernels of our own.
 
-Torch's kernels convert and copy between many small products; ours (amx_attention.cpp) keep scores in the first-level
+Torch's kernels convert and copy between many small products; ours (attention.cpp) keep scores in the first-level
 cache from the first product to the last, and skip what lies outside of a document. They are compiled by the machine's
 C++ compiler when they are first needed, one library for each head width.
 Legend: B batch, T sequence, H heads, K head width.
@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_lm.native import NativeError, load, processor_features
+from open_lm.native import MATRICES, NativeError, load
 
-_NEEDED = frozenset({"amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
 _WIDEST = 256  # beyond it a head's blocks leave the first-level cache, and torch's kernels are as fast
 
 
@@ -96,13 +95,7 @@ def problem(width: int) -> str | None:
 def _library(width: int) -> ctypes.CDLL:
     if width > _WIDEST:
         raise NativeError(f"heads are wider than {_WIDEST}")
-    missing = sorted(_NEEDED - processor_features())
-    if missing:
-        raise NativeError(f"this processor has no {', '.join(missing)}")
-    options = (option.replace("_", "-") for option in ("amx_tile", "amx_bf16"))
-    vectors = (option.replace("_", "") for option in _NEEDED if option.startswith("avx512"))
-    flags = ("-mfma", *(f"-m{option}" for option in sorted((*options, *vectors))), f"-DHEAD_WIDTH={width}")
-    library = load("amx_attention.cpp", flags)
+    library = load("attention.cpp", MATRICES, f"HEAD_WIDTH={width}")
     if library.allow_tiles() != 0:
         raise NativeError("the system does not let processes use the matrix units")
     return library

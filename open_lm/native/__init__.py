@@ -1,4 +1,4 @@
-"""C++ of the package, compiled for the machine that it runs on and loaded.
+"""Kernels for a CPU, in C++ that is compiled for the machine that it runs on and loaded.
 
 A source is compiled once, in about a second, and kept in the user's cache ($XDG_CACHE_HOME or ~/.cache, open_lm/native)
 under a name that holds all that it was made from, so that nothing stale is ever loaded.
@@ -18,6 +18,10 @@ from pathlib import Path
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
 _LONGEST_SECONDS = 300
 
+# What kernels need of the processor, by Linux's names: bfloat16 in vectors of 512 bits, and in matrix units besides.
+VECTORS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
+MATRICES = VECTORS | {"amx_tile", "amx_bf16"}
+
 
 class NativeError(Exception):
     """A source cannot be compiled or loaded here; the message says why."""
@@ -33,21 +37,32 @@ def processor_features() -> frozenset[str]:
     return frozenset(flags.partition(":")[2].split())
 
 
-def load(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library of the package's file `source`, compiled by $CXX or g++ with `flags` where the cache has none.
+def load(source: str, needed: frozenset[str], *defines: str) -> ctypes.CDLL:
+    """The library of the file `source` of this folder, compiled by $CXX or g++ where the cache has none.
 
     Its parallel loops run in torch's own threads, since both use GCC's OpenMP library.
 
+    Args:
+        needed: VECTORS or MATRICES.
+        defines: NAME=VALUE of the preprocessor.
+
     Raises:
-        NativeError: no compiler, or it fails, or what it made cannot be loaded.
+        NativeError: the processor lacks what is needed, there is no compiler, it fails, or what it made cannot be
+            loaded.
     """
+    missing = sorted(needed - processor_features())
+    if missing:
+        raise NativeError(f"this processor has no {', '.join(missing)}")
     path = Path(__file__).with_name(source)
+    sources = (path, *sorted(path.parent.glob("*.h")))
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if not compiler:
         raise NativeError("there is no C++ compiler (install g++, or set CXX)")
-    command = [compiler, *_FLAGS, *flags]
-    made_from = (path.read_bytes(), repr(command).encode(), _version(compiler).encode(), platform.machine().encode())
-    name = f"{path.stem}-{hashlib.sha256(bytes(0).join(made_from)).hexdigest()[:20]}.so"
+    features = (name.replace("avx512_", "avx512").replace("_", "-") for name in sorted(needed))
+    command = [compiler, *_FLAGS, "-mfma", *(f"-m{name}" for name in features), *(f"-D{define}" for define in defines)]
+    described = repr((command, _run([compiler, "--version"]), platform.machine())).encode()
+    made_from = b"".join(hashlib.sha256(part).digest() for part in (described, *(x.read_bytes() for x in sources)))
+    name = f"{path.stem}-{hashlib.sha256(made_from).hexdigest()[:20]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open_lm" / "native"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -58,10 +73,6 @@ def load(source: str, flags: tuple[str, ...]) -> ctypes.CDLL:
     except OSError as error:
         problem = f"its library cannot be kept or loaded ({error}); set XDG_CACHE_HOME to a folder of yours"
         raise NativeError(problem) from error
-
-
-def _version(compiler: str) -> str:
-    return _run([compiler, "--version"])
 
 
 def _compile(command: list[str], library: Path) -> None:

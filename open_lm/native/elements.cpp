@@ -1,0 +1,128 @@
+// What goes on between matrix products, in bfloat16 on vectors of 512 bits (AVX-512): each of these reads its operands
+// from memory once and writes its results once.
+//
+// Legend: N rows, V columns of logits, F width of a gated network, R rows of a matrix, C columns.
+
+#include <algorithm>
+#include <cmath>
+
+#include "vectors.h"
+
+namespace {
+
+inline __m512 load(const uint16_t* from, __mmask16 lanes) { return widen(_mm256_maskz_loadu_epi16(lanes, from)); }
+
+inline void store(uint16_t* to, __mmask16 lanes, __m512 row) { _mm256_mask_storeu_epi16(to, lanes, narrow(row)); }
+
+inline __m512 exp_of(__m512 x) { return exp2_of<5>(_mm512_mul_ps(x, _mm512_set1_ps(LOG2E))); }
+
+inline __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    // Beyond -80 the exponential, and not the result, would leave its range.
+    const __m512 bounded = _mm512_max_ps(x, _mm512_set1_ps(-80.0f));
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), bounded))));
+}
+
+float greatest(const uint16_t* row, int64_t columns) {
+    const __m512 least = _mm512_set1_ps(-INFINITY);
+    __m512 top[4] = {least, least, least, least};
+    for (int64_t c = 0, i = 0; c < columns; c += 16, ++i) {
+        const __mmask16 lanes = first_lanes(columns - c);
+        top[i % 4] = _mm512_mask_max_ps(top[i % 4], lanes, top[i % 4], load(row + c, lanes));
+    }
+    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(top[0], top[1]), _mm512_max_ps(top[2], top[3])));
+}
+
+float sum_of_exp(const uint16_t* row, int64_t columns, float peak) {
+    __m512 sum[4] = {};
+    for (int64_t c = 0, i = 0; c < columns; c += 16, ++i) {
+        const __mmask16 lanes = first_lanes(columns - c);
+        const __m512 value = exp_of(_mm512_sub_ps(load(row + c, lanes), _mm512_set1_ps(peak)));
+        sum[i % 4] = _mm512_mask_add_ps(sum[i % 4], lanes, sum[i % 4], value);
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3])));
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of each row of logits (N,V): its greatest logit, and the logarithm of the sum of exp(logit - greatest).
+void log_sums(const uint16_t* logits, int64_t rows, int64_t columns, float* peaks, float* rests, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < rows; ++n) {
+        peaks[n] = greatest(logits + n * columns, columns);
+        rests[n] = std::log(sum_of_exp(logits + n * columns, columns, peaks[n]));
+    }
+}
+
+// Logits (N,V) become exp(logit - sums[n]) * factors[n]; factors may be null, for 1.
+void to_shares(uint16_t* logits, int64_t rows, int64_t columns, const float* sums, const float* factors, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < rows; ++n) {
+        const __m512 sum = _mm512_set1_ps(sums[n]), factor = _mm512_set1_ps(factors ? factors[n] : 1.0f);
+        for (int64_t c = 0; c < columns; c += 16) {
+            const __mmask16 lanes = first_lanes(columns - c);
+            uint16_t* at = logits + n * columns + c;
+            store(at, lanes, _mm512_mul_ps(exp_of(_mm512_sub_ps(load(at, lanes), sum)), factor));
+        }
+    }
+}
+
+// out (N,F) = silu(gate) * up of gate and up side by side (N,2F).
+void gate(const uint16_t* both, int64_t rows, int64_t width, uint16_t* out, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < rows; ++n)
+        for (int64_t c = 0; c < width; c += 16) {
+            const __mmask16 lanes = first_lanes(width - c);
+            const uint16_t* at = both + n * 2 * width + c;
+            const __m512 gate = load(at, lanes), up = load(at + width, lanes);
+            store(out + n * width + c, lanes, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid(gate)), up));
+        }
+}
+
+// The gradient of `both`, from that of `out`.
+void gate_backward(const uint16_t* grad, const uint16_t* both, int64_t rows, int64_t width, uint16_t* of_both,
+                   int threads) {
+    const __m512 one = _mm512_set1_ps(1.0f);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < rows; ++n)
+        for (int64_t c = 0; c < width; c += 16) {
+            const __mmask16 lanes = first_lanes(width - c);
+            const int64_t at = n * 2 * width + c;
+            const __m512 slope = load(grad + n * width + c, lanes);
+            const __m512 gate = load(both + at, lanes), up = load(both + at + width, lanes);
+            const __m512 open = sigmoid(gate), silu = _mm512_mul_ps(gate, open);
+            // d silu / d gate = open + silu * (1 - open)
+            const __m512 steep = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, open), open);
+            store(of_both + at, lanes, _mm512_mul_ps(_mm512_mul_ps(slope, up), steep));
+            store(of_both + at + width, lanes, _mm512_mul_ps(slope, silu));
+        }
+}
+
+// to (C,R) = from (R,C) transposed.
+void transpose(const float* from, int64_t rows, int64_t columns, float* to, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t column = 0; column < columns; column += 16)
+        for (int64_t row = 0; row < rows; row += 16) {
+            alignas(64) __m512 straight[16], turned[16];
+            const __mmask16 lanes = first_lanes(columns - column), seen = first_lanes(rows - row);
+            for (int i = 0; i < 16; ++i)
+                straight[i] = _mm512_maskz_loadu_ps(row + i < rows ? lanes : 0, from + (row + i) * columns + column);
+            transpose_words(straight, turned);
+            for (int64_t i = 0; i < std::min<int64_t>(16, columns - column); ++i)
+                _mm512_mask_storeu_ps(to + (column + i) * rows + row, seen, turned[i]);
+        }
+}
+
+// total += more, elementwise.
+void add(float* total, const uint16_t* more, int64_t count, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 lanes = first_lanes(count - i);
+        const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(lanes, total + i), load(more + i, lanes));
+        _mm512_mask_storeu_ps(total + i, lanes, sum);
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,105 @@
+"""Kernels between matrix products on a CPU, against float64, and operators that choose between them and torch's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_lm import native
+from open_lm.gating import gated_silu
+from open_lm.native import elements
+
+needs_vectors = pytest.mark.skipif(
+    not native.processor_features() >= native.VECTORS, reason="this processor has no AVX-512 with bfloat16"
+)
+ROUNDING = 2.0**-8  # of bfloat16, half a unit in the last place of the mantissa's 8 bits
+
+
+@needs_vectors
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 16), (5, 50), (2, 1000)])
+def test_log_sums_and_shares(rows: int, columns: int) -> None:
+    torch.manual_seed(columns)
+    logits = (torch.randn(rows, columns) * 10).bfloat16()
+    exact = logits.double()
+    peaks, rests = elements.log_sums(logits)
+    assert torch.equal(peaks, logits.float().amax(-1))
+    sums = exact.logsumexp(-1)
+    torch.testing.assert_close((peaks.double() + rests.double()), sums, rtol=0, atol=1e-6)
+    factors = torch.randn(rows)
+    for given in (factors, None):
+        shares = logits.clone()
+        elements.to_shares_(shares, sums.float(), given)
+        expected = exact.softmax(-1) * (1 if given is None else given[:, None])
+        torch.testing.assert_close(shares.double(), expected, rtol=1.01 * ROUNDING + 1e-5, atol=1e-37)
+
+
+@needs_vectors
+def test_log_sums_keep_what_is_small() -> None:
+    """One logit far above all others, whose share is within 1e-6 of 1."""
+    logits = torch.full((1, 100), -10.0).bfloat16()
+    logits[0, 7] = 5.0
+    peaks, rests = elements.log_sums(logits)
+    assert peaks.item() == 5.0
+    assert rests.item() == pytest.approx(math.log1p(99 * math.exp(-15)), rel=1e-2)
+
+
+@needs_vectors
+@pytest.mark.parametrize("shape", [(1, 1), (16, 16), (37, 50), (2, 300)])
+def test_transposed_and_add(shape: tuple[int, int]) -> None:
+    matrix, more = torch.randn(shape), torch.randn(shape).bfloat16()
+    assert torch.equal(elements.transposed(matrix), matrix.t())
+    assert elements.transposed(matrix).is_contiguous()
+    expected = matrix + more
+    elements.add_(matrix, more)
+    assert torch.equal(matrix, expected)
+
+
+def by_autograd(both: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = both.detach().requires_grad_()
+    gate, up = leaf.chunk(2, dim=-1)
+    out = F.silu(gate) * up
+    return out.detach(), torch.autograd.grad(out, leaf, weights)[0]
+
+
+@pytest.mark.parametrize("own", [pytest.param(True, marks=needs_vectors), False])
+@pytest.mark.parametrize("shape", [(2, 3, 32), (4, 14), (1, 200)])
+def test_gated_silu_in_bfloat16(own: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    if not own:
+        monkeypatch.setattr(elements, "takes", lambda *tensors: False)
+    torch.manual_seed(0)
+    both = (torch.randn(shape) * 4).bfloat16()
+    both.view(-1)[:4] = torch.tensor([-200.0, 200.0, -80.0, 0.0])
+    weights = torch.randn(*shape[:-1], shape[-1] // 2).bfloat16()
+    leaf = both.clone().requires_grad_()
+    out = gated_silu(leaf)
+    (grad,) = torch.autograd.grad(out, leaf, weights)
+    exact = by_autograd(both.double(), weights.double())
+    bound = 1.01 * ROUNDING if own else 4 * ROUNDING
+    for found, expected in zip((out, grad), exact, strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=bound + 1e-5, atol=1e-4 if own else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gated_silu_in_wide_types_is_that_of_autograd(dtype: torch.dtype) -> None:
+    both, weights = torch.randn(2, 5, 24, dtype=dtype), torch.randn(2, 5, 12, dtype=dtype)
+    leaf = both.clone().requires_grad_()
+    out = gated_silu(leaf)
+    (grad,) = torch.autograd.grad(out, leaf, weights.transpose(0, 1).contiguous().transpose(0, 1))
+    expected_out, expected = by_autograd(both, weights)
+    assert torch.equal(out, expected_out)
+    torch.testing.assert_close(grad, expected)
+    torch.library.opcheck(torch.ops.open_lm.cpu_gate, (both,), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_tensors_with_gaps_and_other_types_are_left_to_torch() -> None:
+    assert not elements.takes(torch.zeros(4, 4))
+    assert not elements.takes(torch.zeros(4, 4).bfloat16().t()[:, :2])
+    both = torch.randn(6, 8).bfloat16().t()
+    torch.testing.assert_close(
+        gated_silu(both), by_autograd(both, torch.zeros(8, 3).bfloat16())[0], atol=0.02, rtol=0.02
+    )
+    assert gated_silu(torch.zeros(0, 8).bfloat16()).shape == (0, 4)
