@@ -11,13 +11,14 @@ import layout_worker
 import pytest
 import torch
 from torch._inductor.cudagraph_trees import MarkStepBox
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
 from open_lm.initialization import init_weights
 from open_lm.layout import Layout
 from open_lm.model import Params, Transformer
-from open_lm.parallelize import _materialise, notes, parallelize
+from open_lm.parallelize import _materialise, _shard, notes, parallelize
 from open_lm.recomputation import _is_dear
 from open_lm.tensor_parallel import check_splits
 
@@ -56,6 +57,17 @@ def test_every_layout_trains_as_a_single_process_does() -> None:
     differences = parity.run(chosen, steps=3)
     wrong = [(found, case) for found, case in zip(differences, chosen, strict=True) if not found < 1e-5]
     assert not wrong
+
+
+def test_what_is_compared_as_offloaded_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though --fsdp-cpu-offload else does nothing on a CPU."""
+    policies = []
+    monkeypatch.setattr("open_lm.parallelize.fully_shard", lambda module, **options: policies.append(options))
+    cfg, cpu = ParallelConfig(**parity.LAYOUTS["offload"][1]), torch.device("cpu")
+    with parity.offloading_from_cpu():
+        _shard(meta_model(), [], None, cfg, cpu)  # type: ignore[arg-type]
+    _shard(meta_model(), [], None, cfg, cpu)  # type: ignore[arg-type]
+    assert [type(options["offload_policy"]) for options in policies] == [CPUOffloadPolicy, OffloadPolicy]
 
 
 def test_a_model_starts_alike_on_any_ranks_and_whole_on_none() -> None:
