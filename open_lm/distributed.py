@@ -145,16 +145,6 @@ def build_layout(runtime: Runtime, cfg: ParallelConfig) -> Layout:
     return replace(layout, mesh=mesh, context_group=group)
 
 
-def own_subgroup(all_groups: list[list[int]], like: dist.ProcessGroup) -> dist.ProcessGroup:
-    """This rank's of new groups that every rank is in one of, for the devices of the group `like` and as patient as it
-    is. Collective."""
-    (device, *_) = like._device_types
-    timeout = like._get_backend(device).options._timeout  # torch's default else, not that of other groups
-    group = dist.new_subgroups_by_enumeration(all_groups, timeout=timeout)[0]
-    assert group is not None
-    return group
-
-
 def is_master(args: Any, local: bool = False) -> bool:
     """Whether this is rank 0, or with `local` its node's rank 0. `args` has rank and local_rank (a Runtime does)."""
     return getattr(args, "local_rank" if local else "rank", 0) == 0

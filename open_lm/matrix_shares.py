@@ -1,7 +1,8 @@
-"""Work on whole matrices of sharded parameters, divided among the ranks that hold them.
+"""Work on whole matrices of sharded parameters, divided among all ranks.
 
-Each matrix has an owner. All ranks send it their parts, it works on the whole, and sends every rank its part back: two
-all-to-alls a step, however many matrices there are. Ranks that hold whole copies (DDP) only send results.
+Each matrix has one owner. The ranks that hold one copy of it together with the owner send it their parts, it works on
+the whole, and sends every rank its part back, those of other copies (--fsdp-hybrid) too: two all-to-alls a step,
+however many matrices there are. Ranks that each hold a whole copy (DDP) only send results.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_lm.adamw import local_part, working_device
-from open_lm.distributed import own_subgroup
 from open_lm.sharded_tensor import boxes
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # of a part in the whole tensor: offsets and sizes
@@ -23,54 +23,50 @@ Work = Callable[[list[Tensor]], None]  # on stacks (U, m, n), in place
 
 
 def divide(tensors: Sequence[Tensor], parts: Sequence[int]) -> list[MatrixShares]:
-    """The division of the work on parameters (U m, n) or (U, m, n) among all ranks that share them; `parts` is U of
-    those with two dimensions. Those that are not sharded are taken to be the same on all ranks. Collective."""
-    alike: dict[tuple[tuple[int, ...], bool], list[int]] = {}  # by the ranks that share them, and whether in parts
+    """The division of the work on parameters (U m, n) or (U, m, n) among all ranks, whose copies are taken to be the
+    same; `parts` is U of those with two dimensions. Collective."""
+    alike: dict[tuple[int, ...], list[int]] = {}  # by the ranks that hold one copy together
     for number, tensor in enumerate(tensors):
-        alike.setdefault((_sharing_ranks(tensor), bool(_divided_dimensions(tensor))), []).append(number)
+        alike.setdefault(_holders_of_one_copy(tensor), []).append(number)
     return [
-        MatrixShares(ranks, numbers, [tensors[i] for i in numbers], [parts[i] for i in numbers])
-        for (ranks, _), numbers in alike.items()
+        MatrixShares(holders, numbers, [tensors[i] for i in numbers], [parts[i] for i in numbers])
+        for holders, numbers in alike.items()
     ]
 
 
 class MatrixShares:
-    """The division of some parameters' matrices among ranks that share them, for work to be done at every step.
+    """The division of some parameters' matrices among all ranks, for work to be done at every step.
 
     Args:
-        ranks: those that hold parts of each tensor, or that all hold all of each; ascending, this one among them.
+        holders: the ranks that hold this rank's copy of each tensor together; none where it holds all of each.
         numbers: where the tensors stand in the list that `apply` is given.
         tensors, parts: as `divide` has them.
 
     Collective.
     """
 
-    def __init__(self, ranks: tuple[int, ...], numbers: list[int], tensors: list[Tensor], parts: list[int]) -> None:
-        self._numbers, self._parts = numbers, parts
+    def __init__(self, holders: tuple[int, ...], numbers: list[int], tensors: list[Tensor], parts: list[int]) -> None:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self._numbers, self._parts, self._holders = numbers, parts, holders
         self._shapes = [tuple(tensor.shape) for tensor in tensors]
-        self._in_parts = bool(_divided_dimensions(tensors[0]))
         self._device = working_device(tensors[0])
-        self._alone = len(ranks) == 1
-        self._rank = 0 if self._alone else ranks.index(dist.get_rank())
-        self._group = None if self._alone else _group_of(tensors[0], ranks)
+        self._alone = ranks == 1
+        self._rank = 0 if self._alone else dist.get_rank()
         own = [[(box.offsets, box.sizes) for box in boxes(*pair)] for pair in zip(tensors, parts, strict=True)]
-        self._places: list[list[list[Place]]] = [own] * len(ranks)  # the parts of each tensor that each rank holds
+        self._places: list[list[list[Place]]] = [own] * ranks  # the parts of each tensor that each rank holds
         if not self._alone:
-            dist.all_gather_object(self._places, own, self._group)
+            dist.all_gather_object(self._places, own)
         costs = [
             math.prod(shape) * min(shape[-1], shape[-2] // n) for shape, n in zip(self._shapes, parts, strict=True)
         ]
-        owners = _balanced(costs, len(ranks))
-        self._owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(len(ranks))]
+        owners = _balanced(costs, ranks)
+        self._owned = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(ranks)]
 
     def apply(self, tensors: Sequence[Tensor], work: Work) -> None:
         """Call `work` once, with the matrices that this rank owns of `tensors`, and bring what it makes of them to all
         ranks: tensors of one type, shaped and sharded as the parameters are, changed in place. Collective."""
         mine = [tensors[number] for number in self._numbers]
-        if self._in_parts and not self._alone:
-            wholes = self._gathered(mine)
-        else:
-            wholes = {i: local_part(mine[i]) for i in self._owned[self._rank]}
+        wholes = self._gathered(mine) if self._holders else {i: local_part(mine[i]) for i in self._owned[self._rank]}
         moved = {i: whole.to(self._device) for i, whole in wholes.items()}
         work([_stack(whole, self._parts[i]) for i, whole in moved.items()])
         if self._alone:
@@ -83,9 +79,13 @@ class MatrixShares:
     def _gathered(self, tensors: list[Tensor]) -> dict[int, Tensor]:
         """The tensors that this rank owns, whole and in stored order, by number."""
         owned = self._owned[self._rank]
-        places = [[(i, place) for i in owned for place in of_rank[i]] for of_rank in self._places]
+        places = [
+            [(i, place) for i in owned for place in of_rank[i]] if rank in self._holders else []
+            for rank, of_rank in enumerate(self._places)
+        ]
         shapes = [[sizes for _, (_, sizes) in of_rank] for of_rank in places]
-        received = self._exchange(self._views(tensors), shapes, tensors[0].dtype)
+        outgoing = [views if rank in self._holders else [] for rank, views in enumerate(self._views(tensors))]
+        received = self._exchange(outgoing, shapes, tensors[0].dtype)
         wholes = {i: torch.empty(self._shapes[i], dtype=tensors[0].dtype, device=self._device) for i in owned}
         for of_rank, pieces in zip(places, received, strict=True):
             for (i, place), piece in zip(of_rank, pieces, strict=True):
@@ -122,7 +122,6 @@ class MatrixShares:
             sent.view(torch.uint8),
             [sum(of_rank) * dtype.itemsize for of_rank in sizes],
             [sum(tensor.numel() for tensor in of_rank) * dtype.itemsize for of_rank in outgoing],
-            group=self._group,
         )
         pieces = iter(received.split([size for of_rank in sizes for size in of_rank]))
         return [[next(pieces).view(shape) for shape in of_rank] for of_rank in shapes]
@@ -136,29 +135,15 @@ def _divided_dimensions(tensor: Tensor) -> list[int]:
     return [dim for dim, place in enumerate(tensor.placements) if sizes[dim] > 1 and not place.is_replicate()]
 
 
-def _sharing_ranks(tensor: Tensor) -> tuple[int, ...]:
-    """The ranks that hold one copy of a tensor together; where each holds all of it, all ranks."""
+def _holders_of_one_copy(tensor: Tensor) -> tuple[int, ...]:
+    """The ranks that hold this rank's copy of a tensor together, ascending; none where it holds all of it."""
     divided = _divided_dimensions(tensor)
     if not isinstance(tensor, DTensor) or not divided:
-        return tuple(range(dist.get_world_size() if dist.is_initialized() else 1))
+        return ()
     own = tensor.device_mesh.get_coordinate()
     assert own is not None
     index = tuple(slice(None) if dim in divided else at for dim, at in enumerate(own))
     return tuple(tensor.device_mesh.mesh[index].flatten().tolist())
-
-
-def _group_of(tensor: Tensor, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-    """The process group of the ranks that share a tensor. Collective."""
-    divided = _divided_dimensions(tensor)
-    if len(ranks) == dist.get_world_size():
-        return None
-    assert isinstance(tensor, DTensor)
-    mesh = tensor.device_mesh
-    if len(divided) == 1:
-        return mesh.get_group(divided[0])
-    rest = [dim for dim in range(mesh.ndim) if dim not in divided]
-    all_groups = mesh.mesh.permute(*rest, *divided).reshape(-1, len(ranks)).tolist()
-    return own_subgroup(all_groups, like=mesh.get_group(divided[0]))
 
 
 def _balanced(costs: list[int], ranks: int) -> list[int]:

@@ -6,9 +6,9 @@ the root mean square of AdamW's updates, so that learning rate and weight decay 
 https://arxiv.org/abs/2502.16982).
 
 One m x n matrix, m <= n, costs 20 m^2 n + 10 m^3 floating point operations, in bfloat16 where the device has units for
-it. Ranks that share the parameters divide the matrices among them (matrix_shares.py): each sends and receives its part
-of them twice, 4/N bytes for each parameter and step on N ranks, and holds some 8/N bytes for each while it works. The
-copies of --fsdp-hybrid all do the same.
+it. All ranks divide the matrices among them (matrix_shares.py): of each parameter and in each step, one of N ranks in R
+copies of N/R sends and receives 2/N bytes within its copy, 2 R/N to and from all ranks, and holds some 8/N bytes while
+it works.
 
 Legend: m x n a matrix, U matrices of one parameter.
 """

@@ -211,7 +211,7 @@ def _one_of_many() -> Iterator[None]:
     changes: list[Any] = [
         mock.patch.object(dist, "all_gather_object", all_say_the_same),
         mock.patch.object(DeviceMesh, "__init__", _on_numbers(DeviceMesh.__init__)),
-        mock.patch.object(matrix_shares, "_sharing_ranks", _on_numbers(matrix_shares._sharing_ranks)),
+        mock.patch.object(matrix_shares, "_holders_of_one_copy", _on_numbers(matrix_shares._holders_of_one_copy)),
         # As on CUDA, whatever this CPU's cache holds and whichever units it has.
         mock.patch.object(linear_loss, "_BLOCK_BYTES", 1 << 50),
         mock.patch.object(muon, "working_dtype", lambda device: torch.bfloat16),

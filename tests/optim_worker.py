@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from open_lm import muon
 from open_lm.config import OptimConfig
 from open_lm.errors import end_process
 from open_lm.feed_forward import FusedLinear
@@ -22,6 +26,7 @@ from open_lm.optim import build_optimizer, clip_gradients, step_unless
 from open_lm.sharded_tensor import fill, whole
 
 STEPS, SKIPPED, LR, MAX_NORM = 4, 2, 0.02, 3.0
+MATRICES = 2 * (3 + 1 + 2 + 1 + 3)  # of the two blocks
 # Sizes of the mesh ("replicate", "shard", "tensor"); None for copies that know no mesh, as DDP makes them.
 LAYOUTS: dict[str, tuple[int, int, int] | None] = {
     "copies": None,
@@ -116,13 +121,31 @@ def same_on_all_ranks(results: dict[str, Tensor]) -> bool:
     return len(set(digests)) == 1
 
 
+@contextmanager
+def counted_matrices() -> Iterator[list[int]]:
+    """How many matrices this rank makes orthogonal, update by update."""
+    counts: list[int] = []
+
+    def count(stacks: list[Tensor]) -> None:
+        counts.append(sum(len(stack) for stack in stacks))
+        work(stacks)
+
+    work = muon._orthogonalize_all
+    with mock.patch.object(muon, "_orthogonalize_all", count):
+        yield counts
+
+
 def main(argv: list[str]) -> None:
     out, layouts = argv[0], argv[1:]
     dist.init_process_group("gloo")
     results = {}
     for optimizer in ("adamw", "muon"):
         for layout in layouts:
-            results[optimizer, layout] = train(layout, config(optimizer))
+            with counted_matrices() as counts:
+                results[optimizer, layout] = train(layout, config(optimizer))
+            worked = torch.tensor(sum(counts))
+            dist.all_reduce(worked)
+            assert worked == (STEPS * MATRICES if optimizer == "muon" else 0), "no matrix is worked on twice"
             assert same_on_all_ranks(results[optimizer, layout]), layout
     if dist.get_rank() == 0:
         torch.save(results, out)

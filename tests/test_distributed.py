@@ -92,18 +92,6 @@ def test_force_distributed_starts_a_group_of_one() -> None:
         distributed.shutdown(runtime)
 
 
-def test_groups_inside_others_wait_as_long() -> None:
-    cfg = ParallelConfig(force_distributed=True, dist_timeout=33)
-    runtime = distributed.init_runtime(cfg)
-    try:
-        mesh = distributed.build_layout(runtime, cfg).mesh
-        assert mesh is not None
-        group = distributed.own_subgroup([[0]], like=mesh.get_group("tensor"))
-        assert group._get_backend(runtime.device).options._timeout.total_seconds() == 33
-    finally:
-        distributed.shutdown(runtime)
-
-
 def test_what_ranks_find_is_raised_on_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def gathered(failures: list[object], own: object) -> None:
         failures[:] = [None, DataError("no shard a"), DataError("no shard b"), DataError("no shard a")]

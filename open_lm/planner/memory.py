@@ -327,15 +327,18 @@ def _muon_bytes(job: Job) -> int:
     if not weights:
         return 0
     numbers = job.numbers(weights)
-    sharers, share = (job.shards * job.layout.tensor, numbers // job.shards) if job.is_sharded else (job.ranks, 0)
-    exchanged = 2 * (share or (numbers if sharers > 1 else 0))
+    held, share = numbers, 0
+    if job.is_sharded:
+        held = numbers // job.shards
+        share = held // job.layout.replicate
+    exchanged = 2 * held if job.ranks > 1 else 0
     counts: dict[tuple[int, ...], int] = {}
     for weight in weights:
         count, *sides = weight.matrices
         counts[tuple(sorted(sides))] = counts.get(tuple(sorted(sides)), 0) + count
     working = 0
     for (m, n), count in counts.items():
-        together = min(-(-count // sharers), max(1, MUON_BATCH // (m * n)))
+        together = min(-(-count // job.ranks), max(1, MUON_BATCH // (m * n)))
         working = max(working, together * (3 * m * n + 2 * m * m))
     own = 0 if job.config.parallel.fsdp_cpu_offload else job.own(weights)
     return 2 * (own + share + max(working, exchanged))

@@ -132,7 +132,7 @@ def _of_parameters(job: Job) -> list[Exchange]:
         calls = num_bytes / BUCKET_BYTES
         return [
             Exchange("sum gradients", 2 * _share(job.ranks) * num_bytes, calls, job.ranks, 1, "backward", last),
-            *_of_muon(job, job.ranks, 1),
+            *_of_muon(job, 1, job.ranks, 1),
         ]
     of_root = job.buffer(job.shape.by_block[None]) * _share(shards)
     whole = job.own_numbers * shards * _share(shards)
@@ -147,16 +147,20 @@ def _of_parameters(job: Job) -> list[Exchange]:
         Exchange("reduce gradients", whole * types.reduced, blocks + 1, shards, stride, "backward", root),
         Exchange("sum over copies", 2 * _share(copies) * job.own_numbers * types.reduced, blocks + 1, copies,
                  stride * shards, "backward", root),
-        *_of_muon(job, shards, stride),
+        *_of_muon(job, shards, copies, stride),
     ]  # fmt: skip
 
 
-def _of_muon(job: Job, ranks: int, stride: int) -> list[Exchange]:
-    """Muon's directions go to who works on them and come back."""
+def _of_muon(job: Job, shards: int, copies: int, stride: int) -> list[Exchange]:
+    """Muon's directions go to who works on them, of a copy for its share of the matrices, and come back to all."""
     numbers = job.numbers(muon_weights(job))
     if not numbers:
         return []
-    return [Exchange("directions of Muon", 4 * numbers / ranks * _share(ranks), 2, ranks, stride, "none")]
+    own, ranks = 2 * numbers / shards, shards * copies
+    return [
+        Exchange("gather for Muon", own / copies * _share(shards), 1, shards, stride, "none"),
+        Exchange("updates of Muon", own * _share(ranks), 1, ranks, stride, "none"),
+    ]
 
 
 def _of_activations(job: Job) -> list[Exchange]:
