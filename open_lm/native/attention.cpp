@@ -29,7 +29,7 @@ constexpr int STEPS = (W + 31) / 32;    // tiles of a head where it is summed ov
 constexpr int COLUMNS = (W + 15) / 16;  // tiles of a head where it is kept
 constexpr int TOKENS = 32;              // tokens of a block, two tiles
 constexpr int FORWARD_BLOCKS = 4;       // blocks of keys whose scores are held at once, going forward
-constexpr int BACKWARD_BLOCKS = 2;      // blocks of queries that a block of keys takes at once, going back
+constexpr int BACKWARD_BLOCKS = 4;      // blocks of queries that a block of keys takes at once, going back
 constexpr float NEVER = -INFINITY;  // score of a key that may not be seen
 constexpr float LOWEST = -1e30f;    // where a running maximum starts
 
@@ -461,6 +461,7 @@ void forward(const Shape* shape, const View* q, const View* k, const View* v, co
 #pragma omp parallel num_threads(shape->threads)
     {
         const FullTiles tiles;
+        const TinyIsZero tiny;
         ForwardPass pass(blocks);
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < heads * parts; ++unit) {
@@ -480,6 +481,7 @@ void backward(const Shape* shape, const View* q, const View* k, const View* v, c
 #pragma omp parallel num_threads(shape->threads)
     {
         const FullTiles tiles;
+        const TinyIsZero tiny;
         BackwardPass pass(shape->blocks());
 #pragma omp for schedule(dynamic)
         for (int64_t head = 0; head < heads; ++head) {

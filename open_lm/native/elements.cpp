@@ -51,6 +51,7 @@ extern "C" {
 void log_sums(const uint16_t* logits, int64_t rows, int64_t columns, float* peaks, float* rests, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < rows; ++n) {
+        const TinyIsZero tiny;
         peaks[n] = greatest(logits + n * columns, columns);
         rests[n] = std::log(sum_of_exp(logits + n * columns, columns, peaks[n]));
     }
@@ -60,6 +61,7 @@ void log_sums(const uint16_t* logits, int64_t rows, int64_t columns, float* peak
 void to_shares(uint16_t* logits, int64_t rows, int64_t columns, const float* sums, const float* factors, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < rows; ++n) {
+        const TinyIsZero tiny;
         const __m512 sum = _mm512_set1_ps(sums[n]), factor = _mm512_set1_ps(factors ? factors[n] : 1.0f);
         for (int64_t c = 0; c < columns; c += 16) {
             const __mmask16 lanes = first_lanes(columns - c);
