@@ -13,13 +13,17 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from open_lm.native import VECTORS, NativeError, load
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on these here: bfloat16, on a CPU, without gaps."""
-    fit = (x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+    """Whether the kernels can work on these here: bfloat16, on a CPU, without gaps, and in memory (no fake tensors)."""
+    fit = (
+        x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, Parameter)
+        for x in tensors
+    )
     return all(fit) and problem() is None
 
 

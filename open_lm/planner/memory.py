@@ -30,9 +30,10 @@ from open_lm.planner.shapes import ModelShape, Weight
 CONTEXT_BYTES = 600 << 20
 NCCL_BYTES = 1 << 30
 FRAGMENTATION = 0.05
-# Tokens whose logits the loss holds at a time (linear_loss.py), on a CPU also for narrow models and in float32.
+# Tokens whose logits the loss holds at a time (linear_loss.py), and on a CPU in float32, and for narrow models.
 CHUNK_TOKENS = 2048
-SMALL_CHUNK_TOKENS = 512
+WIDE_CHUNK_TOKENS = 512
+SMALL_CHUNK_TOKENS = 256
 MUON_BATCH = 1 << 26  # numbers of matrices that are made orthogonal together (muon.py)
 
 
@@ -304,14 +305,10 @@ def _loss_bytes(job: Job) -> int:
     """What linear_loss.py holds while it computes: the last chunk's logits, and all gradients that it gives."""
     types, tokens, dim = job.types, job.tokens, job.shape.dim
     rows = job.numbers([_head(job.shape.by_block[None])]) // dim
-    narrow, on_cpu = types.compute < 4, job.device_type == "cpu"
-    small = on_cpu and (not narrow or dim < 512)
-    chunk = min(SMALL_CHUNK_TOKENS if small else CHUNK_TOKENS, tokens)
-    products = rows * dim * (4 + (types.compute if on_cpu and narrow else 0))  # the sum, and on a CPU what is added
     cast = rows * dim * types.compute if types.gathered != types.compute else 0
-    logits = chunk * rows * (types.compute + 4)  # also in float32, of which a CPU holds less at a time
-    hidden = tokens * dim * (types.compute + (types.compute if on_cpu else 4))
-    return products + cast + logits + hidden
+    logits = min(CHUNK_TOKENS, tokens) * rows * (types.compute + 4)  # and in float32
+    hidden = tokens * dim * (types.compute + 4)
+    return rows * dim * 4 + cast + logits + hidden
 
 
 def muon_weights(job: Job) -> list[Weight]:
