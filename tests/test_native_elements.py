@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from open_lm import native
 from open_lm.gating import gated_silu
 from open_lm.native import elements
+from open_lm.positional_embedding.rotary import rotate_halves, rotate_neighbours
 
 needs_vectors = pytest.mark.skipif(
     not native.processor_features() >= native.VECTORS, reason="this processor has no AVX-512 with bfloat16"
@@ -103,3 +105,21 @@ def test_tensors_with_gaps_and_other_types_are_left_to_torch() -> None:
         gated_silu(both), by_autograd(both, torch.zeros(8, 3).bfloat16())[0], atol=0.02, rtol=0.02
     )
     assert gated_silu(torch.zeros(0, 8).bfloat16()).shape == (0, 4)
+
+
+@needs_vectors
+@pytest.mark.parametrize("rotate", [rotate_halves, rotate_neighbours])
+@pytest.mark.parametrize(("width", "per_head"), [(2, False), (8, False), (40, True), (64, False)])
+def test_rotation(rotate: Callable[..., Tensor], width: int, per_head: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors with gaps, as they come from one projection, forward and back."""
+    torch.manual_seed(width)
+    x = torch.randn(2, 7, 9, width).bfloat16()[:, :, 3:6].requires_grad_()
+    angles = torch.randn((3, width // 2) if per_head else (7, 1, width // 2))
+    weights = torch.randn(2, 7, 3, width).bfloat16()
+    found = {}
+    for own in (True, False):
+        monkeypatch.setattr(elements, "takes_rows", elements.takes_rows if own else lambda x: False)
+        out = rotate(x, angles.cos(), angles.sin(), torch.bfloat16)
+        found[own] = (out, *torch.autograd.grad(out, x, weights))
+    for a, b in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(a, b, rtol=2 * ROUNDING, atol=1e-5)

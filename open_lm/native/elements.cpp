@@ -1,7 +1,8 @@
 // What goes on between matrix products, in bfloat16 on vectors of 512 bits (AVX-512): each of these reads its operands
 // from memory once and writes its results once.
 //
-// Legend: N rows, V columns of logits, F width of a gated network, R rows of a matrix, C columns.
+// Legend: N rows, V columns of logits, F width of a gated network, R rows of a matrix, C columns, B batch, T tokens,
+// H heads, K head width.
 
 #include <algorithm>
 #include <cmath>
@@ -99,6 +100,44 @@ void gate_backward(const uint16_t* grad, const uint16_t* both, int64_t rows, int
             const __m512 steep = _mm512_fmadd_ps(silu, _mm512_sub_ps(one, open), open);
             store(of_both + at, lanes, _mm512_mul_ps(_mm512_mul_ps(slope, up), steep));
             store(of_both + at + width, lanes, _mm512_mul_ps(slope, silu));
+        }
+}
+
+struct Turn {
+    int64_t batch, length, heads, width;  // B, T, H, K
+    int64_t x[3], angles[3];              // strides of their first three dimensions, in elements
+    float sense;                          // 1, or -1 to turn back
+    int32_t neighbours;                   // pairs are (2i, 2i + 1), else (i, i + K/2)
+};
+
+// Pairs of the features of x (B,T,H,K), turned by angles whose cos and sin are (B,T,H,K/2) -> out, without gaps.
+void turn(const Turn* turn, const uint16_t* x, const float* cos, const float* sin, uint16_t* out, int threads) {
+    const int64_t half = turn->width / 2;
+    const __m512 sense = _mm512_set1_ps(turn->sense);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < turn->batch * turn->length; ++row)
+        for (int64_t h = 0; h < turn->heads; ++h) {
+            const int64_t b = row / turn->length, t = row % turn->length;
+            const uint16_t* from = x + b * turn->x[0] + t * turn->x[1] + h * turn->x[2];
+            const int64_t angle = b * turn->angles[0] + t * turn->angles[1] + h * turn->angles[2];
+            uint16_t* to = out + (row * turn->heads + h) * turn->width;
+            for (int64_t c = 0; c < half; c += 16) {
+                const __mmask16 lanes = first_lanes(half - c);
+                const __m512 along = _mm512_maskz_loadu_ps(lanes, cos + angle + c);
+                const __m512 across = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, sin + angle + c), sense);
+                const __m512i words = _mm512_maskz_loadu_epi32(turn->neighbours ? lanes : 0, from + 2 * c);
+                const __m512 first = turn->neighbours ? (__m512)_mm512_slli_epi32(words, 16) : load(from + c, lanes);
+                const __m512 second = turn->neighbours ? (__m512)_mm512_and_si512(words, _mm512_set1_epi32(0xffff0000))
+                                                       : load(from + half + c, lanes);
+                const __m512 one = _mm512_fnmadd_ps(second, across, _mm512_mul_ps(first, along));
+                const __m512 other = _mm512_fmadd_ps(first, across, _mm512_mul_ps(second, along));
+                if (turn->neighbours) {
+                    _mm512_mask_storeu_epi32(to + 2 * c, lanes, interleave(one, other));
+                } else {
+                    store(to + c, lanes, one);
+                    store(to + half + c, lanes, other);
+                }
+            }
         }
 }
 

@@ -2,7 +2,8 @@
 
 Torch's operators each read and write their tensors in memory, and between bfloat16 and float32 make copies. Ours do in
 one pass what belongs together, in float32 inside.
-Legend: N rows, V columns of logits, F width of a gated network, R rows of a matrix, C columns.
+Legend: N rows, V columns of logits, F width of a gated network, R rows of a matrix, C columns, B batch, T sequence,
+H heads, K head width.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from open_lm.native import VECTORS, NativeError, load
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the kernels can work on these here: bfloat16, on a CPU, without gaps, and in memory (no fake tensors)."""
-    fit = (
-        x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, Parameter)
-        for x in tensors
-    )
-    return all(fit) and problem() is None
+    return all(x.is_contiguous() and takes_rows(x) for x in tensors)
+
+
+def takes_rows(x: Tensor) -> bool:
+    """As `takes`, where only the last dimension has to be without gaps."""
+    fit = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1
+    return fit and type(x) in (Tensor, Parameter) and problem() is None
 
 
 @functools.cache
@@ -70,6 +73,31 @@ def gate_backward(grad: Tensor, both: Tensor) -> Tensor:
     of_both = torch.empty_like(both)
     _library().gate_backward(_at(grad), _at(both), *_sizes(grad), _at(of_both), _threads())
     return of_both
+
+
+class _Turn(ctypes.Structure):
+    _fields_ = [
+        ("sizes", ctypes.c_int64 * 4),
+        ("x", ctypes.c_int64 * 3),
+        ("angles", ctypes.c_int64 * 3),
+        ("sense", ctypes.c_float),
+        ("neighbours", ctypes.c_int32),
+    ]
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool, neighbours: bool) -> Tensor:
+    """x (B,T,H,K), such as `takes_rows` allows, whose pairs of features are turned by angles, or turned back.
+
+    Args:
+        cos, sin: of the angles, float32 with equal strides, broadcasting to (B,T,H,K/2).
+        neighbours: pairs are (2i, 2i + 1), else (i, i + K/2).
+    """
+    out = x.new_empty(x.shape)
+    angles = cos.expand(*x.shape[:3], cos.shape[-1]).stride()[:3]
+    sizes, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 3)(*x.stride()[:3])
+    turn = _Turn(sizes, strides, (ctypes.c_int64 * 3)(*angles), -1.0 if back else 1.0, neighbours)
+    _library().turn(ctypes.byref(turn), _at(x), _at(cos), _at(sin), _at(out), _threads())
+    return out
 
 
 def transposed(matrix: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from open_lm.cache_blocks import row_blocks
+from open_lm.native import elements
 
 BASE = 10000.0
 
@@ -91,17 +92,22 @@ class _Rotation(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.pairs, ctx.dtype = pairs, x.dtype
-        return _rotate(x, cos, sin, pairs, dtype or _wide(x[:0]).dtype)
+        return _rotate(x, cos, sin, pairs, dtype or _wide(x[:0]).dtype, back=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, -sin, ctx.pairs, ctx.dtype), None, None, None, None
+        return _rotate(grads[0], cos, sin, ctx.pairs, ctx.dtype, back=True), None, None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
+def _rotate(  # noqa: PLR0917 (as _Rotation)
+    x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype, back: bool
+) -> Tensor:
     """x (B,T,H,K), rotated, in dtype; a few tokens at a time on a CPU."""
+    if dtype == x.dtype and elements.takes_rows(x) and cos.stride() == sin.stride() and cos.stride(-1) == 1:
+        return elements.turned(x, cos, sin, back=back, neighbours=pairs is _neighbours)
+    sin = -sin if back else sin
     batch, length, heads, width = x.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
