@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from open_lm.errors import ConfigError
 from open_lm.gating import gated_silu
+from open_lm.linear import FusedLinear, Linear
 from open_lm.model_files import gated_width
-
-
-class FusedLinear(nn.Linear):
-    """A linear layer without bias whose weight holds those of `parts` layers of equal width, one after the other."""
-
-    def __init__(self, in_features: int, out_features: int, parts: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.parts = parts
 
 
 class SwiGLU(nn.Module):
@@ -29,7 +22,7 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.w12 = FusedLinear(dim, 2 * hidden_dim, parts=2)
-        self.w3 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B,T,D) -> (B,T,D)."""
@@ -59,7 +52,7 @@ def _geglu(dim: int) -> nn.Module:
 
 
 def _gelu(dim: int) -> nn.Module:
-    return nn.Sequential(nn.Linear(dim, 4 * dim, bias=False), nn.GELU(), nn.Linear(4 * dim, dim, bias=False))
+    return nn.Sequential(Linear(dim, 4 * dim, bias=False), nn.GELU(), Linear(4 * dim, dim, bias=False))
 
 
 # swiglu and swiglu_torch named two kernels of one network, with the same weights.

@@ -19,8 +19,8 @@ from torch import nn
 
 from open_lm.distributed import on_master
 from open_lm.errors import ConfigError
-from open_lm.feed_forward import FusedLinear
 from open_lm.layout import Layout
+from open_lm.linear import FusedLinear
 from open_lm.mixture_of_experts import Router
 
 CAPABILITY = (8, 9)  # compute capability of the first devices that have such products

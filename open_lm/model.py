@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from open_lm.attention import AttnFunc, Mask, find_documents, get_attn_func
 from open_lm.config import ModelConfig
 from open_lm.errors import ConfigError, join_problems
-from open_lm.feed_forward import FusedLinear, get_feed_forward
+from open_lm.feed_forward import get_feed_forward
 from open_lm.initialization import init_weights
+from open_lm.linear import FusedLinear, Linear
 from open_lm.losses import TokenLoss
 from open_lm.mixture_of_experts import MixtureOfExperts
 from open_lm.model_files import architecture_of
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         self.n_heads, self.head_dim = params.n_heads, params.head_dim
         width = self.n_heads * self.head_dim
         self.in_proj = FusedLinear(params.dim, 3 * width, parts=3)
-        self.out_proj = nn.Linear(width, params.dim, bias=False)
+        self.out_proj = Linear(width, params.dim, bias=False)
         self.pos_embed: Any = get_positional_embedding(params.positional_embedding_type, self.head_dim)
         self.attn_func = params.attn_func
         self.q_norm = params.norm(width) if params.apply_qk_norm else nn.Identity()

@@ -1,4 +1,4 @@
-"""Operators of our own, registered with torch: compilation, fake tensors and recomputation treat them as they do its."""
+"""Operators of our own, registered with torch: compilation, fake tensors and recomputation take them as its own."""
 
 from __future__ import annotations
 

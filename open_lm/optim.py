@@ -16,7 +16,7 @@ from open_lm.adamw import AdamW, local_part, working_device
 from open_lm.config import OptimConfig
 from open_lm.distributed import sum_over_ranks
 from open_lm.errors import ConfigError
-from open_lm.feed_forward import FusedLinear
+from open_lm.linear import FusedLinear
 from open_lm.muon import Muon
 
 _NORM_ELEMENTS = 1 << 16  # whose squares are added up in one go on a CPU

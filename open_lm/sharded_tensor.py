@@ -3,7 +3,7 @@
 A tensor as it is stored, in checkpoints and by a single process, is whole. A live one may be a DTensor: cut along its
 rows by FSDP2, along rows or columns by tensor parallelism, or along rows by the latter and then by the former.
 
-A weight that holds several matrices, its parts, one after the other (feed_forward.FusedLinear) is in another order
+A weight that holds several matrices, its parts, one after the other (linear.FusedLinear) is in another order
 under tensor parallelism along its rows: rank t of N holds the t-th N-th of each part, one after the other, so that the
 DTensor is the whole weight with its rows in rank-major order (rank, part, row) in place of (part, rank, row).
 `parts` says of how many matrices; it changes nothing where a tensor is not cut so.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from open_lm.feed_forward import FusedLinear
+from open_lm.linear import FusedLinear
 from open_lm.param_names import clean_name
 
 _TENSOR = "tensor"  # the mesh dimension of tensor parallelism

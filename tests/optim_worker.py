@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from open_lm import muon
 from open_lm.config import OptimConfig
 from open_lm.errors import end_process
-from open_lm.feed_forward import FusedLinear
+from open_lm.linear import FusedLinear
 from open_lm.optim import build_optimizer, clip_gradients, step_unless
 from open_lm.sharded_tensor import fill, whole
 

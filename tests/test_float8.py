@@ -8,9 +8,9 @@ from torch import Tensor
 
 from open_lm.config import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
-from open_lm.feed_forward import FusedLinear
 from open_lm.float8 import check_float8, check_tokens, convert_to_float8
 from open_lm.layout import Layout
+from open_lm.linear import FusedLinear
 from open_lm.losses import TokenLoss
 from open_lm.model import Params, Transformer
 from open_lm.parallelize import parallelize

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_lm import native
+from open_lm import linear, native
 from open_lm.gating import gated_silu
 from open_lm.native import elements
 from open_lm.positional_embedding.rotary import rotate_halves, rotate_neighbours
@@ -54,7 +54,8 @@ def test_log_sums_keep_what_is_small() -> None:
 def test_transposed_and_add(shape: tuple[int, int]) -> None:
     matrix, more = torch.randn(shape), torch.randn(shape).bfloat16()
     assert torch.equal(elements.transposed(matrix), matrix.t())
-    assert elements.transposed(matrix).is_contiguous()
+    assert torch.equal(elements.transposed(more), more.t())
+    assert elements.transposed(matrix).is_contiguous() and elements.transposed(more).is_contiguous()
     expected = matrix + more
     elements.add_(matrix, more)
     assert torch.equal(matrix, expected)
@@ -123,3 +124,32 @@ def test_rotation(rotate: Callable[..., Tensor], width: int, per_head: bool, mon
         found[own] = (out, *torch.autograd.grad(out, x, weights))
     for a, b in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(a, b, rtol=2 * ROUNDING, atol=1e-5)
+
+
+@needs_vectors
+@pytest.mark.parametrize(("into", "out_of"), [(24, 40), (40, 24)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_linear_has_torch_s_gradients(into: int, out_of: int, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_FEWEST_WEIGHTS", 1)
+    torch.manual_seed(into)
+    layer = linear.Linear(into, out_of, bias=False)
+    x, weights = torch.randn(2, 9, into), torch.randn(2, 9, out_of)
+    if not autocast:
+        layer, x, weights = layer.bfloat16(), x.bfloat16(), weights.bfloat16()
+    x.requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layer(x)
+        assert out.dtype == torch.bfloat16
+        return out, *torch.autograd.grad(out, (x, layer.weight), weights.to(out.dtype))
+
+    found = gradients()
+    assert "_Linear" in type(found[0].grad_fn).__name__
+    monkeypatch.setattr(elements, "takes", lambda *tensors: False)
+    for a, b in zip(found, gradients(), strict=True):
+        assert a.dtype == b.dtype and a.is_contiguous()
+        torch.testing.assert_close(a, b, rtol=2 * ROUNDING, atol=2e-2)
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert torch.equal(layer(x), F.linear(x, layer.weight))

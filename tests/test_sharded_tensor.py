@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from open_lm.averaging import ModelAverager
-from open_lm.feed_forward import FusedLinear
 from open_lm.initialization import init_weights
+from open_lm.linear import FusedLinear
 from open_lm.model import Params, Transformer
 from open_lm.sharded_tensor import (
     boxes,

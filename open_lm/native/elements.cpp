@@ -141,7 +141,7 @@ void turn(const Turn* turn, const uint16_t* x, const float* cos, const float* si
         }
 }
 
-// to (C,R) = from (R,C) transposed.
+// to (C,R) = from (R,C) transposed, of float32.
 void transpose(const float* from, int64_t rows, int64_t columns, float* to, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t column = 0; column < columns; column += 16)
@@ -153,6 +153,28 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to, int 
             transpose_words(straight, turned);
             for (int64_t i = 0; i < std::min<int64_t>(16, columns - column); ++i)
                 _mm512_mask_storeu_ps(to + (column + i) * rows + row, seen, turned[i]);
+        }
+}
+
+// The same of bfloat16, 32 rows and columns at a time: pairs of rows are words of 32 bits.
+void transpose_halves(const uint16_t* from, int64_t rows, int64_t columns, uint16_t* to, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t column = 0; column < columns; column += 32)
+        for (int64_t row = 0; row < rows; row += 32) {
+            alignas(64) __m512i pairs[2][16], turned[2][16];
+            const uint32_t lanes = first_lanes(columns - column), seen = first_lanes(rows - row);
+            for (int i = 0; i < 32; i += 2) {
+                const uint16_t* at = from + (row + i) * columns + column;
+                const __m512i even = _mm512_maskz_loadu_epi16(row + i < rows ? lanes : 0, at);
+                const __m512i odd = _mm512_maskz_loadu_epi16(row + i + 1 < rows ? lanes : 0, at + columns);
+                pairs[0][i / 2] = pair_words(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(even)),
+                                             _mm512_cvtepu16_epi32(_mm512_castsi512_si256(odd)));
+                pairs[1][i / 2] = pair_words(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(even, 1)),
+                                             _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(odd, 1)));
+            }
+            for (int side = 0; side < 2; ++side) transpose_words(pairs[side], turned[side]);
+            for (int64_t i = 0; i < std::min<int64_t>(32, columns - column); ++i)
+                _mm512_mask_storeu_epi16(to + (column + i) * rows + row, seen, turned[i / 16][i % 16]);
         }
 }
 

@@ -101,9 +101,11 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool, neighbours: bool)
 
 
 def transposed(matrix: Tensor) -> Tensor:
-    """The transpose (C,R) of matrix (R,C) float32, laid out anew: torch's takes several times as long."""
+    """The transpose (C,R) of matrix (R,C) float32 or bfloat16, laid out anew: torch's takes several times as long."""
     out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
-    _library().transpose(_at(matrix), *_sizes(matrix), _at(out), _threads())
+    library = _library()
+    transpose = library.transpose if matrix.dtype == torch.float32 else library.transpose_halves
+    transpose(_at(matrix), *_sizes(matrix), _at(out), _threads())
     return out
 
 
