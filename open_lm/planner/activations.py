@@ -22,8 +22,7 @@ Split = Literal["tokens", "features", "whole"]
 class Types:
     """Bytes of one number: `stored` parameters and moments, `gathered` parameters as FSDP gathers them and gradients
     before their reduction, `reduced` gradients on the way, `compute` of matrix products, `residual` stream. `autocast`:
-    whether matrices are cast for each use. `norms`: what every norm computes in; 0: in the type of its input.
-    `keeps_gates`: whether SwiGLU's silu(gate) is kept for the backward pass, or computed again (gating.py)."""
+    whether matrices are cast for each use. `norms`: what every norm computes in; 0: in the type of its input."""
 
     stored: int
     gathered: int
@@ -32,7 +31,6 @@ class Types:
     residual: int
     autocast: bool
     norms: int = 0
-    keeps_gates: bool = True
 
 
 def types_of(config: Config, device_type: str = "cuda") -> Types:
@@ -50,7 +48,7 @@ def types_of(config: Config, device_type: str = "cuda") -> Types:
         norms = compute
     elif autocast and device_type == "cuda":
         norms = 4  # autocast runs norms in float32 there, and not on CPU
-    return Types(stored, gathered, reduced, compute, residual, autocast, norms, keeps_gates=device_type != "cpu")
+    return Types(stored, gathered, reduced, compute, residual, autocast, norms)
 
 
 @dataclass(frozen=True)
@@ -149,12 +147,11 @@ def _feed_forward(shape: ModelShape, types: Types) -> list[Kept]:
     if shape.ffn_type == "gelu":
         return [Kept("input", shape.dim, c, "whole"), Kept("0", hidden, c), Kept("gelu", hidden, c)]
     # geglu's two projections each cast their input anew.
-    keeps_gate = types.keeps_gates or shape.ffn_type == "gemma_geglu"
     casts = 2 if shape.ffn_type == "gemma_geglu" and types.autocast and types.residual != c else 1
     return [
         Kept("input", casts * shape.dim, c, "whole"),
         Kept("gate, up", 2 * hidden, c),
-        Kept("activated gate", hidden if keeps_gate else 0, c),
+        Kept("activated gate", hidden, c),
         Kept("product", hidden, c),
     ]
 

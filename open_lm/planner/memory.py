@@ -30,10 +30,7 @@ from open_lm.planner.shapes import ModelShape, Weight
 CONTEXT_BYTES = 600 << 20
 NCCL_BYTES = 1 << 30
 FRAGMENTATION = 0.05
-# Tokens whose logits the loss holds at a time (linear_loss.py), and on a CPU in float32, and for narrow models.
-CHUNK_TOKENS = 2048
-WIDE_CHUNK_TOKENS = 512
-SMALL_CHUNK_TOKENS = 256
+CHUNK_TOKENS = 2048  # whose logits the loss holds at a time (linear_loss.py)
 MUON_BATCH = 1 << 26  # numbers of matrices that are made orthogonal together (muon.py)
 
 
@@ -307,7 +304,7 @@ def _loss_bytes(job: Job) -> int:
     rows = job.numbers([_head(job.shape.by_block[None])]) // dim
     cast = rows * dim * types.compute if types.gathered != types.compute else 0
     logits = min(CHUNK_TOKENS, tokens) * rows * (types.compute + 4)  # and in float32
-    hidden = tokens * dim * (types.compute + 4)
+    hidden = tokens * dim * (2 * types.compute + 4)  # two copies, and the gradient
     return rows * dim * 4 + cast + logits + hidden
 
 
