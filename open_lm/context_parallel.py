@@ -95,8 +95,8 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents)
     kind = queries.device.type
     if torch.is_autocast_enabled(kind):  # norms of queries and keys widen them; autocast does not see through the masks
         queries, keys, values = (x.to(torch.get_autocast_dtype(kind)) for x in (queries, keys, values))
-    both = whole_rows(torch.stack((keys, values), dim=-1), part.layout)
-    k, v = (x.transpose(1, 2) for x in both.unbind(-1))
+    both = whole_rows(torch.stack((keys, values), dim=2), part.layout)
+    k, v = (x.transpose(1, 2) for x in both.unbind(2))  # fused kernels want a head's elements side by side
     outs = []
     for place, chunk, mask in zip(_places(part.layout), queries.chunk(2, dim=1), part.masks, strict=True):
         end = (place + 1) * chunk.shape[1]  # chunks of queries are the last of the keys that they may see

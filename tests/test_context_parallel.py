@@ -11,6 +11,7 @@ import context_worker
 import pytest
 import torch
 from model_helpers import random_ids, small_model
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_lm import context_parallel
@@ -50,6 +51,21 @@ def test_ranks_exchange_and_attend_in_the_type_of_autocast(monkeypatch: pytest.M
     with torch.autocast("cpu", torch.bfloat16):
         assert context_parallel._attend(wide, wide, wide.bfloat16(), documents).dtype == torch.bfloat16
     assert sent == [torch.bfloat16]
+
+
+def test_heads_reach_the_kernels_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else CUDA's fused kernels leave them to one that holds all scores."""
+    strides = []
+    kernel = context_parallel.F.scaled_dot_product_attention
+
+    def look(*heads: Tensor, **options: Any) -> Tensor:
+        strides.extend(x.stride(-1) for x in heads)
+        return kernel(*heads, **options)
+
+    monkeypatch.setattr(context_parallel.F, "scaled_dot_product_attention", look)
+    x = torch.randn(1, 8, 2, 4)
+    context_parallel._attend(x, x, x, part_of_rows(Layout(), 8, torch.device("cpu")))
+    assert strides and set(strides) == {1}
 
 
 class Masks(TorchDispatchMode):
