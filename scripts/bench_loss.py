@@ -149,12 +149,12 @@ def main() -> None:
     parser.add_argument("--check-tokens", type=int, default=512)
     parser.add_argument("--only", nargs="*", help="names of ways, as they are printed")
     args = parser.parse_args()
-    keep_freed_memory()  # as training has it
     bench = Bench(args)
     chosen = {name: way for name, way in ways(bench.dtype, bench.device).items() if not args.only or name in args.only}
     if not chosen:
         parser.error(f"--only {args.only}: expected some of {', '.join(ways(bench.dtype, bench.device))}")
     memory = {name: bench.memory_bytes(way) for name, way in chosen.items()}
+    keep_freed_memory()  # as training does
     times = {
         name: ([bench.seconds(bench.forward, way)], [bench.seconds(bench.both, way)]) for name, way in chosen.items()
     }
