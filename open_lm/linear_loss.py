@@ -264,7 +264,7 @@ def _blocks(logits: Tensor, wide: torch.dtype, whole: bool) -> Iterator[tuple[sl
     Kernels of our own take all rows and work in the logits; their place holds the logarithms of sums (R,)."""
     rows, vocabulary = logits.shape
     if elements.takes(logits):
-        yield slice(0, rows), torch.empty(rows)
+        yield slice(0, rows), logits.new_empty(rows, dtype=wide)
         return
     block = rows
     if _on_cpu(logits) and not whole:

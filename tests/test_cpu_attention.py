@@ -108,6 +108,28 @@ def test_large_scores_and_keys_that_nobody_sees_give_no_overflow() -> None:
     assert errors(found[:1], by_sdpa(torch.float64, [*large, v, weights], allowed(first_tokens, 200))[:1])[0] < 1e-2
 
 
+@pytest.mark.parametrize("kernels", KERNELS, indirect=True)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_a_number_reaches_all_that_see_it(kernels: str, which: int) -> None:
+    tensors = inputs(70, 16, torch.bfloat16, heads=1, batch=1)
+    with torch.no_grad():
+        tensors[which][0, 40, 0, 3] = torch.nan
+    out, *gradients = results(causal_attention, *tensors)
+    assert out[0, 40 : 41 if which == 0 else 70, 0].isnan().any(-1).all()
+    assert all(not x.isfinite().all() for x in gradients[:2])
+
+
+@needs_matrix_units
+def test_logarithms_are_of_float32_whatever_is_the_default() -> None:
+    tensors = inputs(70, 16, torch.bfloat16)
+    expected = results(causal_attention, *tensors)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(results(causal_attention, *tensors), expected, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @needs_matrix_units
 def test_the_number_of_threads_and_other_heads_change_no_bit() -> None:
     tensors = inputs(300, 8, torch.bfloat16, batch=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,28 @@ def test_half_precision_errs_no_more_than_all_logits_do(dtype: torch.dtype, auto
         errors.append([(x.double() - y).norm() / y.norm() for x, y in zip(results, wanted, strict=True)])
     for name, theirs, mine in zip(("loss", "hidden", "weight"), *errors, strict=True):
         assert mine <= 1.25 * theirs + 1e-6, name
+
+
+@pytest.mark.usefixtures("small_chunks", "path")
+def test_gradients_of_single_tokens_in_bfloat16_are_taken_as_they_lie() -> None:
+    """That of a sum is one number in memory, seen as often as there are tokens."""
+    hidden, weight, targets = inputs(40, dtype=torch.bfloat16)
+    losses = chunked(hidden, weight, targets.clamp(min=0), per_token=True)
+    weights = torch.tensor(0.5).expand(40), torch.full((40,), 0.5), torch.full((40, 2), 0.5)[:, 0]
+    found = [torch.autograd.grad(losses, (hidden, weight), x, retain_graph=True) for x in weights]
+    assert all(torch.equal(a, b) for gradients in found[1:] for a, b in zip(gradients, found[0], strict=True))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_shows_in_the_loss(value: float) -> None:
+    hidden, weight, targets = inputs(dtype=torch.bfloat16)
+    with torch.no_grad():
+        weight[3] = value
+    targets = torch.zeros_like(targets)
+    assert not chunked(hidden, weight, targets).isfinite()
+    losses = chunked(hidden, weight, targets, per_token=True)
+    assert not (losses.isfinite() & (hidden.detach() @ weight.detach()[3] != -math.inf)).any()
 
 
 def test_improbable_targets_keep_their_loss_and_gradient() -> None:

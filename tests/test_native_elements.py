@@ -50,6 +50,29 @@ def test_log_sums_keep_what_is_small() -> None:
 
 
 @needs_vectors
+@pytest.mark.parametrize("place", [0, 17, 99])
+def test_what_is_not_a_number_stays_so(place: int) -> None:
+    logits = torch.randn(1, 100).bfloat16()
+    logits[0, place] = math.nan
+    assert elements.log_sums(logits)[1].isnan().all()
+    elements.to_shares_(logits, torch.zeros(1), None)
+    assert logits.isnan().nonzero().tolist() == [[0, place]]
+
+
+@needs_vectors
+def test_float32_is_meant_whatever_is_the_default() -> None:
+    logits = torch.randn(70, 30).bfloat16()
+    exact = logits.double().logsumexp(-1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        peaks, rests = elements.log_sums(logits)
+        assert peaks.dtype == rests.dtype == torch.float32
+        torch.testing.assert_close((peaks + rests).double(), exact)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_vectors
 @pytest.mark.parametrize("shape", [(1, 1), (16, 16), (37, 50), (2, 300)])
 def test_transposed_and_add(shape: tuple[int, int]) -> None:
     matrix, more = torch.randn(shape), torch.randn(shape).bfloat16()
@@ -75,7 +98,7 @@ def test_gated_silu_in_bfloat16(own: bool, shape: tuple[int, ...], monkeypatch: 
         monkeypatch.setattr(elements, "takes", lambda *tensors: False)
     torch.manual_seed(0)
     both = (torch.randn(shape) * 4).bfloat16()
-    both.view(-1)[:4] = torch.tensor([-200.0, 200.0, -80.0, 0.0])
+    both.view(-1)[:4] = torch.tensor([-1e38, 200.0, -80.0, 0.0])
     weights = torch.randn(*shape[:-1], shape[-1] // 2).bfloat16()
     leaf = both.clone().requires_grad_()
     out = gated_silu(leaf)

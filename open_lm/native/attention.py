@@ -57,8 +57,8 @@ def forward(queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor 
         every run, with any number of threads.
     """
     batch, length, heads, _ = queries.shape
-    out = torch.empty(queries.shape, dtype=queries.dtype)
-    log_sums = torch.empty(batch, heads, length)
+    out = queries.new_empty(queries.shape)
+    log_sums = queries.new_empty(batch, heads, length, dtype=torch.float32)
     taken = (_view(queries), _view(keys), _view(values), _address(first_tokens))
     _library(queries.shape[-1]).forward(_shape(queries), *taken, _view(out), _address(log_sums))
     return out, log_sums
@@ -74,7 +74,7 @@ def backward(  # noqa: PLR0917 (as the operator that it serves)
     log_sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of `forward`'s result, what it took and gave -> the gradients of queries, keys and values."""
-    grads = tuple(torch.empty(queries.shape, dtype=queries.dtype) for _ in range(3))
+    grads = tuple(queries.new_empty(queries.shape) for _ in range(3))
     taken = (_view(queries), _view(keys), _view(values), _address(first_tokens), _view(out), _view(grad))
     _library(queries.shape[-1]).backward(_shape(queries), *taken, _address(log_sums), *map(_view, grads))
     return grads[0], grads[1], grads[2]

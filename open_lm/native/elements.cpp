@@ -19,9 +19,7 @@ inline __m512 exp_of(__m512 x) { return exp2_of<5>(_mm512_mul_ps(x, _mm512_set1_
 
 inline __m512 sigmoid(__m512 x) {
     const __m512 one = _mm512_set1_ps(1.0f);
-    // Beyond -80 the exponential, and not the result, would leave its range.
-    const __m512 bounded = _mm512_max_ps(x, _mm512_set1_ps(-80.0f));
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), bounded))));
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp_of(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
 float greatest(const uint16_t* row, int64_t columns) {

@@ -51,13 +51,15 @@ def log_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     Their sum is the logarithm of the softmax's denominator; apart, they lose nothing where it is close to a logit.
     """
-    peaks, rests = torch.empty(2, len(logits))
+    peaks, rests = logits.new_empty(2, len(logits), dtype=torch.float32)
     _library().log_sums(_at(logits), *_sizes(logits), _at(peaks), _at(rests), _threads())
     return peaks, rests
 
 
 def to_shares_(logits: Tensor, sums: Tensor, factors: Tensor | None) -> None:
     """Logits (N,V) become exp(logits - sums) * factors; sums and factors (N,) float32."""
+    if factors is not None:
+        factors = factors.contiguous()  # gradients of sums are one number, seen many times
     _library().to_shares(_at(logits), *_sizes(logits), _at(sums), _at(factors), _threads())
 
 

@@ -25,11 +25,11 @@ inline uint32_t first_lanes(int64_t count) { return count >= 32 ? ~0u : count <=
 inline __m512 widen(__m256i row) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(row), 16); }
 inline __m256i narrow(__m512 row) { return (__m256i)_mm512_cvtneps_pbh(row); }
 
-// 2^x for x up to about 100, and 2^-126 or 0 for all below -126. The polynomials have the least greatest relative error in
-// [-0.5, 0.5]: 2.6e-6 of DEGREE 4, 7.5e-8 of 5.
+// 2^x: 2^-126 or 0 for all below -126, infinite from 128 on, NaN of NaN. The polynomials have the least greatest relative
+// error in [-0.5, 0.5]: 2.6e-6 of DEGREE 4, 7.5e-8 of 5.
 template <int DEGREE>
 inline __m512 exp2_of(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // the second of them where either is NaN
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_sub_ps(x, whole);  // in [-0.5, 0.5]
     constexpr float TERMS[2][6] = {
