@@ -212,6 +212,25 @@ def test_libraries_are_compiled_once_and_left_alone(fresh: Path) -> None:
 
 
 @needs_matrix_units
+@pytest.mark.parametrize("left", [0, 5000])
+def test_half_a_library_is_made_anew(fresh: Path, left: int) -> None:
+    """To load one ends the process."""
+    code = "from open_lm.native import attention as a; import sys; sys.exit(a.problem(24))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    (library,) = (fresh / "open_lm" / "native").iterdir()
+    whole = library.read_bytes()
+    library.write_bytes(whole[:left])
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert len(library.read_bytes()) == len(whole)
+
+
+@needs_matrix_units
+def test_a_compiler_may_have_arguments(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ -g0")
+    assert kernels_of_our_own.problem(24) is None
+
+
+@needs_matrix_units
 @pytest.mark.parametrize(
     ("compiler", "complaint"),
     [("#!/bin/sh\n[ $1 = --version ] || { echo 'x.cpp:1: error: no such flag' >&2; exit 1; }\n", "no such flag")],
@@ -233,12 +252,19 @@ def test_without_a_compiler_that_works_torch_s_kernels_serve(
 def test_what_is_missing_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(fresh))
-    assert kernels_of_our_own.problem(8) == "there is no C++ compiler (install g++, or set CXX)"
+    assert kernels_of_our_own.problem(8) == "there is no C++ compiler g++ (install g++, or set CXX)"
     monkeypatch.setenv("CXX", str(fresh / "absent"))
     assert "absent" in str(kernels_of_our_own.problem(16))
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert "set XDG_CACHE_HOME to a folder of yours" in str(kernels_of_our_own.problem(24))
+
+    def nobody_knows() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nobody_knows)
+    assert "set XDG_CACHE_HOME to a folder of yours" in str(kernels_of_our_own.problem(32))
 
 
 def test_a_processor_without_matrix_units_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
