@@ -39,7 +39,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear: x (…,I), weight (O,I), bias (O,) or None -> (…,O)."""
     plain = bias is None and x.device.type == "cpu" and weight.numel() >= _FEWEST_WEIGHTS
     if plain and weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
             x, weight = (part.to(torch.get_autocast_dtype("cpu")) for part in (x, weight))
         if elements.takes(x, weight):
             out: Tensor = _Linear.apply(x, weight)
@@ -59,7 +59,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         of_x = grad @ weight if ctx.needs_input_grad[0] else None
-        return of_x, _of_weight(grad.flatten(0, -2), x.flatten(0, -2))
+        return of_x, _of_weight(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
 
 
 def _of_weight(grad: Tensor, x: Tensor) -> Tensor:

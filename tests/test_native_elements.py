@@ -176,3 +176,17 @@ def test_linear_has_torch_s_gradients(into: int, out_of: int, autocast: bool, mo
     monkeypatch.undo()
     with torch.no_grad():
         assert torch.equal(layer(x), F.linear(x, layer.weight))
+
+
+@needs_vectors
+def test_linear_takes_what_torch_s_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token without a dimension of its own, none at all, and float64, which autocast leaves alone."""
+    monkeypatch.setattr(linear, "_FEWEST_WEIGHTS", 1)
+    layer = linear.Linear(24, 40, bias=False).bfloat16()
+    for shape in ((24,), (0, 24), (2, 0, 24)):
+        x = torch.randn(shape).bfloat16().requires_grad_()
+        out = layer(x)
+        gradients = torch.autograd.grad(out, (x, layer.weight), torch.ones_like(out))
+        assert [x.shape for x in gradients] == [torch.Size(shape), torch.Size((40, 24))]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.double()(torch.randn(2, 24).double()).dtype == torch.float64
