@@ -29,14 +29,23 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, first_tokens
 
     Args:
         queries, keys, values: (B,T,H,K) float on a CPU; under autocast they are taken in its type.
-        first_tokens: (B,T) int32, where in its row each token's document begins; None where a row is one document.
+        first_tokens: (B,T) of any integer type, where in its row each token's document begins; None where a row is one
+            document.
 
     Returns:
         (B,T,H,K) in the queries' type. It and the gradients are the same bits in every run.
+
+    Raises:
+        ValueError: queries, keys and values of several types or shapes.
     """
     if torch.is_autocast_enabled("cpu") and queries.dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
         queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
+    kinds = [(x.dtype, tuple(x.shape)) for x in (queries, keys, values)]
+    if kinds != kinds[:1] * 3:
+        raise ValueError(f"queries, keys and values have to be of one type and shape, found {kinds}")
+    if first_tokens is not None:
+        first_tokens = first_tokens.to(torch.int32).contiguous()
     out: Tensor
     out, _log_sums = torch.ops.open_lm.cpu_attention(queries, keys, values, first_tokens)
     return out
@@ -44,6 +53,8 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, first_tokens
 
 def _forward(queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
     """-> (B,T,H,K) as the queries, and the natural logarithms (B,H,T) of the softmax's sums, in float32 or wider."""
+    if not queries.numel():
+        return _shapes_forward(queries)
     queries, keys, values = (_side_by_side(x) for x in (queries, keys, values))
     if native.takes(queries):
         return native.forward(queries, keys, values, first_tokens)
@@ -63,6 +74,8 @@ def _backward(  # noqa: PLR0917 (an operator takes its arguments by position)
     log_sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `_forward` took and gave, and the gradients of its result -> those of queries, keys and values."""
+    if not queries.numel():
+        return _shapes_backward(grad, queries)
     grad, queries, keys, values = (_side_by_side(x) for x in (grad, queries, keys, values))
     if native.takes(queries):
         return native.backward(grad, queries, keys, values, first_tokens, out, log_sums)

@@ -184,9 +184,23 @@ def test_gradients_are_the_derivative() -> None:
     assert torch.autograd.gradcheck(causal_attention, (*leaves, first_tokens))
 
 
-def test_an_empty_batch() -> None:
-    q, k, v, _ = inputs(8, 8, torch.bfloat16, batch=0)
-    assert causal_attention(q, k, v).shape == (0, 8, 3, 8)
+@pytest.mark.parametrize(("batch", "length", "heads"), [(0, 8, 3), (2, 0, 3), (2, 8, 0)])
+def test_nothing_to_attend(batch: int, length: int, heads: int) -> None:
+    for first_tokens in (None, torch.zeros(batch, length, dtype=torch.int32)):
+        tensors = [torch.zeros(batch, length, heads, 8).bfloat16().requires_grad_() for _ in range(3)]
+        out = causal_attention(*tensors, first_tokens)
+        assert out.shape == (batch, length, heads, 8)
+        assert all(x.shape == out.shape for x in torch.autograd.grad(out.sum(), tensors))
+
+
+def test_documents_in_any_integers_and_tensors_of_one_type() -> None:
+    q, k, v, _ = inputs(40, 8, torch.bfloat16)
+    first_tokens = some_documents(40)
+    expected = causal_attention(q, k, v, first_tokens)
+    for others in (first_tokens.long(), first_tokens.t().contiguous().t()):
+        assert torch.equal(causal_attention(q, k, v, others), expected)
+    with pytest.raises(ValueError, match="of one type and shape"):
+        causal_attention(q, k.float(), v)
 
 
 # ------------------------------------------------------------------------------------------ compilation
