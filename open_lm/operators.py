@@ -21,5 +21,13 @@ def register(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]
 
 
 def differentiate(name: str, keep: Callable[..., None], gradients: Callable[..., Any]) -> None:
-    """Give open_lm::`name` a derivative: keep(ctx, inputs, output) follows it, gradients(ctx, *grads) goes back."""
+    """Give open_lm::`name` a derivative: keep(ctx, inputs, output) follows it, gradients(ctx, *grads) goes back.
+
+    `gradients` is to be open_lm::`name`_backward, which has no derivative of its own: asking for one is an error.
+    """
     torch.library.register_autograd(f"open_lm::{name}", gradients, setup_context=keep)
+    torch.library.register_autograd(f"open_lm::{name}_backward", _refuse)
+
+
+def _refuse(_ctx: Any, *_grads: Any) -> None:
+    raise RuntimeError("gradients of our CPU operators cannot be differentiated once more")

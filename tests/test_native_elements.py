@@ -190,3 +190,11 @@ def test_linear_takes_what_torch_s_takes(monkeypatch: pytest.MonkeyPatch) -> Non
         assert [x.shape for x in gradients] == [torch.Size(shape), torch.Size((40, 24))]
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.double()(torch.randn(2, 24).double()).dtype == torch.float64
+
+
+def test_second_derivatives_are_refused() -> None:
+    """A sum with other terms would else have a wrong one."""
+    both = torch.randn(2, 8, requires_grad=True)
+    (first,) = torch.autograd.grad((gated_silu(both).sum() + both.square().sum()), both, create_graph=True)
+    with pytest.raises(RuntimeError, match="once more"):
+        first.sum().backward()

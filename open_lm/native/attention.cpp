@@ -5,12 +5,8 @@
 // never leave the first-level cache. They are computed transposed, a row for each key and a lane for each query: the
 // softmax's maximum and sum go down the rows with no step across lanes, and what belongs to a query is one vector.
 //
-// Compiled for one head width, HEAD_WIDTH. Legend: B batch, T tokens, H heads, W head width. Products are over tiles
-// of 1024 bytes:
-//   A  16 rows x 32 columns of bfloat16, row by row
-//   B  32 rows x 16 columns of bfloat16, rows in pairs: 16 lines of 16 x (even row, odd row)
-//   C  16 rows x 16 columns of float32
-// An A tile of a matrix becomes a B tile of its transpose by transposing 16 x 16 words of 32 bits.
+// Compiled for one head width, HEAD_WIDTH. Legend: B batch, T tokens, H heads, W head width. A, B and C are tiles, see
+// tiles.h.
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,86 +16,15 @@
 #include <cstdint>
 #include <vector>
 
-#include "vectors.h"
+#include "tiles.h"
 
 namespace {
 
-constexpr int W = HEAD_WIDTH;
-constexpr int STEPS = (W + 31) / 32;    // tiles of a head where it is summed over
-constexpr int COLUMNS = (W + 15) / 16;  // tiles of a head where it is kept
-constexpr int TOKENS = 32;              // tokens of a block, two tiles
-constexpr int FORWARD_BLOCKS = 4;       // blocks of keys whose scores are held at once, going forward
-constexpr int BACKWARD_BLOCKS = 4;      // blocks of queries that a block of keys takes at once, going back
+constexpr int TOKENS = 32;          // tokens of a block, two tiles
+constexpr int FORWARD_BLOCKS = 4;   // blocks of keys whose scores are held at once, going forward
+constexpr int BACKWARD_BLOCKS = 4;  // blocks of queries that a block of keys takes at once, going back
 constexpr float NEVER = -INFINITY;  // score of a key that may not be seen
 constexpr float LOWEST = -1e30f;    // where a running maximum starts
-
-struct alignas(64) Operand { uint16_t at[16][32]; };
-struct alignas(64) Sums { float at[16][16]; };
-
-// One head's rows: W bfloat16 each, `stride` elements from token to token.
-struct Rows {
-    uint16_t* first;
-    int64_t stride, length;
-    uint16_t* token(int64_t t) const { return first + t * stride; }
-};
-
-// ---- tiles ---------------------------------------------------------------------------------------------------------
-
-struct alignas(64) TileShapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Full tiles for this thread, and afterwards those that it had before: other libraries use them in the same threads.
-class FullTiles {
-  public:
-    FullTiles() {
-        const TileShapes full;
-        _tile_storeconfig(&before_);
-        _tile_loadconfig(&full);
-    }
-    ~FullTiles() { _tile_loadconfig(&before_); }
-
-  private:
-    TileShapes before_;
-};
-
-// sums[m][n] (+)= a[m][:] @ b[:][n] for M x N tiles, 1 or 2 each, over `steps` of them; the other numbers say how
-// many tiles lie between neighbours.
-template <int M, int N>
-inline void multiply(Sums* sums, int sums_row, const Operand* a, int a_row, int a_step, const Operand* b,
-                     int b_column, int b_step, int steps, bool add) {
-    if (add) {
-        _tile_loadd(0, sums, 64);
-        if (N > 1) _tile_loadd(1, sums + 1, 64);
-        if (M > 1) _tile_loadd(2, sums + sums_row, 64);
-        if (M > 1 && N > 1) _tile_loadd(3, sums + sums_row + 1, 64);
-    } else {
-        _tile_zero(0);
-        if (N > 1) _tile_zero(1);
-        if (M > 1) _tile_zero(2);
-        if (M > 1 && N > 1) _tile_zero(3);
-    }
-    for (int s = 0; s < steps; ++s) {
-        _tile_loadd(4, a + s * a_step, 64);
-        _tile_loadd(6, b + s * b_step, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (N > 1) {
-            _tile_loadd(7, b + s * b_step + b_column, 64);
-            _tile_dpbf16ps(1, 4, 7);
-        }
-        if (M > 1) {
-            _tile_loadd(5, a + s * a_step + a_row, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            if (N > 1) _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, sums, 64);
-    if (N > 1) _tile_stored(1, sums + 1, 64);
-    if (M > 1) _tile_stored(2, sums + sums_row, 64);
-    if (M > 1 && N > 1) _tile_stored(3, sums + sums_row + 1, 64);
-}
 
 // scores [2][2] of keys [2][STEPS] for queries [2][STEPS].
 inline void score(Sums* scores, const Operand* keys, const Operand* queries) {
@@ -118,48 +43,6 @@ inline void sum_over_queries(Sums* sums, const Operand* a, const Operand* b, int
         multiply<2, 2>(sums + c, COLUMNS, a, BACKWARD_BLOCKS, 1, b + c, 1, COLUMNS, steps, add);
     if (COLUMNS % 2)
         multiply<2, 1>(sums + COLUMNS - 1, COLUMNS, a, BACKWARD_BLOCKS, 1, b + COLUMNS - 1, 1, COLUMNS, steps, add);
-}
-
-// The lanes of a row of W that stand at `column` and after it, at most `lanes` of them.
-inline uint32_t lanes_from(int column, int lanes) { return first_lanes(std::min(W - column, lanes)); }
-
-// 16 tokens from `t` on, as A tiles [STEPS]: a row for each token.
-inline void load_rows(const Rows& rows, int64_t t, Operand* to) {
-    for (int step = 0; step < STEPS; ++step)
-        for (int i = 0; i < 16; ++i) {
-            uint32_t lanes = t + i < rows.length ? lanes_from(32 * step, 32) : 0;
-            __m512i row = _mm512_maskz_loadu_epi16(lanes, rows.token(t + i) + 32 * step);
-            _mm512_store_si512(to[step].at[i], row);
-        }
-}
-
-// 16 tokens from `t` on, as B tiles [STEPS]: a column for each token.
-inline void load_columns(const Rows& rows, int64_t t, Operand* to) {
-    Operand straight[STEPS];
-    load_rows(rows, t, straight);
-    for (int step = 0; step < STEPS; ++step) transpose_words(&straight[step], &to[step]);
-}
-
-// 32 tokens from `t` on, as B tiles [COLUMNS]: a row for each token.
-inline void load_pairs(const Rows& rows, int64_t t, Operand* to) {
-    for (int column = 0; column < COLUMNS; ++column)
-        for (int i = 0; i < 16; ++i) {
-            const uint16_t lanes = lanes_from(16 * column, 16);
-            __m512i half[2];
-            for (int odd = 0; odd < 2; ++odd) {
-                const int64_t token = t + 2 * i + odd;
-                const __mmask16 seen = token < rows.length ? lanes : 0;
-                half[odd] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(seen, rows.token(token) + 16 * column));
-            }
-            _mm512_store_si512(to[column].at[i], pair_words(half[0], half[1]));
-        }
-}
-
-// 32 tokens from `t` on, as A tiles [COLUMNS]: a column for each token.
-inline void load_transposed(const Rows& rows, int64_t t, Operand* to) {
-    Operand pairs[COLUMNS];
-    load_pairs(rows, t, pairs);
-    for (int column = 0; column < COLUMNS; ++column) transpose_words(&pairs[column], &to[column]);
 }
 
 // ---- elements ------------------------------------------------------------------------------------------------------
@@ -182,23 +65,6 @@ inline void hide(Sums* scores, int key, int query, const int32_t* document) {
 // The first token of each token's document, up to a whole block: from `first_tokens` [length], or 0 where it is null.
 inline void load_documents(const int32_t* first_tokens, int64_t length, int64_t padded, int32_t* to) {
     for (int64_t t = 0; t < padded; ++t) to[t] = first_tokens ? first_tokens[std::min(t, length - 1)] : 0;
-}
-
-// sums (16 tokens x 16 columns of W) times `factor`, as rows of bfloat16 from token `t` on.
-inline void store_rows(const Sums& sums, __m512 factor, const Rows& to, int64_t t, int column) {
-    const __mmask16 lanes = lanes_from(column, 16);
-    for (int i = 0; i < 16 && t + i < to.length; ++i) {
-        const __m512 row = _mm512_mul_ps(_mm512_load_ps(sums.at[i]), factor);
-        _mm256_mask_storeu_epi16(to.token(t + i) + column, lanes, narrow(row));
-    }
-}
-
-// sums (16 columns of W x 16 tokens) times `factor` of each token, as rows of bfloat16 from token `t` on.
-inline void store_columns(const Sums& sums, __m512 factor, const Rows& to, int64_t t, int column) {
-    Sums scaled, rows;
-    for (int i = 0; i < 16; ++i) _mm512_store_ps(scaled.at[i], _mm512_mul_ps(_mm512_load_ps(sums.at[i]), factor));
-    transpose_words(&scaled, &rows);
-    store_rows(rows, _mm512_set1_ps(1.0f), to, t, column);
 }
 
 // ---- forward -------------------------------------------------------------------------------------------------------
