@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ from open_lm.data.loader import TrainLoader, build_train_loader
 from open_lm.errors import DataError
 
 
-def loader_of(manifest: str, workers: int, **options: object) -> TrainLoader:
+def loader_of(manifest: str, workers: int, batch_size: int = 4, **options: object) -> TrainLoader:
     data = DataConfig(dataset_manifest=[manifest], data_key="npy", workers=workers, **options)  # type: ignore[arg-type]
-    return build_train_loader(data, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=4)
+    return build_train_loader(data, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=batch_size)
 
 
 def test_a_killed_worker_is_named_and_nothing_hangs(tmp_path: Path) -> None:
@@ -54,6 +55,32 @@ def test_signals_to_the_whole_job_leave_workers_to_their_parent(tmp_path: Path) 
         child.terminate()
         child.join(60)
         assert child.exitcode == 0
+
+
+RUN_THAT_IS_KILLED = """
+import multiprocessing, sys
+from test_loader_workers import loader_of
+steps = loader_of(sys.argv[1], 2, 4000, multiple_data_passes=True).batches(10_000)
+next(steps)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_killed_run(tmp_path: Path) -> None:
+    """Though they wait to hand over batches larger than a pipe holds; what reads the run's output would else wait for them."""
+    command = [sys.executable, "-c", RUN_THAT_IS_KILLED, write_source(tmp_path, [900] * 9)]
+    run = subprocess.Popen(command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(workers) == 2
+    run.kill()
+    try:
+        run.communicate(timeout=60)  # their end is the end of the output
+    except subprocess.TimeoutExpired:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        raise
 
 
 def test_what_a_run_does_not_train_on_is_said_by_one_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -37,6 +38,7 @@ from open_lm.data.stream import Notice, Reader, StreamSpec, make_reader
 from open_lm.errors import DataError, UserError
 
 _PREFETCHED_BATCHES = 4  # of each worker
+_PARENT_IS_LOOKED_FOR_SECONDS = 2  # by each worker
 _VISITS_AHEAD = 16  # that may be fetched before they begin
 logger = logging.getLogger(__name__)
 
@@ -250,12 +252,17 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _end_with_the_parent(_worker: int) -> None:
-    """In a worker, whose signals are held back: a SIGTERM of the main process itself still ends it."""
-    parent = os.getppid()
+    """In a worker, whose signals are held back: a SIGTERM of the main process itself still ends it, and so does the
+    main process's death, after which nobody would take the batches that the worker waits to hand over."""
+    main = multiprocessing.parent_process()
+    assert main is not None
+    parent = main.pid
 
     def wait_for_the_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
+        while os.getppid() == parent:
+            told = signal.sigtimedwait({signal.SIGTERM}, _PARENT_IS_LOOKED_FOR_SECONDS)
+            if told is not None and told.si_pid == parent:
+                break
         os._exit(0)
 
     threading.Thread(target=wait_for_the_parent, daemon=True).start()
