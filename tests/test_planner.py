@@ -356,3 +356,15 @@ def test_planning_loads_no_torch() -> None:
     code = f"import sys, open_lm.plan as p; p.main({argv}); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["recommended"]["fits"]
+
+
+def test_the_example_of_the_documentation_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "planning.md").read_text()
+    example = text.partition("## An example\n\n")[2].partition("\n\n")
+    words = shlex.split(example[0].replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "open_lm.plan"]
+    plan.main(words[3:])
+    found = capsys.readouterr().out.strip().splitlines()
+    shown = [line.removeprefix("    ") for line in example[2].splitlines()[: len(found)]]
+    until = next(number for number, line in enumerate(found) if line.startswith("  disk:")) + 1
+    assert shown[:until] == found[:until]
