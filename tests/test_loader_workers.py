@@ -68,7 +68,7 @@ sys.stdin.read()
 
 
 def test_workers_end_with_a_killed_run(tmp_path: Path) -> None:
-    """Though they wait to hand over batches larger than a pipe holds; who reads the run's output would wait for them."""
+    """Though they wait to hand over batches larger than a pipe holds; readers of its output would wait for them."""
     command = [sys.executable, "-c", RUN_THAT_IS_KILLED, write_source(tmp_path, [900] * 9)]
     run = subprocess.Popen(command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdout is not None
