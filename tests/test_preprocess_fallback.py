@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,14 +95,21 @@ def test_a_run_that_fell_back_and_was_killed_goes_on_with_the_reference(  # noqa
     marked: tuple[Path, dict[str, bytes]], tmp_path: Path, small_tokenizer: str, units_done: int,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    original, left = engine.run_unit, [units_done]
+    original, turn, counts = engine.run_unit, threading.Condition(), Counter[str]()
 
     def killed(task: units.UnitTask, encoder: tokenization.DocumentEncoder) -> units.UnitReport:
-        if encoder.name == "tokenizers":
-            if not left[0]:
+        if encoder.name != "tokenizers":
+            return original(task, encoder)
+        with turn:
+            counts["begun"] += 1
+            if counts["begun"] > units_done:
+                turn.wait_for(lambda: counts["done"] == units_done)  # another thread may be at the last of them
                 raise OSError("killed")
-            left[0] -= 1
-        return original(task, encoder)
+        report = original(task, encoder)
+        with turn:
+            counts["done"] += 1
+            turn.notify_all()
+        return report
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "run_unit", killed)

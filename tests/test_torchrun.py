@@ -34,7 +34,8 @@ def test_arguments_are_split_at_the_script(own: str, script: str) -> None:
 
 def test_flags_of_the_script_that_torchrun_would_take_reach_it(tmp_path: Path) -> None:
     script = tmp_path / "show.py"
-    script.write_text("import os, sys; print(os.environ['RANK'], sys.argv[1:])")
+    # In one write: pieces of two ranks' lines may come between one another.
+    script.write_text("import os, sys; os.write(1, f\"{os.environ['RANK']} {sys.argv[1:]}\\n\".encode())")
     command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
     result = subprocess.run([*command, "--logs", "x", "--r", "y"], capture_output=True, text=True, check=True)
     assert sorted(result.stdout.splitlines()) == [f"{rank} ['--logs', 'x', '--r', 'y']" for rank in range(2)]
