@@ -245,18 +245,12 @@ def test_a_compiler_may_have_arguments(fresh: Path, monkeypatch: pytest.MonkeyPa
 
 
 @needs_matrix_units
-@pytest.mark.parametrize(
-    ("compiler", "complaint"),
-    [("#!/bin/sh\n[ $1 = --version ] || { echo 'x.cpp:1: error: no such flag' >&2; exit 1; }\n", "no such flag")],
-)
-def test_without_a_compiler_that_works_torch_s_kernels_serve(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, complaint: str
-) -> None:
+def test_without_a_compiler_that_works_torch_s_kernels_serve(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = fresh / "compiler"
-    broken.write_text(compiler)
+    broken.write_text("#!/bin/sh\n[ $1 = --version ] || { echo 'x.cpp:1: error: no such flag' >&2; exit 1; }\n")
     broken.chmod(0o700)
     monkeypatch.setenv("CXX", str(broken))
-    assert complaint in str(kernels_of_our_own.problem(8))
+    assert "no such flag" in str(kernels_of_our_own.problem(8))
     assert not list((fresh / "open_lm" / "native").iterdir())
     q, k, v, _ = inputs(40, 8, torch.bfloat16)
     assert causal_attention(q, k, v).isfinite().all()
