@@ -29,7 +29,7 @@ setup(
         "open_lm.model_configs": ["*.json"],
         "open_lm.datapreprocess": ["**/*.yaml"],
         "open_lm": ["py.typed"],
-        "open_lm.native": ["*.cpp", "*.h"],
+        "open_lm.kernels.native": ["*.cpp", "*.h"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=requirements("core"),

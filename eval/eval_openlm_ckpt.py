@@ -54,7 +54,7 @@ def _say(message: str) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from open_lm.params import add_model_args
+    from open_lm.config.command_line import add_model_args
     from open_lm.tokenizer import DEFAULT_TOKENIZER
 
     parser = argparse.ArgumentParser(
@@ -150,7 +150,7 @@ def _evaluate(args: argparse.Namespace) -> list[Outcome]:
 def load_tokenizer_and_model(args: argparse.Namespace, settings: Settings) -> tuple[Any, Any]:
     """The tokenizer, and the checkpoint's model for transformers; ConfigError where they do not fit together."""
     from open_lm.errors import ConfigError, join_problems
-    from open_lm.model import create_params
+    from open_lm.model.transformer import create_params
     from open_lm.tokenizer import load_tokenizer
 
     params = create_params(args)
@@ -168,7 +168,7 @@ def load_tokenizer_and_model(args: argparse.Namespace, settings: Settings) -> tu
         )
     if problems:
         raise ConfigError(join_problems(problems))
-    from open_lm.generate import load_model_for_generation
+    from open_lm.generate.sampling import load_model_for_generation
     from open_lm.hf import OpenLMForCausalLM, load_hf_tokenizer
 
     model = OpenLMForCausalLM.from_open_lm(load_model_for_generation(args.checkpoint, args))

@@ -16,22 +16,31 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from open_lm.config import Config, DataConfig, FaultConfig, ModelConfig, OptimConfig, ParallelConfig, PrecisionConfig
-from open_lm.config_checks import wants_training
+from open_lm.config.architecture import architecture_of
+from open_lm.config.checks import wants_training
+from open_lm.config.command_line import parse_args
+from open_lm.config.ineffective import ineffective_flags
+from open_lm.config.layout import Layout, layout_of
+from open_lm.config.sections import (
+    Config,
+    DataConfig,
+    FaultConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PrecisionConfig,
+)
 from open_lm.errors import ConfigError, end_process, join_problems, run_cli
-from open_lm.idle_flags import ineffective_flags
-from open_lm.layout import Layout, layout_of
-from open_lm.model_files import architecture_of
-from open_lm.params import parse_args
-from open_lm.run_folder import RunPaths, copy_codebase, redacted, write_params
+from open_lm.monitor.run_folder import RunPaths, copy_codebase, write_params
 from open_lm.storage import write_text
+from open_lm.storage.redaction import redacted
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from open_lm.distributed import Runtime
-    from open_lm.loggers import MetricLoggers
-    from open_lm.session import Session
+    from open_lm.distributed.processes import Runtime
+    from open_lm.monitor.loggers import MetricLoggers
+    from open_lm.training.build import Session
 
 EVALUATION_BATCH_SIZE = 8  # sequences on a device, where neither flags nor a training say how many
 
@@ -45,8 +54,8 @@ def main(argv: Sequence[str]) -> argparse.Namespace:
     args = parse_args(argv, for_run=True)
     # A mistyped name or file is told before torch is imported.
     architecture = architecture_of(args.model) if args.hf_model is None else {}
-    from open_lm.distributed import init_runtime, shutdown
-    from open_lm.loggers import close_logging
+    from open_lm.distributed.processes import init_runtime, shutdown
+    from open_lm.monitor.loggers import close_logging
 
     runtime = init_runtime(ParallelConfig.from_object(args))
     try:
@@ -67,11 +76,11 @@ def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tup
 
 def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime, stack: ExitStack) -> None:
     from open_lm.checkpoint import candidates
-    from open_lm.control import RunControl
-    from open_lm.distributed import agreed_name, broadcast_object, on_master, restart_count
-    from open_lm.session import build_session, build_trainer, load_state
-    from open_lm.training import TrainingRun
-    from open_lm.watchdog import Watchdog
+    from open_lm.distributed.processes import agreed_name, broadcast_object, on_master, restart_count
+    from open_lm.monitor.watchdog import Watchdog
+    from open_lm.training.build import build_session, build_trainer, load_state
+    from open_lm.training.control import RunControl
+    from open_lm.training.run import TrainingRun
 
     layout = layout_of(ParallelConfig.from_object(args), runtime.world_size, runtime.local_world_size)
     resolve_batch_sizes(args, layout.data_size)
@@ -152,7 +161,7 @@ def _start_logging(
     """Log to the console. The returned function begins out.log, with what was said before: a run that fails while it
     is being set up leaves no log, so that it can be started again under its name. What ends it later is the last line.
     """
-    from open_lm.loggers import setup_logging, write_to_log_file
+    from open_lm.monitor.loggers import setup_logging, write_to_log_file
 
     level = logging.DEBUG if config.run.debug else logging.INFO
     console_level = level if runtime.is_master else logging.WARNING
@@ -186,7 +195,7 @@ def _log_file(config: Config, runtime: Runtime, paths: RunPaths) -> str | None:
 
 def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runtime, layout: Layout) -> None:
     """Say what the run starts on and which flags change nothing; ConfigError for what this device cannot do."""
-    from open_lm.parallelize import notes
+    from open_lm.parallel.parallelize import notes
 
     is_sharded = config.parallel.fsdp or layout.tensor > 1
     if is_sharded and config.precision.precision == "amp" and runtime.device.type == "cuda":
@@ -235,10 +244,10 @@ def _open_run(
     """Write down what the run is, begin its copies, and open its loggers, which `stack` closes; returns them and the
     run's settings as they were written, without secrets."""
     from open_lm.data import provenance
-    from open_lm.distributed import on_master
-    from open_lm.loggers import build_loggers
-    from open_lm.parallelize import unwrap
-    from open_lm.remote_sync import RemoteSync, remote_folder
+    from open_lm.distributed.processes import on_master
+    from open_lm.monitor.loggers import build_loggers
+    from open_lm.parallel.parallelize import unwrap
+    from open_lm.storage.remote_sync import RemoteSync, remote_folder
 
     config, runtime, paths = session.config, session.runtime, session.paths
     params = _describe(args, session)
@@ -279,7 +288,7 @@ def _open_run(
 def _describe(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """The settings with what the run added to them, as params.txt holds them: there train_num_samples and
     val_num_samples count sequences. Sets the additions on `args` as well."""
-    from open_lm.loggers import parse_report_to
+    from open_lm.monitor.loggers import parse_report_to
 
     runtime, paths, params = session.runtime, session.paths, session.params
     reporters = parse_report_to(args.report_to)
@@ -300,7 +309,7 @@ def _describe(args: argparse.Namespace, session: Session) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ evaluation
 def _evaluate_only(session: Session, loggers: MetricLoggers) -> None:
     """Validate the loaded weights, or with --averagers the first of its averages."""
-    from open_lm.session import evaluation_options, validate
+    from open_lm.training.build import evaluation_options, validate
 
     logging.info("No training required, evaluating instead.")
     options, step = evaluation_options(session, session.progress.samples_seen), session.progress.step or 0

@@ -31,11 +31,11 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
 from open_lm.checkpoint.sharded import ShardedWriter, TrainingState, load
-from open_lm.config import ModelConfig, ParallelConfig
-from open_lm.distributed import build_layout, gather_objects, init_runtime
-from open_lm.initialization import init_weights
-from open_lm.model import create_model
-from open_lm.parallelize import parallelize, unwrap
+from open_lm.config.sections import ModelConfig, ParallelConfig
+from open_lm.distributed.processes import build_layout, gather_objects, init_runtime
+from open_lm.model.initialization import init_weights
+from open_lm.model.transformer import create_model
+from open_lm.parallel.parallelize import parallelize, unwrap
 
 _QUIET_STEPS = 300
 

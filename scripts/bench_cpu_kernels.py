@@ -20,14 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_lm.cpu_attention import causal_attention
-from open_lm.cpu_memory import keep_freed_memory
-from open_lm.gating import gated_silu
-from open_lm.linear import linear
-from open_lm.model_files import gated_width
-from open_lm.native import attention as native_attention
-from open_lm.native import elements
-from open_lm.positional_embedding.rotary import rotate_halves
+from open_lm.config.architecture import gated_width
+from open_lm.kernels.cpu_attention import causal_attention
+from open_lm.kernels.cpu_memory import keep_freed_memory
+from open_lm.kernels.gating import gated_silu
+from open_lm.kernels.linear import linear
+from open_lm.kernels.native import attention as native_attention
+from open_lm.kernels.native import elements
+from open_lm.model.positional_embedding.rotary import rotate_halves
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def make_data(folder: Path, sequences: int) -> str:
 # --- ours, in a process of its own ----------------------------------------------------------------------------------
 def our_speed(args: argparse.Namespace) -> dict[str, float]:
     """The loader on `args.data`, a manifest, in passes without end."""
-    from open_lm.config import DataConfig
+    from open_lm.config.sections import DataConfig
     from open_lm.data.loader import build_train_loader
 
     (workers,) = args.workers

@@ -192,7 +192,7 @@ def put_shards(args: argparse.Namespace, local: Path, target: str) -> None:
 # --- what is measured, each in a process of its own -----------------------------------------------------------------
 def ours(args: argparse.Namespace) -> None:
     """One pass of the loader, to the last whole batch."""
-    from open_lm.config import DataConfig
+    from open_lm.config.sections import DataConfig
     from open_lm.data.loader import build_train_loader
 
     (workers,) = args.workers

@@ -16,7 +16,7 @@ a command that prints a line of JSON with tokens_per_second, whose words may hol
 
 Every measurement is a process of its own, and rounds alternate, so that what else the machine does falls on all. Shown
 is the median of all steps with the least and the greatest. The share (MFU) is of the model's FLOPs, without
-recomputation (open_lm.metrics), in how fast the machine multiplies matrices in the same run: at the shapes of the
+recomputation, in how fast the machine multiplies matrices in the same run: at the shapes of the
 model's own linear layers, forward and backward, and at a large square; and in what a CUDA device's data sheet says.
 Memory is the most that the process held beyond what it held before there was a model, on CUDA of the allocator; time to
 the first step counts from there, and holds compilation. CUDA graphs, which torchtitan makes, cannot be looked into by
@@ -42,14 +42,14 @@ import torch
 from bench_train_worker import CEILING, OURS, Job, Measured, trainer_flags
 from step_profile import table as profile_table
 
-from open_lm.config import ArchitectureConfig, Config, ModelConfig
-from open_lm.devices import peak_16_bit_flops
+from open_lm.config.architecture import architecture_of
+from open_lm.config.command_line import parse_args
+from open_lm.config.devices import peak_16_bit_flops
+from open_lm.config.sections import ArchitectureConfig, Config, ModelConfig
+from open_lm.distributed.precision import compute_dtype
 from open_lm.errors import ConfigError, run_cli
-from open_lm.metrics import device_peak_flops, model_flops_per_token
-from open_lm.model import create_model
-from open_lm.model_files import architecture_of
-from open_lm.params import parse_args
-from open_lm.precision import compute_dtype
+from open_lm.model.transformer import create_model
+from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
 from open_lm.storage import write_text
 
 PEERS = {"original": "original_recipe:build", "torchtitan": "torchtitan_recipe:build"}

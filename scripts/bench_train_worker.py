@@ -28,11 +28,11 @@ from matmul_ceiling import linear_shapes, own_flops, square_flops
 from step_profile import profile_step
 from torch import Tensor
 
-from open_lm.config import Config, ModelConfig
+from open_lm.config.command_line import parse_args
+from open_lm.config.sections import Config, ModelConfig
 from open_lm.errors import ConfigError, run_cli
-from open_lm.metrics import peak_memory_bytes
-from open_lm.model import create_model
-from open_lm.params import parse_args
+from open_lm.model.transformer import create_model
+from open_lm.monitor.metrics import peak_memory_bytes
 
 OURS, CEILING = "ours", "ceiling"
 Step = Callable[[Tensor, Tensor], Any]

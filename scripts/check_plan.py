@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from open_lm.config import Config
+from open_lm.config.command_line import parse_args
+from open_lm.config.layout import layout_of
+from open_lm.config.sections import Config
 from open_lm.errors import ConfigError, run_cli
-from open_lm.layout import layout_of
-from open_lm.params import parse_args
 from open_lm.planner.memory import Job, host_bytes, peak
 from open_lm.planner.shapes import shape_of
 
@@ -109,11 +109,11 @@ def tracked(case: Case) -> dict[str, int]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from torch.utils.weak import WeakIdKeyDictionary
 
-    from open_lm.distributed import Runtime, build_layout
-    from open_lm.optim import build_optimizer
-    from open_lm.parallelize import parallelize
-    from open_lm.precision import get_autocast, parameter_dtype
-    from open_lm.train import StepOptions, train_step
+    from open_lm.distributed.precision import get_autocast, parameter_dtype
+    from open_lm.distributed.processes import Runtime, build_layout
+    from open_lm.optim.build import build_optimizer
+    from open_lm.parallel.parallelize import parallelize
+    from open_lm.training.trainer import StepOptions, train_step
 
     class Peaks(MemTracker):
         """Without the peak of each module, which is looked up after every operator and takes most of the time."""
@@ -165,7 +165,7 @@ def _model(config: Config, dtype: Any) -> Any:
     """The model of `config`, on fake tensors: they cannot be filled, nor moved."""
     import torch
 
-    from open_lm.model import Transformer, create_params
+    from open_lm.model.transformer import Transformer, create_params
 
     class Unfilled(Transformer):
         def reset_parameters(self, seed: int | None = None) -> None: ...
@@ -212,8 +212,10 @@ def _one_of_many() -> Iterator[None]:
     from torch.nn.attention import bias
     from torch.nn.parallel import distributed
 
-    from open_lm import feed_forward, linear_loss, matrix_shares, muon
-    from open_lm.native import attention
+    from open_lm.kernels import linear_loss
+    from open_lm.kernels.native import attention
+    from open_lm.model import feed_forward
+    from open_lm.optim import matrix_shares, muon
 
     def all_say_the_same(objects: list[Any], own: Any, group: Any = None) -> None:
         objects[:] = [own] * len(objects)
@@ -283,7 +285,7 @@ def _host_memory() -> Iterator[None]:
     from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    from open_lm import parallelize
+    from open_lm.parallel import parallelize
 
     if not hasattr(torch, HOST):
         same = ("Event", "Stream", "current_stream", "device_count", "is_available", "is_initialized", "stream")

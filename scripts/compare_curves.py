@@ -26,10 +26,10 @@ from original_recipe import Recipe, build
 from our_step import OurStep
 from torch import Tensor
 
+from open_lm.config.architecture import architecture_of
 from open_lm.data.device import on_device
 from open_lm.errors import ConfigError, run_cli
-from open_lm.model_files import architecture_of
-from open_lm.parallelize import unwrap
+from open_lm.parallel.parallelize import unwrap
 from open_lm.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[1]

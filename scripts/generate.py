@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_lm.config import ModelConfig
+from open_lm.config.architecture import settings_of_run
+from open_lm.config.command_line import FlagParser, add_model_args
+from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError, join_problems, run_cli
-from open_lm.model_files import settings_of_run
-from open_lm.params import FlagParser, add_model_args
 from open_lm.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from open_lm.generate import Sampling
-    from open_lm.model import Transformer
+    from open_lm.generate.sampling import Sampling
+    from open_lm.model.transformer import Transformer
 
 SEPARATOR = "-" * 8
 
@@ -108,7 +108,7 @@ def _load_model(args: argparse.Namespace) -> Transformer:
     import torch
 
     from open_lm.checkpoint import named
-    from open_lm.generate import load_model_for_generation
+    from open_lm.generate.sampling import load_model_for_generation
 
     checkpoint = named(args.checkpoint)[0].url
     if checkpoint != args.checkpoint.rstrip("/"):
@@ -129,7 +129,7 @@ def _load_model(args: argparse.Namespace) -> Transformer:
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
-    from open_lm.generate import Sampling
+    from open_lm.generate.sampling import Sampling
 
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}, expected at least 1")
@@ -147,7 +147,7 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 def _completions(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling, batch_size: int
 ) -> Iterator[tuple[str, str]]:
-    from open_lm.generate import complete_texts
+    from open_lm.generate.sampling import complete_texts
 
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
@@ -155,7 +155,7 @@ def _completions(
 
 
 def _stream(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> None:
-    from open_lm.generate import stream_texts
+    from open_lm.generate.sampling import stream_texts
 
     print(prompt, end="", flush=True)
     for (piece,) in stream_texts(model, tokenizer, [prompt], sampling):

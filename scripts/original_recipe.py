@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_lm.config import OptimConfig
+from open_lm.config.architecture import architecture_of
+from open_lm.config.sections import OptimConfig
 from open_lm.errors import ConfigError
-from open_lm.model_files import architecture_of
 
 NORM_EPS = 1e-5
 PRECISIONS = ("fp32", "amp_bf16", "amp_bfloat16")

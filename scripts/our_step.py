@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from open_lm.config import Config
-from open_lm.control import RunControl
-from open_lm.distributed import init_runtime, shutdown
-from open_lm.guard import Guard
-from open_lm.params import parse_args
-from open_lm.run_folder import RunPaths
-from open_lm.session import build_session, build_trainer
-from open_lm.train import train_step
+from open_lm.config.command_line import parse_args
+from open_lm.config.sections import Config
+from open_lm.distributed.processes import init_runtime, shutdown
+from open_lm.monitor.run_folder import RunPaths
+from open_lm.training.build import build_session, build_trainer
+from open_lm.training.control import RunControl
+from open_lm.training.guard import Guard
+from open_lm.training.trainer import train_step
 
 
 class OurStep:

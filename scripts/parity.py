@@ -35,25 +35,25 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import Optimizer
 
-from open_lm.config import ModelConfig, OptimConfig, ParallelConfig
-from open_lm.distributed import Runtime, build_layout, init_runtime, shutdown
+from open_lm.config.layout import Layout
+from open_lm.config.sections import ModelConfig, OptimConfig, ParallelConfig
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import Runtime, build_layout, init_runtime, shutdown
 from open_lm.errors import end_process
-from open_lm.initialization import init_weights
-from open_lm.layout import Layout
-from open_lm.losses import IGNORE_INDEX
-from open_lm.model import Params, Transformer
-from open_lm.muon import Muon
-from open_lm.optim import build_optimizer
-from open_lm.parallelize import parallelize, without_training
-from open_lm.precision import get_autocast
-from open_lm.scheduler import build_scheduler
-from open_lm.train import StepOptions, train_step
+from open_lm.model.initialization import init_weights
+from open_lm.model.losses import IGNORE_INDEX
+from open_lm.model.transformer import Params, Transformer
+from open_lm.optim.build import build_optimizer
+from open_lm.optim.muon import Muon
+from open_lm.optim.schedules import build_scheduler
+from open_lm.parallel.parallelize import parallelize, without_training
+from open_lm.training.trainer import StepOptions, train_step
 
 ROWS, END_OF_TEXT, TOLERANCE = 16, 3, 1e-4
 EXPERTS, TOP_K = 4, 2
 DRAWS = 60  # of which the pair of options that is worth most is taken
 # What ranks import, once for all of them.
-IMPORTS = ["open_lm.model", "open_lm.train", "torch._dynamo", "torch.nn.attention.bias"]
+IMPORTS = ["open_lm.model.transformer", "open_lm.training.trainer", "torch._dynamo", "torch.nn.attention.bias"]
 
 # Ranks, and the settings of the layout, by its name, whose words say of what kinds it is.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -250,8 +250,8 @@ def offloading_from_cpu() -> Iterator[None]:
     where parameters are in host memory already."""
     policy = partial(CPUOffloadPolicy, pin_memory=False)
     with (
-        mock.patch("open_lm.parallelize._offloads", lambda cfg, device: cfg.fsdp and cfg.fsdp_cpu_offload),
-        mock.patch("open_lm.parallelize.CPUOffloadPolicy", policy),
+        mock.patch("open_lm.parallel.parallelize._offloads", lambda cfg, device: cfg.fsdp and cfg.fsdp_cpu_offload),
+        mock.patch("open_lm.parallel.parallelize.CPUOffloadPolicy", policy),
     ):
         yield
 

@@ -136,8 +136,8 @@ def make_shards(settings: Settings) -> None:
 def create_untrained(settings: Settings) -> None:
     """The model as the run will initialise it, to compare with."""
     from open_lm.checkpoint.files import write_file
-    from open_lm.model import create_model
-    from open_lm.params import parse_args
+    from open_lm.config.command_line import parse_args
+    from open_lm.model.transformer import create_model
 
     config: dict[str, Any] = {"hidden_dim": 128, "n_layers": 4, "n_heads": 4, "seq_len": settings.seq_len}
     config |= {"vocab_size": settings.vocab_size, "post_embed_norm": False, "weight_tying": False}

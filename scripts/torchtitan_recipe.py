@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from open_lm.config import Config
+from open_lm.config.architecture import architecture_of, gated_width
+from open_lm.config.sections import Config
+from open_lm.distributed.precision import compute_dtype, parameter_dtype
 from open_lm.errors import ConfigError, join_problems
-from open_lm.model_files import architecture_of, gated_width
-from open_lm.precision import compute_dtype, parameter_dtype
 
 LOSS_CHUNKS = 8  # of a sequence, torchtitan's own number
 SUPPORTED = {

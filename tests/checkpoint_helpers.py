@@ -12,12 +12,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.interchange import write_interchange
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState
-from open_lm.distributed import on_master
+from open_lm.distributed.processes import on_master
 from open_lm.errors import end_process
+from open_lm.optim.averaging import ModelAverager
 
 
 class Layer(nn.Module):

@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 import trainer_worker
 
-from open_lm.config import ParallelConfig
-from open_lm.distributed import build_layout, init_runtime, sum_over_ranks
+from open_lm.config.sections import ParallelConfig
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import build_layout, init_runtime, sum_over_ranks
 from open_lm.errors import end_process
-from open_lm.initialization import init_weights
-from open_lm.losses import TokenLoss
-from open_lm.model import Params, Transformer
-from open_lm.objective import batch_loss
-from open_lm.precision import get_autocast
+from open_lm.model.initialization import init_weights
+from open_lm.model.losses import TokenLoss
+from open_lm.model.objective import batch_loss
+from open_lm.model.transformer import Params, Transformer
 
 END = 3  # ends a document; one token in 31 is it, so that rows hold several
 CASES = {"rows": None, "documents": END}

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from model_helpers import random_ids
 
-from open_lm.config import ModelConfig, ParallelConfig
+from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.data.masking import document_ids
-from open_lm.distributed import build_layout, init_runtime, shutdown, sum_over_ranks
+from open_lm.distributed.processes import build_layout, init_runtime, shutdown, sum_over_ranks
 from open_lm.errors import end_process
-from open_lm.initialization import init_weights
-from open_lm.losses import token_loss
-from open_lm.model import Params, Transformer
-from open_lm.optim import clip_gradients
-from open_lm.parallelize import parallelize
+from open_lm.model.initialization import init_weights
+from open_lm.model.losses import token_loss
+from open_lm.model.transformer import Params, Transformer
+from open_lm.optim.build import clip_gradients
+from open_lm.parallel.parallelize import parallelize
 
 ROWS, LENGTH, END = 4, 24, 0
 LAYOUTS = {"ddp": ParallelConfig(), "fsdp": ParallelConfig(fsdp=True)}

@@ -12,19 +12,19 @@ import torch.distributed as dist
 from sharded_helpers import whole_state
 
 from open_lm import checkpoint
-from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.interchange import write_interchange
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, load
-from open_lm.config import OptimConfig, ParallelConfig
-from open_lm.distributed import build_layout, init_runtime, on_master
-from open_lm.initialization import init_weights
-from open_lm.layout import Layout
-from open_lm.model import Params, Transformer
-from open_lm.muon import Muon
-from open_lm.optim import build_optimizer
-from open_lm.parallelize import parallelize
-from open_lm.precision import get_autocast
-from open_lm.train import StepOptions, train_step
+from open_lm.config.layout import Layout
+from open_lm.config.sections import OptimConfig, ParallelConfig
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import build_layout, init_runtime, on_master
+from open_lm.model.initialization import init_weights
+from open_lm.model.transformer import Params, Transformer
+from open_lm.optim.averaging import ModelAverager
+from open_lm.optim.build import build_optimizer
+from open_lm.optim.muon import Muon
+from open_lm.parallel.parallelize import parallelize
+from open_lm.training.trainer import StepOptions, train_step
 
 ROWS, SEQ_LEN = 8, 12
 # A vocabulary that no number of ranks divides, tensor parallelism and FSDP2 together neither.

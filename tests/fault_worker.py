@@ -16,20 +16,20 @@ import torch.distributed as dist
 import trainer_worker
 from torch.distributed.tensor import DTensor
 
-from open_lm import watchdog
-from open_lm.config import DataConfig, OptimConfig, ParallelConfig
-from open_lm.control import Agreed, RunControl
+from open_lm.config.sections import DataConfig, OptimConfig, ParallelConfig
 from open_lm.data.loader import build_train_loader
-from open_lm.distributed import Runtime, agreed_name, build_layout, init_runtime, restart_count, shutdown
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import Runtime, agreed_name, build_layout, init_runtime, restart_count, shutdown
 from open_lm.errors import end_process, run_cli
-from open_lm.initialization import init_weights
-from open_lm.model import Params, Transformer
-from open_lm.optim import build_optimizer
-from open_lm.parallelize import parallelize
-from open_lm.precision import get_autocast
-from open_lm.scheduler import const_lr
-from open_lm.train import StepOptions, Trainer, train_step
-from open_lm.watchdog import Watchdog
+from open_lm.model.initialization import init_weights
+from open_lm.model.transformer import Params, Transformer
+from open_lm.monitor import watchdog
+from open_lm.monitor.watchdog import Watchdog
+from open_lm.optim.build import build_optimizer
+from open_lm.optim.schedules import const_lr
+from open_lm.parallel.parallelize import parallelize
+from open_lm.training.control import Agreed, RunControl
+from open_lm.training.trainer import StepOptions, Trainer, train_step
 
 GLOBAL_BATCH = 4
 

@@ -28,7 +28,7 @@ def check(folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     import open_lm.hf as bridge
-    from open_lm.model import create_model
+    from open_lm.model.transformer import create_model
 
     golden = torch.load(folder / "golden.pt", weights_only=True)
     ids = golden["input_ids"][:, :-1]

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from open_lm import sharded_tensor
-from open_lm.config import ModelConfig, ParallelConfig
-from open_lm.distributed import Runtime, build_layout, init_runtime, shutdown
-from open_lm.initialization import init_weights
-from open_lm.losses import TokenLoss
-from open_lm.model import Params, Transformer
-from open_lm.parallelize import parallelize, without_training
+from open_lm.config.sections import ModelConfig, ParallelConfig
+from open_lm.distributed import sharded_tensor
+from open_lm.distributed.processes import Runtime, build_layout, init_runtime, shutdown
+from open_lm.model.initialization import init_weights
+from open_lm.model.losses import TokenLoss
+from open_lm.model.transformer import Params, Transformer
+from open_lm.parallel.parallelize import parallelize, without_training
 
 SMALL = {"dim": 76, "n_layers": 2, "n_heads": 12, "vocab_size": 31, "seq_len": 12, "apply_qk_norm": True}
 LARGE = {"dim": 512, "n_layers": 8, "n_heads": 8, "vocab_size": 4096, "seq_len": 16}

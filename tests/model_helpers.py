@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from open_lm.model import Params, Transformer
+from open_lm.model.transformer import Params, Transformer
 
 
 def small_model(seed: int = 0, **changes: Any) -> Transformer:

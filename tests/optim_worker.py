@@ -18,12 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from open_lm import muon
-from open_lm.config import OptimConfig
+from open_lm.config.sections import OptimConfig
+from open_lm.distributed.sharded_tensor import fill, whole
 from open_lm.errors import end_process
-from open_lm.linear import FusedLinear
-from open_lm.optim import build_optimizer, clip_gradients, step_unless
-from open_lm.sharded_tensor import fill, whole
+from open_lm.kernels.linear import FusedLinear
+from open_lm.optim import muon
+from open_lm.optim.build import build_optimizer, clip_gradients, step_unless
 
 STEPS, SKIPPED, LR, MAX_NORM = 4, 2, 0.02, 3.0
 MATRICES = 2 * (3 + 1 + 2 + 1 + 3)  # of the two blocks
@@ -75,7 +75,7 @@ def parts_of(model: nn.Module) -> dict[Tensor, int]:
 
 
 def shard(model: Model, mesh: DeviceMesh) -> None:
-    """In place, as open_lm.parallelize would, and filled again, since tensor parallelism orders rows its own way."""
+    """In place, as open_lm.parallel.parallelize would, and filled again: tensor parallelism orders rows its own way."""
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
     for block in model.layers:
         if mesh.size(2) > 1:

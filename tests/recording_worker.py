@@ -24,7 +24,7 @@ from open_lm.main import main
 @contextmanager
 def recording(folder: Path, stop_at: int) -> Iterator[None]:
     """Trainings in this process are recorded while the block lasts."""
-    from open_lm.train import Trainer
+    from open_lm.training.trainer import Trainer
 
     original: Callable[..., Any] = Trainer._train_step
     rank = os.environ.get("RANK", "0")

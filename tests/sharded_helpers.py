@@ -16,10 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.model_state import named_tensors, trained
 from open_lm.checkpoint.sharded import TrainingState
-from open_lm.sharded_tensor import fused_parts, whole
+from open_lm.distributed.sharded_tensor import fused_parts, whole
+from open_lm.optim.averaging import ModelAverager
 
 AVERAGERS = "ema_0.5,poly_2"
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_lm import attention
-from open_lm.attention import (
+from open_lm.errors import ConfigError
+from open_lm.model import attention
+from open_lm.model.attention import (
     ATTN_ACTIVATIONS,
     ATTN_SEQ_SCALARS,
     allowed_keys,
@@ -24,7 +25,6 @@ from open_lm.attention import (
     sdpa_flash,
     torch_attn,
 )
-from open_lm.errors import ConfigError
 
 ACTIVATIONS: dict[str, Callable[[float], float]] = {
     "relu": lambda s: max(s, 0.0),

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from open_lm.averaging import Averager, ModelAverager, parse_averagers
 from open_lm.checkpoint.files import read_file, write_file
 from open_lm.errors import CheckpointError, ConfigError
+from open_lm.optim.averaging import Averager, ModelAverager, parse_averagers
 
 
 class Tied(nn.Module):

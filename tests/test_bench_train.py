@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from open_lm.config import Config, ModelConfig, OptimConfig
+from open_lm.config.command_line import parse_args
+from open_lm.config.sections import Config, ModelConfig, OptimConfig
 from open_lm.errors import ConfigError
-from open_lm.losses import token_loss
-from open_lm.model import create_model
-from open_lm.params import parse_args
+from open_lm.model.losses import token_loss
+from open_lm.model.transformer import create_model
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -227,8 +227,8 @@ import json, sys
 sys.path[:0] = sys.argv[1:2]
 import torch
 from bench_train_worker import trainer_flags
-from open_lm.config import Config
-from open_lm.params import parse_args
+from open_lm.config.sections import Config
+from open_lm.config.command_line import parse_args
 from torchtitan_recipe import build
 
 found = {}

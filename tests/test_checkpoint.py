@@ -17,7 +17,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from open_lm.averaging import ModelAverager
 from open_lm.checkpoint import (
     Progress,
     load_average,
@@ -29,9 +28,10 @@ from open_lm.checkpoint import (
     read_model_state,
 )
 from open_lm.checkpoint.files import clean_name, read_file, sibling, write_file
-from open_lm.distributed import gather_objects
+from open_lm.distributed.processes import gather_objects
+from open_lm.distributed.rng import rng_state
 from open_lm.errors import CheckpointError
-from open_lm.rng import rng_state
+from open_lm.optim.averaging import ModelAverager
 
 METRICS = [{"loss": np.float64(2.5), "tokens": np.int64(7), "val_data": ["a.tar"]}]
 

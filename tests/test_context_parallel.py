@@ -14,10 +14,10 @@ from model_helpers import random_ids, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from open_lm import context_parallel
-from open_lm.context_parallel import check_length, own_part, part_of_rows
+from open_lm.config.layout import Layout
+from open_lm.distributed import context_parallel
+from open_lm.distributed.context_parallel import check_length, own_part, part_of_rows
 from open_lm.errors import ConfigError
-from open_lm.layout import Layout
 
 
 def test_every_token_is_one_ranks_and_work_is_even() -> None:

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from open_lm.control import STOP_SIGNALS, RunControl
+from open_lm.training.control import STOP_SIGNALS, RunControl
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

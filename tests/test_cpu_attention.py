@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_lm import native
-from open_lm.cpu_attention import causal_attention
-from open_lm.native import attention as kernels_of_our_own
+from open_lm.kernels import native
+from open_lm.kernels.cpu_attention import causal_attention
+from open_lm.kernels.native import attention as kernels_of_our_own
 
 needs_matrix_units = pytest.mark.skipif(
     not {"amx_tile", "amx_bf16"} <= native.processor_features(), reason="this processor has no matrix units (AMX)"
@@ -173,7 +173,9 @@ def test_torch_s_own_checks_of_an_operator(dtype: torch.dtype) -> None:
     for first_tokens in (None, some_documents(20)):
         tensors = tuple(x.detach() for x in inputs(20, 8, dtype)[:3])
         torch.library.opcheck(
-            torch.ops.open_lm.cpu_attention, (*tensors, first_tokens), test_utils=("test_schema", "test_faketensor")
+            torch.ops.open_lm.cpu_attention,
+            (*tensors, first_tokens),
+            test_utils=("test_schema", "test_faketensor"),
         )
 
 
@@ -220,7 +222,7 @@ def test_libraries_are_compiled_once_and_left_alone(fresh: Path) -> None:
     assert kernels_of_our_own.problem(24) is None
     (library,) = (fresh / "open_lm" / "native").iterdir()
     stamp = library.stat().st_mtime_ns
-    code = "from open_lm.native import attention as a; import sys; sys.exit(a.problem(24))"
+    code = "from open_lm.kernels.native import attention as a; import sys; sys.exit(a.problem(24))"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert [(path, path.stat().st_mtime_ns) for path in library.parent.iterdir()] == [(library, stamp)]
 
@@ -229,7 +231,7 @@ def test_libraries_are_compiled_once_and_left_alone(fresh: Path) -> None:
 @pytest.mark.parametrize("left", [0, 5000])
 def test_half_a_library_is_made_anew(fresh: Path, left: int) -> None:
     """To load one ends the process."""
-    code = "from open_lm.native import attention as a; import sys; sys.exit(a.problem(24))"
+    code = "from open_lm.kernels.native import attention as a; import sys; sys.exit(a.problem(24))"
     subprocess.run([sys.executable, "-c", code], check=True)
     (library,) = (fresh / "open_lm" / "native").iterdir()
     whole = library.read_bytes()

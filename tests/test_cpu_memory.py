@@ -11,7 +11,7 @@ import pytest
 
 _CODE = """
 import json, resource, sys, torch
-from open_lm.cpu_memory import keep_freed_memory
+from open_lm.kernels.cpu_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults():

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_lm import attention
 from open_lm.checkpoint.tensor_index import StoredTensors
-from open_lm.config import Config
-from open_lm.layout import Layout
-from open_lm.params import parse_args
-from open_lm.session import _create_model
+from open_lm.config.command_line import parse_args
+from open_lm.config.layout import Layout
+from open_lm.config.sections import Config
+from open_lm.model import attention
+from open_lm.training.build import _create_model
 
 FLAGS = (
     *("--model", "open_lm_test_tiny", "--dataset-type", "synthetic", "--train-num-samples", "8192", "--epochs", "1"),
@@ -54,7 +54,7 @@ def test_attention_is_not_that_of_xformers(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_torch_is_told_before_anything_runs() -> None:
     code = (
-        "import torch; from open_lm.rng import make_deterministic; make_deterministic()\n"
+        "import torch; from open_lm.distributed.rng import make_deterministic; make_deterministic()\n"
         "assert torch.are_deterministic_algorithms_enabled()\n"
         "import os; assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'"
     )

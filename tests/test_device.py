@@ -10,7 +10,7 @@ import pytest
 import torch
 from data_helpers import SEQ_LEN, VOCAB_SIZE, sequence, write_shard, write_source
 
-from open_lm.config import DataConfig
+from open_lm.config.sections import DataConfig
 from open_lm.data.batch import Batch, TargetMask
 from open_lm.data.device import DeviceBatch, on_device
 from open_lm.data.loader import build_train_loader

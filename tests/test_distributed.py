@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 import trainer_worker
 
-from open_lm import distributed
-from open_lm.config import ParallelConfig
+from open_lm.config.sections import ParallelConfig
+from open_lm.distributed import processes as distributed
 from open_lm.errors import ConfigError, DataError
-from open_lm.parallelize import find_blocks
+from open_lm.parallel.parallelize import find_blocks
 
 LAUNCHER_NAMES = {
     *distributed.LOCAL_RANK_NAMES,

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 
-from open_lm import document_attention, model
-from open_lm.attention import ATTN_ACTIVATIONS, custom_attn, find_documents, torch_attn
 from open_lm.data.masking import document_ids
-from open_lm.document_attention import (
+from open_lm.kernels import document_attention
+from open_lm.kernels.document_attention import (
     Documents,
     allowed_in,
     blocks_in,
@@ -30,8 +29,10 @@ from open_lm.document_attention import (
     positions_in,
     starts_in,
 )
-from open_lm.losses import token_loss
-from open_lm.model import Transformer
+from open_lm.model import transformer as model
+from open_lm.model.attention import ATTN_ACTIVATIONS, custom_attn, find_documents, torch_attn
+from open_lm.model.losses import token_loss
+from open_lm.model.transformer import Transformer
 
 END = 0
 FORMS: dict[str, Callable[[Tensor], Documents]] = {

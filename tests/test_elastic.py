@@ -15,8 +15,8 @@ from elastic_worker import ALONE, JOBS, OPTIMIZERS, Run, do_jobs
 from recording_worker import recording
 from sharded_helpers import on_ranks
 
-from open_lm.config import DataConfig
-from open_lm.data.plan import Plan
+from open_lm.config.sections import DataConfig
+from open_lm.data.order import Plan
 from open_lm.data.sources import find_sources
 from open_lm.main import main
 

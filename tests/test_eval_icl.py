@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from open_lm.losses import token_loss
-from open_lm.model import Transformer, create_model, create_params
+from open_lm.model.losses import token_loss
+from open_lm.model.transformer import Transformer, create_model, create_params
 
 ROOT = Path(__file__).resolve().parents[1]
 EVAL = ROOT / "eval"

@@ -20,11 +20,13 @@ import pytest
 from data_helpers import sequence, write_shard
 from faulty_proxy import KINDS, FaultyProxy, Rule
 
-from open_lm import storage, storage_errors, storage_files
-from open_lm.config import DataConfig
+from open_lm import storage
+from open_lm.config.sections import DataConfig
 from open_lm.data.fetch import FetchFolder, FetchSettings, fetch, look_up
 from open_lm.data.verify import Expected, note_verified, verify
 from open_lm.errors import ConfigError, DataError, StorageError
+from open_lm.storage import paths as storage_files
+from open_lm.storage import retries as storage_errors
 
 
 @pytest.fixture(autouse=True)

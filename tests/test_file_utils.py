@@ -11,7 +11,7 @@ import torch
 
 from open_lm import storage
 from open_lm.errors import CheckpointError, ConfigError, DataError
-from open_lm.file_utils import check_exists, get_metadata_file, get_string_for_epoch, pt_load
+from open_lm.utils.file_utils import check_exists, get_metadata_file, get_string_for_epoch, pt_load
 
 
 def manifest(folder: Path, sizes: list[int], key: str = "num_sequences", newline: str = "\n") -> str:

@@ -19,9 +19,9 @@ from open_lm.checkpoint.finding import Candidate, named, newest
 from open_lm.checkpoint.folders import INCOMPLETE, INDEX, step_folder
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import Index, StoredChunk, StoredTensor, checksum_of
-from open_lm.config import CheckpointConfig, LoggingConfig
+from open_lm.config.sections import CheckpointConfig, LoggingConfig
 from open_lm.errors import CheckpointError, ConfigError
-from open_lm.run_folder import RunPaths
+from open_lm.monitor.run_folder import RunPaths
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 LATEST = CheckpointConfig(resume="latest")

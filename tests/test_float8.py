@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_lm.config import ModelConfig, ParallelConfig
+from open_lm.config.layout import Layout
+from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
-from open_lm.float8 import check_float8, check_tokens, convert_to_float8
-from open_lm.layout import Layout
-from open_lm.linear import FusedLinear
-from open_lm.losses import TokenLoss
-from open_lm.model import Params, Transformer
-from open_lm.parallelize import parallelize
+from open_lm.kernels.linear import FusedLinear
+from open_lm.model.losses import TokenLoss
+from open_lm.model.transformer import Params, Transformer
+from open_lm.parallel.float8 import check_float8, check_tokens, convert_to_float8
+from open_lm.parallel.parallelize import parallelize
 
 IDS = torch.arange(64).view(2, 32)
 

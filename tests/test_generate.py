@@ -19,7 +19,7 @@ import torch
 from model_helpers import small_model
 
 from open_lm.errors import ConfigError, DataError, run_cli
-from open_lm.generate import (
+from open_lm.generate.sampling import (
     Sampling,
     TextStream,
     choose,
@@ -28,7 +28,7 @@ from open_lm.generate import (
     generate_ids,
     stream_texts,
 )
-from open_lm.model import Transformer
+from open_lm.model.transformer import Transformer
 from open_lm.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +92,7 @@ def test_cache_and_batches_change_nothing(positions: str, moe_freq: int) -> None
 
 def test_long_prompts_enter_the_cache_in_pieces(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(model, PROMPTS, GREEDY)
-    monkeypatch.setattr("open_lm.generate.PREFILL_TOKENS", 4)
+    monkeypatch.setattr("open_lm.generate.sampling.PREFILL_TOKENS", 4)
     assert run(model, PROMPTS, GREEDY) == expected
 
 

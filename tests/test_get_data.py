@@ -149,7 +149,7 @@ def test_few_attributes_are_enough(tmp_path: Path) -> None:
 
 
 def test_sequence_length_and_vocabulary_come_from_the_model(tmp_path: Path) -> None:
-    pytest.importorskip("open_lm.model")
+    pytest.importorskip("open_lm.model.transformer")
     path = write_shard(tmp_path / "a.tar", [torch.arange(17).numpy() % 16] * 4)
     args = Namespace(val_data=[path], model="open_lm_test_tiny", global_val_batch_size=4)
     (tokens,) = next(iter(get_data(args, skip_train=True)["val_list"][0].dataloader))

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_lm.losses import token_loss
-from open_lm.model import Transformer, create_model
+from open_lm.model.losses import token_loss
+from open_lm.model.transformer import Transformer, create_model
 
 VARIANTS = (
     "default",

@@ -15,17 +15,24 @@ from model_helpers import random_ids, small_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from open_lm.attention import backend_problem, find_documents, get_attn_func, has_xformers, torch_attn, xformers_attn
-from open_lm.config import ModelConfig, ParallelConfig, ValidationConfig
+from open_lm.config.layout import Layout
+from open_lm.config.sections import ModelConfig, ParallelConfig, ValidationConfig
 from open_lm.data.masking import document_ids
-from open_lm.distributed import Runtime
-from open_lm.document_attention import Documents, allowed_in, first_tokens, has_flex, positions_in
-from open_lm.evaluate import EvaluationOptions, token_losses
-from open_lm.generate import Sampling, generate_ids
-from open_lm.layout import Layout
-from open_lm.losses import TokenLoss
-from open_lm.parallelize import parallelize, without_training
-from open_lm.precision import get_autocast
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import Runtime
+from open_lm.evaluate.validation import EvaluationOptions, token_losses
+from open_lm.generate.sampling import Sampling, generate_ids
+from open_lm.kernels.document_attention import Documents, allowed_in, first_tokens, has_flex, positions_in
+from open_lm.model.attention import (
+    backend_problem,
+    find_documents,
+    get_attn_func,
+    has_xformers,
+    torch_attn,
+    xformers_attn,
+)
+from open_lm.model.losses import TokenLoss
+from open_lm.parallel.parallelize import parallelize, without_training
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,17 +7,17 @@ import gc
 import pytest
 import torch
 
-from open_lm.config import Config
-from open_lm.distributed import Runtime
-from open_lm.layout import Layout
-from open_lm.model import create_model
-from open_lm.optim import build_optimizer
-from open_lm.parallelize import parallelize
-from open_lm.params import parse_args
+from open_lm.config.command_line import parse_args
+from open_lm.config.layout import Layout
+from open_lm.config.sections import Config
+from open_lm.distributed.precision import get_autocast, parameter_dtype
+from open_lm.distributed.processes import Runtime
+from open_lm.model.transformer import create_model
+from open_lm.optim.build import build_optimizer
+from open_lm.parallel.parallelize import parallelize
 from open_lm.planner.memory import Job, peak
 from open_lm.planner.shapes import shape_of
-from open_lm.precision import get_autocast, parameter_dtype
-from open_lm.train import StepOptions, train_step
+from open_lm.training.trainer import StepOptions, train_step
 
 pytestmark = [
     pytest.mark.gpu,

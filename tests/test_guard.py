@@ -11,9 +11,9 @@ import fault_helpers
 import pytest
 import torch
 
-from open_lm.config import FaultConfig
-from open_lm.distributed import Runtime
-from open_lm.guard import MOST_SPIKES, SPIKE_LEAST, Guard, TrainingDiverged
+from open_lm.config.sections import FaultConfig
+from open_lm.distributed.processes import Runtime
+from open_lm.training.guard import MOST_SPIKES, SPIKE_LEAST, Guard, TrainingDiverged
 
 
 def steps(guard: Guard, losses: list[float], norm: float = 1.0, first: int = 0) -> list[tuple[bool, bool]]:

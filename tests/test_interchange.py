@@ -17,7 +17,6 @@ from faulty_proxy import FaultyProxy, Rule
 from torch import Tensor
 
 from open_lm import storage
-from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.archive import LazyTensor, write_archive
 from open_lm.checkpoint.files import read_file, read_model_state
 from open_lm.checkpoint.interchange import (
@@ -32,8 +31,9 @@ from open_lm.checkpoint.interchange import (
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState
 from open_lm.checkpoint.tensor_index import read_index
+from open_lm.distributed.rng import rng_state
 from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError
-from open_lm.rng import rng_state
+from open_lm.optim.averaging import ModelAverager
 from open_lm.utils import convert_checkpoint
 
 PROGRESS = Progress(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from test_launch import losses, training, until
 
-from open_lm.distributed import _slurm_master
+from open_lm.distributed.processes import _slurm_master
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,8 +38,8 @@ sys.exit(max(rank.wait() for rank in ranks))
 
 RANK = """
 import torch
-from open_lm.config import ParallelConfig
-from open_lm.distributed import gather_objects, init_runtime, shutdown, sum_over_ranks
+from open_lm.config.sections import ParallelConfig
+from open_lm.distributed.processes import gather_objects, init_runtime, shutdown, sum_over_ranks
 runtime = init_runtime(ParallelConfig())
 total = sum_over_ranks(torch.tensor(runtime.rank + 1)).item()
 said = gather_objects((runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size, total))

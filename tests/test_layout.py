@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from open_lm.config import ParallelConfig
+from open_lm.config.command_line import parse_args
+from open_lm.config.layout import Layout, layout_of, parse_mesh_dim
+from open_lm.config.sections import ParallelConfig
 from open_lm.errors import ConfigError
-from open_lm.layout import Layout, layout_of, parse_mesh_dim
-from open_lm.params import parse_args
 
 
 @pytest.mark.parametrize(

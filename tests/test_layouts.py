@@ -13,14 +13,14 @@ import torch
 from torch._inductor.cudagraph_trees import MarkStepBox
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-from open_lm.config import ModelConfig, ParallelConfig
+from open_lm.config.layout import Layout
+from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
-from open_lm.initialization import init_weights
-from open_lm.layout import Layout
-from open_lm.model import Params, Transformer
-from open_lm.parallelize import _materialise, _shard, notes, parallelize
-from open_lm.recomputation import _is_dear
-from open_lm.tensor_parallel import check_splits
+from open_lm.model.initialization import init_weights
+from open_lm.model.recomputation import _is_dear
+from open_lm.model.transformer import Params, Transformer
+from open_lm.parallel.parallelize import _materialise, _shard, notes, parallelize
+from open_lm.parallel.tensor_parallel import check_splits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -62,7 +62,7 @@ def test_every_layout_trains_as_a_single_process_does() -> None:
 def test_what_is_compared_as_offloaded_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though --fsdp-cpu-offload else does nothing on a CPU."""
     policies = []
-    monkeypatch.setattr("open_lm.parallelize.fully_shard", lambda module, **options: policies.append(options))
+    monkeypatch.setattr("open_lm.parallel.parallelize.fully_shard", lambda module, **options: policies.append(options))
     cfg, cpu = ParallelConfig(**parity.LAYOUTS["offload"][1]), torch.device("cpu")
     with parity.offloading_from_cpu():
         _shard(meta_model(), [], None, cfg, cpu)  # type: ignore[arg-type]

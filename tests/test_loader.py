@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from open_lm import storage
-from open_lm.config import DataConfig, ValidationConfig
+from open_lm.config.sections import DataConfig, ValidationConfig
 from open_lm.data.batch import Batch, pipeline
 from open_lm.data.loader import TrainLoader, ValLoader, build_train_loader, build_val_loaders
 from open_lm.data.masking import IGNORE_INDEX

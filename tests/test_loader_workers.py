@@ -14,7 +14,7 @@ import pytest
 import torch
 from data_helpers import SEQ_LEN, VOCAB_SIZE, write_source
 
-from open_lm.config import DataConfig
+from open_lm.config.sections import DataConfig
 from open_lm.data.loader import TrainLoader, build_train_loader
 from open_lm.errors import DataError
 

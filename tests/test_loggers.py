@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from open_lm import storage
-from open_lm.config import LoggingConfig
+from open_lm.config.sections import LoggingConfig
 from open_lm.errors import ConfigError
-from open_lm.loggers import (
+from open_lm.monitor.loggers import (
     JsonLinesLogger,
     append_line,
     build_loggers,
@@ -26,7 +26,8 @@ from open_lm.loggers import (
     parse_report_to,
     setup_logging,
 )
-from open_lm.run_folder import RunPaths, copy_codebase, redact, write_params
+from open_lm.monitor.run_folder import RunPaths, copy_codebase, write_params
+from open_lm.storage.redaction import redact
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_messages_have_the_contracts_format_in_both_places(tmp_path: Path, capsy
 def test_the_log_file_goes_on_when_nobody_reads_the_console(tmp_path: Path) -> None:
     log = tmp_path / "out.log"
     code = (
-        "import logging, os; from open_lm.loggers import setup_logging\n"
+        "import logging, os; from open_lm.monitor.loggers import setup_logging\n"
         f"setup_logging({str(log)!r}); logging.info('one'); os.read(0, 1); logging.info('two'); logging.info('three')"
     )
     command = [sys.executable, "-c", code]

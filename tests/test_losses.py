@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from open_lm.losses import IGNORE_INDEX, CrossEntropyLossWithZLoss, token_loss
+from open_lm.model.losses import IGNORE_INDEX, CrossEntropyLossWithZLoss, token_loss
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from open_lm.config import Config
-from open_lm.distributed import Runtime
+from open_lm.config.command_line import parse_args
+from open_lm.config.layout import Layout
+from open_lm.config.sections import Config
+from open_lm.distributed.processes import Runtime
 from open_lm.errors import CheckpointError, ConfigError, DataError, StorageError
-from open_lm.layout import Layout
 from open_lm.main import _check_and_tell, main, resolve_batch_sizes
-from open_lm.params import parse_args
-from open_lm.train import TrainingDiverged
+from open_lm.training.trainer import TrainingDiverged
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_run_leaves_the_files_that_existing_users_read(golden: list[str], shar
     assert (saved["epoch"], saved["step"], saved["samples_seen"]) == (2, 40, 320)
     assert saved["evaluation_metrics"] == results[1]
     assert torch.load(run / "checkpoints/stats_2.pt", weights_only=True)["is_final_checkpoint"] is True
-    assert (run / "code/open_lm/train.py").exists() and any((run / "tensorboard").iterdir())
+    assert (run / "code/open_lm/training/trainer.py").exists() and any((run / "tensorboard").iterdir())
     last = [row for row in rows(run) if "train/loss" in row][-1]
     assert last["tokens"] == 20480 and {"train/logit_mean", "train/mfu", "train/tokens_per_second"} <= set(last)
 
@@ -178,7 +178,7 @@ def test_the_log_says_what_ended_the_run(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("open_lm.train.Trainer.run_epoch", interrupted)
+    monkeypatch.setattr("open_lm.training.trainer.Trainer.run_epoch", interrupted)
     copy = ["--remote-sync", str(tmp_path / "copy"), "--remote-sync-protocol", "fsspec"]
     with pytest.raises(KeyboardInterrupt):
         main([*golden, *copy, "--logs", str(tmp_path), "--name", "run"])

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from open_lm import storage
-from open_lm.averaging import ModelAverager
 from open_lm.checkpoint import CheckpointManager, Progress, candidates, read_model_state
 from open_lm.checkpoint.folders import INCOMPLETE, INDEX, step_folder
 from open_lm.checkpoint.sharded import TrainingState, load
-from open_lm.config import CheckpointConfig, LoggingConfig
+from open_lm.config.sections import CheckpointConfig, LoggingConfig
 from open_lm.errors import StorageError
-from open_lm.run_folder import RunPaths
+from open_lm.monitor.run_folder import RunPaths
+from open_lm.optim.averaging import ModelAverager
 
 
 class Run:

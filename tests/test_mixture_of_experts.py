@@ -9,9 +9,9 @@ from model_helpers import random_ids, small_model
 from torch import Tensor
 
 from open_lm.errors import ConfigError
-from open_lm.losses import token_loss
-from open_lm.mixture_of_experts import MixtureOfExperts
-from open_lm.model import Params
+from open_lm.model.losses import token_loss
+from open_lm.model.mixture_of_experts import MixtureOfExperts
+from open_lm.model.transformer import Params
 
 
 def mixture(top_k: int, capacity_factor: float, num_experts: int = 4) -> MixtureOfExperts:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from open_lm.config.command_line import parse_args
 from open_lm.datapreprocess.mixtures import (
     MIXTURES,
     Source,
@@ -23,7 +24,6 @@ from open_lm.datapreprocess.mixtures import (
 )
 from open_lm.datapreprocess.sampling import takes_mask
 from open_lm.errors import ConfigError
-from open_lm.params import parse_args
 
 RED_PAJAMA_YAML = Path(__file__).resolve().parents[1] / "datapreprocess" / "metadata" / "rpj_lm_data.yaml"
 # Billions of tokens on the card of togethercomputer/RedPajama-Data-1T.

@@ -20,12 +20,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from open_lm import initialization
-from open_lm.attention import torch_attn
 from open_lm.errors import ConfigError
-from open_lm.initialization import init_weights
-from open_lm.losses import token_loss
-from open_lm.model import Block, Params, Transformer, create_model, create_params
+from open_lm.model import initialization
+from open_lm.model.attention import torch_attn
+from open_lm.model.initialization import init_weights
+from open_lm.model.losses import token_loss
+from open_lm.model.transformer import Block, Params, Transformer, create_model, create_params
 
 NUMBERS_OF_PARAMETERS = {
     "open_lm_11m": 11_014_848,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from open_lm.config.architecture import architecture_of, model_names, settings_of_run
 from open_lm.errors import ConfigError
-from open_lm.model_files import architecture_of, model_names, settings_of_run
 
 GOOD = {"hidden_dim": 8, "n_layers": 1, "n_heads": 2, "seq_len": 4, "vocab_size": 5}
 
@@ -107,5 +107,5 @@ def test_a_run_keeps_its_model_when_the_file_is_gone(tmp_path: Path) -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, open_lm.model_files, open_lm.tokenizer; assert 'torch' not in sys.modules"
+    code = "import sys, open_lm.config.architecture, open_lm.tokenizer; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from open_lm.config import OptimConfig
-from open_lm.model import Params, Transformer
-from open_lm.muon import Muon, orthogonalize
-from open_lm.optim import build_optimizer, step_unless
+from open_lm.config.sections import OptimConfig
+from open_lm.model.transformer import Params, Transformer
+from open_lm.optim.build import build_optimizer, step_unless
+from open_lm.optim.muon import Muon, orthogonalize
 
 SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 31, "seq_len": 12, "moe_freq": 2, "moe_num_experts": 3}
 

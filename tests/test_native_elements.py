@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_lm import linear, native
-from open_lm.gating import gated_silu
-from open_lm.native import elements
-from open_lm.positional_embedding.rotary import rotate_halves, rotate_neighbours
+from open_lm.kernels import linear, native
+from open_lm.kernels.gating import gated_silu
+from open_lm.kernels.native import elements
+from open_lm.model.positional_embedding.rotary import rotate_halves, rotate_neighbours
 
 needs_vectors = pytest.mark.skipif(
     not native.processor_features() >= native.VECTORS, reason="this processor has no AVX-512 with bfloat16"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_lm import cache_blocks
-from open_lm.cache_blocks import row_blocks
 from open_lm.errors import ConfigError
-from open_lm.norms import NORMS, get_norm_class
-from open_lm.positional_embedding import POSITIONAL_EMBEDDINGS, get_positional_embedding
-from open_lm.positional_embedding.rotary import rotate_halves, rotate_neighbours
+from open_lm.kernels import cache_blocks
+from open_lm.kernels.cache_blocks import row_blocks
+from open_lm.model.norms import NORMS, get_norm_class
+from open_lm.model.positional_embedding import POSITIONAL_EMBEDDINGS, get_positional_embedding
+from open_lm.model.positional_embedding.rotary import rotate_halves, rotate_neighbours
 
 
 @pytest.mark.parametrize("name", sorted(NORMS))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_lm.data.npy_block import NpyRows
-from open_lm.data.plan import Order, Plan, Source
+from open_lm.data.order import Order, Plan, Source
 from open_lm.data.shard_format import decode_member, encode_member, index_shard, iter_files
 from open_lm.data.stream import SampleReader, StreamSpec
 from open_lm.errors import DataError

@@ -15,10 +15,10 @@ from open_lm.checkpoint.interchange import load_model, load_optimizer, write_int
 from open_lm.checkpoint.model_state import check_moments
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, load
-from open_lm.config import OptimConfig
+from open_lm.config.sections import OptimConfig
+from open_lm.distributed.precision import build_scaler, compute_dtype, get_autocast, parameter_dtype
 from open_lm.errors import CheckpointError, ConfigError
-from open_lm.optim import build_optimizer, clip_gradients, step_unless
-from open_lm.precision import build_scaler, compute_dtype, get_autocast, parameter_dtype
+from open_lm.optim.build import build_optimizer, clip_gradients, step_unless
 
 
 def small_model() -> torch.nn.Module:

@@ -57,8 +57,8 @@ def test_an_installed_wheel_works_without_the_checkout(wheel: Path, tmp_path: Pa
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "import open_lm.datapreprocess.ray.tokenize_shuffle as cluster_command, open_lm.model_configs, torch\n"
-        "from open_lm.params import parse_args\n"
-        "from open_lm.model import create_model\n"
+        "from open_lm.config.command_line import parse_args\n"
+        "from open_lm.model.transformer import create_model\n"
         "with torch.device('meta'):\n"
         "    model = create_model(parse_args(['--model', 'open_lm_7b']))\n"
         "assert all(module.__file__.startswith(sys.path[0]) for module in (cluster_command, open_lm.model_configs))\n"

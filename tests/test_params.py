@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from open_lm.config import ArchitectureConfig, Config, ModelConfig
+from open_lm.config.command_line import LATER_FLAGS, add_model_args, all_specs, parse_args
+from open_lm.config.ineffective import ineffective_flags
+from open_lm.config.sections import ArchitectureConfig, Config, ModelConfig
 from open_lm.errors import ConfigError
-from open_lm.idle_flags import ineffective_flags
-from open_lm.params import LATER_FLAGS, add_model_args, all_specs, parse_args
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_model_flags_for_another_program() -> None:
 
 def test_help_needs_no_heavy_library() -> None:
     code = (
-        "import sys; from open_lm.params import build_parser; build_parser().format_help();"
+        "import sys; from open_lm.config.command_line import build_parser; build_parser().format_help();"
         "print([m for m in ('torch', 'transformers', 'numpy', 'ray') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_lm.data.mixture import Interleaving, integer_weights, most_samples, parse_fraction
-from open_lm.data.plan import (
+from open_lm.data.order import (
     Order,
     Plan,
     Samples,

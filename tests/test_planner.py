@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_lm import plan
 from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
-from open_lm.config import Config, ModelConfig
+from open_lm.config.architecture import model_names
+from open_lm.config.command_line import parse_args
+from open_lm.config.layout import layout_of
+from open_lm.config.sections import Config, ModelConfig
 from open_lm.errors import ConfigError
-from open_lm.layout import layout_of
-from open_lm.metrics import model_flops_per_token
-from open_lm.model import create_model
-from open_lm.model_files import model_names
-from open_lm.params import parse_args
+from open_lm.model.transformer import create_model
+from open_lm.monitor.metrics import model_flops_per_token
+from open_lm.planner import command as plan
 from open_lm.planner.checkpoints import checkpoints_of
 from open_lm.planner.memory import Job, host_bytes, peak, phases, with_reserve
 from open_lm.planner.shapes import shape_of
@@ -353,7 +353,7 @@ def test_measured_speeds_come_from_the_benchmark_s_file(tmp_path: Path) -> None:
 
 def test_planning_loads_no_torch() -> None:
     argv = ["--model", "open_lm_1b", "--most-devices", "0", "--json"]
-    code = f"import sys, open_lm.plan as p; p.main({argv}); assert 'torch' not in sys.modules"
+    code = f"import sys, open_lm.planner.command as p; p.main({argv}); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["recommended"]["fits"]
 

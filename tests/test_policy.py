@@ -19,7 +19,7 @@ from open_lm.checkpoint.folders import (
     unfinished,
 )
 from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
-from open_lm.config import CheckpointConfig
+from open_lm.config.sections import CheckpointConfig
 
 
 def test_what_is_due_by_the_number_of_the_step() -> None:

@@ -30,7 +30,9 @@ EOT_ID = 3
 # argument says find no room (0: all do).
 COMMAND = """
 import resource, sys
-from open_lm import errors, storage_errors, storage_files
+from open_lm import errors
+from open_lm.storage import retries as storage_errors
+from open_lm.storage import paths as storage_files
 from open_lm.datapreprocess import inputs, make_2048, units
 limit = int(sys.argv.pop(1))
 if limit:

@@ -15,9 +15,9 @@ from data_helpers import SEQ_LEN, VOCAB_SIZE, jsonable, places, sequence, write_
 from datapreprocess_helpers import alone, make, raw, small_tokenizer
 
 from open_lm import storage
-from open_lm.config import DataConfig
+from open_lm.config.sections import DataConfig
 from open_lm.data.loader import TrainLoader, build_train_loader
-from open_lm.data.plan import Source
+from open_lm.data.order import Source
 from open_lm.data.provenance import describe, differences, end_of_text_id, read, read_dataset, write
 from open_lm.data.shard_format import ManifestEntry, write_manifest
 from open_lm.data.sources import find_sources, find_validation_source

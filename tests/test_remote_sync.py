@@ -15,11 +15,13 @@ import boto3
 import pytest
 from faulty_proxy import FaultyProxy, Rule
 
-from open_lm import remote_sync, storage, storage_s3
+from open_lm import storage
 from open_lm.checkpoint.folders import INCOMPLETE, INDEX, remove_folder
-from open_lm.config import LoggingConfig
+from open_lm.config.sections import LoggingConfig
 from open_lm.errors import StorageError
-from open_lm.remote_sync import RemoteSync, remote_folder
+from open_lm.storage import remote_sync
+from open_lm.storage import s3 as storage_s3
+from open_lm.storage.remote_sync import RemoteSync, remote_folder
 
 FILES = {
     "out.log": b"line\n",
@@ -335,7 +337,7 @@ def test_a_killed_upload_leaves_nothing_that_looks_complete(run: Path, step: Pat
     faulty_s3.wait = hold  # type: ignore[method-assign]
     faulty_s3.rules += [Rule("delay", method="PUT", path=name) for name in ("rank_00001", "optimizer_1")]
     address = f"s3://{faulty_s3.bucket}/run"
-    code = f"from open_lm.remote_sync import RemoteSync; RemoteSync({str(run)!r}, {address!r}).sync_once()"
+    code = f"from open_lm.storage.remote_sync import RemoteSync; RemoteSync({str(run)!r}, {address!r}).sync_once()"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         assert arrived.wait(60)
         process.kill()

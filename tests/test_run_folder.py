@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from open_lm import run_folder
 from open_lm.errors import ConfigError
-from open_lm.run_folder import RunPaths
+from open_lm.monitor import run_folder
+from open_lm.monitor.run_folder import RunPaths
 
 HOLD = """
 import sys
-from open_lm.run_folder import RunPaths
+from open_lm.monitor.run_folder import RunPaths
 with RunPaths(sys.argv[1], "run").locked():
     print("held", flush=True)
     sys.stdin.read()

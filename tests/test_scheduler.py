@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from open_lm.config import OptimConfig
+from open_lm.config.sections import OptimConfig
 from open_lm.errors import ConfigError
-from open_lm.scheduler import build_scheduler, const_lr, const_lr_cooldown, cosine_lr, decayed_value, wsd_lr
+from open_lm.optim.schedules import build_scheduler, const_lr, const_lr_cooldown, cosine_lr, decayed_value, wsd_lr
 
 
 @pytest.fixture

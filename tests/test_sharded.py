@@ -23,7 +23,7 @@ from faulty_proxy import FaultyProxy, Rule
 from sharded_helpers import assert_equal, build, on_ranks, train, whole_state
 from torch import nn
 
-from open_lm import storage, storage_errors
+from open_lm import storage
 from open_lm.checkpoint import staging, tensor_index, tensor_store
 from open_lm.checkpoint.folders import step_folder
 from open_lm.checkpoint.sharded import (
@@ -36,6 +36,7 @@ from open_lm.checkpoint.sharded import (
 )
 from open_lm.checkpoint.tensor_index import Index
 from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError
+from open_lm.storage import retries as storage_errors
 
 
 def save(state: TrainingState, folder: Path | str, step: int = 3) -> ShardedWriter:

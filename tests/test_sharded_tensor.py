@@ -14,11 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from open_lm.averaging import ModelAverager
-from open_lm.initialization import init_weights
-from open_lm.linear import FusedLinear
-from open_lm.model import Params, Transformer
-from open_lm.sharded_tensor import (
+from open_lm.distributed.sharded_tensor import (
     boxes,
     fill,
     fill_from_first,
@@ -28,6 +24,10 @@ from open_lm.sharded_tensor import (
     stored_runs,
     whole,
 )
+from open_lm.kernels.linear import FusedLinear
+from open_lm.model.initialization import init_weights
+from open_lm.model.transformer import Params, Transformer
+from open_lm.optim.averaging import ModelAverager
 
 NAMES = ("replicate", "shard", "tensor")
 WAYS = {"fused.weight": 0, "odd.weight": 0, "few.weight": 0, "across.weight": 1, "odd_across.weight": 1}

@@ -12,18 +12,19 @@ import pytest
 from data_helpers import SEQ_LEN, VOCAB_SIZE, sequence, write_shard
 from faulty_proxy import FaultyProxy, Rule
 
-from open_lm import storage, storage_errors
-from open_lm.config import DataConfig
+from open_lm import storage
+from open_lm.config.sections import DataConfig
 from open_lm.data import shards
 from open_lm.data import verify as verify_room
 from open_lm.data.fetch import FetchSettings
 from open_lm.data.loader import build_train_loader
 from open_lm.data.manifest import ManifestEntry, write_manifest
-from open_lm.data.plan import Order, Plan, Source
+from open_lm.data.order import Order, Plan, Source
 from open_lm.data.shards import ShardStore
 from open_lm.data.stream import SampleReader, StreamSpec
 from open_lm.data.verify import Expected
 from open_lm.errors import DataError, StorageError
+from open_lm.storage import retries as storage_errors
 
 MEMBERS = 20
 

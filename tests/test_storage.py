@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
-from open_lm import storage, storage_backends, storage_s3
+from open_lm import storage
 from open_lm.errors import StorageError
+from open_lm.storage import backends as storage_backends
+from open_lm.storage import s3 as storage_s3
 
 
 @pytest.fixture(params=["local", "file", "s3", "s3fs", "memory"])
@@ -260,7 +262,8 @@ def test_forked_workers_read_s3(s3_bucket: str) -> None:
 
 # ---------------------------------------------------------------------------------------------- weight
 def test_importing_loads_no_heavy_library() -> None:
-    code = "import sys, open_lm.storage, open_lm.loggers, open_lm.file_utils, open_lm.remote_sync, open_lm.run_folder\n"
+    modules = ("storage", "storage.remote_sync", "monitor.loggers", "monitor.run_folder", "utils.file_utils")
+    code = f"import sys, {', '.join(f'open_lm.{name}' for name in modules)}\n"
     code += "print([m for m in ('boto3', 's3fs', 'fsspec', 'torch', 'wandb', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 

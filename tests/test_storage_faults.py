@@ -18,8 +18,11 @@ import boto3
 import pytest
 from faulty_proxy import KINDS, FaultyProxy, Rule
 
-from open_lm import storage, storage_errors, storage_files, storage_s3
+from open_lm import storage
 from open_lm.errors import StorageError
+from open_lm.storage import paths as storage_files
+from open_lm.storage import retries as storage_errors
+from open_lm.storage import s3 as storage_s3
 
 FAULTS = [kind for kind in KINDS if kind not in ("delay", "stall")]
 

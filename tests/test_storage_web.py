@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 from faulty_proxy import FaultyProxy, Rule
 
-from open_lm import storage, storage_errors, storage_files
+from open_lm import storage
 from open_lm.errors import StorageError
+from open_lm.storage import paths as storage_files
+from open_lm.storage import retries as storage_errors
 
 
 class Quiet(SimpleHTTPRequestHandler):

@@ -14,9 +14,9 @@ import pytest
 from data_helpers import SEQ_LEN, VOCAB_SIZE, places, sequence, write_shard, write_source
 
 from open_lm import storage
-from open_lm.config import DataConfig
+from open_lm.config.sections import DataConfig
 from open_lm.data.fetch import FetchSettings
-from open_lm.data.plan import Order, Plan, Source
+from open_lm.data.order import Order, Plan, Source
 from open_lm.data.shard_format import MEMBER_KINDS, ManifestEntry, write_manifest
 from open_lm.data.sources import find_sources, find_validation_source
 from open_lm.data.stream import SampleReader, StreamSpec, make_reader

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from open_lm import timing
-from open_lm.timing import PhaseClock, Stopwatch
+from open_lm.monitor import timing
+from open_lm.monitor.timing import PhaseClock, Stopwatch
 
 CPU = torch.device("cpu")
 

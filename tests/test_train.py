@@ -14,13 +14,14 @@ import pytest
 import torch
 import trainer_worker
 
-from open_lm.averaging import ModelAverager
-from open_lm.config import DataConfig, FaultConfig, OptimConfig
+from open_lm.config.layout import Layout
+from open_lm.config.sections import DataConfig, FaultConfig, OptimConfig
 from open_lm.data.loader import build_train_loader
-from open_lm.distributed import Runtime
-from open_lm.layout import Layout
-from open_lm.losses import IGNORE_INDEX
-from open_lm.metrics import (
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import Runtime
+from open_lm.model.losses import IGNORE_INDEX
+from open_lm.model.transformer import Params, Transformer
+from open_lm.monitor.metrics import (
     DeviceMeans,
     TrainReading,
     bootstrap_interval,
@@ -29,11 +30,10 @@ from open_lm.metrics import (
     peak_memory_bytes,
     short_labels,
 )
-from open_lm.model import Params, Transformer
-from open_lm.optim import build_optimizer
-from open_lm.precision import get_autocast
-from open_lm.scheduler import const_lr
-from open_lm.train import Agreed, StepOptions, Trainer, TrainingDiverged, train_step
+from open_lm.optim.averaging import ModelAverager
+from open_lm.optim.build import build_optimizer
+from open_lm.optim.schedules import const_lr
+from open_lm.training.trainer import Agreed, StepOptions, Trainer, TrainingDiverged, train_step
 
 OPTIONS = StepOptions(Runtime(), Layout(), get_autocast("fp32"))
 

@@ -19,7 +19,7 @@ from open_lm.checkpoint.files import read_file
 from open_lm.data.shard_format import ManifestEntry, write_manifest
 from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError, StorageError
 from open_lm.main import main
-from open_lm.train import Trainer
+from open_lm.training.trainer import Trainer
 
 BATCH = 4
 
@@ -322,8 +322,10 @@ def test_a_stop_says_what_is_kept_and_an_evaluation_stops_at_once(
         train(flags, data, 4, "--logs", "none")
     assert "nothing is saved" in caplog.text
     before, handlers = signal.getsignal(signal.SIGTERM), []
-    monkeypatch.setattr("open_lm.session.evaluate_sets", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)))
-    monkeypatch.setattr("open_lm.session.validation_metrics", lambda _: {})
+    monkeypatch.setattr(
+        "open_lm.training.build.evaluate_sets", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM))
+    )
+    monkeypatch.setattr("open_lm.training.build.validation_metrics", lambda _: {})
     weights = str(tmp_path / "run/checkpoints/epoch_1.pt")
     main([*flags, "--val-data", data, "--pretrained", weights, "--name", "evaluation"])
     assert handlers == [before]

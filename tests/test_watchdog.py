@@ -10,15 +10,15 @@ from pathlib import Path
 import fault_helpers
 import pytest
 
-from open_lm import watchdog
-from open_lm.distributed import Runtime
+from open_lm.distributed.processes import Runtime
 from open_lm.errors import HUNG
-from open_lm.watchdog import Stand, Watchdog
+from open_lm.monitor import watchdog
+from open_lm.monitor.watchdog import Stand, Watchdog
 
 ALONE = """
 import sys, threading
-from open_lm import watchdog
-from open_lm.distributed import Runtime
+from open_lm.monitor import watchdog
+from open_lm.distributed.processes import Runtime
 with watchdog.Watchdog(0.5, Runtime(), sys.argv[1]):
     watchdog.beat("reading", 3)
     {}

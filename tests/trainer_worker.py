@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from open_lm.config import ModelConfig, OptimConfig, ParallelConfig
-from open_lm.distributed import build_layout, init_runtime, shutdown
+from open_lm.config.sections import ModelConfig, OptimConfig, ParallelConfig
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import build_layout, init_runtime, shutdown
 from open_lm.errors import end_process
-from open_lm.initialization import init_weights
-from open_lm.losses import IGNORE_INDEX
-from open_lm.model import Params, Transformer
-from open_lm.optim import build_optimizer
-from open_lm.parallelize import parallelize
-from open_lm.precision import get_autocast
-from open_lm.train import StepOptions, train_step
+from open_lm.model.initialization import init_weights
+from open_lm.model.losses import IGNORE_INDEX
+from open_lm.model.transformer import Params, Transformer
+from open_lm.optim.build import build_optimizer
+from open_lm.parallel.parallelize import parallelize
+from open_lm.training.trainer import StepOptions, train_step
 
 ROWS, SEQ_LEN, VOCAB, STEPS = 8, 12, 31, 4
 SHAPE = {"dim": 24, "n_layers": 3, "n_heads": 2, "vocab_size": VOCAB, "seq_len": SEQ_LEN, "apply_qk_norm": True}

@@ -26,8 +26,8 @@ from open_lm import storage
 from open_lm.checkpoint.folders import step_number
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
+from open_lm.distributed.param_names import clean_name
 from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError, join_problems
-from open_lm.param_names import clean_name
 
 LATEST = "latest"
 _NUMBERED = re.compile(r"^epoch_(\d+)\.pt$")

@@ -14,11 +14,11 @@ from open_lm.checkpoint import files
 from open_lm.checkpoint.folders import INDEX, step_folders, step_number
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors, incompleteness
-from open_lm.config import CheckpointConfig, LoggingConfig
-from open_lm.distributed import on_master
+from open_lm.config.sections import CheckpointConfig, LoggingConfig
+from open_lm.distributed.processes import on_master
 from open_lm.errors import CheckpointError, ConfigError, join_problems
-from open_lm.remote_sync import fetch_logs, remote_folder
-from open_lm.run_folder import RunPaths
+from open_lm.monitor.run_folder import RunPaths
+from open_lm.storage.remote_sync import fetch_logs, remote_folder
 
 _ENOUGH = 4  # of the newest: where all of them turn out to be broken, an older one is not what is needed
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from open_lm import storage
-from open_lm.averaging import ModelAverager
 from open_lm.checkpoint import sharded
 from open_lm.checkpoint.archive import LazyTensor, write_archive
 from open_lm.checkpoint.files import (
@@ -37,9 +36,10 @@ from open_lm.checkpoint.model_state import (
 )
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
-from open_lm.distributed import on_master
+from open_lm.distributed.processes import on_master
+from open_lm.distributed.rng import from_tensors, set_rng_state
 from open_lm.errors import BrokenCheckpoint, CheckpointError
-from open_lm.rng import from_tensors, set_rng_state
+from open_lm.optim.averaging import ModelAverager
 
 
 # ---------------------------------------------------------------------------------------------- writing

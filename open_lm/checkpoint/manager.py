@@ -19,10 +19,10 @@ from open_lm.checkpoint.interchange import write_interchange, write_latest
 from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, incompleteness
-from open_lm.config import CheckpointConfig
-from open_lm.distributed import on_all, on_master
+from open_lm.config.sections import CheckpointConfig
+from open_lm.distributed.processes import on_all, on_master
 from open_lm.errors import StorageError
-from open_lm.run_folder import RunPaths
+from open_lm.monitor.run_folder import RunPaths
 
 
 class CheckpointManager:

@@ -14,12 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from open_lm.checkpoint.files import read_model_state, shape_problems
-from open_lm.distributed import on_master
+from open_lm.distributed.param_names import clean_name
+from open_lm.distributed.processes import on_master
+from open_lm.distributed.sharded_tensor import fill_from_first, fused_parts
 from open_lm.errors import CheckpointError, join_problems
-from open_lm.optim import moments_of, optimizer_of
-from open_lm.parallelize import unwrap
-from open_lm.param_names import clean_name
-from open_lm.sharded_tensor import fill_from_first, fused_parts
+from open_lm.optim.build import moments_of, optimizer_of
+from open_lm.parallel.parallelize import unwrap
 
 
 def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from open_lm.sharded_tensor import Box
+from open_lm.distributed.sharded_tensor import Box
 
 
 class StagedPlanner(DefaultSavePlanner):

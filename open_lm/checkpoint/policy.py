@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from open_lm.config import CheckpointConfig
+from open_lm.config.sections import CheckpointConfig
 
 
 def due_after_step(cfg: CheckpointConfig, step: int) -> bool:

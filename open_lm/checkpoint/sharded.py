@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.optim import Optimizer
 
 from open_lm import storage
-from open_lm.averaging import ModelAverager
 from open_lm.checkpoint.collective import reduce_scatter
 from open_lm.checkpoint.folders import INDEX
 from open_lm.checkpoint.model_state import check_moments, empty_moment, fitting, named_tensors, trained
@@ -36,11 +35,12 @@ from open_lm.checkpoint.tensor_index import (
     read_index_bytes,
 )
 from open_lm.checkpoint.tensor_store import TensorReader, TensorWriter
-from open_lm.distributed import on_all, on_master
+from open_lm.distributed.processes import on_all, on_master
+from open_lm.distributed.rng import from_tensors, rng_state, set_rng_state, to_tensors
+from open_lm.distributed.sharded_tensor import boxes, fused_parts
 from open_lm.errors import CheckpointError, StorageError, UserError, join_problems
-from open_lm.parallelize import unwrap
-from open_lm.rng import from_tensors, rng_state, set_rng_state, to_tensors
-from open_lm.sharded_tensor import boxes, fused_parts
+from open_lm.optim.averaging import ModelAverager
+from open_lm.parallel.parallelize import unwrap
 
 __all__ = [
     "ShardedWriter", "StoredTensors", "TrainingState", "incompleteness", "load", "load_weights",

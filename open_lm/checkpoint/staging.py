@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 
 from open_lm.checkpoint.tensor_index import CHUNK_BYTES
-from open_lm.sharded_tensor import boxes, holders
+from open_lm.distributed.sharded_tensor import boxes, holders
 
 # A power of two: torch rounds pinned memory up to one.
 _BLOCK_BYTES = 64 << 20

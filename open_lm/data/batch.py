@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from open_lm import errors
-from open_lm.config import DataConfig
+from open_lm.config.sections import DataConfig
 from open_lm.data.masking import IGNORE_INDEX, mask_targets
-from open_lm.data.plan import Order, Plan, Samples, SizeOf
+from open_lm.data.order import Order, Plan, Samples, SizeOf
 from open_lm.data.shard_format import PAD_ID
 from open_lm.data.stream import Notice, Reader, StreamSpec, make_reader
 from open_lm.errors import DataError, UserError

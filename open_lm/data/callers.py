@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from open_lm.config import DataConfig, ValidationConfig
+from open_lm.config.sections import DataConfig, ValidationConfig
 from open_lm.data.loader import Batch, TrainLoader, ValLoader, build_train_loader, build_val_loaders
 from open_lm.errors import ConfigError
 
@@ -160,7 +160,7 @@ def _val_info(loader: ValLoader) -> DataInfo:
 def _options(args: Any, world_size: int) -> dict[str, Any]:
     seq_len, vocab_size = getattr(args, "seq_len", None), getattr(args, "vocab_size", None)
     if seq_len is None or vocab_size is None:
-        from open_lm.model import create_params
+        from open_lm.model.transformer import create_params
 
         params = create_params(args)
         seq_len, vocab_size = seq_len or params.seq_len, vocab_size or params.vocab_size

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from open_lm import storage
-from open_lm.config import DataConfig
+from open_lm.config.sections import DataConfig
 from open_lm.data.shard_format import iter_files
 from open_lm.data.verify import Expected
 from open_lm.errors import ConfigError, DataError, StorageError

@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from open_lm.config import DataConfig, ValidationConfig
+from open_lm.config.sections import DataConfig, ValidationConfig
 from open_lm.data.batch import Batch, Item, Job, TargetMask, items, size_of_shards
 from open_lm.data.fetch import FetchFolder, FetchSettings
 from open_lm.data.mixture import most_samples
-from open_lm.data.plan import Order, Plan, Source, check_enough, epoch_end_step, epoch_sequences, leftover
+from open_lm.data.order import Order, Plan, Source, check_enough, epoch_end_step, epoch_sequences, leftover
 from open_lm.data.shard_format import MEMBER_KINDS
 from open_lm.data.sources import collect, find_sources, find_validation_source
 from open_lm.data.stream import StreamSpec, needs_folder

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from open_lm.errors import DataError
-from open_lm.losses import IGNORE_INDEX
+from open_lm.model.losses import IGNORE_INDEX
 
 
 def mask_targets(

@@ -17,9 +17,9 @@ import orjson
 from open_lm import storage
 from open_lm.data.manifest import shard_stem
 from open_lm.data.mixture import integer_weights
-from open_lm.data.plan import Source
+from open_lm.data.order import Source
 from open_lm.errors import DataError, join_problems
-from open_lm.run_folder import redact
+from open_lm.storage.redaction import redact
 
 DATASET_NAME, FILE_NAME = "dataset.json", "data.json"
 _FORMAT = 1

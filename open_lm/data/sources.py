@@ -13,10 +13,10 @@ from tarfile import BLOCKSIZE
 from typing import Any, TypeVar
 
 from open_lm import storage
-from open_lm.config import DataConfig
+from open_lm.config.sections import DataConfig
 from open_lm.data.manifest import MANIFEST_NAME
 from open_lm.data.mixture import parse_fraction
-from open_lm.data.plan import Source
+from open_lm.data.order import Source
 from open_lm.data.provenance import read_dataset
 from open_lm.data.shard_format import ManifestEntry, expand_shards, read_manifest, shard_entries, shard_folder
 from open_lm.errors import ConfigError, DataError, StorageError, UserError, join_problems

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from open_lm.data.fetch import FetchSettings, needs_fetch
-from open_lm.data.plan import Samples, Source, hash_key, hash_range
+from open_lm.data.order import Samples, Source, hash_key, hash_range
 from open_lm.data.shard_format import PAD_ID, token_dtype
 from open_lm.data.shards import Shard, ShardStore
 from open_lm.data.sources import SYNTHETIC

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from open_lm.model import Params, create_params
+from open_lm.model.transformer import Params, create_params
 
 CALLABLES = ("norm_type", "attn_func")  # follow from model_norm and attn_name; a config.json holds the names
 FIELDS = tuple(field.name for field in fields(Params) if field.name not in CALLABLES)

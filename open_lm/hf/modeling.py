@@ -15,8 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from open_lm.errors import CheckpointError, join_problems
 from open_lm.hf.cache import read_cache, write_cache
 from open_lm.hf.configuration import OpenLMConfig
-from open_lm.losses import token_loss
-from open_lm.model import Transformer
+from open_lm.model.losses import token_loss
+from open_lm.model.transformer import Transformer
 
 SHOWN_KEYS = 8
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from open_lm.config import ModelConfig
+from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError
-from open_lm.losses import TokenLoss
+from open_lm.model.losses import TokenLoss
 
 
 @dataclass(frozen=True)

@@ -6,5 +6,5 @@
     traffic.py      bytes that a step exchanges, and the time that they take
     report.py       all of it as text
 
-`python -m open_lm.plan` is the command.
+`python -m open_lm.planner.command` is the command.
 """

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from open_lm.config import Config
+from open_lm.config.sections import Config
 from open_lm.planner.shapes import ModelShape
 
 Split = Literal["tokens", "features", "whole"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from open_lm.config import CheckpointConfig
+from open_lm.config.sections import CheckpointConfig
 from open_lm.planner.memory import Job, optimizer_bytes
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from open_lm.config import Config
-from open_lm.layout import Layout
+from open_lm.config.layout import Layout
+from open_lm.config.sections import Config
 from open_lm.planner.activations import (
     Kept,
     Types,

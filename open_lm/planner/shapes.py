@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from open_lm.config import ModelConfig
+from open_lm.config.architecture import architecture_of, gated_width
+from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError
-from open_lm.model_files import architecture_of, gated_width
 
 Role = Literal["embedding", "head", "norm", "in", "out", "expert", "router"]
 NORM_VECTORS = {"no_wb_layer_norm": (), "gain_only_lp_layer_norm": ("weight",), "gain_only_layer_norm": ("weight",),

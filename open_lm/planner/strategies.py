@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from open_lm.config import Config
+from open_lm.config.command_line import parse_args
+from open_lm.config.layout import Layout, layout_of
+from open_lm.config.sections import Config
 from open_lm.errors import ConfigError
-from open_lm.layout import Layout, layout_of
-from open_lm.params import parse_args
 from open_lm.planner.memory import Job, Memory, peak, with_reserve
 from open_lm.planner.shapes import ModelShape, shape_of
 from open_lm.planner.traffic import Rates, StepTime, step_time

@@ -8,7 +8,7 @@ Flags that are not named here are the trainer's own, and so is the step: its ses
 steps train on one batch of random tokens, so that a loss that does not fall shows that something is wrong.
 
 Printed are a table and a line of JSON. Times are those of the slowest rank. FLOPs are the model's, without
-recomputation (open_lm.metrics); MFU is their share of the devices' peak, that of the makers' data sheets, and on a CPU
+recomputation; MFU is their share of the devices' peak, that of the makers' data sheets, and on a CPU
 of a matrix product measured on all ranks at once. Memory is the most of a rank: on CUDA of the allocator, on a CPU of
 the process.
 """
@@ -33,13 +33,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from bench_train_worker import timed, trainer_flags
 from our_step import OurStep
 
-from open_lm.config import ParallelConfig
-from open_lm.distributed import Runtime, gather_objects, init_runtime, shutdown
+from open_lm.config.architecture import architecture_of
+from open_lm.config.command_line import parse_args
+from open_lm.config.layout import Layout, layout_of
+from open_lm.config.sections import ParallelConfig
+from open_lm.distributed.processes import Runtime, gather_objects, init_runtime, shutdown
 from open_lm.errors import ConfigError, end_process, run_cli
-from open_lm.layout import Layout, layout_of
-from open_lm.metrics import peak_memory_bytes
-from open_lm.model_files import architecture_of
-from open_lm.params import parse_args
+from open_lm.monitor.metrics import peak_memory_bytes
 from open_lm.storage import write_text
 
 SMALL = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 512}

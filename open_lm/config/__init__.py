@@ -1,0 +1,1 @@
+"""Every setting of a run: sections, checks, command line, model architecture files. Imports no torch."""

@@ -1,0 +1,206 @@
+"""Command line and configuration files <-> the sections of config.py. Imports no torch, so that --help is immediate."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from open_lm.config.checks import contradictions, missing_for_a_run
+from open_lm.config.layout import parse_mesh_dim
+from open_lm.config.sections import ArchitectureConfig, Config, FieldSpec, sections
+from open_lm.errors import ConfigError, join_problems
+
+# Flags that came after these may not make anyone's abbreviations ambiguous.
+LATER_FLAGS = frozenset({
+    "batch_size", "document_mask", "end_of_text_id", "cache_dir", "cache_limit", "read_timeout", "allow_changed_data",
+    "checkpoint_format", "checkpoint_dir", "save_every_n_steps", "save_every_minutes", "keep_last",
+    "save_milestone_every", "max_skipped_steps", "skip_loss_spikes", "rollback_loss_spikes", "hang_timeout",
+    "deterministic", "activation_checkpointing", "torchcompile_mode", "no_decay_norms", "muon_momentum",
+    "lr_decay_fraction", "lr_decay_shape", "fsdp_zero2", "tensor_parallel", "context_parallel", "mesh_dim",
+    "dist_timeout", "fp8",
+})  # fmt: skip
+
+
+class FlagParser(argparse.ArgumentParser):
+    """argparse that raises ConfigError instead of exiting and keeps established abbreviations unambiguous."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help for all flags")
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        matches = super()._get_option_tuples(option_string)
+        established = [match for match in matches if match[0].dest not in LATER_FLAGS]
+        return established or matches
+
+
+def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace:
+    """Flags (and the file of --config) as one flat object, checked.
+
+    Command line wins over --config, which wins over defaults. Raises one ConfigError with every problem found.
+    With `for_run`, what a training or evaluation run cannot do without counts as well.
+    """
+    parser = build_parser()
+    given, unknown = parser.parse_known_args(_joined(args))
+    specs = all_specs()
+    problems = [_unknown_flag(word, specs) for word in unknown if word.startswith("-")]
+    if not problems:  # else these are the unknown flags' values
+        problems = [f"{word!r} does not belong to any flag" for word in unknown]
+
+    values = {spec.name: spec.default for spec in specs.values()}
+    sources: list[tuple[str, dict[str, Any]]] = [("command line", vars(given))]
+    if getattr(given, "config", None):
+        sources.insert(0, (given.config, load_config_file(given.config)))
+    stated: set[str] = set()
+    for origin, mapping in sources:
+        for key, raw in mapping.items():
+            spec = specs.get(key)
+            if spec is None:
+                problems.append(f"{origin}: unknown key {key!r}{_near(key, specs)}")
+                continue
+            try:
+                values[key] = convert(raw, spec)
+                stated.add(key)
+            except ConfigError as error:
+                problems.append(f"{error} (in {origin})" if origin != "command line" else str(error))
+    values["fsdp"] = values["fsdp"] or _shards(values["mesh_dim"])
+    namespace = argparse.Namespace(**values)
+    config = Config.from_namespace(namespace)
+    problems += contradictions(config, stated)
+    if for_run:
+        problems += missing_for_a_run(config)
+    if problems:
+        raise ConfigError(join_problems(problems, "the configuration cannot be used"))
+    return namespace
+
+
+def _joined(args: Sequence[str]) -> list[str]:
+    """`args` with --mesh-dim and a value such as -1,2,4, which argparse would take for a flag, in one word."""
+    words: list[str] = []
+    for word in args:
+        if words and words[-1] == "--mesh-dim" and word.startswith("-1"):
+            words[-1] += f"={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _shards(mesh_dim: str | None) -> bool:
+    """Whether --mesh-dim divides parameters as --fsdp does."""
+    try:
+        return mesh_dim is not None and parse_mesh_dim(mesh_dim)[1] != 1
+    except ConfigError:  # told with all other problems
+        return False
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the trainer: every field of every section, one group for each section."""
+    parser = FlagParser(
+        prog="open_lm.main",
+        description="Train or evaluate a language model on shards of tokens. Start several processes with torchrun.",
+        argument_default=argparse.SUPPRESS,
+    )
+    for section in sections():
+        group = parser.add_argument_group(section.title)
+        for spec in section.specs():
+            _add_flag(group, spec)
+    return parser
+
+
+def add_model_args(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that shape a model (norm, feed-forward, attention, …) to another program's parser."""
+    for spec in ArchitectureConfig.specs():
+        kwargs: dict[str, Any] = {"help": spec.help, "default": spec.default}
+        if spec.kind is bool:
+            kwargs["action"] = "store_true"
+        else:
+            kwargs |= {"type": spec.kind, "choices": spec.choices}
+        parser.add_argument(spec.flag, **kwargs)
+
+
+def all_specs() -> dict[str, FieldSpec]:
+    """Every flag by its name, in the order of the sections."""
+    return {spec.name: spec for section in sections() for spec in section.specs()}
+
+
+def _add_flag(group: Any, spec: FieldSpec) -> None:
+    """Add a flag that takes plain strings: `convert` checks them, so that all problems are reported together."""
+    if spec.kind is bool:
+        group.add_argument(spec.flag, action="store_true", help=spec.help)
+        return
+    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
+    shown = "" if spec.default is None or spec.default == "" else f" (default: {spec.default})"
+    group.add_argument(spec.flag, nargs="+" if spec.many else None, metavar=metavar, help=spec.help + shown)
+
+
+def convert(raw: Any, spec: FieldSpec) -> Any:
+    """A value from the command line or a file in the type of its flag; ConfigError where it does not fit."""
+    if raw is None:
+        if spec.optional:
+            return None
+        raise ConfigError(f"{spec.flag}: found nothing, expected {_expected(spec)}")
+    if spec.many:
+        items = raw if isinstance(raw, list) else [raw]
+        if not items:
+            raise ConfigError(f"{spec.flag}: found an empty list, expected one value or more")
+        return [_convert_one(item, spec) for item in items]
+    return _convert_one(raw, spec)
+
+
+def _convert_one(raw: Any, spec: FieldSpec) -> Any:
+    value = _typed(raw, spec.kind)
+    if value is None:
+        raise ConfigError(f"{spec.flag}: found {raw!r}, expected {_expected(spec)}")
+    if spec.choices and value not in spec.choices:
+        raise ConfigError(f"{spec.flag}: found {value!r}, expected one of {', '.join(spec.choices)}")
+    return value
+
+
+def _typed(raw: Any, kind: type) -> Any:
+    """`raw` as `kind`, or None where it is something else; a bool is no number, a number no text."""
+    if kind is bool or kind is str:
+        return raw if isinstance(raw, kind) else None
+    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
+        return None
+    try:
+        value = float(raw) if kind is float else int(raw)
+    except ValueError:
+        return None
+    return None if kind is int and isinstance(raw, float) and raw != value else value
+
+
+def _expected(spec: FieldSpec) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names[spec.kind]
+
+
+def load_config_file(path: str) -> dict[str, Any]:
+    """Keys (dashes or underscores) and values of a YAML or JSON file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config: {path} cannot be read ({error.strerror}); give a YAML or JSON file") from error
+    import yaml
+
+    try:
+        content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config: {path} is neither valid YAML nor JSON: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise ConfigError(
+            f"--config: {path} holds a {type(content).__name__}, expected flags as keys with their values"
+        )
+    return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def _unknown_flag(word: str, specs: dict[str, FieldSpec]) -> str:
+    name = word.split("=", 1)[0]
+    return f"unknown flag {name}{_near(name, [spec.flag for spec in specs.values()])}"
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(word, list(known), n=3)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""

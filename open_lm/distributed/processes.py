@@ -1,0 +1,293 @@
+"""Ranks, devices and the process group. Everything here also works in a single process without a group."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from open_lm.config.layout import Layout, layout_of
+from open_lm.config.sections import ParallelConfig
+from open_lm.errors import RANK_NAMES, ConfigError, UserError, join_problems
+
+T = TypeVar("T")
+
+LOCAL_RANK_NAMES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+WORLD_SIZE_NAMES = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+_STORE_TIMEOUT = timedelta(minutes=30)
+_NAMES_MADE = itertools.count()  # by this process, in the same order after a restart
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among all: its rank, its device, and whether it started the process group."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    device: torch.device = torch.device("cpu")
+    owns_group: bool = False
+
+    @property
+    def is_master(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return dist.is_available() and dist.is_initialized()
+
+
+def world_info_from_env() -> tuple[int, int, int]:
+    """(local_rank, rank, world_size) from torchrun, MPI, PMI, Slurm or Open MPI; (0, 0, 1) without any of them."""
+    return _first_int(LOCAL_RANK_NAMES, 0), _first_int(RANK_NAMES, 0), _first_int(WORLD_SIZE_NAMES, 1)
+
+
+def init_runtime(cfg: ParallelConfig) -> Runtime:
+    """Choose this rank's device and join the process group: gloo on CPU, `cfg.dist_backend` on CUDA.
+
+    A single process starts a group only for --fsdp or --force-distributed. A group that the caller has already started
+    is used and left alone. Raises ConfigError where the launcher's description does not fit the flags.
+    """
+    local_rank, rank, world_size = world_info_from_env()
+    if cfg.preset_world_size is not None and cfg.preset_world_size != world_size:
+        raise ConfigError(
+            f"--preset-world-size {cfg.preset_world_size}: the launcher started {world_size} ranks; start as many as "
+            "the flag says, or leave it out"
+        )
+    device = _device(local_rank, cfg)
+    started = False
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    elif world_size > 1 or cfg.fsdp or cfg.force_distributed:
+        _start_group(cfg, device, rank, world_size)
+        started = True
+    local_size = _first_int(LOCAL_SIZE_NAMES, 0) or _local_size(device, world_size)
+    return Runtime(rank, local_rank, world_size, local_size, device, started)
+
+
+def init_distributed_device(args: Any) -> torch.device:
+    """`init_runtime` for a Namespace: sets distributed, world_size, rank, local_rank, device; returns the device."""
+    runtime = init_runtime(ParallelConfig.from_object(args))
+    args.distributed = runtime.distributed
+    args.world_size, args.rank, args.local_rank = runtime.world_size, runtime.rank, runtime.local_rank
+    args.device = str(runtime.device)
+    return runtime.device
+
+
+def shutdown(runtime: Runtime) -> None:
+    """Leave the process group if `init_runtime` started it.
+
+    Not on the way out with an error, where other ranks are there: they may be in the middle of a collective, and would
+    lose contact before this rank has said what is wrong, or be waited for in vain.
+    """
+    if sys.exc_info()[0] is not None and runtime.world_size > 1:
+        return
+    if runtime.owns_group and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def restart_count() -> int:
+    """How often the launcher has started this run anew (torchrun --max-restarts); 0 for the first start."""
+    return _first_int(("TORCHELASTIC_RESTART_COUNT",), 0)
+
+
+def agreed_name(runtime: Runtime, make_name: Callable[[], str]) -> str:
+    """The name of a run that was given none: rank 0's `make_name()`, that of the first start. Collective.
+
+    torchrun's agent remembers it, whose store outlives the workers; ConfigError where a restarted run has no such one.
+    """
+    number = next(_NAMES_MADE)
+
+    def name() -> str:
+        store = _agent_store()
+        if store is not None:
+            run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+            return str(store.compare_set(f"open_lm/{run_id}/name_{number}", "", make_name()).decode())
+        if restart_count():
+            raise ConfigError(
+                f"--name: not given, and this is restart {restart_count()} of a run whose launcher does not remember "
+                "the name of its first start: give one"
+            )
+        return make_name()
+
+    return on_master(name)
+
+
+def build_layout(runtime: Runtime, cfg: ParallelConfig) -> Layout:
+    """How all ranks are divided, with their meshes. Collective. ConfigError where they do not divide."""
+    layout = layout_of(cfg, runtime.world_size, runtime.local_world_size, runtime.rank)
+    if not runtime.distributed:
+        return layout
+    kind = runtime.device.type
+    replicate, shard, context, tensor = layout.replicate, layout.shard, layout.context, layout.tensor
+    mesh = init_device_mesh(kind, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor"))
+    groups = mesh.get_all_groups()
+    group = None
+    if context > 1:
+        names = ("replicate", "shard", "context", "tensor")
+        group = init_device_mesh(kind, (replicate, shard, context, tensor), mesh_dim_names=names).get_group("context")
+        groups.append(group)
+    for part in groups:
+        if part is not dist.group.WORLD:  # made with torch's default, not with the timeout of the whole group
+            _set_pg_timeout(timedelta(seconds=cfg.dist_timeout), part)
+    return replace(layout, mesh=mesh, context_group=group)
+
+
+def is_master(args: Any, local: bool = False) -> bool:
+    """Whether this is rank 0, or with `local` its node's rank 0. `args` has rank and local_rank (a Runtime does)."""
+    return getattr(args, "local_rank" if local else "rank", 0) == 0
+
+
+def broadcast_object(args: Any, obj: T, src: int = 0) -> T:
+    """Rank `src`'s `obj` on every rank. Any object that pickles; `args` is accepted for callers that pass it."""
+    if not dist.is_initialized():
+        return obj
+    objects = [obj]
+    dist.broadcast_object_list(objects, src=src)
+    return objects[0]
+
+
+def on_master(function: Callable[[], T]) -> T:
+    """Call `function` on rank 0 alone; every rank returns its result or raises its exception."""
+    if not dist.is_initialized():
+        return function()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        outcome[1].on_every_rank = True
+        raise outcome[1]
+    return cast(T, outcome[0])
+
+
+def on_all(function: Callable[[], T]) -> T:
+    """Call `function`, which waits for no other rank, on every rank. A UserError on any of them is raised on all, so
+    that none waits for one that has ended, and what they all found is said once."""
+    if not dist.is_initialized():
+        return function()
+    result, failure = None, None
+    try:
+        result = function()
+    except UserError as error:
+        failure = error
+    failures: list[UserError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    found = {str(error): error for error in failures if error is not None}
+    if found:
+        first = next(iter(found.values()))
+        failure = first if len(found) == 1 else type(first)(join_problems(list(found), "the ranks found problems"))
+        failure.on_every_rank = True
+        raise failure
+    return cast(T, result)
+
+
+def gather_objects(obj: T) -> list[T]:
+    """Every rank's `obj`, in rank order, on rank 0; an empty list elsewhere."""
+    if not dist.is_initialized():
+        return [obj]
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(obj, gathered)
+    return gathered or []
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum `tensor` over all ranks, in place, and return it. Asynchronous on CUDA like any other kernel."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _device(local_rank: int, cfg: ParallelConfig) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    needed = 1 if cfg.no_set_device_rank else max(local_rank + 1, _first_int(LOCAL_SIZE_NAMES, 0))
+    if needed > count:
+        raise ConfigError(
+            f"{needed} ranks on this node need a CUDA device each, and {count} are visible: start at most {count} "
+            "ranks a node, or pass --no-set-device-rank where every rank sees a device of its own"
+        )
+    device = torch.device("cuda", 0 if cfg.no_set_device_rank else local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_size: int) -> None:
+    if device.type == "cuda":
+        # Objects and offloaded parameters travel through host memory, so that CPU tensors need a backend as well.
+        backend = f"cpu:gloo,cuda:{cfg.dist_backend}" if cfg.dist_backend != "gloo" else "gloo"
+    else:
+        backend = "gloo"
+    timeout = timedelta(seconds=cfg.dist_timeout)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if cfg.dist_url == "env://":
+        for name, value in _slurm_master(os.environ).items():
+            os.environ.setdefault(name, value)
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"{world_size} ranks were started without {' and '.join(missing)}: set them to the address and a free "
+                "port of rank 0's node, give --dist-url tcp://HOST:PORT, or start with torchrun"
+            )
+    agent_store = _agent_store(timeout) if cfg.dist_url == "env://" else None
+    if agent_store is not None:
+        # It still holds the addresses of the workers before a restart, which the new ones must not take for theirs.
+        store = dist.PrefixStore(f"restart_{restart_count()}", agent_store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        return
+    dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _slurm_master(environment: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT of ranks that srun has started: the first of a step's nodes, where rank 0 is, and a
+    port that other jobs do not have; nothing elsewhere. Node lists are such as gpu[003-010,12],cpu1."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
+    job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "0")
+    if first is None or not (job.isdecimal() and step.isdecimal()):
+        return {}
+    port = 20000 + (int(job) + int(step)) % 10000
+    return {"MASTER_ADDR": re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group()), "MASTER_PORT": str(port)}
+
+
+def _agent_store(timeout: timedelta = _STORE_TIMEOUT) -> dist.TCPStore | None:
+    """A connection to the store of torchrun's agent, which outlives the workers; None where no agent keeps one."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+
+def _local_size(device: torch.device, world_size: int) -> int:
+    """Ranks of a node where no launcher says: one for each visible device, as many as there are at most."""
+    return min(world_size, torch.cuda.device_count()) if device.type == "cuda" else world_size
+
+
+def _first_int(names: tuple[str, ...], default: int) -> int:
+    for name in names:
+        if name in os.environ:
+            try:
+                return int(os.environ[name])
+            except ValueError:
+                raise ConfigError(
+                    f"environment variable {name}: found {os.environ[name]!r}, expected a number"
+                ) from None
+    return default

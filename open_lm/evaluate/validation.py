@@ -1,0 +1,209 @@
+"""Validation: the loss of whole sets, exact over ranks and masked tokens, with bootstrap intervals.
+
+Legend: B rows of this rank's batch, T sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from open_lm.config.layout import Layout
+from open_lm.config.sections import LoggingConfig, ValidationConfig
+from open_lm.data.device import on_device
+from open_lm.data.loader import ValLoader
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import Runtime, broadcast_object, gather_objects, sum_over_ranks
+from open_lm.errors import ConfigError
+from open_lm.model.losses import IGNORE_INDEX, TokenLoss
+from open_lm.model.objective import ForwardOptions, batch_loss
+from open_lm.monitor.metrics import bootstrap_interval
+from open_lm.monitor.watchdog import beat
+from open_lm.parallel.parallelize import without_training
+
+NO_INTERVAL = (-1.0, -1.0)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How validation computes, and what it says about the run. `train_tokens`: trained on so far, None: unknown.
+    `end_of_text_id`: attention stays inside the documents that it ends; None: it sees the whole row."""
+
+    runtime: Runtime
+    layout: Layout
+    autocast: Callable[[], AbstractContextManager[object]]
+    cfg: ValidationConfig
+    model_name: str
+    checkpoint_path: str | None = None
+    train_tokens: int | None = None
+    log_every: int = 100
+    end_of_text_id: int | None = None
+
+
+def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: EvaluationOptions) -> list[dict[str, Any]]:
+    """The result of each validation set, the same on all ranks; each is a line's entry of results.jsonl.
+
+    loss is the mean over the valid tokens of all ranks (filler rows and masked targets do not count), tokens and
+    sequences are how many counted; samples_per_second counts tokens, as in existing results.
+    """
+    results = []
+    for loader in loaders:
+        with without_training(model):
+            result = _evaluate_set(model, loader, options)
+        if options.train_tokens is not None:
+            result["train_tokens"] = options.train_tokens
+        result["checkpoint_path"] = options.checkpoint_path
+        result["val_data"] = list(loader.val_data)
+        result["model"] = options.model_name
+        results.append(result)
+    return results
+
+
+def validation_metrics(results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What loggers record of a validation: val/loss over the tokens of all sets, and with several sets each one's
+    numbers below val/<name of its shards>."""
+    metrics: dict[str, float] = {}
+    tokens = sum(result["tokens"] for result in results)
+    if tokens:
+        loss = sum(result["loss"] * result["tokens"] for result in results if result["tokens"]) / tokens
+        metrics |= {"val/loss": loss, "val/tokens": tokens}
+    for number, result in enumerate(results):
+        stem = PurePath(" ".join(result["val_data"])).name.partition(".")[0] or str(number)
+        prefix = "val" if len(results) == 1 else f"val/{stem}"
+        if len(results) > 1 and f"{prefix}/loss" in metrics:
+            prefix = f"{prefix}-{number}"  # two sets whose shards are named alike
+        known = {key: value for key, value in result.items() if isinstance(value, int | float) and value != -1.0}
+        metrics |= {f"{prefix}/{key}": value for key, value in known.items() if key != "train_tokens"}
+    return metrics
+
+
+def evaluate_loop(
+    model: nn.Module, val_list: Sequence[Any], epoch: int, args: Any, writer: Any = None
+) -> list[dict[str, Any]]:
+    """`evaluate_sets` for programs written against the original: `val_list` from get_data, a flat `args`.
+
+    args: device, rank, world_size, precision, the validation flags, document_mask and end_of_text_id, with defaults
+    where they are missing; train_num_samples counts sequences here. writer: None, or what has add_scalar(name, value,
+    step). ConfigError for document_mask without end_of_text_id.
+    """
+    device = torch.device(getattr(args, "device", None) or next(model.parameters()).device)
+    runtime = Runtime(rank=getattr(args, "rank", 0), world_size=getattr(args, "world_size", 1) or 1, device=device)
+    samples, seq_len = getattr(args, "train_num_samples", None), getattr(args, "seq_len", None)
+    end_of_text_id = getattr(args, "end_of_text_id", None) if getattr(args, "document_mask", False) else None
+    if getattr(args, "document_mask", False) and end_of_text_id is None:
+        raise ConfigError("document_mask is set without end_of_text_id: give the id that ends a document")
+    options = EvaluationOptions(
+        runtime=runtime,
+        layout=Layout(replicate=runtime.world_size, rank=runtime.rank),
+        autocast=get_autocast(getattr(args, "precision", "fp32"), device.type),
+        cfg=ValidationConfig.from_object(args),
+        model_name=getattr(args, "hf_model", None) or getattr(args, "model", None) or type(model).__name__,
+        checkpoint_path=getattr(args, "resume", None),
+        train_tokens=epoch * samples * seq_len if samples is not None and seq_len else None,
+        log_every=LoggingConfig.from_object(args).log_every_n_steps,
+        end_of_text_id=end_of_text_id,
+    )
+    results = evaluate_sets(model, [getattr(item, "loader", item) for item in val_list], options)
+    for result in results:
+        for name, value in result.items():
+            if writer is not None and isinstance(value, int | float):
+                writer.add_scalar(f"valid/{name}", value, epoch)
+    return results
+
+
+@dataclass
+class _Points:
+    """Losses of single sequences and tokens on this rank, for the intervals."""
+
+    sequences: list[np.ndarray] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, losses: Tensor, valid: Tensor, cfg: ValidationConfig) -> None:
+        """losses, valid (B,T): float32 and bool."""
+        if cfg.val_seq_ci:
+            counts = valid.sum(1)
+            means = losses.sum(1) / counts.clamp(min=1)
+            self.sequences.append(means[counts > 0].cpu().numpy())
+        if cfg.val_tok_ci:
+            self.tokens.append(losses[valid].cpu().numpy())
+
+
+def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOptions) -> dict[str, Any]:
+    runtime, cfg = options.runtime, options.cfg
+    totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # loss, tokens, sequences
+    points = _Points()
+    data_s, steps, slots, start = 0.0, 0, 0, time.perf_counter()
+    waiting_since = start
+    for number, (batch, _) in enumerate(on_device(((batch, None) for batch in loader), runtime.device)):
+        data_s += time.perf_counter() - waiting_since
+        beat("validating")
+        targets = batch.targets
+        losses = token_losses(model, batch.inputs, targets, options)
+        valid = (targets != IGNORE_INDEX) & options.layout.counts_rows
+        sums = ((losses * valid).sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
+        totals += torch.stack([value.to(torch.float64) for value in sums])
+        points.add(losses, valid, cfg)
+        steps, slots = steps + 1, slots + targets.numel() * options.layout.data_size
+        if runtime.is_master and number % options.log_every == 0:
+            _log_progress(number, data_s / steps, (time.perf_counter() - start) / steps, slots / steps, runtime)
+        waiting_since = time.perf_counter()
+    loss_sum, tokens, sequences = sum_over_ranks(totals).tolist()
+    batch_s = max(time.perf_counter() - start, 1e-9) / max(steps, 1)
+    speed = slots / max(steps, 1) / batch_s
+    loss = loss_sum / tokens if tokens else math.nan
+    result: dict[str, Any] = {
+        "loss": loss,
+        "data_time": data_s / max(steps, 1),
+        "batch_time": batch_s,
+        "samples_per_second": speed,
+        "samples_per_second_per_gpu": speed / runtime.world_size,
+        **_intervals(points, cfg),
+        "sequences": round(sequences),
+        "tokens": round(tokens),
+    }
+    if runtime.is_master:
+        perplexity = math.inf
+        with suppress(OverflowError):
+            perplexity = math.exp(loss)
+        name = " ".join(loader.val_data)
+        logging.info(f"Validation on {name}: loss {loss:.6f}, perplexity {perplexity:.4g}, {round(tokens)} tokens")
+    # Times differ from rank to rank; every rank gets rank 0's.
+    return broadcast_object(runtime, result)
+
+
+def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, options: ForwardOptions) -> Tensor:
+    """Cross entropy of each token, 0 where it is masked: inputs, targets (B,T) int64 -> (B,T) float32."""
+    return batch_loss(model, inputs, TokenLoss(targets, per_token=True), options)
+
+
+def _intervals(points: _Points, cfg: ValidationConfig) -> dict[str, float]:
+    """95 % intervals over the points of all ranks, computed on rank 0."""
+    found = {}
+    wanted = (("sequences", cfg.val_seq_ci, points.sequences), ("tokens", cfg.val_tok_ci, points.tokens))
+    for name, is_wanted, own in wanted:
+        bounds = NO_INTERVAL
+        if is_wanted:
+            everyone = gather_objects(np.concatenate(own) if own else np.empty(0, np.float32))
+            population = np.concatenate(everyone) if everyone else np.empty(0, np.float32)
+            if len(population):
+                bounds = bootstrap_interval(population, cfg.val_iter_ci, cfg.val_max_pop_ci)
+        found[f"loss_{name}_lower_95"], found[f"loss_{name}_upper_95"] = bounds
+    return found
+
+
+def _log_progress(number: int, data_s: float, batch_s: float, step_tokens: float, runtime: Runtime) -> None:
+    speed = step_tokens / batch_s
+    logging.info(
+        f"Validation batch {number} Data (t): {data_s:.3f} Batch (t): {batch_s:.3f}, {speed:#g}/s, "
+        f"{speed / runtime.world_size:#g}/s/gpu"
+    )

@@ -1,0 +1,275 @@
+"""Text from a trained model: sampling with a cache of keys and values, for several prompts of any lengths at once.
+
+Legend: B batch (one row for each prompt), T sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from open_lm.errors import ConfigError, DataError, join_problems
+from open_lm.model.initialization import reset_buffers
+from open_lm.model.transformer import Transformer, create_model
+from open_lm.tokenizer import Tokenizer
+
+# Prompts enter the cache in pieces of this many tokens: the logits of a long one would not fit into memory.
+PREFILL_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: most tokens added to a prompt; the model's sequence length is a limit as well.
+        temperature: the logits' divisor; 0 takes the most likely token always.
+        top_k: choose among this many most likely tokens; 0: among all.
+        top_p: choose among the fewest most likely tokens that together have this probability (Holtzman et al. 2019,
+            https://arxiv.org/abs/1904.09751).
+        repetition_penalty: logits of tokens already in the row are divided by it if positive, else multiplied (Keskar
+            et al. 2019, https://arxiv.org/abs/1909.05858); 1 changes nothing.
+        seed: of the random choices; each row has its own stream, whatever else is in the batch.
+        stop_ids: tokens that end a row.
+        vocab_limit: number of ids that may be chosen, where the tokenizer has fewer than the model; None: all.
+        use_cache: keep keys and values of earlier tokens; without, all is computed anew for every token.
+
+    Raises:
+        ConfigError: values out of range, all of them together.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    vocab_limit: int | None = None
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("--max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("--temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("--top-k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("--repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+        )
+        problems = [f"{flag} is {value}, expected {wanted}" for flag, value, valid, wanted in rules if not valid]
+        if problems:
+            raise ConfigError(join_problems(problems, "generation"))
+
+
+def generate_ids(
+    model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, first_row: int = 0
+) -> Iterator[list[int | None]]:
+    """Continue prompts token by token.
+
+    Args:
+        model: in any mode; it is in evaluation mode while this runs.
+        prompts: B lists of token ids, each with at least one, of any lengths.
+        sampling: how tokens are chosen.
+        first_row: number of the first prompt among all that share a seed, where they come in several batches.
+
+    Yields:
+        For each step B entries: the new token's id, or None for a row that has ended. Tokens of stop_ids end their row
+        and are yielded too.
+
+    Raises:
+        ConfigError: a prompt that leaves no room within the model's sequence length.
+        DataError: a prompt that is empty or holds an id that the model does not know.
+    """
+    _check_prompts(model, prompts)
+    was_training = model.training
+    model.eval()
+    try:
+        yield from _Rows(model, prompts, sampling, first_row).steps()
+    finally:
+        model.train(was_training)
+
+
+class _Rows:
+    """The state of a batch that is being continued."""
+
+    def __init__(
+        self, model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, first_row: int
+    ) -> None:
+        self.model, self.sampling = model, sampling
+        device = model.get_input_embeddings().weight.device
+        width = max(len(prompt) for prompt in prompts)
+        self.ids = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
+        self.mask = torch.zeros_like(self.ids)
+        self.seen = torch.zeros(len(prompts), model.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            self.ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
+            self.mask[row, width - len(prompt) :] = 1
+            self.seen[row, list(prompt)] = True
+        self.padded = any(len(prompt) < width for prompt in prompts)
+        self.room = [min(sampling.max_new_tokens, model.seq_len - len(prompt)) for prompt in prompts]
+        self.generators = [_generator(sampling.seed, first_row + row) for row in range(len(prompts))]
+        self.cache: list[list[Tensor]] | None = None
+
+    def steps(self) -> Iterator[list[int | None]]:
+        while any(self.room):
+            chosen = self._step()
+            yield [token if room else None for token, room in zip(chosen, self.room, strict=True)]
+            for row, token in enumerate(chosen):
+                self.room[row] = 0 if token in self.sampling.stop_ids else max(0, self.room[row] - 1)
+
+    @torch.no_grad()
+    def _step(self) -> list[int]:
+        chosen = choose(self._next_logits(), self.seen, self.sampling, self.generators)
+        column = torch.tensor(chosen, device=self.ids.device)[:, None]
+        self.ids = torch.cat((self.ids, column), dim=1)
+        self.mask = torch.cat((self.mask, torch.ones_like(column)), dim=1)
+        self.seen.scatter_(1, column, True)
+        return chosen
+
+    def _next_logits(self) -> Tensor:
+        """Logits of each row's next token: (B,V) float32."""
+        known = 0 if self.cache is None else self.cache[0][0].shape[1]
+        total = self.ids.shape[1]
+        ends = [*range(known + PREFILL_TOKENS, total, PREFILL_TOKENS), total] if self.sampling.use_cache else [total]
+        for end in ends:
+            logits, _, self.cache = self.model(
+                self.ids[:, known:end],
+                past_key_values=self.cache,
+                use_cache=self.sampling.use_cache,
+                attention_mask=self.mask[:, :end] if self.padded else None,
+            )
+            known = end
+        last: Tensor = logits[:, -1]
+        return last
+
+
+def _generator(seed: int, row: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
+    broken = []
+    for number, prompt in enumerate(prompts, start=1):
+        strange = [i for i in prompt if not 0 <= i < model.vocab_size]
+        if not prompt:
+            broken.append(f"prompt {number} has no token")
+        elif strange:
+            broken.append(f"prompt {number} has the id {strange[0]}, the model's ids end at {model.vocab_size - 1}")
+    if broken:
+        raise DataError(join_problems(broken, "these prompts do not fit the model; check --tokenizer"))
+    long = [
+        f"prompt {number} has {len(prompt)} tokens, expected at most {model.seq_len - 1}"
+        for number, prompt in enumerate(prompts, start=1)
+        if len(prompt) >= model.seq_len
+    ]
+    if long:
+        raise ConfigError(join_problems(long, f"the model's sequence length is {model.seq_len}; shorten the prompts"))
+
+
+def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
+    """The next token of each row.
+
+    Args:
+        logits: (B,V) float32.
+        seen: (B,V) bool, the tokens that a row holds already.
+        sampling: the rules.
+        generators: B generators on the CPU.
+    """
+    if sampling.repetition_penalty != 1.0:
+        penalty = sampling.repetition_penalty
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.vocab_limit is not None and sampling.vocab_limit < logits.shape[-1]:
+        logits = logits[:, : sampling.vocab_limit]
+    if sampling.temperature == 0:
+        return [int(i) for i in logits.argmax(-1).tolist()]
+    probabilities = filtered_probabilities(logits / sampling.temperature, sampling.top_k, sampling.top_p).cpu()
+    draws = zip(probabilities, generators, strict=True)
+    return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in draws]
+
+
+def filtered_probabilities(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Probabilities (B,V) of logits (B,V), 0 outside the top_k most likely tokens and outside the top_p nucleus."""
+    if 0 < top_k < logits.shape[-1]:
+        smallest = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest, float("-inf"))
+    probabilities = torch.softmax(logits, dim=-1)
+    if top_p >= 1.0:
+        return probabilities
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = torch.where(before < top_p, ordered, 0.0)
+    return torch.zeros_like(probabilities).scatter(1, order, kept / kept.sum(-1, keepdim=True))
+
+
+class TextStream:
+    """Text of a growing row of tokens, handed out as soon as its characters are whole."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(prompt)
+        self._start = max(0, len(self._ids) - 8)  # a few tokens of context: spaces depend on what is before them
+        self._read = len(self._ids)
+
+    def push(self, token: int, final: bool = False) -> str:
+        """The text that this token completes; with `final` also what is left of a broken character."""
+        self._ids.append(token)
+        before = self._tokenizer.decode(self._ids[self._start : self._read])
+        after = self._tokenizer.decode(self._ids[self._start :])
+        if after.endswith("\N{REPLACEMENT CHARACTER}") and not final:
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return after[len(before) :]
+
+
+def stream_texts(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, first_row: int = 0
+) -> Iterator[list[str]]:
+    """Continue texts; each step yields B pieces of new text, "" for rows that have ended or wait for more tokens.
+
+    An end-of-text token ends its row and gives no text. An empty prompt starts a document. See `generate_ids`.
+    """
+    rows = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+    sampling = replace(
+        sampling,
+        stop_ids=tuple({*sampling.stop_ids, tokenizer.eot_id}),
+        vocab_limit=min(tokenizer.vocab_size, sampling.vocab_limit or tokenizer.vocab_size),
+    )
+    streams = [TextStream(tokenizer, row) for row in rows]
+    room = [min(sampling.max_new_tokens, model.seq_len - len(row)) for row in rows]
+    for count, step in enumerate(generate_ids(model, rows, sampling, first_row), start=1):
+        yield [
+            "" if token is None else stream.push(token, final=count == limit or token in sampling.stop_ids)
+            for token, stream, limit in zip(step, streams, room, strict=True)
+        ]
+
+
+def complete_texts(
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, first_row: int = 0
+) -> list[str]:
+    """The continuations of B texts, without the texts themselves. See `stream_texts`."""
+    steps = list(stream_texts(model, tokenizer, prompts, sampling, first_row))
+    return ["".join(step[row] for step in steps) for row in range(len(prompts))]
+
+
+def load_model_for_generation(
+    checkpoint: str, cfg: object, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """The model of a ModelConfig (or an object with its attributes) with a checkpoint's weights, in evaluation mode.
+
+    Raises:
+        ConfigError: an unknown model.
+        CheckpointError: a checkpoint that is missing, broken or of another shape.
+    """
+    from open_lm.checkpoint import load_weights
+
+    with torch.device("meta"):
+        model = create_model(cfg)
+    model.to_empty(device=device)
+    reset_buffers(model)
+    load_weights(checkpoint, model)
+    return model.to(dtype).eval()

@@ -1,0 +1,124 @@
+"""Token losses as sums, so that micro-batches and ranks add up exactly.
+
+Legend: B batch, T sequence, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from open_lm.kernels.linear_loss import linear_cross_entropy
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What a model computes in place of logits: the cross entropy of its predictions, with the z-loss of `token_loss`.
+
+    Attributes:
+        targets: (B,T) int64, IGNORE_INDEX where there is none.
+        z_loss_coefficient: weight of the z-loss; 0 leaves it out.
+        per_token: give each token's loss, (B,T) float32 with 0 where there is no target, in place of their sum, a
+            float32 scalar.
+        logit_means: a list to which each computation adds the mean of its logits, a float32 scalar without a graph.
+    """
+
+    targets: Tensor
+    z_loss_coefficient: float = 0.0
+    per_token: bool = False
+    logit_means: list[Tensor] | None = None
+
+    def of_hidden(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """The loss of hidden states (B,T,D) whose logits are hidden @ weight.T, weight (V,D), see
+        `linear_cross_entropy`: the logits of all are never held."""
+        if self.logit_means is not None:
+            self.logit_means.append(logit_mean(hidden, weight))
+        losses = linear_cross_entropy(
+            hidden.flatten(0, -2),
+            weight,
+            self.targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            z_loss_coefficient=self.z_loss_coefficient,
+            per_token=self.per_token,
+        ).float()
+        return losses.view_as(self.targets) if self.per_token else losses
+
+    def of_logits(self, logits: Tensor) -> Tensor:
+        """The loss of logits (B,T,V), any floating type."""
+        if self.logit_means is not None:
+            self.logit_means.append(logits.detach().float().mean())
+        return self._of_logits(logits)
+
+    def _of_logits(self, logits: Tensor) -> Tensor:
+        if not self.per_token:
+            return token_loss(logits, self.targets, self.z_loss_coefficient)[0]
+        flat_logits, flat_targets = logits.flatten(0, -2).float(), self.targets.flatten()
+        losses = F.cross_entropy(flat_logits, flat_targets, ignore_index=IGNORE_INDEX, reduction="none")
+        if self.z_loss_coefficient:
+            valid = flat_targets != IGNORE_INDEX
+            losses = losses + self.z_loss_coefficient * torch.logsumexp(flat_logits, dim=-1).square() * valid
+        return losses.view_as(self.targets)
+
+
+def logit_mean(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The mean of the logits hidden @ weight.T without computing them: hidden (B,T,D), weight (V,D) -> float32 scalar.
+
+    The mean of products over independent indices is the product of the means. weight may be sharded over a mesh.
+    """
+    row_sum = weight.detach().float().sum(0)
+    if isinstance(row_sum, DTensor):
+        row_sum = row_sum.full_tensor()
+    return hidden.detach().flatten(0, -2).float().mean(0) @ (row_sum / len(weight))
+
+
+def token_loss(
+    logits: Tensor, targets: Tensor, z_loss_coefficient: float = 0.0, ignore_index: int = IGNORE_INDEX
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy summed over the valid tokens, and their number.
+
+    The z-loss of a token is the squared logarithm of its softmax's denominator (Chowdhery et al. 2022, section 5,
+    https://arxiv.org/abs/2204.02311); it keeps logits from drifting. Like the cross entropy it is a sum over valid
+    tokens, so that the loss of a batch does not depend on how it is cut.
+
+    Args:
+        logits: (…, V) float, any floating type; computed in float32.
+        targets: (…) int64; ignore_index marks a token without a target.
+        z_loss_coefficient: weight of the z-loss; 0 leaves it out.
+
+    Returns:
+        (loss_sum, num_valid), both float32 scalars on the logits' device. Divide by the number of valid tokens of the
+        whole step, over micro-batches and ranks. With no valid token both are 0, and so are the gradients.
+    """
+    flat_logits = logits.reshape(-1, logits.shape[-1]).float()
+    flat_targets = targets.reshape(-1)
+    valid = flat_targets != ignore_index
+    loss_sum = F.cross_entropy(flat_logits, flat_targets, ignore_index=ignore_index, reduction="sum")
+    if z_loss_coefficient:
+        log_denominator = torch.logsumexp(flat_logits, dim=-1)
+        loss_sum = loss_sum + z_loss_coefficient * (log_denominator.square() * valid).sum()
+    return loss_sum, valid.sum(dtype=torch.float32)
+
+
+class CrossEntropyLossWithZLoss(nn.Module):
+    """`token_loss` averaged over the valid tokens.
+
+    Args:
+        eps: weight of the z-loss.
+        ignore_index: target of tokens that do not count.
+    """
+
+    def __init__(self, eps: float = 1e-4, ignore_index: int = IGNORE_INDEX) -> None:
+        super().__init__()
+        self.eps = eps
+        self.ignore_index = ignore_index
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """input (…, V) float, target (…) int64 -> float32 scalar; nan without any valid token, as torch's own."""
+        loss_sum, num_valid = token_loss(input, target, self.eps, self.ignore_index)
+        return loss_sum / num_valid

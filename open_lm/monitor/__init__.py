@@ -1,0 +1,1 @@
+"""Metrics, timing, loggers, the run folder and the watchdog."""

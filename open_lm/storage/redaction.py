@@ -1,0 +1,44 @@
+"""Removal of passwords, tokens and keys from text and settings before they are logged or saved."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# Values of environment variables with such names never appear in anything a run writes.
+_SECRET_NAME = re.compile(r"secret|token|password|passwd|api_?key|access_?key|credential", re.IGNORECASE)
+_MIN_SECRET_LENGTH = 8
+_SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"([a-z][a-z0-9+.\-]*://)[^/\s@]+@", re.IGNORECASE), r"\1***@"),
+    (
+        re.compile(r"([?&][^=&\s]*(?:token|sig|signature|secret|password|credential|key)=)[^&\s'\"]+", re.IGNORECASE),
+        r"\1***",
+    ),
+    (re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)?\s*)[^\s'\"]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(\b\w*(?:secret|token|password|api_?key|access_?key\w*)=)[^\s'\"&]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(--?(?:token|password|secret|api-key)[ =])[^\s'\"]+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"\b(?:hf_\w{20,}|gh[pousr]_\w{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[\w\-]{20,})\b"), "***"),
+)
+
+
+def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
+    """`text` without passwords in URLs, tokens, keys, or the values of secret environment variables."""
+    for name, value in (os.environ if environ is None else environ).items():
+        if len(value) >= _MIN_SECRET_LENGTH and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def redacted(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `params` whose texts, also those in lists, hold no secrets."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            return redact(value)
+        return [clean(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return {key: clean(value) for key, value in params.items()}
