@@ -1,0 +1,105 @@
+"""A run that goes on with other numbers of ranks and workers trains on each sequence of the plan once, in its order,
+and in any other layout from the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import SEQ_LEN, VOCAB_SIZE, places, sequence, write_source
+from elastic_worker import ALONE, JOBS, OPTIMIZERS, Run, do_jobs
+from recording_worker import recording
+from sharded_helpers import on_ranks
+
+from open_lm.config.sections import DataConfig
+from open_lm.data.order import Plan
+from open_lm.data.sources import find_sources
+from open_lm.main import main
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+BATCH, STEPS, SEED = 4, 10, 11
+Batches = dict[int, list[tuple[int, ...]]]
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    shape = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE}
+    (tmp_path / "model.json").write_text(json.dumps({**shape, "post_embed_norm": False, "weight_tying": False}))
+    manifests = [write_source(tmp_path / "a", [7, 5, 8], 0), write_source(tmp_path / "b", [13, 7], 1)]
+    return [
+        "--model", str(tmp_path / "model.json"), "--dataset-manifest", *manifests, "--data-key", "npy", "--epochs", "2",
+        "--train-num-samples", str(STEPS * BATCH * SEQ_LEN // 2), "--global-batch-size", str(BATCH), "--warmup", "2",
+        "--precision", "fp32", "--log-every-n-steps", "1", "--seed", str(SEED), "--lr", "1e-2",
+    ]  # fmt: skip
+
+
+def planned(flags: list[str]) -> Batches:
+    """The sequences of each step as the plan alone says them."""
+    start = flags.index("--dataset-manifest")
+    sources = find_sources(DataConfig(dataset_manifest=flags[start + 1 : start + 3]))
+    samples = Plan(sources, SEED).take(STEPS * BATCH)
+    ids = [sequence(*place) for place in zip(*(a.tolist() for a in samples[:3]), strict=True)]
+    rows = places(np.stack(ids))
+    return {step: sorted(rows[step * BATCH : (step + 1) * BATCH]) for step in range(STEPS)}
+
+
+def consumed(folder: Path) -> Batches:
+    """What all ranks together have trained on in each step."""
+    batches: Batches = {}
+    for path in folder.iterdir():
+        for line in map(json.loads, path.read_text().splitlines()):
+            batches.setdefault(line["step"], []).extend(tuple(row) for row in line["rows"])
+    return {step: sorted(rows) for step, rows in sorted(batches.items())}
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
+
+
+def test_ranks_and_workers_come_and_go(
+    flags: list[str], tmp_path: Path, torchrun: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
+    monkeypatch.chdir(tmp_path)  # where torchrun works: its own --logs-specs takes a --logs for itself
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    with recording(whole, 0):
+        main([*flags, "--name", "whole", "--workers", "0"])
+    going_on = [*flags, "--name", "parts", "--resume", "latest"]
+    with recording(parts, 3):
+        main([*going_on, "--workers", "1"])
+    torchrun(2, "recording_worker", str(parts), "5", *going_on, "--workers", "2", "--fsdp")
+    torchrun(4, "recording_worker", str(parts), "8", *going_on, "--workers", "1")
+    with recording(parts, 0):
+        main([*going_on, "--workers", "0"])
+    expected = planned(flags)
+    assert consumed(whole) == expected
+    assert consumed(parts) == expected
+    rows = [row for batch in expected.values() for row in batch]
+    assert len(rows) == len(set(rows)) == 40, "one pass over both sources holds each sequence once"
+    ours, theirs = losses(tmp_path / "logs/parts"), losses(tmp_path / "logs/whole")
+    assert [step for step, _ in ours] == list(range(1, STEPS + 1))
+    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], abs=1e-5)
+
+
+def test_any_layout_goes_on_from_any_other(tmp_path: Path) -> None:
+    for optimizer in OPTIMIZERS:
+        (tmp_path / optimizer).mkdir()
+    on_ranks(do_jobs, tmp_path, 4)
+    on_ranks(do_jobs, tmp_path, 2)
+    do_jobs(0, tmp_path)
+    on_ranks(do_jobs, tmp_path, 8)
+    for optimizer in OPTIMIZERS:
+        expected = Run(ALONE, optimizer, seed=1).train(range(6))
+        for ranks, jobs in JOBS.items():
+            for job, found in zip(jobs, torch.load(tmp_path / optimizer / f"losses_{ranks}.pt"), strict=True):
+                wanted = expected[job.steps.start : job.steps.stop]
+                assert found == pytest.approx(wanted, abs=1e-5), (optimizer, ranks, job)
+        Run(ALONE, optimizer, seed=3).load(tmp_path / optimizer / "eight")

@@ -1,0 +1,100 @@
+"""Worker processes: what ends them is a clear error, and signals meant for the run do not."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from data_helpers import SEQ_LEN, VOCAB_SIZE, write_source
+
+from open_lm.config.sections import DataConfig
+from open_lm.data.loader import TrainLoader, build_train_loader
+from open_lm.errors import DataError
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+
+
+def loader_of(manifest: str, workers: int, batch_size: int = 4, **options: object) -> TrainLoader:
+    data = DataConfig(dataset_manifest=[manifest], data_key="npy", workers=workers, **options)  # type: ignore[arg-type]
+    return build_train_loader(data, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=batch_size)
+
+
+def test_a_killed_worker_is_named_and_nothing_hangs(tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
+    loader = loader_of(write_source(tmp_path, [40, 40]), 2, multiple_data_passes=True)
+    steps = loader.batches(10_000)
+    next(steps)
+    (victim, _) = multiprocessing.active_children()
+    assert victim.pid is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.join()
+    with pytest.raises(DataError, match=rf"{victim.pid}.*ended from outside.*fewer --workers") as caught:
+        list(steps)
+    assert "Traceback" not in str(caught.value)
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    state = loader.state  # and the run can go on from there
+    assert next(loader.batches(1))[1] != state
+
+
+def test_signals_to_the_whole_job_leave_workers_to_their_parent(tmp_path: Path) -> None:
+    manifest = write_source(tmp_path, [40, 40])
+    expected = [batch.inputs for batch, _ in loader_of(manifest, 0, multiple_data_passes=True).batches(100)]
+    steps = loader_of(manifest, 2, multiple_data_passes=True).batches(100)
+    found = [next(steps)[0].inputs]
+    children = multiprocessing.active_children()
+    for name in ("TERM", "USR1", "INT"):
+        subprocess.run(["kill", f"-{name}", *(str(child.pid) for child in children)], check=True)
+    found += [batch.inputs for batch, _ in steps]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for child in children:
+        child.terminate()
+        child.join(60)
+        assert child.exitcode == 0
+
+
+RUN_THAT_IS_KILLED = """
+import multiprocessing, sys
+from test_loader_workers import loader_of
+steps = loader_of(sys.argv[1], 2, 4000, multiple_data_passes=True).batches(10_000)
+next(steps)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_killed_run(tmp_path: Path) -> None:
+    """Though they wait to hand over batches larger than a pipe holds; readers of its output would wait for them."""
+    command = [sys.executable, "-c", RUN_THAT_IS_KILLED, write_source(tmp_path, [900] * 9)]
+    run = subprocess.Popen(command, cwd=HELPERS, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(workers) == 2
+    run.kill()
+    try:
+        run.communicate(timeout=60)  # their end is the end of the output
+    except subprocess.TimeoutExpired:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        raise
+
+
+def test_what_a_run_does_not_train_on_is_said_by_one_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = write_source(tmp_path, [20, 20])
+    data = DataConfig(
+        dataset_manifest=[manifest], data_key="npy", workers=0, train_num_samples=15 * SEQ_LEN + 3, epochs=2
+    )
+    with caplog.at_level(logging.INFO):
+        for rank in range(2):
+            build_train_loader(data, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=4, rank=rank, world_size=2)
+    assert [record.message for record in caplog.records] == [
+        "of the promised tokens, 6 sequences do not fill a last global batch of 8, and 6 tokens no sequence of 8: "
+        "they are not trained on",
+        f"{manifest}: 16 of its 40 sequences are left over after this run",
+    ]

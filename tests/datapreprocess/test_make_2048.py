@@ -1,0 +1,410 @@
+"""make_2048 end to end on a real Ray: exactness, determinism, restarts, S3, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datapreprocess_helpers import (
+    EOT,
+    documents,
+    expected_tokens,
+    local_ray,
+    raw,
+    read_shards,
+    small_tokenizer,
+    tokens_of,
+    tree,
+    write_jsonl,
+)
+
+from open_lm.data.shard_format import expand_shards, read_manifest, shard_sizes
+from open_lm.datapreprocess import engine
+from open_lm.datapreprocess.make_2048 import main
+from open_lm.datapreprocess.memory import Budget
+from open_lm.errors import ConfigError, DataError
+
+__all__ = ["local_ray", "raw", "small_tokenizer"]
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "datapreprocess" / "make_2048.py"
+EOT_ID = 3
+
+
+def make(raw: Path, out: Path, tokenizer: str, *more: str) -> None:
+    main(["--input-files", str(raw), "--output-dir", str(out), "--tokenizer", tokenizer, "--seqlen", "32", *more])
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "dataset.json").read_text()))
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_every_token_is_there_once_and_all_is_accounted_for(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    folder, texts = raw
+    make(folder, tmp_path / "out", small_tokenizer, "--shard-size", "50")
+    place = tmp_path / "out" / "32-v1" / "0"
+    members = read_shards(place)
+    expected = expected_tokens(texts, small_tokenizer, EOT_ID)
+    assert tokens_of(members) == expected and expected[EOT_ID] == len(texts)
+    assert all(len(ids) == 33 for _, _, ids in members)
+    assert all(-1 not in ids for _, _, ids in members[:-1])
+    assert len({name for _, name, _ in members}) == len(members)
+    entries = read_manifest(str(place / "manifest.jsonl"))
+    in_shards = Counter(Path(shard).stem for shard, _, _ in members)
+    assert [entry.shard for entry in entries] == [f"shard-{n:07d}" for n in range(len(entries))]
+    assert {entry.shard: entry.num_sequences for entry in entries} == in_shards
+    assert all(entry.num_sequences == 50 for entry in entries[:-1])
+    for entry in entries:
+        data = (place / f"{entry.shard}.tar").read_bytes()
+        assert entry.extra["sha256"] == hashlib.sha256(data).hexdigest() and entry.extra["num_bytes"] == len(data)
+    record, total = record_of(place), sum(expected.values())
+    assert record["counts"]["documents"] == len(texts) and record["counts"]["tokens"] == total
+    assert record["counts"]["sequences"] == len(members) == -(-total // 33)
+    assert record["tail"] == {
+        "fate": "padded", "tokens": total % 33, "pads": 33 - total % 33, "pad_id": -1, "folder": "0",
+        "shard": entries[-1].shard, "key": members[-1][1].removesuffix(".npy"),
+    }  # fmt: skip
+    assert members[-1][2].count(-1) == 33 - total % 33
+    assert sorted(path.name for path in (tmp_path / "out" / "32-v1").iterdir()) == ["0"]
+    urls = expand_shards(str(place))
+    assert sum((shard_sizes(urls) or {}).values()) == len(members)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_bytes_do_not_depend_on_the_number_of_workers_or_on_spilling(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(raw[0] / "large.jsonl", documents(6000, seed=9))  # large enough to be read in several pieces
+    trees = []
+    for workers, buffer_bytes in ((1, 1 << 25), (2, 1 << 14), (4, 1 << 25)):
+        budget = Budget(workers, buffer_bytes)
+        monkeypatch.setattr(engine, "plan_budget", lambda *_, budget=budget, **__: budget)
+        out = tmp_path / f"out{workers}"
+        make(raw[0], out, small_tokenizer, "--num-workers", str(workers), "--num-consumers", "2")
+        trees.append(tree(out))
+    assert trees[0] == trees[1] == trees[2]
+    texts = [*raw[1], *documents(6000, seed=9)]
+    assert tokens_of(read_shards(tmp_path / "out1")) == expected_tokens(texts, small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_seeds_change_the_order_alone_and_no_shuffle_keeps_it(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    found = {}
+    for name, more in (("1", ["--seed", "1"]), ("2", ["--seed", "2"]), ("kept", ["--no-shuffle"])):
+        make(raw[0], tmp_path / name, small_tokenizer, *more)
+        found[name] = [tuple(ids) for _, _, ids in read_shards(tmp_path / name)]
+    assert Counter(found["1"]) == Counter(found["2"]) == Counter(found["kept"])
+    assert found["1"] != found["2"]
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_file(small_tokenizer)
+    stream = [value for text in raw[1] for value in [*fast.encode(text, add_special_tokens=False).ids, EOT_ID]]
+    kept = [value for ids in found["kept"] for value in ids if value != -1]
+    assert kept == stream
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("kind", ["npy", "json.gz", "json", "txt"])
+def test_formats(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, kind: str) -> None:
+    make(raw[0], tmp_path / "out", small_tokenizer, "--format", kind)
+    members = read_shards(tmp_path / "out")
+    assert {name.partition(".")[2] for _, name, _ in members} == {kind}
+    assert tokens_of(members) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_numpy_types_follow_the_vocabulary(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+    import io
+    import tarfile
+
+    for vocab, dtype in ((400, "uint16"), (70_000, "uint32")):
+        make(raw[0], tmp_path / dtype, small_tokenizer, "--vocab-size", str(vocab), "--drop-tail")
+        with tarfile.open(tmp_path / dtype / "32-v1" / "0" / "shard-0000000.tar") as tar:
+            types = {np.load(io.BytesIO(tar.extractfile(member).read())).dtype.name for member in tar}  # type: ignore[union-attr]
+        assert types == {dtype}
+    with pytest.raises(DataError, match="vocabulary of 300"):
+        make(raw[0], tmp_path / "small", small_tokenizer, "--vocab-size", "300")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_consumers_share_the_shards_and_a_dropped_tail_is_counted(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    make(raw[0], tmp_path / "out", small_tokenizer, "--num-consumers", "3", "--drop-tail")
+    total = sum(expected_tokens(raw[1], small_tokenizer, EOT_ID).values())
+    counts = []
+    for consumer in ("0", "1", "2"):
+        place = tmp_path / "out" / "32-v1" / consumer
+        counts.append(sum(entry.num_sequences for entry in read_manifest(str(place / "manifest.jsonl"))))
+        assert (place / "shard-0000000.tar").exists() and record_of(place) == record_of(place.parent / "0")
+    assert sum(counts) == total // 33 and max(counts) - min(counts) <= 1
+    assert record_of(tmp_path / "out" / "32-v1" / "0")["tail"] == {"fate": "dropped", "tokens": total % 33}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_finished_output_is_left_alone_and_another_job_is_refused(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    make(raw[0], out, small_tokenizer)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with caplog.at_level("INFO"):
+        make(raw[0], out, small_tokenizer)
+    assert "already done" in caplog.text
+    elsewhere = tmp_path / "copy.json"
+    elsewhere.write_bytes(Path(small_tokenizer).read_bytes())
+    make(raw[0], out, str(elsewhere))
+    with pytest.raises(ConfigError, match=r"finished data set.*seed was 0, is 5.*another output folder"):
+        make(raw[0], out, small_tokenizer, "--seed", "5")
+    write_jsonl(raw[0] / "more.jsonl", ["x"])
+    with pytest.raises(ConfigError, match=r"new input: .*more\.jsonl"):
+        make(raw[0], out, small_tokenizer)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_shards_of_unknown_origin_are_not_mixed_in(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    foreign = tmp_path / "out" / "32-v1" / "0" / "shard-0000000.tar"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"somebody's")
+    with pytest.raises(ConfigError, match=r"shard-0000000\.tar: already there"):
+        make(raw[0], tmp_path / "out", small_tokenizer)
+    assert foreign.read_bytes() == b"somebody's"
+
+
+# The command, killed for good (SIGKILL) as soon as so many results of its workers are in.
+KILLED = """
+import os, signal, sys
+from open_lm.datapreprocess import cluster, make_2048
+run, left = cluster.Cluster.run, [int(sys.argv.pop(1))]
+def counted(self, *args, **options):
+    for result in run(self, *args, **options):
+        yield result
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+cluster.Cluster.run = counted
+make_2048.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_killed_run_is_finished_by_the_same_command(
+    tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(4):
+        write_jsonl(tmp_path / "raw" / f"{number}.jsonl", documents(3000, seed=number))
+    make(tmp_path / "raw", tmp_path / "clean", small_tokenizer)
+    out = tmp_path / "out"
+    arguments = ["--input-files", str(tmp_path / "raw"), "--output-dir", str(out), "--tokenizer", small_tokenizer]
+    arguments += ["--seqlen", "32", "--num-workers", "1"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "1", *arguments], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    work = out / "32-v1" / ".work"
+    assert len(list(work.glob("unit-*.json"))) == 1
+    with caplog.at_level("INFO"):
+        main(arguments)
+    assert "1 of 4 units done already" in caplog.text
+    assert tree(out) == tree(tmp_path / "clean")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_that_dies_is_replaced_and_nothing_comes_twice(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    died, original = tmp_path / "died", engine._unit_in_worker
+
+    def dies_once(*arguments: Any) -> Any:
+        result = original(*arguments)
+        if not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    monkeypatch.setattr(engine, "_unit_in_worker", dies_once)
+    make(raw[0], tmp_path / "out", small_tokenizer)
+    assert died.exists()
+    assert tokens_of(read_shards(tmp_path / "out")) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_shards_that_are_written_are_not_written_again(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_manifests", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            make(raw[0], out, small_tokenizer)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    assert before and not list(out.rglob("manifest.jsonl")) and not list(out.rglob("dataset.json"))
+    make(raw[0], out, small_tokenizer)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")}
+    assert tokens_of(read_shards(out)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_unfinished_work_with_other_settings_is_named_and_thrown_away_only_when_told(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_manifests", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            make(raw[0], out, small_tokenizer, "--shard-size", "7")
+    other = ["--seed", "4", "--shard-size", "90"]
+    with pytest.raises(ConfigError, match=r"(?s)unfinished work.*seed was 0, is 4.*--restart"):
+        make(raw[0], out, small_tokenizer, *other)
+    make(raw[0], out, small_tokenizer, *other, "--restart")
+    assert "starting again" in caplog.text and "seed was 0, is 4" in caplog.text
+    assert tokens_of(read_shards(out)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_changed_inputs_are_named_and_only_what_they_touch_is_done_again(
+    tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, out = tmp_path / "raw", tmp_path / "out"
+    for number in range(4):
+        write_jsonl(folder / f"{number}.jsonl", documents(3000, seed=number))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "write_manifests", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space"):
+            make(folder, out, small_tokenizer)
+    write_jsonl(folder / "3.jsonl", documents(3000, seed=77))
+    with caplog.at_level("INFO"):
+        make(folder, out, small_tokenizer)
+    assert "changed input: " in caplog.text and "3.jsonl" in caplog.text
+    assert "3 of 4 units done already" in caplog.text
+    make(folder, tmp_path / "fresh", small_tokenizer)
+    assert tree(out) == tree(tmp_path / "fresh")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_bad_lines_are_told_together_or_skipped_and_counted(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
+    folder, texts = raw
+    (folder / "bad1.jsonl").write_text('{"text": "fine"}\n{"text": broken\n{"body": "no text"}\n')
+    (folder / "bad2.jsonl").write_text('\n{"text": 7}\n{"text": "fine"}\n')
+    with pytest.raises(DataError) as caught:
+        make(folder, tmp_path / "out", small_tokenizer)
+    message = str(caught.value)
+    for part in ("bad1.jsonl line 2: invalid JSON", "bad1.jsonl line 3: missing key", "bad2.jsonl line 2: wrong type"):
+        assert part in message
+    assert f"3 of {len(texts) + 5} documents" in message and "--max-bad-fraction" in message
+    assert not list((tmp_path / "out").rglob("*.tar"))
+    rejects = tmp_path / "out" / "32-v1" / "rejects.jsonl"
+    first = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert [(Path(found["url"]).name, found["line"], found["content"]) for found in first] == [
+        ("bad1.jsonl", 2, '{"text": broken'), ("bad1.jsonl", 3, '{"body": "no text"}'), ("bad2.jsonl", 2, '{"text": 7}')
+    ]  # fmt: skip
+    make(folder, tmp_path / "out", small_tokenizer, "--max-bad-fraction", "0.02")
+    place = tmp_path / "out" / "32-v1" / "0"
+    assert tokens_of(read_shards(place)) == expected_tokens([*texts, "fine", "fine"], small_tokenizer, EOT_ID)
+    record = record_of(place)
+    assert record["bad_documents"] == {"invalid JSON": 1, "missing key": 1, "wrong type": 1}
+    assert [Path(line).name for line in record["bad_documents_first"]] == [
+        "bad1.jsonl line 2", "bad1.jsonl line 3", "bad2.jsonl line 2"
+    ]  # fmt: skip
+    assert len(rejects.read_text().splitlines()) == 3
+    make(folder, tmp_path / "all", small_tokenizer, "--skip-bad-lines")
+    assert tree(tmp_path / "all") == tree(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_wrong_key_is_told_before_the_whole_input_is_read(
+    tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        write_jsonl(tmp_path / "raw" / f"{number}.jsonl", documents(3000, seed=number))
+    read: list[int] = []
+    original = engine.Monitor.finished_unit
+    monkeypatch.setattr(engine.Monitor, "finished_unit", lambda self, report: (read.append(1), original(self, report)))
+    with pytest.raises(DataError, match=r'missing key: no key "body"; it has id, text'):
+        make(tmp_path / "raw", tmp_path / "out", small_tokenizer, "--content-key", "body", "--num-workers", "1")
+    assert len(read) == 1
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_lines_of_a_large_file_are_counted_from_its_beginning(tmp_path: Path, small_tokenizer: str) -> None:
+    lines = [json.dumps({"text": text}) for text in documents(12_000, seed=3)]
+    lines[11_000] = "{"
+    path = tmp_path / "large.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"large\.jsonl line 11001: invalid JSON"):
+        make(path, tmp_path / "out", small_tokenizer, "--max-bad-fraction", "0")
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_no_documents_and_broken_files_are_clear_errors(tmp_path: Path, small_tokenizer: str) -> None:
+    for name in ("a.jsonl.zst", "b.jsonl.gz"):
+        path = write_jsonl(tmp_path / "raw" / name, documents(300))
+        path.write_bytes(path.read_bytes()[:-20])
+    (tmp_path / "raw" / "c.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match=r"(?s)a\.jsonl\.zst: cut.*b\.jsonl\.gz: cut.*c\.jsonl line 1: inval"):
+        make(tmp_path / "raw", tmp_path / "out", small_tokenizer)
+    make(tmp_path / "raw", tmp_path / "out", small_tokenizer, "--max-bad-fraction", "1")
+    record = record_of(tmp_path / "out" / "32-v1" / "0")
+    assert len(record["broken_files"]) == 2 and record["bad_documents"] == {"invalid JSON": 1}
+    assert 0 < record["counts"]["documents"] < 600  # what stands before the break is used
+    tars = list(tmp_path.rglob("*.tar"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="hold no document"):
+        make(tmp_path / "empty.jsonl", tmp_path / "out2", small_tokenizer)
+    with pytest.raises(DataError, match="nothing matches"):
+        make(tmp_path / "missing", tmp_path / "out3", small_tokenizer)
+    with pytest.raises(ConfigError, match=r"--seqlen must be at least 1.*\n.*shard must hold|shard must hold"):
+        make(path, tmp_path / "out4", small_tokenizer, "--shard-size", "0")
+    assert list(tmp_path.rglob("*.tar")) == tars
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_real_text_with_the_real_tokenizers(shared_dir: Path, tmp_path: Path) -> None:
+    import zstandard
+
+    source = shared_dir / "data" / "raw" / "wiki-00.jsonl.zst"
+    lines = zstandard.ZstdDecompressor().stream_reader(source.read_bytes()).read().splitlines()[:40]
+    path = tmp_path / "wiki.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    texts = [json.loads(line)["text"] for line in lines]
+    neox = str(shared_dir / "data" / "tokenizers" / "gpt-neox-20b.json")
+    main(["--input-files", str(path), "--output-dir", str(tmp_path / "neox"), "--tokenizer", neox])
+    members = read_shards(tmp_path / "neox" / "2048-v1" / "0")
+    assert tokens_of(members) == expected_tokens(texts, neox, 0)
+    assert {len(ids) for _, _, ids in members} == {2049}
+    from sentencepiece import SentencePieceProcessor
+
+    llama = str(shared_dir / "data" / "tokenizers" / "llama2.model")
+    main(["--input-files", str(path), "--output-dir", str(tmp_path / "llama"), "--tokenizer", llama])
+    pieces = SentencePieceProcessor(model_file=llama)
+    expected = Counter(value for text in texts for value in pieces.encode(text))
+    expected[pieces.eos_id()] += len(texts)
+    assert tokens_of(read_shards(tmp_path / "llama")) == expected
+
+
+def test_special_tokens_inside_documents_are_encoded_as_the_library_does(
+    tmp_path: Path, small_tokenizer: str, local_ray: None
+) -> None:
+    texts = [f"before {EOT} after", EOT, "", "  "]
+    make(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", small_tokenizer)
+    found = tokens_of(read_shards(tmp_path / "out"))
+    assert found == expected_tokens(texts, small_tokenizer, EOT_ID) and found[EOT_ID] == 6

@@ -1,0 +1,267 @@
+"""eval/eval_openlm_ckpt.py: real llm-foundry on a small trained checkpoint, against scores computed here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from open_lm.model.losses import token_loss
+from open_lm.model.transformer import Transformer, create_model, create_params
+
+ROOT = Path(__file__).resolve().parents[2]
+EVAL = ROOT / "eval"
+EXAMPLES = 23  # odd, so that two processes cannot share them evenly
+CONFIG = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "seq_len": 160, "vocab_size": 640}
+CONFIG |= {"post_embed_norm": False, "weight_tying": False}
+
+needs_eval_environment = pytest.mark.skipif(
+    not (ROOT / ".venv-eval" / "bin" / "python").exists() and "OPEN_LM_EVAL_PYTHON" not in os.environ,
+    reason="no .venv-eval with llm-foundry; `make install-eval` makes it",
+)
+
+
+@dataclass
+class Trained:
+    """A checkpoint of a small model, and what it takes to use it."""
+
+    folder: Path
+    model: Transformer
+    tokenizer: Any
+
+    def arguments(self, *more: str) -> list[str]:
+        return [
+            *("--model-config", str(self.folder / "small.json"), "--checkpoint", str(self.folder / "epoch_2.pt")),
+            *("--tokenizer", str(self.folder / "tokenizer.json"), "--device", "cpu", *more),
+        ]
+
+
+@dataclass
+class Shape:
+    model: str
+
+
+def rows(data: Path, name: str) -> list[dict[str, Any]]:
+    with open(data / f"{name}.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for _, line in zip(range(EXAMPLES), file, strict=False)]
+
+
+@pytest.fixture(scope="module")
+def data(shared_dir: Path) -> Path:
+    return shared_dir / "data" / "eval"
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model that knows its lambada passages by heart, so that the scores are not those of guessing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("trained")
+    texts = [f"{row['context']} {row['continuation']}" for row in rows(data, "lambada_openai")]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "small.json").write_text(json.dumps(CONFIG))
+
+    model = create_model(Shape(str(folder / "small.json")))
+    model.reset_parameters(seed=0)
+    length = 129
+    batch = torch.zeros(len(texts), length, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        ids = tokenizer.encode(text).ids[-length:]
+        batch[row, : len(ids)] = torch.tensor(ids)
+    targets = batch[:, 1:].masked_fill(batch[:, 1:] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3, weight_decay=0.0)
+    for _ in range(22):
+        loss, tokens = token_loss(model(batch[:, :-1])[0], targets)
+        (loss / tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"epoch": 2, "name": "small", "state_dict": state}, folder / "epoch_2.pt")
+    return Trained(folder, model.eval(), tokenizer)
+
+
+def evaluate(
+    arguments: Sequence[str], processes: int = 1, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the program as a person does: from eval/, with this environment's python."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "eval_openlm_ckpt.py", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
+    result = subprocess.run(command, cwd=EVAL, env=env, capture_output=True, text=True, timeout=500, check=False)
+    if check:
+        assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return result
+
+
+def log_probabilities(trained: Trained, context: str, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The answer's ids (T,) and the log-probabilities (T,V) that the model gives at their places, unpadded."""
+    ids = trained.tokenizer.encode(answer).ids
+    prompt = trained.tokenizer.encode(context).ids[-(trained.model.seq_len - len(ids)) :]
+    with torch.no_grad():
+        logits = trained.model(torch.tensor([prompt + ids]))[0][0]
+    return torch.tensor(ids), F.log_softmax(logits[len(prompt) - 1 : -1], dim=-1)
+
+
+def choice_accuracy(trained: Trained, questions: list[tuple[list[tuple[str, str]], int]]) -> float:
+    """The share of questions whose right (context, answer) has the highest mean log-probability for each token."""
+    right = 0
+    for pairs, gold in questions:
+        means = []
+        for context, answer in pairs:
+            ids, table = log_probabilities(trained, context, answer)
+            means.append(table.gather(1, ids[:, None]).mean())
+        right += int(torch.stack(means).argmax()) == gold
+    return right / len(questions)
+
+
+@pytest.fixture(scope="module")
+def results(trained: Trained, data: Path) -> dict[str, Any]:
+    """The JSON of a run on the skeleton's YAML, with what it printed."""
+    tasks = ("--tasks", "copa", "lambada_openai", "winograd", "--max-examples", str(EXAMPLES))
+    arguments = trained.arguments("--eval-yaml", "in_memory_hf_eval.yaml", "--data-dir", str(data), *tasks)
+    printed = evaluate(arguments).stdout
+    content = json.loads((trained.folder / "epoch_2_in_memory_hf_eval.json").read_text())
+    content["printed"] = printed
+    content["by_name"] = {task["task"]: task for task in content["tasks"]}
+    return dict(content)
+
+
+@needs_eval_environment
+def test_scores_are_those_of_an_independent_computation(results: dict[str, Any], trained: Trained, data: Path) -> None:
+    copa = [([(row["query"], f" {choice}") for choice in row["choices"]], row["gold"]) for row in rows(data, "copa")]
+    winograd = [
+        ([(context, f" {row['continuation']}") for context in row["context_options"]], row["gold"])
+        for row in rows(data, "winograd_wsc")
+    ]
+    exact = 0
+    for row in rows(data, "lambada_openai"):
+        ids, table = log_probabilities(trained, row["context"], f" {row['continuation']}")
+        exact += bool((table.argmax(-1) == ids).all())
+    assert exact > EXAMPLES / 3, "the model has not learned its passages; the comparison would say little"
+    expected = {
+        "copa": choice_accuracy(trained, copa),
+        "winograd": choice_accuracy(trained, winograd),
+        "lambada_openai": exact / EXAMPLES,
+    }
+    assert {name: task["score"] for name, task in results["by_name"].items()} == pytest.approx(expected, abs=1e-6)
+
+
+@needs_eval_environment
+def test_table_and_json_hold_baseline_number_and_averages(results: dict[str, Any]) -> None:
+    found = {name: (task["baseline"], task["n"], task["shots"]) for name, task in results["by_name"].items()}
+    assert found == {"copa": (0.5, EXAMPLES, 0), "winograd": (0.5, EXAMPLES, 0), "lambada_openai": (0.0, EXAMPLES, 0)}
+    scores = {name: task["score"] for name, task in results["by_name"].items()}
+    assert results["average"] == pytest.approx(sum(scores.values()) / 3)
+    centered = [2 * scores["copa"] - 1, 2 * scores["winograd"] - 1, scores["lambada_openai"]]
+    assert results["centered_average"] == pytest.approx(sum(centered) / 3)
+    lines = [line.split() for line in results["printed"].splitlines()]
+    assert ["copa", "0", "accuracy", f"{scores['copa']:.4f}", "0.5000", str(EXAMPLES)] in lines
+    assert ["average", f"{results['average']:.4f}"] in lines
+
+
+@needs_eval_environment
+def test_two_processes_give_the_same_and_say_what_does_not_fit(
+    results: dict[str, Any], trained: Trained, data: Path, tmp_path: Path
+) -> None:
+    generation = {"icl_task_type": "generation_task_with_answers", "num_fewshot": [0]}
+    choice = {"icl_task_type": "multiple_choice", "num_fewshot": [0]}
+    tasks = [
+        {"label": "copa", "dataset_uri": "${data_dir}/copa.jsonl", **choice},
+        {"label": "winograd", "dataset_uri": "${data_dir}/winograd_wsc.jsonl", **choice, "icl_task_type": "schema"},
+        {"label": "boolq", "dataset_uri": "${data_dir}/boolq.jsonl", **choice, "random_baseline": 0.62},
+        {"label": "hellaswag", "dataset_uri": "${data_dir}/hellaswag.jsonl", **choice, "max_seq_len": 8},
+        {"label": "triviaqa", "dataset_uri": "${data_dir}/triviaqa_sm_sub.jsonl", **generation},
+    ]
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump({"data_dir": str(data), "device_eval_batch_size": 4, "icl_tasks": tasks}))
+    output = tmp_path / "two.json"
+    arguments = trained.arguments("--eval-yaml", str(file), "--output", str(output), "--max-examples", str(EXAMPLES))
+    printed = evaluate(arguments, processes=2).stdout
+    content = json.loads(output.read_text())
+    found = {task["task"]: task for task in content["tasks"]}
+    assert content["processes"] == 2
+    for name in ("copa", "winograd"):
+        assert found[name]["n"] == EXAMPLES
+        assert found[name]["score"] == pytest.approx(results["by_name"][name]["score"], abs=1e-6)
+    assert found["boolq"]["baseline"] == 0.62
+    assert 0 < found["boolq"]["truncated"] <= found["boolq"]["sequences"] == 2 * EXAMPLES
+    assert found["hellaswag"]["score"] is None and "leaves no room" in found["hellaswag"]["problem"]
+    assert found["triviaqa"]["n"] == EXAMPLES and found["triviaqa"]["metric"].endswith("ExactMatchAccuracy")
+    assert "boolq 0-shot" in printed and "cut on the left" in printed
+    assert printed.count("hellaswag 0-shot did not run") == 1
+
+
+@needs_eval_environment
+def test_missing_data_is_reported_together_before_the_model_is_read(tmp_path: Path) -> None:
+    arguments = ["--eval-yaml", "in_memory_hf_eval.yaml", "mmlu.yaml", "--data-dir", str(tmp_path)]
+    arguments += ["--model", "open_lm_11m", "--checkpoint", str(tmp_path / "none.pt")]
+    result = evaluate(arguments, check=False)
+    assert result.returncode == 2
+    for name in ("copa", "winograd_wsc", "triviaqa_sm_sub", "mmlu"):
+        assert str(tmp_path / f"{name}.jsonl") in result.stderr
+    assert "git clone" in result.stderr and "Traceback" not in result.stderr
+    assert "none.pt" not in result.stderr
+
+
+@needs_eval_environment
+def test_wrong_yaml_is_reported_together(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    task = {"label": "a", "dataset_uri": "a.jsonl", "icl_task_type": "chess", "num_fewshot": 3}
+    file.write_text(yaml.safe_dump({"precision": "fp7", "device_eval_batch_size": "many", "icl_tasks": [task, {}]}))
+    arguments = ["--eval-yaml", str(file), str(tmp_path / "absent.yaml"), "--tasks", "b"]
+    result = evaluate([*arguments, "--model", "open_lm_11m", "--checkpoint", "none.pt"], check=False)
+    assert result.returncode == 2
+    for words in ("'chess'", "num_fewshot is 3", "no label", "fp7", "'many'", "absent.yaml: no such file", "--tasks b"):
+        assert words in result.stderr
+
+
+@needs_eval_environment
+def test_a_tokenizer_with_ids_beyond_the_model_is_refused(trained: Trained, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "narrow.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
+    arguments = trained.arguments("--eval-yaml", "in_memory_hf_eval.yaml", "--data-dir", str(data), "--tasks", "copa")
+    arguments[1] = str(tmp_path / "narrow.json")
+    result = evaluate(arguments, check=False)
+    assert result.returncode == 2
+    assert "ids up to 599" in result.stderr and "below 300" in result.stderr
+
+
+def test_without_the_environment_it_says_how_to_make_it(tmp_path: Path) -> None:
+    missing = str(tmp_path / "bin" / "python")
+    result = evaluate(["--checkpoint", "x.pt"], check=False, OPEN_LM_EVAL_PYTHON=missing)
+    assert result.returncode == 2
+    assert "make install-eval" in result.stderr and missing in result.stderr
+
+
+def test_skeletons_cover_the_tasks_of_the_result_tables() -> None:
+    tasks = {}
+    for name in ("in_memory_hf_eval.yaml", "mmlu.yaml"):
+        content = yaml.safe_load((EVAL / name).read_text())
+        assert content["data_dir"]
+        for task in content["icl_tasks"]:
+            assert task["dataset_uri"].startswith("${data_dir}/")
+            tasks[task["label"]] = task["num_fewshot"]
+    eleven = "arc_challenge arc_easy boolq copa hellaswag lambada_openai piqa triviaqa winogrande winograd jeopardy"
+    assert tasks == {**{name: [0] for name in eleven.split()}, "mmlu": [0, 5]}
+
+
+def test_both_paths_of_the_model_configurations_name_the_same_model() -> None:
+    paths = [ROOT / "model_configs" / "open_lm_11m.json", ROOT / "open_lm" / "model_configs" / "open_lm_11m.json"]
+    shapes = [create_params(Shape(str(path))) for path in paths]
+    assert shapes[0].dim == shapes[1].dim == 96

@@ -1,0 +1,98 @@
+"""The torchrun of old Pythons: where the training script's arguments begin."""
+
+from __future__ import annotations
+
+import ast
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from open_lm.utils.torchrun import main, replace_script, split_command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("own", "script"),
+    [
+        ("--nproc-per-node 2 -m open_lm.main", "--model open_lm_11m --logs logs"),
+        ("--standalone --nproc-per-node=2 train.py", "--logs x --nnodes 3"),
+        ("--nnodes 1:2 --rdzv-backend c10d --rdzv-endpoint host:1 --nproc_per_node 8 --max-restarts 0 -m a.b", ""),
+        ("train.py", "-m x"),
+    ],
+)
+def test_arguments_are_split_at_the_script(own: str, script: str) -> None:
+    from torch.distributed.run import get_args_parser
+
+    found = split_command([*own.split(), *script.split()], get_args_parser())
+    assert found == (own.split(), script.split())
+    assert split_command([*own.split(), "--", *script.split()], get_args_parser()) == found
+
+
+def test_flags_of_the_script_that_torchrun_would_take_reach_it(tmp_path: Path) -> None:
+    script = tmp_path / "show.py"
+    # In one write: pieces of two ranks' lines may come between one another.
+    script.write_text("import os, sys; os.write(1, f\"{os.environ['RANK']} {sys.argv[1:]}\\n\".encode())")
+    command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
+    result = subprocess.run([*command, "--logs", "x", "--r", "y"], capture_output=True, text=True, check=True)
+    assert sorted(result.stdout.splitlines()) == [f"{rank} ['--logs', 'x', '--r', 'y']" for rank in range(2)]
+
+
+@pytest.mark.parametrize(("code", "traceback"), [(0, False), (2, False), (130, False), (1, True)])
+def test_a_rank_s_own_message_is_not_buried(tmp_path: Path, code: int, traceback: bool) -> None:
+    script = tmp_path / "end.py"
+    script.write_text(f"import sys; sys.exit({code})")
+    command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (code, traceback)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("code", [0, 7])
+def test_signals_to_stop_reach_the_workers_and_end_well(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])\n"
+        "os.write(1, b'ready\\n')\n"
+        "os.write(1, signal.sigwait([signal.SIGTERM, signal.SIGUSR1]).name.encode() + b'\\n')\n"
+        f"sys.exit({code})\n"
+    )
+    command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2"]
+    with subprocess.Popen(
+        [*command, "--max-restarts", "3", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.read(len("ready\n") * 2)
+        process.send_signal(number)
+        rest = process.communicate(timeout=120)[0]
+    assert said.split() == ["ready"] * 2 and set(rest.split()) == {number.name}
+    assert (process.returncode == 0) == (code == 0)
+
+
+def test_the_script_takes_the_place_of_torchruns(tmp_path: Path) -> None:
+    replace_script(tmp_path)
+    result = subprocess.run([tmp_path / "torchrun", "--help"], capture_output=True, text=True, check=True)
+    assert "--nproc-per-node" in result.stdout
+
+
+def test_help_is_torchruns_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--rdzv-endpoint" in capsys.readouterr().out
+
+
+def test_only_parallelize_knows_how_models_are_spread() -> None:
+    """import-linter sees packages only; these are modules inside torch."""
+    forbidden = ("torch.distributed.fsdp", "torch.nn.parallel")
+    found = set()
+    for path in (ROOT / "open_lm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(name.startswith(forbidden) for name in names):
+                found.add(path.relative_to(ROOT / "open_lm").as_posix())
+    assert found == {"parallelize.py"}
