@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from open_lm import storage
-from open_lm.datapreprocess.account import Output
+from open_lm.datapreprocess.accounting import Output
 from open_lm.datapreprocess.cluster import Shared
 from open_lm.datapreprocess.inputs import Unit
-from open_lm.datapreprocess.job import Job
+from open_lm.datapreprocess.job import PreprocessJob
 from open_lm.datapreprocess.pack import cut, pad, padded_dtype
-from open_lm.datapreprocess.shuffle import MIXED, OrderedRuns, Run, Runs, RunWriter, ShuffledRuns, random_keys
+from open_lm.datapreprocess.shuffle import MIXED, OrderedRuns, Run, Runs, ShuffledRuns, ShuffledRunWriter, random_keys
 from open_lm.datapreprocess.units import UnitReport, UnitTask
 from open_lm.datapreprocess.writer import ShardPlan, ShardTask, Tail, WrittenShard, group_shards, plan_shards
 from open_lm.errors import DataError
@@ -44,7 +44,7 @@ class WritePlan:
 class Assembler:
     """What all outputs of a run have in common."""
 
-    job: Job
+    job: PreprocessJob
     work: str
     dtype: np.dtype[Any]
     buffer_bytes: int
@@ -123,7 +123,7 @@ class Assembler:
     def _spill(self, name: str, stream: int, source: int, sequences: np.ndarray, buckets: int) -> list[Run]:
         """Sequences made of joined tails, as runs like any other."""
         template = storage.join(self.work, f"tails-{name or 'all'}-{stream:06d}-{{:04d}}.run")
-        writer = RunWriter(
+        writer = ShuffledRunWriter(
             template,
             stream=_TAIL_STREAM + stream,
             seed=self.job.seed,

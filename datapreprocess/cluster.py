@@ -159,11 +159,11 @@ class Cluster:
         self._local: _LocalRay | None = None
         self._cpus_per_task = 1.0
         self.workers = 1
-        self.workers_per_machine = 1
+        self.workers_per_node = 1
 
     def __enter__(self) -> Cluster:
         _LocalRay.wait_for_interrupted()
-        self.workers = self.workers_per_machine = local_workers(self._wanted)
+        self.workers = self.workers_per_node = local_workers(self._wanted)
         if _initialized():
             self._alone = False
         elif self._address not in (None, _LOCAL):
@@ -179,19 +179,19 @@ class Cluster:
 
             machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
             self.workers = min(self._wanted or sum(machines), max(1, sum(machines)))
-            self.workers_per_machine = min(self.workers, max(1, *machines))
+            self.workers_per_node = min(self.workers, max(1, *machines))
         return self
 
     @property
-    def has_threads_too(self) -> bool:
+    def runs_threads_during_startup(self) -> bool:
         """Whether threads of this process work beside Ray's workers, for as long as these warm up."""
         return self._local is not None
 
     def limit_workers(self, per_machine: int) -> None:
         """Run no more tasks than this at a time on any machine."""
-        share = self.workers_per_machine / per_machine
+        share = self.workers_per_node / per_machine
         self._cpus_per_task *= share
-        self.workers, self.workers_per_machine = max(1, int(self.workers / share)), per_machine
+        self.workers, self.workers_per_node = max(1, int(self.workers / share)), per_machine
 
     def _join(self, address: str) -> None:
         import ray
@@ -226,7 +226,7 @@ class Cluster:
         died are tried again.
         """
         queue = Queue(tasks)
-        threads: Threads[T] = Threads(self.workers_per_machine)
+        threads: Threads[T] = Threads(self.workers_per_node)
         session: Session[T] | None = None
         try:
             while True:
@@ -293,14 +293,14 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def processors() -> int:
+def available_cpus() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_workers(wanted: int | None) -> int:
     """Worker processes on this machine: as many as wanted, but no more than it has processors to offer."""
-    available = processors()
+    available = available_cpus()
     if wanted and wanted > available:
         _logger.info("%d workers are asked for; %d processors are there, so %d are used", wanted, available, available)
     return min(wanted or available, available)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from open_lm.datapreprocess.inputs import InputFile
-    from open_lm.datapreprocess.job import Job, Layout
+    from open_lm.datapreprocess.job import PreprocessJob, Layout
     from open_lm.datapreprocess.mixtures import Mixture
     from open_lm.datapreprocess.tokenization import DocumentEncoder
 
@@ -155,11 +155,11 @@ def make_encoder(
     return DocumentEncoder(load_tokenizer(tokenizer, eot_token), vocab_size, add_bos=add_bos)
 
 
-def _make_job(request: Request) -> Job:
+def _make_job(request: Request) -> PreprocessJob:
     from open_lm.datapreprocess.inputs import find_inputs
-    from open_lm.datapreprocess.job import DEFAULT_BAD_FRACTION, Job
+    from open_lm.datapreprocess.job import DEFAULT_BAD_FRACTION, PreprocessJob
     from open_lm.datapreprocess.readers import ReadOptions
-    from open_lm.datapreprocess.sampling import UNKNOWN, Sampling, tell_sampling
+    from open_lm.datapreprocess.sampling import UNKNOWN, Sampling, log_sampling
     from open_lm.errors import ConfigError
 
     common, mixture = request.common, request.mixture
@@ -180,10 +180,10 @@ def _make_job(request: Request) -> Job:
     sampling = Sampling()
     if mixture:
         sampling = mixture.sampling({name: [item.url for item in items] for name, items in found.items()})
-        tell_sampling(sampling, [item.url for item in chosen])
+        log_sampling(sampling, [item.url for item in chosen])
     bad_fraction = DEFAULT_BAD_FRACTION if common.max_bad_fraction is None else common.max_bad_fraction
     separator = _separator(common.separator, chosen)
-    return Job(
+    return PreprocessJob(
         inputs=tuple(chosen),
         layout=layout,
         tokenizer=request.tokenizer,
@@ -226,7 +226,7 @@ def _check_flags(common: argparse.Namespace, mixture: Mixture | None) -> None:
     if problems:
         raise ConfigError(join_problems(problems))
     if common.drop_tail and common.split_documents:
-        note_without_effect(["--drop-tail"], "with --split-documents there is no tail")
+        warn_without_effect(["--drop-tail"], "with --split-documents there is no tail")
 
 
 def _outside(layout: Layout, inputs: Iterable[InputFile], sources: Sequence[str]) -> list[InputFile]:
@@ -263,7 +263,7 @@ def _separator(text: str | None, inputs: Sequence[InputFile]) -> str | None:
     if text is None:
         return None
     if not any(is_text(item.url) for item in inputs):
-        note_without_effect(["--separator"], "no input is a .txt or .md file")
+        warn_without_effect(["--separator"], "no input is a .txt or .md file")
     separator = _ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), text)
     try:
         separator.encode()
@@ -288,7 +288,7 @@ def _choose_mixture(request: Request) -> Mixture | None:
     return request.mixture.with_inputs(parse_sources(common.source))
 
 
-def _sample_by_rate(job: Job, request: Request, encoder: DocumentEncoder) -> Job:
+def _sample_by_rate(job: PreprocessJob, request: Request, encoder: DocumentEncoder) -> PreprocessJob:
     """With rates and a single output, documents are left out or repeated so that the sources' shares come to them."""
     mixture = request.mixture
     if mixture is None or not mixture.rates or job.layout.per_source:
@@ -311,7 +311,7 @@ def _sample_by_rate(job: Job, request: Request, encoder: DocumentEncoder) -> Job
     return replace(job, sampling=sampling, mixture=mixed.record())
 
 
-def _training_flags(job: Job, mixture: Mixture) -> list[str]:
+def _training_flags(job: PreprocessJob, mixture: Mixture) -> list[str]:
     """The flags that train on data sets of single sources at the mixture's rates."""
     from open_lm import storage
     from open_lm.datapreprocess.mixtures import training_flags
@@ -326,18 +326,18 @@ def _training_flags(job: Job, mixture: Mixture) -> list[str]:
 # --- the tokenizer -----------------------------------------------------------------------------------------------
 
 
-def _verify(job: Job, encoder: DocumentEncoder, count: int) -> None:
+def _verify(job: PreprocessJob, encoder: DocumentEncoder, count: int) -> None:
     """Compare on the first documents of the inputs and on as many generated ones; DataError for any difference."""
     from itertools import islice
 
-    from open_lm.datapreprocess.readers import WHOLE, Piece, PieceReader
+    from open_lm.datapreprocess.readers import TO_END, Piece, PieceReader
     from open_lm.datapreprocess.tokenizer_check import verify
     from open_lm.errors import ConfigError, DataError
 
     if count < 1:
         raise ConfigError(f"--verify-tokenizer must be at least 1, found {count}")
 
-    pieces = (Piece(item.url, 0, WHOLE, item.num_bytes) for item in job.inputs)
+    pieces = (Piece(item.url, 0, TO_END, item.num_bytes) for item in job.inputs)
     blocks = (block for piece in pieces for block in PieceReader(piece, job.options))
     texts = (document for block in blocks for document in block.documents if isinstance(document, str))
     result = verify(encoder, count, islice(texts, count))
@@ -358,7 +358,7 @@ def start_logging() -> None:
         logging.getLogger("open_lm").setLevel(logging.INFO)
 
 
-def note_without_effect(flags: Sequence[str], reason: str) -> None:
+def warn_without_effect(flags: Sequence[str], reason: str) -> None:
     """Say once that flags of the original command were given and change nothing here."""
     if flags:
         _logger.warning("%s: without effect here, %s", ", ".join(flags), reason)

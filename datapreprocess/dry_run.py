@@ -15,8 +15,8 @@ import numpy as np
 from open_lm import storage
 from open_lm.datapreprocess.cluster import local_workers
 from open_lm.datapreprocess.inputs import InputFile
-from open_lm.datapreprocess.job import Job, shard_size
-from open_lm.datapreprocess.memory import SPILLED_PER_INPUT, plan_budget
+from open_lm.datapreprocess.job import PreprocessJob, shard_size
+from open_lm.datapreprocess.memory import SPILLED_BYTES_PER_INPUT_BYTE, plan_budget
 from open_lm.datapreprocess.probe import Probe, probe
 from open_lm.datapreprocess.progress import clock, memory_in_use, size
 from open_lm.datapreprocess.tokenization import DocumentEncoder
@@ -27,7 +27,7 @@ _SMALL_BYTES = 1 << 20  # so much may be read of any input; of a larger one at m
 # Not measured here: what a disk takes, what Ray and a worker's buffers hold, how storage reads and writes objects.
 _DISK_BYTES_PER_S = 200e6
 _RAY_BYTES = 512 << 20
-_HELD_TIMES = 4  # buffers that a worker holds at once
+_BUFFERS_PER_WORKER = 4  # buffers that a worker holds at once
 _GET_BYTES, _PUT_BYTES = 8 << 20, 16 << 20
 _KEY_BYTES = 8  # of a sequence in the work folder, beside its ids
 
@@ -97,7 +97,7 @@ class _Source:
         return sum(map(count, self.probes)) / known if known else 0.0
 
 
-def estimate(job: Job, encoder: DocumentEncoder, sample_bytes: int = _SAMPLE_BYTES) -> Estimate:
+def estimate(job: PreprocessJob, encoder: DocumentEncoder, sample_bytes: int = _SAMPLE_BYTES) -> Estimate:
     """Predict a run from about `sample_bytes` of its inputs, and at most a quarter of them where they are not tiny.
 
     DataError when no document is found in what is read.
@@ -116,7 +116,7 @@ def estimate(job: Job, encoder: DocumentEncoder, sample_bytes: int = _SAMPLE_BYT
     return _predict(job, encoder, sources)
 
 
-def _sources(job: Job) -> list[_Source]:
+def _sources(job: PreprocessJob) -> list[_Source]:
     sources: dict[str, _Source] = {}
     for item in job.inputs:
         name = job.sampling.source_of(item.url)
@@ -127,7 +127,7 @@ def _sources(job: Job) -> list[_Source]:
 # --- predicting --------------------------------------------------------------------------------------------------
 
 
-def _predict(job: Job, encoder: DocumentEncoder, sources: Sequence[_Source]) -> Estimate:
+def _predict(job: PreprocessJob, encoder: DocumentEncoder, sources: Sequence[_Source]) -> Estimate:
     document_errors = _errors(sources, lambda found: found.documents)
     token_errors = _errors(sources, lambda found: found.tokens)
     parts = [
@@ -152,8 +152,8 @@ def _predict(job: Job, encoder: DocumentEncoder, sources: Sequence[_Source]) -> 
     output_bytes = int(sequences * sum(members) / len(members))
     work_bytes = sequences * (job.length * encoder.dtype.itemsize + _KEY_BYTES)
     workers = local_workers(job.workers) if job.ray_address is None else job.workers or 1
-    budget = plan_budget(job.memory_limit, workers, job.num_bytes * SPILLED_PER_INPUT)
-    held_bytes = _HELD_TIMES * min(budget.buffer_bytes, work_bytes)
+    budget = plan_budget(job.memory_limit, workers, job.num_bytes * SPILLED_BYTES_PER_INPUT_BYTE)
+    held_bytes = _BUFFERS_PER_WORKER * min(budget.buffer_bytes, work_bytes)
     seconds = sum(source.density(lambda found: found.seconds) * source.num_bytes * source.factor for source in sources)
     taken_bytes = sum(source.num_bytes * source.factor for source in sources)
     return Estimate(
@@ -223,7 +223,7 @@ def _total(parts: Sequence[SourceEstimate]) -> SourceEstimate:
     )
 
 
-def _shards(job: Job, parts: Sequence[SourceEstimate], sequences: int) -> int:
+def _shards(job: PreprocessJob, parts: Sequence[SourceEstimate], sequences: int) -> int:
     """Shards in all folders; every source has its own where the layout says so."""
     outputs = [(part.name, int(part.tokens) // job.length) for part in parts] if job.layout.per_source else []
     shards = 0
@@ -243,7 +243,7 @@ def _gets(sources: Sequence[_Source]) -> int:
     )
 
 
-def _puts(job: Job, shards: int, output_bytes: int) -> int:
+def _puts(job: PreprocessJob, shards: int, output_bytes: int) -> int:
     """Requests that write the shards, in parts where they are large."""
     if not storage.is_remote(job.layout.root):
         return 0

@@ -19,30 +19,38 @@ from typing import Any
 import numpy as np
 
 from open_lm import storage
-from open_lm.datapreprocess.account import Output, dataset_record, explain_bad, line_bases, plural, summary, too_bad
+from open_lm.datapreprocess.accounting import (
+    Output,
+    bad_input_message,
+    dataset_record,
+    exceeds_bad_fraction,
+    line_bases,
+    plural,
+    summary,
+)
 from open_lm.datapreprocess.assembly import Assembler, CountBuckets
-from open_lm.datapreprocess.cluster import Cluster, Shared, processors
+from open_lm.datapreprocess.cluster import Cluster, Shared, available_cpus
 from open_lm.datapreprocess.inputs import plan_units, unit_size
-from open_lm.datapreprocess.job import Job
-from open_lm.datapreprocess.memory import SPILLED_PER_INPUT, Budget, plan_budget
+from open_lm.datapreprocess.job import PreprocessJob
+from open_lm.datapreprocess.memory import SPILLED_BYTES_PER_INPUT_BYTE, Budget, plan_budget
 from open_lm.datapreprocess.monitor import Monitor
 from open_lm.datapreprocess.shuffle import Run, bucket_counts
 from open_lm.datapreprocess.state import (
     collect_rejects,
-    expect_shards_of,
-    fall_back,
-    fell_back,
     finished_bytes,
     finished_dataset,
+    has_fallen_back,
     load_reports,
     open_work,
-    remove_idle_work,
+    record_fallback,
+    remove_stale_shards,
+    remove_unstarted_work,
     remove_work,
     work_folder,
 )
 from open_lm.datapreprocess.tasks import Call, Feed
 from open_lm.datapreprocess.tokenization import DocumentEncoder
-from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_stretch, run_unit
+from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_chunk, run_unit
 from open_lm.datapreprocess.writer import (
     DATASET,
     REJECTS,
@@ -56,8 +64,8 @@ from open_lm.errors import DataError, UserError
 
 _logger = logging.getLogger(__name__)
 _BUCKET_BYTES = 4 << 20  # of input, for each bucket of the shuffle
-_LEAST_BUCKETS, _MOST_BUCKETS = 64, 1 << 16
-_LEAST_STRETCH_BYTES, _MOST_STRETCH_BYTES = 16 << 20, 64 << 20  # of text that a feed hands over at a time
+_MIN_BUCKETS, _MAX_BUCKETS = 64, 1 << 16
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 16 << 20, 64 << 20  # of text that a feed hands over at a time
 _RUNS_COUNTED = 256  # by one task
 # Text bytes in a byte of (compressed) input, and how much text a worker turns into shards in a second, with and without
 # the fast tokenizer. More threads than this wait for each other more than they work.
@@ -67,7 +75,7 @@ _RAY_START_S = 8.0  # with its end
 Reports = dict[tuple[int, int], UnitReport]
 
 
-def run(job: Job, encoder: DocumentEncoder) -> dict[str, Any]:
+def run(job: PreprocessJob, encoder: DocumentEncoder) -> dict[str, Any]:
     """Make the data set of a job, or what is missing of it; returns the content of its dataset.json.
 
     Raises ConfigError for a conflict with what is there, DataError for inputs that cannot be used.
@@ -86,7 +94,7 @@ def run(job: Job, encoder: DocumentEncoder) -> dict[str, Any]:
         with Cluster(job.workers, job.ray_address, job.ray_options, alone=alone) as cluster:
             record = _make(job, settings, encoder, cluster, work)
     except UserError:
-        remove_idle_work(work)
+        remove_unstarted_work(work)
         raise
     remove_work(work)
     _logger.info("%s in %s, after %.1f s", summary(record), job.layout.root, time.monotonic() - started)
@@ -102,16 +110,16 @@ def _tokenizer_facts(encoder: DocumentEncoder) -> dict[str, Any]:
     }
 
 
-def _alone(job: Job, encoder: DocumentEncoder, work: str) -> bool:
+def _alone(job: PreprocessJob, encoder: DocumentEncoder, work: str) -> bool:
     """Whether threads of this process would be done before Ray's workers, its start and end counted."""
-    workers = min(job.workers or processors(), processors())
+    workers = min(job.workers or available_cpus(), available_cpus())
     text_bytes = max(0, job.num_bytes - finished_bytes(work)) * _TEXT_IN_INPUT
     rate = _FAST_BYTES_PER_S if encoder.name == "fastokens" else _BYTES_PER_S
     in_threads = text_bytes / (rate * min(workers, _USEFUL_THREADS))
     return in_threads <= _RAY_START_S + text_bytes / (rate * workers)
 
 
-def _absolute(job: Job) -> Job:
+def _absolute(job: PreprocessJob) -> PreprocessJob:
     """The job with local paths that hold in every worker: they have a working directory of their own."""
 
     def absolute(url: str) -> str:
@@ -121,10 +129,15 @@ def _absolute(job: Job) -> Job:
     return replace(job, inputs=inputs, layout=replace(job.layout, root=absolute(job.layout.root)))
 
 
-def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster: Cluster, work: str) -> dict[str, Any]:
-    per_machine = cluster.workers_per_machine
+def _make(
+    job: PreprocessJob, settings: dict[str, Any], encoder: DocumentEncoder, cluster: Cluster, work: str
+) -> dict[str, Any]:
+    per_machine = cluster.workers_per_node
     budget = plan_budget(
-        job.memory_limit, per_machine, job.num_bytes * SPILLED_PER_INPUT, twice=cluster.has_threads_too
+        job.memory_limit,
+        per_machine,
+        job.num_bytes * SPILLED_BYTES_PER_INPUT_BYTE,
+        twice=cluster.runs_threads_during_startup,
     )
     if budget.workers < per_machine:
         _logger.info("%d of %d workers of a machine fit into --memory-limit", budget.workers, per_machine)
@@ -138,7 +151,7 @@ def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster:
         tasks = [replace(task, encoder=encoder.name) for task in tasks]
         reports = _tokenize(job, tasks, cluster, encoder, monitor)
     assert reports is not None, "the reference does not differ from itself"
-    expect_shards_of(job, work, settings, reports)
+    remove_stale_shards(job, work, settings, reports)
     assembler = Assembler(job, work, encoder.dtype, budget.buffer_bytes, cluster.workers, _bucket_counter(cluster))
     outputs = _write(job, tasks, reports, assembler, cluster, monitor)
     bases = line_bases([task.unit for task in tasks], reports)
@@ -149,7 +162,9 @@ def _make(job: Job, settings: dict[str, Any], encoder: DocumentEncoder, cluster:
     return _write_records(job, settings, encoder.name, outputs)
 
 
-def _write_records(job: Job, settings: dict[str, Any], encoder: str, outputs: Sequence[Output]) -> dict[str, Any]:
+def _write_records(
+    job: PreprocessJob, settings: dict[str, Any], encoder: str, outputs: Sequence[Output]
+) -> dict[str, Any]:
     """A dataset.json in every folder, and last the one that tells that all is done."""
     whole = dataset_record(job, settings, encoder, outputs)
     for output in outputs:
@@ -164,11 +179,11 @@ def _write_records(job: Job, settings: dict[str, Any], encoder: str, outputs: Se
     return whole
 
 
-def _plan(job: Job, budget: Budget, encoder: str, work: str) -> list[UnitTask]:
+def _plan(job: PreprocessJob, budget: Budget, encoder: str, work: str) -> list[UnitTask]:
     sources = job.sources
     wanted = max(1, job.num_bytes // _BUCKET_BYTES)
-    buckets = min(max(1 << (wanted - 1).bit_length(), _LEAST_BUCKETS), _MOST_BUCKETS)
-    stretch_bytes = min(max(unit_size(job.inputs), _LEAST_STRETCH_BYTES), _MOST_STRETCH_BYTES)
+    buckets = min(max(1 << (wanted - 1).bit_length(), _MIN_BUCKETS), _MAX_BUCKETS)
+    chunk_bytes = min(max(unit_size(job.inputs), _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
     return [
         UnitTask(
             unit=unit,
@@ -182,7 +197,7 @@ def _plan(job: Job, budget: Budget, encoder: str, work: str) -> list[UnitTask]:
             source=sources.index(unit.source),
             buckets=buckets,
             run_bytes=budget.buffer_bytes,
-            stretch_bytes=stretch_bytes,
+            chunk_bytes=chunk_bytes,
             encoder=encoder,
         )
         for unit in plan_units(job.inputs, job.sampling, job.options, keep_order=not job.shuffle)
@@ -194,18 +209,18 @@ def _checked(encoder: DocumentEncoder, work: str) -> DocumentEncoder:
     difference = encoder.self_check()
     if difference:
         _logger.warning("the fast tokenizer is not used: %s", difference)
-    elif fell_back(work):
+    elif has_fallen_back(work):
         _logger.warning("the fast tokenizer is not used: an earlier start found that it differs")
     elif encoder.fallback_reason:
         _logger.info("encoding with %s: %s", encoder.name, encoder.fallback_reason)
-    return encoder.reference() if difference or fell_back(work) else encoder
+    return encoder.reference() if difference or has_fallen_back(work) else encoder
 
 
 # --- tokenizing --------------------------------------------------------------------------------------------------
 
 
 def _tokenize(
-    job: Job, tasks: Sequence[UnitTask], cluster: Cluster, encoder: DocumentEncoder, monitor: Monitor
+    job: PreprocessJob, tasks: Sequence[UnitTask], cluster: Cluster, encoder: DocumentEncoder, monitor: Monitor
 ) -> list[UnitReport] | None:
     """The reports of all units in their order; those that an earlier start finished are not done again.
 
@@ -227,18 +242,18 @@ def _tokenize(
         for task in missing:
             if task.unit.streamed:
                 known = frozenset(number for index, number in reports if index == task.unit.index)
-                yield Feed(feed_unit, (task, known), _stretch_in_worker, (task, shared))
+                yield Feed(feed_unit, (task, known), _run_chunk_in_worker, (task, shared))
             else:
-                yield Call(_unit_in_worker, (task, shared))
+                yield Call(_run_unit_in_worker, (task, shared))
 
     for report in cluster.run(calls(), monitor.tick):
         if report.mismatch:
             _logger.warning("all is encoded again without the fast tokenizer: %s", report.mismatch)
-            fall_back(work)
+            record_fallback(work)
             return None
         reports[report.index, report.number] = report
         monitor.finished_unit(report)
-        if monitor.problems >= MAX_SHOWN and too_bad(
+        if monitor.problems >= MAX_SHOWN and exceeds_bad_fraction(
             [task.unit for task in tasks], list(reports.values()), job.max_bad_fraction
         ):
             break
@@ -247,15 +262,15 @@ def _tokenize(
     return [reports[key] for key in sorted(reports)]
 
 
-def _judge(job: Job, tasks: Sequence[UnitTask], reports: Sequence[UnitReport], work: str) -> None:
+def _judge(job: PreprocessJob, tasks: Sequence[UnitTask], reports: Sequence[UnitReport], work: str) -> None:
     """DataError where more of the input is bad than the job tolerates, or where there is nothing in it."""
-    if too_bad([task.unit for task in tasks], reports, job.max_bad_fraction):
+    if exceeds_bad_fraction([task.unit for task in tasks], reports, job.max_bad_fraction):
         rejects = storage.join(job.layout.root, REJECTS)
         units = [task.unit for task in tasks]
         collect_rejects(tasks, work, rejects, line_bases(units, reports))
         if not sum(report.documents for report in reports):
             remove_work(work)  # nothing in it is worth going on with
-        raise DataError(explain_bad(units, reports, limit=job.max_bad_fraction, rejects=rejects))
+        raise DataError(bad_input_message(units, reports, limit=job.max_bad_fraction, rejects=rejects))
     if not sum(report.documents for report in reports):
         remove_work(work)  # nothing in it is worth going on with
         raise DataError(f"the {plural(len(job.inputs), 'input file')} hold no document; is --content_key right?")
@@ -269,21 +284,21 @@ def _expect_work_folder(task: UnitTask) -> None:
         )
 
 
-def _unit_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder]) -> UnitReport:
+def _run_unit_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder]) -> UnitReport:
     _expect_work_folder(task)
     return run_unit(task, encoder.get())
 
 
-def _stretch_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder], item: Any) -> UnitReport:
+def _run_chunk_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder], item: Any) -> UnitReport:
     _expect_work_folder(task)
-    return run_stretch(task, encoder.get(), item)
+    return run_chunk(task, encoder.get(), item)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
 def _write(  # noqa: PLR0917 - the parts of one run
-    job: Job,
+    job: PreprocessJob,
     tasks: Sequence[UnitTask],
     reports: Sequence[UnitReport],
     assembler: Assembler,

@@ -23,10 +23,10 @@ from open_lm.datapreprocess.readers import (
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import DataError, UserError, join_problems
 
-_UNITS = 1024  # enough for every worker to have many, so that all end together
+_TARGET_UNITS = 1024  # enough for every worker to have many, so that all end together
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 1 << 20, 256 << 20
-_FILE_BYTES = 16 << 10  # a file counts as no less: opening it takes time too
-_LIST_MARK = "@"
+_MIN_FILE_BYTES = 16 << 10  # a file counts as no less: opening it takes time too
+_LIST_PREFIX = "@"
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str] | None = None) 
 def _without_lists(patterns: Iterable[str], errors: list[UserError]) -> Iterator[str]:
     """The patterns, those of lists in their place; lists that cannot be used are added to the errors."""
     for pattern in patterns:
-        if not pattern.startswith(_LIST_MARK):
+        if not pattern.startswith(_LIST_PREFIX):
             yield pattern
             continue
         try:
-            lines = [line.strip() for line in storage.read_text(pattern.removeprefix(_LIST_MARK)).splitlines()]
+            lines = [line.strip() for line in storage.read_text(pattern.removeprefix(_LIST_PREFIX)).splitlines()]
         except UserError as error:
             errors.append(error)
             continue
@@ -150,7 +150,7 @@ def _by_url(infos: Sequence[storage.FileInfo]) -> dict[str, InputFile]:
 
 def unit_size(inputs: Sequence[InputFile]) -> int:
     """Bytes of a unit of work: a power of two, so that a small change of the inputs leaves most units as they were."""
-    wanted = sum(item.num_bytes for item in inputs) // _UNITS
+    wanted = sum(item.num_bytes for item in inputs) // _TARGET_UNITS
     return min(max(1 << max(0, wanted - 1).bit_length(), _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
 
 
@@ -174,7 +174,7 @@ def plan_units(
                 groups.append((source, [], streamed))
                 room = unit_bytes
             groups[-1][1].append(piece)
-            room -= max(piece.num_bytes, _FILE_BYTES)
+            room -= max(piece.num_bytes, _MIN_FILE_BYTES)
     by_url = {item.url: item for item in inputs}
     units: list[Unit] = []
     for number, (source, pieces, streamed) in enumerate(groups):

@@ -49,7 +49,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Job:
+class PreprocessJob:
     """Everything that decides the bytes of the output, and, below `max_bad_fraction`, what does not."""
 
     inputs: tuple[InputFile, ...]
@@ -134,7 +134,7 @@ def shard_size(num_sequences: int, wanted: int | None) -> int:
     return wanted or min(8192, max(64, -(-num_sequences // 16)))
 
 
-def work_name(root: str) -> str:
+def work_folder_name(root: str) -> str:
     """A name for the work folder of an output that does not lie on this machine."""
     return f"open_lm-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
 

@@ -9,10 +9,10 @@ from open_lm.errors import ConfigError
 
 # Measured resident sizes: a process with numpy, Ray and the tokenizer with its caches full; the driver beside it.
 _WORKER_BYTES, _DRIVER_BYTES = 400 << 20, 400 << 20
-_LEAST_BUFFER_BYTES, _WANTED_BUFFER_BYTES = 8 << 20, 32 << 20
-_WANTED_RUNS = 2000
-SPILLED_PER_INPUT = 2  # bytes of ids for a byte of compressed input
-_HELD_TIMES = 4  # buffers that a worker holds at once: sequences, their sorted copy, documents with their ids
+_MIN_BUFFER_BYTES, _DEFAULT_BUFFER_BYTES = 8 << 20, 32 << 20
+_TARGET_RUNS = 2000
+SPILLED_BYTES_PER_INPUT_BYTE = 2  # bytes of ids for a byte of compressed input
+_BUFFERS_PER_WORKER = 4  # buffers that a worker holds at once: sequences, their sorted copy, documents with their ids
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Budget:
     buffer_bytes: int
 
 
-def machine_bytes() -> int:
+def machine_memory_bytes() -> int:
     """The memory of this machine, or what its control group allows of it."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -44,17 +44,17 @@ def plan_budget(limit: int | None, workers: int, spill_bytes: int = 0, *, twice:
     be spilled, as far as the limit allows. `twice`: for a while threads of the command work beside the workers. Fewer
     workers are used where the limit is too small for all; ConfigError where it is too small for one.
     """
-    total = limit if limit is not None else machine_bytes() // 2
-    held_times = _HELD_TIMES * (1 + twice)
-    least = _WORKER_BYTES + held_times * _LEAST_BUFFER_BYTES
+    total = limit if limit is not None else machine_memory_bytes() // 2
+    held_times = _BUFFERS_PER_WORKER * (1 + twice)
+    least = _WORKER_BYTES + held_times * _MIN_BUFFER_BYTES
     fitting = min(workers, (total - _DRIVER_BYTES) // least)
     if fitting < 1:
         if limit is None:
-            return Budget(1, _LEAST_BUFFER_BYTES)
+            return Budget(1, _MIN_BUFFER_BYTES)
         raise ConfigError(
             f"--memory-limit {limit:,} bytes is too small: one worker needs {_DRIVER_BYTES + least:,} (the tokenizer "
             "and Python included)"
         )
     free = (total - _DRIVER_BYTES) // fitting - _WORKER_BYTES
-    wanted = max(_WANTED_BUFFER_BYTES, spill_bytes // _WANTED_RUNS)
-    return Budget(fitting, min(max(free // held_times, _LEAST_BUFFER_BYTES), wanted))
+    wanted = max(_DEFAULT_BUFFER_BYTES, spill_bytes // _TARGET_RUNS)
+    return Budget(fitting, min(max(free // held_times, _MIN_BUFFER_BYTES), wanted))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from open_lm.datapreprocess.job import Job
+from open_lm.datapreprocess.job import PreprocessJob
 from open_lm.datapreprocess.progress import TOKENIZING, WRITING, Display, Snapshot, memory_in_use
 from open_lm.datapreprocess.units import UnitReport, UnitTask
 from open_lm.datapreprocess.writer import WrittenShard
@@ -19,7 +19,7 @@ _MEASURE_EVERY_S = 2.0
 class Monitor:
     """Takes note of finished units and shards and shows how far the run has come."""
 
-    def __init__(self, job: Job, dtype: np.dtype[np.generic], workers: int) -> None:
+    def __init__(self, job: PreprocessJob, dtype: np.dtype[np.generic], workers: int) -> None:
         self._job, self._workers = job, workers
         self._unit_of_run_bytes = dtype.itemsize * (job.length if job.shuffle else 1)  # a run counts sequences, or ids
         self._display = Display()

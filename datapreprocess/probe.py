@@ -17,17 +17,17 @@ import numpy as np
 from open_lm import storage
 from open_lm.data.shard_format import encode_member
 from open_lm.datapreprocess.inputs import InputFile
-from open_lm.datapreprocess.job import Job
+from open_lm.datapreprocess.job import PreprocessJob
 from open_lm.datapreprocess.readers import (
     FORMATS,
-    WHOLE,
+    TO_END,
     Block,
     BrokenFile,
     Piece,
     PieceReader,
     ReadOptions,
-    Stretch,
-    StretchReader,
+    Chunk,
+    ChunkReader,
     can_stream,
     split,
     split_suffixes,
@@ -61,7 +61,7 @@ class Probe:
     problem: str | None = None
 
 
-def probe(files: Sequence[InputFile], budget: float, draw: float, job: Job, encoder: DocumentEncoder) -> list[Probe]:
+def probe(files: Sequence[InputFile], budget: float, draw: float, job: PreprocessJob, encoder: DocumentEncoder) -> list[Probe]:
     """Read about `budget` bytes, at even distances over all bytes of the files, and encode what they hold.
 
     draw: where the first place lies, as a share (below 1) of the distance. At least one place is read, and a beginning
@@ -131,7 +131,7 @@ def _piece(piece: Piece, limit: int, options: ReadOptions, found: Probe) -> Iter
         ahead = number >= _LEAST_BLOCKS and block.bytes_read > first_bytes and length > first_length
         if ahead and limit <= block.bytes_read < piece.num_bytes:
             found.stands_for = length * (block.bytes_read - first_bytes) / (length - first_length)
-            found.beginning = piece.end == WHOLE
+            found.beginning = piece.end == TO_END
             return
 
 
@@ -150,7 +150,7 @@ def _beginning(item: InputFile, limit: int, options: ReadOptions, found: Probe) 
         content = content[: content.rfind(separator) + len(separator)]
         found.stands_for = len(content) / expansion
     with _timed(found):
-        blocks = list(StretchReader(Stretch(0, content, 1), item.url, options))
+        blocks = list(ChunkReader(Chunk(0, content, 1), item.url, options))
     yield from blocks
 
 
@@ -192,7 +192,7 @@ def _timed(found: Probe) -> Iterator[None]:
     found.seconds += max(time.perf_counter() - wall, time.process_time() - processors)
 
 
-def _count(found: Probe, blocks: Iterable[Block], job: Job, encoder: DocumentEncoder) -> None:
+def _count(found: Probe, blocks: Iterable[Block], job: PreprocessJob, encoder: DocumentEncoder) -> None:
     """Encode the blocks and fill the probe."""
     for block in blocks:
         found.bad += len(block.bad)

@@ -20,7 +20,7 @@ from typing import TextIO
 TOKENIZING, WRITING = "tokenizing", "shuffling and writing"
 _REDRAW_EVERY_S, _LINE_EVERY_S = 0.2, 10.0
 _WINDOW_S, _WINDOW_STEPS = 60.0, 8  # a rate looks back so far, and over so many finished units at least
-_MOST_SOURCES = 8
+_MAX_SOURCES = 8
 _BAR_CELLS = 30
 _PROC = Path("/proc")
 
@@ -64,7 +64,7 @@ class Snapshot:
 class Pace:
     """Seconds since the stage began, and what it does in a second: input bytes or shards, and tokens."""
 
-    gone_s: float = 0.0
+    elapsed_s: float = 0.0
     done_per_s: float = 0.0
     tokens_per_s: float = 0.0
 
@@ -96,12 +96,12 @@ def size(num_bytes: float) -> str:
 def line(snapshot: Snapshot, pace: Pace) -> str:
     """Everything in one plain line."""
     parts = [f"{snapshot.share:.0%}", *_counts(snapshot, pace), *_sources(snapshot), *_resources(snapshot)]
-    return f"{snapshot.stage}: {', '.join(parts)}, {clock(pace.gone_s)} gone, {pace.left(snapshot)} left"
+    return f"{snapshot.stage}: {', '.join(parts)}, {clock(pace.elapsed_s)} gone, {pace.left(snapshot)} left"
 
 
 def lines(snapshot: Snapshot, pace: Pace, width: int) -> list[str]:
     """The same for a terminal, with a bar: lines of at most `width` characters."""
-    times = f"{snapshot.share:4.0%}  {clock(pace.gone_s)} gone, {pace.left(snapshot)} left"
+    times = f"{snapshot.share:4.0%}  {clock(pace.elapsed_s)} gone, {pace.left(snapshot)} left"
     cells = min(_BAR_CELLS, width - len(snapshot.stage) - len(times) - 4)
     full = int(cells * snapshot.share)
     bar = f"[{'#' * full}{'.' * (cells - full)}] " if cells >= 5 else ""
@@ -136,9 +136,9 @@ def _sources(snapshot: Snapshot) -> list[str]:
     if snapshot.stage == WRITING:
         return []
     ranked = sorted(snapshot.sources.items(), key=lambda item: (-item[1], item[0]))
-    if len(ranked) > _MOST_SOURCES:
-        rest = ranked[_MOST_SOURCES - 1 :]
-        ranked = [*ranked[: _MOST_SOURCES - 1], (f"{len(rest)} more", sum(tokens for _, tokens in rest))]
+    if len(ranked) > _MAX_SOURCES:
+        rest = ranked[_MAX_SOURCES - 1 :]
+        ranked = [*ranked[: _MAX_SOURCES - 1], (f"{len(rest)} more", sum(tokens for _, tokens in rest))]
     return [f"{name} {tokens:,} tokens" for name, tokens in ranked]
 
 

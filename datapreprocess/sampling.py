@@ -18,7 +18,7 @@ from open_lm.errors import ConfigError, join_problems
 
 logger = logging.getLogger(__name__)
 UNKNOWN = "UNKNOWN"  # the source of a file that belongs to none, where sources are named
-EVERYTHING = "all"  # the source of every file where none is named
+ALL_FILES = "all"  # the source of every file where none is named
 _MAX_SHOWN = 5
 _STREAM = 1 << 48  # keeps these draws apart from the keys of the shuffle
 
@@ -59,7 +59,7 @@ class Sampling:
     def source_of(self, url: str) -> str:
         """The source that the file is assigned to, else the first with a marker in the path, else UNKNOWN."""
         if not self.markers and not self.files:
-            return EVERYTHING
+            return ALL_FILES
         found = self.files.get(_place(url)) if self.files else None
         marked = (name for name, marks in self.markers.items() if any(mark in url for mark in marks))
         return found or next(marked, UNKNOWN)
@@ -91,7 +91,7 @@ def _place(url: str) -> str:
     return url if storage.is_remote(url) else os.path.abspath(storage.local_path(url))
 
 
-def tell_sampling(sampling: Sampling, urls: Sequence[str]) -> None:
+def log_sampling(sampling: Sampling, urls: Sequence[str]) -> None:
     """Log how often the documents of each source's files are taken, and which files belong to no source."""
     files: dict[str, list[str]] = {}
     for url in urls:
@@ -103,7 +103,7 @@ def tell_sampling(sampling: Sampling, urls: Sequence[str]) -> None:
         logger.warning("sampling: no pattern and no marker of any source fits %s", shown)
 
 
-def takes_mask(  # noqa: PLR0917 - seed, place, share: an order that callers rely on
+def selection_mask(  # noqa: PLR0917 - seed, place, share: an order that callers rely on
     seed: int, group: int, first: int, count: int, factor: float, copy: int
 ) -> np.ndarray:
     """Which of the documents number first … first + count - 1 of a group pass number `copy` takes: bool (count,).

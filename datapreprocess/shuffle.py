@@ -99,7 +99,7 @@ def record_dtype(length: int, dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype([("key", "<u8"), ("ids", dtype.newbyteorder("<"), (length,))])
 
 
-class RunWriter:
+class ShuffledRunWriter:
     """Collects the sequences of one unit of work and spills them as sorted runs of at most about `run_bytes`.
 
     `name` is a template with one field for the run's number. Runs appear whole, each in a file of its own: first the
@@ -230,7 +230,7 @@ class ShuffledRuns:
 # --- in the order of the input -----------------------------------------------------------------------------------
 
 
-class SpanWriter:
+class OrderedRunWriter:
     """Collects the ids of one unit of work, in their order, and spills them as runs of about `run_bytes`."""
 
     def __init__(self, name: str, *, source: int, run_bytes: int) -> None:

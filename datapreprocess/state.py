@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 
 from open_lm import storage
-from open_lm.datapreprocess.job import Job, Layout, input_records, work_name
+from open_lm.datapreprocess.job import Layout, PreprocessJob, input_records, work_folder_name
 from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
 from open_lm.datapreprocess.writer import DATASET, MANIFEST, read_dataset, read_record
 from open_lm.errors import ConfigError
@@ -30,7 +30,7 @@ _REPORT = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.json")
 _REJECTS = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.rejects")
 
 
-def finished_dataset(job: Job, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished_dataset(job: PreprocessJob, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """The record of an output that is there already, None where it is still to be made.
 
     ConfigError where what is there was made from other inputs or with other settings.
@@ -79,16 +79,16 @@ def changed_inputs(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, 
     return changes
 
 
-def work_folder(job: Job) -> str:
+def work_folder(job: PreprocessJob) -> str:
     """Where intermediate files go: as asked for, else in a local output, else among this machine's temporary files."""
     if job.work_dir:
-        return storage.join(job.work_dir, work_name(job.layout.root))
+        return storage.join(job.work_dir, work_folder_name(job.layout.root))
     if storage.is_remote(job.layout.root):
-        return os.path.join(tempfile.gettempdir(), f"{work_name(job.layout.root)}-{getpass.getuser()}")
+        return os.path.join(tempfile.gettempdir(), f"{work_folder_name(job.layout.root)}-{getpass.getuser()}")
     return storage.join(job.layout.root, ".work")
 
 
-def open_work(job: Job, settings: dict[str, Any]) -> str:
+def open_work(job: PreprocessJob, settings: dict[str, Any]) -> str:
     """The work folder, ready: with what an interrupted run of the same job left, or empty.
 
     Inputs may have changed since: the units of work that they touch are done again. Other settings are a ConfigError,
@@ -131,7 +131,7 @@ def _shards_in(layout: Layout, folders: Iterable[str]) -> list[str]:
     return [url for place in places for url in storage.list_files(place) if url.endswith(".tar")]
 
 
-def _remove_shards(job: Job, work: str, settings: Mapping[str, Any]) -> None:
+def _remove_shards(job: PreprocessJob, work: str, settings: Mapping[str, Any]) -> None:
     """Shards of a run that is not gone on with, what lies beside them, and their records."""
     beside = [storage.join(job.layout.folder(folder), name) for folder in settings["folders"] for name in _BESIDE]
     for url in [*_shards_in(job.layout, settings["folders"]), *beside]:
@@ -141,7 +141,9 @@ def _remove_shards(job: Job, work: str, settings: Mapping[str, Any]) -> None:
             storage.remove(url)
 
 
-def expect_shards_of(job: Job, work: str, settings: Mapping[str, Any], reports: Iterable[UnitReport]) -> None:
+def remove_stale_shards(
+    job: PreprocessJob, work: str, settings: Mapping[str, Any], reports: Iterable[UnitReport]
+) -> None:
     """Remove the shards of an earlier start if its units came to something else: a file is readable again, say."""
     facts = [(r.index, r.number, r.documents, r.characters, r.tokens, r.tail, r.digests) for r in reports]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest().encode()
@@ -162,7 +164,7 @@ def _remove_torn(layout: Layout, settings: Mapping[str, Any]) -> None:
                 storage.remove(storage.join(folder, name))
 
 
-def _refuse_foreign_shards(job: Job, folders: Iterable[str]) -> None:
+def _refuse_foreign_shards(job: PreprocessJob, folders: Iterable[str]) -> None:
     shards = _shards_in(job.layout, folders)
     if shards:
         raise ConfigError(
@@ -172,7 +174,7 @@ def _refuse_foreign_shards(job: Job, folders: Iterable[str]) -> None:
         )
 
 
-def fall_back(work: str) -> None:
+def record_fallback(work: str) -> None:
     """Throw away what was encoded with the fast tokenizer, and keep for later starts that it is not to be used."""
     for url in storage.list_files(work):
         if url.rpartition("/")[2].startswith("unit-"):
@@ -180,7 +182,7 @@ def fall_back(work: str) -> None:
     storage.write_bytes(storage.join(work, _FALLBACK), b"")
 
 
-def fell_back(work: str) -> bool:
+def has_fallen_back(work: str) -> bool:
     """Whether an earlier start of the same run found that the fast tokenizer is not to be used."""
     return storage.exists(storage.join(work, _FALLBACK))
 
@@ -240,7 +242,7 @@ def remove_work(work: str) -> None:
         storage.remove(url)
 
 
-def remove_idle_work(work: str) -> None:
+def remove_unstarted_work(work: str) -> None:
     """Remove the work folder of a run that failed before anything was finished: there is nothing to go on with."""
     records = [url for url in storage.list_files(work) if url.endswith(".json")]
     if all(url.rpartition("/")[2] == _PLAN for url in records):

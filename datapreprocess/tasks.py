@@ -64,18 +64,18 @@ class Queue(Generic[T]):
         return None
 
 
-class Abandoned(Exception):
+class TaskAbandoned(Exception):
     """Nobody waits any more for what this thread does."""
 
 
 _of_thread = threading.local()
 
 
-def go_on() -> None:
+def raise_if_abandoned() -> None:
     """For tasks to call now and then: ends them, in a thread whose run was interrupted or has failed elsewhere."""
     closing: threading.Event | None = getattr(_of_thread, "closing", None)
     if closing is not None and closing.is_set():
-        raise Abandoned
+        raise TaskAbandoned
 
 
 class Threads(Generic[T]):

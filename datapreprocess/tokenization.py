@@ -13,7 +13,7 @@ import numpy as np
 
 from open_lm.data.shard_format import token_dtype
 from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer, fast_tokenizer
-from open_lm.datapreprocess.hostile_texts import fixed_sample
+from open_lm.datapreprocess.adversarial_texts import fixed_sample
 from open_lm.errors import ConfigError, DataError
 
 Document = str | np.ndarray  # a text, or a 1-D array of ids

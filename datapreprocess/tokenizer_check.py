@@ -9,7 +9,7 @@ from itertools import chain
 
 import numpy as np
 
-from open_lm.datapreprocess.hostile_texts import random_texts
+from open_lm.datapreprocess.adversarial_texts import random_texts
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.errors import ConfigError
 

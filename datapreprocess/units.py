@@ -19,17 +19,17 @@ from open_lm.datapreprocess.readers import (
     BadDocument,
     Block,
     BrokenFile,
+    Chunk,
+    ChunkReader,
     Document,
+    FileChunks,
     Piece,
     PieceReader,
     ReadOptions,
-    Stretch,
-    StretchReader,
-    stretches,
 )
-from open_lm.datapreprocess.sampling import takes_mask
-from open_lm.datapreprocess.shuffle import Run, RunWriter, SpanWriter
-from open_lm.datapreprocess.tasks import go_on
+from open_lm.datapreprocess.sampling import selection_mask
+from open_lm.datapreprocess.shuffle import OrderedRunWriter, Run, ShuffledRunWriter
+from open_lm.datapreprocess.tasks import raise_if_abandoned
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 
 MAX_SHOWN = 20
@@ -56,7 +56,7 @@ class UnitTask:
     source: int
     buckets: int
     run_bytes: int
-    stretch_bytes: int
+    chunk_bytes: int
     encoder: str
     number: int = 0
 
@@ -68,7 +68,7 @@ class UnitTask:
     @property
     def digest(self) -> str:
         """Of all that the unit's files depend on beside the settings of the run."""
-        cut_at = self.stretch_bytes if self.unit.streamed else None
+        cut_at = self.chunk_bytes if self.unit.streamed else None
         return hashlib.sha256(repr((self.unit.digest, self.buckets, self.encoder, cut_at)).encode()).hexdigest()[:12]
 
     def path(self, suffix: str) -> str:
@@ -142,20 +142,20 @@ def run_unit(task: UnitTask, encoder: DocumentEncoder) -> UnitReport:
     return work.finish(last=True, num_bytes=task.unit.num_bytes)
 
 
-def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Stretch, int] | UnitReport]:
+def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Chunk, int] | UnitReport]:
     """The stretches of a streamed unit that are not among those `done`, each with the input bytes that it took.
 
     At the end comes the report that completes the unit.
     """
     piece = task.unit.pieces[0]
     report = UnitReport(task.unit.index)
-    source = stretches(piece, task.stretch_bytes, task.options)
+    source = FileChunks(piece, task.chunk_bytes, task.options)
     bytes_before = 0
     try:
-        for stretch in source:
-            report.number = stretch.number + 1
-            if stretch.number not in done:
-                yield stretch, source.bytes_read - bytes_before
+        for chunk in source:
+            report.number = chunk.number + 1
+            if chunk.number not in done:
+                yield chunk, source.bytes_read - bytes_before
             bytes_before = source.bytes_read
     except BrokenFile as error:
         report.broken.append(Broken(piece.url, error.kind, str(error), max(0, piece.num_bytes - bytes_before)))
@@ -164,7 +164,7 @@ def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Stretch, i
     yield report
 
 
-def run_stretch(task: UnitTask, encoder: DocumentEncoder, item: tuple[Stretch, int] | UnitReport) -> UnitReport:
+def run_chunk(task: UnitTask, encoder: DocumentEncoder, item: tuple[Chunk, int] | UnitReport) -> UnitReport:
     """`run_unit` for a stretch of a streamed unit; the report at its end is only saved."""
     if isinstance(item, UnitReport):
         end = replace(task, number=item.number)
@@ -172,10 +172,10 @@ def run_stretch(task: UnitTask, encoder: DocumentEncoder, item: tuple[Stretch, i
             storage.write_bytes(end.path(".rejects"), b"".join(map(_reject, item.broken)))
         _save(end, item)
         return item
-    stretch, num_bytes = item
-    work = _Work(replace(task, number=stretch.number), encoder)
+    chunk, num_bytes = item
+    work = _Work(replace(task, number=chunk.number), encoder)
     piece = task.unit.pieces[0]
-    work.read(piece, StretchReader(stretch, piece.url, task.options))
+    work.read(piece, ChunkReader(chunk, piece.url, task.options))
     return work.finish(last=False, num_bytes=num_bytes)
 
 
@@ -202,12 +202,12 @@ class _Work:
         self._to_compare: list[str] = []
         self._room_to_compare = _COMPARED_OF_UNIT
 
-    def read(self, piece: Piece, reader: PieceReader | StretchReader) -> None:
+    def read(self, piece: Piece, reader: PieceReader | ChunkReader) -> None:
         """Take the documents of a piece; what is none, and what breaks it off, is noted."""
         first, bytes_read = piece.start == 0, 0
         try:
             for block in reader:
-                go_on()
+                raise_if_abandoned()
                 bytes_read = block.bytes_read
                 self._set_apart_wrong_ids(block, piece.url)
                 self._note_bad(block)
@@ -242,7 +242,7 @@ class _Work:
         taken = documents
         if task.factor != 1.0:
             group = (task.unit.group << _STREAM_BITS) + task.number
-            mask = takes_mask(task.seed, group, report.seen, len(documents), task.factor, task.unit.copy)
+            mask = selection_mask(task.seed, group, report.seen, len(documents), task.factor, task.unit.copy)
             taken = [document for document, takes in zip(documents, mask.tolist(), strict=True) if takes]
         report.seen += len(documents)
         self._taken += taken
@@ -317,7 +317,7 @@ class _Shuffled:
         self._packer = DocumentPacker(task.length, encoder.dtype) if task.split_documents else None
         self._tail = np.zeros(0, encoder.dtype)
         self._pads = 0
-        self._writer = RunWriter(
+        self._writer = ShuffledRunWriter(
             task.run_name(),
             stream=task.stream,
             seed=task.seed,
@@ -351,7 +351,7 @@ class _Ordered:
     def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
         self._packer = DocumentPacker(task.length, encoder.dtype, keep_order=True) if task.split_documents else None
         self._tail = np.zeros(0, encoder.dtype)
-        self._writer = SpanWriter(task.run_name(), source=task.source, run_bytes=task.run_bytes)
+        self._writer = OrderedRunWriter(task.run_name(), source=task.source, run_bytes=task.run_bytes)
         self._pads = 0
 
     def add(self, ids: np.ndarray, ends: np.ndarray) -> None:

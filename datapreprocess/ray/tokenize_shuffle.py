@@ -23,7 +23,7 @@ from open_lm.datapreprocess.commands import (
     Request,
     add_common_options,
     execute,
-    note_without_effect,
+    warn_without_effect,
     start_logging,
 )
 
@@ -75,11 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from open_lm.datapreprocess.mixtures import load_mixture
 
     start_logging()
-    note_without_effect([f"--{name}" for name in _WITHOUT_EFFECT if getattr(args, name)], _FIXED_ORDER)
+    warn_without_effect([f"--{name}" for name in _WITHOUT_EFFECT if getattr(args, name)], _FIXED_ORDER)
     if args.default_dataset_yaml != str(DEFAULT_SAMPLING) and not args.do_sample:
-        note_without_effect(["--default_dataset_yaml"], "which --do_sample asks for")
+        warn_without_effect(["--default_dataset_yaml"], "which --do_sample asks for")
     if args.work_dir and args.ray_spill_location:
-        note_without_effect(["--ray_spill_location"], "--work-dir is given")
+        warn_without_effect(["--ray_spill_location"], "--work-dir is given")
     limits = [count for count in (args.force_parallelism, args.force_num_cores) if count is not None]
     running = {
         "workers": min(limits) if limits else None,

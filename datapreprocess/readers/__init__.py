@@ -2,11 +2,11 @@
 
 `PieceReader` streams the documents of one `Piece` (a file, or a part of one) in bounded memory. What cannot be used as
 a document comes out as a `BadDocument`, so that the caller decides; a file that is cut short or broken beyond its lines
-is a `BrokenFile`. One huge compressed file is read by one `stretches` and any number of `StretchReader`s.
+is a `BrokenFile`. One huge compressed file is read by one `FileChunks` and any number of `ChunkReader`s.
 """
 
 from open_lm.datapreprocess.readers.base import (
-    WHOLE,
+    TO_END,
     BadDocument,
     Block,
     BrokenFile,
@@ -17,18 +17,18 @@ from open_lm.datapreprocess.readers.base import (
 from open_lm.datapreprocess.readers.formats import (
     FORMATS,
     PieceReader,
-    Stretches,
-    StretchReader,
+    FileChunks,
+    ChunkReader,
     can_stream,
     is_data_name,
     is_known,
     is_text,
     split,
     split_suffixes,
-    stretches,
+    FileChunks,
 )
 from open_lm.datapreprocess.readers.hub import HUB_PREFIX, expand_folder
-from open_lm.datapreprocess.readers.parts import Stretch
+from open_lm.datapreprocess.readers.parts import Chunk
 
 __all__ = [
     "FORMATS", "HUB_PREFIX", "WHOLE", "BadDocument", "Block", "BrokenFile", "Document", "Piece", "PieceReader",

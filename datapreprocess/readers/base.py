@@ -9,7 +9,7 @@ import numpy as np
 from open_lm.errors import DataError
 
 Document = str | np.ndarray  # a text, or a 1-D array of ids
-WHOLE = -1
+TO_END = -1
 BOM = b"\xef\xbb\xbf"
 _EXCERPT_CHARACTERS = 500
 

@@ -13,7 +13,7 @@ from itertools import islice, pairwise
 from typing import Any
 
 from open_lm import storage
-from open_lm.datapreprocess.readers.base import WHOLE, BadDocument, Block, BrokenFile, Document, Piece, ReadOptions
+from open_lm.datapreprocess.readers.base import TO_END, BadDocument, Block, BrokenFile, Document, Piece, ReadOptions
 from open_lm.datapreprocess.readers.source import Source
 from open_lm.errors import StorageError
 
@@ -32,7 +32,7 @@ def read_parquet(source: Source, options: ReadOptions) -> Iterator[Block]:
             return
         table = pyarrow.parquet.ParquetFile(file)
         path = _column_path(source, table.schema_arrow, options.content_key)
-        end = table.num_row_groups if source.piece.end == WHOLE else source.piece.end
+        end = table.num_row_groups if source.piece.end == TO_END else source.piece.end
         numbers = list(range(source.piece.start, end))
         groups = [table.metadata.row_group(number) for number in numbers]
         num_rows = sum(group.num_rows for group in groups)
@@ -47,14 +47,14 @@ def count_parquet(url: str) -> int:
     """The rows of a file, from its footer."""
     import pyarrow.parquet
 
-    source = Source(Piece(url, 0, WHOLE, 0), "")
+    source = Source(Piece(url, 0, TO_END, 0), "")
     with source.open() as file, _explained(source):
         return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
 
 
 def count_arrow(url: str) -> int:
     """The rows of a file, from the heads of its record batches."""
-    source = Source(Piece(url, 0, WHOLE, 0), "")
+    source = Source(Piece(url, 0, TO_END, 0), "")
     with _open_arrow(source) as file, _explained(source):
         return sum(map(len, _arrow_batches(file)[1]))
 
@@ -63,7 +63,7 @@ def split_parquet(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
     """Row groups, as many as make about `unit_bytes` of the file each."""
     import pyarrow.parquet
 
-    whole = Source(Piece(url, 0, WHOLE, num_bytes), "")
+    whole = Source(Piece(url, 0, TO_END, num_bytes), "")
     try:
         with whole.open() as file, _explained(whole):
             metadata = pyarrow.parquet.ParquetFile(file).metadata
@@ -81,16 +81,16 @@ def read_arrow(source: Source, options: ReadOptions) -> Iterator[Block]:
             return
         schema, batches, cut_short = _arrow_batches(file)
         path = _column_path(source, schema, options.content_key)
-        chosen = islice(batches, source.piece.start, None if source.piece.end == WHOLE else source.piece.end)
+        chosen = islice(batches, source.piece.start, None if source.piece.end == TO_END else source.piece.end)
         yield from _blocks(source, ((batch, batch.nbytes) for batch in chosen), path)
-        if cut_short and source.piece.end == WHOLE:
+        if cut_short and source.piece.end == TO_END:
             message = f"{source.path}: cut short: an Arrow stream without its end mark; save or fetch the file again"
             raise BrokenFile("cut short", message)
 
 
 def split_arrow(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
     """Record batches, as many as make about `unit_bytes`; a remote file is one piece, for its batches have no index."""
-    whole = Source(Piece(url, 0, WHOLE, num_bytes), "")
+    whole = Source(Piece(url, 0, TO_END, num_bytes), "")
     if storage.is_remote(url):
         return [whole.piece]
     try:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from open_lm.datapreprocess.readers.base import WHOLE, Block, Piece, ReadOptions
+from open_lm.datapreprocess.readers.base import TO_END, Block, Piece, ReadOptions
 from open_lm.datapreprocess.readers.columns import (
     count_arrow,
     count_parquet,
@@ -18,7 +18,7 @@ from open_lm.datapreprocess.readers.columns import (
 from open_lm.datapreprocess.readers.compression import COMPRESSIONS
 from open_lm.datapreprocess.readers.json_documents import has_lines, read_json, split_json
 from open_lm.datapreprocess.readers.json_lines import LINE_END, byte_ranges, parse_lines, read_lines
-from open_lm.datapreprocess.readers.parts import Stretch, cut_stretches, split_parts
+from open_lm.datapreprocess.readers.parts import Chunk, cut_stretches, split_parts
 from open_lm.datapreprocess.readers.source import Source, split_rows
 from open_lm.datapreprocess.readers.tars import read_tar
 from open_lm.datapreprocess.readers.texts import parse_texts, read_texts, text_separator
@@ -114,7 +114,7 @@ def split(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
     compression, suffix = split_suffixes(url)
     cut = FORMATS[suffix].split
     if compression or cut is None or split_rows(url)[1] or num_bytes <= 2 * unit_bytes:
-        return [Piece(url, 0, WHOLE, max(num_bytes, 0))]
+        return [Piece(url, 0, TO_END, max(num_bytes, 0))]
     return cut(url, num_bytes, unit_bytes)
 
 
@@ -129,7 +129,7 @@ def count_rows(url: str) -> int:
     count = FORMATS[split_suffixes(url)[1]].count
     if count is not None and is_counted(url):
         return count(url)
-    reader = PieceReader(Piece(url, 0, WHOLE, 0))
+    reader = PieceReader(Piece(url, 0, TO_END, 0))
     return sum(len(block.documents) + sum(bad.line > 0 for bad in block.bad) for block in reader)
 
 
@@ -183,20 +183,20 @@ def _separator(url: str, options: ReadOptions) -> bytes | None:
     return separator(options) if separator else None
 
 
-class Stretches:
-    """Iterate over a file as `Stretch`es: decompressed, cut between lines (texts), not parsed.
+class FileChunks:
+    """Iterate over a file as `Chunk`es: decompressed, cut between lines (texts), not parsed.
 
     `bytes_read` is the input consumed so far, `digest` the sha256 of the file, known at the end.
     """
 
-    def __init__(self, piece: Piece, stretch_bytes: int, options: ReadOptions = _DEFAULTS) -> None:
+    def __init__(self, piece: Piece, chunk_bytes: int, options: ReadOptions = _DEFAULTS) -> None:
         separator = _separator(piece.url, options)
         if separator is None:
             raise ValueError(f"{piece.url} cannot be cut into stretches")
-        self._separator, self._stretch_bytes = separator, stretch_bytes
+        self._separator, self._stretch_bytes = separator, chunk_bytes
         self._source = Source(piece, split_suffixes(piece.url)[0])
 
-    def __iter__(self) -> Iterator[Stretch]:
+    def __iter__(self) -> Iterator[Chunk]:
         return cut_stretches(self._source.blocks(), self._separator, self._stretch_bytes)
 
     @property
@@ -208,27 +208,27 @@ class Stretches:
         return self._source.digest
 
 
-def stretches(piece: Piece, stretch_bytes: int, options: ReadOptions = _DEFAULTS) -> Stretches:
-    """The stretches of a whole file that `can_stream`, each of at least `stretch_bytes` but for the last."""
-    return Stretches(piece, stretch_bytes, options)
+def FileChunks(piece: Piece, chunk_bytes: int, options: ReadOptions = _DEFAULTS) -> FileChunks:
+    """The stretches of a whole file that `can_stream`, each of at least `chunk_bytes` but for the last."""
+    return FileChunks(piece, chunk_bytes, options)
 
 
-class StretchReader:
+class ChunkReader:
     """Iterate over the documents of a stretch; what is bad is told by its line in the file."""
 
-    def __init__(self, stretch: Stretch, url: str, options: ReadOptions = _DEFAULTS) -> None:
-        self.stretch, self.url, self.options = stretch, url, options
+    def __init__(self, chunk: Chunk, url: str, options: ReadOptions = _DEFAULTS) -> None:
+        self.chunk, self.url, self.options = chunk, url, options
         self.lines = 0
 
     def __iter__(self) -> Iterator[Block]:
-        source = Source(Piece(self.url, 0, WHOLE, 0), "")
-        source.lines = self.stretch.first_line - 1
+        source = Source(Piece(self.url, 0, TO_END, 0), "")
+        source.lines = self.chunk.first_line - 1
         parse = FORMATS[split_suffixes(self.url)[1]].parse
         separator = _separator(self.url, self.options)
         assert parse is not None and separator is not None, "only what can be cut into stretches comes in them"
-        if not self.stretch.data:
+        if not self.chunk.data:
             yield source.block([], [source.nothing()])
-        blocks = (self.stretch.data[a : a + _BLOCK_BYTES] for a in range(0, len(self.stretch.data), _BLOCK_BYTES))
+        blocks = (self.chunk.data[a : a + _BLOCK_BYTES] for a in range(0, len(self.chunk.data), _BLOCK_BYTES))
         for parts in split_parts(blocks, separator):
             self.lines += len(parts)
             yield parse(source, parts, self.options)

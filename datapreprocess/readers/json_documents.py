@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-from open_lm.datapreprocess.readers.base import BOM, WHOLE, BadDocument, Block, BrokenFile, Document, Piece, ReadOptions
+from open_lm.datapreprocess.readers.base import BOM, TO_END, BadDocument, Block, BrokenFile, Document, Piece, ReadOptions
 from open_lm.datapreprocess.readers.json_lines import byte_ranges, picker, read_lines, text_in
 from open_lm.datapreprocess.readers.source import Source
 
@@ -20,7 +20,7 @@ _LONGEST_TOKEN = 16  # characters that a JSON value may lack at the end of a blo
 
 def read_json(source: Source, options: ReadOptions) -> Iterator[Block]:
     """The elements of an array or the objects of a file, each a document; else the file's lines."""
-    if source.piece.end != WHOLE:
+    if source.piece.end != TO_END:
         yield from read_lines(source, options)
         return
     blocks = source.blocks()
@@ -37,13 +37,13 @@ def is_document(head: bytes) -> bool:
 
 
 def split_json(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
-    return byte_ranges(url, num_bytes, unit_bytes) if has_lines(url, "") else [Piece(url, 0, WHOLE, num_bytes)]
+    return byte_ranges(url, num_bytes, unit_bytes) if has_lines(url, "") else [Piece(url, 0, TO_END, num_bytes)]
 
 
 def has_lines(url: str, compression: str) -> bool:
     """Whether the file is an object a line, by its first bytes; one that cannot be read is left to its reader."""
     try:
-        return not is_document(next(Source(Piece(url, 0, WHOLE, 0), compression).blocks(), b""))
+        return not is_document(next(Source(Piece(url, 0, TO_END, 0), compression).blocks(), b""))
     except BrokenFile:
         return True
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import orjson
 
-from open_lm.datapreprocess.readers.base import BOM, WHOLE, BadDocument, Block, Document, Piece, ReadOptions
+from open_lm.datapreprocess.readers.base import BOM, TO_END, BadDocument, Block, Document, Piece, ReadOptions
 from open_lm.datapreprocess.readers.parts import split_parts
 from open_lm.datapreprocess.readers.source import Source
 
@@ -28,11 +28,11 @@ def byte_ranges(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
 def read_lines(source: Source, options: ReadOptions, blocks: Iterator[bytes] | None = None) -> Iterator[Block]:
     """The documents of a file of JSON lines (its `blocks`), or of those lines that begin in a byte range of it."""
     if blocks is None:
-        blocks = source.blocks() if source.piece.end == WHOLE else source.line_blocks()
+        blocks = source.blocks() if source.piece.end == TO_END else source.line_blocks()
     parts = split_parts(blocks, LINE_END)
     for lines in _only(parts, *source.rows) if source.rows else parts:
         yield parse_lines(source, lines, options)
-    if not source.lines and source.piece.end == WHOLE and not source.rows:
+    if not source.lines and source.piece.end == TO_END and not source.rows:
         yield source.block([], [source.nothing()])
 
 

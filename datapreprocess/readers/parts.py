@@ -1,6 +1,6 @@
 """Files whose documents stand one after the other between separators: lines, or texts.
 
-A huge compressed one is decompressed by one reader, `Stretches`, and parsed by others, a stretch each.
+A huge compressed one is decompressed by one reader, `FileChunks`, and parsed by others, a stretch each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from open_lm.datapreprocess.readers.base import BrokenFile
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Chunk:
     """Lines (or texts) from the middle of a file, all whole; the first is number `first_line`, counted from 1."""
 
     number: int
@@ -46,10 +46,10 @@ def _joined_tail(pending: list[bytes], block: bytes) -> bytes:
     return (pending.pop() if pending else b"") + block
 
 
-def cut_stretches(blocks: Iterable[bytes], separator: bytes, stretch_bytes: int) -> Iterator[Stretch]:
-    """Stretches of at least `stretch_bytes` with their separators; an empty file is one empty stretch.
+def cut_stretches(blocks: Iterable[bytes], separator: bytes, chunk_bytes: int) -> Iterator[Chunk]:
+    """Stretches of at least `chunk_bytes` with their separators; an empty file is one empty stretch.
 
-    Where they end depends on the content and `stretch_bytes` alone.
+    Where they end depends on the content and `chunk_bytes` alone.
     """
     parts: list[bytes] = []
     number, first_line, size = 0, 1, 0
@@ -57,20 +57,20 @@ def cut_stretches(blocks: Iterable[bytes], separator: bytes, stretch_bytes: int)
     try:
         for found in split_parts(blocks, separator):
             found_bytes = sum(map(len, found)) + len(found) * len(separator)
-            if size + found_bytes < stretch_bytes:
+            if size + found_bytes < chunk_bytes:
                 parts += found
                 size += found_bytes
                 continue
             for part in found:
                 parts.append(part)
                 size += len(part) + len(separator)
-                if size >= stretch_bytes:
-                    yield Stretch(number, _joined(parts, separator), first_line)
+                if size >= chunk_bytes:
+                    yield Chunk(number, _joined(parts, separator), first_line)
                     number, first_line, size, parts = number + 1, first_line + len(parts), 0, []
     except BrokenFile as error:
         fault = error
     if parts or (not number and fault is None):
-        yield Stretch(number, _joined(parts, separator), first_line)
+        yield Chunk(number, _joined(parts, separator), first_line)
     if fault is not None:
         raise fault
 

@@ -21,7 +21,7 @@ from datapreprocess_helpers import documents, small_tokenizer, write_jsonl
 from open_lm import storage
 from open_lm.datapreprocess.dry_run import Estimate, describe, estimate
 from open_lm.datapreprocess.inputs import InputFile
-from open_lm.datapreprocess.job import Job, Layout
+from open_lm.datapreprocess.job import PreprocessJob, Layout
 from open_lm.datapreprocess.readers import ReadOptions
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.datapreprocess.tokenization import DocumentEncoder
@@ -43,9 +43,9 @@ def encoder(small_tokenizer: str) -> DocumentEncoder:
     return DocumentEncoder(load_tokenizer(small_tokenizer))
 
 
-def job_for(paths: Sequence[Path | str], root: Path, **options: object) -> Job:
+def job_for(paths: Sequence[Path | str], root: Path, **options: object) -> PreprocessJob:
     inputs = tuple(InputFile(str(path), storage.size(path)) for path in paths)
-    job = Job(inputs, Layout(str(root / "out")), tokenizer="small", seq_len=63, workers=1)
+    job = PreprocessJob(inputs, Layout(str(root / "out")), tokenizer="small", seq_len=63, workers=1)
     return replace(job, **options)  # type: ignore[arg-type]
 
 

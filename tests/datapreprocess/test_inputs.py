@@ -183,7 +183,7 @@ def test_the_size_of_units_grows_with_the_inputs_within_bounds() -> None:
     assert sizes == sorted(sizes) and all(size & (size - 1) == 0 for size in sizes)
     assert (sizes[0], sizes[-1]) == (inputs._MIN_UNIT_BYTES, inputs._MAX_UNIT_BYTES)
     counts = [total // size for total, size in zip(totals, sizes, strict=True) if size < sizes[-1]]
-    assert max(counts) <= inputs._UNITS, "as many units as wanted, or as the largest size makes"
+    assert max(counts) <= inputs._TARGET_UNITS, "as many units as wanted, or as the largest size makes"
 
 
 def test_units_follow_sources_or_names() -> None:

@@ -229,7 +229,7 @@ def test_a_killed_run_is_finished_by_the_same_command(
 def test_a_worker_that_dies_is_replaced_and_nothing_comes_twice(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    died, original = tmp_path / "died", engine._unit_in_worker
+    died, original = tmp_path / "died", engine._run_unit_in_worker
 
     def dies_once(*arguments: Any) -> Any:
         result = original(*arguments)
@@ -238,7 +238,7 @@ def test_a_worker_that_dies_is_replaced_and_nothing_comes_twice(
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    monkeypatch.setattr(engine, "_unit_in_worker", dies_once)
+    monkeypatch.setattr(engine, "_run_unit_in_worker", dies_once)
     make(raw[0], tmp_path / "out", small_tokenizer)
     assert died.exists()
     assert tokens_of(read_shards(tmp_path / "out")) == expected_tokens(raw[1], small_tokenizer, EOT_ID)

@@ -7,12 +7,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from open_lm.datapreprocess import memory
-from open_lm.datapreprocess.memory import Budget, machine_bytes, plan_budget
+from open_lm.datapreprocess.memory import Budget, machine_memory_bytes, plan_budget
 from open_lm.errors import ConfigError
 from open_lm.storage import parse_bytes
 
 GIB = 1 << 30
-LEAST = memory._DRIVER_BYTES + memory._WORKER_BYTES + memory._HELD_TIMES * memory._LEAST_BUFFER_BYTES
+LEAST = memory._DRIVER_BYTES + memory._WORKER_BYTES + memory._BUFFERS_PER_WORKER * memory._MIN_BUFFER_BYTES
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_what_is_no_size(text: str) -> None:
 
 def taken(budget: Budget) -> int:
     """All that a run takes at most."""
-    per_worker = memory._WORKER_BYTES + memory._HELD_TIMES * budget.buffer_bytes
+    per_worker = memory._WORKER_BYTES + memory._BUFFERS_PER_WORKER * budget.buffer_bytes
     return memory._DRIVER_BYTES + budget.workers * per_worker
 
 
@@ -48,10 +48,10 @@ def taken(budget: Budget) -> int:
 def test_a_budget_stays_within_its_limit(limit: int, workers: int, spill_bytes: int) -> None:
     budget = plan_budget(limit, workers, spill_bytes)
     assert 1 <= budget.workers <= workers
-    assert budget.buffer_bytes >= memory._LEAST_BUFFER_BYTES
+    assert budget.buffer_bytes >= memory._MIN_BUFFER_BYTES
     assert taken(budget) <= limit
     if budget.workers < workers:  # one more would not fit, even with the smallest buffers
-        assert taken(Budget(budget.workers + 1, memory._LEAST_BUFFER_BYTES)) > limit
+        assert taken(Budget(budget.workers + 1, memory._MIN_BUFFER_BYTES)) > limit
 
 
 @given(limit=st.integers(LEAST, 1 << 40), workers=st.integers(1, 64), spill_bytes=st.integers(0, 1 << 45))
@@ -70,11 +70,11 @@ def test_a_limit_too_small_for_one_worker_is_told(limit: int, workers: int) -> N
 
 def test_by_default_half_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for total, workers in ((64 * GIB, 16), (4 * GIB, 3), (GIB, 1), (1, 1)):
-        monkeypatch.setattr(memory, "machine_bytes", lambda total=total: total)
+        monkeypatch.setattr(memory, "machine_memory_bytes", lambda total=total: total)
         budget = plan_budget(None, 16, 1 << 50)
         assert budget.workers == workers
         assert taken(budget) <= max(total // 2, LEAST)  # a machine however small can try
-    assert budget == Budget(1, memory._LEAST_BUFFER_BYTES)
+    assert budget == Budget(1, memory._MIN_BUFFER_BYTES)
 
 
 def test_buffers_grow_with_what_is_to_be_spilled() -> None:
@@ -85,4 +85,4 @@ def test_buffers_grow_with_what_is_to_be_spilled() -> None:
 def test_the_memory_of_this_machine() -> None:
     with open("/proc/meminfo") as file:
         total = int(file.readline().split()[1]) * 1024
-    assert 0 < machine_bytes() <= total
+    assert 0 < machine_memory_bytes() <= total

@@ -36,7 +36,7 @@ def counted(self, *arguments, **options):
             print("waiting", flush=True)
             sys.stdin.readline()
 
-engine._LEAST_STRETCH_BYTES = engine._MOST_STRETCH_BYTES = 60_000
+engine._MIN_CHUNK_BYTES = engine._MAX_CHUNK_BYTES = 60_000
 inputs._MIN_UNIT_BYTES = 8_000
 remote, ray.remote = ray.remote, placed
 run, cluster.Cluster.run = cluster.Cluster.run, counted

@@ -62,9 +62,9 @@ def start(arguments: Sequence[str], event: str, log: str) -> None:
 
     An event is a moment and the name of a file: "open" (it is begun), "half", "full" (before it gets its name), "done".
     """
-    engine._LEAST_STRETCH_BYTES = engine._MOST_STRETCH_BYTES = 20_000
+    engine._MIN_CHUNK_BYTES = engine._MAX_CHUNK_BYTES = 20_000
     inputs._MIN_UNIT_BYTES = 4_000  # many units, streamed ones among them
-    engine._LEAST_BUCKETS, engine._BUCKET_BYTES = 4, 1 << 14
+    engine._MIN_BUCKETS, engine._BUCKET_BYTES = 4, 1 << 14
     DocumentEncoder.self_check = lambda _: None  # type: ignore[assignment,method-assign]  # it takes longer than the job
     os.fsync = lambda _: None  # type: ignore[assignment]  # no power is cut here
     original, remove_tree = storage.atomic_write, shutil.rmtree

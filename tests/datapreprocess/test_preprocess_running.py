@@ -27,7 +27,7 @@ from open_lm import storage
 from open_lm.datapreprocess import engine
 from open_lm.datapreprocess.ray import tokenize_shuffle
 from open_lm.datapreprocess.readers import Block, BrokenFile, PieceReader
-from open_lm.datapreprocess.tasks import Call, Queue, Threads, go_on
+from open_lm.datapreprocess.tasks import Call, Queue, Threads, raise_if_abandoned
 from open_lm.errors import ConfigError
 
 __all__ = ["alone", "raw", "small_tokenizer"]
@@ -62,7 +62,7 @@ def test_memory_limits(
 
     def four(self: engine.Cluster) -> engine.Cluster:
         found = enter(self)
-        found.workers = found.workers_per_machine = 4
+        found.workers = found.workers_per_node = 4
         return found
 
     monkeypatch.setattr(engine.Cluster, "__enter__", four)
@@ -188,9 +188,9 @@ def test_threads_that_nobody_waits_for_end() -> None:
     def endless() -> None:
         while True:
             begun.set()
-            go_on()
+            raise_if_abandoned()
 
     threads.fill(Queue([Call(endless, ())]))
     assert begun.wait(10)
     threads.close()  # waits for the thread
-    go_on()  # elsewhere nothing ends
+    raise_if_abandoned()  # elsewhere nothing ends

@@ -38,7 +38,7 @@ SNAPSHOT = Snapshot(
     memory_bytes=1_250_000_000,
     workers=2,
 )
-PACE = Pace(gone_s=5.0, done_per_s=500_000.0, tokens_per_s=246_913.4)
+PACE = Pace(elapsed_s=5.0, done_per_s=500_000.0, tokens_per_s=246_913.4)
 
 
 class Terminal(io.StringIO):

@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from readers_helpers import COMPRESS, gathered, json_lines, read, read_good, read_until_break, sha256, whole
 
 from open_lm.datapreprocess.readers import (
-    WHOLE,
+    TO_END,
     BrokenFile,
     Piece,
     PieceReader,
     ReadOptions,
-    StretchReader,
+    ChunkReader,
     can_stream,
     is_data_name,
     split,
     split_suffixes,
-    stretches,
+    FileChunks,
 )
 from open_lm.datapreprocess.readers import source as source_module
 from open_lm.datapreprocess.readers.parts import split_parts
@@ -77,8 +77,8 @@ def test_of_a_cut_compressed_file_comes_what_is_whole(tmp_path: Path, suffix: st
         assert len(found) >= 300 and found == texts[: len(found)]
         given: list[str] = []
         with pytest.raises(BrokenFile):
-            for stretch in stretches(whole(path), 50_000):
-                given += gathered(StretchReader(stretch, str(path)))[0]
+            for stretch in FileChunks(whole(path), 50_000):
+                given += gathered(ChunkReader(stretch, str(path)))[0]
         assert given == found
     path.write_bytes(b"no such format at all")
     assert read_until_break(path)[1].kind == "cannot be decompressed"
@@ -107,7 +107,7 @@ def test_an_empty_file_is_a_bad_document(tmp_path: Path, name: str) -> None:
         found, bad = read(path)
         assert found == [] and [(item.kind, item.line) for item in bad] == [("empty file", 0)]
         if can_stream(str(path)):
-            streamed = [gathered(StretchReader(stretch, str(path))) for stretch in stretches(whole(path), 100)]
+            streamed = [gathered(ChunkReader(stretch, str(path))) for stretch in FileChunks(whole(path), 100)]
             assert streamed == [([], bad)]
 
 
@@ -150,7 +150,7 @@ def test_bad_documents_are_told_by_kind_and_line(tmp_path: Path, suffix: str) ->
     assert all(item.url == str(path) and item.content and item.content.isprintable for item in bad)
     assert '"text"' in bad[1].detail and "body" in bad[1].detail
     assert bad[0].content == '{"text": '
-    streamed = [gathered(StretchReader(stretch, str(path))) for stretch in stretches(whole(path), 40)]
+    streamed = [gathered(ChunkReader(stretch, str(path))) for stretch in FileChunks(whole(path), 40)]
     assert len(streamed) > 4
     assert [document for part in streamed for document in part[0]] == found
     assert [item for part in streamed for item in part[1]] == bad
@@ -247,24 +247,24 @@ def test_a_hundred_thousand_lines(tmp_path: Path) -> None:
     assert gathered(reader)[0] == texts and reader.lines == 100_000
     pieces = split(str(path), path.stat().st_size, 300_000)
     assert [text for piece in pieces for text in gathered(PieceReader(piece))[0]] == texts
-    assert split(str(path), 500_000, 300_000) == [Piece(str(path), 0, WHOLE, 500_000)]
+    assert split(str(path), 500_000, 300_000) == [Piece(str(path), 0, TO_END, 500_000)]
 
 
 # --- stretches ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stretch_bytes", [1, 37, 1000, 20_000, 1 << 30])
-def test_stretches_of_any_size_give_the_same_documents(tmp_path: Path, stretch_bytes: int) -> None:
+def test_stretches_of_any_size_give_the_same_documents(tmp_path: Path, chunk_bytes: int) -> None:
     texts = documents(200)
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstandard.compress(b"\n\r\n" + json_lines(texts)[:-1]))
-    cut = stretches(whole(path), stretch_bytes)
+    cut = FileChunks(whole(path), chunk_bytes)
     found = list(cut)
     assert [part.number for part in found] == list(range(len(found)))
-    assert [text for part in found for text in gathered(StretchReader(part, str(path)))[0]] == texts
-    assert all(len(part.data) >= stretch_bytes - 1 for part in found[:-1])
+    assert [text for part in found for text in gathered(ChunkReader(part, str(path)))[0]] == texts
+    assert all(len(part.data) >= chunk_bytes - 1 for part in found[:-1])
     assert cut.digest == sha256(path.read_bytes()) and cut.bytes_read == path.stat().st_size
-    readers = [StretchReader(part, str(path)) for part in found]
+    readers = [ChunkReader(part, str(path)) for part in found]
     assert [gathered(reader)[1] for reader in readers] == [[]] * len(readers)
     lines = list(itertools.accumulate((reader.lines for reader in readers), initial=1))
     assert [part.first_line for part in found] == lines[:-1] and lines[-1] == 203
@@ -304,7 +304,7 @@ def test_an_array_in_a_json_file(tmp_path: Path, indent: int | None, suffix: str
     reader = PieceReader(whole(path))
     assert gathered(reader) == (texts, [])
     assert reader.lines == len(texts) and reader.digest == sha256(path.read_bytes())
-    assert split(str(path), path.stat().st_size, 1000) == [Piece(str(path), 0, WHOLE, path.stat().st_size)]
+    assert split(str(path), path.stat().st_size, 1000) == [Piece(str(path), 0, TO_END, path.stat().st_size)]
 
 
 def test_json_files_of_other_forms(tmp_path: Path) -> None:
@@ -360,9 +360,9 @@ def test_a_text_is_a_document_or_several(tmp_path: Path, name: str) -> None:
     assert gathered(reader)[0] == ["First ü\r", "Second<|end|> third\n"]
     assert reader.lines == 3 and reader.digest == sha256(path.read_bytes())
     options = ReadOptions(separator="\n\n")
-    for stretch_bytes in (1, 5, 1000):
-        parts = list(stretches(whole(path), stretch_bytes, options))
-        assert [text for part in parts for text in gathered(StretchReader(part, str(path), options))[0]] == [
+    for chunk_bytes in (1, 5, 1000):
+        parts = list(FileChunks(whole(path), chunk_bytes, options))
+        assert [text for part in parts for text in gathered(ChunkReader(part, str(path), options))[0]] == [
             "First ü\r",
             "Second<|end|> third\n",
         ]
@@ -459,7 +459,7 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
         for first, last in ((0, 3), (5, 30), (29, 99), (4, 4)):
             reader = PieceReader(whole(f"{path}?rows={first}:{last}"))
             assert gathered(reader) == (texts[first:last], []) and reader.digest is None
-        assert split(f"{path}?rows=2:9", 1 << 30, 1) == [Piece(f"{path}?rows=2:9", 0, WHOLE, 1 << 30)]
+        assert split(f"{path}?rows=2:9", 1 << 30, 1) == [Piece(f"{path}?rows=2:9", 0, TO_END, 1 << 30)]
         assert not can_stream(f"{path}?rows=2:9")
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_lm.datapreprocess.sampling import EVERYTHING, UNKNOWN, Sampling, takes_mask, tell_sampling
+from open_lm.datapreprocess.sampling import ALL_FILES, UNKNOWN, Sampling, selection_mask, log_sampling
 from open_lm.errors import ConfigError
 
 FROZEN = [
@@ -34,7 +34,7 @@ def copies(count: int, factor: float, batch: int, seed: int = 7, group: int = 3)
     passes = range(Sampling(factors={"a": factor}).passes("a"))
     starts = range(0, count, batch)
     masks = [
-        np.concatenate([takes_mask(seed, group, first, min(batch, count - first), factor, copy) for first in starts])
+        np.concatenate([selection_mask(seed, group, first, min(batch, count - first), factor, copy) for first in starts])
         for copy in passes
     ]
     return np.sum(masks, axis=0) if masks else np.zeros(count, int)
@@ -59,9 +59,9 @@ def test_every_factor_lies_between_its_neighbours(factor: float, seed: int, grou
 
 
 def test_draws_stay_the_same_in_later_versions() -> None:
-    assert np.flatnonzero(takes_mask(7, 3, 100, 32, 0.3, 0)).tolist() == FROZEN
-    assert np.flatnonzero(takes_mask(7, 3, 100, 32, 2.3, 2)).tolist() == FROZEN
-    assert set(FROZEN) < set(np.flatnonzero(takes_mask(7, 3, 100, 32, 0.9, 0)).tolist())
+    assert np.flatnonzero(selection_mask(7, 3, 100, 32, 0.3, 0)).tolist() == FROZEN
+    assert np.flatnonzero(selection_mask(7, 3, 100, 32, 2.3, 2)).tolist() == FROZEN
+    assert set(FROZEN) < set(np.flatnonzero(selection_mask(7, 3, 100, 32, 0.9, 0)).tolist())
 
 
 def test_three_sources_reach_their_shares() -> None:
@@ -74,7 +74,7 @@ def test_three_sources_reach_their_shares() -> None:
 
 
 def test_the_source_of_a_file() -> None:
-    assert Sampling().source_of("x/wiki.jsonl") == EVERYTHING == "all"
+    assert Sampling().source_of("x/wiki.jsonl") == ALL_FILES == "all"
     by_marker = Sampling({"wiki": ["wikipedia", "wiki-"], "rest": ["x/"]}, {"wiki": 2.5})
     assert [by_marker.source_of(url) for url in ("x/wiki-1", "x/y", "s3://b/wikipedia/0")] == ["wiki", "rest", "wiki"]
     assert by_marker.source_of("y") == UNKNOWN
@@ -114,7 +114,7 @@ def test_what_a_run_records_of_its_sampling() -> None:
 
 def test_files_of_no_source_are_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        tell_sampling(Sampling({"wiki": ["wiki"]}, {"wiki": 2.5}), ["wiki-0", "wiki-1", "other/0"])
+        log_sampling(Sampling({"wiki": ["wiki"]}, {"wiki": 2.5}), ["wiki-0", "wiki-1", "other/0"])
     assert "2 files of wiki, factor 2.5" in caplog.text
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "other/0" in warnings[0] and "wiki-0" not in warnings[0]

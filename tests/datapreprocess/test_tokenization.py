@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer, fast_tokenizer
-from open_lm.datapreprocess.hostile_texts import fixed_sample, random_texts
+from open_lm.datapreprocess.adversarial_texts import fixed_sample, random_texts
 from open_lm.datapreprocess.tokenization import Document, DocumentEncoder
 from open_lm.datapreprocess.tokenizer_check import verify
 from open_lm.errors import ConfigError, DataError

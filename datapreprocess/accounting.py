@@ -10,7 +10,7 @@ from typing import Any
 
 from open_lm.data.shard_format import PAD_ID, member_key
 from open_lm.datapreprocess.inputs import InputFile, Unit
-from open_lm.datapreprocess.job import Job, input_records
+from open_lm.datapreprocess.job import PreprocessJob, input_records
 from open_lm.datapreprocess.readers import BadDocument
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport
 from open_lm.datapreprocess.writer import ShardPlan, Tail, WrittenShard
@@ -41,7 +41,9 @@ class Output:
             )
 
 
-def dataset_record(job: Job, settings: dict[str, Any], encoder: str, outputs: Sequence[Output]) -> dict[str, Any]:
+def dataset_record(
+    job: PreprocessJob, settings: dict[str, Any], encoder: str, outputs: Sequence[Output]
+) -> dict[str, Any]:
     """What stands in dataset.json: settings, inputs, counts, sources, bad documents and the fate of the tails."""
     reports = [report for output in outputs for report in output.reports]
     units = {unit.index: unit for output in outputs for unit in output.units}
@@ -66,7 +68,7 @@ def dataset_record(job: Job, settings: dict[str, Any], encoder: str, outputs: Se
         "sources": _source_records(inputs, units, reports),
         "mixture": job.mixture,
         "bad_documents": bad_counts(reports),
-        "bad_documents_first": [place for place, _ in located(list(units.values()), reports)][:MAX_SHOWN],
+        "bad_documents_first": [place for place, _ in with_locations(list(units.values()), reports)][:MAX_SHOWN],
         "broken_files": [broken.detail for report in reports for broken in report.broken],
         "tail": tails[0] if len(tails) == 1 else {"fate": "in each source's own record"},
     }
@@ -110,7 +112,7 @@ def with_digests(
     return records
 
 
-def tail_record(job: Job, output: Output) -> dict[str, Any]:
+def tail_record(job: PreprocessJob, output: Output) -> dict[str, Any]:
     """What became of the ids after the last full sequence: nothing left, dropped, or padded in the last member."""
     tokens = len(output.tail.ids)
     if not tokens:
@@ -172,7 +174,7 @@ def bad_counts(reports: Iterable[UnitReport]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def too_bad(units: Sequence[Unit], reports: Sequence[UnitReport], limit: float) -> bool:
+def exceeds_bad_fraction(units: Sequence[Unit], reports: Sequence[UnitReport], limit: float) -> bool:
     """Whether more is lost than the limit allows: of all documents, of all files as broken, or of all bytes with them.
 
     While only a part of the bytes is read, its documents are taken to stand for the rest, so that a wrong key is told
@@ -188,12 +190,12 @@ def too_bad(units: Sequence[Unit], reports: Sequence[UnitReport], limit: float) 
     return bad > limit * documents or len(broken) > limit * files or lost_bytes > limit * total_bytes
 
 
-def explain_bad(units: Sequence[Unit], reports: Sequence[UnitReport], *, limit: float, rejects: str) -> str:
+def bad_input_message(units: Sequence[Unit], reports: Sequence[UnitReport], *, limit: float, rejects: str) -> str:
     """What could not be used, the first of each with file and line, as one message."""
     bad, seen = sum(bad_counts(reports).values()), sum(report.seen for report in reports)
     all_broken = [broken for report in reports for broken in report.broken]
     lines = [broken.detail for broken in all_broken][:MAX_SHOWN]
-    lines += [f"{place}: {found.kind}: {found.detail}" for place, found in located(units, reports)][:MAX_SHOWN]
+    lines += [f"{place}: {found.kind}: {found.detail}" for place, found in with_locations(units, reports)][:MAX_SHOWN]
     hidden = bad + len(all_broken) - len(lines)
     lines += [f"and {hidden} more in what was read so far"] if hidden > 0 else []
     lost = sum(broken.lost_bytes for broken in all_broken)
@@ -223,7 +225,7 @@ def line_bases(units: Sequence[Unit], reports: Sequence[UnitReport]) -> dict[tup
     return bases
 
 
-def located(units: Sequence[Unit], reports: Sequence[UnitReport]) -> Iterator[tuple[str, BadDocument]]:
+def with_locations(units: Sequence[Unit], reports: Sequence[UnitReport]) -> Iterator[tuple[str, BadDocument]]:
     """Each noted bad document with its place. Lines of a file that was cut are counted from the file's beginning."""
     bases = line_bases(units, reports)
     for report in reports:
