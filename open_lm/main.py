@@ -20,7 +20,7 @@ from open_lm.config.architecture import architecture_of
 from open_lm.config.checks import wants_training
 from open_lm.config.command_line import parse_args
 from open_lm.config.ineffective import ineffective_flags
-from open_lm.config.layout import Layout, layout_of
+from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import (
     Config,
     DataConfig,
@@ -76,16 +76,16 @@ def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tup
 
 def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime, stack: ExitStack) -> None:
     from open_lm.checkpoint import candidates
-    from open_lm.distributed.processes import agreed_name, broadcast_object, on_master, restart_count
+    from open_lm.distributed.processes import agree_on_name, broadcast_object, run_on_master, restart_count
     from open_lm.monitor.watchdog import Watchdog
     from open_lm.training.build import build_session, build_trainer, load_state
     from open_lm.training.control import RunControl
     from open_lm.training.run import TrainingRun
 
-    layout = layout_of(ParallelConfig.from_object(args), runtime.world_size, runtime.local_world_size)
+    layout = resolve_layout(ParallelConfig.from_object(args), runtime.world_size, runtime.local_world_size)
     resolve_batch_sizes(args, layout.data_size)
     named = args.name is not None
-    args.name = broadcast_object(runtime, args.name) if named else agreed_name(runtime, lambda: default_name(args))
+    args.name = broadcast_object(runtime, args.name) if named else agree_on_name(runtime, lambda: default_name(args))
     if restart_count() and args.resume is None and wants_training(DataConfig.from_object(args)):
         args.resume = "latest"  # a launcher that starts the ranks anew means the same run
     config = Config.from_namespace(args)
@@ -96,11 +96,11 @@ def _run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtim
     begin_log_file = _start_logging(args, config, runtime, stack)
     _check_and_tell(config, architecture, runtime, layout)
     paths = RunPaths(config.logging.logs, args.name, config.checkpoint.checkpoint_dir)
-    on_master(lambda: paths.prepare(config.checkpoint.resume))
-    on_master(lambda: stack.enter_context(paths.locked()))
+    run_on_master(lambda: paths.prepare(config.checkpoint.resume))
+    run_on_master(lambda: stack.enter_context(paths.lock()))
     found = candidates(config.checkpoint, config.logging, paths)
     if config.checkpoint.resume == "latest" and not found:
-        on_master(paths.refuse_other_checkpoint_dir)
+        run_on_master(paths.check_checkpoint_dir)
     session = build_session(config, runtime, paths)
     trainer = build_trainer(session, control) if trains else None
     load_state(session, trainer, found)
@@ -193,7 +193,7 @@ def _log_file(config: Config, runtime: Runtime, paths: RunPaths) -> str | None:
     return paths.log if runtime.is_master else os.path.join(paths.root, f"out-{runtime.rank}")
 
 
-def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runtime, layout: Layout) -> None:
+def _check_and_tell(config: Config, architecture: dict[str, Any], runtime: Runtime, layout: MeshLayout) -> None:
     """Say what the run starts on and which flags change nothing; ConfigError for what this device cannot do."""
     from open_lm.parallel.parallelize import notes
 
@@ -244,7 +244,7 @@ def _open_run(
     """Write down what the run is, begin its copies, and open its loggers, which `stack` closes; returns them and the
     run's settings as they were written, without secrets."""
     from open_lm.data import provenance
-    from open_lm.distributed.processes import on_master
+    from open_lm.distributed.processes import run_on_master
     from open_lm.monitor.loggers import build_loggers
     from open_lm.parallel.parallelize import unwrap
     from open_lm.storage.remote_sync import RemoteSync, remote_folder
@@ -271,12 +271,12 @@ def _open_run(
             logging.info(f"copied the program's source to {copy_codebase(paths)}")
 
     if paths.enabled:
-        on_master(write)
+        run_on_master(write)
     remote = remote_folder(cfg, paths.name)
     if remote is not None:
         for folder in paths.local_roots():
             sync = RemoteSync(folder, remote, cfg.remote_sync_frequency)
-            on_master(sync.start)
+            run_on_master(sync.start)
             if runtime.is_master:
                 stack.push(sync)
     step = session.progress.step or 0

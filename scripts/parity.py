@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import Optimizer
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ModelConfig, OptimConfig, ParallelConfig
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime, build_layout, init_runtime, shutdown
@@ -46,7 +46,7 @@ from open_lm.model.transformer import Params, Transformer
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.muon import Muon
 from open_lm.optim.schedules import build_scheduler
-from open_lm.parallel.parallelize import parallelize, without_training
+from open_lm.parallel.parallelize import parallelize, evaluation_mode
 from open_lm.training.trainer import StepOptions, train_step
 
 ROWS, END_OF_TEXT, TOLERANCE = 16, 3, 1e-4
@@ -220,7 +220,7 @@ def train(case: dict[str, Any], steps: int, alone: bool = False) -> list[list[fl
         schedule(step)
         result = train_step(model, inputs[own], targets[own], optimizer, options)
         numbers.append([result.values["loss"].item(), result.grad_norm.item()])
-    with without_training(model):
+    with evaluation_mode(model):
         logits = model(batch(0, case)[0])[0]
     numbers.append([logits.mean().item(), logits.square().mean().item()])
     shutdown(runtime)
@@ -228,7 +228,7 @@ def train(case: dict[str, Any], steps: int, alone: bool = False) -> list[list[fl
 
 
 def spread(
-    case: dict[str, Any], cfg: ParallelConfig, runtime: Runtime, layout: Layout, *, checkpointing: str
+    case: dict[str, Any], cfg: ParallelConfig, runtime: Runtime, layout: MeshLayout, *, checkpointing: str
 ) -> nn.Module:
     """A new model in this layout."""
     with torch.device("meta"):

@@ -15,24 +15,24 @@ from model_helpers import random_ids, small_model
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ModelConfig, ParallelConfig, ValidationConfig
 from open_lm.data.masking import document_ids
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime
 from open_lm.evaluate.validation import EvaluationOptions, token_losses
 from open_lm.generate.sampling import Sampling, generate_ids
-from open_lm.kernels.document_attention import Documents, allowed_in, first_tokens, has_flex, positions_in
+from open_lm.kernels.document_attention import DocumentMask, dense_document_mask, is_document_start, supports_flex_attention, document_positions
 from open_lm.model.attention import (
     backend_problem,
-    find_documents,
+    create_document_mask,
     get_attn_func,
     has_xformers,
     torch_attn,
     xformers_attn,
 )
 from open_lm.model.losses import TokenLoss
-from open_lm.parallel.parallelize import parallelize, without_training
+from open_lm.parallel.parallelize import parallelize, evaluation_mode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,7 +80,7 @@ def packed_ids(rows: int, length: int, share: float = 0.01, seed: int = 3) -> Te
     return ids.cuda()
 
 
-def with_gradients(attn: Any, qkv: Tensor, documents: Documents) -> list[Tensor]:
+def with_gradients(attn: Any, qkv: Tensor, documents: DocumentMask) -> list[Tensor]:
     """The result and its gradient for qkv (3,B,T,H,K)."""
     qkv = qkv.detach().requires_grad_()
     out = attn(*qkv, is_causal=True, attention_mask=documents)
@@ -97,11 +97,11 @@ def test_kernels_for_documents_equal_the_mask(
 ) -> None:
     attn = torch_attn if name == "flex" else xformers_attn
     numbers = document_ids(packed_ids(2, length, share), 0)
-    documents = find_documents(numbers, attn)
+    documents = create_document_mask(numbers, attn)
     if name == "flex":
-        assert has_flex(numbers.device) and documents.blocks is not None
-    first = first_tokens(numbers)
-    exact = Documents(positions_in(first), allowed=allowed_in(first))
+        assert supports_flex_attention(numbers.device) and documents.block_mask is not None
+    first = is_document_start(numbers)
+    exact = DocumentMask(document_positions(first), dense=dense_document_mask(first))
     qkv = torch.randn(3, 2, length, 2, width, generator=torch.Generator().manual_seed(1)).cuda()
     expected = with_gradients(torch_attn, qkv, exact)
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2
@@ -139,7 +139,7 @@ def test_token_losses_are_those_of_the_cpu(end_of_text_id: int | None) -> None:
     model, ids = small_model(seq_len=300), packed_ids(2, 300)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     runtime, cfg = Runtime(device=torch.device("cuda")), ValidationConfig()
-    single = EvaluationOptions(runtime, Layout(), get_autocast("fp32"), cfg, "small", end_of_text_id=end_of_text_id)
+    single = EvaluationOptions(runtime, MeshLayout(), get_autocast("fp32"), cfg, "small", end_of_text_id=end_of_text_id)
     with torch.no_grad():
         expected = token_losses(model, inputs.cpu(), targets.cpu(), single)
         model.cuda()
@@ -194,7 +194,7 @@ def test_cuda_graphs_train_and_evaluate_as_blocks_without() -> None:
     for mode in (None, "reduce-overhead"):
         cfg = ModelConfig() if mode is None else ModelConfig(torchcompile=True, torchcompile_mode=mode)
         model = small_model(seq_len=64)
-        trained = parallelize(model, Layout(), ParallelConfig(), device=torch.device("cuda"), model_cfg=cfg)
+        trained = parallelize(model, MeshLayout(), ParallelConfig(), device=torch.device("cuda"), model_cfg=cfg)
         optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
         losses = []
         for step in range(6):
@@ -203,7 +203,7 @@ def test_cuda_graphs_train_and_evaluate_as_blocks_without() -> None:
             loss = trained(ids, loss=TokenLoss(ids))[0] / ids.numel()
             loss.backward()
             optimizer.step()
-            with without_training(trained):
+            with evaluation_mode(trained):
                 losses += [loss.item(), trained(ids, loss=TokenLoss(ids))[0].item() / ids.numel()]
         results.append(losses)
     assert results[0] == pytest.approx(results[1], rel=1e-3)

@@ -15,7 +15,7 @@ from open_lm.checkpoint.folders import INDEX, step_folders, step_number
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors, incompleteness
 from open_lm.config.sections import CheckpointConfig, LoggingConfig
-from open_lm.distributed.processes import on_master
+from open_lm.distributed.processes import run_on_master
 from open_lm.errors import CheckpointError, ConfigError, join_problems
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.storage.remote_sync import fetch_logs, remote_folder
@@ -52,7 +52,7 @@ def candidates(cfg: CheckpointConfig, logging_cfg: LoggingConfig, paths: RunPath
         CheckpointError: a path where there is no checkpoint; "latest" where all that there are are broken.
         ConfigError: without "latest", where the copy holds a run of this name already.
     """
-    return on_master(lambda: _candidates(cfg.resume, remote_folder(logging_cfg, paths.name), paths))
+    return run_on_master(lambda: _candidates(cfg.resume, remote_folder(logging_cfg, paths.name), paths))
 
 
 def _candidates(resume: str | None, remote: str | None, paths: RunPaths) -> list[Candidate]:

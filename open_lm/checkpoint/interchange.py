@@ -36,8 +36,8 @@ from open_lm.checkpoint.model_state import (
 )
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
-from open_lm.distributed.processes import on_master
-from open_lm.distributed.rng import from_tensors, set_rng_state
+from open_lm.distributed.processes import run_on_master
+from open_lm.distributed.rng import rng_state_from_tensors, set_rng_state
 from open_lm.errors import BrokenCheckpoint, CheckpointError
 from open_lm.optim.averaging import ModelAverager
 
@@ -128,7 +128,7 @@ def _generators(stored: StoredTensors) -> list[dict[str, Any]]:
     for name in stored.names("rng/"):
         _, rank, generator = name.split("/", 2)
         states.setdefault(int(rank), {})[generator] = stored.read(name)
-    return [_held(from_tensors(states[rank])) for rank in sorted(states)]
+    return [_held(rng_state_from_tensors(states[rank])) for rank in sorted(states)]
 
 
 def _held(value: Any) -> Any:
@@ -203,7 +203,7 @@ def load_weights(path: str, model: nn.Module) -> Progress:
         state.update(fitting(weights, model, path))
         return Progress.from_meta(meta)
 
-    progress = on_master(read)
+    progress = run_on_master(read)
     set_weights(model, state)
     logging.info(f"loaded {path} (epoch {progress.epoch}, step {progress.step})")
     return progress
@@ -212,7 +212,7 @@ def load_weights(path: str, model: nn.Module) -> Progress:
 def load_average(paths: list[str], coefficients: list[float] | None, model: nn.Module) -> None:
     """Load the weighted average of several checkpoints' weights (`--average`, `--average-coefficients`)."""
     state: dict[str, Tensor] = {}
-    on_master(lambda: state.update(fitting(average_states(paths, coefficients), model, " + ".join(paths))))
+    run_on_master(lambda: state.update(fitting(average_states(paths, coefficients), model, " + ".join(paths))))
     set_weights(model, state)
     logging.info(f"loaded the average of {', '.join(paths)}")
 
@@ -237,7 +237,7 @@ def load_optimizer(args: Any, model: nn.Module, optimizer: Optimizer | None, sca
             loaded["state"] = moments_by_name(loaded, model, optimizer, path)
         return {"scaler": content.get("scaler")}
 
-    found = on_master(read)
+    found = run_on_master(read)
     if found is None:
         return False
     if optimizer is not None:
@@ -264,7 +264,7 @@ def load_averagers(path: str, averagers: ModelAverager) -> None:
             weights.update(state["av_model_sd"])
             return {key: value for key, value in state.items() if key != "av_model_sd"}
 
-        counters = on_master(read)
+        counters = run_on_master(read)
         if counters is not None:
             averager.load_state_dict({**counters, "av_model_sd": weights})
 
@@ -277,7 +277,7 @@ def load_rng(path: str) -> bool:
         content = read_file(beside if beside != path and storage.exists(beside) else path)
         return content.get("rng")
 
-    states = on_master(read)
+    states = run_on_master(read)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if not states or len(states) != world_size:
         return False

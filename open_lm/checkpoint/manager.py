@@ -20,7 +20,7 @@ from open_lm.checkpoint.policy import due_after_epoch, due_after_step, supersede
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, incompleteness
 from open_lm.config.sections import CheckpointConfig
-from open_lm.distributed.processes import on_all, on_master
+from open_lm.distributed.processes import run_on_all_ranks, run_on_master
 from open_lm.errors import StorageError
 from open_lm.monitor.run_folder import RunPaths
 
@@ -37,9 +37,9 @@ class CheckpointManager:
         """Clear away what a killed run left unfinished, and make sure that all ranks see the same folder."""
         if not self.paths.enabled:
             return
-        on_master(self._remove_unfinished)
-        on_all(self._find_probe)
-        on_master(lambda: storage.remove(self._probe))
+        run_on_master(self._remove_unfinished)
+        run_on_all_ranks(self._find_probe)
+        run_on_master(lambda: storage.remove(self._probe))
 
     # ------------------------------------------------------------------------------------------ saving
     def due(self, step: int, time_is_up: bool) -> bool:
@@ -65,7 +65,7 @@ class CheckpointManager:
         if resumed is None or step_number(resumed) is None:
             return
         folder = resumed.rpartition("/")[0]
-        if on_master(lambda: progress.epoch not in numbered(folder)):
+        if run_on_master(lambda: progress.epoch not in numbered(folder)):
             self.writer.follow_up(resumed, lambda: self._write_files(progress, StoredTensors(resumed)))
 
     def save_failed(self, progress: Progress, state: TrainingState) -> str | None:
@@ -102,7 +102,7 @@ class CheckpointManager:
                     return Candidate(url, step, epoch=-1, sharded=True, remote=storage.is_remote(url))
             return None
 
-        return on_master(find) if self.paths.enabled else None
+        return run_on_master(find) if self.paths.enabled else None
 
     # ------------------------------------------------------------------------------------------ one save
     def _is_kept(self, progress: Progress) -> bool:

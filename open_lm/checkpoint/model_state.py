@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from open_lm.checkpoint.files import read_model_state, shape_problems
 from open_lm.distributed.param_names import clean_name
-from open_lm.distributed.processes import on_master
-from open_lm.distributed.sharded_tensor import fill_from_first, fused_parts
+from open_lm.distributed.processes import run_on_master
+from open_lm.distributed.sharded_tensor import copy_from_rank0, fused_weight_parts
 from open_lm.errors import CheckpointError, join_problems
-from open_lm.optim.build import moments_of, optimizer_of
+from open_lm.optim.build import optimizer_moments, infer_optimizer_name
 from open_lm.parallel.parallelize import unwrap
 
 
@@ -47,23 +47,23 @@ def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[
 
 def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put rank 0's whole weights into the model, each rank its part; buffers that `state` lacks stay as they are."""
-    present = set(on_master(lambda: list(state)))
-    parts, filled = fused_parts(unwrap(model)), set()
+    present = set(run_on_master(lambda: list(state)))
+    parts, filled = fused_weight_parts(unwrap(model)), set()
     for name, value in named_tensors(model).items():
         if name in present and id(value) not in filled:
             filled.add(id(value))
-            fill_from_first(value, state.get(name), parts.get(name, 1))
+            copy_from_rank0(value, state.get(name), parts.get(name, 1))
 
 
 def check_moments(stored: Mapping[str, Set[str]], model: nn.Module, optimizer: Optimizer, path: str) -> None:
     """CheckpointError where a checkpoint's moments, whose names are given by those of the parameters, are another
     optimizer's."""
-    expected = moments_of(optimizer)
+    expected = optimizer_moments(optimizer)
     params = trained(model, optimizer)
     wrong = [name for name in stored if name in params and not expected.get(params[name], frozenset()) <= stored[name]]
     if not wrong:
         return
-    found, wanted = optimizer_of(stored.values()), optimizer_of(expected.values())
+    found, wanted = infer_optimizer_name(stored.values()), infer_optimizer_name(expected.values())
     saved_by = f"--optimizer {found}" if found else "another program"
     first = wrong[0]
     has, lacks = (", ".join(sorted(names)) for names in (stored[first], expected[params[first]] - stored[first]))
@@ -115,9 +115,9 @@ def _as_tensor(value: Any) -> Any:
 def set_moments(model: nn.Module, optimizer: Optimizer, per_param: dict[str, dict[str, Any]]) -> None:
     """Put rank 0's whole moments into the optimizer, each rank its part; its hyperparameters stay its own. A parameter
     without moments there has none afterwards."""
-    found = on_master(lambda: {name: _described(moments) for name, moments in per_param.items()})
+    found = run_on_master(lambda: {name: _described(moments) for name, moments in per_param.items()})
     groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
-    parts = fused_parts(unwrap(model))
+    parts = fused_weight_parts(unwrap(model))
     for name, param in trained(model, optimizer).items():
         if name not in found:
             optimizer.state.pop(param, None)
@@ -126,7 +126,7 @@ def set_moments(model: nn.Module, optimizer: Optimizer, per_param: dict[str, dic
         for key, (shape, dtype) in found[name].items():
             if key not in moments:
                 moments[key] = empty_moment(param, shape, param.dtype if shape else dtype, groups[id(param)])
-            fill_from_first(moments[key], per_param.get(name, {}).get(key), parts.get(name, 1))
+            copy_from_rank0(moments[key], per_param.get(name, {}).get(key), parts.get(name, 1))
 
 
 def _described(moments: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from open_lm.distributed.sharded_tensor import Box
+from open_lm.distributed.sharded_tensor import LocalBlock
 
 
 class StagedPlanner(DefaultSavePlanner):
@@ -31,7 +31,7 @@ class StagedPlanner(DefaultSavePlanner):
 class BoxPlanner(DefaultLoadPlanner):
     """Plans to read what this rank holds of each tensor, in place."""
 
-    def __init__(self, held: dict[str, list[Box]]) -> None:
+    def __init__(self, held: dict[str, list[LocalBlock]]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._held = held
         self._views = {(name, box.offsets): box.view for name, parts in held.items() for box in parts}

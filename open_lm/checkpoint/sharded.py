@@ -35,9 +35,9 @@ from open_lm.checkpoint.tensor_index import (
     read_index_bytes,
 )
 from open_lm.checkpoint.tensor_store import TensorReader, TensorWriter
-from open_lm.distributed.processes import on_all, on_master
-from open_lm.distributed.rng import from_tensors, rng_state, set_rng_state, to_tensors
-from open_lm.distributed.sharded_tensor import boxes, fused_parts
+from open_lm.distributed.processes import run_on_all_ranks, run_on_master
+from open_lm.distributed.rng import rng_state_from_tensors, rng_state, set_rng_state, rng_state_to_tensors
+from open_lm.distributed.sharded_tensor import local_blocks, fused_weight_parts
 from open_lm.errors import CheckpointError, StorageError, UserError, join_problems
 from open_lm.optim.averaging import ModelAverager
 from open_lm.parallel.parallelize import unwrap
@@ -102,7 +102,7 @@ class ShardedWriter:
         started = time.perf_counter()
         tensors, names = _tensors(state)
         rank = dist.get_rank() if dist.is_initialized() else 0
-        private = {f"rng/{rank}/{name}": value for name, value in to_tensors(rng_state()).items()}
+        private = {f"rng/{rank}/{name}": value for name, value in rng_state_to_tensors(rng_state()).items()}
         chunks = own_chunks(tensors, private, _parts(state.model, tensors))
         planner = StagedPlanner([item for item, _ in chunks], self._copies.copy([view for _, view in chunks]))
         writer = TensorWriter(folder, step, _extra(state), names)
@@ -209,9 +209,9 @@ def _tensors(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """Of how many parts those tensors are whose parameters `fused_parts` names; a moment or an average is cut and
+    """Of how many parts those tensors are whose parameters `fused_weight_parts` names; a moment or an average is cut and
     ordered as its parameter."""
-    fused = fused_parts(unwrap(model))
+    fused = fused_weight_parts(unwrap(model))
     found = {}
     for name in names if fused else ():
         kind, _, parameter = name.partition("/")
@@ -253,7 +253,7 @@ def load(state: TrainingState, folder: str) -> dict[str, Any]:
     """
     index = _read_index(folder)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    targets = on_all(lambda: _targets(state, index, folder))
+    targets = run_on_all_ranks(lambda: _targets(state, index, folder))
     rng: dict[str, Tensor] = {}
     if index.extra.get("world_size") == world_size:
         rng = {
@@ -261,33 +261,33 @@ def load(state: TrainingState, folder: str) -> dict[str, Any]:
             for name, tensor in index.tensors.items()
             if name.startswith(f"rng/{rank}/")
         }
-    on_all(lambda: _read_into({**targets, **rng}, _parts(state.model, targets), index, folder))
+    run_on_all_ranks(lambda: _read_into({**targets, **rng}, _parts(state.model, targets), index, folder))
     if state.scaler is not None and index.extra.get("scaler"):
         state.scaler.load_state_dict(index.extra["scaler"])
     if state.averagers is not None:
         _finish_averagers(state.averagers, index, folder)
     if rng:
-        set_rng_state(from_tensors({name.rpartition("/")[2]: value for name, value in rng.items()}))
+        set_rng_state(rng_state_from_tensors({name.rpartition("/")[2]: value for name, value in rng.items()}))
     return index.extra
 
 
 def load_weights(model: nn.Module, folder: str) -> dict[str, Any]:
     """Load a checkpoint's weights alone, for evaluation or to begin another run; returns its `extra`. Collective."""
     index = _read_index(folder)
-    targets = on_all(lambda: _weights(model, index, folder))
-    on_all(lambda: _read_into(targets, _parts(model, targets), index, folder))
+    targets = run_on_all_ranks(lambda: _weights(model, index, folder))
+    run_on_all_ranks(lambda: _read_into(targets, _parts(model, targets), index, folder))
     return index.extra
 
 
 def _read_index(folder: str) -> Index:
-    data = on_master(lambda: read_index_bytes(folder))
-    return on_all(lambda: Index.from_bytes(data, storage.join(folder, INDEX)))
+    data = run_on_master(lambda: read_index_bytes(folder))
+    return run_on_all_ranks(lambda: Index.from_bytes(data, storage.join(folder, INDEX)))
 
 
 def _read_into(targets: dict[str, Tensor], parts: dict[str, int], index: Index, folder: str) -> None:
     """Fill this rank's part of each target with what is stored under its name."""
     reader = TensorReader(folder, index)
-    planner = BoxPlanner({name: boxes(tensor, parts.get(name, 1)) for name, tensor in targets.items()})
+    planner = BoxPlanner({name: local_blocks(tensor, parts.get(name, 1)) for name, tensor in targets.items()})
     planner.set_up_planner({}, reader.read_metadata(), is_coordinator=True)
     reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
 
@@ -363,6 +363,6 @@ def _finish_averagers(averagers: ModelAverager, index: Index, folder: str) -> No
         counters = index.extra.get("averagers", {}).get(name)
         if counters is None:
             logging.warning(f"{folder}: has no averager {name}; it starts afresh from the loaded weights")
-            averager.start_afresh()
+            averager.reset()
         else:
             averager.load_counters(counters)

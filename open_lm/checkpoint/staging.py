@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 
 from open_lm.checkpoint.tensor_index import CHUNK_BYTES
-from open_lm.distributed.sharded_tensor import boxes, holders
+from open_lm.distributed.sharded_tensor import local_blocks, replica_ranks
 
 # A power of two: torch rounds pinned memory up to one.
 _BLOCK_BYTES = 64 << 20
@@ -30,7 +30,7 @@ def own_chunks(
     """What this rank writes: its parts of sharded tensors, its share of those that several ranks hold alike, and its
     `private` tensors whole; each in chunks, with a view of the live data.
 
-    parts: of the weights that sharded_tensor.fused_parts names. All ranks must name the tensors in the same order: who
+    parts: of the weights that sharded_tensor.fused_weight_parts names. All ranks must name the tensors in the same order: who
     writes what follows from it without a word between them.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -39,7 +39,7 @@ def own_chunks(
     loads: dict[tuple[int, ...], list[int]] = {}  # bytes written by each of the ranks that hold the same
     chunks: list[tuple[WriteItem, Tensor]] = []
     for name, tensor in tensors.items():
-        same = holders(tensor, mesh, world_size)
+        same = replica_ranks(tensor, mesh, world_size)
         load = loads.setdefault(same, [0] * len(same))
         for item, view in _chunks(name, tensor, (parts or {}).get(name, 1)):
             least = load.index(min(load))
@@ -53,7 +53,7 @@ def own_chunks(
 
 def _chunks(name: str, tensor: Tensor, parts: int = 1) -> Iterator[tuple[WriteItem, Tensor]]:
     """This rank's part of a tensor in pieces of up to CHUNK_BYTES, cut along the first dimension."""
-    for box in boxes(tensor, parts):
+    for box in local_blocks(tensor, parts):
         rows = box.sizes[0] if box.sizes else 1
         step = max(1, CHUNK_BYTES // max(1, math.prod(box.sizes[1:]) * tensor.element_size()))
         for start in range(0, max(rows, 1), step):

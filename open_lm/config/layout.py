@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Layout:
+class MeshLayout:
     """How all ranks are divided, and where this one stands.
 
     Attributes:
@@ -63,22 +63,22 @@ class Layout:
         return self.data_size * self.context
 
     @property
-    def counts_tokens(self) -> bool:
+    def contributes_tokens(self) -> bool:
         """Whether what this rank says of its tokens counts in a sum over all ranks: others have the same ones."""
         return self.tensor_rank == 0
 
     @property
-    def counts_rows(self) -> bool:
+    def contributes_sequences(self) -> bool:
         """Whether what this rank says of its rows counts in a sum over all ranks."""
-        return self.counts_tokens and self.context_rank == 0
+        return self.contributes_tokens and self.context_rank == 0
 
 
-def layout_of(cfg: ParallelConfig, world_size: int, per_node: int, rank: int = 0) -> Layout:
+def resolve_layout(cfg: ParallelConfig, world_size: int, per_node: int, rank: int = 0) -> MeshLayout:
     """How `cfg` divides so many ranks, of which each node has `per_node`. ConfigError where they do not divide."""
     context = cfg.context_parallel
     if cfg.mesh_dim is not None:
         replicate, shard, tensor = _inferred(cfg.mesh_dim, world_size, context)
-        return Layout(replicate, shard, context, tensor, rank)
+        return MeshLayout(replicate, shard, context, tensor, rank)
     tensor = cfg.tensor_parallel
     together = context * tensor
     flags = " x ".join(
@@ -89,9 +89,9 @@ def layout_of(cfg: ParallelConfig, world_size: int, per_node: int, rank: int = 0
             f"{flags}: {world_size} ranks do not divide into groups of {together}; start a multiple of {together}"
         )
     if not cfg.fsdp:
-        return Layout(world_size // together, 1, context, tensor, rank)
+        return MeshLayout(world_size // together, 1, context, tensor, rank)
     if not (cfg.fsdp_hybrid or cfg.fsdp_hybrid_o2):
-        return Layout(1, world_size // together, context, tensor, rank)
+        return MeshLayout(1, world_size // together, context, tensor, rank)
     if world_size % per_node:
         raise ConfigError(
             f"--fsdp-hybrid: {world_size} ranks do not divide into nodes of {per_node}; start the same number on every "
@@ -99,7 +99,7 @@ def layout_of(cfg: ParallelConfig, world_size: int, per_node: int, rank: int = 0
         )
     if per_node % together:
         raise ConfigError(f"--fsdp-hybrid: the {per_node} ranks of a node do not divide into groups of {flags}")
-    return Layout(world_size // per_node, per_node // together, context, tensor, rank)
+    return MeshLayout(world_size // per_node, per_node // together, context, tensor, rank)
 
 
 def parse_mesh_dim(text: str) -> tuple[int, int, int]:

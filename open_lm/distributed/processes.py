@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from open_lm.config.layout import Layout, layout_of
+from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import ParallelConfig
 from open_lm.errors import RANK_NAMES, ConfigError, UserError, join_problems
 
@@ -103,7 +103,7 @@ def restart_count() -> int:
     return _first_int(("TORCHELASTIC_RESTART_COUNT",), 0)
 
 
-def agreed_name(runtime: Runtime, make_name: Callable[[], str]) -> str:
+def agree_on_name(runtime: Runtime, make_name: Callable[[], str]) -> str:
     """The name of a run that was given none: rank 0's `make_name()`, that of the first start. Collective.
 
     torchrun's agent remembers it, whose store outlives the workers; ConfigError where a restarted run has no such one.
@@ -122,12 +122,12 @@ def agreed_name(runtime: Runtime, make_name: Callable[[], str]) -> str:
             )
         return make_name()
 
-    return on_master(name)
+    return run_on_master(name)
 
 
-def build_layout(runtime: Runtime, cfg: ParallelConfig) -> Layout:
+def build_layout(runtime: Runtime, cfg: ParallelConfig) -> MeshLayout:
     """How all ranks are divided, with their meshes. Collective. ConfigError where they do not divide."""
-    layout = layout_of(cfg, runtime.world_size, runtime.local_world_size, runtime.rank)
+    layout = resolve_layout(cfg, runtime.world_size, runtime.local_world_size, runtime.rank)
     if not runtime.distributed:
         return layout
     kind = runtime.device.type
@@ -159,7 +159,7 @@ def broadcast_object(args: Any, obj: T, src: int = 0) -> T:
     return objects[0]
 
 
-def on_master(function: Callable[[], T]) -> T:
+def run_on_master(function: Callable[[], T]) -> T:
     """Call `function` on rank 0 alone; every rank returns its result or raises its exception."""
     if not dist.is_initialized():
         return function()
@@ -176,7 +176,7 @@ def on_master(function: Callable[[], T]) -> T:
     return cast(T, outcome[0])
 
 
-def on_all(function: Callable[[], T]) -> T:
+def run_on_all_ranks(function: Callable[[], T]) -> T:
     """Call `function`, which waits for no other rank, on every rank. A UserError on any of them is raised on all, so
     that none waits for one that has ended, and what they all found is said once."""
     if not dist.is_initialized():

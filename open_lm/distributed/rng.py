@@ -52,7 +52,7 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all([device_state.cpu().clone() for device_state in state["cuda"]])
 
 
-def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def rng_state_to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """What `rng_state` returns as tensors alone: int64 words, float64 for a normal number that was drawn ahead (empty
     without one), uint8 for torch's own generators."""
     version, words, gauss = state["python"]
@@ -67,8 +67,8 @@ def to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {**tensors, **{f"cuda_{number}": device_state for number, device_state in enumerate(state["cuda"])}}
 
 
-def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `to_tensors` was given, for `set_rng_state` and for files."""
+def rng_state_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What `rng_state_to_tensors` was given, for `set_rng_state` and for files."""
     version, *words = tensors["python"].tolist()
     position, *keys = tensors["numpy"].tolist()
     python_gauss, numpy_gauss = tensors["python_gauss"].tolist(), tensors["numpy_gauss"].tolist()

@@ -27,7 +27,7 @@ _TENSOR = "tensor"  # the mesh dimension of tensor parallelism
 
 
 @dataclass(frozen=True)
-class Box:
+class LocalBlock:
     """`view` (of shape `sizes`, of what this rank holds) is the part of the stored tensor that begins at `offsets`."""
 
     offsets: tuple[int, ...]
@@ -41,7 +41,7 @@ class Box:
 
 
 # ---------------------------------------------------------------------------------------------- plain numbers
-def range_of(rows: int, cuts: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def shard_range(rows: int, cuts: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """(first, number) of the rows that are left after cuts, each into `count` pieces, of which the `index`-th is kept.
 
     cuts: (count, index), in the order they are made. As torch.chunk cuts: pieces are equal, but for the last ones,
@@ -55,7 +55,7 @@ def range_of(rows: int, cuts: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return first, rows
 
 
-def stored_runs(first: int, number: int, rows: int, parts: int, ranks: int) -> list[tuple[int, int, int]]:
+def stored_row_runs(first: int, number: int, rows: int, parts: int, ranks: int) -> list[tuple[int, int, int]]:
     """Where `number` rows from `first` on of a weight of `rows` rows in rank-major order stand in the stored one.
 
     Returns (first row there, first row here counted from `first`, number) of each run of rows that is one in both.
@@ -77,7 +77,7 @@ def stored_runs(first: int, number: int, rows: int, parts: int, ranks: int) -> l
 
 
 # ---------------------------------------------------------------------------------------------- live tensors
-def fused_parts(model: nn.Module) -> dict[str, int]:
+def fused_weight_parts(model: nn.Module) -> dict[str, int]:
     """The weights of a live model whose rows are in rank-major order, by clean name, with their numbers of parts."""
     return {
         clean_name(f"{name}.weight"): module.parts
@@ -86,36 +86,36 @@ def fused_parts(model: nn.Module) -> dict[str, int]:
     }
 
 
-def boxes(tensor: Tensor, parts: int = 1) -> list[Box]:
+def local_blocks(tensor: Tensor, parts: int = 1) -> list[LocalBlock]:
     """What this rank holds, as parts of the stored tensor with views of the live data; none where it holds nothing."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
-        return [Box((0,) * tensor.dim(), tuple(tensor.shape), tensor)]
+        return [LocalBlock((0,) * tensor.dim(), tuple(tensor.shape), tensor)]
     local = tensor.to_local()
     if local.numel() == 0 < tensor.numel():
         return []
-    ranges = [range_of(size, _cuts(tensor, dim)) for dim, size in enumerate(tensor.shape)]
+    ranges = [shard_range(size, _cuts(tensor, dim)) for dim, size in enumerate(tensor.shape)]
     firsts, sizes = [first for first, _ in ranges], tuple(size for _, size in ranges)
     if sizes != tuple(local.shape):
         raise ValueError(f"a rank holds {tuple(local.shape)} of {tuple(tensor.shape)} by {tensor.placements}")
     if not sizes:
-        return [Box((), (), local)]
-    runs = stored_runs(firsts[0], sizes[0], tensor.shape[0], parts, _tensor_ranks(tensor))
+        return [LocalBlock((), (), local)]
+    runs = stored_row_runs(firsts[0], sizes[0], tensor.shape[0], parts, _tensor_ranks(tensor))
     return [
-        Box((there, *firsts[1:]), (number, *sizes[1:]), local.narrow(0, here, number)) for there, here, number in runs
+        LocalBlock((there, *firsts[1:]), (number, *sizes[1:]), local.narrow(0, here, number)) for there, here, number in runs
     ]
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, full: Tensor, parts: int = 1) -> None:
+def copy_local_shard(tensor: Tensor, full: Tensor, parts: int = 1) -> None:
     """Copy this rank's part of `full`, a whole tensor in stored order, into `tensor`. No communication."""
-    for box in boxes(tensor, parts):
+    for box in local_blocks(tensor, parts):
         box.view.copy_(full[box.region])
 
 
 @torch.no_grad()
-def fill_from_first(tensor: Tensor, full: Tensor | None, parts: int = 1) -> None:
-    """`fill` with rank 0's `full`, which may be None elsewhere. Collective: each rank holds the whole for a moment."""
+def copy_from_rank0(tensor: Tensor, full: Tensor | None, parts: int = 1) -> None:
+    """`copy_local_shard` with rank 0's `full`, which may be None elsewhere. Collective: each rank holds the whole for a moment."""
     if dist.is_initialized():
         sent = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if dist.get_rank() == 0:
@@ -124,11 +124,11 @@ def fill_from_first(tensor: Tensor, full: Tensor | None, parts: int = 1) -> None
         dist.broadcast(_as_bytes(sent), src=0)
         full = sent
     assert full is not None
-    fill(tensor, full, parts)
+    copy_local_shard(tensor, full, parts)
 
 
 @torch.no_grad()
-def whole(tensor: Tensor, parts: int = 1) -> Tensor:
+def full_tensor(tensor: Tensor, parts: int = 1) -> Tensor:
     """The full tensor in stored order, on every rank; a tensor that is not divided itself. Collective.
 
     DTensor.full_tensor knows nothing of rank-major order, and misplaces rows where both FSDP2 and tensor parallelism
@@ -142,7 +142,7 @@ def whole(tensor: Tensor, parts: int = 1) -> Tensor:
     for done in reversed(range(len(order))):
         dim, mesh_dim = order[done]
         before = [_cut(tensor, earlier) for along, earlier in order[:done] if along == dim]
-        _, size = range_of(tensor.shape[dim], before)
+        _, size = shard_range(tensor.shape[dim], before)
         held = _gathered(held, dim, size, tensor.device_mesh.get_group(mesh_dim))
     ranks = _tensor_ranks(tensor)
     if parts == 1 or ranks == 1:
@@ -150,7 +150,7 @@ def whole(tensor: Tensor, parts: int = 1) -> Tensor:
     return held.unflatten(0, (ranks, parts, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def holders(tensor: Tensor, mesh: DeviceMesh | None, world_size: int) -> tuple[int, ...]:
+def replica_ranks(tensor: Tensor, mesh: DeviceMesh | None, world_size: int) -> tuple[int, ...]:
     """The ranks that hold the same part of a tensor as this one, ascending.
 
     mesh: over all ranks, of which the tensor's own may be a slice of some of its dimensions; None where nothing is
@@ -206,7 +206,7 @@ def _tensor_ranks(tensor: Tensor) -> int:
 def _gathered(piece: Tensor, dim: int, size: int, group: dist.ProcessGroup) -> Tensor:
     """The ranks' pieces of a tensor of `size` along `dim`, put together. Pieces are sent padded to the largest."""
     count = dist.get_world_size(group)
-    numbers = [range_of(size, [(count, index)])[1] for index in range(count)]
+    numbers = [shard_range(size, [(count, index)])[1] for index in range(count)]
     shape = list(piece.shape)
     shape[dim] = numbers[0]
     padded = piece.new_zeros(shape)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import LoggingConfig, ValidationConfig
 from open_lm.data.device import on_device
 from open_lm.data.loader import ValLoader
@@ -28,8 +28,8 @@ from open_lm.errors import ConfigError
 from open_lm.model.losses import IGNORE_INDEX, TokenLoss
 from open_lm.model.objective import ForwardOptions, batch_loss
 from open_lm.monitor.metrics import bootstrap_interval
-from open_lm.monitor.watchdog import beat
-from open_lm.parallel.parallelize import without_training
+from open_lm.monitor.watchdog import heartbeat
+from open_lm.parallel.parallelize import evaluation_mode
 
 NO_INTERVAL = (-1.0, -1.0)
 
@@ -40,7 +40,7 @@ class EvaluationOptions:
     `end_of_text_id`: attention stays inside the documents that it ends; None: it sees the whole row."""
 
     runtime: Runtime
-    layout: Layout
+    layout: MeshLayout
     autocast: Callable[[], AbstractContextManager[object]]
     cfg: ValidationConfig
     model_name: str
@@ -58,7 +58,7 @@ def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: Evalu
     """
     results = []
     for loader in loaders:
-        with without_training(model):
+        with evaluation_mode(model):
             result = _evaluate_set(model, loader, options)
         if options.train_tokens is not None:
             result["train_tokens"] = options.train_tokens
@@ -104,7 +104,7 @@ def evaluate_loop(
         raise ConfigError("document_mask is set without end_of_text_id: give the id that ends a document")
     options = EvaluationOptions(
         runtime=runtime,
-        layout=Layout(replicate=runtime.world_size, rank=runtime.rank),
+        layout=MeshLayout(replicate=runtime.world_size, rank=runtime.rank),
         autocast=get_autocast(getattr(args, "precision", "fp32"), device.type),
         cfg=ValidationConfig.from_object(args),
         model_name=getattr(args, "hf_model", None) or getattr(args, "model", None) or type(model).__name__,
@@ -146,10 +146,10 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
     waiting_since = start
     for number, (batch, _) in enumerate(on_device(((batch, None) for batch in loader), runtime.device)):
         data_s += time.perf_counter() - waiting_since
-        beat("validating")
+        heartbeat("validating")
         targets = batch.targets
         losses = token_losses(model, batch.inputs, targets, options)
-        valid = (targets != IGNORE_INDEX) & options.layout.counts_rows
+        valid = (targets != IGNORE_INDEX) & options.layout.contributes_sequences
         sums = ((losses * valid).sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
         totals += torch.stack([value.to(torch.float64) for value in sums])
         points.add(losses, valid, cfg)

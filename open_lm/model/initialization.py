@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from open_lm.distributed.param_names import clean_name
-from open_lm.distributed.sharded_tensor import fill, fused_parts
+from open_lm.distributed.sharded_tensor import copy_local_shard, fused_weight_parts
 
 INPUT_WEIGHTS = (
     "tok_embeddings.weight",
@@ -53,7 +53,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
     Raises:
         ValueError: a parameter that the table does not name, or that has no memory.
     """
-    parts = fused_parts(model)
+    parts = fused_weight_parts(model)
     with torch.no_grad():
         for wrapped_name, parameter in model.named_parameters():
             name = clean_name(wrapped_name)
@@ -77,7 +77,7 @@ def _fill(parameter: Tensor, name: str, seed: int, parts: int) -> None:
     elif name.endswith("norm.weight"):
         parameter.fill_(1.0)
     else:
-        fill(parameter, _drawn(parameter, name, seed), parts)
+        copy_local_shard(parameter, _drawn(parameter, name, seed), parts)
 
 
 def standard_deviation(name: str, shape: torch.Size) -> float:

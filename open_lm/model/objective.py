@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.data.masking import document_ids
-from open_lm.distributed.context_parallel import own_part, part_of_rows, whole_rows
+from open_lm.distributed.context_parallel import local_shard, context_parallel_documents, gather_sequences
 from open_lm.model.losses import TokenLoss
 
 
@@ -23,7 +23,7 @@ class ForwardOptions(Protocol):
     attention then stays."""
 
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> MeshLayout: ...
     @property
     def autocast(self) -> Callable[[], AbstractContextManager[object]]: ...
     @property
@@ -38,10 +38,10 @@ def batch_loss(model: nn.Module, ids: Tensor, loss: TokenLoss, options: ForwardO
     layout, more = options.layout, dict[str, Any]()
     documents = None if options.end_of_text_id is None else document_ids(ids, options.end_of_text_id)
     if layout.context > 1:
-        more["attention_mask"] = part_of_rows(layout, ids.shape[1], ids.device, documents)
-        ids, loss = own_part(ids, layout), replace(loss, targets=own_part(loss.targets, layout))
+        more["attention_mask"] = context_parallel_documents(layout, ids.shape[1], ids.device, documents)
+        ids, loss = local_shard(ids, layout), replace(loss, targets=local_shard(loss.targets, layout))
     elif documents is not None:
         more["document_ids"] = documents
     with options.autocast():
         result: Tensor = model(ids, loss=loss, **more)[0]
-    return whole_rows(result, layout) if loss.per_token else result
+    return gather_sequences(result, layout) if loss.per_token else result

@@ -93,7 +93,7 @@ class MetricLogger(Protocol):
     """One place that numbers go to."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None: ...
-    def go_back(self, step: int) -> None: ...
+    def rewind(self, step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -106,10 +106,10 @@ class JsonLinesLogger:
 
     def __init__(self, path: str, start_step: int = 0) -> None:
         self._path = path
-        self.go_back(start_step)
+        self.rewind(start_step)
 
-    def go_back(self, step: int) -> None:
-        keep_lines(self._path, lambda line: isinstance(line["step"], int) and line["step"] <= step)
+    def rewind(self, step: int) -> None:
+        filter_lines(self._path, lambda line: isinstance(line["step"], int) and line["step"] <= step)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         numbers = {key: _json_value(value) for key, value in values.items()}
@@ -139,7 +139,7 @@ def append_line(path: str, line: str) -> None:
         raise StorageError(f"{path}: only {written} of {len(data)} bytes could be appended; is the disk full?")
 
 
-def keep_lines(path: str, is_kept: Callable[[Any], bool]) -> None:
+def filter_lines(path: str, is_kept: Callable[[Any], bool]) -> None:
     """Drop the lines of a file of JSON lines that are not kept, half-written ones, and those of another shape."""
     if not os.path.exists(path):
         return
@@ -182,7 +182,7 @@ class TensorBoardLogger:
         self._folder, self._open = folder, SummaryWriter
         self._writer = SummaryWriter(folder, purge_step=start_step + 1 if continued else None)
 
-    def go_back(self, step: int) -> None:
+    def rewind(self, step: int) -> None:
         self._writer.close()
         self._writer = self._open(self._folder, purge_step=step + 1)
 
@@ -237,7 +237,7 @@ class WandbLogger:
     def log(self, values: Mapping[str, Any], step: int) -> None:
         self._run.log({**_numbers(values), "step": step})
 
-    def go_back(self, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """Nothing can be taken back there: later values of a step stand beside the earlier ones."""
 
     def close(self) -> None:
@@ -279,10 +279,10 @@ class MetricLoggers:
         for logger in self._loggers:
             logger.log(values, step)
 
-    def go_back(self, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """Forget what was recorded of later steps: the run goes on from there."""
         for logger in self._loggers:
-            logger.go_back(step)
+            logger.rewind(step)
 
     def close(self) -> None:
         """Finish all of them; the first failure is raised after every one was tried."""

@@ -60,7 +60,7 @@ class DeviceMeans:
         self._counts = {name: torch.tensor(int(value), device=device) for name, value in state["counts"].items()}
 
 
-class LateValues:
+class DelayedReadback:
     """Small vectors of steps, read on the host without waiting for the device: at once on CPU, a fixed number of steps
     later on CUDA. Fixed, so that what ranks read after a step, and do about it, is the same on all of them."""
 
@@ -153,9 +153,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 # ------------------------------------------------------------------------------------------------ the log line
 @dataclass(frozen=True)
-class TrainReading:
+class TrainLogEntry:
     """What one log line of training says. `samples` of `epoch_samples` sequences of the epoch are done; times are
-    means of a step, `left_s` what all steps that are left take at that rate; `mfu` is a share of 1, None where the
+    means of a step, `remaining_s` what all steps that are left take at that rate; `mfu` is a share of 1, None where the
     device's peak is not known."""
 
     epoch: int
@@ -170,7 +170,7 @@ class TrainReading:
     step_tokens: int
     world_size: int
     memory_bytes: int
-    left_s: float
+    remaining_s: float
     mfu: float | None = None
     extra: Mapping[str, float] | None = None
 

@@ -114,7 +114,7 @@ class RunPaths:
         for folder in (self.root, os.path.dirname(self.results), self.checkpoints, self.failed):
             storage.makedirs(folder)
 
-    def refuse_other_checkpoint_dir(self) -> None:
+    def check_checkpoint_dir(self) -> None:
         """ConfigError where the run that is here keeps its checkpoints in another place, which would be overlooked."""
         if not self.enabled or not os.path.exists(self.params):
             return
@@ -127,7 +127,7 @@ class RunPaths:
             )
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Keep other processes out of the run's folder, until the block or the process ends, however it does.
 
         Waits for one that is about to end; ConfigError that names it where it does not. Nothing is locked where

@@ -15,7 +15,7 @@ class Stopwatch:
         self._start = time.perf_counter()
         self._data_s, self._steps = 0.0, 0
 
-    def data_arrived(self, waited_s: float) -> None:
+    def record_step(self, waited_s: float) -> None:
         """Count one step, which waited `waited_s` for its batch."""
         self._data_s += waited_s
         self._steps += 1

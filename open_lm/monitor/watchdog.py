@@ -35,12 +35,12 @@ _WATCHES = itertools.count()  # several runs of a process share its store
 
 @dataclass(frozen=True)
 class Stand:
-    """Where a rank stands. `number` counts what it has published, `left_s` until its next beat is overdue."""
+    """Where a rank stands. `number` counts what it has published, `remaining_s` until its next beat is overdue."""
 
     number: int
     step: int
     phase: str
-    left_s: float
+    remaining_s: float
 
 
 class _Progress:
@@ -50,7 +50,7 @@ class _Progress:
         self.step, self.phase = 0, "starting"
         self.at, self.allowed_s = time.monotonic(), 0.0
 
-    def beat(self, phase: str, step: int | None, allowed_s: float = 0.0) -> None:
+    def heartbeat(self, phase: str, step: int | None, allowed_s: float = 0.0) -> None:
         self.step = self.step if step is None else step
         self.phase, self.allowed_s = phase, allowed_s
         self.at = time.monotonic()
@@ -59,24 +59,24 @@ class _Progress:
 _progress = _Progress()
 
 
-def beat(phase: str, step: int | None = None, allow_s: float = 0.0) -> None:
+def heartbeat(phase: str, step: int | None = None, extra_time_s: float = 0.0) -> None:
     """Say that this process gets on, with what it begins to do now and in which step (default: as before).
 
     allow_s: seconds that this may take beyond --hang-timeout. Costs nothing, also where no watchdog runs.
     """
-    _progress.beat(phase, step, allow_s)
+    _progress.heartbeat(phase, step, extra_time_s)
 
 
 @contextmanager
-def pause(phase: str, allow_s: float = math.inf) -> Iterator[None]:
-    """Something that may take a long time without a beat: for `allow_s` seconds beyond --hang-timeout it does not count
+def long_operation(phase: str, extra_time_s: float = math.inf) -> Iterator[None]:
+    """Something that may take a long time without a beat: for `extra_time_s` seconds beyond --hang-timeout it does not count
     as hanging."""
     before = _progress.phase
-    _progress.beat(phase, None, allowed_s=allow_s)
+    _progress.heartbeat(phase, None, allowed_s=extra_time_s)
     try:
         yield
     finally:
-        _progress.beat(before, None)
+        _progress.heartbeat(before, None)
 
 
 class Watchdog:
@@ -97,7 +97,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         self._store = _own_store(f"watch_{restart_count()}_{next(_WATCHES)}")
-        beat("starting")
+        heartbeat("starting")
         self._thread.start()
         return self
 
@@ -122,14 +122,14 @@ class Watchdog:
                 verdict = self._exchange(own)
             except dist.DistError:
                 self._store = None  # its host has left, well or not; each rank goes on watching itself
-            if verdict is None and self._store is None and own.left_s <= 0:
+            if verdict is None and self._store is None and own.remaining_s <= 0:
                 verdict = self._verdict({self._runtime.rank: own})
             if verdict is not None:
                 self._end(verdict)
 
     def _stand(self) -> Stand:
-        left_s = self._timeout_s + _progress.allowed_s - (time.monotonic() - _progress.at)
-        return Stand(next(self._published), _progress.step, _progress.phase, left_s)
+        remaining_s = self._timeout_s + _progress.allowed_s - (time.monotonic() - _progress.at)
+        return Stand(next(self._published), _progress.step, _progress.phase, remaining_s)
 
     def _exchange(self, own: Stand) -> str | None:
         """Publish `own` stand; what this run ends with, if it does."""
@@ -138,9 +138,9 @@ class Watchdog:
         self._store.set(f"stand/{self._runtime.rank}", json.dumps(asdict(own)))
         if self._store.check(["failed"]):
             self._leave_after(self._store.get("failed").decode())
-        if not self._store.check(["hung"]) and own.left_s <= self._timeout_s / 2:
+        if not self._store.check(["hung"]) and own.remaining_s <= self._timeout_s / 2:
             stands = self._stands()
-            if all(stand.left_s <= 0 for stand in stands.values()):
+            if all(stand.remaining_s <= 0 for stand in stands.values()):
                 self._store.compare_set("hung", "", self._verdict(stands))
         return self._store.get("hung").decode() if self._store.check(["hung"]) else None
 
@@ -157,9 +157,9 @@ class Watchdog:
                 since = now
             self._seen[rank] = stand.number, since
             silent_s = now - since
-            left_s = min(stand.left_s, self._timeout_s) - silent_s if silent_s > 5 * self._poll_s else stand.left_s
+            remaining_s = min(stand.remaining_s, self._timeout_s) - silent_s if silent_s > 5 * self._poll_s else stand.remaining_s
             phase = f"{stand.phase}; its process is silent" if silent_s > 5 * self._poll_s else stand.phase
-            stands[rank] = Stand(stand.number, stand.step, phase, left_s)
+            stands[rank] = Stand(stand.number, stand.step, phase, remaining_s)
         return stands
 
     def _verdict(self, stands: Mapping[int, Stand]) -> str:

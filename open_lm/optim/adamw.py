@@ -32,12 +32,12 @@ class AdamW(torch.optim.AdamW):
 def adamw_update(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
     """Update the parameters of one group that have a gradient, and their state `step`, `exp_avg`, `exp_avg_sq`."""
     params = [param for param in group["params"] if param.grad is not None]
-    states = [state_of(optimizer, param, _begin) for param in params]
+    states = [param_state(optimizer, param, _begin) for param in params]
     adamw(
-        [local_part(param) for param in params],
-        [local_part(param.grad) for param in params],
-        [local_part(state["exp_avg"]) for state in states],
-        [local_part(state["exp_avg_sq"]) for state in states],
+        [local_tensor(param) for param in params],
+        [local_tensor(param.grad) for param in params],
+        [local_tensor(state["exp_avg"]) for state in states],
+        [local_tensor(state["exp_avg_sq"]) for state in states],
         [],
         [state["step"] for state in states],
         fused=True,
@@ -54,13 +54,13 @@ def adamw_update(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Non
 
 def _begin(param: Tensor) -> dict[str, Any]:
     return {
-        "step": torch.zeros((), dtype=torch.float32, device=local_part(param).device),
+        "step": torch.zeros((), dtype=torch.float32, device=local_tensor(param).device),
         "exp_avg": torch.zeros_like(param),
         "exp_avg_sq": torch.zeros_like(param),
     }
 
 
-def state_of(
+def param_state(
     optimizer: torch.optim.Optimizer, param: Tensor, begin: Callable[[Tensor], dict[str, Any]]
 ) -> dict[str, Any]:
     """What the optimizer keeps of a parameter; `begin(param)` at its first update."""
@@ -70,14 +70,14 @@ def state_of(
     return state
 
 
-def local_part(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor; the tensor itself where it is not sharded. Shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def working_device(tensor: Tensor) -> torch.device:
+def compute_device(tensor: Tensor) -> torch.device:
     """Where a tensor is worked on: what is kept in host memory for the ranks of another device, on that device."""
-    device = local_part(tensor).device
+    device = local_tensor(tensor).device
     if isinstance(tensor, DTensor) and tensor.device_mesh.device_type != device.type:
         return torch.device(tensor.device_mesh.device_type)
     return device

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from open_lm.distributed.param_names import clean_name
-from open_lm.distributed.processes import on_master
-from open_lm.distributed.sharded_tensor import fill_from_first, fused_parts, whole
+from open_lm.distributed.processes import run_on_master
+from open_lm.distributed.sharded_tensor import copy_from_rank0, fused_weight_parts, full_tensor
 from open_lm.errors import CheckpointError, ConfigError, join_problems
 
 
@@ -123,7 +123,7 @@ class Averager:
         return {clean_name(name): average for name, _, average in self._named()}
 
     @torch.no_grad()
-    def start_afresh(self) -> None:
+    def reset(self) -> None:
         """Forget what was taken in: the averages are the weights as they are now."""
         self.update_counter = self.step_counter = 1
         for _, param, average in self._named():
@@ -157,12 +157,12 @@ class Averager:
         on_rank0 = not dist.is_initialized() or dist.get_rank() == 0
         by_id = {id(param): average for _, param, average in self._named()}
         weights: dict[str, Tensor] = {}
-        parts = fused_parts(self.model)
+        parts = fused_weight_parts(self.model)
         copies: dict[int, Tensor] = {}  # tied weights are gathered and stored once
         for wrapped_name, value in self.model.state_dict(keep_vars=True).items():
             name = clean_name(wrapped_name)
             if id(value) not in copies:
-                full = whole(by_id.get(id(value), value), parts.get(name, 1))
+                full = full_tensor(by_id.get(id(value), value), parts.get(name, 1))
                 copies[id(value)] = full.cpu() if on_rank0 else full.new_empty(0)
             weights[name] = copies[id(value)]
         return {**self.counters(), "av_model_sd": weights if on_rank0 else {}}
@@ -179,10 +179,10 @@ class Averager:
                 what = f"{len(wrong)} weights are missing or of another shape, such as {wrong[0]}"
                 raise CheckpointError(f"averager {self.spec.name}: {what}")
 
-        on_master(check)
-        parts = fused_parts(self.model)
+        run_on_master(check)
+        parts = fused_weight_parts(self.model)
         for name, average in names.items():
-            fill_from_first(average, saved.get(name), parts.get(name, 1))
+            copy_from_rank0(average, saved.get(name), parts.get(name, 1))
         self.load_counters(state)
 
     def _named(self) -> list[tuple[str, Tensor, Tensor]]:

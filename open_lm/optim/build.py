@@ -16,7 +16,7 @@ from open_lm.distributed.processes import sum_over_ranks
 from open_lm.errors import ConfigError
 from open_lm.kernels.linear import FusedLinear
 from open_lm.optim import adamw, muon
-from open_lm.optim.adamw import AdamW, local_part, working_device
+from open_lm.optim.adamw import AdamW, local_tensor, compute_device
 from open_lm.optim.muon import Muon
 
 _NORM_ELEMENTS = 1 << 16  # whose squares are added up in one go on a CPU
@@ -56,7 +56,7 @@ def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     return OPTIMIZERS[cfg.optimizer](model, cfg)
 
 
-def moments_of(optimizer: Optimizer) -> dict[Tensor, Set[str]]:
+def optimizer_moments(optimizer: Optimizer) -> dict[Tensor, Set[str]]:
     """What an optimizer of this module keeps of each of its parameters from the first update on; of others nothing is
     known."""
     if not isinstance(optimizer, (AdamW, Muon)):
@@ -68,7 +68,7 @@ def moments_of(optimizer: Optimizer) -> dict[Tensor, Set[str]]:
     }
 
 
-def optimizer_of(moments: Iterable[Set[str]]) -> str | None:
+def infer_optimizer_name(moments: Iterable[Set[str]]) -> str | None:
     """The name of the optimizer that keeps such moments of a model's parameters; None for those of none here."""
     kept = frozenset().union(*moments)
     if kept >= adamw.MOMENTS:  # Muon has some as well, of what is no matrix
@@ -115,10 +115,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
         return torch.zeros(())
     by_copies: dict[int, list[Tensor]] = {}
     for grad in grads:
-        by_copies.setdefault(_copies(grad), []).append(local_part(grad))
+        by_copies.setdefault(_copies(grad), []).append(local_tensor(grad))
     # In float64, where a float32's square and its root are exact.
     squares = [_norm(parts).double().square() / copies for copies, parts in by_copies.items()]
-    norm = sum_over_ranks(torch.stack(squares).sum().to(working_device(grads[0]))).sqrt().float()
+    norm = sum_over_ranks(torch.stack(squares).sum().to(compute_device(grads[0]))).sqrt().float()
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for parts in by_copies.values():
@@ -144,7 +144,7 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)))
 
 
-def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
+def step_unless_skipped(optimizer: Optimizer, skip: Tensor) -> None:
     """One update, or where `skip` (a bool scalar on the device) is true none at all: parameters, moments and step
     counts stay as they are. The optimizers of this module decide on the device; for any other that cannot, the host
     waits for `skip`."""
@@ -153,7 +153,7 @@ def step_unless(optimizer: Optimizer, skip: Tensor) -> None:
             optimizer.step()
         return
     # As a GradScaler tells a fused optimizer. Parameters that are offloaded are updated on the host, so it goes there.
-    device = local_part(optimizer.param_groups[0]["params"][0]).device
+    device = local_tensor(optimizer.param_groups[0]["params"][0]).device
     optimizer.found_inf = skip.float().to(device)  # type: ignore[attr-defined]
     try:
         optimizer.step()

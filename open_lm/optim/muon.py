@@ -6,7 +6,7 @@ the root mean square of AdamW's updates, so that learning rate and weight decay 
 https://arxiv.org/abs/2502.16982).
 
 One m x n matrix, m <= n, costs 20 m^2 n + 10 m^3 floating point operations, in bfloat16 where the device has units for
-it. All ranks divide the matrices among them (matrix_shares.py): of each parameter and in each step, one of N ranks in R
+it. All ranks divide the matrices among them (matrix_assignment.py): of each parameter and in each step, one of N ranks in R
 copies of N/R sends and receives 2/N bytes within its copy, 2 R/N to and from all ranks, and holds some 8/N bytes while
 it works.
 
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_lm.optim.adamw import adamw_update, evaluate, local_part, state_of
-from open_lm.optim.matrix_shares import MatrixShares, divide
+from open_lm.optim.adamw import adamw_update, evaluate, local_tensor, param_state
+from open_lm.optim.matrix_assignment import MatrixAssignment, assign_matrices
 
 MOMENTS = frozenset({"momentum_buffer"})  # what is kept of a matrix from its first update on
 
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         self._parts = dict(parts)
         self._dtype = dtype
-        self._shares: dict[tuple[int, ...], list[MatrixShares]] = {}  # by the parameters that have gradients
+        self._shares: dict[tuple[int, ...], list[MatrixAssignment]] = {}  # by the parameters that have gradients
         groups = [{"params": matrices, "muon": True, "momentum": momentum}, *({**g, "muon": False} for g in others)]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__([group for group in groups if group["params"]], defaults)
@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
             return
-        values = [local_part(param) for param in params]
+        values = [local_tensor(param) for param in params]
         skip = getattr(self, "found_inf", values[0].new_zeros(())) > 0
         directions = self._directions(params, group["momentum"], skip)
         torch._foreach_mul_(values, torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"]))
@@ -94,13 +94,13 @@ class Muon(torch.optim.Optimizer):
         for param, value, direction in zip(params, values, directions, strict=True):
             m, n = self._matrix_shape(param)
             scale = _ADAMW_RMS * max(m, n) ** 0.5
-            value.addcmul_(local_part(direction), kept, value=-group["lr"] * scale)
+            value.addcmul_(local_tensor(direction), kept, value=-group["lr"] * scale)
 
     def _directions(self, params: list[nn.Parameter], momentum: float, skip: Tensor) -> list[Tensor]:
         """The orthogonal directions of the parameters, sharded as they are; their momenta go on."""
-        grads = [local_part(param.grad) for param in params if param.grad is not None]
-        states = [state_of(self, param, _begin) for param in params]
-        momenta = [local_part(state["momentum_buffer"]) for state in states]
+        grads = [local_tensor(param.grad) for param in params if param.grad is not None]
+        states = [param_state(self, param, _begin) for param in params]
+        momenta = [local_tensor(state["momentum_buffer"]) for state in states]
         for grad in grads:
             grad.masked_fill_(skip, 0.0)  # not a product, which would let NaN through
         torch._foreach_mul_(momenta, torch.where(skip, 1.0, momentum))
@@ -108,17 +108,17 @@ class Muon(torch.optim.Optimizer):
         directions = []
         for param, grad, buffer in zip(params, grads, momenta, strict=True):
             direction = torch.empty_like(param, dtype=self._dtype or working_dtype(grad.device))
-            local_part(direction).copy_(grad.lerp(buffer, momentum))
+            local_tensor(direction).copy_(grad.lerp(buffer, momentum))
             directions.append(direction)
         for shares in self._divided(params):
             shares.apply(directions, _orthogonalize_all)
         return directions
 
-    def _divided(self, params: list[nn.Parameter]) -> list[MatrixShares]:
+    def _divided(self, params: list[nn.Parameter]) -> list[MatrixAssignment]:
         """Who works on which matrices; agreed upon once for each set of parameters."""
         key = tuple(id(param) for param in params)
         if key not in self._shares:
-            self._shares[key] = divide(params, [self._parts.get(param, 1) for param in params])
+            self._shares[key] = assign_matrices(params, [self._parts.get(param, 1) for param in params])
         return self._shares[key]
 
     def _matrix_shape(self, param: nn.Parameter) -> tuple[int, int]:

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from open_lm.config.layout import Layout
-from open_lm.distributed.processes import on_master
+from open_lm.config.layout import MeshLayout
+from open_lm.distributed.processes import run_on_master
 from open_lm.errors import ConfigError
 from open_lm.kernels.linear import FusedLinear
 from open_lm.model.mixture_of_experts import Router
 
-CAPABILITY = (8, 9)  # compute capability of the first devices that have such products
+MIN_CAPABILITY = (8, 9)  # compute capability of the first devices that have such products
 # Of both widths of a matrix and of the tokens that gradients of matrices are summed over, as the devices want it: what
 # a product adds over, and its second matrix's rows, have to be multiples of this.
-MULTIPLE = 16
+WIDTH_MULTIPLE = 16
 
 
 def check_float8(device: torch.device) -> None:
@@ -36,23 +36,23 @@ def check_float8(device: torch.device) -> None:
             f"--fp8 needs a CUDA device of compute capability 8.9 or more; this is a {device.type} device"
         )
     found = torch.cuda.get_device_capability(device)
-    if found < CAPABILITY:
+    if found < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
         raise ConfigError(f"--fp8 needs compute capability 8.9 or more (H100, L4, …); {name} has {found[0]}.{found[1]}")
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError('--fp8 needs torchao, which is not installed: pip install "open_lm[cuda]", or torchao')
 
 
-def check_tokens(global_batch_size: int, accum_freq: int, seq_len: int, layout: Layout) -> None:
+def check_micro_batch_tokens(global_batch_size: int, accum_freq: int, seq_len: int, layout: MeshLayout) -> None:
     """ConfigError where the tokens that a rank has of a training micro-batch are no multiple of 16."""
     micro_batches = layout.data_size * accum_freq
     rows, length = global_batch_size // micro_batches, seq_len // layout.context
-    if rows * length % MULTIPLE == 0:
+    if rows * length % WIDTH_MULTIPLE == 0:
         return
-    step = MULTIPLE // math.gcd(MULTIPLE, length)
+    step = WIDTH_MULTIPLE // math.gcd(WIDTH_MULTIPLE, length)
     shared = f" / --context-parallel {layout.context}" if layout.context > 1 else ""
     raise ConfigError(
-        f"--fp8 needs a multiple of {MULTIPLE} tokens in a rank's micro-batch, which are {rows} sequences x "
+        f"--fp8 needs a multiple of {WIDTH_MULTIPLE} tokens in a rank's micro-batch, which are {rows} sequences x "
         f"{seq_len}{shared} = {rows * length} tokens: give --global-batch-size a multiple of {step * micro_batches} "
         f"(--batch-size of {step})"
     )
@@ -95,18 +95,18 @@ def convert_to_float8(blocks: Iterable[nn.Module], ranks: int = 1, emulate: bool
 
 def _tell_left(left: list[str], converted: int, ranks: int) -> None:
     """Warn of matrices that are left as they are; ConfigError where they are all."""
-    divided = f", {MULTIPLE} on each rank of --tensor-parallel {ranks}" if ranks > 1 else ""
-    needs = f"--fp8 needs widths that are multiples of {MULTIPLE * ranks}{divided}"
+    divided = f", {WIDTH_MULTIPLE} on each rank of --tensor-parallel {ranks}" if ranks > 1 else ""
+    needs = f"--fp8 needs widths that are multiples of {WIDTH_MULTIPLE * ranks}{divided}"
     others = f"of the blocks have others ({', '.join(sorted(set(left)))})"
     if not converted:
         fewer = ", fewer ranks of --tensor-parallel" if ranks > 1 else ""
         raise ConfigError(f"{needs}; all matrices {others}: choose a model with such widths{fewer}, or leave out --fp8")
     told = f"{needs}; {len(left)} of {len(left) + converted} matrices {others}, and are not multiplied in 8 bits"
-    on_master(lambda: logging.warning(told))
+    run_on_master(lambda: logging.warning(told))
 
 
 def _fits(linear: nn.Linear, ranks: int) -> bool:
-    return not any(width % (MULTIPLE * ranks) for width in (linear.in_features, linear.out_features))
+    return not any(width % (WIDTH_MULTIPLE * ranks) for width in (linear.in_features, linear.out_features))
 
 
 def _make_fused(linear: nn.Module, parts: int) -> None:

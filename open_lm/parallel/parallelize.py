@@ -17,13 +17,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ModelConfig, ParallelConfig
-from open_lm.distributed.processes import on_all
+from open_lm.distributed.processes import run_on_all_ranks
 from open_lm.errors import ConfigError
 from open_lm.model.recomputation import recomputed
 from open_lm.parallel.float8 import check_float8, convert_to_float8
-from open_lm.parallel.tensor_parallel import check_splits, split_model
+from open_lm.parallel.tensor_parallel import check_tensor_parallel, apply_tensor_parallel
 
 # Blocks whose parameters --fsdp-backward-prefetch gathers ahead; FSDP2 by itself is one block ahead.
 PREFETCH_DEPTH = 2
@@ -31,7 +31,7 @@ PREFETCH_DEPTH = 2
 
 def parallelize(
     model: nn.Module,
-    layout: Layout,
+    layout: MeshLayout,
     cfg: ParallelConfig,
     *,
     device: torch.device,
@@ -50,12 +50,12 @@ def parallelize(
     model_cfg = model_cfg or ModelConfig()
     blocks = find_blocks(model, model_cfg.hf_fsdp_block if model_cfg.hf_model else None)
     if fp8:
-        on_all(lambda: check_float8(device))
+        run_on_all_ranks(lambda: check_float8(device))
         convert_to_float8(blocks, layout.tensor)
     if layout.tensor > 1:
         assert layout.mesh is not None
-        on_all(lambda: check_splits(model, layout.tensor))
-        split_model(model, layout.mesh["tensor"])
+        run_on_all_ranks(lambda: check_tensor_parallel(model, layout.tensor))
+        apply_tensor_parallel(model, layout.mesh["tensor"])
     _checkpoint_activations(model, blocks, model_cfg)
     if model_cfg.torchcompile:
         # In place and a block at a time: parameter names stay, and equal blocks share one compilation.
@@ -80,7 +80,7 @@ def parallelize(
     return _replicate(model, cfg, device)
 
 
-def _data_mesh(layout: Layout) -> DeviceMesh:
+def _data_mesh(layout: MeshLayout) -> DeviceMesh:
     """The ranks that gradients are averaged over: ("shard",) or ("replicate", "shard")."""
     assert layout.mesh is not None
     return layout.mesh["shard"] if layout.replicate == 1 else layout.mesh["replicate", "shard"]
@@ -113,7 +113,7 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def without_training(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients. Afterwards the model is in the mode it was in, and sharded parameters that
     the forward passes left gathered are given up, so that a change of the weights is seen by the next pass."""
     was_training = model.training

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from open_lm.distributed.sharded_tensor import fill
+from open_lm.distributed.sharded_tensor import copy_local_shard
 from open_lm.errors import ConfigError, join_problems
 from open_lm.model.mixture_of_experts import MixtureOfExperts
 from open_lm.model.norms import LayerNorm, LPLayerNorm, RmsNorm
@@ -53,8 +53,8 @@ SPLITS: tuple[tuple[str, int | None], ...] = (
 )
 
 
-def split_model(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Give each rank of `mesh` (one dimension) its part of a Transformer, in place; see `check_splits`."""
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Give each rank of `mesh` (one dimension) its part of a Transformer, in place; see `check_tensor_parallel`."""
     root: Any = model
     sequences = _Sequences(mesh)
     tied = root.output.weight is root.tok_embeddings.weight
@@ -71,7 +71,7 @@ def split_model(model: nn.Module, mesh: DeviceMesh) -> None:
         _split_block(block, mesh, sequences)
 
 
-def check_splits(model: nn.Module, ranks: int) -> None:
+def check_tensor_parallel(model: nn.Module, ranks: int) -> None:
     """ConfigError where a Transformer cannot be split over so many ranks."""
     root: Any = model
     widths = {"heads": root.params.n_heads}
@@ -144,7 +144,7 @@ def _split_parameters(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int |
         local = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
         split = DTensor.from_local(local, mesh, [placement], run_check=False)
         if not parameter.is_meta:
-            fill(split, parameter.detach(), parts)
+            copy_local_shard(split, parameter.detach(), parts)
         module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
         elsewhere = name == "bias" and dims.get("weight") == 1 and mesh.get_local_rank() > 0
         views[name] = _own_part(name, Partial() if dim is None else placement, elsewhere)

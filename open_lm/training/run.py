@@ -9,11 +9,11 @@ from typing import Any
 
 from open_lm.checkpoint import CheckpointManager, Progress
 from open_lm.checkpoint.sharded import TrainingState
-from open_lm.distributed.processes import on_master
+from open_lm.distributed.processes import run_on_master
 from open_lm.errors import UserError
 from open_lm.evaluate.validation import EvaluationOptions
-from open_lm.monitor.loggers import MetricLoggers, keep_lines
-from open_lm.monitor.watchdog import pause
+from open_lm.monitor.loggers import MetricLoggers, filter_lines
+from open_lm.monitor.watchdog import long_operation
 from open_lm.training.build import Session, evaluation_options, restore_from, validate
 from open_lm.training.trainer import Agreed, Trainer, TrainingDiverged
 
@@ -59,12 +59,12 @@ class TrainingRun:
             if self.session.runtime.is_master:
                 logging.warning(f"stopped by a signal after step {self.trainer.step}; {left}")
         except TrainingDiverged:
-            with pause("saving", STORE_S):
+            with long_operation("saving", STORE_S):
                 path = self.manager.save_failed(*self._snapshot(self.session.progress.epoch))
             kept = f"; the state is kept in {path}" if path is not None else ""
             logging.error(f"Training exiting due to NaN value{kept}")
             raise
-        with pause("saving", STORE_S):
+        with long_operation("saving", STORE_S):
             self.manager.finish()
 
     def _make_up(self) -> None:
@@ -111,7 +111,7 @@ class TrainingRun:
         session.progress = progress
         session.samples_before = trainer.samples_seen
         state.extra |= self._extra(progress)
-        with pause("saving", STORE_S):
+        with long_operation("saving", STORE_S):
             self.manager.save_epoch(progress, state)
             if failure is not None:
                 self.manager.finish()
@@ -134,12 +134,12 @@ class TrainingRun:
             self._save_step()
 
     def _save_step(self, wait: bool = False) -> None:
-        with pause("saving", STORE_S):  # which may have to wait for the save before
+        with long_operation("saving", STORE_S):  # which may have to wait for the save before
             self.manager.save_step(*self._snapshot(self.session.progress.epoch), wait=wait)
 
     def _go_back(self) -> None:
         """Load the newest checkpoint of this run, and go on from it behind the data seen since."""
-        with pause("saving", STORE_S):
+        with long_operation("saving", STORE_S):
             self.manager.finish()
         trainer, step, data_state = self.trainer, self.trainer.step, self.trainer.data_state
         found = self.manager.newest()
@@ -159,9 +159,9 @@ class TrainingRun:
                 f"the loss has spiked {_MOST_RETURNS + 1} times after the checkpoint of step {found.step}; continue "
                 "from it with a lower --lr or --grad-clip-norm, and check the data"
             )
-        with pause("loading", STORE_S):
+        with long_operation("loading", STORE_S):
             restore_from(self.session, trainer, found)
-        self.loggers.go_back(found.step)
+        self.loggers.rewind(found.step)
         self._forget_later_results()
         trainer.loader.rewind(data_state)
         trainer.data_state = trainer.loader.state  # another object: the trainer takes batches anew
@@ -205,7 +205,7 @@ class TrainingRun:
         """Of validations that an earlier start has made after the state that this one goes on from: they come anew."""
         paths, seen = self.session.paths, self.trainer.samples_seen * self.session.params.seq_len
         if paths.enabled:
-            on_master(lambda: keep_lines(paths.results, lambda line: (line[0].get("train_tokens") or 0) <= seen))
+            run_on_master(lambda: filter_lines(paths.results, lambda line: (line[0].get("train_tokens") or 0) <= seen))
 
     # ------------------------------------------------------------------------------------------ what is said
     def _log_plan(self) -> None:

@@ -35,7 +35,7 @@ from our_step import OurStep
 
 from open_lm.config.architecture import architecture_of
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import Layout, layout_of
+from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import ParallelConfig
 from open_lm.distributed.processes import Runtime, gather_objects, init_runtime, shutdown
 from open_lm.errors import ConfigError, end_process, run_cli
@@ -90,7 +90,7 @@ def shape_of(args: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
 
 # --- measuring ------------------------------------------------------------------------------------------------------
 def random_batch(
-    layout: Layout, rows: int, sizes: Sizes, vocab_size: int, device: torch.device
+    layout: MeshLayout, rows: int, sizes: Sizes, vocab_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B,T): ranks that share rows have the same."""
     generator = torch.Generator().manual_seed(layout.data_rank)
@@ -104,7 +104,7 @@ def measure(args: argparse.Namespace, flags: Sequence[str], runtime: Runtime) ->
     shape = shape_of(args, sizes)
     settings = parse_args([*RECIPE, *flags])
     parallel = ParallelConfig.from_object(settings)
-    layout = layout_of(parallel, runtime.world_size, runtime.local_world_size, runtime.rank)
+    layout = resolve_layout(parallel, runtime.world_size, runtime.local_world_size, runtime.rank)
     rows = sizes.batch_size * settings.accum_freq
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         model = Path(folder) / f"{Path(args.model).stem}.json"
@@ -146,7 +146,7 @@ def measure(args: argparse.Namespace, flags: Sequence[str], runtime: Runtime) ->
     }  # fmt: skip
 
 
-def strategy(parallel: ParallelConfig, layout: Layout) -> str:
+def strategy(parallel: ParallelConfig, layout: MeshLayout) -> str:
     """In the usual words."""
     gathered = parallel.fsdp_zero2 or parallel.fsdp_hybrid_o2
     words = [("ZeRO-2" if gathered else "ZeRO-3") if parallel.fsdp else "replicated"]

@@ -14,14 +14,14 @@ from model_helpers import random_ids, small_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.distributed import context_parallel
-from open_lm.distributed.context_parallel import check_length, own_part, part_of_rows
+from open_lm.distributed.context_parallel import check_sequence_length, local_shard, context_parallel_documents
 from open_lm.errors import ConfigError
 
 
 def test_every_token_is_one_ranks_and_work_is_even() -> None:
-    parts = [own_part(torch.arange(12)[None], Layout(context=3, rank=rank))[0].tolist() for rank in range(3)]
+    parts = [local_shard(torch.arange(12)[None], MeshLayout(context=3, rank=rank))[0].tolist() for rank in range(3)]
     assert parts == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
     seen = [sum(position + 1 for position in part) for part in parts]  # keys that a rank's queries attend to
     assert len(set(seen)) == 1
@@ -29,24 +29,24 @@ def test_every_token_is_one_ranks_and_work_is_even() -> None:
 
 def test_positions_start_anew_in_documents_that_other_ranks_began() -> None:
     ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])
-    documents = part_of_rows(Layout(context=2, rank=1), 8, torch.device("cpu"), ids)
+    documents = context_parallel_documents(MeshLayout(context=2, rank=1), 8, torch.device("cpu"), ids)
     assert documents.positions.tolist() == [[2, 3, 4, 0]]
-    assert part_of_rows(Layout(context=2, rank=0), 8, torch.device("cpu")).positions.tolist() == [[0, 1, 6, 7]]
+    assert context_parallel_documents(MeshLayout(context=2, rank=0), 8, torch.device("cpu")).positions.tolist() == [[0, 1, 6, 7]]
 
 
 def test_lengths_that_do_not_divide_are_refused() -> None:
-    check_length(12, 3)
+    check_sequence_length(12, 3)
     with pytest.raises(
         ConfigError, match="--context-parallel 4: the model's sequences of 12 tokens do not divide into 8"
     ):
-        check_length(12, 4)
+        check_sequence_length(12, 4)
 
 
 def test_ranks_exchange_and_attend_in_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where norms have made queries and keys float32."""
     sent = []
     monkeypatch.setattr(context_parallel, "whole_rows", lambda part, layout: sent.append(part.dtype) or part)
-    documents = part_of_rows(Layout(), 8, torch.device("cpu"))
+    documents = context_parallel_documents(MeshLayout(), 8, torch.device("cpu"))
     wide = torch.randn(1, 8, 2, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert context_parallel._attend(wide, wide, wide.bfloat16(), documents).dtype == torch.bfloat16
@@ -64,7 +64,7 @@ def test_heads_reach_the_kernels_without_gaps(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(context_parallel.F, "scaled_dot_product_attention", look)
     x = torch.randn(1, 8, 2, 4)
-    context_parallel._attend(x, x, x, part_of_rows(Layout(), 8, torch.device("cpu")))
+    context_parallel._attend(x, x, x, context_parallel_documents(MeshLayout(), 8, torch.device("cpu")))
     assert strides and set(strides) == {1}
 
 
@@ -82,7 +82,7 @@ def test_masks_of_documents_are_made_once_for_all_layers() -> None:
     model, ids = small_model(), random_ids(2, 8)
     document_ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1], [0, 1, 1, 2, 2, 2, 2, 2]])
     with Masks() as masks:
-        documents = part_of_rows(Layout(), 8, ids.device, document_ids)
+        documents = context_parallel_documents(MeshLayout(), 8, ids.device, document_ids)
         found = model(ids, attention_mask=documents)[0]
     assert masks.made == 2, "one for each chunk"
     torch.testing.assert_close(found, model(ids, document_ids=document_ids)[0])

@@ -69,7 +69,7 @@ def test_a_single_process_needs_no_group() -> None:
     assert distributed.is_master(args) and distributed.is_master(args, local=True)
     assert distributed.broadcast_object(args, {"a": 1}) == {"a": 1}
     assert distributed.gather_objects(3) == [3]
-    assert distributed.on_master(lambda: "done") == "done"
+    assert distributed.run_on_master(lambda: "done") == "done"
 
 
 def test_force_distributed_starts_a_group_of_one() -> None:
@@ -83,8 +83,8 @@ def test_force_distributed_starts_a_group_of_one() -> None:
         def fail() -> None:
             raise DataError("broken")
 
-        assert distributed.on_all(lambda: 3) == 3
-        for everywhere in (distributed.on_master, distributed.on_all):
+        assert distributed.run_on_all_ranks(lambda: 3) == 3
+        for everywhere in (distributed.run_on_master, distributed.run_on_all_ranks):
             with pytest.raises(DataError, match="broken") as caught:
                 everywhere(fail)
             assert caught.value.on_every_rank
@@ -100,7 +100,7 @@ def test_what_ranks_find_is_raised_on_all_of_them(monkeypatch: pytest.MonkeyPatc
     try:
         monkeypatch.setattr(dist, "all_gather_object", gathered)
         with pytest.raises(DataError, match=r"(?s)problems \(2\):.*1\. no shard a.*2\. no shard b$") as caught:
-            distributed.on_all(lambda: "fine here")
+            distributed.run_on_all_ranks(lambda: "fine here")
         assert caught.value.on_every_rank
     finally:
         distributed.shutdown(runtime)

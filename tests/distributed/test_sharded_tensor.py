@@ -15,14 +15,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from open_lm.distributed.sharded_tensor import (
-    boxes,
-    fill,
-    fill_from_first,
-    fused_parts,
-    holders,
-    range_of,
-    stored_runs,
-    whole,
+    local_blocks,
+    copy_local_shard,
+    copy_from_rank0,
+    fused_weight_parts,
+    replica_ranks,
+    shard_range,
+    stored_row_runs,
+    full_tensor,
 )
 from open_lm.kernels.linear import FusedLinear
 from open_lm.model.initialization import init_weights
@@ -40,13 +40,13 @@ def test_cut_as_torch_chunks() -> None:
             left = torch.arange(rows)
             for count, place in zip(counts, places, strict=True):
                 left = chunk_of(left, count, place)
-            first, number = range_of(rows, list(zip(counts, places, strict=True)))
+            first, number = shard_range(rows, list(zip(counts, places, strict=True)))
             assert torch.arange(first, first + number).tolist() == left.tolist()
 
 
-def chunk_of(whole: Tensor, count: int, place: int, dim: int = 0) -> Tensor:
-    chunks = whole.chunk(count, dim)
-    return chunks[place] if place < len(chunks) else whole.narrow(dim, 0, 0)
+def chunk_of(full_tensor: Tensor, count: int, place: int, dim: int = 0) -> Tensor:
+    chunks = full_tensor.chunk(count, dim)
+    return chunks[place] if place < len(chunks) else full_tensor.narrow(dim, 0, 0)
 
 
 @pytest.mark.parametrize(("parts", "ranks"), [(1, 4), (2, 1), (2, 3), (3, 2), (3, 4)])
@@ -55,7 +55,7 @@ def test_rank_major_rows_stand_where_the_parts_have_them(parts: int, ranks: int)
     ours = rank_major(stored, parts, ranks)
     for first in range(len(stored)):
         for number in range(1, len(stored) - first + 1):
-            runs = stored_runs(first, number, len(stored), parts, ranks)
+            runs = stored_row_runs(first, number, len(stored), parts, ranks)
             assert [here for _, here, _ in runs] == [sum(n for _, _, n in runs[:i]) for i in range(len(runs))]
             found = torch.cat([stored[there : there + length] for there, _, length in runs])
             assert torch.equal(found, ours[first : first + number])
@@ -70,17 +70,17 @@ def rank_major(stored: Tensor, parts: int, ranks: int) -> Tensor:
 
 def test_parts_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="18 rows, 3 matrices in one, do not divide among 4 ranks"):
-        stored_runs(0, 4, 18, 3, 4)
+        stored_row_runs(0, 4, 18, 3, 4)
 
 
 def test_a_tensor_of_one_process_is_one_box() -> None:
     tensor, full = torch.zeros(3, 2, requires_grad=True), torch.randn(3, 2)
-    (box,) = boxes(tensor)
+    (box,) = local_blocks(tensor)
     assert (box.offsets, box.sizes) == ((0, 0), (3, 2)) and box.view.data_ptr() == tensor.data_ptr()
-    fill(tensor, full, parts=3)
-    assert torch.equal(tensor, full) and torch.equal(whole(tensor, parts=3), full)
-    assert boxes(torch.tensor(2.0))[0].offsets == () and holders(tensor, None, 3) == (0, 1, 2)
-    fill_from_first(tensor, full + 1)
+    copy_local_shard(tensor, full, parts=3)
+    assert torch.equal(tensor, full) and torch.equal(full_tensor(tensor, parts=3), full)
+    assert local_blocks(torch.tensor(2.0))[0].offsets == () and replica_ranks(tensor, None, 3) == (0, 1, 2)
+    copy_from_rank0(tensor, full + 1)
     assert torch.equal(tensor, full + 1)
 
 
@@ -114,19 +114,19 @@ def four_ranks(rank: int, folder: Path) -> None:
     for sizes in ((1, 4, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 1, 4), (4, 1, 1)):
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=NAMES)
         net = divided(mesh, seed=rank)
-        parts = fused_parts(net)
+        parts = fused_weight_parts(net)
         assert parts == ({"fused.weight": 3} if sizes[2] > 1 else {})
         for name, value in net.named_parameters():
-            fill(value, stored[name], parts.get(name, 1))
-            assert torch.equal(whole(value, parts.get(name, 1)), stored[name]), (sizes, name)
-            held = [stored[name][box.region] for box in boxes(value, parts.get(name, 1))]
-            assert all(torch.equal(a, b.view) for a, b in zip(held, boxes(value, parts.get(name, 1)), strict=True))
+            copy_local_shard(value, stored[name], parts.get(name, 1))
+            assert torch.equal(full_tensor(value, parts.get(name, 1)), stored[name]), (sizes, name)
+            held = [stored[name][box.region] for box in local_blocks(value, parts.get(name, 1))]
+            assert all(torch.equal(a, b.view) for a, b in zip(held, local_blocks(value, parts.get(name, 1)), strict=True))
             check_holders(value, parts.get(name, 1), mesh)
         against_full_tensor(net, stored, parts)
         computes_with(net, stored, mesh)
         for name, value in net.named_parameters():
-            fill_from_first(value, stored[name] + 1 if rank == 0 else None, parts.get(name, 1))
-            assert torch.equal(whole(value, parts.get(name, 1)), stored[name] + 1)
+            copy_from_rank0(value, stored[name] + 1 if rank == 0 else None, parts.get(name, 1))
+            assert torch.equal(full_tensor(value, parts.get(name, 1)), stored[name] + 1)
     scalar_and_types(mesh)
 
 
@@ -155,10 +155,10 @@ def computes_with(net: Net, stored: dict[str, Tensor], mesh: DeviceMesh) -> None
 
 def check_holders(value: Tensor, parts: int, mesh: DeviceMesh) -> None:
     """Those that say they hold the same boxes are those, and only those, that do; nothing stands between boxes."""
-    ours = [(box.offsets, box.sizes) for box in boxes(value, parts)]
+    ours = [(box.offsets, box.sizes) for box in local_blocks(value, parts)]
     all_boxes: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = [[]] * dist.get_world_size()
     dist.all_gather_object(all_boxes, ours)
-    same = holders(value, mesh, dist.get_world_size())
+    same = replica_ranks(value, mesh, dist.get_world_size())
     assert all(all_boxes[rank] == ours for rank in same)
     if ours:
         assert [rank for rank, theirs in enumerate(all_boxes) if theirs == ours] == list(same)
@@ -169,10 +169,10 @@ def check_holders(value: Tensor, parts: int, mesh: DeviceMesh) -> None:
 def scalar_and_types(mesh: DeviceMesh) -> None:
     for dtype in (torch.bool, torch.bfloat16, torch.int64):
         value, full = torch.zeros(3, dtype=dtype), torch.tensor([1, 0, 1]).to(dtype)
-        fill_from_first(value, full)
+        copy_from_rank0(value, full)
         assert torch.equal(value, full)
     scalar = torch.tensor(0.0)
-    fill_from_first(scalar, torch.tensor(3.0))
+    copy_from_rank0(scalar, torch.tensor(3.0))
     assert scalar == 3.0
 
 
@@ -200,7 +200,7 @@ def initialised_alike(rank: int, folder: Path) -> None:
         averager.load_state_dict({**averager.counters(), "av_model_sd": state["av_model_sd"]})
         with averager.applied() as averaged:
             for name, value in averaged.named_parameters():
-                assert torch.equal(whole(value, fused_parts(model).get(name, 1)), expected[name]), name
+                assert torch.equal(full_tensor(value, fused_weight_parts(model).get(name, 1)), expected[name]), name
 
 
 def shape() -> Params:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import trainer_worker
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ValidationConfig
 from open_lm.data import get_data
 from open_lm.data.device import DeviceBatch
@@ -124,7 +124,7 @@ def evaluate(
     model.reset_parameters(seed=1)
     options = EvaluationOptions(
         Runtime(),
-        Layout(),
+        MeshLayout(),
         get_autocast("fp32"),
         ValidationConfig(**flags),
         model_name="small",

@@ -15,7 +15,7 @@ from torch import nn
 from open_lm.checkpoint.interchange import write_interchange
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState
-from open_lm.distributed.processes import on_master
+from open_lm.distributed.processes import run_on_master
 from open_lm.errors import end_process
 from open_lm.optim.averaging import ModelAverager
 
@@ -81,7 +81,7 @@ def save(
     state = TrainingState(model, optimizer, scaler, averagers, {"progress": progress.to_json(), "name": "run"})
     passing = str(logs / f"passing_{progress.epoch}")
     ShardedWriter().save(state, passing, progress.step or 0, wait=True)
-    return on_master(lambda: write_interchange(StoredTensors(passing), str(logs / "run" / "checkpoints"), "run"))
+    return run_on_master(lambda: write_interchange(StoredTensors(passing), str(logs / "run" / "checkpoints"), "run"))
 
 
 def free_port() -> int:

@@ -14,10 +14,10 @@ from sharded_helpers import whole_state
 from open_lm import checkpoint
 from open_lm.checkpoint.interchange import write_interchange
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, load
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import OptimConfig, ParallelConfig
 from open_lm.distributed.precision import get_autocast
-from open_lm.distributed.processes import build_layout, init_runtime, on_master
+from open_lm.distributed.processes import build_layout, init_runtime, run_on_master
 from open_lm.model.initialization import init_weights
 from open_lm.model.transformer import Params, Transformer
 from open_lm.optim.averaging import ModelAverager
@@ -48,7 +48,7 @@ class Run:
 
     def __init__(self, cfg: ParallelConfig, optimizer: str, seed: int) -> None:
         self.runtime = init_runtime(cfg)
-        self.layout: Layout = build_layout(self.runtime, cfg)
+        self.layout: MeshLayout = build_layout(self.runtime, cfg)
         with torch.device("meta"):
             model = Transformer(Params(**SHAPE, **MODELS[optimizer]))
         trained = parallelize(
@@ -161,5 +161,5 @@ def do_job(job: Job, optimizer: str, place: Path) -> list[float]:
     if job.after:
         run.save(place / job.after)
     if job.after == "four":
-        on_master(lambda: write_interchange(StoredTensors(str(place / "four")), str(place), "run"))
+        run_on_master(lambda: write_interchange(StoredTensors(str(place / "four")), str(place), "run"))
     return losses

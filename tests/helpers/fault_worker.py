@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from open_lm.config.sections import DataConfig, OptimConfig, ParallelConfig
 from open_lm.data.loader import build_train_loader
 from open_lm.distributed.precision import get_autocast
-from open_lm.distributed.processes import Runtime, agreed_name, build_layout, init_runtime, restart_count, shutdown
+from open_lm.distributed.processes import Runtime, agree_on_name, build_layout, init_runtime, restart_count, shutdown
 from open_lm.errors import end_process, run_cli
 from open_lm.model.initialization import init_weights
 from open_lm.model.transformer import Params, Transformer
@@ -132,10 +132,10 @@ def agree(runtime: Runtime, _out: str) -> dict[str, Any]:
 def hang(runtime: Runtime, out: str) -> None:
     with Watchdog(3.0, runtime, str(Path(out) / "stacks")):
         for step in range(4):
-            watchdog.beat("step", step)
+            watchdog.heartbeat("step", step)
             dist.barrier()
         if runtime.rank == 1:
-            watchdog.beat("waiting for data")
+            watchdog.heartbeat("waiting for data")
             never = threading.Lock()
             never.acquire()
             never.acquire()
@@ -144,7 +144,7 @@ def hang(runtime: Runtime, out: str) -> None:
 
 def fail(runtime: Runtime, _out: str) -> dict[str, Any]:
     """The first start fails on rank 1, the next one goes on under the same name."""
-    name = agreed_name(runtime, lambda: f"run-{os.getpid()}")
+    name = agree_on_name(runtime, lambda: f"run-{os.getpid()}")
     Path(f"name_{restart_count()}_{runtime.rank}").write_text(name)
     if restart_count() == 0:
         with Watchdog(60.0, runtime):

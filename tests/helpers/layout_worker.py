@@ -18,7 +18,7 @@ from open_lm.distributed.processes import Runtime, build_layout, init_runtime, s
 from open_lm.model.initialization import init_weights
 from open_lm.model.losses import TokenLoss
 from open_lm.model.transformer import Params, Transformer
-from open_lm.parallel.parallelize import parallelize, without_training
+from open_lm.parallel.parallelize import parallelize, evaluation_mode
 
 SMALL = {"dim": 76, "n_layers": 2, "n_heads": 12, "vocab_size": 31, "seq_len": 12, "apply_qk_norm": True}
 LARGE = {"dim": 512, "n_layers": 8, "n_heads": 8, "vocab_size": 4096, "seq_len": 16}
@@ -42,11 +42,11 @@ def start(settings: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
     growth = torch.tensor((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     if dist.is_initialized():
         dist.all_reduce(growth, dist.ReduceOp.MAX)
-    parts = sharded_tensor.fused_parts(model)
+    parts = sharded_tensor.fused_weight_parts(model)
     sums = {}
     for name, parameter in model.named_parameters():
-        whole = sharded_tensor.whole(parameter, parts.get(name, 1)).double().flatten()
-        sums[name] = [whole.sum().item(), (whole * torch.arange(len(whole))).sum().item()]
+        full_tensor = sharded_tensor.full_tensor(parameter, parts.get(name, 1)).double().flatten()
+        sums[name] = [full_tensor.sum().item(), (full_tensor * torch.arange(len(full_tensor))).sum().item()]
     held = sum(getattr(p, "_local_tensor", p).numel() * 4 for p in model.parameters())
     shutdown(runtime)
     return {"sums": sums, "growth_bytes": growth.item(), "held_bytes": held}
@@ -62,7 +62,7 @@ def logits(settings: dict[str, Any]) -> dict[str, Any]:
     padding[1, :4] = 0
     documents = torch.tensor([0, 0, 1, 1, 1, 2, 2]).expand(3, 7)
     embeddings = torch.randn(3, 7, 76, generator=torch.Generator().manual_seed(2))
-    with without_training(model):
+    with evaluation_mode(model):
         found: dict[str, Tensor] = {
             "whole": model(ids)[0],
             "padded": model(ids, attention_mask=padding)[0][:, 4:],

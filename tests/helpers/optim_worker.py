@@ -19,11 +19,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from open_lm.config.sections import OptimConfig
-from open_lm.distributed.sharded_tensor import fill, whole
+from open_lm.distributed.sharded_tensor import copy_local_shard, full_tensor
 from open_lm.errors import end_process
 from open_lm.kernels.linear import FusedLinear
 from open_lm.optim import muon
-from open_lm.optim.build import build_optimizer, clip_gradients, step_unless
+from open_lm.optim.build import build_optimizer, clip_gradients, step_unless_skipped
 
 STEPS, SKIPPED, LR, MAX_NORM = 4, 2, 0.02, 3.0
 MATRICES = 2 * (3 + 1 + 2 + 1 + 3)  # of the two blocks
@@ -85,7 +85,7 @@ def shard(model: Model, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh["replicate", "shard"])
     parts = parts_of(model)
     for name, param in model.named_parameters():
-        fill(param, full[name], parts.get(param, 1))
+        copy_local_shard(param, full[name], parts.get(param, 1))
 
 
 def config(optimizer: str) -> OptimConfig:
@@ -104,13 +104,13 @@ def train(layout: str, cfg: OptimConfig) -> dict[str, Tensor]:
         for name, param in model.named_parameters():
             param.grad = torch.empty_like(param)
             grad = made(param, f"{name} {step}") * (float("nan") if step == SKIPPED else 1.0)
-            fill(param.grad, grad, parts.get(param, 1))
+            copy_local_shard(param.grad, grad, parts.get(param, 1))
         norm = clip_gradients(model.parameters(), MAX_NORM)
-        step_unless(optimizer, ~norm.isfinite())
+        step_unless_skipped(optimizer, ~norm.isfinite())
         results[f"norm {step}"] = norm
     for name, param in model.named_parameters():
         tensors = {"": param, **optimizer.state[param]}
-        results.update({f"{name} {key}": whole(value, parts.get(param, 1)) for key, value in tensors.items()})
+        results.update({f"{name} {key}": full_tensor(value, parts.get(param, 1)) for key, value in tensors.items()})
     return {name: value.detach().clone() for name, value in results.items()}
 
 

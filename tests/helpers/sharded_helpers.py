@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.checkpoint.model_state import named_tensors, trained
 from open_lm.checkpoint.sharded import TrainingState
-from open_lm.distributed.sharded_tensor import fused_parts, whole
+from open_lm.distributed.sharded_tensor import fused_weight_parts, full_tensor
 from open_lm.optim.averaging import ModelAverager
 
 AVERAGERS = "ema_0.5,poly_2"
@@ -106,14 +106,14 @@ def train(state: TrainingState, steps: range) -> list[float]:
 def whole_state(state: TrainingState) -> dict[str, Tensor]:
     """Every tensor of a run, whole, by the name under which it is stored; all ranks call it."""
     assert state.optimizer is not None and state.averagers is not None
-    parts = fused_parts(state.model)
-    found = {f"model/{name}": whole(value, parts.get(name, 1)) for name, value in named_tensors(state.model).items()}
+    parts = fused_weight_parts(state.model)
+    found = {f"model/{name}": full_tensor(value, parts.get(name, 1)) for name, value in named_tensors(state.model).items()}
     for name, param in trained(state.model, state.optimizer).items():
         for moment, value in state.optimizer.state.get(param, {}).items():
-            found[f"optimizer/{name}/{moment}"] = whole(value, parts.get(name, 1))
+            found[f"optimizer/{name}/{moment}"] = full_tensor(value, parts.get(name, 1))
     for averager_name, averager in state.averagers.avgs_dict.items():
         for name, value in averager.tensors().items():
-            found[f"averager/{averager_name}/{name}"] = whole(value, parts.get(name, 1))
+            found[f"averager/{averager_name}/{name}"] = full_tensor(value, parts.get(name, 1))
     return {name: value.clone() for name, value in found.items()}
 
 

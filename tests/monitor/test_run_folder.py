@@ -41,10 +41,10 @@ def test_a_second_process_is_told_who_is_there(paths: RunPaths, monkeypatch: pyt
     monkeypatch.setattr(run_folder, "_LOCK_WAIT_S", 0.0)
     with hold(paths) as process:
         told = f"--name run: process {process.pid} on .* is working in {paths.root}"
-        with pytest.raises(ConfigError, match=told), paths.locked():
+        with pytest.raises(ConfigError, match=told), paths.lock():
             pass
         process.kill()
-    with paths.locked():
+    with paths.lock():
         pass
 
 
@@ -52,7 +52,7 @@ def test_one_that_is_about_to_end_is_waited_for(paths: RunPaths) -> None:
     with hold(paths) as process:
         assert process.stdin is not None
         process.stdin.close()  # it ends while the next line waits, or has just done so
-        with paths.locked():
+        with paths.lock():
             assert os.listdir(paths.root)
     assert process.returncode == 0
 
@@ -60,7 +60,7 @@ def test_one_that_is_about_to_end_is_waited_for(paths: RunPaths) -> None:
 def test_children_of_the_process_do_not_hold_it(paths: RunPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "_LOCK_WAIT_S", 0.0)
     reader, writer = os.pipe()
-    with paths.locked():
+    with paths.lock():
         child = os.fork()
         if child == 0:
             os.close(writer)
@@ -76,5 +76,5 @@ def test_children_of_the_process_do_not_hold_it(paths: RunPaths, monkeypatch: py
 
 def test_a_run_that_writes_nothing_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with RunPaths("none", "run").locked():
+    with RunPaths("none", "run").lock():
         assert not list(tmp_path.iterdir())

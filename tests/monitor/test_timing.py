@@ -46,8 +46,8 @@ def test_time_between_steps_belongs_to_no_phase() -> None:
 @pytest.mark.usefixtures("clock")
 def test_stopwatch_means_and_waits_for_data() -> None:
     watch = Stopwatch()  # looks at 0
-    watch.data_arrived(0.5)
-    watch.data_arrived(1.5)
+    watch.record_step(0.5)
+    watch.record_step(1.5)
     assert watch.pop() == (1.0, 0.5)
 
 

@@ -43,9 +43,9 @@ def test_a_hanging_rank_is_found_by_all(tmp_path: Path) -> None:
     [
         ("threading.Event().wait()", HUNG),
         (
-            "with watchdog.pause('compiling'): threading.Event().wait(1)\n"
+            "with watchdog.long_operation('compiling'): threading.Event().wait(1)\n"
             "    for _ in range(8): watchdog.beat('validating'); threading.Event().wait(0.1)\n"
-            "    watchdog.beat('first step', allow_s=60); threading.Event().wait(1)",
+            "    watchdog.heartbeat('first step', extra_time_s=60); threading.Event().wait(1)",
             0,
         ),
     ],
@@ -74,7 +74,7 @@ def test_a_silent_rank_runs_out_of_time(monkeypatch: pytest.MonkeyPatch) -> None
             return all(key in self for key in keys)
 
     dog._store = Store({"stand/0": '{"number": 4, "step": 1, "phase": "step", "left_s": 50}'})  # type: ignore[assignment]
-    assert dog._stands()[0].left_s == 50
+    assert dog._stands()[0].remaining_s == 50
     now[0] = 59.0
     assert dog._stands()[0] == Stand(4, 1, "step; its process is silent", -9.0)
     assert dog._stands()[1].phase == "not started; its process is silent"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from open_lm.config.sections import OptimConfig
 from open_lm.model.transformer import Params, Transformer
-from open_lm.optim.build import build_optimizer, step_unless
+from open_lm.optim.build import build_optimizer, step_unless_skipped
 from open_lm.optim.muon import Muon, orthogonalize
 
 SHAPE = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 31, "seq_len": 12, "moe_freq": 2, "moe_num_experts": 3}
@@ -125,7 +125,7 @@ def test_a_skipped_step_leaves_no_trace(name: str) -> None:
                     broken = torch.tensor([float("nan"), float("inf"), 1.0])[torch.arange(param.numel()) % 3]
                     good = optim_worker.made(param, f"{key} {step}")
                     param.grad = broken.view_as(param) if bad else good
-                step_unless(optimizer, torch.tensor(bad))
+                step_unless_skipped(optimizer, torch.tensor(bad))
         tensors = {key: param.detach() for key, param in model.named_parameters()}
         moments = {f"{key} {m}": v for key, p in model.named_parameters() for m, v in optimizer.state[p].items()}
         return {**tensors, **moments}

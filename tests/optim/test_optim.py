@@ -18,7 +18,7 @@ from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingSta
 from open_lm.config.sections import OptimConfig
 from open_lm.distributed.precision import build_scaler, compute_dtype, get_autocast, parameter_dtype
 from open_lm.errors import CheckpointError, ConfigError
-from open_lm.optim.build import build_optimizer, clip_gradients, step_unless
+from open_lm.optim.build import build_optimizer, clip_gradients, step_unless_skipped
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -111,7 +111,7 @@ def test_parameters_of_other_types_are_clipped_and_updated(name: str, dtype: tor
         param.grad = optim_worker.made(param, key).to(dtype)
     expected = torch.cat([param.grad.flatten() for param in model.parameters()]).double().norm()  # type: ignore[union-attr]
     assert clip_gradients(model.parameters(), None).item() == pytest.approx(expected.item(), rel=1e-6)
-    step_unless(optimizer, torch.tensor(False))
+    step_unless_skipped(optimizer, torch.tensor(False))
     for param, old in zip(model.parameters(), before, strict=True):
         assert param.dtype == dtype and param.isfinite().all() and not torch.equal(param, old)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
 from open_lm.kernels.linear import FusedLinear
 from open_lm.model.losses import TokenLoss
 from open_lm.model.transformer import Params, Transformer
-from open_lm.parallel.float8 import check_float8, check_tokens, convert_to_float8
+from open_lm.parallel.float8 import check_float8, check_micro_batch_tokens, convert_to_float8
 from open_lm.parallel.parallelize import parallelize
 
 IDS = torch.arange(64).view(2, 32)
@@ -75,16 +75,16 @@ def test_some_matrices_that_are_left_are_told(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize(
     ("rows", "length", "layout", "given"),
     [
-        (4, 20, Layout(), "2 sequences x 20 = 40 tokens: give --global-batch-size a multiple of 8 (--batch-size of 4)"),
-        (8, 20, Layout(2, 2), "1 sequences x 20 = 20 tokens: give --global-batch-size a multiple of 32 "),
-        (4, 40, Layout(context=2), "2 sequences x 40 / --context-parallel 2 = 40 tokens: give --global-batch-size a "),
+        (4, 20, MeshLayout(), "2 sequences x 20 = 40 tokens: give --global-batch-size a multiple of 8 (--batch-size of 4)"),
+        (8, 20, MeshLayout(2, 2), "1 sequences x 20 = 20 tokens: give --global-batch-size a multiple of 32 "),
+        (4, 40, MeshLayout(context=2), "2 sequences x 40 / --context-parallel 2 = 40 tokens: give --global-batch-size a "),
     ],
 )
-def test_tokens_that_devices_cannot_sum_over_are_told(rows: int, length: int, layout: Layout, given: str) -> None:
+def test_tokens_that_devices_cannot_sum_over_are_told(rows: int, length: int, layout: MeshLayout, given: str) -> None:
     with pytest.raises(ConfigError, match="--fp8 needs a multiple of 16 tokens in a rank's micro-batch") as refused:
-        check_tokens(rows, 2, length, layout)
+        check_micro_batch_tokens(rows, 2, length, layout)
     assert given in str(refused.value)
-    check_tokens(rows * 16, 2, length, layout)
+    check_micro_batch_tokens(rows * 16, 2, length, layout)
 
 
 @pytest.mark.gpu
@@ -96,7 +96,7 @@ def test_compiled_blocks_multiply_in_8_bits() -> None:
     plain = model(dim=256).to(device)
     made = model(dim=256)
     trained = parallelize(
-        made, Layout(), ParallelConfig(), device=device, model_cfg=ModelConfig(torchcompile=True), fp8=True
+        made, MeshLayout(), ParallelConfig(), device=device, model_cfg=ModelConfig(torchcompile=True), fp8=True
     )
     with torch.autocast("cuda", dtype=torch.bfloat16):
         expected = plain(ids)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import Layout, layout_of, parse_mesh_dim
+from open_lm.config.layout import MeshLayout, resolve_layout, parse_mesh_dim
 from open_lm.config.sections import ParallelConfig
 from open_lm.errors import ConfigError
 
@@ -25,18 +25,18 @@ from open_lm.errors import ConfigError
     ],
 )
 def test_sizes(cfg: ParallelConfig, world_size: int, per_node: int, expected: tuple[int, int, int, int]) -> None:
-    layout = layout_of(cfg, world_size, per_node)
+    layout = resolve_layout(cfg, world_size, per_node)
     assert (layout.replicate, layout.shard, layout.context, layout.tensor) == expected
     assert layout.gradient_ranks * layout.tensor == world_size
 
 
 def test_ranks_that_share_rows_are_neighbours_and_count_once() -> None:
-    layouts = [Layout(replicate=2, shard=2, context=2, tensor=3, rank=rank) for rank in range(24)]
+    layouts = [MeshLayout(replicate=2, shard=2, context=2, tensor=3, rank=rank) for rank in range(24)]
     assert [layout.data_rank for layout in layouts] == [number for number in range(4) for _ in range(6)]
     places = {(layout.data_rank, layout.context_rank, layout.tensor_rank) for layout in layouts}
     assert len(places) == 24
-    assert sum(layout.counts_rows for layout in layouts) == 4  # each row once
-    assert sum(layout.counts_tokens for layout in layouts) == 8  # each part of a row once
+    assert sum(layout.contributes_sequences for layout in layouts) == 4  # each row once
+    assert sum(layout.contributes_tokens for layout in layouts) == 8  # each part of a row once
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_ranks_that_share_rows_are_neighbours_and_count_once() -> None:
 )
 def test_ranks_that_do_not_divide(cfg: ParallelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        layout_of(cfg, 8, 3)
+        resolve_layout(cfg, 8, 3)
 
 
 @pytest.mark.parametrize("text", ["2,2", "-1,-1,2", "0,1,1", "a,1,1", "1,2,3,4", "-2,1,1"])

@@ -13,14 +13,14 @@ import torch
 from torch._inductor.cudagraph_trees import MarkStepBox
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.errors import ConfigError
 from open_lm.model.initialization import init_weights
-from open_lm.model.recomputation import _is_dear
+from open_lm.model.recomputation import _is_expensive
 from open_lm.model.transformer import Params, Transformer
 from open_lm.parallel.parallelize import _materialise, _shard, notes, parallelize
-from open_lm.parallel.tensor_parallel import check_splits
+from open_lm.parallel.tensor_parallel import check_tensor_parallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -112,25 +112,25 @@ def meta_model(**shape: Any) -> Transformer:
 
 
 def test_splits_that_do_not_fit_are_explained() -> None:
-    check_splits(meta_model(), 2)
+    check_tensor_parallel(meta_model(), 2)
     with pytest.raises(ConfigError, match=r"-parallel 3: .* 6 heads and 256 hidden features .* divide over 1, 2 ranks"):
-        check_splits(meta_model(), 3)
-    check_splits(meta_model(ffn_type="gelu"), 3)
+        check_tensor_parallel(meta_model(), 3)
+    check_tensor_parallel(meta_model(ffn_type="gelu"), 3)
     with pytest.raises(ConfigError, match=r"(?s)1\. .* over 1, 2, 3, 6 ranks.*2\. .* a vocabulary of 3 leaves a rank"):
-        check_splits(meta_model(ffn_type="gelu", vocab_size=3), 4)
+        check_tensor_parallel(meta_model(ffn_type="gelu", vocab_size=3), 4)
     with pytest.raises(ConfigError, match="--qk-norm by RMSNorm"):
-        check_splits(meta_model(apply_qk_norm=True, norm_type=torch.nn.RMSNorm), 2)
+        check_tensor_parallel(meta_model(apply_qk_norm=True, norm_type=torch.nn.RMSNorm), 2)
     unknown = meta_model()
     unknown.layers[1].feed_forward = torch.nn.Bilinear(48, 48, 48, device="meta")
     with pytest.raises(ConfigError, match=r"not known how feed_forward\.weight is to be split"):
-        check_splits(unknown, 2)
+        check_tensor_parallel(unknown, 2)
 
 
 def test_graphs_of_a_forward_pass_belong_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, mode: None)
     cfg = ModelConfig(torchcompile=True, torchcompile_mode="reduce-overhead")
     model = Transformer(Params(dim=16, n_layers=2, n_heads=2, vocab_size=9, seq_len=8)).eval()
-    passes = parallelize(model, Layout(), ParallelConfig(), device=torch.device("cpu"), model_cfg=cfg)
+    passes = parallelize(model, MeshLayout(), ParallelConfig(), device=torch.device("cpu"), model_cfg=cfg)
     begun = []
     for _ in range(2):
         with torch.no_grad():
@@ -150,8 +150,8 @@ def test_buffers_of_offloaded_models_are_on_the_device() -> None:
 def test_what_is_dear_is_kept_by_op() -> None:
     operators = torch.ops.aten
     dear = (operators.mm, operators._flash_attention_forward, operators._efficient_attention_forward)
-    assert all(_is_dear(each.default) for each in dear)
-    assert not any(_is_dear(each.default) for each in (operators.silu, operators.native_layer_norm))
+    assert all(_is_expensive(each.default) for each in dear)
+    assert not any(_is_expensive(each.default) for each in (operators.silu, operators.native_layer_norm))
 
 
 def test_a_static_graph_of_what_is_no_copy_is_told() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config
 from open_lm.model import attention
 from open_lm.training.build import _create_model
@@ -48,7 +48,7 @@ def test_attention_is_not_that_of_xformers(monkeypatch: pytest.MonkeyPatch) -> N
     chosen = []
     for flags in (["--deterministic"], []):
         config = Config.from_namespace(parse_args(["--model", "open_lm_test_tiny", *flags]))
-        chosen.append(_create_model(config, Layout()).params.attn_func)
+        chosen.append(_create_model(config, MeshLayout()).params.attn_func)
     assert chosen == [attention.torch_attn, attention.auto_attn]
 
 

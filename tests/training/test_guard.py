@@ -62,13 +62,13 @@ def test_a_scalers_overflows_are_skipped_but_its_own_business() -> None:
 
 
 @pytest.mark.parametrize("go_back", [False, True])
-def test_spikes_stand_out_of_the_accepted_losses(go_back: bool) -> None:
-    flag = "rollback_loss_spikes" if go_back else "skip_loss_spikes"
+def test_spikes_stand_out_of_the_accepted_losses(rewind: bool) -> None:
+    flag = "rollback_loss_spikes" if rewind else "skip_loss_spikes"
     guard = Guard(FaultConfig(max_skipped_steps=0, **{flag: 4.0}), Runtime())
     assert steps(guard, [*level(SPIKE_LEAST - 2), 9.0, 2.0]) == [(False, False)] * SPIKE_LEAST, "too few to tell"
     guard = Guard(FaultConfig(max_skipped_steps=0, **{flag: 4.0}), Runtime())
     steps(guard, level(SPIKE_LEAST))
-    assert steps(guard, [3.39, 3.6, 0.1, 9.0]) == [(False, False), (True, go_back), (False, False), (True, go_back)]
+    assert steps(guard, [3.39, 3.6, 0.1, 9.0]) == [(False, False), (True, rewind), (False, False), (True, rewind)]
     assert guard.counts() == {"skipped_steps": 0, "spikes": 2}
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config
 from open_lm.distributed.processes import Runtime
 from open_lm.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -390,4 +390,4 @@ def test_float16_with_loss_scaling_is_refused_where_parameters_are_sharded(flags
     with pytest.raises(
         ConfigError, match=f"does not work with {flags.split(maxsplit=1)[0]}: give --precision amp_bfloat16"
     ):
-        _check_and_tell(config, {}, runtime, Layout(tensor=tensor))
+        _check_and_tell(config, {}, runtime, MeshLayout(tensor=tensor))

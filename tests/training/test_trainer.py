@@ -14,7 +14,7 @@ import pytest
 import torch
 import trainer_worker
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import DataConfig, FaultConfig, OptimConfig
 from open_lm.data.loader import build_train_loader
 from open_lm.distributed.precision import get_autocast
@@ -23,7 +23,7 @@ from open_lm.model.losses import IGNORE_INDEX
 from open_lm.model.transformer import Params, Transformer
 from open_lm.monitor.metrics import (
     DeviceMeans,
-    TrainReading,
+    TrainLogEntry,
     bootstrap_interval,
     device_peak_flops,
     model_flops_per_token,
@@ -35,7 +35,7 @@ from open_lm.optim.build import build_optimizer
 from open_lm.optim.schedules import const_lr
 from open_lm.training.trainer import Agreed, StepOptions, Trainer, TrainingDiverged, train_step
 
-OPTIONS = StepOptions(Runtime(), Layout(), get_autocast("fp32"))
+OPTIONS = StepOptions(Runtime(), MeshLayout(), get_autocast("fp32"))
 
 
 def assert_equal(found: object, expected: object) -> None:
@@ -302,7 +302,7 @@ def test_labels_of_sources_are_short_and_differ() -> None:
 
 # ------------------------------------------------------------------------------------------------ metrics
 def test_log_line_has_the_shape_that_existing_tools_read(shared_dir: Any) -> None:
-    reading = TrainReading(
+    reading = TrainLogEntry(
         epoch=1,
         samples=8,
         epoch_samples=512,
@@ -315,7 +315,7 @@ def test_log_line_has_the_shape_that_existing_tools_read(shared_dir: Any) -> Non
         step_tokens=512,
         world_size=2,
         memory_bytes=2**30,
-        left_s=3725.4,
+        remaining_s=3725.4,
         mfu=0.375,
     )
     line = reading.line()
