@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import time
 import traceback
@@ -12,6 +13,7 @@ from typing import NoReturn
 
 # Where launchers tell a process which one of all it is; the first found counts.
 RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # ask a run to save and stop: end of a job, a scheduler's early warning
 HUNG = 124  # the exit code of a run that its watchdog ends
 _FIRST_WORD_S = 2  # what the others leave the rank that has something to say
 _LOST_CONTACT = ("DistBackendError", "DistNetworkError", "DistStoreError")

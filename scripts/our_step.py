@@ -10,10 +10,10 @@ from open_lm.config.command_line import parse_args
 from open_lm.config.sections import Config
 from open_lm.distributed.processes import init_runtime, shutdown
 from open_lm.monitor.run_folder import RunPaths
-from open_lm.training.build import build_session, build_trainer
+from open_lm.training.build import build_parts, build_trainer
 from open_lm.training.control import RunControl
 from open_lm.training.guard import Guard
-from open_lm.training.trainer import train_step
+from open_lm.training.step import train_step
 
 
 class OurStep:
@@ -23,7 +23,7 @@ class OurStep:
     def __init__(self, flags: Sequence[str]) -> None:
         config = Config.from_namespace(parse_args(flags))
         runtime = init_runtime(config.parallel)
-        self.session = build_session(config, runtime, RunPaths("none", "bench"))
+        self.session = build_parts(config, runtime, RunPaths("none", "bench"))
         self.trainer = build_trainer(self.session, RunControl())
         self._guard = Guard(config.faults, runtime, scaled=self.trainer.scaler is not None)
         self.model: nn.Module = self.session.model.train()
@@ -45,6 +45,6 @@ class OurStep:
             trainer.optimizer,
             trainer.options,
             scaler=trainer.scaler,
-            judge=self._guard.judge,
+            should_skip=self._guard.should_skip,
         )
         return result.values["loss"]

@@ -46,8 +46,8 @@ from open_lm.model.transformer import Params, Transformer
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.muon import Muon
 from open_lm.optim.schedules import build_scheduler
-from open_lm.parallel.parallelize import parallelize, evaluation_mode
-from open_lm.training.trainer import StepOptions, train_step
+from open_lm.parallel.parallelize import evaluation_mode, parallelize
+from open_lm.training.step import StepOptions, train_step
 
 ROWS, END_OF_TEXT, TOLERANCE = 16, 3, 1e-4
 EXPERTS, TOP_K = 4, 2

@@ -12,14 +12,15 @@ from torch import nn
 
 from open_lm.checkpoint import Progress
 from open_lm.config.checks import wants_training
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config
 from open_lm.data import provenance
+from open_lm.data.epochs import epoch_end_step
 from open_lm.data.loader import TrainLoader, ValLoader, build_train_loader, build_val_loaders
-from open_lm.data.order import Source, epoch_end_step
-from open_lm.distributed.context_parallel import check_length
+from open_lm.data.order import Source
+from open_lm.distributed.context_parallel import check_sequence_length
 from open_lm.distributed.precision import build_scaler, compute_dtype, get_autocast, parameter_dtype
-from open_lm.distributed.processes import Runtime, build_layout, on_all, on_master
+from open_lm.distributed.processes import Runtime, build_layout, run_on_all_ranks, run_on_master
 from open_lm.distributed.rng import make_deterministic, seed_everything
 from open_lm.errors import ConfigError
 from open_lm.evaluate.validation import EvaluationOptions, evaluate_sets, validation_metrics
@@ -31,7 +32,7 @@ from open_lm.monitor.run_folder import RunPaths
 from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.schedules import build_scheduler
-from open_lm.parallel.float8 import check_tokens
+from open_lm.parallel.float8 import check_micro_batch_tokens
 from open_lm.parallel.parallelize import parallelize, unwrap
 from open_lm.training.control import RunControl
 from open_lm.training.step import StepOptions
@@ -52,7 +53,7 @@ class RunParts:
 
     config: Config
     runtime: Runtime
-    layout: Layout
+    layout: MeshLayout
     paths: RunPaths
     model: nn.Module
     params: Any
@@ -94,11 +95,11 @@ def build_parts(config: Config, runtime: Runtime, paths: RunPaths) -> RunParts:
     seed_everything(config.run.seed + layout.data_rank)
     if config.run.deterministic:
         make_deterministic()
-    model = on_all(lambda: _create_model(config, layout))
+    model = run_on_all_ranks(lambda: _create_model(config, layout))
     params: Any = model.params
     if config.precision.fp8 and wants_training(config.data):
-        check_tokens(config.data.global_batch_size, config.optim.accum_freq, params.seq_len, layout)
-    train_loader, val_loaders = on_all(lambda: _build_loaders(config, layout, params))
+        check_micro_batch_tokens(config.data.global_batch_size, config.optim.accum_freq, params.seq_len, layout)
+    train_loader, val_loaders = run_on_all_ranks(lambda: _build_loaders(config, layout, params))
     model = parallelize(
         model,
         layout,
@@ -194,13 +195,13 @@ def validate(
         for result in results:
             result["average"] = average
     if parts.paths.enabled:
-        on_master(lambda: append_line(parts.paths.results, json.dumps(results)))
+        run_on_master(lambda: append_line(parts.paths.results, json.dumps(results)))
     tokens = {} if options.train_tokens is None else {"tokens": options.train_tokens}
     loggers.log({**tokens, **validation_metrics(results)}, step)
     return results
 
 
-def _create_model(config: Config, layout: Layout) -> nn.Module:
+def _create_model(config: Config, layout: MeshLayout) -> nn.Module:
     """Create the model without memory, so that each rank only allocates its shard; --hf-model comes with weights."""
     if config.model.hf_model:
         from open_lm.hf.trainable import create_hf_model
@@ -213,11 +214,11 @@ def _create_model(config: Config, layout: Layout) -> nn.Module:
         cfg = replace(cfg, attn_name="torch_attn")
     with torch.device("meta"):
         model = create_model(cfg)
-    check_length(model.seq_len, layout.context)
+    check_sequence_length(model.seq_len, layout.context)
     return model
 
 
-def _build_loaders(config: Config, layout: Layout, params: Any) -> tuple[TrainLoader | None, list[ValLoader]]:
+def _build_loaders(config: Config, layout: MeshLayout, params: Any) -> tuple[TrainLoader | None, list[ValLoader]]:
     data, validation = config.data, config.validation
     shared: dict[str, Any] = {
         "seq_len": params.seq_len,

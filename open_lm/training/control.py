@@ -1,7 +1,7 @@
-"""What a run is asked from outside while it trains: to stop, by a signal; to save, by the clock.
+"""Requests to a running training: stop (signals) and save (clock).
 
-Ranks learn it at different moments, so each puts what it knows into the sum over ranks that a step makes anyway; what
-comes out is the same on all of them, and so is the step at which they act on it.
+Ranks notice a request at different moments. Each rank adds its requests to the sum over ranks that every step makes
+anyway; all ranks see the same result and act at the same step.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # a scheduler's or launcher's last word, and its early warning
+from open_lm.errors import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What all ranks know alike after a step: the run is to stop, to save, or to go back to its newest checkpoint."""
+class Decision:
+    """What all ranks decided after a step: stop the run, save, or roll back to the newest checkpoint."""
 
     stop: bool = False
     save: bool = False
@@ -29,10 +29,14 @@ class Agreed:
 
 
 class RunControl:
-    """Takes the stop signals while its `with` block lasts, if that is entered in the main thread; the handlers of
-    before are back afterwards. That torchrun has gone, which would have ended its ranks, counts as such a signal.
+    """Receives stop signals inside its `with` block and reports due saves.
 
-    save_every_minutes: 0 for never; only the master's clock counts. clock: seconds, ever rising.
+    Installs signal handlers only in the main thread and restores the previous ones at exit. The end of the torchrun
+    process that started this rank counts as a stop signal: torchrun would have ended the rank.
+
+    Args:
+        save_every_minutes: 0 for never. Only the master's clock counts.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -43,34 +47,36 @@ class RunControl:
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._received: int | None = None
         self._announced = False
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> RunControl:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+            self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._previous = {}
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        # Nothing more: a handler runs in the middle of whatever the main thread does, be it writing to the log.
+        # Only set a flag: the handler interrupts the main thread anywhere, even while it writes to the log.
         if self._received is None:
             self._received = number
 
-    def wishes(self) -> tuple[int, int]:
-        """(stop, save), each 0 or 1, as this rank knows it before a step. A due save is told once; the clock starts
-        anew."""
+    def requests(self) -> tuple[int, int]:
+        """Return this rank's requests before a step: (stop, save), each 0 or 1.
+
+        Reporting a due save restarts the clock.
+        """
         orphaned = self._launcher is not None and os.getppid() != self._launcher
         stop = orphaned or self._received is not None
         if stop and not self._announced:
             self._announced = True
-            why = "the launcher has gone" if self._received is None else f"received {_name(self._received)}"
-            logging.info(f"{why}: saving and stopping after this step")
+            reason = "the launcher has exited" if self._received is None else f"received {_name(self._received)}"
+            logging.info(f"{reason}: saving and stopping after this step")
         save = self._interval_s > 0 and self._clock() - self._last_save >= self._interval_s
         if save:
             self._last_save = self._clock()

@@ -1,223 +1,276 @@
-"""A training from first step to last: epochs, validation, checkpoints, stops, and returns to an earlier state."""
+"""The life of a run: settings, parts, state, then an evaluation or a training with validation, checkpoints and stops.
+
+Next on the path of a batch: open_lm.training.trainer.
+"""
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from open_lm.checkpoint import CheckpointManager, Progress
+from open_lm.checkpoint import CheckpointManager, Progress, candidates
 from open_lm.checkpoint.sharded import TrainingState
-from open_lm.distributed.processes import run_on_master
+from open_lm.config.checks import wants_training
+from open_lm.distributed.processes import Runtime, run_on_master
 from open_lm.errors import UserError
-from open_lm.evaluate.validation import EvaluationOptions
 from open_lm.monitor.loggers import MetricLoggers, filter_lines
-from open_lm.monitor.watchdog import long_operation
-from open_lm.training.build import Session, evaluation_options, restore_from, validate
-from open_lm.training.trainer import Agreed, Trainer, TrainingDiverged
+from open_lm.monitor.run_folder import RunPaths
+from open_lm.monitor.watchdog import Watchdog, long_operation
+from open_lm.training.build import RunParts, build_parts, build_trainer, evaluation_options, validate
+from open_lm.training.control import Decision, RunControl
+from open_lm.training.restore import load_state, restore_from
+from open_lm.training.setup import check_device, open_run, resolve_settings, start_logging, warn_changed_flags
+from open_lm.training.trainer import Trainer, TrainingDiverged
 
-STORE_S = 6 * 3600.0  # what the slowest store may take for a checkpoint
-_MOST_RETURNS = 5  # to one and the same checkpoint
+SAVE_TIMEOUT_S = 6 * 3600.0  # the watchdog allows this much extra time for saving to a slow store
+_MAX_ROLLBACKS = 5  # to the same checkpoint
+
+
+def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime, stack: ExitStack) -> None:
+    """Train or evaluate as `args` request; `stack` closes what the run opens. Collective.
+
+    Adds to `args` what the run resolves (name, batch sizes, paths, ...). `architecture` is the model's JSON file.
+    """
+    config, layout = resolve_settings(args, runtime)
+    trains = wants_training(config.data)
+    control = RunControl(runtime.is_master, config.checkpoint.save_every_minutes)
+    if trains:  # an evaluation has nothing to save: a signal ends it
+        stack.enter_context(control)
+    start_log_file = start_logging(args, config, runtime, stack)
+    check_device(config, architecture, runtime, layout)
+    paths = RunPaths(config.logging.logs, args.name, config.checkpoint.checkpoint_dir)
+    run_on_master(lambda: paths.prepare(config.checkpoint.resume))
+    run_on_master(lambda: stack.enter_context(paths.lock()))
+    saved = candidates(config.checkpoint, config.logging, paths)
+    if config.checkpoint.resume == "latest" and not saved:
+        run_on_master(paths.check_checkpoint_dir)
+    parts = build_parts(config, runtime, paths)
+    trainer = build_trainer(parts, control) if trains else None
+    load_state(parts, trainer, saved)
+    args.resume = parts.resume
+    loggers, flags = open_run(args, architecture, parts, stack)
+    if runtime.is_master:
+        warn_changed_flags(parts.saved_flags, flags)
+    start_log_file(paths)
+    # Entered last, so that it exits first: a failing rank reports before it waits for anything.
+    stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.stacks if paths.enabled else None))
+    if trainer is None:
+        evaluate(parts, loggers)
+    else:
+        trainer.report = loggers.log
+        Training(parts, trainer, loggers, flags).run()
+
+
+def evaluate(parts: RunParts, loggers: MetricLoggers) -> None:
+    """Validate the loaded weights or, with --averagers, the first averaged model."""
+    logging.info("No training required, evaluating instead.")
+    options, step = evaluation_options(parts, parts.progress.samples_seen), parts.progress.step or 0
+    if parts.averagers is None:
+        validate(parts, loggers, options, step)
+        return
+    name, averager = next(iter(parts.averagers.avgs_dict.items()))
+    logging.info(f"=> evaluation avg {name}")
+    with averager.applied():
+        validate(parts, loggers, options, step, average=name)
 
 
 class _Stopped(Exception):
     """A signal asked the run to end; its state is saved."""
 
 
-class TrainingRun:
-    """The training of a session, whose trainer stands where its checkpoint says.
+class Training:
+    """The epochs of a training run: from the trainer's restored state to the last step.
 
-    `described`: the run's flags, which its checkpoints hold.
+    flags: the run's settings, which its checkpoints record.
     """
 
-    def __init__(
-        self, session: Session, trainer: Trainer, loggers: MetricLoggers, described: Mapping[str, Any]
-    ) -> None:
-        self.session, self.trainer, self.loggers, self.described = session, trainer, loggers, described
-        self.manager = CheckpointManager(session.paths, session.config.checkpoint, session.config.data.epochs)
-        self._returns: dict[int, int] = {}  # step of a checkpoint -> how often the run went back to it
+    def __init__(self, parts: RunParts, trainer: Trainer, loggers: MetricLoggers, flags: Mapping[str, Any]) -> None:
+        self.parts, self.trainer, self.loggers, self.flags = parts, trainer, loggers, flags
+        self.manager = CheckpointManager(parts.paths, parts.config.checkpoint, parts.config.data.epochs)
+        self._rollbacks: dict[int, int] = {}  # step of a checkpoint -> number of rollbacks to it
         trainer.after_step = self._after_step
 
     def run(self) -> None:
-        """Train to the end, or until a signal; then the state is saved, and the function returns as at the end.
+        """Train to the end, or until a signal; then save the state and return normally.
 
-        TrainingDiverged once the state is kept in checkpoints_failed/; StorageError where a checkpoint cannot be
-        written.
+        Raises:
+            TrainingDiverged: too many bad steps; the state is in checkpoints_failed/.
+            StorageError: a checkpoint cannot be written.
         """
         self.manager.start()
-        self._make_up()
-        self._forget_later_results()
-        self._log_plan()
+        self._finish_interrupted_epoch()
+        self._drop_later_results()
+        self._log_schedule()
         try:
             self._run_epochs()
             logging.info("Model has seen the desired number of tokens. Ending training.")
         except _Stopped:
-            left = "the state is saved, and the same command with --resume latest goes on from there"
-            if not self.session.paths.enabled:
-                left = "nothing is saved, as --logs none says"
-            if self.session.runtime.is_master:
-                logging.warning(f"stopped by a signal after step {self.trainer.step}; {left}")
+            outcome = "the state is saved; the same command with --resume latest continues from it"
+            if not self.parts.paths.enabled:
+                outcome = "nothing is saved because of --logs none"
+            if self.parts.runtime.is_master:
+                logging.warning(f"stopped by a signal after step {self.trainer.step}; {outcome}")
         except TrainingDiverged:
-            with long_operation("saving", STORE_S):
-                path = self.manager.save_failed(*self._snapshot(self.session.progress.epoch))
-            kept = f"; the state is kept in {path}" if path is not None else ""
-            logging.error(f"Training exiting due to NaN value{kept}")
+            with long_operation("saving", SAVE_TIMEOUT_S):
+                path = self.manager.save_failed(*self._snapshot(self.parts.progress.epoch))
+            saved = f"; the state is saved in {path}" if path is not None else ""
+            logging.error(f"Training exiting due to NaN value{saved}")
             raise
-        with long_operation("saving", STORE_S):
+        with long_operation("saving", SAVE_TIMEOUT_S):
             self.manager.finish()
 
-    def _make_up(self) -> None:
-        """What a run that was killed right after the end of an epoch has not come to."""
-        session, progress = self.session, self.session.progress
-        at_an_end = progress.epoch > 0 and progress.step == session.end_step(progress.epoch)
-        if at_an_end and session.config.checkpoint.resume == "latest":
-            self.manager.make_up(session.resume, progress)
+    def _finish_interrupted_epoch(self) -> None:
+        """Do what remains of the end of an epoch, after which the previous process was killed."""
+        parts, progress = self.parts, self.parts.progress
+        at_epoch_end = progress.epoch > 0 and progress.step == parts.end_step(progress.epoch)
+        if at_epoch_end and parts.config.checkpoint.resume == "latest":
+            self.manager.make_up(parts.resume, progress)
 
     # ------------------------------------------------------------------------------------------ epochs
     def _run_epochs(self) -> None:
-        session, trainer = self.session, self.trainer
-        while session.end_step(session.progress.epoch) < session.total_steps:
-            epoch = session.progress.epoch
+        parts, trainer = self.parts, self.trainer
+        while parts.end_step(parts.progress.epoch) < parts.total_steps:
+            epoch = parts.progress.epoch
             logging.info(f"Start epoch {epoch}")
             logging.info(f"=> epoch {epoch}, training on {[source.name for source in trainer.loader.sources]}")
-            end_step = session.end_step(epoch + 1)
-            # A run of other epochs, such as one of the original, may stand before the place where this one begins.
-            trainer.run_epoch(epoch, end_step, min(session.end_step(epoch), trainer.step))
-            if trainer.step >= end_step:  # else it went back to an earlier epoch
+            end_step = parts.end_step(epoch + 1)
+            # A checkpoint with other epochs, such as one of the original OpenLM, may be behind this epoch's first step.
+            trainer.run_epoch(epoch, end_step, min(parts.end_step(epoch), trainer.step))
+            if trainer.step >= end_step:  # else it rolled back to an earlier epoch
                 self._end_epoch(epoch + 1)
 
     def _end_epoch(self, epoch: int) -> None:
-        """Validate where it is due, and save; a failed validation is raised after saving."""
-        session, trainer = self.session, self.trainer
+        """Validate if due, and save. A failed validation is raised after saving."""
+        parts, trainer = self.parts, self.trainer
         progress, state = self._snapshot(epoch)
-        if progress.is_final and session.runtime.is_master:
-            total = session.total_steps
+        if progress.is_final and parts.runtime.is_master:
+            total = parts.total_steps
             logging.info(f"step: {trainer.step} has reached/exceeded total_steps: {total}. ending training.")
         failure: UserError | None = None
-        if session.val_loaders and (epoch % session.config.validation.val_frequency == 0 or progress.is_final):
+        if parts.val_loaders and (epoch % parts.config.validation.val_frequency == 0 or progress.is_final):
             try:
-                results = validate(session, self.loggers, self._evaluation_options(), trainer.step)
-                progress = replace(progress, evaluation_metrics=results)
+                options = evaluation_options(parts, trainer.samples_seen)
+                progress = replace(progress, evaluation_metrics=validate(parts, self.loggers, options, trainer.step))
             except UserError as error:
                 failure = error
                 logging.error(f"validation failed; saving the checkpoint before ending: {error}")
         values = {
-            "tokens": trainer.samples_seen * session.params.seq_len,
+            "tokens": trainer.samples_seen * parts.params.seq_len,
             "train/epochs_done": progress.epoch,
             "train/percentage_of_data_seen": progress.percentage_of_data_seen,
         }
         self.loggers.log(values, trainer.step)
-        session.progress = progress
-        session.samples_before = trainer.samples_seen
+        parts.progress = progress
+        parts.samples_before = trainer.samples_seen
         state.extra |= self._extra(progress)
-        with long_operation("saving", STORE_S):
+        with long_operation("saving", SAVE_TIMEOUT_S):
             self.manager.save_epoch(progress, state)
             if failure is not None:
                 self.manager.finish()
                 raise failure
 
-    def _evaluation_options(self) -> EvaluationOptions:
-        return evaluation_options(self.session, self.trainer.samples_seen)
-
     # ------------------------------------------------------------------------------------------ after each step
-    def _after_step(self, agreed: Agreed) -> None:
+    def _after_step(self, decision: Decision) -> None:
         self.manager.check()
-        if agreed.stop:
+        if decision.stop:
             self._save_step(wait=True)
             raise _Stopped
-        if agreed.rollback:
-            self._go_back()
+        if decision.rollback:
+            self._roll_back()
             return
-        at_the_end = self.trainer.step >= self.session.end_step(self.session.progress.epoch + 1)
-        if not at_the_end and self.manager.due(self.trainer.step, agreed.save):
+        at_epoch_end = self.trainer.step >= self.parts.end_step(self.parts.progress.epoch + 1)
+        if not at_epoch_end and self.manager.due(self.trainer.step, decision.save):
             self._save_step()
 
     def _save_step(self, wait: bool = False) -> None:
-        with long_operation("saving", STORE_S):  # which may have to wait for the save before
-            self.manager.save_step(*self._snapshot(self.session.progress.epoch), wait=wait)
+        with long_operation("saving", SAVE_TIMEOUT_S):  # may have to wait for the previous save
+            self.manager.save_step(*self._snapshot(self.parts.progress.epoch), wait=wait)
 
-    def _go_back(self) -> None:
-        """Load the newest checkpoint of this run, and go on from it behind the data seen since."""
-        with long_operation("saving", STORE_S):
+    def _roll_back(self) -> None:
+        """Load the run's newest checkpoint and continue from it, skipping the data seen since."""
+        with long_operation("saving", SAVE_TIMEOUT_S):
             self.manager.finish()
         trainer, step, data_state = self.trainer, self.trainer.step, self.trainer.data_state
-        found = self.manager.newest()
-        if found is None:
-            logging.warning("the loss has spiked before the first checkpoint: the step is skipped, no state to go to")
+        newest = self.manager.newest()
+        if newest is None:
+            logging.warning("loss spike before the first checkpoint: the step is skipped, no checkpoint to go back to")
             return
         assert data_state is not None
-        if not trainer.loader.reaches(data_state, self.session.total_steps - found.step):
+        if not trainer.loader.reaches(data_state, self.parts.total_steps - newest.step):
             logging.warning(
-                f"the loss has spiked: the step is skipped, for the data do not reach to go back to step {found.step} "
-                "and pass over what has come since (--multiple-data-passes or more data allow it)"
+                f"loss spike: the step is skipped without going back to step {newest.step}, because the remaining data "
+                "do not suffice to skip those seen since (give --multiple-data-passes or more data)"
             )
             return
-        self._returns[found.step] = self._returns.get(found.step, 0) + 1
-        if self._returns[found.step] > _MOST_RETURNS:
+        self._rollbacks[newest.step] = self._rollbacks.get(newest.step, 0) + 1
+        if self._rollbacks[newest.step] > _MAX_ROLLBACKS:
             raise TrainingDiverged(
-                f"the loss has spiked {_MOST_RETURNS + 1} times after the checkpoint of step {found.step}; continue "
-                "from it with a lower --lr or --grad-clip-norm, and check the data"
+                f"{_MAX_ROLLBACKS + 1} loss spikes after the checkpoint of step {newest.step}; continue from it with a "
+                "lower --lr or --grad-clip-norm, and check the data"
             )
-        with long_operation("loading", STORE_S):
-            restore_from(self.session, trainer, found)
-        self.loggers.rewind(found.step)
-        self._forget_later_results()
+        with long_operation("loading", SAVE_TIMEOUT_S):
+            restore_from(self.parts, trainer, newest)
+        self.loggers.rewind(newest.step)
+        self._drop_later_results()
         trainer.loader.rewind(data_state)
-        trainer.data_state = trainer.loader.state  # another object: the trainer takes batches anew
+        trainer.data_state = trainer.loader.state  # a new object, which makes the trainer restart its batches
         logging.warning(
-            f"the loss spiked at step {step}: back to the state of step {found.step}; the {step - found.step} batches "
-            "between are passed over"
+            f"loss spike at step {step}: rolled back to the state of step {newest.step}; the {step - newest.step} "
+            "batches since are skipped"
         )
 
-    # ------------------------------------------------------------------------------------------ the state
+    # ------------------------------------------------------------------------------------------ state
     def _snapshot(self, epoch: int) -> tuple[Progress, TrainingState]:
-        """Where the run stands when `epoch` epochs are done, and its live state. Collective."""
-        session, trainer = self.session, self.trainer
-        counted = trainer.state()  # which brings the trainer's counts up to date
-        steps = trainer.step - session.end_step(session.progress.epoch)
-        expected = max(steps, 1) * session.config.data.global_batch_size
+        """Return the run's progress with `epoch` epochs done, and its live state. Collective."""
+        parts, trainer = self.parts, self.trainer
+        trainer_state = trainer.state()  # also updates the trainer's counts
+        steps = trainer.step - parts.end_step(parts.progress.epoch)
+        expected_samples = max(steps, 1) * parts.config.data.global_batch_size
         progress = Progress(
             epoch=epoch,
             step=trainer.step,
             samples_seen=trainer.samples_seen,
-            samples_per_source=counted["samples_per_source"],
-            seed=session.config.run.seed,
-            global_batch_size=session.config.data.global_batch_size,
-            is_final=trainer.step >= session.total_steps,
-            percentage_of_data_seen=(trainer.samples_seen - session.samples_before) / expected,
+            samples_per_source=trainer_state["samples_per_source"],
+            seed=parts.config.run.seed,
+            global_batch_size=parts.config.data.global_batch_size,
+            is_final=trainer.step >= parts.total_steps,
+            percentage_of_data_seen=(trainer.samples_seen - parts.samples_before) / expected_samples,
             train_data_string=[source.name for source in trainer.loader.sources],
             data_state=trainer.data_state,
         )
-        state = TrainingState(trainer.model, trainer.optimizer, trainer.scaler, trainer.averagers, {"trainer": counted})
+        extra = {"trainer": trainer_state}
+        state = TrainingState(trainer.model, trainer.optimizer, trainer.scaler, trainer.averagers, extra)
         state.extra |= self._extra(progress)
         return progress, state
 
     def _extra(self, progress: Progress) -> dict[str, Any]:
         return {
-            "name": self.session.paths.name,
+            "name": self.parts.paths.name,
             "progress": progress.to_json(),
-            "samples_before": self.session.samples_before,
-            "flags": dict(self.described),
+            "samples_before": self.parts.samples_before,
+            "flags": dict(self.flags),
         }
 
-    def _forget_later_results(self) -> None:
-        """Of validations that an earlier start has made after the state that this one goes on from: they come anew."""
-        paths, seen = self.session.paths, self.trainer.samples_seen * self.session.params.seq_len
+    def _drop_later_results(self) -> None:
+        """Remove results of validations that come after the current state; the run will repeat them."""
+        paths, seen = self.parts.paths, self.trainer.samples_seen * self.parts.params.seq_len
         if paths.enabled:
             run_on_master(lambda: filter_lines(paths.results, lambda line: (line[0].get("train_tokens") or 0) <= seen))
 
-    # ------------------------------------------------------------------------------------------ what is said
-    def _log_plan(self) -> None:
-        config, session = self.session.config, self.session
+    def _log_schedule(self) -> None:
+        config, parts = self.parts.config, self.parts
         if config.optim.z_loss_coefficient:
             logging.info("Using CrossEntropyLossWithZLoss.")
         if self.trainer.peak_flops:
             peak = self.trainer.peak_flops / 1e9
-            logging.info(f"MFU counts against {peak:.0f} GFLOP/s of matrix products a device.")
+            logging.info(f"MFU is relative to {peak:.0f} GFLOP/s of matrix products per device.")
         logging.info("Precounting number of steps / tokens seen per checkpoint:")
-        step_tokens = config.data.global_batch_size * session.params.seq_len
+        step_tokens = config.data.global_batch_size * parts.params.seq_len
         for epoch in range(1, config.data.epochs + 1):
-            steps = session.end_step(epoch)
+            steps = parts.end_step(epoch)
             logging.info(f"==> Checkpoint {epoch}, steps {steps}, tokens seen {steps * step_tokens}")
         logging.info(f"Number of checkpoints to be made: {config.data.epochs}.")

@@ -21,7 +21,7 @@ from open_lm.data.loader import TrainLoader
 from open_lm.model.losses import TokenLoss
 from open_lm.model.objective import batch_loss
 from open_lm.monitor import watchdog
-from open_lm.monitor.metrics import DeviceMeans, DelayedReadback, TrainLogEntry, peak_memory_bytes, short_labels
+from open_lm.monitor.metrics import DelayedReadback, DeviceMeans, TrainLogEntry, peak_memory_bytes, short_labels
 from open_lm.monitor.timing import PhaseClock, Stopwatch
 from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.schedules import Schedule
@@ -134,7 +134,7 @@ class Trainer:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a result of `state`. The caller restores weights, step and data_state and rewinds the loader."""
+        """Continue from a result of `state`; the caller restores weights, step, data_state and the loader."""
         self._late.clear()
         self._unread.zero_()
         self.samples_seen, self.samples_skipped = int(state["samples_seen"]), int(state["samples_skipped"])

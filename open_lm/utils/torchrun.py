@@ -29,12 +29,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from open_lm.errors import HUNG
+from open_lm.errors import HUNG, STOP_SIGNALS
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OWN_MESSAGE = (2, 130, HUNG)  # exit codes of errors.run_cli and of the watchdog
 FAILURE_FILE = "OPEN_LM_FAILURE_FILE"  # the variable that names a file, which gets the time of a rank's failure
 _FIRST_WORD_S = 2  # what is left to the node that ended, and so took the rendezvous with it, to say why

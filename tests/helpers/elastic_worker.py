@@ -24,7 +24,7 @@ from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.muon import Muon
 from open_lm.parallel.parallelize import parallelize
-from open_lm.training.trainer import StepOptions, train_step
+from open_lm.training.step import StepOptions, train_step
 
 ROWS, SEQ_LEN = 8, 12
 # A vocabulary that no number of ranks divides, tensor parallelism and FSDP2 together neither.

@@ -28,8 +28,9 @@ from open_lm.monitor.watchdog import Watchdog
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.schedules import const_lr
 from open_lm.parallel.parallelize import parallelize
-from open_lm.training.control import Agreed, RunControl
-from open_lm.training.trainer import StepOptions, Trainer, train_step
+from open_lm.training.control import Decision, RunControl
+from open_lm.training.step import StepOptions, train_step
+from open_lm.training.trainer import Trainer
 
 GLOBAL_BATCH = 4
 
@@ -87,12 +88,12 @@ def skip(runtime: Runtime, layout: str) -> list[bool]:
     before = tensors(trainer)
 
     def judge(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        return trainer._guard.judge(loss, norm)
+        return trainer._guard.should_skip(loss, norm)
 
     handle = None
     if runtime.rank == 1:
         handle = trainer.model.register_forward_hook(lambda _m, _i, out: (out[0] * math.nan, *out[1:]))
-    result = train_step(trainer.model, *batches[1], trainer.optimizer, trainer.options, judge=judge)
+    result = train_step(trainer.model, *batches[1], trainer.optimizer, trainer.options, should_skip=judge)
     if handle is not None:
         handle.remove()
     same = all(torch.equal(a, b) for a, b in zip(before, tensors(trainer), strict=True))
@@ -103,12 +104,12 @@ def skip(runtime: Runtime, layout: str) -> list[bool]:
 
 def stop(runtime: Runtime) -> list[int]:
     """The steps after which a signal that rank 1 gets in step 4, and rank 0's clock in step 2, are agreed upon."""
-    found: list[tuple[int, Agreed]] = []
+    found: list[tuple[int, Decision]] = []
     now = [0.0]
     with RunControl(runtime.is_master, save_every_minutes=1, clock=lambda: now[0]) as control:
         trainer = build_trainer(runtime, ParallelConfig(), control=control)
 
-        def after_step(agreed: Agreed) -> None:
+        def after_step(agreed: Decision) -> None:
             found.append((trainer.step, agreed))
             now[0] += 50
             if trainer.step == 4 and runtime.rank == 1:

@@ -21,7 +21,7 @@ from open_lm.model.losses import IGNORE_INDEX
 from open_lm.model.transformer import Params, Transformer
 from open_lm.optim.build import build_optimizer
 from open_lm.parallel.parallelize import parallelize
-from open_lm.training.trainer import StepOptions, train_step
+from open_lm.training.step import StepOptions, train_step
 
 ROWS, SEQ_LEN, VOCAB, STEPS = 8, 12, 31, 4
 SHAPE = {"dim": 24, "n_layers": 3, "n_heads": 2, "vocab_size": VOCAB, "seq_len": SEQ_LEN, "apply_qk_norm": True}

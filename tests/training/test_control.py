@@ -8,17 +8,18 @@ import threading
 
 import pytest
 
-from open_lm.training.control import STOP_SIGNALS, RunControl
+from open_lm.errors import STOP_SIGNALS
+from open_lm.training.control import RunControl
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_asks_to_stop_and_goes_back_to_who_had_it(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with RunControl() as control:
-        assert control.wishes() == (0, 0)
+        assert control.requests() == (0, 0)
         for _ in range(2):
             os.kill(os.getpid(), number)
-            assert control.wishes() == (1, 0), "and a second signal changes nothing"
+            assert control.requests() == (1, 0), "and a second signal changes nothing"
     assert signal.getsignal(number) == before
 
 
@@ -27,10 +28,10 @@ def test_a_launcher_that_has_gone_counts_as_a_signal(monkeypatch: pytest.MonkeyP
     alone = RunControl()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     launched = RunControl()
-    assert launched.wishes() == alone.wishes() == (0, 0)
+    assert launched.requests() == alone.requests() == (0, 0)
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert launched.wishes() == (1, 0)
-    assert alone.wishes() == (0, 0), "whoever started a process by hand may go"
+    assert launched.requests() == (1, 0)
+    assert alone.requests() == (0, 0), "whoever started a process by hand may go"
 
 
 def test_another_thread_leaves_signals_alone() -> None:
@@ -38,7 +39,7 @@ def test_another_thread_leaves_signals_alone() -> None:
 
     def enter() -> None:
         with RunControl() as control:
-            found.append((signal.getsignal(signal.SIGTERM), control.wishes()))
+            found.append((signal.getsignal(signal.SIGTERM), control.requests()))
 
     thread = threading.Thread(target=enter)
     thread.start()
@@ -52,7 +53,7 @@ def test_the_clock_of_the_master_asks_to_save() -> None:
     wishes = []
     for second in (0, 119, 120, 121, 239, 241, 361):
         now[0] = second
-        wishes.append(master.wishes()[1])
-        assert other.wishes() == (0, 0)
+        wishes.append(master.requests()[1])
+        assert other.requests() == (0, 0)
     assert wishes == [0, 0, 1, 0, 0, 1, 1]
-    assert RunControl(clock=lambda: 1e9).wishes() == (0, 0), "0 minutes are never"
+    assert RunControl(clock=lambda: 1e9).requests() == (0, 0), "0 minutes are never"

@@ -13,15 +13,15 @@ import torch
 
 from open_lm.config.sections import FaultConfig
 from open_lm.distributed.processes import Runtime
-from open_lm.training.guard import MOST_SPIKES, SPIKE_LEAST, Guard, TrainingDiverged
+from open_lm.training.guard import MAX_SPIKES, SPIKE_MIN_LOSSES, Guard, TrainingDiverged
 
 
 def steps(guard: Guard, losses: list[float], norm: float = 1.0, first: int = 0) -> list[tuple[bool, bool]]:
     """(skipped, go back) of each step."""
     found = []
     for step, loss in enumerate(losses, start=first):
-        skipped = bool(guard.judge(torch.tensor(loss), torch.tensor(norm)))
-        found.append((skipped, guard.heed(guard.report().tolist(), step, 0.1)))
+        skipped = bool(guard.should_skip(torch.tensor(loss), torch.tensor(norm)))
+        found.append((skipped, guard.handle_outcome(guard.report().tolist(), step, 0.1)))
     return found
 
 
@@ -61,21 +61,23 @@ def test_a_scalers_overflows_are_skipped_but_its_own_business() -> None:
         steps(guard, [math.inf])
 
 
-@pytest.mark.parametrize("go_back", [False, True])
-def test_spikes_stand_out_of_the_accepted_losses(rewind: bool) -> None:
-    flag = "rollback_loss_spikes" if rewind else "skip_loss_spikes"
+@pytest.mark.parametrize("rollback", [False, True])
+def test_spikes_stand_out_of_the_accepted_losses(rollback: bool) -> None:
+    flag = "rollback_loss_spikes" if rollback else "skip_loss_spikes"
     guard = Guard(FaultConfig(max_skipped_steps=0, **{flag: 4.0}), Runtime())
-    assert steps(guard, [*level(SPIKE_LEAST - 2), 9.0, 2.0]) == [(False, False)] * SPIKE_LEAST, "too few to tell"
+    assert steps(guard, [*level(SPIKE_MIN_LOSSES - 2), 9.0, 2.0]) == [(False, False)] * SPIKE_MIN_LOSSES, (
+        "too few to tell"
+    )
     guard = Guard(FaultConfig(max_skipped_steps=0, **{flag: 4.0}), Runtime())
-    steps(guard, level(SPIKE_LEAST))
-    assert steps(guard, [3.39, 3.6, 0.1, 9.0]) == [(False, False), (True, rewind), (False, False), (True, rewind)]
+    steps(guard, level(SPIKE_MIN_LOSSES))
+    assert steps(guard, [3.39, 3.6, 0.1, 9.0]) == [(False, False), (True, rollback), (False, False), (True, rollback)]
     assert guard.counts() == {"skipped_steps": 0, "spikes": 2}
 
 
 def test_a_loss_that_stays_up_ends_the_run() -> None:
     guard = Guard(FaultConfig(skip_loss_spikes=4.0), Runtime())
     steps(guard, level(128))
-    steps(guard, [5.0] * MOST_SPIKES)
+    steps(guard, [5.0] * MAX_SPIKES)
     with pytest.raises(TrainingDiverged, match="51 of the last 100 steps were spikes"):
         steps(guard, [5.0])
 

@@ -22,8 +22,9 @@ from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config
 from open_lm.distributed.processes import Runtime
 from open_lm.errors import CheckpointError, ConfigError, DataError, StorageError
-from open_lm.main import _check_and_tell, main, resolve_batch_sizes
-from open_lm.training.trainer import TrainingDiverged
+from open_lm.main import main
+from open_lm.training.guard import TrainingDiverged
+from open_lm.training.setup import check_device, resolve_batch_sizes
 
 
 @pytest.fixture
@@ -390,4 +391,4 @@ def test_float16_with_loss_scaling_is_refused_where_parameters_are_sharded(flags
     with pytest.raises(
         ConfigError, match=f"does not work with {flags.split(maxsplit=1)[0]}: give --precision amp_bfloat16"
     ):
-        _check_and_tell(config, {}, runtime, MeshLayout(tensor=tensor))
+        check_device(config, {}, runtime, MeshLayout(tensor=tensor))

@@ -33,7 +33,10 @@ from open_lm.monitor.metrics import (
 from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.schedules import const_lr
-from open_lm.training.trainer import Agreed, StepOptions, Trainer, TrainingDiverged, train_step
+from open_lm.training.control import Decision
+from open_lm.training.guard import TrainingDiverged
+from open_lm.training.step import StepOptions, train_step
+from open_lm.training.trainer import Trainer
 
 OPTIONS = StepOptions(Runtime(), MeshLayout(), get_autocast("fp32"))
 
@@ -224,8 +227,8 @@ def test_going_on_inside_an_epoch_logs_what_an_unbroken_run_logs() -> None:
     first = build_trainer(unbroken, average_loss_every=2)
     first.averagers = ModelAverager(first.model, "none")
 
-    def after_step(agreed: Agreed) -> None:
-        assert agreed == Agreed(stop=False, save=False, rollback=False)
+    def after_step(agreed: Decision) -> None:
+        assert agreed == Decision(stop=False, save=False, rollback=False)
         found[first.step] = saved(first)
 
     first.after_step = after_step
@@ -248,7 +251,7 @@ def test_skipped_steps_are_counted_logged_and_left_out_of_the_mean() -> None:
     trainer = build_trainer(reports)
     good: dict[str, torch.Tensor] = {}
 
-    def after_step(_agreed: Agreed) -> None:
+    def after_step(_agreed: Decision) -> None:
         weight = trainer.model.get_parameter("output.weight")
         with torch.no_grad():
             if trainer.step == 2:
@@ -272,7 +275,7 @@ def test_a_spike_goes_back_and_on_behind_the_data_that_led_to_it() -> None:
     kept: list[dict[str, Any]] = []
     steps = []
 
-    def after_step(agreed: Agreed) -> None:
+    def after_step(agreed: Decision) -> None:
         steps.append(trainer.step)
         if trainer.step == 38 and not kept:
             kept.append(saved(trainer))

@@ -1,0 +1,152 @@
+"""One optimizer step: forward, loss, backward, gradient clipping, update.
+
+The loss of a step is the sum over all valid tokens of all ranks and micro-batches, divided by the number of those
+tokens. Neither the number of ranks nor gradient accumulation changes it. Next on the path of a batch:
+open_lm.model.transformer. Legend: B sequences of this rank's batch, T sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from open_lm.config.layout import MeshLayout
+from open_lm.distributed.processes import Runtime, sum_over_ranks
+from open_lm.model.losses import IGNORE_INDEX, TokenLoss
+from open_lm.model.objective import batch_loss
+from open_lm.monitor.metrics import to_device
+from open_lm.optim.build import clip_gradients, step_unless_skipped
+from open_lm.parallel.parallelize import gradient_sync, unwrap
+from open_lm.training.guard import not_finite
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Settings of a step. `accum_freq` micro-batches must divide the B sequences of a batch. With `end_of_text_id`,
+    attention stays inside the documents that this id ends."""
+
+    runtime: Runtime
+    layout: MeshLayout
+    autocast: Callable[[], AbstractContextManager[object]]
+    accum_freq: int = 1
+    z_loss_coefficient: float = 0.0
+    grad_clip_norm: float | None = None
+    log_logit_mean: bool = False
+    end_of_text_id: int | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Scalars on the device, equal on all ranks.
+
+    Attributes:
+        values: loss and other reported values by name (float).
+        grad_norm: gradient norm before clipping (float32).
+        skipped: whether the update was skipped (bool).
+        valid_tokens: number of tokens with a target, over all ranks (int64).
+        samples: number of sequences that hold data, over all ranks (int64).
+        counts: the caller's `counts`, summed over all ranks (n,) int64.
+    """
+
+    values: dict[str, Tensor]
+    grad_norm: Tensor
+    skipped: Tensor
+    valid_tokens: Tensor
+    samples: Tensor
+    counts: Tensor
+
+
+def train_step(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    optimizer: Optimizer,
+    options: StepOptions,
+    *,
+    num_samples: int | None = None,
+    counts: Sequence[int] = (),
+    scaler: torch.amp.GradScaler | None = None,
+    should_skip: Callable[[Tensor, Tensor], Tensor] = not_finite,
+    enter_phase: Callable[[str], None] = lambda phase: None,
+) -> StepResult:
+    """Update `model` once from this rank's inputs and targets, both (B,T) int64 on the device.
+
+    Never waits for the device.
+
+    Args:
+        num_samples: sequences that hold data (default: all B).
+        counts: integers to sum over ranks together with the step's own counts.
+        should_skip: returns whether to skip the update, given the global loss and gradient norm.
+        enter_phase: called with the name of each phase when it starts: sums (over ranks, where a rank waits for slower
+            ones), forward, backward, optimizer.
+    """
+    enter_phase("sums")
+    layout = options.layout
+    batch_size = len(inputs) if num_samples is None else num_samples
+    local_counts = to_device([batch_size if layout.contributes_sequences else 0, *counts], inputs.device)
+    num_targets = (targets != IGNORE_INDEX).sum().reshape(1) * layout.contributes_sequences
+    global_counts = sum_over_ranks(torch.cat([num_targets, local_counts]))
+    valid_tokens, samples = global_counts[0], global_counts[1]
+    optimizer.zero_grad(set_to_none=True)
+    totals: dict[str, Tensor] = {}
+    for micro_inputs, micro_targets, is_last in micro_batches(inputs, targets, options.accum_freq):
+        with gradient_sync(model, is_last):
+            enter_phase("forward")
+            objective, values = _objective(model, micro_inputs, micro_targets, valid_tokens, options)
+            enter_phase("backward")
+            (objective if scaler is None else scaler.scale(objective)).backward()
+        totals = {name: totals[name] + value if name in totals else value for name, value in values.items()}
+    enter_phase("sums")
+    totals = sum_values(totals, layout)
+    enter_phase("optimizer")
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    grad_norm = clip_gradients(model.parameters(), options.grad_clip_norm)
+    skipped = should_skip(totals["loss"], grad_norm)
+    step_unless_skipped(optimizer, skipped)  # scaler.step() would skip overflows only; `should_skip` covers more
+    if scaler is not None:
+        scaler.update()
+    return StepResult(totals, grad_norm, skipped, valid_tokens, samples, global_counts[2:])
+
+
+def sum_values(values: dict[str, Tensor], layout: MeshLayout) -> dict[str, Tensor]:
+    """Sum float scalars over ranks, counting ranks that share the same tokens once."""
+    if not values:
+        return {}
+    summed = sum_over_ranks(torch.stack([value.float() for value in values.values()]) * layout.contributes_tokens)
+    return dict(zip(values, summed.unbind(), strict=True))
+
+
+def micro_batches(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Yield `count` equal slices of inputs and targets, and whether each is the last."""
+    if len(inputs) % count:
+        raise ValueError(f"{len(inputs)} sequences are not divisible by {count} micro-batches")
+    slices = zip(inputs.chunk(count), targets.chunk(count), strict=True)
+    for number, (micro_inputs, micro_targets) in enumerate(slices, start=1):
+        yield micro_inputs, micro_targets, number == count
+
+
+def _objective(
+    model: nn.Module, inputs: Tensor, targets: Tensor, valid_tokens: Tensor, options: StepOptions
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a micro-batch's contribution to the minimized objective and to the reported values."""
+    logit_means: list[Tensor] | None = [] if options.log_logit_mean else None
+    token_loss = TokenLoss(targets, options.z_loss_coefficient, logit_means=logit_means)
+    loss = batch_loss(model, inputs, token_loss, options) / valid_tokens.clamp(min=1)
+    ranks = options.layout.gradient_ranks
+    weight = 1 / (ranks * options.accum_freq)
+    values = {"loss": loss.detach()}
+    if logit_means is not None:
+        values["logit_mean"] = logit_means[0] * weight
+    # DDP and FSDP average gradients over ranks; the loss needs their sum.
+    objective = loss * ranks
+    auxiliary_loss = getattr(unwrap(model), "auxiliary_loss", lambda: None)()
+    if auxiliary_loss is not None:
+        objective = objective + auxiliary_loss / options.accum_freq
+        values["load_balancing_loss"] = auxiliary_loss.detach() * weight
+    return objective, values
