@@ -1,1 +1,1 @@
-"""OpenLM: raw text in, an evaluated and openly released language model out."""
+"""OpenLM: preprocess text, and train and evaluate language models."""

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the one place that turns them into an exit code."""
+"""Define the errors that a user can fix, and map errors to exit codes."""
 
 from __future__ import annotations
 
@@ -11,51 +11,54 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-# Where launchers tell a process which one of all it is; the first found counts.
+# Environment variables that hold the rank under different launchers; the first one set is used.
 RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # ask a run to save and stop: end of a job, a scheduler's early warning
-HUNG = 124  # the exit code of a run that its watchdog ends
-_FIRST_WORD_S = 2  # what the others leave the rank that has something to say
-_LOST_CONTACT = ("DistBackendError", "DistNetworkError", "DistStoreError")
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # ask a run to save and stop: end of a job, early warning of a scheduler
+HUNG = 124  # exit code of a run that the watchdog ends
+_EXIT_DELAY_S = 2  # delay of ranks without a message of their own, so that the rank with the cause can print it
+_LOST_CONNECTION_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 
 
 class UserError(Exception):
-    """Something outside the program must change: a flag, a file, a service.
+    """An error that the user can fix by changing a flag, a file or a service.
 
     The message names the file or flag, what was found, what was expected and what to do.
     """
 
-    on_every_rank = False  # whether all ranks of a run raise the same, so that rank 0 alone has to say it
+    on_every_rank = False  # whether all ranks of a run raise the same error, so that only rank 0 prints it
 
 
 class ConfigError(UserError, ValueError):
-    """Flags, configuration files or model names that cannot be used as given."""
+    """Invalid flags, configuration files or model names."""
 
     on_every_rank = True
 
 
 class DataError(UserError, RuntimeError):
-    """Documents, shards or manifests that are missing, broken or do not fit the model."""
+    """Documents, shards or manifests that are missing, corrupt or do not match the model."""
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that is missing, broken or of another shape than the model."""
+    """A checkpoint that is missing, corrupt or does not match the model."""
 
 
 class BrokenCheckpoint(CheckpointError):
-    """A checkpoint whose files are cut short, changed or unreadable: an earlier one may serve."""
+    """A checkpoint with truncated, modified or unreadable files. An earlier checkpoint may be usable."""
 
 
 class StorageError(UserError, OSError):
-    """A local or remote path that cannot be reached, read or written."""
+    """A local or remote path that is unreachable or cannot be read or written."""
 
 
 def join_problems(problems: Sequence[str], heading: str = "") -> str:
-    """One message from several problems: a single one stands alone, several become a numbered list."""
+    """Return one message for several problems: a single problem as it is, several as a numbered list."""
     if len(problems) == 1:
         return f"{heading}: {problems[0]}" if heading else problems[0]
     lines = [f"{heading or 'There are problems'} ({len(problems)}):"]
-    indented = (problem.replace("\n", "\n   ") for problem in problems)  # a problem may be such a list itself
+    indented = (problem.replace("\n", "\n   ") for problem in problems)  # a problem may itself be a list of problems
     lines += [f"  {number}. {problem}" for number, problem in enumerate(indented, start=1)]
     return "\n".join(lines)
 
@@ -63,10 +66,11 @@ def join_problems(problems: Sequence[str], heading: str = "") -> str:
 def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = None) -> int:
     """Run a command's `main(argv)` and return its exit code: 0, 2 for a UserError, 130 for an interrupt.
 
-    Any other exception keeps its traceback: it is a defect of ours, not of the user's. Of several ranks each prints its
-    own and returns 1, because leaving in any other way may wait for ranks that do not answer.
-    What every rank of a run raises is printed by rank 0 alone; the others stay a moment, because a launcher ends all
-    ranks with the first, be it before rank 0 has spoken. So does a rank that has only lost contact with one that ended.
+    Any other exception is a bug. A single process lets it propagate with its traceback. A rank of a distributed run
+    prints its traceback and returns 1, because a normal interpreter exit may wait for ranks that do not respond.
+    Errors that every rank raises are printed only by rank 0. The other ranks wait before they exit, because a launcher
+    stops all ranks when the first one exits, possibly before rank 0 has printed the error. A rank that only lost the
+    connection to an exited rank waits for the same reason.
     """
     rank = next((os.environ[name] for name in RANK_NAMES if name in os.environ), None)
     try:
@@ -75,7 +79,7 @@ def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = No
         if rank in (None, "0") or not error.on_every_rank:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(_FIRST_WORD_S)
+            time.sleep(_EXIT_DELAY_S)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -83,24 +87,24 @@ def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = No
     except Exception as error:
         if rank is None:
             raise
-        if _has_lost_contact(error):
-            time.sleep(_FIRST_WORD_S)
+        if _is_lost_connection(error):
+            time.sleep(_EXIT_DELAY_S)
         print(f"rank {rank}: {traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
-def _has_lost_contact(error: Exception) -> bool:
-    """Whether an error says no more than that another rank has ended, as the backends of torch put it."""
-    return type(error).__name__ in _LOST_CONTACT or "gloo/transport" in str(error)
+def _is_lost_connection(error: Exception) -> bool:
+    """Return whether an error of a torch backend only reports that another rank has exited."""
+    return type(error).__name__ in _LOST_CONNECTION_ERRORS or "gloo/transport" in str(error)
 
 
 def end_process(code: int) -> NoReturn:
-    """Run what is registered for the exit and leave at once, without tearing down the interpreter.
+    """Run the registered exit functions and exit immediately, without finalizing the interpreter.
 
-    For processes of a process group: a communication thread that asks for the interpreter's lock while that goes down
-    is ended by force, and now and then takes the finished process with it ("terminate called without an active
-    exception"), which a launcher takes for a failed run.
+    For processes of a process group. During finalization, a communication thread that acquires the GIL is terminated,
+    which sometimes aborts the finished process ("terminate called without an active exception"). A launcher then
+    reports a failed run.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

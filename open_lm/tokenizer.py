@@ -1,4 +1,4 @@
-"""One loader for every kind of tokenizer: a hub name, a folder, a tokenizer .json file, a sentencepiece .model file."""
+"""Load tokenizers of every kind: from a hub name, a folder, a tokenizer .json file or a sentencepiece .model file."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 from open_lm.errors import ConfigError
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
-# Names under which tokenizers keep the token that ends a document, most telling first.
+# Common names of the token that ends a document, in order of preference.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endofdocument|>")
-# And those of the token that begins one.
+# Common names of the token that begins a document.
 BOS_NAMES = ("<|begin_of_text|>", "<|beginoftext|>", "<|startoftext|>", "<s>", "<bos>", "<|bos|>", "[BOS]")
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back, without any tokens added around the text.
+    """A converter between text and token ids that adds no tokens around the text.
 
-    Pickles as its source; what the library makes of that is built again by the first use.
+    Pickles only its source. The library's object is rebuilt on first use.
 
     Attributes:
-        library: name of the library that does the work.
+        library: name of the library that implements it.
         name: what the tokenizer was loaded from.
-        eot_id: id of the end-of-text token that closes a document.
-        bos_id: id of the token that begins a document for tokenizers that have one.
+        eot_id: id of the end-of-text token that ends a document.
+        bos_id: id of the token that begins a document, for tokenizers that have one.
         vocab_size: largest id + 1.
         fingerprint: sha256 (hex) of the tokenizer's file; equal fingerprints mean equal ids for equal text.
     """
@@ -38,27 +38,27 @@ class Tokenizer(ABC):
     bos_id: int | None
     vocab_size: int
     fingerprint: str
-    _native: Any  # the library's object, None until it is used after unpickling
+    _native: Any  # the library's object; None between unpickling and first use
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of one text."""
+        """Return the token ids of a text."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of several texts, in their order; may use several threads."""
+        """Return the token ids of several texts, in their order. May use several threads."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special tokens such as end of text give none. ValueError for ids outside the vocabulary."""
+        """Return the text of token ids, without special tokens. Raise ValueError for ids outside the vocabulary."""
 
     @abstractmethod
     def added_tokens(self) -> list[str]:
-        """The tokens that are found in a text before anything else is."""
+        """Return the added tokens, which are matched in a text before the text is split into other tokens."""
 
     @abstractmethod
     def _load(self) -> Any:
-        """The library's object, from the source."""
+        """Create the library's object from the source."""
 
     @property
     def _loaded(self) -> Any:
@@ -77,7 +77,7 @@ class Tokenizer(ABC):
 
 
 class JsonTokenizer(Tokenizer):
-    """A fast tokenizer described by a `tokenizer.json` of the tokenizers library."""
+    """A tokenizer of the tokenizers library, from a `tokenizer.json` file."""
 
     library = "tokenizers"
 
@@ -120,7 +120,7 @@ class JsonTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model file, such as those of Llama 2 and Mistral."""
+    """A tokenizer of the sentencepiece library, from a model file such as those of Llama 2 and Mistral."""
 
     library = "sentencepiece"
 
@@ -148,8 +148,8 @@ class SentencePieceTokenizer(Tokenizer):
         return native
 
     def _id_of(self, piece: str) -> int | None:
-        found = int(self._loaded.piece_to_id(piece))  # that of the unknown piece where there is no such piece
-        return found if self._loaded.id_to_piece(found) == piece else None
+        piece_id = int(self._loaded.piece_to_id(piece))  # the id of the unknown token if the piece does not exist
+        return piece_id if self._loaded.id_to_piece(piece_id) == piece else None
 
     def encode(self, text: str) -> list[int]:
         return list(self._loaded.encode(text, out_type=int))
@@ -168,12 +168,12 @@ def load_tokenizer(spec: str, eot_token: str | None = None) -> Tokenizer:
     """Load a tokenizer from a file, a folder or the hub.
 
     Args:
-        spec: a `.json` file, a sentencepiece `.model` file, a folder that holds tokenizer.json or tokenizer.model,
-            or a hub name such as EleutherAI/gpt-neox-20b (needs a network or the hub's local cache).
-        eot_token: the token that ends a document; found among the special tokens where not given.
+        spec: a `.json` file, a sentencepiece `.model` file, a folder with tokenizer.json or tokenizer.model, or a hub
+            name such as EleutherAI/gpt-neox-20b (needs network access or the hub's local cache).
+        eot_token: the token that ends a document; by default one of the special tokens.
 
     Raises:
-        ConfigError: nothing usable at `spec`, or no clear end-of-text token.
+        ConfigError: no usable tokenizer at `spec`, or no known end-of-text token.
     """
     path = Path(spec)
     if path.is_dir():
@@ -182,8 +182,8 @@ def load_tokenizer(spec: str, eot_token: str | None = None) -> Tokenizer:
         return _load_file(path, spec, eot_token)
     if path.suffix in (".json", ".model") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise ConfigError(
-            f"--tokenizer {spec}: no such file or folder; give a tokenizer.json, a sentencepiece .model file, "
-            "a folder that holds one, or a hub name"
+            f"--tokenizer {spec}: no such file or folder; pass a tokenizer.json, a sentencepiece .model file, "
+            "a folder with one of them, or a hub name"
         )
     return _load_from_hub(spec, eot_token)
 
@@ -195,7 +195,7 @@ def _load_file(path: Path, name: str, eot_token: str | None, bos_token: str | No
         return JsonTokenizer(path.read_text(encoding="utf-8"), name, eot_token, bos_token)
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"--tokenizer {name}: neither JSON text nor a file ending in .model; give a tokenizer.json or a "
+            f"--tokenizer {name}: neither JSON text nor a file ending in .model; pass a tokenizer.json or a "
             "sentencepiece .model file"
         ) from error
 
@@ -211,14 +211,14 @@ def _load_folder(folder: Path, eot_token: str | None) -> Tokenizer:
 
 def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
     try:
-        file = _fetch(name, "tokenizer.json") or _fetch(name, "tokenizer.model")
-        config = _fetch(name, "tokenizer_config.json") if file is not None else None
+        file = _download(name, "tokenizer.json") or _download(name, "tokenizer.model")
+        config = _download(name, "tokenizer_config.json") if file is not None else None
     except Exception as error:
-        # The hub's client raises a wide family of errors: no network, no such name, no permission.
+        # The hub's client raises many types of errors: no network, unknown name, no permission.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ConfigError(
-            f"--tokenizer {name}: no such file or folder here, and the hub could not give it "
-            f"({type(error).__name__}: {reason}); check the name and the network, or give a local tokenizer.json or "
+            f"--tokenizer {name}: no such local file or folder, and the download from the hub failed "
+            f"({type(error).__name__}: {reason}); check the name and the network, or pass a local tokenizer.json or "
             "sentencepiece .model file"
         ) from error
     if file is None:
@@ -227,20 +227,20 @@ def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
     return _load_file(file, name, eot_token or configured_eot, bos_token)
 
 
-def _fetch(name: str, filename: str) -> Path | None:
-    """A file of the hub, or of its local cache where the hub cannot be reached; None where there is no such file."""
+def _download(name: str, filename: str) -> Path | None:
+    """Return a file of the hub, or of its local cache if the hub is unreachable. None if the file does not exist."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    try:  # one short question: a download without a network would try again for half a minute
+    try:  # check with one short request first: without a network, a download retries for half a minute
         get_hf_file_metadata(hf_hub_url(name, filename))
     except EntryNotFoundError:
-        pass  # the download is told so too, and notes it in the cache
+        pass  # the download below fails with the same error and records it in the cache
     except Exception:
         cached = try_to_load_from_cache(name, filename)
         if cached is None:
             raise
-        return Path(cached) if isinstance(cached, str) else None  # the cache may know that there is no such file
+        return Path(cached) if isinstance(cached, str) else None  # the cache may record that the file does not exist
     try:
         return Path(hf_hub_download(name, filename))
     except LocalEntryNotFoundError:
@@ -250,7 +250,7 @@ def _fetch(name: str, filename: str) -> Path | None:
 
 
 def _configured_tokens(path: Path) -> tuple[str | None, str | None]:
-    """The tokens that end and begin a text as a tokenizer_config.json names them, if it does."""
+    """Return the (end, begin) tokens of a tokenizer_config.json; None for those that it does not define."""
     if not path.is_file():
         return None, None
     try:
@@ -258,13 +258,13 @@ def _configured_tokens(path: Path) -> tuple[str | None, str | None]:
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
 
-    def named(key: str) -> str | None:
+    def configured(key: str) -> str | None:
         token = config.get(key) if isinstance(config, dict) else None
         if isinstance(token, dict):
             token = token.get("content")
         return token if isinstance(token, str) else None
 
-    return named("eos_token"), named("bos_token")
+    return configured("eos_token"), configured("bos_token")
 
 
 def _eot_from_vocab(vocab: dict[str, int], special: set[str], name: str, eot_token: str | None) -> int:
@@ -285,6 +285,6 @@ def _unknown_eot(name: str, eot_token: str) -> ConfigError:
 def _unclear_eot(name: str, special: list[str]) -> ConfigError:
     found = ", ".join(special[:12]) if special else "none"
     return ConfigError(
-        f"--tokenizer {name}: cannot tell which token ends a document (special tokens: {found}); "
-        "name it with --eot-token"
+        f"--tokenizer {name}: cannot determine which token ends a document (special tokens: {found}); "
+        "pass it with --eot-token"
     )

@@ -21,10 +21,10 @@ from typing import Any
 from unittest import mock
 
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import layout_of
+from open_lm.config.layout import resolve_layout
 from open_lm.config.sections import Config
 from open_lm.errors import ConfigError, run_cli
-from open_lm.planner.memory import Job, host_bytes, peak
+from open_lm.planner.memory import TrainingSetup, host_bytes, peak
 from open_lm.planner.shapes import shape_of
 
 MODELS = ("open_lm_160m", "open_lm_411m", "open_lm_1b", "open_lm_7b")
@@ -46,10 +46,10 @@ class Case:
     def config(self) -> Config:
         return Config.from_namespace(parse_args(self.flags.split()))
 
-    def job(self) -> Job:
+    def setup(self) -> TrainingSetup:
         config = self.config
-        layout = layout_of(config.parallel, self.ranks, min(PER_NODE, self.ranks))
-        return Job(shape_of(config.model), config, layout, self.batch, device_type="cpu")
+        layout = resolve_layout(config.parallel, self.ranks, min(PER_NODE, self.ranks))
+        return TrainingSetup(shape_of(config.model), config, layout, self.batch, device_type="cpu")
 
 
 def cases(model: str) -> list[Case]:
@@ -113,7 +113,7 @@ def tracked(case: Case) -> dict[str, int]:
     from open_lm.distributed.processes import Runtime, build_layout
     from open_lm.optim.build import build_optimizer
     from open_lm.parallel.parallelize import parallelize
-    from open_lm.training.trainer import StepOptions, train_step
+    from open_lm.training.step import StepOptions, train_step
 
     class Peaks(MemTracker):
         """Without the peak of each module, which is looked up after every operator and takes most of the time."""
@@ -215,7 +215,7 @@ def _one_of_many() -> Iterator[None]:
     from open_lm.kernels import linear_loss
     from open_lm.kernels.native import attention
     from open_lm.model import feed_forward
-    from open_lm.optim import matrix_shares, muon
+    from open_lm.optim import matrix_assignment, muon
 
     def all_say_the_same(objects: list[Any], own: Any, group: Any = None) -> None:
         objects[:] = [own] * len(objects)
@@ -227,12 +227,12 @@ def _one_of_many() -> Iterator[None]:
     changes: list[Any] = [
         mock.patch.object(dist, "all_gather_object", all_say_the_same),
         mock.patch.object(DeviceMesh, "__init__", _on_numbers(DeviceMesh.__init__)),
-        mock.patch.object(matrix_shares, "_holders_of_one_copy", _on_numbers(matrix_shares._holders_of_one_copy)),
+        mock.patch.object(matrix_assignment, "_holders_of_one_copy", _on_numbers(matrix_assignment._holders_of_one_copy)),
         # As on CUDA, whatever this CPU's cache holds and whichever units it has.
         mock.patch.object(linear_loss, "_on_cpu", lambda tensor: False),
-        mock.patch.object(linear_loss, "_has_wide_products", lambda device: True),
+        mock.patch.object(linear_loss, "_supports_float32_output", lambda device: True),
         mock.patch.object(feed_forward, "gated_silu", gated_silu),
-        mock.patch.object(attention, "takes", lambda *tensors: False),
+        mock.patch.object(attention, "supports", lambda *tensors: False),
         mock.patch.object(muon, "working_dtype", lambda device: torch.bfloat16),
         mock.patch.object(bias, "causal_lower_right", lambda *size: _Unseen()),
         # DDP compares parameters and reorders its buckets by messages of its own.
@@ -321,10 +321,10 @@ def _host_memory() -> Iterator[None]:
 # --- what is said ---------------------------------------------------------------------------------------------------
 def compare(case: Case, detail: bool) -> float:
     """The planner's total over the tracker's, less one; printed."""
-    job = case.job()
-    memory, found = peak(job), tracked(case)
+    setup = case.setup()
+    memory, found = peak(setup), tracked(case)
     error = memory.total / found["Total"] - 1
-    host = f", in host memory {_mib(host_bytes(job))} and {_mib(found['Host'])}" if found["Host"] else ""
+    host = f", in host memory {_mib(host_bytes(setup))} and {_mib(found['Host'])}" if found["Host"] else ""
     print(
         f"{case.name:44}{_mib(memory.total):>10}{_mib(found['Total']):>10}{error:>+8.1%}  {memory.phase}{host}",
         flush=True,

@@ -1,4 +1,4 @@
-"""Messages of several problems, and how a process ends."""
+"""Test messages with several problems, and the exit of a process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from open_lm.errors import join_problems
 
 
-def test_a_list_inside_a_list_of_problems_is_indented_under_its_number() -> None:
+def test_nested_list_of_problems_is_indented() -> None:
     inner = join_problems(["one", "two"], "B is wrong")
     assert join_problems([inner]) == inner
     assert join_problems(["A is wrong", inner], "Found").splitlines() == [
@@ -20,7 +20,7 @@ def test_a_list_inside_a_list_of_problems_is_indented_under_its_number() -> None
     ]
 
 
-def test_a_process_ends_with_its_code_and_what_is_registered_for_the_exit() -> None:
+def test_end_process_runs_exit_functions_and_returns_the_code() -> None:
     code = (
         "import atexit, sys; from open_lm.errors import end_process\n"
         "atexit.register(print, 'registered'); sys.stdout.write('written '); end_process(7)"

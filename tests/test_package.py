@@ -1,4 +1,4 @@
-"""The distribution: what a wheel holds, and that it works away from the checkout."""
+"""Test the distribution: the contents of the wheel, and its use without the checkout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of what is packaged."""
+    """Build a wheel from a copy of the packaged files."""
     source = tmp_path_factory.mktemp("source")
     for name in ("open_lm", "datapreprocess", "model_configs", "requirements", "eval", "tests", "scripts"):
         ignore = shutil.ignore_patterns("__pycache__")
@@ -38,11 +38,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_name_is_the_one_that_programs_ask_for() -> None:
+def test_distribution_name_and_version() -> None:
     assert version("open_lm") == "1.0.0"
 
 
-def test_a_wheel_holds_everything_below_open_lm(wheel: Path) -> None:
+def test_wheel_contains_only_the_open_lm_package(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"open_lm", "open_lm-1.0.0.dist-info"}
     configs = {name.rpartition("/")[2] for name in names if name.startswith("open_lm/model_configs/")}
@@ -51,7 +51,7 @@ def test_a_wheel_holds_everything_below_open_lm(wheel: Path) -> None:
         assert f"open_lm/datapreprocess/{name}" in names
 
 
-def test_an_installed_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (

@@ -1,4 +1,4 @@
-"""The one loader of tokenizers."""
+"""Test loading and using tokenizers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def neox(shared_dir: Path) -> Path:
     return shared_dir / "data" / "tokenizers" / "gpt-neox-20b.json"
 
 
-def test_round_trip_and_facts(file: Path) -> None:
+def test_round_trip_and_attributes(file: Path) -> None:
     tokenizer = load_tokenizer(str(file))
     ids = tokenizer.encode(TEXT)
     assert tokenizer.decode(ids) == TEXT
@@ -47,7 +47,7 @@ def test_no_tokens_are_added(neox: Path) -> None:
     assert tokenizer.encode("Hello world") == [12092, 1533]
 
 
-def test_ids_beyond_the_vocabulary(file: Path) -> None:
+def test_ids_outside_the_vocabulary(file: Path) -> None:
     tokenizer = load_tokenizer(str(file))
     with pytest.raises(ValueError, match="outside the vocabulary"):
         tokenizer.decode([1, 99_999_999])
@@ -64,7 +64,7 @@ def test_folders(file: Path, tmp_path: Path) -> None:
     assert same(load_tokenizer(str(tmp_path)), load_tokenizer(str(file)))
 
 
-def test_folder_names_its_end_of_text(neox: Path, tmp_path: Path) -> None:
+def test_folder_configures_its_end_of_text_token(neox: Path, tmp_path: Path) -> None:
     shutil.copy(neox, tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<|padding|>"}}))
     assert load_tokenizer(str(tmp_path)).eot_id == 1
@@ -86,7 +86,7 @@ def test_unclear_end_of_text(neox: Path, tmp_path: Path) -> None:
     assert load_tokenizer(str(path), eot_token="<|padding|>").eot_id == 1
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_missing_file_or_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such file or folder"):
         load_tokenizer(str(tmp_path / "missing.json"))
     (tmp_path / "readme.txt").write_text("x")
@@ -97,28 +97,28 @@ def test_nothing_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content"), [("bad.json", b"{}"), ("bad.model", b"\x00junk"), ("x.bin", b"\xff\xfe\x00")]
 )
-def test_files_of_another_kind(tmp_path: Path, name: str, content: bytes) -> None:
+def test_invalid_files(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=name):
         load_tokenizer(str(tmp_path / name))
 
 
-def test_what_begins_a_document(file: Path, neox: Path, tmp_path: Path) -> None:
+def test_beginning_of_text_token(file: Path, neox: Path, tmp_path: Path) -> None:
     assert load_tokenizer(str(file)).bos_id == (None if file == neox else 1)
     shutil.copy(file, tmp_path / f"tokenizer{file.suffix}")
-    named = "<|padding|>" if file == neox else "</s>"
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": named}}))
+    bos_token = "<|padding|>" if file == neox else "</s>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": bos_token}}))
     assert load_tokenizer(str(tmp_path)).bos_id == (1 if file == neox else 2)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<nope>"}))
     assert load_tokenizer(str(tmp_path)).bos_id is None
 
 
-def test_pickles_as_its_source(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickle_contains_only_the_source(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(str(file))
     data = pickle.dumps(tokenizer)
     assert len(data) < file.stat().st_size + 2000
     with monkeypatch.context() as patch:
-        patch.setattr(type(tokenizer), "_load", None)  # unpickling and the facts take no native tokenizer
+        patch.setattr(type(tokenizer), "_load", None)  # unpickling and the attributes need no native tokenizer
         copy = pickle.loads(data)
         assert (copy.eot_id, copy.bos_id, copy.name) == (tokenizer.eot_id, tokenizer.bos_id, tokenizer.name)
     assert same(copy, tokenizer)
@@ -126,7 +126,7 @@ def test_pickles_as_its_source(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A hub with the files of its class, as far as the client asks."""
+    """A minimal hub server for the files in `files`."""
 
     files: ClassVar[dict[str, bytes]] = {}
 
@@ -150,7 +150,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
-    """A hub on loopback, with an empty local cache."""
+    """Start a hub server on the loopback interface, with an empty local cache."""
     from huggingface_hub import constants
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
@@ -171,9 +171,9 @@ def test_hub(hub: ThreadingHTTPServer, file: Path, monkeypatch: pytest.MonkeyPat
     assert tokenizer.name == "some/name"
     assert same(tokenizer, load_tokenizer(str(file)))
     hub.shutdown()
-    hub.server_close()  # what the cache holds is enough now, what it does not hold is not
+    hub.server_close()  # from here on only cached files are available
     assert same(load_tokenizer("some/name"), tokenizer)
-    with pytest.raises(ConfigError, match=r"other/name: no such file or folder here, and the hub could not give it"):
+    with pytest.raises(ConfigError, match="other/name: no such local file or folder, and the download from the hub"):
         load_tokenizer("other/name")
 
 

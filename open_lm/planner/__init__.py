@@ -1,10 +1,11 @@
-"""What a training run takes: memory, time, disk. Pure functions of plain values, without torch and without a device.
+"""Predict the memory, time and disk space of a training run. Pure functions of plain values, without torch or a device.
 
-    shapes.py       a model's weights, by name and size, and its FLOPs
-    activations.py  what a block keeps for its backward pass: one table that mirrors model.py
-    memory.py       bytes of a rank at each phase of a step
-    traffic.py      bytes that a step exchanges, and the time that they take
-    report.py       all of it as text
-
-`python -m open_lm.planner.command` is the command.
+shapes.py       the weights of a model by name and size, and its FLOPs
+activations.py  the activations that a block saves for its backward pass, as a table that mirrors model.py
+memory.py       the memory of a rank in each phase of a step
+traffic.py      the bytes that ranks exchange in a step, and the time of a step
+strategies.py   the ways to distribute a training run, and the choice between them
+checkpoints.py  the number and size of checkpoints
+report.py       the plan as text and as JSON
+command.py      the command line, `python -m open_lm.plan`
 """

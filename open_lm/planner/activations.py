@@ -1,7 +1,8 @@
-"""What the forward pass keeps for the backward pass, as one table: here a change of the model is followed.
+"""List the activations that the forward pass saves for the backward pass. Update this table when the model changes.
 
-Every entry is a tensor that autograd holds, found by torch.autograd.graph.saved_tensors_hooks on a block and compared
-with torch's memory tracker by scripts/check_plan.py. Eager execution is assumed; compiled blocks keep less.
+Every entry is a tensor that autograd saves. The entries were found with torch.autograd.graph.saved_tensors_hooks on a
+block; scripts/check_plan.py compares them with torch's memory tracker. The table assumes eager execution; compiled
+blocks save less.
 Legend: D model width, W width of all heads, H heads, F hidden width of the feed-forward network, E experts,
 k experts of a token, V vocabulary.
 """
@@ -15,14 +16,22 @@ from typing import Literal
 from open_lm.config.sections import Config
 from open_lm.planner.shapes import ModelShape
 
-Split = Literal["tokens", "features", "whole"]
+Split = Literal["tokens", "features", "replicated"]
 
 
 @dataclass(frozen=True)
-class Types:
-    """Bytes of one number: `stored` parameters and moments, `gathered` parameters as FSDP gathers them and gradients
-    before their reduction, `reduced` gradients on the way, `compute` of matrix products, `residual` stream. `autocast`:
-    whether matrices are cast for each use. `norms`: what every norm computes in; 0: in the type of its input."""
+class ElementSizes:
+    """The bytes per element of each kind of tensor.
+
+    Attributes:
+        stored: parameters, reduced gradients and moments.
+        gathered: parameters as FSDP gathers them, and gradients before their reduction.
+        reduced: gradients during their reduction.
+        compute: operands of matrix products.
+        residual: the residual stream.
+        autocast: whether autocast casts the matrices for each use.
+        norms: the dtype that norms compute in; 0 for the dtype of their input.
+    """
 
     stored: int
     gathered: int
@@ -33,27 +42,27 @@ class Types:
     norms: int = 0
 
 
-def types_of(config: Config, device_type: str = "cuda") -> Types:
-    """The number formats that --precision, --fsdp-amp, --fsdp-pure-bf16 and --model-norm make."""
+def element_sizes(config: Config, device_type: str = "cuda") -> ElementSizes:
+    """Return the element sizes that follow from --precision, --fsdp-amp, --fsdp-pure-bf16 and --model-norm."""
     precision, parallel = config.precision.precision, config.parallel
     stored = 2 if precision in ("bf16", "fp16") else 4
     mixed = parallel.fsdp and (parallel.fsdp_amp or parallel.fsdp_pure_bf16)
     gathered = 2 if mixed else stored
     reduced = 4 if mixed and parallel.fsdp_amp else gathered
     autocast = precision.startswith("amp")
-    # The embedding gives the residual stream its type, and no addition to it is wider than float32.
+    # The embedding determines the dtype of the residual stream; no addition to it is wider than float32.
     residual, compute = gathered, 2 if autocast else gathered
     norms = 0
     if autocast and "lp_layer_norm" in config.model.model_norm:
         norms = compute
     elif autocast and device_type == "cuda":
-        norms = 4  # autocast runs norms in float32 there, and not on CPU
-    return Types(stored, gathered, reduced, compute, residual, autocast, norms)
+        norms = 4  # autocast runs norms in float32 on CUDA, but not on CPU
+    return ElementSizes(stored, gathered, reduced, compute, residual, autocast, norms)
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Tensors of `features` numbers of `bytes` for each token. `split`: what tensor parallelism divides."""
+class SavedActivations:
+    """A saved tensor of `features` elements of `bytes` per token. `split`: what tensor parallelism shards."""
 
     name: str
     features: float
@@ -61,110 +70,142 @@ class Kept:
     split: Split = "features"
 
 
-def total_bytes(kept: Iterable[Kept], tokens: int, tensor: int = 1) -> int:
-    """Bytes on one of `tensor` ranks that share `tokens`."""
-    return round(sum(k.features * k.bytes * tokens / (1 if k.split == "whole" else tensor) for k in kept))
+def total_bytes(saved: Iterable[SavedActivations], tokens: int, tensor: int = 1) -> int:
+    """Return the bytes on one of `tensor` tensor-parallel ranks that process `tokens` together."""
+    return round(sum(s.features * s.bytes * tokens / (1 if s.split == "replicated" else tensor) for s in saved))
 
 
-def kept_by_block(shape: ModelShape, types: Types, block: int, context: int = 1) -> list[Kept]:
-    """What block number `block` keeps where `context` ranks share rows. Mirrors model.Block."""
+def saved_by_block(shape: ModelShape, sizes: ElementSizes, block: int, context: int = 1) -> list[SavedActivations]:
+    """Return what block number `block` saves with `context` context-parallel ranks. Mirrors model.Block."""
     return [
-        *_norm("attention_norm", shape, types),
-        *_attention(shape, types, context),
-        *_norm("ffn_norm", shape, types),
-        *(_experts(shape, types) if shape.has_experts(block) else _feed_forward(shape, types)),
+        *_norm("attention_norm", shape, sizes),
+        *_attention(shape, sizes, context),
+        *_norm("ffn_norm", shape, sizes),
+        *(_experts(shape, sizes) if shape.has_experts(block) else _feed_forward(shape, sizes)),
     ]
 
 
-def kept_by_op(shape: ModelShape, types: Types, block: int) -> list[Kept]:
-    """What --activation-checkpointing op keeps of a block: its input, and what matrix products and attention give."""
-    width, hidden, c = shape.width, shape.hidden, types.compute
-    kept = [
-        Kept("input", shape.dim, types.residual, "tokens"),
-        Kept("in_proj", 3 * width, c),
-        Kept("attention", width, c),
-        Kept("logsumexp", shape.n_heads, 4),
-        Kept("out_proj", shape.dim, c, "tokens"),
+def saved_with_op_checkpointing(shape: ModelShape, sizes: ElementSizes, block: int) -> list[SavedActivations]:
+    """Return what a block saves with --activation-checkpointing op: its input, and the results of matrix products and
+    attention."""
+    width, hidden, c = shape.width, shape.hidden, sizes.compute
+    saved = [
+        SavedActivations("input", shape.dim, sizes.residual, "tokens"),
+        SavedActivations("in_proj", 3 * width, c),
+        SavedActivations("attention", width, c),
+        SavedActivations("logsumexp", shape.n_heads, 4),
+        SavedActivations("out_proj", shape.dim, c, "tokens"),
     ]
     if shape.has_experts(block):
         slots = shape.moe_capacity_factor * shape.moe_top_k
-        return [*kept, Kept("router", shape.moe_num_experts, c), Kept("experts", slots * 5 * shape.dim, c)]
+        return [
+            *saved,
+            SavedActivations("router", shape.moe_num_experts, c),
+            SavedActivations("experts", slots * 5 * shape.dim, c),
+        ]
     into = hidden if shape.ffn_type == "gelu" else 2 * hidden
-    return [*kept, Kept("feed_forward in", into, c), Kept("feed_forward out", shape.dim, c, "tokens")]
+    return [
+        *saved,
+        SavedActivations("feed_forward in", into, c),
+        SavedActivations("feed_forward out", shape.dim, c, "tokens"),
+    ]
 
 
-def transient_of_block(shape: ModelShape, types: Types, block: int) -> list[Kept]:
-    """What the backward pass of a block has at its peak beyond what the block keeps: gradients in its feed-forward."""
-    c = types.compute
+def backward_transients(shape: ModelShape, sizes: ElementSizes, block: int) -> list[SavedActivations]:
+    """Return what a block's backward pass holds at its peak beyond the saved activations: feed-forward gradients."""
+    c = sizes.compute
     if shape.has_experts(block):
         slots = shape.moe_capacity_factor * shape.moe_top_k
-        return [Kept("experts", slots * 4 * shape.dim, c), Kept("gradients", shape.moe_top_k * shape.dim, c)]
+        return [
+            SavedActivations("experts", slots * 4 * shape.dim, c),
+            SavedActivations("gradients", shape.moe_top_k * shape.dim, c),
+        ]
     gated = shape.ffn_type != "gelu"
     return [
-        Kept("feed_forward", (2 if gated else 1) * shape.hidden, c),
-        Kept("gradient of the output", shape.dim, types.residual, "tokens"),
-        Kept("its cast", shape.dim if types.autocast and types.residual != c else 0, c, "whole"),
+        SavedActivations("feed_forward", (2 if gated else 1) * shape.hidden, c),
+        SavedActivations("gradient of the output", shape.dim, sizes.residual, "tokens"),
+        SavedActivations("its cast", shape.dim if sizes.autocast and sizes.residual != c else 0, c, "replicated"),
     ]
 
 
-def kept_at_the_end(shape: ModelShape, types: Types) -> list[Kept]:
-    """The last norm's and the head's inputs, and the ids and targets."""
-    return [*_norm("norm", shape, types), Kept("head", shape.dim, types.compute, "whole"), Kept("ids", 2, 8, "whole")]
+def saved_by_head(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
+    """Return what is saved after the last block: the inputs of the last norm and the head, token ids and targets."""
+    return [
+        *_norm("norm", shape, sizes),
+        SavedActivations("head", shape.dim, sizes.compute, "replicated"),
+        SavedActivations("ids", 2, 8, "replicated"),
+    ]
 
 
-def _norm(name: str, shape: ModelShape, types: Types, width: int = 0, split: Split = "tokens") -> list[Kept]:
-    """Mirrors norms.py. Where a norm computes in the input's type it keeps the input, else a copy in its own."""
+def _norm(
+    name: str, shape: ModelShape, sizes: ElementSizes, width: int = 0, split: Split = "tokens"
+) -> list[SavedActivations]:
+    """Return what a norm saves: its input, or a copy in the dtype that it computes in. Mirrors norms.py."""
     width = width or shape.dim
     if shape.model_norm == "rms_norm":
         return [
-            Kept(f"{name} in float32", width, 4, split),
-            Kept(f"{name} before the gain", width, types.residual, split),
-            Kept(f"{name} scale", 1, 4, split),
+            SavedActivations(f"{name} in float32", width, 4, split),
+            SavedActivations(f"{name} before the gain", width, sizes.residual, split),
+            SavedActivations(f"{name} scale", 1, 4, split),
         ]
-    return [Kept(f"{name} input", width, types.norms or types.residual, split), Kept(f"{name} statistics", 2, 4, split)]
-
-
-def _attention(shape: ModelShape, types: Types, context: int) -> list[Kept]:
-    """Mirrors model.Attention with a kernel that never holds the scores, positional_embedding/rotary.py, and
-    context_parallel.py, where keys and values are those of all ranks."""
-    width, c = shape.width, types.compute
-    kept = [Kept("in_proj input", shape.dim, c, "whole"), Kept("queries, keys, values", 3 * width, c)]
-    if context > 1:
-        kept.append(Kept("gathered keys, values", 2 * width * context, c))
-    if shape.qk_norm:
-        # On the layer's own output, which is kept as it is, but for a norm that computes in another type.
-        if types.norms not in (0, c):
-            kept += [Kept("queries, keys for their norms", 2 * width, types.norms)]
-        kept += [Kept("statistics", 4, 4)]
-    if shape.positional_embedding_type != "none" or shape.qk_norm:
-        kept.append(Kept("rotated queries, keys", 2 * width, c))
-    return [*kept, Kept("attention", width, c), Kept("logsumexp", shape.n_heads, 4)]
-
-
-def _feed_forward(shape: ModelShape, types: Types) -> list[Kept]:
-    """Mirrors feed_forward.py."""
-    hidden, c = shape.hidden, types.compute
-    if shape.ffn_type == "gelu":
-        return [Kept("input", shape.dim, c, "whole"), Kept("0", hidden, c), Kept("gelu", hidden, c)]
-    # geglu's two projections each cast their input anew.
-    casts = 2 if shape.ffn_type == "gemma_geglu" and types.autocast and types.residual != c else 1
     return [
-        Kept("input", casts * shape.dim, c, "whole"),
-        Kept("gate, up", 2 * hidden, c),
-        Kept("activated gate", hidden, c),
-        Kept("product", hidden, c),
+        SavedActivations(f"{name} input", width, sizes.norms or sizes.residual, split),
+        SavedActivations(f"{name} statistics", 2, 4, split),
     ]
 
 
-def _experts(shape: ModelShape, types: Types) -> list[Kept]:
-    """Mirrors mixture_of_experts.MixtureOfExperts with bounded capacity."""
-    dim, k, c = shape.dim, shape.moe_top_k, types.compute
+def _attention(shape: ModelShape, sizes: ElementSizes, context: int) -> list[SavedActivations]:
+    """Return what attention saves.
+
+    Mirrors model.Attention with a kernel that does not materialize the scores, positional_embedding/rotary.py, and
+    context_parallel.py, which gathers the keys and values of all ranks.
+    """
+    width, c = shape.width, sizes.compute
+    saved = [
+        SavedActivations("in_proj input", shape.dim, c, "replicated"),
+        SavedActivations("queries, keys, values", 3 * width, c),
+    ]
+    if context > 1:
+        saved.append(SavedActivations("gathered keys, values", 2 * width * context, c))
+    if shape.qk_norm:
+        # Norms of queries and keys read the output of in_proj, which is saved already. A norm that computes in another
+        # dtype saves a copy.
+        if sizes.norms not in (0, c):
+            saved += [SavedActivations("queries, keys for their norms", 2 * width, sizes.norms)]
+        saved += [SavedActivations("statistics", 4, 4)]
+    if shape.positional_embedding_type != "none" or shape.qk_norm:
+        saved.append(SavedActivations("rotated queries, keys", 2 * width, c))
+    return [*saved, SavedActivations("attention", width, c), SavedActivations("logsumexp", shape.n_heads, 4)]
+
+
+def _feed_forward(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
+    """Return what a feed-forward network saves. Mirrors feed_forward.py."""
+    hidden, c = shape.hidden, sizes.compute
+    if shape.ffn_type == "gelu":
+        return [
+            SavedActivations("input", shape.dim, c, "replicated"),
+            SavedActivations("0", hidden, c),
+            SavedActivations("gelu", hidden, c),
+        ]
+    # Each of geglu's two projections casts its input.
+    casts = 2 if shape.ffn_type == "gemma_geglu" and sizes.autocast and sizes.residual != c else 1
+    return [
+        SavedActivations("input", casts * shape.dim, c, "replicated"),
+        SavedActivations("gate, up", 2 * hidden, c),
+        SavedActivations("activated gate", hidden, c),
+        SavedActivations("product", hidden, c),
+    ]
+
+
+def _experts(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
+    """Return what a mixture of experts with bounded capacity saves. Mirrors mixture_of_experts.MixtureOfExperts."""
+    dim, k, c = shape.dim, shape.moe_top_k, sizes.compute
     slots = shape.moe_capacity_factor * k if shape.moe_capacity_factor > 0 else float(k)
     return [
-        Kept("router", dim, c, "whole"),
-        Kept("scores", shape.moe_num_experts, 4, "whole"),
-        Kept("tokens, once for each choice", k * dim, types.residual, "whole"),
-        Kept("slots", slots * dim, c, "whole"),
-        Kept("hidden, before and after gelu", 2 * slots * 4 * dim, c, "whole"),
-        Kept("picked", k * dim, c, "whole"),
+        SavedActivations("router", dim, c, "replicated"),
+        SavedActivations("scores", shape.moe_num_experts, 4, "replicated"),
+        SavedActivations("tokens, one copy per selected expert", k * dim, sizes.residual, "replicated"),
+        SavedActivations("slots", slots * dim, c, "replicated"),
+        SavedActivations("hidden, before and after gelu", 2 * slots * 4 * dim, c, "replicated"),
+        SavedActivations("expert outputs", k * dim, c, "replicated"),
     ]

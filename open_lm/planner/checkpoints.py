@@ -1,6 +1,6 @@
-"""How many checkpoints a run writes, how large they are, and what is kept of them on disk.
+"""Predict the number and size of a run's checkpoints, and the disk space of those that are kept.
 
-Mirrors checkpoint/policy.py and what docs/checkpoints.md says of the two forms.
+Mirrors checkpoint/policy.py and the two checkpoint formats of docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -8,13 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from open_lm.config.sections import CheckpointConfig
-from open_lm.planner.memory import Job, optimizer_bytes
+from open_lm.planner.memory import TrainingSetup, optimizer_bytes
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Numbers over a whole run. sharded_bytes: of one step_N folder; files_bytes: of one epoch_N.pt with its
-    optimizer_N.pt; disk_bytes: the most that is there at a time, with the one being written."""
+    """The checkpoints of a run.
+
+    Attributes:
+        sharded: step_N folders that the run writes.
+        sharded_kept: step_N folders that it keeps.
+        sharded_bytes: size of one step_N folder.
+        files: epoch_N.pt files that the run writes, each with its optimizer_N.pt.
+        files_kept: epoch_N.pt files that it keeps.
+        files_bytes: size of one epoch_N.pt with its optimizer_N.pt.
+    """
 
     sharded: int
     sharded_kept: int
@@ -25,24 +33,25 @@ class Checkpoints:
 
     @property
     def disk_bytes(self) -> int:
+        """Return the peak disk space, including the checkpoint that is being written."""
         folders = self.sharded_kept + (self.sharded > self.sharded_kept)
         return folders * self.sharded_bytes + self.files_kept * self.files_bytes
 
 
-def checkpoints_of(job: Job, steps: int, epochs: int) -> Checkpoints:
-    """What a run of `steps` steps in `epochs` epochs writes."""
-    cfg = job.config.checkpoint
+def plan_checkpoints(setup: TrainingSetup, steps: int, epochs: int) -> Checkpoints:
+    """Return the checkpoints of a run with `steps` steps in `epochs` epochs."""
+    cfg = setup.config.checkpoint
     ends = _epoch_ends(steps, epochs)
-    kept_epochs = [end for number, end in enumerate(ends, 1) if _is_kept(cfg, number, epochs)]
-    saved = set(kept_epochs)
+    saved_epochs = [end for number, end in enumerate(ends, 1) if _is_saved(cfg, number, epochs)]
+    saved = set(saved_epochs)
     for every in (cfg.save_every_n_steps, cfg.save_milestone_every):
         saved |= set(range(every, steps + 1, every)) if every else set()
     milestones = {step for step in saved if cfg.save_milestone_every and step % cfg.save_milestone_every == 0}
     keep = 1 if cfg.delete_previous_checkpoint else cfg.keep_last
     ordinary = len(saved) - len(milestones)
-    size = _whole_bytes(job)
+    size = _checkpoint_bytes(setup)
     has_folders, has_files = cfg.checkpoint_format != "interchange", cfg.checkpoint_format != "sharded"
-    files = len(kept_epochs) if has_files else 0
+    files = len(saved_epochs) if has_files else 0
     return Checkpoints(
         sharded=len(saved) if has_folders else 0,
         sharded_kept=len(milestones) + (min(keep, ordinary) if keep else ordinary) if has_folders else 0,
@@ -53,15 +62,16 @@ def checkpoints_of(job: Job, steps: int, epochs: int) -> Checkpoints:
     )
 
 
-def _whole_bytes(job: Job) -> int:
-    """Parameters, moments and averages of the whole model."""
-    own = job.own(job.shape.weights) * job.types.stored + optimizer_bytes(job)
-    return round(own * job.shape.num_params / job.own(job.shape.weights))
+def _checkpoint_bytes(setup: TrainingSetup) -> int:
+    """Return the bytes of the parameters, moments and averaged weights of the full model."""
+    local_numel = setup.local_numel(setup.shape.weights)
+    local_bytes = local_numel * setup.sizes.stored + optimizer_bytes(setup)
+    return round(local_bytes * setup.shape.num_params / local_numel)
 
 
 def _epoch_ends(steps: int, epochs: int) -> list[int]:
     return [steps * number // epochs for number in range(1, epochs + 1)]
 
 
-def _is_kept(cfg: CheckpointConfig, number: int, epochs: int) -> bool:
+def _is_saved(cfg: CheckpointConfig, number: int, epochs: int) -> bool:
     return number == epochs or (cfg.save_frequency > 0 and number % cfg.save_frequency == 0)

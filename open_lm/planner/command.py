@@ -1,10 +1,10 @@
-"""Say what a training will take on some devices, without any of them: memory, time, disk, and the flags to start it.
+"""Plan a training run: predict its memory, time and disk space on given devices, and print the command to start it.
 
-    python -m open_lm.planner.command --model open_lm_7b --devices 8 --device-memory 80GB --train-tokens 140e9
+    python -m open_lm.plan --model open_lm_7b --devices 8 --device-memory 80GB --train-tokens 140e9
 
-All flags of open_lm.main may follow. What they leave open is tried out: every way to spread the model, every kind of
-activation checkpointing, and without --batch-size or --global-batch-size the largest batch that fits. docs/planning.md
-tells what is counted and what is assumed.
+Needs no device. All flags of open_lm.main are accepted too. Settings that they leave open are searched: every way to
+distribute the model, every mode of activation checkpointing, and, without --batch-size or --global-batch-size, the
+largest batch that fits. docs/planning.md describes what is computed and what is assumed.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from typing import TypeVar
 from open_lm.config.command_line import build_parser, load_config_file, parse_args
 from open_lm.config.devices import PEAK_16_BIT_FLOPS, links_of, peak_16_bit_flops
 from open_lm.errors import ConfigError, join_problems
-from open_lm.planner.checkpoints import Checkpoints, checkpoints_of
-from open_lm.planner.report import Plan, text, values
-from open_lm.planner.strategies import STRATEGIES, Machine, Option, Wishes, best, options
+from open_lm.planner.checkpoints import Checkpoints, plan_checkpoints
+from open_lm.planner.report import Plan, format_plan, plan_values
+from open_lm.planner.strategies import STRATEGIES, Machine, Option, Requirements, evaluate_options, fastest
 from open_lm.planner.traffic import Rates
 from open_lm.storage import parse_bytes
 
 T = TypeVar("T")
 
-MFU = 0.45  # assumed where nothing was measured
+MFU = 0.45  # assumed if neither given nor measured
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command's own flags; those of the trainer are left to the trainer's parser."""
+    """Return the parser of the planner's own flags. The trainer's parser handles all others."""
     parser = argparse.ArgumentParser(
         prog="open_lm.plan",
         description=__doc__,
@@ -40,60 +40,70 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--devices", default="8", help="how many (default: 8)")
-    add("--devices-per-node", default="8", help="of them in a node (default: 8)")
-    add("--device", default="H100", help=f"what they are: {', '.join(PEAK_16_BIT_FLOPS)}, … (default: H100)")
-    add("--device-memory", default="80GB", help="of each, with its unit (default: 80GB)")
-    add("--strategies", help=f"joined by commas (default: all): {', '.join(STRATEGIES)}")
-    add("--matmul-tflops", help="TFLOP/s of a device's matrix products (default: its data sheet's)")
-    add("--mfu", help=f"share of them that a step on one device reaches, such as 0.5 (default: {MFU}, assumed)")
-    add("--bench", metavar="FILE", help="take both from what scripts/bench_train.py --json FILE measured")
-    add("--bandwidth-intra", help="GB/s of a device inside its node (default: by --device)")
-    add("--bandwidth-inter", help="GB/s of a node to all others (default: by --device)")
+    add("--devices", default="8", help="number of devices (default: 8)")
+    add("--devices-per-node", default="8", help="number of devices per node (default: 8)")
+    add("--device", default="H100", help=f"device name: {', '.join(PEAK_16_BIT_FLOPS)}, … (default: H100)")
+    add("--device-memory", default="80GB", help="memory of a device, with its unit (default: 80GB)")
+    add("--strategies", help=f"comma-separated strategies to evaluate (default: all): {', '.join(STRATEGIES)}")
+    add("--matmul-tflops", help="TFLOP/s of a device's matrix products (default: from its data sheet)")
+    add("--mfu", help=f"share of --matmul-tflops that a step on one device reaches, such as 0.5 (default: {MFU})")
+    add("--bench", metavar="FILE", help="read both from the measurement of scripts/bench_train.py --json FILE")
+    add("--bandwidth-intra", help="GB/s of a device within its node (default: by --device)")
+    add("--bandwidth-inter", help="GB/s of a node to other nodes (default: by --device)")
     add("--train-tokens", help="tokens of the whole training, such as 140e9")
-    add("--most-devices", default="256", help="where the table of more devices ends; 0: no table (default: 256)")
-    add("--max-exposed", default="0.2", help="share of a step that may wait for exchange (default: 0.2)")
-    add("--json", action="store_true", help="print the same as one JSON object")
+    add(
+        "--most-devices",
+        default="256",
+        help="largest number of devices in the scaling table; 0: no table (default: 256)",
+    )
+    add("--max-exposed", default="0.2", help="share of a step that may wait for communication (default: 0.2)")
+    add("--json", action="store_true", help="print the plan as one JSON object")
     return parser
 
 
 def make_plan(argv: Sequence[str]) -> Plan:
-    """The plan that a command line asks for. ConfigError with all that is wrong with it."""
-    own, flags = make_parser().parse_known_args(list(argv))
+    """Return the plan for a command line.
+
+    Raises:
+        ConfigError: lists all problems of the command line.
+    """
+    args, flags = make_parser().parse_known_args(list(argv))
     problems: list[str] = []
 
-    def tried(make: Callable[[], T], otherwise: T) -> T:
+    def checked(make: Callable[[], T], fallback: T) -> T:
+        """Return `make()`, or `fallback` after recording its ConfigError."""
         try:
             return make()
         except ConfigError as error:
             problems.append(str(error))
-            return otherwise
+            return fallback
 
     def number(name: str, least: float = 1, default: float = 1) -> float:
-        raw = getattr(own, name)
-        return default if raw is None else tried(lambda: _number(name, raw, least), 1.0)
+        raw = getattr(args, name)
+        return default if raw is None else checked(lambda: _number(name, raw, least), 1.0)
 
     machine = Machine(
         devices=int(number("devices")),
-        memory_bytes=tried(lambda: _memory(own.device_memory), 1),
+        memory_bytes=checked(lambda: _memory(args.device_memory), 1),
         per_node=int(number("devices_per_node")),
-        name=own.device,
+        name=args.device,
     )
     if machine.devices > machine.per_node and machine.devices % machine.per_node:
         problems.append(
-            f"--devices {machine.devices} are no whole nodes of --devices-per-node {machine.per_node}: change one"
+            f"--devices {machine.devices} is not a multiple of --devices-per-node {machine.per_node}: change one of "
+            "them"
         )
     tokens = number("train_tokens", default=0)
-    wishes: Wishes | None = None
+    requirements: Requirements | None = None
     try:
-        wishes = _wishes(flags, int(tokens))
-        assert wishes.shape
+        requirements = _requirements(flags, int(tokens))
+        assert requirements.shape
     except ConfigError as error:
         problems.append(str(error))
     none: list[str] = []
-    names = tried(lambda: _strategies(own.strategies, wishes), none)
+    names = checked(lambda: _strategies(args.strategies, requirements), none)
     links = links_of(machine.name)
-    tflops, mfu, source = tried(lambda: _speeds(own, wishes), (1.0, 1.0, ""))
+    tflops, mfu, source = checked(lambda: _device_speed(args, requirements), (1.0, 1.0, ""))
     rates = Rates(
         matmul_flops=number("matmul_tflops", 0, tflops) * 1e12,
         mfu=number("mfu", 0, mfu),
@@ -101,44 +111,45 @@ def make_plan(argv: Sequence[str]) -> Plan:
         inter=number("bandwidth_inter", 0, links.inter / 1e9) * 1e9,
         per_node=machine.per_node,
     )
-    most, max_exposed = int(number("most_devices", 0)), number("max_exposed", 0)
-    if problems or wishes is None:
-        raise ConfigError(join_problems(problems, "no plan can be made"))
-    found = options(wishes, machine, rates, names)
-    if all(item.problem for item in found):
-        said = dict.fromkeys(f"{item.strategy}: {item.problem}" for item in found)
-        raise ConfigError(join_problems(list(said), "no plan can be made"))
-    chosen = best(found)
+    max_devices, max_exposed = int(number("most_devices", 0)), number("max_exposed", 0)
+    if problems or requirements is None:
+        raise ConfigError(join_problems(problems, "cannot make a plan"))
+    options = evaluate_options(requirements, machine, rates, names)
+    if all(item.problem for item in options):
+        messages = dict.fromkeys(f"{item.strategy}: {item.problem}" for item in options)
+        raise ConfigError(join_problems(list(messages), "cannot make a plan"))
+    recommended = fastest(options)
     return Plan(
-        shape=wishes.shape,
+        shape=requirements.shape,
         machine=machine,
         rates=rates,
         rates_from=source,
-        found=found,
-        chosen=chosen,
-        growth=_growth(wishes, machine, rates, names, most),
+        options=options,
+        recommended=recommended,
+        growth=_growth(requirements, machine, rates, names, max_devices),
         max_exposed=max_exposed,
         train_tokens=int(tokens) or None,
-        checkpoints=_checkpoints(chosen, int(tokens)),
+        checkpoints=_checkpoints(recommended, int(tokens)),
     )
 
 
 def main(argv: list[str]) -> None:
+    """Print the plan for a command line."""
     plan = make_plan(argv)
-    print(json.dumps(values(plan), indent=1) if "--json" in argv else text(plan))
+    print(json.dumps(plan_values(plan), indent=1) if "--json" in argv else format_plan(plan))
 
 
-# --- what is given --------------------------------------------------------------------------------------------------
+# --- inputs ---------------------------------------------------------------------------------------------------------
 def _number(name: str, raw: str, least: float) -> float:
     flag = "--" + name.replace("_", "-")
     try:
         value = float(raw)
     except ValueError:
         value = float("nan")
-    whole = name in ("devices", "devices_per_node", "most_devices", "train_tokens")
-    bound = f"of {least:g} or more" if least else ("of 0 or more" if name == "most_devices" else "above 0")
-    if not value >= least or (whole and value != int(value)) or (value == 0 and name != "most_devices"):
-        raise ConfigError(f"{flag}: found {raw!r}, expected a {'whole ' if whole else ''}number {bound}")
+    is_integer = name in ("devices", "devices_per_node", "most_devices", "train_tokens")
+    bound = f"of at least {least:g}" if least else ("of at least 0" if name == "most_devices" else "above 0")
+    if not value >= least or (is_integer and value != int(value)) or (value == 0 and name != "most_devices"):
+        raise ConfigError(f"{flag}: found {raw!r}, expected {'an integer' if is_integer else 'a number'} {bound}")
     return value
 
 
@@ -151,49 +162,52 @@ def _memory(raw: str) -> int:
         raise ConfigError(f"--device-memory: {error}") from error
 
 
-def _wishes(flags: Sequence[str], tokens: int) -> Wishes:
-    """The trainer's flags, with the length of the training where it is given."""
+def _requirements(flags: Sequence[str], tokens: int) -> Requirements:
+    """Return the requirements of the trainer's flags. `tokens` is the length of the training, 0 if unknown."""
     parse_args(flags)
     given = vars(build_parser().parse_args(list(flags)))
-    stated = set(given) | (set(load_config_file(given["config"])) if "config" in given else set())
-    more: list[str] = []
-    if tokens and "train_num_samples" not in stated:
+    given_flags = set(given) | (set(load_config_file(given["config"])) if "config" in given else set())
+    extra: list[str] = []
+    if tokens and "train_num_samples" not in given_flags:
         epochs = int(given.get("epochs", 1))
-        more = ["--train-num-samples", str(-(-tokens // epochs)), *(() if "epochs" in stated else ("--epochs", "1"))]
-    return Wishes((*flags, *more), frozenset(stated))
+        extra = [
+            "--train-num-samples",
+            str(-(-tokens // epochs)),
+            *(() if "epochs" in given_flags else ("--epochs", "1")),
+        ]
+    return Requirements((*flags, *extra), frozenset(given_flags))
 
 
-def _strategies(raw: str | None, wishes: Wishes | None) -> list[str]:
+def _strategies(raw: str | None, requirements: Requirements | None) -> list[str]:
     if raw is None:
         return []
     names = [name.strip() for name in raw.split(",")]
     unknown = [name for name in names if name not in STRATEGIES]
     if unknown:
-        raise ConfigError(f"--strategies: found {', '.join(unknown)}, expected some of {', '.join(STRATEGIES)}")
-    if wishes is not None and wishes.states_strategy:
-        raise ConfigError("--strategies: other flags already say how to spread the model; give one or the other")
+        raise ConfigError(f"--strategies: found {', '.join(unknown)}, expected one or more of {', '.join(STRATEGIES)}")
+    if requirements is not None and requirements.sets_strategy:
+        raise ConfigError("--strategies: other flags already set a strategy; pass one or the other")
     return names
 
 
-def _speeds(own: argparse.Namespace, wishes: Wishes | None) -> tuple[float, float, str]:
-    """(TFLOP/s of matrix products, MFU, where they are from) in place of which flags may be given."""
-    if own.bench is not None and wishes is not None:
-        return _measured(own.bench, wishes)
-    peak = peak_16_bit_flops(own.device)
-    if peak is None and own.matmul_tflops is None:
+def _device_speed(args: argparse.Namespace, requirements: Requirements | None) -> tuple[float, float, str]:
+    """Return (TFLOP/s of matrix products, MFU, origin of both). --matmul-tflops and --mfu override the first two."""
+    if args.bench is not None and requirements is not None:
+        return _benchmarked_speed(args.bench, requirements)
+    peak = peak_16_bit_flops(args.device)
+    if peak is None and args.matmul_tflops is None:
         raise ConfigError(
-            f"--device {own.device}: its speed is not known; give --matmul-tflops, or one of "
+            f"--device {args.device}: its speed is unknown; pass --matmul-tflops, or one of "
             f"{', '.join(PEAK_16_BIT_FLOPS)}"
         )
-    speed = "given" if own.matmul_tflops is not None else "data sheet"
-    return (peak or 1e12) / 1e12, MFU, f"{speed}, MFU {'given' if own.mfu is not None else 'assumed'}"
+    speed = "given" if args.matmul_tflops is not None else "data sheet"
+    return (peak or 1e12) / 1e12, MFU, f"{speed}, MFU {'given' if args.mfu is not None else 'assumed'}"
 
 
-def _measured(path: str, wishes: Wishes) -> tuple[float, float, str]:
-    model = wishes.config.model.model
+def _benchmarked_speed(path: str, requirements: Requirements) -> tuple[float, float, str]:
+    model = requirements.config.model.model
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))["models"]
-        entry = found[model]
+        entry = json.loads(Path(path).read_text(encoding="utf-8"))["models"][model]
         ceiling = max(rates["own"] for rates in entry["matmul_flops"].values())
         speed = statistics.median(next(iter(entry["results"].values()))["speeds"])
         return ceiling / 1e12, speed * entry["flops_per_token"] / ceiling, f"measured: {path}"
@@ -201,33 +215,34 @@ def _measured(path: str, wishes: Wishes) -> tuple[float, float, str]:
         raise ConfigError(f"--bench {path}: cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"--bench {path}: holds no measurement of {model} ({error}); make it with scripts/bench_train.py "
+            f"--bench {path}: contains no measurement of {model} ({error}); create it with scripts/bench_train.py "
             f"--model {model} --json {path}"
         ) from error
 
 
-# --- what follows ---------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------------------------
 def _growth(
-    wishes: Wishes, machine: Machine, rates: Rates, names: Sequence[str], most: int
+    requirements: Requirements, machine: Machine, rates: Rates, names: Sequence[str], max_devices: int
 ) -> dict[int, dict[str, Option]]:
-    """On 1, 2, 4, … times as many devices, each strategy with the checkpointing that is best for it there."""
+    """Return the fastest option of each strategy on 1, 2, 4, … times as many devices, up to `max_devices`."""
     growth: dict[int, dict[str, Option]] = {}
-    while machine.devices <= most:
-        found = options(wishes, machine, rates, names)
-        rows = {
-            name: [item for item in found if item.strategy == name] for name in dict.fromkeys(o.strategy for o in found)
-        }
-        growth[machine.devices] = {name: best(tried) or tried[-1] for name, tried in rows.items()}
+    while machine.devices <= max_devices:
+        options = evaluate_options(requirements, machine, rates, names)
+        by_strategy: dict[str, list[Option]] = {}
+        for option in options:
+            by_strategy.setdefault(option.strategy, []).append(option)
+        growth[machine.devices] = {name: fastest(items) or items[-1] for name, items in by_strategy.items()}
         machine = replace(machine, devices=2 * machine.devices)
     return growth
 
 
-def _checkpoints(chosen: Option | None, tokens: int) -> Checkpoints | None:
-    if chosen is None or chosen.job is None:
+def _checkpoints(option: Option | None, tokens: int) -> Checkpoints | None:
+    """Return the checkpoints of a training; None if its length is unknown."""
+    if option is None or option.setup is None:
         return None
-    data = chosen.job.config.data
+    data = option.setup.config.data
     total = tokens or (data.train_num_samples or 0) * data.epochs
     if not total:
         return None
-    steps = max(1, total // (chosen.global_batch * chosen.job.shape.seq_len))
-    return checkpoints_of(chosen.job, steps, data.epochs)
+    steps = max(1, total // (option.global_batch * option.setup.shape.seq_len))
+    return plan_checkpoints(option.setup, steps, data.epochs)

@@ -1,6 +1,6 @@
-"""A model's weights by name and size, and its FLOPs, from its configuration alone.
+"""Compute the weights of a model by name and size, and its FLOPs, from its configuration only.
 
-Mirrors model.py, feed_forward.py and mixture_of_experts.py; tests compare it with their parameters.
+Mirrors model.py, feed_forward.py and mixture_of_experts.py; tests compare the result with their parameters.
 Legend: D model width, W width of all heads, F hidden width of a feed-forward network, E experts, V vocabulary.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from open_lm.config.architecture import architecture_of, gated_width
+from open_lm.config.architecture import gated_width, read_architecture
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError
 
@@ -23,7 +23,7 @@ NORM_VECTORS = {"no_wb_layer_norm": (), "gain_only_lp_layer_norm": ("weight",), 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter. `role`: "in" where tensor parallelism divides rows, "out" where it divides columns."""
+    """A parameter. Tensor parallelism shards the rows of role "in" and the columns of role "out"."""
 
     name: str
     shape: tuple[int, ...]
@@ -32,17 +32,21 @@ class Weight:
 
     @property
     def size(self) -> int:
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     @property
     def matrices(self) -> tuple[int, int, int]:
-        """(U, m, n): the matrices that Muon sees in it; weights that several layers share hold one for each."""
+        """Return (U, m, n): the U matrices of m x n that Muon updates separately in this weight.
+
+        A fused weight such as in_proj holds one matrix for each of its layers.
+        """
         *experts, m, n = self.shape
         parts = {"in_proj": 3, "w12": 2}.get(self.name.split(".")[-2], 1)
         return math.prod(experts) * parts, m // parts, n
 
-    def part(self, tensor: int) -> tuple[int, ...]:
-        """The shape of the largest part when `tensor` ranks divide it."""
+    def local_shape(self, tensor: int) -> tuple[int, ...]:
+        """Return the shape of the largest local shard with `tensor` tensor-parallel ranks."""
         if self.role in ("in", "embedding", "head"):
             return (-(-self.shape[0] // tensor), *self.shape[1:])
         if self.role == "out" and len(self.shape) == 2:
@@ -55,7 +59,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a model's size follows from; names as in model.Params."""
+    """The settings that determine the size of a model; names as in model.Params."""
 
     name: str
     dim: int
@@ -76,33 +80,35 @@ class ModelShape:
 
     @property
     def width(self) -> int:
-        """W."""
+        """Return W, the width of all heads together."""
         return self.n_heads * (self.dim // self.n_heads)
 
     @property
     def hidden(self) -> int:
-        """F."""
+        """Return F, the hidden width of a feed-forward network."""
         return 4 * self.dim if self.ffn_type == "gelu" else gated_width(self.dim)
 
     def has_experts(self, block: int) -> bool:
+        """Return whether a block has a mixture of experts in place of a feed-forward network."""
         return self.moe_freq > 0 and block % self.moe_freq == 0
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """All parameters, in the order of the model."""
+        """Return all parameters, in the order of the model."""
         return tuple(self._weights())
 
     @cached_property
     def by_block(self) -> dict[int | None, tuple[Weight, ...]]:
-        """The parameters of each block, and under None those outside."""
-        found: dict[int | None, list[Weight]] = {}
+        """Return the parameters of each block by its number; None holds those outside of blocks."""
+        by_block: dict[int | None, list[Weight]] = {}
         for weight in self.weights:
-            found.setdefault(weight.block, []).append(weight)
-        return {block: tuple(weights) for block, weights in found.items()}
+            by_block.setdefault(weight.block, []).append(weight)
+        return {block: tuple(weights) for block, weights in by_block.items()}
 
     @cached_property
     def kinds(self) -> list[tuple[tuple[Weight, ...], int]]:
-        """Parameters outside of blocks, once, and of each kind of block with the number of such blocks."""
+        """Return (parameters, count) pairs: the parameters outside of blocks once, and each kind of block with its
+        number of occurrences."""
         kinds = [self.has_experts(block) for block in range(self.n_layers)]
         return [
             (self.by_block[None], 1),
@@ -111,17 +117,21 @@ class ModelShape:
 
     @cached_property
     def num_params(self) -> int:
+        """Return the number of parameters."""
         return sum(weight.size for weight in self.weights)
 
     @property
     def flops_per_token(self) -> float:
-        """As metrics.model_flops_per_token: of a forward and backward pass, without recomputation."""
-        counted = float(self.num_params)
+        """Return the FLOPs per token of a forward and backward pass without recomputation.
+
+        Equals metrics.model_flops_per_token.
+        """
+        active = float(self.num_params)
         if not self.weight_tying:
-            counted -= self.vocab_size * self.dim
-        idle = 1 - self.moe_top_k / self.moe_num_experts if self.moe_num_experts else 0.0
-        counted -= sum(round(idle * weight.size) for weight in self.weights if weight.role == "expert")
-        return 6.0 * counted + 12.0 * self.n_layers * self.width * self.seq_len
+            active -= self.vocab_size * self.dim
+        unused = 1 - self.moe_top_k / self.moe_num_experts if self.moe_num_experts else 0.0
+        active -= sum(round(unused * weight.size) for weight in self.weights if weight.role == "expert")
+        return 6.0 * active + 12.0 * self.n_layers * self.width * self.seq_len
 
     def _weights(self) -> Iterator[Weight]:
         yield Weight("tok_embeddings.weight", (self.vocab_size, self.dim), "embedding")
@@ -170,13 +180,17 @@ class ModelShape:
 
 
 def shape_of(cfg: ModelConfig) -> ModelShape:
-    """The shape of the model that the flags name; what its file says wins. ConfigError where it cannot be planned."""
+    """Return the shape of the model that the flags select. Settings of the model file override the flags.
+
+    Raises:
+        ConfigError: a model that the planner does not support, or a missing setting.
+    """
     if cfg.hf_model is not None:
         raise ConfigError(
-            f"--hf-model {cfg.hf_model}: plans are made for this package's own models; give --model with a "
-            "configuration of the same size"
+            f"--hf-model {cfg.hf_model}: the planner supports only OpenLM models; pass --model with a configuration "
+            "of the same size"
         )
-    file = architecture_of(cfg.model)
+    file = read_architecture(cfg.model)
 
     def pick(name: str) -> Any:
         return file.get(name, getattr(cfg, name))

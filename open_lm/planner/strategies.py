@@ -1,4 +1,4 @@
-"""Ways to spread a training over devices: flags of the trainer by name, and which of them is best for a purpose."""
+"""The ways to distribute a training run over devices: their trainer flags, their cost, and the fastest that fits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import Layout, layout_of
+from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import Config
 from open_lm.errors import ConfigError
-from open_lm.planner.memory import Job, Memory, peak, with_reserve
+from open_lm.planner.memory import Memory, TrainingSetup, add_reserve, peak
 from open_lm.planner.shapes import ModelShape, shape_of
 from open_lm.planner.traffic import Rates, StepTime, step_time
 
-# {tensor}, {context}: ranks that fit the model. "given": what the flags already say.
+# {tensor} and {context} are replaced by sizes that fit the model. A further strategy, "given", is the one that the
+# user's flags set.
 STRATEGIES: dict[str, str] = {
     "single": "",
     "ddp": "",
@@ -27,15 +28,15 @@ STRATEGIES: dict[str, str] = {
     "tensor+fsdp": "--fsdp --tensor-parallel {tensor}",
     "context": "--fsdp --context-parallel {context}",
 }
-AS_FAST = 0.995
+SIMILAR_SPEED = 0.995  # options at least this fast compared with the fastest count as equally fast
 CHECKPOINTING = ("none", "op", "2", "full")
-_CHOOSING = {"fsdp", "tensor_parallel", "context_parallel", "mesh_dim"}
-ALONE = ("single", "offload")  # what there is for one device
+_STRATEGY_FLAGS = {"fsdp", "tensor_parallel", "context_parallel", "mesh_dim"}
+SINGLE_DEVICE_STRATEGIES = ("single", "offload")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices that a plan is made for: so many, with so many bytes each, so many in a node."""
+    """The devices of a plan: their number, memory, number per node, and name."""
 
     devices: int
     memory_bytes: int
@@ -44,13 +45,26 @@ class Machine:
 
     @property
     def nodes(self) -> int:
+        """Return the number of nodes."""
         return -(-self.devices // self.per_node)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train, with what it takes. batch: sequences of a micro-batch on a device, the given or the largest;
-    largest: the most that fit. problem: why it cannot be."""
+    """A way to train, with its memory and time.
+
+    Attributes:
+        strategy: a name of STRATEGIES, or "given".
+        checkpointing: the value of --activation-checkpointing.
+        flags: the trainer's flags.
+        machine: the devices.
+        batch: sequences of a micro-batch on a device; the largest that fits unless the flags set it.
+        largest: the largest micro-batch that fits; 0 for none.
+        setup: the training setup; None if there is a problem.
+        memory: the memory of the phase that needs most.
+        time: the time of a step; None if there is a problem.
+        problem: why this way is not possible; empty if it is.
+    """
 
     strategy: str
     checkpointing: str
@@ -58,22 +72,24 @@ class Option:
     machine: Machine
     batch: int = 0
     largest: int = 0
-    job: Job | None = None
+    setup: TrainingSetup | None = None
     memory: Memory = Memory()
     time: StepTime | None = None
     problem: str = ""
 
     @property
     def fits(self) -> bool:
+        """Return whether the batch fits into the memory of a device."""
         return not self.problem and 0 < self.batch <= self.largest
 
     @property
     def global_batch(self) -> int:
-        assert self.job is not None
-        return self.batch * self.job.config.optim.accum_freq * self.job.layout.data_size
+        """Return the sequences of a step on all devices."""
+        assert self.setup is not None
+        return self.batch * self.setup.config.optim.accum_freq * self.setup.layout.data_size
 
     def command(self) -> str:
-        """The command line that starts it; the trainer's own parser has taken these flags."""
+        """Return the command line that starts the training. The trainer's parser has accepted these flags."""
         machine = self.machine
         nodes = f"--nnodes {machine.nodes} --rdzv-backend c10d --rdzv-endpoint NODE:29400 " if machine.nodes > 1 else ""
         start = f"torchrun {nodes}--nproc-per-node {min(machine.devices, machine.per_node)} -m open_lm.main"
@@ -81,87 +97,105 @@ class Option:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the command line asks for beside the machine: the trainer's flags with the names of those it states."""
+class Requirements:
+    """The trainer's flags of the command line.
+
+    Attributes:
+        flags: the flags.
+        given_flags: names of the settings that the user set; the planner may choose all others.
+    """
 
     flags: tuple[str, ...]
-    stated: frozenset[str]
+    given_flags: frozenset[str]
 
     @cached_property
     def config(self) -> Config:
+        """Return the configuration that the flags describe."""
         return Config.from_namespace(parse_args(self.flags))
 
     @cached_property
     def shape(self) -> ModelShape:
+        """Return the shape of the model."""
         return shape_of(self.config.model)
 
     def strategies(self, machine: Machine) -> list[str]:
-        """Those for so many devices, or the one that the flags state."""
-        if self.states_strategy:
+        """Return the strategies for the number of devices, or "given" if the flags set one."""
+        if self.sets_strategy:
             return ["given"]
-        return [name for name in STRATEGIES if (name in ALONE if machine.devices == 1 else name != "single")]
+        return [
+            name
+            for name in STRATEGIES
+            if (name in SINGLE_DEVICE_STRATEGIES if machine.devices == 1 else name != "single")
+        ]
 
     @property
-    def states_strategy(self) -> bool:
-        return bool(self.stated & _CHOOSING)
+    def sets_strategy(self) -> bool:
+        """Return whether the flags set a strategy."""
+        return bool(self.given_flags & _STRATEGY_FLAGS)
 
     def checkpointing(self) -> list[str]:
+        """Return the modes of activation checkpointing to evaluate."""
         model = self.config.model
-        if self.stated & {"grad_checkpointing", "activation_checkpointing"}:
+        if self.given_flags & {"grad_checkpointing", "activation_checkpointing"}:
             return ["full" if model.grad_checkpointing else model.activation_checkpointing]
         return list(CHECKPOINTING)
 
 
-def options(wishes: Wishes, machine: Machine, rates: Rates, names: Sequence[str] = ()) -> list[Option]:
-    """Every strategy with every kind of activation checkpointing, with what it takes on the machine."""
+def evaluate_options(
+    requirements: Requirements, machine: Machine, rates: Rates, names: Sequence[str] = ()
+) -> list[Option]:
+    """Return every strategy with every mode of activation checkpointing, with its memory and time on the machine."""
     return [
-        option(wishes, machine, rates, name, checkpointing)
-        for name in names or wishes.strategies(machine)
-        for checkpointing in wishes.checkpointing()
+        evaluate_option(requirements, machine, rates, name, checkpointing)
+        for name in names or requirements.strategies(machine)
+        for checkpointing in requirements.checkpointing()
     ]
 
 
-def option(wishes: Wishes, machine: Machine, rates: Rates, strategy: str, checkpointing: str) -> Option:
-    """One of them. What the machine or the trainer cannot do becomes its `problem`."""
-    found, tried = Option(strategy, checkpointing, (), machine), ""
+def evaluate_option(
+    requirements: Requirements, machine: Machine, rates: Rates, strategy: str, checkpointing: str
+) -> Option:
+    """Return one strategy with its memory and time. What the machine or trainer does not support sets `problem`."""
+    unevaluated, context = Option(strategy, checkpointing, (), machine), ""
     try:
-        flags = (*wishes.flags, *_flags(wishes, machine, strategy, checkpointing))
+        flags = (*requirements.flags, *_flags(requirements, machine, strategy, checkpointing))
         config = Config.from_namespace(parse_args(flags))
-        layout = layout_of(config.parallel, machine.devices, min(machine.per_node, machine.devices))
-        _check(wishes.shape, layout, strategy, machine)
-        job = _with_batch(wishes, Job(wishes.shape, config, layout, 1), machine.memory_bytes)
-        if (count := job.config.optim.accum_freq) != config.optim.accum_freq:
+        layout = resolve_layout(config.parallel, machine.devices, min(machine.per_node, machine.devices))
+        _check(requirements.shape, layout, strategy, machine)
+        setup = _with_batch(requirements, TrainingSetup(requirements.shape, config, layout, 1), machine.memory_bytes)
+        if (count := setup.config.optim.accum_freq) != config.optim.accum_freq:
             flags += ("--accum-freq", str(count))
-            tried = f"with --accum-freq {count}, to fit: "
-        if not wishes.stated & {"batch_size", "global_batch_size"}:
-            flags += ("--batch-size", str(job.batch))
-        job = replace(job, config=Config.from_namespace(parse_args(flags)))  # as the trainer will understand them
+            context = f"with --accum-freq {count}, to fit into memory: "
+        if not requirements.given_flags & {"batch_size", "global_batch_size"}:
+            flags += ("--batch-size", str(setup.batch))
+        setup = replace(setup, config=Config.from_namespace(parse_args(flags)))  # as the trainer will parse them
     except ConfigError as error:
-        return replace(found, problem=f"{tried}{error}")
+        return replace(unevaluated, problem=f"{context}{error}")
     return replace(
-        found,
+        unevaluated,
         flags=flags,
-        batch=job.batch,
-        largest=largest_batch(lambda batch: _fits(replace(job, batch=batch), machine.memory_bytes)),
-        job=job,
-        memory=with_reserve(peak(job), job),
-        time=step_time(job, rates),
+        batch=setup.batch,
+        largest=largest_batch(lambda batch: _fits(replace(setup, batch=batch), machine.memory_bytes)),
+        setup=setup,
+        memory=add_reserve(peak(setup), setup),
+        time=step_time(setup, rates),
     )
 
 
-def best(found: Sequence[Option]) -> Option | None:
-    """The fastest that fits, of those that are as fast the one that needs least memory; None where none fits."""
-    speeds = {id(item): item.time.tokens_per_s for item in found if item.fits and item.time is not None}
-    as_fast = [item for item in found if speeds.get(id(item), 0.0) >= AS_FAST * max(speeds.values(), default=1.0)]
-    return min(as_fast, key=lambda item: item.memory.total, default=None)
+def fastest(options: Sequence[Option]) -> Option | None:
+    """Return the fastest option that fits, None if none does. Of equally fast ones the least memory wins."""
+    speeds = {id(item): item.time.tokens_per_s for item in options if item.fits and item.time is not None}
+    limit = SIMILAR_SPEED * max(speeds.values(), default=1.0)
+    candidates = [item for item in options if speeds.get(id(item), 0.0) >= limit]
+    return min(candidates, key=lambda item: item.memory.total, default=None)
 
 
-def largest_batch(fits: Callable[[int], bool], most: int = 1 << 14) -> int:
-    """The largest number up to `most` that fits, 0 for none; what fits with more fits with less."""
+def largest_batch(fits: Callable[[int], bool], limit: int = 1 << 14) -> int:
+    """Return the largest batch up to `limit` that fits, 0 for none. A batch smaller than one that fits must fit too."""
     if not fits(1):
         return 0
     low, high = 1, 2
-    while high <= most and fits(high):
+    while high <= limit and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -169,48 +203,52 @@ def largest_batch(fits: Callable[[int], bool], most: int = 1 << 14) -> int:
     return low
 
 
-def _fits(job: Job, memory_bytes: int) -> bool:
-    return with_reserve(peak(job), job).total <= memory_bytes
+def _fits(setup: TrainingSetup, memory_bytes: int) -> bool:
+    return add_reserve(peak(setup), setup).total <= memory_bytes
 
 
-def _with_batch(wishes: Wishes, job: Job, memory_bytes: int) -> Job:
-    """The job with the batch that the flags state, in as few micro-batches as fit; else with the largest that fits."""
-    if "batch_size" in wishes.stated:
-        return replace(job, batch=job.config.data.batch_size or 1)
-    if "global_batch_size" not in wishes.stated:
-        return replace(job, batch=largest_batch(lambda batch: _fits(replace(job, batch=batch), memory_bytes)) or 1)
-    total, parts, count = job.config.data.global_batch_size, job.layout.data_size, job.config.optim.accum_freq
-    fixed = "accum_freq" in wishes.stated
+def _with_batch(requirements: Requirements, setup: TrainingSetup, memory_bytes: int) -> TrainingSetup:
+    """Return the setup with its micro-batch size.
+
+    A global batch is divided into the fewest micro-batches that fit. Without a batch size in the flags, the micro-batch
+    is the largest that fits.
+    """
+    if "batch_size" in requirements.given_flags:
+        return replace(setup, batch=setup.config.data.batch_size or 1)
+    if "global_batch_size" not in requirements.given_flags:
+        return replace(setup, batch=largest_batch(lambda batch: _fits(replace(setup, batch=batch), memory_bytes)) or 1)
+    total, parts, count = setup.config.data.global_batch_size, setup.layout.data_size, setup.config.optim.accum_freq
+    fixed = "accum_freq" in requirements.given_flags
     if total % parts or (fixed and total % (parts * count)):
         raise ConfigError(
-            f"--global-batch-size {total} does not divide into {parts} ranks with rows of their own"
+            f"--global-batch-size {total} is not divisible by {parts} data-parallel ranks"
             + (f" x --accum-freq {count}" if fixed else "")
         )
-    rows = total // parts
-    counts = [count] if fixed else [count for count in range(1, rows + 1) if rows % count == 0]
+    per_rank = total // parts
+    counts = [count] if fixed else [count for count in range(1, per_rank + 1) if per_rank % count == 0]
     for count in counts:
-        config = replace(job.config, optim=replace(job.config.optim, accum_freq=count))
-        job = Job(job.shape, config, job.layout, rows // count, job.device_type)
-        if _fits(job, memory_bytes):
+        config = replace(setup.config, optim=replace(setup.config.optim, accum_freq=count))
+        setup = TrainingSetup(setup.shape, config, setup.layout, per_rank // count, setup.device_type)
+        if _fits(setup, memory_bytes):
             break
-    return job
+    return setup
 
 
-def _flags(wishes: Wishes, machine: Machine, strategy: str, checkpointing: str) -> list[str]:
-    sizes = {"tensor": _tensor_size(wishes.shape, machine), "context": _context_size(wishes.shape, machine)}
+def _flags(requirements: Requirements, machine: Machine, strategy: str, checkpointing: str) -> list[str]:
+    sizes = {"tensor": _tensor_size(requirements.shape, machine), "context": _context_size(requirements.shape, machine)}
     flags = [] if strategy == "given" else STRATEGIES[strategy].format(**sizes).split()
-    if checkpointing != "none" and not wishes.stated & {"grad_checkpointing", "activation_checkpointing"}:
+    if checkpointing != "none" and not requirements.given_flags & {"grad_checkpointing", "activation_checkpointing"}:
         flags += ["--activation-checkpointing", checkpointing]
-    if "precision" not in wishes.stated:
+    if "precision" not in requirements.given_flags:
         flags += ["--precision", "amp_bfloat16"]
-        is_sharded = "--fsdp" in flags or wishes.config.parallel.fsdp
-        if is_sharded and not wishes.stated & {"fsdp_amp", "fsdp_pure_bf16"}:
+        is_sharded = "--fsdp" in flags or requirements.config.parallel.fsdp
+        if is_sharded and not requirements.given_flags & {"fsdp_amp", "fsdp_pure_bf16"}:
             flags.append("--fsdp-amp")
     return flags
 
 
 def _tensor_size(shape: ModelShape, machine: Machine) -> int:
-    """As many ranks as a node has, or the most below that the heads and hidden features divide over."""
+    """Return the largest tensor-parallel size up to the devices of a node that divides heads and hidden features."""
     sizes = (size for size in range(min(machine.per_node, machine.devices), 1, -1) if machine.devices % size == 0)
     return next((size for size in sizes if not _tensor_problem(shape, size)), 2)
 
@@ -221,24 +259,26 @@ def _context_size(shape: ModelShape, machine: Machine) -> int:
 
 
 def _tensor_problem(shape: ModelShape, size: int) -> str:
-    """As tensor_parallel.check_splits."""
-    widths = {"heads": shape.n_heads, "hidden features of the feed-forward": shape.hidden}
+    """Return what `size` does not divide, "" if nothing. Mirrors tensor_parallel.check_tensor_parallel."""
+    widths = {"heads": shape.n_heads, "hidden features of the feed-forward network": shape.hidden}
     if shape.moe_freq:
         widths["hidden features of the experts"] = 4 * shape.dim
     return " and ".join(f"{width} {name}" for name, width in widths.items() if width % size)
 
 
-def _check(shape: ModelShape, layout: Layout, strategy: str, machine: Machine) -> None:
-    if machine.devices == 1 and strategy not in (*ALONE, "given"):
-        raise ConfigError("is for several devices")
+def _check(shape: ModelShape, layout: MeshLayout, strategy: str, machine: Machine) -> None:
+    if machine.devices == 1 and strategy not in (*SINGLE_DEVICE_STRATEGIES, "given"):
+        raise ConfigError("needs more than one device")
     if machine.devices > 1 and strategy == "single":
-        raise ConfigError("is for one device")
+        raise ConfigError("works only on one device")
     if problem := _tensor_problem(shape, layout.tensor):
-        raise ConfigError(f"--tensor-parallel {layout.tensor}: the model has {problem}, which it does not divide")
+        raise ConfigError(
+            f"--tensor-parallel {layout.tensor}: the model has {problem}, which is not divisible by {layout.tensor}"
+        )
     if shape.seq_len % (2 * layout.context) and layout.context > 1:
         raise ConfigError(
-            f"--context-parallel {layout.context}: sequences of {shape.seq_len} tokens do not divide into "
-            f"{2 * layout.context} chunks"
+            f"--context-parallel {layout.context}: the sequence length {shape.seq_len} is not divisible by "
+            f"{2 * layout.context}"
         )
     if strategy == "hybrid" and layout.replicate == 1:
-        raise ConfigError("is for several nodes")
+        raise ConfigError("needs more than one node")

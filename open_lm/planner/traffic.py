@@ -1,9 +1,9 @@
-"""What a step's ranks exchange, and how long the step takes.
+"""Predict what ranks exchange in a step, and the time of a step.
 
 Bytes are what a rank sends over its links in ring algorithms (Patarasuk & Yuan 2009,
-https://doi.org/10.1016/j.jpdc.2008.09.002): (n-1)/n of a gathered or scattered buffer, twice that of a summed one.
-FSDP2 and DDP exchange parameters and gradients while others are computed with; what tensor and context parallelism
-exchange is waited for.
+https://doi.org/10.1016/j.jpdc.2008.09.002): (n-1)/n of the buffer for an all-gather or reduce-scatter, and twice that
+for an all-reduce. FSDP2 and DDP overlap their collectives with computation. The collectives of tensor and context
+parallelism are not overlapped.
 """
 
 from __future__ import annotations
@@ -11,23 +11,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from open_lm.planner.memory import Job, host_bytes, muon_weights
+from open_lm.planner.memory import TrainingSetup, host_bytes, muon_weights
 
-# Usual sizes, not measured by the planner: a step of a ring, the link to the host, and its memory, for each device.
-HOP_S = 3e-6
-HOST_LINK = 25e9
-HOST_MEMORY = 20e9
-UPDATE_BYTES = 28  # that AdamW reads and writes for a parameter: value, gradient and two moments, three written
-BUCKET_BYTES = 25 << 20  # of DDP
-OP_SHARE = 0.15  # of a block's forward time, that goes into what --activation-checkpointing op computes again
+# Typical values that the planner does not measure: the latency of a ring step, and for each device the bandwidth of the
+# link to the host and of host memory.
+RING_STEP_S = 3e-6
+HOST_LINK_BYTES_PER_S = 25e9
+HOST_MEMORY_BYTES_PER_S = 20e9
+UPDATE_BYTES = 28  # per parameter: AdamW reads value, gradient and two moments, and writes three of them
+DDP_BUCKET_BYTES = 25 << 20
+OP_RECOMPUTE_FRACTION = (
+    0.15  # of a block's forward time, that goes into what --activation-checkpointing op computes again
+)
 
 Overlap = Literal["forward", "backward", "none"]
 
 
 @dataclass(frozen=True)
 class Rates:
-    """matmul_flops: FLOP/s of a device's matrix products. mfu: which share of them a step on one device reaches,
-    without recomputation and exchange. intra, inter: bytes/s of a device inside its node, of a node to others."""
+    """The speed of devices and links.
+
+    Attributes:
+        matmul_flops: FLOP/s of a device's matrix products.
+        mfu: the share of `matmul_flops` that a step on one device reaches without recomputation and communication.
+        intra: bytes/s of a device inside its node.
+        inter: bytes/s of a node to other nodes.
+        per_node: devices per node.
+    """
 
     matmul_flops: float
     mfu: float
@@ -36,15 +46,24 @@ class Rates:
     per_node: int = 8
 
     def bandwidth(self, group: int, stride: int) -> float:
-        """Bytes/s that a rank of a group has whose members are `stride` ranks apart, all such groups at work."""
+        """Return the bytes/s of each rank when all groups of `group` ranks that are `stride` apart communicate."""
         inside = max(1, self.per_node // stride)
         return self.intra if group <= inside else min(self.intra, self.inter * inside / self.per_node)
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """Bytes that a rank sends in a step, in so many collectives over `group` ranks that are `stride` apart. `exposed`:
-    which share cannot be hidden behind what is computed in the forward or backward pass."""
+class Collective:
+    """A kind of collective of a step.
+
+    Attributes:
+        name: what it exchanges.
+        num_bytes: bytes that a rank sends in a step.
+        calls: number of collectives in a step.
+        group: number of participating ranks.
+        stride: distance between neighboring ranks of the group.
+        overlap: the pass whose computation overlaps it.
+        exposed: the share that cannot overlap with computation.
+    """
 
     name: str
     num_bytes: float
@@ -55,12 +74,22 @@ class Exchange:
     exposed: float = 0.0
 
     def seconds(self, rates: Rates) -> float:
-        return self.num_bytes / rates.bandwidth(self.group, self.stride) + self.calls * (self.group - 1) * HOP_S
+        """Return the seconds that these collectives take in a step."""
+        return self.num_bytes / rates.bandwidth(self.group, self.stride) + self.calls * (self.group - 1) * RING_STEP_S
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step. `exposed_s`: of `exchange_s` what nothing hides; `host_s`: the update in host memory."""
+    """The time of a step.
+
+    Attributes:
+        compute_s: computation, including recomputation.
+        exchange_s: communication.
+        exposed_s: the part of `exchange_s` that does not overlap with computation.
+        host_s: the update in host memory.
+        num_bytes: bytes that a rank sends.
+        tokens: tokens of the step on all ranks.
+    """
 
     compute_s: float
     exchange_s: float
@@ -71,112 +100,129 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
+        """Return the seconds of the step."""
         return self.compute_s + self.exposed_s + self.host_s
 
     @property
     def tokens_per_s(self) -> float:
+        """Return the tokens per second of all ranks."""
         return self.tokens / self.seconds
 
     @property
     def efficiency(self) -> float:
-        """Which share of the step is computing."""
+        """Return the share of the step that computes."""
         return self.compute_s / self.seconds
 
 
-def recomputed(job: Job) -> float:
-    """Which share of the forward pass's time is spent twice."""
-    modes = [job.checkpointing(block) for block in range(job.shape.n_layers)]
-    share = (modes.count("full") + OP_SHARE * modes.count("op")) / len(modes)
-    head = 6.0 * job.shape.vocab_size * job.shape.dim / job.shape.flops_per_token
+def recomputed_fraction(setup: TrainingSetup) -> float:
+    """Return the share of the forward pass that activation checkpointing recomputes."""
+    modes = [setup.checkpointing(block) for block in range(setup.shape.n_layers)]
+    share = (modes.count("full") + OP_RECOMPUTE_FRACTION * modes.count("op")) / len(modes)
+    head = 6.0 * setup.shape.vocab_size * setup.shape.dim / setup.shape.flops_per_token
     return share * (1 - head)
 
 
-def step_time(job: Job, rates: Rates) -> StepTime:
-    """How long a step takes, of all micro-batches."""
-    accumulated, layout = job.config.optim.accum_freq, job.layout
-    flops = job.shape.flops_per_token * job.tokens * accumulated / layout.tensor
+def step_time(setup: TrainingSetup, rates: Rates) -> StepTime:
+    """Return the time of a step with all its micro-batches."""
+    micro_batches, layout = setup.config.optim.accum_freq, setup.layout
+    flops = setup.shape.flops_per_token * setup.tokens * micro_batches / layout.tensor
     model_s = flops / (rates.matmul_flops * rates.mfu)
-    again = recomputed(job) / 3
-    passes = {"forward": model_s / 3, "backward": model_s * (2 / 3 + again), "none": 0.0}
+    recomputation = recomputed_fraction(setup) / 3
+    passes = {"forward": model_s / 3, "backward": model_s * (2 / 3 + recomputation), "none": 0.0}
     sums = dict.fromkeys(passes, 0.0)
     exposed = 0.0
-    exchanged = exchanges(job)
-    for exchange in exchanged:
-        seconds = exchange.seconds(rates)
-        sums[exchange.overlap] += seconds * (1 - exchange.exposed)
-        exposed += seconds * exchange.exposed
+    all_collectives = collectives(setup)
+    for collective in all_collectives:
+        seconds = collective.seconds(rates)
+        sums[collective.overlap] += seconds * (1 - collective.exposed)
+        exposed += seconds * collective.exposed
     exchange_s = exposed + sum(sums.values())
     exposed += sum(max(0.0, seconds - passes[overlap]) for overlap, seconds in sums.items())
     host_s = 0.0
-    if host_bytes(job):
-        own = job.own(job.shape.weights)
-        host_s = own * (UPDATE_BYTES / HOST_MEMORY + 3 * accumulated * job.types.stored / HOST_LINK)
-    rows = job.batch * accumulated * layout.data_size
-    num_bytes = sum(exchange.num_bytes for exchange in exchanged)
-    return StepTime(model_s * (1 + again), exchange_s, exposed, host_s, num_bytes, rows * job.shape.seq_len)
+    if host_bytes(setup):
+        update_s = UPDATE_BYTES / HOST_MEMORY_BYTES_PER_S
+        transfer_s = 3 * micro_batches * setup.sizes.stored / HOST_LINK_BYTES_PER_S
+        host_s = setup.local_numel(setup.shape.weights) * (update_s + transfer_s)
+    return StepTime(
+        compute_s=model_s * (1 + recomputation),
+        exchange_s=exchange_s,
+        exposed_s=exposed,
+        host_s=host_s,
+        num_bytes=sum(collective.num_bytes for collective in all_collectives),
+        tokens=setup.batch * micro_batches * layout.data_size * setup.shape.seq_len,
+    )
 
 
-def exchanges(job: Job) -> list[Exchange]:
-    """All that a rank takes part in, in a step."""
-    found = [*_of_parameters(job), *_of_activations(job)]
-    return [exchange for exchange in found if exchange.group > 1]
+def collectives(setup: TrainingSetup) -> list[Collective]:
+    """Return the collectives of a rank in a step."""
+    candidates = [*_parameter_collectives(setup), *_activation_collectives(setup)]
+    return [collective for collective in candidates if collective.group > 1]
 
 
-def _of_parameters(job: Job) -> list[Exchange]:
-    layout, types = job.layout, job.types
-    accumulated, blocks = job.config.optim.accum_freq, job.shape.n_layers
-    shards, stride = job.shards, layout.tensor
-    if not job.is_sharded:
-        num_bytes = job.whole_numbers * types.stored
-        last = min(1.0, BUCKET_BYTES / num_bytes)
-        calls = num_bytes / BUCKET_BYTES
+def _parameter_collectives(setup: TrainingSetup) -> list[Collective]:
+    layout, sizes = setup.layout, setup.sizes
+    micro_batches, blocks = setup.config.optim.accum_freq, setup.shape.n_layers
+    shards, stride = setup.shards, layout.tensor
+    if not setup.is_sharded:
+        num_bytes = setup.unsharded_params * sizes.stored
+        last_bucket = min(1.0, DDP_BUCKET_BYTES / num_bytes)
+        calls = num_bytes / DDP_BUCKET_BYTES
+        sent = 2 * _ring_fraction(setup.ranks) * num_bytes
         return [
-            Exchange("sum gradients", 2 * _share(job.ranks) * num_bytes, calls, job.ranks, 1, "backward", last),
-            *_of_muon(job, 1, job.ranks, 1),
+            Collective("all-reduce gradients", sent, calls, setup.ranks, 1, "backward", last_bucket),
+            *_muon_collectives(setup, 1, setup.ranks, 1),
         ]
-    of_root = job.buffer(job.shape.by_block[None]) * _share(shards)
-    whole = job.own_numbers * shards * _share(shards)
-    of_blocks = whole - of_root
-    root = of_root / whole if whole else 0.0  # first to be gathered and last to be reduced: nothing hides it
-    again = 0 if job.keeps_gathered else accumulated
-    copies = layout.replicate
+    root = setup.buffer_numel(setup.shape.by_block[None]) * _ring_fraction(shards)
+    total = setup.local_params * shards * _ring_fraction(shards)
+    # The root group is gathered first and reduced last, so that no computation overlaps it.
+    exposed = root / total if total else 0.0
+    regathers = 0 if setup.keeps_unsharded else micro_batches
+    replicas = layout.replicate
     return [
-        Exchange("gather, forward", whole * types.gathered * accumulated, (blocks + 1) * accumulated, shards, stride,
-                 "forward", root),
-        Exchange("gather, backward", of_blocks * types.gathered * again, blocks * again, shards, stride, "backward"),
-        Exchange("reduce gradients", whole * types.reduced, blocks + 1, shards, stride, "backward", root),
-        Exchange("sum over copies", 2 * _share(copies) * job.own_numbers * types.reduced, blocks + 1, copies,
-                 stride * shards, "backward", root),
-        *_of_muon(job, shards, copies, stride),
+        Collective("all-gather, forward", total * sizes.gathered * micro_batches, (blocks + 1) * micro_batches, shards,
+                   stride, "forward", exposed),
+        Collective("all-gather, backward", (total - root) * sizes.gathered * regathers, blocks * regathers, shards,
+                   stride, "backward"),
+        Collective("reduce-scatter gradients", total * sizes.reduced, blocks + 1, shards, stride, "backward", exposed),
+        Collective("all-reduce over replicas", 2 * _ring_fraction(replicas) * setup.local_params * sizes.reduced,
+                   blocks + 1, replicas, stride * shards, "backward", exposed),
+        *_muon_collectives(setup, shards, replicas, stride),
     ]  # fmt: skip
 
 
-def _of_muon(job: Job, shards: int, copies: int, stride: int) -> list[Exchange]:
-    """Muon's directions go to who works on them, of a copy for its share of the matrices, and come back to all."""
-    numbers = job.numbers(muon_weights(job))
-    if not numbers:
+def _muon_collectives(setup: TrainingSetup, shards: int, replicas: int, stride: int) -> list[Collective]:
+    """Return Muon's collectives: directions go to the ranks that orthogonalize them, and the results to all ranks.
+
+    Each replica orthogonalizes its share of the matrices.
+    """
+    numel = setup.unsharded_numel(muon_weights(setup))
+    if not numel:
         return []
-    own, ranks = 2 * numbers / shards, shards * copies
+    local_bytes, ranks = 2 * numel / shards, shards * replicas
     return [
-        Exchange("gather for Muon", own / copies * _share(shards), 1, shards, stride, "none"),
-        Exchange("updates of Muon", own * _share(ranks), 1, ranks, stride, "none"),
+        Collective("gather for Muon", local_bytes / replicas * _ring_fraction(shards), 1, shards, stride, "none"),
+        Collective("updates of Muon", local_bytes * _ring_fraction(ranks), 1, ranks, stride, "none"),
     ]
 
 
-def _of_activations(job: Job) -> list[Exchange]:
-    """Twice a block and pass tensor parallelism gathers tokens and scatters sums; context parallelism gathers keys and
-    values and scatters their gradients. What is recomputed exchanges again."""
-    layout, c, accumulated = job.layout, job.types.compute, job.config.optim.accum_freq
-    blocks = job.shape.n_layers
-    full = sum(job.checkpointing(block) != "none" for block in range(blocks))
-    passes = (2 * blocks + full) * accumulated
-    tokens = job.tokens * job.shape.dim * c * _share(layout.tensor)
-    keys = job.tokens * 2 * job.shape.width // layout.tensor * c * (layout.context - 1)
+def _activation_collectives(setup: TrainingSetup) -> list[Collective]:
+    """Return the collectives of tensor and context parallelism.
+
+    Tensor parallelism gathers tokens and reduce-scatters sums twice per block and pass. Context parallelism gathers
+    keys and values and reduce-scatters their gradients. Recomputed blocks repeat their collectives.
+    """
+    layout, c, micro_batches = setup.layout, setup.sizes.compute, setup.config.optim.accum_freq
+    blocks = setup.shape.n_layers
+    recomputed = sum(setup.checkpointing(block) != "none" for block in range(blocks))
+    passes = (2 * blocks + recomputed) * micro_batches
+    tokens = setup.tokens * setup.shape.dim * c * _ring_fraction(layout.tensor)
+    keys = setup.tokens * 2 * setup.shape.width // layout.tensor * c * (layout.context - 1)
     return [
-        Exchange("tokens (tensor)", 4 * tokens * passes, 4 * passes, layout.tensor, 1, "none"),
-        Exchange("keys, values (context)", keys * passes, passes, layout.context, layout.tensor, "none"),
+        Collective("tokens (tensor)", 4 * tokens * passes, 4 * passes, layout.tensor, 1, "none"),
+        Collective("keys, values (context)", keys * passes, passes, layout.context, layout.tensor, "none"),
     ]
 
 
-def _share(ranks: int) -> float:
+def _ring_fraction(ranks: int) -> float:
+    """Return the share of a buffer that a rank sends in an all-gather or reduce-scatter."""
     return (ranks - 1) / ranks

@@ -1,4 +1,4 @@
-"""The planner's memory against the CUDA allocator's peak."""
+"""Compare the planner's memory with the CUDA allocator's peak."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config
 from open_lm.distributed.precision import get_autocast, parameter_dtype
 from open_lm.distributed.processes import Runtime
 from open_lm.model.transformer import create_model
 from open_lm.optim.build import build_optimizer
 from open_lm.parallel.parallelize import parallelize
-from open_lm.planner.memory import Job, peak
+from open_lm.planner.memory import TrainingSetup, peak
 from open_lm.planner.shapes import shape_of
-from open_lm.training.trainer import StepOptions, train_step
+from open_lm.training.step import StepOptions, train_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,13 +38,13 @@ pytestmark = [
         "--precision amp_bfloat16 --activation-checkpointing full --optimizer muon",
     ],
 )
-def test_memory_is_within_a_tenth_of_the_allocator_s_peak(model: str, flags: str) -> None:
+def test_memory_is_within_a_tenth_of_the_allocator_peak(model: str, flags: str) -> None:
     config = Config.from_namespace(parse_args(["--model", model, *flags.split()]))
     batch, precision, count = 4, config.precision.precision, config.optim.accum_freq
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    device, layout = torch.device("cuda"), Layout()
+    device, layout = torch.device("cuda"), MeshLayout()
     net = parallelize(
         create_model(config.model),
         layout,
@@ -55,11 +55,11 @@ def test_memory_is_within_a_tenth_of_the_allocator_s_peak(model: str, flags: str
     )
     optimizer = build_optimizer(net, config.optim)
     autocast = get_autocast(precision, "cuda")
-    options = StepOptions(Runtime(device=device), layout, autocast, accum_freq=count, grad_clip_norm=1.0)
+    evaluate_options = StepOptions(Runtime(device=device), layout, autocast, accum_freq=count, grad_clip_norm=1.0)
     ids = torch.randint(1000, (batch * count, shape_of(config.model).seq_len), device=device)
-    for _ in range(2):  # the second has the optimizer's state from its beginning
+    for _ in range(2):  # the optimizer state exists from the start of the second step
         torch.cuda.reset_peak_memory_stats()
-        train_step(net, ids, ids, optimizer, options)
-    found = torch.cuda.max_memory_allocated() - before
-    planned = peak(Job(shape_of(config.model), config, layout, batch))
-    assert planned.total == pytest.approx(found, rel=0.1)
+        train_step(net, ids, ids, optimizer, evaluate_options)
+    measured = torch.cuda.max_memory_allocated() - before
+    planned = peak(TrainingSetup(shape_of(config.model), config, layout, batch))
+    assert planned.total == pytest.approx(measured, rel=0.1)

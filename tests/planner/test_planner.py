@@ -1,4 +1,4 @@
-"""The planner: a model's size, memory against torch's tracker, exchange, checkpoints, and the command."""
+"""Test the planner: model size, memory compared with torch's tracker, communication, checkpoints, and the command."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import torch
 from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
 from open_lm.config.architecture import model_names
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import layout_of
+from open_lm.config.layout import resolve_layout
 from open_lm.config.sections import Config, ModelConfig
 from open_lm.errors import ConfigError
 from open_lm.model.transformer import create_model
 from open_lm.monitor.metrics import model_flops_per_token
 from open_lm.planner import command as plan
-from open_lm.planner.checkpoints import checkpoints_of
-from open_lm.planner.memory import Job, host_bytes, peak, phases, with_reserve
+from open_lm.planner.checkpoints import plan_checkpoints
+from open_lm.planner.memory import TrainingSetup, add_reserve, host_bytes, peak, phases
 from open_lm.planner.shapes import shape_of
 from open_lm.planner.strategies import STRATEGIES, largest_batch
-from open_lm.planner.traffic import Rates, exchanges, step_time
+from open_lm.planner.traffic import Rates, collectives, step_time
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import check_plan
 
 VARIANTS = {
-    "as in the file": {},
+    "default": {},
     "experts": {"moe_freq": 2, "moe_num_experts": 4},
     "gelu": {"ffn_type": "gelu", "model_norm": "no_wb_layer_norm"},
     "geglu": {"ffn_type": "gemma_geglu", "qk_norm": True, "model_norm": "rms_norm"},
@@ -39,8 +39,8 @@ VARIANTS = {
 MIXED = "--precision amp_bfloat16 --fsdp --fsdp-amp"
 
 
-def job(flags: str, ranks: int = 1, batch: int = 2) -> Job:
-    return check_plan.Case("", flags, ranks, batch).job()
+def setup(flags: str, ranks: int = 1, batch: int = 2) -> TrainingSetup:
+    return check_plan.Case("", flags, ranks, batch).setup()
 
 
 def planned(flags: str) -> plan.Plan:
@@ -49,7 +49,7 @@ def planned(flags: str) -> plan.Plan:
 
 # --- the model ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_shapes_and_flops_are_those_of_the_models(variant: str) -> None:
+def test_shapes_and_flops_match_the_models(variant: str) -> None:
     for name in model_names() if not VARIANTS[variant] else ("open_lm_87m", "llama2_7b"):
         cfg = ModelConfig(model=name, **VARIANTS[variant])
         with torch.device("meta"):
@@ -65,11 +65,11 @@ COMPARED = ("single amp op", "gemma_geglu", "ddp accum full", "fsdp muon full", 
             "offload full")  # fmt: skip
 
 
-def test_memory_is_within_a_tenth_of_what_torch_tracks(tmp_path: Path) -> None:
+def test_memory_is_within_a_tenth_of_the_tracked_memory(tmp_path: Path) -> None:
     contents = {"hidden_dim": 256, "n_layers": 2, "n_heads": 4, "seq_len": 512, "vocab_size": 8000}
     path = tmp_path / "small.json"
     path.write_text(json.dumps({**contents, "post_embed_norm": False, "weight_tying": False}))
-    # A process of its own, as the device that stands for host memory stays.
+    # Run in a separate process: the fake device for host memory cannot be unregistered.
     command = [sys.executable, check_plan.__file__, "--models", str(path), "--only", ",".join(COMPARED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -80,7 +80,7 @@ def test_memory_is_within_a_tenth_of_what_torch_tracks(tmp_path: Path) -> None:
     assert planned_host == tracked_host
 
 
-def test_the_comparison_fails_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_plan_fails_on_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check_plan, "compare", lambda case, detail: -0.11 if "muon" in case.name else 0.0)
     check_plan.main(["--models", "open_lm_11m", "--only", "gelu"])
     with pytest.raises(SystemExit, match="1"):
@@ -89,80 +89,82 @@ def test_the_comparison_fails_where_they_differ(monkeypatch: pytest.MonkeyPatch)
         check_plan.main(["--only", "dpd"])
 
 
-def test_memory_follows_batch_ranks_and_settings() -> None:
-    one = peak(job(f"--model open_lm_1b {MIXED}", 8, batch=1))
-    two = peak(job(f"--model open_lm_1b {MIXED}", 8, batch=2))
-    more_ranks = peak(job(f"--model open_lm_1b {MIXED}", 64, batch=1))
+def test_memory_depends_on_batch_ranks_and_settings() -> None:
+    one = peak(setup(f"--model open_lm_1b {MIXED}", 8, batch=1))
+    two = peak(setup(f"--model open_lm_1b {MIXED}", 8, batch=2))
+    more_ranks = peak(setup(f"--model open_lm_1b {MIXED}", 64, batch=1))
     assert one.total < two.total < 2 * one.total
     assert more_ranks.parameters + more_ranks.optimizer < (one.parameters + one.optimizer) / 7.9
-    kept = [peak(job(f"--model open_lm_1b {MIXED} --activation-checkpointing {mode}", 8)).activations
+    kept = [peak(setup(f"--model open_lm_1b {MIXED} --activation-checkpointing {mode}", 8)).activations
             for mode in ("full", "op", "none")]  # fmt: skip
     assert kept == sorted(kept)
-    adamw, muon = (job(f"--model open_lm_1b --precision fp32 --optimizer {name}") for name in ("adamw", "muon"))
+    adamw, muon = (setup(f"--model open_lm_1b --precision fp32 --optimizer {name}") for name in ("adamw", "muon"))
     assert peak(muon).optimizer < peak(adamw).optimizer
-    accumulating = job(f"--model open_lm_1b {MIXED} --accum-freq 2", 8)
-    assert peak(accumulating).gradients >= 4 * accumulating.shape.num_params  # whole, in the type of their reduction
+    accumulating = setup(f"--model open_lm_1b {MIXED} --accum-freq 2", 8)
+    assert (
+        peak(accumulating).gradients >= 4 * accumulating.shape.num_params
+    )  # unsharded, in the dtype of their reduction
 
 
-def test_gradients_of_micro_batches_wait_beside_ddp_s_buckets() -> None:
-    """DDP takes them into its buckets in the last micro-batch alone."""
+def test_accumulated_gradients_are_separate_from_ddp_buckets() -> None:
+    """DDP copies accumulated gradients into its buckets only in the last micro-batch."""
     flags = "--model open_lm_1b --precision amp_bfloat16"
-    shape = job(flags).shape
+    shape = setup(flags).shape
     counts = {
-        (ranks, accumulated): phases(job(f"{flags} --accum-freq {accumulated}", ranks))
+        (ranks, accumulated): phases(setup(f"{flags} --accum-freq {accumulated}", ranks))
         for ranks in (1, 8)
         for accumulated in (1, 2)
     }
     found = {key: next(iter(memories)).gradients / shape.num_params for key, memories in counts.items()}
     assert found == {(1, 1): 0, (1, 2): 4, (8, 1): 4, (8, 2): 8}
-    assert list(phases(job(f"{flags} --accum-freq 2", 8)))[-1].gradients == 4 * shape.num_params
+    assert list(phases(setup(f"{flags} --accum-freq 2", 8)))[-1].gradients == 4 * shape.num_params
 
 
-def test_ranks_share_the_work_of_muon_but_not_its_results_under_ddp() -> None:
+def test_muon_divides_work_but_not_results_between_ddp_ranks() -> None:
     def extra(flags: str, ranks: int) -> float:
-        one = job(f"--model open_lm_1b {flags} --optimizer muon", ranks)
+        one = setup(f"--model open_lm_1b {flags} --optimizer muon", ranks)
         *_, update = phases(one)
         return update.activations / sum(w.size for w in one.shape.weights if w.block is not None and len(w.shape) > 1)
 
-    assert extra("--precision fp32", 8) == pytest.approx(6)  # directions, and those that are sent and received
+    assert extra("--precision fp32", 8) == pytest.approx(6)  # directions, and send and receive buffers
     assert 4 * extra(MIXED, 64) < extra(MIXED, 8)
     assert 0 < extra(MIXED, 8) < extra("--precision fp32", 1) < 6
 
 
-def test_offloaded_weights_are_in_host_memory() -> None:
-    offloaded = job(f"--model open_lm_1b {MIXED} --fsdp-cpu-offload", 8)
+def test_cpu_offload_moves_weights_to_host_memory() -> None:
+    offloaded = setup(f"--model open_lm_1b {MIXED} --fsdp-cpu-offload", 8)
     assert peak(offloaded).parameters == peak(offloaded).optimizer == 0
     assert host_bytes(offloaded) == pytest.approx(16 * offloaded.shape.num_params / 8, rel=0.01)
-    assert host_bytes(job(f"--model open_lm_1b {MIXED}", 8)) == 0
+    assert host_bytes(setup(f"--model open_lm_1b {MIXED}", 8)) == 0
 
 
-def test_tensor_and_context_parallelism_divide_what_they_should() -> None:
-    alone = job(f"--model open_lm_1b {MIXED}", 8)
-    tensor = job(f"--model open_lm_1b {MIXED} --tensor-parallel 4", 8)
-    context = job(f"--model open_lm_1b {MIXED} --context-parallel 4", 8)
-    assert tensor.own_numbers == pytest.approx(alone.own_numbers, rel=0.01)
-    assert tensor.whole_numbers == pytest.approx(alone.whole_numbers / 4, rel=0.01)
-    assert peak(tensor).activations < peak(alone).activations / 2
-    assert context.tokens == alone.tokens / 4
-    assert peak(context).activations < peak(alone).activations / 2
+def test_tensor_and_context_parallelism_divide_memory() -> None:
+    fsdp_only = setup(f"--model open_lm_1b {MIXED}", 8)
+    tensor = setup(f"--model open_lm_1b {MIXED} --tensor-parallel 4", 8)
+    context = setup(f"--model open_lm_1b {MIXED} --context-parallel 4", 8)
+    assert tensor.local_params == pytest.approx(fsdp_only.local_params, rel=0.01)
+    assert tensor.unsharded_params == pytest.approx(fsdp_only.unsharded_params / 4, rel=0.01)
+    assert peak(tensor).activations < peak(fsdp_only).activations / 2
+    assert context.tokens == fsdp_only.tokens / 4
+    assert peak(context).activations < peak(fsdp_only).activations / 2
 
 
-def test_the_largest_batch_is_the_largest() -> None:
+def test_largest_batch_is_the_limit() -> None:
     for limit in (0, 1, 2, 7, 64, 1000):
         assert largest_batch(lambda batch, limit=limit: batch <= limit) == limit
     found = planned("--model open_lm_1b --devices 8 --device-memory 40GB")
-    for option in found.found:
+    for option in found.options:
         if option.fits:
-            assert option.job is not None
+            assert option.setup is not None
             sizes = [
-                with_reserve(peak(each), each).total
-                for each in (option.job, replace(option.job, batch=option.largest + 1))
+                add_reserve(peak(each), each).total
+                for each in (option.setup, replace(option.setup, batch=option.largest + 1))
             ]
             assert sizes[0] <= 40e9 < sizes[1]
 
 
-def test_every_phase_of_a_step_is_counted() -> None:
-    names = [memory.phase for memory in phases(job("--model open_lm_11m --precision fp32"))]
+def test_phases_cover_a_step() -> None:
+    names = [memory.phase for memory in phases(setup("--model open_lm_11m --precision fp32"))]
     assert names == [
         "loss",
         *(f"backward of block {n}" for n in range(11, -1, -1)),
@@ -171,39 +173,39 @@ def test_every_phase_of_a_step_is_counted() -> None:
     ]
 
 
-# --- exchange and time ----------------------------------------------------------------------------------------------
-def test_bytes_exchanged_are_those_of_ring_algorithms() -> None:
-    ddp = job("--model open_lm_1b --precision fp32", 8)
+# --- communication and time -----------------------------------------------------------------------------------------
+def test_sent_bytes_match_ring_algorithms() -> None:
+    ddp = setup("--model open_lm_1b --precision fp32", 8)
     num_params = ddp.shape.num_params
-    assert [exchange.num_bytes for exchange in exchanges(ddp)] == [2 * 7 / 8 * 4 * num_params]
-    by_name = {exchange.name: exchange for exchange in exchanges(job(f"--model open_lm_1b {MIXED}", 8))}
-    assert by_name["gather, forward"].num_bytes == pytest.approx(7 / 8 * 2 * num_params, rel=1e-3)
-    assert by_name["reduce gradients"].num_bytes == pytest.approx(7 / 8 * 4 * num_params, rel=1e-3)
-    assert "gather, backward" in by_name
-    zero2 = {exchange.name: exchange for exchange in exchanges(job(f"--model open_lm_1b {MIXED} --fsdp-zero2", 8))}
-    assert zero2["gather, backward"].num_bytes == 0
-    hybrid = {exchange.name: exchange for exchange in exchanges(job(f"--model open_lm_1b {MIXED} --fsdp-hybrid", 16))}
-    assert (hybrid["gather, forward"].group, hybrid["sum over copies"].group) == (8, 2)
-    assert not exchanges(job("--model open_lm_1b --precision fp32"))
+    assert [collective.num_bytes for collective in collectives(ddp)] == [2 * 7 / 8 * 4 * num_params]
+    by_name = {c.name: c for c in collectives(setup(f"--model open_lm_1b {MIXED}", 8))}
+    assert by_name["all-gather, forward"].num_bytes == pytest.approx(7 / 8 * 2 * num_params, rel=1e-3)
+    assert by_name["reduce-scatter gradients"].num_bytes == pytest.approx(7 / 8 * 4 * num_params, rel=1e-3)
+    assert "all-gather, backward" in by_name
+    zero2 = {c.name: c for c in collectives(setup(f"--model open_lm_1b {MIXED} --fsdp-zero2", 8))}
+    assert zero2["all-gather, backward"].num_bytes == 0
+    hybrid = {c.name: c for c in collectives(setup(f"--model open_lm_1b {MIXED} --fsdp-hybrid", 16))}
+    assert (hybrid["all-gather, forward"].group, hybrid["all-reduce over replicas"].group) == (8, 2)
+    assert not collectives(setup("--model open_lm_1b --precision fp32"))
 
 
-def test_groups_inside_a_node_have_its_links_and_others_share_the_node_s() -> None:
+def test_bandwidth_within_and_between_nodes() -> None:
     rates = Rates(matmul_flops=1e15, mfu=0.5, intra=400e9, inter=200e9, per_node=8)
     assert rates.bandwidth(8, 1) == 400e9
-    assert rates.bandwidth(16, 1) == 200e9  # one ring that all eight devices of a node feed
+    assert rates.bandwidth(16, 1) == 200e9  # one ring that uses the links of all eight devices
     assert rates.bandwidth(2, 8) == 25e9  # eight rings, one for each device
 
 
-def test_time_is_what_the_model_s_flops_take_and_recomputation_adds() -> None:
+def test_step_time_follows_flops_and_recomputation() -> None:
     rates = Rates(matmul_flops=1e15, mfu=0.5, intra=1e15, inter=1e15)
-    plain = job("--model open_lm_1b --precision amp_bfloat16")
+    plain = setup("--model open_lm_1b --precision amp_bfloat16")
     time = step_time(plain, rates)
     assert time.tokens == 2 * 2048
     assert time.seconds == pytest.approx(plain.shape.flops_per_token * time.tokens / 0.5e15)
-    again = step_time(job("--model open_lm_1b --precision amp_bfloat16 --activation-checkpointing full"), rates)
+    again = step_time(setup("--model open_lm_1b --precision amp_bfloat16 --activation-checkpointing full"), rates)
     assert 1.25 < again.seconds / time.seconds < 4 / 3
     slow = replace(rates, intra=1e9, inter=1e9)
-    waiting = step_time(job(f"--model open_lm_1b {MIXED}", 8), slow)
+    waiting = step_time(setup(f"--model open_lm_1b {MIXED}", 8), slow)
     assert waiting.exposed_s > 0
     assert waiting.efficiency < 0.5
 
@@ -219,9 +221,9 @@ def test_time_is_what_the_model_s_flops_take_and_recomputation_adds() -> None:
         "--delete-previous-checkpoint --save-frequency 2",
     ],
 )
-def test_checkpoints_are_counted_as_the_policy_keeps_them(flags: str) -> None:
+def test_checkpoints_match_the_retention_policy(flags: str) -> None:
     steps, epochs = 100, 4
-    one = job(f"--model open_lm_11m --precision fp32 {flags}")
+    one = setup(f"--model open_lm_11m --precision fp32 {flags}")
     cfg = one.config.checkpoint
     known: list[int] = []
     written = files = 0
@@ -233,85 +235,85 @@ def test_checkpoints_are_counted_as_the_policy_keeps_them(flags: str) -> None:
             known = [*known, step]
             gone = superseded(cfg, known, step)
             known = [step for step in known if step not in gone]
-    found = checkpoints_of(one, steps, epochs)
+    found = plan_checkpoints(one, steps, epochs)
     assert (found.sharded, found.sharded_kept) == (written, len(known))
     assert found.files == (0 if cfg.checkpoint_format == "sharded" else files)
     assert found.sharded_bytes == 12 * one.shape.num_params
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-def test_commands_are_what_the_trainer_takes_and_say_what_was_planned() -> None:
+def test_printed_commands_parse_to_the_planned_configuration() -> None:
     found = planned("--model open_lm_1b --devices 16 --device-memory 80GB --train-tokens 1e9 --lr 1e-3")
-    assert {option.strategy for option in found.found} == set(STRATEGIES) - {"single"}
-    for option in found.found:
+    assert {option.strategy for option in found.options} == set(STRATEGIES) - {"single"}
+    for option in found.options:
         assert not option.problem
         words = shlex.split(option.command())
         assert words[:3] == ["torchrun", "--nnodes", "2"]
         config = Config.from_namespace(parse_args(words[words.index("open_lm.main") + 1 :]))
-        assert option.job is not None
-        assert option.job.config == config
-        assert layout_of(config.parallel, 16, 8) == option.job.layout
+        assert option.setup is not None
+        assert option.setup.config == config
+        assert resolve_layout(config.parallel, 16, 8) == option.setup.layout
         assert config.data.batch_size == option.batch
         assert (config.optim.lr, config.data.train_num_samples, config.data.epochs) == (1e-3, 10**9, 1)
-    assert found.chosen is not None
-    speeds = [option.time.tokens_per_s for option in found.found if option.fits and option.time]
-    assert found.chosen.time is not None
-    assert found.chosen.time.tokens_per_s >= 0.995 * max(speeds)
+    assert found.recommended is not None
+    speeds = [option.time.tokens_per_s for option in found.options if option.fits and option.time]
+    assert found.recommended.time is not None
+    assert found.recommended.time.tokens_per_s >= 0.995 * max(speeds)
 
 
-def test_a_global_batch_is_divided_into_micro_batches_that_fit() -> None:
+def test_global_batch_is_divided_into_micro_batches_that_fit() -> None:
     found = planned("--model open_lm_7b --devices 8 --global-batch-size 512 --strategies fsdp,zero2")
-    for option in found.found:
-        assert option.job is not None
-        assert option.batch * option.job.config.optim.accum_freq * 8 == 512
+    for option in found.options:
+        assert option.setup is not None
+        assert option.batch * option.setup.config.optim.accum_freq * 8 == 512
         assert option.fits
-    assert any(option.job and option.job.config.optim.accum_freq > 1 for option in found.found)
+    assert any(option.setup and option.setup.config.optim.accum_freq > 1 for option in found.options)
 
 
-def test_a_strategy_that_needs_what_the_trainer_refuses_leaves_the_others() -> None:
-    """CUDA graphs go without accumulation; the global batch fits without it for some."""
+def test_an_invalid_strategy_does_not_exclude_the_others() -> None:
+    """CUDA graphs exclude gradient accumulation; only some strategies fit the global batch without it."""
     graphs = "--torchcompile --torchcompile-mode max-autotune"
-    found = planned(f"--model open_lm_7b --devices 8 --global-batch-size 16 --strategies ddp,fsdp {graphs}").found
+    found = planned(f"--model open_lm_7b --devices 8 --global-batch-size 16 --strategies ddp,fsdp {graphs}").options
     for option in found:
         assert option.fits == (option.strategy == "fsdp")
         if option.strategy == "ddp":
-            assert "with --accum-freq 2, to fit" in option.problem
+            assert "with --accum-freq 2, to fit into memory" in option.problem
             assert "--torchcompile-mode max-autotune" in option.problem
     with pytest.raises(ConfigError, match="leave out --accum-freq"):
         planned(f"--model open_lm_7b --devices 8 --accum-freq 2 {graphs}")
 
 
-def test_flags_that_choose_a_strategy_are_planned_alone() -> None:
-    (option,) = planned("--model open_lm_1b --fsdp --activation-checkpointing op --batch-size 2").found
+def test_strategy_flags_limit_the_plan_to_that_strategy() -> None:
+    (option,) = planned("--model open_lm_1b --fsdp --activation-checkpointing op --batch-size 2").options
     assert (option.strategy, option.checkpointing, option.batch) == ("given", "op", 2)
 
 
 @pytest.mark.parametrize("flags", ["--fsdp", "--mesh-dim 2,-1,2", "--strategies fsdp"])
-def test_shards_travel_in_half_precision_unless_it_is_said_otherwise(flags: str) -> None:
+def test_sharded_strategies_default_to_fsdp_amp(flags: str) -> None:
     given = f"--model open_lm_160m --devices 8 --batch-size 1 --most-devices 0 {flags}"
-    assert all("--fsdp-amp" in option.flags for option in planned(given).found)
-    stated = planned(f"{given} --fsdp-pure-bf16").found
-    assert not any("--fsdp-amp" in option.flags for option in stated)
+    assert all("--fsdp-amp" in option.flags for option in planned(given).options)
+    given_flags = planned(f"{given} --fsdp-pure-bf16").options
+    assert not any("--fsdp-amp" in option.flags for option in given_flags)
 
 
-def test_more_devices_are_tabled_and_strategies_end() -> None:
+def test_scaling_table_and_limits() -> None:
     argv = "--model open_lm_1b --devices 8 --most-devices 32 --batch-size 1 --bandwidth-inter 1 --strategies ddp,hybrid"
     made = plan.make_plan(argv.split())
     assert list(made.growth) == [8, 16, 32]
     assert made.growth[8]["hybrid"].problem
-    said = plan.text(made)
-    assert "ddp: scales to 8; on 16," in said
-    assert "More devices" in said
-    assert json.loads(json.dumps(plan.values(made)))["growth"]["32"]["ddp"]["exposed_s"] > 0
+    text = plan.format_plan(made)
+    assert "ddp: scales to 8 devices; on 16 devices," in text
+    assert "More devices" in text
+    assert json.loads(json.dumps(plan.plan_values(made)))["growth"]["32"]["ddp"]["exposed_s"] > 0
 
 
-def test_nothing_that_fits_is_said() -> None:
+def test_report_says_when_nothing_fits() -> None:
     made = planned("--model open_lm_7b --devices 1 --device-memory 24GB --strategies single")
-    assert made.chosen is None
-    assert "Nothing fits" in plan.text(made)
+    assert made.recommended is None
+    assert "Nothing fits" in plan.format_plan(made)
 
 
-def test_all_mistakes_are_told_together() -> None:
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         planned("--model open_lm_7bb --devices 12 --device-memory 80 --mfu x --bandwidth-intra 0 --device Abacus")
     for part in ("open_lm_7bb", "--devices 12", "without a unit", "--mfu: found 'x'", "--bandwidth-intra", "Abacus"):
@@ -324,20 +326,20 @@ def test_all_mistakes_are_told_together() -> None:
         ("--fsdp-typo", "unknown flag --fsdp-typo"),
         ("--strategies fsdp,magic", "magic"),
         ("--strategies fsdp --tensor-parallel 2", "one or the other"),
-        ("--devices 8 --tensor-parallel 3", "8 ranks do not divide"),
+        ("--devices 8 --tensor-parallel 3", "found 8 ranks, expected a multiple of 3"),
         ("--devices 8 --tensor-parallel 8 --model open_lm_11m", "12 heads"),
-        ("--devices 8 --fsdp --global-batch-size 12", "--global-batch-size 12 does not divide into 8"),
+        ("--devices 8 --fsdp --global-batch-size 12", "--global-batch-size 12 is not divisible by 8"),
         ("--hf-model gpt2", "--hf-model gpt2"),
         ("--bench nowhere.json", "--bench nowhere.json"),
         ("--devices 2.5", "--devices: found '2.5'"),
     ],
 )
-def test_what_cannot_be_planned_is_an_error_with_a_way_out(flags: str, part: str) -> None:
+def test_invalid_command_lines(flags: str, part: str) -> None:
     with pytest.raises(ConfigError, match=part):
         planned(flags)
 
 
-def test_measured_speeds_come_from_the_benchmark_s_file(tmp_path: Path) -> None:
+def test_speeds_are_read_from_a_benchmark_file(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     entry = {
         "flops_per_token": 1e9,
@@ -351,14 +353,14 @@ def test_measured_speeds_come_from_the_benchmark_s_file(tmp_path: Path) -> None:
         planned(f"--model open_lm_1b --bench {path}")
 
 
-def test_planning_loads_no_torch() -> None:
+def test_planner_does_not_import_torch() -> None:
     argv = ["--model", "open_lm_1b", "--most-devices", "0", "--json"]
     code = f"import sys, open_lm.planner.command as p; p.main({argv}); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["recommended"]["fits"]
 
 
-def test_the_example_of_the_documentation_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_example_in_the_documentation_is_current(capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
     example = text.partition("## An example\n\n")[2].partition("\n\n")
     words = shlex.split(example[0].replace("\\\n", " "))
