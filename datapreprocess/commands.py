@@ -1,4 +1,4 @@
-"""What the preprocessing commands share: the last options of both, and the way from their arguments to a run."""
+"""Shared code of the preprocessing commands: common options, and the steps from parsed arguments to a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from open_lm.datapreprocess.inputs import InputFile
-    from open_lm.datapreprocess.job import PreprocessJob, Layout
+    from open_lm.datapreprocess.job import Layout, PreprocessJob
     from open_lm.datapreprocess.mixtures import Mixture
     from open_lm.datapreprocess.tokenization import DocumentEncoder
 
@@ -24,14 +24,14 @@ _logger = logging.getLogger("open_lm.datapreprocess")
 
 
 class Parser(argparse.ArgumentParser):
-    """Accepts every flag with dashes and with underscores; a wrong use is a ConfigError, which callers can catch."""
+    """An argument parser that accepts every flag with dashes and with underscores and raises ConfigError for misuse."""
 
     def add_argument(self, *names: str, **options: object) -> argparse.Action:
-        """Like argparse's, with the other spelling of each flag added."""
+        """Add an argument under both spellings of each flag."""
         return super().add_argument(*_spellings(names), **options)  # type: ignore[arg-type]
 
     def add_argument_group(self, *args: Any, **options: Any) -> argparse._ArgumentGroup:
-        """Like argparse's; its flags have both spellings too."""
+        """Add a group whose flags have both spellings, too."""
         group = super().add_argument_group(*args, **options)
         add = group.add_argument
         group.add_argument = lambda *names, **given: add(*_spellings(names), **given)  # type: ignore[method-assign]
@@ -53,53 +53,67 @@ def _spellings(names: Sequence[str]) -> list[str]:
 
 
 def add_common_options(parser: Parser) -> None:
-    """The options that both commands have and the original ones had not."""
+    """Add the options that both commands share."""
+    from open_lm.datapreprocess.readers import separator_suffixes
+
     documents = parser.add_argument_group("documents").add_argument
-    documents("--eot-token", help="token that ends a document; by default the tokenizer's own end-of-text token")
-    documents("--add-bos", action="store_true", help="begin every document with the tokenizer's begin-of-text token")
+    documents("--eot-token", help="token that ends every document (default: the tokenizer's end-of-text token)")
+    documents("--add-bos", action="store_true", help="start every document with the tokenizer's begin-of-text token")
     documents(
-        "--separator", help=r"cut .txt and .md files into documents here, e.g. '\n\n' (default: a document a file)"
+        "--separator",
+        help=rf"text between the documents of {', '.join(separator_suffixes())} files, for example '\n\n' "
+        "(default: one document per file)",
     )
     documents(
         "--split-documents", action="store_true",
-        help="no document goes from one sequence on into the next: documents are packed whole, sequences padded",
+        help="never continue a document in another sequence: pack complete documents into sequences and pad them; cut "
+        "only documents longer than a sequence",
     )  # fmt: skip
-    documents("--drop-tail", action="store_true", help="drop and count the last tokens that fill no sequence")
+    documents("--drop-tail", action="store_true", help="drop the last tokens that do not fill a sequence")
     bad = parser.add_argument_group("bad input").add_argument
     bad(
         "--max-bad-fraction", type=float,
-        help="share of documents (and of bytes, for broken files) that may be left out and counted (default: 0.001)",
+        help="fraction of the documents, files and bytes that may be unusable and skipped (default: 0.001)",
     )  # fmt: skip
-    bad("--skip-bad-lines", action="store_true", help="the same as --max-bad-fraction 1")
+    bad("--skip-bad-lines", action="store_true", help="same as --max-bad-fraction 1")
     mixing = parser.add_argument_group("mixtures").add_argument
     mixing(
         "--source", action="append", default=[], metavar="NAME=PATTERN",
-        help="files of a source, by name, glob or folder; may be given many times, also for one source",
+        help="name the files of a source by path, glob or folder; may be repeated, also for the same source",
     )  # fmt: skip
-    mixing("--mixture", help="named mixture of sources and rates, or a YAML file (see docs/preprocessing.md)")
-    mixing("--output-per-source", action="store_true", help="a data set for each source, to be mixed while training")
-    mixing("--mixture-tokens", type=int, help="tokens of the mixture; sources may be repeated to reach them")
+    mixing("--mixture", help="a built-in mixture of sources and rates, or a YAML file (see docs/preprocessing.md)")
+    mixing("--output-per-source", action="store_true", help="write one data set per source, to mix them in training")
+    mixing("--mixture-tokens", type=int, help="tokens of the mixture; repeats documents if necessary")
     running = parser.add_argument_group("running").add_argument
-    running("--memory-limit", help="of all processes on one machine, e.g. 8GB (default: half of its memory)")
+    running("--memory-limit", help="for all processes on one machine, for example 8GB (default: half of its memory)")
     running(
         "--work-dir",
-        help="folder for intermediate files, removed at the end (default: in the output folder; for a remote output "
-        "among this machine's temporary files); on several nodes one that all share",
+        help="folder for intermediate files, removed when the run finishes; on several nodes a shared folder (default: "
+        "in the output folder, or in the temporary folder of this machine if the output is remote)",
     )
-    running("--restart", action="store_true", help="throw away unfinished work that was begun with other settings")
+    running("--restart", action="store_true", help="discard unfinished work that was started with other settings")
     running(
-        "--dry-run", action="store_true", help="read a sample, predict tokens, shards, disk and time, write nothing"
-    )
+        "--dry-run", action="store_true",
+        help="tokenize a sample and predict tokens, shards, disk space and time; write nothing",
+    )  # fmt: skip
     running(
         "--verify-tokenizer", type=int, metavar="N",
-        help="compare the fast tokenizer with the reference on N documents and N hostile texts, and write nothing",
+        help="compare the fast tokenizer with the reference on N documents and N random texts; write nothing",
     )  # fmt: skip
 
 
 @dataclass
 class Request:
-    """What a command asks for. `common` holds the arguments that both have, `running` the fields of a job that each
-    names in its own way: workers, work_dir, ray_options."""
+    """The parsed arguments of a command.
+
+    Attributes:
+        common: arguments that both commands have.
+        input_flag: the command's flag for inputs, for messages.
+        patterns: inputs as given.
+        running: fields of the job whose flags differ between the commands: workers, work_dir, ray_options.
+        suffixes: read only files with these suffixes from folders; None: all supported files.
+        choose: selects the input files to use.
+    """
 
     common: argparse.Namespace
     input_flag: str
@@ -114,7 +128,7 @@ class Request:
 
 
 def execute(request: Request) -> None:
-    """Do what a command asks for: make the data set, or only tell of it."""
+    """Run a command: make the data set, predict it (--dry-run) or verify the tokenizer."""
     from open_lm.datapreprocess.engine import run
 
     common = request.common
@@ -124,7 +138,7 @@ def execute(request: Request) -> None:
     flags = _training_flags(job, mixture) if mixture and mixture.rates and job.layout.per_source else []
     encoder = make_encoder(request.tokenizer, common.eot_token, request.vocab_size, common.add_bos)
     if common.verify_tokenizer is not None:
-        _verify(job, encoder, common.verify_tokenizer)
+        _verify_tokenizer(job, encoder, common.verify_tokenizer)
         return
     job = _sample_by_rate(job, request, encoder)
     if common.dry_run:
@@ -134,13 +148,13 @@ def execute(request: Request) -> None:
         return
     run(job, encoder)
     if flags:
-        _logger.info("to train at the rates of the mixture: %s", shlex.join(flags))
+        _logger.info("training flags for the rates of the mixture: %s", shlex.join(flags))
 
 
 def make_encoder(
     tokenizer: str | None, eot_token: str | None, vocab_size: int | None, add_bos: bool = False
 ) -> DocumentEncoder:
-    """The encoder of a tokenizer, or, for None, of documents that come as ids (end-of-text id 0)."""
+    """Return the encoder of a tokenizer; without a tokenizer, documents are token ids and end with id 0."""
     from open_lm.datapreprocess.tokenization import DocumentEncoder
     from open_lm.errors import ConfigError
 
@@ -148,7 +162,9 @@ def make_encoder(
         raise ConfigError(f"--vocab-size must be at least 1, found {vocab_size}")
     if tokenizer is None:
         if eot_token is not None:
-            raise ConfigError(f"--eot-token {eot_token}: documents come as ids, which id 0 ends; name a --tokenizer")
+            raise ConfigError(
+                f"--eot-token {eot_token}: needs a --tokenizer; without one, documents are token ids and end with id 0"
+            )
         return DocumentEncoder(None, vocab_size, add_bos=add_bos)
     from open_lm.tokenizer import load_tokenizer
 
@@ -163,23 +179,23 @@ def _make_job(request: Request) -> PreprocessJob:
     from open_lm.errors import ConfigError
 
     common, mixture = request.common, request.mixture
-    found = {
+    source_inputs = {
         name: find_inputs(patterns, request.suffixes) for name, patterns in (mixture.inputs if mixture else {}).items()
     }
-    inputs = {item.url: item for items in found.values() for item in items}
+    inputs = {item.url: item for items in source_inputs.values() for item in items}
     if not request.patterns and not inputs:
         raise ConfigError(
-            f"no input is named: give {request.input_flag}, or files of a source with --source NAME=PATTERN"
+            f"no input files: use {request.input_flag}, or name the files of a source with --source NAME=PATTERN"
         )
     if request.patterns:
         inputs |= {item.url: item for item in find_inputs(request.patterns, request.suffixes)}
     layout = replace(request.layout, per_source=common.output_per_source)
     names = [UNKNOWN, *(source.name for source in (mixture.sources if mixture else ()))]
-    outside = _outside(layout, inputs.values(), names)
-    chosen = request.choose(sorted(outside, key=lambda item: item.url))
+    raw_inputs = _exclude_outputs(layout, inputs.values(), names)
+    chosen = request.choose(sorted(raw_inputs, key=lambda item: item.url))
     sampling = Sampling()
     if mixture:
-        sampling = mixture.sampling({name: [item.url for item in items] for name, items in found.items()})
+        sampling = mixture.sampling({name: [item.url for item in items] for name, items in source_inputs.items()})
         log_sampling(sampling, [item.url for item in chosen])
     bad_fraction = DEFAULT_BAD_FRACTION if common.max_bad_fraction is None else common.max_bad_fraction
     separator = _separator(common.separator, chosen)
@@ -205,39 +221,40 @@ def _make_job(request: Request) -> PreprocessJob:
 
 
 def _check_flags(common: argparse.Namespace, mixture: Mixture | None) -> None:
-    """ConfigError for flags that exclude each other, or that would do nothing."""
+    """Raise ConfigError for flags that exclude each other; warn about flags without effect."""
     from open_lm.errors import ConfigError, join_problems
 
     problems = []
     if common.dry_run and common.verify_tokenizer is not None:
-        problems.append("--dry-run and --verify-tokenizer: give one of them")
+        problems.append("--dry-run and --verify-tokenizer exclude each other")
     if common.skip_bad_lines and common.max_bad_fraction is not None:
-        problems.append("--skip-bad-lines stands for --max-bad-fraction 1: give one of them")
+        problems.append("--skip-bad-lines means --max-bad-fraction 1; use only one of them")
     if common.separator == "":
-        problems.append("--separator must not be empty; without it a text file is one document")
+        problems.append("--separator must not be empty; leave it out to read each text file as one document")
     if common.output_per_source and mixture is None:
-        problems.append("--output-per-source: no source is named; give --source NAME=PATTERN or --mixture")
+        problems.append("--output-per-source needs sources: use --source NAME=PATTERN or --mixture")
     if common.mixture_tokens is not None and not (mixture and mixture.rates):
-        problems.append("--mixture-tokens needs the rates of a --mixture")
+        problems.append("--mixture-tokens needs a --mixture with rates")
     elif common.mixture_tokens is not None and common.output_per_source:
         problems.append(
-            "--mixture-tokens: with --output-per-source the mixing is done while training; give one of them"
+            "--mixture-tokens and --output-per-source exclude each other: with one data set per source, the sources "
+            "are mixed in training"
         )
     if problems:
         raise ConfigError(join_problems(problems))
     if common.drop_tail and common.split_documents:
-        warn_without_effect(["--drop-tail"], "with --split-documents there is no tail")
+        warn_without_effect(["--drop-tail"], "--split-documents leaves no tail")
 
 
-def _outside(layout: Layout, inputs: Iterable[InputFile], sources: Sequence[str]) -> list[InputFile]:
-    """The inputs without the shards of the output, which may lie in a folder of them."""
+def _exclude_outputs(layout: Layout, inputs: Iterable[InputFile], sources: Sequence[str]) -> list[InputFile]:
+    """Return the inputs without shards in the output folders, which may be inside an input folder."""
     from open_lm import storage
 
-    remote = storage.is_remote(layout.root)
-    root = layout.root.rstrip("/") if remote else os.path.abspath(storage.local_path(layout.root))
-    place = replace(layout, root=root)
-    own = {place.folder(name) for source in sources for name in place.folders_of(source)}
-    return [item for item in inputs if not (item.url.endswith(".tar") and item.url.rpartition("/")[0] in own)]
+    is_remote = storage.is_remote(layout.root)
+    root = layout.root.rstrip("/") if is_remote else os.path.abspath(storage.local_path(layout.root))
+    absolute = replace(layout, root=root)
+    folders = {absolute.folder(name) for source in sources for name in absolute.folders_of(source)}
+    return [item for item in inputs if not (item.url.endswith(".tar") and item.url.rpartition("/")[0] in folders)]
 
 
 def _memory_limit(text: str | None) -> int | None:
@@ -251,24 +268,24 @@ def _memory_limit(text: str | None) -> int | None:
         limit = parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"--memory-limit: {error}") from error
-    plan_budget(limit, workers=1)  # one worker must fit
+    plan_budget(limit, workers=1)  # raises ConfigError if not even one worker fits
     return limit
 
 
 def _separator(text: str | None, inputs: Sequence[InputFile]) -> str | None:
-    r"""The separator that a text with escapes such as \n and \u2028 stands for."""
-    from open_lm.datapreprocess.readers import is_text
+    r"""Return the separator with its escapes, such as \n and \u2028, replaced."""
+    from open_lm.datapreprocess.readers import separator_suffixes, uses_separator
     from open_lm.errors import ConfigError
 
     if text is None:
         return None
-    if not any(is_text(item.url) for item in inputs):
-        warn_without_effect(["--separator"], "no input is a .txt or .md file")
+    if not any(uses_separator(item.url) for item in inputs):
+        warn_without_effect(["--separator"], f"no input file ends in {' or '.join(separator_suffixes())}")
     separator = _ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), text)
     try:
         separator.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"--separator {text!r}: no text that UTF-8 can hold ({error.reason})") from error
+        raise ConfigError(f"--separator {text!r} cannot be encoded as UTF-8 ({error.reason})") from error
     return separator
 
 
@@ -276,7 +293,7 @@ def _separator(text: str | None, inputs: Sequence[InputFile]) -> str | None:
 
 
 def _choose_mixture(request: Request) -> Mixture | None:
-    """The command's own mixture with the files of --source, or what --mixture and --source say."""
+    """Return the command's default mixture with the files of --source, or the one from --mixture and --source."""
     from open_lm.datapreprocess.mixtures import choose_mixture, parse_sources
     from open_lm.errors import ConfigError
 
@@ -284,12 +301,14 @@ def _choose_mixture(request: Request) -> Mixture | None:
     if request.mixture is None:
         return choose_mixture(common.mixture, common.source)
     if common.mixture is not None:
-        raise ConfigError(f"--mixture {common.mixture}: --do_sample already names a mixture; give one of them")
+        raise ConfigError(
+            f"--mixture {common.mixture} and --do_sample exclude each other: each of them selects a mixture"
+        )
     return request.mixture.with_inputs(parse_sources(common.source))
 
 
 def _sample_by_rate(job: PreprocessJob, request: Request, encoder: DocumentEncoder) -> PreprocessJob:
-    """With rates and a single output, documents are left out or repeated so that the sources' shares come to them."""
+    """Set sampling factors that bring the sources of a single output to the rates of the mixture."""
     mixture = request.mixture
     if mixture is None or not mixture.rates or job.layout.per_source:
         return job
@@ -299,35 +318,37 @@ def _sample_by_rate(job: PreprocessJob, request: Request, encoder: DocumentEncod
 
     if mixture.factors:
         raise ConfigError(
-            f"{mixture.name}: has rates and sampling_frequencies, which both decide how often documents are taken; "
-            "leave one of them out, or make a data set for each source (--output-per-source)"
+            f"{mixture.name}: has both rates and sampling_frequencies, and each decides how often documents are used; "
+            "remove one of them, or write one data set per source (--output-per-source)"
         )
     tokens = {part.name: round(part.tokens) for part in estimate(job, encoder).sources}
     factors = factors_for_rates(tokens, mixture.rates, request.common.mixture_tokens)
     for name, factor in factors.items():
-        _logger.info("mixture: about %s tokens of %s, taken %.4g times", f"{tokens.get(name, 0):,}", name, factor)
+        _logger.info("mixture: about %s tokens of %s, used %.4g times", f"{tokens.get(name, 0):,}", name, factor)
     mixed = replace(mixture, factors=factors)
     sampling = replace(job.sampling, factors=factors)
     return replace(job, sampling=sampling, mixture=mixed.record())
 
 
 def _training_flags(job: PreprocessJob, mixture: Mixture) -> list[str]:
-    """The flags that train on data sets of single sources at the mixture's rates."""
+    """Return the trainer flags that mix the data sets of the sources at the rates of the mixture."""
     from open_lm import storage
     from open_lm.datapreprocess.mixtures import training_flags
     from open_lm.datapreprocess.writer import MANIFEST
 
     if len(job.layout.folders) > 1:
-        _logger.warning("the rates need one folder for each source: make the data sets with --num-consumers 1")
+        _logger.warning(
+            "no training flags for the rates of the mixture: they need one folder per source; use --num-consumers 1"
+        )
         return []
     return training_flags({name: storage.join(job.layout.root, name, MANIFEST) for name in job.sources}, mixture.rates)
 
 
-# --- the tokenizer -----------------------------------------------------------------------------------------------
+# --- tokenizer ---------------------------------------------------------------------------------------------------
 
 
-def _verify(job: PreprocessJob, encoder: DocumentEncoder, count: int) -> None:
-    """Compare on the first documents of the inputs and on as many generated ones; DataError for any difference."""
+def _verify_tokenizer(job: PreprocessJob, encoder: DocumentEncoder, count: int) -> None:
+    """Compare the tokenizers on the first `count` documents and on as many random texts; DataError if they differ."""
     from itertools import islice
 
     from open_lm.datapreprocess.readers import TO_END, Piece, PieceReader
@@ -350,7 +371,7 @@ def _verify(job: PreprocessJob, encoder: DocumentEncoder, count: int) -> None:
 
 
 def start_logging() -> None:
-    """Messages of this package to standard error, when nothing else is set up."""
+    """Log messages of this package to standard error, unless logging is already configured."""
     if not logging.getLogger().handlers and not logging.getLogger("open_lm").handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
@@ -359,6 +380,6 @@ def start_logging() -> None:
 
 
 def warn_without_effect(flags: Sequence[str], reason: str) -> None:
-    """Say once that flags of the original command were given and change nothing here."""
+    """Log a warning about flags that have no effect."""
     if flags:
-        _logger.warning("%s: without effect here, %s", ", ".join(flags), reason)
+        _logger.warning("%s: without effect: %s", ", ".join(flags), reason)

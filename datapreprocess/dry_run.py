@@ -1,6 +1,6 @@
-"""A dry run: read and tokenize a little of the inputs, and tell what the whole would give and take. Writes nothing.
+"""Dry run: tokenize a sample of the inputs and predict the output and cost of the full run. Writes nothing.
 
-What is counted in the probes of a source stands for the rest of it by its bytes.
+The counts of a source are extrapolated from its probes, in proportion to the input bytes.
 """
 
 from __future__ import annotations
@@ -17,27 +17,30 @@ from open_lm.datapreprocess.cluster import local_workers
 from open_lm.datapreprocess.inputs import InputFile
 from open_lm.datapreprocess.job import PreprocessJob, shard_size
 from open_lm.datapreprocess.memory import SPILLED_BYTES_PER_INPUT_BYTE, plan_budget
-from open_lm.datapreprocess.probe import Probe, probe
+from open_lm.datapreprocess.probe import Probe, probe_files
 from open_lm.datapreprocess.progress import clock, memory_in_use, size
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.errors import DataError, join_problems
 
 _SAMPLE_BYTES = 8 << 20
-_SMALL_BYTES = 1 << 20  # so much may be read of any input; of a larger one at most a quarter
-# Not measured here: what a disk takes, what Ray and a worker's buffers hold, how storage reads and writes objects.
+_SMALL_BYTES = 1 << 20  # always allowed to read this much; of larger inputs at most a quarter
+# Assumptions that are not measured: disk speed, memory of Ray and of worker buffers, sizes of storage requests.
 _DISK_BYTES_PER_S = 200e6
 _RAY_BYTES = 512 << 20
-_BUFFERS_PER_WORKER = 4  # buffers that a worker holds at once
+_BUFFERS_PER_WORKER = 4  # buffers that a worker holds in memory at the same time
 _GET_BYTES, _PUT_BYTES = 8 << 20, 16 << 20
-_KEY_BYTES = 8  # of a sequence in the work folder, beside its ids
+_KEY_BYTES = 8  # shuffle key of a sequence in the work folder, in addition to its ids
 
 
 @dataclass(frozen=True)
 class SourceEstimate:
-    """Predictions for the files of a source; documents and tokens count each pass that the sampling makes over them.
+    """Predictions for the files of a source; documents and tokens include repeated passes of the sampling.
 
-    documents_error, tokens_error: twice the standard error as a share; None where nothing tells. So it is with the
-    number of documents where only beginnings of files are known: in many a corpus it is another further on.
+    Attributes:
+        probes: number of sampled positions.
+        sampled_bytes: input bytes read.
+        documents_error, tokens_error: twice the standard error as a fraction; None if unknown. The error of the number
+            of documents is unknown if only beginnings of files were read: document lengths often change further on.
     """
 
     name: str
@@ -54,9 +57,13 @@ class SourceEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Predictions for a whole run; `problems` tells of files that cannot be read.
+    """Predictions for a full run.
 
-    bad_documents: those in the probes.
+    Attributes:
+        work_bytes: size of the work folder.
+        encode_bytes_per_s: measured speed of one process, in input bytes.
+        bad_documents: number of bad documents in the sample.
+        problems: errors of files that could not be read.
     """
 
     sources: tuple[SourceEstimate, ...]
@@ -89,30 +96,32 @@ class _Source:
 
     @property
     def read(self) -> int:
-        return sum(found.read for found in self.probes)
+        return sum(probe.read for probe in self.probes)
 
     def density(self, count: Callable[[Probe], float]) -> float:
-        """How much of something a byte of input holds."""
-        known = sum(found.stands_for for found in self.probes)
-        return sum(map(count, self.probes)) / known if known else 0.0
+        """Return the average of a count per input byte."""
+        num_bytes = sum(probe.represents for probe in self.probes)
+        return sum(map(count, self.probes)) / num_bytes if num_bytes else 0.0
 
 
 def estimate(job: PreprocessJob, encoder: DocumentEncoder, sample_bytes: int = _SAMPLE_BYTES) -> Estimate:
-    """Predict a run from about `sample_bytes` of its inputs, and at most a quarter of them where they are not tiny.
+    """Predict a run from about `sample_bytes` of its inputs; at most a quarter of them unless they are tiny.
 
-    DataError when no document is found in what is read.
+    Raises DataError if the sample contains no document.
     """
     sources = _sources(job)
     budget = min(sample_bytes, max(_SMALL_BYTES, job.num_bytes // 4))
     if job.tokenizer:
-        encoder.encode(["This loads the tokenizer before the clock runs."])
+        encoder.encode(["Load the tokenizer before the time is measured."])
     for number, source in enumerate(sources):
-        draw = float(np.random.default_rng([job.seed, number]).random())
-        source.probes = probe(source.files, budget * source.num_bytes / max(1, job.num_bytes), draw, job, encoder)
-    if not any(found.documents for source in sources for found in source.probes):
-        told = [found.problem for source in sources for found in source.probes if found.problem]
-        told = told or [f"no document in the sampled parts of {len(job.inputs)} files; is --content_key right?"]
-        raise DataError(join_problems(told))
+        offset = float(np.random.default_rng([job.seed, number]).random())
+        share = source.num_bytes / max(1, job.num_bytes)
+        source.probes = probe_files(source.files, budget * share, offset, job, encoder)
+    probes = [probe for source in sources for probe in source.probes]
+    if not any(probe.documents for probe in probes):
+        problems = [probe.problem for probe in probes if probe.problem]
+        no_document = f"found no document in the sample of {len(job.inputs)} input files; check --content_key"
+        raise DataError(join_problems(problems or [no_document]))
     return _predict(job, encoder, sources)
 
 
@@ -124,12 +133,12 @@ def _sources(job: PreprocessJob) -> list[_Source]:
     return [sources[name] for name in sorted(sources)]
 
 
-# --- predicting --------------------------------------------------------------------------------------------------
+# --- prediction --------------------------------------------------------------------------------------------------
 
 
 def _predict(job: PreprocessJob, encoder: DocumentEncoder, sources: Sequence[_Source]) -> Estimate:
-    document_errors = _errors(sources, lambda found: found.documents)
-    token_errors = _errors(sources, lambda found: found.tokens)
+    document_errors = _errors(sources, lambda probe: probe.documents)
+    token_errors = _errors(sources, lambda probe: probe.tokens)
     parts = [
         SourceEstimate(
             name=source.name,
@@ -138,24 +147,25 @@ def _predict(job: PreprocessJob, encoder: DocumentEncoder, sources: Sequence[_So
             factor=source.factor,
             probes=len(source.probes),
             sampled_bytes=source.read,
-            documents=source.density(lambda found: found.documents) * source.num_bytes * source.factor,
-            tokens=source.density(lambda found: found.tokens) * source.num_bytes * source.factor,
-            documents_error=None if any(found.beginning for found in source.probes) else documents_error,
+            documents=source.density(lambda probe: probe.documents) * source.num_bytes * source.factor,
+            tokens=source.density(lambda probe: probe.tokens) * source.num_bytes * source.factor,
+            documents_error=None if any(probe.is_beginning for probe in source.probes) else documents_error,
             tokens_error=tokens_error,
         )
         for source, documents_error, tokens_error in zip(sources, document_errors, token_errors, strict=True)
     ]
     total = _total(parts)
     sequences = int(total.tokens) // job.length + (not job.drop_tail)
-    shards = _shards(job, parts, sequences)
-    members = [member for source in sources for found in source.probes for member in found.member_bytes]
+    shards = _num_shards(job, parts, sequences)
+    probes = [probe for source in sources for probe in source.probes]
+    members = [size for probe in probes for size in probe.member_bytes]
     output_bytes = int(sequences * sum(members) / len(members))
     work_bytes = sequences * (job.length * encoder.dtype.itemsize + _KEY_BYTES)
     workers = local_workers(job.workers) if job.ray_address is None else job.workers or 1
     budget = plan_budget(job.memory_limit, workers, job.num_bytes * SPILLED_BYTES_PER_INPUT_BYTE)
-    held_bytes = _BUFFERS_PER_WORKER * min(budget.buffer_bytes, work_bytes)
-    seconds = sum(source.density(lambda found: found.seconds) * source.num_bytes * source.factor for source in sources)
-    taken_bytes = sum(source.num_bytes * source.factor for source in sources)
+    worker_bytes = _BUFFERS_PER_WORKER * min(budget.buffer_bytes, work_bytes)
+    seconds = sum(source.density(lambda probe: probe.seconds) * source.num_bytes * source.factor for source in sources)
+    pass_bytes = sum(source.num_bytes * source.factor for source in sources)
     return Estimate(
         sources=tuple(parts),
         total=total,
@@ -163,45 +173,45 @@ def _predict(job: PreprocessJob, encoder: DocumentEncoder, sources: Sequence[_So
         shards=shards,
         output_bytes=output_bytes,
         work_bytes=work_bytes,
-        memory_bytes=budget.workers * (memory_in_use([os.getpid()]) + held_bytes) + _RAY_BYTES,
+        memory_bytes=budget.workers * (memory_in_use([os.getpid()]) + worker_bytes) + _RAY_BYTES,
         workers=budget.workers,
-        encode_bytes_per_s=taken_bytes / seconds if seconds else 0.0,
+        encode_bytes_per_s=pass_bytes / seconds if seconds else 0.0,
         tokenize_s=seconds / budget.workers,
         write_s=(2 * work_bytes + output_bytes) / _DISK_BYTES_PER_S,
-        get_requests=_gets(sources),
-        put_requests=_puts(job, shards, output_bytes),
-        bad_documents=sum(found.bad for source in sources for found in source.probes),
-        problems=tuple(found.problem for source in sources for found in source.probes if found.problem),
+        get_requests=_num_gets(sources),
+        put_requests=_num_puts(job, shards, output_bytes),
+        bad_documents=sum(probe.bad for probe in probes),
+        problems=tuple(probe.problem for probe in probes if probe.problem),
     )
 
 
 def _errors(sources: Sequence[_Source], count: Callable[[Probe], float]) -> list[float | None]:
-    """Twice the standard error of each source's density as a share of it; None where no source has two pieces.
+    """Return twice the standard error of each source's density, as a fraction of it; None if no source has two probes.
 
-    The spread of pieces around their source is taken to be alike in all sources, so that those with one piece have
-    one too. What was read whole has no error.
+    Assumes that the variance between probes is the same in all sources, so that sources with one probe get an error,
+    too. Sources that were read completely have no error.
     """
-    squares, freedom = 0.0, 0
+    squares, degrees_of_freedom = 0.0, 0
     for source in sources:
         mean = source.density(count)
-        useful = [found for found in source.probes if found.stands_for]
-        if mean and len(useful) > 1:
-            average = sum(found.stands_for for found in useful) / len(useful)
-            squares += sum(((count(found) / mean - found.stands_for) / average) ** 2 for found in useful)
-            freedom += len(useful) - 1
+        probes = [probe for probe in source.probes if probe.represents]
+        if mean and len(probes) > 1:
+            average = sum(probe.represents for probe in probes) / len(probes)
+            squares += sum(((count(probe) / mean - probe.represents) / average) ** 2 for probe in probes)
+            degrees_of_freedom += len(probes) - 1
     errors: list[float | None] = []
     for source in sources:
         unread = max(0.0, 1.0 - source.read / max(1, source.num_bytes))
-        if unread and not freedom:
+        if unread and not degrees_of_freedom:
             errors.append(None)
         else:
-            spread = squares / freedom if freedom else 0.0
-            errors.append(2 * math.sqrt(spread / max(1, len(source.probes)) * unread))
+            variance = squares / degrees_of_freedom if degrees_of_freedom else 0.0
+            errors.append(2 * math.sqrt(variance / max(1, len(source.probes)) * unread))
     return errors
 
 
 def _total(parts: Sequence[SourceEstimate]) -> SourceEstimate:
-    """All sources together; their errors are independent."""
+    """Sum the sources, assuming that their errors are independent."""
 
     def error(amounts: Sequence[float], errors: Sequence[float | None]) -> float | None:
         if None in errors:
@@ -223,8 +233,8 @@ def _total(parts: Sequence[SourceEstimate]) -> SourceEstimate:
     )
 
 
-def _shards(job: PreprocessJob, parts: Sequence[SourceEstimate], sequences: int) -> int:
-    """Shards in all folders; every source has its own where the layout says so."""
+def _num_shards(job: PreprocessJob, parts: Sequence[SourceEstimate], sequences: int) -> int:
+    """Return the number of shards in all folders; with `per_source` every source has its own."""
     outputs = [(part.name, int(part.tokens) // job.length) for part in parts] if job.layout.per_source else []
     shards = 0
     for name, count in outputs or [("", sequences)]:
@@ -233,8 +243,8 @@ def _shards(job: PreprocessJob, parts: Sequence[SourceEstimate], sequences: int)
     return shards
 
 
-def _gets(sources: Sequence[_Source]) -> int:
-    """Requests that read the remote inputs, once for each pass."""
+def _num_gets(sources: Sequence[_Source]) -> int:
+    """Return the number of requests that read the remote inputs, including repeated passes."""
     return sum(
         math.ceil(source.factor) * max(1, math.ceil(item.num_bytes / _GET_BYTES))
         for source in sources
@@ -243,54 +253,56 @@ def _gets(sources: Sequence[_Source]) -> int:
     )
 
 
-def _puts(job: PreprocessJob, shards: int, output_bytes: int) -> int:
-    """Requests that write the shards, in parts where they are large."""
+def _num_puts(job: PreprocessJob, shards: int, output_bytes: int) -> int:
+    """Return the number of requests that write the shards; large shards are uploaded in parts."""
     if not storage.is_remote(job.layout.root):
         return 0
     return shards * max(1, math.ceil(output_bytes / max(1, shards) / _PUT_BYTES))
 
 
-# --- telling -----------------------------------------------------------------------------------------------------
+# --- report ------------------------------------------------------------------------------------------------------
 
 
 def describe(prediction: Estimate) -> str:
-    """A table of the sources and, below it, what a run would give and take."""
+    """Return a table of the sources, followed by the predicted output and cost of the run."""
     total = prediction.total
-    heads = ("source", "files", "input", "factor", "documents", "tokens", "sampled")
-    shown = [*prediction.sources, total] if len(prediction.sources) > 1 else prediction.sources
-    rows = [heads, *map(_row, shown)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    certain = None not in (total.documents_error, total.tokens_error)
-    table = [
+    header = ("source", "files", "input", "factor", "documents", "tokens", "sampled")
+    parts = [*prediction.sources, total] if len(prediction.sources) > 1 else prediction.sources
+    rows = [header, *map(_row, parts)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = [
         "  ".join(cell.ljust(width) if not column else cell.rjust(width) for column, (cell, width) in cells).rstrip()
         for cells in (enumerate(zip(row, widths, strict=True)) for row in rows)
     ]
-    told = [
-        *table,
-        f"± is twice the standard error, from the spread over {total.probes} sampled pieces; what is unlike all "
-        "of them it does not know",
-        *(["±?: only beginnings of files are read, where documents may be shorter or longer"] * (not certain)),
+    lines.append(
+        f"± is twice the standard error, from the variance of {total.probes} samples; it does not cover data that is "
+        "unlike all samples"
+    )
+    if None in (total.documents_error, total.tokens_error):
+        lines.append("±?: error unknown: only beginnings of files were read, and later documents may differ in length")
+    num_workers = prediction.workers
+    lines += [
         f"output: {prediction.sequences:,} sequences in {prediction.shards:,} shards, {size(prediction.output_bytes)}; "
-        f"work folder: {size(prediction.work_bytes)} until the end",
-        f"time: about {clock(prediction.tokenize_s + prediction.write_s)} with {prediction.workers} "
-        f"worker{'s' * (prediction.workers != 1)}: {clock(prediction.tokenize_s)} to tokenize, if each keeps the "
-        f"{prediction.encode_bytes_per_s / 1e6:,.2f} MB/s of input that one process reached here just now; "
-        f"{clock(prediction.write_s)} to write, at an assumed {size(_DISK_BYTES_PER_S)}/s; "
-        "where Ray is started, that comes to it",
+        f"work folder: {size(prediction.work_bytes)} until the run finishes",
+        f"time: about {clock(prediction.tokenize_s + prediction.write_s)} with {num_workers} "
+        f"worker{'s' * (num_workers != 1)}: {clock(prediction.tokenize_s)} to tokenize, if each worker reaches the "
+        f"{prediction.encode_bytes_per_s / 1e6:,.2f} MB/s of input measured here with one process; "
+        f"{clock(prediction.write_s)} to write, at an assumed {size(_DISK_BYTES_PER_S)}/s; the start of Ray, if "
+        "needed, is not included",
         f"memory: about {size(prediction.memory_bytes)}",
     ]
     if prediction.get_requests or prediction.put_requests:
-        told.append(
+        lines.append(
             f"requests to remote storage: about {prediction.get_requests:,} to read, "
             f"{prediction.put_requests:,} to write"
         )
     if prediction.bad_documents:
-        told.append(f"bad documents in what was sampled: {prediction.bad_documents:,}")
-    return "\n".join([*told, *(f"problem: {problem}" for problem in prediction.problems)])
+        lines.append(f"bad documents in the sample: {prediction.bad_documents:,}")
+    return "\n".join([*lines, *(f"problem: {problem}" for problem in prediction.problems)])
 
 
 def _row(part: SourceEstimate) -> tuple[str, ...]:
-    def figure(amount: float, error: float | None) -> str:
+    def with_error(amount: float, error: float | None) -> str:
         return f"{amount:,.0f} ±{'?' if error is None else f' {error:.1%}'}"
 
     share = part.sampled_bytes / part.num_bytes if part.num_bytes else 1.0
@@ -299,7 +311,7 @@ def _row(part: SourceEstimate) -> tuple[str, ...]:
         f"{part.files:,}",
         size(part.num_bytes),
         "" if part.name == "total" else f"{part.factor:g}",
-        figure(part.documents, part.documents_error),
-        figure(part.tokens, part.tokens_error),
+        with_error(part.documents, part.documents_error),
+        with_error(part.tokens, part.tokens_error),
         f"{share:.1%}",
     )

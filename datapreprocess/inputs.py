@@ -1,4 +1,4 @@
-"""The input files of a run: found through names, globs, folders and lists, and cut into units of work."""
+"""Find the input files of a run by path, glob, folder or list, and divide them into units of work."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from open_lm.datapreprocess.readers import (
     Piece,
     ReadOptions,
     can_stream,
+    describe_suffixes,
     expand_folder,
     is_data_name,
     split,
@@ -23,15 +24,18 @@ from open_lm.datapreprocess.readers import (
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import DataError, UserError, join_problems
 
-_TARGET_UNITS = 1024  # enough for every worker to have many, so that all end together
+_TARGET_UNITS = 1024  # many per worker, so that all workers finish at about the same time
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 1 << 20, 256 << 20
-_MIN_FILE_BYTES = 16 << 10  # a file counts as no less: opening it takes time too
+_MIN_FILE_BYTES = 16 << 10  # cost of a small file: opening it takes time too
 _LIST_PREFIX = "@"
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to read. `mtime_s` (0.0 where unknown) and `etag` ("" where unknown) tell whether it changed."""
+    """A file to read.
+
+    mtime_s, etag: used to detect changes of the file; 0.0 and "" if unknown.
+    """
 
     url: str
     num_bytes: int
@@ -41,11 +45,12 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of work of its own: pieces of files of one source, read in order; `copy` counts passes over them.
+    """A unit of work: pieces of files of one source, which are read in order.
 
-    group: the same for all passes over the same pieces.
-    streamed: the one piece is a large compressed file, decompressed by one task and encoded by others.
-    digest: of the files as they are now; another one means that the unit has to be done again.
+    group, copy: a source that is read several times has one unit per pass over the same pieces. These units have the
+        same group; `copy` is the number of the pass.
+    streamed: the only piece is a large compressed file, which one task decompresses and other tasks encode.
+    digest: hash of the state of the files; if it changes, the unit must be processed again.
     """
 
     index: int
@@ -58,6 +63,7 @@ class Unit:
 
     @property
     def num_bytes(self) -> int:
+        """The input bytes of all pieces."""
         return sum(piece.num_bytes for piece in self.pieces)
 
 
@@ -65,38 +71,39 @@ class Unit:
 
 
 def find_inputs(patterns: Sequence[str], suffixes: Sequence[str] | None = None) -> list[InputFile]:
-    """The files that names, local or remote globs, folders (searched through) and @lists stand for: sorted, each once.
+    """Return the files that match the patterns, sorted by URL and without duplicates.
 
-    Data sets of Hugging Face `datasets` are folders too, saved ones or `hf-dataset://NAME?split=…`. In other folders
-    only files of known (or the given) suffixes count; a file named otherwise must have a reader. `@FILE` stands for the
-    names in the lines of a text file.
+    A pattern is a path or URL of a file, a local or remote glob, a folder (searched recursively), a data set of
+    Hugging Face `datasets` (a saved one or `hf-dataset://NAME?split=…`), or `@FILE`, a text file with one pattern per
+    line. Folders yield only files with a known suffix, or with one of `suffixes`. Files that are named directly or
+    matched by a glob must have a reader. All problems are reported in one error.
     """
-    found: dict[str, InputFile] = {}
+    matched: dict[str, InputFile] = {}
     problems: list[str] = []
     errors: list[UserError] = []
-    for pattern in _without_lists(patterns, errors):
+    for pattern in _expand_lists(patterns, errors):
         if not pattern.strip():
-            problems.append("an empty name among the inputs; is a variable of the shell not set?")
+            problems.append("an input is an empty string; is a shell variable unset?")
             continue
         try:
-            files = _matches(pattern, suffixes)
+            files = _match(pattern, suffixes)
         except UserError as error:
             errors.append(error)
             continue
         if not files:
-            problems.append(f"{pattern}: nothing matches; expected files ending in .jsonl, .jsonl.zst, .parquet, …")
-        found.update(files)
+            problems.append(f"{pattern}: no file matches; supported suffixes are {describe_suffixes()}")
+        matched.update(files)
     if not patterns:
-        problems.append("no input is named")
+        problems.append("no input is given")
     if len(errors) == 1 and not problems:
         raise errors[0]
     if problems or errors:
         raise DataError(join_problems([*problems, *map(str, errors)], "The input cannot be read"))
-    return [found[url] for url in sorted(found)]
+    return [matched[url] for url in sorted(matched)]
 
 
-def _without_lists(patterns: Iterable[str], errors: list[UserError]) -> Iterator[str]:
-    """The patterns, those of lists in their place; lists that cannot be used are added to the errors."""
+def _expand_lists(patterns: Iterable[str], errors: list[UserError]) -> Iterator[str]:
+    """Yield the patterns with every @list replaced by its lines; append an error for each unusable list."""
     for pattern in patterns:
         if not pattern.startswith(_LIST_PREFIX):
             yield pattern
@@ -108,11 +115,12 @@ def _without_lists(patterns: Iterable[str], errors: list[UserError]) -> Iterator
             continue
         names = [line for line in lines if line and not line.startswith("#")]
         if not names:
-            errors.append(DataError(f"{pattern}: no line of this list names an input"))
+            errors.append(DataError(f"{pattern}: this list contains no inputs"))
         yield from names
 
 
-def _matches(pattern: str, suffixes: Sequence[str] | None) -> dict[str, InputFile]:
+def _match(pattern: str, suffixes: Sequence[str] | None) -> dict[str, InputFile]:
+    """Return the files that match one pattern by URL; raise an error for files that have no reader."""
     info = None if pattern.startswith(HUB_PREFIX) else storage.info(pattern)
     if info is not None:
         split_suffixes(pattern)
@@ -132,49 +140,49 @@ def _matches(pattern: str, suffixes: Sequence[str] | None) -> dict[str, InputFil
 
 
 def _in_folder(folder: str, suffixes: Sequence[str] | None) -> dict[str, InputFile]:
-    """The data files in a folder and below; what is hidden, such as unfinished work, is none."""
-    place = folder.rstrip("/") if storage.is_remote(folder) else os.path.abspath(storage.local_path(folder))
-    infos = storage.list_infos(place, recursive=True)
-    infos = [item for item in infos if is_data_name(item.url) and "/." not in item.url.removeprefix(place)]
+    """Return the data files in a folder and its subfolders, except hidden ones such as unfinished work."""
+    root = folder.rstrip("/") if storage.is_remote(folder) else os.path.abspath(storage.local_path(folder))
+    infos = storage.list_infos(root, recursive=True)
+    infos = [item for item in infos if is_data_name(item.url) and "/." not in item.url.removeprefix(root)]
     return _by_url([item for item in infos if suffixes is None or item.url.endswith(tuple(suffixes))])
 
 
 def _by_url(infos: Sequence[storage.FileInfo]) -> dict[str, InputFile]:
-    """Files by their addresses; local ones by absolute paths, so that one named in two ways comes once."""
-    places = [item.url if storage.is_remote(item.url) else os.path.abspath(item.url) for item in infos]
-    return {url: InputFile(url, item.size, item.mtime_s, item.etag) for url, item in zip(places, infos, strict=True)}
+    """Return files by URL; local ones by absolute path, so that a file named in two ways is read once."""
+    urls = [item.url if storage.is_remote(item.url) else os.path.abspath(item.url) for item in infos]
+    return {url: InputFile(url, item.size, item.mtime_s, item.etag) for url, item in zip(urls, infos, strict=True)}
 
 
-# --- cutting -----------------------------------------------------------------------------------------------------
+# --- dividing into units -----------------------------------------------------------------------------------------
 
 
 def unit_size(inputs: Sequence[InputFile]) -> int:
-    """Bytes of a unit of work: a power of two, so that a small change of the inputs leaves most units as they were."""
-    wanted = sum(item.num_bytes for item in inputs) // _TARGET_UNITS
-    return min(max(1 << max(0, wanted - 1).bit_length(), _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
+    """Return the size of a unit in bytes: a power of two, so that a small change of the inputs keeps most units."""
+    target = sum(item.num_bytes for item in inputs) // _TARGET_UNITS
+    return min(max(1 << max(0, target - 1).bit_length(), _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
 
 
 def plan_units(
     inputs: Sequence[InputFile], sampling: Sampling, options: ReadOptions, *, keep_order: bool = False
 ) -> list[Unit]:
-    """Cut the inputs into units of like size, the same for any number of workers.
+    """Divide the inputs into units of similar size, independently of the number of workers.
 
-    Small files of one source share a unit, large ones are cut where their format allows. Units follow the inputs, by
-    source and then by name, or, to keep their order, by name alone.
+    Small files of one source share a unit; large files are split if their format allows it. Units are in order of
+    source and URL, or with `keep_order` of URL only.
     """
     unit_bytes = unit_size(inputs)
-    named = [(sampling.source_of(item.url), item) for item in inputs]
+    with_sources = [(sampling.source_of(item.url), item) for item in inputs]
     if not keep_order:
-        named.sort(key=lambda entry: (entry[0], entry[1].url))
+        with_sources.sort(key=lambda entry: (entry[0], entry[1].url))
     groups: list[tuple[str, list[Piece], bool]] = []
-    room = 0
-    for source, item in named:
-        for piece, streamed in _pieces(item, unit_bytes, options):
-            if not groups or groups[-1][0] != source or room <= 0 or streamed or groups[-1][2]:
+    free_bytes = 0
+    for source, item in with_sources:
+        for piece, streamed in _split_file(item, unit_bytes, options):
+            if not groups or groups[-1][0] != source or free_bytes <= 0 or streamed or groups[-1][2]:
                 groups.append((source, [], streamed))
-                room = unit_bytes
+                free_bytes = unit_bytes
             groups[-1][1].append(piece)
-            room -= max(piece.num_bytes, _MIN_FILE_BYTES)
+            free_bytes -= max(piece.num_bytes, _MIN_FILE_BYTES)
     by_url = {item.url: item for item in inputs}
     units: list[Unit] = []
     for number, (source, pieces, streamed) in enumerate(groups):
@@ -184,14 +192,18 @@ def plan_units(
     return units
 
 
-def _pieces(item: InputFile, unit_bytes: int, options: ReadOptions) -> list[tuple[Piece, bool]]:
-    """The pieces of a file, each with whether it is to be streamed."""
+def _split_file(item: InputFile, unit_bytes: int, options: ReadOptions) -> list[tuple[Piece, bool]]:
+    """Return the pieces of a file, each with whether to stream it."""
     pieces = split(item.url, item.num_bytes, unit_bytes)
     streamed = len(pieces) == 1 and item.num_bytes > 4 * unit_bytes and can_stream(item.url, options)
     return [(piece, streamed) for piece in pieces]
 
 
 def _digest(number: int, copy: int, factor: float, pieces: Sequence[Piece], file_of: Callable[[str], InputFile]) -> str:
-    """What a unit's result depends on, beside the settings of the run."""
+    """Return a hash of everything that determines the result of a unit, except for the settings of the run.
+
+    It is part of file names in the work folder: renaming `Piece`, `InputFile` or one of their fields changes the hash,
+    and interrupted runs then start over.
+    """
     facts = [(piece, file_of(piece.url)) for piece in pieces]
     return hashlib.sha256(repr((number, copy, factor, facts)).encode()).hexdigest()[:12]

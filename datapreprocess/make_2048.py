@@ -2,8 +2,9 @@
 
     python datapreprocess/make_2048.py --input-files raw_data/*.jsonl.zst --output-dir preproc_data
 
-writes preproc_data/2048-v1/0/shard-0000000.tar, … with manifest.jsonl and dataset.json beside them. The same inputs,
-seed and settings give the same bytes for any number of workers; started again after an interruption, it goes on.
+writes preproc_data/2048-v1/0/shard-0000000.tar, … with manifest.jsonl and dataset.json in the same folder. The output
+depends only on the inputs, the seed and the settings, not on the number of workers. The same command resumes an
+interrupted run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # as a script: find the package wherever it lies, and no other folder's module names
+if __name__ == "__main__":  # as a script: import this copy of the package, and no modules from this folder
     _ROOT = Path(__file__).resolve().parents[1]
     sys.path[0] = str(_ROOT if (_ROOT / "open_lm").is_dir() else _ROOT.parent)
 
@@ -28,39 +29,49 @@ from open_lm.datapreprocess.commands import (
 
 
 def make_parser() -> Parser:
+    """Return the parser of the command."""
+    from open_lm.datapreprocess.readers import describe_suffixes
+
     parser = Parser(prog="make_2048.py", description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument(
         "--input-files", nargs="+", default=[], metavar="PATH",
-        help="files, globs, folders or @lists of them, local or s3://…: .jsonl, .jsonl.zst, .parquet, .txt, .tar, …",
+        help="files, globs, folders, or @lists of them, local or s3://…; supported suffixes: " + describe_suffixes(),
     )  # fmt: skip
-    parser.add_argument("--output-dir", required=True, help="local folder or s3:// prefix to write {seqlen}-v1/… in")
+    parser.add_argument("--output-dir", required=True, help="local folder or s3:// prefix; shards go to {seqlen}-v1/…")
     parser.add_argument(
         "--tokenizer", default=DEFAULT_TOKENIZER,
-        help="hub name, folder, tokenizer .json or sentencepiece .model file (default: %(default)s)",
+        help="hub name, folder, tokenizer .json file or sentencepiece .model file (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--seqlen", type=int, default=2048, help="tokens a model sees; a member holds one id more")
-    parser.add_argument("--num-workers", type=int, help="worker processes (default and most: one for each processor)")
-    parser.add_argument("--num-consumers", type=int, default=1, help="folders to spread the shards over (default: 1)")
+    parser.add_argument(
+        "--seqlen", type=int, default=2048,
+        help="sequence length of the model; a shard member has one id more (default: 2048)",
+    )  # fmt: skip
+    parser.add_argument("--num-workers", type=int, help="worker processes (default and maximum: one per processor)")
+    parser.add_argument("--num-consumers", type=int, default=1, help="number of output folders (default: 1)")
     parser.add_argument(
         "--upload-to-s3", action="store_true",
-        help="write to S3 under the environment variable S3_BASE (s3://bucket/prefix or bucket/prefix); --output-dir "
-        "is then only the work folder",
+        help="write to the S3 prefix in the environment variable S3_BASE (s3://bucket/prefix or bucket/prefix); "
+        "--output-dir is then the folder for intermediate files",
     )  # fmt: skip
     parser.add_argument(
-        "--format", default="npy", choices=["npy", "json.gz", "json", "txt"], help="kind of the members"
-    )
-    parser.add_argument("--shard-size", type=int, help="sequences in a shard (default: 8192, fewer for small data)")
-    parser.add_argument("--content-key", default="text", help="key of the text; for tars text, txt, npy or json:KEY")
-    parser.add_argument("--vocab-size", type=int, help="size of the vocabulary (default: the tokenizer's)")
-    parser.add_argument("--seed", type=int, default=0, help="of the global shuffle (default: 0)")
+        "--format", default="npy", choices=["npy", "json.gz", "json", "txt"],
+        help="format of the shard members (default: npy)",
+    )  # fmt: skip
+    parser.add_argument("--shard-size", type=int, help="sequences per shard (default: 8192, fewer for small data)")
+    parser.add_argument(
+        "--content-key", default="text",
+        help="key or column of the text, for tar files text, txt, npy or json:KEY (default: text)",
+    )  # fmt: skip
+    parser.add_argument("--vocab-size", type=int, help="vocabulary size (default: the tokenizer's)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the global shuffle (default: 0)")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the order of the input")
-    parser.add_argument("--ray-address", help="a running Ray cluster; by default a local Ray is started")
+    parser.add_argument("--ray-address", help="address of a running Ray cluster, or `local` to start Ray")
     add_common_options(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; errors of the user come as open_lm.errors.UserError."""
+    """Run the command. Raises open_lm.errors.UserError for invalid arguments or inputs."""
     args = make_parser().parse_args(argv)
     from open_lm import storage
     from open_lm.datapreprocess.job import Layout
@@ -78,14 +89,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def s3_base(value: str | None) -> str:
-    """The s3:// address that S3_BASE names: s3://bucket/prefix, or bucket/prefix."""
+    """Return the value of S3_BASE (s3://bucket/prefix or bucket/prefix) as an s3:// address."""
     from open_lm.errors import ConfigError
 
     name = (value or "").strip().removeprefix("s3://").strip("/")
     if not name or "://" in name:
         raise ConfigError(
-            "--upload-to-s3 needs the environment variable S3_BASE, as s3://bucket/prefix or bucket/prefix; "
-            f"it is {value!r}"
+            f"--upload-to-s3: the environment variable S3_BASE is {value!r}, expected s3://bucket/prefix or "
+            "bucket/prefix"
         )
     return f"s3://{name}"
 

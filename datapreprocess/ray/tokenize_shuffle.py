@@ -1,8 +1,8 @@
-"""Tokenize and globally shuffle folders of raw text on a Ray cluster; the command of existing cluster users.
+"""Tokenize and globally shuffle raw text on a Ray cluster, with the flags and file names of OpenLM's cluster command.
 
     python -m open_lm.datapreprocess.ray.tokenize_shuffle --input s3://bucket/raw/,more_raw --output s3://bucket/tokenized
 
-writes {output}/00000001.tar, … (json.gz members) and {output}/manifest.jsonl. Same engine as make_2048.py.
+writes {output}/00000001.tar, … (json.gz members) and {output}/manifest.jsonl. It uses the same engine as make_2048.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # as a script: find the package wherever it lies, and no other folder's module names
+if __name__ == "__main__":  # as a script: import this copy of the package, and no modules from this folder
     _ROOT = Path(__file__).resolve().parents[2]
     sys.path[0] = str(_ROOT if (_ROOT / "open_lm").is_dir() else _ROOT.parent)
 
@@ -23,8 +23,8 @@ from open_lm.datapreprocess.commands import (
     Request,
     add_common_options,
     execute,
-    warn_without_effect,
     start_logging,
+    warn_without_effect,
 )
 
 if TYPE_CHECKING:
@@ -35,51 +35,63 @@ if TYPE_CHECKING:
 SUFFIXES = [".json", ".jsonl", ".zst", ".zstd", ".tar", ".gz"]
 DEFAULT_SAMPLING = Path(__file__).resolve().parents[1] / "metadata" / "rpj_lm_data.yaml"
 _WITHOUT_EFFECT = ("num_writers_per_node", "presort", "allow_imbalanced_write")
-_FIXED_ORDER = "the output is the same for any number of workers and writers"
+_FIXED_OUTPUT = "the output does not depend on the number of workers and writers"
 
 
 def make_parser() -> Parser:
+    """Return the parser of the command."""
+    from open_lm.datapreprocess.readers import describe_suffixes
+
     parser = Parser(prog="tokenize_shuffle.py", description=__doc__.partition("\n")[0] if __doc__ else None)
     add = parser.add_argument
-    add("--input", default="", help="comma-separated folders, globs or files, local or s3://…")
-    add("--output", required=True, help="folder or s3:// prefix of the shards")
-    add("--content_key", default="text", help="key of the text; for tars text, txt, npy (ids) or json:KEY")
+    add(
+        "--input",
+        default="",
+        help="comma-separated folders, globs or files, local or s3://…; supported suffixes: " + describe_suffixes(),
+    )
+    add("--output", required=True, help="local folder or s3:// prefix of the shards")
+    add("--content_key", default="text", help="key or column of the text; for tar files text, txt, npy or json:KEY")
     add("--no_shuffle", action="store_true", help="keep the order of the input")
-    add("--seqlen", type=int, default=2048, help="tokens a model sees; a member holds one id more")
+    add("--seqlen", type=int, default=2048, help="sequence length of the model; a shard member has one id more")
     add("--tokenizer", help=f"hub name, folder, .json or .model file (default: {DEFAULT_TOKENIZER})")
-    add("--vocab_size", type=int, help="size of the vocabulary; alone (without --tokenizer) for inputs that are ids")
-    add("--wds_chunk_size", type=int, default=8192, help="sequences in a shard (default: 8192)")
-    add("--seed", type=int, default=42, help="of the shuffle, of --subset and of sampling (default: 42)")
-    add("--subset", type=int, help="use this many of the input files, chosen by --seed")
-    add("--subfraction", type=float, help="use this part (0 to 1) of the input files, chosen by --seed")
-    add("--suffixes", nargs="+", default=SUFFIXES, help="which files of the input folders to read")
-    add("--do_sample", action="store_true", help="repeat or leave out documents by source")
-    add("--default_dataset_yaml", default=str(DEFAULT_SAMPLING), help="sources and their factors, for --do_sample")
-    add("--format", default="json.gz", choices=["npy", "json.gz", "json", "txt"], help="kind of members")
-    add("--ray_address", help="a running Ray cluster; by default a local Ray is started")
-    add("--ray_spill_location", help="folder for intermediate files, as --work-dir")
-    add("--ray_dashboard_host", help="have the local Ray show its dashboard there")
-    add("--force_parallelism", type=int, help="tasks at a time (default: one for each processor)")
-    add("--force_num_cores", type=int, help="processors of this machine to use")
-    add("--num_writers_per_node", type=int, help="without effect: every processor writes")
-    add("--presort", action="store_true", help="without effect: the order is fixed by --seed")
-    add("--allow_imbalanced_write", action="store_true", help="without effect: shards are even anyway")
+    add("--vocab_size", type=int, help="vocabulary size; required if the documents are token ids (no --tokenizer)")
+    add("--wds_chunk_size", type=int, default=8192, help="sequences per shard (default: 8192)")
+    add("--seed", type=int, default=42, help="seed of the shuffle, of --subset and of sampling (default: 42)")
+    add("--subset", type=int, help="use this number of input files, selected by --seed")
+    add("--subfraction", type=float, help="use this fraction (0 to 1) of the input files, selected by --seed")
+    add(
+        "--suffixes",
+        nargs="+",
+        default=SUFFIXES,
+        help=f"read only files with these suffixes from input folders (default: {' '.join(SUFFIXES)})",
+    )
+    add("--do_sample", action="store_true", help="repeat or drop documents by source")
+    add("--default_dataset_yaml", default=str(DEFAULT_SAMPLING), help="sources and sampling factors for --do_sample")
+    add("--format", default="json.gz", choices=["npy", "json.gz", "json", "txt"], help="format of the shard members")
+    add("--ray_address", help="address of a running Ray cluster, or `local` to start Ray")
+    add("--ray_spill_location", help="folder for intermediate files; same as --work-dir")
+    add("--ray_dashboard_host", help="host on which a locally started Ray serves its dashboard")
+    add("--force_parallelism", type=int, help="number of parallel tasks (default: one per processor)")
+    add("--force_num_cores", type=int, help="number of processors of this machine to use")
+    add("--num_writers_per_node", type=int, help="without effect: every processor writes shards")
+    add("--presort", action="store_true", help="without effect: --seed determines the order")
+    add("--allow_imbalanced_write", action="store_true", help="without effect: shards are always balanced")
     add_common_options(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; errors of the user come as open_lm.errors.UserError."""
+    """Run the command. Raises open_lm.errors.UserError for invalid arguments or inputs."""
     args = make_parser().parse_args(argv)
     from open_lm.datapreprocess.job import Layout
     from open_lm.datapreprocess.mixtures import load_mixture
 
     start_logging()
-    warn_without_effect([f"--{name}" for name in _WITHOUT_EFFECT if getattr(args, name)], _FIXED_ORDER)
+    warn_without_effect([f"--{name}" for name in _WITHOUT_EFFECT if getattr(args, name)], _FIXED_OUTPUT)
     if args.default_dataset_yaml != str(DEFAULT_SAMPLING) and not args.do_sample:
-        warn_without_effect(["--default_dataset_yaml"], "which --do_sample asks for")
+        warn_without_effect(["--default_dataset_yaml"], "it needs --do_sample")
     if args.work_dir and args.ray_spill_location:
-        warn_without_effect(["--ray_spill_location"], "--work-dir is given")
+        warn_without_effect(["--ray_spill_location"], "--work-dir takes precedence")
     limits = [count for count in (args.force_parallelism, args.force_num_cores) if count is not None]
     running = {
         "workers": min(limits) if limits else None,
@@ -92,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--input",
             [part.strip() for part in args.input.split(",") if part.strip()],
             Layout(args.output, template="{:08d}", first=1, shard_sequences=args.wds_chunk_size),
-            args.tokenizer or (None if _holds_ids(args) else DEFAULT_TOKENIZER),
+            args.tokenizer or (None if _inputs_are_ids(args) else DEFAULT_TOKENIZER),
             args.vocab_size,
             running,
             mixture=load_mixture(args.default_dataset_yaml) if args.do_sample else None,
@@ -102,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def _holds_ids(args: argparse.Namespace) -> bool:
-    """Whether documents come as ids, so that no tokenizer is needed: the end-of-text id is 0 then."""
+def _inputs_are_ids(args: argparse.Namespace) -> bool:
+    """Return whether the documents are token ids. They need no tokenizer, and their end-of-text id is 0."""
     return args.content_key == "npy" and args.vocab_size is not None
 
 
@@ -114,7 +126,7 @@ def _ray_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def choose(inputs: Sequence[InputFile], seed: int, subset: int | None, subfraction: float | None) -> list[InputFile]:
-    """The input files that --subset and --subfraction leave, in the order of their names."""
+    """Return the input files that --subset and --subfraction select, sorted by name."""
     from open_lm.errors import ConfigError
 
     if subset is not None and subset < 1:
@@ -127,7 +139,9 @@ def choose(inputs: Sequence[InputFile], seed: int, subset: int | None, subfracti
     if subfraction is not None:
         count = int(subfraction * len(chosen))
         if not count:
-            raise ConfigError(f"--subfraction {subfraction} of {len(chosen)} input files is not even one file")
+            raise ConfigError(
+                f"--subfraction {subfraction} of {len(chosen)} input files selects no file; use a larger fraction"
+            )
         chosen = chosen[:count]
     return sorted(chosen, key=lambda item: item.url)
 

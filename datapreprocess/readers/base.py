@@ -1,25 +1,29 @@
-"""What all readers share: pieces of files, blocks of documents, and what can be wrong."""
+"""Data types shared by all readers: pieces of files, blocks of documents, bad documents and broken files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeAlias
 
 from open_lm.errors import DataError
 
-Document = str | np.ndarray  # a text, or a 1-D array of ids
-TO_END = -1
+if TYPE_CHECKING:
+    import numpy as np
+
+Document: TypeAlias = "str | np.ndarray"  # text, or a 1-D array of token ids
+TO_END = -1  # as the end of a Piece: read to the end of the file
 BOM = b"\xef\xbb\xbf"
 _EXCERPT_CHARACTERS = 500
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one file, or all of it (0, WHOLE).
+    """A part of one file, or the full file (`start` 0, `end` TO_END).
 
-    What `start` and `end` count is the format's affair: bytes, row groups or record batches. `num_bytes` is the input
-    that the piece stands for, for balance and progress.
+    Attributes:
+        url: the file; may end in `?rows=FIRST:LAST`.
+        start, end: range in units of the format: bytes, row groups or record batches.
+        num_bytes: input bytes that the piece accounts for, used for load balancing and progress.
     """
 
     url: str
@@ -30,9 +34,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class BadDocument:
-    """What is no document: its kind, what is wrong, and at most 500 characters of what was found.
+    """An unusable document: its kind, what is wrong, and an excerpt of up to 500 characters.
 
-    `line` counts lines (rows, texts, elements) from 1 at `start`, where the piece begins; 0 stands for the whole file.
+    `line` counts lines (or rows, texts, elements) from 1, beginning at `start`, where the piece starts; 0 means the
+    full file.
     """
 
     kind: str
@@ -45,7 +50,7 @@ class BadDocument:
 
 @dataclass
 class Block:
-    """Some documents of a piece, what is bad among them, and the input bytes of the piece read so far."""
+    """Some documents of a piece, the bad documents among them, and the input bytes of the piece read so far."""
 
     documents: list[Document]
     bad: list[BadDocument]
@@ -54,14 +59,19 @@ class Block:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """`content_key` names the text (dots reach nested fields); `separator` cuts text files into documents."""
+    """Settings of all readers.
+
+    Attributes:
+        content_key: key or column of the text; dots reach nested fields.
+        separator: text between the documents of a text file; None: one document per file.
+    """
 
     content_key: str = "text"
     separator: str | None = None
 
 
 class BrokenFile(DataError):
-    """A file that is broken beyond its lines; raised after the documents before the break were given."""
+    """A file that cannot be read any further; raised after the documents before the break were yielded."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -72,7 +82,7 @@ class BrokenFile(DataError):
 
 
 def excerpt(content: bytes | str) -> str:
-    """At most 500 characters, as text that can be encoded."""
+    """Return at most 500 characters of the content, escaped so that they can be encoded as UTF-8."""
     if isinstance(content, str):
         content = content[:_EXCERPT_CHARACTERS].encode("utf-8", "backslashreplace")
     return content[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")[:_EXCERPT_CHARACTERS]

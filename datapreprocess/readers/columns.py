@@ -1,7 +1,7 @@
-"""Parquet and Arrow files: the texts of one column, of which alone is read.
+"""Parquet and Arrow files: the texts of one column; the other columns are not read.
 
-The files of Hugging Face `datasets` are Arrow streams. Texts are columns of strings (or of bytes that are UTF-8);
-dots in the content key reach into columns of structs.
+Hugging Face `datasets` stores Arrow streams. The text column may hold strings or UTF-8 bytes; dots in the content key
+reach fields of struct columns.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.datapreprocess.readers.base import TO_END, BadDocument, Block, BrokenFile, Document, Piece, ReadOptions
+from open_lm.datapreprocess.readers.registry import Format, register_format
 from open_lm.datapreprocess.readers.source import Source
 from open_lm.errors import StorageError
 
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024
-_BATCH_BYTES = 8 << 20  # of all columns of the rows that are read from Parquet at once
+_BATCH_BYTES = 8 << 20  # size of the rows (all columns) that are read from Parquet at once
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_parquet(source: Source, options: ReadOptions) -> Iterator[Block]:
-    """The texts of the row groups [start, end), a batch of rows at a time."""
+    """Read the texts of the row groups [start, end), one batch of rows at a time."""
     import pyarrow.parquet
 
-    with source.open_seekable() as file, _explained(source):
+    with source.open_seekable() as file, _pyarrow_errors(source):
         if not file.seek(0, os.SEEK_END):
-            yield source.block([], [source.nothing()])
+            yield source.block([], [source.empty_file()])
             return
         table = pyarrow.parquet.ParquetFile(file)
         path = _column_path(source, table.schema_arrow, options.content_key)
@@ -44,66 +45,69 @@ def read_parquet(source: Source, options: ReadOptions) -> Iterator[Block]:
 
 
 def count_parquet(url: str) -> int:
-    """The rows of a file, from its footer."""
+    """Read the number of rows from the footer."""
     import pyarrow.parquet
 
     source = Source(Piece(url, 0, TO_END, 0), "")
-    with source.open() as file, _explained(source):
+    with source.open() as file, _pyarrow_errors(source):
         return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
 
 
 def count_arrow(url: str) -> int:
-    """The rows of a file, from the heads of its record batches."""
+    """Sum the row numbers of the record batch headers."""
     source = Source(Piece(url, 0, TO_END, 0), "")
-    with _open_arrow(source) as file, _explained(source):
+    with _open_arrow(source) as file, _pyarrow_errors(source):
         return sum(map(len, _arrow_batches(file)[1]))
 
 
 def split_parquet(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
-    """Row groups, as many as make about `unit_bytes` of the file each."""
+    """Split a file into groups of row groups of about `unit_bytes` each."""
     import pyarrow.parquet
 
-    whole = Source(Piece(url, 0, TO_END, num_bytes), "")
+    source = Source(Piece(url, 0, TO_END, num_bytes), "")
     try:
-        with whole.open() as file, _explained(whole):
+        with source.open() as file, _pyarrow_errors(source):
             metadata = pyarrow.parquet.ParquetFile(file).metadata
             sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
     except BrokenFile:
-        return [whole.piece]  # its reader will say what is wrong
+        return [source.piece]  # its reader reports the error
     return _group(url, sizes, num_bytes, unit_bytes)
 
 
 def read_arrow(source: Source, options: ReadOptions) -> Iterator[Block]:
-    """The texts of the record batches [start, end) of an Arrow stream or file."""
-    with _open_arrow(source) as file, _explained(source):
+    """Read the texts of the record batches [start, end) of an Arrow stream or file."""
+    with _open_arrow(source) as file, _pyarrow_errors(source):
         if not file.size():
-            yield source.block([], [source.nothing()])
+            yield source.block([], [source.empty_file()])
             return
-        schema, batches, cut_short = _arrow_batches(file)
+        schema, batches, is_truncated = _arrow_batches(file)
         path = _column_path(source, schema, options.content_key)
-        chosen = islice(batches, source.piece.start, None if source.piece.end == TO_END else source.piece.end)
-        yield from _blocks(source, ((batch, batch.nbytes) for batch in chosen), path)
-        if cut_short and source.piece.end == TO_END:
-            message = f"{source.path}: cut short: an Arrow stream without its end mark; save or fetch the file again"
+        selected = islice(batches, source.piece.start, None if source.piece.end == TO_END else source.piece.end)
+        yield from _blocks(source, ((batch, batch.nbytes) for batch in selected), path)
+        if is_truncated and source.piece.end == TO_END:
+            message = f"{source.path}: truncated: the Arrow stream has no end marker; save or download the file again"
             raise BrokenFile("cut short", message)
 
 
 def split_arrow(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
-    """Record batches, as many as make about `unit_bytes`; a remote file is one piece, for its batches have no index."""
-    whole = Source(Piece(url, 0, TO_END, num_bytes), "")
+    """Split a file into groups of record batches of about `unit_bytes` each.
+
+    A remote file is one piece: its record batches have no index, so finding them would mean reading the file.
+    """
+    source = Source(Piece(url, 0, TO_END, num_bytes), "")
     if storage.is_remote(url):
-        return [whole.piece]
+        return [source.piece]
     try:
-        with _open_arrow(whole) as file, _explained(whole):
+        with _open_arrow(source) as file, _pyarrow_errors(source):
             sizes = [batch.nbytes for batch in _arrow_batches(file)[1]]
     except BrokenFile:
-        return [whole.piece]  # its reader will say what is wrong
+        return [source.piece]  # its reader reports the error
     return _group(url, sizes, num_bytes, unit_bytes)
 
 
 @contextlib.contextmanager
 def _open_arrow(source: Source) -> Iterator[Any]:
-    """The file as pyarrow's: memory-mapped where it lies here as it is, so that skipped batches cost nothing."""
+    """Open the file with pyarrow; memory-map a local uncompressed one, so that skipping batches costs nothing."""
     import pyarrow
 
     if source.compression or storage.is_remote(source.path):
@@ -111,13 +115,13 @@ def _open_arrow(source: Source) -> Iterator[Any]:
             yield pyarrow.PythonFile(file, mode="r")
         return
     with source.open() as file:
-        empty = not file.seek(0, os.SEEK_END)
-    with pyarrow.BufferReader(b"") if empty else pyarrow.memory_map(storage.local_path(source.path)) as mapped:
+        is_empty = not file.seek(0, os.SEEK_END)
+    with pyarrow.BufferReader(b"") if is_empty else pyarrow.memory_map(storage.local_path(source.path)) as mapped:
         yield mapped
 
 
 def _arrow_batches(file: Any) -> tuple[Any, Iterator[Any], bool]:
-    """Schema, record batches, and whether the end mark of a stream is missing."""
+    """Return the schema, the record batches, and whether the end marker of a stream is missing."""
     import pyarrow
 
     file.seek(0)
@@ -125,14 +129,14 @@ def _arrow_batches(file: Any) -> tuple[Any, Iterator[Any], bool]:
         table = pyarrow.ipc.open_file(file)
         return table.schema, (table.get_batch(number) for number in range(table.num_record_batches)), False
     file.seek(max(file.size() - len(_STREAM_END), 0))
-    cut_short = file.read() != _STREAM_END
+    is_truncated = file.read() != _STREAM_END
     file.seek(0)
     stream = pyarrow.ipc.open_stream(file)
-    return stream.schema, iter(stream), cut_short
+    return stream.schema, iter(stream), is_truncated
 
 
 def _group(url: str, sizes: list[int], num_bytes: int, unit_bytes: int) -> list[Piece]:
-    """Pieces of neighbouring groups (batches) of the given sizes in memory; at least one group each."""
+    """Group consecutive row groups or batches, given their sizes in memory, into pieces of at least one each."""
     total = max(sum(sizes), 1)
     ends = [0]
     filled = 0
@@ -141,12 +145,15 @@ def _group(url: str, sizes: list[int], num_bytes: int, unit_bytes: int) -> list[
         if filled >= unit_bytes or number == len(sizes):
             ends.append(number)
             filled = 0
-    shares = [sum(sizes[a:b]) * num_bytes // total for a, b in pairwise(ends)]
-    return [Piece(url, a, b, share) for (a, b), share in zip(pairwise(ends), shares, strict=True)]
+    piece_bytes = [sum(sizes[a:b]) * num_bytes // total for a, b in pairwise(ends)]
+    return [Piece(url, a, b, size) for (a, b), size in zip(pairwise(ends), piece_bytes, strict=True)]
 
 
 def _column_path(source: Source, schema: Any, key: str) -> list[str]:
-    """Where the texts are: in the column named `key`, or the field that its dots lead to; neither is a BrokenFile."""
+    """Return the path of the text: the column named `key`, or the field that its dots lead to.
+
+    Raises BrokenFile if there is no such column or if it does not hold text.
+    """
     from pyarrow import types
 
     key = key.removeprefix("json:")
@@ -157,31 +164,32 @@ def _column_path(source: Source, schema: Any, key: str) -> list[str]:
         index = kind.get_field_index(part) if is_container else -1
         if index < 0:
             names = ", ".join(schema.names[:20])
-            message = f'{source.path}: no column "{key}"; it has {names}; is --content_key right?'
+            message = f'{source.path}: found no column "{key}"; the columns are {names}; check --content_key'
             raise BrokenFile("missing key", message)
         kind = kind.field(index).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
     if not any(test(value) for test in tests):
-        message = f'{source.path}: the column "{key}" holds {kind}, not text; is --content_key right?'
+        message = f'{source.path}: column "{key}" has type {kind}, expected text; check --content_key'
         raise BrokenFile("wrong type", message)
     return path
 
 
 def _blocks(source: Source, batches: Iterator[tuple[Any, int]], path: list[str]) -> Iterator[Block]:
-    """The texts of record batches, each of which stands for so many bytes of input."""
-    seen = 0
+    """Yield the texts of (record batch, input bytes that it accounts for) pairs."""
+    num_seen = 0
     for batch, num_bytes in batches:
         rows = batch
-        if source.rows:
-            rows = batch.slice(max(source.rows[0] - seen, 0), max(source.rows[1] - max(seen, source.rows[0]), 0))
-        seen += len(batch)
+        if source.row_range:
+            first, last = source.row_range
+            rows = batch.slice(max(first - num_seen, 0), max(last - max(num_seen, first), 0))
+        num_seen += len(batch)
         column = _column(rows, path)
         step = min(max(_BLOCK_BYTES * len(column) // (column.nbytes + 1), 1), _BLOCK_ROWS)
-        for first in range(0, len(column), step):
-            yield _texts(source, column.slice(first, step))
+        for first_row in range(0, len(column), step):
+            yield _text_block(source, column.slice(first_row, step))
         source.bytes_read += num_bytes
-        if source.rows and seen >= source.rows[1]:
+        if source.row_range and num_seen >= source.row_range[1]:
             return
 
 
@@ -194,7 +202,7 @@ def _column(batch: Any, path: list[str]) -> Any:
     return column
 
 
-def _texts(source: Source, column: Any) -> Block:
+def _text_block(source: Source, column: Any) -> Block:
     import pyarrow
 
     first = source.lines + 1
@@ -210,18 +218,18 @@ def _texts(source: Source, column: Any) -> Block:
     for row, value in enumerate(values, first):
         try:
             if value is None:
-                bad.append(source.bad("null", row, "the row holds no text"))
+                bad.append(source.bad_document("null", row, "the row has no text"))
             else:
                 documents.append(value if isinstance(value, str) else value.decode("utf-8"))
         except UnicodeDecodeError as error:
-            detail = f"byte 0x{value[error.start]:02x} at {error.start} of the text is no UTF-8"
-            bad.append(source.bad("invalid UTF-8", row, detail, value))
+            detail = f"byte 0x{value[error.start]:02x} at position {error.start} of the text is not valid UTF-8"
+            bad.append(source.bad_document("invalid UTF-8", row, detail, value))
     return source.block(documents, bad)
 
 
 @contextlib.contextmanager
-def _explained(source: Source) -> Iterator[None]:
-    """Turn what pyarrow cannot read into a BrokenFile."""
+def _pyarrow_errors(source: Source) -> Iterator[None]:
+    """Convert errors of pyarrow to BrokenFile."""
     from pyarrow import ArrowException
 
     try:
@@ -230,3 +238,7 @@ def _explained(source: Source) -> Iterator[None]:
         raise
     except (ArrowException, OSError) as error:
         raise BrokenFile("damaged", f"{source.path}: cannot be read as Parquet or Arrow ({error})") from error
+
+
+register_format(Format(read_parquet, split=split_parquet, count=count_parquet, hub_builder="parquet"), ".parquet")
+register_format(Format(read_arrow, split=split_arrow, count=count_arrow, hub_builder="arrow"), ".arrow")

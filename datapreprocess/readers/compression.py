@@ -1,4 +1,4 @@
-"""Compressed files: each suffix with the streaming decompressor that reads it."""
+"""Streaming decompression by file name suffix."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ COMPRESSIONS: dict[str, Callable[[], Any]] = {
     ".bz2": bz2.BZ2Decompressor,
 }
 
-
 _OUTPUT_BYTES = 1 << 20
 _FIRST_INPUT_BYTES, _MAX_INPUT_BYTES = 512, 256 << 10
 
 
-def decompressed(blocks: Iterator[bytes], suffix: str, url: str) -> Iterator[bytes]:
-    """The content of any number of compressed frames, one after the other, in blocks of about a MiB.
+def decompress(blocks: Iterator[bytes], suffix: str, url: str) -> Iterator[bytes]:
+    """Decompress any number of consecutive frames; yield blocks of about a MiB.
 
-    An unfinished last frame is a BrokenFile. As much is decompressed at once as gave a MiB before, so that content
-    which compresses a thousandfold is not unfolded whole.
+    The input size of each call adapts to the compression ratio, so that content which compresses a thousandfold is not
+    decompressed at once. Raises BrokenFile for invalid data and for an incomplete last frame.
     """
     engine = None
     input_bytes = _FIRST_INPUT_BYTES
@@ -42,14 +41,14 @@ def decompressed(blocks: Iterator[bytes], suffix: str, url: str) -> Iterator[byt
         data = block
         while data:
             if engine is None:
-                data = data.lstrip(b"\0")  # padding that some writers leave after the last frame
+                data = data.lstrip(b"\0")  # some writers pad the file after the last frame
                 if not data:
                     break
                 engine = COMPRESSIONS[suffix]()
             try:
                 content = engine.decompress(data[:input_bytes])
-            except Exception as error:  # zstandard's own error cannot be named without importing it
-                message = f"{url}: cannot be decompressed ({error}); fetch the file again"
+            except Exception as error:  # naming zstandard's error class would need its import
+                message = f"{url}: cannot be decompressed ({error}); download the file again"
                 raise BrokenFile("cannot be decompressed", message) from error
             if content:
                 yield content
@@ -59,5 +58,5 @@ def decompressed(blocks: Iterator[bytes], suffix: str, url: str) -> Iterator[byt
             if engine.eof:
                 data, engine = engine.unused_data + data, None
     if engine is not None:
-        message = f"{url}: cut short: its compressed data ends in the middle; fetch the file again"
+        message = f"{url}: truncated: the compressed data ends inside a frame; download the file again"
         raise BrokenFile("cut short", message)

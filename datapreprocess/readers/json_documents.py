@@ -1,4 +1,4 @@
-"""`.json` files that are one array, or one or more indented objects, rather than an object a line."""
+"""`.json` files: one array, one or more indented objects, or one object per line."""
 
 from __future__ import annotations
 
@@ -9,39 +9,61 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-from open_lm.datapreprocess.readers.base import BOM, TO_END, BadDocument, Block, BrokenFile, Document, Piece, ReadOptions
-from open_lm.datapreprocess.readers.json_lines import byte_ranges, picker, read_lines, text_in
+from open_lm.datapreprocess.readers.base import (
+    BOM,
+    TO_END,
+    BadDocument,
+    Block,
+    BrokenFile,
+    Document,
+    Piece,
+    ReadOptions,
+)
+from open_lm.datapreprocess.readers.json_lines import (
+    Problem,
+    byte_ranges,
+    get_text,
+    line_separator,
+    parse_lines,
+    read_lines,
+    value_getter,
+)
+from open_lm.datapreprocess.readers.registry import Format, register_format
 from open_lm.datapreprocess.readers.source import Source
 
-_DOCUMENT = re.compile(rb"[ \t\r\n]*(\[|\{[ \t\r]*\n)")
+_ARRAY_OR_INDENTED = re.compile(rb"[ \t\r\n]*(\[|\{[ \t\r]*\n)")
 _SPACE = re.compile(r"[ \t\r\n]*")
-_LONGEST_TOKEN = 16  # characters that a JSON value may lack at the end of a block without being wrong
+_MAX_TOKEN_CHARACTERS = 16  # a JSON token may be incomplete this close to the end of a block without being invalid
 
 
 def read_json(source: Source, options: ReadOptions) -> Iterator[Block]:
-    """The elements of an array or the objects of a file, each a document; else the file's lines."""
+    """Read the elements of an array, the indented objects of a file, or its lines, as documents."""
     if source.piece.end != TO_END:
         yield from read_lines(source, options)
         return
     blocks = source.blocks()
     head = next(blocks, b"")
     if is_document(head):
-        yield from source.in_blocks(_documents(source, chain([head], blocks), options.content_key))
+        yield from source.group_blocks(_documents(source, chain([head], blocks), options.content_key))
     else:
         yield from read_lines(source, options, chain([head], blocks))
 
 
 def is_document(head: bytes) -> bool:
-    """Whether a file that begins so is an array or an indented object: `[`, or `{` alone on its line."""
-    return _DOCUMENT.match(head.removeprefix(BOM)) is not None
+    """Return whether a file with this beginning is an array or an indented object: `[`, or `{` and a line end."""
+    return _ARRAY_OR_INDENTED.match(head.removeprefix(BOM)) is not None
 
 
 def split_json(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
+    """Split a file of lines into byte ranges; keep other files in one piece."""
     return byte_ranges(url, num_bytes, unit_bytes) if has_lines(url, "") else [Piece(url, 0, TO_END, num_bytes)]
 
 
 def has_lines(url: str, compression: str) -> bool:
-    """Whether the file is an object a line, by its first bytes; one that cannot be read is left to its reader."""
+    """Return whether the file has one object per line, judged by its first bytes.
+
+    Also True for an unreadable file: its reader reports the error.
+    """
     try:
         return not is_document(next(Source(Piece(url, 0, TO_END, 0), compression).blocks(), b""))
     except BrokenFile:
@@ -50,21 +72,24 @@ def has_lines(url: str, compression: str) -> bool:
 
 def _documents(source: Source, blocks: Iterator[bytes], key: str) -> Iterator[Document | BadDocument]:
     key = key.removeprefix("json:")
-    pick = picker(key)
-    values = _values(_texts(blocks), source.path)
-    for value in islice(values, *source.rows) if source.rows else values:
+    pick = value_getter(key)
+    values = _values(_decode_blocks(blocks), source.path)
+    for value in islice(values, *source.row_range) if source.row_range else values:
         source.lines += 1
-        found = text_in(value, pick, key)
-        if not isinstance(found, str):
-            yield source.bad(found[0], source.lines, f"element {source.lines}: {found[1]}", repr(value)[:1000])
-        elif fault := _unencodable(found):
-            yield source.bad(fault[0], source.lines, f"element {source.lines}: {fault[1]}", found)
+        number = source.lines
+        text = get_text(value, pick, key)
+        if not isinstance(text, str):
+            kind, detail = text
+            yield source.bad_document(kind, number, f"element {number}: {detail}", repr(value)[:1000])
+        elif problem := _encode_problem(text):
+            kind, detail = problem
+            yield source.bad_document(kind, number, f"element {number}: {detail}", text)
         else:
-            yield found
+            yield text
 
 
-def _texts(blocks: Iterator[bytes]) -> Iterator[str]:
-    """The blocks as text; bytes that are no UTF-8 become lone surrogates, which spoil only the element they are in."""
+def _decode_blocks(blocks: Iterator[bytes]) -> Iterator[str]:
+    """Decode blocks as UTF-8. Invalid bytes become lone surrogates, so that only their own element is bad."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     first = next(blocks, b"").removeprefix(BOM)
     for block in chain([first], blocks):
@@ -72,19 +97,19 @@ def _texts(blocks: Iterator[bytes]) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def _unencodable(text: str) -> tuple[str, str] | None:
+def _encode_problem(text: str) -> Problem | None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:
-            return "invalid UTF-8", f"byte 0x{code - 0xDC00:02x} is no UTF-8"
-        return "lone surrogate", f"half of a character that UTF-8 cannot hold (U+{code:04X})"
+            return "invalid UTF-8", f"byte 0x{code - 0xDC00:02x} is not valid UTF-8"
+        return "lone surrogate", f"half of a surrogate pair, which UTF-8 cannot encode (U+{code:04X})"
     return None
 
 
 def _values(texts: Iterator[str], url: str) -> Iterator[Any]:
-    """The elements of an array, or the values that follow each other, held in memory one at a time."""
+    """Yield the elements of an array, or consecutive values; only one is held in memory at a time."""
     buffer = _Buffer(texts)
     try:
         is_array = buffer.peek() == "["
@@ -94,28 +119,31 @@ def _values(texts: Iterator[str], url: str) -> Iterator[Any]:
                 return
         while buffer.peek():
             yield buffer.value()
-            follows = buffer.peek()
-            if is_array and follows not in (",", "]"):
-                raise ValueError("expected , or ] after an element, found " + (repr(follows) if follows else "the end"))
+            delimiter = buffer.peek()
+            if is_array and delimiter not in (",", "]"):
+                found = repr(delimiter) if delimiter else "the end of the file"
+                raise ValueError(f"expected , or ] after an element, found {found}")
             buffer.position += is_array
-            if is_array and follows == "]":
+            if is_array and delimiter == "]":
                 break
         if buffer.peek():
-            raise ValueError("something follows the array")
+            raise ValueError("unexpected data after the array")
     except (ValueError, RecursionError) as error:
-        message = f"{url}: invalid JSON ({error}); expected an array, objects, or an object a line; fetch it again"
+        message = (
+            f"{url}: invalid JSON ({error}); expected an array, objects, or one object per line; download it again"
+        )
         raise BrokenFile("invalid JSON", message) from error
 
 
 class _Buffer:
-    """Text of which values are taken from the front while more comes in at the end."""
+    """A text buffer that is consumed from the front and refilled at the end."""
 
     def __init__(self, texts: Iterator[str]) -> None:
         self._texts, self._text, self.position = texts, "", 0
         self._decode = json.JSONDecoder().raw_decode
 
     def peek(self) -> str:
-        """The next character that is no space, "" at the end."""
+        """Return the next character that is not white space, or "" at the end."""
         while True:
             match = _SPACE.match(self._text, self.position)
             self.position = match.end() if match else self.position
@@ -123,27 +151,42 @@ class _Buffer:
                 return self._text[self.position : self.position + 1]
 
     def value(self) -> Any:
+        """Decode and consume the next JSON value."""
         while True:
-            left = len(self._text) - self.position
+            remaining = len(self._text) - self.position
             try:
                 value, end = self._decode(self._text, self.position)
                 if end < len(self._text):
                     self.position = end
                     return value
-                if not self._fill(left):  # a number could have gone on
+                if not self._fill(remaining):  # otherwise a number could continue
                     self.position = len(self._text)
                     return value
             except json.JSONDecodeError as error:
-                open_end = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_TOKEN
-                if not open_end or not self._fill(left):
+                near_end = error.pos > len(self._text) - _MAX_TOKEN_CHARACTERS
+                is_incomplete = error.msg.startswith("Unterminated") or near_end
+                if not is_incomplete or not self._fill(remaining):
                     raise
 
-    def _fill(self, wanted: int) -> bool:
-        """Drop what was taken and add at least `wanted` characters; False at the end of the texts."""
+    def _fill(self, num_characters: int) -> bool:
+        """Drop the consumed text and append at least `num_characters`; return False at the end of the texts."""
         parts = [self._text[self.position :]]
         added = 0
-        while added < wanted and (text := next(self._texts, None)) is not None:
+        while added < num_characters and (text := next(self._texts, None)) is not None:
             parts.append(text)
             added += len(text)
         self._text, self.position = "".join(parts), 0
         return added > 0
+
+
+register_format(
+    Format(
+        read_json,
+        split=split_json,
+        separator=line_separator,
+        parse=parse_lines,
+        is_separated=has_lines,
+        hub_builder="json",
+    ),
+    ".json",
+)

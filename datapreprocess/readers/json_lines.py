@@ -1,4 +1,4 @@
-"""JSON lines: an object a line, its text under the content key."""
+"""JSON lines: one object per line, with its text under the content key."""
 
 from __future__ import annotations
 
@@ -12,43 +12,48 @@ import orjson
 
 from open_lm.datapreprocess.readers.base import BOM, TO_END, BadDocument, Block, Document, Piece, ReadOptions
 from open_lm.datapreprocess.readers.parts import split_parts
+from open_lm.datapreprocess.readers.registry import Format, register_format
 from open_lm.datapreprocess.readers.source import Source
 
 LINE_END = b"\n"
-_FAULTS = (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError)
-Finding = tuple[str, str]  # kind and detail of what is wrong
+_DECODE_ERRORS = (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError)
+Problem = tuple[str, str]  # kind and detail
 
 
 def byte_ranges(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
-    """Pieces of a file that is not compressed."""
+    """Split an uncompressed file into byte ranges."""
     starts = list(range(0, num_bytes - unit_bytes // 2, unit_bytes))
     return [Piece(url, a, b, b - a) for a, b in zip(starts, [*starts[1:], num_bytes], strict=True)]
 
 
+def line_separator(_options: ReadOptions) -> bytes:
+    return LINE_END
+
+
 def read_lines(source: Source, options: ReadOptions, blocks: Iterator[bytes] | None = None) -> Iterator[Block]:
-    """The documents of a file of JSON lines (its `blocks`), or of those lines that begin in a byte range of it."""
+    """Read the documents of a file (or of its given `blocks`), or of the lines that begin in a byte range."""
     if blocks is None:
         blocks = source.blocks() if source.piece.end == TO_END else source.line_blocks()
     parts = split_parts(blocks, LINE_END)
-    for lines in _only(parts, *source.rows) if source.rows else parts:
+    for lines in _select_lines(parts, *source.row_range) if source.row_range else parts:
         yield parse_lines(source, lines, options)
-    if not source.lines and source.piece.end == TO_END and not source.rows:
-        yield source.block([], [source.nothing()])
+    if not source.lines and source.piece.end == TO_END and not source.row_range:
+        yield source.block([], [source.empty_file()])
 
 
-def _only(parts: Iterator[list[bytes]], first: int, last: int) -> Iterator[list[bytes]]:
-    """Lines number `first` … `last` - 1 of those that are not blank."""
-    seen = 0
-    for found in parts:
-        lines = [line for line in found if line and not line.isspace()]
-        yield lines[max(first - seen, 0) : max(last - seen, 0)]
-        seen += len(lines)
-        if seen >= last:
+def _select_lines(parts: Iterator[list[bytes]], first: int, last: int) -> Iterator[list[bytes]]:
+    """Yield the lines [first, last), not counting blank lines."""
+    num_seen = 0
+    for part in parts:
+        lines = [line for line in part if line and not line.isspace()]
+        yield lines[max(first - num_seen, 0) : max(last - num_seen, 0)]
+        num_seen += len(lines)
+        if num_seen >= last:
             return
 
 
 def parse_lines(source: Source, lines: list[bytes], options: ReadOptions) -> Block:
-    """The documents of the next lines of a source."""
+    """Parse the next lines of a source."""
     key = options.content_key.removeprefix("json:")
     if source.at_start and lines:
         lines[0] = lines[0].removeprefix(BOM)
@@ -57,46 +62,49 @@ def parse_lines(source: Source, lines: list[bytes], options: ReadOptions) -> Blo
     decode = text_decoder(key)
     try:
         return source.block(decode(lines))
-    except _FAULTS:
-        pass  # something is wrong or blank: see line by line
+    except _DECODE_ERRORS:
+        pass  # some line is bad or blank: parse them one by one
     documents: list[Document] = []
     bad: list[BadDocument] = []
     for number, line in enumerate(lines, first):
         if not line or line.isspace():
             continue
-        found = parse_json(line, key)
-        if isinstance(found, str):
-            documents.append(found)
+        text = parse_json(line, key)
+        if isinstance(text, str):
+            documents.append(text)
         else:
-            bad.append(source.bad(found[0], number, found[1], line))
+            kind, detail = text
+            bad.append(source.bad_document(kind, number, detail, line))
     return source.block(documents, bad)
 
 
 @functools.lru_cache
 def text_decoder(key: str) -> Callable[[list[bytes]], list[str]]:
-    """A function that gives the texts of lines that all are as they should be, and raises one of `_FAULTS` otherwise.
+    """Return a function that decodes the texts of valid lines, and raises one of `_DECODE_ERRORS` for other lines.
 
-    A plain key alone is decoded; what stands beside it must be JSON in form, and is not looked at more closely.
+    For a key without dots it decodes only that key. The rest of the line must be well-formed JSON; its values are not
+    checked.
     """
     if "." in key:
-        pick = picker(key)
+        pick = value_getter(key)
 
         def decode_nested(lines: list[bytes]) -> list[str]:
             texts = list(map(pick, map(orjson.loads, lines)))
             if not set(map(type, texts)) <= {str}:
-                raise TypeError("not only texts")
+                raise TypeError("expected strings only")
             return texts
 
         return decode_nested
-    record = msgspec.defstruct("Record", [("text", str)], rename={"text": key}, gc=False)
-    decode: Callable[[bytes], Any] = msgspec.json.Decoder(record).decode
-    return lambda lines: [found.text for found in map(decode, lines)]
+    record_type = msgspec.defstruct("Record", [("text", str)], rename={"text": key}, gc=False)
+    decode: Callable[[bytes], Any] = msgspec.json.Decoder(record_type).decode
+    return lambda lines: [record.text for record in map(decode, lines)]
 
 
-def picker(key: str) -> Callable[[Any], Any]:
-    """A function that gives what a record holds under `key`; dots reach nested objects unless the key itself is there.
+def value_getter(key: str) -> Callable[[Any], Any]:
+    """Return a function that gets the value of `key` from a record.
 
-    It raises KeyError or TypeError where there is no such thing.
+    Dots reach nested objects, unless the record has the dotted key itself. The function raises KeyError or TypeError if
+    there is no such value.
     """
     if "." not in key:
         return operator.itemgetter(key)
@@ -112,39 +120,43 @@ def picker(key: str) -> Callable[[Any], Any]:
     return pick
 
 
-def parse_json(data: bytes, key: str) -> str | Finding:
-    """The text of one JSON object, or what is wrong with it."""
+def parse_json(data: bytes, key: str) -> str | Problem:
+    """Return the text of one JSON object, or the problem with it."""
     try:
         return text_decoder(key)([data])[0]
-    except _FAULTS:
+    except _DECODE_ERRORS:
         pass
     try:
         record = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        return _undecodable(data, error)
-    return text_in(record, picker(key), key)
+        return _decode_problem(data, error)
+    return get_text(record, value_getter(key), key)
 
 
-def text_in(record: Any, pick: Callable[[Any], Any], key: str) -> str | Finding:
-    """The text that a decoded JSON value holds under `key`, or what is wrong with it."""
+def get_text(record: Any, pick: Callable[[Any], Any], key: str) -> str | Problem:
+    """Return the text under `key` of a decoded JSON value, or the problem with it."""
     if not isinstance(record, dict):
         return "not an object", f"expected a JSON object, found {type(record).__name__}"
     try:
         value = pick(record)
     except (KeyError, TypeError):
-        return "missing key", f'no key "{key}"; it has {", ".join(list(record)[:8]) or "none"}'
+        return "missing key", f'found no key "{key}"; the object has {", ".join(list(record)[:8]) or "no keys"}'
     if value is None:
         return "null", f'"{key}" is null'
     if not isinstance(value, str):
-        return "wrong type", f'"{key}" is not a text but {type(value).__name__}'
+        return "wrong type", f'"{key}" must be a string, found {type(value).__name__}'
     return value
 
 
-def _undecodable(data: bytes, error: orjson.JSONDecodeError) -> Finding:
+def _decode_problem(data: bytes, error: orjson.JSONDecodeError) -> Problem:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as fault:
-        return "invalid UTF-8", f"byte 0x{data[fault.start]:02x} at {fault.start} of the line is no UTF-8"
+        byte = data[fault.start]
+        return "invalid UTF-8", f"byte 0x{byte:02x} at position {fault.start} of the line is not valid UTF-8"
     if "surrogate" in str(error):
-        return "lone surrogate", f"half of a character that UTF-8 cannot hold ({error})"
+        return "lone surrogate", f"half of a surrogate pair, which UTF-8 cannot encode ({error})"
     return "invalid JSON", str(error)
+
+
+register_format(Format(read_lines, split=byte_ranges, separator=line_separator, parse=parse_lines), ".jsonl", ".ndjson")

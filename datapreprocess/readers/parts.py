@@ -1,6 +1,6 @@
-"""Files whose documents stand one after the other between separators: lines, or texts.
+"""Split byte streams at separators: into parts (lines or texts), or into chunks of many parts.
 
-A huge compressed one is decompressed by one reader, `FileChunks`, and parsed by others, a stretch each.
+One process decompresses a huge file (`FileChunks`) and others parse the chunks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from open_lm.datapreprocess.readers.base import BrokenFile
 
 @dataclass(frozen=True)
 class Chunk:
-    """Lines (or texts) from the middle of a file, all whole; the first is number `first_line`, counted from 1."""
+    """Complete lines (or texts) from the middle of a file; `first_line` is the number of the first, counted from 1."""
 
     number: int
     data: bytes
@@ -21,12 +21,12 @@ class Chunk:
 
 
 def split_parts(blocks: Iterable[bytes], separator: bytes) -> Iterator[list[bytes]]:
-    """What stands between the separators, as a list for each block in which a part ends.
+    """Yield the parts between the separators, as one list for each block in which a part ends.
 
-    What follows the last separator is a part too, unless it is empty. A file that breaks off loses only the part in
-    which it breaks.
+    Non-empty bytes after the last separator are a part, too. If reading the blocks fails, only the incomplete part is
+    lost.
     """
-    pending: list[bytes] = []  # the beginning of a part, free of separators
+    pending: list[bytes] = []  # the beginning of a part, without separators
     overlap = len(separator) - 1
     for block in blocks:
         tail = pending[-1][-overlap:] if overlap and pending else b""
@@ -42,39 +42,43 @@ def split_parts(blocks: Iterable[bytes], separator: bytes) -> Iterator[list[byte
 
 
 def _joined_tail(pending: list[bytes], block: bytes) -> bytes:
-    """A block shorter than a separator, joined to the one before, so that no separator spans three."""
+    """Join a block shorter than a separator to the previous one, so that no separator spans three blocks."""
     return (pending.pop() if pending else b"") + block
 
 
-def cut_stretches(blocks: Iterable[bytes], separator: bytes, chunk_bytes: int) -> Iterator[Chunk]:
-    """Stretches of at least `chunk_bytes` with their separators; an empty file is one empty stretch.
+def cut_chunks(blocks: Iterable[bytes], separator: bytes, chunk_bytes: int) -> Iterator[Chunk]:
+    """Yield chunks of at least `chunk_bytes`, separators included; an empty file is one empty chunk.
 
-    Where they end depends on the content and `chunk_bytes` alone.
+    The chunk boundaries depend only on the content and on `chunk_bytes`.
     """
     parts: list[bytes] = []
     number, first_line, size = 0, 1, 0
     fault: BrokenFile | None = None
     try:
-        for found in split_parts(blocks, separator):
-            found_bytes = sum(map(len, found)) + len(found) * len(separator)
-            if size + found_bytes < chunk_bytes:
-                parts += found
-                size += found_bytes
+        for new_parts in split_parts(blocks, separator):
+            new_bytes = sum(map(len, new_parts)) + len(new_parts) * len(separator)
+            if size + new_bytes < chunk_bytes:
+                parts += new_parts
+                size += new_bytes
                 continue
-            for part in found:
+            for part in new_parts:
                 parts.append(part)
                 size += len(part) + len(separator)
                 if size >= chunk_bytes:
-                    yield Chunk(number, _joined(parts, separator), first_line)
+                    yield Chunk(number, _join_parts(parts, separator), first_line)
                     number, first_line, size, parts = number + 1, first_line + len(parts), 0, []
     except BrokenFile as error:
         fault = error
     if parts or (not number and fault is None):
-        yield Chunk(number, _joined(parts, separator), first_line)
+        yield Chunk(number, _join_parts(parts, separator), first_line)
     if fault is not None:
         raise fault
 
 
-def _joined(parts: list[bytes], separator: bytes) -> bytes:
-    """What is cut into the same parts again; a separator more could be taken for one that begins in the last part."""
+def _join_parts(parts: list[bytes], separator: bytes) -> bytes:
+    """Join parts such that splitting gives the same parts again.
+
+    No separator follows the last part: it could combine with the end of that part to an earlier separator. A last part
+    that is empty needs one, because it would be lost otherwise.
+    """
     return separator.join(parts if parts[-1:] != [b""] else [*parts, b""])

@@ -1,4 +1,4 @@
-"""The bytes of a piece: opened, decompressed, counted, hashed."""
+"""The input bytes of a piece: open, decompress, count and hash them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, cast
 
 from open_lm import storage
 from open_lm.datapreprocess.readers.base import BadDocument, Block, BrokenFile, Document, Piece, excerpt
-from open_lm.datapreprocess.readers.compression import decompressed
+from open_lm.datapreprocess.readers.compression import decompress
 
 _COMPRESSED_BYTES, _PLAIN_BYTES = 256 << 10, 1 << 20
 _BLOCK_CHARACTERS, _BLOCK_DOCUMENTS = 1 << 20, 1024
@@ -21,28 +21,32 @@ _ROWS = re.compile(r"(.*)\?rows=(\d+):(\d+)", re.DOTALL)
 
 
 def split_rows(url: str) -> tuple[str, tuple[int, int] | None]:
-    """The address of a file and the rows [first, last) that are wanted of it (`FILE?rows=FIRST:LAST`), None for all."""
+    """Split `FILE?rows=FIRST:LAST` into the file and the row range [FIRST, LAST); None means all rows."""
     match = _ROWS.fullmatch(url)
     return (match[1], (int(match[2]), int(match[3]))) if match else (url, None)
 
 
 class Source:
-    """The bytes of one piece as they are read: counted, and hashed on the way.
+    """The input of one piece; counts and hashes the bytes while they are read.
 
-    `bytes_read` is the input consumed so far, `lines` what the format has counted of lines or rows. `digest` is the
-    sha256 of the bytes that the piece covers, once all of them were read.
+    Attributes:
+        path: the file, without a row range.
+        row_range: rows [first, last) to read; None for all.
+        bytes_read: input bytes read so far.
+        lines: lines or rows that the format has counted so far.
+        digest: sha256 of the bytes of the piece, set when all of them were read.
     """
 
     def __init__(self, piece: Piece, compression: str) -> None:
         self.piece, self.compression = piece, compression
-        self.path, self.rows = split_rows(piece.url)
+        self.path, self.row_range = split_rows(piece.url)
         self.bytes_read = self.lines = 0
         self.digest: str | None = None
         self._hash = hashlib.sha256()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[bytes]]:
-        """The file, seekable; what storage cannot read of it is a BrokenFile."""
+        """Open the file, seekable and without decompression. Storage errors become BrokenFile."""
         try:
             with storage.open_file(self.path) as file:
                 yield file
@@ -52,37 +56,37 @@ class Source:
             raise BrokenFile("unreadable", message) from error
 
     def blocks(self) -> Iterator[bytes]:
-        """The content of the whole file, decompressed, a block at a time."""
+        """Yield the decompressed content of the full file in blocks."""
         if self.compression:
-            return decompressed(self._raw_blocks(_COMPRESSED_BYTES), self.compression, self.path)
+            return decompress(self._raw_blocks(_COMPRESSED_BYTES), self.compression, self.path)
         return self._raw_blocks(_PLAIN_BYTES)
 
     def _raw_blocks(self, block_bytes: int) -> Iterator[bytes]:
         with self.open() as file:
-            while block := file.read(self._at_once(block_bytes)):
-                self._take(block)
+            while block := file.read(self._read_size(block_bytes)):
+                self._count(block)
                 yield block
         self._finish()
 
-    def _at_once(self, most_bytes: int) -> int:
-        """No more than the piece holds: room for a large block costs more than a tiny file takes to read."""
-        return min(most_bytes, self.piece.num_bytes + 1) if self.piece.num_bytes else most_bytes
+    def _read_size(self, max_bytes: int) -> int:
+        """Limit a read to the size of the piece: allocating a large buffer takes longer than reading a tiny file."""
+        return min(max_bytes, self.piece.num_bytes + 1) if self.piece.num_bytes else max_bytes
 
     def line_blocks(self) -> Iterator[bytes]:
-        """The lines that begin in the bytes [start, end) of the piece, in blocks that end anywhere."""
+        """Yield the lines that begin in the bytes [start, end) of the piece; blocks may end inside a line."""
         start, end = self.piece.start, self.piece.end
-        position = max(start - 1, 0)  # a line begins at `start` only where the byte before ends another
+        position = max(start - 1, 0)  # a line begins at `start` only if the byte before it ends another line
         inside = start == 0
         with self.open() as file:
             file.seek(position)
-            while block := file.read(self._at_once(_PLAIN_BYTES)):
-                self._take(block[max(start - position, 0) : max(end - position, 0)])
+            while block := file.read(self._read_size(_PLAIN_BYTES)):
+                self._count(block[max(start - position, 0) : max(end - position, 0)])
                 first = 0 if inside else block.find(b"\n") + 1
                 inside = inside or first > 0
-                if first and position + first >= end:  # the first line that begins here is another piece's
+                if first and position + first >= end:  # the first line that begins here belongs to another piece
                     break
                 if inside:
-                    last = block.find(b"\n", max(end - 1 - position, first))  # the end of the last line to give
+                    last = block.find(b"\n", max(end - 1 - position, first))  # end of the last line of the piece
                     yield block[first : last + 1] if last >= 0 else block[first:]
                     if last >= 0:
                         break
@@ -91,9 +95,9 @@ class Source:
 
     @contextlib.contextmanager
     def open_seekable(self) -> Iterator[IO[bytes]]:
-        """The content as a seekable file; a compressed one is unpacked to disk first.
+        """Open the decompressed content as a seekable file; decompress to a temporary file if necessary.
 
-        Of one whose compressed data breaks off, the content before the break is given before the error is raised.
+        If the compressed data is truncated, provide the content before the break, and raise the error afterwards.
         """
         if not self.compression:
             with self.open() as file:
@@ -113,30 +117,31 @@ class Source:
             raise fault
 
     @contextlib.contextmanager
-    def open_forwards(self) -> Iterator[IO[bytes]]:
-        """The uncompressed file for a reader that seeks forwards only: what it skips, and the rest, is hashed too."""
+    def open_forward(self) -> Iterator[IO[bytes]]:
+        """Open the uncompressed file for a reader that only seeks forward; skipped bytes and the rest are hashed."""
         with self.open() as file:
-            forward = _ForwardFile(file, self._take)
+            forward = _ForwardFile(file, self._count)
             yield cast(IO[bytes], forward)
             forward.read_rest()
         self._finish()
 
     @property
     def at_start(self) -> bool:
-        """Whether what comes next is the beginning of the file."""
+        """Whether the next part is the beginning of the file."""
         return not self.lines and not self.piece.start
 
     def block(self, documents: Sequence[Document], bad: Sequence[BadDocument] = ()) -> Block:
+        """Return a block with these documents and the current read position."""
         return Block(list(documents), list(bad), self.bytes_read)
 
-    def in_blocks(self, found: Iterable[Document | BadDocument]) -> Iterator[Block]:
-        """What is found one by one, in blocks; before a BrokenFile comes what was found."""
+    def group_blocks(self, items: Iterable[Document | BadDocument]) -> Iterator[Block]:
+        """Group single documents into blocks. If the items raise BrokenFile, yield the documents before it first."""
         documents: list[Document] = []
         bad: list[BadDocument] = []
         size = 0
         fault: BrokenFile | None = None
         try:
-            for item in found:
+            for item in items:
                 if isinstance(item, BadDocument):
                     bad.append(item)
                 else:
@@ -152,27 +157,28 @@ class Source:
         if fault is not None:
             raise fault
 
-    def bad(self, kind: str, line: int, detail: str, content: bytes | str = b"") -> BadDocument:
-        """What is wrong with the line, row or (0) the whole of this piece."""
+    def bad_document(self, kind: str, line: int, detail: str, content: bytes | str = b"") -> BadDocument:
+        """Return a BadDocument for a line or row of this piece; line 0 means the full file."""
         detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")
         return BadDocument(kind, self.piece.url, line, detail, self.piece.start, excerpt(content))
 
-    def nothing(self) -> BadDocument:
-        return self.bad("empty file", 0, "the file holds nothing")
+    def empty_file(self) -> BadDocument:
+        """Return the BadDocument for an empty file."""
+        return self.bad_document("empty file", 0, "the file is empty")
 
-    def _take(self, data: bytes) -> None:
+    def _count(self, data: bytes) -> None:
         self.bytes_read += len(data)
         self._hash.update(data)
 
     def _finish(self) -> None:
-        self.digest = None if self.rows else self._hash.hexdigest()
+        self.digest = None if self.row_range else self._hash.hexdigest()
 
 
 class _ForwardFile(io.RawIOBase):
-    """Reads in order through a seekable file, in blocks; seeking forwards reads what lies between."""
+    """A view of a seekable file that reads it in order, in blocks; seeking forward reads the skipped bytes."""
 
-    def __init__(self, file: IO[bytes], take: Callable[[bytes], None]) -> None:
-        self._file, self._take = file, take
+    def __init__(self, file: IO[bytes], count: Callable[[bytes], None]) -> None:
+        self._file, self._count = file, count
         self._size = file.seek(0, os.SEEK_END)
         file.seek(0)
         self._buffer, self._position, self._buffer_start = b"", 0, 0
@@ -184,13 +190,13 @@ class _ForwardFile(io.RawIOBase):
         return offset
 
     def read(self, count: int = -1) -> bytes:
-        wanted = self._size if count < 0 else min(self._position + count, self._size)
+        end = self._size if count < 0 else min(self._position + count, self._size)
         parts = []
-        while self._position < wanted:
+        while self._position < end:
             if self._position >= self._buffer_start + len(self._buffer):
                 self._fill()
                 continue
-            part = self._buffer[self._position - self._buffer_start : wanted - self._buffer_start]
+            part = self._buffer[self._position - self._buffer_start : end - self._buffer_start]
             parts.append(part)
             self._position += len(part)
         return b"".join(parts)
@@ -203,5 +209,5 @@ class _ForwardFile(io.RawIOBase):
         self._buffer_start += len(self._buffer)
         self._buffer = self._file.read(_PLAIN_BYTES)
         if not self._buffer:
-            raise OSError(f"the file ended at byte {self._buffer_start} of {self._size}")
-        self._take(self._buffer)
+            raise OSError(f"the file ended at byte {self._buffer_start}, expected {self._size} bytes")
+        self._count(self._buffer)

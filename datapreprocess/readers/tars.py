@@ -1,40 +1,41 @@
-"""Tar files: a document a member, chosen by the content key: text or txt, json:KEY, npy (ids)."""
+"""Tar files: one document per member. The content key selects the members: text or txt, json:KEY, npy (token ids)."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
 
-import numpy as np
-
-from open_lm.data.shard_format import iter_files
 from open_lm.datapreprocess.readers.base import BadDocument, Block, BrokenFile, Document, ReadOptions
 from open_lm.datapreprocess.readers.json_lines import parse_json
+from open_lm.datapreprocess.readers.registry import Format, register_format
 from open_lm.datapreprocess.readers.source import Source
 from open_lm.errors import ConfigError, DataError
 
-_SUFFIXES = {"text": (".txt", ".text"), "txt": (".txt", ".text"), "json": (".json",), "npy": (".npy",)}
+_MEMBER_SUFFIXES = {"text": (".txt", ".text"), "txt": (".txt", ".text"), "json": (".json",), "npy": (".npy",)}
 
 
 def read_tar(source: Source, options: ReadOptions) -> Iterator[Block]:
-    """The documents of the members of one kind; a tar without such members is a BrokenFile."""
+    """Read the members that the content key selects; BrokenFile if there are none."""
     kind, _, json_key = options.content_key.partition(":")
-    if kind not in _SUFFIXES or (kind == "json") != bool(json_key):
+    if kind not in _MEMBER_SUFFIXES or (kind == "json") != bool(json_key):
         raise ConfigError(
-            f"{source.path}: --content_key {options.content_key!r} does not say which members of a tar to read; "
-            "it must be text, txt, npy or json:KEY"
+            f"{source.path}: --content_key {options.content_key!r} does not select the members of a tar file; "
+            "expected text, txt, npy or json:KEY"
         )
-    yield from source.in_blocks(_documents(source, kind, json_key))
+    yield from source.group_blocks(_documents(source, kind, json_key))
 
 
 def _documents(source: Source, kind: str, json_key: str) -> Iterator[Document | BadDocument]:
-    with source.open_seekable() if source.compression else source.open_forwards() as file:
+    from open_lm.data.shard_format import iter_files
+
+    suffixes = _MEMBER_SUFFIXES[kind]
+    with source.open_seekable() if source.compression else source.open_forward() as file:
         if not file.seek(0, io.SEEK_END):
-            yield source.nothing()
+            yield source.empty_file()
             return
         try:
             for name, offset, size in iter_files(file, source.path):
-                if name.lower().endswith(_SUFFIXES[kind]):
+                if name.lower().endswith(suffixes):
                     source.lines += 1
                     file.seek(offset)
                     yield _document(source, name, file.read(size), kind, json_key)
@@ -43,17 +44,20 @@ def _documents(source: Source, kind: str, json_key: str) -> Iterator[Document | 
         except DataError as error:
             raise BrokenFile("damaged", str(error)) from error
         if not source.lines:
-            message = f"{source.path}: no member ends in {' or '.join(_SUFFIXES[kind])}; is --content_key right?"
+            message = f"{source.path}: found no member that ends in {' or '.join(suffixes)}; check --content_key"
             raise BrokenFile("no documents", message)
 
 
 def _document(source: Source, name: str, data: bytes, kind: str, json_key: str) -> Document | BadDocument:
-    def bad(what: str, detail: str) -> BadDocument:
-        return source.bad(what, 0, f"member {name}: {detail}", data)
+    """Decode one member."""
+    import numpy as np
+
+    def bad(problem: str, detail: str) -> BadDocument:
+        return source.bad_document(problem, 0, f"member {name}: {detail}", data)
 
     if kind == "json":
-        found = parse_json(data, json_key)
-        return found if isinstance(found, str) else bad(*found)
+        text = parse_json(data, json_key)
+        return text if isinstance(text, str) else bad(*text)
     try:
         if kind != "npy":
             return data.decode("utf-8")
@@ -65,3 +69,6 @@ def _document(source: Source, name: str, data: bytes, kind: str, json_key: str) 
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
         return bad("invalid npy", "expected an array of integers")
     return ids.reshape(-1)
+
+
+register_format(Format(read_tar), ".tar")

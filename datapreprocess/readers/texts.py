@@ -1,4 +1,4 @@
-"""Plain text: a document a file, or several between separators."""
+"""Plain text files: one document per file, or several documents between separators."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 from open_lm.datapreprocess.readers.base import BOM, BadDocument, Block, Document, ReadOptions
 from open_lm.datapreprocess.readers.parts import split_parts
+from open_lm.datapreprocess.readers.registry import Format, register_format
 from open_lm.datapreprocess.readers.source import Source
 
 
 def read_texts(source: Source, options: ReadOptions) -> Iterator[Block]:
-    """The file as one document (held in memory whole), or what stands between separators, as it stands there.
+    """Read the file as one document (held in memory), or the unchanged texts between separators.
 
-    What holds nothing but space is no document.
+    Texts of only white space are skipped.
     """
     separator = text_separator(options)
     blocks = source.blocks()
@@ -20,7 +21,7 @@ def read_texts(source: Source, options: ReadOptions) -> Iterator[Block]:
         if any(parts) or separator:
             yield parse_texts(source, parts, options)
     if not source.lines:
-        yield source.block([], [source.nothing()])
+        yield source.block([], [source.empty_file()])
 
 
 def text_separator(options: ReadOptions) -> bytes | None:
@@ -28,7 +29,7 @@ def text_separator(options: ReadOptions) -> bytes | None:
 
 
 def parse_texts(source: Source, parts: list[bytes], _options: ReadOptions) -> Block:
-    """The documents of the next parts of a source."""
+    """Decode the next parts of a source as documents."""
     if source.at_start and parts:
         parts[0] = parts[0].removeprefix(BOM)
     first = source.lines + 1
@@ -41,6 +42,11 @@ def parse_texts(source: Source, parts: list[bytes], _options: ReadOptions) -> Bl
         try:
             documents.append(part.decode("utf-8"))
         except UnicodeDecodeError as error:
-            detail = f"byte 0x{part[error.start]:02x} at {error.start} of the text is no UTF-8"
-            bad.append(source.bad("invalid UTF-8", number, detail, part))
+            detail = f"byte 0x{part[error.start]:02x} at position {error.start} of the text is not valid UTF-8"
+            bad.append(source.bad_document("invalid UTF-8", number, detail, part))
     return source.block(documents, bad)
+
+
+register_format(
+    Format(read_texts, separator=text_separator, parse=parse_texts, uses_separator=True), ".txt", ".text", ".md"
+)

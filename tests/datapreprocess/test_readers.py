@@ -1,4 +1,4 @@
-"""Reading raw files: compressions, lines, byte ranges, stretches, JSON documents, texts, tars, and what is bad."""
+"""Readers of raw files: compression, lines, byte ranges, chunks, JSON documents, texts, tars and bad documents."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ import zstandard
 from datapreprocess_helpers import documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from readers_helpers import COMPRESS, gathered, json_lines, read, read_good, read_until_break, sha256, whole
+from readers_helpers import COMPRESS, collect, full_piece, json_lines, read, read_good, read_until_break, sha256
 
 from open_lm.datapreprocess.readers import (
     TO_END,
     BrokenFile,
+    ChunkReader,
+    FileChunks,
     Piece,
     PieceReader,
     ReadOptions,
-    ChunkReader,
     can_stream,
     is_data_name,
     split,
     split_suffixes,
-    FileChunks,
 )
 from open_lm.datapreprocess.readers import source as source_module
 from open_lm.datapreprocess.readers.parts import split_parts
@@ -40,55 +40,55 @@ from open_lm.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_every_compression_and_several_frames_in_a_file(tmp_path: Path, suffix: str) -> None:
+def test_compressed_files_may_have_several_frames(tmp_path: Path, suffix: str) -> None:
     texts = [*documents(50), "x" * 3_000_000, 'äöü\u2028\x85 \\ " \n end', ""]
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESS[suffix](json_lines(texts[:20])) + COMPRESS[suffix](json_lines(texts[20:])))
-    reader = PieceReader(whole(path))
-    assert gathered(reader) == (texts, [])
+    reader = PieceReader(full_piece(path))
+    assert collect(reader) == (texts, [])
     assert reader.lines == len(texts) and reader.bytes_read == path.stat().st_size
     assert reader.digest == sha256(path.read_bytes())
 
 
-def test_a_large_window_of_zstandard(tmp_path: Path) -> None:
+def test_large_zstandard_window(tmp_path: Path) -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=29, enable_ldm=True)
     path = tmp_path / "a.zst"
     path.write_bytes(zstandard.ZstdCompressor(compression_params=parameters).compress(json_lines(["far"])))
     assert read_good(path) == ["far"]
 
 
-def test_what_compresses_a_thousandfold_is_not_unfolded_whole(tmp_path: Path) -> None:
+def test_highly_compressible_content_is_decompressed_in_blocks(tmp_path: Path) -> None:
     line = json_lines(["x" * 100_000])
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstandard.compress(line * 1000))
-    sizes = [sum(map(len, block.documents)) for block in PieceReader(whole(path))]
+    sizes = [sum(map(len, block.documents)) for block in PieceReader(full_piece(path))]
     assert sum(sizes) == 100_000_000 and max(sizes) < 10 << 20
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz", ".bz2"])
-def test_of_a_cut_compressed_file_comes_what_is_whole(tmp_path: Path, suffix: str) -> None:
+def test_documents_before_the_end_of_a_truncated_compressed_file_are_read(tmp_path: Path, suffix: str) -> None:
     texts = [*documents(300), random.Random(1).randbytes(300_000).hex(), *documents(50)]
     data = COMPRESS[suffix](json_lines(texts))
     path = tmp_path / f"a.jsonl{suffix}"
     for part in (0.7, 0.999):
         path.write_bytes(data[: int(len(data) * part)])
         found, error = read_until_break(path)
-        assert error.kind == "cut short" and "fetch the file again" in str(error)
+        assert error.kind == "cut short" and "download the file again" in str(error)
         assert len(found) >= 300 and found == texts[: len(found)]
         given: list[str] = []
         with pytest.raises(BrokenFile):
-            for stretch in FileChunks(whole(path), 50_000):
-                given += gathered(ChunkReader(stretch, str(path)))[0]
+            for chunk in FileChunks(full_piece(path), 50_000):
+                given += collect(ChunkReader(chunk, str(path)))[0]
         assert given == found
     path.write_bytes(b"no such format at all")
     assert read_until_break(path)[1].kind == "cannot be decompressed"
 
 
-def test_a_file_that_is_not_there_is_broken(tmp_path: Path, s3_bucket: str) -> None:
+def test_missing_file_raises_broken_file(tmp_path: Path, s3_bucket: str) -> None:
     assert read_until_break(tmp_path / "missing.jsonl")[1].kind == "unreadable"
     for url in (f"s3://{s3_bucket}/missing.jsonl.zst", f"s3://{s3_bucket}-no/missing.txt"):
         with pytest.raises(BrokenFile, match="missing") as caught:
-            list(PieceReader(whole(url)))
+            list(PieceReader(full_piece(url)))
         assert caught.value.kind == "unreadable"
     copy = pickle.loads(pickle.dumps(caught.value))
     assert (copy.kind, str(copy)) == (caught.value.kind, str(caught.value))
@@ -100,30 +100,30 @@ def test_a_file_that_is_not_there_is_broken(tmp_path: Path, s3_bucket: str) -> N
 @pytest.mark.parametrize(
     "name", ["a.jsonl", "a.jsonl.zst", "a.json", "a.json.gz", "a.txt", "a.md.xz", "a.tar", "a.tar.gz"]
 )
-def test_an_empty_file_is_a_bad_document(tmp_path: Path, name: str) -> None:
+def test_empty_file_is_a_bad_document(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     for data in {b"", COMPRESS[split_suffixes(name)[0]](b"")}:
         path.write_bytes(data)
         found, bad = read(path)
         assert found == [] and [(item.kind, item.line) for item in bad] == [("empty file", 0)]
         if can_stream(str(path)):
-            streamed = [gathered(ChunkReader(stretch, str(path))) for stretch in FileChunks(whole(path), 100)]
+            streamed = [collect(ChunkReader(chunk, str(path))) for chunk in FileChunks(full_piece(path), 100)]
             assert streamed == [([], bad)]
 
 
-def test_line_ends_blank_lines_and_the_mark_of_utf_8(tmp_path: Path) -> None:
+def test_line_ends_blank_lines_and_byte_order_mark(tmp_path: Path) -> None:
     data = b'\xef\xbb\xbf{"text": "first"}\r\n\n  \n{"text": "x"}\r\n\n{"text": "no newline at the end"}'
     for suffix in ("", ".gz"):
         path = tmp_path / f"c.jsonl{suffix}"
         path.write_bytes(COMPRESS[suffix](data))
-        reader = PieceReader(whole(path))
-        assert gathered(reader) == (["first", "x", "no newline at the end"], [])
+        reader = PieceReader(full_piece(path))
+        assert collect(reader) == (["first", "x", "no newline at the end"], [])
         assert reader.lines == 6
     (tmp_path / "d.jsonl").write_bytes(b"\n \n")
     assert read(tmp_path / "d.jsonl") == ([], [])
 
 
-WRONG = {
+BAD_LINES = {
     b'{"text": ': "invalid JSON",
     b'{"body": "x"}': "missing key",
     b"[]": "not an object",
@@ -141,22 +141,22 @@ WRONG = {
 
 
 @pytest.mark.parametrize("suffix", ["", ".zst"])
-def test_bad_documents_are_told_by_kind_and_line(tmp_path: Path, suffix: str) -> None:
+def test_bad_documents_are_reported_by_kind_and_line(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(COMPRESS[suffix](b"\n".join([b'{"text": "ok"}', *WRONG, b"", b'{"text": "ok too"}'])))
+    path.write_bytes(COMPRESS[suffix](b"\n".join([b'{"text": "ok"}', *BAD_LINES, b"", b'{"text": "ok too"}'])))
     found, bad = read(path)
     assert found == ["ok", "ok too"]
-    assert [(item.kind, item.line) for item in bad] == list(zip(WRONG.values(), range(2, 15), strict=True))
+    assert [(item.kind, item.line) for item in bad] == list(zip(BAD_LINES.values(), range(2, 15), strict=True))
     assert all(item.url == str(path) and item.content and item.content.isprintable for item in bad)
     assert '"text"' in bad[1].detail and "body" in bad[1].detail
     assert bad[0].content == '{"text": '
-    streamed = [gathered(ChunkReader(stretch, str(path))) for stretch in FileChunks(whole(path), 40)]
+    streamed = [collect(ChunkReader(chunk, str(path))) for chunk in FileChunks(full_piece(path), 40)]
     assert len(streamed) > 4
     assert [document for part in streamed for document in part[0]] == found
     assert [item for part in streamed for item in part[1]] == bad
 
 
-def test_the_content_of_what_is_bad_is_short_and_can_be_written(tmp_path: Path) -> None:
+def test_excerpt_of_a_bad_document_is_short_and_encodable(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "\xff' + "ü".encode() * 4000)
     (item,) = read(path)[1]
@@ -174,7 +174,7 @@ def test_content_keys(tmp_path: Path) -> None:
     assert [item.kind for item in bad] == ["missing key", "missing key", "not an object", "not an object"]
 
 
-def test_what_stands_beside_the_text_is_not_judged_twice(tmp_path: Path) -> None:
+def test_other_values_of_a_line_are_not_checked(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     lines = [
         b'{"x": "\xff", "text": "a"}',
@@ -191,21 +191,19 @@ def test_what_stands_beside_the_text_is_not_judged_twice(tmp_path: Path) -> None
     assert found == ["deep"] and [item.kind for item in bad] == ["invalid JSON"]
 
 
-HOSTILE = b'\n{"text": "a"}\r\n\n{"text": "\xc3\xa4"}\n \n{"no": 1}\n{"text": "last"}'
+MIXED_LINES = b'\n{"text": "a"}\r\n\n{"text": "\xc3\xa4"}\n \n{"no": 1}\n{"text": "last"}'
 
 
 @pytest.mark.parametrize("block_bytes", [1, 3, 8, 1 << 20])
-def test_pieces_from_every_byte_to_every_byte(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
-) -> None:
+def test_pieces_with_any_byte_boundaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
     monkeypatch.setattr(source_module, "_PLAIN_BYTES", block_bytes)
     path = tmp_path / "a.jsonl"
-    for data in (HOSTILE, HOSTILE + b"\n"):
+    for data in (MIXED_LINES, MIXED_LINES + b"\n"):
         path.write_bytes(data)
         for middle in itertools.combinations(range(1, len(data)), 1 if block_bytes < 8 else 2):
             edges = [0, *middle, len(data)]
             readers = [PieceReader(Piece(str(path), a, b, b - a)) for a, b in itertools.pairwise(edges)]
-            parts = [gathered(reader) for reader in readers]
+            parts = [collect(reader) for reader in readers]
             assert [text for part in parts for text in part[0]] == ["a", "ä", "last"]
             assert [item.kind for part in parts for item in part[1]] == ["missing key"]
             assert sum(reader.lines for reader in readers) == 7
@@ -215,7 +213,7 @@ def test_pieces_from_every_byte_to_every_byte(
 
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=30), st.lists(st.integers(0, 10_000), max_size=6))
 @settings(max_examples=40, deadline=None)
-def test_byte_ranges_give_every_line_exactly_once(
+def test_byte_ranges_yield_every_line_exactly_once(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], cuts: list[int]
 ) -> None:
     path = tmp_path_factory.mktemp("ranges") / "a.jsonl"
@@ -224,7 +222,7 @@ def test_byte_ranges_give_every_line_exactly_once(
     size = path.stat().st_size
     edges = sorted({0, size, *(cut % (size + 1) for cut in cuts)})
     readers = [PieceReader(Piece(str(path), a, b, b - a)) for a, b in itertools.pairwise(edges)]
-    assert [text for reader in readers for text in gathered(reader)[0]] == read_good(path)
+    assert [text for reader in readers for text in collect(reader)[0]] == read_good(path)
     assert sum(reader.lines for reader in readers) == len(texts)
 
 
@@ -236,43 +234,43 @@ def test_lines_longer_than_many_blocks(tmp_path: Path, monkeypatch: pytest.Monke
     size = path.stat().st_size
     pieces = split(str(path), size, 3000)
     assert len(pieces) > 20 and sum(piece.num_bytes for piece in pieces) == size
-    assert [text for piece in pieces for text in gathered(PieceReader(piece))[0]] == texts
+    assert [text for piece in pieces for text in collect(PieceReader(piece))[0]] == texts
 
 
-def test_a_hundred_thousand_lines(tmp_path: Path) -> None:
+def test_file_of_100_000_lines(tmp_path: Path) -> None:
     texts = [f"line {number}" for number in range(100_000)]
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(texts))
-    reader = PieceReader(whole(path))
-    assert gathered(reader)[0] == texts and reader.lines == 100_000
+    reader = PieceReader(full_piece(path))
+    assert collect(reader)[0] == texts and reader.lines == 100_000
     pieces = split(str(path), path.stat().st_size, 300_000)
-    assert [text for piece in pieces for text in gathered(PieceReader(piece))[0]] == texts
+    assert [text for piece in pieces for text in collect(PieceReader(piece))[0]] == texts
     assert split(str(path), 500_000, 300_000) == [Piece(str(path), 0, TO_END, 500_000)]
 
 
-# --- stretches ---------------------------------------------------------------------------------------------------
+# --- chunks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stretch_bytes", [1, 37, 1000, 20_000, 1 << 30])
-def test_stretches_of_any_size_give_the_same_documents(tmp_path: Path, chunk_bytes: int) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1, 37, 1000, 20_000, 1 << 30])
+def test_chunks_of_any_size_give_the_same_documents(tmp_path: Path, chunk_bytes: int) -> None:
     texts = documents(200)
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(zstandard.compress(b"\n\r\n" + json_lines(texts)[:-1]))
-    cut = FileChunks(whole(path), chunk_bytes)
+    cut = FileChunks(full_piece(path), chunk_bytes)
     found = list(cut)
     assert [part.number for part in found] == list(range(len(found)))
-    assert [text for part in found for text in gathered(ChunkReader(part, str(path)))[0]] == texts
+    assert [text for part in found for text in collect(ChunkReader(part, str(path)))[0]] == texts
     assert all(len(part.data) >= chunk_bytes - 1 for part in found[:-1])
     assert cut.digest == sha256(path.read_bytes()) and cut.bytes_read == path.stat().st_size
     readers = [ChunkReader(part, str(path)) for part in found]
-    assert [gathered(reader)[1] for reader in readers] == [[]] * len(readers)
+    assert [collect(reader)[1] for reader in readers] == [[]] * len(readers)
     lines = list(itertools.accumulate((reader.lines for reader in readers), initial=1))
     assert [part.first_line for part in found] == lines[:-1] and lines[-1] == 203
 
 
 @given(st.lists(st.sampled_from(["a", "\n", "\n\n", "<sep>", "ü", "x<", "sep>"]), max_size=40), st.integers(1, 7))
 @settings(max_examples=100, deadline=None)
-def test_parts_do_not_depend_on_blocks(pieces: list[str], block_bytes: int) -> None:
+def test_parts_do_not_depend_on_block_size(pieces: list[str], block_bytes: int) -> None:
     data = "".join(pieces).encode()
     blocks = [data[a : a + block_bytes] for a in range(0, len(data), block_bytes)]
     for separator in (b"\n", b"\n\n", b"<sep>"):
@@ -281,7 +279,7 @@ def test_parts_do_not_depend_on_blocks(pieces: list[str], block_bytes: int) -> N
         assert found == (expected if expected[-1] else expected[:-1])
 
 
-def test_what_can_be_streamed(tmp_path: Path) -> None:
+def test_can_stream(tmp_path: Path) -> None:
     separated = ReadOptions(separator="\n\n")
     assert can_stream("a.jsonl.zst") and can_stream("a.gz") and not can_stream("a.jsonl")
     assert can_stream("a.txt", separated) and can_stream("a.txt.gz", separated) and not can_stream("a.txt.gz")
@@ -296,18 +294,18 @@ def test_what_can_be_streamed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("indent", [None, 2])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_an_array_in_a_json_file(tmp_path: Path, indent: int | None, suffix: str) -> None:
+def test_json_array(tmp_path: Path, indent: int | None, suffix: str) -> None:
     texts = [*documents(300), "x" * 3_000_000, "] , [", '\\" ü 🙂', ""]
     path = tmp_path / f"a.json{suffix}"
     data = json.dumps([{"text": text, "n": 1.5} for text in texts], indent=indent, ensure_ascii=bool(indent)).encode()
     path.write_bytes(COMPRESS[suffix](b"\xef\xbb\xbf \n" + data))
-    reader = PieceReader(whole(path))
-    assert gathered(reader) == (texts, [])
+    reader = PieceReader(full_piece(path))
+    assert collect(reader) == (texts, [])
     assert reader.lines == len(texts) and reader.digest == sha256(path.read_bytes())
     assert split(str(path), path.stat().st_size, 1000) == [Piece(str(path), 0, TO_END, path.stat().st_size)]
 
 
-def test_json_files_of_other_forms(tmp_path: Path) -> None:
+def test_other_layouts_of_json_files(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     forms = {
         json.dumps({"text": "one"}, indent=2): ["one"],
@@ -323,10 +321,10 @@ def test_json_files_of_other_forms(tmp_path: Path) -> None:
     path.write_bytes(json_lines(documents(100)))
     pieces = split(str(path), path.stat().st_size, 1000)
     assert len(pieces) > 5
-    assert [text for piece in pieces for text in gathered(PieceReader(piece))[0]] == documents(100)
+    assert [text for piece in pieces for text in collect(PieceReader(piece))[0]] == documents(100)
 
 
-def test_bad_elements_of_an_array(tmp_path: Path) -> None:
+def test_bad_elements_of_a_json_array(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(
         b'[{"text": "ok"}, 5, {"text": "\xff"}, {"text": "\\ud800"}, {"text": null}, {"\xff": 1}, {"text": "ok too"}]'
@@ -339,7 +337,7 @@ def test_bad_elements_of_an_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ['{"text": "y', "5", "{'text'", ', {"text": "z"}', "]]", '] {"text": 1}', "tru"])
-def test_of_a_broken_array_comes_what_is_whole(tmp_path: Path, end: str) -> None:
+def test_elements_before_the_end_of_a_broken_array_are_read(tmp_path: Path, end: str) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"text": "x"}, {"text": "y"}' + (", " if end[0] in "{5t" else "") + end)
     found, error = read_until_break(path)
@@ -350,25 +348,25 @@ def test_of_a_broken_array_comes_what_is_whole(tmp_path: Path, end: str) -> None
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.text.gz", "a.MD", "a.txt.zst"])
-def test_a_text_is_a_document_or_several(tmp_path: Path, name: str) -> None:
+def test_text_file_with_and_without_separator(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     content = "First ü\r\n\n\n\nSecond<|end|> third\n"
     path.write_bytes(COMPRESS[split_suffixes(name)[0]](b"\xef\xbb\xbf" + content.encode()))
     assert read_good(path) == [content]
     assert read_good(path, separator="<|end|>") == ["First ü\r\n\n\n\nSecond", " third\n"]
-    reader = PieceReader(whole(path), ReadOptions(separator="\n\n"))
-    assert gathered(reader)[0] == ["First ü\r", "Second<|end|> third\n"]
+    reader = PieceReader(full_piece(path), ReadOptions(separator="\n\n"))
+    assert collect(reader)[0] == ["First ü\r", "Second<|end|> third\n"]
     assert reader.lines == 3 and reader.digest == sha256(path.read_bytes())
     options = ReadOptions(separator="\n\n")
     for chunk_bytes in (1, 5, 1000):
-        parts = list(FileChunks(whole(path), chunk_bytes, options))
-        assert [text for part in parts for text in gathered(ChunkReader(part, str(path), options))[0]] == [
+        parts = list(FileChunks(full_piece(path), chunk_bytes, options))
+        assert [text for part in parts for text in collect(ChunkReader(part, str(path), options))[0]] == [
             "First ü\r",
             "Second<|end|> third\n",
         ]
 
 
-def test_a_text_that_is_no_utf_8(tmp_path: Path) -> None:
+def test_text_with_invalid_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"good|b\xe4d|good")
     assert [item.kind for item in read(path)[1]] == ["invalid UTF-8"]
@@ -405,8 +403,8 @@ def test_tar_members(tmp_path: Path) -> None:
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     for path in (plain, packed):
         for key in ("text", "txt"):
-            reader = PieceReader(whole(path), ReadOptions(key))
-            found, bad = gathered(reader)
+            reader = PieceReader(full_piece(path), ReadOptions(key))
+            found, bad = collect(reader)
             assert found == ["wörd", "more"] and [item.kind for item in bad] == ["invalid UTF-8"]
             assert "2.txt" in bad[0].detail and reader.lines == 3
             assert reader.digest == sha256(path.read_bytes()) and reader.bytes_read == path.stat().st_size
@@ -448,7 +446,7 @@ def test_suffixes() -> None:
     assert not any(map(is_data_name, ["x/README.md", "x/dataset_info.json", "x/.hidden.txt", "x/a.csv"]))
 
 
-def test_rows_of_a_file(tmp_path: Path) -> None:
+def test_row_ranges(tmp_path: Path) -> None:
     texts = documents(30)
     for name, data in {
         "a.jsonl.gz": b"\n" + json_lines(texts),
@@ -457,13 +455,13 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_bytes(COMPRESS[split_suffixes(name)[0]](data))
         for first, last in ((0, 3), (5, 30), (29, 99), (4, 4)):
-            reader = PieceReader(whole(f"{path}?rows={first}:{last}"))
-            assert gathered(reader) == (texts[first:last], []) and reader.digest is None
+            reader = PieceReader(full_piece(f"{path}?rows={first}:{last}"))
+            assert collect(reader) == (texts[first:last], []) and reader.digest is None
         assert split(f"{path}?rows=2:9", 1 << 30, 1) == [Piece(f"{path}?rows=2:9", 0, TO_END, 1 << 30)]
         assert not can_stream(f"{path}?rows=2:9")
 
 
-def test_reading_from_s3(tmp_path: Path, s3_bucket: str) -> None:
+def test_read_from_s3(tmp_path: Path, s3_bucket: str) -> None:
     from open_lm import storage
 
     texts = documents(200)
@@ -477,13 +475,13 @@ def test_reading_from_s3(tmp_path: Path, s3_bucket: str) -> None:
         url = f"s3://{s3_bucket}/x/{name}"
         storage.write_bytes(url, data)
         readers = [PieceReader(piece) for piece in split(url, len(data), 5000)]
-        assert [text for reader in readers for text in gathered(reader)[0]] == texts
+        assert [text for reader in readers for text in collect(reader)[0]] == texts
         assert len(readers) > 1 or readers[0].digest == sha256(data)
 
 
-def test_a_reader_that_is_left_early_claims_no_digest(tmp_path: Path) -> None:
+def test_incomplete_read_has_no_digest(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(["x" * 1_000_000] * 5))
-    reader = PieceReader(whole(path))
+    reader = PieceReader(full_piece(path))
     next(iter(reader))
     assert reader.digest is None

@@ -1,4 +1,4 @@
-"""Reading Parquet and Arrow files, saved Hugging Face data sets, and data sets by name and slice."""
+"""Readers of Parquet and Arrow files, of saved Hugging Face data sets, and of data sets by name and slice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 from datapreprocess_helpers import documents
-from readers_helpers import gathered, json_lines, read, read_good, read_until_break, whole
+from readers_helpers import collect, full_piece, json_lines, read, read_good, read_until_break
 
 from open_lm import storage
 from open_lm.datapreprocess.readers import PieceReader, expand_folder, split
@@ -21,7 +21,7 @@ TEXTS = documents(500)
 
 
 def write_arrow(path: Path, table: pa.Table, rows: int = 64) -> Path:
-    """An Arrow stream, as `datasets` writes them."""
+    """Write an Arrow stream, as `datasets` does."""
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
         stream.write_table(table, max_chunksize=rows)
     return path
@@ -55,28 +55,28 @@ def invalid_utf8() -> pa.Array:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_column_whole_and_in_pieces(tmp_path: Path, name: str) -> None:
+def test_text_column_in_one_and_in_several_pieces(tmp_path: Path, name: str) -> None:
     path = WRITERS[name](tmp_path / name, pa.table({"id": range(500), "text": TEXTS}))
     size = path.stat().st_size
-    reader = PieceReader(whole(path))
-    assert gathered(reader) == (TEXTS, [])
+    reader = PieceReader(full_piece(path))
+    assert collect(reader) == (TEXTS, [])
     assert reader.lines == 500 and reader.digest is None
     for unit_bytes in (1, size // 3):
         pieces = split(str(path), size, unit_bytes)
         assert len(pieces) == 8 if unit_bytes == 1 else 2 <= len(pieces) <= 4
         assert 0.9 * size < sum(piece.num_bytes for piece in pieces) <= size
         readers = [PieceReader(piece) for piece in pieces]
-        assert [text for reader in readers for text in gathered(reader)[0]] == TEXTS
+        assert [text for reader in readers for text in collect(reader)[0]] == TEXTS
         assert sum(reader.lines for reader in readers) == 500
     packed = tmp_path / f"{name}.gz"
     packed.write_bytes(gzip.compress(path.read_bytes(), 1))
     assert read_good(packed) == TEXTS
-    assert gathered(PieceReader(whole(f"{path}?rows=60:200"))) == (TEXTS[60:200], [])
-    assert gathered(PieceReader(whole(f"{path}?rows=499:500"))) == (TEXTS[499:], [])
+    assert collect(PieceReader(full_piece(f"{path}?rows=60:200"))) == (TEXTS[60:200], [])
+    assert collect(PieceReader(full_piece(f"{path}?rows=499:500"))) == (TEXTS[499:], [])
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_nested_columns_and_types_of_text(tmp_path: Path, name: str) -> None:
+def test_nested_columns_and_text_types(tmp_path: Path, name: str) -> None:
     structs = [{"b": "deep", "c": 1}, None, {"b": None, "c": 2}]
     path = WRITERS[name](tmp_path / name, pa.table({"a": structs, "flat.b": ["x", "y", "z"], "n": [1, 2, 3]}))
     found, bad = read(path, content_key="a.b")
@@ -115,7 +115,7 @@ def test_broken_column_files(tmp_path: Path, name: str) -> None:
         assert split(str(path), len(cut), 1)[0].url == str(path)
 
 
-def test_an_arrow_stream_cut_between_batches_is_cut_short(tmp_path: Path) -> None:
+def test_arrow_stream_without_end_marker_is_truncated(tmp_path: Path) -> None:
     path = write_arrow(tmp_path / "a.arrow", pa.table({"text": TEXTS}))
     path.write_bytes(path.read_bytes()[:-8])
     found, error = read_until_break(path)
@@ -128,29 +128,29 @@ def test_column_files_in_s3(tmp_path: Path, s3_bucket: str) -> None:
         url = f"s3://{s3_bucket}/{name}"
         storage.upload(path, url)
         pieces = split(url, path.stat().st_size, path.stat().st_size // 3)
-        assert [text for piece in pieces for text in gathered(PieceReader(piece))[0]] == TEXTS
+        assert [text for piece in pieces for text in collect(PieceReader(piece))[0]] == TEXTS
 
 
 # --- saved data sets ---------------------------------------------------------------------------------------------
 
 
 def expanded(url: str) -> list[str]:
-    """The documents of what a name stands for."""
+    """Return the documents of a data set."""
     infos = expand_folder(url)
     assert infos is not None and all(info.size > 0 for info in infos)
-    return [text for info in infos for text in gathered(PieceReader(whole(info.url)))[0]]
+    return [text for info in infos for text in collect(PieceReader(full_piece(info.url)))[0]]
 
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, and nothing kept outside the test's folder."""
+    """Disable network access and put the cache into the test folder."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
-def test_folders_that_datasets_saved(tmp_path: Path, s3_bucket: str) -> None:
+def test_folders_made_by_save_to_disk(tmp_path: Path, s3_bucket: str) -> None:
     import datasets
 
     train = datasets.Dataset.from_dict({"text": TEXTS}, split="train")
@@ -170,18 +170,18 @@ def test_folders_that_datasets_saved(tmp_path: Path, s3_bucket: str) -> None:
     assert expanded(f"s3://{s3_bucket}/both?split=test") == ["t1", "t2"]
 
 
-def test_what_is_no_data_set_or_a_broken_one(tmp_path: Path) -> None:
+def test_folders_that_are_not_data_sets_and_broken_data_sets(tmp_path: Path) -> None:
     assert expand_folder(str(tmp_path)) is None
     assert expand_folder(str(tmp_path / "no?thing=[ab].jsonl")) is None
     (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-0.arrow"}], "_split": "train"}')
-    with pytest.raises(DataError, match=r"data-0\.arrow, which is not there"):
+    with pytest.raises(DataError, match=r"data-0\.arrow, which does not exist"):
         expand_folder(str(tmp_path))
-    with pytest.raises(ConfigError, match="no such option as config"):
+    with pytest.raises(ConfigError, match=r"unknown option config; supported here: split$"):
         expand_folder(f"{tmp_path}?split=train&config=x")
     write_arrow(tmp_path / "data-0.arrow", pa.table({"text": ["a"]}))
-    for wanted in ("valid", "valid[:3]", "train[5:9]", "train[2:1]", "train[", "train[:1%](odd)"):
-        with pytest.raises(ConfigError, match="cannot be taken"):
-            expand_folder(f"{tmp_path}?split={wanted}")
+    for spec in ("valid", "valid[:3]", "train[5:9]", "train[2:1]", "train[", "train[:1%](odd)"):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            expand_folder(f"{tmp_path}?split={spec}")
     (tmp_path / "state.json").write_text('{"_data_files": [], "_indices_data_files": [{}]}')
     with pytest.raises(DataError, match="flatten_indices"):
         expand_folder(str(tmp_path))
@@ -197,7 +197,7 @@ def test_what_is_no_data_set_or_a_broken_one(tmp_path: Path) -> None:
 
 
 def make_data(folder: Path, kind: str) -> dict[str, list[str]]:
-    """A local folder of data files, as a repository on the hub is: 3 files of the split train, 1 of test."""
+    """Make a local folder of data files like a hub repository: 3 files of the split train, 1 of test."""
     folder.mkdir()
     texts: dict[str, list[str]] = {"train": TEXTS[:333], "test": TEXTS[333:340]}
     for split_name, count in {"train": 3, "test": 1}.items():
@@ -212,7 +212,7 @@ def make_data(folder: Path, kind: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl.gz"])
-def test_slices_are_those_of_datasets(tmp_path: Path, hub_cache: None, kind: str) -> None:
+def test_slices_agree_with_datasets(tmp_path: Path, hub_cache: None, kind: str) -> None:
     import datasets
 
     texts = make_data(tmp_path / "data", kind)
@@ -222,24 +222,24 @@ def test_slices_are_those_of_datasets(tmp_path: Path, hub_cache: None, kind: str
     datasets.disable_progress_bars()
     for spec in ("train", "test", "train[:10%]", "train[33%:67%]", "train[140:160]", "train[:150]", "train[-40:]",
                  "train[150:300]", "test[:2]+train[300:]", "train[99%:]"):  # fmt: skip
-        wanted: list[str] = []
+        expected: list[str] = []
         for part in datasets.ReadInstruction.from_spec(spec).to_absolute({"train": 333, "test": 7}):
-            wanted += loaded[part.splitname][part.from_ : part.to]["text"]
-        assert expanded(f"{url}?split={spec}") == wanted, spec
+            expected += loaded[part.splitname][part.from_ : part.to]["text"]
+        assert expanded(f"{url}?split={spec}") == expected, spec
 
 
-def test_recorded_counts_decide_percentages(tmp_path: Path, hub_cache: None) -> None:
+def test_percentages_use_the_recorded_row_counts(tmp_path: Path, hub_cache: None) -> None:
     make_data(tmp_path / "data", "jsonl.gz")
     splits = "[{{name: train, num_examples: {}}}, {{name: test, num_examples: 7}}]"
     readme = f"---\ndataset_info:\n  splits: {splits}\n---\n"
     (tmp_path / "data" / "README.md").write_text(readme.format(200))
     assert expanded(f"hf-dataset://{tmp_path}/data?split=train[:10%]") == TEXTS[:20]
     (tmp_path / "data" / "README.md").write_text(readme.format(1000))
-    with pytest.raises(ConfigError, match="files hold 333 rows, the data set records more"):
+    with pytest.raises(ConfigError, match="files hold 333 rows, but the data set records at least"):
         expand_folder(f"hf-dataset://{tmp_path}/data?split=train[:90%]")
 
 
-def test_the_number_of_rows_of_remote_lines_is_not_guessed(tmp_path: Path, s3_bucket: str) -> None:
+def test_slices_of_remote_lines_need_absolute_rows(tmp_path: Path, s3_bucket: str) -> None:
     from open_lm.datapreprocess.readers import hub
 
     storage.write_bytes(f"s3://{s3_bucket}/a.jsonl", json_lines(TEXTS))
@@ -248,13 +248,13 @@ def test_the_number_of_rows_of_remote_lines_is_not_guessed(tmp_path: Path, s3_bu
     with pytest.raises(ConfigError, match=r"number of rows.*train\[:100000\]"):
         hub._slice("x", "train[:10%]", {"train": [info]}, {})
     (part,) = hub._slice("x", "train[5:10]", {"train": [info]}, {})
-    assert part.url == f"{info.url}?rows=5:10" and gathered(PieceReader(whole(part.url)))[0] == TEXTS[5:10]
+    assert part.url == f"{info.url}?rows=5:10" and collect(PieceReader(full_piece(part.url)))[0] == TEXTS[5:10]
 
 
-def test_names_that_cannot_be_read(tmp_path: Path, hub_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_names_that_cannot_be_read(tmp_path: Path, hub_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cannot be found"):
         expand_folder(f"hf-dataset://{tmp_path}/nothing")
-    with pytest.raises(ConfigError, match="no such option as splits; known are split, config"):
+    with pytest.raises(ConfigError, match="unknown option splits; supported here: split, config, revision"):
         expand_folder(f"hf-dataset://{tmp_path}?splits=train")
     (tmp_path / "csv").mkdir()
     (tmp_path / "csv" / "train.csv").write_text("text\nx\n")
@@ -265,6 +265,6 @@ def test_names_that_cannot_be_read(tmp_path: Path, hub_cache: None, monkeypatch:
         expand_folder("hf-dataset://cerebras/SlimPajama-627B?split=train[:10%]")
 
 
-def test_the_prefix_of_content_keys_for_json_is_allowed(tmp_path: Path) -> None:
+def test_json_prefix_of_the_content_key_is_allowed(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", pa.table({"body": ["x"]}))
     assert read_good(path, content_key="json:body") == ["x"]

@@ -1,4 +1,4 @@
-"""What the tests of the readers share: writing compressed lines, and gathering what a reader gives."""
+"""Helpers of the reader tests: compressors, sample files, and functions that collect what a reader yields."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ COMPRESS = {
 }
 
 
-def whole(path: Path | str) -> Piece:
+def full_piece(path: Path | str) -> Piece:
     return Piece(str(path), 0, TO_END, 0)
 
 
-def gathered(blocks: Iterable[Block]) -> tuple[list[Any], list[BadDocument]]:
-    """All documents and all that is bad."""
+def collect(blocks: Iterable[Block]) -> tuple[list[Any], list[BadDocument]]:
+    """Return all documents and all bad documents."""
     documents, bad = [], []
     for block in blocks:
         documents += block.documents
@@ -40,20 +40,21 @@ def gathered(blocks: Iterable[Block]) -> tuple[list[Any], list[BadDocument]]:
 
 
 def read(path: Path, **options: Any) -> tuple[list[Any], list[BadDocument]]:
-    return gathered(PieceReader(whole(path), ReadOptions(**options)))
+    return collect(PieceReader(full_piece(path), ReadOptions(**options)))
 
 
 def read_good(path: Path, **options: Any) -> list[Any]:
+    """Return the documents of a file without bad documents."""
     found, bad = read(path, **options)
     assert bad == []
     return found
 
 
 def read_until_break(path: Path, **options: Any) -> tuple[list[Any], BrokenFile]:
-    """What a broken file gives before its end, and how it ends."""
+    """Return the documents of a broken file before the break, and the error."""
     found: list[Any] = []
     with pytest.raises(BrokenFile) as caught:
-        for block in PieceReader(whole(path), ReadOptions(**options)):
+        for block in PieceReader(full_piece(path), ReadOptions(**options)):
             found += block.documents
     assert path.name in str(caught.value)
     return found, caught.value
