@@ -22,7 +22,13 @@ from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime
 from open_lm.evaluate.validation import EvaluationOptions, token_losses
 from open_lm.generate.sampling import Sampling, generate_ids
-from open_lm.kernels.document_attention import DocumentMask, dense_document_mask, is_document_start, supports_flex_attention, document_positions
+from open_lm.kernels.document_attention import (
+    DocumentMask,
+    dense_document_mask,
+    document_positions,
+    is_document_start,
+    supports_flex_attention,
+)
 from open_lm.model.attention import (
     backend_problem,
     create_document_mask,
@@ -32,7 +38,7 @@ from open_lm.model.attention import (
     xformers_attn,
 )
 from open_lm.model.losses import TokenLoss
-from open_lm.parallel.parallelize import parallelize, evaluation_mode
+from open_lm.parallel.parallelize import evaluation_mode, parallelize
 
 pytestmark = [
     pytest.mark.gpu,

@@ -73,7 +73,7 @@ class TrainableHFModel(nn.Module):
         )
         cache = output.past_key_values if use_cache else None
         if loss is not None:
-            return loss.of_logits(output.logits), None, cache
+            return loss.from_logits(output.logits), None, cache
         return output.logits.float(), None, cache
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

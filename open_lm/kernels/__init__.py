@@ -1,1 +1,1 @@
-"""Code that exists only to be fast: fused losses and activations, CPU attention, native C++ kernels."""
+"""Optimized kernels: fused losses and activations, CPU attention, native C++ kernels."""

@@ -1,4 +1,4 @@
-"""Cutting elementwise work on a CPU into pieces that stay in the cores' caches."""
+"""Splitting of elementwise work on a CPU into blocks that fit the cores' caches."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 import torch
 
-_BLOCK_BYTES = 2**19  # of one buffer, for each thread: a core's second-level cache holds three or four of them
+_BLOCK_BYTES = 2**19  # of one buffer, per thread; a core's second-level cache holds three or four of them
 
 
 def row_blocks(rows: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
-    """Neighbouring slices of `rows` rows, `row_bytes` bytes each in a buffer; one slice of all on other devices.
+    """Yield consecutive slices of `rows` rows of `row_bytes` bytes each; on other devices, one slice of all rows.
 
-    A chain of elementwise operations on a large tensor goes through memory with each of them; block by block only the
-    first one reads it and the last one writes it.
+    In a chain of elementwise operations on a large tensor every operation reads and writes memory. Block by block only
+    the first one reads memory and only the last one writes it.
     """
     size = rows
     if device.type == "cpu":

@@ -1,7 +1,8 @@
-"""Attention that stays inside documents, for rows that hold several of them one after the other.
+"""Attention with a block-diagonal causal mask, for sequences that pack several documents.
 
-A document is a run of equal numbers in a row of document ids; each of its tokens sees the document's tokens up to
-itself. What all layers need for that is worked out once for a forward pass (`Documents`), in one of the forms below.
+A document is a run of equal integers in a row of document ids. Each token attends to the earlier tokens of its own
+document and to itself. All layers share one `DocumentMask`, computed once per forward pass in the representation that
+the attention kernel needs.
 Legend: B batch, T sequence, H heads, K head width, N blocks of BLOCK_TOKENS tokens in T.
 """
 
@@ -26,152 +27,158 @@ from open_lm.kernels.cpu_attention import causal_attention
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # its import takes seconds in older versions of torch
 
-BLOCK_TOKENS = 128  # flex attention skips the squares of this many queries and keys that hold nothing to attend to
-_LEAST_FLEX_WIDTH = 16  # of a head: the kernels multiply tiles of at least 16
+BLOCK_TOKENS = 128  # flex attention skips fully masked tiles of this many queries and keys
+_MIN_FLEX_HEAD_WIDTH = 16  # the kernels multiply tiles of at least 16
 
 
-@dataclass(eq=False)  # a frozen one would have torch.compile look at every length
-class Documents:
-    """The documents of a batch, and the one form of them that the chosen kernel takes.
+@dataclass(eq=False)  # with frozen=True torch.compile would guard on every length
+class DocumentMask:
+    """A block-diagonal causal mask over the documents of a batch, in the one representation that the kernel needs.
 
     Attributes:
-        positions: (B,T) int64, counted from 0 in each document.
-        allowed: (B,1,T,T) bool, true where a query (third dimension) may see a key: for every device and attention
-            function, at B * T * T bytes.
-        starts: (B,T) int32, where in its row each token's document begins, for kernels on a CPU.
-        blocks: which blocks of queries and keys share a document, for flex attention.
-        bias: the lengths, as xformers' kernels take them (BlockDiagonalCausalMask).
-        part: whose part of longer rows these tokens are, for context parallelism (context_parallel.PartOfRows).
-        attend: (queries, keys, values, documents) -> attention by bias or part, see `kept_apart`.
+        positions: (B,T) int64, the position of each token in its document, from 0.
+        dense: (B,1,T,T) bool, true where a query (third dimension) may attend to a key; works on every device and with
+            every attention function, at B * T * T bytes.
+        starts: (B,T) int32, the index in its sequence at which each token's document begins, for CPU kernels.
+        block_mask: the blocks of queries and keys that share a document, for flex attention.
+        xformers_bias: the document lengths as xformers' BlockDiagonalCausalMask.
+        context_shard: this rank's shard of the sequences, with context parallelism (context_parallel.ContextShard).
+        attn_func: (queries, keys, values, documents) -> attention with xformers_bias or context_shard; excluded from
+            compilation by `disable_compilation`.
     """
 
     positions: Tensor
-    allowed: Tensor | None = None
+    dense: Tensor | None = None
     starts: Tensor | None = None
-    blocks: BlockMask | None = None
-    bias: Any = None
-    part: Any = None
-    attend: Callable[..., Tensor] | None = None
+    block_mask: BlockMask | None = None
+    xformers_bias: Any = None
+    context_shard: Any = None
+    attn_func: Callable[..., Tensor] | None = None
 
 
-def kept_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`function`, kept out of compilation: it would be compiled anew for every list of lengths.
+def disable_compilation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return `function` excluded from torch.compile, which would recompile it for every list of document lengths.
 
-    The compiler takes seconds to import, so that nothing is done where nobody has loaded it.
+    Importing the compiler takes seconds, so `function` is returned unchanged if the compiler has not been imported.
     """
-    return _not_compiled(function) if "torch._dynamo" in sys.modules else function
+    return _compiler_disabled(function) if "torch._dynamo" in sys.modules else function
 
 
-@functools.cache  # one object, so that a compiled block finds what it has seen before
-def _not_compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    apart: Callable[..., Tensor] = torch.compiler.disable(function)
-    return apart
+@functools.cache  # always return the same object, so that a compiled block recognizes it
+def _compiler_disabled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    disabled: Callable[..., Tensor] = torch.compiler.disable(function)
+    return disabled
 
 
-def first_tokens(document_ids: Tensor) -> Tensor:
-    """Where documents begin: document_ids (B,T) of any integer type -> (B,T) bool."""
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return begins
+def is_document_start(document_ids: Tensor) -> Tensor:
+    """Mark the first token of each document: document_ids (B,T) of any integer type -> (B,T) bool."""
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return is_start
 
 
-def positions_in(first: Tensor) -> Tensor:
-    """Positions (B,T) int64 that start at 0 with each first token; first (B,T) bool."""
-    return torch.arange(first.shape[1], device=first.device) - starts_in(first)
+def document_positions(is_start: Tensor) -> Tensor:
+    """Return the position of each token in its document: is_start (B,T) bool -> (B,T) int64."""
+    return torch.arange(is_start.shape[1], device=is_start.device) - document_starts(is_start)
 
 
-def allowed_in(first: Tensor) -> Tensor:
-    """The mask `Documents.allowed` (B,1,T,T) of documents that begin at first (B,T) bool."""
-    number = first.cumsum(1, dtype=torch.int32)
-    return (number[:, :, None] == number[:, None, :]).tril()[:, None]
+def document_starts(is_start: Tensor) -> Tensor:
+    """Return the index at which each token's document begins: is_start (B,T) bool -> (B,T) int32."""
+    indices = torch.arange(is_start.shape[1], device=is_start.device)
+    return torch.where(is_start, indices, 0).cummax(1).values.to(torch.int32)
 
 
-def lengths_in(first: Tensor) -> tuple[int, ...]:
-    """Tokens of each document that begins at first (B,T) bool, row after row. Waits for the device."""
-    starts = first.flatten().nonzero()[:, 0]
-    return tuple(starts.diff(append=starts.new_tensor([first.numel()])).tolist())
+def document_lengths(is_start: Tensor) -> tuple[int, ...]:
+    """Return the number of tokens of each document, sequence by sequence; is_start (B,T) bool. Waits for the device."""
+    starts = is_start.flatten().nonzero()[:, 0]
+    return tuple(starts.diff(append=starts.new_tensor([is_start.numel()])).tolist())
 
 
-def starts_in(first: Tensor) -> Tensor:
-    """`Documents.starts` (B,T) int32 of documents that begin at first (B,T) bool."""
-    places = torch.arange(first.shape[1], device=first.device)
-    return torch.where(first, places, 0).cummax(1).values.to(torch.int32)
+def dense_document_mask(is_start: Tensor) -> Tensor:
+    """Return `DocumentMask.dense`: is_start (B,T) bool -> (B,1,T,T) bool."""
+    index = is_start.cumsum(1, dtype=torch.int32)
+    return (index[:, :, None] == index[:, None, :]).tril()[:, None]
 
 
-def blocks_in(first: Tensor) -> BlockMask:
-    """`Documents.blocks` of documents that begin at first (B,T) bool; nothing of the size of T * T is made.
+def flex_block_mask(is_start: Tensor) -> BlockMask:
+    """Return `DocumentMask.block_mask` from is_start (B,T) bool, without allocating a T x T tensor.
 
-    Documents follow one another, so a block of queries shares a document with an earlier block of keys if its first
-    query and the last key do, and lies in one document with all of them if its last query and the first key do.
+    Documents are contiguous. A block of queries therefore shares a document with an earlier block of keys if its first
+    query and the last key are in the same document. The two blocks need no mask if the last query and the first key
+    are in the same document.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    length = first.shape[1]
-    number = first.cumsum(1, dtype=torch.int32)
-    head = number[:, ::BLOCK_TOKENS]
-    ends = torch.arange(BLOCK_TOKENS - 1, head.shape[1] * BLOCK_TOKENS, BLOCK_TOKENS, device=first.device)
-    tail = number[:, ends.clamp(max=length - 1)]
-    whole = (tail[:, :, None] == head[:, None, :]).tril(-1)
+    length = is_start.shape[1]
+    index = is_start.cumsum(1, dtype=torch.int32)
+    first_index = index[:, ::BLOCK_TOKENS]
+    num_blocks = first_index.shape[1]
+    block_ends = torch.arange(BLOCK_TOKENS - 1, num_blocks * BLOCK_TOKENS, BLOCK_TOKENS, device=is_start.device)
+    last_index = index[:, block_ends.clamp(max=length - 1)]
+    full = (last_index[:, :, None] == first_index[:, None, :]).tril(-1)
     if length % BLOCK_TOKENS:
-        whole[:, -1] = False  # queries after the row's end are left out by the mask alone
-    partial = (head[:, :, None] == tail[:, None, :]).tril() & ~whole
-    partial |= torch.eye(head.shape[1], dtype=torch.bool, device=first.device)
+        full[:, -1] = False  # only the mask excludes queries beyond the end of the sequence
+    partial = (first_index[:, :, None] == last_index[:, None, :]).tril() & ~full
+    partial |= torch.eye(num_blocks, dtype=torch.bool, device=is_start.device)
 
     def same_document(b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (number[b, query] == number[b, key])
+        return (query >= key) & (index[b, query] == index[b, key])
 
     return BlockMask.from_kv_blocks(
-        *_in_order(partial),
-        *_in_order(whole),
+        *_kv_block_indices(partial),
+        *_kv_block_indices(full),
         BLOCK_SIZE=BLOCK_TOKENS,
         mask_mod=same_document,
         seq_lengths=(length, length),
     )
 
 
-def _in_order(needed: Tensor) -> tuple[Tensor, Tensor]:
-    """needed (B,N,N) bool -> how many blocks of keys each block of queries needs, (B,1,N), and these first in
-    (B,1,N,N); both int32."""
+def _kv_block_indices(needed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of key blocks that each query block needs, (B,1,N), and the indices of all key blocks with the
+    needed ones first, (B,1,N,N), both int32; needed (B,N,N) bool."""
     order = needed.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return needed.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
 
 
-def softmax_in_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
-    """Softmax attention inside documents, by whichever form of them is there: four times (B,T,H,K) float."""
-    if documents.blocks is not None:
-        return _through_flex(queries, keys, values, documents.blocks)
+def document_attention(queries: Tensor, keys: Tensor, values: Tensor, documents: DocumentMask) -> Tensor:
+    """Compute softmax attention within documents, with whichever representation `documents` holds.
+
+    queries, keys and values (B,T,H,K) float -> (B,T,H,K).
+    """
+    if documents.block_mask is not None:
+        return _flex_attention(queries, keys, values, documents.block_mask)
     if documents.starts is not None:
         return causal_attention(queries, keys, values, documents.starts)
-    if documents.attend is not None:
-        return documents.attend(queries, keys, values, documents)
+    if documents.attn_func is not None:
+        return documents.attn_func(queries, keys, values, documents)
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.allowed)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.dense)
     return out.transpose(1, 2).contiguous()
 
 
-def _through_flex(queries: Tensor, keys: Tensor, values: Tensor, blocks: BlockMask) -> Tensor:
+def _flex_attention(queries: Tensor, keys: Tensor, values: Tensor, block_mask: BlockMask) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     width = queries.shape[-1]
-    if width < _LEAST_FLEX_WIDTH:  # zeros change neither scores nor results
-        queries, keys, values = (F.pad(x, (0, _LEAST_FLEX_WIDTH - width)) for x in (queries, keys, values))
+    if width < _MIN_FLEX_HEAD_WIDTH:  # zero padding changes neither scores nor results
+        queries, keys, values = (F.pad(x, (0, _MIN_FLEX_HEAD_WIDTH - width)) for x in (queries, keys, values))
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    # Inside a compiled block it is compiled with the block; on a CPU it is not compiled.
-    kernel = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex()
-    out: Tensor = kernel(q, k, v, block_mask=blocks, scale=width**-0.5)
+    # A compiled block compiles the kernel with itself; on a CPU the kernel runs uncompiled.
+    kernel = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex_attention()
+    out: Tensor = kernel(q, k, v, block_mask=block_mask, scale=width**-0.5)
     return out.transpose(1, 2)[..., :width].contiguous()
 
 
 @functools.cache
-def _compiled_flex() -> Any:
+def _compiled_flex_attention() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
 
 
 @functools.cache
-def has_flex(device: torch.device) -> bool:
-    """Whether flex attention's kernels can be compiled for a CUDA device; where not, a warning says why, once."""
+def supports_flex_attention(device: torch.device) -> bool:
+    """Return whether flex attention can be compiled for a CUDA device; if not, log the reason once."""
     problem = None
     if importlib.util.find_spec("triton") is None:
         problem = "Triton is not installed"
@@ -181,6 +188,7 @@ def has_flex(device: torch.device) -> bool:
         problem = "Triton finds no C compiler (install one or set CC)"
     if problem:
         logging.warning(
-            f"Attention inside documents runs with a mask of sequence x sequence bytes, slower than it could: {problem}"
+            "Flex attention is not available, so attention within documents uses a dense mask of sequence x sequence "
+            f"bytes, which is slower: {problem}"
         )
     return problem is None

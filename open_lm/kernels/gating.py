@@ -1,4 +1,4 @@
-"""silu(gate) * up, as SwiGLU has it between its matrices, keeping nothing but what it is given.
+"""The activation silu(gate) * up of SwiGLU. It stores only its input for the backward pass.
 
 Legend: F width of the gated network.
 """
@@ -15,47 +15,47 @@ from open_lm.kernels import operators
 from open_lm.kernels.native import elements
 
 
-def gated_silu(both: Tensor) -> Tensor:
-    """silu of the first half of both (…,2F) float times the second -> (…,F)."""
-    if both.device.type == "cpu":
-        out: Tensor = torch.ops.open_lm.cpu_gate(both)
+def gated_silu(gate_up: Tensor) -> Tensor:
+    """Return silu(first half) * second half of gate_up (…,2F) float -> (…,F)."""
+    if gate_up.device.type == "cpu":
+        out: Tensor = torch.ops.open_lm.cpu_gate(gate_up)
         return out
-    gate, up = both.chunk(2, dim=-1)
+    gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def _forward(both: Tensor) -> Tensor:
-    if elements.takes(both):
-        return elements.gate(both)
-    gate, up = both.chunk(2, dim=-1)
+def _forward(gate_up: Tensor) -> Tensor:
+    if elements.supports(gate_up):
+        return elements.gate(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
-def _backward(grad: Tensor, both: Tensor) -> Tensor:
+def _backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad = grad.contiguous()
-    if elements.takes(grad, both):
-        return elements.gate_backward(grad, both)
-    gate, up = both.chunk(2, dim=-1)
+    if elements.supports(grad, gate_up):
+        return elements.gate_backward(grad, gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
     return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)), dim=-1)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> Tensor:
-    of_both: Tensor = torch.ops.open_lm.cpu_gate_backward(grad, *ctx.saved_tensors)
-    return of_both
+def _call_backward(ctx: Any, grad: Tensor) -> Tensor:
+    gate_up_grad: Tensor = torch.ops.open_lm.cpu_gate_backward(grad, *ctx.saved_tensors)
+    return gate_up_grad
 
 
-def _shape_forward(both: Tensor) -> Tensor:
-    return both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
+def _fake_forward(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _shape_backward(grad: Tensor, both: Tensor) -> Tensor:
-    return torch.empty_like(both, memory_format=torch.contiguous_format)
+def _fake_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
 
 
-operators.register("cpu_gate(Tensor both) -> Tensor", _forward, _shape_forward)
-operators.register("cpu_gate_backward(Tensor grad, Tensor both) -> Tensor", _backward, _shape_backward)
-operators.differentiate("cpu_gate", _keep, _gradients)
+operators.register("cpu_gate(Tensor gate_up) -> Tensor", _forward, _fake_forward)
+operators.register("cpu_gate_backward(Tensor grad, Tensor gate_up) -> Tensor", _backward, _fake_backward)
+operators.register_backward("cpu_gate", _save_for_backward, _call_backward)

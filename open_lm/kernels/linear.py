@@ -1,7 +1,7 @@
-"""Linear layers of the blocks: torch's, with a faster gradient of the weight in bfloat16 on a CPU.
+"""Linear layers of the blocks: torch's, with a faster weight gradient for bfloat16 on a CPU.
 
-The weight's gradient is grad.T @ x, summed over tokens. Products whose first matrix is a transposed view take twice as
-long there as those of two matrices as they lie, and turning one of them, or x and the result, takes a tenth of that.
+The weight's gradient is grad.T @ x, summed over tokens. A transposed view as the first operand makes the product twice
+as slow; copying the operand first, or transposing x and the result, costs a tenth of that.
 Legend: N tokens, I input width, O output width.
 """
 
@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 
 from open_lm.kernels.native import elements
 
-_FEWEST_WEIGHTS = 1 << 20  # of small matrices the product is as fast either way
+_MIN_WEIGHTS = 1 << 20  # products of smaller matrices are as fast with torch
 
 
 class Linear(nn.Linear):
-    """nn.Linear, its gradient by `linear`."""
+    """nn.Linear with the gradient of `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…,I) -> (…,O)."""
@@ -28,7 +28,7 @@ class Linear(nn.Linear):
 
 
 class FusedLinear(Linear):
-    """A linear layer without bias whose weight holds those of `parts` layers of equal width, one after the other."""
+    """A linear layer without bias whose weight concatenates the weights of `parts` layers of equal width."""
 
     def __init__(self, in_features: int, out_features: int, parts: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -36,19 +36,19 @@ class FusedLinear(Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear: x (…,I), weight (O,I), bias (O,) or None -> (…,O)."""
-    plain = bias is None and x.device.type == "cpu" and weight.numel() >= _FEWEST_WEIGHTS
-    if plain and weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    """Compute torch.nn.functional.linear: x (…,I), weight (O,I), bias (O,) or None -> (…,O)."""
+    is_candidate = bias is None and x.device.type == "cpu" and weight.numel() >= _MIN_WEIGHTS
+    if is_candidate and weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-            x, weight = (part.to(torch.get_autocast_dtype("cpu")) for part in (x, weight))
-        if elements.takes(x, weight):
+            x, weight = (operand.to(torch.get_autocast_dtype("cpu")) for operand in (x, weight))
+        if elements.supports(x, weight):
             out: Tensor = _Linear.apply(x, weight)
             return out
     return F.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
-    """x (…,I) and weight (O,I) bfloat16, such as the kernels take -> (…,O)."""
+    """x (…,I) and weight (O,I) bfloat16, supported by the native kernels -> (…,O)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -60,13 +60,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
-        of_x = grad @ weight if ctx.needs_input_grad[0] else None
-        return of_x, _of_weight(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
+        x_grad = grad @ weight if ctx.needs_input_grad[0] else None
+        return x_grad, _weight_grad(grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]))
 
 
-def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
+def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """grad (N,O), x (N,I) -> (O,I)."""
-    (tokens, out_of), into = grad.shape, x.shape[1]
-    if (tokens + out_of) * into < tokens * out_of:  # numbers to be turned
+    (tokens, out_features), in_features = grad.shape, x.shape[1]
+    if (tokens + out_features) * in_features < tokens * out_features:  # elements to transpose in each way
         return elements.transposed(elements.transposed(x) @ grad)
     return elements.transposed(grad) @ x

@@ -1,15 +1,16 @@
-"""The cross entropy of a linear layer's outputs without these: computed with its gradients over chunks of tokens.
+"""The cross entropy of a linear layer's outputs, computed over chunks of tokens without keeping the logits.
 
-Logits of all tokens are most of a small model's memory. Here a chunk's logits are computed, turned into their gradient
-in place (softmax less one-hot target) and multiplied into the gradients of hidden states and weight while they are at
-hand: they are computed once and never kept, as in Hsu et al. 2024 (https://arxiv.org/abs/2410.10989). Matrix products
-run in the compute type, all between them and the sum of the weight's gradient in float32 (float64 of float64).
+The logits of all tokens take most of a small model's memory. Here the logits of one chunk are computed, replaced in
+place by their gradient (softmax minus one-hot target), and multiplied into the gradients of hidden states and weight.
+The logits are thus computed once and never stored, as in Hsu et al. 2024 (https://arxiv.org/abs/2410.10989). Matrix
+products run in the compute dtype. Everything between them, and the sum of the weight's gradient, is in float32 (float64
+for float64 inputs).
 
-torch.nn.functional.linear_cross_entropy (torch 2.13) goes about it in the same way but is not used: with options its
-bfloat16 sum is off by more than a quarter of itself (3.0 for each of 512 tokens, D 96, V 50432), on a CPU it takes
-seven times as long, and it knows neither z-loss nor vocabularies that are spread over ranks.
+torch.nn.functional.linear_cross_entropy (torch 2.13) uses the same method but is not an alternative. Its bfloat16 sum
+is wrong by more than a quarter when options are given (3.0 for each of 512 tokens, D 96, V 50432), it takes seven times
+as long on a CPU, and it supports neither the z-loss nor a vocabulary that is sharded over ranks.
 
-Legend: N tokens, R tokens of a chunk, D model width, V rows of the weight: the vocabulary, or this rank's part of it.
+Legend: N tokens, R tokens of a chunk, D model width, V rows of the weight: the vocabulary, or this rank's shard of it.
 """
 
 from __future__ import annotations
@@ -21,15 +22,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
-from open_lm.kernels.document_attention import kept_apart
+from open_lm.config.memory_limits import LOSS_CHUNK_TOKENS
+from open_lm.kernels.document_attention import disable_compilation
 from open_lm.kernels.native import elements
+from open_lm.kernels.vocab_shard import VocabShard
 
-_BLOCK_BYTES = 2**20  # of a float32 block of logits on a CPU, for each thread: with its source half a core's cache
-_CAST_ROWS = 2048  # of a weight's gradient: adding them casts into a temporary, which is to stay in the cache
-_SMALLEST = 1e-30  # probabilities below are too near to underflow for their logarithm
-_HALF_GAIN = 1024.0  # float16 gradients of logits are held that much larger, against underflow
+_BLOCK_BYTES = 2**20  # float32 logits per thread on a CPU; with their source they fill half of a core's cache
+_CAST_ROWS = 2048  # rows of a weight gradient whose float32 copy stays in the cache while it is added
+_MIN_PROBABILITY = 1e-30  # smaller probabilities are too close to underflow to take their logarithm
+_FLOAT16_GRAD_SCALE = 1024.0  # float16 gradients of logits are scaled up by this factor against underflow
 
 
 def linear_cross_entropy(
@@ -41,310 +44,335 @@ def linear_cross_entropy(
     z_loss_coefficient: float = 0.0,
     per_token: bool = False,
 ) -> Tensor:
-    """The cross entropy of the logits hidden @ weight.T, with the z-loss of `losses.token_loss`.
+    """Compute the cross entropy of the logits hidden @ weight.T, with the z-loss of `losses.token_loss`.
 
-    The gradients of the sum are computed with it, where they are needed; those of single tokens' losses in the backward
-    pass from the logits anew. A result can be differentiated once.
+    The gradients of the sum are computed in the forward pass if they are needed. The gradients of per-token losses are
+    computed in the backward pass, from recomputed logits. A result can be differentiated once.
 
     Args:
-        hidden: (N,D) float. Under autocast matrix products run in its type, else in that of hidden and weight.
-        weight: (V,D) float, or a DTensor Shard(0) of it over a one-dimensional mesh. Then hidden and targets have to be
-            the same on all its ranks, and each computes with its own rows; loss and hidden's gradient are the same
-            bits on all.
+        hidden: (N,D) float. Matrix products run in the autocast dtype if autocast is on, else in the dtype of hidden
+            and weight.
+        weight: (V,D) float, or a DTensor with Shard(0) over a one-dimensional mesh. In that case hidden and targets
+            must be equal on all ranks of the mesh, and each rank computes with its own rows. The loss and the gradient
+            of hidden are then bit-identical on all ranks.
         targets: (N,) int64; ignore_index marks a token without a target.
-        z_loss_coefficient: weight of the z-loss; 0 leaves it out.
-        per_token: give each token's loss (N,), 0 without a target, in place of their sum.
+        z_loss_coefficient: weight of the z-loss; 0 turns it off.
+        per_token: return the loss of each token (N,), 0 without a target, instead of the sum.
 
     Returns:
-        float32, of float64 inputs float64.
+        float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: a weight that is spread in another way. IndexError: a target beyond the vocabulary, on a CPU.
+        ValueError: a weight with another sharding. IndexError: a target outside the vocabulary, on a CPU.
     """
-    part = None
+    vocab_shard = None
     if isinstance(weight, DTensor):
-        part = _part_of(weight)
+        vocab_shard = VocabShard.of(weight)
         weight = weight.to_local()
-    kind, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-    wanted = torch.is_grad_enabled()
-    task = _Task(
+    device_type, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+    grad_enabled = torch.is_grad_enabled()
+    settings = _Settings(
         dtype=dtype,
         ignore_index=ignore_index,
         z_loss_coefficient=z_loss_coefficient,
         per_token=per_token,
-        wants_hidden=wanted and hidden.requires_grad,
-        wants_weight=wanted and weight.requires_grad,
-        part=part,
+        needs_hidden_grad=grad_enabled and hidden.requires_grad,
+        needs_weight_grad=grad_enabled and weight.requires_grad,
+        vocab_shard=vocab_shard,
     )
-    loss: Tensor = kept_apart(_LinearCrossEntropy.apply)(hidden, weight, targets, task)
+    loss: Tensor = disable_compilation(_LinearCrossEntropy.apply)(hidden, weight, targets, settings)
     return loss
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Which rows of the vocabulary, of `total`, this rank of `group` holds: those from `first` on."""
-
-    group: dist.ProcessGroup
-    first: int
-    total: int
-
-    def locate(self, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Columns (R,) among this rank's `rows`, and whether they are there (R,) bool; any column where not."""
-        columns = targets - self.first
-        return columns.clamp(0, rows - 1), (columns >= 0) & (columns < rows)
-
-    def combine(self, log_sums: Tensor, own_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Over all ranks: the logarithms (R,) of the sums whose own parts are given so, and the sum of own_logits."""
-        peak = log_sums.clone()
-        dist.all_reduce(peak, dist.ReduceOp.MAX, self.group)
-        both = torch.stack([(log_sums - peak).exp(), own_logits])
-        dist.all_reduce(both, group=self.group)
-        return peak + both[0].log(), both[1]
-
-
-def _part_of(weight: DTensor) -> _Part:
-    mesh, total = weight.device_mesh, weight.shape[0]
-    if mesh.ndim != 1 or weight.placements != (Shard(0),):
-        raise ValueError(f"the weight is spread as {weight.placements} over {mesh}, expected (Shard(0),) over one dim")
-    each = -(-total // mesh.size())  # as torch.chunk cuts
-    if each * (mesh.size() - 1) >= total:
-        raise ValueError(f"a vocabulary of {total} leaves some of {mesh.size()} ranks without a row: use fewer ranks")
-    return _Part(mesh.get_group(), each * mesh.get_local_rank(), total)
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What is computed; `dtype` is that of matrix products, wants_… whether the gradient is needed."""
+class _Settings:
+    """What to compute. `dtype` is the dtype of matrix products."""
 
     dtype: torch.dtype
     ignore_index: int
     z_loss_coefficient: float
     per_token: bool
-    wants_hidden: bool
-    wants_weight: bool
-    part: _Part | None
+    needs_hidden_grad: bool
+    needs_weight_grad: bool
+    vocab_shard: VocabShard | None
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.needs_hidden_grad or self.needs_weight_grad
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """hidden (N,D), weight (V,D), targets (N,) and the task -> the loss."""
+    """hidden (N,D), weight (V,D), targets (N,) and the settings -> the loss."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, task: _Task) -> Any:
-        ctx.task = task
-        if task.per_token:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, settings: _Settings) -> Any:
+        ctx.settings = settings
+        if settings.per_token:
             ctx.save_for_backward(hidden, weight, targets)
-            return _losses(hidden, weight, targets, replace(task, wants_hidden=False, wants_weight=False))[0]
-        ctx.gain = _HALF_GAIN if task.dtype == torch.float16 and _has_wide_products(hidden.device) else 1.0
-        gains = None if ctx.gain == 1 else torch.full(targets.shape, ctx.gain, device=hidden.device)
-        losses, *ctx.gradients = _losses(hidden, weight, targets, task, gains)
+            no_grad = replace(settings, needs_hidden_grad=False, needs_weight_grad=False)
+            return _losses_and_gradients(hidden, weight, targets, no_grad)[0]
+        scaled = settings.dtype == torch.float16 and _supports_float32_output(hidden.device)
+        ctx.grad_scale = _FLOAT16_GRAD_SCALE if scaled else 1.0
+        loss_grads = torch.full(targets.shape, ctx.grad_scale, device=hidden.device) if scaled else None
+        losses, *ctx.gradients = _losses_and_gradients(hidden, weight, targets, settings, loss_grads)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> Any:
-        if ctx.task.per_token:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        if ctx.settings.per_token:
             hidden, weight, targets = ctx.saved_tensors
-            _, *gradients = _losses(hidden, weight, targets, ctx.task, outer[0])
+            _, *gradients = _losses_and_gradients(hidden, weight, targets, ctx.settings, loss_grads=grads[0])
             dtypes: tuple[torch.dtype, ...] = (hidden.dtype, weight.dtype)
         else:
             if ctx.gradients is None:
-                raise RuntimeError("this loss has been differentiated before: compute it again for another time")
-            # Scaled in place and held by nobody else, so that the weight's becomes its .grad without a copy.
-            gradients, ctx.gradients = [g if g is None else g.mul_(outer[0] / ctx.gain) for g in ctx.gradients], None
+                raise RuntimeError("this loss was differentiated before; compute it again to differentiate it again")
+            # Scale in place and drop the reference, so that the weight's gradient becomes its .grad without a copy.
+            factor = grads[0] / ctx.grad_scale
+            gradients, ctx.gradients = [g if g is None else g.mul_(factor) for g in ctx.gradients], None
             dtypes = ctx.dtypes
         cast = [g if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
         return *cast, None, None
 
 
-def _losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, task: _Task, gains: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Losses (N,); as wanted, gradients of their sum weighted by gains (N,): hidden's (N,D) and the weight's (V,D)."""
-    valid = targets != task.ignore_index
-    if not _on_cpu(hidden):  # which tokens are valid is not known without waiting for the device
-        keys = hidden.to(task.dtype).masked_fill(~valid[:, None], 0)  # what they add to the weight's gradient
-        targets = targets.masked_fill(~valid, 0)
-        losses, of_hidden, of_weight = _over_chunks(
-            hidden.to(task.dtype), weight, targets, task, keys=keys, gains=gains
-        )
-        if of_hidden is not None:
-            of_hidden.masked_fill_(~valid[:, None], 0)
-        return losses.masked_fill(~valid, 0), of_hidden, of_weight
+_Result = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+def _losses_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, settings: _Settings, loss_grads: Tensor | None = None
+) -> _Result:
+    """Compute the losses (N,) and, if needed, the gradients of hidden (N,D) and weight (V,D).
+
+    loss_grads (N,) are the gradients of the final result with respect to each token's loss, 1 if None. Tokens without a
+    target have loss 0 and contribute to no gradient.
+    """
+    valid = targets != settings.ignore_index
+    if _on_cpu(hidden):
+        return _select_valid_tokens(hidden, weight, targets, settings, loss_grads, valid)
+    return _mask_invalid_tokens(hidden, weight, targets, settings, loss_grads, valid)
+
+
+def _select_valid_tokens(  # noqa: PLR0917 (as `_losses_and_gradients`)
+    hidden: Tensor, weight: Tensor, targets: Tensor, settings: _Settings, loss_grads: Tensor | None, valid: Tensor
+) -> _Result:
+    """Compute with the valid tokens only; valid (N,) bool."""
     rows = valid.nonzero().squeeze(1)
     if len(rows) < len(valid):
-        hidden, targets, gains = hidden[rows], targets[rows], None if gains is None else gains[rows]
-    hidden = hidden.to(task.dtype)
-    vocabulary = len(weight) if task.part is None else task.part.total
-    if len(rows) and not 0 <= targets.min() <= targets.max() < vocabulary:
-        raise IndexError(f"targets reach from {targets.min()} to {targets.max()}, expected 0 to {vocabulary - 1}")
-    losses, of_hidden, of_weight = _over_chunks(hidden, weight, targets, task, keys=hidden, gains=gains)
+        hidden, targets, loss_grads = hidden[rows], targets[rows], None if loss_grads is None else loss_grads[rows]
+    hidden = hidden.to(settings.dtype)
+    vocab_size = len(weight) if settings.vocab_shard is None else settings.vocab_shard.vocab_size
+    if len(rows) and not 0 <= targets.min() <= targets.max() < vocab_size:
+        raise IndexError(f"targets range from {targets.min()} to {targets.max()}, expected 0 to {vocab_size - 1}")
+    losses, hidden_grad, weight_grad = _loop_over_chunks(
+        hidden, weight, targets, settings, loss_grads=loss_grads, weight_grad_input=hidden
+    )
     if len(rows) < len(valid):
         losses = losses.new_zeros(len(valid)).index_copy_(0, rows, losses)
-        if of_hidden is not None:
-            of_hidden = of_hidden.new_zeros(len(valid), of_hidden.shape[1]).index_copy_(0, rows, of_hidden)
-    return losses, of_hidden, of_weight
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad.new_zeros(len(valid), hidden_grad.shape[1]).index_copy_(0, rows, hidden_grad)
+    return losses, hidden_grad, weight_grad
 
 
-def _over_chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, task: _Task, *, keys: Tensor, gains: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`_losses` of hidden (N,D) in the compute type, all with targets; the weight's gradient is that of keys (N,D)."""
-    tokens, device, wide = len(hidden), hidden.device, _wide(task.dtype)
-    shared = _has_wide_products(device)
-    weight = weight.to(task.dtype)
-    losses = torch.empty(tokens, dtype=wide, device=device)
-    of_hidden = torch.empty_like(hidden, dtype=wide if shared else task.dtype) if task.wants_hidden else None
-    # Products with the logits' transpose take twice the time of the transpose of products with the logits.
-    turned = elements.takes(weight)
-    shape = weight.shape[::-1] if turned else weight.shape
-    of_weight = torch.zeros(shape, dtype=wide, device=device) if task.wants_weight else None
-    spare = None
-    if of_weight is not None and wide != task.dtype and not shared:
-        spare = torch.empty_like(of_weight, dtype=task.dtype)
+def _mask_invalid_tokens(  # noqa: PLR0917 (as `_losses_and_gradients`)
+    hidden: Tensor, weight: Tensor, targets: Tensor, settings: _Settings, loss_grads: Tensor | None, valid: Tensor
+) -> _Result:
+    """Compute with all tokens and mask the results; selecting the valid (N,) ones would wait for the device."""
+    losses, hidden_grad, weight_grad = _loop_over_chunks(
+        hidden.to(settings.dtype),
+        weight,
+        targets.masked_fill(~valid, 0),
+        settings,
+        loss_grads=loss_grads,
+        weight_grad_input=hidden.to(settings.dtype).masked_fill(~valid[:, None], 0),
+    )
+    if hidden_grad is not None:
+        hidden_grad.masked_fill_(~valid[:, None], 0)
+    return losses.masked_fill(~valid, 0), hidden_grad, weight_grad
+
+
+def _loop_over_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    settings: _Settings,
+    *,
+    loss_grads: Tensor | None,
+    weight_grad_input: Tensor,
+) -> _Result:
+    """Compute `_losses_and_gradients` chunk by chunk, for tokens that all have targets.
+
+    hidden (N,D) is in the compute dtype. weight_grad_input (N,D) replaces hidden in the gradient of the weight.
+    """
+    tokens, device, acc_dtype = len(hidden), hidden.device, _accumulation_dtype(settings.dtype)
+    float32_output = _supports_float32_output(device)
+    weight = weight.to(settings.dtype)
+    losses = torch.empty(tokens, dtype=acc_dtype, device=device)
+    hidden_grad = None
+    if settings.needs_hidden_grad:
+        hidden_grad = torch.empty_like(hidden, dtype=acc_dtype if float32_output else settings.dtype)
+    # Products with the transposed logits take twice as long as products with the logits, so accumulate the transposed
+    # gradient and transpose it once.
+    transposed = elements.supports(weight)
+    shape = weight.shape[::-1] if transposed else weight.shape
+    weight_grad = torch.zeros(shape, dtype=acc_dtype, device=device) if settings.needs_weight_grad else None
+    product_buffer = None
+    if weight_grad is not None and acc_dtype != settings.dtype and not float32_output:
+        product_buffer = torch.empty_like(weight_grad, dtype=settings.dtype)
     step = min(_chunk_rows(hidden), tokens)
-    logits_of_chunk = torch.empty(step, len(weight), dtype=task.dtype, device=device)
+    logits_buffer = torch.empty(step, len(weight), dtype=settings.dtype, device=device)
     for start in range(0, tokens, max(step, 1)):
         rows = slice(start, start + step)
-        logits = logits_of_chunk[: tokens - start]
+        logits = logits_buffer[: tokens - start]
         torch.mm(hidden[rows], weight.t(), out=logits)
-        losses[rows] = _differentiate_(logits, targets[rows], task, None if gains is None else gains[rows])
-        if of_hidden is not None:
-            _product(logits, weight, of_hidden[rows])
-        if of_weight is not None:
-            factors = (keys[rows].t().contiguous(), logits) if turned else (logits.t(), keys[rows])
-            _add_product_(of_weight, *factors, spare)
-    if of_hidden is not None and task.part is not None:
-        of_hidden = of_hidden.to(wide)
-        dist.all_reduce(of_hidden, group=task.part.group)
-    if of_weight is not None and turned:
-        of_weight = elements.transposed(of_weight)
-    return losses, of_hidden, of_weight
+        chunk_loss_grads = None if loss_grads is None else loss_grads[rows]
+        losses[rows] = _replace_logits_by_gradient_(logits, targets[rows], settings, chunk_loss_grads)
+        if hidden_grad is not None:
+            _matmul_into(logits, weight, hidden_grad[rows])
+        if weight_grad is not None:
+            inputs = weight_grad_input[rows]
+            factors = (inputs.t().contiguous(), logits) if transposed else (logits.t(), inputs)
+            _add_matmul_(weight_grad, *factors, product_buffer)
+    if hidden_grad is not None and settings.vocab_shard is not None:
+        hidden_grad = hidden_grad.to(acc_dtype)
+        dist.all_reduce(hidden_grad, group=settings.vocab_shard.group)
+    if weight_grad is not None and transposed:
+        weight_grad = elements.transposed(weight_grad)
+    return losses, hidden_grad, weight_grad
 
 
-def _differentiate_(logits: Tensor, targets: Tensor, task: _Task, gains: Tensor | None) -> Tensor:
-    """Turn logits (R,V), if wanted, into the gradient of their losses' sum weighted by gains (R,); losses (R,)."""
-    wide, z, wanted = _wide(task.dtype), task.z_loss_coefficient, task.wants_hidden or task.wants_weight
-    columns, owned = (targets, None) if task.part is None else task.part.locate(targets, logits.shape[1])
-    places = torch.arange(len(logits), device=logits.device)
-    at_columns = logits[places, columns].to(wide)
-    losses, at_targets = [], []
-    for rows, work in _blocks(logits, wide, whole=task.part is not None):
-        log_shares = _softmax(logits[rows], work, columns[rows], at_columns[rows])
-        surprise, factor, log_sum = -log_shares, None, at_columns[rows] - log_shares
-        if task.part is not None:
+def _replace_logits_by_gradient_(
+    logits: Tensor, targets: Tensor, settings: _Settings, loss_grads: Tensor | None
+) -> Tensor:
+    """Return the losses (R,) of logits (R,V). If needed, overwrite the logits with the gradient of the sum of losses
+    weighted by loss_grads (R,)."""
+    acc_dtype, z, shard = _accumulation_dtype(settings.dtype), settings.z_loss_coefficient, settings.vocab_shard
+    columns, owned = (targets, None) if shard is None else shard.locate(targets, logits.shape[1])
+    row_indices = torch.arange(len(logits), device=logits.device)
+    target_logits = logits[row_indices, columns].to(acc_dtype)
+    losses, target_grads = [], []
+    for rows, buffer in _row_blocks(logits, acc_dtype, one_block=shard is not None):
+        log_probs = _softmax_into(buffer, logits[rows], columns[rows], target_logits[rows])
+        nll, factor, log_sum = -log_probs, None, target_logits[rows] - log_probs
+        if shard is not None:
             assert owned is not None
-            own_sum = log_sum
-            log_sum, logit = task.part.combine(own_sum, at_columns.where(owned, 0))
-            surprise, factor = log_sum - logit, (own_sum - log_sum).exp()
-        losses.append(surprise + z * log_sum.square() if z else surprise)
-        if not wanted:
+            local_log_sum = log_sum
+            log_sum, logit = shard.combine(local_log_sum, target_logits.where(owned, 0))
+            nll, factor = log_sum - logit, (local_log_sum - log_sum).exp()
+        losses.append(nll + z * log_sum.square() if z else nll)
+        if not settings.needs_grad:
             continue
-        at_target = torch.expm1(-surprise)  # the target's share less one, without cancellation
+        target_grad = torch.expm1(-nll)  # the target's probability minus 1, without cancellation
         if z:
-            slope = 1 + 2 * z * log_sum
-            at_target = at_target + (slope - 1) * torch.exp(-surprise)
-            factor = slope if factor is None else factor * slope
-        if gains is not None:
-            at_target = at_target * gains[rows]
-            factor = gains[rows] if factor is None else factor * gains[rows]
-        at_targets.append(at_target)
-        _store_shares(work, factor, logits[rows])
-    if wanted:
-        target_gradient = torch.cat(at_targets).to(logits.dtype)
+            z_factor = 1 + 2 * z * log_sum
+            target_grad = target_grad + (z_factor - 1) * torch.exp(-nll)
+            factor = z_factor if factor is None else factor * z_factor
+        if loss_grads is not None:
+            target_grad = target_grad * loss_grads[rows]
+            factor = loss_grads[rows] if factor is None else factor * loss_grads[rows]
+        target_grads.append(target_grad)
+        _write_probs(buffer, factor, logits[rows])
+    if settings.needs_grad:
+        target_grad = torch.cat(target_grads).to(logits.dtype)
         if owned is not None:
-            target_gradient = torch.where(owned, target_gradient, logits[places, columns])
-        logits[places, columns] = target_gradient
+            target_grad = torch.where(owned, target_grad, logits[row_indices, columns])
+        logits[row_indices, columns] = target_grad
     return torch.cat(losses)
 
 
-def _blocks(logits: Tensor, wide: torch.dtype, whole: bool) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of logits (R,V) and a place (rows,V) of the wide type to work in: on a CPU as many as stay in its cache.
-    Kernels of our own take all rows and work in the logits; their place holds the logarithms of sums (R,)."""
-    rows, vocabulary = logits.shape
-    if elements.takes(logits):
-        yield slice(0, rows), logits.new_empty(rows, dtype=wide)
+# --------------------------------------------------------------------------------------------- softmax of a block
+def _row_blocks(logits: Tensor, acc_dtype: torch.dtype, one_block: bool) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of the rows of logits (R,V), each with a buffer (rows,V) of acc_dtype that fits a CPU's cache.
+
+    The native kernels process all rows in place; their buffer holds the logarithms of the softmax's sums (R,).
+    """
+    rows, vocab_size = logits.shape
+    if elements.supports(logits):
+        yield slice(0, rows), logits.new_empty(rows, dtype=acc_dtype)
         return
     block = rows
-    if _on_cpu(logits) and not whole:
-        block = min(rows, max(1, torch.get_num_threads() * _BLOCK_BYTES // (4 * vocabulary)))
-    work = torch.empty(block, vocabulary, dtype=wide, device=logits.device)
+    if _on_cpu(logits) and not one_block:
+        block = min(rows, max(1, torch.get_num_threads() * _BLOCK_BYTES // (4 * vocab_size)))
+    buffer = torch.empty(block, vocab_size, dtype=acc_dtype, device=logits.device)
     for start in range(0, rows, block):
-        yield slice(start, start + block), work[: rows - start]
+        yield slice(start, start + block), buffer[: rows - start]
 
 
-def _softmax(logits: Tensor, work: Tensor, columns: Tensor, at_columns: Tensor) -> Tensor:
-    """Fill work (r,V) with the shares of logits (r,V), on a GPU their logarithms; return logarithms at columns (r,).
+def _softmax_into(buffer: Tensor, logits: Tensor, columns: Tensor, target_logits: Tensor) -> Tensor:
+    """Write the softmax of logits (r,V) to the buffer, on a GPU its logarithm.
 
-    at_columns (r,): the logits at columns. A CPU's softmax takes half the time of its exp.
+    Returns the log-probabilities at columns (r,). target_logits (r,) are the logits at columns. On a CPU softmax takes
+    half as long as exp.
     """
-    if work.dim() == 1:
-        peaks, rests = elements.log_sums(logits)
-        torch.add(peaks, rests, out=work)
-        return (at_columns - peaks) - rests
-    places = torch.arange(len(logits), device=logits.device)
+    if buffer.dim() == 1:
+        maxima, log_sums = elements.log_sum_exp(logits)
+        torch.add(maxima, log_sums, out=buffer)
+        return (target_logits - maxima) - log_sums
+    row_indices = torch.arange(len(logits), device=logits.device)
     if not _on_cpu(logits):
-        torch.log_softmax(logits, -1, dtype=work.dtype, out=work)
-        return work[places, columns]
-    torch.softmax(work.copy_(logits), -1, out=work)
-    shares = work[places, columns]
-    if shares.min() >= _SMALLEST:
-        return shares.log()
-    return at_columns - torch.logsumexp(logits.to(work.dtype), -1)
+        torch.log_softmax(logits, -1, dtype=buffer.dtype, out=buffer)
+        return buffer[row_indices, columns]
+    torch.softmax(buffer.copy_(logits), -1, out=buffer)
+    probs = buffer[row_indices, columns]
+    if probs.min() >= _MIN_PROBABILITY:
+        return probs.log()
+    return target_logits - torch.logsumexp(logits.to(buffer.dtype), -1)
 
 
-def _store_shares(work: Tensor, factor: Tensor | None, out: Tensor) -> None:
-    """out (r,V) = shares * factor (r,), shares as `_softmax` left them in work."""
-    if work.dim() == 1:
-        elements.to_shares_(out, work, factor)
+def _write_probs(buffer: Tensor, factor: Tensor | None, out: Tensor) -> None:
+    """Write probabilities times factor (r,) to out (r,V), from the buffer that `_softmax_into` filled."""
+    if buffer.dim() == 1:
+        elements.to_probs_(out, buffer, factor)
         return
-    if not _on_cpu(work):
+    if not _on_cpu(buffer):
         if factor is None:
-            torch.exp(work, out=out)
+            torch.exp(buffer, out=out)
             return
-        work.exp_()
-    out.copy_(work if factor is None else work.mul_(factor[:, None]))
+        buffer.exp_()
+    out.copy_(buffer if factor is None else buffer.mul_(factor[:, None]))
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b; out may be float32 where `_has_wide_products`."""
+# ------------------------------------------------------------------------------------------------- matrix products
+def _matmul_into(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write a @ b to out, which may be float32 if `_supports_float32_output`."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor, spare: Tensor | None) -> None:
-    """total += a @ b. spare: of total's shape and a's type, where total is wider and the device has no such product."""
+def _add_matmul_(total: Tensor, a: Tensor, b: Tensor, product_buffer: Tensor | None) -> None:
+    """Add a @ b to total. product_buffer has the shape of total and the dtype of a; it is needed if total is wider and
+    the device does not support float32 output."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif spare is None:
+    elif product_buffer is None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif elements.takes(torch.mm(a, b, out=spare)):
-        elements.add_(total, spare)
+    elif elements.supports(torch.mm(a, b, out=product_buffer)):
+        elements.add_(total, product_buffer)
     else:
-        for some, more in zip(total.split(_CAST_ROWS), spare.split(_CAST_ROWS), strict=True):
-            some.add_(more)
+        for target, product in zip(total.split(_CAST_ROWS), product_buffer.split(_CAST_ROWS), strict=True):
+            target.add_(product)
 
 
 def _chunk_rows(hidden: Tensor) -> int:
-    """R. A larger chunk adds to the weight's gradient less often; on a CPU, where products are small, a smaller one
-    finds more of it in the cache."""
+    """Return R. Larger chunks add to the weight's gradient less often; smaller ones keep more of it in a CPU's cache,
+    which matters when matrix products are small."""
     if _on_cpu(hidden) and hidden.element_size() > 2:
         return 512
-    return 256 if _on_cpu(hidden) and hidden.shape[1] < 512 else 2048
+    return 256 if _on_cpu(hidden) and hidden.shape[1] < 512 else LOSS_CHUNK_TOKENS
 
 
 def _on_cpu(tensor: Tensor) -> bool:
-    """Whether to look at results costs nothing, and the cache holds less than a chunk."""
+    """Return whether reading values is free, and the cache is smaller than a chunk."""
     return tensor.device.type == "cpu"
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _has_wide_products(device: torch.device) -> bool:
-    """Whether products of half precision can be added to float32 as they are computed: CUDA from torch 2.10 on."""
+def _supports_float32_output(device: torch.device) -> bool:
+    """Return whether half-precision products can be accumulated in a float32 output: CUDA with torch 2.10 or newer."""
     return device.type == "cuda" and torch.torch_version.TorchVersion(torch.__version__) >= "2.10"

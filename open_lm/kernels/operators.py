@@ -1,4 +1,4 @@
-"""Operators of our own, registered with torch: compilation, fake tensors and recomputation take them as its own."""
+"""Registration of custom CPU operators with torch, for compilation, fake tensors and activation checkpointing."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 import torch
 
 
-def register(schema: str, kernel: Callable[..., Any], shapes: Callable[..., Any]) -> None:
-    """Register open_lm::NAME of `schema`, "NAME(Tensor x, …) -> …": what it does on a CPU, and what it gives of fake
-    tensors.
+def register(schema: str, kernel: Callable[..., Any], fake_kernel: Callable[..., Any]) -> None:
+    """Register the operator open_lm::NAME with the schema "NAME(Tensor x, …) -> …".
 
-    Not by torch.library.custom_op, whose first call takes seconds to load the compiler.
+    `kernel` is its CPU implementation, `fake_kernel` returns empty results for fake tensors. torch.library.custom_op is
+    not used because its first call takes seconds to load the compiler.
     """
     name = f"open_lm::{schema.partition('(')[0]}"
     torch.library.define(name, schema[schema.index("(") :])
     torch.library.impl(name, "cpu", kernel)
-    torch.library.register_fake(name, shapes)
+    torch.library.register_fake(name, fake_kernel)
 
 
-def differentiate(name: str, keep: Callable[..., None], gradients: Callable[..., Any]) -> None:
-    """Give open_lm::`name` a derivative: keep(ctx, inputs, output) follows it, gradients(ctx, *grads) goes back.
+def register_backward(name: str, save_for_backward: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Register the derivative of open_lm::`name`.
 
-    `gradients` is to be open_lm::`name`_backward, which has no derivative of its own: asking for one is an error.
+    save_for_backward(ctx, inputs, output) runs after the operator, backward(ctx, *grads) in the backward pass. The
+    latter must call open_lm::`name`_backward, which has no derivative: differentiating it raises RuntimeError.
     """
-    torch.library.register_autograd(f"open_lm::{name}", gradients, setup_context=keep)
-    torch.library.register_autograd(f"open_lm::{name}_backward", _refuse)
+    torch.library.register_autograd(f"open_lm::{name}", backward, setup_context=save_for_backward)
+    torch.library.register_autograd(f"open_lm::{name}_backward", _raise_no_second_derivative)
 
 
-def _refuse(_ctx: Any, *_grads: Any) -> None:
-    raise RuntimeError("gradients of our CPU operators cannot be differentiated once more")
+def _raise_no_second_derivative(_ctx: Any, *_grads: Any) -> None:
+    raise RuntimeError("open_lm's CPU operators have no second derivative")

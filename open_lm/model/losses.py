@@ -34,7 +34,7 @@ class TokenLoss:
     per_token: bool = False
     logit_means: list[Tensor] | None = None
 
-    def of_hidden(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def from_hidden(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The loss of hidden states (B,T,D) whose logits are hidden @ weight.T, weight (V,D), see
         `linear_cross_entropy`: the logits of all are never held."""
         if self.logit_means is not None:
@@ -49,13 +49,13 @@ class TokenLoss:
         ).float()
         return losses.view_as(self.targets) if self.per_token else losses
 
-    def of_logits(self, logits: Tensor) -> Tensor:
+    def from_logits(self, logits: Tensor) -> Tensor:
         """The loss of logits (B,T,V), any floating type."""
         if self.logit_means is not None:
             self.logit_means.append(logits.detach().float().mean())
-        return self._of_logits(logits)
+        return self._from_logits(logits)
 
-    def _of_logits(self, logits: Tensor) -> Tensor:
+    def _from_logits(self, logits: Tensor) -> Tensor:
         if not self.per_token:
             return token_loss(logits, self.targets, self.z_loss_coefficient)[0]
         flat_logits, flat_targets = logits.flatten(0, -2).float(), self.targets.flatten()

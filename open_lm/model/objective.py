@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from open_lm.config.layout import MeshLayout
 from open_lm.data.masking import document_ids
-from open_lm.distributed.context_parallel import local_shard, context_parallel_documents, gather_sequences
+from open_lm.distributed.context_parallel import context_parallel_mask, gather_sequences, shard_sequences
 from open_lm.model.losses import TokenLoss
 
 
@@ -38,8 +38,8 @@ def batch_loss(model: nn.Module, ids: Tensor, loss: TokenLoss, options: ForwardO
     layout, more = options.layout, dict[str, Any]()
     documents = None if options.end_of_text_id is None else document_ids(ids, options.end_of_text_id)
     if layout.context > 1:
-        more["attention_mask"] = context_parallel_documents(layout, ids.shape[1], ids.device, documents)
-        ids, loss = local_shard(ids, layout), replace(loss, targets=local_shard(loss.targets, layout))
+        more["attention_mask"] = context_parallel_mask(layout, ids.shape[1], ids.device, documents)
+        ids, loss = shard_sequences(ids, layout), replace(loss, targets=shard_sequences(loss.targets, layout))
     elif documents is not None:
         more["document_ids"] = documents
     with options.autocast():

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-POLICIES = ("full", "op")
+from open_lm.config.sections import CHECKPOINTING_POLICIES
+
+POLICIES = tuple(policy for policy in CHECKPOINTING_POLICIES if policy != "none")
 
 # Operators by name, so that those of other versions and of packages that are not loaded need no guard.
 _PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_mm"})
@@ -36,9 +38,9 @@ def recomputed(function: Callable[..., Any], policy: str = "full") -> Callable[.
 
 
 def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if _is_dear(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _is_expensive(operator) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _is_dear(operator: Any) -> bool:
+def _is_expensive(operator: Any) -> bool:
     name = operator.name() if isinstance(operator, torch._ops.OpOverload) else str(operator)
     return name.partition(".")[0] in _PRODUCTS or name.startswith(_ATTENTION)

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_lm.config.memory_limits import MUON_BATCH_ELEMENTS
 from open_lm.optim.adamw import adamw_update, evaluate, local_tensor, param_state
 from open_lm.optim.matrix_assignment import MatrixAssignment, assign_matrices
-
-MOMENTS = frozenset({"momentum_buffer"})  # what is kept of a matrix from its first update on
 
 # Of the quintic (Jordan 2024) whose fifth iterate takes singular values from 0.002 to 1 to between 0.68 and 1.21.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -32,7 +31,6 @@ _ITERATIONS = 5
 _LEAST_NORM = 1e-7
 # AdamW's updates have a root mean square of about 0.2 (Liu et al. 2025, section 2.2).
 _ADAMW_RMS = 0.2
-_BATCH_ELEMENTS = 1 << 26  # of matrices that go through a batched product together: bounds the memory of their products
 
 
 class Muon(torch.optim.Optimizer):
@@ -144,7 +142,7 @@ def _orthogonalize_all(stacks: list[Tensor]) -> None:
         wide = stack if stack.shape[-2] <= stack.shape[-1] else stack.mT
         by_shape.setdefault(wide.shape[-2:], []).extend(wide.unbind())
     for shape, matrices in by_shape.items():
-        size = max(1, _BATCH_ELEMENTS // max(1, shape.numel()))
+        size = max(1, MUON_BATCH_ELEMENTS // max(1, shape.numel()))
         for start in range(0, len(matrices), size):
             batch = matrices[start : start + size]
             torch._foreach_copy_(batch, list(orthogonalize(torch.stack(batch)).unbind()))

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
-from open_lm.config.layout import Layout
+from open_lm.config.layout import MeshLayout
+from open_lm.config.registry import OPTIMIZERS
+from open_lm.config.memory_limits import LOSS_CHUNK_TOKENS, MUON_BATCH_ELEMENTS
 from open_lm.config.sections import Config
 from open_lm.planner.activations import (
     ElementSizes,
@@ -30,8 +32,6 @@ from open_lm.planner.shapes import ModelShape, Weight
 CONTEXT_BYTES = 600 << 20
 NCCL_BYTES = 1 << 30
 FRAGMENTATION = 0.05
-CHUNK_TOKENS = 2048  # tokens whose logits the loss computes at a time (linear_loss.py)
-MUON_BATCH_ELEMENTS = 1 << 26  # matrix elements that Muon orthogonalizes in one batch (muon.py)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class TrainingSetup:
 
     shape: ModelShape
     config: Config
-    layout: Layout
+    layout: MeshLayout
     batch: int
     device_type: str = "cuda"
 
@@ -189,10 +189,14 @@ def add_reserve(memory: Memory, setup: TrainingSetup) -> Memory:
 
 
 def optimizer_bytes(setup: TrainingSetup) -> int:
-    """Return the bytes of moments and averaged weights: two moments per parameter, one where Muon updates it."""
-    averagers = setup.config.optim.averagers
+    """Return the bytes of moments, as many as the optimizer's entry declares, and of averaged weights."""
+    averagers, name = setup.config.optim.averagers, setup.config.optim.optimizer
+    moments = OPTIMIZERS.required_fact(name, "moments")
+    matrix_moments = OPTIMIZERS.fact(name, "matrix_moments", moments)
     copies = len(averagers.split(",")) if averagers else 0
-    return setup.sizes.stored * ((2 + copies) * setup.local_params - setup.local_numel(muon_weights(setup)))
+    elements = (len(moments) + copies) * setup.local_params
+    elements += (len(matrix_moments) - len(moments)) * setup.local_numel(_matrices(setup))
+    return setup.sizes.stored * elements
 
 
 def host_bytes(setup: TrainingSetup) -> int:
@@ -343,15 +347,18 @@ def _loss_bytes(setup: TrainingSetup) -> int:
     sizes, tokens, dim = setup.sizes, setup.tokens, setup.shape.dim
     rows = setup.unsharded_numel([_head(setup.shape.by_block[None])]) // dim
     cast = rows * dim * sizes.compute if sizes.gathered != sizes.compute else 0
-    logits = min(CHUNK_TOKENS, tokens) * rows * (sizes.compute + 4)  # in the compute dtype and in float32
+    logits = min(LOSS_CHUNK_TOKENS, tokens) * rows * (sizes.compute + 4)  # in the compute dtype and in float32
     hidden = tokens * dim * (2 * sizes.compute + 4)  # two copies, and the gradient
     return rows * dim * 4 + cast + logits + hidden
 
 
 def muon_weights(setup: TrainingSetup) -> list[Weight]:
     """Return the weights that Muon updates: the matrices of the blocks. Empty for other optimizers."""
-    if setup.config.optim.optimizer != "muon":
-        return []
+    return _matrices(setup) if OPTIMIZERS.fact(setup.config.optim.optimizer, "orthogonal") else []
+
+
+def _matrices(setup: TrainingSetup) -> list[Weight]:
+    """Return the matrices of the blocks."""
     return [w for w in setup.shape.weights if w.block is not None and len(w.shape) > 1]
 
 

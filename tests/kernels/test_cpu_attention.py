@@ -27,7 +27,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Has bfloat16 go through our own kernels, or torch's; ours have to be there where the processor allows them."""
     name: str = request.param
     if name == "torch":
-        monkeypatch.setattr(kernels_of_our_own, "takes", lambda queries: False)
+        monkeypatch.setattr(kernels_of_our_own, "supports", lambda queries: False)
     else:
         assert kernels_of_our_own.problem(8) is None
     return name
@@ -46,11 +46,11 @@ def some_documents(length: int, batch: int = 2) -> Tensor:
     return torch.where(first, torch.arange(length), 0).cummax(1).values.int()
 
 
-def allowed(first_tokens: Tensor | None, length: int) -> Tensor:
+def allowed(document_starts: Tensor | None, length: int) -> Tensor:
     causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-    if first_tokens is None:
+    if document_starts is None:
         return causal
-    return causal & (first_tokens[:, None, :, None] == first_tokens[:, None, None, :])
+    return causal & (document_starts[:, None, :, None] == document_starts[:, None, None, :])
 
 
 def results(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> list[Tensor]:
@@ -80,32 +80,34 @@ def test_bfloat16_is_as_near_to_the_exact_values_as_torch(
     kernels: str, length: int, width: int, documents: bool
 ) -> None:
     tensors = inputs(length, width, torch.bfloat16)
-    first_tokens = some_documents(length) if documents else None
-    mask = allowed(first_tokens, length)
+    document_starts = some_documents(length) if documents else None
+    mask = allowed(document_starts, length)
     exact = by_sdpa(torch.float64, tensors, mask)
-    found = errors(results(lambda q, k, v: causal_attention(q, k, v, first_tokens), *tensors), exact)
+    found = errors(results(lambda q, k, v: causal_attention(q, k, v, document_starts), *tensors), exact)
     bounds = errors(by_sdpa(torch.bfloat16, tensors, mask), exact)
     assert all(error <= 1.25 * bound + 1e-3 for error, bound in zip(found, bounds, strict=True)), (found, bounds)
 
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_float32_and_float64(documents: bool) -> None:
-    first_tokens = some_documents(70) if documents else None
+    document_starts = some_documents(70) if documents else None
     for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-14)):
         tensors = inputs(70, 12, dtype)
-        exact = by_sdpa(torch.float64, tensors, allowed(first_tokens, 70))
-        found = results(lambda q, k, v: causal_attention(q, k, v, first_tokens), *tensors)
+        exact = by_sdpa(torch.float64, tensors, allowed(document_starts, 70))
+        found = results(lambda q, k, v: causal_attention(q, k, v, document_starts), *tensors)
         assert max(errors(found, exact)) < bound
 
 
 @needs_matrix_units
 def test_large_scores_and_keys_that_nobody_sees_give_no_overflow() -> None:
     q, k, v, weights = inputs(200, 64, torch.bfloat16)
-    first_tokens = torch.arange(200, dtype=torch.int32).div(7, rounding_mode="floor").mul(7).expand(2, -1).contiguous()
+    document_starts = (
+        torch.arange(200, dtype=torch.int32).div(7, rounding_mode="floor").mul(7).expand(2, -1).contiguous()
+    )
     large = [(x.detach() * 300).requires_grad_() for x in (q, k)]
-    found = results(lambda *x: causal_attention(*x, first_tokens), *large, v, weights)
+    found = results(lambda *x: causal_attention(*x, document_starts), *large, v, weights)
     assert all(x.isfinite().all() for x in found)
-    assert errors(found[:1], by_sdpa(torch.float64, [*large, v, weights], allowed(first_tokens, 200))[:1])[0] < 1e-2
+    assert errors(found[:1], by_sdpa(torch.float64, [*large, v, weights], allowed(document_starts, 200))[:1])[0] < 1e-2
 
 
 @pytest.mark.parametrize("kernels", KERNELS, indirect=True)
@@ -170,38 +172,38 @@ def test_autocast_takes_its_type() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torch_s_own_checks_of_an_operator(dtype: torch.dtype) -> None:
-    for first_tokens in (None, some_documents(20)):
+    for document_starts in (None, some_documents(20)):
         tensors = tuple(x.detach() for x in inputs(20, 8, dtype)[:3])
         torch.library.opcheck(
             torch.ops.open_lm.cpu_attention,
-            (*tensors, first_tokens),
+            (*tensors, document_starts),
             test_utils=("test_schema", "test_faketensor"),
         )
 
 
 def test_gradients_are_the_derivative() -> None:
     leaves = tuple(x for x in inputs(6, 4, torch.float64, heads=2)[:3])
-    first_tokens = torch.tensor([[0, 0, 2, 2, 2, 5]] * 2, dtype=torch.int32)
+    document_starts = torch.tensor([[0, 0, 2, 2, 2, 5]] * 2, dtype=torch.int32)
     assert torch.autograd.gradcheck(causal_attention, leaves)
-    assert torch.autograd.gradcheck(causal_attention, (*leaves, first_tokens))
+    assert torch.autograd.gradcheck(causal_attention, (*leaves, document_starts))
 
 
 @pytest.mark.parametrize(("batch", "length", "heads"), [(0, 8, 3), (2, 0, 3), (2, 8, 0)])
 def test_nothing_to_attend(batch: int, length: int, heads: int) -> None:
-    for first_tokens in (None, torch.zeros(batch, length, dtype=torch.int32)):
+    for document_starts in (None, torch.zeros(batch, length, dtype=torch.int32)):
         tensors = [torch.zeros(batch, length, heads, 8).bfloat16().requires_grad_() for _ in range(3)]
-        out = causal_attention(*tensors, first_tokens)
+        out = causal_attention(*tensors, document_starts)
         assert out.shape == (batch, length, heads, 8)
         assert all(x.shape == out.shape for x in torch.autograd.grad(out.sum(), tensors))
 
 
 def test_documents_in_any_integers_and_tensors_of_one_type() -> None:
     q, k, v, _ = inputs(40, 8, torch.bfloat16)
-    first_tokens = some_documents(40)
-    expected = causal_attention(q, k, v, first_tokens)
-    for others in (first_tokens.long(), first_tokens.t().contiguous().t()):
+    document_starts = some_documents(40)
+    expected = causal_attention(q, k, v, document_starts)
+    for others in (document_starts.long(), document_starts.t().contiguous().t()):
         assert torch.equal(causal_attention(q, k, v, others), expected)
-    with pytest.raises(ValueError, match="of one type and shape"):
+    with pytest.raises(ValueError, match="must have one dtype and shape"):
         causal_attention(q, k.float(), v)
 
 
@@ -267,17 +269,17 @@ def test_what_is_missing_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "absent" in str(kernels_of_our_own.problem(16))
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    assert "set XDG_CACHE_HOME to a folder of yours" in str(kernels_of_our_own.problem(24))
+    assert "set XDG_CACHE_HOME to a writable folder" in str(kernels_of_our_own.problem(24))
 
     def nobody_knows() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", nobody_knows)
-    assert "set XDG_CACHE_HOME to a folder of yours" in str(kernels_of_our_own.problem(32))
+    assert "set XDG_CACHE_HOME to a writable folder" in str(kernels_of_our_own.problem(32))
 
 
 def test_a_processor_without_matrix_units_is_told(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "processor_features", lambda: frozenset({"avx512f"}))
     assert "this processor has no amx_bf16, amx_tile, avx512_bf16" in str(kernels_of_our_own.problem(8))
-    assert "heads are wider" in str(kernels_of_our_own.problem(10_000))
+    assert "the head width is 10000, expected at most 256" in str(kernels_of_our_own.problem(10_000))

@@ -71,7 +71,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """The steps taken on a CPU by kernels of our own, by torch's, and those taken on other devices, which are right on
     a CPU too."""
     if request.param != "own":
-        monkeypatch.setattr(elements, "takes", lambda *tensors: False)
+        monkeypatch.setattr(elements, "supports", lambda *tensors: False)
     elif not native.processor_features() >= native.VECTORS:
         pytest.skip("this processor has no AVX-512 with bfloat16")
     if request.param == "gpu":
@@ -201,7 +201,7 @@ def test_models_train_through_it(compiled: bool) -> None:
     call = torch.compile(model, backend="eager") if compiled else model
     ids = torch.randint(61, (2, 3, 13), generator=torch.Generator().manual_seed(1))
     for batch in ids:
-        TokenLoss(batch[:, 1:], Z).of_logits(model(batch[:, :-1])[0]).backward()
+        TokenLoss(batch[:, 1:], Z).from_logits(model(batch[:, :-1])[0]).backward()
     expected = {name: param.grad for name, param in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     for batch in ids:

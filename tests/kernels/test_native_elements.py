@@ -27,14 +27,14 @@ def test_log_sums_and_shares(rows: int, columns: int) -> None:
     torch.manual_seed(columns)
     logits = (torch.randn(rows, columns) * 10).bfloat16()
     exact = logits.double()
-    peaks, rests = elements.log_sums(logits)
+    peaks, rests = elements.log_sum_exp(logits)
     assert torch.equal(peaks, logits.float().amax(-1))
     sums = exact.logsumexp(-1)
     torch.testing.assert_close((peaks.double() + rests.double()), sums, rtol=0, atol=1e-6)
     factors = torch.randn(rows)
     for given in (factors, None):
         shares = logits.clone()
-        elements.to_shares_(shares, sums.float(), given)
+        elements.to_probs_(shares, sums.float(), given)
         expected = exact.softmax(-1) * (1 if given is None else given[:, None])
         torch.testing.assert_close(shares.double(), expected, rtol=1.01 * ROUNDING + 1e-5, atol=1e-37)
 
@@ -44,7 +44,7 @@ def test_log_sums_keep_what_is_small() -> None:
     """One logit far above all others, whose share is within 1e-6 of 1."""
     logits = torch.full((1, 100), -10.0).bfloat16()
     logits[0, 7] = 5.0
-    peaks, rests = elements.log_sums(logits)
+    peaks, rests = elements.log_sum_exp(logits)
     assert peaks.item() == 5.0
     assert rests.item() == pytest.approx(math.log1p(99 * math.exp(-15)), rel=1e-2)
 
@@ -54,8 +54,8 @@ def test_log_sums_keep_what_is_small() -> None:
 def test_what_is_not_a_number_stays_so(place: int) -> None:
     logits = torch.randn(1, 100).bfloat16()
     logits[0, place] = math.nan
-    assert elements.log_sums(logits)[1].isnan().all()
-    elements.to_shares_(logits, torch.zeros(1), None)
+    assert elements.log_sum_exp(logits)[1].isnan().all()
+    elements.to_probs_(logits, torch.zeros(1), None)
     assert logits.isnan().nonzero().tolist() == [[0, place]]
 
 
@@ -65,7 +65,7 @@ def test_float32_is_meant_whatever_is_the_default() -> None:
     exact = logits.double().logsumexp(-1)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        peaks, rests = elements.log_sums(logits)
+        peaks, rests = elements.log_sum_exp(logits)
         assert peaks.dtype == rests.dtype == torch.float32
         torch.testing.assert_close((peaks + rests).double(), exact)
     finally:
@@ -95,7 +95,7 @@ def by_autograd(both: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", [(2, 3, 32), (4, 14), (1, 200)])
 def test_gated_silu_in_bfloat16(own: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     if not own:
-        monkeypatch.setattr(elements, "takes", lambda *tensors: False)
+        monkeypatch.setattr(elements, "supports", lambda *tensors: False)
     torch.manual_seed(0)
     both = (torch.randn(shape) * 4).bfloat16()
     both.view(-1)[:4] = torch.tensor([-1e38, 200.0, -80.0, 0.0])
@@ -122,8 +122,8 @@ def test_gated_silu_in_wide_types_is_that_of_autograd(dtype: torch.dtype) -> Non
 
 
 def test_tensors_with_gaps_and_other_types_are_left_to_torch() -> None:
-    assert not elements.takes(torch.zeros(4, 4))
-    assert not elements.takes(torch.zeros(4, 4).bfloat16().t()[:, :2])
+    assert not elements.supports(torch.zeros(4, 4))
+    assert not elements.supports(torch.zeros(4, 4).bfloat16().t()[:, :2])
     both = torch.randn(6, 8).bfloat16().t()
     torch.testing.assert_close(
         gated_silu(both), by_autograd(both, torch.zeros(8, 3).bfloat16())[0], atol=0.02, rtol=0.02
@@ -142,7 +142,7 @@ def test_rotation(rotate: Callable[..., Tensor], width: int, per_head: bool, mon
     weights = torch.randn(2, 7, 3, width).bfloat16()
     found = {}
     for own in (True, False):
-        monkeypatch.setattr(elements, "takes_rows", elements.takes_rows if own else lambda x: False)
+        monkeypatch.setattr(elements, "supports_rows", elements.supports_rows if own else lambda x: False)
         out = rotate(x, angles.cos(), angles.sin(), torch.bfloat16)
         found[own] = (out, *torch.autograd.grad(out, x, weights))
     for a, b in zip(found[True], found[False], strict=True):
@@ -153,7 +153,7 @@ def test_rotation(rotate: Callable[..., Tensor], width: int, per_head: bool, mon
 @pytest.mark.parametrize(("into", "out_of"), [(24, 40), (40, 24)])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_linear_has_torch_s_gradients(into: int, out_of: int, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(linear, "_MIN_WEIGHTS", 1)
     torch.manual_seed(into)
     layer = linear.Linear(into, out_of, bias=False)
     x, weights = torch.randn(2, 9, into), torch.randn(2, 9, out_of)
@@ -169,7 +169,7 @@ def test_linear_has_torch_s_gradients(into: int, out_of: int, autocast: bool, mo
 
     found = gradients()
     assert "_Linear" in type(found[0].grad_fn).__name__
-    monkeypatch.setattr(elements, "takes", lambda *tensors: False)
+    monkeypatch.setattr(elements, "supports", lambda *tensors: False)
     for a, b in zip(found, gradients(), strict=True):
         assert a.dtype == b.dtype and a.is_contiguous()
         torch.testing.assert_close(a, b, rtol=2 * ROUNDING, atol=2e-2)
@@ -181,7 +181,7 @@ def test_linear_has_torch_s_gradients(into: int, out_of: int, autocast: bool, mo
 @needs_vectors
 def test_linear_takes_what_torch_s_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token without a dimension of its own, none at all, and float64, which autocast leaves alone."""
-    monkeypatch.setattr(linear, "_FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(linear, "_MIN_WEIGHTS", 1)
     layer = linear.Linear(24, 40, bias=False).bfloat16()
     for shape in ((24,), (0, 24), (2, 0, 24)):
         x = torch.randn(shape).bfloat16().requires_grad_()
@@ -196,5 +196,5 @@ def test_second_derivatives_are_refused() -> None:
     """A sum with other terms would else have a wrong one."""
     both = torch.randn(2, 8, requires_grad=True)
     (first,) = torch.autograd.grad((gated_silu(both).sum() + both.square().sum()), both, create_graph=True)
-    with pytest.raises(RuntimeError, match="once more"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         first.sum().backward()

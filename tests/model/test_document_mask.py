@@ -22,23 +22,23 @@ from torch.nn.attention.flex_attention import create_block_mask
 from open_lm.data.masking import document_ids
 from open_lm.kernels import document_attention
 from open_lm.kernels.document_attention import (
-    Documents,
-    allowed_in,
-    blocks_in,
-    first_tokens,
-    positions_in,
-    starts_in,
+    DocumentMask,
+    dense_document_mask,
+    document_positions,
+    document_starts,
+    flex_block_mask,
+    is_document_start,
 )
 from open_lm.model import transformer as model
-from open_lm.model.attention import ATTN_ACTIVATIONS, custom_attn, find_documents, torch_attn
+from open_lm.model.attention import ATTN_ACTIVATIONS, create_document_mask, custom_attn, torch_attn
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Transformer
 
 END = 0
-FORMS: dict[str, Callable[[Tensor], Documents]] = {
-    "allowed": lambda first: Documents(positions_in(first), allowed=allowed_in(first)),
-    "starts": lambda first: Documents(positions_in(first), starts=starts_in(first)),
-    "blocks": lambda first: Documents(positions_in(first), blocks=blocks_in(first)),
+FORMS: dict[str, Callable[[Tensor], DocumentMask]] = {
+    "allowed": lambda first: DocumentMask(document_positions(first), dense=dense_document_mask(first)),
+    "starts": lambda first: DocumentMask(document_positions(first), starts=document_starts(first)),
+    "blocks": lambda first: DocumentMask(document_positions(first), block_mask=flex_block_mask(first)),
 }
 CUSTOM = {
     "attn_name": "custom_attn",
@@ -77,7 +77,7 @@ def documents_of(ids: Tensor) -> list[tuple[int, slice]]:
 
 def through(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Models take this form of the documents in place of the one chosen for this device."""
-    monkeypatch.setattr(model, "find_documents", lambda ids, _attn: FORMS[form](first_tokens(ids)))
+    monkeypatch.setattr(model, "create_document_mask", lambda ids, _attn: FORMS[form](is_document_start(ids)))
 
 
 def gradients(made: Transformer, loss: Tensor) -> list[Tensor]:
@@ -207,7 +207,7 @@ def test_blocks_are_those_of_the_whole_mask(length: int, share: float) -> None:
     expected = create_block_mask(
         lambda b, _h, q, k: (q >= k) & (number[b, q] == number[b, k]), 3, None, length, length, device="cpu"
     )
-    found = blocks_in(first)
+    found = flex_block_mask(first)
     assert found.seq_lengths == expected.seq_lengths
     assert torch.equal(found.to_dense(), expected.to_dense())
     for kind in ("kv", "full_kv", "q", "full_q"):
@@ -230,12 +230,12 @@ def test_custom_attention_divides_by_the_row_s_length(activation: str) -> None:
 
 def test_the_form_follows_the_attention_function() -> None:
     numbers = document_ids(packed_rows(), END)
-    documents = find_documents(numbers, torch_attn)
+    documents = create_document_mask(numbers, torch_attn)
     assert documents.starts is not None and documents.starts[0, :8].tolist() == [0, 0, 0, 0, 0, 5, 6, 7]
-    assert documents.allowed is None
+    assert documents.dense is None
     assert documents.positions[0, :8].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
-    other = find_documents(numbers, lambda q, k, v, is_causal, attention_mask=None: v)
-    assert other.allowed is not None and other.allowed.shape == (3, 1, 40, 40)
+    other = create_document_mask(numbers, lambda q, k, v, is_causal, attention_mask=None: v)
+    assert other.dense is not None and other.dense.shape == (3, 1, 40, 40)
 
 
 def test_a_device_without_flex_attention_is_told_of_once(
@@ -243,10 +243,10 @@ def test_a_device_without_flex_attention_is_told_of_once(
 ) -> None:
     monkeypatch.setattr(document_attention.importlib.util, "find_spec", lambda _name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
-    document_attention.has_flex.cache_clear()
+    document_attention.supports_flex_attention.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert [document_attention.has_flex(torch.device("cuda", 0)) for _ in range(2)] == [False, False]
-    document_attention.has_flex.cache_clear()
+        assert [document_attention.supports_flex_attention(torch.device("cuda", 0)) for _ in range(2)] == [False, False]
+    document_attention.supports_flex_attention.cache_clear()
     assert caplog.text.count("compute capability is below 8.0") == 1
 
 

@@ -1,4 +1,4 @@
-"""Every layout of ranks starts, trains, evaluates and compiles alike."""
+"""Every mesh layout initialises, trains, evaluates and compiles the same model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from open_lm.errors import ConfigError
 from open_lm.model.initialization import init_weights
 from open_lm.model.recomputation import _is_expensive
 from open_lm.model.transformer import Params, Transformer
-from open_lm.parallel.parallelize import _materialise, _shard, notes, parallelize
+from open_lm.parallel.parallelize import _materialise, _shard, ineffective_settings, parallelize
 from open_lm.parallel.tensor_parallel import check_tensor_parallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import parity
 from parity import on_ranks
 
-TENSOR = {"tensor_parallel": 2}
-START = [
+TENSOR_PARALLEL = {"tensor_parallel": 2}
+INITIALISED_LAYOUTS = [
     {"fsdp": True, "tensor_parallel": 2},
     {"fsdp": True},
     {"tensor_parallel": 4},
@@ -37,7 +37,7 @@ START = [
 ]
 
 
-def test_options_meet_under_each_kind_of_layout() -> None:
+def test_option_pairs_are_covered_in_each_kind_of_layout() -> None:
     chosen = parity.cases(2)
     assert {case["layout"] for case in chosen} == set(parity.LAYOUTS)
     met = parity.meetings([{**case, "size": "even" if case["size"] == "even" else "odd"} for case in chosen])
@@ -49,18 +49,20 @@ def test_options_meet_under_each_kind_of_layout() -> None:
     assert ("context_tensor", "masked", True, "z_loss", 1e-3) in met
 
 
-def test_every_layout_trains_as_a_single_process_does() -> None:
-    """As `scripts/parity.py` says of 20 steps and wider models; here of 3, and of 8 ranks with one set of options."""
-    every = enumerate(parity.cases(2))
-    chosen = [case for number, case in every if number % 2 or parity.LAYOUTS[case["layout"]][0] < 8]
+def test_every_layout_trains_like_a_single_process() -> None:
+    """Train 3 steps, with one set of options on 8 ranks; `scripts/parity.py` trains 20 steps of wider models."""
+    cases = enumerate(parity.cases(2))
+    chosen = [case for number, case in cases if number % 2 or parity.LAYOUTS[case["layout"]][0] < 8]
     chosen = [{**case, "size": "odd"} if case["size"] == "87m" else case for case in chosen]
     differences = parity.run(chosen, steps=3)
-    wrong = [(found, case) for found, case in zip(differences, chosen, strict=True) if not found < 1e-5]
-    assert not wrong
+    failures = [
+        (difference, case) for difference, case in zip(differences, chosen, strict=True) if not difference < 1e-5
+    ]
+    assert not failures
 
 
-def test_what_is_compared_as_offloaded_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though --fsdp-cpu-offload else does nothing on a CPU."""
+def test_the_offload_layout_offloads_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside of scripts/parity.py, --fsdp-cpu-offload has no effect on a CPU."""
     policies = []
     monkeypatch.setattr("open_lm.parallel.parallelize.fully_shard", lambda module, **options: policies.append(options))
     cfg, cpu = ParallelConfig(**parity.LAYOUTS["offload"][1]), torch.device("cpu")
@@ -70,92 +72,98 @@ def test_what_is_compared_as_offloaded_is(monkeypatch: pytest.MonkeyPatch) -> No
     assert [type(options["offload_policy"]) for options in policies] == [CPUOffloadPolicy, OffloadPolicy]
 
 
-def test_a_model_starts_alike_on_any_ranks_and_whole_on_none() -> None:
+def test_initial_weights_are_independent_of_the_layout_and_never_unsharded() -> None:
     small, large = layout_worker.SMALL, layout_worker.LARGE
-    first = [(layout_worker.start, START[0], shape) for shape in (small, large)]  # memory is a high-water mark
-    _, spread_out, *results = on_ranks(4, [*first, *[(layout_worker.start, settings, small) for settings in START]])
-    alone = layout_worker.start({}, small)["sums"]
-    for settings, result in zip(START, results, strict=True):
-        assert result["sums"].keys() == alone.keys()
+    # Peak memory never decreases, so the memory of the large model is measured first, after a warm-up.
+    first = [(layout_worker.initialise, INITIALISED_LAYOUTS[0], shape) for shape in (small, large)]
+    others = [(layout_worker.initialise, settings, small) for settings in INITIALISED_LAYOUTS]
+    _, sharded, *results = on_ranks(4, [*first, *others])
+    single = layout_worker.initialise({}, small)["sums"]
+    for settings, result in zip(INITIALISED_LAYOUTS, results, strict=True):
+        assert result["sums"].keys() == single.keys()
         for name, sums in result["sums"].items():
-            assert sums == pytest.approx(alone[name], rel=1e-12), (settings, name)
-    whole_bytes = 4 * sum(p.numel() for p in meta_model(**large).parameters())
-    assert spread_out["held_bytes"] < 0.26 * whole_bytes
-    assert spread_out["growth_bytes"] < 0.75 * whole_bytes  # and one tensor at a time
+            assert sums == pytest.approx(single[name], rel=1e-12), (settings, name)
+    full_bytes = 4 * sum(p.numel() for p in meta_model(**large).parameters())
+    assert sharded["local_bytes"] < 0.26 * full_bytes
+    assert sharded["growth_bytes"] < 0.75 * full_bytes  # the shards and one full tensor at a time
 
 
-def test_evaluation_sees_whole_logits_however_the_model_is_called() -> None:
+def test_evaluation_returns_full_logits_for_every_kind_of_call() -> None:
     expected = layout_worker.logits({})
-    # Flags of --fsdp say nothing without it: of half precision there is none here.
-    layouts = [TENSOR, {**TENSOR, "fsdp": True}, {**TENSOR, "fsdp_pure_bf16": True}]
-    for found in on_ranks(2, [(layout_worker.logits, settings) for settings in layouts]):
+    # --fsdp-pure-bf16 has no effect without --fsdp, so all layouts compute in float32.
+    layouts = [TENSOR_PARALLEL, {**TENSOR_PARALLEL, "fsdp": True}, {**TENSOR_PARALLEL, "fsdp_pure_bf16": True}]
+    for results in on_ranks(2, [(layout_worker.logits, settings) for settings in layouts]):
         for name, values in expected.items():
-            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(torch.tensor(results[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
 
 
-def test_equal_blocks_are_compiled_once_with_what_they_recompute() -> None:
+def test_equal_blocks_with_checkpointing_are_compiled_once() -> None:
     result = layout_worker.compiled({}, "op")
     assert result["graphs"] == 1 and result["graph_breaks"] == 0
-    assert result["numbers"][1] == pytest.approx(result["numbers"][0], rel=1e-5)
+    assert result["compiled"] == pytest.approx(result["eager"], rel=1e-5)
 
 
-def test_equal_blocks_are_compiled_once_on_ranks_that_split_them() -> None:
-    (result,) = on_ranks(2, [(layout_worker.compiled, TENSOR, "none")])
+def test_equal_blocks_with_tensor_parallelism_are_compiled_once() -> None:
+    (result,) = on_ranks(2, [(layout_worker.compiled, TENSOR_PARALLEL, "none")])
     assert result["graphs"] == 1 and result["graph_breaks"] == 0
-    assert result["numbers"][1] == pytest.approx(result["numbers"][0], rel=1e-5)
+    assert result["compiled"] == pytest.approx(result["eager"], rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------ what cannot be
+# ------------------------------------------------------------------------------------------ in one process
 def meta_model(**shape: Any) -> Transformer:
     with torch.device("meta"):
         return Transformer(Params(**{"dim": 48, "n_layers": 2, "n_heads": 6, "vocab_size": 9, "seq_len": 8, **shape}))
 
 
-def test_splits_that_do_not_fit_are_explained() -> None:
+def test_unsupported_tensor_parallelism_is_rejected() -> None:
     check_tensor_parallel(meta_model(), 2)
-    with pytest.raises(ConfigError, match=r"-parallel 3: .* 6 heads and 256 hidden features .* divide over 1, 2 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"-parallel 3: .* 6 heads and 256 hidden features .* divisible over 1, 2 ranks"
+    ):
         check_tensor_parallel(meta_model(), 3)
     check_tensor_parallel(meta_model(ffn_type="gelu"), 3)
-    with pytest.raises(ConfigError, match=r"(?s)1\. .* over 1, 2, 3, 6 ranks.*2\. .* a vocabulary of 3 leaves a rank"):
+    with pytest.raises(
+        ConfigError, match=r"(?s)1\. .* over 1, 2, 3, 6 ranks.*2\. .* a vocabulary of 3 tokens leaves a rank"
+    ):
         check_tensor_parallel(meta_model(ffn_type="gelu", vocab_size=3), 4)
-    with pytest.raises(ConfigError, match="--qk-norm by RMSNorm"):
+    with pytest.raises(ConfigError, match="--qk-norm with RMSNorm"):
         check_tensor_parallel(meta_model(apply_qk_norm=True, norm_type=torch.nn.RMSNorm), 2)
     unknown = meta_model()
     unknown.layers[1].feed_forward = torch.nn.Bilinear(48, 48, 48, device="meta")
-    with pytest.raises(ConfigError, match=r"not known how feed_forward\.weight is to be split"):
+    with pytest.raises(ConfigError, match=r"does not support the parameter feed_forward\.weight"):
         check_tensor_parallel(unknown, 2)
 
 
-def test_graphs_of_a_forward_pass_belong_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_forward_pass_is_one_cuda_graph_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block, mode: None)
     cfg = ModelConfig(torchcompile=True, torchcompile_mode="reduce-overhead")
     model = Transformer(Params(dim=16, n_layers=2, n_heads=2, vocab_size=9, seq_len=8)).eval()
-    passes = parallelize(model, MeshLayout(), ParallelConfig(), device=torch.device("cpu"), model_cfg=cfg)
-    begun = []
+    parallelized = parallelize(model, MeshLayout(), ParallelConfig(), device=torch.device("cpu"), model_cfg=cfg)
+    counters = []
     for _ in range(2):
         with torch.no_grad():
-            passes(torch.zeros(1, 8, dtype=torch.int64))
-        begun.append(MarkStepBox.mark_step_counter)
-    assert begun[0] - begun[1] == 1  # it counts downwards
+            parallelized(torch.zeros(1, 8, dtype=torch.int64))
+        counters.append(MarkStepBox.mark_step_counter)
+    assert counters[0] - counters[1] == 1  # torch counts downwards
 
 
 def test_buffers_of_offloaded_models_are_on_the_device() -> None:
-    host, device = torch.device("cpu"), torch.device("meta")  # in the place of a GPU
+    host, device = torch.device("cpu"), torch.device("meta")  # meta stands for the GPU
     model = meta_model()
     _materialise(model, host, device, lambda made: init_weights(made, seed=1))
     assert {parameter.device for parameter in model.parameters()} == {host}
     assert {buffer.device for buffer in model.buffers()} == {device}
 
 
-def test_what_is_dear_is_kept_by_op() -> None:
+def test_selective_checkpointing_saves_expensive_operators() -> None:
     operators = torch.ops.aten
-    dear = (operators.mm, operators._flash_attention_forward, operators._efficient_attention_forward)
-    assert all(_is_expensive(each.default) for each in dear)
-    assert not any(_is_expensive(each.default) for each in (operators.silu, operators.native_layer_norm))
+    expensive = (operators.mm, operators._flash_attention_forward, operators._efficient_attention_forward)
+    assert all(_is_expensive(operator.default) for operator in expensive)
+    assert not any(_is_expensive(operator.default) for operator in (operators.silu, operators.native_layer_norm))
 
 
-def test_a_static_graph_of_what_is_no_copy_is_told() -> None:
-    for layout in ({"fsdp": True}, TENSOR):
-        (note,) = notes(ParallelConfig(ddp_static_graph=True, **layout), torch.device("cpu"))
-        assert note.startswith("--ddp-static-graph has no effect with --")
-    assert notes(ParallelConfig(ddp_static_graph=True), torch.device("cpu")) == []
+def test_a_static_graph_without_ddp_is_reported() -> None:
+    for layout in ({"fsdp": True}, TENSOR_PARALLEL):
+        (message,) = ineffective_settings(ParallelConfig(ddp_static_graph=True, **layout), torch.device("cpu"))
+        assert message.startswith("--ddp-static-graph has no effect with --")
+    assert ineffective_settings(ParallelConfig(ddp_static_graph=True), torch.device("cpu")) == []

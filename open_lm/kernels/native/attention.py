@@ -1,8 +1,8 @@
-"""Causal softmax attention in bfloat16 on a CPU with matrix units (Intel AMX), by kernels of our own.
+"""Causal softmax attention in bfloat16 for CPUs with matrix units (Intel AMX).
 
-Torch's kernels convert and copy between many small products; ours (attention.cpp) keep scores in the first-level
-cache from the first product to the last, and skip what lies outside of a document. They are compiled by the machine's
-C++ compiler when they are first needed, one library for each head width.
+Torch's kernels convert and copy between many small products. These kernels (attention.cpp) keep the scores in the
+first-level cache from the first product to the last, and skip keys outside of a document. The machine's C++ compiler
+compiles them at first use, one library per head width.
 Legend: B batch, T sequence, H heads, K head width.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from open_lm.kernels.native import MATRICES, NativeError, load
 
-_WIDEST = 256  # beyond it a head's blocks leave the first-level cache, and torch's kernels are as fast
+_MAX_HEAD_WIDTH = 256  # wider heads do not fit the first-level cache, and torch's kernels are as fast
 
 
 class _View(ctypes.Structure):
@@ -40,64 +40,66 @@ class _Shape(ctypes.Structure):
     ]
 
 
-def takes(queries: Tensor) -> bool:
-    """Whether the kernels can attend with these queries (B,T,H,K) here."""
+def supports(queries: Tensor) -> bool:
+    """Return whether the kernels can run on this machine with these queries (B,T,H,K)."""
     return queries.dtype == torch.bfloat16 and queries.numel() > 0 and problem(queries.shape[-1]) is None
 
 
-def forward(queries: Tensor, keys: Tensor, values: Tensor, first_tokens: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Each query attends to the keys from its document's first up to its own, scores scaled by 1/sqrt(K).
+def forward(queries: Tensor, keys: Tensor, values: Tensor, document_starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute causal attention within documents, with scores scaled by 1/sqrt(K).
 
     Args:
-        queries, keys, values: (B,T,H,K) bfloat16; the elements of a head lie side by side.
-        first_tokens: (B,T) int32, where in its row each token's document begins; None where a row is one document.
+        queries, keys, values: (B,T,H,K) bfloat16 with a contiguous last dimension.
+        document_starts: (B,T) int32, the index at which each token's document begins; None if each sequence is one
+            document.
 
     Returns:
-        (B,T,H,K) bfloat16, and the natural logarithms (B,H,T) float32 of the softmax's sums. All are the same bits in
-        every run, with any number of threads.
+        (B,T,H,K) bfloat16, and the natural logarithms (B,H,T) float32 of the softmax's sums. The results are
+        bit-identical in every run and with any number of threads.
     """
     batch, length, heads, _ = queries.shape
     out = queries.new_empty(queries.shape)
     log_sums = queries.new_empty(batch, heads, length, dtype=torch.float32)
-    taken = (_view(queries), _view(keys), _view(values), _address(first_tokens))
-    _library(queries.shape[-1]).forward(_shape(queries), *taken, _view(out), _address(log_sums))
+    operands = (_view(queries), _view(keys), _view(values), _address(document_starts))
+    _library(queries.shape[-1]).forward(_shape(queries), *operands, _view(out), _address(log_sums))
     return out, log_sums
 
 
-def backward(  # noqa: PLR0917 (as the operator that it serves)
+def backward(  # noqa: PLR0917 (the order of the operator)
     grad: Tensor,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    first_tokens: Tensor | None,
+    document_starts: Tensor | None,
     out: Tensor,
     log_sums: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of `forward`'s result, what it took and gave -> the gradients of queries, keys and values."""
+    """Return the gradients of queries, keys and values, from the gradient of the result of `forward`, its arguments and
+    its results."""
     grads = tuple(queries.new_empty(queries.shape) for _ in range(3))
-    taken = (_view(queries), _view(keys), _view(values), _address(first_tokens), _view(out), _view(grad))
-    _library(queries.shape[-1]).backward(_shape(queries), *taken, _address(log_sums), *map(_view, grads))
+    operands = (_view(queries), _view(keys), _view(values), _address(document_starts), _view(out), _view(grad))
+    _library(queries.shape[-1]).backward(_shape(queries), *operands, _address(log_sums), *map(_view, grads))
     return grads[0], grads[1], grads[2]
 
 
 @functools.cache
 def problem(width: int) -> str | None:
-    """Why heads of this width cannot be attended to by these kernels here, or None where they can."""
+    """Return why the kernels cannot be used for this head width on this machine, or None if they can."""
     try:
         _library(width)
     except NativeError as error:
-        logging.info(f"bfloat16 attention of heads of {width} runs by torch's kernels: {error}")
+        logging.info(f"bfloat16 attention with head width {width} uses torch's kernels: {error}")
         return str(error)
     return None
 
 
 @functools.cache
 def _library(width: int) -> ctypes.CDLL:
-    if width > _WIDEST:
-        raise NativeError(f"heads are wider than {_WIDEST}")
+    if width > _MAX_HEAD_WIDTH:
+        raise NativeError(f"the head width is {width}, expected at most {_MAX_HEAD_WIDTH}")
     library = load("attention.cpp", MATRICES, f"HEAD_WIDTH={width}")
-    if library.allow_tiles() != 0:
-        raise NativeError("the system does not let processes use the matrix units")
+    if library.request_tiles() != 0:
+        raise NativeError("the operating system does not permit the use of the matrix units")
     return library
 
 

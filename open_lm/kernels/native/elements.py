@@ -1,7 +1,7 @@
-"""What goes on between matrix products in bfloat16 on a CPU with AVX-512, by kernels of our own (elements.cpp).
+"""Fused elementwise bfloat16 kernels for CPUs with AVX-512 (elements.cpp).
 
-Torch's operators each read and write their tensors in memory, and between bfloat16 and float32 make copies. Ours do in
-one pass what belongs together, in float32 inside.
+Torch's operators each read and write their tensors in memory, and copy when they convert between bfloat16 and float32.
+These kernels fuse such chains into one pass and compute in float32.
 Legend: N rows, V columns of logits, F width of a gated network, R rows of a matrix, C columns, B batch, T sequence,
 H heads, K head width.
 """
@@ -19,24 +19,24 @@ from torch.nn import Parameter
 from open_lm.kernels.native import VECTORS, NativeError, load
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on these here: bfloat16, on a CPU, without gaps, and in memory (no fake tensors)."""
-    return all(x.is_contiguous() and takes_rows(x) for x in tensors)
+def supports(*tensors: Tensor) -> bool:
+    """Return whether the kernels accept these tensors: contiguous bfloat16 CPU tensors that are not fake tensors."""
+    return all(x.is_contiguous() and supports_rows(x) for x in tensors)
 
 
-def takes_rows(x: Tensor) -> bool:
-    """As `takes`, where only the last dimension has to be without gaps."""
-    fit = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1
-    return fit and type(x) in (Tensor, Parameter) and problem() is None
+def supports_rows(x: Tensor) -> bool:
+    """Return whether the kernels that only need a contiguous last dimension accept x; otherwise as `supports`."""
+    is_suitable = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1
+    return is_suitable and type(x) in (Tensor, Parameter) and problem() is None
 
 
 @functools.cache
 def problem() -> str | None:
-    """Why these kernels cannot be used here, or None where they can."""
+    """Return why these kernels cannot be used on this machine, or None if they can."""
     try:
         _library()
     except NativeError as error:
-        logging.info(f"bfloat16 between matrix products runs by torch's operators: {error}")
+        logging.info(f"bfloat16 elementwise operations use torch's operators: {error}")
         return str(error)
     return None
 
@@ -46,82 +46,84 @@ def _library() -> ctypes.CDLL:
     return load("elements.cpp", VECTORS)
 
 
-def log_sums(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row of logits (N,V): its greatest, and the logarithm of the sum of exp(logit - greatest); (N,) float32.
+def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the maximum of each row of logits (N,V), and the logarithm of the sum of exp(logit - maximum).
 
-    Their sum is the logarithm of the softmax's denominator; apart, they lose nothing where it is close to a logit.
+    Both are (N,) float32. Their sum is the logarithm of the softmax's denominator; returned separately they lose no
+    precision if the denominator is dominated by one logit.
     """
-    peaks, rests = logits.new_empty(2, len(logits), dtype=torch.float32)
-    _library().log_sums(_at(logits), *_sizes(logits), _at(peaks), _at(rests), _threads())
-    return peaks, rests
+    maxima, log_sums = logits.new_empty(2, len(logits), dtype=torch.float32)
+    _library().log_sum_exp(_address(logits), *_sizes(logits), _address(maxima), _address(log_sums), _threads())
+    return maxima, log_sums
 
 
-def to_shares_(logits: Tensor, sums: Tensor, factors: Tensor | None) -> None:
-    """Logits (N,V) become exp(logits - sums) * factors; sums and factors (N,) float32."""
+def to_probs_(logits: Tensor, log_sums: Tensor, factors: Tensor | None) -> None:
+    """Replace logits (N,V) by exp(logits - log_sums) * factors; log_sums and factors (N,) float32."""
     if factors is not None:
-        factors = factors.contiguous()  # gradients of sums are one number, seen many times
-    _library().to_shares(_at(logits), *_sizes(logits), _at(sums), _at(factors), _threads())
+        factors = factors.contiguous()  # the gradient of a sum is one number, expanded
+    _library().to_probs(_address(logits), *_sizes(logits), _address(log_sums), _address(factors), _threads())
 
 
-def gate(both: Tensor) -> Tensor:
-    """silu of the first half of both (…,2F) times the second (…,F)."""
-    out = both.new_empty(*both.shape[:-1], both.shape[-1] // 2)
-    _library().gate(_at(both), *_sizes(out), _at(out), _threads())
+def gate(gate_up: Tensor) -> Tensor:
+    """Return silu(first half) * second half of gate_up (…,2F) -> (…,F)."""
+    out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    _library().gate(_address(gate_up), *_sizes(out), _address(out), _threads())
     return out
 
 
-def gate_backward(grad: Tensor, both: Tensor) -> Tensor:
-    """The gradient (…,2F) of `gate`'s argument from that of its result (…,F)."""
-    of_both = torch.empty_like(both)
-    _library().gate_backward(_at(grad), _at(both), *_sizes(grad), _at(of_both), _threads())
-    return of_both
+def gate_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """Return the gradient (…,2F) of the argument of `gate`, from the gradient (…,F) of its result."""
+    gate_up_grad = torch.empty_like(gate_up)
+    _library().gate_backward(_address(grad), _address(gate_up), *_sizes(grad), _address(gate_up_grad), _threads())
+    return gate_up_grad
 
 
-class _Turn(ctypes.Structure):
+class _Rotation(ctypes.Structure):
     _fields_ = [
         ("sizes", ctypes.c_int64 * 4),
         ("x", ctypes.c_int64 * 3),
         ("angles", ctypes.c_int64 * 3),
-        ("sense", ctypes.c_float),
-        ("neighbours", ctypes.c_int32),
+        ("direction", ctypes.c_float),
+        ("interleaved", ctypes.c_int32),
     ]
 
 
-def turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool, neighbours: bool) -> Tensor:
-    """x (B,T,H,K), such as `takes_rows` allows, whose pairs of features are turned by angles, or turned back.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool, interleaved: bool) -> Tensor:
+    """Rotate pairs of features of x (B,T,H,K), for which `supports_rows` must hold.
 
     Args:
         cos, sin: of the angles, float32 with equal strides, broadcasting to (B,T,H,K/2).
-        neighbours: pairs are (2i, 2i + 1), else (i, i + K/2).
+        inverse: rotate in the opposite direction.
+        interleaved: pairs are (2i, 2i + 1), else (i, i + K/2).
     """
     out = x.new_empty(x.shape)
-    angles = cos.expand(*x.shape[:3], cos.shape[-1]).stride()[:3]
+    angle_strides = cos.expand(*x.shape[:3], cos.shape[-1]).stride()[:3]
     sizes, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 3)(*x.stride()[:3])
-    turn = _Turn(sizes, strides, (ctypes.c_int64 * 3)(*angles), -1.0 if back else 1.0, neighbours)
-    _library().turn(ctypes.byref(turn), _at(x), _at(cos), _at(sin), _at(out), _threads())
+    rotation = _Rotation(sizes, strides, (ctypes.c_int64 * 3)(*angle_strides), -1.0 if inverse else 1.0, interleaved)
+    _library().rotate(ctypes.byref(rotation), _address(x), _address(cos), _address(sin), _address(out), _threads())
     return out
 
 
 def transposed(matrix: Tensor) -> Tensor:
-    """The transpose (C,R) of matrix (R,C) float32 or bfloat16, laid out anew: torch's takes several times as long."""
+    """Return a contiguous transpose (C,R) of matrix (R,C) float32 or bfloat16, several times as fast as torch's."""
     out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
     library = _library()
-    transpose = library.transpose if matrix.dtype == torch.float32 else library.transpose_halves
-    transpose(_at(matrix), *_sizes(matrix), _at(out), _threads())
+    transpose = library.transpose if matrix.dtype == torch.float32 else library.transpose_bfloat16
+    transpose(_address(matrix), *_sizes(matrix), _address(out), _threads())
     return out
 
 
-def add_(total: Tensor, more: Tensor) -> None:
-    """total += more, float32 and bfloat16 of the same shape, both without gaps."""
-    _library().add(_at(total), _at(more), ctypes.c_int64(total.numel()), _threads())
+def add_(total: Tensor, addend: Tensor) -> None:
+    """Compute total += addend, float32 and bfloat16 of the same shape, both contiguous."""
+    _library().add(_address(total), _address(addend), ctypes.c_int64(total.numel()), _threads())
 
 
-def _at(x: Tensor | None) -> ctypes.c_void_p:
+def _address(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
-    """Rows and columns of x, all but its last dimension taken as one."""
+    """Return the number of rows and columns of x with all dimensions except the last flattened."""
     columns = x.shape[-1]
     return ctypes.c_int64(x.numel() // columns if columns else 0), ctypes.c_int64(columns)
 

@@ -1,10 +1,10 @@
-// Tiles of the matrix units (AMX), 1024 bytes each, and how a head's rows get into them and back out.
+// Tiles of the matrix units (AMX), 1024 bytes each, and functions that load rows of a head into tiles and store them.
 //
-// For heads of width HEAD_WIDTH. There are three kinds:
+// Heads have width HEAD_WIDTH. There are three kinds of tiles:
 //   A  16 rows x 32 columns of bfloat16, row by row
-//   B  32 rows x 16 columns of bfloat16, rows in pairs: 16 lines of 16 x (even row, odd row)
+//   B  32 rows x 16 columns of bfloat16, in pairs of rows: 16 lines of 16 x (even row, odd row)
 //   C  16 rows x 16 columns of float32
-// An A tile of a matrix becomes a B tile of its transpose by transposing 16 x 16 words of 32 bits.
+// Transposing 16 x 16 words of 32 bits turns an A tile of a matrix into a B tile of its transpose.
 //
 // Legend: W head width.
 
@@ -15,16 +15,16 @@
 
 #include "vectors.h"
 
-namespace {  // libraries for several widths are loaded side by side
+namespace {  // one process loads libraries for several head widths
 
 constexpr int W = HEAD_WIDTH;
-constexpr int STEPS = (W + 31) / 32;    // tiles of a head where it is summed over
-constexpr int COLUMNS = (W + 15) / 16;  // tiles of a head where it is kept
+constexpr int STEPS = (W + 31) / 32;    // tiles of a head as the inner dimension of a product
+constexpr int COLUMNS = (W + 15) / 16;  // tiles of a head as an outer dimension of a product
 
 struct alignas(64) Operand { uint16_t at[16][32]; };
 struct alignas(64) Sums { float at[16][16]; };
 
-// One head's rows: W bfloat16 each, `stride` elements from token to token.
+// The rows of one head: W bfloat16 values per token, `stride` elements apart.
 struct Rows {
     uint16_t* first;
     int64_t stride, length;
@@ -37,22 +37,22 @@ struct alignas(64) TileShapes {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Full tiles for this thread, and afterwards those that it had before: other libraries use them in the same threads.
-class FullTiles {
+// Configures full tiles in this thread for the lifetime of the object. Other libraries use tiles in the same threads.
+class TileScope {
   public:
-    FullTiles() {
+    TileScope() {
         const TileShapes full;
-        _tile_storeconfig(&before_);
+        _tile_storeconfig(&saved_);
         _tile_loadconfig(&full);
     }
-    ~FullTiles() { _tile_loadconfig(&before_); }
+    ~TileScope() { _tile_loadconfig(&saved_); }
 
   private:
-    TileShapes before_;
+    TileShapes saved_;
 };
 
-// sums[m][n] (+)= a[m][:] @ b[:][n] for M x N tiles, 1 or 2 each, over `steps` of them; the other numbers say how
-// many tiles lie between neighbours.
+// sums[m][n] (+)= a[m][:] @ b[:][n] for M x N tiles (M and N are 1 or 2), over `steps` tiles. The other numbers are the
+// strides in tiles.
 template <int M, int N>
 inline void multiply(Sums* sums, int sums_row, const Operand* a, int a_row, int a_step, const Operand* b,
                      int b_column, int b_step, int steps, bool add) {
@@ -87,10 +87,10 @@ inline void multiply(Sums* sums, int sums_row, const Operand* a, int a_row, int 
     if (M > 1 && N > 1) _tile_stored(3, sums + sums_row + 1, 64);
 }
 
-// The lanes of a row of W that stand at `column` and after it, at most `lanes` of them.
+// Mask of the lanes of a row of W elements from `column` on, at most `lanes`.
 inline uint32_t lanes_from(int column, int lanes) { return first_lanes(std::min(W - column, lanes)); }
 
-// 16 tokens from `t` on, as A tiles [STEPS]: a row for each token.
+// Loads 16 tokens from `t` on into A tiles [STEPS], one row per token.
 inline void load_rows(const Rows& rows, int64_t t, Operand* to) {
     for (int step = 0; step < STEPS; ++step)
         for (int i = 0; i < 16; ++i) {
@@ -100,14 +100,14 @@ inline void load_rows(const Rows& rows, int64_t t, Operand* to) {
         }
 }
 
-// 16 tokens from `t` on, as B tiles [STEPS]: a column for each token.
+// Loads 16 tokens from `t` on into B tiles [STEPS], one column per token.
 inline void load_columns(const Rows& rows, int64_t t, Operand* to) {
-    Operand straight[STEPS];
-    load_rows(rows, t, straight);
-    for (int step = 0; step < STEPS; ++step) transpose_words(&straight[step], &to[step]);
+    Operand row_tiles[STEPS];
+    load_rows(rows, t, row_tiles);
+    for (int step = 0; step < STEPS; ++step) transpose_words(&row_tiles[step], &to[step]);
 }
 
-// 32 tokens from `t` on, as B tiles [COLUMNS]: a row for each token.
+// Loads 32 tokens from `t` on into B tiles [COLUMNS], one row per token.
 inline void load_pairs(const Rows& rows, int64_t t, Operand* to) {
     for (int column = 0; column < COLUMNS; ++column)
         for (int i = 0; i < 16; ++i) {
@@ -115,21 +115,21 @@ inline void load_pairs(const Rows& rows, int64_t t, Operand* to) {
             __m512i half[2];
             for (int odd = 0; odd < 2; ++odd) {
                 const int64_t token = t + 2 * i + odd;
-                const __mmask16 seen = token < rows.length ? lanes : 0;
-                half[odd] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(seen, rows.token(token) + 16 * column));
+                const __mmask16 valid = token < rows.length ? lanes : 0;
+                half[odd] = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(valid, rows.token(token) + 16 * column));
             }
             _mm512_store_si512(to[column].at[i], pair_words(half[0], half[1]));
         }
 }
 
-// 32 tokens from `t` on, as A tiles [COLUMNS]: a column for each token.
+// Loads 32 tokens from `t` on into A tiles [COLUMNS], one column per token.
 inline void load_transposed(const Rows& rows, int64_t t, Operand* to) {
     Operand pairs[COLUMNS];
     load_pairs(rows, t, pairs);
     for (int column = 0; column < COLUMNS; ++column) transpose_words(&pairs[column], &to[column]);
 }
 
-// sums (16 tokens x 16 columns of W) times `factor`, as rows of bfloat16 from token `t` on.
+// Stores sums (16 tokens x 16 columns of W) times `factor` as rows of bfloat16 from token `t` on.
 inline void store_rows(const Sums& sums, __m512 factor, const Rows& to, int64_t t, int column) {
     const __mmask16 lanes = lanes_from(column, 16);
     for (int i = 0; i < 16 && t + i < to.length; ++i) {
@@ -138,7 +138,7 @@ inline void store_rows(const Sums& sums, __m512 factor, const Rows& to, int64_t 
     }
 }
 
-// sums (16 columns of W x 16 tokens) times `factor` of each token, as rows of bfloat16 from token `t` on.
+// Stores sums (16 columns of W x 16 tokens) times each token's `factor` as rows of bfloat16 from token `t` on.
 inline void store_columns(const Sums& sums, __m512 factor, const Rows& to, int64_t t, int column) {
     Sums scaled, rows;
     for (int i = 0; i < 16; ++i) _mm512_store_ps(scaled.at[i], _mm512_mul_ps(_mm512_load_ps(sums.at[i]), factor));
