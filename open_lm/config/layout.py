@@ -1,7 +1,7 @@
-"""Where a rank stands among all of them: how they are divided into replicas, shards, and parts of rows or matrices.
+"""The mesh of ranks: its sizes along the replicate, shard, context and tensor dimensions, and this rank's position.
 
-Rank = ((replicate * shard_size + shard) * context_size + context) * tensor_size + tensor: those that exchange most are
-neighbours. Imports no torch.
+rank = ((replicate * shard_size + shard) * context_size + context) * tensor_size + tensor, so that the ranks that
+communicate most are neighbours. Does not import torch.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeshLayout:
-    """How all ranks are divided, and where this one stands.
+    """The sizes of the mesh of ranks and this rank's position in it.
+
+    The product of replicate, shard, context and tensor is the number of ranks.
 
     Attributes:
-        replicate: whole copies of the model. shard: ranks that one copy's parameters are sharded over (FSDP).
-        context: ranks that share the rows of a batch, each with a part of every sequence. tensor: ranks that share
-            rows and sequences, each with a part of every matrix. The four multiply to the number of ranks.
-        rank: this one.
-        mesh: ("replicate", "shard", "tensor"), what parameters are spread over; its dimension "shard" has
+        replicate: number of model replicas.
+        shard: number of ranks over which the parameters of a replica are sharded (FSDP).
+        context: number of ranks of a context group, each of which processes a shard of every sequence.
+        tensor: number of ranks of a tensor-parallel group, each of which holds a shard of every matrix.
+        rank: this rank.
+        mesh: the device mesh ("replicate", "shard", "tensor") of the parameters. Its dimension "shard" has
             shard * context ranks. None without a process group.
-        context_group: the ranks that share this one's rows; None where context is 1.
+        context_group: the process group of this rank's context group; None if context is 1.
     """
 
     replicate: int = 1
@@ -41,12 +44,12 @@ class MeshLayout:
 
     @property
     def data_size(self) -> int:
-        """Into how many parts the rows of the global batch are divided."""
+        """Number of data-parallel ranks, over which the sequences of the global batch are divided."""
         return self.replicate * self.shard
 
     @property
     def data_rank(self) -> int:
-        """Which of these parts is this rank's."""
+        """This rank's data-parallel rank."""
         return self.rank // (self.context * self.tensor)
 
     @property
@@ -59,74 +62,80 @@ class MeshLayout:
 
     @property
     def gradient_ranks(self) -> int:
-        """Ranks over which gradients of the same weights are averaged."""
+        """Number of ranks over which the gradient of a parameter is averaged."""
         return self.data_size * self.context
 
     @property
     def contributes_tokens(self) -> bool:
-        """Whether what this rank says of its tokens counts in a sum over all ranks: others have the same ones."""
+        """Whether this rank contributes its tokens to a sum over all ranks: one rank of each tensor-parallel group."""
         return self.tensor_rank == 0
 
     @property
     def contributes_sequences(self) -> bool:
-        """Whether what this rank says of its rows counts in a sum over all ranks."""
+        """Whether this rank contributes its sequences to a sum over all ranks: one rank per data-parallel rank."""
         return self.contributes_tokens and self.context_rank == 0
 
 
-def resolve_layout(cfg: ParallelConfig, world_size: int, per_node: int, rank: int = 0) -> MeshLayout:
-    """How `cfg` divides so many ranks, of which each node has `per_node`. ConfigError where they do not divide."""
+def resolve_layout(cfg: ParallelConfig, world_size: int, ranks_per_node: int, rank: int = 0) -> MeshLayout:
+    """Return the mesh layout that `cfg` specifies for `world_size` ranks on nodes of `ranks_per_node` ranks.
+
+    Raise ConfigError if the number of ranks is not divisible accordingly.
+    """
     context = cfg.context_parallel
     if cfg.mesh_dim is not None:
-        replicate, shard, tensor = _inferred(cfg.mesh_dim, world_size, context)
+        replicate, shard, tensor = _resolve_mesh_dim(cfg.mesh_dim, world_size, context)
         return MeshLayout(replicate, shard, context, tensor, rank)
     tensor = cfg.tensor_parallel
-    together = context * tensor
+    group_size = context * tensor
     flags = " x ".join(
         f"--{name}-parallel {size}" for name, size in (("tensor", tensor), ("context", context)) if size > 1
     )
-    if world_size % together:
+    if world_size % group_size:
         raise ConfigError(
-            f"{flags}: {world_size} ranks do not divide into groups of {together}; start a multiple of {together}"
+            f"{flags}: found {world_size} ranks, expected a multiple of {group_size}; start another number of ranks"
         )
     if not cfg.fsdp:
-        return MeshLayout(world_size // together, 1, context, tensor, rank)
+        return MeshLayout(world_size // group_size, 1, context, tensor, rank)
     if not (cfg.fsdp_hybrid or cfg.fsdp_hybrid_o2):
-        return MeshLayout(1, world_size // together, context, tensor, rank)
-    if world_size % per_node:
+        return MeshLayout(1, world_size // group_size, context, tensor, rank)
+    if world_size % ranks_per_node:
         raise ConfigError(
-            f"--fsdp-hybrid: {world_size} ranks do not divide into nodes of {per_node}; start the same number on every "
-            "node"
+            f"--fsdp-hybrid: found {world_size} ranks, expected a multiple of the {ranks_per_node} ranks of a node; "
+            "start the same number of ranks on every node"
         )
-    if per_node % together:
-        raise ConfigError(f"--fsdp-hybrid: the {per_node} ranks of a node do not divide into groups of {flags}")
-    return MeshLayout(world_size // per_node, per_node // together, context, tensor, rank)
+    if ranks_per_node % group_size:
+        raise ConfigError(
+            f"--fsdp-hybrid with {flags}: found {ranks_per_node} ranks per node, expected a multiple of {group_size}"
+        )
+    return MeshLayout(world_size // ranks_per_node, ranks_per_node // group_size, context, tensor, rank)
 
 
 def parse_mesh_dim(text: str) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) of --mesh-dim, one of them perhaps -1; ConfigError for anything else."""
-    words = [word.strip() for word in text.split(",")]
+    """Parse --mesh-dim into (data, fsdp, tensor), at most one of which is -1; raise ConfigError if it is invalid."""
     try:
-        sizes = [int(word) for word in words]
+        sizes = [int(word) for word in text.split(",")]
     except ValueError:
         sizes = []
     if len(sizes) != 3 or sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise ConfigError(
             f"--mesh-dim: found {text!r}, expected three numbers of ranks, data,fsdp,tensor, one of which may be -1 "
-            "(all that are left), such as -1,2,4"
+            "(all remaining ranks), such as -1,2,4"
         )
     return sizes[0], sizes[1], sizes[2]
 
 
-def _inferred(text: str, world_size: int, context: int) -> tuple[int, int, int]:
+def _resolve_mesh_dim(text: str, world_size: int, context: int) -> tuple[int, int, int]:
+    """Return the sizes of --mesh-dim with -1 replaced by the number of remaining ranks."""
     sizes = parse_mesh_dim(text)
     known = context
     for size in sizes:
         known *= size if size > 0 else 1
     if world_size % known or (-1 not in sizes and known != world_size):
-        times = f" x --context-parallel {context}" if context > 1 else ""
+        context_flag = f" x --context-parallel {context}" if context > 1 else ""
         expected = "a multiple of " if -1 in sizes else ""
         raise ConfigError(
-            f"--mesh-dim {text}{times} needs {expected}{known} ranks, and {world_size} were started: change one of them"
+            f"--mesh-dim {text}{context_flag} needs {expected}{known} ranks, but {world_size} were started: change the "
+            "flag or the number of ranks"
         )
     replicate, shard, tensor = (world_size // known if size == -1 else size for size in sizes)
     return replicate, shard, tensor

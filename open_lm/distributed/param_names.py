@@ -1,4 +1,4 @@
-"""Parameter names without what data parallelism, compilation and recomputation put into them."""
+"""Parameter names without the prefixes that DDP, torch.compile and activation checkpointing add."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def clean_name(name: str) -> str:
-    """`layers.0.norm.weight` from `module._orig_mod.layers.0._checkpoint_wrapped_module.norm.weight`."""
+    """Strip wrapper prefixes: `module._orig_mod.layers.0._checkpoint_wrapped_module.norm.weight` ->
+    `layers.0.norm.weight`."""
     for prefix in WRAPPER_PREFIXES:
         name = name.removeprefix(prefix).replace("." + prefix, ".")
     return name

@@ -1,4 +1,4 @@
-"""`--precision` in terms of torch: storage type, autocast context, gradient scaler."""
+"""Map --precision to torch: parameter dtype, autocast context and gradient scaler."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from open_lm.config.sections import PRECISIONS
 from open_lm.errors import ConfigError
-
-PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 
 
 def get_autocast(precision: str, device_type: str | None = None) -> Callable[[], AbstractContextManager[object]]:
-    """A function that makes the context in which a forward pass runs.
+    """Return a factory of the context manager for a forward pass.
 
-    amp: the device's own half precision (float16 on CUDA, bfloat16 elsewhere); amp_bf16 and amp_bfloat16: bfloat16;
-    fp32, bf16 and fp16 compute in the type that the parameters have, without autocast.
-    `device_type` is "cuda" or "cpu"; by default CUDA where there is any.
+    amp uses float16 on CUDA and bfloat16 elsewhere; amp_bf16 and amp_bfloat16 use bfloat16. fp32, bf16 and fp16 compute
+    in the dtype of the parameters, without autocast. `device_type` is "cuda" or "cpu", by default CUDA if available.
     """
     _check(precision)
     if not precision.startswith("amp"):
@@ -28,13 +26,13 @@ def get_autocast(precision: str, device_type: str | None = None) -> Callable[[],
 
 
 def parameter_dtype(precision: str) -> torch.dtype:
-    """The type that parameters (and so optimizer state) are stored in: float32 but for pure bf16 and fp16."""
+    """Return the dtype of parameters and optimizer state: float32, except for pure bf16 and fp16."""
     _check(precision)
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def compute_dtype(precision: str, device_type: str) -> torch.dtype:
-    """The type that matrix products run in."""
+    """Return the dtype of matrix products."""
     _check(precision)
     if precision == "fp16" or (precision == "amp" and device_type == "cuda"):
         return torch.float16
@@ -42,7 +40,7 @@ def compute_dtype(precision: str, device_type: str) -> torch.dtype:
 
 
 def build_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
-    """The loss scaler that float16 autocast needs against underflow, or None where no float16 gradient arises."""
+    """Return the loss scaler that float16 autocast needs to avoid underflow, or None if gradients are not float16."""
     if precision == "amp" and device.type == "cuda":
         return torch.amp.GradScaler("cuda")
     return None

@@ -1,4 +1,4 @@
-"""Ranks, devices and the process group. Everything here also works in a single process without a group."""
+"""Ranks, devices, the process group and collectives on objects. All functions also work without a process group."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LOCAL_RANK_NAMES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM
 WORLD_SIZE_NAMES = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 _STORE_TIMEOUT = timedelta(minutes=30)
-_NAMES_MADE = itertools.count()  # by this process, in the same order after a restart
+_NAME_COUNTER = itertools.count()  # names are requested in the same order after a restart
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among all: its rank, its device, and whether it started the process group."""
+    """Rank and device of this process, and whether it started the process group."""
 
     rank: int = 0
     local_rank: int = 0
@@ -50,35 +50,38 @@ class Runtime:
 
 
 def world_info_from_env() -> tuple[int, int, int]:
-    """(local_rank, rank, world_size) from torchrun, MPI, PMI, Slurm or Open MPI; (0, 0, 1) without any of them."""
-    return _first_int(LOCAL_RANK_NAMES, 0), _first_int(RANK_NAMES, 0), _first_int(WORLD_SIZE_NAMES, 1)
+    """Return (local_rank, rank, world_size) as set by torchrun, MPI, PMI, Slurm or Open MPI; default (0, 0, 1)."""
+    return _int_from_env(LOCAL_RANK_NAMES, 0), _int_from_env(RANK_NAMES, 0), _int_from_env(WORLD_SIZE_NAMES, 1)
 
 
 def init_runtime(cfg: ParallelConfig) -> Runtime:
-    """Choose this rank's device and join the process group: gloo on CPU, `cfg.dist_backend` on CUDA.
+    """Select this rank's device and join the process group: gloo on CPU, `cfg.dist_backend` on CUDA.
 
     A single process starts a group only for --fsdp or --force-distributed. A group that the caller has already started
-    is used and left alone. Raises ConfigError where the launcher's description does not fit the flags.
+    is used and not destroyed by `shutdown`. Raise ConfigError if the launcher's environment contradicts the flags.
     """
     local_rank, rank, world_size = world_info_from_env()
     if cfg.preset_world_size is not None and cfg.preset_world_size != world_size:
         raise ConfigError(
-            f"--preset-world-size {cfg.preset_world_size}: the launcher started {world_size} ranks; start as many as "
-            "the flag says, or leave it out"
+            f"--preset-world-size {cfg.preset_world_size}: the launcher started {world_size} ranks; start "
+            f"{cfg.preset_world_size} ranks or remove the flag"
         )
-    device = _device(local_rank, cfg)
+    device = _select_device(local_rank, cfg)
     started = False
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
     elif world_size > 1 or cfg.fsdp or cfg.force_distributed:
-        _start_group(cfg, device, rank, world_size)
+        _init_process_group(cfg, device, rank, world_size)
         started = True
-    local_size = _first_int(LOCAL_SIZE_NAMES, 0) or _local_size(device, world_size)
+    local_size = _int_from_env(LOCAL_SIZE_NAMES, 0) or _default_local_size(device, world_size)
     return Runtime(rank, local_rank, world_size, local_size, device, started)
 
 
 def init_distributed_device(args: Any) -> torch.device:
-    """`init_runtime` for a Namespace: sets distributed, world_size, rank, local_rank, device; returns the device."""
+    """Call `init_runtime` for a Namespace; set its distributed, world_size, rank, local_rank and device attributes.
+
+    Return the device.
+    """
     runtime = init_runtime(ParallelConfig.from_object(args))
     args.distributed = runtime.distributed
     args.world_size, args.rank, args.local_rank = runtime.world_size, runtime.rank, runtime.local_rank
@@ -87,10 +90,10 @@ def init_distributed_device(args: Any) -> torch.device:
 
 
 def shutdown(runtime: Runtime) -> None:
-    """Leave the process group if `init_runtime` started it.
+    """Destroy the process group if `init_runtime` started it.
 
-    Not on the way out with an error, where other ranks are there: they may be in the middle of a collective, and would
-    lose contact before this rank has said what is wrong, or be waited for in vain.
+    With several ranks, do nothing while an exception is being handled. Other ranks may be inside a collective:
+    destroying the group could block, or end their connection before this rank has reported its error.
     """
     if sys.exc_info()[0] is not None and runtime.world_size > 1:
         return
@@ -99,59 +102,65 @@ def shutdown(runtime: Runtime) -> None:
 
 
 def restart_count() -> int:
-    """How often the launcher has started this run anew (torchrun --max-restarts); 0 for the first start."""
-    return _first_int(("TORCHELASTIC_RESTART_COUNT",), 0)
+    """Return how often the launcher has restarted this run (torchrun --max-restarts)."""
+    return _int_from_env(("TORCHELASTIC_RESTART_COUNT",), 0)
 
 
 def agree_on_name(runtime: Runtime, make_name: Callable[[], str]) -> str:
-    """The name of a run that was given none: rank 0's `make_name()`, that of the first start. Collective.
+    """Return the name that rank 0 generated with `make_name()` at the first start of the run. Collective.
 
-    torchrun's agent remembers it, whose store outlives the workers; ConfigError where a restarted run has no such one.
+    The name is kept in the store of torchrun's agent, which outlives the workers. Raise ConfigError if a restarted run
+    has no such store.
     """
-    number = next(_NAMES_MADE)
+    number = next(_NAME_COUNTER)
 
-    def name() -> str:
+    def stored_name() -> str:
         store = _agent_store()
         if store is not None:
             run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
             return str(store.compare_set(f"open_lm/{run_id}/name_{number}", "", make_name()).decode())
         if restart_count():
             raise ConfigError(
-                f"--name: not given, and this is restart {restart_count()} of a run whose launcher does not remember "
-                "the name of its first start: give one"
+                f"--name: not set, and this is restart {restart_count()} of a run whose launcher does not store the "
+                "generated name across restarts; set --name"
             )
         return make_name()
 
-    return run_on_master(name)
+    return run_on_master(stored_name)
 
 
 def build_layout(runtime: Runtime, cfg: ParallelConfig) -> MeshLayout:
-    """How all ranks are divided, with their meshes. Collective. ConfigError where they do not divide."""
+    """Return the mesh layout of all ranks with its device mesh and context group. Collective.
+
+    Raise ConfigError if the ranks cannot be divided as the flags specify.
+    """
     layout = resolve_layout(cfg, runtime.world_size, runtime.local_world_size, runtime.rank)
     if not runtime.distributed:
         return layout
-    kind = runtime.device.type
+    device_type = runtime.device.type
     replicate, shard, context, tensor = layout.replicate, layout.shard, layout.context, layout.tensor
-    mesh = init_device_mesh(kind, (replicate, shard * context, tensor), mesh_dim_names=("replicate", "shard", "tensor"))
+    names: tuple[str, ...] = ("replicate", "shard", "tensor")
+    mesh = init_device_mesh(device_type, (replicate, shard * context, tensor), mesh_dim_names=names)
     groups = mesh.get_all_groups()
-    group = None
+    context_group = None
     if context > 1:
         names = ("replicate", "shard", "context", "tensor")
-        group = init_device_mesh(kind, (replicate, shard, context, tensor), mesh_dim_names=names).get_group("context")
-        groups.append(group)
-    for part in groups:
-        if part is not dist.group.WORLD:  # made with torch's default, not with the timeout of the whole group
-            _set_pg_timeout(timedelta(seconds=cfg.dist_timeout), part)
-    return replace(layout, mesh=mesh, context_group=group)
+        context_mesh = init_device_mesh(device_type, (replicate, shard, context, tensor), mesh_dim_names=names)
+        context_group = context_mesh.get_group("context")
+        groups.append(context_group)
+    for group in groups:
+        if group is not dist.group.WORLD:  # subgroups get torch's default timeout instead of the world group's
+            _set_pg_timeout(timedelta(seconds=cfg.dist_timeout), group)
+    return replace(layout, mesh=mesh, context_group=context_group)
 
 
 def is_master(args: Any, local: bool = False) -> bool:
-    """Whether this is rank 0, or with `local` its node's rank 0. `args` has rank and local_rank (a Runtime does)."""
+    """Return whether this is rank 0, or with `local` local rank 0. `args` has rank and local_rank, like a Runtime."""
     return getattr(args, "local_rank" if local else "rank", 0) == 0
 
 
 def broadcast_object(args: Any, obj: T, src: int = 0) -> T:
-    """Rank `src`'s `obj` on every rank. Any object that pickles; `args` is accepted for callers that pass it."""
+    """Return rank `src`'s `obj`, a picklable object, on every rank. `args` is unused; existing callers pass it."""
     if not dist.is_initialized():
         return obj
     objects = [obj]
@@ -160,7 +169,7 @@ def broadcast_object(args: Any, obj: T, src: int = 0) -> T:
 
 
 def run_on_master(function: Callable[[], T]) -> T:
-    """Call `function` on rank 0 alone; every rank returns its result or raises its exception."""
+    """Call `function` on rank 0 only; every rank returns its result or raises its exception. Collective."""
     if not dist.is_initialized():
         return function()
     outcome: list[Any] = [None, None]
@@ -177,8 +186,11 @@ def run_on_master(function: Callable[[], T]) -> T:
 
 
 def run_on_all_ranks(function: Callable[[], T]) -> T:
-    """Call `function`, which waits for no other rank, on every rank. A UserError on any of them is raised on all, so
-    that none waits for one that has ended, and what they all found is said once."""
+    """Call `function`, which must not contain collectives, on every rank. Collective.
+
+    If it raises a UserError on any rank, raise it on all ranks: none then waits for a rank that has ended. Equal
+    messages are reported once.
+    """
     if not dist.is_initialized():
         return function()
     result, failure = None, None
@@ -188,17 +200,19 @@ def run_on_all_ranks(function: Callable[[], T]) -> T:
         failure = error
     failures: list[UserError | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
-    found = {str(error): error for error in failures if error is not None}
-    if found:
-        first = next(iter(found.values()))
-        failure = first if len(found) == 1 else type(first)(join_problems(list(found), "the ranks found problems"))
+    by_message = {str(error): error for error in failures if error is not None}
+    if by_message:
+        first = next(iter(by_message.values()))
+        failure = first
+        if len(by_message) > 1:
+            failure = type(first)(join_problems(list(by_message), "the ranks found problems"))
         failure.on_every_rank = True
         raise failure
     return cast(T, result)
 
 
 def gather_objects(obj: T) -> list[T]:
-    """Every rank's `obj`, in rank order, on rank 0; an empty list elsewhere."""
+    """Return every rank's `obj`, in rank order, on rank 0, and an empty list on other ranks. Collective."""
     if not dist.is_initialized():
         return [obj]
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -207,30 +221,30 @@ def gather_objects(obj: T) -> list[T]:
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum `tensor` over all ranks, in place, and return it. Asynchronous on CUDA like any other kernel."""
+    """Sum `tensor` over all ranks in place and return it. Collective; asynchronous on CUDA like any kernel."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def _device(local_rank: int, cfg: ParallelConfig) -> torch.device:
+def _select_device(local_rank: int, cfg: ParallelConfig) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    needed = 1 if cfg.no_set_device_rank else max(local_rank + 1, _first_int(LOCAL_SIZE_NAMES, 0))
+    needed = 1 if cfg.no_set_device_rank else max(local_rank + 1, _int_from_env(LOCAL_SIZE_NAMES, 0))
     if needed > count:
         raise ConfigError(
-            f"{needed} ranks on this node need a CUDA device each, and {count} are visible: start at most {count} "
-            "ranks a node, or pass --no-set-device-rank where every rank sees a device of its own"
+            f"{needed} ranks on this node need one CUDA device each, but only {count} are visible: start at most "
+            f"{count} ranks per node, or pass --no-set-device-rank if each rank sees only its own device"
         )
     device = torch.device("cuda", 0 if cfg.no_set_device_rank else local_rank)
     torch.cuda.set_device(device)
     return device
 
 
-def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_size: int) -> None:
+def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, world_size: int) -> None:
     if device.type == "cuda":
-        # Objects and offloaded parameters travel through host memory, so that CPU tensors need a backend as well.
+        # Objects and offloaded parameters are in host memory, so CPU tensors need a backend too.
         backend = f"cpu:gloo,cuda:{cfg.dist_backend}" if cfg.dist_backend != "gloo" else "gloo"
     else:
         backend = "gloo"
@@ -245,11 +259,11 @@ def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_siz
         if missing:
             raise ConfigError(
                 f"{world_size} ranks were started without {' and '.join(missing)}: set them to the address and a free "
-                "port of rank 0's node, give --dist-url tcp://HOST:PORT, or start with torchrun"
+                "port of rank 0's node, set --dist-url tcp://HOST:PORT, or start with torchrun"
             )
     agent_store = _agent_store(timeout) if cfg.dist_url == "env://" else None
     if agent_store is not None:
-        # It still holds the addresses of the workers before a restart, which the new ones must not take for theirs.
+        # After a restart the store still holds the addresses of the previous workers, so each start gets a prefix.
         store = dist.PrefixStore(f"restart_{restart_count()}", agent_store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return
@@ -257,8 +271,11 @@ def _start_group(cfg: ParallelConfig, device: torch.device, rank: int, world_siz
 
 
 def _slurm_master(environment: Mapping[str, str]) -> dict[str, str]:
-    """MASTER_ADDR and MASTER_PORT of ranks that srun has started: the first of a step's nodes, where rank 0 is, and a
-    port that other jobs do not have; nothing elsewhere. Node lists are such as gpu[003-010,12],cpu1."""
+    """Return MASTER_ADDR and MASTER_PORT for ranks started by srun; an empty dict outside of Slurm.
+
+    The address is the first node of the step, where rank 0 runs; the port is derived from the job id. Node lists look
+    like gpu[003-010,12],cpu1.
+    """
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
     first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
     job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "0")
@@ -269,19 +286,20 @@ def _slurm_master(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _agent_store(timeout: timedelta = _STORE_TIMEOUT) -> dist.TCPStore | None:
-    """A connection to the store of torchrun's agent, which outlives the workers; None where no agent keeps one."""
+    """Connect to the store of torchrun's agent, which outlives the workers. Return None if there is no such store."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
-def _local_size(device: torch.device, world_size: int) -> int:
-    """Ranks of a node where no launcher says: one for each visible device, as many as there are at most."""
+def _default_local_size(device: torch.device, world_size: int) -> int:
+    """Return the number of ranks per node if the launcher does not set it: one per visible device."""
     return min(world_size, torch.cuda.device_count()) if device.type == "cuda" else world_size
 
 
-def _first_int(names: tuple[str, ...], default: int) -> int:
+def _int_from_env(names: tuple[str, ...], default: int) -> int:
+    """Return the first of the environment variables that is set, as an integer."""
     for name in names:
         if name in os.environ:
             try:

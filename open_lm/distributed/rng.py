@@ -1,5 +1,4 @@
-"""Chance, and how to leave none: this process's random generators, their state, and algorithms that always give the
-same bits."""
+"""Seed, save and restore this process's random generators, and enable deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -14,23 +13,27 @@ from torch import Tensor
 
 
 def seed_everything(seed: int) -> None:
-    """Seed this rank's generators (Python, numpy, torch)."""
+    """Seed this rank's random generators (Python, numpy, torch)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def make_deterministic() -> None:
-    """Have torch use algorithms alone that give the same bits in every run on the same devices (--deterministic); an
-    operation that has none raises a RuntimeError. Before anything has run on the device."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # its workspaces else depend on what runs beside
+    """Make torch use only deterministic algorithms (--deterministic). Call before any work on the device.
+
+    Results are then bitwise equal in every run on the same devices. An operation without a deterministic
+    implementation raises a RuntimeError.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise cuBLAS workspaces depend on other streams
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # which kernel is fastest is found by timing
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # none of it is read
+    torch.backends.cudnn.benchmark = False  # benchmarking may choose another kernel in every run
+    # Uninitialized memory is never read, so filling it only costs time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of this rank's generators (Python, numpy, torch, every CUDA device), as plain values and tensors."""
+    """Return the state of this rank's generators (Python, numpy, torch, all CUDA devices), as values and tensors."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
@@ -42,7 +45,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put this rank's generators back where `rng_state` found them."""
+    """Restore this rank's generators to a state returned by `rng_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -53,10 +56,12 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def rng_state_to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `rng_state` returns as tensors alone: int64 words, float64 for a normal number that was drawn ahead (empty
-    without one), uint8 for torch's own generators."""
+    """Convert a state from `rng_state` to tensors.
+
+    Words are int64, a cached normal sample is float64 (empty if there is none), states of torch's generators are uint8.
+    """
     version, words, gauss = state["python"]
-    _, keys, position, has_gauss, cached = state["numpy"]  # MT19937, the only kind that the global generator has
+    _, keys, position, has_gauss, cached = state["numpy"]  # numpy's global generator is always MT19937
     tensors = {
         "python": torch.tensor([version, *words]),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
@@ -68,7 +73,7 @@ def rng_state_to_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def rng_state_from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `rng_state_to_tensors` was given, for `set_rng_state` and for files."""
+    """Convert tensors from `rng_state_to_tensors` back to the state that `rng_state` returned."""
     version, *words = tensors["python"].tolist()
     position, *keys = tensors["numpy"].tolist()
     python_gauss, numpy_gauss = tensors["python_gauss"].tolist(), tensors["numpy_gauss"].tolist()

@@ -1,12 +1,12 @@
-"""Which part of a whole tensor a rank holds: the one place that knows, for every way of dividing tensors among ranks.
+"""The mapping between full tensors and the local shards of DTensors, for every way of sharding.
 
-A tensor as it is stored, in checkpoints and by a single process, is whole. A live one may be a DTensor: cut along its
-rows by FSDP2, along rows or columns by tensor parallelism, or along rows by the latter and then by the former.
+Checkpoints and single processes hold full tensors. During training a tensor may be a DTensor: sharded along dimension 0
+by FSDP2, along dimension 0 or 1 by tensor parallelism, or along dimension 0 by tensor parallelism and then by FSDP2.
 
-A weight that holds several matrices, its parts, one after the other (linear.FusedLinear) is in another order
-under tensor parallelism along its rows: rank t of N holds the t-th N-th of each part, one after the other, so that the
-DTensor is the whole weight with its rows in rank-major order (rank, part, row) in place of (part, rank, row).
-`parts` says of how many matrices; it changes nothing where a tensor is not cut so.
+A weight that fuses several matrices along dimension 0 (`linear.FusedLinear`) has another row order under tensor
+parallelism: rank t of N holds the t-th N-th of every fused matrix. The rows of the DTensor are therefore in rank-major
+order (rank, matrix, row) instead of the stored order (matrix, rank, row). The argument `parts` is the number of fused
+matrices; it has no effect on tensors that are not sharded this way.
 """
 
 from __future__ import annotations
@@ -23,199 +23,213 @@ from torch.distributed.tensor import DTensor
 from open_lm.distributed.param_names import clean_name
 from open_lm.kernels.linear import FusedLinear
 
-_TENSOR = "tensor"  # the mesh dimension of tensor parallelism
+_TENSOR_DIM_NAME = "tensor"  # the mesh dimension of tensor parallelism
 
 
 @dataclass(frozen=True)
 class LocalBlock:
-    """`view` (of shape `sizes`, of what this rank holds) is the part of the stored tensor that begins at `offsets`."""
+    """A rectangular block of the stored tensor that this rank holds.
+
+    `view` has the shape `sizes` and shares the memory of the local shard; the block starts at `offsets` of the stored
+    tensor.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     view: Tensor
 
     @property
-    def region(self) -> tuple[slice, ...]:
-        """The index of this part in the stored tensor."""
-        return tuple(slice(begin, begin + size) for begin, size in zip(self.offsets, self.sizes, strict=True))
+    def index(self) -> tuple[slice, ...]:
+        """The index of this block in the stored tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offsets, self.sizes, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------- plain numbers
-def shard_range(rows: int, cuts: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """(first, number) of the rows that are left after cuts, each into `count` pieces, of which the `index`-th is kept.
+# ---------------------------------------------------------------------------------------------- index arithmetic
+def shard_range(rows: int, splits: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Return (first row, number of rows) of a local shard after several splits.
 
-    cuts: (count, index), in the order they are made. As torch.chunk cuts: pieces are equal, but for the last ones,
-    which are smaller or empty.
+    splits: (number of shards, index of this rank's shard) of each split, in the order in which they are applied. Shards
+    have the sizes of torch.chunk: all are equal except for the last ones, which are smaller or empty.
     """
     first = 0
-    for count, index in cuts:
-        piece = -(-rows // count)
-        skipped = min(index * piece, rows)
-        first, rows = first + skipped, min(piece, rows - skipped)
+    for count, index in splits:
+        shard_size = -(-rows // count)
+        skipped = min(index * shard_size, rows)
+        first, rows = first + skipped, min(shard_size, rows - skipped)
     return first, rows
 
 
-def stored_row_runs(first: int, number: int, rows: int, parts: int, ranks: int) -> list[tuple[int, int, int]]:
-    """Where `number` rows from `first` on of a weight of `rows` rows in rank-major order stand in the stored one.
+def stored_row_runs(first: int, num_rows: int, total_rows: int, parts: int, ranks: int) -> list[tuple[int, int, int]]:
+    """Map `num_rows` rows from `first` on of a rank-major weight with `total_rows` rows to rows of the stored weight.
 
-    Returns (first row there, first row here counted from `first`, number) of each run of rows that is one in both.
-    ValueError where the parts do not divide among the ranks.
+    Return (first row in the stored weight, first row relative to `first`, number of rows) for each run of rows that is
+    contiguous in both. Raise ValueError if the fused matrices cannot be divided among the ranks.
     """
     if parts == 1 or ranks == 1:
-        return [(first, 0, number)]
-    if rows % (parts * ranks):
-        raise ValueError(f"{rows} rows, {parts} matrices in one, do not divide among {ranks} ranks")
-    block = rows // (parts * ranks)
+        return [(first, 0, num_rows)]
+    if total_rows % (parts * ranks):
+        raise ValueError(f"{total_rows} rows of {parts} fused matrices are not divisible among {ranks} ranks")
+    block = total_rows // (parts * ranks)
     runs, row = [], first
-    while row < first + number:
-        index, inside = divmod(row, block)
+    while row < first + num_rows:
+        index, offset = divmod(row, block)
         rank, part = divmod(index, parts)
-        run = min(block - inside, first + number - row)
-        runs.append(((part * ranks + rank) * block + inside, row - first, run))
+        run = min(block - offset, first + num_rows - row)
+        runs.append(((part * ranks + rank) * block + offset, row - first, run))
         row += run
     return runs
 
 
-# ---------------------------------------------------------------------------------------------- live tensors
+# ---------------------------------------------------------------------------------------------- tensors
 def fused_weight_parts(model: nn.Module) -> dict[str, int]:
-    """The weights of a live model whose rows are in rank-major order, by clean name, with their numbers of parts."""
+    """Return the clean names of the weights that are in rank-major order, with the number of matrices fused in each."""
     return {
         clean_name(f"{name}.weight"): module.parts
         for name, module in model.named_modules()
-        if isinstance(module, FusedLinear) and _tensor_ranks(next(module.parameters())) > 1
+        if isinstance(module, FusedLinear) and _tensor_parallel_ranks(next(module.parameters())) > 1
     }
 
 
 def local_blocks(tensor: Tensor, parts: int = 1) -> list[LocalBlock]:
-    """What this rank holds, as parts of the stored tensor with views of the live data; none where it holds nothing."""
+    """Return the blocks of the stored tensor that this rank holds; an empty list if its local shard is empty."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return [LocalBlock((0,) * tensor.dim(), tuple(tensor.shape), tensor)]
     local = tensor.to_local()
     if local.numel() == 0 < tensor.numel():
         return []
-    ranges = [shard_range(size, _cuts(tensor, dim)) for dim, size in enumerate(tensor.shape)]
-    firsts, sizes = [first for first, _ in ranges], tuple(size for _, size in ranges)
+    ranges = [shard_range(size, _splits(tensor, dim)) for dim, size in enumerate(tensor.shape)]
+    offsets, sizes = [first for first, _ in ranges], tuple(size for _, size in ranges)
     if sizes != tuple(local.shape):
-        raise ValueError(f"a rank holds {tuple(local.shape)} of {tuple(tensor.shape)} by {tensor.placements}")
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} with placements {tensor.placements} has a local shard of shape "
+            f"{tuple(local.shape)}, expected {sizes}"
+        )
     if not sizes:
         return [LocalBlock((), (), local)]
-    runs = stored_row_runs(firsts[0], sizes[0], tensor.shape[0], parts, _tensor_ranks(tensor))
+    runs = stored_row_runs(offsets[0], sizes[0], tensor.shape[0], parts, _tensor_parallel_ranks(tensor))
     return [
-        LocalBlock((there, *firsts[1:]), (number, *sizes[1:]), local.narrow(0, here, number)) for there, here, number in runs
+        LocalBlock((stored_row, *offsets[1:]), (num_rows, *sizes[1:]), local.narrow(0, local_row, num_rows))
+        for stored_row, local_row, num_rows in runs
     ]
 
 
 @torch.no_grad()
 def copy_local_shard(tensor: Tensor, full: Tensor, parts: int = 1) -> None:
-    """Copy this rank's part of `full`, a whole tensor in stored order, into `tensor`. No communication."""
-    for box in local_blocks(tensor, parts):
-        box.view.copy_(full[box.region])
+    """Copy this rank's shard of `full`, a full tensor in stored order, into `tensor`. No communication."""
+    for block in local_blocks(tensor, parts):
+        block.view.copy_(full[block.index])
 
 
 @torch.no_grad()
 def copy_from_rank0(tensor: Tensor, full: Tensor | None, parts: int = 1) -> None:
-    """`copy_local_shard` with rank 0's `full`, which may be None elsewhere. Collective: each rank holds the whole for a moment."""
+    """Copy this rank's shard of rank 0's `full`, which may be None on other ranks, into `tensor`. Collective.
+
+    Each rank holds the full tensor temporarily.
+    """
     if dist.is_initialized():
-        sent = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         if dist.get_rank() == 0:
             assert full is not None
-            sent.copy_(full)
-        dist.broadcast(_as_bytes(sent), src=0)
-        full = sent
+            buffer.copy_(full)
+        dist.broadcast(_as_bytes(buffer), src=0)
+        full = buffer
     assert full is not None
     copy_local_shard(tensor, full, parts)
 
 
 @torch.no_grad()
 def full_tensor(tensor: Tensor, parts: int = 1) -> Tensor:
-    """The full tensor in stored order, on every rank; a tensor that is not divided itself. Collective.
+    """Gather the full tensor in stored order on every rank; a plain tensor is returned as it is. Collective.
 
-    DTensor.full_tensor knows nothing of rank-major order, and misplaces rows where both FSDP2 and tensor parallelism
-    cut them into uneven pieces.
+    DTensor.full_tensor does not restore rank-major order, and misplaces rows if both FSDP2 and tensor parallelism split
+    them unevenly.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
-    held = tensor.to_local()
-    order = _order(tensor)
-    for done in reversed(range(len(order))):
-        dim, mesh_dim = order[done]
-        before = [_cut(tensor, earlier) for along, earlier in order[:done] if along == dim]
-        _, size = shard_range(tensor.shape[dim], before)
-        held = _gathered(held, dim, size, tensor.device_mesh.get_group(mesh_dim))
-    ranks = _tensor_ranks(tensor)
+    gathered = tensor.to_local()
+    order = _split_order(tensor)
+    for position in reversed(range(len(order))):
+        dim, mesh_dim = order[position]
+        earlier_splits = [_split(tensor, earlier) for other, earlier in order[:position] if other == dim]
+        _, size = shard_range(tensor.shape[dim], earlier_splits)
+        gathered = _all_gather(gathered, dim, size, tensor.device_mesh.get_group(mesh_dim))
+    ranks = _tensor_parallel_ranks(tensor)
     if parts == 1 or ranks == 1:
-        return held
-    return held.unflatten(0, (ranks, parts, -1)).transpose(0, 1).flatten(0, 2)
+        return gathered
+    return gathered.unflatten(0, (ranks, parts, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def replica_ranks(tensor: Tensor, mesh: DeviceMesh | None, world_size: int) -> tuple[int, ...]:
-    """The ranks that hold the same part of a tensor as this one, ascending.
+    """Return the ranks that hold the same shard of `tensor` as this rank, in ascending order.
 
-    mesh: over all ranks, of which the tensor's own may be a slice of some of its dimensions; None where nothing is
-    divided.
+    mesh: the mesh of all ranks, of which the tensor's own mesh may be a slice; None if nothing is sharded.
     """
     if not isinstance(tensor, DTensor):
         return tuple(range(world_size))
-    own, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names
-    divided = {mesh_dim for _, mesh_dim in _order(tensor)}
+    tensor_mesh, names = tensor.device_mesh, tensor.device_mesh.mesh_dim_names
+    sharded_dims = {mesh_dim for _, mesh_dim in _split_order(tensor)}
     if mesh is not None and names is not None and set(names) < set(mesh.mesh_dim_names or ()):
         assert mesh.mesh_dim_names is not None
-        own, divided = mesh, {mesh.mesh_dim_names.index(names[mesh_dim]) for mesh_dim in divided}
-    same = [at if dim in divided else slice(None) for dim, at in enumerate(_coordinate(own))]
-    return tuple(sorted(own.mesh[tuple(same)].flatten().tolist()))
+        tensor_mesh = mesh
+        sharded_dims = {mesh.mesh_dim_names.index(names[mesh_dim]) for mesh_dim in sharded_dims}
+    index = [at if dim in sharded_dims else slice(None) for dim, at in enumerate(_coordinate(tensor_mesh))]
+    return tuple(sorted(tensor_mesh.mesh[tuple(index)].flatten().tolist()))
 
 
-def _order(tensor: DTensor) -> list[tuple[int, int]]:
-    """(tensor dimension, mesh dimension) of each cut, in the order in which they were made: by dimensions of the mesh,
-    but what FSDP2 cut after tensor parallelism, though it stands before it in the mesh, comes last."""
+def _split_order(tensor: DTensor) -> list[tuple[int, int]]:
+    """Return (tensor dimension, mesh dimension) of each split, in the order in which they were applied.
+
+    That is the order of the mesh dimensions, except that FSDP2 splits after tensor parallelism although its mesh
+    dimension comes first.
+    """
     plain: list[tuple[int, int]] = []
     strided: list[tuple[int, int]] = []
-    for mesh_dim, place in enumerate(tensor.placements):
-        if hasattr(place, "dim"):  # in torch 2.13 a _StridedShard is no Shard
-            (strided if hasattr(place, "split_factor") else plain).append((place.dim, mesh_dim))
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if hasattr(placement, "dim"):  # from torch 2.13 on, _StridedShard is not a subclass of Shard
+            (strided if hasattr(placement, "split_factor") else plain).append((placement.dim, mesh_dim))
     return [*plain, *reversed(strided)]
 
 
-def _cuts(tensor: DTensor, dim: int) -> list[tuple[int, int]]:
-    return [_cut(tensor, mesh_dim) for along, mesh_dim in _order(tensor) if along == dim]
+def _splits(tensor: DTensor, dim: int) -> list[tuple[int, int]]:
+    return [_split(tensor, mesh_dim) for other, mesh_dim in _split_order(tensor) if other == dim]
 
 
-def _cut(tensor: DTensor, mesh_dim: int) -> tuple[int, int]:
-    """(pieces, which of them is this rank's)."""
+def _split(tensor: DTensor, mesh_dim: int) -> tuple[int, int]:
+    """Return (number of shards, index of this rank's shard)."""
     return tensor.device_mesh.size(mesh_dim), _coordinate(tensor.device_mesh)[mesh_dim]
 
 
 def _coordinate(mesh: DeviceMesh) -> Sequence[int]:
-    place = mesh.get_coordinate()
-    assert place is not None, "every rank is in every mesh"
-    return place
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "every rank is in every mesh"
+    return coordinate
 
 
-def _tensor_ranks(tensor: Tensor) -> int:
-    """Among how many ranks tensor parallelism divides the rows; 1 where it does not."""
+def _tensor_parallel_ranks(tensor: Tensor) -> int:
+    """Return the number of ranks that tensor parallelism splits dimension 0 over; 1 if it does not."""
     names = (tensor.device_mesh.mesh_dim_names or ()) if isinstance(tensor, DTensor) else ()
-    if _TENSOR not in names:
+    if _TENSOR_DIM_NAME not in names:
         return 1
     assert isinstance(tensor, DTensor)
-    mesh_dim = names.index(_TENSOR)
+    mesh_dim = names.index(_TENSOR_DIM_NAME)
     return tensor.device_mesh.size(mesh_dim) if getattr(tensor.placements[mesh_dim], "dim", None) == 0 else 1
 
 
-def _gathered(piece: Tensor, dim: int, size: int, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' pieces of a tensor of `size` along `dim`, put together. Pieces are sent padded to the largest."""
+def _all_gather(shard: Tensor, dim: int, size: int, group: dist.ProcessGroup) -> Tensor:
+    """Gather the ranks' shards of a tensor of `size` along `dim`. Shards are padded to the size of the largest."""
     count = dist.get_world_size(group)
-    numbers = [shard_range(size, [(count, index)])[1] for index in range(count)]
-    shape = list(piece.shape)
-    shape[dim] = numbers[0]
-    padded = piece.new_zeros(shape)
-    padded.narrow(dim, 0, piece.shape[dim]).copy_(piece)
+    shard_sizes = [shard_range(size, [(count, index)])[1] for index in range(count)]
+    shape = list(shard.shape)
+    shape[dim] = shard_sizes[0]
+    padded = shard.new_zeros(shape)
+    padded.narrow(dim, 0, shard.shape[dim]).copy_(shard)
     received = [torch.empty_like(padded) for _ in range(count)]
-    dist.all_gather([_as_bytes(each) for each in received], _as_bytes(padded), group)
-    return torch.cat([each.narrow(dim, 0, number) for each, number in zip(received, numbers, strict=True)], dim)
+    dist.all_gather([_as_bytes(buffer) for buffer in received], _as_bytes(padded), group)
+    return torch.cat([b.narrow(dim, 0, length) for b, length in zip(received, shard_sizes, strict=True)], dim)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """A contiguous tensor's memory, which every backend sends, whatever the type."""
+    """Return a contiguous tensor viewed as bytes, which every backend can send."""
     return tensor.view(-1).view(torch.uint8)

@@ -1,1 +1,1 @@
-"""Parallelism that is applied to a model from outside: FSDP2, DDP, tensor parallelism, fp8, compilation."""
+"""Parallelism applied to a model without changing it: FSDP2, DDP, tensor parallelism, fp8, compilation."""

@@ -1,8 +1,8 @@
-"""Matrix products of the blocks in 8-bit floating point (--fp8), by torchao.
+"""Matrix products of the blocks in 8-bit floating point (--fp8), with torchao.
 
-Inputs, weights and gradients are scaled by their largest value, one scale for each tensor found anew for each product,
-and rounded to 8 bits (e4m3; gradients e5m2); products are added in higher precision. Weights themselves stay as they
-are. (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433.)
+Inputs, weights and gradients are scaled by their largest absolute value (dynamic per-tensor scaling) and rounded to 8
+bits: e4m3, gradients e5m2. Products are accumulated in higher precision, and the stored weights keep their precision
+(Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
 """
 
 from __future__ import annotations
@@ -23,99 +23,110 @@ from open_lm.errors import ConfigError
 from open_lm.kernels.linear import FusedLinear
 from open_lm.model.mixture_of_experts import Router
 
-MIN_CAPABILITY = (8, 9)  # compute capability of the first devices that have such products
-# Of both widths of a matrix and of the tokens that gradients of matrices are summed over, as the devices want it: what
-# a product adds over, and its second matrix's rows, have to be multiples of this.
-WIDTH_MULTIPLE = 16
+MIN_CAPABILITY = (8, 9)  # the lowest compute capability with fp8 matrix products
+# The kernels need the reduction dimension and the rows of the second operand to be multiples of 16. Over forward and
+# backward pass that concerns both widths of a matrix and the number of tokens.
+SIZE_MULTIPLE = 16
 
 
 def check_float8(device: torch.device) -> None:
-    """ConfigError where --fp8 cannot work on this device."""
+    """Raise ConfigError if the device does not support --fp8."""
     if device.type != "cuda":
         raise ConfigError(
             f"--fp8 needs a CUDA device of compute capability 8.9 or more; this is a {device.type} device"
         )
-    found = torch.cuda.get_device_capability(device)
-    if found < MIN_CAPABILITY:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        raise ConfigError(f"--fp8 needs compute capability 8.9 or more (H100, L4, …); {name} has {found[0]}.{found[1]}")
+        raise ConfigError(f"--fp8 needs compute capability 8.9 or more (H100, L4, …); {name} has {major}.{minor}")
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError('--fp8 needs torchao, which is not installed: pip install "open_lm[cuda]", or torchao')
 
 
 def check_micro_batch_tokens(global_batch_size: int, accum_freq: int, seq_len: int, layout: MeshLayout) -> None:
-    """ConfigError where the tokens that a rank has of a training micro-batch are no multiple of 16."""
+    """Raise ConfigError if a rank's number of tokens in a training micro-batch is not a multiple of 16."""
     micro_batches = layout.data_size * accum_freq
-    rows, length = global_batch_size // micro_batches, seq_len // layout.context
-    if rows * length % WIDTH_MULTIPLE == 0:
+    sequences, length = global_batch_size // micro_batches, seq_len // layout.context
+    if sequences * length % SIZE_MULTIPLE == 0:
         return
-    step = WIDTH_MULTIPLE // math.gcd(WIDTH_MULTIPLE, length)
-    shared = f" / --context-parallel {layout.context}" if layout.context > 1 else ""
+    step = SIZE_MULTIPLE // math.gcd(SIZE_MULTIPLE, length)
+    context = f" / --context-parallel {layout.context}" if layout.context > 1 else ""
     raise ConfigError(
-        f"--fp8 needs a multiple of {WIDTH_MULTIPLE} tokens in a rank's micro-batch, which are {rows} sequences x "
-        f"{seq_len}{shared} = {rows * length} tokens: give --global-batch-size a multiple of {step * micro_batches} "
-        f"(--batch-size of {step})"
+        f"--fp8 needs a multiple of {SIZE_MULTIPLE} tokens in a rank's micro-batch, found {sequences} sequences x "
+        f"{seq_len}{context} = {sequences * length} tokens: set --global-batch-size to a multiple of "
+        f"{step * micro_batches} (--batch-size to a multiple of {step})"
     )
 
 
 def convert_to_float8(blocks: Iterable[nn.Module], ranks: int = 1, emulate: bool = False) -> int:
-    """Let the linear layers of the blocks multiply in 8 bits, in place; returns how many do.
+    """Convert the linear layers of the blocks to fp8 in place and return the number of converted layers. Collective.
 
-    Routers of experts stay as they are, and so do matrices whose widths, once divided over `ranks` of tensor
-    parallelism, are no multiples of 16, which is said. Parameters and their names do not change. emulate: compute the
-    same in float32, on devices without such products. Collective.
+    Mixture-of-experts routers are not converted. Neither are matrices whose widths, divided by `ranks` of tensor
+    parallelism, are not multiples of 16; a warning lists them. Parameters and their names do not change.
+
+    Args:
+        blocks: modules whose linear layers are converted.
+        ranks: number of tensor-parallel ranks.
+        emulate: compute the fp8 results in float32, for devices without fp8 products.
 
     Raises:
-        ConfigError: no matrix has such widths, or there is none.
+        ConfigError: there is no linear layer, or none has suitable widths.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig(emulate=emulate)
-    converted: dict[nn.Module, nn.Module] = {}  # a module may have two names
-    left: dict[nn.Module, str] = {}
+    converted: dict[nn.Module, nn.Module] = {}  # by original: a module may have two names
+    unconverted: dict[nn.Module, str] = {}
     for block in blocks:
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
                 if not isinstance(child, nn.Linear) or isinstance(parent, Router):
                     continue
-                if not _fits(child, ranks):
-                    left[child] = f"{name} from {child.in_features} to {child.out_features}"
+                if not _has_suitable_widths(child, ranks):
+                    unconverted[child] = f"{name} from {child.in_features} to {child.out_features}"
                     continue
                 if child not in converted:
                     converted[child] = convert_to_float8_training(child, config=config)
                     if isinstance(child, FusedLinear):
                         _make_fused(converted[child], child.parts)
                 setattr(parent, name, converted[child])
-    if not converted and not left:
-        raise ConfigError("--fp8: the blocks have no torch.nn.Linear, whose products it computes; leave it out")
-    if left:
-        _tell_left(list(left.values()), len(converted), ranks)
+    if not converted and not unconverted:
+        raise ConfigError("--fp8: the blocks have no torch.nn.Linear to convert; remove the flag")
+    if unconverted:
+        _warn_unconverted(list(unconverted.values()), len(converted), ranks)
     return len(converted)
 
 
-def _tell_left(left: list[str], converted: int, ranks: int) -> None:
-    """Warn of matrices that are left as they are; ConfigError where they are all."""
-    divided = f", {WIDTH_MULTIPLE} on each rank of --tensor-parallel {ranks}" if ranks > 1 else ""
-    needs = f"--fp8 needs widths that are multiples of {WIDTH_MULTIPLE * ranks}{divided}"
-    others = f"of the blocks have others ({', '.join(sorted(set(left)))})"
-    if not converted:
-        fewer = ", fewer ranks of --tensor-parallel" if ranks > 1 else ""
-        raise ConfigError(f"{needs}; all matrices {others}: choose a model with such widths{fewer}, or leave out --fp8")
-    told = f"{needs}; {len(left)} of {len(left) + converted} matrices {others}, and are not multiplied in 8 bits"
-    run_on_master(lambda: logging.warning(told))
+def _warn_unconverted(unconverted: list[str], num_converted: int, ranks: int) -> None:
+    """Warn about matrices that are not converted; raise ConfigError if no matrix is converted."""
+    per_rank = f" ({SIZE_MULTIPLE} on each of {ranks} --tensor-parallel ranks)" if ranks > 1 else ""
+    requirement = f"--fp8 needs widths that are multiples of {SIZE_MULTIPLE * ranks}{per_rank}"
+    matrices = ", ".join(sorted(set(unconverted)))
+    if not num_converted:
+        fewer = ", use fewer --tensor-parallel ranks" if ranks > 1 else ""
+        raise ConfigError(
+            f"{requirement}; no matrix of the blocks has such widths ({matrices}): choose a model with suitable "
+            f"widths{fewer}, or remove --fp8"
+        )
+    total = len(unconverted) + num_converted
+    message = (
+        f"{requirement}; {len(unconverted)} of {total} matrices of the blocks do not have such widths and are not "
+        f"converted to fp8: {matrices}"
+    )
+    run_on_master(lambda: logging.warning(message))
 
 
-def _fits(linear: nn.Linear, ranks: int) -> bool:
-    return not any(width % (WIDTH_MULTIPLE * ranks) for width in (linear.in_features, linear.out_features))
+def _has_suitable_widths(linear: nn.Linear, ranks: int) -> bool:
+    return not any(width % (SIZE_MULTIPLE * ranks) for width in (linear.in_features, linear.out_features))
 
 
 def _make_fused(linear: nn.Module, parts: int) -> None:
-    """Let a converted layer be a FusedLinear still."""
-    own: Any = type(linear)
-    linear.__class__ = _fused(own)
+    """Make a converted layer an instance of FusedLinear too."""
+    base: Any = type(linear)
+    linear.__class__ = _fused_class(base)
     linear.parts = parts  # type: ignore[assignment]
 
 
-@functools.cache  # equal blocks are compiled once, if their modules are of the same classes
-def _fused(own: type) -> type:
-    return type(f"Fused{own.__name__}", (own, FusedLinear), {})
+@functools.cache  # torch.compile reuses the graph of a block only if its modules have the same classes
+def _fused_class(base: type) -> type:
+    return type(f"Fused{base.__name__}", (base, FusedLinear), {})

@@ -1,6 +1,7 @@
-"""How a model is spread over ranks, checkpointed and compiled: the only file that knows FSDP2, hybrid sharding and DDP.
+"""Distribute a model over ranks with FSDP2 or DDP, and enable activation checkpointing and compilation.
 
-A model knows nothing of them: `parallelize(model, layout, cfg, …)` applies them from outside and returns what to train.
+This is the only module that uses FSDP2, hybrid sharding and DDP. Models need no changes:
+`parallelize(model, layout, cfg, …)` applies them and returns the module to train.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from open_lm.distributed.processes import run_on_all_ranks
 from open_lm.errors import ConfigError
 from open_lm.model.recomputation import recomputed
 from open_lm.parallel.float8 import check_float8, convert_to_float8
-from open_lm.parallel.tensor_parallel import check_tensor_parallel, apply_tensor_parallel
+from open_lm.parallel.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 
-# Blocks whose parameters --fsdp-backward-prefetch gathers ahead; FSDP2 by itself is one block ahead.
+# Number of blocks whose parameters --fsdp-backward-prefetch gathers ahead; FSDP2's default is one.
 PREFETCH_DEPTH = 2
 
 
@@ -40,12 +41,21 @@ def parallelize(
     fp8: bool = False,
     initialise: Callable[[nn.Module], object] | None = None,
 ) -> nn.Module:
-    """Place `model` on `device` and spread it over the ranks of `layout`; the result is called and trained as the model
-    was. With --fsdp by FSDP2, one group of parameters for each block; else by DDP; in a single process without a group
-    not at all. Tensor parallelism splits matrices first, and leaves the rest to FSDP2 with or without --fsdp.
+    """Move `model` to `device`, distribute it over the ranks of `layout` and return the module to train.
 
-    dtype: what parameters are stored in. fp8: multiply in 8-bit floating point in the blocks. initialise: fills the
-    parameters and buffers of a model made on the meta device, once each rank has its part of them.
+    With --fsdp, FSDP2 shards the parameters, one group per block; otherwise DDP replicates them. A single process
+    without a process group uses neither. Tensor parallelism is applied first and always combined with FSDP2, also
+    without --fsdp.
+
+    Args:
+        model: the module to distribute; it is changed in place.
+        layout: the mesh of ranks.
+        cfg: the flags of FSDP2 and DDP.
+        device: this rank's device.
+        model_cfg: the flags of activation checkpointing and compilation.
+        dtype: the dtype of the stored parameters.
+        fp8: whether the blocks compute matrix products in 8-bit floating point.
+        initialise: fills the parameters and buffers of a model on the meta device after they have been sharded.
     """
     model_cfg = model_cfg or ModelConfig()
     blocks = find_blocks(model, model_cfg.hf_fsdp_block if model_cfg.hf_model else None)
@@ -58,18 +68,18 @@ def parallelize(
         apply_tensor_parallel(model, layout.mesh["tensor"])
     _checkpoint_activations(model, blocks, model_cfg)
     if model_cfg.torchcompile:
-        # In place and a block at a time: parameter names stay, and equal blocks share one compilation.
+        # Compile each block in place: parameter names do not change, and equal blocks share one compilation.
         for block in blocks:
             block.compile(mode=model_cfg.torchcompile_mode)
         if model_cfg.torchcompile_mode != "default":
-            # CUDA graphs of one forward pass belong together: each block reads what the one before has written.
+            # The CUDA graphs of one forward pass must stay in one step: each block reads the output of the previous.
             model.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
     is_meta = any(p.is_meta for p in model.parameters())
     if dtype != torch.float32:
         model.to(dtype)
     is_sharded = layout.mesh is not None and (cfg.fsdp or layout.tensor > 1)
     if is_sharded:
-        # Without --fsdp its flags say nothing, here as elsewhere.
+        # The --fsdp-* flags have no effect without --fsdp.
         _shard(model, blocks, _data_mesh(layout), cfg if cfg.fsdp else ParallelConfig(), device)
     elif not is_meta:
         model.to(device)
@@ -81,31 +91,33 @@ def parallelize(
 
 
 def _data_mesh(layout: MeshLayout) -> DeviceMesh:
-    """The ranks that gradients are averaged over: ("shard",) or ("replicate", "shard")."""
+    """Return the mesh over which gradients are averaged: ("shard",) or ("replicate", "shard")."""
     assert layout.mesh is not None
     return layout.mesh["shard"] if layout.replicate == 1 else layout.mesh["replicate", "shard"]
 
 
 def find_blocks(model: nn.Module, class_name: str | None = None) -> list[nn.Module]:
-    """The model's repeated layers: those whose class name contains `class_name`, or the members of `model.layers`."""
+    """Return the model's repeated blocks: modules whose class name contains `class_name`, by default `model.layers`."""
     if class_name is None:
         return list(getattr(model, "layers", []))
     blocks = [module for module in model.modules() if class_name in type(module).__name__]
     if not blocks:
-        found = sorted({type(module).__name__ for module in model.modules()})
-        raise ConfigError(f"--hf-fsdp-block {class_name}: the model has no such layer; it has {', '.join(found)}")
+        names = sorted({type(module).__name__ for module in model.modules()})
+        raise ConfigError(f"--hf-fsdp-block {class_name}: the model has no such layer, only {', '.join(names)}")
     return blocks
 
 
 @contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """A forward and backward pass inside reduces its gradients over the ranks only if `enabled`; else they pile up
-    locally and the next enabled pass reduces the sum."""
+    """Reduce the gradients of a forward and backward pass in the `with` block over the ranks only if `enabled`.
+
+    Otherwise they accumulate locally, and the next enabled pass reduces the sum.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
         yield
     elif isinstance(model, DistributedDataParallel) and not enabled and not model.static_graph:
-        # A static graph has to be seen with its reductions first; there each pass reduces what has piled up.
+        # With a static graph, DDP must see the reductions in the first pass, so every pass reduces its gradients.
         with model.no_sync():
             yield
     else:
@@ -114,8 +126,11 @@ def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients. Afterwards the model is in the mode it was in, and sharded parameters that
-    the forward passes left gathered are given up, so that a change of the weights is seen by the next pass."""
+    """Run the `with` block in evaluation mode without gradients and restore the previous mode afterwards.
+
+    Parameters that FSDP2 left gathered after a forward pass are resharded at the end, so that the next pass uses
+    weights that have changed in the meantime.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -129,7 +144,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers that hold a whole copy of it (DDP, torch.compile), or the model itself."""
+    """Return the model inside the wrappers of DDP and torch.compile, or the model itself."""
     while True:
         inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
         if not isinstance(inner, nn.Module):
@@ -137,55 +152,55 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def notes(cfg: ParallelConfig, device: torch.device) -> list[str]:
-    """A sentence for each setting that changes nothing on this device."""
-    sentences = []
+def ineffective_settings(cfg: ParallelConfig, device: torch.device) -> list[str]:
+    """Return a message for each setting that has no effect on this device."""
+    messages = []
     if cfg.fsdp_cpu_offload and device.type == "cpu":
-        sentences.append("--fsdp-cpu-offload has no effect: parameters on CPU devices are in host memory already")
+        messages.append("--fsdp-cpu-offload has no effect: parameters on CPU devices are in host memory already")
     if cfg.ddp_static_graph and (cfg.fsdp or cfg.tensor_parallel > 1):
-        sentences.append(f"--ddp-static-graph has no effect with {'--fsdp' if cfg.fsdp else '--tensor-parallel'}")
+        messages.append(f"--ddp-static-graph has no effect with {'--fsdp' if cfg.fsdp else '--tensor-parallel'}")
     if device.type == "cpu" and cfg.dist_backend not in ("nccl", "gloo"):
-        sentences.append(f"--dist-backend {cfg.dist_backend} has no effect: ranks on CPU use gloo")
-    return sentences
+        messages.append(f"--dist-backend {cfg.dist_backend} has no effect: ranks on CPU use gloo")
+    return messages
 
 
 def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module], cfg: ModelConfig) -> None:
-    """Switch recomputation on, by the model's own means: of every block, of every K-th, or of cheap operators."""
+    """Enable activation checkpointing of every block, of every K-th block, or of inexpensive operators."""
     policy = "full" if cfg.grad_checkpointing else cfg.activation_checkpointing
     if policy == "none":
         return
-    switch = getattr(model, "set_grad_checkpointing", None)
-    if switch is None:
-        raise ConfigError(f"--grad-checkpointing: {type(model).__name__} does not offer it; leave the flag out")
+    set_grad_checkpointing = getattr(model, "set_grad_checkpointing", None)
+    if set_grad_checkpointing is None:
+        raise ConfigError(f"--grad-checkpointing: {type(model).__name__} does not support it; remove the flag")
     if policy == "full":
-        switch()
+        set_grad_checkpointing()
     elif policy != "op":
-        switch(every=int(policy))
+        set_grad_checkpointing(every=int(policy))
     elif cfg.torchcompile:
-        # Operators of a compiled block cannot be told apart from outside: it is compiled with what is recomputed.
+        # A policy cannot see the operators of a compiled block, so the block is compiled with its checkpointing.
         for block in blocks:
-            own: Any = type(block)
-            block.__class__ = _recomputing(own, policy)
+            base: Any = type(block)
+            block.__class__ = _checkpointed_class(base, policy)
     else:
-        switch(policy=policy)
+        set_grad_checkpointing(policy=policy)
 
 
-@functools.cache  # equal blocks are compiled once, if they are of the same class
-def _recomputing(own: Any, policy: str) -> type:
-    """A subclass of a block's class whose forward is recomputed by `policy`."""
+@functools.cache  # torch.compile reuses the graph of a block only for blocks of the same class
+def _checkpointed_class(base: Any, policy: str) -> type:
+    """Return a subclass of a block's class whose forward pass is checkpointed by `policy`."""
 
     def forward(block: nn.Module, *args: Any) -> Any:
-        return recomputed(own.forward, policy)(block, *args)
+        return recomputed(base.forward, policy)(block, *args)
 
-    return type(own.__name__, (own,), {"forward": forward})
+    return type(base.__name__, (base,), {"forward": forward})
 
 
 def _shard(
     model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, cfg: ParallelConfig, device: torch.device
 ) -> None:
-    """fully_shard on every block and on the rest (embeddings, last norm, head) as one more group, in place.
+    """Apply fully_shard to every block, and to the remaining parameters (embeddings, last norm, head) as one group.
 
-    The reduced gradient is the mean over ranks, as with DDP: the trainer scales its loss for both alike.
+    The reduced gradient is the mean over ranks, as with DDP, so the trainer scales the loss equally for both.
     """
     reduce_dtype = {(True, False): torch.float32, (False, True): torch.bfloat16}
     flags = (cfg.fsdp_amp, cfg.fsdp_pure_bf16)
@@ -215,15 +230,21 @@ def _offloads(cfg: ParallelConfig, device: torch.device) -> bool:
 
 def _materialise(
     model: nn.Module,
-    home: torch.device,
+    parameter_device: torch.device,
     device: torch.device,
     initialise: Callable[[nn.Module], object] | None,
 ) -> None:
-    """Give the parameters memory at `home`, from where FSDP2 takes them to the device, and buffers, which it never
-    moves, on the device; and fill them."""
+    """Allocate the parameters and buffers of a model on the meta device and initialise them.
+
+    Offloaded parameters are allocated in host memory, from where FSDP2 copies them to the device. Buffers are allocated
+    on the device, because FSDP2 never moves them.
+    """
     if initialise is None:
-        raise ConfigError("--experimental-meta-device: this model has no initialisation that could fill it afterwards")
-    model.to_empty(device=home)
+        raise ConfigError(
+            "--experimental-meta-device: this model has no function to initialise its weights after sharding; remove "
+            "the flag"
+        )
+    model.to_empty(device=parameter_device)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty_like(buffer, device=device))
@@ -231,11 +252,11 @@ def _materialise(
 
 
 def _replicate(model: nn.Module, cfg: ParallelConfig, device: torch.device) -> DistributedDataParallel:
-    # Buffers are constants of the architecture, equal on all ranks from the start. torch names the switch anew from
-    # 2.13 on and warns of the old name.
+    # Buffers are constants of the architecture and need no synchronization. torch 2.13 renamed the argument and warns
+    # about the old name.
     signature = inspect.signature(DistributedDataParallel.__init__).parameters
-    switch = "forward_sync_buffers" if "forward_sync_buffers" in signature else "broadcast_buffers"
-    options: dict[str, Any] = {switch: False}
+    argument = "forward_sync_buffers" if "forward_sync_buffers" in signature else "broadcast_buffers"
+    options: dict[str, Any] = {argument: False}
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,

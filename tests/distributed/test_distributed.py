@@ -1,4 +1,4 @@
-"""Ranks, devices, process groups, and that every layout trains alike."""
+"""Ranks, devices and process groups; FSDP trains like a single process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ],
 )
-def test_ranks_come_from_every_launcher(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_read_from_every_launcher(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.world_info_from_env() == (0, 0, 1)
     for name, value in zip(names, ("1", "5", "8"), strict=True):
         monkeypatch.setenv(name, value)
@@ -84,38 +84,38 @@ def test_force_distributed_starts_a_group_of_one() -> None:
             raise DataError("broken")
 
         assert distributed.run_on_all_ranks(lambda: 3) == 3
-        for everywhere in (distributed.run_on_master, distributed.run_on_all_ranks):
+        for run in (distributed.run_on_master, distributed.run_on_all_ranks):
             with pytest.raises(DataError, match="broken") as caught:
-                everywhere(fail)
+                run(fail)
             assert caught.value.on_every_rank
     finally:
         distributed.shutdown(runtime)
 
 
-def test_what_ranks_find_is_raised_on_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gathered(failures: list[object], own: object) -> None:
+def test_errors_of_all_ranks_are_raised_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_gather(failures: list[object], failure: object) -> None:
         failures[:] = [None, DataError("no shard a"), DataError("no shard b"), DataError("no shard a")]
 
     runtime = distributed.init_runtime(ParallelConfig(force_distributed=True))
     try:
-        monkeypatch.setattr(dist, "all_gather_object", gathered)
+        monkeypatch.setattr(dist, "all_gather_object", all_gather)
         with pytest.raises(DataError, match=r"(?s)problems \(2\):.*1\. no shard a.*2\. no shard b$") as caught:
-            distributed.run_on_all_ranks(lambda: "fine here")
+            distributed.run_on_all_ranks(lambda: "no error on this rank")
         assert caught.value.on_every_rank
     finally:
         distributed.shutdown(runtime)
 
 
-def test_more_ranks_than_devices_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_devices_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="4 ranks on this node need a CUDA device each, and 2 are visible"):
+    with pytest.raises(ConfigError, match="4 ranks on this node need one CUDA device each, but only 2 are visible"):
         distributed.init_runtime(ParallelConfig())
 
 
-def test_wrong_launches_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contradicting_launcher_environments_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--preset-world-size 4: the launcher started 1 ranks"):
         distributed.init_runtime(ParallelConfig(preset_world_size=4))
     monkeypatch.setenv("SLURM_NTASKS", "2")
@@ -127,16 +127,16 @@ def test_hybrid_sharding_needs_equal_nodes(monkeypatch: pytest.MonkeyPatch) -> N
     runtime = distributed.init_runtime(ParallelConfig(force_distributed=True))
     try:
         uneven = distributed.Runtime(world_size=6, local_world_size=4)
-        with pytest.raises(ConfigError, match="6 ranks do not divide into nodes of 4"):
+        with pytest.raises(ConfigError, match="found 6 ranks, expected a multiple of the 4 ranks of a node"):
             distributed.build_layout(uneven, ParallelConfig(fsdp=True, fsdp_hybrid=True))
     finally:
         distributed.shutdown(runtime)
 
 
-def test_blocks_of_other_models_are_found_by_class_name() -> None:
+def test_find_blocks_of_other_models_by_class_name() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Sequential(torch.nn.ReLU()))
     assert [type(block) for block in find_blocks(model, "ReLU")] == [torch.nn.ReLU]
-    with pytest.raises(ConfigError, match="no such layer; it has Linear, ReLU, Sequential"):
+    with pytest.raises(ConfigError, match="no such layer, only Linear, ReLU, Sequential"):
         find_blocks(model, "LlamaDecoderLayer")
 
 
@@ -147,8 +147,10 @@ def differences(steps: list[list[float]], expected: list[list[float]]) -> float:
 
 
 def test_settings_of_fsdp_on_two_ranks(torchrun: Callable[..., object], tmp_path: Path) -> None:
-    """Losses and gradient norms are those of one process within 1e-5, in half precision nearly. All layouts are
-    compared in test_layouts.py."""
+    """Losses and gradient norms equal those of one process within 1e-5, and approximately in half precision.
+
+    test_layouts.py compares all layouts.
+    """
     shutil.copy(trainer_worker.__file__, tmp_path)
     jobs: list[dict[str, object]] = [
         {"layout": "fsdp", "accum_freq": 4, "tied": True, "checkpointing": True},
@@ -172,7 +174,7 @@ def test_settings_of_fsdp_on_two_ranks(torchrun: Callable[..., object], tmp_path
 
 def test_hybrid_sharding_over_two_nodes_of_two(torchrun: Callable[..., object], tmp_path: Path) -> None:
     source = Path(trainer_worker.__file__).read_text()
-    # torchrun says that the four ranks share a node; two nodes of two is what hybrid sharding is about.
+    # torchrun starts all four ranks on one node; the variable makes them look like two nodes of two.
     nodes = 'import os\n\nos.environ["LOCAL_WORLD_SIZE"] = "2"\n'
     (tmp_path / "two_nodes.py").write_text(source.replace("import json\n", f"import json\n{nodes}", 1))
     jobs = [{"layout": "hybrid", "accum_freq": 2}, {"layout": "hybrid_o2", "tied": True}]

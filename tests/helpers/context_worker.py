@@ -1,6 +1,7 @@
-"""Losses and gradients of rows that ranks share; runs under torchrun and inside pytest.
+"""Losses and gradients under context parallelism; runs under torchrun and inside pytest.
 
-`python -m context_worker OUT` lets all ranks share the rows; rank 0 writes what `numbers` returns, by case, as JSON.
+`python -m context_worker OUT` uses all ranks as one context group; rank 0 writes the results of `losses_and_gradients`
+for each case as JSON.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from open_lm.model.losses import TokenLoss
 from open_lm.model.objective import batch_loss
 from open_lm.model.transformer import Params, Transformer
 
-END = 3  # ends a document; one token in 31 is it, so that rows hold several
-CASES = {"rows": None, "documents": END}
+END = 3  # ends a document; one token in 31 has this id, so a sequence contains several documents
+CASES = {"causal": None, "documents": END}
 
 
-def numbers(context: int, end_of_text_id: int | None) -> dict[str, list[float]]:
-    """Of whole rows: the sum of their loss, the norms of its gradients, and the losses of single tokens."""
+def losses_and_gradients(context: int, end_of_text_id: int | None) -> dict[str, list[float]]:
+    """Return the summed loss of a batch of full sequences, the gradient norms and the loss of each token."""
     cfg = ParallelConfig(context_parallel=context)
     layout = build_layout(init_runtime(cfg), cfg)
     model = Transformer(Params(**trainer_worker.SHAPE))
@@ -49,7 +50,7 @@ def numbers(context: int, end_of_text_id: int | None) -> dict[str, list[float]]:
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    results = {name: numbers(dist.get_world_size(), end) for name, end in CASES.items()}
+    results = {name: losses_and_gradients(dist.get_world_size(), end) for name, end in CASES.items()}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -1,11 +1,11 @@
-"""How ranks are divided, as plain numbers."""
+"""Mesh sizes and rank positions of `MeshLayout`, without processes."""
 
 from __future__ import annotations
 
 import pytest
 
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import MeshLayout, resolve_layout, parse_mesh_dim
+from open_lm.config.layout import MeshLayout, parse_mesh_dim, resolve_layout
 from open_lm.config.sections import ParallelConfig
 from open_lm.errors import ConfigError
 
@@ -30,32 +30,32 @@ def test_sizes(cfg: ParallelConfig, world_size: int, per_node: int, expected: tu
     assert layout.gradient_ranks * layout.tensor == world_size
 
 
-def test_ranks_that_share_rows_are_neighbours_and_count_once() -> None:
+def test_ranks_that_share_sequences_are_neighbours_and_contribute_once() -> None:
     layouts = [MeshLayout(replicate=2, shard=2, context=2, tensor=3, rank=rank) for rank in range(24)]
     assert [layout.data_rank for layout in layouts] == [number for number in range(4) for _ in range(6)]
-    places = {(layout.data_rank, layout.context_rank, layout.tensor_rank) for layout in layouts}
-    assert len(places) == 24
-    assert sum(layout.contributes_sequences for layout in layouts) == 4  # each row once
-    assert sum(layout.contributes_tokens for layout in layouts) == 8  # each part of a row once
+    positions = {(layout.data_rank, layout.context_rank, layout.tensor_rank) for layout in layouts}
+    assert len(positions) == 24
+    assert sum(layout.contributes_sequences for layout in layouts) == 4  # each sequence once
+    assert sum(layout.contributes_tokens for layout in layouts) == 8  # each shard of a sequence once
 
 
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
-        (ParallelConfig(tensor_parallel=3), "--tensor-parallel 3: 8 ranks do not divide into groups of 3"),
-        (ParallelConfig(tensor_parallel=2, context_parallel=8), "2 x --context-parallel 8: 8 ranks do not divide"),
-        (ParallelConfig(fsdp=True, fsdp_hybrid=True), "8 ranks do not divide into nodes of 3"),
-        (ParallelConfig(mesh_dim="-1,3,1"), "--mesh-dim -1,3,1 needs a multiple of 3 ranks, and 8 were started"),
-        (ParallelConfig(mesh_dim="2,2,1"), "--mesh-dim 2,2,1 needs 4 ranks, and 8 were started"),
+        (ParallelConfig(tensor_parallel=3), "--tensor-parallel 3: found 8 ranks, expected a multiple of 3"),
+        (ParallelConfig(tensor_parallel=2, context_parallel=8), "2 x --context-parallel 8: found 8 ranks"),
+        (ParallelConfig(fsdp=True, fsdp_hybrid=True), "found 8 ranks, expected a multiple of the 3 ranks of a node"),
+        (ParallelConfig(mesh_dim="-1,3,1"), "--mesh-dim -1,3,1 needs a multiple of 3 ranks, but 8 were started"),
+        (ParallelConfig(mesh_dim="2,2,1"), "--mesh-dim 2,2,1 needs 4 ranks, but 8 were started"),
     ],
 )
-def test_ranks_that_do_not_divide(cfg: ParallelConfig, message: str) -> None:
+def test_indivisible_numbers_of_ranks_are_rejected(cfg: ParallelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve_layout(cfg, 8, 3)
 
 
 @pytest.mark.parametrize("text", ["2,2", "-1,-1,2", "0,1,1", "a,1,1", "1,2,3,4", "-2,1,1"])
-def test_other_mesh_dims_are_refused(text: str) -> None:
+def test_invalid_mesh_dims_are_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match="expected three numbers of ranks"):
         parse_mesh_dim(text)
 
@@ -64,7 +64,7 @@ def test_mesh_dim_on_the_command_line() -> None:
     args = parse_args(["--mesh-dim", "-1,2,4"])
     assert (args.mesh_dim, args.fsdp) == ("-1,2,4", True)
     assert not parse_args(["--mesh-dim=8,1,1"]).fsdp
-    with pytest.raises(ConfigError, match=r"--mesh-dim says how ranks are divided, and so does --tensor-parallel"):
+    with pytest.raises(ConfigError, match=r"--mesh-dim and --tensor-parallel both define the device mesh"):
         parse_args(["--mesh-dim", "-1,2,4", "--tensor-parallel", "2"])
     with pytest.raises(ConfigError, match=r"--mesh-dim: found '1,2'"):
         parse_args(["--mesh-dim", "1,2"])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any
 
 import layout_worker
+import parity
 import pytest
 import torch
+from parity import on_ranks
 from torch._inductor.cudagraph_trees import MarkStepBox
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
@@ -21,11 +21,6 @@ from open_lm.model.recomputation import _is_expensive
 from open_lm.model.transformer import Params, Transformer
 from open_lm.parallel.parallelize import _materialise, _shard, ineffective_settings, parallelize
 from open_lm.parallel.tensor_parallel import check_tensor_parallel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import parity
-from parity import on_ranks
 
 TENSOR_PARALLEL = {"tensor_parallel": 2}
 INITIALISED_LAYOUTS = [
