@@ -34,7 +34,7 @@ $(UV):
 $(VENV)/.installed: $(UV) requirements/dev.txt setup.py pyproject.toml
 	$(UV) pip install --quiet --compile-bytecode --python $(VENV)/bin/python -r requirements/dev.txt
 	$(UV) pip install --quiet --python $(VENV)/bin/python --no-deps --editable .
-	@$(VENV)/bin/python -c "import sys; from pathlib import Path; from open_lm.utils.torchrun import replace_script; replace_script(Path(sys.executable).parent)"
+	@$(VENV)/bin/python -c "import sys; from pathlib import Path; from open_lm.utils.torchrun import install_script; install_script(Path(sys.executable).parent)"
 	@$(VENV)/bin/python -m compileall -q open_lm
 	@touch $@
 
@@ -74,7 +74,7 @@ lint: install
 
 check-types: install
 	$(VENV)/bin/mypy
-	MYPYPATH=scripts $(VENV)/bin/mypy scripts/*.py scripts/benchmark_7B/*.py eval/*.py
+	MYPYPATH=scripts/bench:scripts/checks:scripts/launch $(VENV)/bin/mypy $$(find scripts eval -type f -name "*.py")
 
 layers: install
 	$(VENV)/bin/lint-imports

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from open_lm.config.architecture import settings_of_run
+from open_lm.config.architecture import read_run_settings
 from open_lm.config.command_line import FlagParser, add_model_args
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError, join_problems, run_cli
@@ -113,7 +113,7 @@ def _load_model(args: argparse.Namespace) -> Transformer:
     checkpoint = named(args.checkpoint)[0].url
     if checkpoint != args.checkpoint.rstrip("/"):
         print(f"the newest checkpoint there is {checkpoint}", file=sys.stderr)
-    settings: dict[str, Any] = settings_of_run(checkpoint)
+    settings: dict[str, Any] = read_run_settings(checkpoint)
     settings |= {key: value for key, value in vars(args).items() if value is not None}
     if "model" not in settings:
         raise ConfigError(

@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 from bench_train_worker import timed, trainer_flags
 from our_step import OurStep
 
-from open_lm.config.architecture import architecture_of
+from open_lm.config.architecture import read_architecture
 from open_lm.config.command_line import parse_args
 from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import ParallelConfig
@@ -85,7 +85,7 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
 def shape_of(args: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
     """The model's configuration with what is changed of it."""
     layers = {} if args.layers is None else {"n_layers": args.layers}
-    return {**architecture_of(args.model), **(SMALL if args.shrink else {}), "seq_len": sizes.seq_length, **layers}
+    return {**read_architecture(args.model), **(SMALL if args.shrink else {}), "seq_len": sizes.seq_length, **layers}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

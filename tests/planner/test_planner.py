@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import check_plan
 import pytest
 import torch
 
@@ -26,9 +27,6 @@ from open_lm.planner.memory import TrainingSetup, add_reserve, host_bytes, peak,
 from open_lm.planner.shapes import shape_of
 from open_lm.planner.strategies import STRATEGIES, largest_batch
 from open_lm.planner.traffic import Rates, collectives, step_time
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import check_plan
 
 VARIANTS = {
     "default": {},

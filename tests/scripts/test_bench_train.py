@@ -13,8 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import bench_train
+import bench_train_worker
+import compare_curves
 import pytest
 import torch
+import torchtitan_recipe
+from matmul_ceiling import linear_shapes, own_flops
+from original_recipe import build
+from step_profile import profile_step, room_of
 from torch import Tensor, nn
 
 from open_lm.config.command_line import parse_args
@@ -23,17 +30,7 @@ from open_lm.errors import ConfigError
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import create_model
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import bench_train  # noqa: E402
-import bench_train_worker  # noqa: E402
-import compare_curves  # noqa: E402
-import torchtitan_recipe  # noqa: E402
-from matmul_ceiling import linear_shapes, own_flops  # noqa: E402
-from original_recipe import build  # noqa: E402
-from step_profile import profile_step, room_of  # noqa: E402
-
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 CPU = torch.device("cpu")
 has_torchtitan = find_spec("torchtitan") is not None
 GOLDEN = ("default", "gain_only_qknorm", "lp_qknorm_dclm", "tied_postembed")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import bench_train
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-import bench_train  # noqa: E402
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 
 pytestmark = [
     pytest.mark.gpu,

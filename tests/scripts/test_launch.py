@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from launch import Host, launch, parse_host, read_hosts
+
+from open_lm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from launch import Host, launch, parse_host, read_hosts  # noqa: E402
-
-from open_lm.errors import ConfigError  # noqa: E402
-
 LAUNCH = [sys.executable, str(ROOT / "scripts/launch.py")]
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 GRACE_S = 20
@@ -86,7 +83,7 @@ def test_a_dry_run_shows_commands_and_no_values(
     assert first.startswith("me@node1:22: ssh -o BatchMode=yes") and " -p 22 me@node1 " in first
     assert " node2 " in second and "-p" not in second.split()
     # Quoted once for this shell and once for the one that ssh calls.
-    assert first.endswith(f"""''"'"'/my env/python'"'"'' {ROOT}/scripts/launch_node.py""")
+    assert first.endswith(f"""''"'"'/my env/python'"'"'' {ROOT}/scripts/launch/launch_node.py""")
     assert "--nnodes 2 --node-rank 0 --nproc-per-node 8" in run and run.endswith("-m open_lm.main --name 'a b;c'")
     assert "AWS_SECRET_ACCESS_KEY, " in with_ and "NCCL_SOCKET_IFNAME" in with_
     assert "hidden" not in first + run + with_ and "eth7" not in with_

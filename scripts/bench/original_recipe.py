@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_lm.config.architecture import architecture_of
+from open_lm.config.architecture import read_architecture
 from open_lm.config.sections import OptimConfig
 from open_lm.errors import ConfigError
 
@@ -249,4 +249,4 @@ def check(model: str, precision: str, device: torch.device) -> None:
 
 
 def _shape(model: str) -> dict[str, Any]:
-    return {"model_norm": "default_layer_norm", "qk_norm": False, **architecture_of(model)}
+    return {"model_norm": "default_layer_norm", "qk_norm": False, **read_architecture(model)}

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from open_lm.config.architecture import architecture_of, gated_width
+from open_lm.config.architecture import gated_width, read_architecture
 from open_lm.config.sections import Config
 from open_lm.distributed.precision import compute_dtype, parameter_dtype
 from open_lm.errors import ConfigError, join_problems
@@ -50,12 +50,12 @@ def build(model: str, precision: str, device: torch.device, *, config: Config) -
     are as it says. ConfigError as `check` has it.
     """
     check(model, precision, device, config=config)
-    return TitanStep(architecture_of(model), config, device)
+    return TitanStep(read_architecture(model), config, device)
 
 
 def check(model: str, precision: str, device: torch.device, *, config: Config) -> None:
     """ConfigError for what torchtitan does not have, all problems together, and where it is not installed."""
-    shape = architecture_of(model)
+    shape = read_architecture(model)
     problems = [
         f"--model {model}: {key} is {shape[key]!r}, expected {' or '.join(map(repr, values))}"
         for key, values in SUPPORTED.items()

@@ -1,0 +1,289 @@
+"""How fast the loader reads npy shards from S3, beside a bare client that only downloads the same objects.
+
+    python scripts/bench_s3.py                         # from a lean server of its own; --server moto, or s3://bucket/folder
+    python scripts/bench_s3.py --sequences-in-shard 8192 --shards 16
+
+`lean` is a server of this file in a process of its own: it gives objects, whole or a range, sends them from the page
+cache without a copy, and so costs the processors little. `moto` knows all of S3 and copies every object several times:
+mostly it is what is measured. With s3://… shards are put there once, and left. The bare client is boto3 with as many
+connections as the loader has downloads at a time in one process; it neither keeps nor verifies anything. Ours is one
+pass over shards that were never read before, as training reads them: verified, and each batch taken from the worker.
+Every measurement is a process of its own; rounds alternate. The clock runs from the first request to the last batch,
+the start of the workers included. Processor time is the client's alone, with its workers'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+
+LENGTH, VOCAB_SIZE, BATCH_SIZE = 2049, 50432, 32
+CONNECTIONS = 4
+CHUNK_BYTES = 1 << 20
+_SENT_BYTES = 256 << 10
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="lean", help="'lean', 'moto', or a folder s3://… (default: lean)")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--shards", type=int, default=192, help="(default: 192)")
+    parser.add_argument("--sequences-in-shard", type=int, default=512, help=f"of {LENGTH} tokens (default: 512)")
+    parser.add_argument("--line-mb", type=float, default=math.inf, help="most MB a second that the lean server sends")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work-dir", type=Path, help="folder for the shards (default: a temporary one)")
+    parser.add_argument("--part", choices=["serve", "raw", "ours"], help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--data", help=argparse.SUPPRESS)
+    return parser
+
+
+# --- the lean server ------------------------------------------------------------------------------------------------
+class _Line:
+    """What all connections share: so many bytes a second, or any number."""
+
+    def __init__(self, bytes_a_second: float) -> None:
+        self._bytes_a_second, self._free_at_s, self._lock = bytes_a_second, 0.0, threading.Lock()
+
+    def wait_for(self, num_bytes: int) -> None:
+        with self._lock:
+            now = time.perf_counter()
+            self._free_at_s = max(self._free_at_s, now) + num_bytes / self._bytes_a_second
+            pause_s = self._free_at_s - now
+        time.sleep(pause_s)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    root: Path
+    line: _Line
+
+    def do_GET(self) -> None:
+        path = (self.root / unquote(urlsplit(self.path).path).lstrip("/")).resolve()
+        if self.root not in path.parents or not path.is_file():
+            self._answer(404, {"Content-Length": "0"})
+            return
+        status = path.stat()
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, stop = (int(wanted[1]), min(int(wanted[2]) + 1, status.st_size)) if wanted else (0, status.st_size)
+        headers = {"Content-Length": str(stop - start), "ETag": f'"{status.st_mtime_ns}-{status.st_size}"'}
+        headers["Last-Modified"] = formatdate(status.st_mtime, usegmt=True)
+        if wanted:
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{status.st_size}"
+        self._answer(206 if wanted else 200, headers)
+        if self.command == "GET" and stop > start:
+            with open(path, "rb") as file:
+                for place in range(start, stop, _SENT_BYTES):
+                    count = min(_SENT_BYTES, stop - place)
+                    self.line.wait_for(count)
+                    self.connection.sendfile(file, place, count)
+
+    do_HEAD = do_GET
+
+    def _answer(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        """Nothing: only the bytes count."""
+
+
+def serve(folder: Path, line_mb: float) -> None:
+    """Serve the files folder/bucket/key, until standard input ends."""
+    _Handler.root, _Handler.line = folder.resolve(), _Line(line_mb * 1e6)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+    server.daemon_threads = True
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(server.serve_forever)
+        print(server.server_port, flush=True)
+        sys.stdin.read()
+        server.shutdown()
+
+
+@contextlib.contextmanager
+def _lean(folder: Path, line_mb: float) -> Iterator[int]:
+    command = [sys.executable, __file__, "--part", "serve", "--data", str(folder), "--line-mb", str(line_mb)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+
+
+@contextlib.contextmanager
+def _moto() -> Iterator[int]:
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        yield server.get_host_and_port()[1]
+    finally:
+        server.stop()
+
+
+# --- the shards -----------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def stored_shards(args: argparse.Namespace, local: Path) -> Iterator[str]:
+    """The url of a manifest on the wanted server."""
+    if args.server == "lean":
+        put_shards(args, local, str(local / "bench"))
+        with _lean(local, args.line_mb) as port:
+            _point_at(port)
+            yield "s3://bench/manifest.jsonl"
+    elif args.server == "moto":
+        import boto3
+
+        with _moto() as port:
+            _point_at(port)
+            boto3.client("s3").create_bucket(Bucket="bench")
+            put_shards(args, local, "s3://bench")
+            yield "s3://bench/manifest.jsonl"
+    else:
+        put_shards(args, local, args.server.rstrip("/"))
+        yield f"{args.server.rstrip('/')}/manifest.jsonl"
+
+
+def _point_at(port: int) -> None:
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
+
+
+def put_shards(args: argparse.Namespace, local: Path, target: str) -> None:
+    """One shard of random ids many times, and a manifest as make_wds_manifest makes it."""
+    from open_lm import storage
+    from open_lm.data.manifest import ManifestEntry, write_manifest
+    from open_lm.data.shard_format import ShardWriter
+
+    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (args.sequences_in_shard, LENGTH), dtype=np.uint16)
+    with ShardWriter(local / "shard.tar", "npy") as writer:
+        writer.write_numbered(0, ids)
+    data = (local / "shard.tar").read_bytes()
+    known = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    entries = [ManifestEntry(f"{number:05d}", args.sequences_in_shard, known) for number in range(args.shards)]
+    storage.makedirs(target)
+    for entry in entries:
+        storage.copy(local / "shard.tar", f"{target}/{entry.shard}.tar")
+    write_manifest(f"{target}/manifest.jsonl", entries)
+
+
+# --- what is measured, each in a process of its own -----------------------------------------------------------------
+def ours(args: argparse.Namespace) -> None:
+    """One pass of the loader, to the last whole batch."""
+    from open_lm.config.sections import DataConfig
+    from open_lm.data.loader import build_train_loader
+
+    (workers,) = args.workers
+    data = DataConfig(dataset_manifest=[args.data], data_key="npy", workers=workers)
+    loader = build_train_loader(data, seq_len=LENGTH - 1, vocab_size=VOCAB_SIZE, batch_size=BATCH_SIZE)
+    (sequences,) = (source.num_sequences or 0 for source in loader.sources)
+    with _measured(sum(filter(None, loader.sources[0].num_bytes))):
+        for batch, _ in loader.batches(sequences // BATCH_SIZE):
+            assert batch.num_samples == BATCH_SIZE
+        loader.close()
+
+
+def raw(args: argparse.Namespace) -> None:
+    """Download every shard and throw it away."""
+    import boto3
+    from botocore.config import Config
+
+    from open_lm.data.manifest import read_manifest
+
+    bucket, _, folder = args.data.removeprefix("s3://").rpartition("/")[0].partition("/")
+    entries = read_manifest(args.data)
+    client = boto3.client("s3", config=Config(max_pool_connections=CONNECTIONS))
+
+    def download(name: str) -> None:
+        body = client.get_object(Bucket=bucket, Key=f"{folder}/{name}.tar".lstrip("/"))["Body"]
+        while body.read(CHUNK_BYTES):
+            pass
+
+    with _measured(sum(entry.num_bytes or 0 for entry in entries)), ThreadPoolExecutor(CONNECTIONS) as pool:
+        list(pool.map(download, [entry.shard for entry in entries]))
+
+
+@contextlib.contextmanager
+def _measured(num_bytes: int) -> Iterator[None]:
+    """Print bytes, seconds and processor seconds of the block, with those of the processes that ended in it."""
+    started, used = time.perf_counter(), _processor_s()
+    yield
+    seconds = time.perf_counter() - started
+    print(json.dumps({"bytes": num_bytes, "seconds": seconds, "processor_s": _processor_s() - used}), flush=True)
+
+
+def _processor_s() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+def run(args: argparse.Namespace, local: Path) -> None:
+    me = [sys.executable, __file__, "--data"]
+    with stored_shards(args, local) as manifest:
+        commands = {"only downloaded": [*me, manifest, "--part", "raw"]}
+        for workers in args.workers:
+            commands[f"ours, {workers} workers"] = [*me, manifest, "--part", "ours", "--workers", str(workers)]
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+        for _ in range(args.rounds):
+            for name, command in commands.items():
+                done = subprocess.run(command, check=False, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+                results[name].append(json.loads(done.stdout.splitlines()[-1]))
+    size = results["only downloaded"][0]["bytes"]
+    print(
+        f"{args.shards} shards of {size / args.shards / 1e6:.1f} MB from the server {args.server} ({args.line_mb:g} "
+        f"MB/s at most), {CONNECTIONS} connections, {len(os.sched_getaffinity(0))} processors, medians of "
+        f"{args.rounds} rounds"
+    )
+    print(table(results))
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """A line for each contender: MB a second, its share of the bare client's, processor seconds a GB."""
+    lines = [f"{'':20}{'MB/s':>8}{'least':>8}{'greatest':>10}{'share':>8}{'processor s/GB':>16}"]
+    baseline = 0.0
+    for name, measured in results.items():
+        speeds = [one["bytes"] / one["seconds"] / 1e6 for one in measured]
+        median = statistics.median(speeds)
+        baseline = baseline or median
+        cost = statistics.median(one["processor_s"] / one["bytes"] * 1e9 for one in measured)
+        lines.append(f"{name:20}{median:8.0f}{min(speeds):8.0f}{max(speeds):10.0f}{median / baseline:8.2f}{cost:16.2f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.part:
+        {"serve": lambda args: serve(Path(args.data), args.line_mb), "raw": raw, "ours": ours}[args.part](args)
+        return
+    with tempfile.TemporaryDirectory(prefix="bench-s3-") as temporary:
+        run(args, args.work_dir or Path(temporary))
+
+
+if __name__ == "__main__":
+    main()

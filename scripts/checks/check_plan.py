@@ -1,0 +1,365 @@
+"""Compare the planner's memory with what torch's memory tracker sees of a real training step on tensors without data.
+
+    python scripts/check_plan.py                               all cases, a line each
+    python scripts/check_plan.py --models open_lm_7b --detail  those of one model, by category
+    python scripts/check_plan.py --only muon,tensor            those whose names hold one of these
+
+A step is train.train_step on the model that parallelize makes, its tensors fake (FakeTensorMode) and its process group
+too, so that one process stands for rank 0 of many and nothing is computed or allocated. The code goes CUDA's ways on
+the CPU's operators; where these keep something else (norms under autocast) the planner knows both (device_type). Exit
+code 1 where they differ by more than a tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from open_lm.config.command_line import parse_args
+from open_lm.config.layout import resolve_layout
+from open_lm.config.sections import Config
+from open_lm.errors import ConfigError, run_cli
+from open_lm.planner.memory import TrainingSetup, host_bytes, peak
+from open_lm.planner.shapes import shape_of
+
+MODELS = ("open_lm_160m", "open_lm_411m", "open_lm_1b", "open_lm_7b")
+PER_NODE = 8
+TOLERANCE = 0.1
+HOST = "host"  # the device that stands for host memory where the CPU stands for the accelerator
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to compare: flags of the trainer, on so many ranks, with micro-batches of `batch` sequences."""
+
+    name: str
+    flags: str
+    ranks: int = 1
+    batch: int = 2
+
+    @property
+    def config(self) -> Config:
+        return Config.from_namespace(parse_args(self.flags.split()))
+
+    def setup(self) -> TrainingSetup:
+        config = self.config
+        layout = resolve_layout(config.parallel, self.ranks, min(PER_NODE, self.ranks))
+        return TrainingSetup(shape_of(config.model), config, layout, self.batch, device_type="cpu")
+
+
+def cases(model: str) -> list[Case]:
+    """All ways to train that are compared, for one model."""
+    amp, mixed = "--precision amp_bfloat16", "--precision amp_bfloat16 --fsdp --fsdp-amp"
+    full = "--activation-checkpointing full"
+    found = [
+        Case("single fp32", "--precision fp32"),
+        Case("single bf16", "--precision bf16"),
+        Case("single amp", amp),
+        Case("single amp full", f"{amp} {full}"),
+        Case("single amp op", f"{amp} --activation-checkpointing op"),
+        Case("single amp every 2", f"{amp} --activation-checkpointing 2"),
+        Case("single accum", f"{amp} --accum-freq 2"),
+        Case("single muon full", f"{amp} --optimizer muon {full}"),
+        Case("rms_norm", f"{amp} --model-norm rms_norm"),
+        Case("gain_only_lp_layer_norm", f"{amp} --model-norm gain_only_lp_layer_norm"),
+        Case("qk-norm", f"{amp} --qk-norm"),
+        Case("gelu", f"{amp} --ffn-type gelu"),
+        Case("gemma_geglu", f"{amp} --ffn-type gemma_geglu"),
+        Case("experts", f"{amp} --moe-freq 2 --moe-num-experts 8"),
+        Case("ddp amp", amp, 8),
+        Case("ddp accum full", f"{amp} --accum-freq 2 {full}", 8),
+        Case("ddp muon full", f"{amp} --optimizer muon {full}", 8),
+        Case("fsdp fp32", "--precision fp32 --fsdp", 8),
+        Case("fsdp amp", f"{amp} --fsdp", 8),
+        Case("fsdp pure bf16", f"{amp} --fsdp --fsdp-pure-bf16", 8),
+        Case("fsdp", mixed, 8),
+        Case("fsdp full", f"{mixed} {full}", 8),
+        Case("fsdp accum full", f"{mixed} --accum-freq 2 {full}", 8),
+        Case("fsdp muon full", f"{mixed} --optimizer muon {full}", 8),
+        Case("fsdp experts", f"{mixed} --moe-freq 2 --moe-num-experts 8", 8),
+        Case("zero2", f"{mixed} --fsdp-zero2", 8),
+        Case("zero2 accum full", f"{mixed} --fsdp-zero2 --accum-freq 2 {full}", 8),
+        Case("hybrid", f"{mixed} --fsdp-hybrid", 16),
+        Case("tensor", f"{amp} --tensor-parallel 4", 8),
+        Case("tensor+fsdp", f"{mixed} --tensor-parallel 4", 8),
+        Case("tensor+fsdp full", f"{mixed} --tensor-parallel 4 {full}", 8),
+        Case("tensor+fsdp muon full", f"{mixed} --tensor-parallel 4 --optimizer muon {full}", 8),
+        Case("context", f"{mixed} --context-parallel 4", 8),
+        Case("context full", f"{mixed} --context-parallel 4 {full}", 8),
+        Case("offload", f"{mixed} --fsdp-cpu-offload", 8),
+        Case("offload full", f"{mixed} --fsdp-cpu-offload {full}", 8),
+        Case("offload full, one rank", f"{mixed} --fsdp-cpu-offload {full}"),
+    ]
+    return [Case(case.name, f"--model {model} {case.flags}", case.ranks, case.batch) for case in found]
+
+
+# --- tracking -------------------------------------------------------------------------------------------------------
+def tracked(case: Case) -> dict[str, int]:
+    """Bytes by the tracker's categories at the peak of a second step, with their "Total", and "Host": what of
+    --fsdp-cpu-offload is in host memory."""
+    import torch
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    from open_lm.distributed.precision import get_autocast, parameter_dtype
+    from open_lm.distributed.processes import Runtime, build_layout
+    from open_lm.optim.build import build_optimizer
+    from open_lm.parallel.parallelize import parallelize
+    from open_lm.training.step import StepOptions, train_step
+
+    class Peaks(MemTracker):
+        """Without the peak of each module, which is looked up after every operator and takes most of the time."""
+
+        def _update_peak_stats(self, peak_state: Any) -> None:
+            modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
+            super()._update_peak_stats(peak_state)
+            self.memory_tracking = modules
+
+    config, device = case.config, torch.device("cpu")
+    dtype, count = parameter_dtype(config.precision.precision), config.optim.accum_freq
+    with ExitStack() as stack:
+        stack.enter_context(_one_of_many())
+        if case.ranks > 1 or config.parallel.fsdp:
+            dist.init_process_group("fake", rank=0, world_size=case.ranks, store=FakeStore())
+            stack.callback(dist.destroy_process_group)
+        runtime = Runtime(world_size=case.ranks, local_world_size=min(PER_NODE, case.ranks))
+        layout = build_layout(runtime, config.parallel)
+        if config.parallel.fsdp_cpu_offload:
+            stack.enter_context(_host_memory())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        model = parallelize(
+            _model(config, dtype), layout, config.parallel, device=device, model_cfg=config.model, dtype=dtype
+        )
+        if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+            # A bucket's gradients are those of all ranks.
+            model.register_comm_hook(None, lambda state, bucket: _done(bucket.buffer()))
+        optimizer = build_optimizer(model, config.optim)
+        autocast = get_autocast(config.precision.precision, "cpu")
+        options = StepOptions(runtime, layout, autocast, accum_freq=count, grad_clip_norm=1.0)
+        ids = torch.zeros(case.batch * count, shape_of(config.model).seq_len, dtype=torch.int64)
+        with _assumed_values():
+            train_step(model, ids, ids, optimizer, options)  # makes the optimizer's state
+        tracker = Peaks()
+        tracker.track_external(model, optimizer, ids)
+
+        def enter(phase: str) -> None:
+            if phase == "forward":  # of one micro-batch after the other, which the tracker takes for a mistake
+                tracker.reset_mod_stats()
+
+        with tracker, _assumed_values():
+            train_step(model, ids, ids, optimizer, options, enter_phase=enter)
+        peaks = {found.type: snapshot for found, snapshot in tracker.get_tracker_snapshot("peak").items()}
+    found = {getattr(key, "name", str(key)): value for key, value in peaks["cpu"].items()}
+    return {**found, "Host": peaks.get(HOST, {}).get("Total", 0)}
+
+
+def _model(config: Config, dtype: Any) -> Any:
+    """The model of `config`, on fake tensors: they cannot be filled, nor moved."""
+    import torch
+
+    from open_lm.model.transformer import Transformer, create_params
+
+    class Unfilled(Transformer):
+        def reset_parameters(self, seed: int | None = None) -> None: ...
+
+        def _apply(self, fn: Any, recurse: bool = True) -> Any:
+            return self
+
+    standard = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return Unfilled(create_params(config.model))
+    finally:
+        torch.set_default_dtype(standard)
+
+
+@contextmanager
+def _assumed_values() -> Iterator[None]:
+    """Where code on a CPU looks at values, it finds that all tokens have targets and all comparisons hold."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+
+    class Assumed(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is aten._local_scalar_dense.default:
+                return 1
+            if func is aten.nonzero.default:
+                return torch.arange(len(args[0]))[:, None]
+            if func is aten.index_put_.default and args[1][0].dtype == torch.bool:
+                return args[0]
+            return func(*args, **(kwargs or {}))
+
+    with Assumed():
+        yield
+
+
+@contextmanager
+def _one_of_many() -> Iterator[None]:
+    """What ranks ask each other and do with plain numbers works with a fake group and fake tensors."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.nn.attention import bias
+    from torch.nn.parallel import distributed
+
+    from open_lm.kernels import linear_loss
+    from open_lm.kernels.native import attention
+    from open_lm.model import feed_forward
+    from open_lm.optim import matrix_assignment, muon
+
+    def all_say_the_same(objects: list[Any], own: Any, group: Any = None) -> None:
+        objects[:] = [own] * len(objects)
+
+    def gated_silu(both: torch.Tensor) -> torch.Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+    changes: list[Any] = [
+        mock.patch.object(dist, "all_gather_object", all_say_the_same),
+        mock.patch.object(DeviceMesh, "__init__", _on_numbers(DeviceMesh.__init__)),
+        mock.patch.object(
+            matrix_assignment, "_holders_of_one_copy", _on_numbers(matrix_assignment._holders_of_one_copy)
+        ),
+        # As on CUDA, whatever this CPU's cache holds and whichever units it has.
+        mock.patch.object(linear_loss, "_on_cpu", lambda tensor: False),
+        mock.patch.object(linear_loss, "_supports_float32_output", lambda device: True),
+        mock.patch.object(feed_forward, "gated_silu", gated_silu),
+        mock.patch.object(attention, "supports", lambda *tensors: False),
+        mock.patch.object(muon, "working_dtype", lambda device: torch.bfloat16),
+        mock.patch.object(bias, "causal_lower_right", lambda *size: _Unseen()),
+        # DDP compares parameters and reorders its buckets by messages of its own.
+        mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *args: None),
+        mock.patch.object(dist.Reducer, "_rebuild_buckets", lambda reducer: False),
+    ]
+    with ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(change)
+        yield
+
+
+def _on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` on real tensors, as it reads what is in them."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
+
+    return run
+
+
+class _Unseen:
+    """In place of a causal mask, which on CUDA is part of the kernel and takes no memory."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        import torch
+
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
+
+
+def _done(value: Any) -> Any:
+    """A future whose value is there."""
+    import torch
+
+    future: Any = torch.futures.Future()
+    future.set_result(value)
+    return future
+
+
+@contextmanager
+def _host_memory() -> Iterator[None]:
+    """The CPU stands for an accelerator; what FSDP2 brings to the CPU from there goes to another device."""
+    from types import SimpleNamespace
+
+    import torch
+    from torch import Tensor
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    from open_lm.parallel import parallelize
+
+    if not hasattr(torch, HOST):
+        same = ("Event", "Stream", "current_stream", "device_count", "is_available", "is_initialized", "stream")
+        own = {
+            "current_device": lambda: 0,
+            "_is_in_bad_fork": lambda: False,
+            "get_amp_supported_dtype": lambda: [torch.bfloat16],
+        }
+        module = SimpleNamespace(**{name: getattr(torch.cpu, name) for name in same}, **own)
+        _setup_privateuseone_for_python_backend(HOST, module)
+    move = Tensor.to
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        asked_by = sys._getframe(1).f_globals["__name__"]
+        if (
+            asked_by.startswith("torch.distributed.fsdp")
+            and args == (torch.device("cpu"),)
+            and tensor.device.type == "cpu"
+        ):
+            args = (HOST,)
+        return move(tensor, *args, **kwargs)
+
+    with (
+        mock.patch.object(Tensor, "to", to),
+        mock.patch.object(Tensor, "cpu", lambda tensor: move(tensor, HOST)),
+        mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
+        mock.patch.object(FSDPParamGroup, "_validate_cpu_offload_params", lambda group: None),
+        mock.patch.object(parallelize, "_offloads", lambda cfg, device: cfg.fsdp_cpu_offload),
+    ):
+        yield
+
+
+# --- what is said ---------------------------------------------------------------------------------------------------
+def compare(case: Case, detail: bool) -> float:
+    """The planner's total over the tracker's, less one; printed."""
+    setup = case.setup()
+    memory, found = peak(setup), tracked(case)
+    error = memory.total / found["Total"] - 1
+    host = f", in host memory {_mib(host_bytes(setup))} and {_mib(found['Host'])}" if found["Host"] else ""
+    print(
+        f"{case.name:44}{_mib(memory.total):>10}{_mib(found['Total']):>10}{error:>+8.1%}  {memory.phase}{host}",
+        flush=True,
+    )
+    if detail:
+        said = ", ".join(f"{name} {_mib(value)}" for name, value in memory.items() if value)
+        seen = ", ".join(f"{name} {_mib(value)}" for name, value in found.items() if value and name != "Total")
+        print(f"    predicted  {said}\n    tracked    {seen}", flush=True)
+    return error
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f}"
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS), help=f"joined by commas (default: {','.join(MODELS)})")
+    parser.add_argument("--only", default="", metavar="TEXT,…", help="cases whose names hold one of these")
+    parser.add_argument("--detail", action="store_true", help="show categories")
+    args = parser.parse_args(argv)
+    errors = []
+    for model in args.models.split(","):
+        chosen = [case for case in cases(model) if any(part in case.name for part in args.only.split(","))]
+        if not chosen:
+            names = ", ".join(case.name for case in cases(model))
+            raise ConfigError(f"--only {args.only}: found no such case, expected parts of {names}")
+        print(f"{f'MiB of a rank, {model}':44}{'predicted':>10}{'tracked':>10}{'error':>8}  peak")
+        errors += [compare(case, args.detail) for case in chosen]
+    print(f"{len(errors)} cases, errors from {min(errors):+.1%} to {max(errors):+.1%}")
+    if max(map(abs, errors)) > TOLERANCE:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
