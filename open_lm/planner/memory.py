@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from open_lm.config.layout import MeshLayout
-from open_lm.config.registry import OPTIMIZERS
 from open_lm.config.memory_limits import LOSS_CHUNK_TOKENS, MUON_BATCH_ELEMENTS
+from open_lm.config.registry import OPTIMIZERS
 from open_lm.config.sections import Config
 from open_lm.planner.activations import (
     ElementSizes,
