@@ -1,11 +1,12 @@
-"""Texts that tokenizers get wrong: a fixed sample, and as many random ones as one likes."""
+"""Texts that are difficult to tokenize: a fixed sample, and any number of random texts."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 
-# Each has tripped some tokenizer: letters by where Unicode puts them, marks, controls, joins, code and numbers.
+# Each fragment was encoded wrongly by some tokenizer: letters of many scripts, combining marks, control characters,
+# joined characters, code and numbers.
 _FRAGMENTS = (
     " ", "  ", "\n", "\n\n", "\r", "\r\n", "\t", "\v", "\f", " \n", "\n ", " " * 5, " " * 23, " " * 24, " " * 25, "a",
     "The", "the", "I'm", "don't", "'s", "'ll", "'LL", "\u2019s", "'", "_", "-", "--", "...", "!!!", "###", "1", "12",
@@ -23,14 +24,14 @@ _RUNS = (" ", "\n", "\t", "\r\n", "a", "e", "A", "0", "=", "-", ".", "\u0301", "
 
 
 def fixed_sample(added_tokens: Sequence[str] = ()) -> list[str]:
-    """The same few thousand short texts every time, those around `added_tokens` apart."""
+    """Return a fixed sample of a few thousand short texts, and texts around `added_tokens`."""
     fragments = [*_FRAGMENTS, *added_tokens]
     texts = ["", *fragments]
     texts += [unit * count for unit in _RUNS for count in _RUN_LENGTHS]
     texts += [f"x{unit * count}y" for unit in _RUNS for count in _RUN_LENGTHS[:12]]
     texts += [f"{before}{fragment}{after}" for fragment in fragments for before, after in ((" ", ""), ("a", " b"))]
     texts += ["\ufeff" + "word " * 50, "Pneumono" * 500, "x" * 5000, "9" * 2000]
-    # Every plane, and the whole of the blocks that hold most letters and marks of Europe, Asia and Korea's parts.
+    # All characters below U+3200, which include most letters and marks of Europe and Asia, and some of every plane.
     texts += ["".join(map(chr, range(first, first + 64))) for first in range(0, 0x3200, 64)]
     texts += [chr(plane << 16 | low) + "a" for plane in range(17) for low in (0x30, 0x301, 0x4E00, 0xF900, 0xFFFF)]
     texts += random_texts(200, seed=0, added_tokens=added_tokens)
@@ -38,7 +39,7 @@ def fixed_sample(added_tokens: Sequence[str] = ()) -> list[str]:
 
 
 def random_texts(count: int, seed: int, added_tokens: Sequence[str] = ()) -> Iterator[str]:
-    """`count` texts that depend on the arguments alone: characters of all planes, fragments, repetitions, mixtures."""
+    """Yield `count` texts that depend only on the arguments: random characters, fragments, repetitions and mixtures."""
     random_ = random.Random(seed)
     fragments = [*_FRAGMENTS, *added_tokens]
     for _ in range(count):
@@ -56,6 +57,6 @@ def random_texts(count: int, seed: int, added_tokens: Sequence[str] = ()) -> Ite
 
 
 def _character(random_: random.Random) -> str:
-    """A character, as likely ASCII as below U+0800, as below U+10000, as any; never half of a surrogate pair."""
+    """Return a character below U+0080, U+0800, U+10000 or U+110000 (equally likely limits); never a surrogate."""
     code = random_.randrange(random_.choice((0x80, 0x800, 0x10000, 0x110000)))
     return chr(code if not 0xD800 <= code < 0xE000 else code - 0x800)

@@ -1,6 +1,6 @@
-"""The fast tokenizer: byte-pair encoding by the fastokens library, for those tokenizers that it can take.
+"""Fast byte-pair encoding with the fastokens library, for the tokenizers that it supports.
 
-It gives the ids that the tokenizer's own library gives, many times faster, and no Python object for every id.
+It gives the same ids as the tokenizer's own library, many times faster, and returns arrays instead of Python lists.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from open_lm.tokenizer import JsonTokenizer, SentencePieceTokenizer
 
 
 class NoFastTokenizer(Exception):
-    """There is no fast tokenizer for a tokenizer; the message says why."""
+    """The tokenizer is not supported by fastokens; the message gives the reason."""
 
 
 class FastTokenizer:
-    """Batches of texts to ids. Pickles as its source; the native tokenizer is built by the first use.
+    """Encodes batches of texts. Pickles as its source; the native tokenizer is built on first use.
 
     Attributes:
-        library: name of the library that does the work.
-        added_tokens: those that the tokenizer finds in a text before anything else, and its control pieces.
+        library: name of the library.
+        added_tokens: tokens that the tokenizer matches before splitting the text, and its control pieces.
     """
 
     library = "fastokens"
@@ -34,7 +34,7 @@ class FastTokenizer:
         self._native: Any = _load(source)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, one behind the other, and how many each text has."""
+        """Return the concatenated ids of all texts, and the number of ids of each text."""
         if self._native is None:
             self._native = _load(self._source)
         ids, offsets = self._native.encode_batch_flat(texts)
@@ -45,21 +45,21 @@ class FastTokenizer:
 
 
 def fast_tokenizer(tokenizer: object) -> FastTokenizer:
-    """The fast tokenizer that takes the place of a tokenizer. Raises NoFastTokenizer where there is none for it."""
+    """Return the fast tokenizer that is equivalent to `tokenizer`; NoFastTokenizer if it is not supported."""
     try:
         if isinstance(tokenizer, JsonTokenizer):
             source = tokenizer.source
         elif isinstance(tokenizer, SentencePieceTokenizer):
             source = convert(tokenizer.source)
         else:
-            raise NoFastTokenizer(f"a {type(tokenizer).__name__} has no file that fastokens reads")
+            raise NoFastTokenizer(f"fastokens cannot read a {type(tokenizer).__name__}")
         return FastTokenizer(source, tokenizer.added_tokens())
     except ImportError as error:
         raise NoFastTokenizer(f"fastokens is not installed ({error})") from error
     except NotConvertible as error:
         raise NoFastTokenizer(f"the sentencepiece model cannot be converted: {error}") from error
     except ValueError as error:
-        raise NoFastTokenizer(f"fastokens does not take this tokenizer ({error})") from error
+        raise NoFastTokenizer(f"fastokens does not support this tokenizer ({error})") from error
 
 
 def _load(source: str) -> Any:

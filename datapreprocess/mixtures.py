@@ -1,15 +1,15 @@
-"""Mixtures: sources of documents, and at which rates a training sees them.
+"""Mixtures: sources of documents, and the rates at which training uses them.
 
-A mixture is named (MIXTURES), or a YAML file of the user's own:
+A mixture is built in (MIXTURES) or defined in a YAML file:
 
     sources:
-      - {source: wiki, markers: [wikipedia], rate: 90.91}       # its files: those with a marker in their path
-      - {source: web, inputs: ["s3://bucket/web/*.jsonl.zst"], rate: 9.09}     # or those that inputs stand for
+      - {source: wiki, markers: [wikipedia], rate: 90.91}       # files with a marker in their path
+      - {source: web, inputs: ["s3://bucket/web/*.jsonl.zst"], rate: 9.09}     # or files that match patterns
     sampling_frequencies: {wiki: 2.5}     # factor: each document twice, and half of the documents a third time
 
-A rate is a share of the training's tokens, on any scale. Two ways lead to it: `training_flags` mixes the data sets of
-the sources while training, `factors_for_rates` repeats or leaves out documents in the preprocessor. With factors of
-one's own only the first is open.
+A rate is a share of the training tokens, on any scale. There are two ways to apply rates: `training_flags` mixes one
+data set per source during training; `factors_for_rates` repeats or drops documents during preprocessing. The second is
+not available together with `sampling_frequencies`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ _SOURCE_KEYS = ("source", "rate", "markers", "inputs")
 
 @dataclass(frozen=True)
 class Source:
-    """`rate`: share of the training's tokens; `markers`: substrings of its files' paths; `inputs`: files or globs."""
+    """A source of a mixture.
+
+    Attributes:
+        rate: share of the training tokens.
+        markers: substrings of the paths of its files.
+        inputs: paths or globs of its files.
+    """
 
     name: str
     rate: float | None = None
@@ -44,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources in their order; `factors`: source -> copies of each document, 1 where not named.
+    """Sources in order, and factors (source -> copies of each document; 1 for other sources).
 
     Either every source has a rate or none has.
     """
@@ -59,25 +65,25 @@ class Mixture:
 
     @property
     def inputs(self) -> dict[str, tuple[str, ...]]:
-        """The patterns of the sources that name their files."""
+        """The input patterns of the sources that have them."""
         return {source.name: source.inputs for source in self.sources if source.inputs}
 
     def with_inputs(self, inputs: Mapping[str, Sequence[str]]) -> Mixture:
-        """With more patterns for its sources; a ConfigError lists those for sources that it lacks."""
+        """Return the mixture with additional input patterns; ConfigError for unknown sources."""
         names = [source.name for source in self.sources]
-        unknown = [f"{name} is no source of {self.name}{_hint(name, names)}" for name in inputs if name not in names]
+        unknown = [f"{name} is not a source of {self.name}{_hint(name, names)}" for name in inputs if name not in names]
         if unknown:
             raise ConfigError(join_problems(unknown))
         sources = (replace(item, inputs=(*item.inputs, *inputs.get(item.name, ()))) for item in self.sources)
         return replace(self, sources=tuple(sources))
 
     def sampling(self, listing: Mapping[str, Sequence[str]] | None = None) -> Sampling:
-        """How its files are told apart and sampled; `listing`: source -> the files that its `inputs` stand for."""
+        """Return the sampling rules; `listing` maps sources to the files that match their `inputs`."""
         markers = {source.name: source.markers for source in self.sources}
         return Sampling.from_listing(listing or {}, markers, self.factors)
 
     def record(self) -> dict[str, Any]:
-        """What a data set tells of its mixture, JSON-able."""
+        """Return the JSON-serializable record of the mixture for dataset.json."""
         return {
             "name": self.name,
             "sources": [asdict(source) for source in self.sources],
@@ -85,7 +91,7 @@ class Mixture:
         }
 
 
-# --- named mixtures ---------------------------------------------------------------------------------------------------
+# --- built-in mixtures ------------------------------------------------------------------------------------------------
 _DOLMA_MARKERS = {  # folders and file names of Dolma up to v1.6, https://huggingface.co/datasets/allenai/dolma
     "cc_en": ("cc_en",),
     "stack": ("/stack/", "stack-"),
@@ -115,8 +121,8 @@ MIXTURES: dict[str, Mixture] = {
     for mixture in (
         # After Branch-Train-MiX (arXiv:2403.07816), with the rates of data/mixtures.py of github.com/jiasenlu/LL3M.
         _named("wikipedia_mixture", _DOLMA_MARKERS, cc_en=9.09, wiki=90.91),
-        # Rates of data/mixtures.py of github.com/jiasenlu/LL3M. "reddit" is there twice, with 6.94 and 2.10; the second
-        # stands where Dolma's own table (arXiv:2402.00159) has the books of Project Gutenberg, and is taken for them.
+        # Rates of data/mixtures.py of github.com/jiasenlu/LL3M. It lists "reddit" twice, with 6.94 and 2.10. Dolma's
+        # table (arXiv:2402.00159) has Project Gutenberg at the position of the second, so 2.10 is used for books.
         _named(
             "dolma_mixture", _DOLMA_MARKERS,
             cc_en=46.23, stack=21.37, c4=16.19, reddit=6.94, peS2o=5.49, books=2.10, wiki=1.66,
@@ -126,8 +132,8 @@ MIXTURES: dict[str, Mixture] = {
             "redpajama", _RED_PAJAMA_MARKERS,
             common_crawl=67.0, c4=15.0, github=4.5, wikipedia=4.5, books=4.5, arxiv=2.5, stackexchange=2.0,
         ),
-        # Proportions of SlimPajama-627B as https://huggingface.co/datasets/DKYoon/SlimPajama-6B tabulates them. Its own
-        # files hold all sources together; the markers fit copies that are parted by source.
+        # Proportions of SlimPajama-627B, from the table of https://huggingface.co/datasets/DKYoon/SlimPajama-6B. The
+        # original files mix all sources; the markers match copies that are split by source.
         _named(
             "slimpajama", _RED_PAJAMA_MARKERS,
             common_crawl=52.2, c4=26.7, github=5.2, wikipedia=3.8, books=4.2, arxiv=4.6, stackexchange=3.3,
@@ -137,16 +143,16 @@ MIXTURES: dict[str, Mixture] = {
 
 
 def find_mixture(name: str) -> Mixture:
-    """A mixture by its name, or from a YAML file; a ConfigError lists the valid names."""
+    """Return a built-in mixture by name, or load a YAML file; ConfigError for an unknown name."""
     if name in MIXTURES:
         return MIXTURES[name]
     if name.endswith((".yaml", ".yml")):
         return load_mixture(name)
-    raise ConfigError(f"no mixture is called {name!r}{_hint(name, MIXTURES)}; or give a file ending in .yaml")
+    raise ConfigError(f"--mixture {name!r} is unknown{_hint(name, MIXTURES)}; or use a file that ends in .yaml")
 
 
 def choose_mixture(name: str | None, source_flags: Sequence[str]) -> Mixture | None:
-    """What --mixture and the values of --source together say; None where nothing is named."""
+    """Return the mixture that --mixture and --source define together, or None without them."""
     inputs = parse_sources(source_flags)
     if name is not None:
         return find_mixture(name).with_inputs(inputs)
@@ -154,7 +160,7 @@ def choose_mixture(name: str | None, source_flags: Sequence[str]) -> Mixture | N
 
 
 def parse_sources(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Source -> patterns, from values NAME=PATTERN; a ConfigError lists all that are none."""
+    """Parse NAME=PATTERN values to source -> patterns; ConfigError lists all invalid values."""
     found: dict[str, tuple[str, ...]] = {}
     problems: list[str] = []
     for value in values:
@@ -172,7 +178,7 @@ def parse_sources(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
 def load_mixture(path: str) -> Mixture:
-    """Read a mixture's YAML; a ConfigError lists everything that is wrong with it."""
+    """Load a mixture from a YAML file; ConfigError lists all problems of the file."""
     import yaml
 
     try:
@@ -190,7 +196,7 @@ def load_mixture(path: str) -> Mixture:
         entries = []
     sources = [source for entry in entries if (source := _read_source(entry, problems))]
     names = Counter(source.name for source in sources)
-    problems += [f"source {name} is there twice" for name, count in names.items() if count > 1]
+    problems += [f"source {name} is defined twice" for name, count in names.items() if count > 1]
     problems += _rate_problems(sources)
     factors = _read_factors(content.get("sampling_frequencies"), names, problems)
     if problems:
@@ -199,22 +205,22 @@ def load_mixture(path: str) -> Mixture:
 
 
 def _read_source(entry: Any, problems: list[str]) -> Source | None:
-    """A source; what is wrong with it is added to the problems, None where it has no name."""
+    """Return a source and append its problems to `problems`; None for an entry without a name."""
     if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
         problems.append(f"expected {{source: NAME, markers: [text, …]}}, found {entry!r}")
         return None
     name, rate = entry["source"], entry.get("rate")
-    found = [*_unknown_keys(entry, _SOURCE_KEYS), *filter(None, [_name_problem(name)])]
+    source_problems = [*_unknown_keys(entry, _SOURCE_KEYS), *filter(None, [_name_problem(name)])]
     lists: dict[str, tuple[str, ...]] = {}
     for key in ("markers", "inputs"):
         value = entry.get(key) or []
         lists[key] = tuple(value) if isinstance(value, list) else ()
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-            found.append(f"{key} must be a list of texts, found {value!r}")
+            source_problems.append(f"{key} must be a list of strings, found {value!r}")
     if rate is not None and not _is_number(rate, math.inf):
-        found.append(f"rate must be a number from 0 up, found {rate!r}")
+        source_problems.append(f"rate must be a number of at least 0, found {rate!r}")
         rate = 0
-    problems += [f"source {name}: {problem}" for problem in found]
+    problems += [f"source {name}: {problem}" for problem in source_problems]
     return Source(name, rate, **lists)
 
 
@@ -223,7 +229,7 @@ def _rate_problems(sources: Sequence[Source]) -> list[str]:
     if len(without) == len(sources):
         return []
     if without:
-        return [f"{', '.join(without)}: without a rate; give every source one, or none"]
+        return [f"no rate for {', '.join(without)}; set rates for all sources or for none"]
     return [] if any(source.rate for source in sources) else ["every rate is 0"]
 
 
@@ -235,21 +241,23 @@ def _read_factors(value: Any, names: Iterable[str], problems: list[str]) -> dict
         return {}
     for name, factor in value.items():
         if name not in names and name != UNKNOWN:
-            problems.append(f'sampling_frequencies names {name}, which is not among the "sources"{_hint(name, names)}')
+            problems.append(
+                f'sampling_frequencies contains {name}, which is not one of the "sources"{_hint(name, names)}'
+            )
         if not _is_number(factor, _MAX_FACTOR):
-            problems.append(f"the factor of {name} must be a number from 0 up, below {_MAX_FACTOR}, found {factor!r}")
+            problems.append(f"the factor of {name} must be at least 0 and below {_MAX_FACTOR}, found {factor!r}")
     return value
 
 
 def _unknown_keys(content: Mapping[Any, Any], known: Sequence[str]) -> list[str]:
-    return [f"{key!r} is no key here{_hint(key, known)}" for key in content if key not in known]
+    return [f"unknown key {key!r}{_hint(key, known)}" for key in content if key not in known]
 
 
 def _name_problem(name: str) -> str:
-    """What is wrong with the name of a source, which may name a folder of the output; empty where nothing is."""
+    """Return the problem with a source name, which may become the name of an output folder; "" if it is valid."""
     if re.fullmatch(r"[^\s./\\=:*?\[]([^/\\=:*?\[\n\r\t]*\S)?", name):
         return ""
-    return f"{name!r} cannot name a source: expected a text without / \\ = : * ? [ that begins with no dot"
+    return f"{name!r} is not a valid source name: it must not contain / \\ = : * ? [ or begin with a dot"
 
 
 def _is_number(value: Any, end: float) -> bool:
@@ -259,54 +267,54 @@ def _is_number(value: Any, end: float) -> bool:
 def _hint(name: object, known: Iterable[str]) -> str:
     known = list(known)
     lower = {item.lower(): item for item in known}
-    near = [lower[item] for item in difflib.get_close_matches(str(name).lower(), lower)]
-    return f" (did you mean {' or '.join(near)}?)" * bool(near) + f"; there are {', '.join(known)}" * bool(known)
+    similar = [lower[item] for item in difflib.get_close_matches(str(name).lower(), lower)]
+    return f" (did you mean {' or '.join(similar)}?)" * bool(similar) + f"; expected {', '.join(known)}" * bool(known)
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
 def factors_for_rates(
     tokens: Mapping[str, int], rates: Mapping[str, float], total_tokens: int | None = None
 ) -> dict[str, float]:
-    """The factor of each source that brings the shares of the tokens to the rates.
+    """Return the factor of each source that makes the token shares equal to the rates.
 
     Args:
-        tokens: source -> tokens of all its documents, taken once.
-        total_tokens: tokens of the mixture; by default as many as it can have with no document taken twice, so that
-            the source that is scarcest for its rate is taken exactly once.
+        tokens: source -> tokens of all its documents.
+        total_tokens: tokens of the mixture. By default the maximum without repeating documents: the source with the
+            fewest tokens relative to its rate is used exactly once.
     """
     problems = [
-        f"{name}: its files hold {tokens[name]} tokens, and it has no rate" for name in tokens if name not in rates
+        f"{name}: its files contain {tokens[name]} tokens, but it has no rate" for name in tokens if name not in rates
     ]
     problems += [
-        f"{name}: has rate {rate}, and no tokens" for name, rate in rates.items() if rate and not tokens.get(name)
+        f"{name}: has rate {rate}, but no tokens" for name, rate in rates.items() if rate and not tokens.get(name)
     ]
     if total_tokens is not None and total_tokens < 1:
-        problems.append(f"the tokens of a mixture must be at least 1, found {total_tokens}")
-    _stop_for(problems)
+        problems.append(f"--mixture-tokens must be at least 1, found {total_tokens}")
+    _raise_problems(problems)
     weights = {name: Fraction(str(rate)) for name, rate in rates.items()}
     copies = {name: weight / tokens[name] for name, weight in weights.items() if weight}
     scale = 1 / max(copies.values()) if total_tokens is None else Fraction(total_tokens) / sum(weights.values())
     most = max(copies, key=copies.__getitem__)
     if copies[most] * scale >= _MAX_FACTOR:
         raise ConfigError(
-            f"{total_tokens} tokens of the mixture would repeat the {tokens[most]} tokens of {most} "
-            f"{float(copies[most] * scale):.0f} times, the most is {_MAX_FACTOR}: ask for fewer tokens"
+            f"--mixture-tokens {total_tokens} would repeat the {tokens[most]} tokens of {most} "
+            f"{float(copies[most] * scale):.0f} times, the maximum is {_MAX_FACTOR}; use fewer tokens"
         )
     return {name: float(copies.get(name, 0) * scale) for name in rates}
 
 
 def training_flags(manifests: Mapping[str, str], rates: Mapping[str, float]) -> list[str]:
-    """The flags of open_lm.main that mix data sets at the rates; `manifests`: source -> its manifest.jsonl."""
-    problems = [f"{name}: has a data set, and no rate" for name in manifests if name not in rates]
+    """Return the open_lm.main flags that mix data sets at the rates; `manifests` maps sources to manifest.jsonl."""
+    problems = [f"{name}: has a data set, but no rate" for name in manifests if name not in rates]
     problems += [
-        f"{name}: has rate {rate}, and no data set" for name, rate in rates.items() if rate and name not in manifests
+        f"{name}: has rate {rate}, but no data set" for name, rate in rates.items() if rate and name not in manifests
     ]
-    _stop_for(problems)
-    used = {name: rate for name, rate in rates.items() if rate}
-    weights = [str(rate) for rate in used.values()]
-    return ["--dataset-manifest", *(manifests[name] for name in used), "--train-data-mix-weights", *weights]
+    _raise_problems(problems)
+    nonzero = {name: rate for name, rate in rates.items() if rate}
+    weights = [str(rate) for rate in nonzero.values()]
+    return ["--dataset-manifest", *(manifests[name] for name in nonzero), "--train-data-mix-weights", *weights]
 
 
-def _stop_for(problems: Sequence[str]) -> None:
+def _raise_problems(problems: Sequence[str]) -> None:
     if problems:
-        raise ConfigError(join_problems(problems, "The rates of the mixture do not fit its sources"))
+        raise ConfigError(join_problems(problems, "The rates of the mixture do not match its sources"))

@@ -1,4 +1,4 @@
-"""Which source a file belongs to, and how often each of its documents is taken."""
+"""Assign input files to sources, and sample the documents of each source by a factor."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from open_lm.datapreprocess.shuffle import random_keys
 from open_lm.errors import ConfigError, join_problems
 
 logger = logging.getLogger(__name__)
-UNKNOWN = "UNKNOWN"  # the source of a file that belongs to none, where sources are named
-ALL_FILES = "all"  # the source of every file where none is named
-_MAX_SHOWN = 5
-_STREAM = 1 << 48  # keeps these draws apart from the keys of the shuffle
+UNKNOWN = "UNKNOWN"  # source of files that match none of the defined sources
+ALL_FILES = "all"  # source of every file if no sources are defined
+_MAX_LISTED = 5
+_STREAM = 1 << 48  # makes these random numbers independent of the shuffle keys
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What decides about a file and its documents; plain data.
+    """Rules that assign files to sources and sample their documents.
 
-    markers: source -> substrings of paths; factors: source -> copies of each document (1 where not named);
-    files: file -> source, for what patterns assign, which counts before any marker (`from_listing` makes it).
+    Attributes:
+        markers: source -> substrings of file paths.
+        factors: source -> copies of each document; 1 for other sources.
+        files: file -> source, as assigned by patterns (see `from_listing`); takes precedence over markers.
     """
 
     markers: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -41,38 +43,38 @@ class Sampling:
         markers: Mapping[str, Sequence[str]] | None = None,
         factors: Mapping[str, float] | None = None,
     ) -> Sampling:
-        """Assign the files that each source's patterns were found to stand for; one of two sources is a ConfigError."""
+        """Assign the listed files to their sources; ConfigError if a file is listed for two sources."""
         files: dict[str, str] = {}
-        claimed_twice: list[str] = []
+        conflicts: list[str] = []
         for source, urls in listing.items():
             for url in urls:
-                other = files.setdefault(_place(url), source)
+                other = files.setdefault(_absolute(url), source)
                 if other != source:
-                    claimed_twice.append(f"{url} belongs to {other} and to {source}")
-        if claimed_twice:
-            hidden = len(claimed_twice) - _MAX_SHOWN
-            more = [f"and {hidden} more"] if hidden > 0 else []
-            heading = "A file can belong to one source only; make the patterns of the sources narrower"
-            raise ConfigError(join_problems([*claimed_twice[:_MAX_SHOWN], *more], heading))
+                    conflicts.append(f"{url} belongs to {other} and to {source}")
+        if conflicts:
+            num_unlisted = len(conflicts) - _MAX_LISTED
+            unlisted = [f"and {num_unlisted} more"] if num_unlisted > 0 else []
+            heading = "A file can belong to only one source; make the patterns of the sources more specific"
+            raise ConfigError(join_problems([*conflicts[:_MAX_LISTED], *unlisted], heading))
         return Sampling(markers or {}, factors or {}, files)
 
     def source_of(self, url: str) -> str:
-        """The source that the file is assigned to, else the first with a marker in the path, else UNKNOWN."""
+        """Return the source that the file is assigned to, else the first with a marker in its path, else UNKNOWN."""
         if not self.markers and not self.files:
             return ALL_FILES
-        found = self.files.get(_place(url)) if self.files else None
-        marked = (name for name, marks in self.markers.items() if any(mark in url for mark in marks))
-        return found or next(marked, UNKNOWN)
+        assigned = self.files.get(_absolute(url)) if self.files else None
+        matches = (name for name, markers in self.markers.items() if any(marker in url for marker in markers))
+        return assigned or next(matches, UNKNOWN)
 
     def factor(self, source: str) -> float:
         return float(self.factors.get(source, 1.0))
 
     def passes(self, source: str) -> int:
-        """How many times the files of a source are read, each time taking every document at most once."""
+        """Return how often the files of a source are read; each pass uses every document at most once."""
         return math.ceil(self.factor(source))
 
     def record(self) -> dict[str, Any]:
-        """What must be equal for two runs to sample alike, JSON-able; long lists of files as their digests."""
+        """Return a JSON-serializable record that is equal for equal sampling; lists of files are stored as digests."""
         listing: dict[str, list[str]] = {}
         for url, source in sorted(self.files.items()):
             listing.setdefault(source, []).append(url)
@@ -86,33 +88,33 @@ class Sampling:
         }
 
 
-def _place(url: str) -> str:
-    """The same for all spellings of a file: a relative local path is made absolute."""
+def _absolute(url: str) -> str:
+    """Return the url, or the absolute path of a local file, so that all spellings of a path are equal."""
     return url if storage.is_remote(url) else os.path.abspath(storage.local_path(url))
 
 
 def log_sampling(sampling: Sampling, urls: Sequence[str]) -> None:
-    """Log how often the documents of each source's files are taken, and which files belong to no source."""
+    """Log the number of files and the factor of each source; warn about files that belong to no source."""
     files: dict[str, list[str]] = {}
     for url in urls:
         files.setdefault(sampling.source_of(url), []).append(url)
-    for source, found in sorted(files.items()):
-        logger.info("sampling: %d files of %s, factor %g", len(found), source, sampling.factor(source))
+    for source, source_files in sorted(files.items()):
+        logger.info("sampling: %d files of %s, factor %g", len(source_files), source, sampling.factor(source))
     if UNKNOWN in files:
-        shown = ", ".join(files[UNKNOWN][:_MAX_SHOWN])
-        logger.warning("sampling: no pattern and no marker of any source fits %s", shown)
+        first_files = ", ".join(files[UNKNOWN][:_MAX_LISTED])
+        logger.warning("sampling: %d files match no source, for example %s", len(files[UNKNOWN]), first_files)
 
 
-def selection_mask(  # noqa: PLR0917 - seed, place, share: an order that callers rely on
+def selection_mask(  # noqa: PLR0917 - the argument order is part of the interface
     seed: int, group: int, first: int, count: int, factor: float, copy: int
 ) -> np.ndarray:
-    """Which of the documents number first … first + count - 1 of a group pass number `copy` takes: bool (count,).
+    """Return which of the documents [first, first + count) of a group are used in pass number `copy`: bool (count,).
 
-    The first floor(factor) passes take every document, the one after them takes each with the chance that is left. A
-    document's draw depends on the seed, the group and its number, on nothing else.
+    The first floor(factor) passes use every document. The next pass uses each document with the probability of the
+    fractional part. The choice depends only on the seed, the group and the number of the document.
     """
-    whole = math.floor(factor)
-    if copy < whole:
+    num_full_passes = math.floor(factor)
+    if copy < num_full_passes:
         return np.ones(count, bool)
     draws = (random_keys(seed, _STREAM + group, first, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return draws < factor - whole
+    return draws < factor - num_full_passes

@@ -1,4 +1,4 @@
-"""A byte-fallback BPE model of sentencepiece written as a tokenizer.json, for tokenizers that read only those."""
+"""Convert a byte-fallback BPE model of sentencepiece to a tokenizer.json, for libraries that read only that format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-# Field numbers of sentencepiece's ModelProto and its parts, and the kinds of pieces.
+# Field numbers of sentencepiece's ModelProto and its nested messages, and the types of pieces.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _SUFFIX_SPACE, _BYTE_FALLBACK = 3, 24, 35
@@ -19,15 +19,15 @@ _SPACE = "▁"
 
 
 class NotConvertible(ValueError):
-    """The model does what a tokenizer.json cannot say; the message tells what."""
+    """A model that a tokenizer.json cannot express; the message gives the reason."""
 
 
 def convert(model: bytes) -> str:
-    """A tokenizer.json that gives every text the ids that sentencepiece gives it.
+    """Return a tokenizer.json that encodes every text as sentencepiece does.
 
-    It has no added tokens: sentencepiece never finds control pieces, such as </s>, in a text.
+    It has no added tokens, because sentencepiece never matches control pieces, such as </s>, in a text.
 
-    Raises NotConvertible for a model that is no plain byte-fallback BPE.
+    Raises NotConvertible for a model that is not a plain byte-fallback BPE model.
     """
     parts = _fields(model)
     trainer, normalizer = _last(parts, _TRAINER), _last(parts, _NORMALIZER)
@@ -68,29 +68,30 @@ def _check(trainer: dict[int, Any], normalizer: dict[int, Any], pieces: list[tup
     kinds = {kind for _, _, kind in pieces}
     normal = {name for name, _, kind in pieces if kind == _NORMAL}
     reasons = {
-        "it is no BPE model": trainer.get(_MODEL_TYPE, 1) != _BPE,
+        "it is not a BPE model": trainer.get(_MODEL_TYPE, 1) != _BPE,
         "it has no byte fallback": not trainer.get(_BYTE_FALLBACK, 0),
-        "it puts spaces behind words": bool(trainer.get(_SUFFIX_SPACE, 0)),
-        "it rewrites characters": bool(normalizer.get(_CHARSMAP, b"")),
+        "it adds spaces after words": bool(trainer.get(_SUFFIX_SPACE, 0)),
+        "it normalizes characters": bool(normalizer.get(_CHARSMAP, b"")),
         "it removes spaces": bool(normalizer.get(_REMOVE_SPACES, 1)),
-        "it leaves spaces as they are": not normalizer.get(_ESCAPE_SPACES, 1),
+        "it does not escape spaces": not normalizer.get(_ESCAPE_SPACES, 1),
         "it has user-defined or unused pieces": not kinds <= {_NORMAL, _UNKNOWN, _CONTROL, _BYTE},
         "it has no unknown piece": _UNKNOWN not in kinds,
-        "two of its pieces are the same": len({name for name, _, _ in pieces}) < len(pieces),
-        # fastokens finds a control or byte piece, such as <0x0A>, in a text one of whose characters is no piece, and
-        # sentencepiece joins characters that are none.
-        "characters of its pieces are no pieces": not {character for name, _, _ in pieces for character in name}
+        "it has duplicate pieces": len({name for name, _, _ in pieces}) < len(pieces),
+        # If a character of a control or byte piece, such as <0x0A>, is not a piece, then fastokens matches that piece
+        # in texts. And sentencepiece merges characters that are not pieces.
+        "some characters of its pieces are not pieces": not {character for name, _, _ in pieces for character in name}
         <= normal,
     }
-    found = [reason for reason, holds in reasons.items() if holds]
-    if found:
-        raise NotConvertible(" and ".join(found))
+    problems = [reason for reason, applies in reasons.items() if applies]
+    if problems:
+        raise NotConvertible(" and ".join(problems))
 
 
 def _merges(order: dict[str, tuple[float, int]]) -> list[tuple[str, str]]:
-    """All ways to join two pieces into a third, best first.
+    """Return all pairs of pieces that merge into a third piece, best first.
 
-    sentencepiece always joins the neighbours whose joint piece has the highest score; `order` sorts the pieces so.
+    sentencepiece always merges the adjacent pair whose merged piece has the highest score; `order` maps pieces to their
+    sort keys.
     """
     halves = (
         sorted(
@@ -112,42 +113,42 @@ def _piece(data: bytes) -> tuple[str, float, int]:
 
 
 def _last(parts: list[tuple[int, Any]], number: int) -> dict[int, Any]:
-    """The fields of the last part of this number; none where it is left out."""
-    return dict(next((_fields(data) for found, data in reversed(parts) if found == number), []))
+    """Return the fields of the last nested message with this number; empty if there is none."""
+    return dict(next((_fields(data) for key, data in reversed(parts) if key == number), []))
 
 
 def _fields(data: bytes) -> list[tuple[int, Any]]:
-    """The fields of a protocol buffer in their order: (number, an int, a float or bytes)."""
-    return list(_walk(data))
+    """Return the fields of a protocol buffer in order, as (number, int, float or bytes) pairs."""
+    return list(_iter_fields(data))
 
 
-def _walk(data: bytes) -> Iterator[tuple[int, Any]]:
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
+def _iter_fields(data: bytes) -> Iterator[tuple[int, Any]]:
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
         number, kind = key >> 3, key & 7
         value: int | float | bytes
         if kind == 0:
-            value, at = _varint(data, at)
+            value, position = _varint(data, position)
         elif kind == 1:
-            (value,), at = struct.unpack_from("<d", data, at), at + 8
+            (value,), position = struct.unpack_from("<d", data, position), position + 8
         elif kind == 2:
-            size, at = _varint(data, at)
-            value, at = data[at : at + size], at + size
+            size, position = _varint(data, position)
+            value, position = data[position : position + size], position + size
         elif kind == 5:
-            (value,), at = struct.unpack_from("<f", data, at), at + 4
+            (value,), position = struct.unpack_from("<f", data, position), position + 4
         else:
-            raise NotConvertible(f"a field of it has the unknown kind {kind}")
+            raise NotConvertible(f"it has a field of the unknown wire type {kind}")
         yield number, value
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(value, position behind it)."""
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """Decode a varint; return its value and the position after it."""
     value = shift = 0
     while True:
-        byte = data[at]
-        at += 1
+        byte = data[position]
+        position += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value, position
         shift += 7

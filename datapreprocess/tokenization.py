@@ -1,26 +1,25 @@
-"""Documents to token ids, each document closed by the end-of-text id.
+"""Encode documents as token ids; an end-of-text id follows every document.
 
-`DocumentEncoder` is the only thing the engine sees of a tokenizer. Texts go through the fast tokenizer where there is
-one for the tokenizer at hand; the tokenizer's own library is the reference that it is compared with.
+`DocumentEncoder` is the engine's only interface to tokenizers. It uses the fast tokenizer if it supports the given
+tokenizer. The tokenizer's own library is the reference: both must give the same ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from open_lm.data.shard_format import token_dtype
-from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer, fast_tokenizer
 from open_lm.datapreprocess.adversarial_texts import fixed_sample
+from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer, fast_tokenizer
+from open_lm.datapreprocess.readers.base import Document
 from open_lm.errors import ConfigError, DataError
-
-Document = str | np.ndarray  # a text, or a 1-D array of ids
 
 
 class BatchTokenizer(Protocol):
-    """What open_lm.tokenizer.load_tokenizer gives, as far as it must be there."""
+    """The required part of the interface of open_lm.tokenizer.Tokenizer."""
 
     eot_id: int
     vocab_size: int
@@ -30,33 +29,33 @@ class BatchTokenizer(Protocol):
 
 
 class Encoded(NamedTuple):
-    """Documents as ids: one behind the other, and where in `ids` each of them ends (end of text included)."""
+    """Concatenated ids of documents, and the end position of each document in `ids` (after its end-of-text id)."""
 
     ids: np.ndarray
     ends: np.ndarray
 
 
 class DocumentEncoder:
-    """Documents (texts or arrays of ids) to one flat array of ids.
+    """Encodes documents (texts or arrays of token ids) as one flat array of ids.
 
-    Pickles as the tokenizer's source and loads what it needs on first use. How many threads a batch takes is the
-    process's affair: RAYON_NUM_THREADS.
+    Pickles as the source of the tokenizer, which is loaded on first use. The environment variable RAYON_NUM_THREADS
+    limits the threads per batch.
 
     Attributes:
-        vocab_size: ids are below it; those of the tokenizer and of documents that come as ids are checked.
-        eot_id: follows every document.
-        bos_id: precedes every document; None where nothing does.
-        fingerprint: of the tokenizer; equal fingerprints mean equal ids for equal text.
-        dtype: the smallest unsigned type that holds the ids, in which `encode` returns them.
-        name: what encodes texts: "fastokens", "tokenizers", "sentencepiece", or "ids" where no text is expected.
-        fallback_reason: why it is not the fast tokenizer; None where it is, or where there are no texts.
+        vocab_size: upper limit of the ids; ids of the tokenizer and of documents are checked against it.
+        eot_id: id that follows every document.
+        bos_id: id that precedes every document; None: no such id.
+        fingerprint: fingerprint of the tokenizer; equal fingerprints mean equal ids for equal text.
+        dtype: dtype of the encoded ids, the smallest unsigned type that holds them.
+        name: library that encodes texts: "fastokens", "tokenizers", "sentencepiece", or "ids" without a tokenizer.
+        fallback_reason: why the fast tokenizer is not used; None if it is used, or if there is no tokenizer.
     """
 
     def __init__(
         self, tokenizer: BatchTokenizer | None, vocab_size: int | None = None, eot_id: int = 0, add_bos: bool = False
     ) -> None:
         if tokenizer is None and vocab_size is None:
-            raise ConfigError("without a tokenizer the size of the vocabulary must be given (--vocab_size)")
+            raise ConfigError("without a --tokenizer, --vocab_size is required")
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else 0)
         self.eot_id = tokenizer.eot_id if tokenizer else eot_id
@@ -64,12 +63,12 @@ class DocumentEncoder:
         self.fingerprint = tokenizer.fingerprint if tokenizer else "none: documents come as ids"
         self.dtype: np.dtype[Any] = token_dtype(self.vocab_size)
         if add_bos and self.bos_id is None:
-            raise ConfigError("no token begins a document: the tokenizer names none, or there is no tokenizer")
+            raise ConfigError("--add-bos: there is no begin-of-text token; use a tokenizer that has one")
         if max(self.eot_id, self.bos_id or 0) >= self.vocab_size:
-            bos = "" if self.bos_id is None else f" and beginning of text {self.bos_id}"
+            bos = "" if self.bos_id is None else f" and the begin-of-text id {self.bos_id}"
             raise ConfigError(
-                f"--vocab_size {self.vocab_size} is too small for end of text {self.eot_id}{bos} "
-                f"(the tokenizer knows {tokenizer.vocab_size if tokenizer else 0} ids)"
+                f"--vocab_size {self.vocab_size} is too small for the end-of-text id {self.eot_id}{bos}; "
+                f"the tokenizer has {tokenizer.vocab_size if tokenizer else 0} ids"
             )
         self._fast: FastTokenizer | None = None
         self.fallback_reason: str | None = None
@@ -88,127 +87,126 @@ class DocumentEncoder:
         return str(getattr(self._tokenizer, "library", type(self._tokenizer).__name__))
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
-        """The ids of all documents in their order, each between `bos_id` (if any) and `eot_id`.
+        """Encode documents in order; add `bos_id` (if any) before and `eot_id` after each.
 
-        Raises ConfigError for texts without a tokenizer, DataError for what is no text and no id of the vocabulary.
+        Raises ConfigError for texts without a tokenizer, and DataError for invalid text or ids outside the vocabulary.
         """
-        ids, lengths = self._plain(documents)
-        if ids.size and not 0 <= (least := ids.min()) <= (most := ids.max()) < self.vocab_size:
-            raise self._outside(least if least < 0 else most)
-        before = 0 if self.bos_id is None else 1
-        ends = np.cumsum(lengths + (before + 1))
-        flat = np.empty(len(ids) + (before + 1) * len(ends), self.dtype)
-        own = np.ones(len(flat), bool)
-        own[ends - 1] = False
+        ids, lengths = self._encode_content(documents)
+        if ids.size and not 0 <= (smallest := ids.min()) <= (largest := ids.max()) < self.vocab_size:
+            raise self._out_of_range(smallest if smallest < 0 else largest)
+        num_bos = 0 if self.bos_id is None else 1
+        ends = np.cumsum(lengths + (num_bos + 1))
+        flat = np.empty(len(ids) + (num_bos + 1) * len(ends), self.dtype)
+        is_content = np.ones(len(flat), bool)
+        is_content[ends - 1] = False
         flat[ends - 1] = self.eot_id
         if self.bos_id is not None:
             starts = ends - (lengths + 2)
-            own[starts] = False
+            is_content[starts] = False
             flat[starts] = self.bos_id
-        flat[own] = ids
+        flat[is_content] = ids
         return Encoded(flat, ends)
 
     def difference(self, texts: Sequence[str]) -> str | None:
-        """None where the fast tokenizer gives the same ids as the reference, else the first place where it does not."""
+        """Return the first difference between the ids of the fast tokenizer and of the reference, or None."""
         if self._fast is None:
             return None
-        expected, expected_lengths = self.reference()._texts(texts)
+        expected, expected_lengths = self.reference()._encode_texts(texts)
         try:
             ids, lengths = self._fast.encode_batch(texts)
         except ValueError as error:
-            return f"{self.name} refuses a text that {self.reference().name} takes ({error})"
+            return f"{self.name} rejects a text that {self.reference().name} accepts ({error})"
         if np.array_equal(lengths, expected_lengths) and np.array_equal(ids, expected):
             return None
-        for text, one, other in zip(texts, _parts(ids, lengths), _parts(expected, expected_lengths), strict=True):
-            if not np.array_equal(one, other):
-                return self._describe(text, one.tolist(), other.tolist())
-        raise AssertionError("equal parts make equal wholes")
+        pairs = zip(texts, _split_ids(ids, lengths), _split_ids(expected, expected_lengths), strict=True)
+        for text, text_ids, expected_ids in pairs:
+            if not np.array_equal(text_ids, expected_ids):
+                return self._describe_difference(text, text_ids.tolist(), expected_ids.tolist())
+        raise AssertionError("all texts are equal, but their concatenations differ")
 
     def self_check(self) -> str | None:
-        """`difference` on a fixed sample of texts that are hard to tokenize, this tokenizer's own tokens among them."""
+        """Return `difference` for a fixed sample of difficult texts, including the added tokens of this tokenizer."""
         if self._fast is None:
             return None
         return self.difference(fixed_sample(self.added_tokens))
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
-        """The tokens that are found in a text before anything else; none where there is no fast tokenizer."""
+        """Tokens that the tokenizer matches before splitting the text; empty without a fast tokenizer."""
         return self._fast.added_tokens if self._fast else ()
 
-    def checked(self) -> DocumentEncoder:
-        """Itself where the self-check passes, else the reference with what differed as `fallback_reason`."""
-        problem = self.self_check()
-        return self if problem is None else self.reference(problem)
-
-    def reference(self, reason: str = "the reference is asked for") -> DocumentEncoder:
-        """The same without the fast tokenizer; itself where there is none."""
+    def reference(self, reason: str = "the reference tokenizer is requested") -> DocumentEncoder:
+        """Return an equal encoder without the fast tokenizer; self if it has none."""
         if self._fast is None:
             return self
         other = DocumentEncoder.__new__(DocumentEncoder)
         other.__dict__ = {**self.__dict__, "_fast": None, "fallback_reason": reason}
         return other
 
-    def _plain(self, documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of the documents themselves, one behind the other, and how many each has."""
+    def _encode_content(self, documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the concatenated ids of the documents, without bos and eot ids, and the number of ids of each."""
         texts = [document for document in documents if isinstance(document, str)]
         if len(texts) == len(documents):
-            return self._texts(texts)
-        encoded = _parts(*self._texts(texts))
-        parts = [next(encoded) if isinstance(document, str) else self._checked(document) for document in documents]
+            return self._encode_texts(texts)
+        encoded = _split_ids(*self._encode_texts(texts))
+        parts = [next(encoded) if isinstance(document, str) else self._check_ids(document) for document in documents]
         return np.concatenate(parts), np.fromiter(map(len, parts), np.int64, count=len(parts))
 
-    def _texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_texts(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if not texts:
             return np.empty(0, np.uint32), np.empty(0, np.int64)
         if self._tokenizer is None:
-            raise ConfigError("the documents are texts, not ids: name a --tokenizer")
+            raise ConfigError("the documents are texts, expected token ids; use --tokenizer to encode texts")
         if self._fast is not None:
             try:
                 return self._fast.encode_batch(texts)
             except ValueError:
-                pass  # it refuses what has no id of its own; the reference, which takes that, does this batch
+                pass  # it rejects characters without an id; the reference accepts them and encodes this batch
         try:
             lists = self._tokenizer.encode_batch(texts)
         except TypeError as error:
-            raise _not_unicode(texts, error) from error
+            raise _invalid_text_error(texts, error) from error
         lengths = np.fromiter(map(len, lists), np.int64, count=len(lists))
         return np.fromiter((i for ids in lists for i in ids), np.int64, count=int(lengths.sum())), lengths
 
-    def _checked(self, ids: np.ndarray) -> np.ndarray:
-        """The ids of one document in `dtype`."""
+    def _check_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Return the ids of one document in `dtype`; DataError if they are not valid ids."""
         ids = np.asarray(ids)
         if not ids.size:
             return np.empty(0, self.dtype)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise DataError(
-                f"a document of token ids must be one row of whole numbers, not {ids.dtype} of shape {ids.shape}"
+                f"a document of token ids has dtype {ids.dtype} and shape {ids.shape}, expected a 1-D integer array"
             )
-        if not 0 <= int(least := ids.min()) <= int(most := ids.max()) < self.vocab_size:
-            raise self._outside(least if least < 0 else most)
+        if not 0 <= int(smallest := ids.min()) <= int(largest := ids.max()) < self.vocab_size:
+            raise self._out_of_range(smallest if smallest < 0 else largest)
         return ids.astype(self.dtype)
 
-    def _outside(self, found: Any) -> DataError:
-        return DataError(f"token id {found} does not fit a vocabulary of {self.vocab_size}; see --vocab_size")
+    def _out_of_range(self, token_id: Any) -> DataError:
+        return DataError(f"token id {token_id} is outside the vocabulary of {self.vocab_size} ids; check --vocab_size")
 
-    def _describe(self, text: str, found: list[int], expected: list[int]) -> str:
-        same = 0
-        while same < min(len(found), len(expected)) and found[same] == expected[same]:
-            same += 1
-        shown = text if len(text) <= 80 else f"{text[:80]}…"
+    def _describe_difference(self, text: str, ids: list[int], expected: list[int]) -> str:
+        first = 0
+        while first < min(len(ids), len(expected)) and ids[first] == expected[first]:
+            first += 1
+        excerpt = text if len(text) <= 80 else f"{text[:80]}…"
         return (
-            f"{self.name} differs from {self.reference().name} from token {same} of the text {shown!r}: "
-            f"{found[same : same + 5]} instead of {expected[same : same + 5]}"
+            f"{self.name} differs from {self.reference().name} at token {first} of the text {excerpt!r}: "
+            f"found {ids[first : first + 5]}, expected {expected[first : first + 5]}"
         )
 
 
-def _parts(ids: np.ndarray, lengths: np.ndarray) -> Any:
-    """The ids of each document, one after the other."""
+def _split_ids(ids: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the ids of each document."""
     ends = np.cumsum(lengths).tolist()
     return (ids[start:end] for start, end in zip([0, *ends], ends, strict=False))
 
 
-def _not_unicode(texts: Sequence[str], error: Exception) -> Exception:
-    """What to raise for texts that a tokenizer refused: a half surrogate is all that a str may hold amiss."""
+def _invalid_text_error(texts: Sequence[str], error: Exception) -> Exception:
+    """Return a DataError for the first text with a lone surrogate, else the tokenizer's own error.
+
+    Lone surrogates are the only str content that UTF-8 cannot encode.
+    """
     for number, text in enumerate(texts):
         try:
             text.encode()

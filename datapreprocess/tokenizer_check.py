@@ -1,4 +1,4 @@
-"""The exhaustive comparison of the fast tokenizer with the reference: random hostile texts and given documents."""
+"""Compare the fast tokenizer with the reference on random difficult texts and on given documents."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from open_lm.errors import ConfigError
 
 _BATCH_TEXTS = 1000
 _BATCH_CHARACTERS = 1 << 20
-_MAX_SHOWN = 5
+_MAX_EXAMPLES = 5
 
 
 @dataclass
 class Comparison:
-    """What `verify` found: how much was compared, what differs, how long each side took."""
+    """The result of `verify`: amounts of compared data, differences, and the time of each tokenizer."""
 
     fast: str
     reference: str
@@ -28,45 +28,45 @@ class Comparison:
     num_bytes: int = 0
     tokens: int = 0
     differing: int = 0
-    shown: list[str] = field(default_factory=list)  # the first differences, a sentence each
-    fast_seconds: float = 0.0
-    reference_seconds: float = 0.0
+    examples: list[str] = field(default_factory=list)  # descriptions of the first differences
+    fast_s: float = 0.0
+    reference_s: float = 0.0
 
     def summary(self) -> str:
-        """A few lines for a person."""
-        rates = [self.num_bytes / 1e6 / max(s, 1e-9) for s in (self.fast_seconds, self.reference_seconds)]
+        """Return a summary of a few lines."""
+        rates = [self.num_bytes / 1e6 / max(s, 1e-9) for s in (self.fast_s, self.reference_s)]
         head = (
             f"{self.texts:,} texts ({self.num_bytes / 1e6:,.1f} MB, {self.tokens:,} ids) compared: "
             f"{self.differing:,} differ; {self.fast} {rates[0]:,.1f} MB/s, {self.reference} {rates[1]:,.1f} MB/s"
         )
-        return "\n".join([head, *(f"  {line}" for line in self.shown)])
+        return "\n".join([head, *(f"  {line}" for line in self.examples)])
 
 
 def verify(encoder: DocumentEncoder, count: int, documents: Iterable[str] = (), seed: int = 0) -> Comparison:
-    """Compare the ids of `count` random hostile texts, which `seed` decides, and of `documents`.
+    """Compare the ids of `count` random difficult texts, generated from `seed`, and of `documents`.
 
-    Raises ConfigError where the reference itself encodes, so that there is nothing to compare.
+    Raises ConfigError if the encoder uses the reference, so that there is nothing to compare.
     """
     reference = encoder.reference()
     if reference is encoder:
-        reason = encoder.fallback_reason or "documents come as ids"
-        raise ConfigError(f"--verify-tokenizer: {encoder.name} itself encodes the documents: {reason}")
-    found = Comparison(encoder.name, reference.name)
+        reason = encoder.fallback_reason or "documents are token ids"
+        raise ConfigError(f"--verify-tokenizer: there is no fast tokenizer to verify: {reason}")
+    result = Comparison(encoder.name, reference.name)
     for texts in _batches(chain(random_texts(count, seed, encoder.added_tokens), documents)):
         started = time.perf_counter()
         ids, ends = encoder.encode(texts)
-        between = time.perf_counter()
+        fast_end = time.perf_counter()
         expected, expected_ends = reference.encode(texts)
-        found.reference_seconds += time.perf_counter() - between
-        found.fast_seconds += between - started
-        found.texts += len(texts)
-        found.num_bytes += sum(len(text.encode()) for text in texts)
-        found.tokens += len(expected)
+        result.reference_s += time.perf_counter() - fast_end
+        result.fast_s += fast_end - started
+        result.texts += len(texts)
+        result.num_bytes += sum(len(text.encode()) for text in texts)
+        result.tokens += len(expected)
         if not (np.array_equal(ends, expected_ends) and np.array_equal(ids, expected)):
-            differences = [told for text in texts if (told := encoder.difference([text]))]
-            found.differing += len(differences)
-            found.shown += differences[: _MAX_SHOWN - len(found.shown)]
-    return found
+            differences = [message for text in texts if (message := encoder.difference([text]))]
+            result.differing += len(differences)
+            result.examples += differences[: _MAX_EXAMPLES - len(result.examples)]
+    return result
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""Which source a file belongs to and how often its documents are taken."""
+"""Sampling: the source of each file, and how often its documents are used."""
 
 from __future__ import annotations
 
@@ -13,34 +13,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from open_lm.datapreprocess.sampling import ALL_FILES, UNKNOWN, Sampling, selection_mask, log_sampling
+from open_lm.datapreprocess.sampling import ALL_FILES, UNKNOWN, Sampling, log_sampling, selection_mask
 from open_lm.errors import ConfigError
 
-FROZEN = [
-    5,
-    6,
-    9,
-    14,
-    15,
-    25,
-    28,
-    29,
-    30,
-]  # of the documents 100 … 131 of group 3, seed 7, those whose draw is below 0.3
+# Documents in [100, 132) of group 3, seed 7, whose random number is below 0.3.
+FROZEN = [5, 6, 9, 14, 15, 25, 28, 29, 30]
 
 
 def copies(count: int, factor: float, batch: int, seed: int = 7, group: int = 3) -> np.ndarray:
-    """How often each of the documents 0 … count - 1 is taken in all passes, reading `batch` of them at a time."""
+    """Return how often each of `count` documents is used in all passes, reading `batch` of them at a time."""
     passes = range(Sampling(factors={"a": factor}).passes("a"))
     starts = range(0, count, batch)
     masks = [
-        np.concatenate([selection_mask(seed, group, first, min(batch, count - first), factor, copy) for first in starts])
+        np.concatenate(
+            [selection_mask(seed, group, first, min(batch, count - first), factor, copy) for first in starts]
+        )
         for copy in passes
     ]
     return np.sum(masks, axis=0) if masks else np.zeros(count, int)
 
 
-def test_a_factor_of_two_and_a_half() -> None:
+def test_factor_of_two_and_a_half() -> None:
     taken = copies(10_000, 2.5, 10_000)
     assert set(taken.tolist()) == {2, 3}
     assert abs(np.sum(taken == 3) - 5000) < 4 * 50  # four standard deviations of 10,000 fair draws
@@ -51,20 +44,20 @@ def test_a_factor_of_two_and_a_half() -> None:
 
 
 @given(st.floats(0, 5), st.integers(0, 2**63), st.integers(0, 1 << 40), st.integers(1, 300))
-def test_every_factor_lies_between_its_neighbours(factor: float, seed: int, group: int, batch: int) -> None:
+def test_copies_are_the_factor_rounded_down_or_up(factor: float, seed: int, group: int, batch: int) -> None:
     taken = copies(300, factor, batch, seed, group)
     assert taken.min() >= int(factor) and taken.max() <= int(np.ceil(factor))
     if factor == int(factor):
         assert set(taken.tolist()) == {int(factor)}
 
 
-def test_draws_stay_the_same_in_later_versions() -> None:
+def test_selection_is_frozen() -> None:
     assert np.flatnonzero(selection_mask(7, 3, 100, 32, 0.3, 0)).tolist() == FROZEN
     assert np.flatnonzero(selection_mask(7, 3, 100, 32, 2.3, 2)).tolist() == FROZEN
     assert set(FROZEN) < set(np.flatnonzero(selection_mask(7, 3, 100, 32, 0.9, 0)).tolist())
 
 
-def test_three_sources_reach_their_shares() -> None:
+def test_three_sources_reach_their_factors() -> None:
     factors = {"a": 0.25, "b": 1.0, "c": 3.5}
     counts = {"a": 40_000, "b": 10_000, "c": 2_000}
     taken = {name: copies(count, factors[name], 1024, group=ord(name)).sum() for name, count in counts.items()}
@@ -73,7 +66,7 @@ def test_three_sources_reach_their_shares() -> None:
     assert abs(taken["c"] - 7_000) < 4 * (2_000 * 0.25) ** 0.5
 
 
-def test_the_source_of_a_file() -> None:
+def test_source_of_a_file() -> None:
     assert Sampling().source_of("x/wiki.jsonl") == ALL_FILES == "all"
     by_marker = Sampling({"wiki": ["wikipedia", "wiki-"], "rest": ["x/"]}, {"wiki": 2.5})
     assert [by_marker.source_of(url) for url in ("x/wiki-1", "x/y", "s3://b/wikipedia/0")] == ["wiki", "rest", "wiki"]
@@ -82,7 +75,7 @@ def test_the_source_of_a_file() -> None:
     assert (by_marker.factor("rest"), by_marker.passes("rest")) == (1.0, 1)
 
 
-def test_patterns_count_before_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns_take_precedence_over_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     listing = {"web": ["a/wiki-mirror.jsonl", "s3://b/0.jsonl"], "code": ["file:///data/c.jsonl"], "none": []}
     sampling = Sampling.from_listing(listing, {"wiki": ["wiki"]})
@@ -90,11 +83,11 @@ def test_patterns_count_before_markers(tmp_path: Path, monkeypatch: pytest.Monke
     assert sampling.source_of("s3://b/0.jsonl") == "web" and sampling.source_of("/data/c.jsonl") == "code"
     assert sampling.source_of("a/wiki.jsonl") == "wiki" and sampling.source_of("s3://b/1.jsonl") == UNKNOWN
     monkeypatch.chdir(os.sep)
-    again = pickle.loads(pickle.dumps(sampling))
-    assert again == sampling and again.source_of(f"{tmp_path}/a/wiki-mirror.jsonl") == "web"
+    copy = pickle.loads(pickle.dumps(sampling))
+    assert copy == sampling and copy.source_of(f"{tmp_path}/a/wiki-mirror.jsonl") == "web"
 
 
-def test_a_file_of_two_sources_is_an_error() -> None:
+def test_file_of_two_sources_is_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
         Sampling.from_listing({"a": ["x/1", "x/2", "x/2"], "b": ["x/3", "./x/2", "x/1"]})
     text = str(caught.value)
@@ -103,7 +96,7 @@ def test_a_file_of_two_sources_is_an_error() -> None:
         Sampling.from_listing({"a": [f"x/{n}" for n in range(20)], "b": [f"x/{n}" for n in range(20)]})
 
 
-def test_what_a_run_records_of_its_sampling() -> None:
+def test_record_of_the_sampling() -> None:
     markers, factors = {"a": ("x", "y")}, {"a": 0.5}
     one = Sampling.from_listing({"b": ["s3://b/1", "s3://b/2"]}, markers, factors)
     same = Sampling.from_listing({"b": ["s3://b/2", "s3://b/1", "s3://b/1"]}, markers, factors)
@@ -112,7 +105,7 @@ def test_what_a_run_records_of_its_sampling() -> None:
     assert one.record()["files"]["b"]["count"] == 2 and one.record()["factors"] == {"a": 0.5}
 
 
-def test_files_of_no_source_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_files_without_a_source_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         log_sampling(Sampling({"wiki": ["wiki"]}, {"wiki": 2.5}), ["wiki-0", "wiki-1", "other/0"])
     assert "2 files of wiki, factor 2.5" in caplog.text

@@ -1,4 +1,4 @@
-"""Documents to ids: the fast tokenizer gives the reference's ids; where it cannot, the reference takes its place."""
+"""Encoding of documents: the fast tokenizer gives the same ids as the reference, which replaces it otherwise."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer, fast_tokenizer
 from open_lm.datapreprocess.adversarial_texts import fixed_sample, random_texts
+from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer, fast_tokenizer
 from open_lm.datapreprocess.tokenization import Document, DocumentEncoder
 from open_lm.datapreprocess.tokenizer_check import verify
 from open_lm.errors import ConfigError, DataError
@@ -48,7 +48,7 @@ def llama(shared_dir: Path) -> Tokenizer:
 
 
 def expected(encoder: DocumentEncoder, documents: Sequence[str]) -> list[int]:
-    """The ids as the tokenizer itself gives them, one text at a time."""
+    """Return the ids that the tokenizer gives for one text at a time."""
     tokenizer = encoder._tokenizer
     assert isinstance(tokenizer, Tokenizer)
     return [i for text in documents for i in [*tokenizer.encode(text), encoder.eot_id]]
@@ -73,11 +73,11 @@ def test_corpus(encoder: DocumentEncoder, shared_dir: Path) -> None:
     assert encoder.encode(documents).ids.tolist() == expected(encoder, documents)
 
 
-def test_checks_of_the_fast_tokenizer(encoder: DocumentEncoder) -> None:
+def test_verification_of_the_fast_tokenizer(encoder: DocumentEncoder) -> None:
     assert encoder.self_check() is None
-    found = verify(encoder, 300, ["a document"], seed=1)
-    assert (found.texts, found.differing, found.shown) == (301, 0, [])
-    assert f"301 texts ({found.num_bytes / 1e6:,.1f} MB, {found.tokens:,} ids) compared: 0 differ" in found.summary()
+    result = verify(encoder, 300, ["a document"], seed=1)
+    assert (result.texts, result.differing, result.examples) == (301, 0, [])
+    assert f"301 texts ({result.num_bytes / 1e6:,.1f} MB, {result.tokens:,} ids) compared: 0 differ" in result.summary()
 
 
 def test_reference(encoder: DocumentEncoder) -> None:
@@ -90,7 +90,10 @@ def test_reference(encoder: DocumentEncoder) -> None:
     for one, other in zip(encoder.encode(sample), reference.encode(sample), strict=True):
         assert one.dtype == other.dtype
         assert np.array_equal(one, other)
-    with pytest.raises(ConfigError, match=r"--verify-tokenizer: \w+ itself encodes the documents"):
+    with pytest.raises(
+        ConfigError,
+        match="--verify-tokenizer: there is no fast tokenizer to verify: the reference tokenizer is requested",
+    ):
         verify(reference, 10)
 
 
@@ -100,7 +103,7 @@ def test_pickles_without_the_reference(encoder: DocumentEncoder, monkeypatch: py
     copy = pickle.loads(data)
     with monkeypatch.context() as patch:
         for kind in (JsonTokenizer, SentencePieceTokenizer):
-            patch.setattr(kind, "_load", None)  # a worker that only encodes does not build it
+            patch.setattr(kind, "_load", None)  # encoding must not build the reference
         assert np.array_equal(copy.encode(["a b", ""]).ids, encoder.encode(["a b", ""]).ids)
         assert (copy.name, copy.fingerprint, copy.dtype) == (encoder.name, encoder.fingerprint, encoder.dtype)
     assert copy.self_check() is None
@@ -123,14 +126,14 @@ def test_layout(llama: Tokenizer, add_bos: bool, fast: bool) -> None:
 
 
 @pytest.mark.parametrize("documents", [[], [""], [np.array([], np.int64)]])
-def test_nothing(neox: Tokenizer, documents: list[Any]) -> None:
+def test_no_documents_and_empty_documents(neox: Tokenizer, documents: list[Any]) -> None:
     for encoder in (DocumentEncoder(neox), DocumentEncoder(neox).reference()):
         ids, ends = encoder.encode(documents)
         assert (ids.tolist(), ends.tolist()) == ([0] * len(documents), [1] * len(documents))
         assert (ids.dtype, ends.dtype) == (np.uint16, np.int64)
 
 
-def test_smallest_type_that_holds_the_ids() -> None:
+def test_dtype_is_the_smallest_that_holds_the_ids() -> None:
     for size, dtype in ((1 << 16, np.uint16), ((1 << 16) + 1, np.uint32), (200_000, np.uint32)):
         encoder = DocumentEncoder(None, size, eot_id=1)
         ids, ends = encoder.encode([np.array([size - 1, 0], np.uint32), np.array([2], np.uint8)])
@@ -139,49 +142,49 @@ def test_smallest_type_that_holds_the_ids() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "told"),
+    ("ids", "message"),
     [
-        (np.array([0, 100]), "token id 100 does not fit a vocabulary of 100; see --vocab_size"),
+        (np.array([0, 100]), "token id 100 is outside the vocabulary of 100 ids; check --vocab_size"),
         (np.array([0, -1]), "token id -1 "),
         (np.array([1 << 40]), f"token id {1 << 40} "),
         (np.array([(1 << 64) - 1], np.uint64), f"token id {(1 << 64) - 1} "),
         (np.array([65536], np.int32), "token id 65536 "),
-        (np.array([1.5]), "one row of whole numbers, not float64 of shape"),
-        (np.array([[1, 2]]), "one row of whole numbers, not int64 of shape"),
+        (np.array([1.5]), "dtype float64 and shape .*, expected a 1-D integer array"),
+        (np.array([[1, 2]]), "dtype int64 and shape .*, expected a 1-D integer array"),
     ],
 )
-def test_ids_that_are_none(ids: np.ndarray, told: str) -> None:
-    with pytest.raises(DataError, match=told):
+def test_invalid_ids(ids: np.ndarray, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         DocumentEncoder(None, 100).encode([np.array([5]), ids])
 
 
-def test_ids_beyond_a_vocabulary_that_is_too_small(neox: Tokenizer) -> None:
+def test_tokenizer_ids_outside_the_vocabulary(neox: Tokenizer) -> None:
     encoder = DocumentEncoder(neox, vocab_size=1000)
     for one in (encoder, encoder.reference()):
-        with pytest.raises(DataError, match=r"token id \d+ does not fit a vocabulary of 1000; see --vocab_size"):
+        with pytest.raises(DataError, match=r"token id \d+ is outside the vocabulary of 1000 ids; check --vocab_size"):
             one.encode(["Hello world"])
 
 
 def test_bad_settings(neox: Tokenizer, llama: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="--vocab_size"):
         DocumentEncoder(None)
-    with pytest.raises(ConfigError, match=r"--vocab_size 2 is too small for end of text 2"):
+    with pytest.raises(ConfigError, match=r"--vocab_size 2 is too small for the end-of-text id 2"):
         DocumentEncoder(llama, vocab_size=2)
     for tokenizer in (None, neox):
-        with pytest.raises(ConfigError, match="no token begins a document"):
+        with pytest.raises(ConfigError, match="there is no begin-of-text token"):
             DocumentEncoder(tokenizer, vocab_size=60000, add_bos=True)
-    with pytest.raises(ConfigError, match="name a --tokenizer"):
+    with pytest.raises(ConfigError, match="use --tokenizer to encode texts"):
         DocumentEncoder(None, 10).encode(["a"])
 
 
-def test_half_a_character(encoder: DocumentEncoder) -> None:
+def test_lone_surrogate(encoder: DocumentEncoder) -> None:
     for one in (encoder, encoder.reference()):
         with pytest.raises(DataError, match=r"document 1 of a batch is not valid text: character 2 is .* '\\ud800'"):
             one.encode(["good", "ba\ud800d"])
 
 
 class Words:
-    """A tokenizer of somebody's own."""
+    """A custom tokenizer."""
 
     eot_id, vocab_size, fingerprint = 0, 50, "words"
 
@@ -194,7 +197,7 @@ class BrokenWords(Words):
         raise TypeError("not hidden")
 
 
-def test_tokenizer_of_another_kind() -> None:
+def test_custom_tokenizer() -> None:
     encoder = DocumentEncoder(Words())
     assert encoder.encode(["a bcd", ""]).ids.tolist() == [1, 3, 0, 0]
     assert (encoder.name, encoder.reference() is encoder) == ("Words", True)
@@ -212,7 +215,7 @@ def test_without_the_fast_library(neox: Tokenizer, monkeypatch: pytest.MonkeyPat
     assert np.array_equal(encoder.encode(["Hello world"]).ids, ids)
 
 
-def test_tokenizer_that_the_fast_library_refuses(tmp_path: Path) -> None:
+def test_tokenizer_that_the_fast_library_does_not_support(tmp_path: Path) -> None:
     from tokenizers import AddedToken, models, pre_tokenizers
     from tokenizers import Tokenizer as Native
 
@@ -222,12 +225,12 @@ def test_tokenizer_that_the_fast_library_refuses(tmp_path: Path) -> None:
     native.save(str(tmp_path / "words.json"))
     encoder = DocumentEncoder(load_tokenizer(str(tmp_path / "words.json")))
     assert encoder.name == "tokenizers"
-    assert str(encoder.fallback_reason).startswith("fastokens does not take this tokenizer (")
+    assert str(encoder.fallback_reason).startswith("fastokens does not support this tokenizer (")
     assert encoder.encode(["ab a", "b"]).ids.tolist() == [1, 2, 1, 3, 0, 3]
 
 
 def planted(tokenizer: Tokenizer) -> DocumentEncoder:
-    """An encoder whose fast tokenizer gives ` the` the id of ` a`, and the other way round."""
+    """Return an encoder whose fast tokenizer swaps the ids of ` the` and ` a`."""
     assert isinstance(tokenizer, JsonTokenizer)
     content = json.loads(tokenizer.source)
     vocab = content["model"]["vocab"]
@@ -240,43 +243,40 @@ def planted(tokenizer: Tokenizer) -> DocumentEncoder:
 def test_planted_difference(neox: Tokenizer) -> None:
     encoder = planted(neox)
     assert encoder.difference(["Hello world", ""]) is None
-    told = encoder.difference(["Hello", "Hello, the world", "the the"])
-    assert told == (
-        "fastokens differs from tokenizers from token 2 of the text 'Hello, the world': "
-        "[247, 1533] instead of [253, 1533]"
+    assert encoder.difference(["Hello", "Hello, the world", "the the"]) == (
+        "fastokens differs from tokenizers at token 2 of the text 'Hello, the world': "
+        "found [247, 1533], expected [253, 1533]"
     )
     assert "fastokens differs from tokenizers" in str(encoder.self_check())
-    found = verify(encoder, 0, [f"see the {number}" for number in range(9)] + ["none"])
-    assert (found.texts, found.differing, len(found.shown)) == (10, 9, 5)
-    assert "9 differ" in found.summary()
-    assert "'see the 0'" in found.summary()
+    result = verify(encoder, 0, [f"see the {number}" for number in range(9)] + ["none"])
+    assert (result.texts, result.differing, len(result.examples)) == (10, 9, 5)
+    assert "9 differ" in result.summary()
+    assert "'see the 0'" in result.summary()
 
 
-def test_checked_encoder_is_exact(neox: Tokenizer) -> None:
-    right, wrong = DocumentEncoder(neox), planted(neox)
-    assert right.checked() is right
-    replaced = wrong.checked()
-    assert replaced.name == "tokenizers"
-    assert "differs" in str(replaced.fallback_reason)
-    assert np.array_equal(replaced.encode(["in the end"]).ids, right.encode(["in the end"]).ids)
+def test_reference_of_a_wrong_encoder_is_exact(neox: Tokenizer) -> None:
+    correct, wrong = DocumentEncoder(neox), planted(neox)
+    replaced = wrong.reference("it differs")
+    assert (replaced.name, replaced.fallback_reason) == ("tokenizers", "it differs")
+    assert np.array_equal(replaced.encode(["in the end"]).ids, correct.encode(["in the end"]).ids)
 
 
-def test_text_that_the_fast_library_refuses() -> None:
+def test_text_that_the_fast_library_rejects() -> None:
     from tokenizers import AddedToken, models, pre_tokenizers
     from tokenizers import Tokenizer as Native
 
-    native = Native(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))  # other bytes have no id and are left out
+    native = Native(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))  # other bytes have no id and are dropped
     native.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     native.add_special_tokens([AddedToken("<eos>", special=True)])
     encoder = DocumentEncoder(JsonTokenizer(native.to_str(), "ab"))
     assert encoder.name == "fastokens"
     assert encoder.encode(["ab", "ab?a"]).ids.tolist() == [2, 3, 2, 0, 3]
-    assert "fastokens refuses a text that tokenizers takes" in str(encoder.difference(["ab?"]))
-    assert encoder.checked().name == "tokenizers"
+    assert "fastokens rejects a text that tokenizers accepts" in str(encoder.difference(["ab?"]))
+    assert encoder.self_check() is not None
 
 
 def trained(letters: int = 9, **options: Any) -> Tokenizer:
-    """A small sentencepiece model; the letters of its control and byte pieces occur `letters` times."""
+    """Train a small sentencepiece model; the letters of its control and byte pieces occur `letters` times."""
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
@@ -294,23 +294,23 @@ WORDS = ["river", "stone", "model", "aaaa", "banana", "token", "naïve"]
 
 
 @pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False}, {"split_digits": True, "vocab_size": 330}])
-def test_sentencepiece_models_of_other_settings(options: dict[str, Any]) -> None:
+def test_sentencepiece_models_with_other_settings(options: dict[str, Any]) -> None:
     encoder = DocumentEncoder(trained(**options))
     assert encoder.name == "fastokens", encoder.fallback_reason
     assert encoder.self_check() is None
-    assert verify(encoder, 500, [word * count for word in WORDS for count in range(30)]).shown == []
+    assert verify(encoder, 500, [word * count for word in WORDS for count in range(30)]).examples == []
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"model_type": "unigram"}, "it is no BPE model"),
+        ({"model_type": "unigram"}, "it is not a BPE model"),
         ({"byte_fallback": False}, "it has no byte fallback"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "it rewrites characters"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "it normalizes characters"),
         ({"remove_extra_whitespaces": True}, "it removes spaces"),
         ({"user_defined_symbols": ["<x>"]}, "it has user-defined or unused pieces"),
-        ({"treat_whitespace_as_suffix": True}, "it puts spaces behind words"),
-        ({"letters": 0}, "characters of its pieces are no pieces"),
+        ({"treat_whitespace_as_suffix": True}, "it adds spaces after words"),
+        ({"letters": 0}, "some characters of its pieces are not pieces"),
     ],
 )
 def test_sentencepiece_models_that_are_not_converted(options: dict[str, Any], reason: str) -> None:
@@ -322,7 +322,7 @@ def test_sentencepiece_models_that_are_not_converted(options: dict[str, Any], re
     assert encoder.encode(["the river"]).ids.tolist() == [*tokenizer.encode("the river"), tokenizer.eot_id]
 
 
-def test_hostile_texts() -> None:
+def test_adversarial_texts() -> None:
     assert list(random_texts(50, seed=3)) == list(random_texts(50, seed=3))
     assert list(random_texts(50, seed=3)) != list(random_texts(50, seed=4))
     sample = fixed_sample(["<my token>"])
@@ -330,4 +330,4 @@ def test_hostile_texts() -> None:
     assert {"", "<my token>", "a<my token> b", " " * 1000, "\r", "e\u0301"} <= set(sample)
     assert {ord(character) >> 16 for text in sample for character in text} == set(range(17))
     for text in sample:
-        text.encode()  # valid, all of it
+        text.encode()  # raises for invalid text

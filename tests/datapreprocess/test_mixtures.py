@@ -1,4 +1,4 @@
-"""Mixtures by name, from YAML and from --source, and what their rates lead to."""
+"""Mixtures: built-in ones, YAML files, --source, and the factors and flags that follow from their rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from open_lm.datapreprocess.mixtures import (
     parse_sources,
     training_flags,
 )
-from open_lm.datapreprocess.sampling import takes_mask
+from open_lm.datapreprocess.sampling import selection_mask
 from open_lm.errors import ConfigError
 
 RED_PAJAMA_YAML = Path(__file__).resolve().parents[2] / "datapreprocess" / "metadata" / "rpj_lm_data.yaml"
@@ -32,8 +32,8 @@ RED_PAJAMA_TOKENS = {
 }  # fmt: skip
 
 
-# --- by name ----------------------------------------------------------------------------------------------------------
-def test_named_mixtures() -> None:
+# --- built-in ---------------------------------------------------------------------------------------------------------
+def test_built_in_mixtures() -> None:
     assert MIXTURES["wikipedia_mixture"].rates == {"cc_en": 9.09, "wiki": 90.91}
     assert set(MIXTURES) == {"wikipedia_mixture", "dolma_mixture", "redpajama", "slimpajama"}
     for name, mixture in MIXTURES.items():
@@ -43,7 +43,7 @@ def test_named_mixtures() -> None:
         json.dumps(mixture.record())
 
 
-def test_the_files_of_named_mixtures() -> None:
+def test_markers_of_built_in_mixtures() -> None:
     dolma, red_pajama = MIXTURES["dolma_mixture"].sampling(), MIXTURES["redpajama"].sampling()
     for folder, source in {
         "cc_en_head": "cc_en", "cc_en_tail": "cc_en", "c4": "c4", "stack": "stack", "reddit": "reddit",
@@ -58,7 +58,7 @@ def test_the_files_of_named_mixtures() -> None:
         assert red_pajama.source_of(f"/data/RedPajama/{path}") == source
 
 
-def test_an_unknown_name_tells_the_valid_ones() -> None:
+def test_unknown_name_lists_the_valid_names() -> None:
     with pytest.raises(ConfigError) as caught:
         find_mixture("Wikipedia_mixtur")
     for part in ("did you mean wikipedia_mixture", "dolma_mixture", "redpajama", "slimpajama", ".yaml"):
@@ -66,7 +66,7 @@ def test_an_unknown_name_tells_the_valid_ones() -> None:
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
-def test_a_mixture_of_ones_own(tmp_path: Path) -> None:
+def test_mixture_from_a_yaml_file(tmp_path: Path) -> None:
     path = tmp_path / "mix.yml"
     path.write_text(
         "sources:\n- {source: wiki, markers: [wikipedia], rate: 90.91}\n"
@@ -83,7 +83,7 @@ def test_a_mixture_of_ones_own(tmp_path: Path) -> None:
     assert json.loads(json.dumps(mixture.record()))["sources"][0]["rate"] == 90.91
 
 
-def test_the_sampling_file_of_existing_users_holds_the_rates_of_redpajama() -> None:
+def test_default_sampling_file_gives_the_rates_of_redpajama() -> None:
     mixture = load_mixture(str(RED_PAJAMA_YAML))
     factors = {name.lower(): factor for name, factor in mixture.factors.items() if name != "UNKNOWN"}
     named = MIXTURES["redpajama"]
@@ -92,7 +92,7 @@ def test_the_sampling_file_of_existing_users_holds_the_rates_of_redpajama() -> N
     assert markers == {source.name: source.markers for source in named.sources}
 
 
-def test_all_mistakes_of_a_file_are_told_together(tmp_path: Path) -> None:
+def test_all_problems_of_a_file_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(
         "sources:\n- {source: A, markers: [a], rat: 1}\n- {source: A, markers: b}\n- {name: C}\n"
@@ -104,19 +104,19 @@ def test_all_mistakes_of_a_file_are_told_together(tmp_path: Path) -> None:
     text = str(caught.value)
     for part in (
         "(13)",
-        "'rat' is no key here (did you mean rate?)",
-        "source A is there twice",
-        "source A: markers must be a list of texts, found 'b'",
+        "unknown key 'rat' (did you mean rate?)",
+        "source A is defined twice",
+        "source A: markers must be a list of strings, found 'b'",
         "found {'name': 'C'}",
-        "'D/E' cannot name a source",
-        "source D/E: inputs must be a list of texts, found [1]",
-        "source D/E: rate must be a number from 0 up, found nan",
-        "A, A: without a rate",
-        'sampling_frequencies names wki, which is not among the "sources" (did you mean wiki?)',
-        "the factor of A must be a number from 0 up, below 1000, found -2",
-        "the factor of wiki must be a number from 0 up, below 1000, found inf",
-        "the factor of D/E must be a number from 0 up, below 1000, found True",
-        "'source' is no key here (did you mean sources?)",
+        "'D/E' is not a valid source name",
+        "source D/E: inputs must be a list of strings, found [1]",
+        "source D/E: rate must be a number of at least 0, found nan",
+        "no rate for A, A; set rates for all sources or for none",
+        'sampling_frequencies contains wki, which is not one of the "sources" (did you mean wiki?)',
+        "the factor of A must be at least 0 and below 1000, found -2",
+        "the factor of wiki must be at least 0 and below 1000, found inf",
+        "the factor of D/E must be at least 0 and below 1000, found True",
+        "unknown key 'source' (did you mean sources?)",
     ):
         assert part in text
     assert text.count(f"{path}: ") == 13
@@ -135,7 +135,7 @@ def test_all_mistakes_of_a_file_are_told_together(tmp_path: Path) -> None:
         ("sources: [{source: A}]\nsampling_frequencies: [1]", "must map sources to factors"),
     ],
 )
-def test_files_that_are_no_mixture(tmp_path: Path, content: str, expected: str) -> None:
+def test_invalid_files(tmp_path: Path, content: str, expected: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(ConfigError) as caught:
@@ -144,7 +144,7 @@ def test_files_that_are_no_mixture(tmp_path: Path, content: str, expected: str) 
 
 
 # --- --source ---------------------------------------------------------------------------------------------------------
-def test_sources_of_the_command_line() -> None:
+def test_parse_sources() -> None:
     values = ["wiki=a/*.jsonl", "web=s3://b/lang=en/*.zst", "wiki=hf://x", "stack exchange=c"]
     assert parse_sources(values) == {
         "wiki": ("a/*.jsonl", "hf://x"), "web": ("s3://b/lang=en/*.zst",), "stack exchange": ("c",)
@@ -152,24 +152,30 @@ def test_sources_of_the_command_line() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_sources(["a.jsonl", "x=", "=a", "s3://b/lang=en", "../x=a", "ok=a", " x=a"])
     text = str(caught.value)
-    assert "(6)" in text and "--source a.jsonl: expected NAME=PATTERN" in text and "'../x' cannot name" in text
+    assert (
+        "(6)" in text
+        and "--source a.jsonl: expected NAME=PATTERN" in text
+        and "'../x' is not a valid source name" in text
+    )
 
 
-def test_a_mixture_and_sources_together() -> None:
+def test_mixture_and_sources_together() -> None:
     assert choose_mixture(None, []) is None
     assert choose_mixture("wikipedia_mixture", []) == MIXTURES["wikipedia_mixture"]
-    alone = choose_mixture(None, ["a=x/*", "b=y/*"])
-    assert alone is not None and alone.inputs == {"a": ("x/*",), "b": ("y/*",)} and alone.rates == {}
-    assert alone.sampling({"a": ["x/1"], "b": ["y/1"]}).source_of("y/1") == "b"
+    sources_only = choose_mixture(None, ["a=x/*", "b=y/*"])
+    assert (
+        sources_only is not None and sources_only.inputs == {"a": ("x/*",), "b": ("y/*",)} and sources_only.rates == {}
+    )
+    assert sources_only.sampling({"a": ["x/1"], "b": ["y/1"]}).source_of("y/1") == "b"
     both = choose_mixture("wikipedia_mixture", ["wiki=x/*"])
     assert both is not None and both.inputs == {"wiki": ("x/*",)}
     assert both.rates == MIXTURES["wikipedia_mixture"].rates and not MIXTURES["wikipedia_mixture"].inputs
-    with pytest.raises(ConfigError, match=r"wikis is no source of wikipedia_mixture \(did you mean wiki\?\).*cc_en"):
+    with pytest.raises(ConfigError, match=r"wikis is not a source of wikipedia_mixture \(did you mean wiki\?\).*cc_en"):
         choose_mixture("wikipedia_mixture", ["wikis=x/*"])
 
 
 # --- rates ------------------------------------------------------------------------------------------------------------
-def test_by_default_no_document_is_taken_twice() -> None:
+def test_by_default_no_document_is_repeated() -> None:
     factors = factors_for_rates(
         {"web": 1000, "wiki": 30, "code": 500, "rest": 7}, _rates(web=50, wiki=10, code=40, rest=0)
     )
@@ -177,7 +183,7 @@ def test_by_default_no_document_is_taken_twice() -> None:
     assert factors_for_rates({"a": 10}, {"a": 0.1}) == {"a": 1.0}
 
 
-def test_a_number_of_tokens_can_be_asked_for() -> None:
+def test_factors_for_a_number_of_tokens() -> None:
     factors = factors_for_rates({"web": 1000, "wiki": 30}, _rates(web=3, wiki=1), total_tokens=400)
     assert factors == {"web": 0.3, "wiki": pytest.approx(100 / 30)}
 
@@ -190,49 +196,49 @@ def test_a_number_of_tokens_can_be_asked_for() -> None:
     ),
     st.none() | st.integers(1, 10**13),
 )
-def test_shares_are_exact(sources: dict[str, tuple[int, float]], total_tokens: int | None) -> None:
+def test_token_shares_are_exact(sources: dict[str, tuple[int, float]], total_tokens: int | None) -> None:
     tokens = {name: count for name, (count, _) in sources.items()}
     rates = {name: rate for name, (_, rate) in sources.items()}
     try:
         factors = factors_for_rates(tokens, rates, total_tokens)
     except ConfigError:
-        wanted = [Fraction(str(rate)) / sum(Fraction(str(r)) for r in rates.values()) for rate in rates.values()]
-        assert total_tokens and max(total_tokens * w / t for w, t in zip(wanted, tokens.values(), strict=True)) >= 1000
+        shares = [Fraction(str(rate)) / sum(Fraction(str(r)) for r in rates.values()) for rate in rates.values()]
+        assert total_tokens and max(total_tokens * s / t for s, t in zip(shares, tokens.values(), strict=True)) >= 1000
         return
-    found = {name: tokens[name] * factors[name] for name in tokens}
-    total, rate_sum = sum(found.values()), sum(rates.values())
-    assert all(found[name] / total == pytest.approx(rates[name] / rate_sum, rel=1e-12) for name in tokens)
+    sampled = {name: tokens[name] * factors[name] for name in tokens}
+    total, rate_sum = sum(sampled.values()), sum(rates.values())
+    assert all(sampled[name] / total == pytest.approx(rates[name] / rate_sum, rel=1e-12) for name in tokens)
     if total_tokens is None:
         assert max(factors.values()) == 1.0
     else:
         assert total == pytest.approx(total_tokens, rel=1e-12)
 
 
-def test_documents_taken_by_the_factors_reach_the_rates() -> None:
+def test_documents_sampled_by_the_factors_reach_the_rates() -> None:
     lengths = {name: 1 + np.arange(20_000) * step % 997 for name, step in (("a", 7), ("b", 31), ("c", 101))}
     tokens = {name: int(part.sum()) for name, part in lengths.items()}
     rates = {"a": 60.0, "b": 10.0, "c": 30.0}
     total = 3 * tokens["a"]
     factors = factors_for_rates(tokens, rates, total)
     for group, (name, part) in enumerate(lengths.items()):
-        masks = [takes_mask(1, group, 0, len(part), factors[name], copy) for copy in range(2)]
+        masks = [selection_mask(1, group, 0, len(part), factors[name], copy) for copy in range(2)]
         taken = sum(int(part[mask].sum()) for mask in masks[: int(np.ceil(factors[name]))])
         chance = factors[name] % 1
         deviation = np.sqrt(chance * (1 - chance) * float((part.astype(float) ** 2).sum()))
         assert abs(taken - total * rates[name] / 100) < 4 * deviation + 1
 
 
-def test_rates_that_do_not_fit() -> None:
+def test_rates_that_do_not_match_the_sources() -> None:
     with pytest.raises(ConfigError) as caught:
         factors_for_rates({"a": 10, "UNKNOWN": 3, "d": 0}, _rates(a=1, b=2, d=1, e=0), total_tokens=0)
     text = str(caught.value)
-    for part in ("(4)", "UNKNOWN: its files hold 3 tokens", "b: has rate 2", "d: has rate 1", "at least 1, found 0"):
+    for part in ("(4)", "UNKNOWN: its files contain 3 tokens", "b: has rate 2", "d: has rate 1", "at least 1, found 0"):
         assert part in text
     with pytest.raises(ConfigError, match="repeat the 2 tokens of b 2500 times"):
         factors_for_rates({"a": 10**6, "b": 2}, _rates(a=1, b=1), total_tokens=10_000)
 
 
-def test_flags_that_mix_while_training() -> None:
+def test_training_flags() -> None:
     rates = {"cc_en": 9.09, "wiki": 90.91, "none": 0}
     manifests = {"wiki": "out/wiki/manifest.jsonl", "cc_en": "s3://b/cc_en/manifest.jsonl"}
     flags = training_flags(manifests, rates)
@@ -241,8 +247,8 @@ def test_flags_that_mix_while_training() -> None:
     assert args.train_data_mix_weights == [9.09, 90.91]
     with pytest.raises(ConfigError) as caught:
         training_flags({"wiki": "w", "UNKNOWN": "u"}, rates)
-    assert "UNKNOWN: has a data set, and no rate" in str(caught.value)
-    assert "cc_en: has rate 9.09, and no data set" in str(caught.value)
+    assert "UNKNOWN: has a data set, but no rate" in str(caught.value)
+    assert "cc_en: has rate 9.09, but no data set" in str(caught.value)
 
 
 def _rates(**rates: float) -> dict[str, float]:
