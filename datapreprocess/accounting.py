@@ -1,4 +1,4 @@
-"""The books of a run: what was read, what was written, what was left out, and that the sums agree."""
+"""Account for all documents and tokens of a run: totals read, written and rejected, and a check that they agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from open_lm.errors import join_problems
 
 @dataclass(frozen=True)
 class Output:
-    """What was written for one output: of the one `source`, or, where that is "", of all together."""
+    """A written output: that of one `source`, or of all sources together if `source` is ""."""
 
     source: str
     units: Sequence[Unit]
@@ -28,23 +28,23 @@ class Output:
     written: Sequence[WrittenShard]
     tail: Tail
 
-    def check(self, drop_tail: bool) -> None:
-        """Every token that was made is in the shards, once. Anything else is a defect of ours: RuntimeError."""
-        made = sum(report.tokens for report in self.reports)
+    def verify_totals(self, drop_tail: bool) -> None:
+        """Raise RuntimeError unless every encoded token is in the shards; a difference is a bug in this package."""
+        encoded = sum(report.tokens for report in self.reports)
         written = sum(result.info.num_tokens for result in self.written)
         dropped = len(self.tail.ids) if drop_tail else 0
         by_source = sum(sum(result.sources.values()) for result in self.written)
-        if made != written + dropped or written != by_source:
+        if encoded != written + dropped or written != by_source:
             raise RuntimeError(
-                f"{made} tokens were made, {written} written ({by_source} by source) and {dropped} dropped: "
-                "the sums differ"
+                f"token totals do not agree: {encoded} encoded, {written} written ({by_source} when summed by source), "
+                f"{dropped} dropped"
             )
 
 
 def dataset_record(
     job: PreprocessJob, settings: dict[str, Any], encoder: str, outputs: Sequence[Output]
 ) -> dict[str, Any]:
-    """What stands in dataset.json: settings, inputs, counts, sources, bad documents and the fate of the tails."""
+    """Return the content of dataset.json: settings, inputs, counts, sources, bad documents and tails."""
     reports = [report for output in outputs for report in output.reports]
     units = {unit.index: unit for output in outputs for unit in output.units}
     infos = [result.info for output in outputs for result in output.written]
@@ -68,7 +68,7 @@ def dataset_record(
         "sources": _source_records(inputs, units, reports),
         "mixture": job.mixture,
         "bad_documents": bad_counts(reports),
-        "bad_documents_first": [place for place, _ in with_locations(list(units.values()), reports)][:MAX_SHOWN],
+        "bad_documents_first": [location for location, _ in with_locations(list(units.values()), reports)][:MAX_SHOWN],
         "broken_files": [broken.detail for report in reports for broken in report.broken],
         "tail": tails[0] if len(tails) == 1 else {"fate": "in each source's own record"},
     }
@@ -93,27 +93,27 @@ def _source_records(
 def with_digests(
     inputs: Sequence[InputFile], units: Mapping[int, Unit], reports: Sequence[UnitReport]
 ) -> list[dict[str, Any]]:
-    """Records of the inputs with the sha256 of what was read: of the file, or of the pieces that it was cut into."""
+    """Return the records of the inputs with the SHA-256 of each file, or of its pieces if the file was split."""
     pieces: dict[str, dict[tuple[int, int], str]] = {}
     for report in reports:
         unit = units[report.index]
-        covered = unit.pieces if len(report.digests) == len(unit.pieces) else ()
-        for piece, digest in zip(covered, report.digests, strict=False):
+        digested = unit.pieces if len(report.digests) == len(unit.pieces) else ()
+        for piece, digest in zip(digested, report.digests, strict=False):
             if digest:
                 pieces.setdefault(piece.url, {})[piece.start, piece.end] = digest
     records = input_records(inputs)
     for record in records:
-        found = sorted(pieces.get(record["url"], {}).items())
-        if len(found) == 1:
-            record["sha256"] = found[0][1]
-        elif found:
-            record["sha256_of_pieces"] = hashlib.sha256("".join(digest for _, digest in found).encode()).hexdigest()
-            record["pieces"] = [list(span) for span, _ in found]
+        digests = sorted(pieces.get(record["url"], {}).items())
+        if len(digests) == 1:
+            record["sha256"] = digests[0][1]
+        elif digests:
+            record["sha256_of_pieces"] = hashlib.sha256("".join(digest for _, digest in digests).encode()).hexdigest()
+            record["pieces"] = [list(span) for span, _ in digests]
     return records
 
 
 def tail_record(job: PreprocessJob, output: Output) -> dict[str, Any]:
-    """What became of the ids after the last full sequence: nothing left, dropped, or padded in the last member."""
+    """Return what happened to the ids after the last full sequence: none remained, dropped, or padded in a member."""
     tokens = len(output.tail.ids)
     if not tokens:
         return {"fate": "none", "tokens": 0}
@@ -139,26 +139,26 @@ def _version() -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """A count with its noun: 1 shard, 2,000 shards."""
+    """Return a count with its noun: "1 shard", "2,000 shards"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """A data set in a sentence."""
+    """Summarize a finished data set in one sentence."""
     counts, tail, length = record["counts"], record["tail"], record["settings"]["seq_len"] + 1
     text = (
-        f"{plural(counts['documents'], 'document')}, {plural(counts['tokens'], 'token')} (end-of-text ids included), "
+        f"{plural(counts['documents'], 'document')}, {plural(counts['tokens'], 'token')} (including end-of-text ids), "
         f"{plural(counts['sequences'], 'sequence')} of {length} ids in {plural(counts['shards'], 'shard')}"
     )
     if counts["pads"]:
-        text += f", {plural(counts['pads'], 'pad')} in them"
+        text += f", {plural(counts['pads'], 'padding id')}"
     if tail["fate"] == "dropped":
         text += f", {plural(tail['tokens'], 'token')} of the tail dropped"
     if counts["bad_documents"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in record["bad_documents"].items())
-        text += f"; left out: {kinds}"
+        text += f"; rejected documents: {kinds}"
     if record["broken_files"]:
-        text += f"; broken: {plural(len(record['broken_files']), 'file')}"
+        text += f"; broken files: {len(record['broken_files']):,}"
     return text
 
 
@@ -166,7 +166,7 @@ def summary(record: Mapping[str, Any]) -> str:
 
 
 def bad_counts(reports: Iterable[UnitReport]) -> dict[str, int]:
-    """How many documents could not be used, by kind."""
+    """Return the number of rejected documents by kind."""
     counts: dict[str, int] = {}
     for report in reports:
         for kind, count in report.bad.items():
@@ -175,29 +175,31 @@ def bad_counts(reports: Iterable[UnitReport]) -> dict[str, int]:
 
 
 def exceeds_bad_fraction(units: Sequence[Unit], reports: Sequence[UnitReport], limit: float) -> bool:
-    """Whether more is lost than the limit allows: of all documents, of all files as broken, or of all bytes with them.
+    """Return whether more than the fraction `limit` is lost: of documents, of files (broken), or of input bytes.
 
-    While only a part of the bytes is read, its documents are taken to stand for the rest, so that a wrong key is told
-    at once and not after days.
+    While a run is still reading, the total number of documents is extrapolated from the bytes read so far. A wrong
+    content key is then detected at once and not after days.
     """
     total_bytes = sum(unit.num_bytes for unit in units)
     files = len({piece.url for unit in units for piece in unit.pieces})
     bad = sum(bad_counts(reports).values())
     broken = [broken for report in reports for broken in report.broken]
-    lost_bytes = sum(found.lost_bytes for found in broken)
+    lost_bytes = sum(item.lost_bytes for item in broken)
     read_bytes = sum(report.num_bytes for report in reports)
     documents = (sum(report.seen for report in reports) + bad) * max(1.0, total_bytes / max(1, read_bytes))
     return bad > limit * documents or len(broken) > limit * files or lost_bytes > limit * total_bytes
 
 
 def bad_input_message(units: Sequence[Unit], reports: Sequence[UnitReport], *, limit: float, rejects: str) -> str:
-    """What could not be used, the first of each with file and line, as one message."""
+    """Return an error message that lists the first broken files and bad documents with file and line."""
     bad, seen = sum(bad_counts(reports).values()), sum(report.seen for report in reports)
     all_broken = [broken for report in reports for broken in report.broken]
     lines = [broken.detail for broken in all_broken][:MAX_SHOWN]
-    lines += [f"{place}: {found.kind}: {found.detail}" for place, found in with_locations(units, reports)][:MAX_SHOWN]
+    lines += [f"{location}: {item.kind}: {item.detail}" for location, item in with_locations(units, reports)][
+        :MAX_SHOWN
+    ]
     hidden = bad + len(all_broken) - len(lines)
-    lines += [f"and {hidden} more in what was read so far"] if hidden > 0 else []
+    lines += [f"and {hidden} more in the input read so far"] if hidden > 0 else []
     lost = sum(broken.lost_bytes for broken in all_broken)
     total_bytes = sum(unit.num_bytes for unit in units)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in bad_counts(reports).items())
@@ -206,14 +208,14 @@ def bad_input_message(units: Sequence[Unit], reports: Sequence[UnitReport], *, l
     facts += [f"{len(all_broken)} of {files} broken, {lost:,} of {total_bytes:,} bytes lost"] if all_broken else []
     return join_problems(
         lines,
-        f"Some of the input cannot be used: {'; '.join(facts)}; --max-bad-fraction allows {limit:g}. Mend it, or allow "
-        f"more with --max-bad-fraction (1 leaves out and counts whatever is bad); finished work is kept. All that was "
-        f"rejected is in {rejects}",
+        f"Some of the input cannot be used: {'; '.join(facts)}; --max-bad-fraction allows {limit:g}. Fix the input, or "
+        "increase --max-bad-fraction (1 skips and counts all bad input); finished work is kept. All rejected documents "
+        f"are listed in {rejects}",
     )
 
 
 def line_bases(units: Sequence[Unit], reports: Sequence[UnitReport]) -> dict[tuple[str, int], int]:
-    """The lines of a file before each place (url, start) where it was cut, as far as they are known."""
+    """Return the number of lines of a file before each piece (url, start), as far as it is known."""
     by_index = {report.index: report for report in reports}
     bases: dict[tuple[str, int], int] = {}
     for unit in units:
@@ -226,7 +228,7 @@ def line_bases(units: Sequence[Unit], reports: Sequence[UnitReport]) -> dict[tup
 
 
 def with_locations(units: Sequence[Unit], reports: Sequence[UnitReport]) -> Iterator[tuple[str, BadDocument]]:
-    """Each noted bad document with its place. Lines of a file that was cut are counted from the file's beginning."""
+    """Yield (location, bad document) pairs; lines are counted from the start of the file if that is known."""
     bases = line_bases(units, reports)
     for report in reports:
         for bad in report.bad_shown:
@@ -234,6 +236,6 @@ def with_locations(units: Sequence[Unit], reports: Sequence[UnitReport]) -> Iter
             if not bad.line:
                 yield bad.url, bad
             elif base is None:
-                yield f"{bad.url} line {bad.line} of the part that begins at {bad.start}", bad
+                yield f"{bad.url} line {bad.line} of the piece that starts at {bad.start}", bad
             else:
                 yield f"{bad.url} line {base + bad.line}", bad

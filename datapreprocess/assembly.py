@@ -1,4 +1,4 @@
-"""From what the units left to a plan of shards: tails joined, runs in one order, tasks for the writers."""
+"""Plan the output from the unit reports: join the tails, order the runs, create the tasks of the writers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from open_lm.datapreprocess.units import UnitReport, UnitTask
 from open_lm.datapreprocess.writer import ShardPlan, ShardTask, Tail, WrittenShard, group_shards, plan_shards
 from open_lm.errors import DataError
 
-_TAIL_STREAM = 1 << 60  # keeps the keys of joined tails apart from those of units
-_PART_BYTES = 64 << 20
+_TAIL_STREAM = 1 << 60  # separates the keys of joined tails from those of units
+_TASK_BYTES = 64 << 20
 CountBuckets = Callable[[Sequence[Run], int], np.ndarray]
 
 
 @dataclass(frozen=True)
 class WritePlan:
-    """All that is to be written for one output; `source` is the name of the only one it holds, or "" for all."""
+    """The shards and tasks of one output; `source` is its only source, or "" for all sources."""
 
     source: str
     units: Sequence[Unit]
@@ -36,13 +36,13 @@ class WritePlan:
     tail: Tail
 
     def output(self, written: Sequence[WrittenShard]) -> Output:
-        """The books of this output, once its shards are written."""
+        """Return the output after its shards are written."""
         return Output(self.source, self.units, self.reports, self.shards, written, self.tail)
 
 
 @dataclass(frozen=True)
 class Assembler:
-    """What all outputs of a run have in common."""
+    """Plans the outputs of a run; its fields are the same for all outputs."""
 
     job: PreprocessJob
     work: str
@@ -52,29 +52,29 @@ class Assembler:
     count_buckets: CountBuckets
 
     def plan(self, source: str, tasks: Sequence[UnitTask], reports: Sequence[UnitReport]) -> WritePlan:
-        """Plan the output of these units, all of them or those of one source; reports are in the order of the input."""
+        """Plan the output of these units, which are all units or those of one source; reports are in input order."""
         job = self.job
         by_index = {task.unit.index: task for task in tasks}
         spilled = [run for report in reports for run in report.runs_of(by_index[report.index])]
         runs, tail = self._shuffled(source, by_index, reports, spilled) if job.shuffle else self._ordered(spilled)
-        padded = Tail(pad(tail.ids, job.length), tail.shares) if len(tail.ids) and not job.drop_tail else None
+        padded = Tail(pad(tail.ids, job.length), tail.tokens_by_source) if len(tail.ids) and not job.drop_tail else None
         shards = plan_shards(job.layout, job.layout.folders_of(source), runs.num_sequences + (padded is not None))
         if not shards and not len(tail.ids):
-            raise DataError(f"source {source} holds no document; mend its files, or leave it out")
+            raise DataError(f"source {source} contains no documents; fix its files or remove the source")
         if not shards:
             raise DataError(
-                f"{source + ': ' if source else ''}{len(tail.ids)} tokens are too few for one sequence of {job.length} "
-                "ids, and the tail is dropped"
+                f"{source + ': ' if source else ''}found {len(tail.ids)} tokens, too few for one sequence of "
+                f"{job.length} ids, and --drop-tail drops them"
             )
         units = [task.unit for task in tasks]
         return WritePlan(source, units, reports, shards, self._tasks(shards, runs, padded), tail)
 
     def _tasks(self, shards: Sequence[ShardPlan], runs: Runs, padded: Tail | None) -> list[ShardTask]:
-        """Neighbouring shards for each task, small enough that every worker has some."""
+        """Group consecutive shards into tasks that are small enough for every worker to get some."""
         sequence_bytes = self.job.length * self.dtype.itemsize
         total_bytes = sum(shard.count for shard in shards) * sequence_bytes
         groups = group_shards(
-            shards, sequence_bytes, min(max(_PART_BYTES, self.buffer_bytes), total_bytes // (2 * self.workers))
+            shards, sequence_bytes, min(max(_TASK_BYTES, self.buffer_bytes), total_bytes // (2 * self.workers))
         )
         shared = Shared(runs)
         sources = tuple(self.job.sources)
@@ -102,26 +102,26 @@ class Assembler:
     def _shuffled(
         self, name: str, tasks: dict[int, UnitTask], reports: Sequence[UnitReport], runs: list[Run]
     ) -> tuple[Runs, Tail]:
-        """Tails are joined within their source; what still fills no sequence is joined across sources."""
+        """Join the tails of the units within each source, then join the remainders of all sources."""
         buckets = next(iter(tasks.values())).buckets
-        rest: dict[int, np.ndarray] = {}
+        remainders: dict[int, np.ndarray] = {}
         for source in sorted({task.source for task in tasks.values()}):
             parts = [report.tail_ids(self.dtype) for report in reports if tasks[report.index].source == source]
-            sequences, rest[source] = cut([np.zeros(0, self.dtype), *parts], self.job.length)
+            sequences, remainders[source] = cut([np.zeros(0, self.dtype), *parts], self.job.length)
             runs = runs + self._spill(name, source, source, sequences, buckets)
-        sequences, tail = cut([np.zeros(0, self.dtype), *rest.values()], self.job.length)
-        owners = np.repeat(list(rest), [len(ids) for ids in rest.values()])
+        sequences, tail = cut([np.zeros(0, self.dtype), *remainders.values()], self.job.length)
+        token_sources = np.repeat(list(remainders), [len(ids) for ids in remainders.values()])
         stream = len(self.job.sources)
         runs = runs + self._spill(name, stream, MIXED, sequences, buckets)
         keys = random_keys(self.job.seed, _TAIL_STREAM + stream, 0, len(sequences)).tolist()
-        owned = owners[: sequences.size].reshape(sequences.shape)
-        shares = {key: _shares(row) for key, row in zip(keys, owned, strict=True)}
+        sequence_sources = token_sources[: sequences.size].reshape(sequences.shape)
+        mixed_tokens = {key: _count_by_source(row) for key, row in zip(keys, sequence_sources, strict=True)}
         counts = self.count_buckets(runs, buckets)
-        shuffled = ShuffledRuns(tuple(runs), counts, self.job.length, self._run_dtype, shares, self.buffer_bytes)
-        return shuffled, Tail(tail, _shares(owners[sequences.size :]))
+        shuffled = ShuffledRuns(tuple(runs), counts, self.job.length, self._run_dtype, mixed_tokens, self.buffer_bytes)
+        return shuffled, Tail(tail, _count_by_source(token_sources[sequences.size :]))
 
     def _spill(self, name: str, stream: int, source: int, sequences: np.ndarray, buckets: int) -> list[Run]:
-        """Sequences made of joined tails, as runs like any other."""
+        """Spill the sequences made of joined tails, and return their runs."""
         template = storage.join(self.work, f"tails-{name or 'all'}-{stream:06d}-{{:04d}}.run")
         writer = ShuffledRunWriter(
             template,
@@ -136,7 +136,7 @@ class Assembler:
         return writer.runs
 
 
-def _shares(owners: Iterable[int]) -> dict[int, int]:
-    """How many tokens each source has, from the source of every token."""
-    sources, counts = np.unique(np.asarray(owners, np.int64), return_counts=True)
+def _count_by_source(token_sources: Iterable[int]) -> dict[int, int]:
+    """Return the number of tokens of each source, given the source number of every token."""
+    sources, counts = np.unique(np.asarray(token_sources, np.int64), return_counts=True)
     return dict(zip(sources.tolist(), counts.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Ray at arm's length: start or join it, run plain functions on it with a bounded number in flight, leave it."""
+"""Run functions on Ray with a limited number of tasks in flight; join a Ray session, or start and stop one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from types import TracebackType
 from typing import Any, ClassVar, Generic, TypeVar
 
 import open_lm
-from open_lm.datapreprocess.tasks import Call, Feed, Queue, Session, Threads, finished
+from open_lm.datapreprocess.tasks import Call, Feed, Queue, Session, Threads, ready_results
 from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
-_OBJECT_STORE_BYTES = 256 << 20  # sequences go through the work folder; the store holds only what is fed to tasks
-_KNOCK_S = 10.0
-_LOCAL = "local"  # Ray's own word for a session of this machine
-_ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # in a worker, which has one processor
+_OBJECT_STORE_BYTES = 256 << 20  # only for feed items and shared values; sequences are exchanged in the work folder
+_CONNECT_TIMEOUT_S = 10.0
+_LOCAL = "local"  # Ray's address for starting a session on this machine
+_ONE_THREAD = {"RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # a worker has one CPU
 T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """A value that many tasks need: it is sent to each worker process once, not with every task."""
+    """A value that many tasks use. It is sent to each worker process once instead of with every task."""
 
     _received: ClassVar[dict[str, Any]] = {}
 
@@ -39,7 +39,7 @@ class Shared(Generic[T]):
         self._reference: Any = None
 
     def get(self) -> T:
-        """The value."""
+        """Return the value."""
         return self._value
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -51,68 +51,68 @@ class Shared(Generic[T]):
 
 
 def _receive(key: str, reference: list[Any]) -> Shared[Any]:
-    """A Shared as a worker sees it; the value is fetched by the first task that brings it."""
+    """Return a worker's copy of a Shared; the first task that uses it fetches the value."""
     import ray
 
     if key not in Shared._received:
         shared = Shared(ray.get(reference[0]))
         shared._key = key
         Shared._received[key] = shared
-    found: Shared[Any] = Shared._received[key]
-    return found
+    received: Shared[Any] = Shared._received[key]
+    return received
 
 
 class _LocalRay:
-    """A Ray of this process's own, started and stopped beside the main thread.
+    """A Ray session on this machine, started and stopped in a background thread.
 
-    Ray's processes end with the thread that started them, so that thread lives as long as they are needed. It does not
-    keep the process alive: an interrupt need not wait for a start to come to its end.
+    Ray's processes end with the thread that started them, so the thread lives as long as the session. It is a daemon:
+    an interrupted process can exit without waiting for a start to complete.
     """
 
     _threads: ClassVar[list[threading.Thread]] = []
 
     @classmethod
-    def wait_for_interrupted(cls) -> None:
-        """Until what an interrupted run of this process had begun to start is stopped again."""
+    def join_interrupted(cls) -> None:
+        """Wait until the sessions that interrupted runs of this process were starting are stopped."""
         while cls._threads:
             cls._threads.pop().join()
 
     def __init__(self, workers: int, options: dict[str, Any]) -> None:
         self._workers, self._options = workers, options
         self._started: Future[None] = Future()
-        self._leave = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="ray", daemon=True)
+        self._stop_requested = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ray", daemon=True)
         self._thread.start()
 
     @property
     def ready(self) -> bool:
-        """Whether the start is over; what made it fail is raised here."""
+        """Whether the start is complete; raises the error if it failed."""
         if self._started.done():
             self._started.result()
         return self._started.done()
 
-    def stop(self, *, at_once: bool) -> None:
-        """End Ray and wait for that; `at_once`: do not wait for a start that is still going on."""
-        self._leave.set()
-        if self._started.done() or not at_once:
+    def stop(self, *, wait_for_start: bool) -> None:
+        """Stop Ray and wait for that. If Ray is still starting and `wait_for_start` is false, return at once."""
+        self._stop_requested.set()
+        if self._started.done() or wait_for_start:
             self._thread.join()
         else:
             self._threads.append(self._thread)
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         try:
             self._start()
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             self._started.set_exception(
                 ConfigError(
-                    f"Ray could not be started on this machine ({reason}); look for room in its temporary folder and "
-                    "for its logs there. Finished work is kept, the same command goes on with it"
+                    f"Ray could not be started on this machine ({reason}); check the free space of its temporary "
+                    "folder and the logs there. Finished work is kept, and the same command resumes it"
                 )
             )
         else:
             self._started.set_result(None)
-            self._leave.wait()
+            self._stop_requested.wait()
         finally:
             if _initialized():
                 sys.modules["ray"].shutdown()
@@ -127,7 +127,7 @@ class _LocalRay:
             "log_to_driver": False,
             "logging_level": logging.ERROR,
         }
-        # The processes of a local Ray inherit the environment, which spares them Ray's slower way of setting it.
+        # The processes of a local Ray inherit the environment, which is faster than a Ray runtime environment.
         with _environment(
             PYTHONPATH=_python_path(),
             RAY_USAGE_STATS_ENABLED="0",
@@ -138,12 +138,12 @@ class _LocalRay:
 
 
 class Cluster:
-    """A Ray session: the running one of this process, the one at `address`, or a local one of our own.
+    """A Ray session: the existing one of this process, the one at `address`, or a new local one.
 
-    A local Ray takes seconds to start; it does so beside this thread, and until it is there and warm `run` works in
-    threads of this process. With `alone` and no address it is not started at all, and all is done in threads: for work
-    that takes less time than the start. What was started here is stopped at the end of the `with`, also after an error;
-    what was found is left as it was.
+    A local Ray takes seconds to start. It starts in the background, and `run` uses threads of this process until Ray
+    returns its first result. With `threads_only` and no address Ray is not started and all tasks run in threads, which
+    is faster for jobs that take less time than the start. On exit, also after an error, a session that was started or
+    joined here is closed; an existing one stays open.
     """
 
     def __init__(
@@ -152,9 +152,10 @@ class Cluster:
         address: str | None = None,
         options: dict[str, Any] | None = None,
         *,
-        alone: bool = False,
+        threads_only: bool = False,
     ) -> None:
-        self._wanted, self._address, self._options, self._alone = workers, address, dict(options or {}), alone
+        self._requested, self._address, self._options = workers, address, dict(options or {})
+        self._threads_only = threads_only
         self._owned = False
         self._local: _LocalRay | None = None
         self._cpus_per_task = 1.0
@@ -162,53 +163,53 @@ class Cluster:
         self.workers_per_node = 1
 
     def __enter__(self) -> Cluster:
-        _LocalRay.wait_for_interrupted()
-        self.workers = self.workers_per_node = local_workers(self._wanted)
+        _LocalRay.join_interrupted()
+        self.workers = self.workers_per_node = local_workers(self._requested)
         if _initialized():
-            self._alone = False
+            self._threads_only = False
         elif self._address not in (None, _LOCAL):
-            self._alone, self._owned = False, True
+            self._threads_only, self._owned = False, True
             self._join(str(self._address))
-        elif not self._alone or self._address == _LOCAL:
-            self._alone, self._owned = False, True
+        elif not self._threads_only or self._address == _LOCAL:
+            self._threads_only, self._owned = False, True
             _logger.info("starting Ray on this machine with %d workers", self.workers)
             self._local = _LocalRay(self.workers, self._options)
             return self
-        if not self._alone:
+        if not self._threads_only:
             import ray
 
-            machines = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-            self.workers = min(self._wanted or sum(machines), max(1, sum(machines)))
-            self.workers_per_node = min(self.workers, max(1, *machines))
+            node_cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+            self.workers = min(self._requested or sum(node_cpus), max(1, sum(node_cpus)))
+            self.workers_per_node = min(self.workers, max(1, *node_cpus))
         return self
 
     @property
     def runs_threads_during_startup(self) -> bool:
-        """Whether threads of this process work beside Ray's workers, for as long as these warm up."""
+        """Whether threads of this process run tasks at the same time as Ray workers, while the workers warm up."""
         return self._local is not None
 
-    def limit_workers(self, per_machine: int) -> None:
-        """Run no more tasks than this at a time on any machine."""
-        share = self.workers_per_node / per_machine
-        self._cpus_per_task *= share
-        self.workers, self.workers_per_node = max(1, int(self.workers / share)), per_machine
+    def limit_workers(self, per_node: int) -> None:
+        """Limit the number of concurrent tasks on every node."""
+        ratio = self.workers_per_node / per_node
+        self._cpus_per_task *= ratio
+        self.workers, self.workers_per_node = max(1, int(self.workers / ratio)), per_node
 
     def _join(self, address: str) -> None:
         import ray
 
-        _knock(address)
+        _check_connection(address)
         environment = {"env_vars": {"PYTHONPATH": _python_path(), **_ONE_THREAD}}
         try:
             ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
             ray.shutdown()
-            raise _no_cluster(address, str(error).strip().partition("\n")[0]) from error
+            raise _no_cluster_error(address, str(error).strip().partition("\n")[0]) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._local:
-            self._local.stop(at_once=isinstance(error, KeyboardInterrupt))
+            self._local.stop(wait_for_start=not isinstance(error, KeyboardInterrupt))
         elif self._owned:
             import ray
 
@@ -216,14 +217,14 @@ class Cluster:
 
     @property
     def _ready(self) -> bool:
-        """Whether tasks can go to Ray."""
-        return not self._alone and (self._local is None or self._local.ready)
+        """Whether Ray accepts tasks."""
+        return not self._threads_only and (self._local is None or self._local.ready)
 
     def run(self, tasks: Iterable[Call[T] | Feed[T]], tick: Callable[[], None] | None = None) -> Iterator[T]:
-        """Do all tasks, as many at a time as there are workers; results come as they are ready.
+        """Run all tasks, at most one per worker at a time, and yield their results as they complete.
 
-        `tick` is called at least every second. A UserError of a worker is raised as it was; tasks whose worker or node
-        died are tried again.
+        `tick` is called at least every second. A UserError of a worker is raised unchanged. Tasks whose worker or node
+        died are retried.
         """
         queue = Queue(tasks)
         threads: Threads[T] = Threads(self.workers_per_node)
@@ -238,7 +239,7 @@ class Cluster:
                     threads.fill(queue)
                 if not threads.busy and not (session and session.busy):
                     return
-                yield from finished(threads, session)
+                yield from ready_results(threads, session)
                 if tick:
                     tick()
         finally:
@@ -248,39 +249,39 @@ class Cluster:
 
 
 def _initialized() -> bool:
-    """Whether this process has a Ray session; importing Ray only to ask would take a second."""
+    """Return whether this process has a Ray session, without importing Ray, which takes a second."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
 
 
-def _knock(address: str) -> None:
-    """Ray itself tries for minutes; a closed port is told at once."""
+def _check_connection(address: str) -> None:
+    """Raise ConfigError if the port does not accept connections; Ray itself retries for minutes before it fails."""
     match = re.fullmatch(r"(?:ray://)?([^/:]+):(\d+)", address)
     if match is None:
         return
     try:
-        socket.create_connection((match.group(1), int(match.group(2))), timeout=_KNOCK_S).close()
+        socket.create_connection((match.group(1), int(match.group(2))), timeout=_CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
-        raise _no_cluster(address, str(error)) from error
+        raise _no_cluster_error(address, str(error)) from error
 
 
-def _no_cluster(address: str, reason: str) -> ConfigError:
+def _no_cluster_error(address: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"--ray-address {address}: no Ray cluster answers there ({reason}); start one with `ray start --head`, "
-        "or leave the flag out to have a local Ray started. A cluster that asks for tokens is joined with "
+        f"--ray-address {address}: no Ray cluster answers at this address ({reason}); start one with "
+        "`ray start --head`, or omit the flag to start a local Ray. To join a cluster that requires a token, set "
         "RAY_AUTH_MODE=token in the environment"
     )
 
 
 def _python_path() -> str:
-    """Where workers look for packages: where this process found this one, and then as it does."""
+    """Return a PYTHONPATH with which workers import the same open_lm package as this process."""
     root = str(Path(open_lm.__file__).resolve().parents[1])
     return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Set environment variables for a while."""
+    """Set environment variables inside a `with` block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -294,13 +295,13 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def available_cpus() -> int:
-    """Processors that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def local_workers(wanted: int | None) -> int:
-    """Worker processes on this machine: as many as wanted, but no more than it has processors to offer."""
-    available = available_cpus()
-    if wanted and wanted > available:
-        _logger.info("%d workers are asked for; %d processors are there, so %d are used", wanted, available, available)
-    return min(wanted or available, available)
+def local_workers(requested: int | None) -> int:
+    """Return the number of workers on this machine: as requested, but at most one per available CPU."""
+    cpus = available_cpus()
+    if requested and requested > cpus:
+        _logger.info("%d workers were requested, but only %d CPUs are available; using %d", requested, cpus, cpus)
+    return min(requested or cpus, cpus)

@@ -1,8 +1,8 @@
-"""The graph of a preprocessing run: units of work -> runs -> shards, on Ray, restartable at any point.
+"""Run a preprocessing job on Ray: inputs -> units of work -> sorted runs -> shards. It can resume at any point.
 
     inputs ─ plan_units ─► run_unit (many) ─► runs, tails ─► write_shards (many) ─► manifests, dataset.json
 
-Every file appears whole, and a step that left its record in the work folder is not done again.
+All files are written atomically. A step whose record is in the work folder is not repeated.
 """
 
 from __future__ import annotations
@@ -63,41 +63,40 @@ from open_lm.datapreprocess.writer import (
 from open_lm.errors import DataError, UserError
 
 _logger = logging.getLogger(__name__)
-_BUCKET_BYTES = 4 << 20  # of input, for each bucket of the shuffle
+_BUCKET_BYTES = 4 << 20  # input bytes per bucket of the shuffle
 _MIN_BUCKETS, _MAX_BUCKETS = 64, 1 << 16
-_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 16 << 20, 64 << 20  # of text that a feed hands over at a time
-_RUNS_COUNTED = 256  # by one task
-# Text bytes in a byte of (compressed) input, and how much text a worker turns into shards in a second, with and without
-# the fast tokenizer. More threads than this wait for each other more than they work.
-_TEXT_IN_INPUT, _FAST_BYTES_PER_S, _BYTES_PER_S = 4, 50e6, 2e6
-_USEFUL_THREADS = 3
-_RAY_START_S = 8.0  # with its end
-Reports = dict[tuple[int, int], UnitReport]
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES = 16 << 20, 64 << 20  # decompressed text in a chunk of a streamed file
+_RUNS_PER_COUNT_TASK = 256
+_TEXT_BYTES_PER_INPUT_BYTE = 4  # the input may be compressed
+_FAST_BYTES_PER_S, _BYTES_PER_S = 50e6, 2e6  # text per worker, with and without the fast tokenizer
+_USEFUL_THREADS = 3  # more threads only wait for each other
+_RAY_START_S = 8.0  # to start and stop a local Ray
+ReportsByKey = dict[tuple[int, int], UnitReport]  # by unit and chunk
 
 
 def run(job: PreprocessJob, encoder: DocumentEncoder) -> dict[str, Any]:
-    """Make the data set of a job, or what is missing of it; returns the content of its dataset.json.
+    """Create the data set of a job, or complete an interrupted one; return the content of its dataset.json.
 
-    Raises ConfigError for a conflict with what is there, DataError for inputs that cannot be used.
+    Raise ConfigError if the output folder contains something else, and DataError if inputs are unusable.
     """
-    job = _absolute(job)
+    job = _with_absolute_paths(job)
     settings = job.settings(_tokenizer_facts(encoder))
     finished = finished_dataset(job, settings)
     if finished is not None:
         _logger.info("already done: %s in %s", summary(finished), job.layout.root)
-        remove_work(work_folder(job))  # where the removal at the end was interrupted
+        remove_work(work_folder(job))  # it still exists if the previous run was killed while removing it
         return finished
     started = time.monotonic()
     work = open_work(job, settings)
     try:
-        alone = _alone(job, encoder, work)
-        with Cluster(job.workers, job.ray_address, job.ray_options, alone=alone) as cluster:
-            record = _make(job, settings, encoder, cluster, work)
+        threads_only = _threads_are_faster(job, encoder, work)
+        with Cluster(job.workers, job.ray_address, job.ray_options, threads_only=threads_only) as cluster:
+            record = _make_dataset(job, settings, encoder, cluster, work)
     except UserError:
         remove_unstarted_work(work)
         raise
     remove_work(work)
-    _logger.info("%s in %s, after %.1f s", summary(record), job.layout.root, time.monotonic() - started)
+    _logger.info("finished in %.1f s: %s in %s", time.monotonic() - started, summary(record), job.layout.root)
     return record
 
 
@@ -110,17 +109,17 @@ def _tokenizer_facts(encoder: DocumentEncoder) -> dict[str, Any]:
     }
 
 
-def _alone(job: PreprocessJob, encoder: DocumentEncoder, work: str) -> bool:
-    """Whether threads of this process would be done before Ray's workers, its start and end counted."""
+def _threads_are_faster(job: PreprocessJob, encoder: DocumentEncoder, work: str) -> bool:
+    """Return whether threads of this process need less time than Ray workers, including the start and stop of Ray."""
     workers = min(job.workers or available_cpus(), available_cpus())
-    text_bytes = max(0, job.num_bytes - finished_bytes(work)) * _TEXT_IN_INPUT
+    text_bytes = max(0, job.num_bytes - finished_bytes(work)) * _TEXT_BYTES_PER_INPUT_BYTE
     rate = _FAST_BYTES_PER_S if encoder.name == "fastokens" else _BYTES_PER_S
-    in_threads = text_bytes / (rate * min(workers, _USEFUL_THREADS))
-    return in_threads <= _RAY_START_S + text_bytes / (rate * workers)
+    threads_s = text_bytes / (rate * min(workers, _USEFUL_THREADS))
+    return threads_s <= _RAY_START_S + text_bytes / (rate * workers)
 
 
-def _absolute(job: PreprocessJob) -> PreprocessJob:
-    """The job with local paths that hold in every worker: they have a working directory of their own."""
+def _with_absolute_paths(job: PreprocessJob) -> PreprocessJob:
+    """Make local paths absolute, since workers have a different working directory."""
 
     def absolute(url: str) -> str:
         return url if storage.is_remote(url) else os.path.abspath(storage.local_path(url))
@@ -129,60 +128,60 @@ def _absolute(job: PreprocessJob) -> PreprocessJob:
     return replace(job, inputs=inputs, layout=replace(job.layout, root=absolute(job.layout.root)))
 
 
-def _make(
+def _make_dataset(
     job: PreprocessJob, settings: dict[str, Any], encoder: DocumentEncoder, cluster: Cluster, work: str
 ) -> dict[str, Any]:
-    per_machine = cluster.workers_per_node
+    per_node = cluster.workers_per_node
     budget = plan_budget(
         job.memory_limit,
-        per_machine,
+        per_node,
         job.num_bytes * SPILLED_BYTES_PER_INPUT_BYTE,
-        twice=cluster.runs_threads_during_startup,
+        threads_too=cluster.runs_threads_during_startup,
     )
-    if budget.workers < per_machine:
-        _logger.info("%d of %d workers of a machine fit into --memory-limit", budget.workers, per_machine)
+    if budget.workers < per_node:
+        _logger.info("--memory-limit allows %d of %d workers per node", budget.workers, per_node)
         cluster.limit_workers(budget.workers)
-    encoder = _checked(encoder, work)
-    tasks = _plan(job, budget, encoder.name, work)
+    encoder = _choose_encoder(encoder, work)
+    tasks = _plan_tasks(job, budget, encoder.name, work)
     monitor = Monitor(job, encoder.dtype, cluster.workers)
     reports = _tokenize(job, tasks, cluster, encoder, monitor)
-    if reports is None:  # the fast tokenizer differs somewhere: once more, without it
+    if reports is None:  # the fast tokenizer differs from the reference: repeat without it
         encoder = encoder.reference()
         tasks = [replace(task, encoder=encoder.name) for task in tasks]
         reports = _tokenize(job, tasks, cluster, encoder, monitor)
-    assert reports is not None, "the reference does not differ from itself"
+    assert reports is not None, "only the fast tokenizer can differ from the reference"
     remove_stale_shards(job, work, settings, reports)
     assembler = Assembler(job, work, encoder.dtype, budget.buffer_bytes, cluster.workers, _bucket_counter(cluster))
-    outputs = _write(job, tasks, reports, assembler, cluster, monitor)
+    outputs = _write_outputs(job, tasks, reports, assembler, cluster, monitor)
     bases = line_bases([task.unit for task in tasks], reports)
     collect_rejects(tasks, work, storage.join(job.layout.root, REJECTS), bases)
     for output in outputs if job.layout.per_source else []:
-        own = [task for task in tasks if task.unit.source == output.source]
-        collect_rejects(own, work, storage.join(job.layout.root, output.source, REJECTS), bases)
+        source_tasks = [task for task in tasks if task.unit.source == output.source]
+        collect_rejects(source_tasks, work, storage.join(job.layout.root, output.source, REJECTS), bases)
     return _write_records(job, settings, encoder.name, outputs)
 
 
 def _write_records(
     job: PreprocessJob, settings: dict[str, Any], encoder: str, outputs: Sequence[Output]
 ) -> dict[str, Any]:
-    """A dataset.json in every folder, and last the one that tells that all is done."""
-    whole = dataset_record(job, settings, encoder, outputs)
+    """Write a dataset.json to every folder, and last the one that marks the output as finished."""
+    full_record = dataset_record(job, settings, encoder, outputs)
     for output in outputs:
         folders = job.layout.folders_of(output.source)
-        own = settings | {"folders": list(folders)}
-        record = dataset_record(job, own, encoder, [output]) if job.layout.per_source else whole
+        output_settings = settings | {"folders": list(folders)}
+        record = dataset_record(job, output_settings, encoder, [output]) if job.layout.per_source else full_record
         for folder in folders:
             url = storage.join(job.layout.folder(folder), DATASET)
             if url != dataset_url(job.layout):
                 write_dataset(url, record)
-    write_dataset(dataset_url(job.layout), whole)
-    return whole
+    write_dataset(dataset_url(job.layout), full_record)
+    return full_record
 
 
-def _plan(job: PreprocessJob, budget: Budget, encoder: str, work: str) -> list[UnitTask]:
+def _plan_tasks(job: PreprocessJob, budget: Budget, encoder: str, work: str) -> list[UnitTask]:
     sources = job.sources
-    wanted = max(1, job.num_bytes // _BUCKET_BYTES)
-    buckets = min(max(1 << (wanted - 1).bit_length(), _MIN_BUCKETS), _MAX_BUCKETS)
+    target = max(1, job.num_bytes // _BUCKET_BYTES)
+    buckets = min(max(1 << (target - 1).bit_length(), _MIN_BUCKETS), _MAX_BUCKETS)
     chunk_bytes = min(max(unit_size(job.inputs), _MIN_CHUNK_BYTES), _MAX_CHUNK_BYTES)
     return [
         UnitTask(
@@ -204,13 +203,13 @@ def _plan(job: PreprocessJob, budget: Budget, encoder: str, work: str) -> list[U
     ]
 
 
-def _checked(encoder: DocumentEncoder, work: str) -> DocumentEncoder:
-    """The encoder, or its reference where the fast tokenizer is known or found to differ from it."""
+def _choose_encoder(encoder: DocumentEncoder, work: str) -> DocumentEncoder:
+    """Return the encoder, or its reference if the fast tokenizer differs from it, now or in an earlier run."""
     difference = encoder.self_check()
     if difference:
         _logger.warning("the fast tokenizer is not used: %s", difference)
     elif has_fallen_back(work):
-        _logger.warning("the fast tokenizer is not used: an earlier start found that it differs")
+        _logger.warning("the fast tokenizer is not used: an earlier run found that it differs from the reference")
     elif encoder.fallback_reason:
         _logger.info("encoding with %s: %s", encoder.name, encoder.fallback_reason)
     return encoder.reference() if difference or has_fallen_back(work) else encoder
@@ -222,33 +221,36 @@ def _checked(encoder: DocumentEncoder, work: str) -> DocumentEncoder:
 def _tokenize(
     job: PreprocessJob, tasks: Sequence[UnitTask], cluster: Cluster, encoder: DocumentEncoder, monitor: Monitor
 ) -> list[UnitReport] | None:
-    """The reports of all units in their order; those that an earlier start finished are not done again.
+    """Process the units that have no report from an earlier run, and return the reports of all units in order.
 
-    None where the fast tokenizer was found to differ from the reference; then nothing is kept.
+    Return None, and discard all reports, if the fast tokenizer differs from the reference.
     """
     work = tasks[0].work if tasks else ""
-    reports: Reports = load_reports(tasks, work)
-    kept = Counter(index for index, _ in reports)  # the last report of a streamed unit may be there before others
-    done = {report.index for report in reports.values() if report.last and kept[report.index] == report.number + 1}
-    for index in {index for index, _ in reports} - done:  # the last stretch may end where the file broke off
+    reports: ReportsByKey = load_reports(tasks, work)
+    # The last report of a streamed unit may have been saved before reports of earlier chunks, so count them.
+    num_reports = Counter(index for index, _ in reports)
+    done = {
+        report.index for report in reports.values() if report.last and num_reports[report.index] == report.number + 1
+    }
+    for index in {index for index, _ in reports} - done:  # the last chunk may be incomplete because reading failed
         del reports[max(key for key in reports if key[0] == index)]
     if done:
-        _logger.info("%d of %s done already", len(done), plural(len(tasks), "unit"))
-    monitor.begin_tokenizing(tasks, reports.values())
+        _logger.info("%d of %s already done", len(done), plural(len(tasks), "unit"))
+    monitor.start_tokenizing(tasks, reports.values())
     missing = sorted((task for task in tasks if task.unit.index not in done), key=lambda task: -task.unit.num_bytes)
     shared = Shared(encoder)
 
     def calls() -> Iterator[Call[UnitReport] | Feed[UnitReport]]:
         for task in missing:
             if task.unit.streamed:
-                known = frozenset(number for index, number in reports if index == task.unit.index)
-                yield Feed(feed_unit, (task, known), _run_chunk_in_worker, (task, shared))
+                done_chunks = frozenset(number for index, number in reports if index == task.unit.index)
+                yield Feed(feed_unit, (task, done_chunks), _run_chunk_in_worker, (task, shared))
             else:
                 yield Call(_run_unit_in_worker, (task, shared))
 
     for report in cluster.run(calls(), monitor.tick):
         if report.mismatch:
-            _logger.warning("all is encoded again without the fast tokenizer: %s", report.mismatch)
+            _logger.warning("restarting the encoding without the fast tokenizer: %s", report.mismatch)
             record_fallback(work)
             return None
         reports[report.index, report.number] = report
@@ -257,47 +259,50 @@ def _tokenize(
             [task.unit for task in tasks], list(reports.values()), job.max_bad_fraction
         ):
             break
-    monitor.end()
-    _judge(job, tasks, [reports[key] for key in sorted(reports)], work)
+    monitor.finish_stage()
+    _check_inputs(job, tasks, [reports[key] for key in sorted(reports)], work)
     return [reports[key] for key in sorted(reports)]
 
 
-def _judge(job: PreprocessJob, tasks: Sequence[UnitTask], reports: Sequence[UnitReport], work: str) -> None:
-    """DataError where more of the input is bad than the job tolerates, or where there is nothing in it."""
+def _check_inputs(job: PreprocessJob, tasks: Sequence[UnitTask], reports: Sequence[UnitReport], work: str) -> None:
+    """Raise DataError if more of the input is bad than the job allows, or if it contains no documents."""
     if exceeds_bad_fraction([task.unit for task in tasks], reports, job.max_bad_fraction):
         rejects = storage.join(job.layout.root, REJECTS)
         units = [task.unit for task in tasks]
         collect_rejects(tasks, work, rejects, line_bases(units, reports))
         if not sum(report.documents for report in reports):
-            remove_work(work)  # nothing in it is worth going on with
+            remove_work(work)  # it contains nothing to resume
         raise DataError(bad_input_message(units, reports, limit=job.max_bad_fraction, rejects=rejects))
     if not sum(report.documents for report in reports):
-        remove_work(work)  # nothing in it is worth going on with
-        raise DataError(f"the {plural(len(job.inputs), 'input file')} hold no document; is --content_key right?")
+        remove_work(work)  # it contains nothing to resume
+        raise DataError(
+            f"found no documents in {plural(len(job.inputs), 'input file')}; check whether --content_key is correct"
+        )
 
 
-def _expect_work_folder(task: UnitTask) -> None:
+def _require_work_folder(task: UnitTask) -> None:
+    """Raise DataError if the work folder is not visible from this node."""
     if not storage.exists(storage.join(task.work, "plan.json")):
         raise DataError(
-            f"the work folder {task.work} cannot be seen from node {platform.node()}: on a cluster name a folder that "
-            "all nodes share, or a remote one, with --work-dir"
+            f"work folder {task.work}: not found on node {platform.node()}; on a cluster, set --work-dir to a folder "
+            "that all nodes share or to a remote folder"
         )
 
 
 def _run_unit_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder]) -> UnitReport:
-    _expect_work_folder(task)
+    _require_work_folder(task)
     return run_unit(task, encoder.get())
 
 
 def _run_chunk_in_worker(task: UnitTask, encoder: Shared[DocumentEncoder], item: Any) -> UnitReport:
-    _expect_work_folder(task)
+    _require_work_folder(task)
     return run_chunk(task, encoder.get(), item)
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
-def _write(  # noqa: PLR0917 - the parts of one run
+def _write_outputs(  # noqa: PLR0917 - the components of one run
     job: PreprocessJob,
     tasks: Sequence[UnitTask],
     reports: Sequence[UnitReport],
@@ -305,33 +310,33 @@ def _write(  # noqa: PLR0917 - the parts of one run
     cluster: Cluster,
     monitor: Monitor,
 ) -> list[Output]:
-    """Write shards and manifests of every output: of all sources together, or of each."""
+    """Write the shards and manifests of every output: one for all sources together, or one per source."""
     plans = []
     for source in job.sources if job.layout.per_source else [""]:
-        chosen = [task for task in tasks if not source or task.unit.source == source]
-        if not chosen:  # the factor of this source is 0
+        source_tasks = [task for task in tasks if not source or task.unit.source == source]
+        if not source_tasks:  # the factor of this source is 0
             continue
-        indexes = {task.unit.index for task in chosen}
-        plans.append(assembler.plan(source, chosen, [report for report in reports if report.index in indexes]))
-    monitor.begin_writing(sum(len(plan.shards) for plan in plans))
+        indexes = {task.unit.index for task in source_tasks}
+        plans.append(assembler.plan(source, source_tasks, [report for report in reports if report.index in indexes]))
+    monitor.start_writing(sum(len(plan.shards) for plan in plans))
     written: dict[str, WrittenShard] = {}
     for shards in cluster.run((Call(write_shards, (task,)) for plan in plans for task in plan.tasks), monitor.tick):
         for shard in shards:
             written[shard.url] = shard
             monitor.finished_shard(shard)
-    monitor.end()
+    monitor.finish_stage()
     outputs = [plan.output([written[shard.url] for shard in plan.shards]) for plan in plans]
     for output in outputs:
-        output.check(job.drop_tail)
+        output.verify_totals(job.drop_tail)
         write_manifests(job.layout, output.shards, output.written)
     return outputs
 
 
 def _bucket_counter(cluster: Cluster) -> CountBuckets:
-    """Counts the buckets of many runs on all workers."""
+    """Return a function that counts the sequences in each bucket, distributed over all workers."""
 
     def count(runs: Sequence[Run], buckets: int) -> np.ndarray:
-        parts = [runs[start : start + _RUNS_COUNTED] for start in range(0, len(runs), _RUNS_COUNTED)]
+        parts = [runs[start : start + _RUNS_PER_COUNT_TASK] for start in range(0, len(runs), _RUNS_PER_COUNT_TASK)]
         counts = np.zeros(buckets, np.int64)
         for part in cluster.run(Call(bucket_counts, (part, buckets)) for part in parts):
             counts += part

@@ -1,4 +1,4 @@
-"""What one run of the preprocessor is to do, as plain data: inputs, settings, limits, layout of the output."""
+"""The description of a preprocessing run as plain data: inputs, settings, limits and output layout."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from open_lm.datapreprocess.readers import ReadOptions
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import ConfigError, join_problems
 
-TOOL_VERSION = 2  # of the output's content: raised whenever the same inputs and settings give other bytes
+TOOL_VERSION = 2  # version of the output content: incremented when the same inputs and settings give different bytes
 DEFAULT_BAD_FRACTION = 0.001
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where shards go: `folders` under `root` ("" is the root itself), named by `template` from number `first` on.
+    """The locations and names of the output shards.
 
-    shard_sequences: None lets the size of the data decide.
-    per_source: each source has a folder of its own name, in which the `folders` are.
+    root, folders: shards are written to each folder in `folders` under `root` ("" is the root itself).
+    template, first: format of a shard's stem and the number of the first shard.
+    shard_sequences: sequences per shard; None chooses it from the size of the data.
+    per_source: each source has a folder with its name, which contains the `folders`.
     """
 
     root: str
@@ -35,22 +37,27 @@ class Layout:
     per_source: bool = False
 
     def folders_of(self, source: str) -> tuple[str, ...]:
-        """The folders of an output: of a source's own one, or of the only one there is."""
+        """Return the folders of the output of `source`; without `per_source` all sources share one output."""
         if not self.per_source:
             return self.folders
         names = self.folders if len(self.folders) > 1 else ("",)
         return tuple(f"{source}/{name}".rstrip("/") for name in names)
 
     def folder(self, name: str) -> str:
+        """Return the path or URL of a folder."""
         return storage.join(self.root, name) if name else self.root
 
     def shard(self, folder: str, index: int) -> str:
+        """Return the path or URL of shard number `index` (from 0) of a folder."""
         return storage.join(self.folder(folder), self.template.format(self.first + index) + ".tar")
 
 
 @dataclass(frozen=True)
 class PreprocessJob:
-    """Everything that decides the bytes of the output, and, below `max_bad_fraction`, what does not."""
+    """The inputs and settings of a preprocessing run.
+
+    The fields before `max_bad_fraction` determine the content of the output; it and the fields after it do not.
+    """
 
     inputs: tuple[InputFile, ...]
     layout: Layout
@@ -91,22 +98,23 @@ class PreprocessJob:
 
     @property
     def length(self) -> int:
-        """Ids in a member: the inputs and, one further on, the targets of a sequence."""
+        """Token ids per sequence: seq_len inputs plus one, since the targets are shifted by one token."""
         return self.seq_len + 1
 
     @cached_property
     def sources(self) -> list[str]:
-        """The names of all sources, sorted; a source's number is its place here."""
+        """The sorted names of all sources; a source's number is its index in this list."""
         return sorted({self.sampling.source_of(item.url) for item in self.inputs})
 
     @property
     def num_bytes(self) -> int:
+        """The total size of the input files."""
         return sum(item.num_bytes for item in self.inputs)
 
     def settings(self, tokenizer: dict[str, Any]) -> dict[str, Any]:
-        """What must be equal for two runs to give the same output, beside the inputs; JSON-able.
+        """Return the settings, as JSON values, that must match for two runs on the same inputs to give the same output.
 
-        tokenizer: what the encoder says of itself.
+        tokenizer: facts about the tokenizer, such as its fingerprint and vocabulary size.
         """
         return {
             "version": TOOL_VERSION,
@@ -129,18 +137,18 @@ class PreprocessJob:
         }
 
 
-def shard_size(num_sequences: int, wanted: int | None) -> int:
-    """Sequences in a shard: as asked, else 8192, or less where a small data set would make fewer than 16 shards."""
-    return wanted or min(8192, max(64, -(-num_sequences // 16)))
+def shard_size(num_sequences: int, requested: int | None) -> int:
+    """Return the sequences per shard: `requested`, or 8192, or fewer so that a small data set fills about 16 shards."""
+    return requested or min(8192, max(64, -(-num_sequences // 16)))
 
 
 def work_folder_name(root: str) -> str:
-    """A name for the work folder of an output that does not lie on this machine."""
+    """Return the name of the work folder for an output at `root`, used when it is outside the output folder."""
     return f"open_lm-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
 
 
 def input_records(inputs: Sequence[InputFile]) -> list[dict[str, Any]]:
-    """Inputs as a finished data set records them: without times, which differ between copies."""
+    """Return the inputs as dataset.json records them: without modification times, which differ between copies."""
     return [
         {"url": item.url, "num_bytes": item.num_bytes} | ({"etag": item.etag} if item.etag else {}) for item in inputs
     ]

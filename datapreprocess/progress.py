@@ -1,6 +1,6 @@
-"""Progress of a run: a few lines redrawn in place on a terminal, a plain line now and then elsewhere.
+"""Show the progress of a run: on a terminal a block that is redrawn in place, elsewhere a plain line every 10 s.
 
-The lines are pure functions of a `Snapshot` and a `Pace`; `Display` keeps the time.
+The text is a pure function of a `Snapshot` and a `Pace`; only `Display` and its meter depend on time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TextIO
 
 TOKENIZING, WRITING = "tokenizing", "shuffling and writing"
 _REDRAW_EVERY_S, _LINE_EVERY_S = 0.2, 10.0
-_WINDOW_S, _WINDOW_STEPS = 60.0, 8  # a rate looks back so far, and over so many finished units at least
+_WINDOW_S, _WINDOW_STEPS = 60.0, 8  # a rate is an average over this time, but over at least this many updates
 _MAX_SOURCES = 8
 _BAR_CELLS = 30
 _PROC = Path("/proc")
@@ -27,9 +27,12 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """How far a run has come. Bytes are of input; `total_bytes`, `files` and `shards` are what there is to do.
+    """The progress of a run at one time.
 
-    sources: tokens of each named source. memory_bytes: 0 where it is not known.
+    done_bytes, total_bytes: of input.
+    total_bytes, files, shards: totals of the finished and the remaining work.
+    sources: tokens by source name; empty if there is only one source.
+    memory_bytes: 0 if unknown.
     """
 
     stage: str
@@ -48,45 +51,47 @@ class Snapshot:
 
     @property
     def done(self) -> int:
-        """What the stage has done, as it counts: input bytes, or shards."""
+        """The finished work of the stage: input bytes or shards."""
         return self.shards_done if self.stage == WRITING else self.done_bytes
 
     @property
     def total(self) -> int:
+        """The total work of the stage: input bytes or shards."""
         return self.shards if self.stage == WRITING else self.total_bytes
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
+        """The finished fraction of the stage."""
         return min(1.0, self.done / self.total) if self.total else 1.0
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds since the stage began, and what it does in a second: input bytes or shards, and tokens."""
+    """The elapsed time of a stage, and its rates: input bytes or shards per second, and tokens per second."""
 
     elapsed_s: float = 0.0
     done_per_s: float = 0.0
     tokens_per_s: float = 0.0
 
-    def left(self, snapshot: Snapshot) -> str:
-        """The time that the rest of the stage takes at this pace."""
-        missing = max(0, snapshot.total - snapshot.done)
-        if not missing:
+    def time_left(self, snapshot: Snapshot) -> str:
+        """Return the remaining time of the stage at this pace, or "?" if it is unknown."""
+        remaining = max(0, snapshot.total - snapshot.done)
+        if not remaining:
             return clock(0)
-        return clock(missing / self.done_per_s) if self.done_per_s > 0 else "?"
+        return clock(remaining / self.done_per_s) if self.done_per_s > 0 else "?"
 
 
-# --- words -------------------------------------------------------------------------------------------------------
+# --- formatting --------------------------------------------------------------------------------------------------
 
 
 def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss."""
-    whole = max(0, round(seconds))
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+    """Format seconds as h:mm:ss."""
+    rounded = max(0, round(seconds))
+    return f"{rounded // 3600}:{rounded // 60 % 60:02d}:{rounded % 60:02d}"
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in the largest unit that leaves a digit before the point; a MB is 10^6 bytes."""
+    """Format bytes in the largest unit in which the value is at least 1; 1 MB is 10^6 bytes."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= scale:
             return f"{num_bytes / scale:,.1f} {unit}"
@@ -94,16 +99,16 @@ def size(num_bytes: float) -> str:
 
 
 def line(snapshot: Snapshot, pace: Pace) -> str:
-    """Everything in one plain line."""
-    parts = [f"{snapshot.share:.0%}", *_counts(snapshot, pace), *_sources(snapshot), *_resources(snapshot)]
-    return f"{snapshot.stage}: {', '.join(parts)}, {clock(pace.elapsed_s)} gone, {pace.left(snapshot)} left"
+    """Return the progress as one plain line."""
+    parts = [f"{snapshot.fraction:.0%}", *_counts(snapshot, pace), *_sources(snapshot), *_resources(snapshot)]
+    return f"{snapshot.stage}: {', '.join(parts)}, {clock(pace.elapsed_s)} elapsed, {pace.time_left(snapshot)} left"
 
 
 def lines(snapshot: Snapshot, pace: Pace, width: int) -> list[str]:
-    """The same for a terminal, with a bar: lines of at most `width` characters."""
-    times = f"{snapshot.share:4.0%}  {clock(pace.elapsed_s)} gone, {pace.left(snapshot)} left"
+    """Return the progress for a terminal, with a bar: lines of at most `width` characters."""
+    times = f"{snapshot.fraction:4.0%}  {clock(pace.elapsed_s)} elapsed, {pace.time_left(snapshot)} left"
     cells = min(_BAR_CELLS, width - len(snapshot.stage) - len(times) - 4)
-    full = int(cells * snapshot.share)
+    full = int(cells * snapshot.fraction)
     bar = f"[{'#' * full}{'.' * (cells - full)}] " if cells >= 5 else ""
     rows = [f"{snapshot.stage} {bar}{times}", *_wrapped(_counts(snapshot, pace), width)]
     rows += [f"    {source}" for source in _sources(snapshot)]
@@ -132,7 +137,7 @@ def _counts(snapshot: Snapshot, pace: Pace) -> list[str]:
 
 
 def _sources(snapshot: Snapshot) -> list[str]:
-    """Tokens of each source, most first; what is beyond the room for them is summed."""
+    """Return the tokens of each source in descending order; the sources after the first few are summed."""
     if snapshot.stage == WRITING:
         return []
     ranked = sorted(snapshot.sources.items(), key=lambda item: (-item[1], item[0]))
@@ -143,29 +148,29 @@ def _sources(snapshot: Snapshot) -> list[str]:
 
 
 def _resources(snapshot: Snapshot) -> list[str]:
-    """What the run holds at this moment, and what was wrong with its input."""
+    """Return the current resource usage and the number of bad documents, without zeros."""
     workers, bad = snapshot.workers, snapshot.bad_documents
-    said = [
+    entries = [
         (snapshot.spilled_bytes, f"{size(snapshot.spilled_bytes)} spilled"),
         (snapshot.memory_bytes, f"{size(snapshot.memory_bytes)} memory"),
         (workers, f"{workers} worker{'s' * (workers != 1)}"),
         (bad, f"{bad:,} bad document{'s' * (bad != 1)}"),
     ]
-    return [words for count, words in said if count]
+    return [text for count, text in entries if count]
 
 
-# --- showing -----------------------------------------------------------------------------------------------------
+# --- display -----------------------------------------------------------------------------------------------------
 
 
 class _Meter:
-    """The pace of one stage, from what was done at which time; what its first snapshot counts was done before it."""
+    """Measures the pace of one stage. Work that its first snapshot contains was done before and does not count."""
 
     def __init__(self, snapshot: Snapshot, now: float) -> None:
         self._first = (now, snapshot.done, snapshot.tokens)
         self._steps = deque([self._first])
 
     def pace(self, snapshot: Snapshot, now: float, overall: bool) -> Pace:
-        """The pace of about the last minute, or of the whole stage."""
+        """Return the pace of about the last minute, or with `overall` of the full stage."""
         if snapshot.done != self._steps[-1][1]:
             self._steps.append((now, snapshot.done, snapshot.tokens))
         while len(self._steps) > _WINDOW_STEPS and self._steps[1][0] <= now - _WINDOW_S:
@@ -178,10 +183,10 @@ class _Meter:
 
 
 class Display:
-    """Shows snapshots as they come, as often as is good for the stream (standard error by default).
+    """Shows snapshots on a stream (default: standard error), at a frequency that suits the kind of stream.
 
-    A stage's times and rates begin with its first snapshot, so show one before the work. A block on a terminal ends
-    with a line break, so that whatever is printed after an interruption stands on a line of its own.
+    The time of a stage starts with its first snapshot, so show one before the work starts. A block on a terminal ends
+    with a line break, so that output after an interruption starts on a new line.
     """
 
     def __init__(self, stream: TextIO | None = None, now: Callable[[], float] = time.monotonic) -> None:
@@ -192,7 +197,7 @@ class Display:
         self._drawn: list[str] = []
 
     def show(self, snapshot: Snapshot, final: bool = False) -> None:
-        """Say it, unless something was said a moment ago; `final` ends a stage, with the rates of all of it."""
+        """Show a snapshot unless the last one is too recent; `final` ends a stage and shows its overall rates."""
         now = self._now()
         if snapshot.stage != self._stage:
             self._stage, self._meter, self._shown = snapshot.stage, _Meter(snapshot, now), now
@@ -208,9 +213,9 @@ class Display:
             self._stage, self._drawn = None, []
 
     def _redrawn(self, snapshot: Snapshot, pace: Pace) -> str:
-        """The block, and before it what moves the cursor up over the last one and clears that."""
+        """Return the new block, preceded by control codes that clear the previous block."""
         columns, rows = shutil.get_terminal_size()
-        # A terminal that has become narrower since has wrapped the lines.
+        # If the terminal was made narrower, it has wrapped the previous lines.
         above = sum(max(1, -(-len(row) // columns)) for row in self._drawn)
         self._drawn = lines(snapshot, pace, columns - 1)[: rows - 1]
         up = f"\x1b[{above}A" if above else ""
@@ -222,7 +227,7 @@ class Display:
         try:
             self._stream.write(text)
             self._stream.flush()
-        except (OSError, ValueError):  # nobody reads any more; the work goes on
+        except (OSError, ValueError):  # the stream is closed; continue without progress output
             self._stream = None
 
 
@@ -230,30 +235,30 @@ class Display:
 
 
 def memory_in_use(pids: Iterable[int] | None = None) -> int:
-    """Bytes of memory that processes hold together: those given, or this one and all that descend from it.
+    """Return the memory in bytes of the given processes, or of this process and all its descendants.
 
-    Memory that several share counts once where the kernel tells (Linux). 0 where nothing tells.
+    Shared memory counts once if the kernel reports proportional sizes (Linux). Return 0 if memory cannot be measured.
     """
     if not (_PROC / "self").exists():
         return _memory_by_psutil(pids)
-    return sum(map(_process_bytes, _family(os.getpid()) if pids is None else pids))
+    return sum(map(_process_bytes, _process_tree(os.getpid()) if pids is None else pids))
 
 
-def _family(root: int) -> list[int]:
-    """A process and all that descend from it."""
+def _process_tree(root: int) -> list[int]:
+    """Return the ids of a process and all its descendants."""
     children: dict[int, list[int]] = {}
     for folder in _PROC.iterdir():
         if folder.name.isdigit():
-            parent = _read(folder / "stat").rpartition(")")[2].split()[1:2]  # the name before it may hold anything
+            parent = _read(folder / "stat").rpartition(")")[2].split()[1:2]  # the process name may contain ")" itself
             children.setdefault(int(parent[0]) if parent else 0, []).append(int(folder.name))
-    family = [root]
-    for pid in family:  # grows while it is walked through
-        family += children.get(pid, [])
-    return family
+    tree = [root]
+    for pid in tree:  # grows during the iteration
+        tree += children.get(pid, [])
+    return tree
 
 
 def _process_bytes(pid: int) -> int:
-    """A process's share of its pages where the kernel tells it, else all its resident pages; 0 once it ended."""
+    """Return the proportional set size of a process if available, otherwise its resident set size; 0 after its end."""
     for row in _read(_PROC / f"{pid}/smaps_rollup").splitlines():
         if row.startswith("Pss:"):
             return int(row.split()[1]) << 10
@@ -262,7 +267,7 @@ def _process_bytes(pid: int) -> int:
 
 
 def _read(path: Path) -> str:
-    """The content of a file of the kernel; "" where the process ended meanwhile or is somebody else's."""
+    """Return the content of a /proc file, or "" if the process has ended or belongs to another user."""
     try:
         return path.read_text(errors="replace")
     except OSError:
@@ -271,17 +276,17 @@ def _read(path: Path) -> str:
 
 def _memory_by_psutil(pids: Iterable[int] | None) -> int:
     try:
-        psutil = importlib.import_module("psutil")  # Ray brings it along
+        psutil = importlib.import_module("psutil")  # installed with Ray
     except ImportError:
         return 0
 
     def resident(pid: int) -> int:
         try:
             return int(psutil.Process(pid).memory_info().rss)
-        except psutil.Error:  # it ended, or is somebody else's
+        except psutil.Error:  # the process has ended or belongs to another user
             return 0
 
     if pids is None:
-        here = psutil.Process()
-        pids = [here.pid, *(child.pid for child in here.children(recursive=True))]
+        current = psutil.Process()
+        pids = [current.pid, *(child.pid for child in current.children(recursive=True))]
     return sum(map(resident, pids))

@@ -1,13 +1,12 @@
-"""A global shuffle of sequences in bounded memory: an external sort by pseudo-random keys.
+"""Shuffle all sequences of a data set in bounded memory, with an external sort by pseudo-random keys.
 
-Every sequence gets a 64-bit key that depends on the seed and on where the sequence comes from (unit of work, number in
-it), on nothing else. The output order is the order of the keys, so that it is the same for any number of workers, any
-memory and any interruption. Since the keys are uniform, their leading bits cut the output into buckets of like size:
-units spill sorted runs that know where each bucket begins, and a writer reads the stretch of its buckets, and no more,
-from every run.
+Each sequence has a 64-bit key that depends only on the seed and on the origin of the sequence (its unit of work and
+its number in the unit). The output is in key order, so it does not depend on the number of workers, the memory limit
+or interruptions. Since keys are uniform, their leading bits divide the output into buckets of about the same size:
+units spill sorted runs that record where each bucket starts, and a writer reads only its buckets from every run.
 
-Without a shuffle the order is that of the runs; then a run is one long row of ids, and sequences are cut from all runs
-joined together (see `OrderedRuns`).
+Without shuffling the output is in run order. A run is then a flat array of ids, and sequences are cut from the
+concatenation of all runs (see `OrderedRuns`).
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from open_lm.data.shard_format import PAD_ID
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 _OFFSET_BYTES = 8
-_REQUESTS = 16  # at a time, to remote storage
-MIXED = 0xFFFF  # the source of a sequence with tokens of several sources
+_MAX_PARALLEL_REQUESTS = 16  # to remote storage
+MIXED = 0xFFFF  # source number of a sequence with tokens of several sources
 
 
-def mix(values: np.ndarray) -> np.ndarray:
-    """A bijection of uint64 (n,) that scatters its values evenly (SplitMix64; Steele, Lea and Flood 2014)."""
+def splitmix64(values: np.ndarray) -> np.ndarray:
+    """Apply the output function of SplitMix64, a bijection of uint64 (n,) (Steele, Lea and Flood 2014)."""
     values = values.astype(np.uint64, copy=True)
     values ^= values >> np.uint64(30)
     values *= np.uint64(0xBF58476D1CE4E5B9)
@@ -41,17 +40,17 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def random_keys(seed: int, stream: int, start: int, count: int) -> np.ndarray:
-    """The keys number start … start + count - 1 of a stream, uint64 (count,): uniform, the same on every machine."""
-    base = mix(np.array([(seed + 1) * int(_GOLDEN) & _MASK], np.uint64))
-    base = mix(base + np.array([(stream + 1) * int(_GOLDEN) & _MASK], np.uint64))
-    return mix(base + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)
+    """Return keys start … start + count - 1 of a stream, uint64 (count,): uniform and the same on every machine."""
+    base = splitmix64(np.array([(seed + 1) * int(_GOLDEN) & _MASK], np.uint64))
+    base = splitmix64(base + np.array([(stream + 1) * int(_GOLDEN) & _MASK], np.uint64))
+    return splitmix64(base + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A spilled file. Of a shuffle: `count` sequences sorted by key. Without one: `count` ids in a row.
+    """A spilled file: `count` sequences sorted by key if shuffled, otherwise `count` ids in input order.
 
-    source: number of the source that all tokens come from, or MIXED.
+    source: number of the source of all tokens, or MIXED.
     """
 
     url: str
@@ -60,34 +59,36 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Consecutive sequences of the output: ids (n, length), the source of each, uint16 (n,).
+class SequenceBlock:
+    """Consecutive sequences of the output.
 
-    `shares` tells the tokens of each source in the rows (by index) whose source is MIXED.
+    ids: (n, length).
+    sources: source number of each sequence, uint16 (n,).
+    mixed_tokens: for each sequence whose source is MIXED, by its index: the number of tokens by source number.
     """
 
     ids: np.ndarray
     sources: np.ndarray
-    shares: Mapping[int, Mapping[int, int]]
+    mixed_tokens: Mapping[int, Mapping[int, int]]
 
-    def split(self, count: int) -> tuple[Rows, Rows]:
-        """The first `count` rows (or all there are), and the others."""
-        return self.part(0, count), self.part(count, len(self.ids))
+    def split(self, count: int) -> tuple[SequenceBlock, SequenceBlock]:
+        """Return the first `count` sequences (or all, if there are fewer) and the remaining ones."""
+        return self.slice(0, count), self.slice(count, len(self.ids))
 
-    def part(self, first: int, end: int) -> Rows:
-        """The rows first … end - 1."""
-        shares = {row - first: share for row, share in self.shares.items() if first <= row < end}
-        return Rows(self.ids[first:end], self.sources[first:end], shares)
+    def slice(self, first: int, end: int) -> SequenceBlock:
+        """Return the sequences first … end - 1."""
+        mixed_tokens = {index - first: tokens for index, tokens in self.mixed_tokens.items() if first <= index < end}
+        return SequenceBlock(self.ids[first:end], self.sources[first:end], mixed_tokens)
 
 
 class Runs(Protocol):
-    """All runs of an output, in whichever order it has."""
+    """All runs of an output, read in output order."""
 
     @property
     def num_sequences(self) -> int: ...
 
-    def rows(self, first: int, count: int) -> Iterator[Rows]:
-        """The sequences number first … first + count - 1 of the output, a bounded number of bytes at a time."""
+    def blocks(self, first: int, count: int) -> Iterator[SequenceBlock]:
+        """Yield the sequences first … first + count - 1 of the output in blocks of bounded size."""
         ...
 
 
@@ -95,15 +96,16 @@ class Runs(Protocol):
 
 
 def record_dtype(length: int, dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """A sequence in a sorted run: its key, then its ids."""
+    """Return the dtype of a sequence in a sorted run: its key, then its ids."""
     return np.dtype([("key", "<u8"), ("ids", dtype.newbyteorder("<"), (length,))])
 
 
 class ShuffledRunWriter:
-    """Collects the sequences of one unit of work and spills them as sorted runs of at most about `run_bytes`.
+    """Buffers the sequences of one unit of work and spills them as sorted runs of about `run_bytes` each.
 
-    `name` is a template with one field for the run's number. Runs appear whole, each in a file of its own: first the
-    number of the first record of every bucket and the count after the last, int64 (buckets + 1,), then the records.
+    `name` is a template with one field for the number of the run. Each run is one file, written atomically. It starts
+    with the index of the first record of every bucket and the number of records, int64 (buckets + 1,), followed by the
+    records.
     """
 
     def __init__(self, name: str, *, stream: int, seed: int, source: int, buckets: int, run_bytes: int) -> None:
@@ -116,7 +118,7 @@ class ShuffledRunWriter:
         self.runs: list[Run] = []
 
     def add(self, sequences: np.ndarray) -> None:
-        """Take sequences (n, length)."""
+        """Add sequences (n, length)."""
         if len(sequences):
             self._blocks.append(sequences)
             self._bytes += sequences.nbytes
@@ -124,7 +126,7 @@ class ShuffledRunWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Spill what is held."""
+        """Spill the buffered sequences."""
         if not self._blocks:
             return
         count = sum(map(len, self._blocks))
@@ -132,11 +134,11 @@ class ShuffledRunWriter:
         order = np.argsort(keys, kind="stable")
         records = np.empty(count, record_dtype(self._blocks[0].shape[1], self._blocks[0].dtype))
         records["key"] = keys[order]
-        places = np.empty(count, np.int64)  # where each held sequence goes
-        places[order] = np.arange(count)
+        targets = np.empty(count, np.int64)  # index in `records` of each buffered sequence
+        targets[order] = np.arange(count)
         start = 0
         for block in self._blocks:
-            records["ids"][places[start : start + len(block)]] = block
+            records["ids"][targets[start : start + len(block)]] = block
             start += len(block)
         self._blocks, self._bytes = [], 0
         run = Run(self._name.format(len(self.runs)), count, self._source)
@@ -149,12 +151,12 @@ class ShuffledRunWriter:
 
 
 def bucket_edges(buckets: int) -> np.ndarray:
-    """The smallest key of each bucket, uint64 (buckets,); `buckets` is a power of two."""
+    """Return the smallest key of each bucket, uint64 (buckets,); `buckets` is a power of two."""
     return np.arange(buckets, dtype=np.uint64) << np.uint64(64 - (buckets.bit_length() - 1))
 
 
 def bucket_counts(runs: Sequence[Run], buckets: int) -> np.ndarray:
-    """How many sequences of the runs fall into each bucket, int64 (buckets,)."""
+    """Return the number of sequences of all runs in each bucket, int64 (buckets,)."""
     counts = np.zeros(buckets, np.int64)
     for run in runs:
         offsets = np.frombuffer(storage.read_range(run.url, 0, (buckets + 1) * _OFFSET_BYTES), np.int64)
@@ -164,36 +166,36 @@ def bucket_counts(runs: Sequence[Run], buckets: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ShuffledRuns:
-    """Sorted runs as one output in the order of the keys.
+    """Sorted runs, merged into one output in key order.
 
     counts: sequences in each bucket, int64 (buckets,), from `bucket_counts`.
-    shares: tokens of each source in sequences whose run says MIXED, by key.
-    part_bytes: about how many bytes of sequences are held at a time.
+    mixed_tokens: for each sequence of a run whose source is MIXED, by its key: the number of tokens by source number.
+    block_bytes: approximate size of the sequences in memory at a time.
     """
 
     runs: tuple[Run, ...]
     counts: np.ndarray
     length: int
     dtype: np.dtype[Any]
-    shares: Mapping[int, Mapping[int, int]]
-    part_bytes: int
+    mixed_tokens: Mapping[int, Mapping[int, int]]
+    block_bytes: int
 
     @property
     def num_sequences(self) -> int:
         return int(self.counts.sum())
 
-    def rows(self, first: int, count: int) -> Iterator[Rows]:
+    def blocks(self, first: int, count: int) -> Iterator[SequenceBlock]:
         ends = np.cumsum(self.counts)
         bucket = int(np.searchsorted(ends, first, side="right"))
         last = int(np.searchsorted(ends, first + count, side="left"))
         offsets = self._offsets(bucket, last + 1)
-        limit = max(1, self.part_bytes // self._record.itemsize)
+        limit = max(1, self.block_bytes // self._record.itemsize)
         base = bucket
         while bucket <= last:
             before = int(ends[bucket] - self.counts[bucket])
             end = max(bucket + 1, min(last + 1, int(np.searchsorted(ends, before + limit, side="right"))))
-            part = self._part(offsets[:, [bucket - base, end - base]])
-            yield part.part(max(0, first - before), min(len(part.ids), first + count - before))
+            block = self._merge(offsets[:, [bucket - base, end - base]])
+            yield block.slice(max(0, first - before), min(len(block.ids), first + count - before))
             bucket = end
 
     @property
@@ -201,13 +203,13 @@ class ShuffledRuns:
         return record_dtype(self.length, self.dtype)
 
     def _offsets(self, first: int, last: int) -> np.ndarray:
-        """The number of the first record of buckets first … last in each run, int64 (runs, last - first + 1)."""
+        """Return the index of the first record of buckets first … last in each run, int64 (runs, last - first + 1)."""
         offsets = np.empty((len(self.runs), last - first + 1), np.int64)
         _read_all((run, first * _OFFSET_BYTES, row) for run, row in zip(self.runs, offsets, strict=True))
         return offsets
 
-    def _part(self, bounds: np.ndarray) -> Rows:
-        """The records [first, last) of every run, bounds int64 (runs, 2), in the order of their keys."""
+    def _merge(self, bounds: np.ndarray) -> SequenceBlock:
+        """Return the records [first, last) of every run, given by bounds int64 (runs, 2), in key order."""
         counts = bounds[:, 1] - bounds[:, 0]
         ends = np.cumsum(counts)
         records = np.empty(int(ends[-1]), self._record)
@@ -223,15 +225,15 @@ class ShuffledRuns:
         order = np.argsort(records["key"], kind="stable")
         sources = sources[order]
         mixed = np.flatnonzero(sources == MIXED)
-        shares = {int(row): self.shares[int(records["key"][order[row]])] for row in mixed}
-        return Rows(records["ids"][order], sources, shares)
+        mixed_tokens = {int(index): self.mixed_tokens[int(records["key"][order[index]])] for index in mixed}
+        return SequenceBlock(records["ids"][order], sources, mixed_tokens)
 
 
-# --- in the order of the input -----------------------------------------------------------------------------------
+# --- in input order ----------------------------------------------------------------------------------------------
 
 
 class OrderedRunWriter:
-    """Collects the ids of one unit of work, in their order, and spills them as runs of about `run_bytes`."""
+    """Buffers the ids of one unit of work in their order and spills them as runs of about `run_bytes` each."""
 
     def __init__(self, name: str, *, source: int, run_bytes: int) -> None:
         self._name, self._source, self._run_bytes = name, source, run_bytes
@@ -240,14 +242,14 @@ class OrderedRunWriter:
         self.runs: list[Run] = []
 
     def add(self, ids: np.ndarray) -> None:
-        """Take ids of any shape, in C order."""
+        """Add ids of any shape, flattened in C order."""
         self._blocks.append(ids.reshape(-1))
         self._bytes += ids.nbytes
         if self._bytes >= self._run_bytes:
             self.flush()
 
     def flush(self) -> None:
-        """Spill what is held."""
+        """Spill the buffered ids."""
         if not self._bytes:
             return
         run = Run(self._name.format(len(self.runs)), sum(map(len, self._blocks)), self._source)
@@ -260,68 +262,71 @@ class OrderedRunWriter:
 
 @dataclass(frozen=True)
 class OrderedRuns:
-    """Runs of ids joined in their order and cut into sequences; what fills none at the end is `tail()`."""
+    """Runs of ids, concatenated in order and cut into sequences; `tail()` returns the ids after the last sequence."""
 
     runs: tuple[Run, ...]
     length: int
     dtype: np.dtype[Any]
-    part_bytes: int
+    block_bytes: int
 
     @property
     def num_sequences(self) -> int:
         return sum(run.count for run in self.runs) // self.length
 
     def tail(self) -> tuple[np.ndarray, dict[int, int]]:
-        """The ids after the last sequence, and how many come from each source."""
+        """Return the ids after the last sequence and their number by source number."""
         first = self.num_sequences * self.length
         return self._ids(first, sum(run.count for run in self.runs) - first)
 
-    def rows(self, first: int, count: int) -> Iterator[Rows]:
-        step = max(1, self.part_bytes // (self.length * self.dtype.itemsize))
+    def blocks(self, first: int, count: int) -> Iterator[SequenceBlock]:
+        step = max(1, self.block_bytes // (self.length * self.dtype.itemsize))
         for start in range(first, first + count, step):
             number = min(step, first + count - start)
             ids, _ = self._ids(start * self.length, number * self.length)
-            yield self._attributed(ids.reshape(number, self.length), start * self.length)
+            yield self._with_sources(ids.reshape(number, self.length), start * self.length)
 
     def _ids(self, first: int, count: int) -> tuple[np.ndarray, dict[int, int]]:
-        """The ids number first … first + count - 1, and how many of them come from each source."""
+        """Return the ids first … first + count - 1 and their number by source number."""
         ids = np.empty(count, self.dtype)
-        shares: dict[int, int] = {}
-        for run, offset, begin, end in self._overlaps(first, count):
-            _read_piece((run, offset * self.dtype.itemsize, ids[begin:end]))
-            shares[run.source] = shares.get(run.source, 0) + end - begin
-        return ids, shares
+        tokens_by_source: dict[int, int] = {}
+        for run, offset, start, end in self._overlaps(first, count):
+            _read_piece((run, offset * self.dtype.itemsize, ids[start:end]))
+            tokens_by_source[run.source] = tokens_by_source.get(run.source, 0) + end - start
+        return ids, tokens_by_source
 
-    def _attributed(self, ids: np.ndarray, first: int) -> Rows:
-        """Whose tokens the rows (n, length) are, the first of which begins at id number `first`."""
+    def _with_sources(self, ids: np.ndarray, first: int) -> SequenceBlock:
+        """Determine the sources of the sequences (n, length), which start at id number `first` of the output."""
         sources = np.empty(len(ids), np.uint16)
-        shares: dict[int, dict[int, int]] = {}
-        for run, _, begin, end in self._overlaps(first, ids.size):
-            whole, after = -(-begin // self.length), end // self.length
-            sources[whole:after] = run.source
-            for row in {begin // self.length, end // self.length} - set(range(whole, after)):
-                part = ids.reshape(-1)[max(begin, row * self.length) : min(end, (row + 1) * self.length)]
+        mixed_tokens: dict[int, dict[int, int]] = {}
+        for run, _, start, end in self._overlaps(first, ids.size):
+            first_full, end_full = -(-start // self.length), end // self.length
+            sources[first_full:end_full] = run.source
+            for index in {start // self.length, end // self.length} - set(range(first_full, end_full)):
+                part = ids.reshape(-1)[max(start, index * self.length) : min(end, (index + 1) * self.length)]
                 if part.size:
-                    sources[row] = MIXED
-                    share = shares.setdefault(row, {})
-                    share[run.source] = share.get(run.source, 0) + int(np.count_nonzero(part != PAD_ID))
-        return Rows(ids, sources, shares)
+                    sources[index] = MIXED
+                    tokens = mixed_tokens.setdefault(index, {})
+                    tokens[run.source] = tokens.get(run.source, 0) + int(np.count_nonzero(part != PAD_ID))
+        return SequenceBlock(ids, sources, mixed_tokens)
 
     def _overlaps(self, first: int, count: int) -> Iterator[tuple[Run, int, int, int]]:
-        """The runs that hold some of the ids [first, first + count): where in the run these begin, which they are."""
-        ends = np.cumsum([run.count for run in self.runs])
-        for index in range(int(np.searchsorted(ends, first, side="right")), len(self.runs)):
+        """Yield (run, offset in the run, start, end) for each run that overlaps the ids [first, first + count).
+
+        The ids [start, end), counted from `first`, are in the run from `offset` on.
+        """
+        run_ends = np.cumsum([run.count for run in self.runs])
+        for index in range(int(np.searchsorted(run_ends, first, side="right")), len(self.runs)):
             run = self.runs[index]
-            start = int(ends[index]) - run.count
-            begin, end = max(start - first, 0), min(start + run.count - first, count)
-            if begin >= count:
+            run_start = int(run_ends[index]) - run.count
+            start, end = max(run_start - first, 0), min(run_start + run.count - first, count)
+            if start >= count:
                 return
-            if begin < end:
-                yield run, first + begin - start, begin, end
+            if start < end:
+                yield run, first + start - run_start, start, end
 
 
 def _read_all(pieces: Iterable[tuple[Run, int, np.ndarray]]) -> None:
-    """Fill each array from its run's file, from a byte on; remote ones many at a time, since each has to wait."""
+    """Fill each array from the given byte offset of its run; read remote runs in parallel to hide the latency."""
     local: list[tuple[Run, int, np.ndarray]] = []
     remote: list[tuple[Run, int, np.ndarray]] = []
     for piece in pieces:
@@ -329,7 +334,7 @@ def _read_all(pieces: Iterable[tuple[Run, int, np.ndarray]]) -> None:
     for piece in local:
         _read_piece(piece)
     if remote:
-        with ThreadPoolExecutor(min(len(remote), _REQUESTS)) as pool:
+        with ThreadPoolExecutor(min(len(remote), _MAX_PARALLEL_REQUESTS)) as pool:
             list(pool.map(_read_piece, remote))
 
 

@@ -1,4 +1,4 @@
-"""What lies at the output and in the work folder before a run: nothing, something to go on with, or a conflict."""
+"""Check the output and work folders before a run: empty, finished, resumable or in conflict with the job."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 _PLAN = "plan.json"
-UNREADABLE = "unreadable"  # the kind of a file that storage could not read
-_BESIDE = (MANIFEST, DATASET)  # the shards
-_FALLBACK = "reference-tokenizer"
-_SHARDS_OF = "shards-of"  # the file that tells what the shards were written from
+UNREADABLE = "unreadable"  # kind of a broken file that storage could not read
+_METADATA_FILES = (MANIFEST, DATASET)
+_FALLBACK_MARKER = "reference-tokenizer"
+_SHARD_ORIGIN = "shards-of"  # file with a digest of the reports from which the shards were written
 _REPORT = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.json")
 _REJECTS = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.rejects")
 
 
 def finished_dataset(job: PreprocessJob, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of an output that is there already, None where it is still to be made.
+    """Return the dataset.json of a finished output, or None if the output is not finished.
 
-    ConfigError where what is there was made from other inputs or with other settings.
+    Raise ConfigError if the output was created from other inputs or with other settings, or if shards are missing.
     """
     record = read_dataset(job.layout)
     if record is None:
@@ -42,29 +42,29 @@ def finished_dataset(job: PreprocessJob, settings: Mapping[str, Any]) -> dict[st
     changes += changed_inputs(record.get("inputs", []), input_records(job.inputs))
     if changes:
         raise ConfigError(
-            f"{job.layout.root} holds a finished data set made otherwise: {'; '.join(changes)}. "
-            "Choose another output folder, or remove this one to make it again"
+            f"{job.layout.root}: contains a finished data set with other settings or inputs: {'; '.join(changes)}. "
+            "Choose another output folder, or remove this one to recreate the data set"
         )
-    shards, there = record["counts"]["shards"], len(_shards_in(job.layout, settings["folders"]))
-    if there < shards:
+    expected, existing = record["counts"]["shards"], len(_shards_in(job.layout, settings["folders"]))
+    if existing < expected:
         raise ConfigError(
-            f"{job.layout.root} holds a finished data set of {shards} shards, of which only {there} are there; restore "
-            "the others, or remove the folder to make it again"
+            f"{job.layout.root}: contains a finished data set of {expected} shards, but only {existing} of them exist; "
+            "restore the others, or remove the folder to recreate the data set"
         )
     return record
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings of two runs, in words; a tokenizer is its fingerprint, wherever it lies."""
+    """Describe the differences between the settings of two runs; tokenizers are compared by fingerprint, not path."""
     return [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
         for name in sorted({*old, *new} - {"tokenizer"})
         if old.get(name) != new.get(name)
     ]
 
 
 def changed_inputs(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What differs between the inputs of two runs, in words; only what both records know is compared."""
+    """Describe the differences between the inputs of two runs; only fields that both records have are compared."""
     before, now = ({item["url"]: item for item in items} for items in (old, new))
     changed = {
         url
@@ -72,7 +72,8 @@ def changed_inputs(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, 
         if any(before[url][key] != now[url][key] for key in before[url].keys() & now[url].keys())
     }
     changes = []
-    for word, urls in (("new", now.keys() - before.keys()), ("gone", before.keys() - now.keys()), ("changed", changed)):
+    added, removed = now.keys() - before.keys(), before.keys() - now.keys()
+    for word, urls in (("new", added), ("removed", removed), ("changed", changed)):
         if urls:
             shown = ", ".join(sorted(urls)[:3]) + (f" and {len(urls) - 3} more" if len(urls) > 3 else "")
             changes.append(f"{word} input: {shown}")
@@ -80,7 +81,7 @@ def changed_inputs(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, 
 
 
 def work_folder(job: PreprocessJob) -> str:
-    """Where intermediate files go: as asked for, else in a local output, else among this machine's temporary files."""
+    """Return the folder for intermediate files: in --work-dir, or in a local output, or in the temporary folder."""
     if job.work_dir:
         return storage.join(job.work_dir, work_folder_name(job.layout.root))
     if storage.is_remote(job.layout.root):
@@ -89,10 +90,10 @@ def work_folder(job: PreprocessJob) -> str:
 
 
 def open_work(job: PreprocessJob, settings: dict[str, Any]) -> str:
-    """The work folder, ready: with what an interrupted run of the same job left, or empty.
+    """Prepare the work folder and return it: empty, or with the work of an interrupted run of the same job.
 
-    Inputs may have changed since: the units of work that they touch are done again. Other settings are a ConfigError,
-    unless the job says to start again; so are shards of unknown origin at the output.
+    If inputs have changed since then, their units are processed again. Raise ConfigError if the settings have changed
+    and the job has no --restart, or if the output contains shards of unknown origin.
     """
     work = work_folder(job)
     path = storage.join(work, _PLAN)
@@ -102,39 +103,41 @@ def open_work(job: PreprocessJob, settings: dict[str, Any]) -> str:
         changes = differences(old["settings"], settings)
         if changes and not job.restart:
             raise ConfigError(
-                f"{work} holds unfinished work with other settings: {'; '.join(changes)}. Use the settings of then to "
-                "finish it, choose another output, or give --restart to throw it away"
+                f"{work}: contains unfinished work with other settings: {'; '.join(changes)}. Use the previous "
+                "settings to finish it, choose another output folder, or pass --restart to discard it"
             )
-        touched = changed_inputs(old["inputs"], inputs)
+        input_changes = changed_inputs(old["inputs"], inputs)
         if changes:
-            _logger.warning("starting again, the unfinished work is thrown away (%s)", "; ".join(changes))
-        elif touched:
-            _logger.warning("the inputs are not those of the unfinished work, what they touch is done again: %s",
-                            "; ".join(touched))  # fmt: skip
+            _logger.warning("restarting, discarding the unfinished work with other settings: %s", "; ".join(changes))
+        elif input_changes:
+            _logger.warning("the inputs have changed since the unfinished work; processing the affected units again: "
+                            "%s", "; ".join(input_changes))  # fmt: skip
         else:
-            _logger.info("going on with unfinished work in %s", work)
-        if changes or touched:
+            _logger.info("resuming unfinished work in %s", work)
+        if changes or input_changes:
             _remove_shards(job, work, old["settings"])
-        _remove_torn(job.layout, old["settings"])
+        _remove_temporary_files(job.layout, old["settings"])
         if changes:
             remove_work(work)
     else:
-        _refuse_foreign_shards(job, settings["folders"])
-        remove_work(work)  # without a plan nothing tells what it belongs to: a removal that was interrupted
+        _reject_unknown_shards(job, settings["folders"])
+        remove_work(work)  # a folder without a plan remains from an interrupted removal
     storage.makedirs(work)
     storage.write_bytes(path, orjson.dumps({"settings": settings, "inputs": inputs}))
     return work
 
 
 def _shards_in(layout: Layout, folders: Iterable[str]) -> list[str]:
-    places = [layout.folder(name) for name in folders]
-    return [url for place in places for url in storage.list_files(place) if url.endswith(".tar")]
+    urls = [layout.folder(name) for name in folders]
+    return [shard for url in urls for shard in storage.list_files(url) if shard.endswith(".tar")]
 
 
 def _remove_shards(job: PreprocessJob, work: str, settings: Mapping[str, Any]) -> None:
-    """Shards of a run that is not gone on with, what lies beside them, and their records."""
-    beside = [storage.join(job.layout.folder(folder), name) for folder in settings["folders"] for name in _BESIDE]
-    for url in [*_shards_in(job.layout, settings["folders"]), *beside]:
+    """Remove the shards of an earlier run, their metadata files and their records in the work folder."""
+    metadata = [
+        storage.join(job.layout.folder(folder), name) for folder in settings["folders"] for name in _METADATA_FILES
+    ]
+    for url in [*_shards_in(job.layout, settings["folders"]), *metadata]:
         storage.remove(url)
     for url in storage.list_files(work):
         if url.rpartition("/")[2].startswith("shard-"):
@@ -144,58 +147,59 @@ def _remove_shards(job: PreprocessJob, work: str, settings: Mapping[str, Any]) -
 def remove_stale_shards(
     job: PreprocessJob, work: str, settings: Mapping[str, Any], reports: Iterable[UnitReport]
 ) -> None:
-    """Remove the shards of an earlier start if its units came to something else: a file is readable again, say."""
+    """Remove the shards of an earlier run if the reports have changed since, e.g. because a file became readable."""
     facts = [(r.index, r.number, r.documents, r.characters, r.tokens, r.tail, r.digests) for r in reports]
     digest = hashlib.sha256(repr(facts).encode()).hexdigest().encode()
-    path = storage.join(work, _SHARDS_OF)
+    path = storage.join(work, _SHARD_ORIGIN)
     if storage.exists(path):
         if storage.read_bytes(path) == digest:
             return
-        _logger.warning("the units came to something else than at an earlier start: its shards are written again")
+        _logger.warning("the units have other results than in the earlier run; writing its shards again")
         _remove_shards(job, work, settings)
     storage.write_bytes(path, digest)
 
 
-def _remove_torn(layout: Layout, settings: Mapping[str, Any]) -> None:
-    """What a run that was killed had begun to write in a local output."""
+def _remove_temporary_files(layout: Layout, settings: Mapping[str, Any]) -> None:
+    """Remove the partially written files of a killed run from a local output."""
     for folder in {layout.root, *map(layout.folder, settings["folders"])}:
         if not storage.is_remote(folder) and os.path.isdir(folder):
             for name in filter(storage.is_temporary, os.listdir(folder)):
                 storage.remove(storage.join(folder, name))
 
 
-def _refuse_foreign_shards(job: PreprocessJob, folders: Iterable[str]) -> None:
+def _reject_unknown_shards(job: PreprocessJob, folders: Iterable[str]) -> None:
+    """Raise ConfigError if the output contains shards."""
     shards = _shards_in(job.layout, folders)
     if shards:
         raise ConfigError(
-            f"{shards[0]}{f' and {len(shards) - 1} more shards' if len(shards) > 1 else ''}: already there, but "
-            "nothing tells how they were made (no dataset.json, no unfinished work). Choose another output folder, "
-            "or remove them"
+            f"{shards[0]}{f' and {len(shards) - 1} more shards' if len(shards) > 1 else ''}: already in the output "
+            "folder, but of unknown origin (found no dataset.json and no unfinished work). Choose another output "
+            "folder, or remove them"
         )
 
 
 def record_fallback(work: str) -> None:
-    """Throw away what was encoded with the fast tokenizer, and keep for later starts that it is not to be used."""
+    """Discard all units encoded with the fast tokenizer, and record that later runs must not use it."""
     for url in storage.list_files(work):
         if url.rpartition("/")[2].startswith("unit-"):
             storage.remove(url)
-    storage.write_bytes(storage.join(work, _FALLBACK), b"")
+    storage.write_bytes(storage.join(work, _FALLBACK_MARKER), b"")
 
 
 def has_fallen_back(work: str) -> bool:
-    """Whether an earlier start of the same run found that the fast tokenizer is not to be used."""
-    return storage.exists(storage.join(work, _FALLBACK))
+    """Return whether an earlier run of the same job found that the fast tokenizer differs from the reference."""
+    return storage.exists(storage.join(work, _FALLBACK_MARKER))
 
 
 def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], UnitReport]:
-    """What earlier starts finished, by unit and stretch; a listing of the folder tells which files there are."""
-    wanted = {(task.unit.index, task.digest) for task in tasks}
+    """Return the reports of earlier runs by (unit, chunk). The folder is listed once, not queried for each file."""
+    current = {(task.unit.index, task.digest) for task in tasks}
     reports: dict[tuple[int, int], UnitReport] = {}
     for url in storage.list_files(work):
         match = _REPORT.fullmatch(url.rpartition("/")[2])
-        if match and (int(match[1]), match[2]) in wanted:
+        if match and (int(match[1]), match[2]) in current:
             report = load_report(url)
-            if any(broken.kind == UNREADABLE for broken in report.broken):  # it may be readable by now
+            if any(broken.kind == UNREADABLE for broken in report.broken):  # the file may have become readable
                 storage.remove(f"{url.removesuffix('.json')}.rejects")
             else:
                 reports[int(match[1]), int(match[3])] = report
@@ -203,7 +207,7 @@ def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], 
 
 
 def finished_bytes(work: str) -> int:
-    """About how much of the input earlier starts have encoded."""
+    """Return the approximate number of input bytes that earlier runs have encoded."""
     urls = [url for url in storage.list_files(work) if _REPORT.fullmatch(url.rpartition("/")[2])]
     return sum(load_report(url).num_bytes for url in urls)
 
@@ -211,16 +215,18 @@ def finished_bytes(work: str) -> int:
 def collect_rejects(
     tasks: Iterable[UnitTask], work: str, target: str, line_bases: Mapping[tuple[str, int], int]
 ) -> None:
-    """Join what the units rejected in one file, in the order of the input; no file where there is nothing.
+    """Concatenate the rejects of all units in input order into the file `target`; without rejects, remove the file.
 
-    Lines of a file that was cut are counted from the beginning of the file, where `line_bases` (url, start) knows it;
-    elsewhere `start` tells from where.
+    Line numbers are counted from the start of the file if `line_bases` has an entry for (url, start) of the piece.
+    Otherwise they are counted from the start of the piece, and the record keeps its `start`.
     """
-    wanted = {(task.unit.index, task.digest) for task in tasks}
-    found = [(match, url) for url in storage.list_files(work) if (match := _REJECTS.fullmatch(url.rpartition("/")[2]))]
-    urls = sorted(url for match, url in found if (int(match[1]), match[2]) in wanted)
+    current = {(task.unit.index, task.digest) for task in tasks}
+    matches = [
+        (match, url) for url in storage.list_files(work) if (match := _REJECTS.fullmatch(url.rpartition("/")[2]))
+    ]
+    urls = sorted(url for match, url in matches if (int(match[1]), match[2]) in current)
     if not urls:
-        storage.remove(target)  # of an earlier start, with inputs that were mended since
+        storage.remove(target)  # an earlier run may have written it before the inputs were fixed
         return
     with storage.atomic_write(target, "wb") as file:
         for url in urls:
@@ -234,7 +240,7 @@ def collect_rejects(
 
 
 def remove_work(work: str) -> None:
-    """Remove a work folder and all that is in it."""
+    """Remove a work folder and its content."""
     if not storage.is_remote(work):
         shutil.rmtree(storage.local_path(work), ignore_errors=True)
         return
@@ -243,7 +249,7 @@ def remove_work(work: str) -> None:
 
 
 def remove_unstarted_work(work: str) -> None:
-    """Remove the work folder of a run that failed before anything was finished: there is nothing to go on with."""
+    """Remove the work folder of a run that failed before it finished a unit, since there is nothing to resume."""
     records = [url for url in storage.list_files(work) if url.endswith(".json")]
     if all(url.rpartition("/")[2] == _PLAN for url in records):
         remove_work(work)

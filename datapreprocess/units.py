@@ -1,4 +1,7 @@
-"""One unit of work: read its documents, encode, cut into sequences, spill. Plain Python; the engine runs it in Ray."""
+"""Process one unit of work: read its documents, encode them, cut the ids into sequences, spill the sequences.
+
+This module does not depend on Ray; the engine calls it from Ray tasks.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +36,20 @@ from open_lm.datapreprocess.tasks import raise_if_abandoned
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 
 MAX_SHOWN = 20
-_STREAM_BITS = 20  # a streamed unit has less than 2^20 stretches
-_COMPARED_OF_FILE, _COMPARED_OF_UNIT = 2 << 10, 64 << 10  # characters compared between the two tokenizers
-_ENCODED_AT_ONCE = 512 << 10  # characters; small documents, of many files too, go through the tokenizer together
+_STREAM_BITS = 20  # a streamed unit has fewer than 2^20 chunks
+_COMPARED_CHARS_PER_FILE, _COMPARED_CHARS_PER_UNIT = 2 << 10, 64 << 10  # encoded by both tokenizers
+_BATCH_CHARS = 512 << 10  # small documents, also of different files, are encoded in one batch
 
 
 @dataclass(frozen=True)
 class UnitTask:
-    """What a worker needs to know; `work` is the folder for runs and reports.
+    """A unit of work and all settings that a worker needs.
 
-    number: of the stretch of a streamed unit, else 0. source: the number of the unit's source. encoder: its name.
+    work: folder for runs and reports.
+    factor: sampling factor of the unit's source.
+    source: number of the unit's source.
+    encoder: name of the encoder.
+    number: number of the chunk of a streamed unit, otherwise 0.
     """
 
     unit: Unit
@@ -62,25 +69,27 @@ class UnitTask:
 
     @property
     def stream(self) -> int:
-        """What the keys of this task's sequences, and the draws of its documents' passes, are derived from."""
+        """The number of this task's random stream, from which the keys of its sequences are derived."""
         return (self.unit.index << _STREAM_BITS) + self.number
 
     @property
     def digest(self) -> str:
-        """Of all that the unit's files depend on beside the settings of the run."""
+        """A hash of everything that determines the unit's files, except for the settings of the run."""
         cut_at = self.chunk_bytes if self.unit.streamed else None
         return hashlib.sha256(repr((self.unit.digest, self.buckets, self.encoder, cut_at)).encode()).hexdigest()[:12]
 
     def path(self, suffix: str) -> str:
+        """Return the path of a file of this task in the work folder."""
         return storage.join(self.work, f"unit-{self.unit.index:06d}-{self.digest}-{self.number:06d}{suffix}")
 
     def run_name(self) -> str:
+        """Return the template of the paths of this task's runs, with one field for the number of the run."""
         return self.path("-{:04d}.run")
 
 
 @dataclass
 class Broken:
-    """A file that is broken beyond its lines; `lost_bytes` of its input could not be read."""
+    """A file that is broken as a whole, of which `lost_bytes` input bytes could not be read."""
 
     url: str
     kind: str
@@ -90,12 +99,16 @@ class Broken:
 
 @dataclass
 class UnitReport:
-    """What came of a unit, or of a stretch of one.
+    """The result of a unit, or of a chunk of a streamed unit.
 
-    documents, characters, tokens (end-of-text ids included), pads: of what was taken. seen: documents read, taken or
-    not. runs: sequences (shuffled) or ids in each run. tail: base64 of the ids that filled no sequence. lines, digests:
-    of each piece. last: whether the unit is complete with this report; num_bytes: input bytes it accounts for.
-    mismatch: where the fast tokenizer differs from the reference; then nothing of the unit counts.
+    documents, characters, tokens, pads: totals of the sampled documents; tokens include end-of-text ids.
+    seen: documents read, sampled or not.
+    runs: sequences (shuffled) or ids (in order) in each run.
+    tail: base64 of the ids that do not fill a sequence.
+    lines, digests: number of lines and SHA-256 of each piece.
+    num_bytes: input bytes that this report accounts for.
+    last: whether this report completes the unit.
+    mismatch: how the fast tokenizer differs from the reference; if not empty, the unit must be discarded.
     """
 
     index: int
@@ -117,15 +130,17 @@ class UnitReport:
     mismatch: str = ""
 
     def runs_of(self, task: UnitTask) -> list[Run]:
+        """Return the spilled runs of this report; `task` is the task of its unit."""
         name = replace(task, number=self.number).run_name()
         return [Run(name.format(number), count, task.source) for number, count in enumerate(self.runs)]
 
     def tail_ids(self, dtype: np.dtype[Any]) -> np.ndarray:
+        """Return the ids of the tail."""
         return np.frombuffer(base64.b64decode(self.tail), dtype)
 
 
 def load_report(path: str) -> UnitReport:
-    """A report that `_save` wrote."""
+    """Read a report that `_save` wrote."""
     record: dict[str, Any] = orjson.loads(storage.read_bytes(path))
     record["bad_shown"] = [BadDocument(**bad) for bad in record["bad_shown"]]
     record["broken"] = [Broken(**broken) for broken in record["broken"]]
@@ -133,19 +148,19 @@ def load_report(path: str) -> UnitReport:
 
 
 def run_unit(task: UnitTask, encoder: DocumentEncoder) -> UnitReport:
-    """Do a unit of work and leave runs, rejects and, last, its report in the work folder."""
-    work = _Work(task, encoder)
+    """Process a unit of work and write its runs, its rejects and last its report to the work folder."""
+    processor = _UnitProcessor(task, encoder)
     for piece in task.unit.pieces:
         reader = PieceReader(piece, task.options)
-        work.read(piece, reader)
-        work.note_piece(reader)
-    return work.finish(last=True, num_bytes=task.unit.num_bytes)
+        processor.read(piece, reader)
+        processor.finish_piece(reader)
+    return processor.finish(last=True, num_bytes=task.unit.num_bytes)
 
 
 def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Chunk, int] | UnitReport]:
-    """The stretches of a streamed unit that are not among those `done`, each with the input bytes that it took.
+    """Yield the chunks of a streamed unit whose numbers are not in `done`, each with its number of input bytes.
 
-    At the end comes the report that completes the unit.
+    The last item is the report that completes the unit.
     """
     piece = task.unit.pieces[0]
     report = UnitReport(task.unit.index)
@@ -165,23 +180,23 @@ def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Chunk, int
 
 
 def run_chunk(task: UnitTask, encoder: DocumentEncoder, item: tuple[Chunk, int] | UnitReport) -> UnitReport:
-    """`run_unit` for a stretch of a streamed unit; the report at its end is only saved."""
+    """Process an item of `feed_unit`: a chunk like a unit in `run_unit`, the last report by saving it."""
     if isinstance(item, UnitReport):
-        end = replace(task, number=item.number)
+        last_task = replace(task, number=item.number)
         if item.broken:
-            storage.write_bytes(end.path(".rejects"), b"".join(map(_reject, item.broken)))
-        _save(end, item)
+            storage.write_bytes(last_task.path(".rejects"), b"".join(map(_reject_line, item.broken)))
+        _save(last_task, item)
         return item
     chunk, num_bytes = item
-    work = _Work(replace(task, number=chunk.number), encoder)
+    processor = _UnitProcessor(replace(task, number=chunk.number), encoder)
     piece = task.unit.pieces[0]
-    work.read(piece, ChunkReader(chunk, piece.url, task.options))
-    return work.finish(last=False, num_bytes=num_bytes)
+    processor.read(piece, ChunkReader(chunk, piece.url, task.options))
+    return processor.finish(last=False, num_bytes=num_bytes)
 
 
-def _reject(what: BadDocument | Broken) -> bytes:
-    """A line of the rejects file; of a broken file the lost bytes are told in the report."""
-    record = asdict(what) if isinstance(what, BadDocument) else asdict(BadDocument(what.kind, what.url, 0, what.detail))
+def _reject_line(item: BadDocument | Broken) -> bytes:
+    """Return a line of the rejects file; the lost bytes of a broken file are only in the report."""
+    record = asdict(item) if isinstance(item, BadDocument) else asdict(BadDocument(item.kind, item.url, 0, item.detail))
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
@@ -189,104 +204,106 @@ def _save(task: UnitTask, report: UnitReport) -> None:
     storage.write_bytes(task.path(".json"), orjson.dumps(asdict(report)))
 
 
-class _Work:
-    """A unit, or a stretch of one, while it is done."""
+class _UnitProcessor:
+    """The state of a unit, or of a chunk of a streamed unit, during processing."""
 
     def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
         self._task, self._encoder = task, encoder
         self._report = UnitReport(task.unit.index, task.number)
-        self._sequences = _sequence_maker(task, encoder)
+        self._sequences = _sequence_builder(task, encoder)
         self._rejects: list[bytes] = []
-        self._taken: list[Document] = []  # documents that wait to be encoded together
-        self._taken_size = 0
+        self._batch: list[Document] = []  # sampled documents that are not encoded yet
+        self._batch_chars = 0
         self._to_compare: list[str] = []
-        self._room_to_compare = _COMPARED_OF_UNIT
+        self._chars_left_to_compare = _COMPARED_CHARS_PER_UNIT
 
     def read(self, piece: Piece, reader: PieceReader | ChunkReader) -> None:
-        """Take the documents of a piece; what is none, and what breaks it off, is noted."""
+        """Process the documents of a piece, and record bad documents and a broken file."""
         first, bytes_read = piece.start == 0, 0
         try:
             for block in reader:
                 raise_if_abandoned()
                 bytes_read = block.bytes_read
-                self._set_apart_wrong_ids(block, piece.url)
-                self._note_bad(block)
+                self._reject_ids_out_of_range(block, piece.url)
+                self._record_bad(block)
                 if first and block.documents:
-                    self._note_first(block.documents)
+                    self._select_for_comparison(block.documents)
                     first = False
-                self._take(block.documents)
+                self._sample(block.documents)
         except BrokenFile as error:
             if not self._task.unit.copy:
                 broken = Broken(piece.url, error.kind, str(error), max(0, piece.num_bytes - bytes_read))
                 self._report.broken.append(broken)
-                self._rejects.append(_reject(broken))
+                self._rejects.append(_reject_line(broken))
 
-    def note_piece(self, reader: PieceReader) -> None:
-        """Keep what is known of a piece once it is read."""
+    def finish_piece(self, reader: PieceReader) -> None:
+        """Record the number of lines and the digest of a piece after it was read."""
         self._report.lines.append(reader.lines)
         self._report.digests.append(reader.digest)
 
-    def _note_first(self, documents: list[Document]) -> None:
-        """The first documents of every file are encoded by both tokenizers; one difference discards the unit."""
-        room = min(_COMPARED_OF_FILE, self._room_to_compare)
+    def _select_for_comparison(self, documents: list[Document]) -> None:
+        """Select the first documents of a file, to encode them with both tokenizers; a difference discards the unit."""
+        chars_left = min(_COMPARED_CHARS_PER_FILE, self._chars_left_to_compare)
         for document in documents:
-            if room <= 0:
+            if chars_left <= 0:
                 break
             if isinstance(document, str):
-                self._to_compare.append(document[:room])
-                self._room_to_compare -= min(room, len(document))
-                room -= len(document)
+                self._to_compare.append(document[:chars_left])
+                self._chars_left_to_compare -= min(chars_left, len(document))
+                chars_left -= len(document)
 
-    def _take(self, documents: list[Document]) -> None:
+    def _sample(self, documents: list[Document]) -> None:
+        """Add the documents that the sampling factor selects to the batch, and encode the batch if it is full."""
         task, report = self._task, self._report
-        taken = documents
+        sampled = documents
         if task.factor != 1.0:
             group = (task.unit.group << _STREAM_BITS) + task.number
             mask = selection_mask(task.seed, group, report.seen, len(documents), task.factor, task.unit.copy)
-            taken = [document for document, takes in zip(documents, mask.tolist(), strict=True) if takes]
+            sampled = [document for document, selected in zip(documents, mask.tolist(), strict=True) if selected]
         report.seen += len(documents)
-        self._taken += taken
-        self._taken_size += sum(map(len, taken))
-        if self._taken_size >= _ENCODED_AT_ONCE:
+        self._batch += sampled
+        self._batch_chars += sum(map(len, sampled))
+        if self._batch_chars >= _BATCH_CHARS:
             self._encode()
 
     def _encode(self) -> None:
-        """Encode what was taken since the last time, and compare the first documents of its files."""
-        taken, report = self._taken, self._report
-        self._taken, self._taken_size = [], 0
+        """Compare the tokenizers on the selected documents, then encode the batch."""
+        batch, report = self._batch, self._report
+        self._batch, self._batch_chars = [], 0
         if self._to_compare and not report.mismatch:
             report.mismatch = self._encoder.difference(self._to_compare) or ""
             self._to_compare = []
-        if not taken or report.mismatch:
+        if not batch or report.mismatch:
             return
-        encoded = self._encoder.encode(taken)
+        encoded = self._encoder.encode(batch)
         self._sequences.add(encoded.ids, encoded.ends)
-        report.documents += len(taken)
-        report.characters += sum(len(document) for document in taken if isinstance(document, str))
+        report.documents += len(batch)
+        report.characters += sum(len(document) for document in batch if isinstance(document, str))
         report.tokens += len(encoded.ids)
 
-    def _set_apart_wrong_ids(self, block: Block, url: str) -> None:
-        """Documents that come as ids, not all of them in the vocabulary, are bad."""
+    def _reject_ids_out_of_range(self, block: Block, url: str) -> None:
+        """Move documents of ids that are not all in the vocabulary to the bad documents."""
         size = self._encoder.vocab_size
-        wrong = {
+        bad = {
             number: BadDocument("id out of range", url, 0, f"ids {ids.min()} to {ids.max()}, the vocabulary has {size}")
             for number, ids in enumerate(block.documents)
             if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < size
         }
-        if wrong:
-            block.documents = [ids for number, ids in enumerate(block.documents) if number not in wrong]
-            block.bad += wrong.values()
+        if bad:
+            block.documents = [ids for number, ids in enumerate(block.documents) if number not in bad]
+            block.bad += bad.values()
 
-    def _note_bad(self, block: Block) -> None:
-        if self._task.unit.copy:  # later passes over the same documents tell nothing new
+    def _record_bad(self, block: Block) -> None:
+        if self._task.unit.copy:  # the first pass over the same documents recorded them
             return
         for bad in block.bad:
             self._report.bad[bad.kind] = self._report.bad.get(bad.kind, 0) + 1
             if len(self._report.bad_shown) < MAX_SHOWN:
                 self._report.bad_shown.append(bad)
-            self._rejects.append(_reject(bad))
+            self._rejects.append(_reject_line(bad))
 
     def finish(self, *, last: bool, num_bytes: int) -> UnitReport:
+        """Spill the remaining sequences, write the rejects and the report, and return the report."""
         self._encode()
         report = self._report
         report.last, report.num_bytes = last, num_bytes
@@ -297,7 +314,7 @@ class _Work:
         if self._rejects:
             storage.write_bytes(self._task.path(".rejects"), b"".join(self._rejects))
         else:
-            storage.remove(self._task.path(".rejects"))  # of a start that was killed, when the unit had some
+            storage.remove(self._task.path(".rejects"))  # a killed run may have written it while the unit had rejects
         _save(self._task, report)
         return report
 
@@ -305,12 +322,12 @@ class _Work:
 # --- sequences ---------------------------------------------------------------------------------------------------
 
 
-def _sequence_maker(task: UnitTask, encoder: DocumentEncoder) -> _Shuffled | _Ordered:
-    return _Shuffled(task, encoder) if task.shuffle else _Ordered(task, encoder)
+def _sequence_builder(task: UnitTask, encoder: DocumentEncoder) -> _ShuffledSequences | _OrderedSequences:
+    return _ShuffledSequences(task, encoder) if task.shuffle else _OrderedSequences(task, encoder)
 
 
-class _Shuffled:
-    """Ids to sequences with keys; what fills no sequence is the tail."""
+class _ShuffledSequences:
+    """Cuts ids into sequences and spills them as shuffled runs; the ids after the last sequence are the tail."""
 
     def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
         self._length = task.length
@@ -338,15 +355,15 @@ class _Shuffled:
         self._writer.add(sequences)
 
     def finish(self) -> tuple[list[int], np.ndarray, int]:
-        """Sizes of the runs, the tail, and the number of pads."""
+        """Spill the remaining sequences; return the sizes of the runs, the tail and the number of pads."""
         if self._packer is not None:
             self._add_padded(self._packer.finish())
         self._writer.flush()
         return [run.count for run in self._writer.runs], self._tail, self._pads
 
 
-class _Ordered:
-    """Ids to one run that keeps their order; the run is cut into sequences only together with all others."""
+class _OrderedSequences:
+    """Spills ids in input order; they are cut into sequences after the runs of all units are concatenated."""
 
     def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
         self._packer = DocumentPacker(task.length, encoder.dtype, keep_order=True) if task.split_documents else None
@@ -355,15 +372,15 @@ class _Ordered:
         self._pads = 0
 
     def add(self, ids: np.ndarray, ends: np.ndarray) -> None:
-        self._put(ids if self._packer is None else self._packer.add(ids, ends))
+        self._write(ids if self._packer is None else self._packer.add(ids, ends))
 
-    def _put(self, ids: np.ndarray) -> None:
+    def _write(self, ids: np.ndarray) -> None:
         if self._packer is not None:
             self._pads += int(np.count_nonzero(ids == PAD_ID))
         self._writer.add(ids)
 
     def finish(self) -> tuple[list[int], np.ndarray, int]:
         if self._packer is not None:
-            self._put(self._packer.finish())
+            self._write(self._packer.finish())
         self._writer.flush()
         return [run.count for run in self._writer.runs], self._tail, self._pads

@@ -1,4 +1,4 @@
-"""Sequences to shards, and what lies beside them: manifest.jsonl, dataset.json, rejects.jsonl."""
+"""Write the shards of an output and its metadata files: manifest.jsonl, dataset.json, rejects.jsonl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from open_lm import storage
 from open_lm.data.shard_format import PAD_ID, ManifestEntry, ShardInfo, ShardWriter, write_manifest
 from open_lm.datapreprocess.cluster import Shared
 from open_lm.datapreprocess.job import Layout, shard_size
-from open_lm.datapreprocess.shuffle import MIXED, Rows, Runs
+from open_lm.datapreprocess.shuffle import MIXED, Runs, SequenceBlock
 from open_lm.errors import ConfigError
 
 MANIFEST, DATASET, REJECTS = "manifest.jsonl", "dataset.json", "rejects.jsonl"
@@ -21,7 +21,7 @@ MANIFEST, DATASET, REJECTS = "manifest.jsonl", "dataset.json", "rejects.jsonl"
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A shard of `count` sequences, the first of them number `first` of its output."""
+    """A shard of `count` sequences, which starts at sequence number `first` of its output."""
 
     url: str
     folder: str
@@ -31,16 +31,19 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Tail:
-    """The ids that fill no sequence at the end of an output, with the tokens of each source in them."""
+    """The ids at the end of an output that do not fill a sequence, and the number of tokens by source number."""
 
     ids: np.ndarray
-    shares: dict[int, int]
+    tokens_by_source: dict[int, int]
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Neighbouring shards for one worker. `padded` is the padded last sequence of all, int64 (length,), with its
-    tokens by source, in the task that writes the last shard."""
+    """Consecutive shards for one worker.
+
+    padded: the padded last sequence of the output, int64 (length,), with its tokens by source; only in the task that
+        writes the last shard.
+    """
 
     shards: tuple[ShardPlan, ...]
     runs: Shared[Runs]
@@ -53,7 +56,7 @@ class ShardTask:
 
 @dataclass
 class WrittenShard:
-    """A finished shard, with the tokens of each source in it."""
+    """A finished shard, with its number of tokens by source name."""
 
     url: str
     info: ShardInfo
@@ -61,7 +64,10 @@ class WrittenShard:
 
 
 def plan_shards(layout: Layout, folders: Sequence[str], num_sequences: int) -> list[ShardPlan]:
-    """Shards of like size (the last of a folder may be smaller), folders of equal shares, in output order."""
+    """Divide the sequences evenly among the folders and then into shards, and return the shards in output order.
+
+    All shards have the same size; only the last shard of a folder may be smaller.
+    """
     per_shard = shard_size(num_sequences, layout.shard_sequences)
     shards: list[ShardPlan] = []
     for number, folder in enumerate(folders):
@@ -72,67 +78,69 @@ def plan_shards(layout: Layout, folders: Sequence[str], num_sequences: int) -> l
 
 
 def group_shards(shards: Sequence[ShardPlan], sequence_bytes: int, limit_bytes: int) -> list[list[ShardPlan]]:
-    """Neighbouring shards together, as many as fit the limit, at least one."""
+    """Group consecutive shards so that each group has at most `limit_bytes` of ids, but at least one shard."""
     groups: list[list[ShardPlan]] = []
-    held = 0
+    group_bytes = 0
     for shard in shards:
-        size = shard.count * sequence_bytes
-        if not groups or held + size > limit_bytes:
+        shard_bytes = shard.count * sequence_bytes
+        if not groups or group_bytes + shard_bytes > limit_bytes:
             groups.append([])
-            held = 0
+            group_bytes = 0
         groups[-1].append(shard)
-        held += size
+        group_bytes += shard_bytes
     return groups
 
 
 def write_shards(task: ShardTask) -> list[WrittenShard]:
-    """Write the shards of a task that are not there yet; the record of each is kept in the work folder."""
+    """Write the missing shards of a task, save a record of each in the work folder, and return all records."""
     records = [_load_record(task.work, shard) for shard in task.shards]
     missing = [number for number, record in enumerate(records) if record is None]
     if not missing:
         return [record for record in records if record]
     shards = task.shards[missing[0] : missing[-1] + 1]
     first, end = shards[0].first, shards[-1].first + shards[-1].count
-    padded_here = task.padded is not None and shards[-1] is task.shards[-1]
-    rows = _Cursor(task.runs.get().rows(first, end - first - padded_here))
+    pads_last = task.padded is not None and shards[-1] is task.shards[-1]
+    sequences = _SequenceReader(task.runs.get().blocks(first, end - first - pads_last))
     for number, shard in enumerate(shards, start=missing[0]):
-        is_last = padded_here and shard is shards[-1]
-        parts = rows.take(shard.count - is_last)
+        is_padded = pads_last and shard is shards[-1]
+        blocks = sequences.take(shard.count - is_padded)
         if records[number] is None:
-            records[number] = _write_shard(task, shard, parts, task.padded if is_last else None)
+            records[number] = _write_shard(task, shard, blocks, task.padded if is_padded else None)
         else:
-            for _ in parts:  # pass over what is there already
+            for _ in blocks:  # skip the sequences of a shard that exists already
                 pass
     return [record for record in records if record]
 
 
-class _Cursor:
-    """Rows in whichever portions they come, taken in the portions of shards."""
+class _SequenceReader:
+    """Reads a given number of sequences at a time from blocks of other sizes."""
 
-    def __init__(self, rows: Iterator[Rows]) -> None:
-        self._rows, self._held = rows, Rows(np.zeros((0, 0)), np.zeros(0, np.uint16), {})
+    def __init__(self, blocks: Iterator[SequenceBlock]) -> None:
+        self._blocks, self._buffer = blocks, SequenceBlock(np.zeros((0, 0)), np.zeros(0, np.uint16), {})
 
-    def take(self, count: int) -> Iterator[Rows]:
-        """The next `count` rows, which must be used up before any more are taken."""
+    def take(self, count: int) -> Iterator[SequenceBlock]:
+        """Yield the next `count` sequences; the caller must exhaust the iterator before the next call."""
         while count:
-            if not len(self._held.ids):
-                self._held = next(self._rows)
-            part, self._held = self._held.split(count)
-            count -= len(part.ids)
-            yield part
+            if not len(self._buffer.ids):
+                self._buffer = next(self._blocks)
+            block, self._buffer = self._buffer.split(count)
+            count -= len(block.ids)
+            yield block
 
 
-def _write_shard(task: ShardTask, shard: ShardPlan, parts: Iterator[Rows], padded: Tail | None) -> WrittenShard:
+def _write_shard(
+    task: ShardTask, shard: ShardPlan, blocks: Iterator[SequenceBlock], padded: Tail | None
+) -> WrittenShard:
     tokens = np.zeros(len(task.sources), np.int64)
     number = shard.first
     with ShardWriter(shard.url, task.kind, dtype=task.dtype) as writer:
-        for rows in parts:
-            _write_rows(writer, number, rows.ids, task.dtype)
-            _count_tokens(rows, tokens)
-            number += len(rows.ids)
+        for block in blocks:
+            _write_sequences(writer, number, block.ids, task.dtype)
+            _count_tokens(block, tokens)
+            number += len(block.ids)
         if padded is not None:
             writer.write_numbered(number, padded.ids[None])
-            for source, count in padded.shares.items():
+            for source, count in padded.tokens_by_source.items():
                 tokens[source] += count
     sources = {name: count for name, count in zip(task.sources, tokens.tolist(), strict=True) if count}
     written = WrittenShard(shard.url, writer.info, sources)
@@ -140,27 +148,28 @@ def _write_shard(task: ShardTask, shard: ShardPlan, parts: Iterator[Rows], padde
     return written
 
 
-def _write_rows(writer: ShardWriter, number: int, ids: np.ndarray, dtype: np.dtype[Any]) -> None:
+def _write_sequences(writer: ShardWriter, number: int, ids: np.ndarray, dtype: np.dtype[Any]) -> None:
+    """Write sequences (n, length) from number `number` on; those without padding in the unsigned `dtype`."""
     if ids.dtype.kind == "u":
         writer.write_numbered(number, ids)
         return
-    padded = ids[:, -1] == PAD_ID  # pads stand at the end; rows without any are of the unsigned type
-    edges = np.flatnonzero(np.diff(padded)) + 1
-    for part, has_pads in zip(np.split(ids, edges), padded[np.append(0, edges)].tolist(), strict=True):
+    is_padded = ids[:, -1] == PAD_ID  # padding is at the end of a sequence
+    edges = np.flatnonzero(np.diff(is_padded)) + 1
+    for part, has_pads in zip(np.split(ids, edges), is_padded[np.append(0, edges)].tolist(), strict=True):
         writer.write_numbered(number, part if has_pads else part.astype(dtype))
         number += len(part)
 
 
-def _count_tokens(rows: Rows, tokens: np.ndarray) -> None:
-    """Add to `tokens`, int64 (sources,), those of the rows; pads are none."""
-    if rows.ids.dtype.kind == "u":
-        lengths = np.full(len(rows.ids), rows.ids.shape[1], np.int64)
+def _count_tokens(block: SequenceBlock, tokens: np.ndarray) -> None:
+    """Add the tokens of the block, without padding, to `tokens`, int64 (sources,)."""
+    if block.ids.dtype.kind == "u":
+        lengths = np.full(len(block.ids), block.ids.shape[1], np.int64)
     else:
-        lengths = np.count_nonzero(rows.ids != PAD_ID, axis=1)
-    single = rows.sources != MIXED
-    np.add.at(tokens, rows.sources[single], lengths[single])
-    for share in rows.shares.values():
-        for source, count in share.items():
+        lengths = np.count_nonzero(block.ids != PAD_ID, axis=1)
+    single = block.sources != MIXED
+    np.add.at(tokens, block.sources[single], lengths[single])
+    for tokens_by_source in block.mixed_tokens.values():
+        for source, count in tokens_by_source.items():
             tokens[source] += count
 
 
@@ -177,7 +186,7 @@ def _load_record(work: str, shard: ShardPlan) -> WrittenShard | None:
 
 
 def write_manifests(layout: Layout, shards: Sequence[ShardPlan], written: Sequence[WrittenShard]) -> None:
-    """One manifest.jsonl in every folder that has shards."""
+    """Write a manifest.jsonl to every folder that contains shards."""
     for folder in sorted({shard.folder for shard in shards}):
         entries = [
             ManifestEntry(
@@ -197,7 +206,7 @@ def write_manifests(layout: Layout, shards: Sequence[ShardPlan], written: Sequen
 
 
 def dataset_url(layout: Layout) -> str:
-    """The dataset.json that tells that the whole output is there: the last one that is written."""
+    """Return the URL of the dataset.json that is written last and marks the output as finished."""
     return storage.join(layout.root if layout.per_source else layout.folder(layout.folders[0]), DATASET)
 
 
@@ -207,7 +216,7 @@ def write_dataset(url: str, record: dict[str, Any]) -> None:
 
 
 def read_dataset(layout: Layout) -> dict[str, Any] | None:
-    """The dataset.json of a finished output, None where it is not finished."""
+    """Return the dataset.json of a finished output, or None if the output is not finished."""
     path = dataset_url(layout)
     if not storage.exists(path):
         return None
@@ -215,13 +224,16 @@ def read_dataset(layout: Layout) -> dict[str, Any] | None:
 
 
 def read_record(url: str) -> dict[str, Any]:
-    """A JSON object that a run keeps; ConfigError where it is none, since no run leaves half a file."""
+    """Return a JSON object that a run wrote; raise ConfigError if it is damaged, since runs write files atomically."""
     try:
         record = orjson.loads(storage.read_bytes(url))
     except orjson.JSONDecodeError as error:
         raise ConfigError(
-            f"{url}: damaged, not the JSON that was written ({error}); remove the folder it lies in to start again"
+            f"{url}: damaged, expected a JSON object ({error}); remove the folder that contains it to start over"
         ) from error
     if not isinstance(record, dict):
-        raise ConfigError(f"{url}: expected a JSON object, found {type(record).__name__}; it was not written by a run")
+        raise ConfigError(
+            f"{url}: expected a JSON object, found {type(record).__name__}; this file was not written by a "
+            "preprocessing run"
+        )
     return record

@@ -21,7 +21,7 @@ from datapreprocess_helpers import documents, small_tokenizer, write_jsonl
 from open_lm import storage
 from open_lm.datapreprocess.dry_run import Estimate, describe, estimate
 from open_lm.datapreprocess.inputs import InputFile
-from open_lm.datapreprocess.job import PreprocessJob, Layout
+from open_lm.datapreprocess.job import Layout, PreprocessJob
 from open_lm.datapreprocess.readers import ReadOptions
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.datapreprocess.tokenization import DocumentEncoder

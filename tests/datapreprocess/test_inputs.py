@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datapreprocess_helpers import (
-    alone,
     documents,
     expected_tokens,
+    in_process,
     make,
     read_shards,
     record_of,
@@ -38,7 +38,7 @@ from open_lm.datapreprocess.readers import ReadOptions
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import ConfigError, DataError, StorageError, UserError
 
-__all__ = ["alone", "small_tokenizer"]
+__all__ = ["in_process", "small_tokenizer"]
 EOT_ID = 3
 OPTIONS = ReadOptions()
 MIB = 1 << 20
@@ -97,7 +97,7 @@ def test_lists_that_cannot_be_used(tmp_path: Path) -> None:
         found(f"@{tmp_path}/nowhere.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n\n")
-    with pytest.raises(DataError, match=r"@.*empty\.txt: no line of this list names an input"):
+    with pytest.raises(DataError, match=r"@.*empty\.txt: this list contains no inputs"):
         found(f"@{empty}")
     empty.write_bytes(b"\xff\xfe")
     with pytest.raises(StorageError, match=r"empty\.txt: expected UTF-8"):
@@ -111,13 +111,13 @@ def test_all_that_is_wrong_is_told_together(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         found(odd, tmp_path / "missing.jsonl", tmp_path / "void", f"@{tmp_path}/names", f"@{tmp_path}/no.txt", good)
     told = str(caught.value)
-    for part in ("b.csv: no reader for .csv", "missing.jsonl: nothing matches", "void: nothing matches",
-                 "*.parquet: nothing matches", "no.txt"):  # fmt: skip
+    for part in ("b.csv: no reader for .csv", "missing.jsonl: no file matches", "void: no file matches",
+                 "*.parquet: no file matches", "no.txt"):  # fmt: skip
         assert part in told
     assert "a.jsonl" not in told
-    with pytest.raises(DataError, match="no input is named"):
+    with pytest.raises(DataError, match="no input is given"):
         find_inputs([])
-    with pytest.raises(DataError, match="an empty name among the inputs"):  # not the whole working folder
+    with pytest.raises(DataError, match="an input is an empty string"):  # not the whole working folder
         found("", good)
     with pytest.raises(DataError, match=r"b\.csv: no reader for \.csv; known are \.arrow"):
         found(tmp_path / "*.csv")
@@ -300,7 +300,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, Sequence[str]], Any], list[str]]] = 
 }  # fmt: skip
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_input(tmp_path: Path, small_tokenizer: str, kind: str) -> None:
     name, write, more = KINDS[kind]
@@ -316,7 +316,7 @@ def test_every_kind_of_input(tmp_path: Path, small_tokenizer: str, kind: str) ->
         assert item.get("sha256") == digest and item["num_bytes"] == os.path.getsize(item["url"])
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_process")
 def test_documents_of_ids_beyond_sixteen_bits(tmp_path: Path) -> None:
     from open_lm.datapreprocess.ray.tokenize_shuffle import main
 
@@ -338,7 +338,7 @@ def test_documents_of_ids_beyond_sixteen_bits(tmp_path: Path) -> None:
             main([*command, "--output", str(tmp_path / "no"), *flags])
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_process")
 def test_a_slice_of_a_local_data_set(tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -356,7 +356,7 @@ def test_a_slice_of_a_local_data_set(tmp_path: Path, small_tokenizer: str, monke
         assert sums == [not slice_] * len(sums), "of a part of a file no digest of the file can be known"
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_process")
 def test_files_read_in_pieces(tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "_MIN_UNIT_BYTES", 1 << 12)
     texts = documents(300, seed=6)
@@ -375,7 +375,7 @@ def test_files_read_in_pieces(tmp_path: Path, small_tokenizer: str, monkeypatch:
         assert item["sha256"] == hashlib.sha256(Path(item["url"]).read_bytes()).hexdigest()
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_process")
 def test_inputs_in_s3_are_recorded_with_their_etags(tmp_path: Path, small_tokenizer: str, s3_bucket: str) -> None:
     data = json_rows(TEXTS)
     storage.write_bytes(f"s3://{s3_bucket}/raw/a.jsonl", data)
@@ -387,7 +387,7 @@ def test_inputs_in_s3_are_recorded_with_their_etags(tmp_path: Path, small_tokeni
     assert item["sha256"] == hashlib.sha256(data).hexdigest()
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_process")
 def test_ten_thousand_small_files(tmp_path: Path, small_tokenizer: str) -> None:
     folder = tmp_path / "raw"
     folder.mkdir()

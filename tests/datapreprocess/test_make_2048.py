@@ -167,7 +167,7 @@ def test_a_finished_output_is_left_alone_and_another_job_is_refused(
     elsewhere = tmp_path / "copy.json"
     elsewhere.write_bytes(Path(small_tokenizer).read_bytes())
     make(raw[0], out, str(elsewhere))
-    with pytest.raises(ConfigError, match=r"finished data set.*seed was 0, is 5.*another output folder"):
+    with pytest.raises(ConfigError, match=r"finished data set.*seed was 0, is now 5.*another output folder"):
         make(raw[0], out, small_tokenizer, "--seed", "5")
     write_jsonl(raw[0] / "more.jsonl", ["x"])
     with pytest.raises(ConfigError, match=r"new input: .*more\.jsonl"):
@@ -182,7 +182,7 @@ def test_shards_of_unknown_origin_are_not_mixed_in(
     foreign = tmp_path / "out" / "32-v1" / "0" / "shard-0000000.tar"
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes(b"somebody's")
-    with pytest.raises(ConfigError, match=r"shard-0000000\.tar: already there"):
+    with pytest.raises(ConfigError, match=r"shard-0000000\.tar: already in the output"):
         make(raw[0], tmp_path / "out", small_tokenizer)
     assert foreign.read_bytes() == b"somebody's"
 
@@ -221,7 +221,7 @@ def test_a_killed_run_is_finished_by_the_same_command(
     assert len(list(work.glob("unit-*.json"))) == 1
     with caplog.at_level("INFO"):
         main(arguments)
-    assert "1 of 4 units done already" in caplog.text
+    assert "1 of 4 units already done" in caplog.text
     assert tree(out) == tree(tmp_path / "clean")
 
 
@@ -271,10 +271,10 @@ def test_unfinished_work_with_other_settings_is_named_and_thrown_away_only_when_
         with pytest.raises(OSError, match="no space"):
             make(raw[0], out, small_tokenizer, "--shard-size", "7")
     other = ["--seed", "4", "--shard-size", "90"]
-    with pytest.raises(ConfigError, match=r"(?s)unfinished work.*seed was 0, is 4.*--restart"):
+    with pytest.raises(ConfigError, match=r"(?s)unfinished work.*seed was 0, is now 4.*--restart"):
         make(raw[0], out, small_tokenizer, *other)
     make(raw[0], out, small_tokenizer, *other, "--restart")
-    assert "starting again" in caplog.text and "seed was 0, is 4" in caplog.text
+    assert "restarting, discarding" in caplog.text and "seed was 0, is now 4" in caplog.text
     assert tokens_of(read_shards(out)) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
 
 
@@ -293,7 +293,7 @@ def test_changed_inputs_are_named_and_only_what_they_touch_is_done_again(
     with caplog.at_level("INFO"):
         make(folder, out, small_tokenizer)
     assert "changed input: " in caplog.text and "3.jsonl" in caplog.text
-    assert "3 of 4 units done already" in caplog.text
+    assert "3 of 4 units already done" in caplog.text
     make(folder, tmp_path / "fresh", small_tokenizer)
     assert tree(out) == tree(tmp_path / "fresh")
 
@@ -368,9 +368,9 @@ def test_no_documents_and_broken_files_are_clear_errors(tmp_path: Path, small_to
     assert 0 < record["counts"]["documents"] < 600  # what stands before the break is used
     tars = list(tmp_path.rglob("*.tar"))
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="hold no document"):
+    with pytest.raises(DataError, match="found no documents in"):
         make(tmp_path / "empty.jsonl", tmp_path / "out2", small_tokenizer)
-    with pytest.raises(DataError, match="nothing matches"):
+    with pytest.raises(DataError, match="no file matches"):
         make(tmp_path / "missing", tmp_path / "out3", small_tokenizer)
     with pytest.raises(ConfigError, match=r"--seqlen must be at least 1.*\n.*shard must hold|shard must hold"):
         make(path, tmp_path / "out4", small_tokenizer, "--shard-size", "0")

@@ -16,10 +16,10 @@ from open_lm.datapreprocess.pack import DocumentPacker, cut, pad
 from open_lm.datapreprocess.shuffle import (
     MIXED,
     OrderedRuns,
-    Run,
-    ShuffledRunWriter,
-    ShuffledRuns,
     OrderedRunWriter,
+    Run,
+    ShuffledRuns,
+    ShuffledRunWriter,
     bucket_counts,
     random_keys,
 )
@@ -51,11 +51,11 @@ def test_packed_documents_never_go_from_one_sequence_on_into_the_next(
     ends = np.cumsum(lengths)
     split = int(ends[half - 1]) if half else 0
     parts = [packer.add(ids[:split], ends[:half]), packer.add(ids[split:], ends[half:] - split), packer.finish()]
-    rows = np.concatenate(parts)
-    assert rows.shape[1] == length and rows.dtype == np.int32
-    found = rows[rows != PAD_ID]
+    sequences = np.concatenate(parts)
+    assert sequences.shape[1] == length and sequences.dtype == np.int32
+    found = sequences[sequences != PAD_ID]
     assert sorted(found.tolist()) == ids.tolist() and (not keep_order or found.tolist() == ids.tolist())
-    for row in rows:
+    for row in sequences:
         kept = row[row != PAD_ID]
         assert len(kept) and row[len(kept) :].tolist() == [PAD_ID] * (length - len(kept))
         for document, count in zip(*np.unique(kept, return_counts=True), strict=True):
@@ -66,8 +66,8 @@ def test_packed_documents_never_go_from_one_sequence_on_into_the_next(
 def test_packing_wastes_little() -> None:
     lengths = np.random.default_rng(0).integers(1, 600, 5000)
     packer = DocumentPacker(512, U16)
-    rows = np.concatenate([packer.add(np.zeros(lengths.sum(), U16), np.cumsum(lengths)), packer.finish()])
-    assert lengths.sum() / rows.size > 0.97
+    sequences = np.concatenate([packer.add(np.zeros(lengths.sum(), U16), np.cumsum(lengths)), packer.finish()])
+    assert lengths.sum() / sequences.size > 0.97
 
 
 def spilled(folder: Path, units: list[int], *, seed: int, run_bytes: int, buckets: int) -> list[Run]:
@@ -98,11 +98,11 @@ def shuffled(
     total = sum(units)
     assert everything.num_sequences == total
     cuts = [total * part // parts for part in range(parts + 1)]
-    rows = [rows for a, b in itertools.pairwise(cuts) if b > a for rows in everything.rows(a, b - a)]
-    whole = np.concatenate([np.zeros((0, 3), np.uint32), *(part.ids for part in rows)])
+    sequences = [sequences for a, b in itertools.pairwise(cuts) if b > a for sequences in everything.sequences(a, b - a)]
+    whole = np.concatenate([np.zeros((0, 3), np.uint32), *(part.ids for part in sequences)])
     assert (whole == whole[:, :1]).all()
     owners = np.repeat(np.arange(len(units)) % 3, units)
-    sources = np.concatenate([np.zeros(0, np.uint16), *(part.sources for part in rows)])
+    sources = np.concatenate([np.zeros(0, np.uint16), *(part.sources for part in sequences)])
     assert sources.tolist() == owners[whole[:, 0]].tolist()
     return whole[:, 0]
 
@@ -139,11 +139,11 @@ def test_without_a_shuffle_ids_keep_their_order_and_are_attributed_to_their_sour
     ordered = OrderedRuns(tuple(runs), length, ids.dtype, part_bytes)
     whole = ordered.num_sequences
     assert whole == len(ids) // length
-    rows = [part for half in ((0, whole // 2), (whole // 2, whole - whole // 2)) for part in ordered.rows(*half)]
+    sequences = [part for half in ((0, whole // 2), (whole // 2, whole - whole // 2)) for part in ordered.sequences(*half)]
     tail, tail_shares = ordered.tail()
-    assert [*(value for part in rows for value in part.ids.reshape(-1).tolist()), *tail.tolist()] == ids.tolist()
+    assert [*(value for part in sequences for value in part.ids.reshape(-1).tolist()), *tail.tolist()] == ids.tolist()
     counted = dict(tail_shares)
-    for part in rows:
+    for part in sequences:
         for row, source in enumerate(part.sources.tolist()):
             for owner, count in part.shares[row].items() if source == MIXED else [(source, length)]:
                 counted[owner] = counted.get(owner, 0) + count

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datapreprocess_helpers import (
-    alone,
     documents,
+    in_process,
     make,
     raw,
     record_of,
@@ -26,8 +26,8 @@ from open_lm.datapreprocess import engine, make_2048, tokenization, units
 from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer
 from open_lm.errors import ConfigError
 
-__all__ = ["alone", "raw", "small_tokenizer", "small_units"]
-pytestmark = pytest.mark.usefixtures("alone")
+__all__ = ["in_process", "raw", "small_tokenizer", "small_units"]
+pytestmark = pytest.mark.usefixtures("in_process")
 MARK = "QUAGGA"
 
 
@@ -84,7 +84,7 @@ def test_one_difference_and_all_is_encoded_by_the_reference(
     caplog.set_level("INFO")
     make(marked[0], tmp_path / "out", small_tokenizer)
     assert re.search(
-        rf"all is encoded again without the fast tokenizer: .*differs from tokenizers.*{MARK}", caplog.text
+        rf"restarting the encoding without the fast tokenizer: .*differs from tokenizers.*{MARK}", caplog.text
     )
     assert tree(tmp_path / "out") == marked[1]
 
@@ -118,7 +118,7 @@ def test_a_run_that_fell_back_and_was_killed_goes_on_with_the_reference(  # noqa
     caplog.set_level("INFO")
     caplog.clear()
     make(marked[0], tmp_path / "out", small_tokenizer)
-    assert "an earlier start found that it differs" in caplog.text and "encoded again" not in caplog.text
+    assert "an earlier run found that it differs" in caplog.text and "restarting" not in caplog.text
     assert ("3 of " in caplog.text) == bool(units_done)
     assert tree(tmp_path / "out") == marked[1]
 
@@ -130,7 +130,7 @@ def test_a_self_check_that_fails(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(tokenization, "fixed_sample", lambda _: ["fine", f"a {MARK}"])
     make(marked[0], tmp_path / "out", small_tokenizer)
-    assert re.search(rf"the fast tokenizer is not used: .*{MARK}", caplog.text) and "again" not in caplog.text
+    assert re.search(rf"the fast tokenizer is not used: .*{MARK}", caplog.text) and "restarting" not in caplog.text
     assert tree(tmp_path / "out") == marked[1]
 
 

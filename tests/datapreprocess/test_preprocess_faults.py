@@ -129,7 +129,7 @@ def test_an_object_that_can_be_read_again_is_read_again(
     assert len(list((tmp_path / "out").rglob("unit-*.json"))) > 5
     faulty_s3.rules.clear()
     done = run(small_tokenizer, f"{base}/raw", str(tmp_path / "out"))
-    assert not done.returncode and "done already" in done.stderr, done.stderr
+    assert not done.returncode and "already done" in done.stderr, done.stderr
     every = [text for part in texts.values() for text in part]
     assert tokens_of(read_shards(tmp_path / "out")) == expected_tokens(every, small_tokenizer, EOT_ID)
     clean = run(small_tokenizer, f"{base}/raw", str(tmp_path / "clean"))
@@ -143,10 +143,10 @@ def test_on_a_full_disk_it_says_so_and_goes_on_when_there_is_room(  # noqa: PLR0
     raw, out = str(tmp_path / "raw"), tmp_path / "out"
     failed = run(small_tokenizer, raw, str(out), "--shard-size", "2000", limit=limit)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
-    assert "File too large while writing in" in failed.stderr and file in failed.stderr and "make room" in failed.stderr
+    assert "File too large while writing in" in failed.stderr and file in failed.stderr and "free disk space" in failed.stderr
     assert (not list(out.rglob("*.tar")) and list(out.rglob("unit-*.json"))) or not kept
     done = run(small_tokenizer, raw, str(out), "--shard-size", "2000")
-    assert not done.returncode and ("done already" in done.stderr or not kept), done.stderr
+    assert not done.returncode and ("already done" in done.stderr or not kept), done.stderr
     clean = run(small_tokenizer, raw, str(tmp_path / "clean"), "--shard-size", "2000")
     assert not clean.returncode and tree(out) == tree(tmp_path / "clean")
 

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 from datapreprocess_helpers import (
-    alone,
-    corpus,
     documents,
     expected_tokens,
+    in_process,
     make,
     raw,
     read_shards,
@@ -22,9 +21,10 @@ from datapreprocess_helpers import (
     rejects_of,
     small_tokenizer,
     small_units,
-    spoil,
     tokens_of,
     tree,
+    write_bad_jsonl,
+    write_corpus,
     write_jsonl,
 )
 
@@ -33,8 +33,8 @@ from open_lm.datapreprocess import make_2048
 from open_lm.datapreprocess.ray import tokenize_shuffle
 from open_lm.errors import ConfigError, DataError
 
-__all__ = ["alone", "raw", "small_tokenizer", "small_units"]
-pytestmark = pytest.mark.usefixtures("alone")
+__all__ = ["in_process", "raw", "small_tokenizer", "small_units"]
+pytestmark = pytest.mark.usefixtures("in_process")
 EOT_ID, LENGTH = 3, 33
 
 
@@ -153,7 +153,7 @@ def test_a_tail_is_dropped_or_padded(raw: tuple[Path, list[str]], tmp_path: Path
         assert record["tail"] == {"fate": "dropped", "tokens": total % LENGTH}
         assert record["counts"]["tokens"] == total and record["counts"]["pads"] == 0
     write_jsonl(tmp_path / "one.jsonl", ["the"])
-    with pytest.raises(DataError, match="2 tokens are too few for one sequence of 33 ids, and the tail is dropped"):
+    with pytest.raises(DataError, match="2 tokens, too few for one sequence of 33 ids, and --drop-tail drops them"):
         make(tmp_path / "one.jsonl", tmp_path / "none", small_tokenizer, "--drop-tail")
     place = make(tmp_path / "one.jsonl", tmp_path / "one", small_tokenizer) / "0"
     assert [ids.count(-1) for _, _, ids in read_shards(place)] == [31]
@@ -180,7 +180,7 @@ def test_the_order_is_kept_over_units_files_and_sources(tmp_path: Path, small_to
 
 
 def test_the_share_of_bad_documents(tmp_path: Path, small_tokenizer: str) -> None:
-    path = spoil(tmp_path, 99, 1)
+    path = write_bad_jsonl(tmp_path, 99, 1)
     for number, fraction in enumerate(("0", "0.001", "0.0099")):
         with pytest.raises(DataError, match=f"1 of 100 documents.*allows {float(fraction):g}"):
             make(path, tmp_path / f"no{number}", small_tokenizer, "--max-bad-fraction", fraction)
@@ -216,8 +216,8 @@ def test_rejects_stand_in_the_order_of_the_input(tmp_path: Path, small_tokenizer
 
 
 def test_rejects_of_a_failed_start_do_not_outlive_what_was_wrong(tmp_path: Path, small_tokenizer: str) -> None:
-    path = spoil(tmp_path / "raw", 30, 2)
-    with pytest.raises(DataError, match=r"2 of 32 documents.*rejected is in .*rejects\.jsonl"):
+    path = write_bad_jsonl(tmp_path / "raw", 30, 2)
+    with pytest.raises(DataError, match=r"2 of 32 documents.*are listed in .*rejects\.jsonl"):
         make(path, tmp_path / "out", small_tokenizer)
     assert len(rejects_of(tmp_path / "out" / "32-v1")) == 2
     write_jsonl(path, ["the end"])
@@ -272,7 +272,7 @@ MISUSES = {
 
 @pytest.mark.parametrize("flags", MISUSES)
 def test_misuse_is_told_before_anything_is_written(tmp_path: Path, small_tokenizer: str, flags: str) -> None:
-    corpus(tmp_path / "raw")
+    write_corpus(tmp_path / "raw")
     (tmp_path / "mix.yaml").write_text("sources:\n- {source: a, markers: [raw], rate: 1}\n")
     (tmp_path / "both.yaml").write_text(
         "sources:\n- {source: a, markers: [raw], rate: 1}\nsampling_frequencies: {a: 2}\n"
@@ -314,6 +314,6 @@ def test_no_input_and_inputs_that_are_not_there(tmp_path: Path, small_tokenizer:
         make([], tmp_path / "out", small_tokenizer)
     with pytest.raises(ConfigError, match="no input is named: give --input,"):
         tokenize_shuffle.main(["--output", str(tmp_path / "out"), "--tokenizer", small_tokenizer])
-    with pytest.raises(DataError, match="nothing matches"):
+    with pytest.raises(DataError, match="no file matches"):
         make(tmp_path / "nowhere", tmp_path / "out", "no tokenizer of this name")
     assert not list(tmp_path.iterdir())

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from datapreprocess_helpers import (
-    alone,
     documents,
     expected_tokens,
+    in_process,
     make,
     read_shards,
     record_of,
@@ -28,8 +28,8 @@ from open_lm.datapreprocess.ray import tokenize_shuffle
 from open_lm.errors import ConfigError, DataError
 from open_lm.utils import inspect_shards
 
-__all__ = ["alone", "small_tokenizer", "small_units"]
-pytestmark = pytest.mark.usefixtures("alone")
+__all__ = ["in_process", "small_tokenizer", "small_units"]
+pytestmark = pytest.mark.usefixtures("in_process")
 EOT_ID, LENGTH = 3, 33
 Texts = dict[str, list[str]]
 
@@ -122,7 +122,7 @@ def test_a_file_of_two_sources_and_files_of_none(
     overlapping = ["--source", f"all={tmp_path}/raw/wiki/0.jsonl", *flags(tmp_path, "wiki")]
     with pytest.raises(ConfigError, match=r"0\.jsonl belongs to all and to wiki"):
         make([], tmp_path / "out", small_tokenizer, *overlapping)
-    with pytest.raises(DataError, match=r"nowhere/\*: nothing matches"):
+    with pytest.raises(DataError, match=r"nowhere/\*: no file matches"):
         make([], tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki"), "--source", f"x={tmp_path}/nowhere/*")
     assert not (tmp_path / "out").exists()
     place = make(tmp_path / "raw", tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki")) / "0"
@@ -222,7 +222,7 @@ def test_only_the_record_of_the_whole_tells_that_all_is_done(
 def test_a_source_without_documents(sources: Texts, tmp_path: Path, small_tokenizer: str) -> None:
     (tmp_path / "void.jsonl").write_text("{\n")
     more = [*flags(tmp_path, "web"), "--source", f"void={tmp_path}/void.jsonl", "--skip-bad-lines"]
-    with pytest.raises(DataError, match="source void holds no document; mend its files, or leave it out"):
+    with pytest.raises(DataError, match="source void contains no documents; fix its files or remove the source"):
         make([], tmp_path / "out", small_tokenizer, *more, "--output-per-source")
     assert not list((tmp_path / "out").rglob("*.tar"))
     place = make([], tmp_path / "together", small_tokenizer, *more) / "0"

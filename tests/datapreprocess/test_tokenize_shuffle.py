@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datapreprocess_helpers import (
-    corpus,
     documents,
     expected_tokens,
     local_ray,
@@ -21,6 +20,7 @@ from datapreprocess_helpers import (
     small_tokenizer,
     tokens_of,
     tree,
+    write_corpus,
     write_jsonl,
 )
 
@@ -41,7 +41,7 @@ def shuffle(source: object, out: Path, *more: str) -> list[tuple[str, str, list[
 
 @pytest.mark.usefixtures("local_ray")
 def test_layout_and_exactness(tmp_path: Path, small_tokenizer: str) -> None:
-    texts = corpus(tmp_path / "raw" / "one")
+    texts = write_corpus(tmp_path / "raw" / "one")
     more = documents(30, seed=8)
     write_jsonl(tmp_path / "raw" / "two" / "x.jsonl", more)
     source = f"{tmp_path}/raw/one,{tmp_path}/raw/two/"
@@ -65,7 +65,7 @@ def test_layout_and_exactness(tmp_path: Path, small_tokenizer: str) -> None:
 def test_old_flags_and_dashes_are_accepted_and_said_once_where_they_do_nothing(
     tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    corpus(tmp_path / "raw")
+    write_corpus(tmp_path / "raw")
     plain = ["--tokenizer", small_tokenizer, "--wds_chunk_size", "40"]
     shuffle(tmp_path / "raw", tmp_path / "a", *plain)
     caplog.clear()
@@ -82,7 +82,7 @@ def test_old_flags_and_dashes_are_accepted_and_said_once_where_they_do_nothing(
 
 @pytest.mark.usefixtures("local_ray")
 def test_suffixes_choose_the_files(tmp_path: Path, small_tokenizer: str) -> None:
-    corpus(tmp_path / "raw")
+    write_corpus(tmp_path / "raw")
     members = shuffle(tmp_path / "raw", tmp_path / "out", "--tokenizer", small_tokenizer, "--suffixes", ".gz")
     assert tokens_of(members) == expected_tokens(documents(40, seed=3), small_tokenizer, EOT_ID)
 

@@ -1,4 +1,4 @@
-"""What the preprocessing tests share: a local Ray, a small tokenizer, corpora, readers that owe nothing to ours."""
+"""Helpers of the preprocessing tests: a local Ray, a small tokenizer, corpora, independent readers of the output."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ WORDS += ["über", "naïve", "数据", "🙂", "def", "return", "42", "3.14"]
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """One Ray with four workers for all tests of a process; the commands use it and leave it running."""
+    """Start one Ray session with four workers for all tests of a process; the commands join it and do not stop it."""
     import ray
 
-    if ray.is_initialized():  # by the fixture of another test file
+    if ray.is_initialized():  # the fixture of another test module started it
         yield
         return
     ray.init(
@@ -38,8 +38,8 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands do small jobs in this process, also where a Ray of other tests runs."""
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run small jobs in threads of this process, even if the Ray session of other tests is running."""
     from open_lm.datapreprocess import cluster
 
     monkeypatch.setattr(cluster, "_initialized", lambda: False)
@@ -47,7 +47,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every file a unit of its own, larger ones several."""
+    """Use one unit per small file and several units per larger file."""
     from open_lm.datapreprocess import inputs
 
     monkeypatch.setattr(inputs, "_MIN_UNIT_BYTES", 1 << 13)
@@ -55,7 +55,7 @@ def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A byte-level BPE of 400 ids whose end-of-text id is 3."""
+    """Train a byte-level BPE tokenizer with 400 ids and end-of-text id 3, and return its path."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -73,46 +73,46 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def raw(tmp_path: Path) -> tuple[Path, list[str]]:
-    """A folder of raw files and the texts in them."""
-    return tmp_path / "raw", corpus(tmp_path / "raw")
+    """Write a folder of raw files, and return its path and all texts."""
+    return tmp_path / "raw", write_corpus(tmp_path / "raw")
 
 
-def make(sources: Iterable[object] | Path, out: Path, tokenizer: str, *more: str) -> Path:
-    """Run make_2048 with sequences of 33 ids; returns the folder above its consumers' folders."""
+def make(sources: Iterable[object] | Path, out: Path, tokenizer: str, *flags: str) -> Path:
+    """Run make_2048 with sequences of 33 ids, and return the folder that contains the folders of the consumers."""
     from open_lm.datapreprocess.make_2048 import main
 
     inputs = [str(source) for source in ([sources] if isinstance(sources, Path) else sources)]
-    named = ["--input-files", *inputs] if inputs else []
-    main([*named, "--output-dir", str(out), "--tokenizer", tokenizer, "--seqlen", "32", *more])
+    input_flags = ["--input-files", *inputs] if inputs else []
+    main([*input_flags, "--output-dir", str(out), "--tokenizer", tokenizer, "--seqlen", "32", *flags])
     return out / "32-v1"
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """The dataset.json in a folder."""
+    """Return the dataset.json of a folder."""
     return dict(json.loads((folder / "dataset.json").read_text()))
 
 
-def spoil(folder: Path, good: int, bad: int) -> Path:
-    """A JSON-lines file that begins with `bad` lines that are none."""
+def write_bad_jsonl(folder: Path, good: int, bad: int) -> Path:
+    """Write a JSON-lines file with `bad` invalid lines followed by `good` documents."""
     path = write_jsonl(folder / "a.jsonl", [f"the {number}" for number in range(good)])
     path.write_text("{\n" * bad + path.read_text())
     return path
 
 
-def rejects_of(place: Path) -> list[tuple[str, int, str]]:
-    """File, line and kind of all that a run rejected."""
-    lines = [json.loads(line) for line in (place / "rejects.jsonl").read_text().splitlines()]
+def rejects_of(folder: Path) -> list[tuple[str, int, str]]:
+    """Return (file name, line, kind) of every entry of a rejects.jsonl."""
+    lines = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
     return [(Path(line["url"]).name, line["line"], line["kind"]) for line in lines]
 
 
 def documents(count: int, seed: int = 0, words: int = 120) -> list[str]:
-    """Texts of 0 to `words` words, some of them empty."""
-    random_ = random.Random(seed)
-    return [" ".join(random_.choices(WORDS, k=random_.randrange(words))) for _ in range(count)]
+    """Return `count` random texts of 0 to `words` - 1 words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randrange(words))) for _ in range(count)]
 
 
 def write_jsonl(path: Path, texts: Iterable[str], key: str = "text") -> Path:
-    """A JSON-lines file, compressed as its name says."""
+    """Write texts to a JSON-lines file, compressed if its suffix is .gz or .zst."""
     data = "".join(json.dumps({"id": number, key: text}) + "\n" for number, text in enumerate(texts)).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gz":
@@ -123,8 +123,8 @@ def write_jsonl(path: Path, texts: Iterable[str], key: str = "text") -> Path:
     return path
 
 
-def corpus(folder: Path) -> list[str]:
-    """Three files of three kinds in `folder`; returns all their texts."""
+def write_corpus(folder: Path) -> list[str]:
+    """Write a plain, a zstd and a gzip file to `folder`, and return all their texts."""
     texts = [documents(150, seed=1), documents(90, seed=2), documents(40, seed=3)]
     for name, part in zip(("a.jsonl", "b.jsonl.zst", "deep/c.jsonl.gz"), texts, strict=True):
         write_jsonl(folder / name, part)
@@ -132,7 +132,7 @@ def corpus(folder: Path) -> list[str]:
 
 
 def expected_tokens(texts: Sequence[str], tokenizer: str, eot_id: int) -> Counter[int]:
-    """How often each id must occur: the ids of every text and one end-of-text id for each, by `tokenizers` itself."""
+    """Return the count of each id in all texts, encoded with `tokenizers`, and in one end-of-text id per text."""
     from tokenizers import Tokenizer
 
     fast = Tokenizer.from_file(tokenizer)
@@ -144,14 +144,14 @@ def expected_tokens(texts: Sequence[str], tokenizer: str, eot_id: int) -> Counte
 
 
 def read_shards(folder: Path) -> list[tuple[str, str, list[int]]]:
-    """(shard file, member name, ids) of every member below a folder, read with tarfile, gzip, json and numpy alone."""
-    found = []
+    """Return (shard file, member name, ids) of every member below a folder, without using open_lm."""
+    members = []
     for path in sorted(folder.rglob("*.tar")):
         with tarfile.open(path) as tar:
             for member in tar:
                 data = tar.extractfile(member).read()  # type: ignore[union-attr]
-                found.append((path.name, member.name, _ids(member.name, data)))
-    return found
+                members.append((path.name, member.name, _ids(member.name, data)))
+    return members
 
 
 def _ids(name: str, data: bytes) -> list[int]:
@@ -165,7 +165,7 @@ def _ids(name: str, data: bytes) -> list[int]:
 
 
 def tokens_of(members: Iterable[tuple[str, str, list[int]]]) -> Counter[int]:
-    """How often each id occurs in members, pads (-1) left out."""
+    """Return the count of each id in the members, without padding (-1)."""
     counts: Counter[int] = Counter()
     for _, _, ids in members:
         counts.update(value for value in ids if value != -1)
@@ -173,5 +173,5 @@ def tokens_of(members: Iterable[tuple[str, str, list[int]]]) -> Counter[int]:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its relative path."""
+    """Return the content of every file below a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
