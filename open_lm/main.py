@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from open_lm.config.architecture import architecture_of
+from open_lm.config.architecture import read_architecture
 from open_lm.config.command_line import parse_args
 from open_lm.config.sections import ParallelConfig
 from open_lm.errors import end_process, run_cli
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> argparse.Namespace:
     """
     args = parse_args(argv, for_run=True)
     # Check the model's name and file before torch is imported.
-    architecture = architecture_of(args.model) if args.hf_model is None else {}
+    architecture = read_architecture(args.model) if args.hf_model is None else {}
     from open_lm.distributed.processes import init_runtime, shutdown
     from open_lm.monitor.loggers import close_logging
     from open_lm.training.run import run

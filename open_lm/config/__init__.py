@@ -1,1 +1,1 @@
-"""Every setting of a run: sections, checks, command line, model architecture files. Imports no torch."""
+"""Settings: flags, their checks, the command line, registries and model configuration files. Imports no torch."""

@@ -1,4 +1,4 @@
-"""Model configurations on disk: finding them by name or path, and checking what they say. Imports no torch."""
+"""Find model configuration files by name or path, and check their contents. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import storage
-from open_lm.config.sections import ArchitectureConfig, FieldSpec, ModelConfig
+from open_lm.config.fields import FieldSpec
+from open_lm.config.sections import ArchitectureConfig, ModelConfig
 from open_lm.errors import ConfigError, join_problems
 
 log = logging.getLogger(__name__)
@@ -18,11 +19,11 @@ log = logging.getLogger(__name__)
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "model_configs"
 COUNTS = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")
 SWITCHES = ("post_embed_norm", "weight_tying")
-LEGACY = ("model", "name", "norm_type")  # written by earlier tools, and said again by the keys that count
+LEGACY_KEYS = ("model", "name", "norm_type")  # written by earlier tools and redundant
 
 
 def model_names() -> list[str]:
-    """Names that --model takes, in the order of their numbers."""
+    """Return the model names that --model accepts, in natural order: open_lm_25m before open_lm_160m."""
 
     def natural(name: str) -> list[tuple[int, str]]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
@@ -30,16 +31,16 @@ def model_names() -> list[str]:
     return sorted((path.stem for path in CONFIG_DIR.glob("*.json")), key=natural)
 
 
-def architecture_of(model: str) -> dict[str, Any]:
-    """The checked contents of the configuration that --model names: one of `model_names`, or the path of a .json file.
+def read_architecture(model: str) -> dict[str, Any]:
+    """Read and check the configuration of --model: one of `model_names`, or the path of a .json file.
 
     Returns:
-        hidden_dim, n_layers, n_heads, seq_len, vocab_size, post_embed_norm, weight_tying, and those of the fields of
-        ArchitectureConfig that the file sets.
+        hidden_dim, n_layers, n_heads, seq_len, vocab_size, post_embed_norm, weight_tying, and the fields of
+        ArchitectureConfig that the file contains.
 
     Raises:
-        ConfigError: an unknown name (near ones are listed), a missing file, or contents that cannot be used, all
-            problems together.
+        ConfigError: an unknown name (the message lists similar names), a missing file, or invalid contents (the
+            message lists all problems).
     """
     path = Path(model) if model.endswith(".json") else CONFIG_DIR / f"{model}.json"
     if not path.is_file():
@@ -49,32 +50,39 @@ def architecture_of(model: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"--model {model}: {path} is not valid JSON ({error})") from error
     if not isinstance(contents, dict):
-        raise ConfigError(f"--model {model}: {path} holds a {type(contents).__name__}, expected a JSON object")
-    return _checked(contents, f"--model {model} ({path.name})")
+        raise ConfigError(f"--model {model}: {path} contains a {type(contents).__name__}, expected a JSON object")
+    return _check_contents(contents, f"--model {model} ({path.name})")
 
 
 def gated_width(dim: int) -> int:
-    """Hidden width of a gated feed-forward network for model width D: 8/3 of D, rounded up to a multiple of 256."""
+    """Return the hidden width of a gated feed-forward network: 8/3 of `dim`, rounded up to a multiple of 256."""
     return 256 * -(-int(8 * dim / 3) // 256)
 
 
-def settings_of_run(checkpoint: str) -> dict[str, Any]:
-    """What the run that wrote {run}/checkpoints/epoch_N.pt (or step_N/) says about its model in {run}/params.txt.
+def read_run_settings(checkpoint: str) -> dict[str, Any]:
+    """Read the model settings from the params.txt of the run that wrote a checkpoint.
 
-    A --model whose file is not where the run found it is replaced by the run's own copy, {run}/model.json.
+    If the file of --model no longer exists, `model` is the path of the copy in the run folder, {run}/model.json.
+
+    Args:
+        checkpoint: path or URL of {run}/checkpoints/epoch_N.pt or step_N/.
 
     Returns:
-        fields of ModelConfig (model, model_norm, qk_norm, …) by name; empty where there is no such file.
+        the fields of ModelConfig (model, model_norm, qk_norm, ...) by name; empty if there is no params.txt.
     """
     folder = checkpoint.rstrip("/").rpartition("/")[0] or "."
-    url = storage.join(folder, "..", "params.txt") if not storage.is_remote(folder) else _parent(folder) + "/params.txt"
+    url = (
+        storage.join(folder, "..", "params.txt")
+        if not storage.is_remote(folder)
+        else _parent_url(folder) + "/params.txt"
+    )
     if not storage.exists(url):
         return {}
     lines = (line.partition(": ") for line in storage.read_text(url).splitlines())
     written = {key: value for key, _, value in lines}
     specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelConfig.specs())}
     settings = {
-        name: _parsed(written[name], spec)
+        name: _parse_setting(written[name], spec)
         for name, spec in specs.items()
         if name in written and not (written[name] == "None" and not spec.optional)
     }
@@ -84,11 +92,11 @@ def settings_of_run(checkpoint: str) -> dict[str, Any]:
     return settings
 
 
-def _parent(url: str) -> str:
+def _parent_url(url: str) -> str:
     return url.rstrip("/").rpartition("/")[0]
 
 
-def _parsed(text: str, spec: FieldSpec) -> Any:
+def _parse_setting(text: str, spec: FieldSpec) -> Any:
     if text == "None" and spec.optional:
         return None
     return text == "True" if spec.kind is bool else spec.kind(text)
@@ -98,13 +106,15 @@ def _not_found(model: str) -> str:
     names = model_names()
     if model.endswith(".json"):
         stem = Path(model).stem
-        hint = f"; without the path, --model {stem} exists" if stem in names else ""
-        return f"--model {model}: no such file{hint}"
-    near = difflib.get_close_matches(model, names, n=5, cutoff=0.5) or names
-    return f"--model {model}: no such model; near names: {', '.join(near)}. The path of a .json file works as well"
+        hint = f"; to use the model of this name, set --model {stem}" if stem in names else ""
+        return f"--model {model}: file not found{hint}"
+    similar = difflib.get_close_matches(model, names, n=5, cutoff=0.5) or names
+    return (
+        f"--model {model}: unknown model; similar names: {', '.join(similar)}. The path of a .json file is accepted too"
+    )
 
 
-def _checked(contents: dict[str, Any], label: str) -> dict[str, Any]:
+def _check_contents(contents: dict[str, Any], label: str) -> dict[str, Any]:
     specs = {spec.name: spec for spec in ArchitectureConfig.specs()}
     problems = [f"{key} is missing" for key in COUNTS if key not in contents]
     problems += [_count_problem(key, contents[key]) for key in COUNTS if key in contents]
@@ -116,17 +126,17 @@ def _checked(contents: dict[str, Any], label: str) -> dict[str, Any]:
             problems.append(f"{key} is {value!r}, expected true or false")
         if key in (*specs, *SWITCHES, *COUNTS):
             checked[key] = value
-        elif key not in LEGACY:
-            log.warning("%s: the key %s is not known and has no effect", label, key)
-    found = [problem for problem in problems if problem]
-    if found:
-        raise ConfigError(join_problems(found, label))
+        elif key not in LEGACY_KEYS:
+            log.warning("%s: the key %s is unknown and has no effect", label, key)
+    problems = [problem for problem in problems if problem]
+    if problems:
+        raise ConfigError(join_problems(problems, label))
     return checked
 
 
 def _count_problem(key: str, value: object) -> str:
     valid = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return "" if valid else f"{key} is {value!r}, expected a whole number above 0"
+    return "" if valid else f"{key} is {value!r}, expected an integer above 0"
 
 
 def _field_problem(spec: FieldSpec, value: object) -> str:

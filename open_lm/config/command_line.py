@@ -1,4 +1,4 @@
-"""Command line and configuration files <-> the sections of config.py. Imports no torch, so that --help is immediate."""
+"""Parse the command line and configuration files into the settings of sections.py. Imports no torch, to be fast."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from open_lm.config.checks import contradictions, missing_for_a_run
+from open_lm.config.fields import FieldSpec
 from open_lm.config.layout import parse_mesh_dim
-from open_lm.config.sections import ArchitectureConfig, Config, FieldSpec, sections
+from open_lm.config.sections import ArchitectureConfig, Config, sections
 from open_lm.errors import ConfigError, join_problems
 
-# Flags that came after these may not make anyone's abbreviations ambiguous.
+# Flags that were added later must not make existing abbreviations ambiguous.
 LATER_FLAGS = frozenset({
     "batch_size", "document_mask", "end_of_text_id", "cache_dir", "cache_limit", "read_timeout", "allow_changed_data",
     "checkpoint_format", "checkpoint_dir", "save_every_n_steps", "save_every_minutes", "keep_last",
@@ -26,59 +27,65 @@ LATER_FLAGS = frozenset({
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse that raises ConfigError instead of exiting and keeps established abbreviations unambiguous."""
+    """An argument parser that raises ConfigError instead of exiting and keeps existing abbreviations unambiguous."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help for all flags")
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         matches = super()._get_option_tuples(option_string)
-        established = [match for match in matches if match[0].dest not in LATER_FLAGS]
-        return established or matches
+        original = [match for match in matches if match[0].dest not in LATER_FLAGS]
+        return original or matches
 
 
 def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace:
-    """Flags (and the file of --config) as one flat object, checked.
+    """Parse and check flags and the file of --config. Return all settings as one flat object.
 
-    Command line wins over --config, which wins over defaults. Raises one ConfigError with every problem found.
-    With `for_run`, what a training or evaluation run cannot do without counts as well.
+    The command line takes precedence over --config, which takes precedence over defaults.
+
+    Args:
+        args: the words of the command line.
+        for_run: also check that the settings that a training or evaluation run requires are given.
+
+    Raises:
+        ConfigError: with all problems.
     """
     parser = build_parser()
-    given, unknown = parser.parse_known_args(_joined(args))
+    parsed, unknown = parser.parse_known_args(_join_mesh_dim(args))
     specs = all_specs()
     problems = [_unknown_flag(word, specs) for word in unknown if word.startswith("-")]
-    if not problems:  # else these are the unknown flags' values
+    if not problems:  # otherwise these words are the values of the unknown flags
         problems = [f"{word!r} does not belong to any flag" for word in unknown]
 
     values = {spec.name: spec.default for spec in specs.values()}
-    sources: list[tuple[str, dict[str, Any]]] = [("command line", vars(given))]
-    if getattr(given, "config", None):
-        sources.insert(0, (given.config, load_config_file(given.config)))
-    stated: set[str] = set()
+    sources: list[tuple[str, dict[str, Any]]] = [("command line", vars(parsed))]
+    if getattr(parsed, "config", None):
+        sources.insert(0, (parsed.config, load_config_file(parsed.config)))
+    given: set[str] = set()
     for origin, mapping in sources:
         for key, raw in mapping.items():
             spec = specs.get(key)
             if spec is None:
-                problems.append(f"{origin}: unknown key {key!r}{_near(key, specs)}")
+                problems.append(f"{origin}: unknown key {key!r}{_did_you_mean(key, specs)}")
                 continue
             try:
                 values[key] = convert(raw, spec)
-                stated.add(key)
+                given.add(key)
             except ConfigError as error:
                 problems.append(f"{error} (in {origin})" if origin != "command line" else str(error))
-    values["fsdp"] = values["fsdp"] or _shards(values["mesh_dim"])
+    values["fsdp"] = values["fsdp"] or _mesh_shards(values["mesh_dim"])
     namespace = argparse.Namespace(**values)
     config = Config.from_namespace(namespace)
-    problems += contradictions(config, stated)
+    problems += contradictions(config, given)
     if for_run:
         problems += missing_for_a_run(config)
     if problems:
-        raise ConfigError(join_problems(problems, "the configuration cannot be used"))
+        raise ConfigError(join_problems(problems, "invalid configuration"))
     return namespace
 
 
-def _joined(args: Sequence[str]) -> list[str]:
-    """`args` with --mesh-dim and a value such as -1,2,4, which argparse would take for a flag, in one word."""
+def _join_mesh_dim(args: Sequence[str]) -> list[str]:
+    """Join --mesh-dim and a value such as -1,2,4 to one word, because argparse would parse the value as a flag."""
     words: list[str] = []
     for word in args:
         if words and words[-1] == "--mesh-dim" and word.startswith("-1"):
@@ -88,19 +95,19 @@ def _joined(args: Sequence[str]) -> list[str]:
     return words
 
 
-def _shards(mesh_dim: str | None) -> bool:
-    """Whether --mesh-dim divides parameters as --fsdp does."""
+def _mesh_shards(mesh_dim: str | None) -> bool:
+    """Return whether --mesh-dim shards parameters like --fsdp."""
     try:
         return mesh_dim is not None and parse_mesh_dim(mesh_dim)[1] != 1
-    except ConfigError:  # told with all other problems
+    except ConfigError:  # `contradictions` reports it
         return False
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the trainer: every field of every section, one group for each section."""
+    """Return the parser of the trainer, with one flag per field and one group per section."""
     parser = FlagParser(
         prog="open_lm.main",
-        description="Train or evaluate a language model on shards of tokens. Start several processes with torchrun.",
+        description="Train or evaluate a language model on shards of tokens. Use torchrun for several processes.",
         argument_default=argparse.SUPPRESS,
     )
     for section in sections():
@@ -111,9 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that shape a model (norm, feed-forward, attention, …) to another program's parser."""
+    """Add the flags that define a model (norm, feed-forward network, attention, ...) to another program's parser."""
     for spec in ArchitectureConfig.specs():
-        kwargs: dict[str, Any] = {"help": spec.help, "default": spec.default}
+        kwargs: dict[str, Any] = {"help": _escaped(spec.help), "default": spec.default}
         if spec.kind is bool:
             kwargs["action"] = "store_true"
         else:
@@ -122,30 +129,36 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
 
 
 def all_specs() -> dict[str, FieldSpec]:
-    """Every flag by its name, in the order of the sections."""
+    """Return all flags by field name, in the order of the sections."""
     return {spec.name: spec for section in sections() for spec in section.specs()}
 
 
 def _add_flag(group: Any, spec: FieldSpec) -> None:
-    """Add a flag that takes plain strings: `convert` checks them, so that all problems are reported together."""
+    """Add a flag that accepts any string: `convert` checks the values, so that all problems are reported together."""
     if spec.kind is bool:
-        group.add_argument(spec.flag, action="store_true", help=spec.help)
+        group.add_argument(spec.flag, action="store_true", help=_escaped(spec.help))
         return
     metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
-    shown = "" if spec.default is None or spec.default == "" else f" (default: {spec.default})"
-    group.add_argument(spec.flag, nargs="+" if spec.many else None, metavar=metavar, help=spec.help + shown)
+    default = "" if spec.default is None or spec.default == "" else f" (default: {spec.default})"
+    help_text = _escaped(spec.help + default)
+    group.add_argument(spec.flag, nargs="+" if spec.many else None, metavar=metavar, help=help_text)
+
+
+def _escaped(text: str) -> str:
+    """Escape the characters that argparse would format in a help text."""
+    return text.replace("%", "%%")
 
 
 def convert(raw: Any, spec: FieldSpec) -> Any:
-    """A value from the command line or a file in the type of its flag; ConfigError where it does not fit."""
+    """Convert a value of the command line or of a file to the type of its flag. Raise ConfigError if that fails."""
     if raw is None:
         if spec.optional:
             return None
-        raise ConfigError(f"{spec.flag}: found nothing, expected {_expected(spec)}")
+        raise ConfigError(f"{spec.flag}: found no value, expected {_expected(spec)}")
     if spec.many:
         items = raw if isinstance(raw, list) else [raw]
         if not items:
-            raise ConfigError(f"{spec.flag}: found an empty list, expected one value or more")
+            raise ConfigError(f"{spec.flag}: found an empty list, expected at least one value")
         return [_convert_one(item, spec) for item in items]
     return _convert_one(raw, spec)
 
@@ -160,7 +173,7 @@ def _convert_one(raw: Any, spec: FieldSpec) -> Any:
 
 
 def _typed(raw: Any, kind: type) -> Any:
-    """`raw` as `kind`, or None where it is something else; a bool is no number, a number no text."""
+    """Return `raw` as `kind`, or None if it has another type. A bool is not a number, a number is not text."""
     if kind is bool or kind is str:
         return raw if isinstance(raw, kind) else None
     if isinstance(raw, bool) or not isinstance(raw, int | float | str):
@@ -173,16 +186,16 @@ def _typed(raw: Any, kind: type) -> Any:
 
 
 def _expected(spec: FieldSpec) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
     return names[spec.kind]
 
 
 def load_config_file(path: str) -> dict[str, Any]:
-    """Keys (dashes or underscores) and values of a YAML or JSON file."""
+    """Read a YAML or JSON file. Return its values by key, with underscores in place of dashes."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--config: {path} cannot be read ({error.strerror}); give a YAML or JSON file") from error
+        raise ConfigError(f"--config: cannot read {path} ({error.strerror}); use a YAML or JSON file") from error
     import yaml
 
     try:
@@ -191,16 +204,16 @@ def load_config_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config: {path} is neither valid YAML nor JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(
-            f"--config: {path} holds a {type(content).__name__}, expected flags as keys with their values"
+            f"--config: {path} contains a {type(content).__name__}, expected a mapping from flags to values"
         )
     return {key.replace("-", "_"): value for key, value in content.items()}
 
 
 def _unknown_flag(word: str, specs: dict[str, FieldSpec]) -> str:
     name = word.split("=", 1)[0]
-    return f"unknown flag {name}{_near(name, [spec.flag for spec in specs.values()])}"
+    return f"unknown flag {name}{_did_you_mean(name, [spec.flag for spec in specs.values()])}"
 
 
-def _near(word: str, known: Iterable[str]) -> str:
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(word, list(known), n=3)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""

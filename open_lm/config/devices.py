@@ -1,10 +1,10 @@
-"""What is known of devices by their names, from the makers' data sheets. Imports no torch."""
+"""Peak FLOP/s and link bandwidths of devices, by device name, from data sheets. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Dense 16-bit FLOP/s of a device by a part of its name; the first match counts.
+# Dense 16-bit FLOP/s by a substring of the device name. The first match is used.
 PEAK_16_BIT_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -31,14 +31,16 @@ PEAK_16_BIT_FLOPS = {
 
 @dataclass(frozen=True)
 class Links:
-    """How fast devices exchange data, in bytes/s and one way: `intra` of a device inside its node, `inter` of a whole
-    node to all others. These are shares of the data sheets' figures that collectives are usually seen to reach."""
+    """Bandwidths in bytes/s and in one direction: `intra` per device within its node, `inter` per node to other nodes.
+
+    They are below the figures of data sheets, because collectives typically reach only a fraction of those.
+    """
 
     intra: float
     inter: float
 
 
-# NVLink of the generation and, for nodes of 8, one network card for each device: 8 x 400 Gbit/s, 8 x 200 Gbit/s.
+# NVLink by generation, and one network card per device in nodes of 8: 8 x 400 Gbit/s or 8 x 200 Gbit/s.
 _NVLINK_5 = Links(intra=700e9, inter=360e9)
 _NVLINK_4 = Links(intra=360e9, inter=360e9)
 _NVLINK_3 = Links(intra=230e9, inter=180e9)
@@ -57,10 +59,10 @@ LINKS = {
 
 
 def peak_16_bit_flops(name: str) -> float | None:
-    """Dense 16-bit FLOP/s of the device of that name, None where it is not known."""
+    """Return the dense 16-bit FLOP/s of a device, or None if the name is unknown."""
     return next((flops for part, flops in PEAK_16_BIT_FLOPS.items() if part in name), None)
 
 
 def links_of(name: str) -> Links:
-    """The usual links of nodes with such devices; PCIe and Ethernet where the name says nothing."""
+    """Return the typical link bandwidths of nodes with such devices. Unknown devices get those of PCIe and Ethernet."""
     return next(links for part, links in LINKS.items() if part in name)

@@ -1,94 +1,36 @@
-"""Every setting of a training run, in frozen sections. THE FIELD IS THE FLAG.
+"""All settings of a run, in frozen sections. Each field defines one flag (see fields.py).
 
-A field's name is its flag (`train_data` is `--train-data`), its annotation the type, `Literal` the choices, and its
-metadata the help text. Command line, configuration files and `params.txt` are all derived from here (see params.py).
-Builders take a section, or any object with the same attributes: `Section.from_object(obj)` fills gaps with defaults.
+The command line, configuration files and `params.txt` are derived from these sections (see command_line.py).
+Functions that build a part of a run take its section, or any object with the same attributes
+(`Section.from_object`).
 """
 
 from __future__ import annotations
 
-import types
 import typing
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from dataclasses import dataclass
+from typing import ClassVar
 
-S = TypeVar("S", bound="Section")
+from open_lm.config import registry
+from open_lm.config.fields import Section, flag, no_effect
 
-
-def flag(default: Any, help: str) -> Any:
-    """A field with its default and help text."""
-    return field(default=default, metadata={"help": help})
-
-
-def ineffective(default: Any, why: str) -> Any:
-    """A field that is accepted so that existing scripts run, and the reason why it changes nothing."""
-    return field(default=default, metadata={"help": f"no effect: {why}", "ineffective": why})
-
-
-@dataclass(frozen=True)
-class FieldSpec:
-    """What a field's annotation says, in the terms of a command line."""
-
-    name: str
-    kind: type  # str, int, float or bool
-    many: bool  # takes one or more values
-    optional: bool  # None is a legal value
-    choices: tuple[str, ...] | None
-    default: Any
-    help: str
-    ineffective: str | None  # why it changes nothing
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-
-@dataclass(frozen=True)
-class Section:
-    """Base of all sections."""
-
-    title: ClassVar[str] = ""
-
-    @classmethod
-    def specs(cls) -> Iterator[FieldSpec]:
-        hints = typing.get_type_hints(cls)
-        for item in fields(cls):
-            yield _field_spec(item, hints[item.name])
-
-    @classmethod
-    def from_object(cls: type[S], obj: object) -> S:
-        """This section from any object with (some of) its attributes, such as an argparse Namespace."""
-        if isinstance(obj, cls):
-            return obj
-        return cls(**{item.name: getattr(obj, item.name) for item in fields(cls) if hasattr(obj, item.name)})
-
-
-def _field_spec(item: Field[Any], annotation: Any) -> FieldSpec:
-    optional = False
-    if get_origin(annotation) in (typing.Union, types.UnionType):
-        (annotation,) = (arm for arm in get_args(annotation) if arm is not type(None))
-        optional = True
-    many = get_origin(annotation) is list
-    if many:
-        (annotation,) = get_args(annotation)
-    choices = get_args(annotation) if get_origin(annotation) is Literal else None
-    kind = str if choices else annotation
-    default = None if item.default is MISSING else item.default
-    return FieldSpec(
-        item.name, kind, many, optional, choices, default, item.metadata["help"], item.metadata.get("ineffective")
-    )
+PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
+CHECKPOINTING_POLICIES = ("none", "full", "op")  # of --activation-checkpointing, in addition to a number
 
 
 @dataclass(frozen=True)
 class RunConfig(Section):
     title: ClassVar[str] = "run"
 
-    config: str | None = flag(None, "YAML or JSON file with flags as keys; flags on the command line win over it")
-    name: str | None = flag(None, "name of the run, its folder below --logs; default: date, model, lr and batch size")
-    seed: int = flag(0, "seed of initialisation, data order and shuffling")
-    deterministic: bool = flag(False, "the same numbers bit for bit from run to run, at some cost in speed")
-    debug: bool = flag(False, "log at debug level")
+    config: str | None = flag(
+        None, "YAML or JSON file with flags as keys; flags on the command line take precedence over it"
+    )
+    name: str | None = flag(
+        None, "name of the run and of its folder in --logs; default: made of date, model, learning rate and batch size"
+    )
+    seed: int = flag(0, "random seed for weight initialization, data order and shuffling")
+    deterministic: bool = flag(False, "make results bitwise reproducible, at some cost in speed")
+    debug: bool = flag(False, "log messages of level DEBUG too")
 
 
 @dataclass(frozen=True)
@@ -97,233 +39,289 @@ class DataConfig(Section):
 
     train_data: list[str] | None = flag(
         None,
-        "shards, one source a value: paths, s3:// urls, brace ranges, globs, '::' joins or a 'pipe:' command",
+        "training shards, one value per source: a path, an s3:// URL, a brace range, a glob, several of these joined "
+        "by '::', or a 'pipe:' command",
     )
     dataset_manifest: list[str] | None = flag(
-        None, "manifest.jsonl files, one for each source; every sequence is read once a pass, without replacement"
+        None, "manifest.jsonl files, one per source; each pass reads every sequence exactly once"
     )
     train_data_mix_weights: list[float] | None = flag(
-        None, "share of each source in the training sequences; default: equal shares"
+        None, "sampling weight of each source, on any scale; default: equal weights"
     )
     train_data_upsampling_factors: str | None = flag(
-        None, "factors joined by '::', one for each source: how often it counts beside the others"
+        None, "number of visits to each shard per pass, one factor per source, joined by '::'; default: 1"
     )
-    dataset_type: Literal["webdataset", "auto", "synthetic"] = flag(
-        "auto", "webdataset shards, or synthetic random tokens that need no data"
+    dataset_type: str = flag(
+        "auto",
+        "type of the training data: synthetic generates random tokens and needs no data; auto and webdataset read "
+        "shards",
+        choices=("webdataset", "auto", "synthetic"),
     )
-    dataset_resampled: bool = flag(False, "draw the shards of --train-data with replacement")
-    multiple_data_passes: bool = flag(False, "start another pass where the sources of --dataset-manifest run out")
-    data_key: str = flag("txt", "kind of the shards' members: npy, json.gz, json or txt; another kind found is used")
-    train_num_samples: int | None = flag(None, "tokens of an epoch, that is, between two checkpoints")
-    epochs: int = flag(32, "number of epochs (checkpoint intervals) of --train-num-samples tokens")
-    global_batch_size: int = flag(64, "sequences of an optimizer step, over all devices")
+    dataset_resampled: bool = flag(False, "sample the shards of --train-data with replacement")
+    multiple_data_passes: bool = flag(
+        False, "start another pass when the sources of --dataset-manifest are exhausted, instead of failing"
+    )
+    data_key: str = flag(
+        "txt", "expected format of the samples in a shard: npy, json.gz, json or txt; other formats are detected"
+    )
+    train_num_samples: int | None = flag(None, "number of tokens per epoch, that is, per checkpoint interval")
+    epochs: int = flag(32, "number of epochs of --train-num-samples tokens")
+    global_batch_size: int = flag(64, "sequences per optimizer step, over all devices")
     batch_size: int | None = flag(
-        None, "sequences of a micro-batch on each device, in place of --global-batch-size: N x devices x --accum-freq"
+        None,
+        "sequences per micro-batch and device, in place of --global-batch-size (which is then this number x devices x "
+        "--accum-freq)",
     )
-    workers: int = flag(1, "data-loading processes for each device; 0 loads in the training process")
-    disable_buffer: bool = flag(False, "read the sequences of a shard in their stored order, unshuffled")
+    workers: int = flag(1, "data-loading worker processes per device; 0: load in the training process")
+    disable_buffer: bool = flag(False, "read the sequences of each shard in stored order, without shuffling")
     target_mask_left: int | None = flag(
-        None, "token id: only what follows its last occurrence in a sequence is trained on"
+        None, "token id; only the tokens after its last occurrence in a sequence are targets; default: no such mask"
     )
     squash_mask_left: bool = flag(False, "with --target-mask-left, also remove that token from the sequence")
-    target_mask_individual: int | None = flag(None, "token id, such as the padding's, that is never a target")
-    document_mask: bool = flag(False, "keep attention inside documents, whose positions each start at 0")
-    end_of_text_id: int | None = flag(
-        None, "with --document-mask, the id that ends a document; default: what the data's dataset.json says"
+    target_mask_individual: int | None = flag(
+        None, "token id that is never a target, such as a padding token; default: no such mask"
     )
-    cache_dir: str | None = flag(None, "local folder that keeps remote shards for the next time they are read")
-    cache_limit: str = flag("100GB", "most bytes that --cache-dir holds, such as 500MB or 2TB")
-    read_timeout: float = flag(60.0, "seconds without a byte after which a read of a shard is given up and tried again")
-    allow_changed_data: bool = flag(False, "continue on data that is not that of the checkpoint")
-    ignore_parse_errors: bool = flag(False, "count broken members and shards and go on, up to --data-tolerate-error-p")
-    data_tolerate_error_p: float = flag(0.09, "largest share of broken sequences that --ignore-parse-errors allows")
-    data_tolerate_num_ckpts: int = ineffective(
-        0, "epochs have exactly their number of tokens, so none has to be made up for"
+    document_mask: bool = flag(
+        False, "restrict attention to the document of the token, and count positions from the start of the document"
+    )
+    end_of_text_id: int | None = flag(
+        None, "with --document-mask, id of the token that ends a document; default: read from dataset.json of the data"
+    )
+    cache_dir: str | None = flag(None, "local folder in which to cache remote shards; default: no cache")
+    cache_limit: str = flag("100GB", "maximum size of --cache-dir, such as 500MB or 2TB")
+    read_timeout: float = flag(60.0, "seconds without any data after which the read of a shard is retried")
+    allow_changed_data: bool = flag(
+        False, "resume even if the training data differ from those that the checkpoint was trained on"
+    )
+    ignore_parse_errors: bool = flag(
+        False, "skip and count corrupt samples and shards, up to the fraction --data-tolerate-error-p"
+    )
+    data_tolerate_error_p: float = flag(
+        0.09, "with --ignore-parse-errors, maximum fraction of corrupt sequences, from 0 to 1"
+    )
+    data_tolerate_num_ckpts: int = no_effect(
+        0, "every epoch has exactly its number of tokens, so there are no missing tokens to tolerate"
     )
 
 
 @dataclass(frozen=True)
 class ArchitectureConfig(Section):
-    """What shapes the model and may also stand in its JSON file, which wins."""
+    """Settings that define the model. The model's JSON file may contain them too; it takes precedence."""
 
-    model_norm: Literal[
-        "default_layer_norm",
-        "lp_layer_norm",
-        "gain_only_lp_layer_norm",
-        "gain_only_layer_norm",
-        "no_wb_layer_norm",
-        "rms_norm",
-    ] = flag("default_layer_norm", "normalisation of the blocks")
-    ffn_type: Literal["swiglu", "swiglu_torch", "gelu", "gemma_geglu"] = flag("swiglu", "feed-forward network")
-    qk_norm: bool = flag(False, "normalise queries and keys over their full width")
-    positional_embedding_type: Literal["rotary", "head_rotary", "llama_rotary", "none"] = flag(
-        "rotary", "position embedding; head_rotary rotates over heads, as some historical models did"
+    model_norm: str = flag("default_layer_norm", "normalization layer", choices=registry.NORMS)
+    ffn_type: str = flag("swiglu", "feed-forward network", choices=registry.FEED_FORWARDS)
+    qk_norm: bool = flag(False, "normalize queries and keys, over the width of all heads together")
+    positional_embedding_type: str = flag("rotary", "position embedding", choices=registry.POSITIONAL_EMBEDDINGS)
+    moe_freq: int = flag(
+        0, "use a mixture of experts (MoE) as feed-forward network in every N-th block; 0: in no block"
     )
-    moe_freq: int = flag(0, "every how many blocks the feed-forward is a mixture of experts; 0: none")
-    moe_num_experts: int | None = flag(None, "number of experts of such a block")
-    moe_top_k: int = flag(2, "experts that each token is sent to")
-    moe_capacity_factor: float = flag(1.25, "places of an expert, as a multiple of an even share of the tokens")
+    moe_num_experts: int | None = flag(None, "number of experts per MoE block; required with --moe-freq")
+    moe_top_k: int = flag(2, "number of experts that process each token")
+    moe_capacity_factor: float = flag(
+        1.25,
+        "in training, maximum number of tokens per expert, relative to an even distribution; further tokens skip the "
+        "expert; 0: unlimited",
+    )
     moe_loss_weight: float = flag(0.1, "weight of the load-balancing loss")
-    moe_weight_parallelism: bool = ineffective(False, "--fsdp shards the experts' weights like all others")
-    moe_expert_model_parallelism: bool = ineffective(False, "--fsdp shards the experts' weights like all others")
-    attn_name: Literal[
-        "auto",
-        "xformers_attn",
-        "xformers_attn_variable_length",
-        "torch_attn",
-        "custom_attn",
-        "sdpa_flash",
-        "sdpa_cudnn",
-        "flash_attn_3",
-    ] = flag("auto", "attention implementation; auto takes the fastest that is installed for the device")
-    attn_activation: Literal["relu", "relu_squared", "softplus", "identity", "relu6", "sigmoid", "softmax"] | None = (
-        flag(None, "with custom_attn, what is applied to the scores")
+    moe_weight_parallelism: bool = no_effect(False, "--fsdp shards the weights of experts like all others")
+    moe_expert_model_parallelism: bool = no_effect(False, "--fsdp shards the weights of experts like all others")
+    attn_name: str = flag("auto", "attention implementation", choices=registry.ATTENTION)
+    attn_activation: str | None = flag(
+        None,
+        "with custom_attn, function that is applied to the attention scores",
+        choices=registry.ATTENTION_ACTIVATIONS,
     )
-    attn_seq_scalar: Literal["max", "avg", "none"] | None = flag(
-        None, "with custom_attn, the length that scores are divided by: the longest, the mean, or none"
+    attn_seq_scalar: str | None = flag(
+        None, "with custom_attn, length by which the attention weights are divided", choices=registry.ATTENTION_LENGTHS
     )
-    attn_seq_scalar_alpha: float | None = flag(None, "with custom_attn, the exponent of that length")
+    attn_seq_scalar_alpha: float | None = flag(None, "with custom_attn, exponent of the length --attn-seq-scalar")
 
 
 @dataclass(frozen=True)
 class ModelConfig(ArchitectureConfig):
     title: ClassVar[str] = "model"
 
-    model: str = flag("open_lm_1b", "name of a model configuration, or the path of its .json file")
-    hf_model: str | None = flag(None, "train a transformers causal language model: hub name or local folder")
-    hf_seq_len: int | None = flag(None, "sequence length for --hf-model")
-    hf_fsdp_block: str | None = flag(None, "class name of the --hf-model's layers, which --fsdp shards one by one")
-    grad_checkpointing: bool = flag(False, "recompute each block's activations in the backward pass")
+    model: str = flag("open_lm_1b", "name of a model configuration, or path of its .json file")
+    hf_model: str | None = flag(
+        None, "train this causal language model of transformers, a hub name or a local folder, in place of --model"
+    )
+    hf_seq_len: int | None = flag(None, "sequence length in tokens; required with --hf-model")
+    hf_fsdp_block: str | None = flag(
+        None,
+        "class name of the layers of --hf-model, each of which --fsdp shards, and --torchcompile compiles, separately",
+    )
+    grad_checkpointing: bool = flag(
+        False, "activation checkpointing: recompute the activations of every block in the backward pass"
+    )
     activation_checkpointing: str = flag(
         "none",
-        "what the backward pass recomputes: none; full, as --grad-checkpointing; op, all but matrix products and "
-        "attention; or a number K, every K-th block in full",
+        "activations that the backward pass recomputes: none; full: all (like --grad-checkpointing); op: all but the "
+        "results of matrix products and attention; a number K: all of every K-th block",
     )
-    torchcompile: bool = flag(False, "compile the model with torch.compile, one block for all")
-    torchcompile_mode: Literal["default", "reduce-overhead", "max-autotune"] = flag(
+    torchcompile: bool = flag(False, "compile the blocks of the model with torch.compile")
+    torchcompile_mode: str = flag(
         "default",
-        "with --torchcompile and without --accum-freq: reduce-overhead replays CUDA graphs, max-autotune also tries "
-        "out kernels",
+        "mode of --torchcompile: reduce-overhead uses CUDA graphs, max-autotune also autotunes kernels; both require "
+        "--accum-freq 1",
+        choices=("default", "reduce-overhead", "max-autotune"),
     )
-    experimental_meta_device: bool = ineffective(
-        False, "models are always created without memory and initialised shard by shard"
+    experimental_meta_device: bool = no_effect(
+        False, "models are always created on the meta device and initialized shard by shard"
     )
 
 
 @dataclass(frozen=True)
 class OptimConfig(Section):
-    title: ClassVar[str] = "optimisation"
+    title: ClassVar[str] = "optimization"
 
-    optimizer: str = flag("adamw", "adamw, or muon: Muon for the blocks' matrices and AdamW for all else")
+    optimizer: str = flag("adamw", "optimizer", choices=registry.OPTIMIZERS)
     lr: float = flag(5.0e-4, "peak learning rate")
-    beta1: float = flag(0.9, "AdamW beta 1")
-    beta2: float = flag(0.95, "AdamW beta 2")
+    beta1: float = flag(0.9, "AdamW decay rate of the first moment")
+    beta2: float = flag(0.95, "AdamW decay rate of the second moment")
     eps: float = flag(1.0e-8, "AdamW epsilon")
-    wd: float = flag(0.2, "weight decay, on all parameters but for --no-decay-norms")
-    no_decay_norms: bool = flag(False, "no weight decay on norms and biases")
-    muon_momentum: float = flag(0.95, "with --optimizer muon, its momentum")
-    warmup: int = flag(10000, "steps of linear warmup")
-    lr_scheduler: str = flag("cosine", "schedule after the warmup: cosine, const, const-cooldown or wsd")
-    lr_cooldown_end: float = flag(0.0, "learning rate at the end of the cosine, the cooldown or wsd")
-    lr_cooldown_power: float = flag(1.0, "power of the polynomial cooldown of const-cooldown; 1 is linear")
-    epochs_cooldown: int | None = flag(None, "last epochs over which const-cooldown lowers the learning rate")
-    lr_decay_fraction: float = flag(0.2, "with wsd, the last part of all steps over which the learning rate decays")
-    lr_decay_shape: Literal["1-sqrt", "linear", "cosine"] = flag("1-sqrt", "with wsd, how it decays")
-    force_min_lr: float = flag(0.0, "after the warmup the learning rate never goes below this")
-    skip_scheduler: bool = flag(False, "keep the learning rate at --lr throughout")
-    z_loss_coefficient: float = flag(0.0, "weight of the squared log-partition of the logits in the loss")
-    grad_clip_norm: float | None = flag(None, "clip the gradient to this norm")
-    accum_freq: int = flag(1, "micro-batches that a step's sequences are split into on each device")
-    averagers: str | None = flag(None, "running averages of the weights, comma-separated, such as poly_8_1")
-    log_avg_model_training_loss: int = flag(0, "every how many steps the averaged models' training loss is logged")
+    wd: float = flag(0.2, "weight decay; applies to all parameters unless --no-decay-norms is set")
+    no_decay_norms: bool = flag(False, "disable weight decay for norms and biases")
+    muon_momentum: float = flag(0.95, "with --optimizer muon, momentum")
+    warmup: int = flag(10000, "steps of linear learning-rate warmup")
+    lr_scheduler: str = flag("cosine", "learning-rate schedule after the warmup", choices=registry.SCHEDULES)
+    lr_cooldown_end: float = flag(0.0, "final learning rate of the schedules that decay")
+    lr_cooldown_power: float = flag(1.0, "with const-cooldown, exponent of the polynomial cooldown; 1: linear")
+    epochs_cooldown: int | None = flag(
+        None, "with const-cooldown, number of final epochs over which the learning rate decays; required"
+    )
+    lr_decay_fraction: float = flag(0.2, "with wsd, final fraction of all steps over which the learning rate decays")
+    lr_decay_shape: str = flag("1-sqrt", "with wsd, shape of the decay", choices=registry.DECAY_SHAPES)
+    force_min_lr: float = flag(0.0, "minimum learning rate after the warmup")
+    skip_scheduler: bool = flag(False, "use the constant learning rate --lr, without warmup and schedule")
+    z_loss_coefficient: float = flag(
+        0.0, "weight of the z-loss, the squared log of the partition function of the logits; 0: no z-loss"
+    )
+    grad_clip_norm: float | None = flag(None, "clip gradients to this global norm; default: no clipping")
+    accum_freq: int = flag(1, "gradient accumulation: micro-batches per optimizer step")
+    averagers: str | None = flag(None, "weight averages to maintain, comma-separated, such as poly_8_1; default: none")
+    log_avg_model_training_loss: int = flag(0, "log the training loss of the averaged weights every N steps; 0: never")
 
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
     title: ClassVar[str] = "devices and parallelism"
 
-    fsdp: bool = flag(False, "shard parameters, gradients and optimizer state over the ranks")
+    fsdp: bool = flag(False, "shard parameters, gradients and optimizer state over the ranks (FSDP)")
     fsdp_amp: bool = flag(False, "with --fsdp, compute in bfloat16 and reduce gradients in float32")
-    fsdp_pure_bf16: bool = flag(False, "with --fsdp, compute and reduce in bfloat16")
-    fsdp_hybrid: bool = flag(False, "with --fsdp, shard inside a node and replicate across nodes")
-    fsdp_hybrid_o2: bool = flag(False, "as --fsdp-hybrid, but keep parameters gathered from forward to backward")
-    fsdp_zero2: bool = flag(False, "with --fsdp, keep parameters gathered from forward to backward")
+    fsdp_pure_bf16: bool = flag(False, "with --fsdp, compute and reduce gradients in bfloat16")
+    fsdp_hybrid: bool = flag(False, "with --fsdp, shard within each node and replicate across nodes")
+    fsdp_hybrid_o2: bool = flag(
+        False, "like --fsdp-hybrid, but keep parameters unsharded from the forward to the backward pass"
+    )
+    fsdp_zero2: bool = flag(False, "with --fsdp, keep parameters unsharded from the forward to the backward pass")
     fsdp_cpu_offload: bool = flag(False, "with --fsdp, keep parameters and optimizer state in host memory")
     fsdp_backward_prefetch: bool = flag(
-        False, "with --fsdp, gather the next block's parameters early in the backward pass"
+        False, "with --fsdp, prefetch the parameters of the next block earlier in the backward pass"
     )
-    fsdp_use_orig_params: bool = ineffective(False, "sharded parameters always keep their own names and shapes")
-    fsdp_limit_all_gathers: bool = ineffective(False, "gathers are always limited")
-    fsdp_checkpoint: bool = ineffective(False, "--grad-checkpointing recomputes activations under --fsdp too")
-    tensor_parallel: int = flag(1, "ranks that each matrix and the vocabulary are split over")
-    context_parallel: int = flag(1, "ranks that each sequence is split over")
+    fsdp_use_orig_params: bool = no_effect(False, "sharded parameters always keep their original names and shapes")
+    fsdp_limit_all_gathers: bool = no_effect(False, "the number of concurrent all-gathers is always limited")
+    fsdp_checkpoint: bool = no_effect(False, "--grad-checkpointing recomputes activations under --fsdp too")
+    tensor_parallel: int = flag(1, "number of ranks over which tensor parallelism splits each matrix; 1: no splitting")
+    context_parallel: int = flag(
+        1, "number of ranks over which context parallelism splits each sequence; 1: no splitting"
+    )
     mesh_dim: str | None = flag(
-        None, "ranks as data,fsdp,tensor in place of --fsdp-hybrid and --tensor-parallel; one may be -1, such as -1,2,4"
+        None,
+        "device mesh as DATA,FSDP,TENSOR numbers of ranks, such as -1,2,4, in place of --fsdp-hybrid and "
+        "--tensor-parallel; one of them may be -1, which means all remaining ranks",
     )
-    ddp_static_graph: bool = flag(False, "tell data-parallel training that every step uses the same parameters")
-    dist_url: str = flag("env://", "how ranks that no launcher describes find each other")
-    dist_backend: str = flag("nccl", "backend on CUDA devices; CPU devices use gloo")
-    dist_timeout: float = flag(1800.0, "seconds that a rank waits for the others in one exchange")
-    no_set_device_rank: bool = flag(False, "every rank uses the first device that it can see")
-    force_distributed: bool = flag(False, "start a process group for a single process too")
-    preset_world_size: int | None = flag(None, "refuse to start with any other number of ranks")
-    use_bn_sync: bool = ineffective(False, "the models have no batch normalisation")
+    ddp_static_graph: bool = flag(
+        False, "optimize data-parallel training on the assumption that every step uses the same parameters"
+    )
+    dist_url: str = flag("env://", "rendezvous URL for ranks that no launcher describes")
+    dist_backend: str = flag("nccl", "communication backend for CUDA devices; CPU ranks use gloo")
+    dist_timeout: float = flag(1800.0, "timeout of a collective operation in seconds")
+    no_set_device_rank: bool = flag(False, "use the first visible device on every rank")
+    force_distributed: bool = flag(False, "initialize a process group even for a single process")
+    preset_world_size: int | None = flag(
+        None, "expected number of ranks; the run fails to start with any other number; default: any number"
+    )
+    use_bn_sync: bool = no_effect(False, "the models have no batch normalization")
 
 
 @dataclass(frozen=True)
 class PrecisionConfig(Section):
     title: ClassVar[str] = "precision"
 
-    precision: Literal["amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32"] = flag(
-        "amp", "amp computes in the device's own half precision, amp_bfloat16 in bfloat16; bf16 and fp16 also store so"
+    precision: str = flag(
+        "amp",
+        "numeric precision: amp: autocast to float16 on CUDA and to bfloat16 elsewhere; amp_bf16, amp_bfloat16: "
+        "autocast to bfloat16; bf16, fp16: compute and store parameters in that type; fp32: float32",
+        choices=PRECISIONS,
     )
-    fp8: bool = flag(False, "matrix products of the blocks in 8-bit floating point, where the device has it (torchao)")
-    torchscript: bool = ineffective(False, "use --torchcompile")
-    trace: bool = ineffective(False, "use --torchcompile")
-    use_bnb_linear: str | None = ineffective(None, "8-bit linear layers are not offered")
+    fp8: bool = flag(
+        False, "compute the matrix products of the blocks in 8-bit floating point, on devices that support it (torchao)"
+    )
+    torchscript: bool = no_effect(False, "use --torchcompile")
+    trace: bool = no_effect(False, "use --torchcompile")
+    use_bnb_linear: str | None = no_effect(None, "8-bit linear layers are not supported")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
     title: ClassVar[str] = "checkpoints"
 
-    resume: str | None = flag(None, "checkpoint to continue from: a path, or 'latest' for the newest of this run")
-    pretrained: str | None = flag(None, "checkpoint whose weights a new run starts from")
-    load_pretrained_state: bool = flag(False, "with --pretrained, also load its optimizer's state")
-    average: list[str] | None = flag(None, "checkpoints whose weights are averaged, for evaluation or as a start")
-    average_coefficients: list[float] | None = flag(None, "weights of that average; default: equal")
-    save_frequency: int = flag(1, "every how many epochs a checkpoint is kept; 0: only the last")
-    save_most_recent: bool = flag(False, "also keep epoch_latest.pt, written anew after every epoch")
-    delete_previous_checkpoint: bool = flag(False, "delete a checkpoint once the next one is complete")
-    checkpoint_format: Literal["both", "sharded", "interchange"] = flag(
-        "both", "sharded: step_N/ folders, written by all ranks while training goes on; interchange: epoch_N.pt files"
+    resume: str | None = flag(
+        None, "checkpoint to resume from: a path, or 'latest' for the newest checkpoint of this run"
+    )
+    pretrained: str | None = flag(None, "checkpoint with the initial weights of a new run")
+    load_pretrained_state: bool = flag(False, "with --pretrained, also load the optimizer state")
+    average: list[str] | None = flag(
+        None, "checkpoints whose average is the initial weights of a new run, or the weights to evaluate"
+    )
+    average_coefficients: list[float] | None = flag(
+        None, "coefficients of the checkpoints of --average; default: equal coefficients"
+    )
+    save_frequency: int = flag(
+        1, "keep the checkpoint of every N-th epoch, and that of the last one; 0: only that of the last one"
+    )
+    save_most_recent: bool = flag(False, "also write epoch_latest.pt after every epoch, replacing the previous one")
+    delete_previous_checkpoint: bool = flag(False, "delete the previous checkpoint once the next one is complete")
+    checkpoint_format: str = flag(
+        "both",
+        "checkpoint format: sharded: step_N/ folders that all ranks write while training continues; interchange: "
+        "epoch_N.pt files; both",
+        choices=("both", "sharded", "interchange"),
     )
     checkpoint_dir: str | None = flag(
-        None, "folder or s3:// url of checkpoints, in {name}/checkpoints there; default: the run's folder in --logs"
+        None,
+        "folder or s3:// URL for checkpoints, which are stored in its subfolder {name}/checkpoints; default: the run's "
+        "folder in --logs",
     )
-    save_every_n_steps: int = flag(0, "steps between two sharded checkpoints; 0: at the end of an epoch only")
-    save_every_minutes: float = flag(0.0, "minutes between two sharded checkpoints; 0: at the end of an epoch only")
-    keep_last: int = flag(2, "how many of the newest sharded checkpoints are kept; 0: all")
-    save_milestone_every: int = flag(0, "steps between two sharded checkpoints that are kept for good; 0: none")
-    distill_model: str | None = ineffective(None, "training from a teacher is not offered")
-    distill_pretrained: str | None = ineffective(None, "training from a teacher is not offered")
+    save_every_n_steps: int = flag(0, "steps between two sharded checkpoints; 0: only at the end of an epoch")
+    save_every_minutes: float = flag(0.0, "minutes between two sharded checkpoints; 0: only at the end of an epoch")
+    keep_last: int = flag(2, "number of sharded checkpoints to keep; 0: all")
+    save_milestone_every: int = flag(
+        0, "steps between two sharded checkpoints that are never deleted; 0: no such checkpoints"
+    )
+    distill_model: str | None = no_effect(None, "distillation is not supported")
+    distill_pretrained: str | None = no_effect(None, "distillation is not supported")
 
 
 @dataclass(frozen=True)
 class FaultConfig(Section):
-    title: ClassVar[str] = "faults in training"
+    title: ClassVar[str] = "fault tolerance"
 
     max_skipped_steps: int = flag(
-        10, "how many of the last 100 steps may be skipped for a loss or gradient that is not finite"
+        10, "maximum number of skipped steps (loss or gradient not finite) among the last 100 before the run fails"
     )
     skip_loss_spikes: float | None = flag(
-        None, "skip a step whose loss is more than this many standard deviations above the mean of the last 128"
+        None,
+        "skip steps whose loss exceeds the mean of the last 128 by more than this many standard deviations; default: "
+        "skip none",
     )
     rollback_loss_spikes: float | None = flag(
-        None, "at such a loss go back to the newest checkpoint and pass over the data between"
+        None,
+        "after a step whose loss exceeds the mean of the last 128 by more than this many standard deviations, return "
+        "to the newest checkpoint and skip the data since then; default: never",
     )
     hang_timeout: float = flag(
-        1800.0, "seconds without progress after which a run ends with the stacks of all ranks; 0: never"
+        1800.0, "seconds without progress after which the run logs the stacks of all ranks and fails; 0: never"
     )
 
 
@@ -331,39 +329,53 @@ class FaultConfig(Section):
 class LoggingConfig(Section):
     title: ClassVar[str] = "logging"
 
-    logs: str = flag("./logs/", "folder of all runs; 'none' writes nothing")
-    log_local: bool = flag(False, "log on each node's first rank, not on rank 0 alone")
+    logs: str = flag("./logs/", "parent folder of all run folders; 'none': write no files")
+    log_local: bool = flag(False, "log on the first rank of each node instead of on rank 0 only")
     log_every_n_steps: int = flag(100, "steps between two log lines")
     log_logit_mean: bool = flag(False, "log the mean of the logits")
-    report_to: str = flag("", "wandb, tensorboard, both joined by a comma, or all")
+    report_to: str = flag(
+        "",
+        "destinations of metrics in addition to metrics.jsonl, comma-separated, or all; default: none",
+        entries=registry.LOGGERS,
+    )
     wandb_project_name: str = flag("open-lm", "Weights & Biases project")
     wandb_notes: str = flag("", "Weights & Biases notes")
-    copy_codebase: bool = flag(False, "copy the program's source into the run's folder")
-    remote_sync: str | None = flag(None, "s3:// or other url that the run's folder is copied to")
-    remote_sync_frequency: int = flag(300, "seconds between two such copies")
-    remote_sync_protocol: Literal["s3", "fsspec"] = flag("s3", "protocol of --remote-sync")
+    copy_codebase: bool = flag(False, "copy the source code of the program to the run's folder")
+    remote_sync: str | None = flag(
+        None, "s3:// or other URL to which the run's folder is copied periodically; default: no copy"
+    )
+    remote_sync_frequency: int = flag(300, "seconds between two copies to --remote-sync")
+    remote_sync_protocol: str = flag("s3", "protocol of --remote-sync", choices=("s3", "fsspec"))
 
 
 @dataclass(frozen=True)
 class ValidationConfig(Section):
     title: ClassVar[str] = "validation"
 
-    val_data: list[str] | None = flag(None, "validation shards, one validation set for each value")
-    val_data_key: list[str] | None = flag(None, "kind of members, one for each validation set; default: --data-key")
-    val_num_samples: int | None = flag(None, "tokens of each validation set that are used; default: all")
+    val_data: list[str] | None = flag(None, "validation shards, one value per validation set; default: no validation")
+    val_data_key: list[str] | None = flag(
+        None, "format of the samples, one value per validation set or one for all; default: --data-key"
+    )
+    val_num_samples: int | None = flag(None, "number of tokens to use per validation set; default: all")
     val_frequency: int = flag(1, "epochs between two validations")
     global_val_batch_size: int | None = flag(
-        None, "sequences of a validation batch, over all devices; default: as training, or 8 a device without"
+        None, "sequences per validation batch, over all devices; default: as in training, or 8 per device without it"
     )
-    val_seq_ci: bool = flag(False, "bootstrap the validation loss over sequences for a 95 %% interval")
-    val_tok_ci: bool = flag(False, "bootstrap the validation loss over tokens for a 95 %% interval")
-    val_max_pop_ci: int | None = flag(None, "largest number of sequences or tokens to bootstrap from")
+    val_seq_ci: bool = flag(
+        False, "estimate a 95 % confidence interval of the validation loss by bootstrapping over sequences"
+    )
+    val_tok_ci: bool = flag(
+        False, "estimate a 95 % confidence interval of the validation loss by bootstrapping over tokens"
+    )
+    val_max_pop_ci: int | None = flag(
+        None, "maximum number of sequences or tokens per bootstrap resample; default: unlimited"
+    )
     val_iter_ci: int = flag(10000, "number of bootstrap resamples")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration of a run."""
+    """All settings of a run."""
 
     run: RunConfig
     data: DataConfig
@@ -378,11 +390,11 @@ class Config:
 
     @classmethod
     def from_namespace(cls, args: object) -> Config:
-        """The sections of a flat object, such as `parse_args` returns."""
+        """Return the sections of a flat object, such as the result of `parse_args`."""
         sections = typing.get_type_hints(cls)
         return cls(**{name: section.from_object(args) for name, section in sections.items()})
 
 
 def sections() -> list[type[Section]]:
-    """The sections in the order of `Config`."""
+    """Return the sections in the order of `Config`."""
     return list(typing.get_type_hints(Config).values())

@@ -1,23 +1,21 @@
-"""Feed-forward networks, by the names of --ffn-type. Mixtures of experts are in mixture_of_experts.py.
+"""Feed-forward networks, selected by --ffn-type. Mixtures of experts are in mixture_of_experts.py.
 
 Legend: B batch, T sequence, D model width, F hidden width of the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_lm.config.architecture import gated_width
-from open_lm.errors import ConfigError
+from open_lm.config.registry import FEED_FORWARDS
 from open_lm.kernels.gating import gated_silu
 from open_lm.kernels.linear import FusedLinear, Linear
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up (Shazeer 2020, https://arxiv.org/abs/2002.05202), gate and up in one matrix, no biases."""
+    """silu(gate) * up without biases; one matrix computes gate and up (Shazeer 2020, arxiv.org/abs/2002.05202)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -30,7 +28,7 @@ class SwiGLU(nn.Module):
 
 
 class GeGLU(nn.Module):
-    """gelu(gate) * up (Shazeer 2020), three matrices with biases."""
+    """gelu(gate) * up with biases in all three matrices (Shazeer 2020)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -43,29 +41,35 @@ class GeGLU(nn.Module):
         return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
+# Two names of one network with the same weights. They used to select different kernels.
+@FEED_FORWARDS.register(
+    "swiglu_torch", help="SwiGLU without biases", hidden="gated", inputs={"w12": 2}, outputs=("w3",)
+)
+@FEED_FORWARDS.register("swiglu", help="SwiGLU without biases", hidden="gated", inputs={"w12": 2}, outputs=("w3",))
 def _swiglu(dim: int) -> nn.Module:
     return SwiGLU(dim, gated_width(dim))
 
 
+@FEED_FORWARDS.register(
+    "gemma_geglu",
+    help="GeGLU with biases",
+    hidden="gated",
+    inputs={"gate_proj": 1, "up_proj": 1},
+    outputs=("down_proj",),
+    bias=True,
+)
 def _geglu(dim: int) -> nn.Module:
     return GeGLU(dim, gated_width(dim))
 
 
+@FEED_FORWARDS.register(
+    "gelu", help="two matrices with GELU in between, without biases", hidden="4x", inputs={"0": 1}, outputs=("2",)
+)
 def _gelu(dim: int) -> nn.Module:
     return nn.Sequential(Linear(dim, 4 * dim, bias=False), nn.GELU(), Linear(4 * dim, dim, bias=False))
 
 
-# swiglu and swiglu_torch named two kernels of one network, with the same weights.
-FEED_FORWARDS: dict[str, Callable[[int], nn.Module]] = {
-    "swiglu": _swiglu,
-    "swiglu_torch": _swiglu,
-    "gelu": _gelu,
-    "gemma_geglu": _geglu,
-}
-
-
 def get_feed_forward(ffn_type: str, dim: int) -> nn.Module:
-    """A new feed-forward network (B,T,D) -> (B,T,D). ConfigError for an unknown name."""
-    if ffn_type not in FEED_FORWARDS:
-        raise ConfigError(f"--ffn-type {ffn_type}: expected one of {', '.join(FEED_FORWARDS)}")
-    return FEED_FORWARDS[ffn_type](dim)
+    """Create a feed-forward network (B,T,D) -> (B,T,D). Raises ConfigError for an unknown name."""
+    network: nn.Module = FEED_FORWARDS.get(ffn_type)(dim)
+    return network

@@ -1,4 +1,4 @@
-"""Normalisation layers, by the names of --model-norm.
+"""Normalization layers, selected by --model-norm.
 
 Legend: B batch, T sequence, D model width.
 """
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_lm.errors import ConfigError
+from open_lm.config.registry import NORMS
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation (Ba et al. 2016, https://arxiv.org/abs/1607.06450) with gain and bias each optional."""
+    """Layer normalization with optional gain and optional bias (Ba et al. 2016, https://arxiv.org/abs/1607.06450)."""
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
@@ -31,7 +31,7 @@ class LayerNorm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(normalized_shape)) if elementwise_bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, D) float -> (…, D); under autocast computed and returned in float32."""
+        """x (…, D) float -> (…, D); under autocast the computation and the result are float32."""
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -40,11 +40,17 @@ class LayerNorm(nn.Module):
         )
 
 
+@NORMS.register(
+    "lp_layer_norm",
+    help="layer norm with gain and bias, computed in the autocast type",
+    parameters=("weight", "bias"),
+    computes_in="autocast",
+)
 class LPLayerNorm(LayerNorm):
-    """LayerNorm that stays in the autocast type, which saves memory traffic; without autocast the same as LayerNorm."""
+    """LayerNorm in the autocast dtype, which saves memory traffic. Without autocast it equals LayerNorm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, D) float -> (…, D) in the autocast type where autocast is on, else in x's."""
+        """x (…, D) float -> (…, D) in the autocast dtype if autocast is on, else in the dtype of x."""
         device = x.device.type
         if not torch.is_autocast_enabled(device):
             return super().forward(x)
@@ -55,8 +61,9 @@ class LPLayerNorm(LayerNorm):
             return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
+@NORMS.register("rms_norm", help="root-mean-square norm with a gain", parameters=("weight",), computes_in="float32")
 class RmsNorm(nn.Module):
-    """Root-mean-square normalisation in float32 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+    """Root-mean-square normalization in float32 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, normalized_shape: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -65,9 +72,9 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) float -> (…, D)."""
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).type_as(x) * self.weight
+        x_float = x.float()
+        scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
+        return (x_float * scale).type_as(x) * self.weight
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -75,18 +82,20 @@ class RmsNorm(nn.Module):
 
 NormFactory = Callable[..., nn.Module]
 
-NORMS: dict[str, NormFactory] = {
-    "default_layer_norm": nn.LayerNorm,
-    "lp_layer_norm": LPLayerNorm,
-    "gain_only_lp_layer_norm": partial(LPLayerNorm, elementwise_bias=False),
-    "gain_only_layer_norm": partial(LayerNorm, elementwise_bias=False),
-    "no_wb_layer_norm": partial(LayerNorm, elementwise_gain=False, elementwise_bias=False),
-    "rms_norm": RmsNorm,
-}
+NORMS.register("default_layer_norm", help="torch's layer norm with gain and bias", parameters=("weight", "bias"))(
+    nn.LayerNorm
+)
+NORMS.register(
+    "gain_only_lp_layer_norm", help="lp_layer_norm without a bias", parameters=("weight",), computes_in="autocast"
+)(partial(LPLayerNorm, elementwise_bias=False))
+NORMS.register("gain_only_layer_norm", help="layer norm without a bias", parameters=("weight",))(
+    partial(LayerNorm, elementwise_bias=False)
+)
+NORMS.register("no_wb_layer_norm", help="layer norm without gain and bias", parameters=())(
+    partial(LayerNorm, elementwise_gain=False, elementwise_bias=False)
+)
 
 
 def get_norm_class(model_norm: str) -> NormFactory:
-    """The factory `norm(width, eps=…)` of a name of --model-norm. ConfigError for an unknown name."""
-    if model_norm not in NORMS:
-        raise ConfigError(f"--model-norm {model_norm}: expected one of {', '.join(NORMS)}")
-    return NORMS[model_norm]
+    """Return the factory `norm(width, eps=…)` that --model-norm selects. Raises ConfigError for an unknown name."""
+    return NORMS.get(model_norm)

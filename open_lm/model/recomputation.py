@@ -1,7 +1,7 @@
-"""Activation checkpointing: keeping less of a forward pass, and computing the rest again in the backward pass.
+"""Activation checkpointing: store fewer activations in the forward pass and recompute them in the backward pass.
 
-By policy: "full" keeps a block's inputs alone (Chen et al. 2016, https://arxiv.org/abs/1604.06174); "op" also the
-results of matrix products and of attention, so that only cheap operators between them run twice (Korthikanti et al.
+The policy "full" stores only a block's inputs (Chen et al. 2016, https://arxiv.org/abs/1604.06174). "op" also stores the
+results of matrix products and attention, so that only the cheap operators between them run twice (Korthikanti et al.
 2022, section 5, https://arxiv.org/abs/2205.05198).
 """
 
@@ -18,7 +18,7 @@ from open_lm.config.sections import CHECKPOINTING_POLICIES
 
 POLICIES = tuple(policy for policy in CHECKPOINTING_POLICIES if policy != "none")
 
-# Operators by name, so that those of other versions and of packages that are not loaded need no guard.
+# Operators by name, because some are missing in other versions of torch or without optional packages.
 _PRODUCTS = frozenset({"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_mm"})
 _ATTENTION = (
     *("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
@@ -27,17 +27,17 @@ _ATTENTION = (
 
 
 def recomputed(function: Callable[..., Any], policy: str = "full") -> Callable[..., Any]:
-    """`function`, whose insides are computed again in the backward pass as far as `policy`, one of POLICIES, says.
+    """Return `function` with activation checkpointing; `policy` is one of POLICIES.
 
-    The model's forward has no dropout, so random states are not kept: reading them would wait for a CUDA device.
+    The model has no dropout, so the random state is not saved: reading it would wait for a CUDA device.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if policy == "op":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_expensive)
     return partial(checkpoint, function, **options)
 
 
-def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _save_expensive(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if _is_expensive(operator) else CheckpointPolicy.PREFER_RECOMPUTE
 
 

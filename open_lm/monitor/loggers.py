@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from open_lm import storage
+from open_lm.config.registry import LOGGERS
 from open_lm.config.sections import LoggingConfig
 from open_lm.errors import ConfigError, StorageError
 from open_lm.monitor.run_folder import RunPaths
@@ -297,23 +298,28 @@ class MetricLoggers:
             raise failures[0]
 
 
-_Builder = Callable[[LoggingConfig, RunPaths, Mapping[str, Any], int], MetricLogger]
-REPORTERS: dict[str, _Builder] = {
-    "tensorboard": lambda cfg, paths, params, step: TensorBoardLogger(paths.tensorboard, step),
-    "wandb": lambda cfg, paths, params, step: WandbLogger(cfg, paths, params),
-}
+@LOGGERS.register("tensorboard", help="TensorBoard event files in the run's folder")
+def _open_tensorboard(
+    cfg: LoggingConfig, paths: RunPaths, params: Mapping[str, Any], start_step: int
+) -> TensorBoardLogger:
+    return TensorBoardLogger(paths.tensorboard, start_step)
+
+
+@LOGGERS.register("wandb", help="Weights & Biases")
+def _open_wandb(cfg: LoggingConfig, paths: RunPaths, params: Mapping[str, Any], start_step: int) -> WandbLogger:
+    return WandbLogger(cfg, paths, params)
 
 
 def parse_report_to(text: str) -> list[str]:
     """The reporters that `--report-to` names: wandb, tensorboard, both joined by commas, all, or none at all."""
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in REPORTERS and name != "all"]
+    unknown = [name for name in names if name not in LOGGERS and name != "all"]
     if unknown:
-        known = ", ".join([*REPORTERS, "all"])
+        known = ", ".join([*LOGGERS, "all"])
         raise ConfigError(
             f"--report-to: found {', '.join(map(repr, unknown))}, expected {known} or a comma-separated list"
         )
-    return list(REPORTERS) if "all" in names else list(dict.fromkeys(names))
+    return list(LOGGERS) if "all" in names else list(dict.fromkeys(names))
 
 
 def build_loggers(
@@ -329,4 +335,4 @@ def build_loggers(
             logging.warning(f"--logs none writes nothing: --report-to {cfg.report_to} is ignored")
         return MetricLoggers()
     loggers: list[MetricLogger] = [JsonLinesLogger(paths.metrics, start_step)]
-    return MetricLoggers(loggers + [REPORTERS[name](cfg, paths, params, start_step) for name in names])
+    return MetricLoggers(loggers + [LOGGERS.get(name)(cfg, paths, params, start_step) for name in names])

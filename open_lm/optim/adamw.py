@@ -1,4 +1,4 @@
-"""AdamW on this rank's parts of the parameters, and what it has in common with Muon."""
+"""AdamW on the local shards of the parameters, and helpers shared with Muon."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
-# What is kept of a parameter from its first update on.
-MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
-
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW (Loshchilov & Hutter, 2017), with its results and its state, as one fused kernel a step over what
-    this rank holds of the parameters. They may be whole, or sharded over different meshes: an update is elementwise and
-    needs no other rank."""
+    """torch's AdamW (Loshchilov & Hutter, 2017) as one fused kernel per step over the local shards of the parameters.
+
+    Results and state are those of torch.optim.AdamW. Parameters may be unsharded, or sharded over different meshes: the
+    update is elementwise and needs no communication.
+    """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; what `closure` returns. `found_inf`, an attribute that a caller may set to a float scalar on the
-        device, makes it none at all where it is 1."""
-        loss = evaluate(closure)
+        """Update the parameters and return the result of `closure`.
+
+        If the caller has set the attribute `found_inf` to a float scalar on the device and it is 1, nothing is updated.
+        """
+        loss = run_closure(closure)
         for group in self.param_groups:
             adamw_update(self, group)
         return loss
 
 
 def adamw_update(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-    """Update the parameters of one group that have a gradient, and their state `step`, `exp_avg`, `exp_avg_sq`."""
+    """Update the parameters of a group that have a gradient, and their state `step`, `exp_avg`, `exp_avg_sq`."""
     params = [param for param in group["params"] if param.grad is not None]
-    states = [param_state(optimizer, param, _begin) for param in params]
+    states = [param_state(optimizer, param, _initial_state) for param in params]
     adamw(
         [local_tensor(param) for param in params],
         [local_tensor(param.grad) for param in params],
@@ -52,7 +53,7 @@ def adamw_update(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Non
     )
 
 
-def _begin(param: Tensor) -> dict[str, Any]:
+def _initial_state(param: Tensor) -> dict[str, Any]:
     return {
         "step": torch.zeros((), dtype=torch.float32, device=local_tensor(param).device),
         "exp_avg": torch.zeros_like(param),
@@ -61,30 +62,30 @@ def _begin(param: Tensor) -> dict[str, Any]:
 
 
 def param_state(
-    optimizer: torch.optim.Optimizer, param: Tensor, begin: Callable[[Tensor], dict[str, Any]]
+    optimizer: torch.optim.Optimizer, param: Tensor, initial_state: Callable[[Tensor], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What the optimizer keeps of a parameter; `begin(param)` at its first update."""
+    """Return the optimizer's state of a parameter; at the first update, create it with `initial_state(param)`."""
     state: dict[str, Any] = optimizer.state[param]
     if not state:
-        state.update(begin(param))
+        state.update(initial_state(param))
     return state
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor; the tensor itself where it is not sharded. Shares its memory."""
+    """Return the local shard of a DTensor, sharing its memory, or the tensor itself if it is not a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def compute_device(tensor: Tensor) -> torch.device:
-    """Where a tensor is worked on: what is kept in host memory for the ranks of another device, on that device."""
+    """Return the device to compute on: for a DTensor that is offloaded to host memory, the device of its mesh."""
     device = local_tensor(tensor).device
     if isinstance(tensor, DTensor) and tensor.device_mesh.device_type != device.type:
         return torch.device(tensor.device_mesh.device_type)
     return device
 
 
-def evaluate(closure: Callable[[], Any] | None) -> Any:
-    """What a step's closure, which torch's optimizers take, returns; None without one."""
+def run_closure(closure: Callable[[], Any] | None) -> Any:
+    """Return the result of the closure of a torch optimizer's step, or None if there is no closure."""
     if closure is None:
         return None
     with torch.enable_grad():

@@ -1,7 +1,7 @@
-"""Running averages of a model's weights during training (`--averagers`), kept sharded as the weights are.
+"""Running averages of a model's weights during training (`--averagers`), sharded like the weights.
 
-An averager is named METHOD[_VALUE[_FREQ]]; it takes the weights in every FREQ optimizer steps (default 1).
-With t = 1, 2, … counting what it has taken in, w the new weights and a the average:
+An averager is named METHOD[_VALUE[_FREQ]] and is updated every FREQ optimizer steps (default 1).
+With t = 1, 2, … the number of the update, w the current weights and a the average:
 
     poly_ETA     a <- (1 - c) a + c w,  c = (ETA + 1) / (ETA + t)   (default ETA 0: the plain mean)
                  polynomial-decay averaging, equation 10 of Shamir & Zhang 2012 (arXiv:1212.1824)
@@ -19,17 +19,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from open_lm.distributed.param_names import clean_name
 from open_lm.distributed.processes import run_on_master
-from open_lm.distributed.sharded_tensor import copy_from_rank0, fused_weight_parts, full_tensor
+from open_lm.distributed.sharded_tensor import copy_from_rank0, full_tensor, fused_weight_parts
 from open_lm.errors import CheckpointError, ConfigError, join_problems
+from open_lm.optim.adamw import local_tensor
 
 
 @dataclass(frozen=True)
 class AveragerSpec:
-    """What an averager's name says: `value` is eta of poly or gamma of ema; `freq` in optimizer steps."""
+    """A parsed averager name: `value` is eta of poly or gamma of ema, `freq` is in optimizer steps."""
 
     name: str
     method: str
@@ -41,7 +41,7 @@ _DEFAULTS = {"poly": 0.0, "ema": 0.99, "none": 0.0}
 
 
 def parse_averagers(text: str) -> list[AveragerSpec]:
-    """The averagers of a comma-separated list; ConfigError with every problem found."""
+    """Parse a comma-separated list of averagers; raise ConfigError with all problems."""
     specs, problems = [], []
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
@@ -74,7 +74,7 @@ def _parse_one(name: str) -> AveragerSpec:
 
 
 class Averager:
-    """One running average. Weights of less than 32 bits are averaged in float32, so that small changes count."""
+    """A running average. Weights of less than 32 bits are averaged in float32, so that small updates are not lost."""
 
     def __init__(self, model: nn.Module, spec: AveragerSpec) -> None:
         self.spec = spec
@@ -83,54 +83,51 @@ class Averager:
         self.step_counter = 1
         params = list(model.parameters()) if spec.method != "none" else []
         self._params = [param for param in params if param.is_floating_point()]
-        self._averages = [_average_of(param) for param in self._params]
+        self._averages = [_float_copy(param) for param in self._params]
 
     @torch.no_grad()
     def step(self) -> None:
-        """Count one optimizer step, and take the weights in where it is due."""
+        """Count one optimizer step, and update the average every `freq` steps."""
         if self.update_counter == self.spec.freq:
-            self._take_in()
+            self._update()
             self.update_counter = 0
         self.update_counter += 1
 
-    def _take_in(self) -> None:
-        t = self.step_counter
-        share = (self.spec.value + 1.0) / (self.spec.value + t) if self.spec.method == "poly" else 1.0 - self.spec.value
+    def _update(self) -> None:
+        t, value = self.step_counter, self.spec.value
+        new_weight = (value + 1.0) / (value + t) if self.spec.method == "poly" else 1.0 - value
         if self._averages:
             averages = [_local(average) for average in self._averages]
             weights = [_local(param).to(average.dtype) for param, average in zip(self._params, averages, strict=True)]
-            torch._foreach_lerp_(averages, weights, share)
+            torch._foreach_lerp_(averages, weights, new_weight)
         self.step_counter += 1
 
     @contextlib.contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[nn.Module]:
-        """The model with the averaged weights, in place, until the `with` block ends."""
-        kept = [_local(param).clone() for param in self._params]
-        self._copy_into_model(self._averages)
+        """Replace the model's weights in place by the averages, and restore them when the `with` block ends."""
+        saved = [_local(param).clone() for param in self._params]
+        for param, average in zip(self._params, self._averages, strict=True):
+            _local(param).copy_(_local(average))
         try:
             yield self.model
         finally:
-            for param, weights in zip(self._params, kept, strict=True):
+            for param, weights in zip(self._params, saved, strict=True):
                 _local(param).copy_(weights)
 
-    def _copy_into_model(self, averages: list[Tensor]) -> None:
-        for param, average in zip(self._params, averages, strict=True):
-            _local(param).copy_(_local(average))
-
     def tensors(self) -> dict[str, Tensor]:
-        """The averages themselves, sharded as the weights are, by clean name; a tied weight's under its first."""
+        """Return the averages, sharded like the weights, by clean name; a tied weight has its first name."""
         return {clean_name(name): average for name, _, average in self._named()}
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Forget what was taken in: the averages are the weights as they are now."""
+        """Restart the average from the current weights."""
         self.update_counter = self.step_counter = 1
         for _, param, average in self._named():
             _local(average).copy_(_local(param))
 
     def counters(self) -> dict[str, Any]:
-        """Everything of its state but the averages: plain values."""
+        """Return the state without the averages, as plain values."""
         method = self.spec.method
         return {
             "update_counter": self.update_counter,
@@ -145,14 +142,14 @@ class Averager:
         }
 
     def load_counters(self, state: Mapping[str, Any]) -> None:
-        """Take over the counts of `counters`; method and value stay those of this run's flags."""
+        """Load the counters of `counters`; method and value remain those of this run's flags."""
         self.update_counter = int(state["update_counter"])
         self.step_counter = int(state["step_counter"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters and the full averaged weights, by the model's clean names.
+        """Return the counters and the full averaged weights, by the model's clean names. Collective.
 
-        All ranks call it; only rank 0 gets the weights, in host memory.
+        Only rank 0 gets the weights, in host memory.
         """
         on_rank0 = not dist.is_initialized() or dist.get_rank() == 0
         by_id = {id(param): average for _, param, average in self._named()}
@@ -169,45 +166,46 @@ class Averager:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved average; all ranks call it, the weights (`av_model_sd`) are needed on rank 0 alone."""
+        """Load a saved average. Collective; only rank 0 needs the weights (`av_model_sd`)."""
         saved = {clean_name(name): value for name, value in state["av_model_sd"].items()}
-        names = self.tensors()
+        averages = self.tensors()
 
         def check() -> None:
-            wrong = [name for name, value in names.items() if name not in saved or saved[name].shape != value.shape]
+            wrong = [name for name, value in averages.items() if name not in saved or saved[name].shape != value.shape]
             if wrong:
-                what = f"{len(wrong)} weights are missing or of another shape, such as {wrong[0]}"
-                raise CheckpointError(f"averager {self.spec.name}: {what}")
+                raise CheckpointError(
+                    f"averager {self.spec.name}: {len(wrong)} saved weights are missing or do not have the shape of the "
+                    f"model's, such as {wrong[0]}"
+                )
 
         run_on_master(check)
         parts = fused_weight_parts(self.model)
-        for name, average in names.items():
+        for name, average in averages.items():
             copy_from_rank0(average, saved.get(name), parts.get(name, 1))
         self.load_counters(state)
 
     def _named(self) -> list[tuple[str, Tensor, Tensor]]:
-        """(name, parameter, average) of all that are averaged."""
+        """Return (name, parameter, average) of all averaged parameters."""
         by_id = {id(param): average for param, average in zip(self._params, self._averages, strict=True)}
         return [(name, p, by_id[id(p)]) for name, p in self.model.named_parameters() if id(p) in by_id]
 
 
 class ModelAverager:
-    """All averagers of a run; `avgs_dict` holds them by name."""
+    """The averagers of a run, by name in `avgs_dict`."""
 
     def __init__(self, model: nn.Module, methods: str) -> None:
         self.avgs_dict = {spec.name: Averager(model, spec) for spec in parse_averagers(methods)}
 
     def step(self) -> None:
-        """Count one optimizer step; called after it."""
+        """Update all averagers; call it after each optimizer step."""
         for averager in self.avgs_dict.values():
             averager.step()
 
 
-def _average_of(param: Tensor) -> Tensor:
-    """A copy of a (sharded) parameter in at least 32 bits, with the same sharding."""
+def _float_copy(param: Tensor) -> Tensor:
+    """Return a copy of a parameter in at least 32 bits, with the same sharding."""
     return param.detach().to(torch.promote_types(param.dtype, torch.float32)).clone()
 
 
 def _local(tensor: Tensor) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach()
+    return local_tensor(tensor).detach()

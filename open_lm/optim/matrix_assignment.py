@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from open_lm.distributed.sharded_tensor import local_blocks
-from open_lm.optim.adamw import local_tensor, compute_device
+from open_lm.optim.adamw import compute_device, local_tensor
 
 Place = tuple[tuple[int, ...], tuple[int, ...]]  # of a part in the whole tensor: offsets and sizes
 Work = Callable[[list[Tensor]], None]  # on stacks (U, m, n), in place

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from open_lm.config.memory_limits import MUON_BATCH_ELEMENTS
-from open_lm.optim.adamw import adamw_update, evaluate, local_tensor, param_state
+from open_lm.optim.adamw import adamw_update, local_tensor, param_state, run_closure
 from open_lm.optim.matrix_assignment import MatrixAssignment, assign_matrices
 
 # Of the quintic (Jordan 2024) whose fifth iterate takes singular values from 0.002 to 1 to between 0.68 and 1.21.
@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; what `closure` returns. Collective where parameters are shared by several ranks."""
-        loss = evaluate(closure)
+        loss = run_closure(closure)
         for group in self.param_groups:
             if group["muon"]:
                 self._update(group)

@@ -1,6 +1,6 @@
-"""Learning rate as a function of the step. Pure functions, and callables that also set it on an optimizer.
+"""Learning-rate schedules: pure functions of the step, and callables that also set the rate of an optimizer.
 
-A step counts from 0 and is the number of optimizer updates already made.
+Steps count from 0: step n is the update after n completed optimizer updates.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from open_lm.config.registry import DECAY_SHAPES, SCHEDULES
 from open_lm.config.sections import OptimConfig
 from open_lm.errors import ConfigError
 
@@ -19,30 +20,32 @@ Schedule = Callable[[int], float]
 
 
 def warmup_value(base_lr: float, warmup_length: int, step: int) -> float:
-    """Linear warmup: base_lr / warmup_length at step 0, base_lr at step warmup_length - 1."""
+    """Return the linear warmup: base_lr / warmup_length at step 0, base_lr at step warmup_length - 1."""
     return base_lr * (step + 1) / warmup_length
 
 
 def cosine_value(base_lr: float, min_lr: float, progress: float) -> float:
-    """Half a cosine from base_lr at progress 0 to min_lr at progress 1 (Loshchilov & Hutter, 2016)."""
+    """Return a half cosine from base_lr at progress 0 to min_lr at progress 1 (Loshchilov & Hutter, 2016)."""
     return min_lr + _half_cosine(progress) * (base_lr - min_lr)
 
 
 def polynomial_value(base_lr: float, min_lr: float, progress: float, power: float) -> float:
-    """(1 - progress)^power from base_lr at progress 0 to min_lr at progress 1; linear for power 1."""
+    """Return a decay (1 - progress)^power from base_lr at progress 0 to min_lr at progress 1; linear for power 1."""
     return min_lr + (1 - progress) ** power * (base_lr - min_lr)
 
 
 def decayed_value(base_lr: float, min_lr: float, progress: float, shape: str) -> float:
-    """From base_lr at progress 0 to min_lr at progress 1, as 1 - sqrt(progress), which falls fastest at first, as a
-    straight line, or as half a cosine. ConfigError for another shape."""
-    if shape not in DECAY_SHAPES:
-        raise ConfigError(f"--lr-decay-shape: found {shape!r}, expected one of {', '.join(DECAY_SHAPES)}")
-    return min_lr + DECAY_SHAPES[shape](progress) * (base_lr - min_lr)
+    """Return a decay from base_lr at progress 0 to min_lr at progress 1.
+
+    shape: "1-sqrt" (1 - sqrt(progress), steepest at the start), "linear" or "cosine" (a half cosine). Raise ConfigError
+    for any other shape.
+    """
+    remaining: float = DECAY_SHAPES.get(shape)(progress)
+    return min_lr + remaining * (base_lr - min_lr)
 
 
 def const_lr(optimizer: Optimizer, base_lr: float, warmup_length: int) -> Schedule:
-    """Warmup, then base_lr. The result takes a step, sets the optimizer's learning rate and returns it."""
+    """Return a schedule with warmup, then base_lr. Calling it with a step sets the optimizer's rate and returns it."""
 
     def value(step: int) -> float:
         return warmup_value(base_lr, warmup_length, step) if step < warmup_length else base_lr
@@ -58,12 +61,15 @@ def cosine_lr(  # noqa: PLR0917 - callers pass these by position
     min_lr: float = 0.0,
     force_min_lr: float = 0.0,
 ) -> Schedule:
-    """Warmup, then a cosine that reaches `min_lr` at step `steps`; after the warmup never below `force_min_lr`."""
+    """Return a schedule with warmup, then a cosine that reaches `min_lr` at step `steps`.
 
-    def lowered(progress: float) -> float:
+    After the warmup the rate is at least `force_min_lr`.
+    """
+
+    def decay(progress: float) -> float:
         return max(cosine_value(base_lr, min_lr, progress), force_min_lr)
 
-    return _setting(optimizer, _after_warmup(base_lr, warmup_length, lowered, warmup_length, steps))
+    return _setting(optimizer, _after_warmup(base_lr, warmup_length, decay, warmup_length, steps))
 
 
 def const_lr_cooldown(  # noqa: PLR0917 - callers pass these by position
@@ -76,15 +82,18 @@ def const_lr_cooldown(  # noqa: PLR0917 - callers pass these by position
     cooldown_end_lr: float = 0.0,
     force_min_lr: float = 0.0,
 ) -> Schedule:
-    """Warmup, base_lr, and over the last `cooldown_steps` of `steps` a polynomial down to `cooldown_end_lr`."""
+    """Return a schedule with warmup, base_lr, then a polynomial decay to `cooldown_end_lr` over `cooldown_steps`.
 
-    def lowered(progress: float) -> float:
+    The decay ends at step `steps`. After the warmup the rate is at least `force_min_lr`.
+    """
+
+    def decay(progress: float) -> float:
         return max(polynomial_value(base_lr, cooldown_end_lr, progress, cooldown_power), force_min_lr)
 
-    return _setting(optimizer, _after_warmup(base_lr, warmup_length, lowered, steps - cooldown_steps, steps))
+    return _setting(optimizer, _after_warmup(base_lr, warmup_length, decay, steps - cooldown_steps, steps))
 
 
-def wsd_lr(  # noqa: PLR0917 - as its neighbours
+def wsd_lr(  # noqa: PLR0917 - same interface as the schedules above
     optimizer: Optimizer,
     base_lr: float,
     warmup_length: int,
@@ -94,73 +103,95 @@ def wsd_lr(  # noqa: PLR0917 - as its neighbours
     end_lr: float = 0.0,
     force_min_lr: float = 0.0,
 ) -> Schedule:
-    """Warmup, base_lr, and over the last `decay_steps` of `steps` down to `end_lr`, which step `steps` would have.
+    """Return a schedule with warmup, base_lr, then a decay over the last `decay_steps` to `end_lr` at step `steps`.
 
-    Warmup, stable, decay (Hägele et al. 2024, https://arxiv.org/abs/2405.18392, where 1-sqrt over a fifth of the steps
-    equals a cosine of that length): until the decay nothing depends on `steps`, so that a run can go on from there.
+    Warmup, stable, decay (Hägele et al. 2024, https://arxiv.org/abs/2405.18392; there, 1-sqrt over a fifth of the steps
+    matches a cosine of the same length). Until the decay the rate does not depend on `steps`, so a run can be extended.
     """
 
-    def lowered(progress: float) -> float:
+    def decay(progress: float) -> float:
         return max(decayed_value(base_lr, end_lr, progress, decay_shape), force_min_lr)
 
-    return _setting(optimizer, _after_warmup(base_lr, warmup_length, lowered, steps - decay_steps, steps))
+    return _setting(optimizer, _after_warmup(base_lr, warmup_length, decay, steps - decay_steps, steps))
 
 
 def build_scheduler(cfg: OptimConfig, optimizer: Optimizer, total_steps: int, cooldown_start: int | None) -> Schedule:
-    """The schedule of --lr-scheduler over `total_steps`; `cooldown_start` is the step where const-cooldown descends."""
+    """Build the schedule of --lr-scheduler for `total_steps`; `cooldown_start` is the first step of const-cooldown's
+    cooldown."""
     if cfg.skip_scheduler:
         return const_lr(optimizer, cfg.lr, warmup_length=0)
-    if cfg.lr_scheduler == "cosine":
-        return cosine_lr(optimizer, cfg.lr, cfg.warmup, total_steps, cfg.lr_cooldown_end, cfg.force_min_lr)
-    if cfg.lr_scheduler == "const":
-        return const_lr(optimizer, cfg.lr, cfg.warmup)
-    if cfg.lr_scheduler == "const-cooldown":
-        if cooldown_start is None:
-            raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown, the number of its last epochs")
-        power, end = cfg.lr_cooldown_power, cfg.lr_cooldown_end
-        cooldown = total_steps - cooldown_start
-        return const_lr_cooldown(
-            optimizer, cfg.lr, cfg.warmup, total_steps, cooldown, power, end, force_min_lr=cfg.force_min_lr
-        )
-    if cfg.lr_scheduler == "wsd":
-        decay, shape, end = round(cfg.lr_decay_fraction * total_steps), cfg.lr_decay_shape, cfg.lr_cooldown_end
-        return wsd_lr(optimizer, cfg.lr, cfg.warmup, total_steps, decay, shape, end, cfg.force_min_lr)
-    raise ConfigError(f"--lr-scheduler: found {cfg.lr_scheduler!r}, expected cosine, const, const-cooldown or wsd")
+    schedule: Schedule = SCHEDULES.get(cfg.lr_scheduler)(optimizer, cfg, total_steps, cooldown_start)
+    return schedule
+
+
+@SCHEDULES.register("cosine", help="a cosine over all steps after the warmup", uses=("lr_cooldown_end", "force_min_lr"))
+def _cosine(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, cooldown_start: int | None) -> Schedule:
+    return cosine_lr(optimizer, cfg.lr, cfg.warmup, total_steps, cfg.lr_cooldown_end, cfg.force_min_lr)
+
+
+@SCHEDULES.register("const", help="constant after the warmup")
+def _const(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, cooldown_start: int | None) -> Schedule:
+    return const_lr(optimizer, cfg.lr, cfg.warmup)
+
+
+@SCHEDULES.register(
+    "const-cooldown",
+    help="constant, then a polynomial over the last epochs",
+    requires=("epochs_cooldown",),
+    uses=("lr_cooldown_end", "lr_cooldown_power", "force_min_lr"),
+)
+def _const_cooldown(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, cooldown_start: int | None) -> Schedule:
+    if cooldown_start is None:
+        raise ConfigError("--lr-scheduler const-cooldown needs --epochs-cooldown, the number of epochs of the cooldown")
+    power, end = cfg.lr_cooldown_power, cfg.lr_cooldown_end
+    cooldown = total_steps - cooldown_start
+    return const_lr_cooldown(
+        optimizer, cfg.lr, cfg.warmup, total_steps, cooldown, power, end, force_min_lr=cfg.force_min_lr
+    )
+
+
+@SCHEDULES.register(
+    "wsd",
+    help="warmup, stable, decay: constant, then a decay over the last steps",
+    uses=("lr_decay_fraction", "lr_decay_shape", "lr_cooldown_end", "force_min_lr"),
+)
+def _wsd(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, cooldown_start: int | None) -> Schedule:
+    decay, shape, end = round(cfg.lr_decay_fraction * total_steps), cfg.lr_decay_shape, cfg.lr_cooldown_end
+    return wsd_lr(optimizer, cfg.lr, cfg.warmup, total_steps, decay, shape, end, cfg.force_min_lr)
 
 
 def _half_cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# What is left of the way down, by progress.
-DECAY_SHAPES: dict[str, Callable[[float], float]] = {
-    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
-    "linear": lambda progress: 1 - progress,
-    "cosine": _half_cosine,
-}
+DECAY_SHAPES.register("1-sqrt")(lambda progress: 1 - math.sqrt(progress))
+DECAY_SHAPES.register("linear")(lambda progress: 1 - progress)
+DECAY_SHAPES.register("cosine")(_half_cosine)
 
 
 def _after_warmup(
-    base_lr: float, warmup_length: int, lowered: Callable[[float], float], start: int, end: int
+    base_lr: float, warmup_length: int, decay: Callable[[float], float], start: int, end: int
 ) -> Schedule:
-    """Warmup, then `lowered` of how far a step is from `start` to `end`."""
+    """Return a schedule with warmup, then `decay` of a step's progress from `start` to `end`."""
 
     def value(step: int) -> float:
         if step < warmup_length:
             return warmup_value(base_lr, warmup_length, step)
-        return lowered(_progress(step, start, end))
+        return decay(_progress(step, start, end))
 
     return value
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """How far `step` is from `start` to `end`, kept within 0 and 1."""
+    """Return the progress of `step` from `start` (0) to `end` (1), clamped to [0, 1]."""
     if step >= end:
         return 1.0
     return (step - start) / (end - start) if step > start else 0.0
 
 
 def _setting(optimizer: Optimizer, value: Schedule) -> Schedule:
+    """Return a schedule that also sets the optimizer's learning rate."""
+
     def adjust(step: int) -> float:
         lr = value(step)
         for group in optimizer.param_groups:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from open_lm.config.registry import NORMS, POSITIONAL_EMBEDDINGS
 from open_lm.config.sections import Config
 from open_lm.planner.shapes import ModelShape
 
@@ -53,7 +54,7 @@ def element_sizes(config: Config, device_type: str = "cuda") -> ElementSizes:
     # The embedding determines the dtype of the residual stream; no addition to it is wider than float32.
     residual, compute = gathered, 2 if autocast else gathered
     norms = 0
-    if autocast and "lp_layer_norm" in config.model.model_norm:
+    if autocast and NORMS.fact(config.model.model_norm, "computes_in") == "autocast":
         norms = compute
     elif autocast and device_type == "cuda":
         norms = 4  # autocast runs norms in float32 on CUDA, but not on CPU
@@ -103,7 +104,7 @@ def saved_with_op_checkpointing(shape: ModelShape, sizes: ElementSizes, block: i
             SavedActivations("router", shape.moe_num_experts, c),
             SavedActivations("experts", slots * 5 * shape.dim, c),
         ]
-    into = hidden if shape.ffn_type == "gelu" else 2 * hidden
+    into = sum(shape.ffn_inputs.values()) * hidden
     return [
         *saved,
         SavedActivations("feed_forward in", into, c),
@@ -120,9 +121,8 @@ def backward_transients(shape: ModelShape, sizes: ElementSizes, block: int) -> l
             SavedActivations("experts", slots * 4 * shape.dim, c),
             SavedActivations("gradients", shape.moe_top_k * shape.dim, c),
         ]
-    gated = shape.ffn_type != "gelu"
     return [
-        SavedActivations("feed_forward", (2 if gated else 1) * shape.hidden, c),
+        SavedActivations("feed_forward", sum(shape.ffn_inputs.values()) * shape.hidden, c),
         SavedActivations("gradient of the output", shape.dim, sizes.residual, "tokens"),
         SavedActivations("its cast", shape.dim if sizes.autocast and sizes.residual != c else 0, c, "replicated"),
     ]
@@ -142,7 +142,7 @@ def _norm(
 ) -> list[SavedActivations]:
     """Return what a norm saves: its input, or a copy in the dtype that it computes in. Mirrors norms.py."""
     width = width or shape.dim
-    if shape.model_norm == "rms_norm":
+    if NORMS.fact(shape.model_norm, "computes_in") == "float32":
         return [
             SavedActivations(f"{name} in float32", width, 4, split),
             SavedActivations(f"{name} before the gain", width, sizes.residual, split),
@@ -173,7 +173,7 @@ def _attention(shape: ModelShape, sizes: ElementSizes, context: int) -> list[Sav
         if sizes.norms not in (0, c):
             saved += [SavedActivations("queries, keys for their norms", 2 * width, sizes.norms)]
         saved += [SavedActivations("statistics", 4, 4)]
-    if shape.positional_embedding_type != "none" or shape.qk_norm:
+    if POSITIONAL_EMBEDDINGS.fact(shape.positional_embedding_type, "rotates", True) or shape.qk_norm:
         saved.append(SavedActivations("rotated queries, keys", 2 * width, c))
     return [*saved, SavedActivations("attention", width, c), SavedActivations("logsumexp", shape.n_heads, 4)]
 
@@ -181,14 +181,14 @@ def _attention(shape: ModelShape, sizes: ElementSizes, context: int) -> list[Sav
 def _feed_forward(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
     """Return what a feed-forward network saves. Mirrors feed_forward.py."""
     hidden, c = shape.hidden, sizes.compute
-    if shape.ffn_type == "gelu":
+    if sum(shape.ffn_inputs.values()) == 1:  # not gated
         return [
             SavedActivations("input", shape.dim, c, "replicated"),
             SavedActivations("0", hidden, c),
             SavedActivations("gelu", hidden, c),
         ]
-    # Each of geglu's two projections casts its input.
-    casts = 2 if shape.ffn_type == "gemma_geglu" and sizes.autocast and sizes.residual != c else 1
+    # Each of several input matrices casts its input.
+    casts = len(shape.ffn_inputs) if sizes.autocast and sizes.residual != c else 1
     return [
         SavedActivations("input", casts * shape.dim, c, "replicated"),
         SavedActivations("gate, up", 2 * hidden, c),

@@ -13,12 +13,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 from open_lm.config.architecture import gated_width, read_architecture
+from open_lm.config.registry import FEED_FORWARDS, NORMS
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError
 
 Role = Literal["embedding", "head", "norm", "in", "out", "expert", "router"]
-NORM_VECTORS = {"no_wb_layer_norm": (), "gain_only_lp_layer_norm": ("weight",), "gain_only_layer_norm": ("weight",),
-                "rms_norm": ("weight",)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,7 @@ class Weight:
     shape: tuple[int, ...]
     role: Role
     block: int | None = None
+    parts: int = 1  # matrices that a fused weight holds, one below the other
 
     @property
     def size(self) -> int:
@@ -42,8 +42,7 @@ class Weight:
         A fused weight such as in_proj holds one matrix for each of its layers.
         """
         *experts, m, n = self.shape
-        parts = {"in_proj": 3, "w12": 2}.get(self.name.split(".")[-2], 1)
-        return math.prod(experts) * parts, m // parts, n
+        return math.prod(experts) * self.parts, m // self.parts, n
 
     def local_shape(self, tensor: int) -> tuple[int, ...]:
         """Return the shape of the largest local shard with `tensor` tensor-parallel ranks."""
@@ -86,7 +85,13 @@ class ModelShape:
     @property
     def hidden(self) -> int:
         """Return F, the hidden width of a feed-forward network."""
-        return 4 * self.dim if self.ffn_type == "gelu" else gated_width(self.dim)
+        return 4 * self.dim if FEED_FORWARDS.required_fact(self.ffn_type, "hidden") == "4x" else gated_width(self.dim)
+
+    @property
+    def ffn_inputs(self) -> dict[str, int]:
+        """Return the input matrices of a feed-forward network by name, with the multiple of F that each returns."""
+        inputs: dict[str, int] = FEED_FORWARDS.required_fact(self.ffn_type, "inputs")
+        return inputs
 
     def has_experts(self, block: int) -> bool:
         """Return whether a block has a mixture of experts in place of a feed-forward network."""
@@ -144,12 +149,12 @@ class ModelShape:
             yield Weight("output.weight", (self.vocab_size, self.dim), "head")
 
     def _norm(self, name: str, width: int, block: int | None = None) -> Iterator[Weight]:
-        for part in NORM_VECTORS.get(self.model_norm, ("weight", "bias")):
+        for part in NORMS.required_fact(self.model_norm, "parameters"):
             yield Weight(f"{name}.{part}", (width,), "norm", block)
 
     def _block(self, block: int) -> Iterator[Weight]:
         prefix, dim, width = f"layers.{block}.", self.dim, self.width
-        yield Weight(prefix + "attention.in_proj.weight", (3 * width, dim), "in", block)
+        yield Weight(prefix + "attention.in_proj.weight", (3 * width, dim), "in", block, parts=3)
         yield Weight(prefix + "attention.out_proj.weight", (dim, width), "out", block)
         if self.qk_norm:
             for name in ("q_norm", "k_norm"):
@@ -165,18 +170,16 @@ class ModelShape:
             yield Weight(prefix + "router.layer.weight", (experts, dim), "router", block)
             yield Weight(prefix + "experts.mlp.w1", (experts, dim, 4 * dim), "expert", block)
             yield Weight(prefix + "experts.mlp.w2", (experts, 4 * dim, dim), "expert", block)
-        elif self.ffn_type == "gelu":
-            yield Weight(prefix + "0.weight", (hidden, dim), "in", block)
-            yield Weight(prefix + "2.weight", (dim, hidden), "out", block)
-        elif self.ffn_type == "gemma_geglu":
-            for name in ("gate_proj", "up_proj"):
-                yield Weight(f"{prefix}{name}.weight", (hidden, dim), "in", block)
-                yield Weight(f"{prefix}{name}.bias", (hidden,), "in", block)
-            yield Weight(prefix + "down_proj.weight", (dim, hidden), "out", block)
-            yield Weight(prefix + "down_proj.bias", (dim,), "out", block)
-        else:
-            yield Weight(prefix + "w12.weight", (2 * hidden, dim), "in", block)
-            yield Weight(prefix + "w3.weight", (dim, hidden), "out", block)
+            return
+        has_bias = FEED_FORWARDS.fact(self.ffn_type, "bias", False)
+        for name, parts in self.ffn_inputs.items():
+            yield Weight(f"{prefix}{name}.weight", (parts * hidden, dim), "in", block, parts)
+            if has_bias:
+                yield Weight(f"{prefix}{name}.bias", (parts * hidden,), "in", block)
+        for name in FEED_FORWARDS.required_fact(self.ffn_type, "outputs"):
+            yield Weight(f"{prefix}{name}.weight", (dim, hidden), "out", block)
+            if has_bias:
+                yield Weight(f"{prefix}{name}.bias", (dim,), "out", block)
 
 
 def shape_of(cfg: ModelConfig) -> ModelShape:

@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 from open_lm.config.checks import wants_training
-from open_lm.config.ineffective import ineffective_flags
+from open_lm.config.no_effect import flags_without_effect
 from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import (
     Config,
@@ -30,7 +30,7 @@ from open_lm.distributed.processes import Runtime, agree_on_name, broadcast_obje
 from open_lm.errors import ConfigError, join_problems
 from open_lm.monitor.loggers import MetricLoggers, build_loggers, parse_report_to, setup_logging, write_to_log_file
 from open_lm.monitor.run_folder import RunPaths, copy_codebase, write_params
-from open_lm.parallel.parallelize import notes, unwrap
+from open_lm.parallel.parallelize import ineffective_settings, unwrap
 from open_lm.storage import write_text
 from open_lm.storage.redaction import redacted
 from open_lm.storage.remote_sync import RemoteSync, remote_folder
@@ -157,7 +157,7 @@ def check_device(config: Config, architecture: dict[str, Any], runtime: Runtime,
     if runtime.is_master:
         if config.precision.precision == "fp16":
             logging.warning("--precision fp16 trains in float16 without loss scaling; amp or amp_bfloat16 is safer")
-        for note in [*ineffective_flags(config, architecture), *notes(config.parallel, runtime.device)]:
+        for note in [*flags_without_effect(config, architecture), *ineffective_settings(config.parallel, runtime.device)]:
             logging.warning(note)
 
 

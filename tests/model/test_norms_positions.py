@@ -14,7 +14,7 @@ from open_lm.kernels import cache_blocks
 from open_lm.kernels.cache_blocks import row_blocks
 from open_lm.model.norms import NORMS, get_norm_class
 from open_lm.model.positional_embedding import POSITIONAL_EMBEDDINGS, get_positional_embedding
-from open_lm.model.positional_embedding.rotary import rotate_halves, rotate_neighbours
+from open_lm.model.positional_embedding.rotary import rotate_halves, rotate_interleaved
 
 
 @pytest.mark.parametrize("name", sorted(NORMS))
@@ -42,9 +42,9 @@ def test_low_precision_norm_stays_low_under_autocast(name: str) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ConfigError, match=r"--model-norm batch.*rms_norm"):
+    with pytest.raises(ConfigError, match=r"--model-norm: found 'batch', expected one of .*rms_norm"):
         get_norm_class("batch")
-    with pytest.raises(ConfigError, match=r"--positional-embedding-type sine.*rotary"):
+    with pytest.raises(ConfigError, match=r"--positional-embedding-type: found 'sine', expected one of rotary"):
         get_positional_embedding("sine", 8)
     with pytest.raises(ConfigError, match="must be even"):
         get_positional_embedding("rotary", 7)
@@ -96,7 +96,7 @@ def test_frequencies_stay_exact_in_half_precision() -> None:
     torch.testing.assert_close(embed(q, q, q, embed.angles(far, 1))[0], exact)
 
 
-@pytest.mark.parametrize("rotate", [rotate_halves, rotate_neighbours])
+@pytest.mark.parametrize("rotate", [rotate_halves, rotate_interleaved])
 @pytest.mark.parametrize("shared", [True, False])
 def test_rotation_is_what_is_compiled_and_its_derivative(
     rotate: Callable[..., Tensor], shared: bool, monkeypatch: pytest.MonkeyPatch

@@ -92,5 +92,5 @@ def test_flags_choose_the_schedule(optimizer: torch.optim.Optimizer) -> None:
     assert rates((0, 99), skip_scheduler=True) == [1.0, 1.0]
     with pytest.raises(ConfigError, match="--epochs-cooldown"):
         rates((0,), lr_scheduler="const-cooldown")
-    with pytest.raises(ConfigError, match="found 'linear', expected cosine, const, const-cooldown or wsd"):
+    with pytest.raises(ConfigError, match="--lr-scheduler: found 'linear', expected one of cosine, const, const-cooldown, wsd"):
         rates((0,), lr_scheduler="linear")

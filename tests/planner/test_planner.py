@@ -277,7 +277,7 @@ def test_an_invalid_strategy_does_not_exclude_the_others() -> None:
         if option.strategy == "ddp":
             assert "with --accum-freq 2, to fit into memory" in option.problem
             assert "--torchcompile-mode max-autotune" in option.problem
-    with pytest.raises(ConfigError, match="leave out --accum-freq"):
+    with pytest.raises(ConfigError, match="remove --accum-freq"):
         planned(f"--model open_lm_7b --devices 8 --accum-freq 2 {graphs}")
 
 

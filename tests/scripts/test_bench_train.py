@@ -144,8 +144,8 @@ def test_the_benchmark_measures_ours_the_original_and_a_command(tmp_path: Path) 
         (["--trace", "x.json"], "--trace: goes with --profile"),
         (["--steps", "0"], "--steps, --rounds and --batch-size: expected at least 1"),
         (["--no-such-flag"], "unknown flag --no-such-flag"),
-        (["--batch-size", "3", "--accum-freq", "2"], "--global-batch-size 3 does not divide into --accum-freq 2"),
-        (["--model", "open_lm_11n"], "--model open_lm_11n: no such model"),
+        (["--batch-size", "3", "--accum-freq", "2"], "--global-batch-size 3 is not divisible by --accum-freq 2"),
+        (["--model", "open_lm_11n"], "--model open_lm_11n: unknown model"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_measured(arguments: list[str], message: str) -> None:

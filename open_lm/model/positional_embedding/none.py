@@ -1,19 +1,22 @@
-"""No position embedding: order is seen only through the causal mask."""
+"""No position embedding: the model sees the order of tokens only through the causal mask."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from open_lm.config.registry import POSITIONAL_EMBEDDINGS
 
+
+@POSITIONAL_EMBEDDINGS.register("none", help="no position embedding", rotates=False)
 class NoPositions(nn.Module):
-    """Hands queries and keys through. https://arxiv.org/abs/2305.19466"""
+    """Leaves queries and keys unchanged (Kazemnejad et al. 2023, https://arxiv.org/abs/2305.19466)."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
 
     def angles(self, positions: Tensor, heads: int) -> None:
-        """None."""
+        """Return None: there is nothing to rotate by."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v (B,T,H,K) -> q and k in v's type, and v."""
+        """q, k, v (B,T,H,K) -> q and k in the dtype of v, and v."""
         return q.to(v.dtype), k.to(v.dtype), v

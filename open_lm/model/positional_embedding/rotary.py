@@ -1,7 +1,7 @@
-"""Rotary position embeddings (Su et al. 2021, https://arxiv.org/abs/2104.09864) in the three forms that models use.
+"""Rotary position embeddings (Su et al. 2021, https://arxiv.org/abs/2104.09864) in three variants.
 
-Pair i of a head's K features turns by the angle position * 10000^(-2i/K). Angles and rotations are computed in float32
-whatever the model's type, since a half-precision angle is wrong by whole radians at position 2000.
+Pair i of a head's K features is rotated by the angle position * 10000^(-2i/K). Angles and rotations are computed in
+float32 for every model dtype, because a half-precision angle is wrong by whole radians at position 2000.
 Legend: B batch, T sequence, H heads, K head width.
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from open_lm.config.registry import POSITIONAL_EMBEDDINGS
 from open_lm.kernels.cache_blocks import row_blocks
 from open_lm.kernels.native import elements
 
@@ -21,34 +22,33 @@ BASE = 10000.0
 
 
 def inverse_frequencies(head_width: int, device: torch.device | None = None) -> Tensor:
-    """Angle of each pair of features for one position: (K/2,) float32."""
+    """Return the rotation angle of each pair of features per position: (K/2,) float32."""
     exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width
     return 1.0 / (BASE**exponents)
 
 
 class Angles:
-    """cos and sin (float32) of the angles by which pairs turn, broadcasting to (B,T,H,K/2): the same for all layers, so
-    computed once for a forward pass.
+    """cos and sin (float32) of the rotation angles, broadcasting to (B,T,H,K/2); computed once for all layers.
 
-    Neither tuple nor dataclass: in those FSDP2 rounds what a block is given to the type of its parameters.
+    This is neither a tuple nor a dataclass because FSDP2 casts tensors in those to the dtype of a block's parameters.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.cos, self.sin = cos, sin
 
 
-def _angles(angles: Tensor) -> Angles:
+def _cos_and_sin(angles: Tensor) -> Angles:
     return Angles(angles.cos(), angles.sin())
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Views (…,K/2) of the pairs (i, i + K/2) of x (…,K)."""
+    """Return views (…,K/2) of the first and second elements of the pairs (i, i + K/2) of x (…,K)."""
     first, second = x.chunk(2, dim=-1)
     return first, second
 
 
-def _neighbours(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Views (…,K/2) of the pairs (2i, 2i + 1) of x (…,K)."""
+def _interleaved(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return views (…,K/2) of the first and second elements of the pairs (2i, 2i + 1) of x (…,K)."""
     return x[..., ::2], x[..., 1::2]
 
 
@@ -58,76 +58,80 @@ Pairs = Callable[[Tensor], tuple[Tensor, Tensor]]
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rotate pairs (i, i + K/2) of x (B,T,H,K) by angles whose cos and sin (float32) broadcast to (B,T,H,K/2).
 
-    Computed in float32 (float64 of float64) and returned in dtype, by default the one computed in.
+    The computation is in float32 (float64 for float64), and so is the result unless dtype is given.
     """
     if torch.compiler.is_compiling():
-        first, second = _halves(_wide(x))
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned if dtype is None else turned.to(dtype)
+        first, second = _halves(_widen(x))
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotated if dtype is None else rotated.to(dtype)
     out: Tensor = _Rotation.apply(x, cos, sin, _halves, dtype)
     return out
 
 
-def rotate_neighbours(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As `rotate_halves`, for the pairs (2i, 2i + 1)."""
+def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rotate pairs (2i, 2i + 1) of x; otherwise as `rotate_halves`."""
     if torch.compiler.is_compiling():
-        first, second = _neighbours(_wide(x))
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
-        return turned if dtype is None else turned.to(dtype)
-    out: Tensor = _Rotation.apply(x, cos, sin, _neighbours, dtype)
+        first, second = _interleaved(_widen(x))
+        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+        return rotated if dtype is None else rotated.to(dtype)
+    out: Tensor = _Rotation.apply(x, cos, sin, _interleaved, dtype)
     return out
 
 
-def _wide(x: Tensor) -> Tensor:
+def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotation in few passes over memory. Without it autograd's chain of products, sums and copies, each with an
-    intermediate of its own, takes four times as long on a CPU; a compiler fuses that chain by itself."""
+    """A rotation in few passes over memory.
+
+    Autograd's chain of products, sums and copies, each with its own intermediate, takes four times as long on a CPU.
+    Compiled code does not need this class: the compiler fuses the chain.
+    """
 
     @staticmethod
-    def forward(  # noqa: PLR0917 (autograd takes no keywords)
+    def forward(  # noqa: PLR0917 (autograd passes no keyword arguments)
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype | None
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.pairs, ctx.dtype = pairs, x.dtype
-        return _rotate(x, cos, sin, pairs, dtype or _wide(x[:0]).dtype, back=False)
+        return _rotate(x, cos, sin, pairs, dtype or _widen(x[:0]).dtype, inverse=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grads[0], cos, sin, ctx.pairs, ctx.dtype, back=True), None, None, None, None
+        return _rotate(grads[0], cos, sin, ctx.pairs, ctx.dtype, inverse=True), None, None, None, None
 
 
 def _rotate(  # noqa: PLR0917 (as _Rotation)
-    x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype, back: bool
+    x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype, inverse: bool
 ) -> Tensor:
-    """x (B,T,H,K), rotated, in dtype; a few tokens at a time on a CPU."""
-    if dtype == x.dtype and elements.takes_rows(x) and cos.stride() == sin.stride() and cos.stride(-1) == 1:
-        return elements.turned(x, cos, sin, back=back, neighbours=pairs is _neighbours)
-    sin = -sin if back else sin
+    """Return x (B,T,H,K) rotated, in dtype; on a CPU in blocks of tokens."""
+    if dtype == x.dtype and elements.supports_rows(x) and cos.stride() == sin.stride() and cos.stride(-1) == 1:
+        return elements.rotate(x, cos, sin, inverse=inverse, interleaved=pairs is _interleaved)
+    sin = -sin if inverse else sin
     batch, length, heads, width = x.shape
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = (part.expand(batch, length, heads, width // 2) for part in (cos, sin))
+    compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    cos, sin = (table.expand(batch, length, heads, width // 2) for table in (cos, sin))
     for row in range(batch) if x.device.type == "cpu" else (slice(None),):
-        for tokens in row_blocks(length, heads * width * wide.itemsize, x.device):
-            place = (row, tokens)
-            source = x[place].to(wide)
-            turned = torch.empty_like(source)
-            (first, second), (one, other) = pairs(source), pairs(turned)
-            torch.mul(first, cos[place], out=one).addcmul_(second, sin[place], value=-1)
-            torch.mul(second, cos[place], out=other).addcmul_(first, sin[place])
-            out[place] = turned
+        for tokens in row_blocks(length, heads * width * compute_dtype.itemsize, x.device):
+            index = (row, tokens)
+            source = x[index].to(compute_dtype)
+            rotated = torch.empty_like(source)
+            (first, second), (out_first, out_second) = pairs(source), pairs(rotated)
+            torch.mul(first, cos[index], out=out_first).addcmul_(second, sin[index], value=-1)
+            torch.mul(second, cos[index], out=out_second).addcmul_(first, sin[index])
+            out[index] = rotated
     return out
 
 
+@POSITIONAL_EMBEDDINGS.register("rotary", help="rotary embedding of the pairs (i, i + K/2)", rotates=True)
 class Rotary(nn.Module):
-    """Rotation by the token's position, features paired across the two halves of a head (as GPT-NeoX).
+    """Rotation by the token's position, with pairs across the two halves of a head (as in GPT-NeoX).
 
-    The buffer inv_freq (K/2,) is part of the state dict, as existing checkpoints hold it. It stays float32.
+    The buffer inv_freq (K/2,) is part of the state dict because existing checkpoints contain it. It stays float32.
     """
 
     inv_freq: Tensor
@@ -138,56 +142,62 @@ class Rotary(nn.Module):
         self.register_buffer("inv_freq", inverse_frequencies(head_width))
 
     def reset_buffers(self) -> None:
-        """Recompute what is not learned, after the module was materialised from the meta device."""
+        """Recompute the frequencies after the module was created on the meta device."""
         self.inv_freq = inverse_frequencies(self.head_width, self.inv_freq.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         frequencies = self.inv_freq
         super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:  # model.half() and the like must not round the frequencies
+        if self.inv_freq.dtype != torch.float32:  # methods such as model.half() must not round the frequencies
             self.inv_freq = frequencies.to(self.inv_freq.device)
         return self
 
     def angles(self, positions: Tensor, heads: int) -> Angles:
-        """Of tokens at integer positions (T,) or (B,T), for so many heads."""
-        return _angles((positions[..., None] * self.inv_freq)[..., None, :])
+        """Return the angles of tokens at integer positions (T,) or (B,T), for `heads` heads."""
+        return _cos_and_sin((positions[..., None] * self.inv_freq)[..., None, :])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate queries and keys.
 
         Args:
             q, k, v: (B,T,H,K) float.
-            angles: of the rows of q and k.
+            angles: the result of `self.angles`.
 
         Returns:
-            q, k in v's type, and v.
+            q and k in the dtype of v, and v.
         """
         cos, sin = angles.cos, angles.sin
         return rotate_halves(q, cos, sin, v.dtype), rotate_halves(k, cos, sin, v.dtype), v
 
 
+@POSITIONAL_EMBEDDINGS.register(
+    "head_rotary", help="rotary embedding whose angles depend on the head instead of the position", rotates=True
+)
 class HeadRotary(Rotary):
-    """Rotation by the index of the head in place of the position: a slip of early models, kept so that they run.
+    """Rotation by the index of the head instead of the position: a bug of early models, kept for their checkpoints.
 
-    Such models see order only through the causal mask.
+    Such models see the order of tokens only through the causal mask.
     """
 
     def angles(self, positions: Tensor, heads: int) -> Angles:
-        return _angles(torch.arange(heads, device=positions.device)[:, None] * self.inv_freq)
+        return _cos_and_sin(torch.arange(heads, device=positions.device)[:, None] * self.inv_freq)
 
 
+@POSITIONAL_EMBEDDINGS.register("llama_rotary", help="rotary embedding of the pairs (2i, 2i + 1)", rotates=True)
 class LlamaRotary(nn.Module):
-    """Rotation by the token's position, neighbouring features paired (as Meta's Llama weights). No state."""
+    """Rotation by the token's position, with pairs of adjacent features (as in Meta's Llama weights). No state."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
         self.head_width = head_width
 
     def angles(self, positions: Tensor, heads: int) -> Angles:
-        """As `Rotary.angles`."""
-        return _angles((positions[..., None] * inverse_frequencies(self.head_width, positions.device))[..., None, :])
+        """Return the angles; see `Rotary.angles`."""
+        return _cos_and_sin(
+            (positions[..., None] * inverse_frequencies(self.head_width, positions.device))[..., None, :]
+        )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Rotary.forward`."""
+        """Rotate queries and keys; see `Rotary.forward`."""
         cos, sin = angles.cos, angles.sin
-        return rotate_neighbours(q, cos, sin, v.dtype), rotate_neighbours(k, cos, sin, v.dtype), v
+        return rotate_interleaved(q, cos, sin, v.dtype), rotate_interleaved(k, cos, sin, v.dtype), v

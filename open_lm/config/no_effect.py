@@ -1,43 +1,69 @@
-"""Which flags are in use and change nothing, beside others or beside the model's file. Pure functions of a Config."""
+"""Find flags that are set but have no effect because of other flags or of the model's JSON file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from open_lm.config.fields import FieldSpec, Section
 from open_lm.config.sections import ArchitectureConfig, Config, ParallelConfig, ValidationConfig
 
 
-def ineffective_flags(config: Config, architecture: Mapping[str, Any] | None = None) -> list[str]:
-    """A sentence for each accepted flag that is in use and changes nothing.
+def flags_without_effect(config: Config, architecture: Mapping[str, Any] | None = None) -> list[str]:
+    """Return one sentence for each flag that differs from its default and has no effect.
 
-    `architecture` is what the model's JSON file says (see model_files.architecture_of), which wins over flags.
+    `architecture` holds the contents of the model's JSON file (see `read_architecture`), which take precedence over
+    flags.
     """
     file = dict(architecture or {})
-    idle: dict[str, str] = {}
-    for names, is_used, why in _USED_ONLY:
-        if not is_used(config):
-            idle |= {name: why for name in names if name not in idle}
+    reasons: dict[str, str] = {}
+    for names, has_effect, reason in _CONDITIONS:
+        if not has_effect(config):
+            reasons |= {name: reason for name in names if name not in reasons}
     if not file.get("moe_freq", config.model.moe_freq):
-        idle |= dict.fromkeys(("moe_num_experts", "moe_top_k", "moe_capacity_factor", "moe_loss_weight"), _NO_EXPERTS)
+        reasons |= dict.fromkeys(
+            ("moe_num_experts", "moe_top_k", "moe_capacity_factor", "moe_loss_weight"), _NO_EXPERTS
+        )
+    for section in vars(config).values():
+        for spec in section.specs():
+            reasons = {**_unused_settings(section, spec), **reasons}
     sentences = []
     for section in vars(config).values():
         for spec in section.specs():
             value = getattr(section, spec.name)
             if value == spec.default:
                 continue
-            if spec.ineffective:
-                sentences.append(f"{spec.flag} has no effect: {spec.ineffective}")
-            elif spec.name in idle:
-                sentences.append(f"{spec.flag} has no effect {idle[spec.name]}")
+            if spec.no_effect:
+                sentences.append(f"{spec.flag} has no effect: {spec.no_effect}")
+            elif spec.name in reasons:
+                sentences.append(f"{spec.flag} has no effect {reasons[spec.name]}")
             elif spec.name in file and file[spec.name] != value:
-                sentences.append(f"{spec.flag} has no effect: the file of --model says {file[spec.name]}, which wins")
+                sentences.append(
+                    f"{spec.flag} has no effect: the --model file sets {spec.name} to {file[spec.name]} and takes "
+                    "precedence"
+                )
     return sentences
 
 
+def _unused_settings(section: Section, spec: FieldSpec) -> dict[str, str]:
+    """Return the settings that only other entries of a flag's registry use, with the reason."""
+    if spec.registry is None:
+        return {}
+    users: dict[str, list[str]] = {}
+    for entry in spec.registry.entries().values():
+        for setting in (*entry.facts.get("requires", ()), *entry.facts.get("uses", ())):
+            users.setdefault(setting, []).append(entry.name)
+    value = getattr(section, spec.name)
+    return {
+        setting: f"without {spec.flag} {names[0]}" if len(names) == 1 else f"with {spec.flag} {value}"
+        for setting, names in users.items()
+        if value not in names
+    }
+
+
 _NO_EXPERTS = "without --moe-freq"
-# Flags, whether they are used, and what to say where they are not; the first reason counts.
-_USED_ONLY: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
+# Settings, the condition under which they have an effect, and the reason otherwise. The first reason is reported.
+_CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
     (
         tuple(spec.name for spec in ParallelConfig.specs() if spec.name.startswith("fsdp_")),
         lambda c: c.parallel.fsdp,
@@ -46,7 +72,7 @@ _USED_ONLY: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = 
     (
         ("model", *(spec.name for spec in ArchitectureConfig.specs())),
         lambda c: c.model.hf_model is None,
-        "with --hf-model, which brings its own architecture",
+        "with --hf-model, which defines the architecture",
     ),
     (("hf_seq_len", "hf_fsdp_block"), lambda c: c.model.hf_model is not None, "without --hf-model"),
     (
@@ -57,38 +83,17 @@ _USED_ONLY: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = 
     (
         ("torchcompile",),
         lambda c: c.model.hf_model is None or c.model.hf_fsdp_block is not None,
-        "with --hf-model and no --hf-fsdp-block, which says what its layers are",
-    ),
-    (
-        ("attn_activation", "attn_seq_scalar", "attn_seq_scalar_alpha"),
-        lambda c: c.model.attn_name == "custom_attn",
-        "without --attn-name custom_attn",
+        "with --hf-model but without --hf-fsdp-block, the class name of its layers",
     ),
     (
         (
-            *("warmup", "lr_scheduler", "force_min_lr"),
-            *("lr_cooldown_end", "lr_cooldown_power", "epochs_cooldown"),
+            *("warmup", "lr_scheduler", "force_min_lr", "lr_cooldown_end", "lr_cooldown_power"),
+            *("epochs_cooldown", "lr_decay_fraction", "lr_decay_shape"),
         ),
         lambda c: not c.optim.skip_scheduler,
         "with --skip-scheduler",
     ),
-    (
-        ("lr_cooldown_power", "epochs_cooldown"),
-        lambda c: c.optim.lr_scheduler == "const-cooldown",
-        "without --lr-scheduler const-cooldown",
-    ),
-    (
-        ("lr_decay_fraction", "lr_decay_shape"),
-        lambda c: c.optim.lr_scheduler == "wsd" and not c.optim.skip_scheduler,
-        "without --lr-scheduler wsd",
-    ),
-    (("muon_momentum",), lambda c: c.optim.optimizer == "muon", "without --optimizer muon"),
     (("torchcompile_mode",), lambda c: c.model.torchcompile, "without --torchcompile"),
-    (
-        ("lr_cooldown_end", "force_min_lr"),
-        lambda c: c.optim.lr_scheduler != "const",
-        "with --lr-scheduler const",
-    ),
     (
         ("dataset_resampled", "multiple_data_passes", "train_data_upsampling_factors", "disable_buffer"),
         lambda c: c.data.dataset_type != "synthetic",
@@ -100,7 +105,7 @@ _USED_ONLY: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = 
     (
         ("pretrained", "load_pretrained_state", "average", "average_coefficients"),
         lambda c: c.checkpoint.resume in (None, "latest"),
-        "with --resume, which names the checkpoint to go on from",
+        "with --resume, which names the checkpoint to load",
     ),
     (
         tuple(spec.name for spec in ValidationConfig.specs() if spec.name not in ("val_data", "global_val_batch_size")),
