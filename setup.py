@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def requirements(name: str) -> list[str]:
-    """The loose requirements of requirements/NAME.in, from which the pinned .txt files are made."""
+    """Return the lower bounds in requirements/NAME.in, from which the pinned .txt files are compiled."""
     lines = (ROOT / "requirements" / f"{name}.in").read_text().splitlines()
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
