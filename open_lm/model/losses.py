@@ -1,4 +1,4 @@
-"""Token losses as sums, so that micro-batches and ranks add up exactly.
+"""Token losses as sums, so that the losses of micro-batches and ranks add up exactly.
 
 Legend: B batch, T sequence, D model width, V vocabulary.
 """
@@ -19,14 +19,14 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """What a model computes in place of logits: the cross entropy of its predictions, with the z-loss of `token_loss`.
+    """The loss that a model returns instead of logits: cross entropy with the z-loss of `token_loss`.
 
     Attributes:
-        targets: (B,T) int64, IGNORE_INDEX where there is none.
-        z_loss_coefficient: weight of the z-loss; 0 leaves it out.
-        per_token: give each token's loss, (B,T) float32 with 0 where there is no target, in place of their sum, a
-            float32 scalar.
-        logit_means: a list to which each computation adds the mean of its logits, a float32 scalar without a graph.
+        targets: (B,T) int64, IGNORE_INDEX for tokens without a target.
+        z_loss_coefficient: weight of the z-loss; 0 turns it off.
+        per_token: return the loss of each token, (B,T) float32 with 0 for tokens without a target, instead of the sum,
+            a float32 scalar.
+        logit_means: a list to which each computation appends the mean of its logits, a detached float32 scalar.
     """
 
     targets: Tensor
@@ -35,8 +35,10 @@ class TokenLoss:
     logit_means: list[Tensor] | None = None
 
     def from_hidden(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """The loss of hidden states (B,T,D) whose logits are hidden @ weight.T, weight (V,D), see
-        `linear_cross_entropy`: the logits of all are never held."""
+        """Return the loss of hidden states (B,T,D) with the logits hidden @ weight.T, weight (V,D).
+
+        `linear_cross_entropy` computes it without holding the logits of all tokens.
+        """
         if self.logit_means is not None:
             self.logit_means.append(logit_mean(hidden, weight))
         losses = linear_cross_entropy(
@@ -50,7 +52,7 @@ class TokenLoss:
         return losses.view_as(self.targets) if self.per_token else losses
 
     def from_logits(self, logits: Tensor) -> Tensor:
-        """The loss of logits (B,T,V), any floating type."""
+        """Return the loss of logits (B,T,V) of any floating type."""
         if self.logit_means is not None:
             self.logit_means.append(logits.detach().float().mean())
         return self._from_logits(logits)
@@ -67,9 +69,10 @@ class TokenLoss:
 
 
 def logit_mean(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The mean of the logits hidden @ weight.T without computing them: hidden (B,T,D), weight (V,D) -> float32 scalar.
+    """Return the mean of the logits hidden @ weight.T without computing them.
 
-    The mean of products over independent indices is the product of the means. weight may be sharded over a mesh.
+    hidden (B,T,D), weight (V,D) -> float32 scalar. It is the mean of hidden times the mean of weight. weight may be
+    sharded over a mesh.
     """
     row_sum = weight.detach().float().sum(0)
     if isinstance(row_sum, DTensor):
@@ -80,20 +83,20 @@ def logit_mean(hidden: Tensor, weight: Tensor) -> Tensor:
 def token_loss(
     logits: Tensor, targets: Tensor, z_loss_coefficient: float = 0.0, ignore_index: int = IGNORE_INDEX
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy summed over the valid tokens, and their number.
+    """Return the cross entropy summed over the valid tokens, and their number.
 
     The z-loss of a token is the squared logarithm of its softmax's denominator (Chowdhery et al. 2022, section 5,
-    https://arxiv.org/abs/2204.02311); it keeps logits from drifting. Like the cross entropy it is a sum over valid
-    tokens, so that the loss of a batch does not depend on how it is cut.
+    https://arxiv.org/abs/2204.02311). It prevents logits from drifting. Like the cross entropy it is a sum over valid
+    tokens, so that the loss of a batch does not depend on how the batch is split.
 
     Args:
-        logits: (…, V) float, any floating type; computed in float32.
+        logits: (…, V) of any floating type; computed in float32.
         targets: (…) int64; ignore_index marks a token without a target.
-        z_loss_coefficient: weight of the z-loss; 0 leaves it out.
+        z_loss_coefficient: weight of the z-loss; 0 turns it off.
 
     Returns:
-        (loss_sum, num_valid), both float32 scalars on the logits' device. Divide by the number of valid tokens of the
-        whole step, over micro-batches and ranks. With no valid token both are 0, and so are the gradients.
+        (loss_sum, num_valid), both float32 scalars on the device of the logits. Divide by the number of valid tokens of
+        the step, over all micro-batches and ranks. Without valid tokens both are 0, and so are the gradients.
     """
     flat_logits = logits.reshape(-1, logits.shape[-1]).float()
     flat_targets = targets.reshape(-1)
@@ -110,7 +113,7 @@ class CrossEntropyLossWithZLoss(nn.Module):
 
     Args:
         eps: weight of the z-loss.
-        ignore_index: target of tokens that do not count.
+        ignore_index: target of tokens that are excluded.
     """
 
     def __init__(self, eps: float = 1e-4, ignore_index: int = IGNORE_INDEX) -> None:
@@ -119,6 +122,6 @@ class CrossEntropyLossWithZLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """input (…, V) float, target (…) int64 -> float32 scalar; nan without any valid token, as torch's own."""
+        """input (…, V) float, target (…) int64 -> float32 scalar; nan without valid tokens, as in torch."""
         loss_sum, num_valid = token_loss(input, target, self.eps, self.ignore_index)
         return loss_sum / num_valid

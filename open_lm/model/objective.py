@@ -1,6 +1,6 @@
-"""From token ids to their loss, the same in any layout of ranks.
+"""The loss of a batch of token ids, for every layout of ranks.
 
-Legend: B rows of this rank's batch, T sequence.
+Legend: B sequences of this rank's batch, T sequence.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ from open_lm.model.losses import TokenLoss
 
 
 class ForwardOptions(Protocol):
-    """How the model is called: the layout of ranks, the precision, and the id that ends a document, inside which
-    attention then stays."""
+    """How to run the model.
+
+    Attributes:
+        layout: the layout of ranks.
+        autocast: a factory of autocast contexts for the compute precision.
+        end_of_text_id: the id that ends a document if attention stays within documents, else None.
+    """
 
     @property
     def layout(self) -> MeshLayout: ...
@@ -31,17 +36,17 @@ class ForwardOptions(Protocol):
 
 
 def batch_loss(model: nn.Module, ids: Tensor, loss: TokenLoss, options: ForwardOptions) -> Tensor:
-    """`loss` of the model's predictions from whole rows of ids (B,T).
+    """Return `loss` of the model's predictions for full sequences of ids (B,T).
 
-    With context parallelism a sum is that of this rank's tokens; losses of single tokens are those of all, (B,T).
+    With context parallelism the summed loss covers this rank's tokens only; per-token losses cover all tokens, (B,T).
     """
-    layout, more = options.layout, dict[str, Any]()
+    layout, masks = options.layout, dict[str, Any]()
     documents = None if options.end_of_text_id is None else document_ids(ids, options.end_of_text_id)
     if layout.context > 1:
-        more["attention_mask"] = context_parallel_mask(layout, ids.shape[1], ids.device, documents)
+        masks["attention_mask"] = context_parallel_mask(layout, ids.shape[1], ids.device, documents)
         ids, loss = shard_sequences(ids, layout), replace(loss, targets=shard_sequences(loss.targets, layout))
     elif documents is not None:
-        more["document_ids"] = documents
+        masks["document_ids"] = documents
     with options.autocast():
-        result: Tensor = model(ids, loss=loss, **more)[0]
+        result: Tensor = model(ids, loss=loss, **masks)[0]
     return gather_sequences(result, layout) if loss.per_token else result

@@ -1,8 +1,8 @@
 """Activation checkpointing: store fewer activations in the forward pass and recompute them in the backward pass.
 
-The policy "full" stores only a block's inputs (Chen et al. 2016, https://arxiv.org/abs/1604.06174). "op" also stores the
-results of matrix products and attention, so that only the cheap operators between them run twice (Korthikanti et al.
-2022, section 5, https://arxiv.org/abs/2205.05198).
+The policy "full" stores only a block's inputs (Chen et al. 2016, https://arxiv.org/abs/1604.06174). "op" also stores
+the results of matrix products and attention, so that only the cheap operators between them run twice (Korthikanti et
+al. 2022, section 5, https://arxiv.org/abs/2205.05198).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ATTENTION = (
 )
 
 
-def recomputed(function: Callable[..., Any], policy: str = "full") -> Callable[..., Any]:
+def with_recomputation(function: Callable[..., Any], policy: str = "full") -> Callable[..., Any]:
     """Return `function` with activation checkpointing; `policy` is one of POLICIES.
 
     The model has no dropout, so the random state is not saved: reading it would wait for a CUDA device.

@@ -21,7 +21,7 @@ from open_lm.model.losses import TokenLoss
 from open_lm.model.mixture_of_experts import MixtureOfExperts
 from open_lm.model.params import Params, create_params
 from open_lm.model.positional_embedding import Angles, get_positional_embedding, token_positions
-from open_lm.model.recomputation import POLICIES, recomputed
+from open_lm.model.recomputation import POLICIES, with_recomputation
 
 LayerCache = Sequence[Tensor]  # keys and values of a layer, both (B,P,H,K), with the position embedding applied
 
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         policy, every = self._recomputation
         new_caches: list[list[Tensor]] = []
         for i, block in enumerate(self.layers):
-            run = recomputed(block, policy) if recompute and i % every == 0 else block
+            run = with_recomputation(block, policy) if recompute and i % every == 0 else block
             x, new_cache = run(x, caches[i], use_cache, attention_mask, angles)
             if new_cache is not None:
                 new_caches.append(new_cache)

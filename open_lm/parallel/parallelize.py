@@ -22,7 +22,7 @@ from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.distributed.processes import run_on_all_ranks
 from open_lm.errors import ConfigError
-from open_lm.model.recomputation import recomputed
+from open_lm.model.recomputation import with_recomputation
 from open_lm.parallel.float8 import check_float8, convert_to_float8
 from open_lm.parallel.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 
@@ -190,7 +190,7 @@ def _checkpointed_class(base: Any, policy: str) -> type:
     """Return a subclass of a block's class whose forward pass is checkpointed by `policy`."""
 
     def forward(block: nn.Module, *args: Any) -> Any:
-        return recomputed(base.forward, policy)(block, *args)
+        return with_recomputation(base.forward, policy)(block, *args)
 
     return type(base.__name__, (base,), {"forward": forward})
 

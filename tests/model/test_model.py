@@ -296,10 +296,10 @@ def test_each_parameter_depends_on_seed_and_name_only() -> None:
 def test_values_are_drawn_in_pieces_as_if_at_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
     for piece in (32, 1 << 20):
-        monkeypatch.setattr(initialization, "_PIECE", piece)
+        monkeypatch.setattr(initialization, "_BLOCK_VALUES", piece)
         drawn[piece] = torch.empty(count)
         with Watch() as watch:
-            initialization.draw(drawn[piece], 0.5, torch.Generator().manual_seed(0))
+            initialization.truncated_normal_(drawn[piece], 0.5, torch.Generator().manual_seed(0))
         assert piece > count or len({ref.cdata for ref, size in watch.results if size > 4 * 47}) <= 1  # the values
     assert torch.equal(drawn[32], drawn[1 << 20]) and drawn[32].abs().max() <= 1.5
     if torch.__version__ >= "2.13":  # else by another algorithm
