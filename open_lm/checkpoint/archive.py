@@ -1,8 +1,8 @@
-"""torch.save's file format, written piece by piece: for contents larger than what a process may hold.
+"""Write files in the format of torch.save one chunk at a time, for contents that do not fit into memory.
 
-A file is a zip archive of uncompressed records: data.pkl, the content with a reference in place of each storage, and
-data/N, the bytes of storage N, which begin at multiples of 64 so that they can be mapped into memory. torch.load and
-Python's zipfile read it as they read torch.save's own.
+A file is a zip archive of uncompressed records: data.pkl, the pickled content with a reference in place of each
+storage, and data/N, the bytes of storage N. Storages are aligned to 64 bytes so that they can be memory-mapped.
+torch.load and Python's zipfile read these files like those of torch.save.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from open_lm.errors import BrokenCheckpoint
 
 _ALIGNMENT = 64
 _ROOT = "archive"
-# A record's header: 30 bytes, its name, a field of padding (4 bytes and more), and 20 bytes for sizes beyond 4 GiB.
+# A record's header: 30 bytes, its name, a padding field (at least 4 bytes), and 20 bytes for sizes above 4 GiB.
 _HEADER_BYTES, _PADDING_BYTES, _LARGE_SIZE_BYTES = 30, 4, 20
-_PADDING_ID = 0x4246  # "FB", the field that torch pads with
+_PADDING_ID = 0x4246  # "FB", the ID of torch's padding field
 _VERSION = "3\n"
 _STORAGES = {
     torch.float64: torch.DoubleStorage,
@@ -44,14 +44,14 @@ _STORAGES = {
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor that is read when its bytes are written: `pieces()` gives them in order, each contiguous on the CPU.
+    """A tensor whose data is read only when it is written; `chunks()` yields it in order as CPU tensors.
 
-    Where the same object stands at several places of a content, the tensors read back share their memory.
+    If the same object occurs several times in a content, the tensors that torch.load returns share their memory.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: Callable[[], Iterable[Tensor]]
+    chunks: Callable[[], Iterable[Tensor]]
 
     @property
     def num_bytes(self) -> int:
@@ -59,9 +59,10 @@ class LazyTensor:
 
 
 def write_archive(file: IO[bytes], content: Any) -> None:
-    """Write `content`, dicts, lists and plain values with LazyTensors for tensors, to a file open for writing.
+    """Write `content` (dicts, lists and plain values, with LazyTensors for tensors) to a file open for writing.
 
-    At most one piece of a tensor is held at a time. BrokenCheckpoint where pieces do not make up their tensor.
+    At most one chunk of a tensor is in memory at a time. Raise BrokenCheckpoint if the chunks of a tensor do not have
+    its size.
     """
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
@@ -70,18 +71,20 @@ def write_archive(file: IO[bytes], content: Any) -> None:
         _write_record(archive, "data.pkl", [pickled.getvalue()])
         _write_record(archive, "byteorder", [sys.byteorder.encode()])
         for tensor, key in pickler.keys.items():
-            written = _write_record(archive, f"data/{key}", (_bytes_of(piece) for piece in tensor.pieces()))
-            if written != tensor.num_bytes:
-                found = f"{written} bytes were found, {tensor.num_bytes} expected"
-                raise BrokenCheckpoint(f"a tensor of shape {tuple(tensor.shape)} is incomplete: {found}")
+            written_bytes = _write_record(archive, f"data/{key}", (_as_bytes(chunk) for chunk in tensor.chunks()))
+            if written_bytes != tensor.num_bytes:
+                raise BrokenCheckpoint(
+                    f"a tensor of shape {tuple(tensor.shape)} is incomplete: found {written_bytes} bytes, "
+                    f"expected {tensor.num_bytes}"
+                )
         _write_record(archive, "version", [_VERSION.encode()])
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles LazyTensors as torch pickles tensors; `keys` numbers their storages in the order they were met."""
+    """A pickler that writes LazyTensors like torch writes tensors; `keys` maps them to storage numbers, in order."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, protocol=2)  # torch's own, which its safe loader reads
+        super().__init__(file, protocol=2)  # the protocol of torch.save, which torch.load(weights_only=True) reads
         self.keys: dict[LazyTensor, str] = {}
 
     def reducer_override(self, value: Any) -> Any:
@@ -104,20 +107,20 @@ class _Storage:
     tensor: LazyTensor
 
 
-def _bytes_of(piece: Tensor) -> Any:
-    """The memory of a tensor, as what takes bytes takes it."""
-    return piece.contiguous().reshape(-1).view(torch.uint8).numpy()
+def _as_bytes(tensor: Tensor) -> Any:
+    """Return a tensor's data as a uint8 array, which supports the buffer protocol."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _write_record(archive: zipfile.ZipFile, name: str, pieces: Iterable[Any]) -> int:
-    """Write an aligned record and return its size; zipfile adds up its checksum."""
+def _write_record(archive: zipfile.ZipFile, name: str, chunks: Iterable[Any]) -> int:
+    """Write an aligned record, and return its size in bytes; zipfile computes the checksum."""
     record = zipfile.ZipInfo(f"{_ROOT}/{name}")
     assert archive.fp is not None
     fixed = _HEADER_BYTES + len(record.filename) + _PADDING_BYTES + _LARGE_SIZE_BYTES
     padding = -(archive.fp.tell() + fixed) % _ALIGNMENT
     record.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
-    written = 0
+    num_bytes = 0
     with archive.open(record, "w", force_zip64=True) as target:
-        for piece in pieces:
-            written += target.write(piece)
-    return written
+        for chunk in chunks:
+            num_bytes += target.write(chunk)
+    return num_bytes

@@ -1,10 +1,10 @@
-"""The files of a checkpoint, one by one: names, safe reading and whole writing, completeness. No process group here.
+"""Name, read, write and check single interchange files. Nothing here uses a process group.
 
-A checkpoint of epoch N in a run's folder `checkpoints` is
+The interchange files of epoch N in a run's `checkpoints` folder are
 
     optimizer_N.pt <averager>_N.pt stats_N.pt    written first
-    epoch_N.pt                                   written last: where it is, the checkpoint is complete
-    epoch_latest.pt                              with --save-most-recent: one file that holds model and optimizer
+    epoch_N.pt                                   written last: if it exists, the checkpoint is complete
+    epoch_latest.pt                              with --save-most-recent: one file with model and optimizer
 """
 
 from __future__ import annotations
@@ -31,43 +31,43 @@ from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError, join
 
 LATEST = "latest"
 _NUMBERED = re.compile(r"^epoch_(\d+)\.pt$")
-_COMPANION = re.compile(r"^(optimizer|stats|(poly|ema|none)(_[^_]+){0,2})_(\d+)\.pt$")  # averagers go by their names
-# Keys of a checkpoint under which a model's weights are found.
+_COMPANION = re.compile(r"^(optimizer|stats|(poly|ema|none)(_[^_]+){0,2})_(\d+)\.pt$")  # averagers: by their names
+# Keys of a checkpoint file that hold model weights.
 _WEIGHT_KEYS = ("state_dict", "av_model_sd")
 _LARGE_KEYS = ("optimizer", "averagers", "rng")
 
 
 def file_name(kind: str, epoch: int | str) -> str:
-    """The name of one file: kind "epoch", "optimizer", "stats" or an averager's name; epoch a number or "latest"."""
+    """Return a file name; kind: "epoch", "optimizer", "stats" or an averager's name; epoch: a number or "latest"."""
     return f"{kind}_{epoch}.pt"
 
 
-def sibling(path: str, kind: str) -> str:
-    """The file of another kind beside .../epoch_N.pt."""
+def companion_path(path: str, kind: str) -> str:
+    """Return the path of another kind of file of the same checkpoint as .../epoch_N.pt."""
     folder, slash, name = path.rpartition("/")
     return folder + slash + re.sub(r"^epoch_", f"{kind}_", name)
 
 
 # ---------------------------------------------------------------------------------------------- reading
 def read_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
-    """What torch.save wrote to a local or remote file; only tensors and plain values are ever unpickled.
+    """Return the content of a local or remote torch.save file; only tensors and plain values are unpickled.
 
-    Local and downloaded files are mapped into memory, so that only what is used is read. CheckpointError where the
-    file is missing, broken or holds other kinds of objects.
+    The file (or its local copy) is memory-mapped, so that only the data in use is read. Raise CheckpointError if the
+    file is missing, broken or contains other kinds of objects.
     """
     url = os.fspath(path)
     if not storage.is_remote(url):
         local = storage.local_path(url)
         if not os.path.isfile(local):
-            raise CheckpointError(f"{url}: there is no such checkpoint{neighbours(url)}")
+            raise CheckpointError(f"{url}: no such checkpoint{existing_hint(url)}")
         return _load(local, url, map_location, mmap=zipfile.is_zipfile(local))
     with tempfile.TemporaryDirectory(prefix="open_lm-checkpoint-") as folder:
         local = os.path.join(folder, "checkpoint.pt")
         try:
             storage.download(url, local)
         except StorageError as error:
-            raise CheckpointError(f"the checkpoint cannot be fetched: {error}") from error
-        # The mapping keeps the file's data alive after its removal.
+            raise CheckpointError(f"the checkpoint cannot be downloaded: {error}") from error
+        # The memory mapping keeps the data accessible after the file is removed.
         return _load(local, url, map_location, mmap=zipfile.is_zipfile(local))
 
 
@@ -76,20 +76,20 @@ def _load(source: str | IO[bytes], url: str, map_location: Any = "cpu", mmap: bo
         with torch.serialization.safe_globals(_numpy_scalars()):
             return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|class) '?([A-Za-z_][\w.]*\.\w+)", str(error))
-        what = f"an object of type {found.group(1)}" if found else "something else"
-        raise CheckpointError(f"{url}: expected tensors and plain values only, found {what}") from error
+        match = re.search(r"(?:GLOBAL|class) '?([A-Za-z_][\w.]*\.\w+)", str(error))
+        found = f"an object of type {match.group(1)}" if match else "another object"
+        raise CheckpointError(f"{url}: expected only tensors and plain values, found {found}") from error
     except StorageError:
         raise
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise BrokenCheckpoint(
-            f"{url}: the file is broken or no checkpoint ({reason}); fetch it again, or use an earlier one"
+            f"{url}: the file is broken or not a checkpoint ({reason}); copy it again, or use an earlier checkpoint"
         ) from error
 
 
 def _numpy_scalars() -> list[Any]:
-    """What older optimizer files need beside tensors: numbers such as the learning rate as numpy scalars."""
+    """Return the numpy types in older optimizer files, whose learning rates are numpy scalars."""
     import numpy as np
 
     scalar = np.float64(0.0).__reduce__()[0]
@@ -97,17 +97,19 @@ def _numpy_scalars() -> list[Any]:
     return [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"), np.dtype, *kinds]
 
 
-def neighbours(url: str) -> str:
-    """The end of a message about a file that is not there: which checkpoints are beside it."""
-    present = [os.path.basename(name) for name in storage.glob(os.path.join(os.path.dirname(url) or ".", "epoch_*.pt"))]
-    return f"; beside it are {', '.join(present[:8])}" if present else ""
+def existing_hint(url: str) -> str:
+    """Return the end of an error message about a missing file: the checkpoints that its folder contains."""
+    existing = [
+        os.path.basename(name) for name in storage.glob(os.path.join(os.path.dirname(url) or ".", "epoch_*.pt"))
+    ]
+    return f"; the folder contains {', '.join(existing[:8])}" if existing else ""
 
 
 def read_model_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A model's weights by their clean names, and everything else small that the checkpoint says (epoch, step, …).
+    """Return a model's weights by clean name, and the checkpoint's other small values (epoch, step, …).
 
-    Takes a checkpoint of a run (epoch_N.pt or a step_N folder), an averager's file, or bare weights (then the second
-    result is empty).
+    Accepts a checkpoint of a run (epoch_N.pt or a step_N folder), an averager's file, or a file of weights only (the
+    second result is then empty).
     """
     url = os.fspath(path)
     if step_number(url) is not None:
@@ -118,27 +120,27 @@ def read_model_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     state = {clean_name(name): value for name, value in weights.items() if isinstance(value, Tensor)}
     if not state:
         raise CheckpointError(
-            f"{url}: holds no weights, only {', '.join(map(str, list(content)[:8])) or 'nothing'}; "
-            "expected an epoch_N.pt or bare weights"
+            f"{url}: contains no weights, only {', '.join(map(str, list(content)[:8])) or 'nothing'}; "
+            "expected an epoch_N.pt or a file of weights"
         )
     return state, _meta_of(content, weights)
 
 
 def read_meta(url: str) -> dict[str, Any]:
-    """What `read_model_state` returns beside the weights, of which nothing is read, and nothing downloaded."""
+    """Return the second result of `read_model_state`, without reading or downloading the weights."""
     if step_number(url) is not None:
         return _stored_meta(StoredTensors(url))
-    beside = sibling(url, "stats")
-    if beside != url and storage.info(beside) is not None:
-        with contextlib.suppress(CheckpointError):  # the file itself says the same
-            content = read_file(beside)
+    stats = companion_path(url, "stats")
+    if stats != url and storage.info(stats) is not None:
+        with contextlib.suppress(CheckpointError):  # epoch_N.pt has the same values
+            content = read_file(stats)
             if "step" in content:
                 return dict(content)
     with storage.open_file(url) as file:
         if not zipfile.is_zipfile(file):
-            return read_model_state(url)[1]  # an old format, in which all has to be read
+            return read_model_state(url)[1]  # an old format that must be read completely
         file.seek(0)
-        with FakeTensorMode():  # tensors without their data
+        with FakeTensorMode():  # do not load the tensors' data
             content = _load(file, url)
     return _meta_of(content, _weights_of(content, url))
 
@@ -156,14 +158,14 @@ def _meta_of(content: Mapping[str, Any], weights: Mapping[str, Any]) -> dict[str
 
 
 def stored_weights(stored: StoredTensors) -> dict[str, Tensor]:
-    """The whole weights of a sharded checkpoint; all names of a tied weight share one tensor."""
-    read: dict[str, Tensor] = {}
+    """Return the full weights of a sharded checkpoint; all names of a tied weight share one tensor."""
+    tensors: dict[str, Tensor] = {}
     state = {}
     for name in stored.names("model/"):
         first = stored.stored_name(name)
-        if first not in read:
-            read[first] = stored.read(first)
-        state[name.removeprefix("model/")] = read[first]
+        if first not in tensors:
+            tensors[first] = stored.read(first)
+        state[name.removeprefix("model/")] = tensors[first]
     return state
 
 
@@ -173,20 +175,23 @@ def _stored_meta(stored: StoredTensors) -> dict[str, Any]:
 
 
 def average_states(paths: list[str], coefficients: list[float] | None = None) -> dict[str, Tensor]:
-    """The weighted sum of several checkpoints' weights; equal weights of 1/n by default.
+    """Return the weighted sum of several checkpoints' weights; the default coefficients are 1/n.
 
-    Summed in float32 (or wider); a tensor of integers is taken from the first checkpoint.
+    The sum is computed in float32 (or wider). Integer tensors are taken from the first checkpoint.
     """
     if len(paths) < 2:
-        raise CheckpointError("--average: expected two or more checkpoints; use --pretrained for one")
-    weights = coefficients if coefficients is not None else [1.0 / len(paths)] * len(paths)
-    if len(weights) != len(paths):
-        raise CheckpointError(f"--average-coefficients: found {len(weights)} for {len(paths)} checkpoints of --average")
+        raise CheckpointError("--average: found one checkpoint, expected two or more; use --pretrained for one")
+    factors = coefficients if coefficients is not None else [1.0 / len(paths)] * len(paths)
+    if len(factors) != len(paths):
+        raise CheckpointError(
+            f"--average-coefficients: found {len(factors)} coefficients, but --average has {len(paths)} checkpoints; "
+            "give one coefficient per checkpoint"
+        )
     total: dict[str, Tensor] = {}
-    for path, weight in zip(paths, weights, strict=True):
+    for path, factor in zip(paths, factors, strict=True):
         state, _ = read_model_state(path)
         if not total:
-            total = {name: _scaled(value, weight) for name, value in state.items()}
+            total = {name: _scaled(value, factor) for name, value in state.items()}
             shapes = {name: value.shape for name, value in total.items()}
             continue
         problems = shape_problems(state, shapes)
@@ -194,25 +199,29 @@ def average_states(paths: list[str], coefficients: list[float] | None = None) ->
             raise CheckpointError(join_problems(problems, f"{path} cannot be averaged with {paths[0]}"))
         for name, value in total.items():
             if value.is_floating_point():
-                value.add_(state[name].to(value.dtype), alpha=weight)
+                value.add_(state[name].to(value.dtype), alpha=factor)
     return total
 
 
-def _scaled(value: Tensor, weight: float) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32)) * weight if value.is_floating_point() else value
+def _scaled(value: Tensor, factor: float) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32)) * factor if value.is_floating_point() else value
 
 
 def shape_problems(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> list[str]:
-    """What keeps `state` from fitting `expected` names and shapes: missing, unexpected, other shapes (shortened)."""
+    """Compare the names and shapes of `state` with the expected ones; return shortened error messages."""
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     different = [
-        f"{name} is {tuple(state[name].shape)}, the model's {tuple(shape)}"
+        f"{name}: found {tuple(state[name].shape)}, the model has {tuple(shape)}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
-    named = (("missing from the checkpoint", missing), ("not in the model", unexpected), ("other shapes", different))
-    return [f"{title} ({len(names)}): {_shortened(names)}" for title, names in named if names]
+    problems = (
+        ("missing in the checkpoint", missing),
+        ("not in the model", unexpected),
+        ("different shapes", different),
+    )
+    return [f"{title} ({len(names)}): {_shortened(names)}" for title, names in problems if names]
 
 
 def _shortened(names: list[str], limit: int = 6) -> str:
@@ -222,37 +231,37 @@ def _shortened(names: list[str], limit: int = 6) -> str:
 
 # ---------------------------------------------------------------------------------------------- writing
 def write_file(path: str, content: Any) -> None:
-    """Write with torch.save so that the file appears whole or not at all."""
+    """Write a file with torch.save, atomically."""
     try:
         with storage.atomic_write(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         if isinstance(error, StorageError):
             raise
-        raise StorageError(f"{path}: the checkpoint could not be written ({error}); is the disk full?") from error
+        raise StorageError(f"{path}: the checkpoint could not be written ({error}); check the disk space") from error
 
 
 # ---------------------------------------------------------------------------------------------- finding
 def epoch_number(url: str) -> int | None:
-    """N of .../epoch_N.pt, None for any other name."""
+    """Return N for .../epoch_N.pt, and None for any other name."""
     match = _NUMBERED.match(url.rpartition("/")[2])
     return int(match.group(1)) if match else None
 
 
-def numbered(folder: str) -> dict[int, str]:
-    """The epoch_N.pt files of a folder by their number, ascending."""
-    found = [(epoch_number(url), url) for url in storage.list_files(folder)]
-    return dict(sorted((number, url) for number, url in found if number is not None))
+def epoch_files(folder: str) -> dict[int, str]:
+    """Return the epoch_N.pt files of a folder by N, ascending."""
+    numbers = [(epoch_number(url), url) for url in storage.list_files(folder)]
+    return dict(sorted((number, url) for number, url in numbers if number is not None))
 
 
 def has_optimizer(url: str) -> bool:
-    """Whether the optimizer's file beside an epoch_N.pt is there and whole."""
-    beside = sibling(url, "optimizer")
-    return storage.info(beside) is not None and incompleteness(beside) is None
+    """Return whether the optimizer file of an epoch_N.pt exists and is complete."""
+    optimizer = companion_path(url, "optimizer")
+    return storage.info(optimizer) is not None and incomplete_reason(optimizer) is None
 
 
-def incompleteness(url: str) -> str | None:
-    """Why a file cannot be a whole checkpoint, or None; reads its table of contents only (which stands at its end)."""
+def incomplete_reason(url: str) -> str | None:
+    """Return why a file is not a complete checkpoint, or None. Only its directory (at the end) is read."""
     try:
         with storage.open_file(url) as file:
             start = file.read(2)
@@ -266,9 +275,9 @@ def incompleteness(url: str) -> str | None:
 
 
 def remove_checkpoint(folder: str, epoch: int) -> None:
-    """Remove the files of one checkpoint, epoch_N.pt first: what remains of it never looks complete."""
+    """Remove the files of one checkpoint, epoch_N.pt first, so that a partly removed one never looks complete."""
     first = storage.join(folder, file_name("epoch", epoch))
-    beside = [url for url in storage.list_files(folder) if _COMPANION.match(url.rpartition("/")[2])]
-    for url in [first, *(url for url in beside if url.endswith(f"_{epoch}.pt"))]:
+    companions = [url for url in storage.list_files(folder) if _COMPANION.match(url.rpartition("/")[2])]
+    for url in [first, *(url for url in companions if url.endswith(f"_{epoch}.pt"))]:
         with contextlib.suppress(StorageError):
             storage.remove(url)

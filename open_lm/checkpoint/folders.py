@@ -1,4 +1,4 @@
-"""The folders of sharded checkpoints: step_N/ when complete, another name with INCOMPLETE while they are written."""
+"""Name, list and remove the folders of sharded checkpoints: step_N, with the suffix INCOMPLETE while being written."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ import shutil
 
 from open_lm import storage
 
-INDEX = "checkpoint.json"  # written last, removed first: where it is, the checkpoint is complete
+INDEX = "checkpoint.json"  # written last and removed first: if it exists, the checkpoint is complete
 INCOMPLETE = ".incomplete"
 _STEP_FOLDER = re.compile(r"^step_(\d+)$")
-_DIGITS = 8  # so that names sort as their steps do
+_DIGITS = 8  # zero-padded, so that names sort in the order of their steps
 
 
 def step_folder(step: int) -> str:
-    """The name of the sharded checkpoint after `step` optimizer steps."""
+    """Return the folder name of the sharded checkpoint after `step` optimizer steps."""
     return f"step_{step:0{_DIGITS}d}"
 
 
 def step_number(url: str) -> int | None:
-    """N of .../step_N, with or without a slash at the end; None for any other name."""
+    """Return N for .../step_N, with or without a trailing slash, and None for any other name."""
     match = _STEP_FOLDER.match(url.rstrip("/").rpartition("/")[2])
     return int(match.group(1)) if match else None
 
 
 def step_folders(root: str) -> dict[int, str]:
-    """The step_N folders in a local or remote folder by their N, ascending, complete or not."""
+    """Return the step_N folders in a local or remote folder by N, ascending, both complete and incomplete ones."""
     numbers = {name: step_number(name) for name in _folder_names(root)}
-    found = {number: storage.join(root, name) for name, number in numbers.items() if number is not None}
-    return dict(sorted(found.items()))
+    folders = {number: storage.join(root, name) for name, number in numbers.items() if number is not None}
+    return dict(sorted(folders.items()))
 
 
-def unfinished(root: str) -> list[str]:
-    """The folders that nobody completes any more: those with INCOMPLETE, and step_N without their index."""
+def unfinished_folders(root: str) -> list[str]:
+    """Return the folders of unfinished saves: those with the suffix INCOMPLETE, and step_N without an index."""
     marked = [storage.join(root, name) for name in _folder_names(root) if name.endswith(INCOMPLETE)]
     return marked + [url for url in step_folders(root).values() if storage.info(storage.join(url, INDEX)) is None]
 
 
 def remove_folder(url: str) -> None:
-    """Remove a checkpoint with all its files, the index first: what remains of it never looks complete."""
+    """Remove a checkpoint with all its files, the index first, so that a partly removed one never looks complete."""
     try:
         storage.remove(storage.join(url, INDEX))
         if not storage.is_remote(url):
             with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(storage.local_path(url))  # with what a killed writer had only begun
+                shutil.rmtree(storage.local_path(url))  # also removes temporary files of a killed writer
             return
         for file in storage.list_files(url, recursive=True):
             storage.remove(file)
@@ -55,7 +55,7 @@ def remove_folder(url: str) -> None:
 
 
 def _folder_names(root: str) -> list[str]:
-    """The names of the folders directly in `root`; of a store without folders, those that hold files."""
+    """Return the names of the folders directly in `root`; on a store without folders, of those with files."""
     if not storage.is_remote(root):
         local = storage.local_path(root)
         return sorted(entry.name for entry in os.scandir(local) if entry.is_dir()) if os.path.isdir(local) else []

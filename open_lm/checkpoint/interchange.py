@@ -1,8 +1,8 @@
-"""The interchange files, epoch_N.pt and its companions, which any program with torch reads (described in files.py).
+"""Write and load the interchange files, epoch_N.pt and its companions, which any program with torch can read.
 
-They are made from a sharded checkpoint by one process, tensor by tensor, so that nobody ever holds the whole model.
-They are loaded into one process, DDP and sharded models alike: rank 0 alone reads, and hands out to each rank its part.
-Loading is collective: all ranks call it, and a failure on rank 0 is raised on all.
+files.py describes them. One process writes them from a sharded checkpoint, tensor by tensor, so that no process needs
+memory for the full model. They can be loaded into a single process, DDP and sharded models: only rank 0 reads, and
+sends each rank its local shards. Loading is collective: all ranks call it, and an error on rank 0 is raised on all.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from open_lm.checkpoint.archive import LazyTensor, write_archive
 from open_lm.checkpoint.files import (
     LATEST,
     average_states,
+    companion_path,
     file_name,
     read_file,
     read_model_state,
-    sibling,
 )
 from open_lm.checkpoint.folders import step_number
 from open_lm.checkpoint.model_state import (
-    fitting,
     moments_by_name,
+    select_weights,
     set_moments,
     set_weights,
 )
@@ -44,11 +44,14 @@ from open_lm.optim.averaging import ModelAverager
 
 # ---------------------------------------------------------------------------------------------- writing
 def write_interchange(stored: StoredTensors, folder: str, name: str, keep_optimizer: bool = True) -> str:
-    """Write the interchange files of a sharded checkpoint to a local or remote folder; returns epoch_N.pt's path.
+    """Write the interchange files of a sharded checkpoint to a local or remote folder; return epoch_N.pt's path.
 
-    `name` is the run's. Each file appears whole or not at all, epoch_N.pt last. At most one chunk of a tensor is held,
-    or the whole of one that tensor parallelism has divided along its columns.
-    CheckpointError where the checkpoint is broken, StorageError where it cannot be read or the files not be written.
+    `name` is the run's name. Each file is written atomically, epoch_N.pt last. At most one chunk of a tensor is in
+    memory, or one full tensor if tensor parallelism sharded it along its columns.
+
+    Raises:
+        CheckpointError: the checkpoint is broken.
+        StorageError: the checkpoint cannot be read, or the files cannot be written.
     """
     contents = _contents(stored, name)
     if not keep_optimizer:
@@ -61,8 +64,10 @@ def write_interchange(stored: StoredTensors, folder: str, name: str, keep_optimi
 
 
 def write_latest(stored: StoredTensors, folder: str, name: str) -> str:
-    """Write epoch_latest.pt, one file with all that `write_interchange` writes: so the newest model never stands beside
-    the optimizer of another step. Returns its path."""
+    """Write epoch_latest.pt, one file with the content of all interchange files, and return its path.
+
+    With a single file, the model and the optimizer always belong to the same step.
+    """
     contents = _contents(stored, name)
     averages = {kind: content for kind, content in contents.items() if "av_model_sd" in content}
     path = storage.join(folder, file_name("epoch", LATEST))
@@ -75,22 +80,22 @@ def _write(path: str, content: dict[str, Any]) -> None:
         with storage.atomic_write(path) as file:
             write_archive(file, content)
     except CheckpointError as error:
-        raise type(error)(f"{path} could not be made: {error}") from error
+        raise type(error)(f"{path} could not be written: {error}") from error
 
 
 def _contents(stored: StoredTensors, name: str) -> dict[str, dict[str, Any]]:
-    """The content of each file by its kind, with LazyTensors for tensors; the order is the order of writing."""
+    """Return the content of each file by kind, in the order of writing, with LazyTensors for tensors."""
     progress, extra = Progress.from_json(stored.extra["progress"]), stored.extra
     common, shared = progress.common_entries(name), progress.shared_entries()
-    weights = _named(stored, "model/")
+    weights = _lazy_tensors(stored, "model/")
     contents: dict[str, dict[str, Any]] = {}
     if extra.get("param_groups"):
         optimizer = {
             "state": _moments(stored),
-            "param_groups": [_as_torch_says(group) for group in extra["param_groups"]],
+            "param_groups": [_with_tuples(group) for group in extra["param_groups"]],
         }
         scaler = {"scaler": extra["scaler"]} if extra.get("scaler") else {}
-        contents["optimizer"] = {**common, "optimizer": optimizer, "rng": _generators(stored), **scaler}
+        contents["optimizer"] = {**common, "optimizer": optimizer, "rng": _rng_states(stored), **scaler}
     for averager, counters in (extra.get("averagers") or {}).items():
         contents[averager] = {**counters, "av_model_sd": _averages(stored, averager, weights)}
     contents["stats"] = {
@@ -105,8 +110,8 @@ def _contents(stored: StoredTensors, name: str) -> dict[str, dict[str, Any]]:
     return contents
 
 
-def _named(stored: StoredTensors, prefix: str) -> dict[str, LazyTensor]:
-    """The tensors below `prefix` by the rest of their names; all names of a tied weight share one."""
+def _lazy_tensors(stored: StoredTensors, prefix: str) -> dict[str, LazyTensor]:
+    """Return the tensors with a name prefix, by the rest of their names; all names of a tied weight share one."""
     lazy: dict[str, LazyTensor] = {}
     return {
         name.removeprefix(prefix): lazy.setdefault(stored.stored_name(name), _lazy(stored, name))
@@ -115,54 +120,53 @@ def _named(stored: StoredTensors, prefix: str) -> dict[str, LazyTensor]:
 
 
 def _averages(stored: StoredTensors, averager: str, weights: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
-    """An averager's weights under the names that the model's have; what it does not average, such as buffers, is as in
-    the model."""
-    averages = _named(stored, f"averager/{averager}/")
+    """Return an averager's weights by model name; tensors that it does not average (buffers) are the model's."""
+    averages = _lazy_tensors(stored, f"averager/{averager}/")
     first_names = {name: stored.stored_name(f"model/{name}").removeprefix("model/") for name in weights}
     return {name: averages.get(first_names[name], tensor) for name, tensor in weights.items()}
 
 
-def _generators(stored: StoredTensors) -> list[dict[str, Any]]:
-    """The states of the random generators of each rank."""
+def _rng_states(stored: StoredTensors) -> list[dict[str, Any]]:
+    """Return the random generator states of each rank."""
     states: dict[int, dict[str, Tensor]] = {}
     for name in stored.names("rng/"):
         _, rank, generator = name.split("/", 2)
         states.setdefault(int(rank), {})[generator] = stored.read(name)
-    return [_held(rng_state_from_tensors(states[rank])) for rank in sorted(states)]
+    return [_with_lazy_tensors(rng_state_from_tensors(states[rank])) for rank in sorted(states)]
 
 
-def _held(value: Any) -> Any:
-    """A content with tensors that are in memory as LazyTensors."""
+def _with_lazy_tensors(value: Any) -> Any:
+    """Return nested dicts and lists with each in-memory tensor wrapped in a LazyTensor."""
     if isinstance(value, dict):
-        return {key: _held(item) for key, item in value.items()}
+        return {key: _with_lazy_tensors(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_held(item) for item in value]
+        return [_with_lazy_tensors(item) for item in value]
     return LazyTensor(tuple(value.shape), value.dtype, lambda: [value]) if isinstance(value, Tensor) else value
 
 
 def _moments(stored: StoredTensors) -> dict[str, dict[str, LazyTensor]]:
-    """The optimizer's state by parameter and moment."""
+    """Return the optimizer's state by parameter and moment."""
     moments: dict[str, dict[str, LazyTensor]] = {}
-    for name, tensor in _named(stored, "optimizer/").items():
+    for name, tensor in _lazy_tensors(stored, "optimizer/").items():
         param, _, moment = name.rpartition("/")
         moments.setdefault(param, {})[moment] = tensor
     return moments
 
 
-def _as_torch_says(group: dict[str, Any]) -> dict[str, Any]:
-    """A group of parameters with its pairs of numbers, such as betas, as the tuples that JSON made lists of."""
+def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a parameter group with pairs such as betas as tuples again, which JSON stores as lists."""
     return {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
 
 
 def _lazy(stored: StoredTensors, name: str) -> LazyTensor:
-    return LazyTensor(tuple(stored.shape(name)), stored.dtype(name), partial(_in_order, stored, name))
+    return LazyTensor(tuple(stored.shape(name)), stored.dtype(name), partial(_chunks_in_order, stored, name))
 
 
-def _in_order(stored: StoredTensors, name: str) -> Iterator[Tensor]:
-    """A tensor's chunks where each is some of its rows, one after the other; else the whole tensor."""
-    width, row = tuple(stored.shape(name))[1:], 0
-    for first, chunk in stored.chunks(name):
-        if tuple(chunk.shape[1:]) != width or tuple(first[:1]) not in ((), (row,)):
+def _chunks_in_order(stored: StoredTensors, name: str) -> Iterator[Tensor]:
+    """Yield a tensor's chunks in memory order if each consists of full rows; otherwise yield the full tensor."""
+    row_shape, row = tuple(stored.shape(name))[1:], 0
+    for offsets, chunk in stored.chunks(name):
+        if tuple(chunk.shape[1:]) != row_shape or tuple(offsets[:1]) not in ((), (row,)):
             if row:
                 raise BrokenCheckpoint(f"{name}: its chunks are not in order")
             yield stored.read(name)
@@ -173,25 +177,25 @@ def _in_order(stored: StoredTensors, name: str) -> Iterator[Tensor]:
 
 # ---------------------------------------------------------------------------------------------- loading
 def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tuple[int, int | None, int | None]:
-    """Load the weights of `args.resume` into `model`; returns (epoch, step, seed) of the checkpoint.
+    """Load the weights of `args.resume` into `model`; return (epoch, step, seed) of the checkpoint.
 
-    Bare weights give (0, 0, None); step or seed is None where an old checkpoint does not say. Raises CheckpointError
-    where the weights do not fit, or where the checkpoint's seed is not `args.seed` (unless `different_seed`).
+    A file of weights only gives (0, 0, None); step or seed is None if an old checkpoint does not contain it. Raise
+    CheckpointError if the weights do not fit, or if the checkpoint's seed is not `args.seed` (unless
+    `different_seed`).
     """
     progress = load_weights(args.resume, model)
     seed = None if different_seed else progress.seed
-    wanted = getattr(args, "seed", seed)
-    if seed is not None and wanted != seed:
+    run_seed = getattr(args, "seed", seed)
+    if seed is not None and run_seed != seed:
         raise CheckpointError(
-            f"{args.resume}: was trained with --seed {seed}, this run has --seed {wanted}, which orders the data "
-            f"differently; continue with --seed {seed}, or start a new run from it with --pretrained"
+            f"{args.resume}: trained with --seed {seed}, but this run has --seed {run_seed}, which gives another data "
+            f"order; continue with --seed {seed}, or start a new run from it with --pretrained"
         )
     return progress.epoch, progress.step, seed
 
 
 def load_weights(path: str, model: nn.Module) -> Progress:
-    """Load the weights of an epoch_N.pt or a step_N folder into a (sharded) model in place; returns what else the
-    checkpoint says."""
+    """Load the weights of an epoch_N.pt or a step_N folder into a (sharded) model in place; return its progress."""
     if step_number(path) is not None:
         progress = Progress.from_json(sharded.load_weights(model, path)["progress"])
         logging.info(f"loaded {path} (epoch {progress.epoch}, step {progress.step})")
@@ -200,7 +204,7 @@ def load_weights(path: str, model: nn.Module) -> Progress:
 
     def read() -> Progress:
         weights, meta = read_model_state(path)
-        state.update(fitting(weights, model, path))
+        state.update(select_weights(weights, model, path))
         return Progress.from_meta(meta)
 
     progress = run_on_master(read)
@@ -212,54 +216,59 @@ def load_weights(path: str, model: nn.Module) -> Progress:
 def load_average(paths: list[str], coefficients: list[float] | None, model: nn.Module) -> None:
     """Load the weighted average of several checkpoints' weights (`--average`, `--average-coefficients`)."""
     state: dict[str, Tensor] = {}
-    run_on_master(lambda: state.update(fitting(average_states(paths, coefficients), model, " + ".join(paths))))
+    run_on_master(lambda: state.update(select_weights(average_states(paths, coefficients), model, " + ".join(paths))))
     set_weights(model, state)
     logging.info(f"loaded the average of {', '.join(paths)}")
 
 
 def load_optimizer(args: Any, model: nn.Module, optimizer: Optimizer | None, scaler: Any = None) -> bool:
-    """Load the optimizer's moments (and the loss scaler) that belong to `args.resume`; False where there are none.
+    """Load the optimizer's moments (and the loss scaler) of the checkpoint `args.resume`; return False if it has none.
 
-    The flags of this run decide on learning rate, betas and weight decay; only moments and step counts are loaded.
-    Reads states keyed by name and those keyed by number, as single processes used to write them.
+    Only moments and step counts are loaded: learning rate, betas and weight decay come from the flags of this run.
+    The stored states may have parameter names as keys, or numbers (as single processes used to write them).
     """
     path = args.resume
     loaded: dict[str, Any] = {}
 
     def read() -> dict[str, Any] | None:
-        beside = sibling(path, "optimizer")
-        content = read_file(beside if beside != path and storage.exists(beside) else path)
+        content = _read_companion(path, "optimizer")
         if "optimizer" not in content:
-            logging.warning(f"{path}: there is no optimizer state beside it; the optimizer starts afresh")
+            logging.warning(f"{path}: the checkpoint has no optimizer state; the optimizer starts without moments")
             return None
         loaded.update(content["optimizer"])
         if optimizer is not None:
             loaded["state"] = moments_by_name(loaded, model, optimizer, path)
         return {"scaler": content.get("scaler")}
 
-    found = run_on_master(read)
-    if found is None:
+    saved = run_on_master(read)
+    if saved is None:
         return False
     if optimizer is not None:
         set_moments(model, optimizer, loaded.get("state", {}))
-    if scaler is not None and found["scaler"]:
-        scaler.load_state_dict(found["scaler"])
+    if scaler is not None and saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
     return True
 
 
+def _read_companion(path: str, kind: str) -> Any:
+    """Return the content of a companion file of an epoch_N.pt if it exists, else of the file `path`."""
+    companion = companion_path(path, kind)
+    return read_file(companion if companion != path and storage.exists(companion) else path)
+
+
 def load_averagers(path: str, averagers: ModelAverager) -> None:
-    """Load the averagers that belong to the checkpoint `path`; one without a file starts afresh and says so."""
+    """Load the averagers of the checkpoint `path`; an averager that it does not contain restarts, with a warning."""
     for name, averager in averagers.avgs_dict.items():
         weights: dict[str, Any] = {}
 
         def read(name: str = name, weights: dict[str, Any] = weights) -> dict[str, Any] | None:
-            beside = sibling(path, name)
-            if beside != path and storage.exists(beside):
-                state = read_file(beside)
+            companion = companion_path(path, name)
+            if companion != path and storage.exists(companion):
+                state = read_file(companion)
             else:
                 state = (read_file(path).get("averagers") or {}).get(name)
             if state is None:
-                logging.warning(f"{path}: has no averager {name}; it starts afresh from the loaded weights")
+                logging.warning(f"{path}: has no averager {name}; it restarts from the loaded weights")
                 return None
             weights.update(state["av_model_sd"])
             return {key: value for key, value in state.items() if key != "av_model_sd"}
@@ -270,12 +279,10 @@ def load_averagers(path: str, averagers: ModelAverager) -> None:
 
 
 def load_rng(path: str) -> bool:
-    """Restore every rank's generators from the checkpoint `path`; False (and nothing done) at another world size."""
+    """Restore the random generators of all ranks; return False and do nothing if the world size differs."""
 
     def read() -> list[dict[str, Any]] | None:
-        beside = sibling(path, "optimizer")
-        content = read_file(beside if beside != path and storage.exists(beside) else path)
-        return content.get("rng")
+        return _read_companion(path, "optimizer").get("rng")
 
     states = run_on_master(read)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,8 +1,8 @@
-"""The checkpoints of one run: when they are written, in which forms, and which of them are kept.
+"""Manage the checkpoints of one run: when to save, in which formats, and which checkpoints to keep.
 
-Every save is a sharded checkpoint (sharded.py), written while training goes on. At the end of an epoch rank 0 makes the
-interchange files from it, in the same background thread, and then removes what is superseded; so the newest complete
-checkpoint is never the one that goes. All methods are collective, except `check`.
+Every save is a sharded checkpoint (sharded.py), written in the background. At the end of an epoch, rank 0 writes the
+interchange files from it in the same thread. Superseded checkpoints are removed after that, so the newest complete
+checkpoint is never removed. All methods are collective, except `check`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ from collections.abc import Callable
 from functools import partial
 
 from open_lm import storage
-from open_lm.checkpoint.files import numbered, remove_checkpoint
+from open_lm.checkpoint.files import epoch_files, remove_checkpoint
 from open_lm.checkpoint.finding import Candidate
-from open_lm.checkpoint.folders import INCOMPLETE, remove_folder, step_folder, step_folders, step_number, unfinished
+from open_lm.checkpoint.folders import (
+    INCOMPLETE,
+    remove_folder,
+    step_folder,
+    step_folders,
+    step_number,
+    unfinished_folders,
+)
 from open_lm.checkpoint.interchange import write_interchange, write_latest
 from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
 from open_lm.checkpoint.progress import Progress
-from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, incompleteness
+from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, incomplete_reason
 from open_lm.config.sections import CheckpointConfig
 from open_lm.distributed.processes import run_on_all_ranks, run_on_master
 from open_lm.errors import StorageError
@@ -26,50 +33,55 @@ from open_lm.monitor.run_folder import RunPaths
 
 
 class CheckpointManager:
-    """`epochs`: of the whole run, whose last one is always kept."""
+    """The checkpoints of one run of `epochs` epochs; the checkpoint of the last epoch is always kept."""
 
     def __init__(self, paths: RunPaths, cfg: CheckpointConfig, epochs: int) -> None:
         self.paths, self.cfg, self.epochs = paths, cfg, epochs
         self.writer = ShardedWriter()
-        self._saved_step: int | None = None  # of the last save begun: at an epoch's end it may be there already
+        self._saved_step: int | None = None  # step of the last save, so that the same step is not saved twice
 
     def start(self) -> None:
-        """Clear away what a killed run left unfinished, and make sure that all ranks see the same folder."""
+        """Remove the unfinished checkpoints of a killed run, and check that all ranks see the same folder."""
         if not self.paths.enabled:
             return
         run_on_master(self._remove_unfinished)
-        run_on_all_ranks(self._find_probe)
+        run_on_all_ranks(self._check_probe)
         run_on_master(lambda: storage.remove(self._probe))
 
     # ------------------------------------------------------------------------------------------ saving
-    def due(self, step: int, time_is_up: bool) -> bool:
-        """Whether a checkpoint is to be saved in the middle of an epoch, after `step` steps."""
+    def is_due(self, step: int, time_is_up: bool) -> bool:
+        """Return whether to save a checkpoint within an epoch, after `step` steps."""
         return self.paths.enabled and (time_is_up or due_after_step(self.cfg, step))
 
     def save_step(self, progress: Progress, state: TrainingState, wait: bool = False) -> None:
-        """Save in the middle of an epoch. Without sharded checkpoints (--checkpoint-format interchange) the one file
-        epoch_latest.pt is written, which alone can stand between two epochs."""
+        """Save a checkpoint within an epoch.
+
+        Without sharded checkpoints (--checkpoint-format interchange) this writes epoch_latest.pt, the only
+        interchange file that is not tied to the end of an epoch.
+        """
         if self.paths.enabled:
             self._save(progress, state, self._write_latest if self._only_interchange else None, wait)
 
     def save_epoch(self, progress: Progress, state: TrainingState) -> None:
-        """Save what is due at the end of an epoch."""
+        """Save the checkpoint of the end of an epoch, if one is due."""
         if self.paths.enabled and (self._is_kept(progress) or self.cfg.save_most_recent):
             self._save(progress, state, partial(self._write_files, progress), wait=False)
 
-    def make_up(self, resumed: str | None, progress: Progress) -> None:
-        """Make, in the background, the interchange files of the checkpoint at an epoch's end that the run goes on
-        from, where it was killed before they were complete."""
+    def write_missing_files(self, resumed: str | None, progress: Progress) -> None:
+        """Write, in the background, the interchange files of the end-of-epoch checkpoint that the run resumed from.
+
+        They are missing if the run was killed before they were complete.
+        """
         if not self.paths.enabled or self.cfg.checkpoint_format == "sharded" or not self._is_kept(progress):
             return
         if resumed is None or step_number(resumed) is None:
             return
         folder = resumed.rpartition("/")[0]
-        if run_on_master(lambda: progress.epoch not in numbered(folder)):
-            self.writer.follow_up(resumed, lambda: self._write_files(progress, StoredTensors(resumed)))
+        if run_on_master(lambda: progress.epoch not in epoch_files(folder)):
+            self.writer.run_on_master(resumed, lambda: self._write_files(progress, StoredTensors(resumed)))
 
     def save_failed(self, progress: Progress, state: TrainingState) -> str | None:
-        """Save to checkpoints_failed/ what a run ends with that cannot go on; returns where it is."""
+        """Save the final state of a failed run to checkpoints_failed/; return its folder."""
         if not self.paths.enabled:
             return None
         self.writer.wait()
@@ -86,19 +98,19 @@ class CheckpointManager:
         return folder if self.cfg.checkpoint_format != "interchange" else failed
 
     def check(self) -> None:
-        """Raise what has gone wrong with a save in the background."""
+        """Raise the error of a failed background save."""
         self.writer.check()
 
     def finish(self) -> None:
-        """Wait for the save in the background, and raise what has gone wrong with it."""
+        """Wait for the background save, and raise its error."""
         self.writer.wait()
 
     def newest(self) -> Candidate | None:
-        """The newest complete sharded checkpoint of this run. Wait for the save in the background first."""
+        """Return the newest complete sharded checkpoint of this run. Call `finish` first."""
 
         def find() -> Candidate | None:
             for step, url in reversed(step_folders(self.paths.checkpoints).items()):
-                if incompleteness(url) is None:
+                if incomplete_reason(url) is None:
                     return Candidate(url, step, epoch=-1, sharded=True, remote=storage.is_remote(url))
             return None
 
@@ -106,7 +118,7 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------------------ one save
     def _is_kept(self, progress: Progress) -> bool:
-        """Whether the end of this epoch is saved for good."""
+        """Return whether the checkpoint of the end of this epoch is kept permanently."""
         return progress.is_final or due_after_epoch(self.cfg, progress.epoch, progress.epoch >= self.epochs)
 
     @property
@@ -114,37 +126,37 @@ class CheckpointManager:
         return self.cfg.checkpoint_format == "interchange"
 
     def _save(
-        self, progress: Progress, state: TrainingState, make_files: Callable[[StoredTensors], None] | None, wait: bool
+        self, progress: Progress, state: TrainingState, write_files: Callable[[StoredTensors], None] | None, wait: bool
     ) -> None:
         step = progress.step or 0
-        if step == self._saved_step and not self._only_interchange and make_files is None:
+        if step == self._saved_step and not self._only_interchange and write_files is None:
             if wait:
                 self.writer.wait()
             return
         folder = storage.join(self.paths.checkpoints, step_folder(step))
         if self._only_interchange:
             folder = storage.join(self.paths.checkpoints, f"{step_folder(step)}-passing{INCOMPLETE}")
-        self.writer.save(state, folder, step, partial(self._after_writing, folder, step, make_files), wait)
+        self.writer.save(state, folder, step, partial(self._on_complete, folder, step, write_files), wait)
         self._saved_step = step
 
-    def _after_writing(self, folder: str, step: int, make_files: Callable[[StoredTensors], None] | None) -> None:
-        """On rank 0, once the sharded checkpoint in `folder` is complete."""
+    def _on_complete(self, folder: str, step: int, write_files: Callable[[StoredTensors], None] | None) -> None:
+        """Write interchange files and remove superseded checkpoints; runs on rank 0 after the sharded save."""
         if not self._only_interchange:
             logging.info(
-                f"saved checkpoint {folder} in {self.writer.last_write_s:.1f} s (the step waited for "
+                f"saved checkpoint {folder} in {self.writer.last_write_s:.1f} s (training paused for "
                 f"{self.writer.last_pause_s:.2f} s)"
             )
-        if make_files is not None:
-            make_files(StoredTensors(folder))
+        if write_files is not None:
+            write_files(StoredTensors(folder))
         if self._only_interchange:
             remove_folder(folder)
             return
-        there = step_folders(self.paths.checkpoints)
-        for old in superseded(self.cfg, there, step):
-            remove_folder(there[old])
+        existing = step_folders(self.paths.checkpoints)
+        for old_step in superseded(self.cfg, existing, step):
+            remove_folder(existing[old_step])
 
     def _write_files(self, progress: Progress, stored: StoredTensors) -> None:
-        """The interchange files that are due at the end of an epoch."""
+        """Write the interchange files that are due at the end of an epoch."""
         if self._is_kept(progress) and self.cfg.checkpoint_format != "sharded":
             self._write_epoch(stored, progress.epoch)
         if self.cfg.save_most_recent:
@@ -154,7 +166,7 @@ class CheckpointManager:
         folder = self.paths.checkpoints
         path = write_interchange(stored, folder, self.paths.name)
         logging.info(f"saved checkpoint {path}")
-        previous = [number for number in numbered(folder) if number < epoch]
+        previous = [number for number in epoch_files(folder) if number < epoch]
         if self.cfg.delete_previous_checkpoint and previous:
             remove_checkpoint(folder, previous[-1])
 
@@ -163,17 +175,18 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------------------ the folder
     def _remove_unfinished(self) -> None:
-        """Folders that a killed run has not completed; the place of the probe is made on the way."""
-        for folder in unfinished(self.paths.checkpoints):
-            logging.info(f"removing {folder}, which an earlier start has not finished")
+        """Remove the unfinished folders of a killed run, and write the probe file."""
+        for folder in unfinished_folders(self.paths.checkpoints):
+            logging.info(f"removing {folder}, an unfinished checkpoint of an earlier start")
             remove_folder(folder)
         storage.write_bytes(self._probe, b"")
 
-    def _find_probe(self) -> None:
+    def _check_probe(self) -> None:
+        """Raise StorageError if this rank does not see the probe file of rank 0."""
         if not storage.exists(self._probe):
             raise StorageError(
-                f"{self.paths.checkpoints}: what rank 0 writes there is not seen by another rank: give --logs or "
-                "--checkpoint-dir a folder that all nodes share, or an s3:// address"
+                f"{self.paths.checkpoints}: a file that rank 0 wrote is not visible on another rank; set --logs or "
+                "--checkpoint-dir to a folder that all nodes share, or to an s3:// URL"
             )
 
     @property

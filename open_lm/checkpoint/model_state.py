@@ -1,4 +1,4 @@
-"""Whole states of models and optimizers, handed out from rank 0 to their (sharded) places, and whether they fit.
+"""Check full model and optimizer states against a model, and distribute them from rank 0 to its (sharded) tensors.
 
 Names are clean (see param_names.py). Every function that moves tensors is collective: all ranks call it.
 """
@@ -18,15 +18,15 @@ from open_lm.distributed.param_names import clean_name
 from open_lm.distributed.processes import run_on_master
 from open_lm.distributed.sharded_tensor import copy_from_rank0, fused_weight_parts
 from open_lm.errors import CheckpointError, join_problems
-from open_lm.optim.build import optimizer_moments, infer_optimizer_name
+from open_lm.optim.build import infer_optimizer_name, optimizer_moments
 from open_lm.parallel.parallelize import unwrap
 
 
-def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:
-    """The weights that the model takes; CheckpointError with everything that does not fit.
+def select_weights(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[str, Tensor]:
+    """Return the weights to load into the model; raise CheckpointError with everything that does not fit.
 
-    A tied weight may be stored under one of its names only, and rotary frequencies, which follow from the
-    configuration, may be missing. Expert biases of old mixtures of experts, which nothing used, are left out.
+    A tied weight may be stored under only one of its names. Rotary frequencies may be missing, because the model
+    computes them. Expert biases of old mixture-of-experts checkpoints are dropped, because no model used them.
     """
     targets = named_tensors(model)
     state = {name: value for name, value in weights.items() if not name.endswith("experts.bias") or name in targets}
@@ -40,13 +40,13 @@ def fitting(weights: Mapping[str, Tensor], model: nn.Module, path: str) -> dict[
     expected = {name: value.shape for name, value in targets.items() if name not in absent}
     problems = shape_problems(state, expected)
     if problems:
-        heading = f"{path}: does not fit the model (check --model and the flags that shape it)"
+        heading = f"{path}: does not fit the model (check --model and the flags that change the architecture)"
         raise CheckpointError(join_problems(problems, heading))
     return state
 
 
 def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Put rank 0's whole weights into the model, each rank its part; buffers that `state` lacks stay as they are."""
+    """Distribute rank 0's full weights to the model's local shards; buffers that `state` lacks do not change."""
     present = set(run_on_master(lambda: list(state)))
     parts, filled = fused_weight_parts(unwrap(model)), set()
     for name, value in named_tensors(model).items():
@@ -56,32 +56,35 @@ def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def check_moments(stored: Mapping[str, Set[str]], model: nn.Module, optimizer: Optimizer, path: str) -> None:
-    """CheckpointError where a checkpoint's moments, whose names are given by those of the parameters, are another
-    optimizer's."""
+    """Raise CheckpointError if a checkpoint's moments belong to another optimizer.
+
+    stored: the names of the moments of each parameter.
+    """
     expected = optimizer_moments(optimizer)
-    params = trained(model, optimizer)
+    params = trained_params(model, optimizer)
     wrong = [name for name in stored if name in params and not expected.get(params[name], frozenset()) <= stored[name]]
     if not wrong:
         return
-    found, wanted = infer_optimizer_name(stored.values()), infer_optimizer_name(expected.values())
-    saved_by = f"--optimizer {found}" if found else "another program"
+    saved_optimizer, run_optimizer = infer_optimizer_name(stored.values()), infer_optimizer_name(expected.values())
+    saved_by = f"--optimizer {saved_optimizer}" if saved_optimizer else "another program"
     first = wrong[0]
     has, lacks = (", ".join(sorted(names)) for names in (stored[first], expected[params[first]] - stored[first]))
     raise CheckpointError(
-        f"{path}: was saved by {saved_by}, this run has --optimizer {wanted}, which keeps other moments of "
-        f"{len(wrong)} parameters ({first} has {has} and no {lacks}); "
-        f"{f'continue with {saved_by}, or ' if found else ''}begin a new run from its weights with --pretrained"
+        f"{path}: was saved by {saved_by}, but this run has --optimizer {run_optimizer}, which needs other moments for "
+        f"{len(wrong)} parameters (e.g. {first} has {has} but lacks {lacks}); "
+        f"{f'continue with {saved_by}, or ' if saved_optimizer else ''}start a new run from its weights with "
+        "--pretrained"
     )
 
 
 def moments_by_name(
     state: Mapping[str, Any], model: nn.Module, optimizer: Optimizer, path: str
 ) -> dict[str, dict[str, Any]]:
-    """An optimizer's per-parameter states by clean name, checked against this optimizer and the model's shapes."""
+    """Return an optimizer's per-parameter states by clean name, checked against this optimizer and the model."""
     params = {name: p for name, p in named_tensors(model).items() if isinstance(p, nn.Parameter)}
     per_param = state["state"]
     if per_param and all(isinstance(key, int) for key in per_param):
-        # Numbers count the parameters in the order of the model that was saved, which epoch_N.pt keeps.
+        # The numbers follow the order of the parameters in the saved model, which epoch_N.pt preserves.
         order, seen = [], set()
         for name in read_model_state(path)[0]:
             if name in params and id(params[name]) not in seen:
@@ -89,53 +92,61 @@ def moments_by_name(
                 order.append(name)
         numbers = sorted({number for group in state["param_groups"] for number in group["params"]})
         if len(numbers) != len(order):
-            raise CheckpointError(f"{path}: its optimizer has {len(numbers)} parameters, the model {len(order)}")
+            raise CheckpointError(
+                f"{path}: its optimizer state has {len(numbers)} parameters, but the model has {len(order)}; "
+                "check --model and the flags that change the architecture"
+            )
         per_param = {order[number]: value for number, value in per_param.items()}
     per_param = {clean_name(name): value for name, value in per_param.items()}
     check_moments({name: moments.keys() for name, moments in per_param.items()}, model, optimizer, path)
     wrong = [
-        f"{name}.{key} is {tuple(value.shape)}"
-        + (f", the model's {tuple(params[name].shape)}" if name in params else "")
+        f"{name}.{key}: found {tuple(value.shape)}, "
+        + (f"the model has {tuple(params[name].shape)}" if name in params else "the model has no such parameter")
         for name, moments in per_param.items()
         for key, value in moments.items()
         if isinstance(value, Tensor) and value.dim() and (name not in params or value.shape != params[name].shape)
     ]
     if wrong:
         raise CheckpointError(
-            f"{path}: its optimizer does not fit the model: {len(wrong)} moments have no place, such as {wrong[0]}"
+            f"{path}: the optimizer state does not fit the model: {len(wrong)} moments differ, e.g. {wrong[0]}"
         )
     return {name: {key: _as_tensor(value) for key, value in moments.items()} for name, moments in per_param.items()}
 
 
 def _as_tensor(value: Any) -> Any:
-    """A count of steps, which may be a number, as torch's optimizers keep it now."""
+    """Convert a step count that is a plain number to a tensor, as torch's optimizers store it now."""
     return torch.tensor(float(value)) if isinstance(value, int | float) else value
 
 
 def set_moments(model: nn.Module, optimizer: Optimizer, per_param: dict[str, dict[str, Any]]) -> None:
-    """Put rank 0's whole moments into the optimizer, each rank its part; its hyperparameters stay its own. A parameter
-    without moments there has none afterwards."""
-    found = run_on_master(lambda: {name: _described(moments) for name, moments in per_param.items()})
+    """Distribute rank 0's full moments to the optimizer's local shards.
+
+    The optimizer's hyperparameters do not change. A parameter that `per_param` lacks has no moments afterwards.
+    """
+    specs = run_on_master(lambda: {name: _tensor_specs(moments) for name, moments in per_param.items()})
     groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
     parts = fused_weight_parts(unwrap(model))
-    for name, param in trained(model, optimizer).items():
-        if name not in found:
+    for name, param in trained_params(model, optimizer).items():
+        if name not in specs:
             optimizer.state.pop(param, None)
             continue
         moments = optimizer.state[param]
-        for key, (shape, dtype) in found[name].items():
+        for key, (shape, dtype) in specs[name].items():
             if key not in moments:
                 moments[key] = empty_moment(param, shape, param.dtype if shape else dtype, groups[id(param)])
             copy_from_rank0(moments[key], per_param.get(name, {}).get(key), parts.get(name, 1))
 
 
-def _described(moments: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _tensor_specs(moments: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return the shape and dtype of each tensor."""
     return {key: (tuple(value.shape), value.dtype) for key, value in moments.items() if isinstance(value, Tensor)}
 
 
 def empty_moment(param: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]) -> Tensor:
-    """Of the parameter's shape and sharding, or a scalar (a count of steps) where torch's optimizers keep one: on the
-    host, unless the whole step runs on the device."""
+    """Return an uninitialized moment with the parameter's shape and sharding, or a scalar (a step count).
+
+    Like in torch's optimizers, scalars are on the host unless the optimizer is fused or capturable.
+    """
     if shape == tuple(param.shape):
         return torch.empty_like(param, dtype=dtype, requires_grad=False)
     local = param.to_local() if isinstance(param, DTensor) else param
@@ -143,12 +154,12 @@ def empty_moment(param: nn.Parameter, shape: tuple[int, ...], dtype: torch.dtype
     return torch.empty(shape, dtype=dtype, device=local.device if on_device else "cpu")
 
 
-def trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """The parameters that the optimizer holds, by clean name."""
-    held = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    return {clean_name(name): param for name, param in unwrap(model).named_parameters() if id(param) in held}
+def trained_params(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+    """Return the model's parameters that the optimizer updates, by clean name."""
+    param_ids = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    return {clean_name(name): param for name, param in unwrap(model).named_parameters() if id(param) in param_ids}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by clean name; tied ones under each of their names."""
+    """Return parameters and persistent buffers by clean name; a tied tensor occurs under each of its names."""
     return {clean_name(name): value for name, value in unwrap(model).state_dict(keep_vars=True).items()}

@@ -1,4 +1,7 @@
-"""What torch.distributed.checkpoint is told to write and to read: neither knows how a rank's parts came about."""
+"""Planners for torch.distributed.checkpoint, which lists the tensor chunks to write or read in a "plan" per rank.
+
+They do not depend on how a tensor is sharded.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from open_lm.distributed.sharded_tensor import LocalBlock
 
 
 class StagedPlanner(DefaultSavePlanner):
-    """Plans what this rank has copied to host memory."""
+    """A save planner for chunks that this rank has copied to host memory."""
 
     def __init__(self, items: list[WriteItem], copies: list[Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -28,22 +31,22 @@ class StagedPlanner(DefaultSavePlanner):
         return self._copies[write_item.index]
 
 
-class BoxPlanner(DefaultLoadPlanner):
-    """Plans to read what this rank holds of each tensor, in place."""
+class BlockPlanner(DefaultLoadPlanner):
+    """A load planner that reads this rank's local shards (blocks) of each tensor, in place."""
 
-    def __init__(self, held: dict[str, list[LocalBlock]]) -> None:
+    def __init__(self, local_blocks: dict[str, list[LocalBlock]]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._held = held
-        self._views = {(name, box.offsets): box.view for name, parts in held.items() for box in parts}
+        self._local_blocks = local_blocks
+        self._views = {(name, block.offsets): block.view for name, blocks in local_blocks.items() for block in blocks}
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         items: list[ReadItem] = []
-        for name, held in self._held.items():
+        for name, blocks in self._local_blocks.items():
             stored = self.metadata.state_dict_metadata[name]
             assert isinstance(stored, TensorStorageMetadata)
-            wanted = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in held]
-            items += create_read_items_for_chunk_list(name, stored, wanted)
+            chunks = [ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.sizes)) for block in blocks]
+            items += create_read_items_for_chunk_list(name, stored, chunks)
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:

@@ -1,4 +1,4 @@
-"""How far a run has come: what every checkpoint tells beside its tensors."""
+"""The progress of a run, which every checkpoint contains in addition to its tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, and what a checkpoint tells about it.
+    """The progress of a run at a checkpoint.
 
-    epoch: completed epochs. step: optimizer steps done. samples_seen: sequences trained on; samples_per_source: those
-    of each source, by its name. seed: of the data order. data_state: the loader's state for the next sequence. None
-    where a checkpoint does not say.
+    epoch: completed epochs. step: completed optimizer steps. samples_seen: sequences trained on.
+    samples_per_source: sequences trained on by source name. seed: the seed of the data order. data_state: the loader
+    state for the next sequence. A value is None if the checkpoint does not contain it.
     """
 
     epoch: int = 0
@@ -33,7 +33,7 @@ class Progress:
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Progress:
-        """From what `read_model_state` returns beside the weights; bare weights are step 0 of epoch 0."""
+        """Create from the second result of `read_model_state`; a file of weights only has step 0 and epoch 0."""
         if "epoch" not in meta:
             return cls(epoch=0, step=0)
         known = {item.name: meta[item.name] for item in fields(cls) if item.name in meta}
@@ -41,20 +41,20 @@ class Progress:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Progress:
-        """The other way of `to_json`; fields that this version does not know are left out."""
+        """Create from the result of `to_json`; ignore fields that this version does not know."""
         return cls(**{item.name: values[item.name] for item in fields(cls) if item.name in values})
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as values that JSON holds."""
+        """Return all fields as JSON values."""
         values: dict[str, Any] = plain(asdict(self))
         return values
 
     def common_entries(self, name: str) -> dict[str, Any]:
-        """What the interchange files of the run `name` have in common."""
+        """Return the entries that all interchange files of the run `name` contain."""
         return {"epoch": self.epoch, "name": name, "evaluation_metrics": plain(self.evaluation_metrics)}
 
     def shared_entries(self) -> dict[str, Any]:
-        """What epoch_N.pt and stats_N.pt both hold, where it is known."""
+        """Return the known entries that both epoch_N.pt and stats_N.pt contain."""
         entries = {
             "next_shard_per_source": self.next_shard_per_source,
             "samples_seen": self.samples_seen,
@@ -68,7 +68,7 @@ class Progress:
 
 
 def plain(value: Any) -> Any:
-    """`value` with numpy's scalars as Python numbers, which JSON and torch's safe loader take anywhere."""
+    """Convert numpy scalars in `value` to Python numbers, which JSON and torch.load(weights_only=True) accept."""
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

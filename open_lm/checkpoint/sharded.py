@@ -1,7 +1,7 @@
-"""The sharded checkpoint of a run: every rank writes its part while training goes on, and any number of ranks load it.
+"""Save and load sharded checkpoints: each rank writes its local shards in the background; any world size can load.
 
-Names of tensors: model/<name>, optimizer/<parameter>/<moment>, averager/<averager>/<parameter>, rng/<rank>/<generator>,
-with clean names (param_names.py). All else is JSON in `extra`. tensor_index.py describes the files.
+Tensor names: model/<name>, optimizer/<parameter>/<moment>, averager/<averager>/<parameter>, rng/<rank>/<generator>,
+with clean names (param_names.py). Everything else is JSON in `extra`. tensor_index.py describes the files.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from torch.optim import Optimizer
 from open_lm import storage
 from open_lm.checkpoint.collective import reduce_scatter
 from open_lm.checkpoint.folders import INDEX
-from open_lm.checkpoint.model_state import check_moments, empty_moment, fitting, named_tensors, trained
-from open_lm.checkpoint.planners import BoxPlanner, StagedPlanner
-from open_lm.checkpoint.staging import HostCopies, own_chunks
+from open_lm.checkpoint.model_state import check_moments, empty_moment, named_tensors, select_weights, trained_params
+from open_lm.checkpoint.planners import BlockPlanner, StagedPlanner
+from open_lm.checkpoint.staging import HostCopies, chunks_to_write
 from open_lm.checkpoint.tensor_index import (
     Index,
     StoredTensors,
-    incompleteness,
+    incomplete_reason,
     read_index_bytes,
 )
 from open_lm.checkpoint.tensor_store import TensorReader, TensorWriter
 from open_lm.distributed.processes import run_on_all_ranks, run_on_master
-from open_lm.distributed.rng import rng_state_from_tensors, rng_state, set_rng_state, rng_state_to_tensors
-from open_lm.distributed.sharded_tensor import local_blocks, fused_weight_parts
+from open_lm.distributed.rng import rng_state, rng_state_from_tensors, rng_state_to_tensors, set_rng_state
+from open_lm.distributed.sharded_tensor import fused_weight_parts, local_blocks
 from open_lm.errors import CheckpointError, StorageError, UserError, join_problems
 from open_lm.optim.averaging import ModelAverager
 from open_lm.parallel.parallelize import unwrap
 
 __all__ = [
-    "ShardedWriter", "StoredTensors", "TrainingState", "incompleteness", "load", "load_weights",
+    "ShardedWriter", "StoredTensors", "TrainingState", "incomplete_reason", "load", "load_weights",
 ]  # fmt: skip
-# A rank that ends breaks the connection at once; this is for the slowest store.
+# Long enough for the slowest store. A rank that dies breaks the connection immediately.
 _GROUP_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass
 class TrainingState:
-    """The live objects of a run. extra: JSON-able, the same on all ranks; rank 0's is written."""
+    """The live objects of a run. extra: JSON values, the same on all ranks; those of rank 0 are written."""
 
     model: nn.Module
     optimizer: Optimizer | None = None
@@ -62,9 +62,9 @@ class TrainingState:
 
 # ---------------------------------------------------------------------------------------------- saving
 class ShardedWriter:
-    """Writes the checkpoints of one run in the background, one after the other. All ranks make it and call it alike.
+    """A background writer of the checkpoints of one run, one at a time. All ranks create it and make the same calls.
 
-    It has a process group of its own, so that what its thread says to other ranks never mixes with what training says.
+    It has a separate process group, so that its thread's collectives do not interfere with those of training.
     """
 
     def __init__(self) -> None:
@@ -72,17 +72,17 @@ class ShardedWriter:
         self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self.last_pause_s = 0.0  # of training, for the copy to host memory
-        self.last_write_s = 0.0  # of the thread, until the checkpoint was complete
+        self.last_pause_s = 0.0  # how long training paused for the copy to host memory
+        self.last_write_s = 0.0  # how long the thread wrote until the checkpoint was complete
 
     @property
     def host_bytes(self) -> int:
-        """Host memory held for copies."""
+        """Host memory allocated for copies, in bytes."""
         return self._copies.num_bytes
 
     @property
     def busy(self) -> bool:
-        """Whether a save is still being written."""
+        """Whether a background save is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(
@@ -90,46 +90,46 @@ class ShardedWriter:
         state: TrainingState,
         folder: str,
         step: int,
-        then: Callable[[], None] | None = None,
+        on_complete: Callable[[], None] | None = None,
         wait: bool = False,
     ) -> None:
-        """Copy the state to host memory and have a thread write it to `folder`, local or remote.
+        """Copy the state to host memory and write it to a local or remote `folder` in the background.
 
-        Waits for the save before and raises its error, if it had one. `then` runs in rank 0's thread when the
-        checkpoint is complete; its error counts as the save's. With `wait`, return when all is done.
+        First wait for the previous save and raise its error, if any. `on_complete` runs in rank 0's thread when the
+        checkpoint is complete; if it fails, the save fails. With `wait`, return when everything is done.
         """
         self.wait()
-        started = time.perf_counter()
+        start_s = time.perf_counter()
         tensors, names = _tensors(state)
         rank = dist.get_rank() if dist.is_initialized() else 0
-        private = {f"rng/{rank}/{name}": value for name, value in rng_state_to_tensors(rng_state()).items()}
-        chunks = own_chunks(tensors, private, _parts(state.model, tensors))
+        rank_tensors = {f"rng/{rank}/{name}": value for name, value in rng_state_to_tensors(rng_state()).items()}
+        chunks = chunks_to_write(tensors, rank_tensors, _fused_parts(state.model, tensors))
         planner = StagedPlanner([item for item, _ in chunks], self._copies.copy([view for _, view in chunks]))
         writer = TensorWriter(folder, step, _extra(state), names)
-        self.last_pause_s = time.perf_counter() - started
+        self.last_pause_s = time.perf_counter() - start_s
 
         def work() -> None:
-            begun = time.perf_counter()
+            start_s = time.perf_counter()
             self._write(planner, writer)
-            self.last_write_s = time.perf_counter() - begun
-            self._follow_up(folder, then)
+            self.last_write_s = time.perf_counter() - start_s
+            self._run_on_master(folder, on_complete)
 
         self._start(folder, work)
         if wait:
             self.wait()
 
-    def follow_up(self, folder: str, then: Callable[[], None]) -> None:
-        """Have rank 0's thread do what is to follow the complete checkpoint in `folder`, as `save` has it done."""
+    def run_on_master(self, folder: str, action: Callable[[], None]) -> None:
+        """Run an action for the complete checkpoint in `folder` in rank 0's thread, like `on_complete` of `save`."""
         self.wait()
-        self._start(folder, lambda: self._follow_up(folder, then))
+        self._start(folder, lambda: self._run_on_master(folder, action))
 
     def check(self) -> None:
-        """Raise the error of a background save that has failed. Does not wait; ranks may learn of it a step apart."""
+        """Raise the error of a failed background save, without waiting; ranks may raise it at different steps."""
         if not self.busy:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the background save, and raise its error: the same on all ranks."""
+        """Wait for the background save, and raise its error on all ranks."""
         if self._thread is not None:
             self._thread.join()
         self._thread, error, self._error = None, self._error, None
@@ -142,57 +142,59 @@ class ShardedWriter:
                 work()
             except UserError as error:
                 self._error = error
-            except Exception as error:  # another rank is gone
-                self._error = StorageError(f"{_failure(folder)} ({type(error).__name__}: {error})")
+            except Exception as error:  # the connection to another rank broke
+                self._error = StorageError(f"{_write_error(folder)} ({type(error).__name__}: {error})")
 
-        # A daemon: a process that has to end leaves an incomplete folder behind, and waits for no one.
+        # A daemon, so that an exiting process does not wait for it; it leaves an incomplete folder.
         self._thread = threading.Thread(target=run, name="checkpoint-write", daemon=True)
         self._thread.start()
 
-    def _follow_up(self, folder: str, then: Callable[[], None] | None) -> None:
-        failed = f"{folder}: the checkpoint is complete, but what was to follow failed"
-        reduce_scatter(self._group, failed, lambda: None, lambda _: then() if then is not None else None)
+    def _run_on_master(self, folder: str, action: Callable[[], None] | None) -> None:
+        error_prefix = (
+            f"{folder}: the checkpoint is complete, but the work after it (interchange files, removal) failed"
+        )
+        reduce_scatter(self._group, error_prefix, lambda: None, lambda _: action() if action is not None else None)
 
     def _write(self, planner: StagedPlanner, writer: TensorWriter) -> None:
-        """What torch.distributed.checkpoint.save does, over the writer's own group and with errors that can be read."""
-        failed = _failure(writer.folder)
+        """Do what torch.distributed.checkpoint.save does, but with this writer's group and readable errors."""
+        error_prefix = _write_error(writer.folder)
         is_master = self._group is None or dist.get_rank() == 0
         planner.set_up_planner({}, None, is_master)
         metadata: Any = None
 
-        def plan() -> SavePlan:
+        def create_local_plan() -> SavePlan:
             return writer.prepare_local_plan(planner.create_local_plan())
 
-        def plan_all(plans: list[SavePlan]) -> list[SavePlan]:
+        def create_global_plan(plans: list[SavePlan]) -> list[SavePlan]:
             nonlocal metadata
             plans, metadata = planner.create_global_plan(plans)
             return writer.prepare_global_plan(plans)
 
         def write() -> list[WriteResult]:
-            return writer.write_data(planner.finish_plan(own_plan), planner).wait()
+            return writer.write_data(planner.finish_plan(plan), planner).wait()
 
         try:
-            own_plan = reduce_scatter(self._group, failed, plan, plan_all)
-            reduce_scatter(self._group, failed, write, lambda results: writer.finish(metadata, results))
+            plan = reduce_scatter(self._group, error_prefix, create_local_plan, create_global_plan)
+            reduce_scatter(self._group, error_prefix, write, lambda results: writer.finish(metadata, results))
         except UserError:
-            # Told to all only when nothing half-written is in the way any more.
-            reduce_scatter(self._group, failed, lambda: _abandon(writer) if is_master else None, lambda _: None)
+            # Remove the partial checkpoint before any rank raises the error.
+            reduce_scatter(self._group, error_prefix, lambda: _abandon(writer) if is_master else None, lambda _: None)
             raise
 
 
-def _failure(folder: str) -> str:
+def _write_error(folder: str) -> str:
     return f"{folder}: the checkpoint could not be written"
 
 
 def _abandon(writer: TensorWriter) -> None:
     try:
         writer.abandon()
-    except StorageError as error:  # what is left is incomplete, and the next save to that folder clears it away
-        logging.warning(f"what was written of {writer.folder} could not be removed: {error}")
+    except StorageError as error:  # the remaining files are incomplete; the next save to that folder removes them
+        logging.warning(f"{writer.folder}: the files of the failed save could not be removed: {error}")
 
 
 def _tensors(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What all ranks write together, and every name of it with the name under which it is stored."""
+    """Return the tensors that the ranks write together, and a map from every tensor name to its stored name."""
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     first_name: dict[int, str] = {}
@@ -200,7 +202,7 @@ def _tensors(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, str]]:
         names[f"model/{name}"] = first = first_name.setdefault(id(value), f"model/{name}")
         tensors[first] = value
     if state.optimizer is not None:
-        for name, param in trained(state.model, state.optimizer).items():
+        for name, param in trained_params(state.model, state.optimizer).items():
             moments = state.optimizer.state.get(param, {})
             tensors.update({f"optimizer/{name}/{key}": v for key, v in moments.items() if isinstance(v, Tensor)})
     for averager_name, averager in (state.averagers.avgs_dict if state.averagers else {}).items():
@@ -208,11 +210,13 @@ def _tensors(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {**names, **{name: name for name in tensors if name not in names}}
 
 
-def _parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
-    """Of how many parts those tensors are whose parameters `fused_weight_parts` names; a moment or an average is cut and
-    ordered as its parameter."""
+def _fused_parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """Return the number of parts of each tensor whose parameter `fused_weight_parts` lists.
+
+    Moments and averages are sharded and ordered like their parameters.
+    """
     fused = fused_weight_parts(unwrap(model))
-    found = {}
+    parts = {}
     for name in names if fused else ():
         kind, _, parameter = name.partition("/")
         if kind == "optimizer":
@@ -220,16 +224,16 @@ def _parts(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
         elif kind == "averager":
             parameter = parameter.partition("/")[2]
         if parameter in fused:
-            found[name] = fused[parameter]
-    return found
+            parts[name] = fused[parameter]
+    return parts
 
 
 def _extra(state: TrainingState) -> dict[str, Any]:
-    """A copy of `extra` as JSON knows it, with what the other objects of the run have beside their tensors."""
+    """Return a copy of `extra` as JSON values, with the states of the other objects that are not tensors."""
     extra = dict(state.extra)
     extra["world_size"] = dist.get_world_size() if dist.is_initialized() else 1
     if state.optimizer is not None:
-        names = {id(param): name for name, param in trained(state.model, state.optimizer).items()}
+        names = {id(param): name for name, param in trained_params(state.model, state.optimizer).items()}
         extra["param_groups"] = [
             {**group, "params": [names[id(param)] for param in group["params"]]}
             for group in state.optimizer.param_groups
@@ -244,12 +248,12 @@ def _extra(state: TrainingState) -> dict[str, Any]:
 
 # ---------------------------------------------------------------------------------------------- loading
 def load(state: TrainingState, folder: str) -> dict[str, Any]:
-    """Load a checkpoint into the live objects in place, at any world size and sharding; returns its `extra`.
+    """Load a checkpoint into the live objects in place, at any world size and sharding; return its `extra`.
 
-    Collective. Every rank reads its own part alone. The flags of this run decide on the optimizer's hyperparameters;
-    a parameter without moments in the checkpoint has none afterwards. Random generators are restored where the number
-    of ranks is the same. Raises CheckpointError on all ranks alike: where the checkpoint does not fit before anything
-    has changed, where its bytes are broken (BrokenCheckpoint) with a part of them loaded.
+    Collective; each rank reads only its local shards. The optimizer's hyperparameters do not change, and a parameter
+    without moments in the checkpoint has none afterwards. Random generators are restored if the world size is the
+    same. Raise CheckpointError on all ranks: before any change if the checkpoint does not fit; possibly after some
+    tensors are loaded if its data is broken (BrokenCheckpoint).
     """
     index = _read_index(folder)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -261,7 +265,7 @@ def load(state: TrainingState, folder: str) -> dict[str, Any]:
             for name, tensor in index.tensors.items()
             if name.startswith(f"rng/{rank}/")
         }
-    run_on_all_ranks(lambda: _read_into({**targets, **rng}, _parts(state.model, targets), index, folder))
+    run_on_all_ranks(lambda: _read_into({**targets, **rng}, _fused_parts(state.model, targets), index, folder))
     if state.scaler is not None and index.extra.get("scaler"):
         state.scaler.load_state_dict(index.extra["scaler"])
     if state.averagers is not None:
@@ -272,10 +276,10 @@ def load(state: TrainingState, folder: str) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, folder: str) -> dict[str, Any]:
-    """Load a checkpoint's weights alone, for evaluation or to begin another run; returns its `extra`. Collective."""
+    """Load only a checkpoint's weights, for evaluation or to start another run; return its `extra`. Collective."""
     index = _read_index(folder)
     targets = run_on_all_ranks(lambda: _weights(model, index, folder))
-    run_on_all_ranks(lambda: _read_into(targets, _parts(model, targets), index, folder))
+    run_on_all_ranks(lambda: _read_into(targets, _fused_parts(model, targets), index, folder))
     return index.extra
 
 
@@ -285,40 +289,41 @@ def _read_index(folder: str) -> Index:
 
 
 def _read_into(targets: dict[str, Tensor], parts: dict[str, int], index: Index, folder: str) -> None:
-    """Fill this rank's part of each target with what is stored under its name."""
+    """Read this rank's local shard of each target from the tensor with its name."""
     reader = TensorReader(folder, index)
-    planner = BoxPlanner({name: local_blocks(tensor, parts.get(name, 1)) for name, tensor in targets.items()})
+    planner = BlockPlanner({name: local_blocks(tensor, parts.get(name, 1)) for name, tensor in targets.items()})
     planner.set_up_planner({}, reader.read_metadata(), is_coordinator=True)
     reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
 
 
 def _targets(state: TrainingState, index: Index, folder: str) -> dict[str, Tensor]:
-    """The tensors to fill by the names under which they are stored; CheckpointError before anything is changed."""
+    """Return the tensors to fill by stored name; raise CheckpointError before anything changes."""
     targets = _weights(state.model, index, folder)
     if state.averagers is not None:
         for averager_name, averager in state.averagers.avgs_dict.items():
             prefix = f"averager/{averager_name}/"
-            found = {name: value for name, value in averager.tensors().items() if prefix + name in index.tensors}
+            averages = {name: value for name, value in averager.tensors().items() if prefix + name in index.tensors}
             problems = [
-                f"{prefix}{name} is {index.tensors[prefix + name].shape}, the model's {tuple(value.shape)}"
-                for name, value in found.items()
+                f"{prefix}{name}: found {index.tensors[prefix + name].shape}, the model has {tuple(value.shape)}"
+                for name, value in averages.items()
                 if index.tensors[prefix + name].shape != tuple(value.shape)
             ]
             if problems:
                 raise CheckpointError(join_problems(problems, f"{folder}: does not fit the model"))
-            targets.update({prefix + name: value for name, value in found.items()})
+            targets.update({prefix + name: value for name, value in averages.items()})
     if state.optimizer is not None:
         targets.update(_moments(state.model, state.optimizer, index, folder))
     return targets
 
 
 def _weights(model: nn.Module, index: Index, folder: str) -> dict[str, Tensor]:
+    """Return the model's tensors to fill by stored name."""
     stored = {
         name.removeprefix("model/"): torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in index.tensors.items()
         if name.startswith("model/")
     }
-    fitting(stored, model, folder)
+    select_weights(stored, model, folder)
     targets: dict[int, tuple[str, Tensor]] = {}
     for name, value in named_tensors(model).items():
         if name in stored:
@@ -327,8 +332,8 @@ def _weights(model: nn.Module, index: Index, folder: str) -> dict[str, Tensor]:
 
 
 def _moments(model: nn.Module, optimizer: Optimizer, index: Index, folder: str) -> dict[str, Tensor]:
-    """The optimizer's moments that are to be filled; made, sharded as the parameters are, where it has none yet."""
-    params = trained(model, optimizer)
+    """Return the optimizer's moments to fill by stored name; create missing ones, sharded like their parameters."""
+    params = trained_params(model, optimizer)
     groups = {id(param): group for group in optimizer.param_groups for param in group["params"]}
     stored: dict[str, dict[str, Any]] = {}
     for key, tensor in index.tensors.items():
@@ -338,13 +343,13 @@ def _moments(model: nn.Module, optimizer: Optimizer, index: Index, folder: str) 
     check_moments({name: moments.keys() for name, moments in stored.items()}, model, optimizer, folder)
     problems = [f"the optimizer has no parameter {name}" for name in stored if name not in params]
     problems += [
-        f"optimizer/{name}/{moment} is {tensor.shape}, the model's {tuple(params[name].shape)}"
+        f"optimizer/{name}/{moment}: found {tensor.shape}, the model has {tuple(params[name].shape)}"
         for name, moments in stored.items()
         for moment, tensor in moments.items()
         if name in params and tensor.shape not in ((), tuple(params[name].shape))
     ]
     if problems:
-        raise CheckpointError(join_problems(problems[:8], f"{folder}: its optimizer does not fit the model"))
+        raise CheckpointError(join_problems(problems[:8], f"{folder}: the optimizer state does not fit the model"))
     targets: dict[str, Tensor] = {}
     for name, param in params.items():
         if name not in stored:
@@ -362,7 +367,7 @@ def _finish_averagers(averagers: ModelAverager, index: Index, folder: str) -> No
     for name, averager in averagers.avgs_dict.items():
         counters = index.extra.get("averagers", {}).get(name)
         if counters is None:
-            logging.warning(f"{folder}: has no averager {name}; it starts afresh from the loaded weights")
+            logging.warning(f"{folder}: has no averager {name}; it restarts from the loaded weights")
             averager.reset()
         else:
             averager.load_counters(counters)

@@ -1,14 +1,14 @@
-"""The format of a sharded checkpoint, and reading it without a process group.
+"""Define the format of sharded checkpoints, and read them without a process group.
 
 A checkpoint is a folder:
 
-    rank_00000_000.bin …   raw bytes of tensors' chunks (row-major, little-endian), one after the other, from each rank
-    checkpoint.json        what is where, with a checksum of each chunk and of itself; written last: where it is, the
-                           checkpoint is complete
+    rank_00000_000.bin …   tensor chunks of each rank as raw bytes (row-major, little-endian), without gaps
+    checkpoint.json        the location of each chunk, with checksums of the chunks and of itself; written last: if it
+                           exists, the checkpoint is complete
 
-On local disks the folder is written as `….incomplete` and renamed when it is whole. On remote stores, and where a
-checkpoint of that step is there already, it is written in place, to files whose names begin with something new: so the
-one act of writing checkpoint.json makes it appear, or replaces the one before.
+On local disks the folder is written as `….incomplete` and renamed when it is complete. On remote stores, and if the
+folder already exists, files are written in place with a new random prefix. Writing checkpoint.json then atomically
+publishes the checkpoint or replaces the previous one.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from open_lm.checkpoint.folders import INDEX
 from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError
 
 FORMAT = 1
-# A chunk is what one checksum covers: who needs a part of it reads it whole, so it is small beside a tensor.
+# A checksum covers one chunk, so a chunk is always read completely; it is small compared with most tensors.
 CHUNK_BYTES = 16 << 20
 _WORKERS_REMOTE = 8
 _WORKERS_LOCAL = 2
-# Chunks with no more than this between them are read as one range.
+# Chunks with a smaller gap between them are read as one range.
 _GAP_BYTES = 64 << 10
 _CHECKSUM_KEY = b',"checksum":"'
 _DTYPES = {
@@ -50,7 +50,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """A box of one tensor, and `length` bytes from byte `start` of `file` that hold it; checksum: its CRC-32."""
+    """The location of a box of one tensor: `length` bytes from offset `start` of `file`, with their CRC-32."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -62,7 +62,7 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """The whole tensor's dtype and shape, and the chunks that fill it."""
+    """The dtype and shape of a full tensor, and the chunks that cover it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -71,8 +71,11 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Index:
-    """What checkpoint.json says. files: number of bytes by name. aliases: further names of tied tensors, which are
-    stored once, and the name under which; `tensors` has them all."""
+    """The content of checkpoint.json.
+
+    files: sizes in bytes by name. aliases: for the second and further names of a tied tensor, the name under which it
+    is stored. tensors: all tensors, including aliases.
+    """
 
     step: int
     files: dict[str, int]
@@ -87,18 +90,18 @@ class Index:
         }
         content = {"format": FORMAT, "step": self.step, "files": self.files, "tensors": tensors, "extra": self.extra}
         text = json.dumps(content, separators=(",", ":")).encode()
-        body = text[:-1]  # without the last brace: the checksum of all before it comes in as the last entry
+        body = text[:-1]  # without the closing brace, so that the checksum of the text becomes the last entry
         return body + _CHECKSUM_KEY + hashlib.sha256(body).hexdigest().encode() + b'"}'
 
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> Index:
-        """CheckpointError where one bit is not as it was written, or where a later version wrote it."""
+        """Parse checkpoint.json; raise CheckpointError if any bit has changed, or if a newer version wrote it."""
         body, _, checksum = data.rpartition(_CHECKSUM_KEY)
         if checksum != hashlib.sha256(body).hexdigest().encode() + b'"}':
-            raise BrokenCheckpoint(f"{url}: is truncated or changed since it was written; use an earlier checkpoint")
+            raise BrokenCheckpoint(f"{url}: truncated or changed since it was written; use an earlier checkpoint")
         content = json.loads(data)
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{url}: has format {content['format']}, expected {FORMAT}; use a newer open_lm")
+            raise CheckpointError(f"{url}: found format {content['format']}, expected {FORMAT}; use a newer open_lm")
         entries = content["tensors"]
         aliases = {name: entry["same_as"] for name, entry in entries.items() if "same_as" in entry}
         tensors = {name: _tensor_from(entries[aliases.get(name, name)], name, url) for name in entries}
@@ -106,7 +109,7 @@ class Index:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for torch.bfloat16; CheckpointError for a type that the format lacks."""
+    """Return the stored name of a dtype, e.g. `bfloat16`; raise CheckpointError if the format does not support it."""
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
         raise CheckpointError(f"tensors of type {name} cannot be stored; expected one of {', '.join(_DTYPES)}")
@@ -120,7 +123,7 @@ def _entry_of(tensor: StoredTensor) -> dict[str, Any]:
 
 def _tensor_from(entry: dict[str, Any], name: str, url: str) -> StoredTensor:
     if entry["dtype"] not in _DTYPES:
-        raise CheckpointError(f"{url}: {name} is of type {entry['dtype']}, which this version does not know")
+        raise CheckpointError(f"{url}: {name} has type {entry['dtype']}, which this version does not support")
     chunks = tuple(
         StoredChunk(**{**chunk, "offsets": tuple(chunk["offsets"]), "sizes": tuple(chunk["sizes"])})
         for chunk in entry["chunks"]
@@ -129,22 +132,24 @@ def _tensor_from(entry: dict[str, Any], name: str, url: str) -> StoredTensor:
 
 
 def read_index_bytes(folder: str) -> bytes:
-    """checkpoint.json as it is; CheckpointError where the folder has none."""
+    """Return the bytes of checkpoint.json; raise CheckpointError if the folder has none."""
     url = storage.join(folder, INDEX)
     try:
         return storage.read_bytes(url)
     except StorageError as error:
-        raise CheckpointError(f"{folder}: there is no complete checkpoint ({error})") from error
+        raise CheckpointError(f"{folder}: no complete checkpoint ({error})") from error
 
 
 def read_index(folder: str) -> Index:
-    """CheckpointError where checkpoint.json is missing or broken."""
+    """Read checkpoint.json; raise CheckpointError if it is missing or broken."""
     return Index.from_bytes(read_index_bytes(folder), storage.join(folder, INDEX))
 
 
-def incompleteness(folder: str) -> str | None:
-    """Why a folder is no whole checkpoint, or None. Reads checkpoint.json and lists the folder: bytes of tensors are
-    checked when they are read."""
+def incomplete_reason(folder: str) -> str | None:
+    """Return why a folder is not a complete checkpoint, or None.
+
+    Reads checkpoint.json and the sizes of the files; the tensor data is checked when it is read.
+    """
     try:
         index = read_index(folder)
         sizes = {os.path.basename(item.url): item.size for item in storage.list_infos(folder)}
@@ -159,26 +164,32 @@ def incompleteness(folder: str) -> str | None:
 
 # ---------------------------------------------------------------------------------------------- reading
 def checksum_of(data: Any) -> int:
-    """CRC-32 of bytes. Of what Python brings along it is the fastest by far (4.3 GB/s on one core here; adler32 3.3,
-    sha256 1.6, sha1 1.1, blake2b 1.0), works without the interpreter's lock, and finds every error of up to 32 bits
-    in a row; against forgery nothing here protects."""
+    """Return the CRC-32 of bytes.
+
+    It is the fastest checksum of Python's standard library (4.3 GB/s on one measured core; adler32 3.3, sha256 1.6,
+    sha1 1.1, blake2b 1.0), releases the GIL, and detects every burst error of up to 32 bits. It does not protect
+    against forgery.
+    """
     return zlib.crc32(data)
 
 
 def read_chunks(
-    folder: str, wanted: Sequence[tuple[str, StoredTensor, StoredChunk]]
+    folder: str, requests: Sequence[tuple[str, StoredTensor, StoredChunk]]
 ) -> Iterator[tuple[StoredChunk, Tensor]]:
-    """The chunks in the order asked for, each a tensor of its sizes and dtype, verified.
+    """Yield the requested chunks in order, each as a verified tensor with the chunk's sizes and dtype.
 
-    wanted: (name, tensor, chunk). Neighbours in a file are read as one range; some ranges are read at the same time, so
-    that about 16 MiB for each worker are held. BrokenCheckpoint names the file and the tensor that are broken;
-    StorageError where a store does not give what it has.
+    requests: (name, tensor, chunk). Adjacent chunks are read as one range, and several ranges are read in parallel;
+    about 16 MiB per worker are in memory.
+
+    Raises:
+        BrokenCheckpoint: a file is truncated or changed; names the file and the tensor.
+        StorageError: the store fails to return existing data.
     """
     workers = _WORKERS_REMOTE if storage.is_remote(folder) else _WORKERS_LOCAL
     pending: deque[Future[list[tuple[StoredChunk, Tensor]]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="checkpoint-read") as pool:
         try:
-            for group in _neighbours(wanted):
+            for group in _adjacent_groups(requests):
                 pending.append(pool.submit(_read_group, folder, group))
                 if len(pending) > workers:
                     yield from pending.popleft().result()
@@ -188,17 +199,18 @@ def read_chunks(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _neighbours(
-    wanted: Sequence[tuple[str, StoredTensor, StoredChunk]],
+def _adjacent_groups(
+    requests: Sequence[tuple[str, StoredTensor, StoredChunk]],
 ) -> Iterator[list[tuple[str, StoredTensor, StoredChunk]]]:
+    """Group consecutive requests for adjacent chunks of one file, up to CHUNK_BYTES."""
     group: list[tuple[str, StoredTensor, StoredChunk]] = []
-    for item in wanted:
+    for item in requests:
         chunk = item[2]
         if group:
             first, last = group[0][2], group[-1][2]
             gap = chunk.start - (last.start + last.length)
-            together = chunk.start + chunk.length - first.start
-            if chunk.file != last.file or not 0 <= gap <= _GAP_BYTES or together > CHUNK_BYTES:
+            total = chunk.start + chunk.length - first.start
+            if chunk.file != last.file or not 0 <= gap <= _GAP_BYTES or total > CHUNK_BYTES:
                 yield group
                 group = []
         group.append(item)
@@ -209,32 +221,34 @@ def _neighbours(
 def _read_group(folder: str, group: list[tuple[str, StoredTensor, StoredChunk]]) -> list[tuple[StoredChunk, Tensor]]:
     first, last = group[0][2], group[-1][2]
     url, length = storage.join(folder, first.file), last.start + last.length - first.start
-    more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+    others = f" and {len(group) - 1} more" if len(group) > 1 else ""
     try:
         data = _read_range(url, first.start, length)
     except StorageError as error:
-        whole = storage.info(url) if storage.is_remote(url) else None
-        if whole is not None and whole.size >= first.start + length:
-            raise  # the store is at fault, not the checkpoint: an earlier one is no better
-        raise BrokenCheckpoint(f"{error}; it holds {group[0][0]}{more}; use an earlier checkpoint") from error
-    found = []
+        file_info = storage.info(url) if storage.is_remote(url) else None
+        if file_info is not None and file_info.size >= first.start + length:
+            raise  # the store fails, but the file is complete: an earlier checkpoint would not help
+        raise BrokenCheckpoint(
+            f"{error}; this range contains {group[0][0]}{others}; use an earlier checkpoint"
+        ) from error
+    tensors = []
     for name, tensor, chunk in group:
         begin = chunk.start - first.start
-        part = data[begin : begin + chunk.length]
-        checksum = checksum_of(part.numpy())
+        chunk_data = data[begin : begin + chunk.length]
+        checksum = checksum_of(chunk_data.numpy())
         if checksum != chunk.checksum:
             raise BrokenCheckpoint(
-                f"{url}: the {chunk.length} bytes from {chunk.start} on, which hold {name}, changed since they were "
-                f"written (CRC-32 {checksum:08x}, expected {chunk.checksum:08x}); use an earlier checkpoint"
+                f"{url}: checksum mismatch in the {chunk.length} bytes at offset {chunk.start}, which contain {name}: "
+                f"found CRC-32 {checksum:08x}, expected {chunk.checksum:08x}; use an earlier checkpoint"
             )
-        if begin % tensor.dtype.itemsize:  # a view as a wider type must be aligned
-            part = part.clone()
-        found.append((chunk, part.view(tensor.dtype).view(chunk.sizes)))
-    return found
+        if begin % tensor.dtype.itemsize:  # a view as a wider dtype must be aligned
+            chunk_data = chunk_data.clone()
+        tensors.append((chunk, chunk_data.view(tensor.dtype).view(chunk.sizes)))
+    return tensors
 
 
 def _read_range(url: str, start: int, length: int) -> Tensor:
-    """(length,) uint8."""
+    """Return a range of a file, (length,) uint8."""
     data = torch.empty(length, dtype=torch.uint8)
     if length == 0:
         return data
@@ -243,28 +257,28 @@ def _read_range(url: str, start: int, length: int) -> Tensor:
         return data
     with storage.open_file(url) as file:
         file.seek(start)
-        found = file.readinto(data.numpy())  # type: ignore[attr-defined]  # IO lacks what binary files have
-    if found != length:
-        raise StorageError(f"{url}: cut short: {length} bytes were expected at {start}, {found} are there")
+        num_bytes = file.readinto(data.numpy())  # type: ignore[attr-defined]  # typing.IO does not declare it
+    if num_bytes != length:
+        raise StorageError(f"{url}: truncated: expected {length} bytes at offset {start}, found {num_bytes}")
     return data
 
 
 class StoredTensors:
-    """The tensors of a checkpoint, local or remote, for tools: no process group, no model, one tensor at a time."""
+    """The tensors of a local or remote checkpoint, read one at a time without a process group or a model."""
 
     def __init__(self, folder: str) -> None:
-        """CheckpointError where `folder` is no complete checkpoint."""
+        """Read the index; raise CheckpointError if `folder` is not a complete checkpoint."""
         self.folder = folder
         self._index = read_index(folder)
         self.step = self._index.step
         self.extra = self._index.extra
 
     def names(self, prefix: str = "") -> list[str]:
-        """All names that begin with `prefix`, a tied tensor's every name, in the order of the model."""
+        """Return all names with a prefix, including all names of tied tensors, in the order of the model."""
         return [name for name in self._index.tensors if name.startswith(prefix)]
 
     def stored_name(self, name: str) -> str:
-        """The name under which the bytes are stored: another one for the second name of a tied tensor."""
+        """Return the name under which a tensor is stored; it differs for the further names of a tied tensor."""
         return self._index.aliases.get(name, name)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -274,17 +288,20 @@ class StoredTensors:
         return self._index.tensors[name].dtype
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor in host memory."""
-        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
+        """Return the full tensor in host memory."""
+        full = torch.empty(self.shape(name), dtype=self.dtype(name))
         for offsets, chunk in self.chunks(name):
-            place = tuple(slice(begin, begin + size) for begin, size in zip(offsets, chunk.shape, strict=True))
-            whole[place] = chunk
-        return whole
+            box = tuple(slice(begin, begin + size) for begin, size in zip(offsets, chunk.shape, strict=True))
+            full[box] = chunk
+        return full
 
     def chunks(self, name: str) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-        """(offsets, part) of a tensor, by ascending offsets: pieces of one read after the other are one after the
-        other in memory too, unless the tensor was sharded along another dimension than its first."""
+        """Yield (offsets, chunk) of a tensor by ascending offsets.
+
+        This is the order of the elements in memory, unless the tensor was sharded along another dimension than the
+        first.
+        """
         tensor = self._index.tensors[name]
         ordered = sorted(tensor.chunks, key=lambda chunk: chunk.offsets)
-        for chunk, part in read_chunks(self.folder, [(name, tensor, chunk) for chunk in ordered]):
-            yield chunk.offsets, part
+        for chunk, data in read_chunks(self.folder, [(name, tensor, chunk) for chunk in ordered]):
+            yield chunk.offsets, data

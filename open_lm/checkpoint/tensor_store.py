@@ -1,8 +1,10 @@
-"""torch.distributed.checkpoint's way to storage: tensors as raw bytes in the format of tensor_index.py, no pickle."""
+"""Storage writer and reader for torch.distributed.checkpoint: raw tensor bytes in tensor_index.py's format, no pickle.
+
+A "plan" is torch.distributed.checkpoint's list of the chunks that a rank writes or reads; a planner creates it.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import uuid
@@ -42,21 +44,21 @@ from open_lm.checkpoint.tensor_index import (
 )
 from open_lm.errors import CheckpointError, StorageError
 
-# A remote file is put together on local disk before it is sent: so much room each rank needs there.
+# Maximum file size. A remote file is assembled on local disk before its upload: each rank needs this much free space.
 FILE_BYTES = 1 << 30
 
 
 class TensorWriter(StorageWriter):
-    """Writes one checkpoint; each rank its own files. `finish` makes it appear.
+    """A writer of one checkpoint, to which each rank contributes its own files; `finish` publishes it.
 
-    extra: JSON-able. names: in the order of the index, each with the name under which the tensor is written, which is
-    another one for a tied tensor's further names; what it lacks follows at the end.
+    extra: JSON values. names: all tensor names in the order of the index, with the names under which the tensors are
+    stored (different ones for further names of a tied tensor). Tensors that it lacks are appended to the index.
     """
 
     def __init__(self, folder: str, step: int, extra: dict[str, Any], names: Mapping[str, str] | None = None) -> None:
         self.folder = folder.rstrip("/") if storage.is_remote(folder) else storage.local_path(folder.rstrip("/"))
         self._step, self._extra, self._names = step, extra, names or {}
-        # Where the coordinator has the files written to, and what their names begin with if that is in place.
+        # Chosen by the coordinator: the folder to write to, and a file name prefix if that is the final folder.
         self._target, self._prefix = "", ""
         self.finished = False
 
@@ -68,13 +70,13 @@ class TensorWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         if any(item.type == WriteItemType.BYTE_IO for item in plan.items):
-            raise CheckpointError(f"{self.folder}: only tensors can be written; everything else belongs into `extra`")
+            raise CheckpointError(f"{self.folder}: only tensors can be written; put all other values into `extra`")
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Decide where the files go, clear away what an earlier try left there, and tell each rank."""
+        """Choose each rank's file names, and remove the files of an earlier attempt."""
         if storage.is_remote(self.folder) or os.path.isdir(self.folder):
-            # Beside those of an earlier checkpoint of the same step, until the index names the new ones.
+            # An earlier checkpoint of the same step keeps its files until the new index is written.
             self._target, self._prefix = self.folder, f"{uuid.uuid4().hex[:8]}_"
         else:
             self._target = self.folder + INCOMPLETE
@@ -84,7 +86,7 @@ class TensorWriter(StorageWriter):
         return [SavePlan(plan.items, name, plan.planner_data) for plan, name in zip(plans, names, strict=True)]
 
     def abandon(self) -> None:
-        """Remove what was written, if it is not a complete checkpoint yet."""
+        """Remove the written files, unless the checkpoint is complete."""
         if self.finished or not self._target:
             return
         if self._prefix:
@@ -98,15 +100,15 @@ class TensorWriter(StorageWriter):
                 storage.remove(url)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's items into files of up to 1 GiB, each whole or not at all."""
+        """Write this rank's items to files of up to 1 GiB, each atomically."""
         results = []
-        for number, items in enumerate(_by_file(plan.items)):
+        for number, items in enumerate(_split_by_file(plan.items)):
             url = f"{plan.storage_data}_{number:03d}.bin"
             name = os.path.basename(url)
             with storage.atomic_write(url) as file:
                 position = 0
                 for item in items:
-                    data = _bytes_of(planner.resolve_data(item))
+                    data = _as_bytes(planner.resolve_data(item))
                     chunk = _stored_chunk(item, name, position, data)
                     file.write(data)
                     position += chunk.length
@@ -116,17 +118,17 @@ class TensorWriter(StorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write checkpoint.json; from here on the checkpoint is complete."""
+        """Write checkpoint.json, which completes the checkpoint."""
         chunks: dict[str, list[StoredChunk]] = {}
         files: dict[str, int] = {}
-        for result in (result for of_rank in results for result in of_rank):
+        for result in (result for rank_results in results for result in rank_results):
             chunk: StoredChunk = result.storage_data
             chunks.setdefault(result.index.fqn, []).append(chunk)
             files[chunk.file] = max(files.get(chunk.file, 0), chunk.start + chunk.length)
         stored = {
-            name: StoredTensor(found.properties.dtype, tuple(found.size), tuple(chunks[name]))
-            for name, found in metadata.state_dict_metadata.items()
-            if isinstance(found, TensorStorageMetadata)
+            name: StoredTensor(tensor.properties.dtype, tuple(tensor.size), tuple(chunks[name]))
+            for name, tensor in metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
         }
         names = {**self._names, **{name: name for name in stored if name not in self._names}}
         tensors = {name: stored[first] for name, first in names.items()}
@@ -144,56 +146,50 @@ class TensorWriter(StorageWriter):
         return True
 
 
-def _by_file(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+def _split_by_file(items: Sequence[WriteItem]) -> list[list[WriteItem]]:
+    """Distribute items to files of at most FILE_BYTES, in order."""
     files: list[list[WriteItem]] = []
-    room = 0
+    free_bytes = 0
     for item in items:
         assert item.tensor_data is not None
         num_bytes = math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
-        if not files or num_bytes > room:
+        if not files or num_bytes > free_bytes:
             files.append([])
-            room = FILE_BYTES
+            free_bytes = FILE_BYTES
         files[-1].append(item)
-        room -= num_bytes
+        free_bytes -= num_bytes
     return files
 
 
-def _bytes_of(tensor: Any) -> memoryview:
-    """A tensor's elements as they lie in (host) memory; copied only where it is not contiguous or elsewhere."""
+def _as_bytes(tensor: Any) -> memoryview:
+    """Return a tensor's bytes, without copying if it is contiguous in host memory."""
     return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def _stored_chunk(item: WriteItem, file: str, start: int, data: memoryview) -> StoredChunk:
     assert item.tensor_data is not None
-    place = item.tensor_data.chunk
-    return StoredChunk(tuple(place.offsets), tuple(place.sizes), file, start, data.nbytes, checksum_of(data))
+    box = item.tensor_data.chunk
+    return StoredChunk(tuple(box.offsets), tuple(box.sizes), file, start, data.nbytes, checksum_of(data))
 
 
 def _publish(incomplete: str, folder: str) -> None:
-    """Rename a whole folder into place."""
+    """Rename a complete folder to its final name."""
     try:
         os.rename(incomplete, folder)
-        _sync_folder(os.path.dirname(os.path.abspath(folder)))
+        storage.sync_folder(os.path.dirname(os.path.abspath(folder)))
     except OSError as error:
-        raise StorageError(f"{folder}: the finished checkpoint could not be renamed into place ({error})") from error
-
-
-def _sync_folder(folder: str) -> None:
-    with contextlib.suppress(OSError):  # some network file systems cannot
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        raise StorageError(
+            f"{folder}: the complete checkpoint could not be renamed from {incomplete} ({error})"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- reading
 @dataclass
 class TensorReader(StorageReader):
-    """Reads a checkpoint into the tensors of a plan, in place; each chunk once, whatever needs it."""
+    """A reader of the tensors of a plan, in place; each chunk is read once, even if several items need it."""
 
     folder: str
-    index: Index | None = field(default=None, repr=False)  # where the caller has read it already
+    index: Index | None = field(default=None, repr=False)  # the index, if the caller has read it
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         pass
@@ -220,20 +216,20 @@ class TensorReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """CheckpointError where a chunk's bytes are not those that were written."""
+        """Read the items of a plan; raise CheckpointError if a chunk's checksum does not match."""
         assert self.index is not None
         items: dict[StoredChunk, list[ReadItem]] = {}
-        wanted: dict[StoredChunk, tuple[str, StoredTensor, StoredChunk]] = {}
-        by_place = {(name, c.offsets): c for name, tensor in self.index.tensors.items() for c in tensor.chunks}
+        requests: dict[StoredChunk, tuple[str, StoredTensor, StoredChunk]] = {}
+        by_offsets = {(name, c.offsets): c for name, tensor in self.index.tensors.items() for c in tensor.chunks}
         for item in plan.items:
             name = item.storage_index.fqn
-            chunk = by_place[name, tuple(item.storage_index.offset or ())]
+            chunk = by_offsets[name, tuple(item.storage_index.offset or ())]
             items.setdefault(chunk, []).append(item)
-            wanted[chunk] = (name, self.index.tensors[name], chunk)
-        in_order = sorted(wanted.values(), key=lambda entry: (entry[2].file, entry[2].start))
-        for chunk, part in read_chunks(self.folder, in_order):
+            requests[chunk] = (name, self.index.tensors[name], chunk)
+        in_order = sorted(requests.values(), key=lambda entry: (entry[2].file, entry[2].start))
+        for chunk, data in read_chunks(self.folder, in_order):
             for item in items[chunk]:
-                _copy(part, item, planner)
+                _copy(data, item, planner)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -243,9 +239,10 @@ class TensorReader(StorageReader):
         return True
 
 
-def _copy(part: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
+def _copy(chunk: Tensor, item: ReadItem, planner: LoadPlanner) -> None:
+    """Copy the overlap of a stored chunk and a target tensor."""
     for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-        part = part.narrow(dim, offset, length)
+        chunk = chunk.narrow(dim, offset, length)
     target = planner.resolve_tensor(item).detach()
-    target.copy_(part)
+    target.copy_(chunk)
     planner.commit_tensor(item, target)

@@ -1,6 +1,6 @@
-"""What `open_lm.storage` stands on: which file system an address belongs to, the local one, and all that fsspec knows.
+"""Choose the storage backend for a path or URL, and implement the local and the fsspec backend.
 
-Only this module knows fsspec; nothing but `open_lm.storage` calls it. Every backend retries its own requests.
+Only this module imports fsspec, and only `open_lm.storage` calls it. Every backend retries its own requests.
 """
 
 from __future__ import annotations
@@ -26,34 +26,41 @@ from open_lm.storage.paths import (
     is_temporary,
     is_web,
     local_path,
-    plain_tag,
     read_in_parts,
+    strip_etag,
 )
-from open_lm.storage.retries import IncompleteTransfer, OtherSize, is_transient, watched, with_retries
+from open_lm.storage.retries import (
+    CHANGED_DURING_READ,
+    IncompleteTransfer,
+    SizeMismatch,
+    is_transient,
+    run_with_stall_timeout,
+    with_retries,
+)
 from open_lm.storage.s3 import S3Backend
 from open_lm.storage.web import WebBackend
 
-# Before a scheme: reach it through fsspec, also where there is another way (s3, https).
+# Prefix of a scheme: use fsspec even if the scheme has its own backend (s3, https).
 FSSPEC_PREFIX = "fsspec+"
-_UNWATCHED_BYTES = 2 << 20
+_FSSPEC_REQUEST_BYTES = 2 << 20
 T = TypeVar("T")
-# fsspec file systems without folders, on which a new object replaces the old one in a single act.
+# fsspec file systems without folders, where a new object replaces the old one atomically.
 _OBJECT_STORES = frozenset({"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"})
 
 
 class _Backend(Protocol):
     def open(self, url: str) -> IO[bytes]: ...
-    def read_range(self, url: str, start: int, length: int) -> bytes: ...  # fewer bytes at the end of the file
+    def read_range(self, url: str, start: int, length: int) -> bytes: ...  # returns fewer bytes at the end of the file
     def info(self, url: str) -> FileInfo | None: ...
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]: ...
     def glob(self, pattern: str) -> Iterator[FileInfo]: ...
-    def parts(self, found: FileInfo) -> Iterator[bytes]: ...  # the whole file, in order
-    def put(self, path: str, url: str) -> None: ...  # whole, and verified
+    def parts(self, file_info: FileInfo) -> Iterator[bytes]: ...  # the complete file, in order
+    def put(self, path: str, url: str) -> None: ...  # atomic, and verified after the upload
     def remove(self, url: str) -> None: ...
 
 
 def find_backend(url: str, timeout_s: float = READ_TIMEOUT_S) -> _Backend:
-    """The file system of an address; its reads are given up and tried again after `timeout_s` without a byte."""
+    """Return the backend of a path or URL; it retries a read that receives no byte for `timeout_s` seconds."""
     scheme = _scheme(url)
     if scheme == "file":
         return _LocalBackend()
@@ -63,7 +70,7 @@ def find_backend(url: str, timeout_s: float = READ_TIMEOUT_S) -> _Backend:
 
 
 def has_backend(url: str) -> bool:
-    """Whether any file system knows the scheme of an address."""
+    """Return whether a backend exists for the scheme of a URL."""
     scheme = _scheme(url)
     if scheme in ("file", "s3", "s3a") or is_web(url):
         return True
@@ -78,6 +85,8 @@ def _scheme(url: str) -> str:
 
 
 class _LocalBackend:
+    """The local file system."""
+
     def open(self, url: str) -> IO[bytes]:
         return open(local_path(url), "rb")
 
@@ -96,20 +105,20 @@ class _LocalBackend:
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]:
         pattern = Path(local_path(url)).rglob("*") if recursive else Path(local_path(url)).glob("*")
         for path in pattern:
-            with contextlib.suppress(FileNotFoundError):  # removed while we look
-                found = self.info(str(path))
-                if found is not None and not is_temporary(path):
-                    yield found
+            with contextlib.suppress(FileNotFoundError):  # removed during the walk
+                file_info = self.info(str(path))
+                if file_info is not None and not is_temporary(path):
+                    yield file_info
 
     def glob(self, pattern: str) -> Iterator[FileInfo]:
         for path in local_glob.iglob(local_path(pattern), recursive=True):
-            with contextlib.suppress(FileNotFoundError):  # removed while we look
-                found = self.info(path)
-                if found is not None:
-                    yield found
+            with contextlib.suppress(FileNotFoundError):  # removed during the walk
+                file_info = self.info(path)
+                if file_info is not None:
+                    yield file_info
 
-    def parts(self, found: FileInfo) -> Iterator[bytes]:
-        with self.open(found.url) as file:
+    def parts(self, file_info: FileInfo) -> Iterator[bytes]:
+        with self.open(file_info.url) as file:
             yield from iter(partial(file.read, BLOCK_BYTES), b"")
 
     def put(self, path: str, url: str) -> None:
@@ -121,131 +130,131 @@ class _LocalBackend:
 
 
 class _FsspecBackend:
-    """Every other scheme, through fsspec; its listings are never taken from a cache."""
+    """All other schemes, through fsspec with its listings cache disabled."""
 
     def __init__(self, scheme: str, timeout_s: float) -> None:
         import fsspec
 
         self._timeout_s = timeout_s
         self._scheme = scheme.removeprefix(FSSPEC_PREFIX)
-        self._prefix = scheme[: -len(self._scheme)]  # of the addresses given and returned
+        self._prefix = scheme[: -len(self._scheme)]  # FSSPEC_PREFIX if the caller's URLs have it, else empty
         self._fs = fsspec.filesystem(self._scheme, use_listings_cache=False)
 
-    def _own(self, url: str) -> str:
-        """The address as fsspec knows it."""
+    def _fsspec_url(self, url: str) -> str:
+        """Return the URL that fsspec expects, without our prefix."""
         return url[len(self._prefix) :]
 
     def _url(self, name: str) -> str:
         return self._prefix + self._fs.unstrip_protocol(name)
 
     def _file_info(self, entry: dict[str, Any], url: str) -> FileInfo:
-        changed = entry.get("mtime") or entry.get("LastModified") or entry.get("last_modified") or entry.get("created")
-        mtime = changed.timestamp() if isinstance(changed, datetime) else 0.0
-        if isinstance(changed, int | float):
-            mtime = float(changed)
+        modified = entry.get("mtime") or entry.get("LastModified") or entry.get("last_modified") or entry.get("created")
+        mtime_s = modified.timestamp() if isinstance(modified, datetime) else 0.0
+        if isinstance(modified, int | float):
+            mtime_s = float(modified)
         size = -1 if entry.get("size") is None else int(entry["size"])
-        return FileInfo(url, size, mtime, plain_tag(entry.get("ETag") or entry.get("etag")))
+        return FileInfo(url, size, mtime_s, strip_etag(entry.get("ETag") or entry.get("etag")))
 
     def open(self, url: str) -> IO[bytes]:
-        found = self.info(url)
-        if found is None:
+        file_info = self.info(url)
+        if file_info is None:
             raise FileNotFoundError(url)
-        if found.size < 0:
-            return with_retries(partial(self._fs.open, self._own(url), "rb"))
-        return RangeReader(found, partial(self._fetch, found)).buffered()
+        if file_info.size < 0:
+            return with_retries(partial(self._fs.open, self._fsspec_url(url), "rb"))
+        return RangeReader(file_info, partial(self._fetch, file_info)).buffered()
 
     def read_range(self, url: str, start: int, length: int) -> bytes:
         with self.open(url) as file:
             file.seek(start)
             return file.read(length)
 
-    def _fetch(self, found: FileInfo, start: int, length: int) -> bytes:
-        data = self._fetch_unchecked(found, start, length)
-        self._expect_unchanged(found)
+    def _fetch(self, file_info: FileInfo, start: int, length: int) -> bytes:
+        data = self._fetch_unchecked(file_info, start, length)
+        self._check_unchanged(file_info)
         return data
 
-    def _fetch_unchecked(self, found: FileInfo, start: int, length: int) -> bytes:
+    def _fetch_unchecked(self, file_info: FileInfo, start: int, length: int) -> bytes:
         def fetch() -> bytes:
-            data: bytes = self._fs.cat_file(self._own(found.url), start=start, end=start + length)
+            data: bytes = self._fs.cat_file(self._fsspec_url(file_info.url), start=start, end=start + length)
             if len(data) != length:
-                raise IncompleteTransfer(f"{length} bytes were asked for at {start}, {len(data)} arrived")
+                raise IncompleteTransfer(f"requested {length} bytes at offset {start}, received {len(data)}")
             return data
 
-        return self._persistently(fetch, found.url)
+        return self._retry(fetch, file_info.url)
 
-    def _expect_unchanged(self, found: FileInfo) -> None:
-        now = self.info(found.url) if found.etag else found
-        if now is None or (now.size, now.etag) != (found.size, found.etag):
-            raise StorageError(f"{found.url}: the file was changed while it was being read; begin again")
+    def _check_unchanged(self, file_info: FileInfo) -> None:
+        current = self.info(file_info.url) if file_info.etag else file_info
+        if current is None or (current.size, current.etag) != (file_info.size, file_info.etag):
+            raise StorageError(f"{file_info.url}: {CHANGED_DURING_READ}")
 
-    def _as_it_is(self, found: FileInfo) -> FileInfo:
-        """What the store tells of a file of which the caller may know no more than the size."""
-        now = self.info(found.url)
-        if now is None:
-            raise FileNotFoundError(found.url)
-        if -1 not in (found.size, now.size) and found.size != now.size:
-            raise OtherSize(found.url, now.size, found.size)
-        return now
+    def _current_info(self, file_info: FileInfo) -> FileInfo:
+        """Return the store's information on a file; raise SizeMismatch if the caller expects another size."""
+        current = self.info(file_info.url)
+        if current is None:
+            raise FileNotFoundError(file_info.url)
+        if -1 not in (file_info.size, current.size) and file_info.size != current.size:
+            raise SizeMismatch(file_info.url, current.size, file_info.size)
+        return current
 
-    def _persistently(self, action: Callable[[], T], url: str) -> T:
-        return with_retries(lambda: watched(lambda _alive: action(), url, self._timeout_s))
+    def _retry(self, action: Callable[[], T], url: str) -> T:
+        return with_retries(lambda: run_with_stall_timeout(lambda _heartbeat: action(), url, self._timeout_s))
 
     def info(self, url: str) -> FileInfo | None:
-        return self._persistently(partial(self._look, url), url)
+        return self._retry(partial(self._request_info, url), url)
 
-    def _look(self, url: str) -> FileInfo | None:
+    def _request_info(self, url: str) -> FileInfo | None:
         try:
-            entry = self._fs.info(self._own(url))
+            entry = self._fs.info(self._fsspec_url(url))
         except FileNotFoundError as error:
-            if is_transient(error):  # some file systems take any failure to look for an absence
+            if is_transient(error):  # some file systems report every failed request as a missing file
                 raise
             return None
         return self._file_info(entry, url) if entry["type"] == "file" else None
 
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]:
-        self._expect_listable(url)
+        self._check_listable(url)
         depth = None if recursive else 1
         try:
-            found = with_retries(partial(self._fs.find, self._own(url), maxdepth=depth, detail=True))
+            entries = with_retries(partial(self._fs.find, self._fsspec_url(url), maxdepth=depth, detail=True))
         except FileNotFoundError:
             return
-        yield from self._files(found)
+        yield from self._files(entries)
 
     def glob(self, pattern: str) -> Iterator[FileInfo]:
-        self._expect_listable(pattern)
-        yield from self._files(with_retries(partial(self._fs.glob, self._own(pattern), detail=True)))
+        self._check_listable(pattern)
+        yield from self._files(with_retries(partial(self._fs.glob, self._fsspec_url(pattern), detail=True)))
 
-    def _files(self, found: dict[str, Any]) -> Iterator[FileInfo]:
-        return (self._file_info(entry, self._url(name)) for name, entry in found.items() if entry["type"] == "file")
+    def _files(self, entries: dict[str, Any]) -> Iterator[FileInfo]:
+        return (self._file_info(entry, self._url(name)) for name, entry in entries.items() if entry["type"] == "file")
 
-    def _expect_listable(self, url: str) -> None:
-        if is_web(self._own(url)):  # fsspec would guess from the links of whatever page is there
+    def _check_listable(self, url: str) -> None:
+        if is_web(self._fsspec_url(url)):  # fsspec would guess a listing from the links of an HTML page
             WebBackend().walk(url, True)
 
-    def parts(self, found: FileInfo) -> Iterator[bytes]:
-        if not found.etag:
-            found = self._as_it_is(found)
-        if found.size < 0:
-            with self.open(found.url) as file:
+    def parts(self, file_info: FileInfo) -> Iterator[bytes]:
+        if not file_info.etag:
+            file_info = self._current_info(file_info)
+        if file_info.size < 0:
+            with self.open(file_info.url) as file:
                 yield from iter(partial(file.read, BLOCK_BYTES), b"")
             return
-        # No sign of life comes out of a request, so that it has to be small; only file systems that are made for many
-        # requests at once get them.
-        at_once = {} if self._fs.async_impl else {"at_once": 1}
+        # fsspec gives no heartbeat during a request, so requests must be small to finish within the timeout.
+        # Only asynchronous file systems support parallel requests.
+        options = {} if self._fs.async_impl else {"num_parallel": 1}
         yield from read_in_parts(
-            partial(self._fetch_unchecked, found), found.size, part_bytes=_UNWATCHED_BYTES, **at_once
+            partial(self._fetch_unchecked, file_info), file_info.size, part_bytes=_FSSPEC_REQUEST_BYTES, **options
         )
-        self._expect_unchanged(found)
+        self._check_unchanged(file_info)
 
     def put(self, path: str, url: str) -> None:
         expected = os.path.getsize(path)
 
         def put() -> None:
-            self._put_once(path, self._own(url))
-            found = self._look(url)
-            if found is None or found.size != expected:
-                held = found.size if found else "nothing"
-                raise IncompleteTransfer(f"{expected} bytes were sent, the store holds {held}")
+            self._put_once(path, self._fsspec_url(url))
+            stored = self._request_info(url)
+            if stored is None or stored.size != expected:
+                size = f"{stored.size} bytes" if stored else "no such file"
+                raise IncompleteTransfer(f"sent {expected} bytes, but the store has {size} after the upload")
 
         with_retries(put)
 
@@ -261,4 +270,4 @@ class _FsspecBackend:
 
     def remove(self, url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            with_retries(partial(self._fs.rm_file, self._own(url)))
+            with_retries(partial(self._fs.rm_file, self._fsspec_url(url)))

@@ -1,4 +1,4 @@
-"""Removal of passwords, tokens and keys from text and settings before they are logged or saved."""
+"""Remove passwords, tokens and keys from text and settings before they are logged or saved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# Values of environment variables with such names never appear in anything a run writes.
+# The values of environment variables with these names are removed from everything that a run writes.
 _SECRET_NAME = re.compile(r"secret|token|password|passwd|api_?key|access_?key|credential", re.IGNORECASE)
 _MIN_SECRET_LENGTH = 8
 _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -24,7 +24,7 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
-    """`text` without passwords in URLs, tokens, keys, or the values of secret environment variables."""
+    """Return `text` without passwords in URLs, tokens, keys, and values of secret environment variables."""
     for name, value in (os.environ if environ is None else environ).items():
         if len(value) >= _MIN_SECRET_LENGTH and _SECRET_NAME.search(name):
             text = text.replace(value, "***")
@@ -34,7 +34,7 @@ def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def redacted(params: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `params` whose texts, also those in lists, hold no secrets."""
+    """Return a copy of `params` with secrets removed from all strings, including those in lists."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""What can go wrong with remote files: trying again, and saying it in words that help. Imports no file system."""
+"""Retry failed transfers and turn library errors into StorageErrors with advice. Imports no file system library."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from urllib.error import HTTPError, URLError
 from open_lm.errors import StorageError
 
 T = TypeVar("T")
-# Ten tries take half a minute at least. A service that cannot be reached at all is mostly a wrong address: told sooner.
-_TRIES = 10
-_TRIES_UNREACHABLE = 6
-_TRIES_STALLED = 4  # each of them has taken a whole timeout
+# Ten attempts take at least half a minute. An unreachable service usually means a wrong address: fail sooner.
+_MAX_ATTEMPTS = 10
+_MAX_ATTEMPTS_UNREACHABLE = 6
+_MAX_ATTEMPTS_STALLED = 4  # each of them takes the full timeout
 _FIRST_DELAY_S = 0.05
-_LONGEST_DELAY_S = 20.0
-_jitter = random.SystemRandom()  # the program's own random numbers must not depend on the network
+_MAX_DELAY_S = 20.0
+_jitter = random.SystemRandom()  # so that retries do not change the program's other random numbers
+CHANGED_DURING_READ = "the file changed while it was being read; restart the read"
 
 _UNREACHABLE = frozenset({
     "EndpointConnectionError", "ConnectTimeoutError", "ConnectionRefusedError", "gaierror", "ClientConnectorError",
     "ConnectError", "ConnectTimeout", "SSLError",
 })  # fmt: skip
-_BROKEN_OFF = frozenset({
+_INTERRUPTED = frozenset({
     "ReadTimeoutError", "ResponseStreamingError", "IncompleteReadError", "IncompleteRead", "ConnectionClosedError",
     "ProtocolError", "HTTPClientError", "ResponseParserError", "FlexibleChecksumError", "SSLEOFError",
     "FSTimeoutError", "ClientPayloadError", "ServerDisconnectedError", "ClientOSError", "ChunkedEncodingError",
@@ -43,66 +44,66 @@ _BUSY_CODES = frozenset({
 
 
 class IncompleteTransfer(OSError):
-    """A transfer ended without an error but with the wrong bytes."""
+    """A transfer that ended without an error but with the wrong bytes."""
 
 
-class OtherSize(StorageError):
-    """A file of a store is `num_bytes` long, and not what the reader was told."""
+class SizeMismatch(StorageError):
+    """A stored file that has `num_bytes` bytes, but the caller expects another size."""
 
     def __init__(self, url: str, num_bytes: int, expected_bytes: int) -> None:
-        super().__init__(f"{url}: has {num_bytes} bytes, expected are {expected_bytes}; begin again")
+        super().__init__(f"{url}: found {num_bytes} bytes, expected {expected_bytes}; the file changed, start again")
         self.num_bytes = num_bytes
 
 
 class Stalled(TimeoutError):
-    """A transfer of `url` brought no byte for `timeout_s` seconds."""
+    """A transfer that received no data for `timeout_s` seconds."""
 
     def __init__(self, url: str, timeout_s: float) -> None:
-        super().__init__(f"{url}: no byte came for {timeout_s:g} s")
+        super().__init__(f"{url}: no data received for {timeout_s:g} s")
 
 
 def with_retries(action: Callable[[], T]) -> T:
-    """Run `action`, again after a growing, jittered pause when it fails in a way that may pass."""
-    tries = 0
+    """Run `action`, and retry it with exponential backoff and jitter after transient errors."""
+    num_failures = 0
     while True:
         try:
             return action()
         except Exception as error:
-            tries += 1
-            if tries >= _tries_for(error):
+            num_failures += 1
+            if num_failures >= _max_attempts(error):
                 raise
             if isinstance(error, Stalled):
-                logging.warning(f"{error}; attempt {tries} of {_TRIES_STALLED} is given up, another follows")
-            back_off(tries)
+                logging.warning(f"{error}; attempt {num_failures} of {_MAX_ATTEMPTS_STALLED} failed, retrying")
+            back_off(num_failures)
 
 
-def back_off(tries: int) -> None:
-    """Pause after the failure of the try of this number, longer each time and never quite as long as others do."""
-    delay = min(_FIRST_DELAY_S * 2 ** (tries - 1), _LONGEST_DELAY_S)
-    _pause(delay * _jitter.uniform(0.5, 1.5))
+def back_off(attempt: int) -> None:
+    """Sleep after failed attempt number `attempt` (from 1): exponential backoff with jitter."""
+    delay_s = min(_FIRST_DELAY_S * 2 ** (attempt - 1), _MAX_DELAY_S)
+    _pause(delay_s * _jitter.uniform(0.5, 1.5))
 
 
-def watched(action: Callable[[Callable[[], None]], T], url: str, timeout_s: float) -> T:
-    """`action(alive)` in a thread of its own; Stalled where it has not called `alive` for `timeout_s` seconds.
+def run_with_stall_timeout(action: Callable[[Callable[[], None]], T], url: str, timeout_s: float) -> T:
+    """Run `action(heartbeat)` in a thread; raise Stalled if it does not call `heartbeat` for `timeout_s` seconds.
 
-    Timeouts of sockets see neither a name that is not resolved nor a request inside an event loop nor bytes that come
-    one by one. The thread that is given up cannot be ended from outside: `action` must change nothing but its result.
+    Socket timeouts do not cover name resolution, requests inside an event loop, or bytes that arrive one by one. An
+    abandoned thread cannot be stopped, so `action` must have no side effects besides its result.
     """
-    last_sign_s = time.monotonic()
+    last_heartbeat_s = time.monotonic()
 
-    def alive() -> None:
-        nonlocal last_sign_s
-        last_sign_s = time.monotonic()
+    def heartbeat() -> None:
+        nonlocal last_heartbeat_s
+        last_heartbeat_s = time.monotonic()
 
-    attempt = in_background(lambda: action(alive))
-    while not wait([attempt], last_sign_s + timeout_s - time.monotonic()).done:
-        if time.monotonic() >= last_sign_s + timeout_s:
+    attempt = run_in_background(lambda: action(heartbeat))
+    while not wait([attempt], last_heartbeat_s + timeout_s - time.monotonic()).done:
+        if time.monotonic() >= last_heartbeat_s + timeout_s:
             raise Stalled(url, timeout_s)
     return attempt.result()
 
 
-def in_background(action: Callable[[], T]) -> Future[T]:
-    """`action` in a thread of its own: a daemon, so that the end of the process need not wait for what never comes."""
+def run_in_background(action: Callable[[], T]) -> Future[T]:
+    """Run `action` in a daemon thread, so that process exit does not wait for it, and return its future."""
     future = Future[T]()
 
     def run() -> None:
@@ -120,64 +121,64 @@ def _pause(seconds: float) -> None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may well succeed a moment later."""
-    return _tries_for(error) > 1
+    """Return whether the same request may succeed a moment later."""
+    return _max_attempts(error) > 1
 
 
-def _tries_for(error: BaseException | None) -> int:
+def _max_attempts(error: BaseException | None) -> int:
     if error is None or isinstance(error, StorageError):
         return 1
     if isinstance(error, Stalled):
-        return _TRIES_STALLED
+        return _MAX_ATTEMPTS_STALLED
     kind = type(error).__name__
     if kind in _UNREACHABLE:
-        return _TRIES_UNREACHABLE
-    if isinstance(error, IncompleteTransfer | TimeoutError | ConnectionError) or kind in _BROKEN_OFF:
-        return _TRIES
+        return _MAX_ATTEMPTS_UNREACHABLE
+    if isinstance(error, IncompleteTransfer | TimeoutError | ConnectionError) or kind in _INTERRUPTED:
+        return _MAX_ATTEMPTS
     if status_code(error) in (408, 429, 500, 502, 503, 504) or error_code(error) in _BUSY_CODES:
-        return _TRIES
+        return _MAX_ATTEMPTS
     reason = getattr(error, "reason", None)  # urllib's URLError
-    # Some libraries raise Python's own errors from those that tell the cause.
-    return _tries_for(reason if isinstance(reason, Exception) else error.__cause__)
+    # Some libraries raise a built-in exception from the specific one.
+    return _max_attempts(reason if isinstance(reason, Exception) else error.__cause__)
 
 
 _ADVICE = {
     "NoCredentialsError": "no S3 credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "PartialCredentialsError": "the S3 credentials are incomplete; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "ProfileNotFound": "the AWS profile does not exist; check AWS_PROFILE",
-    "NoSuchBucket": "there is no such bucket; create it or correct the name",
+    "NoSuchBucket": "no such bucket; create it or correct the name",
     "NoSuchKey": "no such file",
     "404": "no such file",
     "FileNotFoundError": "no such file",
     "AccessDenied": "access denied; the credentials lack the permission for this path",
-    "401": "the server asks for credentials that are missing or wrong",
+    "401": "the server requires credentials, which are missing or wrong",
     "403": "access denied; the credentials are wrong or lack the permission for this path",
-    "InvalidAccessKeyId": "the access key is not known to the store; check AWS_ACCESS_KEY_ID",
+    "InvalidAccessKeyId": "the store does not know the access key; check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
-    "PreconditionFailed": "the file was changed while it was being read; begin again",
-    "412": "the file was changed while it was being read; begin again",
+    "PreconditionFailed": CHANGED_DURING_READ,
+    "412": CHANGED_DURING_READ,
     "ExpiredToken": "the session token has expired; log in again",
 }
 
 
 @contextlib.contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turn any failure of the libraries below into a StorageError that names `url` and the way out."""
+def wrap_errors(url: str) -> Iterator[None]:
+    """Turn any error of the storage libraries into a StorageError that names `url` and says what to do."""
     try:
         yield
     except (StorageError, KeyboardInterrupt):
         raise
     except Stalled as error:
         raise StorageError(
-            f"{error}, in none of {_TRIES_STALLED} attempts; check the network and the server"
+            f"{error} in each of {_MAX_ATTEMPTS_STALLED} attempts; check the network and the server"
         ) from error
     except Exception as error:
         raise StorageError(f"{url}: {_reason(error)}") from error
 
 
 @contextlib.contextmanager
-def full_disk_explained(url: str, folder: str) -> Iterator[None]:
-    """Turn a local disk that is full into a StorageError that names the file, the folder and what is free there."""
+def wrap_disk_full_errors(url: str, folder: str) -> Iterator[None]:
+    """Turn a disk-full error into a StorageError that names the file, the local folder and its free space."""
     try:
         yield
     except OSError as error:
@@ -186,13 +187,14 @@ def full_disk_explained(url: str, folder: str) -> Iterator[None]:
         free = shutil.disk_usage(folder).free / 1e9
         raise StorageError(
             f"{url}: {error.strerror} while writing in {folder} ({free:.3f} GB free there); "
-            "nothing was changed; make room or choose another folder (TMPDIR for what goes to a remote store)"
+            "the existing file was not changed; free disk space or choose another folder "
+            "(for uploads to a remote store: TMPDIR)"
         ) from error
 
 
 def _reason(error: Exception) -> str:
     kind = type(error).__name__
-    # s3fs raises Python's own errors from botocore's.
+    # s3fs raises built-in exceptions from botocore's.
     code = error_code(error) or error_code(error.__cause__) or str(status_code(error))
     if kind in _ADVICE or code in _ADVICE:
         return _ADVICE.get(code) or _ADVICE[kind]
@@ -202,24 +204,24 @@ def _reason(error: Exception) -> str:
     if isinstance(error, URLError) and not isinstance(error, HTTPError):
         return f"the server cannot be reached ({error.reason}); check the network and the address"
     if isinstance(error, ModuleNotFoundError | ImportError):
-        return f"this kind of address needs a package that is not installed ({error})"
+        return f"this URL scheme needs a package that is not installed ({error})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} (errno {error.errno})"
     return f"{kind}: {error}"
 
 
 def error_code(error: BaseException | None) -> str:
-    """S3's word for what went wrong, or an empty one."""
+    """Return the S3 error code, or an empty string."""
     response = getattr(error, "response", None)
     return response.get("Error", {}).get("Code", "") if isinstance(response, dict) else ""
 
 
 def status_code(error: BaseException) -> int:
-    """The HTTP status of an answer, as boto3, urllib, aiohttp and others keep it; 0 where there was none."""
+    """Return the HTTP status of an error from boto3, urllib, aiohttp and others; 0 if it has none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    kept = (
+    statuses = (
         getattr(holder, name, 0) for holder, name in ((error, "status"), (error, "code"), (response, "status_code"))
     )
-    return next((status for status in kept if isinstance(status, int) and status), 0)
+    return next((status for status in statuses if isinstance(status, int) and status), 0)

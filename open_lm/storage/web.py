@@ -1,4 +1,4 @@
-"""Files on web servers (http, https), for reading only: in ranges where the server knows them, else as a whole."""
+"""Read-only access to web servers (http, https): in ranges if the server supports them, else as one download."""
 
 from __future__ import annotations
 
@@ -15,30 +15,39 @@ from urllib.request import Request, urlopen
 from open_lm.errors import StorageError
 from open_lm.storage.paths import (
     CHUNK_BYTES,
-    GIVEN_UP,
     READ_TIMEOUT_S,
+    SOCKET_TIMEOUT_FACTOR,
     FileInfo,
     RangeReader,
-    plain_tag,
     read_chunks,
     read_in_parts,
+    strip_etag,
 )
-from open_lm.storage.retries import IncompleteTransfer, OtherSize, full_disk_explained, watched, with_retries
+from open_lm.storage.retries import (
+    CHANGED_DURING_READ,
+    IncompleteTransfer,
+    SizeMismatch,
+    run_with_stall_timeout,
+    with_retries,
+    wrap_disk_full_errors,
+)
 
 T = TypeVar("T")
 
 
 class WebBackend:
+    """Files on a web server; listing, writing and removing raise StorageError."""
+
     def __init__(self, timeout_s: float = READ_TIMEOUT_S) -> None:
         self._timeout_s = timeout_s
 
     def open(self, url: str) -> IO[bytes]:
-        found, has_ranges = self._look(url)
-        if found is None:
+        file_info, supports_ranges = self._probe(url)
+        if file_info is None:
             raise FileNotFoundError(url)
-        if has_ranges:
-            return RangeReader(found, partial(self._fetch, found)).buffered()
-        return self._whole(url)
+        if supports_ranges:
+            return RangeReader(file_info, partial(self._fetch, file_info)).buffered()
+        return self._download(url)
 
     def read_range(self, url: str, start: int, length: int) -> bytes:
         with self.open(url) as file:
@@ -46,20 +55,20 @@ class WebBackend:
             return file.read(length)
 
     def info(self, url: str) -> FileInfo | None:
-        return self._look(url)[0]
+        return self._probe(url)[0]
 
-    def parts(self, found: FileInfo) -> Iterator[bytes]:
-        now, has_ranges = self._look(found.url)
-        if now is not None and -1 not in (found.size, now.size) and found.size != now.size:
-            raise OtherSize(found.url, now.size, found.size)
-        if now is not None and has_ranges:
-            yield from read_in_parts(partial(self._fetch, now), now.size)
+    def parts(self, file_info: FileInfo) -> Iterator[bytes]:
+        current, supports_ranges = self._probe(file_info.url)
+        if current is not None and -1 not in (file_info.size, current.size) and file_info.size != current.size:
+            raise SizeMismatch(file_info.url, current.size, file_info.size)
+        if current is not None and supports_ranges:
+            yield from read_in_parts(partial(self._fetch, current), current.size)
             return
-        with self._whole(found.url) as file:
+        with self._download(file_info.url) as file:
             yield from iter(partial(file.read, CHUNK_BYTES), b"")
 
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]:
-        raise StorageError(f"{url}: files on a web server cannot be listed; name each file by its whole address")
+        raise StorageError(f"{url}: files on a web server cannot be listed; give the full URL of each file")
 
     def glob(self, pattern: str) -> Iterator[FileInfo]:
         return self.walk(pattern, True)
@@ -70,33 +79,34 @@ class WebBackend:
     def remove(self, url: str) -> None:
         raise StorageError(f"{url}: files on a web server cannot be removed")
 
-    def _look(self, url: str) -> tuple[FileInfo | None, bool]:
-        return self._persistently(lambda _alive: _look(url, self._timeout_s), url)
+    def _probe(self, url: str) -> tuple[FileInfo | None, bool]:
+        return self._retry(lambda _heartbeat: _probe(url, self._timeout_s), url)
 
-    def _fetch(self, found: FileInfo, start: int, length: int) -> bytes:
-        return self._persistently(partial(_fetch, found, start, length, self._timeout_s), found.url)
+    def _fetch(self, file_info: FileInfo, start: int, length: int) -> bytes:
+        return self._retry(partial(_fetch, file_info, start, length, self._timeout_s), file_info.url)
 
-    def _whole(self, url: str) -> IO[bytes]:
-        with full_disk_explained(url, tempfile.gettempdir()):
-            return self._persistently(partial(_whole, url, self._timeout_s), url)
+    def _download(self, url: str) -> IO[bytes]:
+        with wrap_disk_full_errors(url, tempfile.gettempdir()):
+            return self._retry(partial(_download, url, self._timeout_s), url)
 
-    def _persistently(self, action: Callable[[Callable[[], None]], T], url: str) -> T:
-        return with_retries(lambda: watched(action, url, self._timeout_s))
+    def _retry(self, action: Callable[[Callable[[], None]], T], url: str) -> T:
+        return with_retries(lambda: run_with_stall_timeout(action, url, self._timeout_s))
 
 
 @contextlib.contextmanager
-def _answer(url: str, timeout_s: float, wanted: str | None = None) -> Iterator[Any]:
-    headers = {"User-Agent": "open_lm", "Accept-Encoding": "identity", **({"Range": wanted} if wanted else {})}
+def _get(url: str, timeout_s: float, byte_range: str | None = None) -> Iterator[Any]:
+    """Send a GET request, and yield the response."""
+    headers = {"User-Agent": "open_lm", "Accept-Encoding": "identity", **({"Range": byte_range} if byte_range else {})}
     request = Request(quote(url, safe="%/:?#[]@!$&'()*+,;=~"), headers=headers)
-    with urlopen(request, timeout=GIVEN_UP * timeout_s) as answer:
-        yield answer
+    with urlopen(request, timeout=SOCKET_TIMEOUT_FACTOR * timeout_s) as response:
+        yield response
 
 
-def _look(url: str, timeout_s: float) -> tuple[FileInfo | None, bool]:
-    """What the server tells of a file, and whether it gives ranges; by a GET of one byte, as some forbid HEAD."""
+def _probe(url: str, timeout_s: float) -> tuple[FileInfo | None, bool]:
+    """Return a file's information and whether the server supports ranges: a GET of one byte, as some forbid HEAD."""
     try:
-        with _answer(url, timeout_s, "bytes=0-0") as answer:
-            return _info(url, answer), answer.status == 206
+        with _get(url, timeout_s, "bytes=0-0") as response:
+            return _info(url, response), response.status == 206
     except HTTPError as error:
         if error.code == 416:  # an empty file has no first byte
             return FileInfo(url, 0, 0.0), True
@@ -105,36 +115,40 @@ def _look(url: str, timeout_s: float) -> tuple[FileInfo | None, bool]:
         raise
 
 
-def _info(url: str, answer: Any) -> FileInfo:
-    headers = answer.headers
-    size = (
-        headers.get("Content-Range", "").rpartition("/")[2] if answer.status == 206 else headers.get("Content-Length")
-    )
-    changed = headers.get("Last-Modified")
-    time = parsedate_to_datetime(changed).timestamp() if changed else 0.0
-    return FileInfo(url, int(size) if size and size.isdigit() else -1, time, plain_tag(headers.get("ETag")))
+def _info(url: str, response: Any) -> FileInfo:
+    headers = response.headers
+    is_range = response.status == 206
+    size = headers.get("Content-Range", "").rpartition("/")[2] if is_range else headers.get("Content-Length")
+    modified = headers.get("Last-Modified")
+    mtime_s = parsedate_to_datetime(modified).timestamp() if modified else 0.0
+    return FileInfo(url, int(size) if size and size.isdigit() else -1, mtime_s, strip_etag(headers.get("ETag")))
 
 
-def _fetch(found: FileInfo, start: int, length: int, timeout_s: float, alive: Callable[[], None]) -> bytes:
-    """One range of a file that is still the one `found` describes."""
-    with _answer(found.url, timeout_s, f"bytes={start}-{start + length - 1}") as answer:
-        now = _info(found.url, answer)
-        if answer.status == 206 and (now.size, now.etag or now.mtime_s) != (found.size, found.etag or found.mtime_s):
-            raise StorageError(f"{found.url}: the file was changed while it was being read; begin again")
-        data = b"".join(read_chunks(answer.read, alive)) if answer.status == 206 else b""
+def _fetch(file_info: FileInfo, start: int, length: int, timeout_s: float, heartbeat: Callable[[], None]) -> bytes:
+    """Return one range of a file; raise StorageError if it is no longer the file that `file_info` describes."""
+    with _get(file_info.url, timeout_s, f"bytes={start}-{start + length - 1}") as response:
+        current = _info(file_info.url, response)
+        is_range = response.status == 206
+        if is_range and _version(current) != _version(file_info):
+            raise StorageError(f"{file_info.url}: {CHANGED_DURING_READ}")
+        data = b"".join(read_chunks(response.read, heartbeat)) if is_range else b""
     if len(data) != length:
-        raise IncompleteTransfer(f"{length} bytes were asked for at {start}, {len(data)} arrived")
+        raise IncompleteTransfer(f"requested {length} bytes at offset {start}, received {len(data)}")
     return data
 
 
-def _whole(url: str, timeout_s: float, alive: Callable[[], None]) -> IO[bytes]:
-    """A file from a server without ranges, as a temporary one: after a fault it has to begin again."""
+def _version(file_info: FileInfo) -> tuple[int, str | float]:
+    return file_info.size, file_info.etag or file_info.mtime_s
+
+
+def _download(url: str, timeout_s: float, heartbeat: Callable[[], None]) -> IO[bytes]:
+    """Download a file from a server without ranges to a temporary file; a retry downloads it from the start."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  (the caller closes it)
-    with _answer(url, timeout_s) as answer:
-        expected = _info(url, answer).size
-        for chunk in read_chunks(answer.read, alive):
+    with _get(url, timeout_s) as response:
+        expected = _info(url, response).size
+        for chunk in read_chunks(response.read, heartbeat):
             file.write(chunk)
     if expected not in (-1, file.tell()):
-        raise IncompleteTransfer(f"the server announced {expected} bytes, {file.tell()} arrived")
+        raise IncompleteTransfer(f"the server announced {expected} bytes, received {file.tell()}")
     file.seek(0)
     return file

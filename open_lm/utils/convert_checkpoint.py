@@ -1,10 +1,10 @@
-"""Make the interchange files of a sharded checkpoint: epoch_N.pt, optimizer_N.pt, stats_N.pt and those of averagers.
+"""Convert a sharded checkpoint to interchange files: epoch_N.pt, optimizer_N.pt, stats_N.pt and averager files.
 
 python -m open_lm.utils.convert_checkpoint logs/NAME/checkpoints/step_00001000 --output exported
 python -m open_lm.utils.convert_checkpoint s3://bucket/NAME/checkpoints/step_00001000 --output s3://bucket/exported
 
-One process does it, tensor by tensor: it never holds the model, needs no GPU and no process group. N is the number of
-epochs completed at that step.
+Runs in one process, tensor by tensor: the model is never completely in memory, and neither a GPU nor a process group is
+needed. N is the number of epochs completed at that step.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from open_lm.errors import CheckpointError, run_cli
 
 
 def main(argv: list[str]) -> str:
-    """Run the command; see --help. Returns the path of the epoch_N.pt that it wrote.
+    """Run the command and return the path of the written epoch_N.pt.
 
     Raises:
-        CheckpointError: a folder that is no whole sharded checkpoint.
-        StorageError: a place that cannot be read or written.
+        CheckpointError: the folder is not a complete sharded checkpoint.
+        StorageError: a folder cannot be read or written.
     """
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="STEP_FOLDER", help="a step_N folder, local or s3://…")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the files go, local or s3://…")
-    parser.add_argument("--weights-only", action="store_true", help="leave out the optimizer's file, the largest")
+    parser.add_argument("checkpoint", metavar="STEP_FOLDER", help="step_N folder, local or s3://…")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="output folder, local or s3://…")
+    parser.add_argument("--weights-only", action="store_true", help="do not write optimizer_N.pt, the largest file")
     args = parser.parse_args(argv)
 
     from open_lm.checkpoint.folders import step_number
     from open_lm.checkpoint.interchange import write_interchange
-    from open_lm.checkpoint.tensor_index import StoredTensors, incompleteness
+    from open_lm.checkpoint.tensor_index import StoredTensors, incomplete_reason
 
     if step_number(args.checkpoint) is None:
         raise CheckpointError(f"{args.checkpoint}: expected the step_N folder of a sharded checkpoint")
-    if problem := incompleteness(args.checkpoint):
+    if problem := incomplete_reason(args.checkpoint):
         raise CheckpointError(f"{args.checkpoint} cannot be converted: {problem}")
     stored = StoredTensors(args.checkpoint)
     path = write_interchange(stored, args.output, str(stored.extra.get("name", "")), not args.weights_only)

@@ -1,4 +1,4 @@
-"""Runs ranks that meet a fault under the project's own torchrun."""
+"""Run `fault_worker` ranks under the package's torchrun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TESTS = Path(__file__).parent
 
 
 def launch(folder: Path, fault: str, *flags: str) -> subprocess.Popen[str]:
-    """Two ranks of `fault_worker FAULT` with `folder` for what they leave."""
+    """Start two ranks of `fault_worker FAULT`, which write their results to `folder`."""
     command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2", *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
     return subprocess.Popen(
@@ -25,7 +25,7 @@ def launch(folder: Path, fault: str, *flags: str) -> subprocess.Popen[str]:
 
 
 def run(folder: Path, fault: str, *flags: str) -> tuple[int, str]:
-    """The exit code and what was said on stderr."""
+    """Run `launch` to its end, and return (exit code, stderr)."""
     with launch(folder, fault, *flags) as process:
-        said = process.communicate(timeout=300)[1]
-    return process.returncode, said
+        stderr = process.communicate(timeout=300)[1]
+    return process.returncode, stderr

@@ -1,12 +1,12 @@
-"""A small HTTP proxy on loopback that breaks some of the requests passing through it, as networks and busy stores do.
+"""A small HTTP proxy on loopback that injects faults of networks and busy stores into the requests it forwards.
 
     with FaultyProxy(endpoint, seed=1) as proxy:
-        proxy.rules.append(Rule("503", rate=0.2))                        # a fifth of everything
+        proxy.rules.append(Rule("503", rate=0.2))                        # a fifth of all requests
         proxy.rules.append(Rule("truncate", method="GET", path=r"\\.zst", times=1))
         ...                                                              # AWS_ENDPOINT_URL=proxy.endpoint
     assert proxy.injected["503"] > 0
 
-It knows nothing of S3: any client whose server's address can be set is tested with it, in this process or another.
+It does not depend on S3. It works with any client whose server address can be set, in this process or another one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 KINDS = {
-    "500": "answer 500 InternalError; the server behind never hears of the request",
-    "503": "answer 503 SlowDown; the server behind never hears of the request",
-    "reset": "reset the connection before the server behind hears of the request",
-    "reset_after": "reset the connection after the server behind did what was asked",
-    "reset_body": "reset the connection in the middle of the answer's body",
-    "truncate": "end the connection in order, but in the middle of the answer's body",
-    "delay": "wait some seconds, then go on as if nothing was",
-    "stall": "send half of the answer's body, wait some seconds, then reset the connection",
+    "500": "answer 500 InternalError without forwarding the request",
+    "503": "answer 503 SlowDown without forwarding the request",
+    "reset": "reset the connection without forwarding the request",
+    "reset_after": "forward the request, then reset the connection without a response",
+    "reset_body": "reset the connection in the middle of the response body",
+    "truncate": "close the connection normally in the middle of the response body",
+    "delay": "wait some seconds, then forward the request as usual",
+    "stall": "send half of the response body, wait some seconds, then reset the connection",
 }
 _CODES = {"500": "InternalError", "503": "SlowDown"}
 _HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length"}
@@ -40,42 +40,43 @@ _HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length
 
 @dataclass
 class Rule:
-    """Which requests meet with which fault: each that fits `method` and `path`, at `rate`, at most `times` times."""
+    """A fault for requests that match `method` and `path`, injected with probability `rate`, at most `times` times."""
 
     kind: str
     rate: float = 1.0
     times: int | None = None
-    skip: int = 0  # so many that fit are spared first
-    method: str = ""  # "" is any
-    path: str = ""  # a regular expression searched for in path and query
-    seconds: float = 0.1  # of "delay" and "stall"
-    _seen: int = field(default=0, repr=False)
-    _done: int = field(default=0, repr=False)
+    skip: int = 0  # number of matching requests that pass before the first fault
+    method: str = ""  # "" matches any method
+    path: str = ""  # regular expression, searched for in path and query
+    seconds: float = 0.1  # duration of "delay" and "stall"
+    _num_seen: int = field(default=0, repr=False)
+    _num_injected: int = field(default=0, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"{self.kind!r} is no kind of fault; known are {', '.join(KINDS)}")
+            raise ValueError(f"unknown fault {self.kind!r}; expected one of {', '.join(KINDS)}")
 
-    def strikes(self, method: str, path: str, chance: random.Random) -> bool:
-        if self.method not in ("", method) or not re.search(self.path, path) or self._done == self.times:
+    def applies(self, method: str, path: str, rng: random.Random) -> bool:
+        """Return whether to inject the fault into this request, and count it."""
+        if self.method not in ("", method) or not re.search(self.path, path) or self._num_injected == self.times:
             return False
-        self._seen += 1
-        if self._seen <= self.skip or chance.random() >= self.rate:
+        self._num_seen += 1
+        if self._num_seen <= self.skip or rng.random() >= self.rate:
             return False
-        self._done += 1
+        self._num_injected += 1
         return True
 
 
 class FaultyProxy:
-    """Forwards to `upstream`; `endpoint` is its own address, `injected` counts faults by kind, `requests` by method."""
+    """A proxy of `upstream` at `endpoint`; `injected` counts faults by kind, `requests` counts requests by method."""
 
     def __init__(self, upstream: str, seed: int = 0) -> None:
         self.rules: list[Rule] = []
         self.injected: Counter[str] = Counter()
         self.requests: Counter[str] = Counter()
-        self.bucket = ""  # where the fixture's caller may write
+        self.bucket = ""  # set by the fixture: an S3 bucket for the test
         self.upstream = urlsplit(upstream)
-        self._chance = random.Random(seed)
+        self._rng = random.Random(seed)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._server = _Server(("127.0.0.1", 0), self)
@@ -87,11 +88,11 @@ class FaultyProxy:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def fault_for(self, method: str, path: str) -> Rule | None:
-        """The first rule that strikes this request."""
+        """Return the first rule that applies to this request."""
         with self._lock:
             self.requests[method] += 1
             for rule in self.rules:
-                if rule.strikes(method, path, self._chance):
+                if rule.applies(method, path, self._rng):
                     return rule
             return None
 
@@ -124,7 +125,7 @@ class _Server(ThreadingHTTPServer):
         self.proxy = proxy
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hung up is no news here."""
+        """Do not print a traceback when a client closes its connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -150,10 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         status, headers, data = self._forward(body)
         if rule and kind in ("reset_after", "reset_body", "truncate", "stall"):
-            # What has no body to be cut in the middle of loses its answer as a whole.
-            cut = kind != "reset_after" and self.command != "HEAD" and len(data) > 0
+            # A response without a body cannot be truncated: drop it completely.
+            has_body = kind != "reset_after" and self.command != "HEAD" and len(data) > 0
             proxy.count(kind)
-            if cut:
+            if has_body:
                 self._send(status, headers, data, len(data) // 2)
             if kind == "stall":
                 proxy.wait(rule.seconds)
@@ -179,21 +180,22 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def handle_expect_100(self) -> bool:
-        return True  # `_read_body` answers it
+        return True  # `_read_body` sends the 100 response
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         upstream = self.server.proxy.upstream
         connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port, timeout=60)
-        kept = {name: value for name, value in self.headers.items() if name.lower() not in {*_HOP_HEADERS, "expect"}}
+        dropped = {*_HOP_HEADERS, "expect"}
+        request_headers = {name: value for name, value in self.headers.items() if name.lower() not in dropped}
         if body or self.command in ("PUT", "POST"):
-            kept["Content-Length"] = str(len(body))
+            request_headers["Content-Length"] = str(len(body))
         with contextlib.closing(connection):
-            connection.request(self.command, self.path, body, kept)
-            answer = connection.getresponse()
-            data = answer.read()
-            headers = [(name, value) for name, value in answer.getheaders() if name.lower() not in _HOP_HEADERS]
-            length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-            return answer.status, [*headers, ("Content-Length", length or "0")], data
+            connection.request(self.command, self.path, body, request_headers)
+            response = connection.getresponse()
+            data = response.read()
+            headers = [(name, value) for name, value in response.getheaders() if name.lower() not in _HOP_HEADERS]
+            length = response.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+            return response.status, [*headers, ("Content-Length", length or "0")], data
 
     def _send(self, status: int, headers: list[tuple[str, str]], data: bytes, sent_bytes: int) -> None:
         self.send_response_only(status)
@@ -209,10 +211,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(data)))], data, len(data))
 
     def _reset(self) -> None:
-        """Close so that the client sees "connection reset by peer", not an orderly end."""
+        """Close the connection so that the client sees "connection reset by peer" instead of a normal end."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         os.close(self.connection.detach())
 
     def log_message(self, *args: object) -> None:
-        """Nothing: the counters tell."""
+        """Log nothing: the tests use the counters."""

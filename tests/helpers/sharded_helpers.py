@@ -16,9 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from open_lm.checkpoint.model_state import named_tensors, trained
+from open_lm.checkpoint.model_state import named_tensors, trained_params
 from open_lm.checkpoint.sharded import TrainingState
-from open_lm.distributed.sharded_tensor import fused_weight_parts, full_tensor
+from open_lm.distributed.sharded_tensor import full_tensor, fused_weight_parts
 from open_lm.optim.averaging import ModelAverager
 
 AVERAGERS = "ema_0.5,poly_2"
@@ -108,7 +108,7 @@ def whole_state(state: TrainingState) -> dict[str, Tensor]:
     assert state.optimizer is not None and state.averagers is not None
     parts = fused_weight_parts(state.model)
     found = {f"model/{name}": full_tensor(value, parts.get(name, 1)) for name, value in named_tensors(state.model).items()}
-    for name, param in trained(state.model, state.optimizer).items():
+    for name, param in trained_params(state.model, state.optimizer).items():
         for moment, value in state.optimizer.state.get(param, {}).items():
             found[f"optimizer/{name}/{moment}"] = full_tensor(value, parts.get(name, 1))
     for averager_name, averager in state.averagers.avgs_dict.items():

@@ -20,8 +20,8 @@ import torch
 from sharded_helpers import assert_equal, build, train, whole_state
 
 from open_lm import storage
-from open_lm.checkpoint.folders import remove_folder, step_folder, unfinished
-from open_lm.checkpoint.sharded import ShardedWriter, TrainingState, incompleteness, load
+from open_lm.checkpoint.folders import remove_folder, step_folder, unfinished_folders
+from open_lm.checkpoint.sharded import ShardedWriter, TrainingState, incomplete_reason, load
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
@@ -71,10 +71,10 @@ def main(folder: str) -> None:
         if complete and complete[-1]:
             shutil.rmtree(second)
         status = killed(state, folder, len(complete) + 1)
-        complete.append(incompleteness(second) is None)
+        complete.append(incomplete_reason(second) is None)
         for step in (1, 2) if complete[-1] else (1,):
             assert_equal(loaded(folder, step), saved[step])
-        for left in unfinished(folder):
+        for left in unfinished_folders(folder):
             remove_folder(left)
         assert sorted(os.listdir(folder)) == [step_folder(step) for step in ((1, 2) if complete[-1] else (1,))]
     assert status == 0 and complete[-1] and not complete[0]
@@ -93,7 +93,7 @@ def main(folder: str) -> None:
         found = loaded(folder, 2)
         replaced.append(any(not torch.equal(found[name], value) for name, value in before.items()))
         assert_equal(found, after if replaced[-1] else before)
-        assert unfinished(folder) == []
+        assert unfinished_folders(folder) == []
     assert status == 0 and replaced[-1] and not replaced[0]
     assert len(os.listdir(second)) == 2, "what was left behind is cleared away"
     print(f"killed {len(complete) + len(replaced) - 2} times", flush=True)

@@ -1,4 +1,4 @@
-"""Local and remote files: every function on every kind of address, S3 from a real server on loopback."""
+"""Test every storage function on every kind of path or URL, with S3 from a real server on loopback."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def plain(url: str) -> str:
     return storage.local_path(url)
 
 
-# ---------------------------------------------------------------------------------------------- everywhere
-def test_written_files_are_read_listed_and_found(base: str) -> None:
+# ---------------------------------------------------------------------------------------------- all backends
+def test_written_files_are_read_and_listed(base: str) -> None:
     assert storage.list_files(base) == [] and not storage.exists(base)
     storage.write_bytes(storage.join(base, "b.bin"), b"\x00\xff")
     with storage.atomic_write(storage.join(base, "sub", "a.txt"), "w") as file:
@@ -56,19 +56,19 @@ def test_written_files_are_read_listed_and_found(base: str) -> None:
     assert storage.info(storage.join(base, "sub")) is None, "a folder is not a file"
 
 
-def test_listings_tell_size_and_tag_without_asking_each_file(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listings_include_size_and_etag_without_a_request_per_file(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(3):
         storage.write_bytes(storage.join(base, "sub", f"{number}.bin"), b"x" * number)
-    tags = [storage.info(storage.join(base, "sub", f"{number}.bin")).etag for number in range(3)]  # type: ignore[union-attr]
+    etags = [storage.info(storage.join(base, "sub", f"{number}.bin")).etag for number in range(3)]  # type: ignore[union-attr]
     if storage.is_remote(base):
         backend = type(storage_backends.find_backend(base))
-        monkeypatch.setattr(backend, "info", lambda self, url: pytest.fail("one file was asked for"))
+        monkeypatch.setattr(backend, "info", lambda self, url: pytest.fail("request for a single file"))
     for infos in (storage.glob_infos(storage.join(base, "s*", "*.bin")), storage.list_infos(base, recursive=True)):
         assert [item.url for item in infos] == [f"{plain(base)}/sub/{number}.bin" for number in range(3)]
         assert [item.size for item in infos] == [0, 1, 2]
-        assert [item.etag for item in infos] == tags
+        assert [item.etag for item in infos] == etags
     if "s3:" in base:
-        assert len(set(tags)) == 3 and all(tag.isalnum() for tag in tags)
+        assert len(set(etags)) == 3 and all(etag.isalnum() for etag in etags)
 
 
 def test_open_files_are_seekable(base: str) -> None:
@@ -85,7 +85,7 @@ def test_open_files_are_seekable(base: str) -> None:
         assert file.read() == b""
 
 
-def test_failed_writes_leave_the_old_file_and_nothing_else(base: str) -> None:
+def test_failed_writes_keep_the_old_file_and_leave_no_others(base: str) -> None:
     url = storage.join(base, "file.txt")
     storage.write_text(url, "old")
     with pytest.raises(ZeroDivisionError), storage.atomic_write(url, "w") as file:
@@ -99,23 +99,23 @@ def test_failed_writes_leave_the_old_file_and_nothing_else(base: str) -> None:
     assert not storage.exists(storage.join(base, "other"))
 
 
-def test_files_are_copied_between_any_two_places(base: str, tmp_path: Path) -> None:
+def test_files_are_copied_between_any_two_backends(base: str, tmp_path: Path) -> None:
     data = os.urandom(10_000)
-    (tmp_path / "here").write_bytes(data)
-    storage.upload(tmp_path / "here", storage.join(base, "there"))
-    storage.copy(storage.join(base, "there"), storage.join(base, "again"))
-    storage.copy(storage.join(base, "again"), "memory:///copies/again")
-    storage.copy("memory:///copies/again", storage.join(base, "back"))
-    storage.download(storage.join(base, "back"), tmp_path / "new" / "folder" / "here")
-    assert (tmp_path / "new" / "folder" / "here").read_bytes() == data
-    assert os.listdir(tmp_path / "new" / "folder") == ["here"]
+    (tmp_path / "source").write_bytes(data)
+    storage.upload(tmp_path / "source", storage.join(base, "uploaded"))
+    storage.copy(storage.join(base, "uploaded"), storage.join(base, "copy"))
+    storage.copy(storage.join(base, "copy"), "memory:///copies/copy")
+    storage.copy("memory:///copies/copy", storage.join(base, "back"))
+    storage.download(storage.join(base, "back"), tmp_path / "new" / "folder" / "downloaded")
+    assert (tmp_path / "new" / "folder" / "downloaded").read_bytes() == data
+    assert os.listdir(tmp_path / "new" / "folder") == ["downloaded"]
 
 
-def test_removing_takes_one_file_and_no_folder(base: str) -> None:
+def test_remove_deletes_single_files_only(base: str) -> None:
     for name in ("a", "ab", "a/b") if base.startswith("s3:") else ("a", "ab"):
         storage.write_text(storage.join(base, name), name)
     storage.remove(storage.join(base, "a"))
-    storage.remove(storage.join(base, "a"))  # not there any more: no error
+    storage.remove(storage.join(base, "a"))  # a missing file is no error
     assert not any(url.endswith("/a") for url in storage.list_files(base))
     assert storage.exists(storage.join(base, "ab"))
     if not storage.is_remote(base):
@@ -126,7 +126,7 @@ def test_removing_takes_one_file_and_no_folder(base: str) -> None:
 
 
 @pytest.mark.parametrize("function", [storage.read_bytes, storage.open_file, storage.size])
-def test_missing_files_are_named(base: str, function: Any) -> None:
+def test_errors_for_missing_files_name_the_file(base: str, function: Any) -> None:
     url = storage.join(base, "absent.txt")
     with pytest.raises(StorageError, match=r"absent\.txt: no such file"):
         function(url)
@@ -134,8 +134,8 @@ def test_missing_files_are_named(base: str, function: Any) -> None:
         storage.download(url, "/nowhere/at/all")
 
 
-# ---------------------------------------------------------------------------------------------- addresses
-def test_addresses() -> None:
+# ---------------------------------------------------------------------------------------------- paths and URLs
+def test_paths_and_urls_are_classified_and_joined() -> None:
     assert [storage.is_remote(url) for url in ("s3://b/k", "gs://b", "https://h/x", "memory://x")] == [True] * 4
     assert [storage.is_remote(url) for url in ("a/b", "/a", "file:///a", "pipe:aws s3 cp s3://b/k -")] == [False] * 4
     assert storage.join("s3://b/", "/k/", "x.tar") == "s3://b/k/x.tar"
@@ -147,7 +147,7 @@ def test_addresses() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- local
-def test_local_files_are_readable_by_colleagues_and_appear_by_rename(tmp_path: Path) -> None:
+def test_local_files_are_readable_by_other_users_and_appear_by_rename(tmp_path: Path) -> None:
     target = tmp_path / "new" / "file"
     old_umask = os.umask(0o022)
     try:
@@ -156,24 +156,24 @@ def test_local_files_are_readable_by_colleagues_and_appear_by_rename(tmp_path: P
             assert not target.exists()
             (name,) = os.listdir(target.parent)
             assert storage.is_temporary(name)
-            assert storage.list_files(target.parent) == [], "what is not complete is not listed"
+            assert storage.list_files(target.parent) == [], "incomplete files are not listed"
     finally:
         os.umask(old_umask)
     assert stat.S_IMODE(target.stat().st_mode) == 0o644
 
 
-def test_local_obstacles_are_explained(tmp_path: Path) -> None:
+def test_local_errors_name_the_path_and_the_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match=r"file/below: (Not a directory|File exists)"):
         storage.write_text(tmp_path / "file" / "below", "x")
     (tmp_path / "latin").write_bytes(b"abc\xff")
-    with pytest.raises(StorageError, match="expected UTF-8 text, found byte 0xff at 3"):
+    with pytest.raises(StorageError, match="expected UTF-8 text, found byte 0xff at offset 3"):
         storage.read_text(tmp_path / "latin")
 
 
 # ---------------------------------------------------------------------------------------------- S3
-def test_large_objects_travel_in_parts(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_s3, "_PART_BYTES", 5 << 20)  # the least that S3 takes
+def test_large_objects_are_uploaded_in_parts(s3_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_s3, "_PART_BYTES", 5 << 20)  # S3's minimum
     data = os.urandom(12 << 20)
     (tmp_path / "big").write_bytes(data)
     url = f"s3://{s3_bucket}/big"
@@ -185,22 +185,22 @@ def test_large_objects_travel_in_parts(s3_bucket: str, tmp_path: Path, monkeypat
         assert file.read(1000) == data[9 << 20 : (9 << 20) + 1000]
 
 
-def test_a_whole_object_is_read_in_few_requests(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_an_object_needs_few_requests(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     data = os.urandom(20 << 20)
     ranges: list[tuple[int, int]] = []
     storage.write_bytes(f"s3://{s3_bucket}/x", data)
     fetch = storage_s3._fetch
 
-    def record(found: storage.FileInfo, start: int, length: int) -> bytes:
+    def record(file_info: storage.FileInfo, start: int, length: int) -> bytes:
         ranges.append((start, length))
-        return fetch(found, start, length)
+        return fetch(file_info, start, length)
 
     monkeypatch.setattr(storage_s3, "_fetch", record)
     assert storage.read_bytes(f"s3://{s3_bucket}/x") == data
     assert sorted(ranges) == [(0, 8 << 20), (8 << 20, 8 << 20), (16 << 20, 4 << 20)]
 
 
-def test_objects_beside_a_folder_of_the_same_beginning_are_not_in_it(s3_bucket: str) -> None:
+def test_objects_that_share_a_folder_name_prefix_are_not_listed(s3_bucket: str) -> None:
     for name in ("run/a", "run-2/b", "running"):
         storage.write_text(f"s3://{s3_bucket}/{name}", name)
     assert storage.list_files(f"s3://{s3_bucket}/run", recursive=True) == [f"s3://{s3_bucket}/run/a"]
@@ -222,14 +222,14 @@ def test_objects_beside_a_folder_of_the_same_beginning_are_not_in_it(s3_bucket: 
         ("b+c.tar", ["b+c.tar"]),
     ],
 )
-def test_s3_patterns(s3_bucket: str, pattern: str, matched: list[str]) -> None:
+def test_s3_glob_patterns(s3_bucket: str, pattern: str, matched: list[str]) -> None:
     for name in ("a.tar", "b+c.tar", "x/a.tar", "x/a.txt", "x/y/b.tar"):
         storage.write_text(f"s3://{s3_bucket}/d/{name}", name)
     assert storage.glob(f"s3://{s3_bucket}/d/{pattern}") == [f"s3://{s3_bucket}/d/{name}" for name in matched]
 
 
-def test_s3_obstacles_say_what_to_do(s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"s3://no-such-bucket-here/x: there is no such bucket"):
+def test_s3_errors_say_what_to_do(s3_bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket-here/x: no such bucket; create it"):
         storage.write_text("s3://no-such-bucket-here/x", "x")
     with pytest.raises(StorageError, match="expected s3://bucket/key"):
         storage.read_bytes("s3://bucket-only")
@@ -248,7 +248,7 @@ def test_s3_obstacles_say_what_to_do(s3_bucket: str, monkeypatch: pytest.MonkeyP
 
 
 def test_forked_workers_read_s3(s3_bucket: str) -> None:
-    """Data workers are forks; they must not share the parent's connections."""
+    """Data workers are forked and must not share the parent's connections."""
     url = f"s3://{s3_bucket}/shared"
     storage.write_bytes(url, b"x" * 1000)
     children = []
@@ -260,7 +260,7 @@ def test_forked_workers_read_s3(s3_bucket: str) -> None:
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
 
 
-# ---------------------------------------------------------------------------------------------- weight
+# ---------------------------------------------------------------------------------------------- imports and ranges
 def test_importing_loads_no_heavy_library() -> None:
     modules = ("storage", "storage.remote_sync", "monitor.loggers", "monitor.run_folder", "utils.file_utils")
     code = f"import sys, {', '.join(f'open_lm.{name}' for name in modules)}\n"
@@ -269,7 +269,7 @@ def test_importing_loads_no_heavy_library() -> None:
 
 
 @pytest.mark.parametrize("kind", ["local", "s3", "memory"])
-def test_a_range_is_read_alone(kind: str, tmp_path: Path, s3_bucket: str) -> None:
+def test_a_single_range_is_read(kind: str, tmp_path: Path, s3_bucket: str) -> None:
     url = {"local": str(tmp_path / "a"), "s3": f"s3://{s3_bucket}/a", "memory": "memory://ranges/a"}[kind]
     storage.write_bytes(url, bytes(range(100)))
     assert storage.read_range(url, 10, 5) == bytes(range(10, 15)) and storage.read_range(url, 0, 100)[-1] == 99

@@ -1,6 +1,7 @@
-"""What networks, busy stores and full disks do to storage: tried again, noticed or told; never a file cut short.
+"""Test that storage retries, detects or reports network faults, busy stores and full disks, and never truncates files.
 
-The faults are real: a proxy between boto3 or s3fs and a real S3 server answers errors, cuts bodies and resets sockets.
+The faults are real: a proxy between boto3 or s3fs and a real S3 server returns errors, truncates bodies and resets
+connections.
 """
 
 from __future__ import annotations
@@ -29,27 +30,29 @@ FAULTS = [kind for kind in KINDS if kind not in ("delay", "stall")]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and parts small enough that a file of 12 MiB takes many requests."""
+    """Use blocks and parts so small that a 12 MiB file needs many requests."""
     monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1 << 20)
     monkeypatch.setattr(storage_files, "PART_BYTES", 1 << 20)
-    monkeypatch.setattr(storage_s3, "_PART_BYTES", 5 << 20)  # the least that S3 takes
+    monkeypatch.setattr(storage_s3, "_PART_BYTES", 5 << 20)  # S3's minimum
 
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Record the pauses between attempts instead of sleeping."""
     recorded: list[float] = []
     monkeypatch.setattr(storage_errors, "_pause", recorded.append)
     return recorded
 
 
-def in_store(proxy: FaultyProxy, name: str) -> bytes:
-    """What the server behind the proxy holds."""
+def stored_object(proxy: FaultyProxy, name: str) -> bytes:
+    """Return an object from the server behind the proxy."""
     client = boto3.client("s3", endpoint_url=proxy.upstream.geturl())
     data: bytes = client.get_object(Bucket=proxy.bucket, Key=name)["Body"].read()
     return data
 
 
-def unfinished(proxy: FaultyProxy) -> list[Any]:
+def pending_uploads(proxy: FaultyProxy) -> list[Any]:
+    """Return the multipart uploads that are neither completed nor aborted."""
     client = boto3.client("s3", endpoint_url=proxy.upstream.geturl())
     return client.list_multipart_uploads(Bucket=proxy.bucket).get("Uploads", [])
 
@@ -58,7 +61,7 @@ def unfinished(proxy: FaultyProxy) -> list[Any]:
 @pytest.mark.parametrize("kind", FAULTS)
 @pytest.mark.usefixtures("small", "pauses")
 def test_every_request_survives_every_fault(faulty_s3: FaultyProxy, tmp_path: Path, kind: str) -> None:
-    """Each operation's first request fails, and the first three of an upload in parts and of a read in ranges."""
+    """Make the first request of each operation fail, and the first three of a multipart upload and a ranged read."""
     data = os.urandom(12 << 20)
     (tmp_path / "big").write_bytes(data)
     url = f"s3://{faulty_s3.bucket}/folder/big"
@@ -78,7 +81,7 @@ def test_every_request_survives_every_fault(faulty_s3: FaultyProxy, tmp_path: Pa
         storage.upload(tmp_path / "big", url)
     with faults("HEAD", "big"):
         storage.upload(tmp_path / "big", url)
-    assert in_store(faulty_s3, "folder/big") == data
+    assert stored_object(faulty_s3, "folder/big") == data
     with faults("GET", "big", times=3):
         storage.download(url, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == data
@@ -97,14 +100,14 @@ def test_every_request_survives_every_fault(faulty_s3: FaultyProxy, tmp_path: Pa
 
 @pytest.mark.usefixtures("small", "pauses")
 @pytest.mark.parametrize("prefix", ["", storage.FSSPEC_PREFIX])
-def test_a_line_full_of_faults_changes_no_byte(faulty_s3: FaultyProxy, tmp_path: Path, prefix: str) -> None:
-    """Every seventh request fails, in every way by turns; boto3 and s3fs alike."""
+def test_many_faults_change_no_byte(faulty_s3: FaultyProxy, tmp_path: Path, prefix: str) -> None:
+    """Make every seventh request fail, with every kind of fault in turn, for boto3 and s3fs."""
     data = os.urandom(12 << 20)
     (tmp_path / "big").write_bytes(data)
-    # A lost answer to "?uploads" leaves an upload without parts, which nobody can know of.
-    kinds, known = FAULTS * 2, r"^(?!.*\?uploads)"
-    faulty_s3.rules = [Rule(kind, skip=7 * number, times=1, path=known) for number, kind in enumerate(kinds)]
-    if prefix:  # s3fs waits seconds after a fault of its own finding: of the kinds it leaves to us
+    # A lost response to "?uploads" leaves an upload without parts that the client cannot know about.
+    kinds, path = FAULTS * 2, r"^(?!.*\?uploads)"
+    faulty_s3.rules = [Rule(kind, skip=7 * number, times=1, path=path) for number, kind in enumerate(kinds)]
+    if prefix:  # s3fs waits for seconds after the faults that it retries itself: use those that it does not retry
         faulty_s3.rules = [Rule("truncate", skip=3, times=2, method="GET"), Rule("reset_body", times=2, method="GET")]
     for number in range(1 if prefix else 4):
         url = f"{prefix}s3://{faulty_s3.bucket}/big-{number}"
@@ -114,19 +117,19 @@ def test_a_line_full_of_faults_changes_no_byte(faulty_s3: FaultyProxy, tmp_path:
         storage.download(url, tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == data
     assert faulty_s3.injected == {rule.kind: 2 for rule in faulty_s3.rules}
-    assert unfinished(faulty_s3) == []
+    assert pending_uploads(faulty_s3) == []
 
 
 @pytest.mark.usefixtures("pauses")
-def test_a_stalled_request_is_given_up_and_made_anew(faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_request_is_abandoned_and_retried(faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_s3._client, "__defaults__", (0.5,))
     url = f"s3://{faulty_s3.bucket}/x"
     faulty_s3.rules = [Rule("stall", seconds=60, times=1)]
     storage.write_bytes(url, b"0123456789")
-    assert in_store(faulty_s3, "x") == b"0123456789" and faulty_s3.injected == {"stall": 1}
+    assert stored_object(faulty_s3, "x") == b"0123456789" and faulty_s3.injected == {"stall": 1}
 
 
-def found(url: str) -> storage.FileInfo:
+def existing_info(url: str) -> storage.FileInfo:
     info = storage.info(url)
     assert info is not None
     return info
@@ -135,51 +138,51 @@ def found(url: str) -> storage.FileInfo:
 @pytest.mark.usefixtures("pauses", "small")
 @pytest.mark.parametrize("prefix", ["", storage.FSSPEC_PREFIX])
 @pytest.mark.parametrize("kind", ["stall", "delay"])
-def test_a_read_that_brings_no_byte_is_told_and_made_anew(
+def test_a_read_without_data_is_logged_and_retried(
     faulty_s3: FaultyProxy, caplog: pytest.LogCaptureFixture, prefix: str, kind: str
 ) -> None:
     url, data = f"{prefix}s3://{faulty_s3.bucket}/x", os.urandom(5 << 20)
     storage.write_bytes(url, data)
     faulty_s3.rules = [Rule(kind, seconds=60, times=3, method="GET", path="/x")]
-    assert b"".join(storage.read_parts(found(url), timeout_s=0.5)) == data
+    assert b"".join(storage.read_parts(existing_info(url), timeout_s=0.5)) == data
     assert faulty_s3.injected == {kind: 3}
-    told = [record.getMessage() for record in caplog.records if "no byte" in record.getMessage()]
-    assert told.count(f"{url}: no byte came for 0.5 s; attempt 1 of 4 is given up, another follows") >= 3
+    messages = [record.getMessage() for record in caplog.records if "no data" in record.getMessage()]
+    assert messages.count(f"{url}: no data received for 0.5 s; attempt 1 of 4 failed, retrying") >= 3
 
 
 @pytest.mark.usefixtures("pauses")
-def test_a_store_that_never_answers_is_an_error_that_says_so(faulty_s3: FaultyProxy) -> None:
+def test_a_store_that_never_answers_is_reported(faulty_s3: FaultyProxy) -> None:
     url = f"s3://{faulty_s3.bucket}/x"
     storage.write_bytes(url, b"0123456789")
-    file = found(url)
+    file = existing_info(url)
     faulty_s3.rules = [Rule("delay", seconds=60)]
     for read in (lambda: list(storage.read_parts(file, timeout_s=0.2)), lambda: storage.info(url, timeout_s=0.2)):
         with pytest.raises(
-            StorageError, match=rf"^{url}: no byte came for 0.2 s, in none of 4 attempts; check the net"
+            StorageError, match=rf"^{url}: no data received for 0.2 s in each of 4 attempts; check the net"
         ):
             read()
     assert faulty_s3.injected == {"delay": 8}
 
 
-def test_what_comes_in_drops_is_no_stall_and_silence_is(pauses: list[float]) -> None:
-    told = threading.Event()
+def test_slow_transfers_do_not_stall_but_silent_ones_do(pauses: list[float]) -> None:
+    finished = threading.Event()
 
-    def slowly(alive: Callable[[], None]) -> str:
+    def slow(heartbeat: Callable[[], None]) -> str:
         for _ in range(5):
-            told.wait(0.2)
-            alive()
+            finished.wait(0.2)
+            heartbeat()
         return "done"
 
-    assert storage_errors.watched(slowly, "x://y", timeout_s=0.6) == "done"
-    with pytest.raises(storage.Stalled, match=r"^x://y: no byte came for 0\.1 s$"):
-        storage_errors.watched(lambda alive: told.wait(60), "x://y", timeout_s=0.1)
+    assert storage_errors.run_with_stall_timeout(slow, "x://y", timeout_s=0.6) == "done"
+    with pytest.raises(storage.Stalled, match=r"^x://y: no data received for 0\.1 s$"):
+        storage_errors.run_with_stall_timeout(lambda heartbeat: finished.wait(60), "x://y", timeout_s=0.1)
     with pytest.raises(ZeroDivisionError):
-        storage_errors.watched(lambda alive: 1 // 0, "x://y", timeout_s=5)
-    told.set()
+        storage_errors.run_with_stall_timeout(lambda heartbeat: 1 // 0, "x://y", timeout_s=5)
+    finished.set()
 
 
-def test_other_processes_meet_the_faults_and_get_over_them(faulty_s3: FaultyProxy) -> None:
-    """With their own, unshortened pauses: the first ones are short."""
+def test_other_processes_recover_from_faults(faulty_s3: FaultyProxy) -> None:
+    """Run a subprocess with the real pauses; the first ones are short."""
     url = f"s3://{faulty_s3.bucket}/x"
     faulty_s3.rules = [Rule("503", times=2), Rule("reset", times=2)]
     code = f"from open_lm import storage; storage.write_text({url!r}, 'text'); print(storage.read_text({url!r}))"
@@ -187,7 +190,7 @@ def test_other_processes_meet_the_faults_and_get_over_them(faulty_s3: FaultyProx
     assert faulty_s3.injected == {"503": 2, "reset": 2}
 
 
-# ---------------------------------------------------------------------------------------------- what lasts is told
+# ---------------------------------------------------------------------------------------------- permanent faults
 @pytest.mark.usefixtures("small", "pauses")
 def test_failed_uploads_leave_nothing_behind(
     faulty_s3: FaultyProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -197,19 +200,19 @@ def test_failed_uploads_leave_nothing_behind(
     faulty_s3.rules = [Rule("500", method="PUT", path="partNumber=2")]
     with pytest.raises(StorageError, match=r"/big: .*InternalError"):
         storage.upload(tmp_path / "big", url)
-    assert faulty_s3.injected["500"] == storage_errors._TRIES
-    assert not storage.exists(url) and unfinished(faulty_s3) == []
+    assert faulty_s3.injected["500"] == storage_errors._MAX_ATTEMPTS
+    assert not storage.exists(url) and pending_uploads(faulty_s3) == []
 
     faulty_s3.rules = [Rule("503", method="POST", path="uploadId"), Rule("503", method="DELETE")]
     with pytest.raises(StorageError, match=r"/big: .*SlowDown"):
         storage.upload(tmp_path / "big", url)
-    (left,) = unfinished(faulty_s3)
-    assert f"abort the multipart upload {left['UploadId']} by hand" in caplog.text
+    (upload,) = pending_uploads(faulty_s3)
+    assert f"abort the multipart upload {upload['UploadId']} by hand" in caplog.text
 
 
 @pytest.mark.usefixtures("pauses")
 @pytest.mark.parametrize("prefix", ["", storage.FSSPEC_PREFIX])
-def test_a_file_that_changes_while_it_is_read_is_an_error(
+def test_a_file_that_changes_during_a_read_is_an_error(
     s3_bucket: str, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
     monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1000)
@@ -218,14 +221,14 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(
     with storage.open_file(url) as file:
         file.read(500)
         storage.write_bytes(url, b"b" * 100_000)
-        with pytest.raises(StorageError, match=r"/x: the file was changed while it was being read"):
+        with pytest.raises(StorageError, match=r"/x: the file changed while it was being read"):
             file.seek(50_000)
             while file.read(500):
                 pass
 
 
 @pytest.mark.usefixtures("pauses")
-def test_other_bytes_in_the_store_than_were_sent_are_noticed(
+def test_a_corrupted_upload_is_detected(
     s3_bucket: str, tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = os.urandom(12 << 20)
@@ -238,23 +241,23 @@ def test_other_bytes_in_the_store_than_were_sent_are_noticed(
         return request(operation, **options)
 
     monkeypatch.setattr(storage_s3, "_request", corrupt)
-    with pytest.raises(StorageError, match=r"other bytes than were sent \(CRC32"):
+    with pytest.raises(StorageError, match=r"checksum mismatch after upload: the store has CRC32 .*, expected"):
         storage.upload(tmp_path / "big", f"s3://{s3_bucket}/big")
 
 
-def test_upload_that_the_store_does_not_hold_is_an_error(
+def test_an_upload_that_is_missing_in_the_store_is_an_error(
     s3_bucket: str, tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
-    monkeypatch.setattr(storage_s3, "_put_whole", lambda path, url: "")
-    with pytest.raises(StorageError, match="10 bytes were sent, the store holds nothing"):
+    monkeypatch.setattr(storage_s3, "_put_single", lambda path, url: "")
+    with pytest.raises(StorageError, match="sent 10 bytes, but the store has no such file"):
         storage.upload(tmp_path / "x", f"s3://{s3_bucket}/y")
-    assert len(pauses) == storage_errors._TRIES - 1
+    assert len(pauses) == storage_errors._MAX_ATTEMPTS - 1
 
 
-# ---------------------------------------------------------------------------------------------- trying again
+# ---------------------------------------------------------------------------------------------- retries
 class Fault(Exception):
-    """What botocore raises, as far as it matters."""
+    """The relevant parts of a botocore error."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(code)
@@ -262,10 +265,10 @@ class Fault(Exception):
 
 
 class EndpointConnectionError(Exception):
-    """botocore's: nobody listens, or the name is unknown."""
+    """The botocore error for a refused connection or an unknown host."""
 
 
-def test_passing_faults_are_tried_again_with_growing_pauses(pauses: list[float]) -> None:
+def test_transient_faults_are_retried_with_growing_pauses(pauses: list[float]) -> None:
     faults = [Fault(503, "SlowDown"), TimeoutError(), ConnectionResetError(), *[Fault(500, "InternalError")] * 6]
 
     def action() -> str:
@@ -280,44 +283,45 @@ def test_passing_faults_are_tried_again_with_growing_pauses(pauses: list[float])
 
 
 @pytest.mark.parametrize(
-    "error, tries", [(Fault(403, "AccessDenied"), 1), (Fault(500, "InternalError"), 10), (EndpointConnectionError(), 6)]
+    "error, attempts",
+    [(Fault(403, "AccessDenied"), 1), (Fault(500, "InternalError"), 10), (EndpointConnectionError(), 6)],
 )
-def test_lasting_faults_end_in_their_own_error(pauses: list[float], error: Exception, tries: int) -> None:
-    made = []
+def test_permanent_faults_raise_their_own_error(pauses: list[float], error: Exception, attempts: int) -> None:
+    calls = []
 
     def action() -> None:
-        made.append(1)
+        calls.append(1)
         raise error
 
-    with pytest.raises(StorageError), storage_errors.explained("s3://b/k"):
+    with pytest.raises(StorageError), storage_errors.wrap_errors("s3://b/k"):
         storage_errors.with_retries(action)
-    assert len(made) == tries
+    assert len(calls) == attempts
 
 
-# ---------------------------------------------------------------------------------------------- reading ahead
-def test_one_block_is_read_ahead_and_only_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+# ---------------------------------------------------------------------------------------------- prefetching
+def test_sequential_reads_prefetch_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1000)
-    data, asked, ahead = os.urandom(10_500), [], threading.Semaphore(0)
+    data, requests, fetched = os.urandom(10_500), [], threading.Semaphore(0)
 
     def fetch(start: int, length: int) -> bytes:
-        asked.append((start, length))
-        ahead.release()
+        requests.append((start, length))
+        fetched.release()
         return data[start : start + length]
 
     reader = storage_files.RangeReader(storage_files.FileInfo("x://y", len(data), 0.0), fetch)
     file = reader.buffered()
     assert reader.read(10) == data[:10]
-    ahead.acquire(), ahead.acquire()
-    assert asked == [(0, 1000), (1000, 1000)], "the block in use and the next, no more"
+    fetched.acquire(), fetched.acquire()
+    assert requests == [(0, 1000), (1000, 1000)], "only the current block and the next one"
     reader.seek(5000)
     assert reader.read(10) == data[5000:5010]
-    assert asked[2:] == [(5000, 1000)], "a jump says nothing of what comes next"
+    assert requests[2:] == [(5000, 1000)], "no prefetch after a jump"
     file.seek(0)
     assert file.read() == data
     assert file.read() == b""
 
 
-def test_errors_of_reading_ahead_are_raised_where_the_block_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetch_errors_are_raised_when_the_block_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1000)
 
     def fetch(start: int, length: int) -> bytes:
@@ -331,7 +335,7 @@ def test_errors_of_reading_ahead_are_raised_where_the_block_is_read(monkeypatch:
             reader.read(1)
 
 
-def test_a_reader_goes_on_in_a_forked_child(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_works_in_a_forked_child(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1000)
     url, data = f"s3://{s3_bucket}/x", os.urandom(5000)
     storage.write_bytes(url, data)
@@ -357,7 +361,7 @@ except storage.StorageError as error:
 
 
 @pytest.mark.parametrize("how", ["write_bytes", "small writes", "download"])
-def test_a_file_that_may_not_grow_is_told_and_leaves_what_was_there(tmp_path: Path, how: str) -> None:
+def test_a_file_size_limit_is_reported_and_keeps_the_old_file(tmp_path: Path, how: str) -> None:
     target, source = tmp_path / "folder" / "file", tmp_path / "source"
     storage.write_text(target, "old")
     source.write_bytes(bytes(3 << 20))
@@ -367,26 +371,26 @@ def test_a_file_that_may_not_grow_is_told_and_leaves_what_was_there(tmp_path: Pa
         "download": f"storage.download({str(source)!r}, {str(target)!r})",
     }
     command = [sys.executable, "-c", WRITE, commands[how]]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert f"{target}: File too large while writing in {tmp_path / 'folder'} (" in told and "GB free there" in told
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"{target}: File too large while writing in {tmp_path / 'folder'} (" in output and "GB free there" in output
     assert target.read_text() == "old" and os.listdir(tmp_path / "folder") == ["file"]
 
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Any:
-    """A file system of 1 MiB; only root may mount one."""
+    """Mount a 1 MiB file system, which requires root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip("only root may mount a small disk")
+        pytest.skip("mounting a small file system requires root")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_told_and_leaves_what_was_there(tiny_disk: Path, s3_bucket: str) -> None:
+def test_a_full_disk_is_reported_and_keeps_the_old_file(tiny_disk: Path, s3_bucket: str) -> None:
     storage.write_text(tiny_disk / "file", "old")
     for attempt in (
         lambda: storage.write_bytes(tiny_disk / "file", bytes(3 << 20)),

@@ -1,4 +1,4 @@
-"""Files on a web server, with and without ranges, and addresses that need a package."""
+"""Test files on web servers with and without range support, and URL schemes whose package is missing."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from open_lm.storage import paths as storage_files
 from open_lm.storage import retries as storage_errors
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    """Python's own server: knows no ranges."""
+class NoRangesHandler(SimpleHTTPRequestHandler):
+    """Python's standard file server, which does not support ranges, without its log."""
 
     def log_message(self, *args: object) -> None: ...
 
 
-class Ranges(Quiet):
-    """Answers ranges as web servers do, with a tag."""
+class RangesHandler(NoRangesHandler):
+    """A handler that answers range requests, with an ETag."""
 
     def do_GET(self) -> None:
         path = Path(self.translate_path(self.path))
@@ -45,9 +45,9 @@ class Ranges(Quiet):
         self.wfile.write(part)
 
 
-@pytest.fixture(params=[Quiet, Ranges])
+@pytest.fixture(params=[NoRangesHandler, RangesHandler])
 def site(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """A web server of the folder "www", behind the proxy."""
+    """Serve the folder "www" behind the proxy."""
     monkeypatch.setattr(storage_files, "BLOCK_BYTES", 100_000)
     monkeypatch.setattr(storage_errors, "_pause", lambda seconds: None)
     (tmp_path / "www").mkdir()
@@ -70,13 +70,13 @@ def test_web_files_are_read_and_seekable(site: FaultyProxy, tmp_path: Path) -> N
         assert file.read() == data[-10:]
         file.seek(500_000)
         assert file.read(7) == data[500_000:500_007]
-    storage.download(url, tmp_path / "here")
-    assert (tmp_path / "here").read_bytes() == data
+    storage.download(url, tmp_path / "downloaded")
+    assert (tmp_path / "downloaded").read_bytes() == data
     assert storage.read_bytes(f"{site.endpoint}/empty") == b""
 
 
 @pytest.mark.parametrize("kind", ["500", "503", "reset", "reset_body", "truncate"])
-def test_faults_of_a_web_server_shorten_nothing(site: FaultyProxy, tmp_path: Path, kind: str) -> None:
+def test_web_server_faults_do_not_truncate_files(site: FaultyProxy, tmp_path: Path, kind: str) -> None:
     text = "Zeile\n" * 200_000
     (tmp_path / "www" / "a.gz").write_bytes(gzip.compress(text.encode(), compresslevel=0))
     site.rules = [Rule(kind, times=3)]
@@ -85,7 +85,7 @@ def test_faults_of_a_web_server_shorten_nothing(site: FaultyProxy, tmp_path: Pat
     assert site.injected[kind] == 3
 
 
-def test_web_obstacles_are_told(site: FaultyProxy) -> None:
+def test_web_errors_name_the_url_and_the_reason(site: FaultyProxy) -> None:
     for function in (storage.read_bytes, storage.size):
         with pytest.raises(StorageError, match=r"/absent: no such file"):
             function(f"{site.endpoint}/absent")
@@ -105,34 +105,33 @@ def test_web_obstacles_are_told(site: FaultyProxy) -> None:
         storage.remove(f"{site.endpoint}/x")
 
 
-@pytest.mark.parametrize("site", [Ranges], indirect=True)
-def test_a_web_file_that_changes_while_it_is_read_is_an_error(site: FaultyProxy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("site", [RangesHandler], indirect=True)
+def test_a_web_file_that_changes_during_a_read_is_an_error(site: FaultyProxy, tmp_path: Path) -> None:
     (tmp_path / "www" / "x").write_bytes(b"a" * 900_000)
     with storage.open_file(f"{site.endpoint}/x") as file:
         file.read(10)
         (tmp_path / "www" / "x").write_bytes(b"b" * 900_000)
-        with pytest.raises(StorageError, match="changed while it was being read"):
+        with pytest.raises(StorageError, match="the file changed while it was being read"):
             file.seek(500_000)
             file.read()
 
 
-def test_fsspec_reads_the_web_too_and_takes_no_failure_for_an_absence(site: FaultyProxy, tmp_path: Path) -> None:
+def test_fsspec_reads_web_files_and_does_not_report_failures_as_missing(site: FaultyProxy, tmp_path: Path) -> None:
     (tmp_path / "www" / "x").write_bytes(b"0123456789")
-    site.rules = [Rule("503", times=4)]  # its HEAD and its GET, twice
+    site.rules = [Rule("503", times=4)]  # fsspec's HEAD and GET, twice each
     assert storage.size(f"{storage.FSSPEC_PREFIX}{site.endpoint}/x") == 10
     assert site.injected["503"] == 4
 
 
 @pytest.mark.parametrize("url, package", [("gs://b/x", "gcsfs"), ("hf://datasets/a/b/x", "huggingface_hub")])
 @pytest.mark.parametrize("function", [storage.read_bytes, storage.glob, storage.exists])
-def test_missing_packages_are_named(
+def test_errors_name_a_missing_package(
     monkeypatch: pytest.MonkeyPatch, url: str, package: str, function: Callable[[str], object]
 ) -> None:
-
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    loaded = sys.modules["fsspec.registry"]._registry  # the attribute of fsspec is but a view of it
-    monkeypatch.delitem(loaded, url.partition(":")[0], raising=False)
+    registry = sys.modules["fsspec.registry"]._registry  # fsspec.registry itself is a read-only view of it
+    monkeypatch.delitem(registry, url.partition(":")[0], raising=False)
     with pytest.raises(StorageError, match=f"needs a package that is not installed .*{package}"):
         function(url)
