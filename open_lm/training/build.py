@@ -16,8 +16,9 @@ from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config
 from open_lm.data import provenance
 from open_lm.data.epochs import epoch_end_step
-from open_lm.data.loader import TrainLoader, ValLoader, build_train_loader, build_val_loaders
+from open_lm.data.loader import TrainLoader, build_train_loader
 from open_lm.data.order import Source
+from open_lm.data.validation_loader import ValLoader, build_val_loaders
 from open_lm.distributed.context_parallel import check_sequence_length
 from open_lm.distributed.precision import build_scaler, compute_dtype, get_autocast, parameter_dtype
 from open_lm.distributed.processes import Runtime, build_layout, run_on_all_ranks, run_on_master

@@ -25,7 +25,7 @@ def load_state(parts: RunParts, trainer: Trainer | None, candidates: list[Candid
     """
     cfg = parts.config.checkpoint
     if not candidates and cfg.pretrained and (cfg.load_pretrained_state or trainer is None):
-        candidates = run_on_master(lambda: checkpoint.named(str(cfg.pretrained)))
+        candidates = run_on_master(lambda: checkpoint.candidates_at(str(cfg.pretrained)))
     for candidate in candidates:
         try:
             restore_from(parts, trainer, candidate)
@@ -36,7 +36,9 @@ def load_state(parts: RunParts, trainer: Trainer | None, candidates: list[Candid
             if parts.runtime.is_master:
                 logging.warning(f"skipping checkpoint {candidate.url}: {error}")
     if cfg.pretrained:
-        checkpoint.load_weights(run_on_master(lambda: checkpoint.named(str(cfg.pretrained))[0].url), parts.model)
+        checkpoint.load_weights(
+            run_on_master(lambda: checkpoint.candidates_at(str(cfg.pretrained))[0].url), parts.model
+        )
     elif cfg.average:
         checkpoint.load_average(cfg.average, cfg.average_coefficients, parts.model)
     elif trainer is None and not parts.config.model.hf_model:

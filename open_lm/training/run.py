@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from open_lm.checkpoint import CheckpointManager, Progress, candidates
+from open_lm.checkpoint import CheckpointManager, Progress, find_candidates
 from open_lm.checkpoint.sharded import TrainingState
 from open_lm.config.checks import wants_training
 from open_lm.distributed.processes import Runtime, run_on_master
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
     paths = RunPaths(config.logging.logs, args.name, config.checkpoint.checkpoint_dir)
     run_on_master(lambda: paths.prepare(config.checkpoint.resume))
     run_on_master(lambda: stack.enter_context(paths.lock()))
-    saved = candidates(config.checkpoint, config.logging, paths)
+    saved = find_candidates(config.checkpoint, config.logging, paths)
     if config.checkpoint.resume == "latest" and not saved:
         run_on_master(paths.check_checkpoint_dir)
     parts = build_parts(config, runtime, paths)
@@ -128,7 +128,7 @@ class Training:
         parts, progress = self.parts, self.parts.progress
         at_epoch_end = progress.epoch > 0 and progress.step == parts.end_step(progress.epoch)
         if at_epoch_end and parts.config.checkpoint.resume == "latest":
-            self.manager.make_up(parts.resume, progress)
+            self.manager.write_missing_files(parts.resume, progress)
 
     # ------------------------------------------------------------------------------------------ epochs
     def _run_epochs(self) -> None:
@@ -183,7 +183,7 @@ class Training:
             self._roll_back()
             return
         at_epoch_end = self.trainer.step >= self.parts.end_step(self.parts.progress.epoch + 1)
-        if not at_epoch_end and self.manager.due(self.trainer.step, decision.save):
+        if not at_epoch_end and self.manager.is_due(self.trainer.step, decision.save):
             self._save_step()
 
     def _save_step(self, wait: bool = False) -> None:
@@ -200,7 +200,7 @@ class Training:
             logging.warning("loss spike before the first checkpoint: the step is skipped, no checkpoint to go back to")
             return
         assert data_state is not None
-        if not trainer.loader.reaches(data_state, self.parts.total_steps - newest.step):
+        if not trainer.loader.has_batches(data_state, self.parts.total_steps - newest.step):
             logging.warning(
                 f"loss spike: the step is skipped without going back to step {newest.step}, because the remaining data "
                 "do not suffice to skip those seen since (give --multiple-data-passes or more data)"

@@ -14,8 +14,8 @@ from pathlib import PurePath
 from typing import Any
 
 from open_lm.config.checks import wants_training
-from open_lm.config.no_effect import flags_without_effect
 from open_lm.config.layout import MeshLayout, resolve_layout
+from open_lm.config.no_effect import flags_without_effect
 from open_lm.config.sections import (
     Config,
     DataConfig,
@@ -157,7 +157,10 @@ def check_device(config: Config, architecture: dict[str, Any], runtime: Runtime,
     if runtime.is_master:
         if config.precision.precision == "fp16":
             logging.warning("--precision fp16 trains in float16 without loss scaling; amp or amp_bfloat16 is safer")
-        for note in [*flags_without_effect(config, architecture), *ineffective_settings(config.parallel, runtime.device)]:
+        for note in [
+            *flags_without_effect(config, architecture),
+            *ineffective_settings(config.parallel, runtime.device),
+        ]:
             logging.warning(note)
 
 

@@ -1,4 +1,4 @@
-"""--deterministic: the same bits from run to run."""
+"""--deterministic: bit-identical runs."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FLAGS = (
 
 
 def numbers(folder: Path) -> list[dict[str, float]]:
-    """What each log line says that is not about time or memory."""
+    """Return the values of each log line that do not depend on time or memory."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     kept = ("train/loss", "train/grad_norm", "train/lr", "tokens")
     return [{name: line[name] for name in kept} for line in lines if "train/loss" in line]
 
 
-def test_two_runs_on_two_ranks_are_equal_bit_for_bit(torchrun: Callable[..., object], tmp_path: Path) -> None:
+def test_two_runs_on_two_ranks_are_bit_identical(torchrun: Callable[..., object], tmp_path: Path) -> None:
     for name in ("one", "two"):
         torchrun(2, "open_lm.main", "--", *FLAGS, "--fsdp", "--name", name)
     one, two = (tmp_path / "logs" / name for name in ("one", "two"))
@@ -43,7 +43,7 @@ def test_two_runs_on_two_ranks_are_equal_bit_for_bit(torchrun: Callable[..., obj
     assert names and all(torch.equal(stored.read(name), again.read(name)) for name in names)
 
 
-def test_attention_is_not_that_of_xformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_xformers_attention_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "has_xformers", lambda: True)
     chosen = []
     for flags in (["--deterministic"], []):
@@ -52,7 +52,7 @@ def test_attention_is_not_that_of_xformers(monkeypatch: pytest.MonkeyPatch) -> N
     assert chosen == [attention.torch_attn, attention.auto_attn]
 
 
-def test_torch_is_told_before_anything_runs() -> None:
+def test_deterministic_mode_of_torch_is_enabled_first() -> None:
     code = (
         "import torch; from open_lm.distributed.rng import make_deterministic; make_deterministic()\n"
         "assert torch.are_deterministic_algorithms_enabled()\n"

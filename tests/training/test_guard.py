@@ -1,4 +1,4 @@
-"""Bad steps are kept from the weights, counted, said, and too many of them end the run."""
+"""Bad steps are skipped, counted and logged; too many end the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from open_lm.training.guard import MAX_SPIKES, SPIKE_MIN_LOSSES, Guard, Training
 
 
 def steps(guard: Guard, losses: list[float], norm: float = 1.0, first: int = 0) -> list[tuple[bool, bool]]:
-    """(skipped, go back) of each step."""
+    """Return (skipped, rollback) of each step."""
     found = []
     for step, loss in enumerate(losses, start=first):
         skipped = bool(guard.should_skip(torch.tensor(loss), torch.tensor(norm)))
@@ -26,12 +26,12 @@ def steps(guard: Guard, losses: list[float], norm: float = 1.0, first: int = 0) 
 
 
 def level(number: int) -> list[float]:
-    """Losses of mean 3 and standard deviation 0.1."""
+    """Return losses with mean 3 and standard deviation 0.1."""
     return [3.1 if index % 2 else 2.9 for index in range(number)]
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])
-def test_what_is_not_finite_is_skipped_and_told(loss: float, norm: float, caplog: pytest.LogCaptureFixture) -> None:
+def test_non_finite_step_is_skipped_and_logged(loss: float, norm: float, caplog: pytest.LogCaptureFixture) -> None:
     guard = Guard(FaultConfig(), Runtime())
     with caplog.at_level(logging.WARNING):
         assert steps(guard, [loss], norm, first=7) == [(True, False)]
@@ -40,7 +40,7 @@ def test_what_is_not_finite_is_skipped_and_told(loss: float, norm: float, caplog
     assert steps(guard, [2.0]) == [(False, False)] and guard.accepted
 
 
-def test_more_than_allowed_of_the_last_hundred_end_the_run() -> None:
+def test_more_skipped_steps_than_allowed_end_the_run() -> None:
     guard = Guard(FaultConfig(max_skipped_steps=2), Runtime())
     for _ in range(3):
         steps(guard, [math.nan, math.nan, *[2.0] * 98])
@@ -53,7 +53,7 @@ def test_more_than_allowed_of_the_last_hundred_end_the_run() -> None:
         steps(Guard(FaultConfig(max_skipped_steps=0), Runtime()), [math.nan])
 
 
-def test_a_scalers_overflows_are_skipped_but_its_own_business() -> None:
+def test_overflows_of_a_scaler_are_skipped_but_not_counted() -> None:
     guard = Guard(FaultConfig(max_skipped_steps=0), Runtime(), scaled=True)
     assert steps(guard, [2.0], norm=math.inf) == [(True, False)]
     assert guard.counts()["skipped_steps"] == 0
@@ -62,11 +62,11 @@ def test_a_scalers_overflows_are_skipped_but_its_own_business() -> None:
 
 
 @pytest.mark.parametrize("rollback", [False, True])
-def test_spikes_stand_out_of_the_accepted_losses(rollback: bool) -> None:
+def test_spikes_are_detected_relative_to_accepted_losses(rollback: bool) -> None:
     flag = "rollback_loss_spikes" if rollback else "skip_loss_spikes"
     guard = Guard(FaultConfig(max_skipped_steps=0, **{flag: 4.0}), Runtime())
     assert steps(guard, [*level(SPIKE_MIN_LOSSES - 2), 9.0, 2.0]) == [(False, False)] * SPIKE_MIN_LOSSES, (
-        "too few to tell"
+        "too few losses to detect a spike"
     )
     guard = Guard(FaultConfig(max_skipped_steps=0, **{flag: 4.0}), Runtime())
     steps(guard, level(SPIKE_MIN_LOSSES))
@@ -74,7 +74,7 @@ def test_spikes_stand_out_of_the_accepted_losses(rollback: bool) -> None:
     assert guard.counts() == {"skipped_steps": 0, "spikes": 2}
 
 
-def test_a_loss_that_stays_up_ends_the_run() -> None:
+def test_loss_that_stays_high_ends_the_run() -> None:
     guard = Guard(FaultConfig(skip_loss_spikes=4.0), Runtime())
     steps(guard, level(128))
     steps(guard, [5.0] * MAX_SPIKES)
@@ -82,7 +82,7 @@ def test_a_loss_that_stays_up_ends_the_run() -> None:
         steps(guard, [5.0])
 
 
-def test_its_state_travels_as_json() -> None:
+def test_state_survives_json() -> None:
     cfg = FaultConfig(max_skipped_steps=5, skip_loss_spikes=3.0)
     first, second = Guard(cfg, Runtime()), Guard(cfg, Runtime())
     steps(first, [*level(60), math.nan, 9.0])
@@ -92,10 +92,10 @@ def test_its_state_travels_as_json() -> None:
     assert first.state() == second.state() and first.counts() == {"skipped_steps": 2, "spikes": 2}
 
 
-def test_ranks_skip_and_stop_alike(tmp_path: Path) -> None:
-    """A loss that is no number on rank 1 alone, replicated and sharded; a signal to rank 1, the clock of rank 0."""
-    code, said = fault_helpers.run(tmp_path, "agree")
-    assert code == 0, said
+def test_all_ranks_skip_and_stop_together(tmp_path: Path) -> None:
+    """A NaN loss on rank 1 only, replicated and sharded; a signal to rank 1; the clock of rank 0."""
+    code, output = fault_helpers.run(tmp_path, "agree")
+    assert code == 0, output
     first, second = (json.loads((tmp_path / f"agree_{rank}.json").read_text()) for rank in range(2))
     assert first == second
     assert first["skip"] == {layout: [True, True, True] for layout in ("plain", "fsdp", "hybrid")}

@@ -1,4 +1,4 @@
-"""Trainings that are killed and started again train as if nothing had happened; scripts/kill_training.py does it."""
+"""Killed and restarted trainings equal uninterrupted ones, by scripts/kill_training.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts/kill_training.py"
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found in /proc")
-def test_a_killed_training_is_an_unbroken_one(tmp_path: Path) -> None:
+def test_killed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     ways = ("checkpoint", "upload", "rank")
     command = [sys.executable, str(SCRIPT), "--kills", str(len(ways)), "--ways", *ways, "--", "--fsdp"]
     result = subprocess.run(

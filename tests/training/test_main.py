@@ -1,4 +1,4 @@
-"""Whole runs: training, resuming, evaluating, and what they leave on disk."""
+"""Full runs: training, resuming, evaluating, and their files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from open_lm.training.setup import check_device, resolve_batch_sizes
 
 @pytest.fixture
 def golden(shared_dir: Path) -> list[str]:
-    """Flags of the golden run (8 sequences a step, 64 steps an epoch), shortened to 20 steps an epoch."""
+    """Return the flags of the golden run (8 sequences per step, 64 steps per epoch), with 20 steps per epoch."""
     run = shared_dir / "compat/run"
     return shlex.split(
         f"--model {run}/tiny_bytes.json --dataset-manifest {run}/data/manifest.jsonl --data-key json.gz "
@@ -50,7 +50,7 @@ def validation(shared_dir: Path) -> list[str]:
     return ["--val-data", str(shared_dir / "compat/run/data/00000007.tar"), "--val-num-samples", "2048"]
 
 
-def test_a_run_leaves_the_files_that_existing_users_read(golden: list[str], shared_dir: Path, tmp_path: Path) -> None:
+def test_run_writes_the_files_that_existing_users_read(golden: list[str], shared_dir: Path, tmp_path: Path) -> None:
     flags = [*golden, *validation(shared_dir), "--logs", str(tmp_path), "--name", "run"]
     args = main([*flags, "--copy-codebase", "--report-to", "tensorboard", "--log-logit-mean"])
     run = tmp_path / "run"
@@ -65,7 +65,7 @@ def test_a_run_leaves_the_files_that_existing_users_read(golden: list[str], shar
     assert list(params) == sorted(params)
     upstream = (shared_dir / "compat/run/logs/upstream/params.txt").read_text().splitlines()
     assert set(params) >= {line.split(":")[0] for line in upstream}
-    assert params["train_num_samples"] == "160", "in sequences, as there"
+    assert params["train_num_samples"] == "160", "in sequences, as in the original"
     assert (params["per_gpu_batch_size"], params["world_size"], params["device"]) == ("8", "1", str(args.device))
     log = (run / "out.log").read_text()
     for text in (
@@ -92,8 +92,8 @@ def test_a_run_leaves_the_files_that_existing_users_read(golden: list[str], shar
     assert last["tokens"] == 20480 and {"train/logit_mean", "train/mfu", "train/tokens_per_second"} <= set(last)
 
 
-def forget_second_epoch(run: Path, sharded: bool) -> None:
-    """Leave one form of the first epoch's checkpoint, and nothing of the second's."""
+def remove_second_epoch(run: Path, sharded: bool) -> None:
+    """Remove the second epoch's checkpoints, and one format of the first epoch's."""
     checkpoints = run / "checkpoints"
     for path in [*checkpoints.glob("*_2.pt"), *(checkpoints.glob("*_1.pt") if sharded else [])]:
         path.unlink()
@@ -102,31 +102,30 @@ def forget_second_epoch(run: Path, sharded: bool) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_an_interrupted_run_goes_on_exactly_as_if_it_had_not_been(
-    sharded: bool, golden: list[str], tmp_path: Path
-) -> None:
+def test_interrupted_run_equals_an_uninterrupted_one(sharded: bool, golden: list[str], tmp_path: Path) -> None:
     flags = [*golden, "--averagers", "poly_8_1", "--accum-freq", "2", "--logs", str(tmp_path)]
-    main([*flags, "--name", "whole"])
-    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    forget_second_epoch(tmp_path / "broken", sharded)
-    main([*flags, "--name", "broken", "--resume", "latest"])
-    whole, broken = losses(tmp_path / "whole"), losses(tmp_path / "broken")
-    assert broken == whole
+    main([*flags, "--name", "uninterrupted"])
+    shutil.copytree(tmp_path / "uninterrupted", tmp_path / "interrupted")
+    remove_second_epoch(tmp_path / "interrupted", sharded)
+    main([*flags, "--name", "interrupted", "--resume", "latest"])
+    expected, resumed = losses(tmp_path / "uninterrupted"), losses(tmp_path / "interrupted")
+    assert resumed == expected
     for name in ("epoch_2.pt", "optimizer_2.pt", "poly_8_1_2.pt"):
         ours, theirs = (
-            torch.load(tmp_path / run / "checkpoints" / name, weights_only=True) for run in ("whole", "broken")
+            torch.load(tmp_path / run / "checkpoints" / name, weights_only=True)
+            for run in ("uninterrupted", "interrupted")
         )
         for key in ("state_dict", "av_model_sd"):
             for weight, value in ours.get(key, {}).items():
                 assert torch.equal(value, theirs[key][weight]), weight
-    main([*flags, "--name", "broken", "--resume", "latest"])
-    assert losses(tmp_path / "broken") == whole, "a finished run has nothing left to do"
+    main([*flags, "--name", "interrupted", "--resume", "latest"])
+    assert losses(tmp_path / "interrupted") == expected, "a finished run does nothing"
 
 
-def test_layouts_and_resuming_across_them(
+def test_layouts_and_resuming_in_another_layout(
     golden: list[str], shared_dir: Path, tmp_path: Path, torchrun: Callable[..., object]
 ) -> None:
-    """One process; two ranks of FSDP with accumulation, stopped and gone on with in one process: the same losses."""
+    """One process, and two FSDP ranks with accumulation that are resumed in one process, give the same losses."""
     flags = [*golden, *validation(shared_dir)]
     main([*flags, "--logs", str(tmp_path / "logs"), "--name", "one"])
     torchrun(2, "open_lm.main", *flags, "--name", "two", "--fsdp", "--accum-freq", "2", "--workers", "1")
@@ -138,13 +137,13 @@ def test_layouts_and_resuming_across_them(
     assert results[0][0]["loss"] == pytest.approx(results[1][0]["loss"], abs=1e-5)
     assert results[0][0]["tokens"] == results[1][0]["tokens"] == 2048
     before = losses(two)
-    forget_second_epoch(two, sharded=True)
+    remove_second_epoch(two, sharded=True)
     main([*flags, "--logs", str(tmp_path / "logs"), "--name", "two", "--resume", "latest"])
     for ours, theirs in zip(losses(two), before, strict=True):
         assert ours[1:] == pytest.approx(theirs[1:], abs=1e-5)
 
 
-def test_an_existing_run_is_not_overwritten(golden: list[str], tmp_path: Path) -> None:
+def test_existing_run_is_not_overwritten(golden: list[str], tmp_path: Path) -> None:
     flags = [*golden, "--logs", str(tmp_path), "--name", "run"]
     main([*flags, "--epochs", "1"])
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
@@ -153,7 +152,7 @@ def test_an_existing_run_is_not_overwritten(golden: list[str], tmp_path: Path) -
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
-def test_a_start_that_fails_can_be_repeated_under_its_name(golden: list[str], tmp_path: Path) -> None:
+def test_failed_start_can_be_repeated_under_its_name(golden: list[str], tmp_path: Path) -> None:
     flags = [*golden, "--logs", str(tmp_path), "--name", "run", "--epochs", "1"]
     with pytest.raises(DataError, match="missing"):
         main([*flags, "--val-data", str(tmp_path / "missing.tar")])
@@ -164,7 +163,7 @@ def test_a_start_that_fails_can_be_repeated_under_its_name(golden: list[str], tm
     assert not [handler for handler in logging.getLogger().handlers if "open_lm" in type(handler).__module__]
 
 
-def test_a_start_without_its_bucket_can_be_repeated(golden: list[str], tmp_path: Path, s3_bucket: str) -> None:
+def test_start_with_a_missing_bucket_can_be_repeated(golden: list[str], tmp_path: Path, s3_bucket: str) -> None:
     flags = [*golden, "--logs", str(tmp_path), "--name", "run", "--epochs", "1"]
     for _ in range(2):
         with pytest.raises(StorageError, match="no such bucket"):
@@ -173,7 +172,7 @@ def test_a_start_without_its_bucket_can_be_repeated(golden: list[str], tmp_path:
     assert (tmp_path / "run/out.log").read_text().count("Start epoch 0") == 1
 
 
-def test_the_log_says_what_ended_the_run(
+def test_log_ends_with_the_error_that_ended_the_run(
     golden: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -194,7 +193,7 @@ def test_logs_none_writes_nothing(golden: list[str], tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_diverging_run_stops_and_keeps_its_state(golden: list[str], tmp_path: Path) -> None:
+def test_diverging_run_stops_and_saves_its_state(golden: list[str], tmp_path: Path) -> None:
     wild = ["--lr", "1e30", "--warmup", "1", "--logs", str(tmp_path), "--name", "wild"]
     with pytest.raises(TrainingDiverged, match=r"training diverged at step \d+ "):
         main([*golden, *wild])
@@ -205,7 +204,7 @@ def test_a_diverging_run_stops_and_keeps_its_state(golden: list[str], tmp_path: 
     assert "Training exiting due to NaN value" in (run / "out.log").read_text()
 
 
-def test_a_pretrained_start_takes_weights_alone_or_all_state(golden: list[str], tmp_path: Path) -> None:
+def test_pretrained_start_loads_weights_or_full_state(golden: list[str], tmp_path: Path) -> None:
     flags = [*golden, "--logs", str(tmp_path)]
     main([*flags, "--name", "first"])
     checkpoint = str(tmp_path / "first/checkpoints/epoch_1.pt")
@@ -218,7 +217,7 @@ def test_a_pretrained_start_takes_weights_alone_or_all_state(golden: list[str], 
         main([*flags, "--name", "other", "--resume", checkpoint, "--seed", "4"])
 
 
-def test_averages_are_evaluated(golden: list[str], shared_dir: Path, tmp_path: Path) -> None:
+def test_averaged_models_are_evaluated(golden: list[str], shared_dir: Path, tmp_path: Path) -> None:
     flags = [*golden, "--logs", str(tmp_path)]
     main([*flags, "--name", "run", "--averagers", "poly_8_1,ema_0.9", "--log-avg-model-training-loss", "5"])
     folder = tmp_path / "run/checkpoints"
@@ -286,7 +285,7 @@ def test_compiled_training_gives_the_same_losses(tmp_path: Path) -> None:
     assert "layers.0.attention.in_proj.weight" in names
 
 
-def test_the_folder_is_copied_to_a_bucket(golden: list[str], tmp_path: Path, s3_bucket: str) -> None:
+def test_run_folder_is_copied_to_a_bucket(golden: list[str], tmp_path: Path, s3_bucket: str) -> None:
     flags = [*golden, "--logs", str(tmp_path), "--name", "run", "--remote-sync", f"s3://{s3_bucket}/runs"]
     main([*flags, "--epochs", "1"])
     from open_lm import storage
@@ -296,7 +295,7 @@ def test_the_folder_is_copied_to_a_bucket(golden: list[str], tmp_path: Path, s3_
     assert storage.exists(f"s3://{s3_bucket}/runs/run/params.txt")
 
 
-def test_the_command_of_the_readme_on_two_processes(
+def test_readme_command_on_two_processes(
     shared_dir: Path, tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     shards = str(shared_dir / "compat/run/data/{00000001..00000004}.tar")
@@ -310,25 +309,25 @@ def test_the_command_of_the_readme_on_two_processes(
     run = tmp_path / "logs/ex"
     assert {path.name for path in (run / "checkpoints").glob("epoch_*")} == {"epoch_1.pt", "epoch_2.pt"}
     assert any((run / "tensorboard").iterdir()) and any((run / "wandb").iterdir())
-    assert result.stdout.count("Start epoch 0") == 1, "one rank speaks"
+    assert result.stdout.count("Start epoch 0") == 1, "only one rank logs"
     assert losses(run)[-1][0] == 32
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
-def test_batches_that_do_not_divide_are_explained() -> None:
+def test_indivisible_batch_sizes_are_explained() -> None:
     args = parse_args(["--global-batch-size", "12", "--accum-freq", "2"])
-    with pytest.raises(ConfigError, match="12 does not divide into 4 ranks x --accum-freq 2: give a multiple of 8"):
+    with pytest.raises(ConfigError, match="12 is not divisible by 4 ranks x --accum-freq 2: give a multiple of 8"):
         resolve_batch_sizes(args, world_size=4)
     args = parse_args(["--batch-size", "3", "--accum-freq", "2", "--val-data", "x"])
     resolve_batch_sizes(args, world_size=4)
     assert (args.global_batch_size, args.per_gpu_batch_size) == (24, 6)
     assert (args.global_val_batch_size, args.per_gpu_val_batch_size) == (12, 3)
     args = parse_args(["--global-batch-size", "8", "--val-data", "x", "--global-val-batch-size", "6"])
-    with pytest.raises(ConfigError, match="--global-val-batch-size 6 does not divide into 4 ranks"):
+    with pytest.raises(ConfigError, match="--global-val-batch-size 6 is not divisible by 4 ranks"):
         resolve_batch_sizes(args, world_size=4)
 
 
-def test_tokens_that_float8_cannot_sum_over_are_told(tmp_path: Path) -> None:
+def test_fp8_rejects_an_indivisible_number_of_tokens(tmp_path: Path) -> None:
     shape = {"hidden_dim": 32, "n_layers": 1, "n_heads": 2, "seq_len": 20, "vocab_size": 64}
     (tmp_path / "odd.json").write_text(json.dumps(shape))
     flags = [
@@ -346,13 +345,13 @@ def test_tokens_that_float8_cannot_sum_over_are_told(tmp_path: Path) -> None:
         main([*SYNTHETIC[2:], *flags])
 
 
-def test_nothing_to_evaluate_is_a_mistake(shared_dir: Path, tmp_path: Path) -> None:
+def test_evaluation_without_a_model_is_an_error(shared_dir: Path, tmp_path: Path) -> None:
     model = str(shared_dir / "compat/run/tiny_bytes.json")
     with pytest.raises(ConfigError, match="no model to evaluate: give its checkpoint"):
         main(["--model", model, *validation(shared_dir), "--logs", str(tmp_path), "--name", "run"])
 
 
-def test_mistakes_exit_with_one_message_and_nothing_written(tmp_path: Path) -> None:
+def test_mistakes_exit_with_one_message_and_write_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "open_lm.main", "--model", "open_lm_11n", "--dataset-type", "synthetic"]
     command += ["--train-num-samples", "4096", "--logs", str(tmp_path / "logs"), "--global-batch-size", "1"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -361,7 +360,7 @@ def test_mistakes_exit_with_one_message_and_nothing_written(tmp_path: Path) -> N
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_ranks_say_their_common_mistake_once(
+def test_common_mistake_of_all_ranks_is_printed_once(
     shared_dir: Path, tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     model = str(shared_dir / "compat/run/tiny_bytes.json")
@@ -371,7 +370,7 @@ def test_ranks_say_their_common_mistake_once(
     assert result.stderr.count("missing-2.tar (of") == 1
 
 
-def test_help_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+def test_help_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     code = (
         "import sys, open_lm.main\n"
         "try:\n    open_lm.main.main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
@@ -385,7 +384,7 @@ def test_help_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "tensor"), [("--fsdp", 1), ("--tensor-parallel 2", 2)])
-def test_float16_with_loss_scaling_is_refused_where_parameters_are_sharded(flags: str, tensor: int) -> None:
+def test_float16_with_loss_scaling_rejects_sharded_parameters(flags: str, tensor: int) -> None:
     config = Config.from_namespace(parse_args(flags.split()))
     runtime = Runtime(world_size=2, device=torch.device("cuda"))
     with pytest.raises(

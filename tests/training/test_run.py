@@ -1,4 +1,4 @@
-"""What a run does when its loss, its data or its checkpoints are not as they should be."""
+"""Runs with loss spikes, changed data, broken checkpoints or other settings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH = 4
 
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
-    """Of a tiny model; data are given by the tests."""
+    """Return the flags of a tiny model; tests add the data."""
     shape = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE}
     (tmp_path / "model.json").write_text(json.dumps({**shape, "post_embed_norm": False, "weight_tying": False}))
     return [
@@ -50,7 +50,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 
 def spiky_data(folder: Path, batches: int, bad: int) -> str:
-    """One shard in stored order: the same sequence over and over, but for one batch of noise."""
+    """Write a shard of equal sequences with one batch of noise."""
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, VOCAB_SIZE, (BATCH, SEQ_LEN + 1))
     sequences = [noise[n % BATCH] if n // BATCH == bad else sequence(1, 2, 3) for n in range(batches * BATCH)]
@@ -62,7 +62,7 @@ def spike_flags(flags: list[str], data: str, steps: int) -> list[str]:
     return [*flags, *more, "--save-every-n-steps", "20", "--report-to", "tensorboard"]
 
 
-def test_a_spike_is_skipped(flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_loss_spike_is_skipped(flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = spiky_data(tmp_path / "data", 60, bad=44)
     main([*spike_flags(flags, data, 50), "--name", "run", "--skip-loss-spikes", "6"])
     assert "step 44 is a spike and was skipped" in caplog.text
@@ -71,14 +71,14 @@ def test_a_spike_is_skipped(flags: list[str], tmp_path: Path, caplog: pytest.Log
     assert log[-1]["train/spikes"] == 1 and log[45]["train/loss"] < 0.5
 
 
-def test_a_run_goes_back_before_a_spike_and_passes_over_its_data(
+def test_rollback_skips_the_data_before_the_spike(
     flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = spiky_data(tmp_path / "data", 60, bad=44)
     main([*spike_flags(flags, data, 50), "--name", "run", "--rollback-loss-spikes", "6"])
-    assert "the loss spiked at step 45: back to the state of step 40; the 5 batches between" in caplog.text
+    assert "loss spike at step 45: rolled back to the state of step 40; the 5 batches since" in caplog.text
     log = rows(tmp_path / "run")
-    assert [row["step"] for row in log] == list(range(1, 51)), "each step once, the later one"
+    assert [row["step"] for row in log] == list(range(1, 51)), "each step once, after the rollback"
     assert all(row["train/loss"] < 0.5 for row in log[40:])
     index = json.loads((tmp_path / "run/checkpoints/step_00000050/checkpoint.json").read_bytes())
     progress = index["extra"]["progress"]
@@ -86,7 +86,7 @@ def test_a_run_goes_back_before_a_spike_and_passes_over_its_data(
     assert progress["data_state"]["sources"][0]["samples"] == 55 * BATCH
 
 
-def test_going_back_over_the_end_of_an_epoch_validates_it_once(flags: list[str], tmp_path: Path) -> None:
+def test_rollback_across_an_epoch_end_validates_it_once(flags: list[str], tmp_path: Path) -> None:
     data = spiky_data(tmp_path / "data", 80, bad=44)
     more = ["--epochs", "3", "--save-frequency", "0", "--val-data", data, "--val-num-samples", tokens(1)]
     main([*spike_flags(flags, data, 21), "--name", "run", "--rollback-loss-spikes", "6", *more])
@@ -94,16 +94,16 @@ def test_going_back_over_the_end_of_an_epoch_validates_it_once(flags: list[str],
     assert [json.loads(line)[0]["train_tokens"] for line in lines] == [int(tokens(n)) for n in (21, 42, 63)]
 
 
-def test_without_a_checkpoint_a_spike_is_only_skipped(
+def test_spike_without_a_checkpoint_is_only_skipped(
     flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = spiky_data(tmp_path / "data", 60, bad=44)
     main([*spike_flags(flags, data, 50), "--name", "run", "--rollback-loss-spikes", "6", "--save-every-n-steps", "0"])
-    assert "no state to go to" in caplog.text
+    assert "no checkpoint to go back to" in caplog.text
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 51))
 
 
-def test_a_run_does_not_go_back_where_its_data_would_not_last(
+def test_no_rollback_if_the_data_do_not_suffice(
     flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     spiky_data(tmp_path / "data", 52, bad=44)
@@ -111,7 +111,7 @@ def test_a_run_does_not_go_back_where_its_data_would_not_last(
     write_manifest(manifest, [ManifestEntry("00000", 52 * BATCH)])
     more = ("--name", "run", "--disable-buffer", "--save-every-n-steps", "20", "--rollback-loss-spikes", "6")
     train(flags, manifest, 50, *more)
-    assert "the data do not reach to go back to step 40" in caplog.text
+    assert "without going back to step 40, because the remaining data" in caplog.text
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 51))
     assert "epoch_1.pt" in epoch_files(tmp_path / "run")
 
@@ -123,19 +123,17 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_broken_checkpoint_is_stepped_over(
-    flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_broken_checkpoint_is_skipped(flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_source(tmp_path / "data", [40, 40])
-    train(flags, data, 10, "--name", "whole", "--save-every-n-steps", "4")
-    expected = rows(tmp_path / "whole")
+    train(flags, data, 10, "--name", "uninterrupted", "--save-every-n-steps", "4")
+    expected = rows(tmp_path / "uninterrupted")
     train(flags, data, 10, "--name", "run", "--save-every-n-steps", "4", "--checkpoint-format", "sharded")
     folder = tmp_path / "run/checkpoints"
     assert {path.name for path in folder.glob("step_*")} == {"step_00000008", "step_00000010"}
     flip(next(folder.glob("step_00000010/*.bin")))
     caplog.clear()
     train(flags, data, 10, "--name", "run", "--resume", "latest")
-    assert "step_00000010 is stepped over" in caplog.text
+    assert "step_00000010" in caplog.text
     found = rows(tmp_path / "run")
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours["step"], ours["train/loss"]) == (theirs["step"], theirs["train/loss"])
@@ -147,25 +145,25 @@ def test_a_broken_checkpoint_is_stepped_over(
         train(flags, data, 10, "--name", "run", "--resume", "latest")
 
 
-def test_another_batch_counts_steps_differently(flags: list[str], tmp_path: Path) -> None:
+def test_resuming_with_another_batch_size_is_refused(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 6, "--name", "run")
-    with pytest.raises(CheckpointError, match=r"4 sequences a step, this run has 8.*--global-batch-size 4"):
+    with pytest.raises(CheckpointError, match=r"4 sequences per step, this run has 8.*--global-batch-size 4"):
         train(flags, data, 12, "--name", "run", "--resume", "latest", "--global-batch-size", "8")
 
 
-def test_both_forms_and_places_go_on_alike(flags: list[str], tmp_path: Path, s3_bucket: str) -> None:
-    """From a bucket, from interchange files alone, from the latest file: the losses of an unbroken run."""
+def test_all_checkpoint_formats_and_locations_resume_alike(flags: list[str], tmp_path: Path, s3_bucket: str) -> None:
+    """From a bucket, from interchange files only, and from the latest file: the losses of an uninterrupted run."""
     data = write_source(tmp_path / "data", [40, 40])
-    train(flags, data, 5, "--name", "whole", epochs=2)
-    expected = [(row["step"], row["train/loss"]) for row in rows(tmp_path / "whole")]
+    train(flags, data, 5, "--name", "uninterrupted", epochs=2)
+    expected = [(row["step"], row["train/loss"]) for row in rows(tmp_path / "uninterrupted")]
     ways = {
         "bucket": ["--checkpoint-dir", f"s3://{s3_bucket}/all"],
         "files": ["--checkpoint-format", "interchange"],
         "latest": ["--checkpoint-format", "interchange", "--save-frequency", "0", "--save-most-recent"],
     }
     for name, way in ways.items():
-        # The schedule of the whole run, ended after its first epoch.
+        # The schedule of the full run, stopped after its first epoch.
         first = [*way, "--name", name, "--lr-scheduler", "const"]
         train(flags, data, 5, *first, epochs=1)
         train(flags, data, 5, *first, "--resume", "latest", epochs=2)
@@ -178,7 +176,7 @@ def test_both_forms_and_places_go_on_alike(flags: list[str], tmp_path: Path, s3_
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
-def test_changed_data_are_refused_with_what_changed(
+def test_changed_data_are_refused_with_a_list_of_changes(
     flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_source(tmp_path / "data", [40, 40, 40])
@@ -193,15 +191,15 @@ def test_changed_data_are_refused_with_what_changed(
     assert json.loads((tmp_path / "run/data.json").read_text())["sources"][0]["shards"][1]["shard"] == "00001"
     write_shard(tmp_path / "data/00003.tar", [sequence(0, 3, member) for member in range(12)])
     write_manifest(manifest, [ManifestEntry(f"{n:05d}", size) for n, size in enumerate([40, 40, 40, 12])])
-    going_on = ["--name", "run", "--resume", "latest", "--lr-scheduler", "const"]
+    resumed = ["--name", "run", "--resume", "latest", "--lr-scheduler", "const"]
     with pytest.raises(DataError, match=r"not that of the checkpoint(.|\n)*1 shard is new: 00003"):
-        train(flags, data, 4, *going_on, epochs=2)
-    train(flags, data, 4, *going_on, "--allow-changed-data", epochs=2)
+        train(flags, data, 4, *resumed, epochs=2)
+    train(flags, data, 4, *resumed, "--allow-changed-data", epochs=2)
     assert "starts at its beginning" in caplog.text
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
 
 
-def test_documents_need_the_id_that_ends_them(flags: list[str], tmp_path: Path) -> None:
+def test_document_mask_needs_the_end_of_text_id(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40])
     with pytest.raises(ConfigError, match="--end-of-text-id"):
         train(flags, data, 4, "--name", "run", "--document-mask")
@@ -216,7 +214,7 @@ def test_documents_need_the_id_that_ends_them(flags: list[str], tmp_path: Path) 
     assert json.loads(results[0])[0]["loss"] != json.loads(results[1])[0]["loss"]
 
 
-def test_what_was_validated_after_the_state_is_validated_again(flags: list[str], tmp_path: Path) -> None:
+def test_validations_after_the_restored_state_are_repeated(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     more = ["--name", "run", "--val-data", str(tmp_path / "data/00000.tar"), "--lr-scheduler", "const"]
     train(flags, data, 4, *more)
@@ -224,7 +222,7 @@ def test_what_was_validated_after_the_state_is_validated_again(flags: list[str],
     later = json.loads(results.read_text())
     later[0]["train_tokens"] = 2 * int(tokens(4))
     with open(results, "a", encoding="utf-8") as file:
-        file.write(json.dumps(later) + "\n")  # as a run leaves it that is killed before its checkpoint is complete
+        file.write(json.dumps(later) + "\n")  # as if the run was killed before its checkpoint was complete
     train(flags, data, 4, *more, "--resume", "latest", epochs=2)
     found = [json.loads(line)[0]["train_tokens"] for line in results.read_text().splitlines()]
     assert found == [int(tokens(4)), 2 * int(tokens(4))]
@@ -235,7 +233,7 @@ def _all_levels(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
 
-# --- stops at the wrong moment ---------------------------------------------------------------------------------------
+# --- badly timed stops ---------------------------------------------------------------------------------------------
 def before_step(step: int, do: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     original = Trainer._train_step
 
@@ -255,7 +253,7 @@ def epoch_files(run: Path) -> set[str]:
     return {path.name for path in (run / "checkpoints").glob("epoch_*.pt")}
 
 
-def test_a_signal_in_the_last_step_leaves_the_end_of_the_run_to_the_next_start(
+def test_signal_in_the_last_step_leaves_the_epoch_end_to_the_next_start(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = write_source(tmp_path / "data", [40, 40])
@@ -270,7 +268,7 @@ def test_a_signal_in_the_last_step_leaves_the_end_of_the_run_to_the_next_start(
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
-def test_interchange_files_that_a_killed_run_has_not_come_to_are_made_up(
+def test_interchange_files_missing_after_a_kill_are_written_on_resume(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int
 ) -> None:
     data = write_source(tmp_path / "data", [40, 40])
@@ -290,16 +288,14 @@ def test_interchange_files_that_a_killed_run_has_not_come_to_are_made_up(
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
 
 
-def test_epochs_of_another_length_go_on_where_the_run_stands(flags: list[str], tmp_path: Path) -> None:
+def test_resuming_with_another_epoch_length_keeps_the_step(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 4, "--name", "run")
     train(flags, data, 6, "--name", "run", "--resume", "latest", epochs=2)
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
 
 
-def test_interchange_files_alone_keep_all_counts(
-    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interchange_files_keep_all_counts(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     more = ("--name", "run", "--checkpoint-format", "interchange", "--log-every-n-steps", "100")
     with monkeypatch.context() as patches:
@@ -312,7 +308,7 @@ def test_interchange_files_alone_keep_all_counts(
     assert (last["tokens"], by_source) == (8 * BATCH * SEQ_LEN, [8 * BATCH * SEQ_LEN])
 
 
-def test_a_stop_says_what_is_kept_and_an_evaluation_stops_at_once(
+def test_stop_logs_what_is_saved_and_an_evaluation_stops_immediately(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = write_source(tmp_path / "data", [40])
@@ -331,27 +327,27 @@ def test_a_stop_says_what_is_kept_and_an_evaluation_stops_at_once(
     assert handlers == [before]
 
 
-# --- settings that differ --------------------------------------------------------------------------------------------
-def test_other_settings_are_told(flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+# --- changed settings -------------------------------------------------------------------------------------------------
+def test_changed_settings_are_logged(flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     more = ["--name", "run", "--lr-scheduler", "const"]
     train(flags, data, 4, *more)
     train(flags, data, 4, *more, "--resume", "latest", epochs=1)
-    assert "goes on with other settings" not in caplog.text
+    assert "continues with other settings" not in caplog.text
     train(flags, data, 4, *more, "--resume", "latest", "--lr", "1e-3", "--workers", "1", epochs=2)
-    told = next(record.message for record in caplog.records if "goes on with other settings" in record.message)
-    assert "--lr was 0.03, now it is 0.001" in told and "--epochs was 1, now it is 2" in told
-    assert "--workers" not in told
+    message = next(record.message for record in caplog.records if "continues with other settings" in record.message)
+    assert "--lr was 0.03, now it is 0.001" in message and "--epochs was 1, now it is 2" in message
+    assert "--workers" not in message
 
 
-def test_an_interchange_file_knows_its_batch(flags: list[str], tmp_path: Path) -> None:
+def test_interchange_file_records_its_batch_size(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 6, "--name", "run", "--checkpoint-format", "interchange")
-    with pytest.raises(CheckpointError, match=r"4 sequences a step, this run has 8"):
+    with pytest.raises(CheckpointError, match=r"4 sequences per step, this run has 8"):
         train(flags, data, 12, "--name", "run", "--resume", "latest", "--global-batch-size", "8")
 
 
-def test_checkpoints_elsewhere_are_not_overlooked(flags: list[str], tmp_path: Path) -> None:
+def test_forgotten_checkpoint_dir_is_an_error(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 4, "--name", "run", "--checkpoint-dir", str(tmp_path / "elsewhere"))
     with pytest.raises(ConfigError, match=r"started with --checkpoint-dir .*elsewhere, now it is None"):

@@ -1,4 +1,4 @@
-"""One optimizer step, the loop around it, and what it measures."""
+"""One optimizer step, the training loop and its metrics."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def small_model(**shape: Any) -> Transformer:
 
 
 def one_step(options: StepOptions, step: int = 0, **shape: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """What a step reports and the weights after it."""
+    """Return the values reported by a step and the weights after it."""
     model = small_model(**shape)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
     result = train_step(model, *trainer_worker.batch(step), optimizer, options)
@@ -61,14 +61,14 @@ def one_step(options: StepOptions, step: int = 0, **shape: Any) -> tuple[dict[st
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_accumulation_changes_nothing_even_with_masked_tokens(checkpointing: bool) -> None:
+def test_accumulation_equals_the_full_batch_with_masked_tokens(checkpointing: bool) -> None:
     reference = trainer_worker.train("plain")
     for accum_freq in (2, 4, 8):
         steps = trainer_worker.train("plain", accum_freq=accum_freq, checkpointing=checkpointing)
         assert np.allclose(steps, reference, atol=1e-5, rtol=0)
 
 
-def test_the_loss_is_the_mean_over_valid_tokens() -> None:
+def test_loss_is_the_mean_over_valid_tokens() -> None:
     parts, _ = one_step(replace(OPTIONS, accum_freq=4))
     inputs, targets = trainer_worker.batch(0)
     logits = small_model()(inputs)[0]
@@ -84,7 +84,7 @@ def test_z_loss_is_part_of_the_loss() -> None:
     assert with_z["loss"] - without["loss"] == pytest.approx(0.5 * z, rel=1e-4)
 
 
-def test_a_batch_without_any_target_moves_weights_by_decay_alone() -> None:
+def test_batch_without_targets_only_decays_weights() -> None:
     model = small_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = build_optimizer(model, OptimConfig(lr=0.1, wd=0.5))
@@ -105,12 +105,12 @@ def test_logit_mean_and_balancing_loss_are_reported() -> None:
     assert 0 < parts["load_balancing_loss"] < 1
 
 
-def test_rows_have_to_divide_into_micro_batches() -> None:
-    with pytest.raises(ValueError, match="8 rows do not divide into 3 micro-batches"):
+def test_batch_must_be_divisible_into_micro_batches() -> None:
+    with pytest.raises(ValueError, match="8 sequences are not divisible by 3 micro-batches"):
         one_step(replace(OPTIONS, accum_freq=3))
 
 
-def test_a_step_that_is_not_finite_changes_nothing() -> None:
+def test_non_finite_step_changes_nothing() -> None:
     model = small_model()
     optimizer = build_optimizer(model, OptimConfig())
     train_step(model, *trainer_worker.batch(0), optimizer, OPTIONS)
@@ -147,7 +147,7 @@ def build_trainer(reports: list[tuple[int, dict[str, Any]]], **changes: Any) -> 
     return Trainer(**{**settings, **changes})
 
 
-def test_an_epoch_reports_at_its_steps_and_counts_exactly() -> None:
+def test_epoch_logs_at_its_steps_and_counts_exactly() -> None:
     reports: list[tuple[int, dict[str, Any]]] = []
     trainer = build_trainer(reports, flops_per_token=1e6, peak_flops=1e9)
     trainer.run_epoch(0, 8)
@@ -163,7 +163,7 @@ def test_an_epoch_reports_at_its_steps_and_counts_exactly() -> None:
     assert last["train/grad_norm"] > 0 and 0 < last["train/peak_memory_bytes"] <= peak_memory_bytes(torch.device("cpu"))
 
 
-def test_a_reported_loss_is_the_mean_since_the_last_report() -> None:
+def test_logged_loss_is_the_mean_since_the_last_log_line() -> None:
     every: list[tuple[int, dict[str, Any]]] = []
     some: list[tuple[int, dict[str, Any]]] = []
     build_trainer(every, log_every=1).run_epoch(0, 7)
@@ -173,7 +173,7 @@ def test_a_reported_loss_is_the_mean_since_the_last_report() -> None:
     assert [values["train/loss"] for _, values in some] == pytest.approx(expected, abs=1e-6)
 
 
-def test_averaged_models_losses_are_logged_without_touching_training() -> None:
+def test_losses_of_averaged_models_are_logged_without_affecting_training() -> None:
     plain: list[tuple[int, dict[str, Any]]] = []
     averaged: list[tuple[int, dict[str, Any]]] = []
     build_trainer(plain).run_epoch(0, 6)
@@ -184,11 +184,11 @@ def test_averaged_models_losses_are_logged_without_touching_training() -> None:
         assert with_averages["train/loss"] == without["train/loss"]
     first = averaged[0][1]
     assert {"train/poly_8_1_loss", "train/ema_0.99_loss", "train/none_loss"} <= set(first)
-    assert first["train/none_loss"] < first["train/loss"], "the batch's own update lowers its loss"
+    assert first["train/none_loss"] < first["train/loss"], "the update with this batch lowers its loss"
     assert trainer.model.training
 
 
-def test_a_diverged_epoch_says_where_and_keeps_its_count() -> None:
+def test_diverged_epoch_names_the_step_and_keeps_its_counts() -> None:
     trainer = build_trainer([], faults=FaultConfig(max_skipped_steps=0))
     trainer.run_epoch(0, 2)
     with torch.no_grad():
@@ -202,13 +202,13 @@ TIMES = re.compile("time|second|memory|mfu")
 
 
 def saved(trainer: Trainer) -> dict[str, Any]:
-    """A copy of all that the trainer goes on from."""
+    """Return a copy of the full state that the trainer resumes from."""
     parts = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     place = {"step": trainer.step, "data_state": trainer.data_state, "trainer": trainer.state()}
     return {**copy.deepcopy(parts), **json.loads(json.dumps(place))}
 
 
-def go_to(trainer: Trainer, found: dict[str, Any]) -> None:
+def restore(trainer: Trainer, found: dict[str, Any]) -> None:
     trainer.model.load_state_dict(found["model"])
     trainer.optimizer.load_state_dict(copy.deepcopy(found["optimizer"]))
     trainer.step, trainer.data_state = found["step"], found["data_state"]
@@ -220,15 +220,15 @@ def without_times(reports: list[tuple[int, dict[str, Any]]]) -> list[tuple[int, 
     return [(step, {name: v for name, v in values.items() if not TIMES.search(name)}) for step, values in reports]
 
 
-def test_going_on_inside_an_epoch_logs_what_an_unbroken_run_logs() -> None:
+def test_resuming_inside_an_epoch_logs_what_an_uninterrupted_run_logs() -> None:
     unbroken: list[tuple[int, dict[str, Any]]] = []
     broken: list[tuple[int, dict[str, Any]]] = []
     found = {}
     first = build_trainer(unbroken, average_loss_every=2)
     first.averagers = ModelAverager(first.model, "none")
 
-    def after_step(agreed: Decision) -> None:
-        assert agreed == Decision(stop=False, save=False, rollback=False)
+    def after_step(decision: Decision) -> None:
+        assert decision == Decision(stop=False, save=False, rollback=False)
         found[first.step] = saved(first)
 
     first.after_step = after_step
@@ -236,7 +236,7 @@ def test_going_on_inside_an_epoch_logs_what_an_unbroken_run_logs() -> None:
     for step, state in found.items():
         second = build_trainer(broken, average_loss_every=2)
         second.averagers = ModelAverager(second.model, "none")
-        go_to(second, state)
+        restore(second, state)
         second.run_epoch(0, 8, first_step=0)
         assert without_times(broken) == [entry for entry in without_times(unbroken) if entry[0] > step]
         assert_equal(second.model.state_dict(), first.model.state_dict())
@@ -244,21 +244,21 @@ def test_going_on_inside_an_epoch_logs_what_an_unbroken_run_logs() -> None:
         broken.clear()
 
 
-def test_skipped_steps_are_counted_logged_and_left_out_of_the_mean() -> None:
+def test_skipped_steps_are_counted_logged_and_excluded_from_the_mean() -> None:
     reports: list[tuple[int, dict[str, Any]]] = []
     plain: list[tuple[int, dict[str, Any]]] = []
     build_trainer(plain, log_every=1).run_epoch(0, 2)
     trainer = build_trainer(reports)
     good: dict[str, torch.Tensor] = {}
 
-    def after_step(_agreed: Decision) -> None:
+    def after_step(_decision: Decision) -> None:
         weight = trainer.model.get_parameter("output.weight")
         with torch.no_grad():
             if trainer.step == 2:
                 good["weight"] = weight.clone()
                 weight.fill_(math.inf)
             elif trainer.step == 3:
-                assert weight.isinf().all(), "nothing was added to it"
+                assert weight.isinf().all(), "the weight is unchanged"
                 weight.copy_(good["weight"])
 
     trainer.after_step = after_step
@@ -270,22 +270,22 @@ def test_skipped_steps_are_counted_logged_and_left_out_of_the_mean() -> None:
     assert plain[1][1]["train/loss"] * 0.5 < reports[1][1]["train/loss"] < plain[0][1]["train/loss"] * 1.5
 
 
-def test_a_spike_goes_back_and_on_behind_the_data_that_led_to_it() -> None:
+def test_rollback_continues_after_the_data_that_led_to_the_spike() -> None:
     trainer = build_trainer([], faults=FaultConfig(rollback_loss_spikes=6.0), total_steps=60)
     kept: list[dict[str, Any]] = []
     steps = []
 
-    def after_step(agreed: Decision) -> None:
+    def after_step(decision: Decision) -> None:
         steps.append(trainer.step)
         if trainer.step == 38 and not kept:
             kept.append(saved(trainer))
         if trainer.step == 40 and len(kept) == 1:
             with torch.no_grad():
                 trainer.model.get_parameter("output.weight").mul_(100)  # the next loss is a spike
-        if agreed.rollback:
+        if decision.rollback:
             behind = trainer.data_state
             assert behind is not None
-            go_to(trainer, kept[0])
+            restore(trainer, kept[0])
             trainer.loader.rewind(behind)
             trainer.data_state = behind
             kept.append({})
@@ -296,7 +296,7 @@ def test_a_spike_goes_back_and_on_behind_the_data_that_led_to_it() -> None:
     assert (len(kept), trainer.step) == (2, 44)
 
 
-def test_labels_of_sources_are_short_and_differ() -> None:
+def test_source_labels_are_short_and_unique() -> None:
     names = ["s3://bucket/sets/wiki/manifest.jsonl", "/data/books/shard-{000..010}.tar", "a/x.tar", "a/y.tar"]
     names += ["/other/wiki/manifest.jsonl", "synthetic data", "wiki"]
     expected = ["wiki", "books", "x", "y", "other-wiki", "synthetic_data", "wiki-2"]
@@ -304,7 +304,7 @@ def test_labels_of_sources_are_short_and_differ() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ metrics
-def test_log_line_has_the_shape_that_existing_tools_read(shared_dir: Any) -> None:
+def test_log_line_has_the_format_that_existing_tools_read(shared_dir: Any) -> None:
     reading = TrainLogEntry(
         epoch=1,
         samples=8,
@@ -337,7 +337,7 @@ def test_log_line_has_the_shape_that_existing_tools_read(shared_dir: Any) -> Non
     assert all(pattern.match(text) for text in [line, *golden_lines])
 
 
-def test_means_leave_out_steps_that_reported_nothing_or_do_not_count() -> None:
+def test_means_exclude_skipped_and_missing_steps() -> None:
     means, yes, no = DeviceMeans(), torch.tensor(True), torch.tensor(False)
     for value in (1.0, 2.0, 6.0):
         means.add({"loss": torch.tensor(value)}, yes)
@@ -364,12 +364,12 @@ def test_model_flops_count_matrix_products_only() -> None:
     assert device_peak_flops(torch.device("cpu"), torch.float32) > 1e8  # type: ignore[operator]
 
 
-def test_bootstrap_interval_matches_the_normal_one() -> None:
+def test_bootstrap_interval_matches_the_normal_interval() -> None:
     points = np.random.default_rng(1).exponential(size=4000)
     half = 1.96 * points.std() / math.sqrt(len(points))
     lower, upper = bootstrap_interval(points, iterations=2000)
     assert (lower, upper) == pytest.approx((points.mean() - half, points.mean() + half), abs=0.1 * half)
-    assert bootstrap_interval(points, iterations=2000) == (lower, upper), "the same points give the same interval"
+    assert bootstrap_interval(points, iterations=2000) == (lower, upper), "equal points give equal intervals"
     small = bootstrap_interval(points, iterations=2000, max_population=500)
-    assert small == pytest.approx((lower, upper), abs=0.15 * half), "fewer draws, the same population"
+    assert small == pytest.approx((lower, upper), abs=0.15 * half), "fewer resamples, the same population"
     assert bootstrap_interval(np.array([2.0]), iterations=10) == (2.0, 2.0)
