@@ -1,25 +1,23 @@
-"""A rank's batches as worker processes prepare them: plan -> rows -> batch, the stages of a webdataset pipeline.
+"""Batches of one rank, prepared by worker processes: samples -> token ids -> batch.
 
-Worker w of W prepares batches w, w + W, … of the rank; torch's DataLoader hands them out in order, so that the number
-of workers changes nothing. A user's mistake that a worker finds travels as a message and is raised in the main process.
+Batch path: loader.py iterates over `load_batches`. Next: order.py chooses the samples of each global batch, stream.py
+reads them.
 
-webdataset composes the stages and splits them among workers. Its tar iteration and shuffle buffers have no part: they
-read a shard from front to back, which neither gives a place in the order that a few integers can name nor lets a worker
-take only its own samples, and they take a Python object for each member, where rows are gathered here from the mapped
-file at once. Nor have its handlers, which go on without the sample: here a row that cannot be used stays a row.
-torchdata's StatefulDataLoader keeps a state for each worker, which as many workers have to take back; the position in
-the plan that comes with each batch fits any number of them, and costs nothing beside.
+Worker w of W prepares the rank's batches w, w + W, … and torch's DataLoader returns them in order, so the number of
+workers does not change the batches. A user error in a worker is sent as a message and raised in the main process.
+
+webdataset composes the stages and splits them among the workers. Its tar reading and shuffle buffers are not used: they
+read a shard from front to back, so a few integers could not name a position in the order, a worker could not read only
+its own samples, and every member would cost a Python object (here, ids are gathered from the mapped file at once). Its
+error handlers drop samples; here an unusable sequence keeps its place in the batch. torchdata's StatefulDataLoader
+keeps a state for each worker, which only the same number of workers can restore; the position that comes with each
+batch here fits any number.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -32,14 +30,14 @@ from torch.utils.data import DataLoader
 from open_lm import errors
 from open_lm.config.sections import DataConfig
 from open_lm.data.masking import IGNORE_INDEX, mask_targets
-from open_lm.data.order import Order, Plan, Samples, SizeOf
+from open_lm.data.order import DataOrder, OrderSettings, Samples
 from open_lm.data.shard_format import PAD_ID
 from open_lm.data.stream import Notice, Reader, StreamSpec, make_reader
+from open_lm.data.workers import exit_with_parent, iterate_workers
 from open_lm.errors import DataError, UserError
 
-_PREFETCHED_BATCHES = 4  # of each worker
-_PARENT_IS_LOOKED_FOR_SECONDS = 2  # by each worker
-_VISITS_AHEAD = 16  # that may be fetched before they begin
+_PREFETCHED_BATCHES = 4  # by each worker
+_VISITS_AHEAD = 16  # whose shards may be fetched before they are read
 logger = logging.getLogger(__name__)
 
 
@@ -52,20 +50,20 @@ class TargetMask:
     squash: bool = False
 
     @classmethod
-    def of(cls, data: DataConfig) -> TargetMask:
+    def from_config(cls, data: DataConfig) -> TargetMask:
         return cls(data.target_mask_left, data.target_mask_individual, data.squash_mask_left)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's rows of a global batch, in the width they are stored in; what is trained on is made where they lie.
+    """One rank's sequences of a global batch in their stored dtype; inputs and targets are computed on their device.
 
-    rows (B, T + 1) of `stream.row_dtype`: ids, PAD_ID only where that is signed. `filled` (B,) bool tells the rows that
-    hold data, `num_samples` how many. `per_source` counts those rows by source. `skipped` rows are filler in place of
-    sequences that were too short or (where tolerated) broken.
+    stored_ids (B, T + 1) of `stream.stored_dtype`; only signed ids hold PAD_ID. `filled` (B,) bool marks the sequences
+    that hold data, `num_samples` is their number, `per_source` their number by source. `skipped` counts the filler
+    sequences in place of samples that were too short or (if tolerated) broken.
     """
 
-    rows: Tensor
+    stored_ids: Tensor
     filled: Tensor
     num_samples: int
     per_source: tuple[int, ...]
@@ -74,16 +72,18 @@ class Batch:
     mask: TargetMask
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Batches travel from a worker as plain bytes through its pipe. torch would pass a descriptor of shared memory
-        for each tensor, which takes longer than so few bytes do and fails where /dev/shm is as small as in a container.
+        """Send batches from a worker as plain bytes through its pipe.
+
+        torch would send a shared-memory descriptor for each tensor. That is slower for so few bytes and fails where
+        /dev/shm is small, as in containers.
         """
         others = (getattr(self, field.name) for field in fields(self)[2:])
-        return _from_arrays, (self.rows.numpy(), self.filled.numpy(), *others)
+        return _from_arrays, (self.stored_ids.numpy(), self.filled.numpy(), *others)
 
     @cached_property
     def tokens(self) -> Tensor:
-        """All ids (B, T + 1) int64; a pad counts from the vocabulary's end, as a reader that knows no pads takes it."""
-        tokens = self.rows.to(torch.int64)
+        """All ids (B, T + 1) int64; padding becomes the last id of the vocabulary, like any negative id."""
+        tokens = self.stored_ids.to(torch.int64)
         return tokens.masked_fill(tokens == PAD_ID, self.vocab_size + PAD_ID) if self._may_be_padded else tokens
 
     @property
@@ -93,14 +93,14 @@ class Batch:
 
     @property
     def targets(self) -> Tensor:
-        """(B, T) int64; masked ones, pads and all of a filler row are IGNORE_INDEX."""
+        """(B, T) int64; IGNORE_INDEX where masked, padded or filler."""
         return self._split[1]
 
     @cached_property
     def _split(self) -> tuple[Tensor, Tensor]:
         targets = self.tokens[:, 1:]
         if self._may_be_padded:
-            targets = targets.masked_fill(self.rows[:, 1:] == PAD_ID, IGNORE_INDEX)
+            targets = targets.masked_fill(self.stored_ids[:, 1:] == PAD_ID, IGNORE_INDEX)
         inputs, targets = mask_targets(
             self.tokens[:, :-1],
             targets,
@@ -108,54 +108,54 @@ class Batch:
             mask_individual=self.mask.individual,
             squash=self.mask.squash,
         )
-        if self.num_samples < len(self.rows):
+        if self.num_samples < len(self.stored_ids):
             targets = targets.masked_fill(~self.filled[:, None], IGNORE_INDEX)
         return inputs.contiguous(), targets.contiguous()
 
     @property
     def _may_be_padded(self) -> bool:
-        return self.rows.dtype.is_signed
+        return self.stored_ids.dtype.is_signed
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; from page-locked memory the copy goes on while the caller does."""
-        rows, filled = (tensor.to(device, non_blocking=True) for tensor in (self.rows, self.filled))
-        return replace(self, rows=rows, filled=filled)
+        """Return the batch on `device`; the copy from page-locked memory is asynchronous."""
+        stored_ids, filled = (tensor.to(device, non_blocking=True) for tensor in (self.stored_ids, self.filled))
+        return replace(self, stored_ids=stored_ids, filled=filled)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
-        return replace(self, rows=self.rows.pin_memory(), filled=self.filled.pin_memory())
+        """Return the batch in page-locked memory."""
+        return replace(self, stored_ids=self.stored_ids.pin_memory(), filled=self.filled.pin_memory())
 
 
-def _from_arrays(rows: np.ndarray, filled: np.ndarray, *others: Any) -> Batch:
-    return Batch(torch.from_numpy(rows), torch.from_numpy(filled), *others)
+def _from_arrays(stored_ids: np.ndarray, filled: np.ndarray, *others: Any) -> Batch:
+    return Batch(torch.from_numpy(stored_ids), torch.from_numpy(filled), *others)
 
 
 @dataclass(frozen=True)
-class Item:
-    """What a worker sends: a batch and the position after it, or the user's mistake that ends the stream."""
+class WorkerResult:
+    """What a worker sends: a batch and the position after it, or the user error that ends the data."""
 
     batch: Batch | None
     state: dict[str, Any]
     notices: tuple[Notice, ...]
-    failure: tuple[str, str] | None = None
+    failure: tuple[str, str] | None = None  # class name and message
 
-    def pin_memory(self) -> Item:
+    def pin_memory(self) -> WorkerResult:
         return replace(self, batch=self.batch.pin_memory() if self.batch else None)
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that a worker needs to prepare one rank's batches; plain values."""
+class BatchSpec:
+    """Everything a worker needs to prepare one rank's batches, as plain values that can be sent to it."""
 
     stream: StreamSpec
-    order: Order
+    order: OrderSettings
     seed: int
     batch_size: int  # of the rank
     rank: int
     world_size: int
     mask: TargetMask
-    ends: bool = False  # one pass, whose last batch may be filled up; else running out of data is an error
-    limit: int | None = None  # sequences after which the pass ends early
+    pad_last_batch: bool = False  # end after one pass and fill up the last batch; else running out of data is an error
+    max_sequences: int | None = None  # end the pass after this many sequences
     state: dict[str, Any] | None = None
 
     @property
@@ -163,178 +163,106 @@ class Job:
         return self.batch_size * self.world_size
 
 
-class _Planned(NamedTuple):
-    """A global batch before anything of it is read."""
+class _GlobalBatch(NamedTuple):
+    """The samples of a global batch, not yet read."""
 
     samples: Samples
     state: dict[str, Any]  # the position after it
-    upcoming: list[tuple[int, int]]  # shards to fetch ahead
+    upcoming: list[tuple[int, int]]  # (source, shard) to fetch ahead
 
 
-class Stages:
-    """The stages of a job's pipeline in one process; what they share is made with the first batch."""
+class BatchPipeline:
+    """The stages that prepare batches in one process; they share a reader, which is created with the first batch."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, spec: BatchSpec) -> None:
+        self.spec = spec
 
     @cached_property
     def _reader(self) -> Reader:
-        return make_reader(self.job.stream)
+        return make_reader(self.spec.stream)
 
-    def plan(self) -> Iterator[_Planned]:
-        """The global batches in order. Each worker counts through all, which costs little, and reads its own."""
-        job = self.job
-        plan = Plan(job.stream.sources, job.seed, job.order, size_of=self._reader.size_of, state=job.state)
-        first = plan.position
+    def global_batches(self) -> Iterator[_GlobalBatch]:
+        """Yield the global batches in order. Every worker computes all of them, which is cheap, and reads its own."""
+        spec = self.spec
+        order = DataOrder(spec.stream.sources, spec.seed, spec.order, size_of=self._reader.size_of, state=spec.state)
+        first = order.position
         while True:
-            left = job.global_batch_size
-            if job.limit is not None:
-                left = min(left, job.limit - (plan.position - first))
-            samples = plan.take(left, partial=job.ends)
+            count = spec.global_batch_size
+            if spec.max_sequences is not None:
+                count = min(count, spec.max_sequences - (order.position - first))
+            samples = order.take(count, partial=spec.pad_last_batch)
             if not len(samples.source):
                 return
-            yield _Planned(samples, plan.state(), plan.upcoming(_VISITS_AHEAD))
+            yield _GlobalBatch(samples, order.state(), order.upcoming(_VISITS_AHEAD))
 
-    def read(self, planned: Iterable[_Planned]) -> Iterator[Item]:
-        """The rank's part of each global batch."""
-        for samples, state, upcoming in planned:
-            own = samples.rows(self.job.rank * self.job.batch_size, (self.job.rank + 1) * self.job.batch_size)
-            self._reader.prefetch(own, upcoming)
-            batch = self._batch(own)
+    def read(self, global_batches: Iterable[_GlobalBatch]) -> Iterator[WorkerResult]:
+        """Read this rank's samples of each global batch."""
+        for samples, state, upcoming in global_batches:
+            local = samples.slice(self.spec.rank * self.spec.batch_size, (self.spec.rank + 1) * self.spec.batch_size)
+            self._reader.prefetch(local, upcoming)
+            batch = self._batch(local)
             notices, self._reader.notices = tuple(self._reader.notices), []
-            yield Item(batch, state, notices)
+            yield WorkerResult(batch, state, notices)
 
-    def _batch(self, own: Samples) -> Batch:
-        """The rank's rows of a global batch (at most batch_size of them), filled up with filler."""
-        job = self.job
-        rows, filled = self._reader.read(own)
+    def _batch(self, samples: Samples) -> Batch:
+        """Read the rank's samples (at most batch_size), and add filler sequences up to batch_size."""
+        spec = self.spec
+        ids, filled = self._reader.read(samples)
         num_samples = int(filled.sum())
-        per_source = np.bincount(own.source[filled], minlength=len(job.stream.sources))
-        absent = job.batch_size - len(rows)
-        if absent:
-            rows = np.pad(rows, ((0, absent), (0, 0)))
-            filled = np.pad(filled, (0, absent))
+        per_source = np.bincount(samples.source[filled], minlength=len(spec.stream.sources))
+        missing = spec.batch_size - len(ids)
+        if missing:
+            ids = np.pad(ids, ((0, missing), (0, 0)))
+            filled = np.pad(filled, (0, missing))
         return Batch(
-            torch.from_numpy(rows),
+            torch.from_numpy(ids),
             torch.from_numpy(filled),
             num_samples,
             tuple(per_source.tolist()),
-            skipped=len(own.source) - num_samples,
-            vocab_size=job.stream.vocab_size,
-            mask=job.mask,
+            skipped=len(samples.source) - num_samples,
+            vocab_size=spec.stream.vocab_size,
+            mask=spec.mask,
         )
 
-    def carry_failure(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, and a user's mistake as the last of them."""
+    def catch_errors(self, results: Iterable[WorkerResult]) -> Iterator[WorkerResult]:
+        """Yield the results; a user error becomes the last of them."""
         try:
-            yield from items
+            yield from results
         except UserError as error:
-            yield Item(None, {}, tuple(self._reader.notices), (type(error).__name__, str(error)))
+            yield WorkerResult(None, {}, tuple(self._reader.notices), (type(error).__name__, str(error)))
 
 
-def pipeline(job: Job) -> Any:
-    """A rank's batches as a webdataset pipeline, an IterableDataset of `Item`."""
+def build_pipeline(spec: BatchSpec) -> Any:
+    """Return a rank's batches as a webdataset pipeline, an IterableDataset of `WorkerResult`."""
     from webdataset import DataPipeline, split_by_worker
 
-    stages = Stages(job)
-    return DataPipeline(stages.plan, split_by_worker, stages.read, stages.carry_failure)
+    stages = BatchPipeline(spec)
+    return DataPipeline(stages.global_batches, split_by_worker, stages.read, stages.catch_errors)
 
 
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Processes started in here never see interrupts and the signals that ask a run to save and stop, which a scheduler
-    may send to every process of the job: they are the main process's to answer, and it does when this ends."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def load_batches(spec: BatchSpec, workers: int, logged: set[str]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Yield (batch, state after it) in order, prepared by `workers` processes (0: by this one).
 
-
-def _end_with_the_parent(_worker: int) -> None:
-    """In a worker, whose signals are held back: a SIGTERM of the main process itself still ends it, and so does the
-    main process's death, after which nobody would take the batches that the worker waits to hand over."""
-    main = multiprocessing.parent_process()
-    assert main is not None
-    parent = main.pid
-
-    def wait_for_the_parent() -> None:
-        while os.getppid() == parent:
-            told = signal.sigtimedwait({signal.SIGTERM}, _PARENT_IS_LOOKED_FOR_SECONDS)
-            if told is not None and told.si_pid == parent:
-                break
-        os._exit(0)
-
-    threading.Thread(target=wait_for_the_parent, daemon=True).start()
-
-
-def items(job: Job, workers: int, told: set[str]) -> Iterator[Item]:
-    """The items of a job in order, prepared by `workers` processes (0: by this one).
-
-    Notices that are not in `told` are logged. UserError: what a worker has found, as it found it; DataError for a
-    worker that was killed.
+    Log the workers' notices that are not yet in `logged`. UserError: as a worker raised it; DataError for a worker that
+    was killed.
     """
-    loader: DataLoader[Item] = DataLoader(
-        pipeline(job),
+    loader: DataLoader[WorkerResult] = DataLoader(
+        build_pipeline(spec),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=_PREFETCHED_BATCHES if workers else None,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_end_with_the_parent,
-        generator=torch.Generator(),  # one of its own, so that the number of workers leaves the global one alone
+        worker_init_fn=exit_with_parent,
+        generator=torch.Generator(),  # a separate one: the number of workers must not change the global random state
     )
-    for item in _from_workers(loader):
-        _tell(item.notices, told, job.rank)
-        if item.failure:
-            name, message = item.failure
+    for result in iterate_workers(loader):
+        for text, same_on_all_ranks in result.notices:
+            # Several workers find the same problem, and so does every pass over a validation set.
+            if text not in logged and (spec.rank == 0 or not same_on_all_ranks):
+                logger.warning(text)
+            logged.add(text)
+        if result.failure:
+            name, message = result.failure
             raise getattr(errors, name, DataError)(message)
-        yield item
-
-
-def _from_workers(loader: DataLoader[Item]) -> Iterator[Item]:
-    """What the loader gives; DataError for a worker that died, when its batch is waited for.
-
-    torch would raise from a signal handler, in the middle of whatever the main process is doing just then; its loader
-    looks after its workers every few seconds as well, and that is soon enough.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGCHLD)
-    with _signals_held_back():
-        iterator = iter(loader)
-    if in_main_thread and loader.num_workers:
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
-    death = ""
-    while not death:
-        try:
-            yield next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            death = str(error)
-    del iterator  # ends the other workers; an error that came from its frames would keep it
-    raise DataError(
-        f"{death}: a process that prepares batches was ended from outside; if memory ran out (the kernel's log names "
-        "the processes it kills for that), give fewer --workers or smaller shards"
-    )
-
-
-def size_of_shards(job: Job) -> SizeOf:
-    """Sizes of shards that no manifest tells, by a reader made when the first is asked for."""
-    readers: list[Reader] = []
-
-    def size_of(source: int, shard: int) -> int:
-        if not readers:
-            readers.append(make_reader(job.stream))
-        return readers[0].size_of(source, shard)
-
-    return size_of
-
-
-def _tell(notices: Sequence[Notice], told: set[str], rank: int) -> None:
-    """Log what was not `told` before: several workers find the same, and so does every reading of a set."""
-    for text, same_on_all_ranks in notices:
-        if text not in told and (rank == 0 or not same_on_all_ranks):
-            logger.warning(text)
-        told.add(text)
+        assert result.batch is not None
+        yield result.batch, result.state

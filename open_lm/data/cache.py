@@ -1,14 +1,13 @@
-"""Fetched shards in a folder that processes share: each is fetched once, none is removed while it is read.
+"""A folder of downloaded shards that several processes share: each is downloaded once, none is removed while in use.
 
-Every file is locked (flock) as long as a process uses it, so that what a killed process leaves is known by the lock
-that nobody holds:
+Every file is locked (flock) as long as a process uses it. A file without a lock was left by a process that ended:
 
-    <key>-<sha256>.tar    a whole file; readers hold a shared lock, and whoever has it mapped still holds it
-    <key>.part            on its way, under the exclusive lock of the one who fetches it; its length is the room that it
-                          has been promised, so that all lengths together never exceed the limit
-    .lock                 held for a moment by whoever looks for a file, makes room or gives a file its name
+    <key>-<sha256>.tar    a complete file; readers hold a shared lock, also while it is only mapped
+    <key>.part            a download in progress, exclusively locked by its process; its length is the space reserved
+                          for it, so that all lengths together never exceed the limit
+    .lock                 locked briefly to look up a file, free space or rename a file
 
-The key comes from the address and all that is known of the content before it is fetched, the sha256 from the content.
+The key is a hash of the address and of everything known about the content before the download.
 """
 
 from __future__ import annotations
@@ -22,87 +21,87 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
-_PART, _WHOLE = ".part", ".tar"
-_OWN_NAME = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{64}\.tar|\.part)")  # whatever else lies there is let alone
-_STEP_BYTES = 64 << 20  # room that is promised at a time to a file of unknown length
-_BLOCK_BYTES = 4096  # a file takes whole blocks of the disk
-_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.001, 0.05
+_PARTIAL, _COMPLETE = ".part", ".tar"
+_CACHE_NAME = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{64}\.tar|\.part)")  # other files in the folder are not touched
+_RESERVE_BYTES = 64 << 20  # reserved at a time for a file of unknown length
+_BLOCK_BYTES = 4096  # a file occupies full disk blocks
+_MIN_WAIT_S, _MAX_WAIT_S = 0.001, 0.05
 
 Fill = Callable[[IO[bytes], Callable[[int], None]], str]
 
 
-class Held(NamedTuple):
-    """An open file of a cache, which stays while it is open or mapped; `is_new` where it has just been fetched."""
+class CacheEntry(NamedTuple):
+    """An open file of a cache, which is not removed while it is open or mapped; `is_new` if it was just downloaded."""
 
     file: IO[bytes]
     sha256: str
     is_new: bool
 
 
-class _NoRoomError(Exception):
-    """What is in use leaves too little of the limit."""
+class _CacheFullError(Exception):
+    """The files in use leave too little space within the limit."""
 
 
 class Cache:
-    """A folder of files, at most `limit_bytes` together; without a limit it keeps only those in use.
+    """A folder of files with at most `limit_bytes` in total; without a limit it keeps only the files in use.
 
-    `patience_s` is how long one waits for another process whose fetching does not get on.
+    `stall_timeout_s` is how long to wait for another process whose download makes no progress.
     """
 
-    def __init__(self, folder: str, limit_bytes: int | None, patience_s: float) -> None:
-        self.folder, self._limit_bytes, self._patience_s = folder, limit_bytes, patience_s
-        self._is_swept = False
+    def __init__(self, folder: str, limit_bytes: int | None, stall_timeout_s: float) -> None:
+        self.folder, self._limit_bytes, self._stall_timeout_s = folder, limit_bytes, stall_timeout_s
+        self._is_trimmed = False
 
-    def hold(self, identity: str, num_bytes: int, fill: Fill) -> Held | None:
-        """The file of this identity, which `fill(file, grow)` fetches where it is not there; `fill` gives its sha256.
+    def get(self, identity: str, num_bytes: int, fill: Fill) -> CacheEntry | None:
+        """Return the file of this identity; if it is missing, download it with `fill(file, grow)`.
 
-        `num_bytes` is its length, -1 where that is not known; `fill` calls `grow(length)` before the file gets that
-        long. None: there is no room, or the process that fetches it does not get on. OSError of the folder, and
-        whatever `fill` raises.
+        `num_bytes` is its length, -1 if unknown. `fill` calls `grow(length)` before the file becomes that long, and
+        returns the sha256. None: there is no space, or the process that downloads the file makes no progress. OSError
+        from the folder, and whatever `fill` raises.
         """
         key = hashlib.sha256(identity.encode()).hexdigest()[:32]
         os.makedirs(self.folder, exist_ok=True)
-        if not self._is_swept:
+        if not self._is_trimmed:
             self.trim()
-        found = self._find(key)
-        part = None if found else self._claim(key)
-        return found if part is None else self._fill(key, part, num_bytes, fill)
+        entry = self._find(key)
+        part = None if entry else self._lock_partial(key)
+        return entry if part is None else self._fill(key, part, num_bytes, fill)
 
-    def _fill(self, key: str, part: IO[bytes], num_bytes: int, fill: Fill) -> Held | None:
+    def _fill(self, key: str, part: IO[bytes], num_bytes: int, fill: Fill) -> CacheEntry | None:
         is_done = False
         try:
-            found = self._find(key)
-            if found is not None:  # another process has fetched it meanwhile
-                return found
-            self._promise(part, num_bytes)
+            entry = self._find(key)
+            if entry is not None:  # another process downloaded it in the meantime
+                return entry
+            self._reserve(part, num_bytes)
             sha256 = fill(part, lambda length: self._grow(part, length))
             with self._locked():
-                os.replace(self._path(key + _PART), self._path(f"{key}-{sha256}{_WHOLE}"))
+                os.replace(self._path(key + _PARTIAL), self._path(f"{key}-{sha256}{_COMPLETE}"))
                 fcntl.flock(part, fcntl.LOCK_SH)
             is_done = True
-            return Held(part, sha256, True)
-        except _NoRoomError:
+            return CacheEntry(part, sha256, True)
+        except _CacheFullError:
             return None
         finally:
             if not is_done:
                 with contextlib.suppress(FileNotFoundError), self._locked():
-                    os.unlink(self._path(key + _PART))
+                    os.unlink(self._path(key + _PARTIAL))
                 part.close()
 
-    def discard(self, held: Held) -> None:
-        """Remove a file, which is broken; whoever has it open keeps it."""
-        inode = os.fstat(held.file.fileno()).st_ino
-        held.file.close()
+    def discard(self, entry: CacheEntry) -> None:
+        """Remove a damaged file; processes that have it open keep it."""
+        inode = os.fstat(entry.file.fileno()).st_ino
+        entry.file.close()
         with self._locked():
-            for entry in self._entries():
-                if entry.inode() == inode:
-                    os.unlink(entry.path)
+            for other in self._entries():
+                if other.inode() == inode:
+                    os.unlink(other.path)
 
     def trim(self) -> None:
-        """Remove what killed processes left half fetched, what is too much, and without a limit all that is unused."""
+        """Remove incomplete files of killed processes, files beyond the limit, and without a limit all unused files."""
         with self._locked():
-            self._make_room(0)
-        self._is_swept = True
+            self._free_space(0)
+        self._is_trimmed = True
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -114,32 +113,32 @@ class Cache:
             try:
                 yield
             finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # a child forked meanwhile has the file open too
+                fcntl.flock(lock, fcntl.LOCK_UN)  # a child forked in the meantime has the file open too
 
     def _entries(self) -> list[os.DirEntry[str]]:
         with os.scandir(self.folder) as entries:
-            return [entry for entry in entries if _OWN_NAME.fullmatch(entry.name)]
+            return [entry for entry in entries if _CACHE_NAME.fullmatch(entry.name)]
 
     # --- one file ----------------------------------------------------------------------------------------------------
-    def _find(self, key: str) -> Held | None:
-        """The whole file of a key, locked against removal and known as the one used last."""
+    def _find(self, key: str) -> CacheEntry | None:
+        """Open the complete file of a key, lock it against removal and mark it as used last."""
         with self._locked():
             for entry in self._entries():
                 if entry.name.startswith(f"{key}-"):
-                    file = open(entry.path, "rb")  # noqa: SIM115  (handed out)
+                    file = open(entry.path, "rb")  # noqa: SIM115  (returned)
                     fcntl.flock(file, fcntl.LOCK_SH)
-                    with contextlib.suppress(PermissionError):  # another user's
+                    with contextlib.suppress(PermissionError):  # a file of another user
                         os.utime(entry.path, ns=(time.time_ns(), entry.stat().st_mtime_ns))
-                    return Held(file, entry.name.removesuffix(_WHOLE).rpartition("-")[2], False)
+                    return CacheEntry(file, entry.name.removesuffix(_COMPLETE).rpartition("-")[2], False)
         return None
 
-    def _claim(self, key: str) -> IO[bytes] | None:
-        """The file to fetch into, exclusively locked; None where another process holds it and does not get on."""
-        path = self._path(key + _PART)
+    def _lock_partial(self, key: str) -> IO[bytes] | None:
+        """Open and lock the file to download to; None if another process has it locked and makes no progress."""
+        path = self._path(key + _PARTIAL)
         progress, since_s = (0, 0), time.monotonic()
-        wait_s = _SHORTEST_WAIT_S
+        wait_s = _MIN_WAIT_S
         while True:
-            file = open(path, "r+b", opener=_creating)  # noqa: SIM115  (handed out)
+            file = open(path, "r+b", opener=_open_or_create)  # noqa: SIM115  (returned)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(file, path):
@@ -148,43 +147,43 @@ class Cache:
                 now = os.fstat(file.fileno())
                 if progress != (now.st_ino, now.st_mtime_ns):
                     progress, since_s = (now.st_ino, now.st_mtime_ns), time.monotonic()
-                elif time.monotonic() > since_s + self._patience_s:
+                elif time.monotonic() > since_s + self._stall_timeout_s:
                     file.close()
                     return None
                 time.sleep(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                wait_s = min(2 * wait_s, _MAX_WAIT_S)
             file.close()
 
-    # --- room --------------------------------------------------------------------------------------------------------
+    # --- space -------------------------------------------------------------------------------------------------------
     def _grow(self, part: IO[bytes], length: int) -> None:
-        """Make sure of room for a file that gets longer than was promised."""
+        """Reserve space for a file that becomes longer than its reservation."""
         if self._limit_bytes is not None and length > os.fstat(part.fileno()).st_size:
             try:
-                self._promise(part, length + _STEP_BYTES)
-            except _NoRoomError:
-                self._promise(part, length)
+                self._reserve(part, length + _RESERVE_BYTES)
+            except _CacheFullError:
+                self._reserve(part, length)
 
-    def _promise(self, part: IO[bytes], num_bytes: int) -> None:
+    def _reserve(self, part: IO[bytes], num_bytes: int) -> None:
         if self._limit_bytes is None:
             return
         with self._locked():
-            if not self._make_room(_on_disk(num_bytes) - _on_disk(os.fstat(part.fileno()).st_size)):
-                raise _NoRoomError
+            if not self._free_space(_on_disk(num_bytes) - _on_disk(os.fstat(part.fileno()).st_size)):
+                raise _CacheFullError
             os.ftruncate(part.fileno(), max(0, num_bytes))
 
-    def _make_room(self, num_bytes: int) -> bool:
-        """Remove what was used longest ago until `num_bytes` fit; False where what is in use does not let them."""
+    def _free_space(self, num_bytes: int) -> bool:
+        """Remove the least recently used files until `num_bytes` fit; return False if the files in use prevent that."""
         used, removable = 0, []
         for entry in self._entries():
             status = entry.stat()
-            if entry.name.endswith(_PART) and _remove_unused(entry.path):
+            if entry.name.endswith(_PARTIAL) and _remove_unused(entry.path):
                 continue
             used += _on_disk(status.st_size)
-            if entry.name.endswith(_WHOLE):
+            if entry.name.endswith(_COMPLETE):
                 removable.append((status.st_atime_ns, _on_disk(status.st_size), entry.path))
         limit = -1 if self._limit_bytes is None else self._limit_bytes
         if num_bytes > limit >= 0:
-            return False  # and nothing has to go for it
+            return False  # it can never fit, so remove nothing for it
         for _, size, path in sorted(removable):
             if used + num_bytes <= limit:
                 break
@@ -193,7 +192,7 @@ class Cache:
         return used + num_bytes <= limit
 
 
-def _creating(path: str, flags: int) -> int:
+def _open_or_create(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
 
 
@@ -202,14 +201,14 @@ def _on_disk(num_bytes: int) -> int:
 
 
 def _is_at(file: IO[bytes], path: str) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Return whether `path` still names this open file."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
 
 
 def _remove_unused(path: str) -> bool:
-    """Remove a file that no process has locked; whether it is gone."""
+    """Remove a file unless a process has it locked; return whether it is gone."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,8 +1,8 @@
-"""Batches on the device that trains on them, one ahead.
+"""Copy batches to the training device, one batch ahead.
 
-A batch comes from the loader in the width its ids are stored in (two bytes where the vocabulary allows) and becomes
-int64 inputs and targets on the device. On CUDA that happens on a stream of its own while the batch before it is trained
-on, so that neither the copy nor the widening is waited for. The CPU takes the same way without streams.
+The loader's batches have the dtype their ids are stored in (two bytes if the vocabulary allows) and become int64 inputs
+and targets on the device. On CUDA a separate stream does this during the step on the previous batch, so that training
+waits neither for the copy nor for the conversion. The CPU uses the same code without streams.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """A rank's rows of a global batch on the device: inputs, targets (B, T) int64, filled (B,) bool; as in `Batch`."""
+    """A rank's sequences of a global batch on the device; fields as in `Batch`.
+
+    inputs, targets (B, T) int64; filled (B,) bool.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -33,31 +36,31 @@ class DeviceBatch:
 
 
 def on_device(batches: Iterable[tuple[Batch, State]], device: torch.device) -> Iterator[tuple[DeviceBatch, State]]:
-    """The batches on `device`, each with what came with it; the next one is fetched and copied ahead.
+    """Yield the batches on `device`, each with its state, and load and copy the next one ahead.
 
-    What comes with a batch stays with it: the state after a batch is handed out with that batch, though the loader
-    itself stands one further by then. Who stops early goes on with `loader.rewind(state)`. An error in fetching a batch
-    is raised after the batch before it has been handed out.
+    The yielded state belongs to the yielded batch, although the loader is already one batch further. A caller that
+    stops early continues with `loader.rewind(state)`. An error while loading a batch is raised after the batch before
+    it was yielded.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    ahead: list[tuple[_OnItsWay, State]] = []
+    ahead: list[tuple[_PendingCopy, State]] = []
     failure: Exception | None = None
     try:
         for batch, state in batches:
-            ahead.append((_OnItsWay(batch, device, stream), state))
+            ahead.append((_PendingCopy(batch, device, stream), state))
             if len(ahead) == 2:
-                sent, its_state = ahead.pop(0)
-                yield sent.arrived(), its_state
+                copy, copy_state = ahead.pop(0)
+                yield copy.result(), copy_state
     except Exception as error:
         failure = error
-    for sent, its_state in ahead:
-        yield sent.arrived(), its_state
+    for copy, copy_state in ahead:
+        yield copy.result(), copy_state
     if failure is not None:
         raise failure
 
 
-class _OnItsWay:
-    """A batch whose copy has begun, on `stream` where there is one."""
+class _PendingCopy:
+    """A batch that is being copied to the device, on `stream` if there is one."""
 
     def __init__(self, batch: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> None:
         self._device = device
@@ -73,11 +76,11 @@ class _OnItsWay:
             )
         self._event = None if stream is None else stream.record_event()
 
-    def arrived(self) -> DeviceBatch:
-        """The batch; what the current stream does from now on waits for it, the caller does not."""
+    def result(self) -> DeviceBatch:
+        """Return the batch without blocking; later work on the current stream waits for the copy."""
         if self._event is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._event)
             for tensor in (self._batch.inputs, self._batch.targets, self._batch.filled):
-                tensor.record_stream(current)  # the other stream owns its memory, and may not use it again too early
+                tensor.record_stream(current)  # the copy stream owns the memory and must not reuse it too early
         return self._batch

@@ -1,8 +1,8 @@
-"""How the bytes of a shard come to this machine, and how they are known to be the right ones.
+"""Download shards and verify their checksums.
 
-Remote files come through `open_lm.storage`, in parallel parts; commands and the few schemes that only webdataset knows
-as the output of a process. What comes is hashed on the way and compared with what the manifest says before anyone
-reads it. What this module fetches lies in files that `cache.py` keeps.
+Remote files are downloaded with `open_lm.storage`, in parallel parts; commands, and the few schemes that only
+webdataset knows, through the output of a process. The bytes are hashed on arrival and compared with the manifest before
+the file is used. `cache.py` manages the downloaded files.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import signal
 import subprocess
 import tempfile
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from open_lm import storage
 from open_lm.config.sections import DataConfig
@@ -30,20 +30,23 @@ from open_lm.data.shard_format import iter_files
 from open_lm.data.verify import Expected
 from open_lm.errors import ConfigError, DataError, StorageError
 
+if TYPE_CHECKING:
+    from open_lm.data.order import Source
+
 _ATTEMPTS = 3
 _PIPE_BYTES = 1 << 20
 _FOLDER_PREFIX = "open_lm-shards-"
-_ALIVE = "alive"  # the lock that a living run holds in its temporary folder
+_LOCK_NAME = "alive"  # locked by a running process in its temporary folder
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FetchSettings:
-    """How shards reach a reader; plain values that can be sent to a worker.
+    """How readers get their shards, as plain values that can be sent to a worker.
 
-    `folder` is a `FetchFolder`, which all workers of a rank share: what is known to be whole is noted there, and remote
-    shards are kept there while they are read. Where there is a `cache_dir`, it keeps them instead, for longer, up to
-    `cache_limit_bytes`. A read that brings no byte for `read_timeout_s` seconds is given up and tried again.
+    `folder` is the path of a `FetchFolder`, which all workers of a rank share: it records which files are verified, and
+    stores remote shards while they are read. A `cache_dir` stores them instead, for later passes and runs, up to
+    `cache_limit_bytes`. A read without a byte for `read_timeout_s` seconds is retried.
     """
 
     folder: str | None = None
@@ -52,8 +55,8 @@ class FetchSettings:
     read_timeout_s: float = DataConfig.read_timeout
 
     @classmethod
-    def of(cls, data: DataConfig, folder: str | None) -> FetchSettings:
-        """The settings of the flags; ConfigError for a --cache-limit that is no size and a --cache-dir not local."""
+    def from_config(cls, data: DataConfig, folder: str | None) -> FetchSettings:
+        """Return the settings of the flags; ConfigError for an invalid --cache-limit or a remote --cache-dir."""
         if data.cache_dir is None:
             return cls(folder, read_timeout_s=data.read_timeout)
         if storage.is_remote(data.cache_dir):
@@ -67,43 +70,53 @@ class FetchSettings:
 
 
 def needs_fetch(url: str) -> bool:
-    """Whether a shard has to be fetched before it can be read."""
+    """Return whether a shard must be downloaded before it can be read."""
     return url.startswith("pipe:") or storage.is_remote(url)
 
 
 # --- the temporary folder of a run -----------------------------------------------------------------------------------
 class FetchFolder:
-    """A temporary folder of one rank, removed when this object goes or the process ends.
+    """A temporary folder of one rank, removed with this object or when the process ends.
 
-    A lock tells that it is in use: workers that are forked hold it too. Folders whose holders were all killed are
-    removed by the next that is made.
+    A lock shows that the folder is in use; forked workers hold it too. Creating a new folder removes those whose
+    processes were all killed.
     """
+
+    @classmethod
+    def if_needed(cls, sources: Sequence[Source]) -> FetchFolder | None:
+        """Return a new folder if any shard must be downloaded or verified."""
+        is_needed = any(
+            sha256 or needs_fetch(url)
+            for source in sources
+            for url, sha256 in zip(source.shards, source.sha256, strict=True)
+        )
+        return cls() if is_needed else None
 
     def __init__(self) -> None:
         _remove_abandoned()
         while True:
             self.name = tempfile.mkdtemp(prefix=_FOLDER_PREFIX)
-            lock = os.open(os.path.join(self.name, _ALIVE), os.O_CREAT | os.O_RDWR, 0o600)
+            lock = os.open(os.path.join(self.name, _LOCK_NAME), os.O_CREAT | os.O_RDWR, 0o600)
             fcntl.flock(lock, fcntl.LOCK_SH)
-            if os.fstat(lock).st_nlink:  # else another process took it for abandoned just before it was locked
+            if os.fstat(lock).st_nlink:  # else another process removed it as abandoned before it was locked
                 break
             os.close(lock)
-        self._remove = weakref.finalize(self, _remove_own, self.name, lock, os.getpid())
+        self._remove = weakref.finalize(self, _remove_folder, self.name, lock, os.getpid())
 
     def cleanup(self) -> None:
-        """Remove it now."""
+        """Remove the folder now."""
         self._remove()
 
 
-def _remove_own(name: str, lock: int, owner: int) -> None:
-    if os.getpid() == owner:  # and not a forked child
+def _remove_folder(name: str, lock: int, owner: int) -> None:
+    if os.getpid() == owner:  # not in a forked child
         shutil.rmtree(name, ignore_errors=True)
         os.close(lock)
 
 
 def _remove_abandoned() -> None:
-    for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*/{_ALIVE}"):
-        with contextlib.suppress(OSError), open(path, "rb+") as lock:  # another user's, or in use
+    for path in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*/{_LOCK_NAME}"):
+        with contextlib.suppress(OSError), open(path, "rb+") as lock:  # of another user, or in use
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path.parent, ignore_errors=True)
 
@@ -111,75 +124,75 @@ def _remove_abandoned() -> None:
 # --- fetching --------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Origin:
-    """A shard where it comes from: what names its present content (the more is known the surer), and how long it is.
+    """The origin of a shard: `identity` identifies its present content as well as possible, `num_bytes` is its size.
 
-    `found` is None for the output of a command; an unknown size is -1.
+    `num_bytes` is -1 if unknown. `info` is None for the output of a command.
     """
 
     url: str
     identity: str
     num_bytes: int
-    found: storage.FileInfo | None
+    info: storage.FileInfo | None
 
 
 def look_up(url: str, expected: Expected, timeout_s: float) -> Origin:
-    """What can be known of a remote shard before it is fetched; no request where its sha256 and size are known.
+    """Look up a remote shard before its download; without a request if its sha256 and size are known.
 
-    StorageError where it is looked for and not there.
+    StorageError if it does not exist.
     """
     if _is_command(url):
         size = -1 if expected.num_bytes is None else expected.num_bytes
         return Origin(url, f"{url}\n{expected.num_bytes} {expected.sha256}", size, None)
     if expected.sha256 and expected.num_bytes is not None:
-        found = storage.FileInfo(url, expected.num_bytes, 0.0)
-        return Origin(url, f"{url}\n{expected.num_bytes} {expected.sha256}", found.size, found)
-    looked = storage.info(url, timeout_s)
-    if looked is None:
+        info = storage.FileInfo(url, expected.num_bytes, 0.0)
+        return Origin(url, f"{url}\n{expected.num_bytes} {expected.sha256}", info.size, info)
+    found = storage.info(url, timeout_s)
+    if found is None:
         raise StorageError(f"{url}: no such file")
-    identity = f"{url}\n{looked.size} {looked.etag or looked.mtime_s} {expected.sha256}"
-    return Origin(url, identity, looked.size, looked)
+    identity = f"{url}\n{found.size} {found.etag or found.mtime_s} {expected.sha256}"
+    return Origin(url, identity, found.size, found)
 
 
 def fetch(origin: Origin, expected: Expected, timeout_s: float, file: IO[bytes], grow: Callable[[int], None]) -> str:
-    """Fill `file` with the shard and return its sha256 in hex.
+    """Download the shard to `file` and return its sha256 in hex.
 
-    `grow(num_bytes)` is called before the file becomes that long. What differs from `expected` is fetched anew, and so
-    is what nothing vouches for and is no whole tar: DataError after some attempts. StorageError: what storage could not
-    get over.
+    Call `grow(num_bytes)` before the file becomes that long. A shard that differs from `expected` is downloaded again,
+    and so is an incomplete tar of unknown size and checksum: DataError after a few attempts. StorageError from storage,
+    which has its own retries.
     """
     problem = ""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             problem, sha256 = _fetch_once(origin, expected, timeout_s, file, grow)
-        except (storage.Stalled, subprocess.CalledProcessError) as error:  # a command's; storage tries on its own
+        except (storage.Stalled, subprocess.CalledProcessError) as error:  # of a command; storage has its own retries
             problem, sha256 = _command_problem(error), ""
-        except storage.OtherSize as error:
+        except storage.SizeMismatch as error:
             problem, sha256 = Expected(origin.num_bytes).problem(error.num_bytes, ""), ""
         if not problem:
             return sha256
         if attempt < _ATTEMPTS:
-            logger.warning(f"{origin.url}: {problem}; attempt {attempt} of {_ATTEMPTS} is given up, another follows")
+            logger.warning(f"{origin.url}: {problem}; attempt {attempt} of {_ATTEMPTS} failed, trying again")
             storage.back_off(attempt)
-    advice = "make or copy the shard again, or make the manifest anew"
+    advice = "create or copy the shard again, or recreate the manifest"
     if _is_command(origin.url):
-        advice = "the command's own messages are above, run it by hand to see why"
+        advice = "see the command's own messages above, or run it by hand"
     raise DataError(f"{origin.url}: {problem}, in the last of {_ATTEMPTS} attempts; {advice}")
 
 
 def _fetch_once(
     origin: Origin, expected: Expected, timeout_s: float, file: IO[bytes], grow: Callable[[int], None]
 ) -> tuple[str, str]:
-    """What is wrong with what came, or an empty string, and its sha256."""
-    digest, size, announced = hashlib.sha256(), 0, -1
+    """Download once; return the problem with the result ("" if there is none) and its sha256."""
+    digest, size, known_bytes = hashlib.sha256(), 0, -1
     file.seek(0)
-    if origin.found is None:
-        parts = _output(origin.url, timeout_s)
+    if origin.info is None:
+        parts = _command_output(origin.url, timeout_s)
     else:
-        announced = origin.found.size
-        if announced >= 0 and expected.num_bytes not in (None, announced):
-            return expected.problem(announced, ""), ""
-        parts = storage.read_parts(origin.found, timeout_s)
-    with storage.full_disk_explained(origin.url, os.path.dirname(file.name)), contextlib.closing(parts):
+        known_bytes = origin.info.size
+        if known_bytes >= 0 and expected.num_bytes not in (None, known_bytes):
+            return expected.problem(known_bytes, ""), ""
+        parts = storage.read_parts(origin.info, timeout_s)
+    with storage.wrap_disk_full_errors(origin.url, os.path.dirname(file.name)), contextlib.closing(parts):
         for part in parts:
             size += len(part)
             grow(size)
@@ -188,13 +201,13 @@ def _fetch_once(
         file.flush()
         os.ftruncate(file.fileno(), size)
     problem = expected.problem(size, digest.hexdigest())
-    if not problem and announced < 0 and expected == Expected():
+    if not problem and known_bytes < 0 and expected == Expected():
         problem = _tar_problem(file)
     return problem, digest.hexdigest()
 
 
 def _tar_problem(file: IO[bytes]) -> str:
-    """Why a file is no whole tar; empty where it is one. An answer without a length may end anywhere."""
+    """Describe why a file is not a complete tar; "" if it is. A download of unknown length may have ended early."""
     if not os.fstat(file.fileno()).st_size:
         return "is empty"
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -217,9 +230,9 @@ def _command_problem(error: Exception) -> str:
     return str(error).partition(": ")[2]
 
 
-def _output(url: str, timeout_s: float) -> Generator[bytes, None, None]:
-    """What a command prints; Stalled where nothing comes for `timeout_s` seconds, CalledProcessError where it fails."""
-    with _started(url) as (process, allowed):
+def _command_output(url: str, timeout_s: float) -> Generator[bytes, None, None]:
+    """Yield a command's output; Stalled after `timeout_s` seconds without output, CalledProcessError if it fails."""
+    with _start(url) as (process, allowed):
         assert process.stdout is not None
         pipe, poll = process.stdout.fileno(), select.poll()
         poll.register(pipe, select.POLLIN | select.POLLHUP)
@@ -239,12 +252,12 @@ def _output(url: str, timeout_s: float) -> Generator[bytes, None, None]:
 
 
 @contextlib.contextmanager
-def _started(url: str) -> Iterator[tuple[subprocess.Popen[bytes], tuple[int, ...]]]:
-    """The process that prints a shard and the exit statuses that mean success; one that is given up is killed.
+def _start(url: str) -> Iterator[tuple[subprocess.Popen[bytes], tuple[int, ...]]]:
+    """Start the process that prints a shard; yield it and the exit statuses that mean success. Kill it at the end.
 
-    `pipe:` commands are started here and not by webdataset, whose handler neither sees a stall nor can end what the
-    shell has started. Its handlers serve the schemes that no file system of storage knows (ais, scp, ftps, htgs): each
-    starts a single process.
+    `pipe:` commands are not started by webdataset: its handler detects no stalls and cannot end the processes that the
+    shell started. Its handlers are used for the schemes that storage has no file system for (ais, scp, ftps, htgs),
+    each of which starts a single process.
     """
     if url.startswith("pipe:"):
         command = url.removeprefix("pipe:")
@@ -256,8 +269,8 @@ def _started(url: str) -> Iterator[tuple[subprocess.Popen[bytes], tuple[int, ...
         try:
             opened = gopen(url)
         except (ValueError, OSError) as error:
-            told = "neither a file system nor a command for this kind of address is installed"
-            raise StorageError(f"{url}: {told} ({error})") from error
+            message = "neither a file system nor a command for this kind of address is installed"
+            raise StorageError(f"{url}: {message} ({error})") from error
         process, allowed = opened.proc, opened.ignore_status
     assert process.stdout is not None
     try:

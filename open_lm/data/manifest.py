@@ -1,4 +1,4 @@
-"""Manifests of shards and the patterns that name shards. Callers import these names from `shard_format`."""
+"""Manifests of shards, and shard patterns. Import these names from `shard_format`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from open_lm.errors import DataError, join_problems
 
 MANIFEST_NAME = "manifest.jsonl"
 _COUNT_KEYS = ("num_sequences", "num_chunks")
-_MAX_PROBLEMS = 20
+_MAX_LISTED = 20
 
 
 @dataclass(frozen=True)
 class ManifestEntry:
-    """One shard: the stem of its file, its sequences, and whatever else its line says (sha256, num_tokens, …)."""
+    """One shard: the stem of its file, its number of sequences, and the other fields of its line (sha256, …)."""
 
     shard: str
     num_sequences: int
@@ -29,24 +29,24 @@ class ManifestEntry:
 
     @property
     def num_bytes(self) -> int | None:
-        """Size of the shard's file, where its line says it."""
-        found = self.extra.get("num_bytes")
-        return found if isinstance(found, int) else None
+        """Size of the shard's file, None if its line has none."""
+        value = self.extra.get("num_bytes")
+        return value if isinstance(value, int) else None
 
     @property
     def sha256(self) -> str:
-        """The sha256 (hex) of the shard's file, where its line says it, else ""."""
-        found = self.extra.get("sha256")
-        return found.lower() if isinstance(found, str) else ""
+        """The sha256 (hex) of the shard's file, "" if its line has none."""
+        value = self.extra.get("sha256")
+        return value.lower() if isinstance(value, str) else ""
 
 
 def shard_stem(url: str) -> str:
-    """The name a manifest gives a shard: its file name without `.tar`."""
+    """Return the name of a shard in manifests: its file name without `.tar`."""
     return url.rstrip("/").rpartition("/")[2].removesuffix(".tar")
 
 
 def read_manifest(url: str) -> list[ManifestEntry]:
-    """The entries of a manifest in its order; a DataError lists every bad line together."""
+    """Read the entries of a manifest in order; a DataError lists all bad lines together."""
     entries: list[ManifestEntry] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
@@ -59,16 +59,19 @@ def read_manifest(url: str) -> list[ManifestEntry]:
             problems.append(f"{url} line {number}: {error}")
             continue
         if entry.shard in seen:
-            problems.append(f"{url} line {number}: shard {entry.shard!r} stands in line {seen[entry.shard]} already")
+            problems.append(f"{url} line {number}: shard {entry.shard!r} is already in line {seen[entry.shard]}")
         seen[entry.shard] = number
         entries.append(entry)
     if not entries and not problems:
-        problems.append(f"{url} is empty; make it with python -m open_lm.utils.make_wds_manifest --data-dir FOLDER")
+        problems.append(f"{url}: is empty; create it with python -m open_lm.utils.make_wds_manifest --data-dir FOLDER")
     if problems:
-        hidden = len(problems) - _MAX_PROBLEMS
-        shown = problems[:_MAX_PROBLEMS] + ([f"and {hidden} more"] if hidden > 0 else [])
-        raise DataError(join_problems(shown, "The manifest cannot be used"))
+        raise DataError(_join_limited(problems, "The manifest cannot be used"))
     return entries
+
+
+def _join_limited(problems: list[str], heading: str) -> str:
+    hidden = len(problems) - _MAX_LISTED
+    return join_problems(problems[:_MAX_LISTED] + ([f"and {hidden} more"] if hidden > 0 else []), heading)
 
 
 def _parse_line(line: bytes) -> ManifestEntry:
@@ -88,7 +91,7 @@ def _parse_line(line: bytes) -> ManifestEntry:
 
 
 def write_manifest(path: str | os.PathLike[str], entries: Sequence[ManifestEntry]) -> None:
-    """Write all entries, in their order, whole or not at all; `path` is local or remote."""
+    """Write all entries in order, atomically; `path` is local or remote."""
     with storage.atomic_write(os.fspath(path), "wb") as file:
         for entry in entries:
             record = {"shard": entry.shard, "num_sequences": entry.num_sequences, **entry.extra}
@@ -96,12 +99,12 @@ def write_manifest(path: str | os.PathLike[str], entries: Sequence[ManifestEntry
 
 
 def shard_folder(url: str) -> str:
-    """The folder that a shard lies in."""
+    """Return the folder of a shard."""
     return url.rpartition("/")[0] or ("/" if url.startswith("/") else ".")
 
 
 def _entries_in(folder: str) -> dict[str, ManifestEntry] | None:
-    """Entries by shard stem from a folder's manifest.jsonl or sizes.json, None without either."""
+    """Read entries by shard stem from a folder's manifest.jsonl or sizes.json; None if it has neither."""
     manifest = storage.join(folder, MANIFEST_NAME)
     if storage.exists(manifest):
         return {entry.shard: entry for entry in read_manifest(manifest)}
@@ -116,11 +119,11 @@ def _entries_in(folder: str) -> dict[str, ManifestEntry] | None:
 
 
 def shard_entries(urls: Sequence[str]) -> dict[str, ManifestEntry] | None:
-    """The entry of each url, from manifest.jsonl or sizes.json in the shards' folders.
+    """Return the entry of each url, from manifest.jsonl or sizes.json in the shards' folders.
 
-    None where a folder has neither (`__len__` only knows the sum; for a single shard that is its size). Urls that
-    their folder's list does not name are missing in the result. Commands (`pipe:`) have no folder, and what only a
-    command can read has none that can be looked into.
+    None if a folder has neither. (`__len__` holds only the sum, which for a single shard is its size.) Urls that are
+    not listed in their folder are missing from the result. Commands (`pipe:`) and addresses that only a command can
+    read have no folder.
     """
     tables: dict[str, dict[str, ManifestEntry] | None] = {}
     entries: dict[str, ManifestEntry] = {}
@@ -140,13 +143,13 @@ def shard_entries(urls: Sequence[str]) -> dict[str, ManifestEntry] | None:
 
 
 def shard_sizes(urls: Sequence[str]) -> dict[str, int] | None:
-    """Sequences of each url, as `shard_entries` finds them."""
+    """Return the number of sequences of each url, from `shard_entries`."""
     entries = shard_entries(urls)
     return None if entries is None else {url: entry.num_sequences for url, entry in entries.items()}
 
 
 def total_sequences(urls: Sequence[str]) -> int | None:
-    """Sequences in all urls together: from shard_sizes, or from `__len__` in the folder of the first shard."""
+    """Return the total number of sequences: from shard_sizes, or from `__len__` in the folder of the first shard."""
     sizes = shard_sizes(urls)
     if sizes is not None and len(sizes) == len(set(urls)):
         return sum(sizes[url] for url in urls)
@@ -166,11 +169,11 @@ def _length_file(folder: str) -> int | None:
 
 
 def expand_shards(pattern: str) -> list[str]:
-    """The shards that a pattern names, in its order.
+    """Return the shards of a pattern, in its order.
 
-    `::` joins patterns; each may hold brace ranges ({00000..00009}, {a,b}), globs (local or remote) or name a folder
-    of tars. `pipe:` commands are expanded by braces alone. A DataError lists every local shard that is missing and
-    every pattern that matches nothing; remote shards named without a glob are not looked up here.
+    `::` joins patterns. Each may hold brace ranges ({00000..00009}, {a,b}) and globs (local or remote), or be a folder
+    of tars. Only braces are expanded in `pipe:` commands. A DataError lists every missing local shard and every pattern
+    without a match; remote shards without a glob are not looked up here.
     """
     urls: list[str] = []
     problems: list[str] = []
@@ -181,9 +184,7 @@ def expand_shards(pattern: str) -> list[str]:
             if not found:
                 problems.append(f"{url} (of {pattern!r})" if url != pattern else url)
     if problems:
-        hidden = len(problems) - _MAX_PROBLEMS
-        shown = problems[:_MAX_PROBLEMS] + ([f"and {hidden} more"] if hidden > 0 else [])
-        raise DataError(join_problems(shown, "No shard found for the pattern"))
+        raise DataError(_join_limited(problems, "No shard found for the pattern"))
     return urls
 
 
@@ -191,7 +192,7 @@ def _expand_braces(part: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(part))
     except ValueError as error:
-        raise DataError(f"shard pattern {part!r}: braces do not match") from error
+        raise DataError(f"shard pattern {part!r}: unbalanced braces") from error
 
 
 def _expand_one(url: str) -> list[str]:

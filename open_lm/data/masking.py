@@ -1,7 +1,6 @@
-"""From token ids to inputs and targets: cutting a training window out of a chunk, masking targets from the loss, and
-telling a row's documents apart.
+"""Split token ids into inputs and targets, mask targets from the loss, and number the documents of a sequence.
 
-Masked targets are -100, which losses.py leaves out of both the sum and the count.
+Masked targets are -100; losses.py excludes them from both the sum and the count.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ def mask_targets(
 ) -> tuple[Tensor, Tensor]:
     """Mask targets (B, T), and with `squash` remove the marker from inputs (B, T) and targets.
 
-    mask_left (L): only what follows the last L of a row stays a target; L itself does not.
+    mask_left (L): only the tokens after the last L of a sequence remain targets; L itself does not.
     mask_individual (P): never a target (padding).
-    squash: every L is taken out and the rest moves left; P (0 without P) fills up the inputs, `ignore_index` the
-        targets.
+    squash: remove every L and shift the following tokens left; fill up the inputs with P (0 without P), the targets
+        with `ignore_index`.
 
         inputs   a b c L d e L f P    ->  a b c d e f P P P
         targets  b c L d e L f P P    ->  _ _ _ _ f _ _ _ _
 
-    Inputs and targets are squashed each for itself, as OpenLM always has: an L that opens a row stands in the inputs
-    only, and what follows it is then shifted by one. Put at least one token before L.
+    Inputs and targets are squashed separately, as OpenLM always has: an L at the start of a sequence is in the inputs
+    only, so the tokens after it are shifted by one against their targets. Put at least one token before L.
     """
     if mask_left is not None:
         is_marker = targets == mask_left
@@ -52,14 +51,14 @@ def mask_targets(
 
 
 def _squash(rows: Tensor, keep: Tensor, fill: int) -> Tensor:
-    """Move the kept elements of each row (B, T) to its left, in their order, and fill up with `fill`."""
+    """Move the kept elements of each row (B, T) to the left, in order, and pad with `fill`."""
     order = torch.argsort((~keep).to(torch.int8), dim=-1, stable=True)
     places = torch.arange(rows.shape[-1], device=rows.device)
     return rows.gather(-1, order).masked_fill(places >= keep.sum(-1, keepdim=True), fill)
 
 
 def mask_sequence(chunk: Tensor, start_idx: int, args: Any, ignore_tok: int = IGNORE_INDEX) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, seq_len) from `start_idx` of a chunk (B, > start_idx + seq_len) of ids.
+    """Return inputs and targets (B, seq_len) from position `start_idx` of a chunk (B, > start_idx + seq_len) of ids.
 
     `args` has seq_len and may have target_mask_left, target_mask_individual and squash_mask_left (see mask_targets).
     """
@@ -75,14 +74,14 @@ def mask_sequence(chunk: Tensor, start_idx: int, args: Any, ignore_tok: int = IG
 
 
 def sample_chunk(chunk: Tensor, args: Any) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, args.seq_len) from a chunk of ids (B, at least seq_len + 1).
+    """Return inputs and targets (B, args.seq_len) from a chunk of ids (B, at least seq_len + 1).
 
-    A longer chunk is cut at a random place, from torch's global generator. DataError for a shorter one.
+    A longer chunk is cropped at a random position, from torch's global generator. DataError for a shorter one.
     """
     spare = chunk.shape[1] - (args.seq_len + 1)
     if spare < 0:
         raise DataError(
-            f"the chunk holds {chunk.shape[1]} ids a row, seq_len {args.seq_len} needs {args.seq_len + 1}: "
+            f"the chunk holds {chunk.shape[1]} ids per sequence, but seq_len {args.seq_len} needs {args.seq_len + 1}; "
             "use a model with a smaller seq_len or tokenize the data again"
         )
     start = int(torch.randint(0, spare + 1, (1,))) if spare else 0
@@ -90,18 +89,17 @@ def sample_chunk(chunk: Tensor, args: Any) -> tuple[Tensor, Tensor]:
 
 
 def document_ids(inputs: Tensor, end_of_text_id: int) -> Tensor:
-    """The document of each token, numbered from 0 in each row: inputs (B,T) int64 -> (B,T) int32, on their device.
+    """Number the documents of each sequence from 0: inputs (B,T) int64 -> (B,T) int32, on the same device.
 
-    The end-of-text token belongs to the document that it ends, the next token begins a new one:
+    The end-of-text token belongs to the document that it ends; the next token starts a new one:
 
         inputs   b c E d e f E E g P      E end of text, P padding
         ids      0 0 0 0 1 1 1 1 2 3 3
 
-    A row begins where a chunk was cut, mostly inside a document; that piece is document 0, with positions from 0.
-    Padding belongs to the row's last document: it comes after all of that document's tokens, which therefore never see
-    it, and its own targets are masked. (Padded with the end-of-text token, each pad is a document of its own.)
-    Targets stay as they are: the target of an end-of-text token is the first token of the next document, trained on
-    as without the mask.
+    Most sequences start in the middle of a document; that piece is document 0, with positions from 0. Padding belongs
+    to the last document: it follows all tokens of that document, which therefore never attend to it, and its own
+    targets are masked. (If padded with the end-of-text token, each pad is a separate document.) Targets do not change:
+    the target of an end-of-text token is the first token of the next document, which is trained on as without the mask.
     """
     is_end = inputs == end_of_text_id
     return is_end.cumsum(-1, dtype=torch.int32) - is_end.to(torch.int32)

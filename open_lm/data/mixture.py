@@ -1,4 +1,4 @@
-"""Shares of several sources, kept exactly: pure integer arithmetic behind plan.py."""
+"""Exact shares of several sources: the integer arithmetic behind order.py."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _MAX_SIMULATED_SAMPLES = 1_000_000
 
 
 def parse_fraction(value: float | str) -> Fraction:
-    """The number that was meant: "0.1" is one tenth, and 0.3333333333333333 (which is 1/3 as it prints) a third.
+    """Return the number the user meant: "0.1" is one tenth, and 0.3333333333333333 (how 1/3 prints) is a third.
 
-    ValueError for what is no finite number.
+    ValueError if it is not a finite number.
     """
-    typed = Fraction(str(value))
-    near = typed.limit_denominator(10**6)
-    return near if abs(typed - near) < Fraction(1, 10**13) else typed
+    exact = Fraction(str(value))
+    simple = exact.limit_denominator(10**6)
+    return simple if abs(exact - simple) < Fraction(1, 10**13) else exact
 
 
 def integer_weights(weights: Sequence[Fraction]) -> list[int]:
-    """The smallest integers in the proportion of the weights."""
+    """Return the smallest integers in the same proportion as the weights."""
     scale = lcm(*(weight.denominator for weight in weights))
     numbers = [int(weight * scale) for weight in weights]
     divisor = gcd(*numbers) or 1
@@ -31,49 +31,51 @@ def integer_weights(weights: Sequence[Fraction]) -> list[int]:
 
 
 class Interleaving:
-    """Which source each sample comes from, so that after any number n of samples every source has given less than one
-    sample more or less than n times its share.
+    """The source of each sample: after any n samples, each source has given n times its share, to within one sample.
 
-    The k-th sample (from 0) of a source with the share s may come at the places floor(k / s) … ceil((k + 1) / s) - 1.
-    Each place goes to the source whose time ends first, among those whose time has come; that this keeps every
-    sample's time is a known property of unit tasks (earliest deadline first). `weights` are whole numbers, `counts` the
-    samples that each source has given so far.
+    The k-th sample (from 0) of a source with share s is released at position floor(k / s) and due before position
+    ceil((k + 1) / s). Each position goes to the released source with the earliest deadline. Earliest deadline first is
+    known to meet every deadline for unit-length tasks. `weights` are integers, `counts` the samples that each source
+    has given so far.
     """
 
     def __init__(self, weights: Sequence[int], counts: Sequence[int]) -> None:
         self._weights, self._total = list(weights), sum(weights)
-        self._counts, self._place = list(counts), sum(counts)
-        self._due: list[tuple[int, int]] = []  # (end of its time, source): may come now
-        self._waiting = [(self._begin(source), source) for source, weight in enumerate(weights) if weight]
+        self._counts, self._position = list(counts), sum(counts)
+        self._released: list[tuple[int, int]] = []  # (deadline, source)
+        self._waiting = [(self._release(source), source) for source, weight in enumerate(weights) if weight]
         heapify(self._waiting)
 
-    def _begin(self, source: int) -> int:
+    def _release(self, source: int) -> int:
         return self._counts[source] * self._total // self._weights[source]
 
-    def _end(self, source: int) -> int:
+    def _deadline(self, source: int) -> int:
         return -(-(self._counts[source] + 1) * self._total // self._weights[source])
 
     def take(self, count: int) -> np.ndarray:
-        """The sources of the next `count` samples: int64 (count,)."""
+        """Return the sources of the next `count` samples: int64 (count,)."""
         chosen = []
-        for place in range(self._place, self._place + count):
-            while self._waiting and self._waiting[0][0] <= place:
+        for position in range(self._position, self._position + count):
+            while self._waiting and self._waiting[0][0] <= position:
                 source = heappop(self._waiting)[1]
-                heappush(self._due, (self._end(source), source))
-            source = heappop(self._due)[1]
+                heappush(self._released, (self._deadline(source), source))
+            source = heappop(self._released)[1]
             self._counts[source] += 1
-            heappush(self._waiting, (self._begin(source), source))
+            heappush(self._waiting, (self._release(source), source))
             chosen.append(source)
-        self._place += count
+        self._position += count
         return np.array(chosen, dtype=np.int64)
 
 
-def most_samples(weights: Sequence[Fraction], count: int) -> list[int]:
-    """Samples that each source gives to the first `count`: exact, or one more where that takes too long to work out."""
+def samples_per_source(weights: Sequence[Fraction], count: int) -> list[int]:
+    """Return how many of the first `count` samples come from each source.
+
+    Exact, except where counting would take too long: then it may be one too many.
+    """
     numbers = integer_weights(weights)
     total = sum(numbers)
     periods, rest = divmod(count, total)
     if rest > _MAX_SIMULATED_SAMPLES:
         return [-(-count * number // total) for number in numbers]
-    begun = np.bincount(Interleaving(numbers, [0] * len(numbers)).take(rest), minlength=len(numbers)).tolist()
-    return [periods * number + more for number, more in zip(numbers, begun, strict=True)]
+    partial = np.bincount(Interleaving(numbers, [0] * len(numbers)).take(rest), minlength=len(numbers)).tolist()
+    return [periods * number + extra for number, extra in zip(numbers, partial, strict=True)]

@@ -1,7 +1,7 @@
-"""Where a run's data come from: what `dataset.json` beside the shards says, and {run}/data.json, which keeps it.
+"""The origin of a run's data: read dataset.json next to the shards, write {run}/data.json, and compare two of them.
 
-Everything but `read_dataset`, `write` and `read` is a pure function of sources and of such descriptions. Folders are no
-part of what is compared: the same data elsewhere are the same data.
+Everything but `read_dataset`, `write` and `read` is a pure function of sources and descriptions. Folders are not
+compared: the same data in another folder is the same data.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from open_lm.storage.redaction import redact
 
 DATASET_NAME, FILE_NAME = "dataset.json", "data.json"
 _FORMAT = 1
-_MAX_NAMED = 5
-_LOCATIONS = ("url", "etag")  # of an input: where it lay, not what it held
+_MAX_LISTED = 5
+_LOCATION_KEYS = ("url", "etag")  # of an input: its location, not its content
 Description = dict[str, Any]
 
 
 # --- dataset.json ----------------------------------------------------------------------------------------------------
 def read_dataset(folder: str) -> dict[str, Any] | None:
-    """The `settings` of a folder's dataset.json, the digest of its `inputs`, and the `digest` of both.
+    """Return the `settings` of a folder's dataset.json, the digest of its `inputs`, and the `digest` of both.
 
-    None where the folder has none, or one of another tool. DataError for a damaged one.
+    None if the folder has no such file, or one from another tool. DataError if it is damaged.
     """
     url = storage.join(folder, DATASET_NAME)
     if storage.info(url) is None:
@@ -40,13 +40,13 @@ def read_dataset(folder: str) -> dict[str, Any] | None:
     try:
         record = orjson.loads(storage.read_bytes(url))
     except orjson.JSONDecodeError as error:
-        raise DataError(f"{url}: not JSON ({error}); copy it again from where the data set was made") from error
+        raise DataError(f"{url}: not JSON ({error}); copy it again from the original data set") from error
     settings = record.get("settings") if isinstance(record, dict) else None
     if not isinstance(settings, dict):
         return None
-    if settings.get("tokenizer_fingerprint"):  # which says more than the place where the tokenizer's file lay
+    if settings.get("tokenizer_fingerprint"):  # identifies the tokenizer better than the path of its file
         settings = {name: value for name, value in settings.items() if name != "tokenizer"}
-    inputs = [{k: v for k, v in item.items() if k not in _LOCATIONS} for item in record.get("inputs") or []]
+    inputs = [{k: v for k, v in item.items() if k not in _LOCATION_KEYS} for item in record.get("inputs") or []]
     main = {"settings": settings, "inputs": _digest(inputs)}
     return {"digest": _digest(main), **main}
 
@@ -56,9 +56,9 @@ def _digest(value: Any) -> str:
 
 
 def end_of_text_id(sources: Sequence[Source]) -> int | None:
-    """The id that ends a document, as all dataset.json that name one say alike; None where none does.
+    """Return the end-of-text id that the dataset.json files agree on; None if none of them has one.
 
-    DataError with every source's where they disagree.
+    DataError with the id of every source if they disagree.
     """
     found = {
         (source.name, dataset["settings"]["eot_id"])
@@ -69,15 +69,14 @@ def end_of_text_id(sources: Sequence[Source]) -> int | None:
     ids = {number for _, number in found}
     if len(ids) > 1:
         problems = [f"{name}: {number}" for name, number in sorted(found)]
-        raise DataError(
-            join_problems(problems, "The sources end documents with different ids, so they are of different tokenizers")
-        )
+        heading = "The sources have different end-of-text ids, so they were made with different tokenizers"
+        raise DataError(join_problems(problems, heading))
     return next(iter(ids), None)
 
 
 # --- data.json -------------------------------------------------------------------------------------------------------
 def describe(sources: Sequence[Source]) -> Description:
-    """What the data of a run are, fit for JSON: of each source its shards with all that is known of them."""
+    """Describe the data of a run for JSON: everything known about the shards of each source."""
     return {"format": _FORMAT, "sources": [_describe(source) for source in sources]}
 
 
@@ -101,19 +100,19 @@ def _describe(source: Source) -> dict[str, Any]:
 
 
 def _stem(url: str) -> str:
-    """The shard's name without its folder, and without what a web address or a command may hold of secrets."""
+    """Return the shard's name without its folder, and without secrets in a web address or a command."""
     if url.startswith("pipe:"):
         return f"pipe:{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     return shard_stem(url.partition("?")[0])
 
 
 def write(url: str, description: Description) -> None:
-    """Write a description, whole or not at all."""
+    """Write a description atomically."""
     storage.write_bytes(url, orjson.dumps(description, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 
 
 def read(url: str) -> Description | None:
-    """The description that a run has left; None where there is none or only one of another format."""
+    """Read the description of a previous run; None if there is none, or one of another format."""
     if storage.info(url) is None:
         return None
     try:
@@ -125,9 +124,9 @@ def read(url: str) -> Description | None:
 
 
 def differences(before: Description, now: Description) -> list[str]:
-    """What has changed between two descriptions, a readable sentence for each change; empty where nothing has.
+    """Return one sentence for each change between two descriptions.
 
-    Only what both know is compared.
+    Only fields that both have are compared.
     """
     old, new = before["sources"], now["sources"]
     pairs = _pairs(old, new)
@@ -136,16 +135,16 @@ def differences(before: Description, now: Description) -> list[str]:
         if number in pairs:
             sentences += [f"{source['name']}: {change}" for change in _source_differences(old[pairs[number]], source)]
         else:
-            sentences.append(f"{source['name']}: is new")
-    sentences += [f"{source['name']}: is gone" for n, source in enumerate(old) if n not in pairs.values()]
+            sentences.append(f"{source['name']} is new")
+    sentences += [f"{source['name']} is missing" for n, source in enumerate(old) if n not in pairs.values()]
     order = [pairs[number] for number in sorted(pairs)]
     if order != sorted(order):
-        sentences.append("the sources stand in another order")
+        sentences.append("the order of the sources changed")
     return sentences + _weight_differences(old, new, pairs)
 
 
 def _weight_differences(old: Sequence[Any], new: Sequence[Any], pairs: Mapping[int, int]) -> list[str]:
-    """Only proportions count."""
+    """Compare the proportions of the weights."""
     was, now = (integer_weights([Fraction(source["weight"]) for source in sources]) for sources in (old, new))
     if len(was) != len(now) or all(was[pairs[number]] == weight for number, weight in enumerate(now)):
         return []
@@ -153,19 +152,19 @@ def _weight_differences(old: Sequence[Any], new: Sequence[Any], pairs: Mapping[i
 
 
 def _pairs(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """Which source of now was which: the same data first, then the same name, then the same place."""
-    likenesses: list[Callable[[int, int], bool]] = [
+    """Match current sources to old ones: by equal data first, then by name, then by position."""
+    criteria: list[Callable[[int, int], bool]] = [
         lambda now, was: new[now]["fingerprint"] == old[was]["fingerprint"],
         lambda now, was: new[now]["name"] == old[was]["name"],
         lambda now, was: now == was,
     ]
     pairs: dict[int, int] = {}
-    for alike in likenesses:
+    for is_match in criteria:
         for now in range(len(new)):
-            left = [was for was in range(len(old)) if was not in pairs.values()]
-            found = next((was for was in left if now not in pairs and alike(now, was)), None)
-            if found is not None:
-                pairs[now] = found
+            unmatched = [was for was in range(len(old)) if was not in pairs.values()]
+            match = next((was for was in unmatched if now not in pairs and is_match(now, was)), None)
+            if match is not None:
+                pairs[now] = match
     return pairs
 
 
@@ -174,25 +173,25 @@ def _source_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     before, now = (_by_name(source["shards"]) for source in (old, new))
     for word, names in (
         ("new", [name for name in now if name not in before]),
-        ("gone", [name for name in before if name not in now]),
+        ("missing", [name for name in before if name not in now]),
         ("changed in content (sha256)", _changed(before, now, "sha256")),
         ("changed in size (bytes)", _changed(before, now, "num_bytes")),
         ("changed in number of sequences", _changed(before, now, "num_sequences")),
     ):
         if names:
-            changes.append(f"{_count(names)} {word}: {_named(names)}")
+            changes.append(f"{_count(names)} {word}: {_list_names(names)}")
     common = [[name for name in table if name in before and name in now] for table in (before, now)]
     if common[0] != common[1]:
-        changes.append("its shards stand in another order")
+        changes.append("the order of its shards changed")
     if any(before[name].get("factor") != now[name].get("factor") for name in common[0]):
-        changes.append("its upsampling factors differ")
+        changes.append("its upsampling factors changed")
     if old["data_key"] != new["data_key"]:
-        changes.append(f"--data-key was {old['data_key']}, is {new['data_key']}")
+        changes.append(f"--data-key was {old['data_key']}, now it is {new['data_key']}")
     return [*changes, *_dataset_differences(old["datasets"], new["datasets"])]
 
 
 def _by_name(shards: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The rows by the shards' names; of several folders' shards of one name the second is number 2."""
+    """Index the rows by shard name; if shards of several folders share a name, the second gets "(number 2)"."""
     rows: dict[str, Mapping[str, Any]] = {}
     seen = Counter[str]()
     for row in shards:
@@ -202,7 +201,7 @@ def _by_name(shards: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any], field: str) -> list[str]:
-    """Shards of which both sides know the field, and know it differently."""
+    """List the shards whose field differs, if both sides have it."""
     both = ((name, before[name].get(field), row.get(field)) for name, row in now.items() if name in before)
     return [name for name, old, new in both if None not in (old, new) and old != new]
 
@@ -211,17 +210,17 @@ def _count(names: Sequence[str]) -> str:
     return "1 shard is" if len(names) == 1 else f"{len(names)} shards are"
 
 
-def _named(names: Sequence[str]) -> str:
-    hidden = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {hidden} more" if hidden > 0 else "")
+def _list_names(names: Sequence[str]) -> str:
+    hidden = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {hidden} more" if hidden > 0 else "")
 
 
 def _dataset_differences(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """What differs in dataset.json, folder by folder; a folder that has none says nothing."""
+    """Yield the differences of the dataset.json files, folder by folder; folders without one are skipped."""
     for before, now in zip(old, new, strict=False):
         was, settings = before["settings"], now["settings"]
         for name in sorted({*was, *settings}):
             if was.get(name) != settings.get(name):
-                yield f"{DATASET_NAME} has {name} {settings.get(name)!r}, it had {was.get(name)!r}"
+                yield f"{DATASET_NAME}: {name} was {was.get(name)!r}, now it is {settings.get(name)!r}"
         if before["inputs"] != now["inputs"]:
-            yield f"{DATASET_NAME} names other inputs, or inputs of another content"
+            yield f"{DATASET_NAME}: the inputs or their contents changed"

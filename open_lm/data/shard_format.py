@@ -1,17 +1,19 @@
-"""The one reader and writer of token shards and their manifests.
+"""Read and write token shards and their manifests.
 
-A shard is a tar file; each member holds the ids of one sequence (seq_len + 1 of them) in one of `MEMBER_KINDS`:
+A shard is a tar file; each member holds the seq_len + 1 ids of one sequence in one of `MEMBER_KINDS`:
 
     npy      a 1-D integer array, in the smallest unsigned type that holds the vocabulary (allow_pickle is never used)
     json.gz  a gzip-compressed JSON list          json  a JSON list
     txt      a Python list literal; may hold the string "<|endoftext|>" in place of the end-of-text id
 
-Beside the shards lies `manifest.jsonl`, one line per shard: {"shard": "<stem>", "num_sequences": n, …}.
+The folder of the shards has a `manifest.jsonl` with one line per shard: {"shard": "<stem>", "num_sequences": n, …}.
 A sequence that documents could not fill ends in `PAD_ID`: -1 in every kind. Negative ids count from the end of the
-vocabulary, so that readers which know nothing of padding still get a valid id. An npy member that holds pads is
-signed, all others are unsigned.
+vocabulary, so that readers without support for padding still get a valid id. An npy member with pads is signed, all
+others are unsigned.
 
-Ids are 1-D numpy arrays throughout: decoded ones int64, to be encoded any integer type.
+Ids are 1-D numpy arrays everywhere: int64 when decoded, any integer type when encoded.
+
+datapreprocess imports no other module of this package, so the names it needs from other modules are exported here.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ import numpy as np
 import orjson
 
 from open_lm import storage
+from open_lm.data.hashing import GOLDEN_GAMMA, mix64
 from open_lm.data.manifest import (
+    MANIFEST_NAME,
     ManifestEntry,
     expand_shards,
     read_manifest,
@@ -43,12 +47,14 @@ from open_lm.data.manifest import (
     total_sequences,
     write_manifest,
 )
-from open_lm.data.npy_block import Buffer, names_alike, npy_members, tar_header
+from open_lm.data.npy_block import Buffer, matching_names, npy_members, tar_header
 from open_lm.errors import DataError
 
 __all__ = [
     "END_OF_TEXT_STRING",
+    "GOLDEN_GAMMA",
     "KEY_DIGITS",
+    "MANIFEST_NAME",
     "MEMBER_KINDS",
     "PAD_ID",
     "ManifestEntry",
@@ -61,6 +67,7 @@ __all__ = [
     "index_shard",
     "iter_files",
     "member_key",
+    "mix64",
     "read_manifest",
     "shard_entries",
     "shard_folder",
@@ -78,26 +85,26 @@ END_OF_TEXT_STRING = "<|endoftext|>"
 _BLOCK = tarfile.BLOCKSIZE
 _GZIP_WBITS = 31
 KEY_DIGITS = 12
-_BATCH_BYTES = 4 << 20  # of members built at a time: they stay in the processor's cache until they are written
+_BATCH_BYTES = 4 << 20  # of members built at a time, so that they stay in the CPU cache until they are written
 
-Source = Buffer | IO[bytes]
+TarInput = Buffer | IO[bytes]
 
 
 # --- members -----------------------------------------------------------------------------------------------------
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest unsigned numpy type that holds the ids 0 … vocab_size - 1."""
+    """Return the smallest unsigned numpy type that holds the ids 0 … vocab_size - 1."""
     if vocab_size < 1:
         raise ValueError(f"vocab_size must be positive, got {vocab_size}")
     return np.min_scalar_type(vocab_size - 1)
 
 
 def encode_member(ids: np.ndarray, kind: str, dtype: np.dtype[Any] | None = None) -> bytes:
-    """The bytes of a member of `kind` from ids (T,) of an integer type.
+    """Encode ids (T,) of an integer type as a member of `kind`.
 
-    `dtype` (npy only) defaults to that of the ids. Pads in an unsigned type make the member the next larger signed
-    type; an id that the type cannot hold is a DataError.
+    `dtype` (npy only) defaults to that of the ids. With pads, an unsigned type becomes the next larger signed one. An
+    id that does not fit the type is a DataError.
     """
     ids = np.ascontiguousarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -110,7 +117,7 @@ def encode_member(ids: np.ndarray, kind: str, dtype: np.dtype[Any] | None = None
     if kind in ("json", "txt"):
         return text
     if kind == "json.gz":
-        # zlib directly: the same header (no clock, no name) in every Python version.
+        # zlib directly: the header has no time and no name in every Python version.
         compressor = zlib.compressobj(6, zlib.DEFLATED, _GZIP_WBITS)
         return compressor.compress(text) + compressor.flush()
     raise DataError(f"unknown member kind {kind!r}; known: {', '.join(MEMBER_KINDS)}")
@@ -120,14 +127,14 @@ def _cast(ids: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     if ids.size and dtype.kind == "u" and ids.min() < 0:
         dtype = np.promote_types(dtype, np.int8)
     if ids.size and (ids.max() > np.iinfo(dtype).max or ids.min() < np.iinfo(dtype).min):
-        raise DataError(f"ids from {ids.min()} to {ids.max()} do not fit {dtype}; is the vocabulary size right?")
+        raise DataError(f"ids from {ids.min()} to {ids.max()} do not fit {dtype}; check the vocabulary size")
     return ids.astype(dtype, copy=False)
 
 
 def decode_member(data: bytes, kind: str, *, eot_id: int | None = None) -> np.ndarray:
-    """The ids of one member, int64 (T,). Junk of any sort is a DataError.
+    """Decode the ids of one member, int64 (T,). Invalid data of any kind is a DataError.
 
-    `eot_id` takes the place of the string "<|endoftext|>", which old txt and json members may hold.
+    `eot_id` replaces the string "<|endoftext|>", which old txt and json members may hold.
     """
     try:
         if kind == "npy":
@@ -143,24 +150,24 @@ def decode_member(data: bytes, kind: str, *, eot_id: int | None = None) -> np.nd
     except (ValueError, TypeError, OverflowError, EOFError, OSError, SyntaxError, zlib.error) as error:
         raise DataError(f"not a valid {kind} member: {type(error).__name__}: {error}") from error
     except (MemoryError, RecursionError) as error:
-        raise DataError(f"not a valid {kind} member: nested or sized beyond reason") from error
+        raise DataError(f"not a valid {kind} member: too deeply nested or too large") from error
     if not isinstance(array, np.ndarray) or array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
         raise DataError(f"not a valid {kind} member: expected a 1-D list of integers, found {found}")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise DataError(f"not a valid {kind} member: id {array.max()} is beyond 64 bits")
+        raise DataError(f"not a valid {kind} member: id {array.max()} does not fit 64 bits")
     return array.astype(np.int64, copy=False)
 
 
 def _load_npy(data: bytes) -> np.ndarray:
-    if not data.startswith(np.lib.format.MAGIC_PREFIX):  # numpy would advise to unpickle it
-        raise DataError(f"not a valid npy member: it begins with {data[:8]!r}; make or copy the shard again")
+    if not data.startswith(np.lib.format.MAGIC_PREFIX):  # numpy would suggest to unpickle it
+        raise DataError(f"not a valid npy member: it starts with {data[:8]!r}; create or copy the shard again")
     array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     return array
 
 
 def _parse_list(data: bytes, eot_id: int | None) -> np.ndarray:
-    """A JSON list, or a Python list literal of the same content, as an integer array."""
+    """Parse a JSON list, or a Python list literal with the same content, as an integer array."""
     try:
         values = orjson.loads(data.replace(b"'", b'"'))
     except orjson.JSONDecodeError:
@@ -173,7 +180,7 @@ def _parse_list(data: bytes, eot_id: int | None) -> np.ndarray:
     if str in types:
         others = {value for value in values if isinstance(value, str) and value != END_OF_TEXT_STRING}
         if others:
-            raise DataError(f"a list of ids holds the text {sorted(others)[0]!r}")
+            raise DataError(f"the list of ids holds the text {sorted(others)[0]!r}")
         if eot_id is None:
             raise DataError(
                 f'holds the text "{END_OF_TEXT_STRING}" in place of an id, but the end-of-text id is not known'
@@ -181,7 +188,7 @@ def _parse_list(data: bytes, eot_id: int | None) -> np.ndarray:
         values = [eot_id if isinstance(value, str) else value for value in values]
         types.discard(str)
     if types - {int}:
-        raise DataError(f"a list of ids holds values of type {sorted(kind.__name__ for kind in types - {int})[0]}")
+        raise DataError(f"the list of ids holds values of type {sorted(kind.__name__ for kind in types - {int})[0]}")
     return np.array(values, dtype=np.int64)
 
 
@@ -190,7 +197,7 @@ def _parse_list(data: bytes, eot_id: int | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Member:
-    """Where one sequence lies in a shard: data[offset : offset + size], in bytes."""
+    """The position of one sequence in a shard: data[offset : offset + size], in bytes."""
 
     key: str
     kind: str
@@ -199,16 +206,16 @@ class Member:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and kind of a member's name as webdataset cuts it: at the first dot of the last path component."""
+    """Split a member's name into key and kind like webdataset: at the first dot of the last path component."""
     folder, _, base = name.rpartition("/")
     stem, _, kind = base.partition(".")
     return (f"{folder}/{stem}" if folder else stem), kind.lower()
 
 
-def index_shard(source: Source, name: str) -> list[Member]:
-    """All members of known kinds, in file order, found through the tar headers alone.
+def index_shard(source: TarInput, name: str) -> list[Member]:
+    """Return all members of known kinds, in file order, from the tar headers only.
 
-    Raises DataError as `iter_files` does, and for a shard without a member of a known kind.
+    DataError as in `iter_files`, and for a shard without a member of a known kind.
     """
     members: list[Member] = []
     other_kinds: set[str] = set()
@@ -224,11 +231,11 @@ def index_shard(source: Source, name: str) -> list[Member]:
     return members
 
 
-def iter_files(source: Source, name: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size in bytes of every regular file in a tar, in its order.
+def iter_files(source: TarInput, name: str) -> Iterator[tuple[str, int, int]]:
+    """Yield name, offset and size in bytes of every regular file in a tar, in order.
 
-    Raises DataError, with the tar's `name` and the byte offset, for what is not a tar or is cut short (a tar without
-    its end-of-archive mark counts as cut).
+    DataError, with the tar's `name` and the byte offset, if it is not a tar or is truncated (a tar without its
+    end-of-archive mark counts as truncated).
     """
     size, read = _reader(source)
     offset, long_name = 0, ""
@@ -240,7 +247,7 @@ def iter_files(source: Source, name: str) -> Iterator[tuple[str, int, int]]:
         if start + info.size > size:
             raise DataError(
                 f"{name}: cut short: the member {info.name!r} at byte {start - _BLOCK} needs {info.size} bytes, "
-                f"the file ends at {size}; make or copy the shard again"
+                f"but the file ends at byte {size}; create or copy the shard again"
             )
         if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
             long_name = _extended_name(read(start, info.size), info.type) or long_name
@@ -248,14 +255,14 @@ def iter_files(source: Source, name: str) -> Iterator[tuple[str, int, int]]:
         if info.isreg():
             yield long_name or info.name, start, info.size
             if isinstance(source, Buffer):
-                for alike in names_alike(source, block, offset, stride):
-                    yield alike, offset + _BLOCK, info.size
+                for next_name in matching_names(source, block, offset, stride):
+                    yield next_name, offset + _BLOCK, info.size
                     offset += stride
         long_name = ""
 
 
-def _reader(source: Source) -> tuple[int, Any]:
-    """The size of a source and a function (offset, count) -> bytes."""
+def _reader(source: TarInput) -> tuple[int, Any]:
+    """Return the size of a tar and a function (offset, count) -> bytes."""
     if isinstance(source, Buffer):
         return len(source), lambda offset, count: bytes(source[offset : offset + count])
     handle = source
@@ -271,7 +278,7 @@ def _reader(source: Source) -> tuple[int, Any]:
 def _parse_header(block: bytes, name: str, offset: int, size: int) -> tarfile.TarInfo:
     if len(block) < _BLOCK:
         raise DataError(
-            f"{name}: cut short: it ends at byte {size} without the end mark of a tar; make or copy the shard again"
+            f"{name}: cut short: it ends at byte {size} without the end mark of a tar; create or copy the shard again"
         )
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -281,7 +288,7 @@ def _parse_header(block: bytes, name: str, offset: int, size: int) -> tarfile.Ta
 
 
 def _extended_name(data: bytes, type_flag: bytes) -> str:
-    """The member name in a GNU long-name block or a pax header ("<length> path=<value>\\n" records)."""
+    """Return the member name from a GNU long-name block or a pax header ("<length> path=<value>\\n" records)."""
     if type_flag == tarfile.GNUTYPE_LONGNAME:
         return data.rstrip(b"\0").decode("utf-8", "surrogateescape")
     while data:
@@ -296,13 +303,13 @@ def _extended_name(data: bytes, type_flag: bytes) -> str:
 
 
 def member_key(number: int) -> str:
-    """The key of the sequence that stands at `number` in a whole data set, counted from 0."""
+    """Return the key of the sequence at position `number` of the full data set, counted from 0."""
     return f"{number:0{KEY_DIGITS}d}"
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What was written: sequences, tokens (pads not counted), size and SHA-256 of the whole file."""
+    """A written shard: its sequences, tokens (without pads), and the size and SHA-256 of the file."""
 
     stem: str
     num_sequences: int
@@ -312,13 +319,13 @@ class ShardInfo:
 
 
 class ShardWriter:
-    """Write one shard, whole or not at all; the same members give the same bytes (no clock, owner or host in it).
+    """An atomic writer of one shard. The same members give the same bytes: no time, owner or host is stored.
 
         with ShardWriter("out/shard-0000000.tar", "npy", dtype=token_dtype(50432)) as writer:
             writer.write("000000000000", ids)
         writer.info.num_sequences
 
-    `path` is local or remote. An exception inside the `with` leaves nothing behind.
+    `path` is local or remote. An exception inside the `with` leaves no file.
     """
 
     def __init__(self, path: str | os.PathLike[str], kind: str, *, dtype: np.dtype[Any] | None = None) -> None:
@@ -331,18 +338,18 @@ class ShardWriter:
         self._file: IO[bytes] = self._closing.__enter__()
 
     def write(self, key: str, ids: np.ndarray) -> None:
-        """Append one sequence (T,). The key must hold no dot, which would end it."""
+        """Append one sequence (T,). The key must not contain a dot, which would end it."""
         if not key or "." in key:
-            raise ValueError(f"a member key is not empty and holds no dot, got {key!r}")
+            raise ValueError(f"a member key must be non-empty and without a dot, got {key!r}")
         data = encode_member(ids, self.kind, self.dtype)
         self._put(tar_header(f"{key}.{self.kind}", len(data)) + data + bytes(-len(data) % _BLOCK))
         self._num_sequences += 1
         self._num_tokens += int(np.count_nonzero(ids != PAD_ID))
 
     def write_numbered(self, first: int, rows: np.ndarray) -> None:
-        """Append sequences (n, T), keyed by their numbers from `first` on (see `member_key`).
+        """Append sequences (n, T), with keys from the number `first` on (see `member_key`).
 
-        The bytes are those of `write` for each of them; rows of unsigned npy, which hold no pad, take a faster way.
+        The bytes are the same as from `write`; for unsigned npy, which holds no pads, this is faster.
         """
         if self.kind != "npy" or rows.dtype.kind != "u" or not rows.size or (self.dtype or rows.dtype) != rows.dtype:
             for number, ids in enumerate(rows, start=first):
@@ -362,7 +369,7 @@ class ShardWriter:
 
     @property
     def info(self) -> ShardInfo:
-        """Counts so far; final, with the checksum of the whole file, once the `with` has ended."""
+        """The counts so far; final, with the checksum of the complete file, after the `with`."""
         stem = shard_stem(self.path)
         return ShardInfo(stem, self._num_sequences, self._num_tokens, self._num_bytes, self._hash.hexdigest())
 

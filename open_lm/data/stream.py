@@ -1,49 +1,72 @@
-"""From a plan's samples to rows of token ids: shards are fetched, opened, decoded and checked here.
+"""Read the token ids of samples: open shards, decode and check members, replace unusable sequences by filler.
 
-A local shard is mapped into memory; a remote one (s3://, https://, …, or a `pipe:` command) is first fetched whole
-into a folder that all workers of a rank share. The next shard is fetched while the current one is read.
-Nothing here is opened before the first sample is asked for, so that a `SampleReader` can be sent to a worker process.
+Batch path: batch.py passes the samples of a global batch to a reader; next: shards.py opens the shards.
+
+A local shard is mapped into memory. A remote one (s3://, https://, …, or a `pipe:` command) is first downloaded to a
+folder that all workers of a rank share; the next shards are downloaded while the current one is read. A reader opens
+nothing before its first sample, so it can be sent to a worker process.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from open_lm.data.fetch import FetchSettings, needs_fetch
-from open_lm.data.order import Samples, Source, hash_key, hash_range
+from open_lm.config.sections import DataConfig
+from open_lm.data.fetch import FetchFolder, FetchSettings
+from open_lm.data.hashing import hash_key, hash_range
+from open_lm.data.order import Samples, SizeOf, Source
 from open_lm.data.shard_format import PAD_ID, token_dtype
 from open_lm.data.shards import Shard, ShardStore
-from open_lm.data.sources import SYNTHETIC
-from open_lm.data.verify import Expected
+from open_lm.data.sources import SYNTHETIC_URL
+from open_lm.data.verify import expected_files
 from open_lm.errors import DataError, StorageError
 
-_LEAST_TOLERANCE_BASE = 1000
+_MIN_TOLERANCE_BASE = 1000  # sequences
+_MAX_SHARDS_SEARCHED = 16
 
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What a reader needs to know; plain values that can be sent to a worker.
+    """What a reader needs to know, as plain values that can be sent to a worker.
 
-    `data_keys` is the member kind of each source; `tolerated_share` the share of broken sequences that become filler
-    rows, None where the first is an error; `fetch` is how shards reach the reader.
+    `data_key` is the requested member kind (None: any). `max_broken_fraction` is the largest fraction of broken
+    sequences that may become filler; if it is None, the first one is an error.
     """
 
     sources: tuple[Source, ...]
     seq_len: int
     vocab_size: int
-    data_keys: tuple[str | None, ...]
-    tolerated_share: float | None = None
+    data_key: str | None
+    max_broken_fraction: float | None = None
     fetch: FetchSettings = FetchSettings()
 
+    @classmethod
+    def from_config(
+        cls,
+        data: DataConfig,
+        sources: tuple[Source, ...],
+        data_key: str,
+        folder: FetchFolder | None,
+        *,
+        seq_len: int,
+        vocab_size: int,
+    ) -> StreamSpec:
+        max_broken_fraction = data.data_tolerate_error_p if data.ignore_parse_errors else None
+        fetch = FetchSettings.from_config(data, folder.name if folder else None)
+        return cls(sources, seq_len, vocab_size, data_key, max_broken_fraction, fetch)
 
-def row_dtype(vocab_size: int, padded: bool = False) -> np.dtype[np.generic]:
-    """The type that rows of ids travel in: the smallest that torch can turn into int64 on any device, signed and so
-    able to hold PAD_ID where they are `padded` or need more than 16 bits."""
+
+def stored_dtype(vocab_size: int, padded: bool = False) -> np.dtype[np.generic]:
+    """Return the dtype in which ids are sent to the device.
+
+    It is the smallest one that torch can convert to int64 on any device. Ids that are `padded` or need more than 16
+    bits get a signed type, which can hold PAD_ID.
+    """
     stored = token_dtype(vocab_size)
     if stored.itemsize <= 2 and not padded:
         return stored
@@ -51,159 +74,153 @@ def row_dtype(vocab_size: int, padded: bool = False) -> np.dtype[np.generic]:
 
 
 class Notice(NamedTuple):
-    """Something to tell the user; once for the whole job where every rank finds the same."""
+    """A warning for the user; log it on one rank only if every rank finds the same."""
 
     text: str
     same_on_all_ranks: bool
 
 
 class SampleReader:
-    """Rows of seq_len + 1 ids for samples of a plan; tells the sizes of shards that no manifest names."""
+    """Reads seq_len + 1 ids for each sample, and the sizes of shards that have no manifest."""
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
-        self.notices: list[Notice] = []  # each once; whoever reads the rows passes them on and clears them
-        self._store = ShardStore(2 * len(spec.sources) + 2, spec.fetch, _expected_files(spec.sources))
-        self._rows = Counter[str]()  # "read", "usable", "broken"
+        self.notices: list[Notice] = []  # each text once; the caller of `read` passes them on and clears the list
+        self._store = ShardStore(2 * len(spec.sources) + 2, spec.fetch, expected_files(spec.sources))
+        self._counts = Counter[str]()  # sequences: "read", "usable", "broken"
+        self._searched_long_sequence = False
         self._last_size = 1
         self._broken_shards: set[str] = set()
         self._noticed: set[str] = set()
 
     def size_of(self, source: int, shard: int) -> int:
-        """Sequences of a shard, found by opening it; 0 for one that cannot be read and is tolerated."""
+        """Open a shard and return its number of sequences; 0 for a tolerated broken shard."""
         opened = self._open(source, shard)
         if opened is None:
-            self._count_broken(self._last_size)  # about as many as another shard holds are lost
+            self._count_broken(self._last_size)  # assume that it held as many as the shard before
             return 0
         self._last_size = len(opened)
         return len(opened)
 
     def prefetch(self, samples: Samples, upcoming: Sequence[tuple[int, int]]) -> None:
-        """Begin to fetch the shards of these samples and then the upcoming (source, shard), the nearest first."""
-        places = [(source, shard) for source, shard, _ in _by_shard(samples)]
-        urls = (self.spec.sources[source].shards[shard] for source, shard in (*places, *upcoming))
+        """Start to fetch the shards of these samples, then the upcoming (source, shard), the nearest first."""
+        current = [(source, shard) for source, shard, _ in _by_shard(samples)]
+        urls = (self.spec.sources[source].shards[shard] for source, shard in (*current, *upcoming))
         self._store.prefetch([url for url in urls if url not in self._broken_shards])
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (n, seq_len + 1) and whether each holds data (n,) bool; the others are filler, all zeros.
+        """Return ids (n, seq_len + 1) of `stored_dtype`, padded if an id is PAD_ID, and which rows hold data (n,) bool.
 
-        The rows are of `row_dtype`, the padded one where a row holds PAD_ID. Longer sequences are cut at a random place
-        (fixed by the sample's key), shorter ones become filler, broken ones too where they are tolerated. DataError for
-        everything else.
+        The other rows are filler, all zeros. A longer sequence is cropped at a random position that the sample's key
+        fixes. A shorter one becomes filler, and so does a broken one if it is tolerated. DataError for everything else.
         """
-        rows = np.zeros((len(samples.source), self.spec.seq_len + 1), row_dtype(self.spec.vocab_size))
-        filled = np.zeros(len(rows), bool)
-        for source, shard, places in _by_shard(samples):
-            done = self._gather(rows, source, shard, samples, places)
-            filled[places[done]] = True
+        ids = np.zeros((len(samples.source), self.spec.seq_len + 1), stored_dtype(self.spec.vocab_size))
+        filled = np.zeros(len(ids), bool)
+        for source, shard, rows in _by_shard(samples):
+            done = self._read_npy(ids, source, shard, samples, rows)
+            filled[rows[done]] = True
             self._count_usable(int(done.sum()))
-            for number in places[~done].tolist():
-                ids = self._read_one(source, shard, int(samples.member[number]), int(samples.key[number]))
-                if ids is not None:
-                    if rows.dtype.kind == "u" and ids.min() < 0:
-                        rows = rows.astype(row_dtype(self.spec.vocab_size, padded=True))
-                    rows[number], filled[number] = ids, True
-        return rows, filled
+            for row in rows[~done].tolist():
+                sequence = self._read_one(source, shard, int(samples.member[row]), int(samples.key[row]))
+                if sequence is not None:
+                    if ids.dtype.kind == "u" and sequence.min() < 0:
+                        ids = ids.astype(stored_dtype(self.spec.vocab_size, padded=True))
+                    ids[row], filled[row] = sequence, True
+        return ids, filled
 
-    def _gather(self, rows: np.ndarray, source: int, shard: int, samples: Samples, places: np.ndarray) -> np.ndarray:
-        """Fill in at once what stands in plain npy members: which of `places` (n,) that is, bool (n,).
+    def _read_npy(self, ids: np.ndarray, source: int, shard: int, samples: Samples, rows: np.ndarray) -> np.ndarray:
+        """Fill the `rows` (n,) of `ids` whose members are plain npy, all at once; return which were filled, bool (n,).
 
-        What holds an id that is negative or beyond the vocabulary is left out, and so is what is not alike.
+        Members with negative ids, ids beyond the vocabulary, or another header than the first member are left out.
         """
-        done = np.zeros(len(places), bool)
+        done = np.zeros(len(rows), bool)
         opened = self._open(source, shard)
-        found = None if opened is None else opened.rows
-        width = rows.shape[1]
-        if found is None or found.length < width:
+        npy = None if opened is None else opened.npy
+        width = ids.shape[1]
+        if npy is None or npy.length < width:
             return done
-        is_row = found.is_row[samples.member[places]]
-        numbers = places[is_row]
-        ids = found.gather(samples.member[numbers])
-        if ids.size and (ids.max() >= self.spec.vocab_size or ids.dtype.kind == "i"):
-            usable = ((ids >= 0) & (ids < self.spec.vocab_size)).all(axis=1)
-            is_row[is_row], numbers, ids = usable, numbers[usable], ids[usable]
-        if found.length == width:
-            rows[numbers] = ids
+        done = npy.is_row[samples.member[rows]]
+        rows = rows[done]
+        found = npy.gather(samples.member[rows])
+        if found.size and (found.max() >= self.spec.vocab_size or found.dtype.kind == "i"):
+            usable = ((found >= 0) & (found < self.spec.vocab_size)).all(axis=1)
+            done[done], rows, found = usable, rows[usable], found[usable]
+        if npy.length == width:
+            ids[rows] = found
         else:
-            for number, long in zip(numbers.tolist(), ids, strict=True):
-                rows[number] = self._cut(long, int(samples.member[number]), int(samples.key[number]))
-        return is_row
+            for row, sequence in zip(rows.tolist(), found, strict=True):
+                ids[row] = self._crop(sequence, int(samples.member[row]), int(samples.key[row]))
+        return done
 
     def _read_one(self, source: int, shard: int, member: int, key: int) -> np.ndarray | None:
-        """The seq_len + 1 ids of a sample, int64; None where it is filler."""
+        """Return the seq_len + 1 ids of a sample, int64; None if it becomes filler."""
         ids = self._ids(source, shard, member)
         if ids is None:
             self._count_broken()
             return None
         if len(ids) <= self.spec.seq_len:
-            self._rows["read"] += 1
-            self._refuse_if_all_short(source, shard)
+            self._counts["read"] += 1
+            self._check_not_all_short(source, shard)
             return None
         self._count_usable(1)
-        return self._cut(ids, member, key)
+        return self._crop(ids, member, key)
 
-    def _cut(self, ids: np.ndarray, member: int, key: int) -> np.ndarray:
+    def _crop(self, ids: np.ndarray, member: int, key: int) -> np.ndarray:
         spare = len(ids) - (self.spec.seq_len + 1)
         start = hash_key(key, member) % (spare + 1) if spare else 0
         return ids[start : start + self.spec.seq_len + 1]
 
-    def _count_usable(self, count: int) -> None:
-        self._rows["read"] += count
-        self._rows["usable"] += count
-
     def _ids(self, source: int, shard: int, member: int) -> np.ndarray | None:
-        """The checked ids of a sample; None for a broken one that is tolerated."""
+        """Return the checked ids of a sample; None for a tolerated broken one."""
         opened = self._open(source, shard)
         if opened is None:
             return None
         try:
             ids = opened.ids(member)
         except DataError as error:
-            if self.spec.tolerated_share is None:
+            if self.spec.max_broken_fraction is None:
                 raise
             self._notice(f"ignored: {error}")
             return None
         return self._checked(ids, opened, member)
 
     def _checked(self, ids: np.ndarray, shard: Shard, member: int) -> np.ndarray:
-        """Ids within the vocabulary; negative ones count from its end, but PAD_ID stays for the loss mask to see."""
+        """Check the ids against the vocabulary. Negative ids count from its end; PAD_ID stays, for the loss mask."""
         vocab_size = self.spec.vocab_size
         if not len(ids):
             return ids
-        least, greatest = int(ids.min()), int(ids.max())
-        if greatest >= vocab_size or least < -vocab_size:
-            found = greatest if greatest >= vocab_size else least
+        smallest, largest = int(ids.min()), int(ids.max())
+        if largest >= vocab_size or smallest < -vocab_size:
             raise DataError(
-                f"{shard.url}, member {shard.members[member].key}.{shard.kind}: holds the id {found}, the model's "
-                f"vocabulary has {vocab_size}: use a model with the vocabulary of the data's tokenizer, or tokenize "
-                "the data again"
+                f"{shard.url}, member {shard.members[member].key}.{shard.kind}: found the id "
+                f"{largest if largest >= vocab_size else smallest}, but the model's vocabulary has {vocab_size} ids; "
+                "use a model with the vocabulary of the data's tokenizer, or tokenize the data again"
             )
-        return np.where((ids < 0) & (ids != PAD_ID), ids + vocab_size, ids) if least < 0 else ids
+        return np.where((ids < 0) & (ids != PAD_ID), ids + vocab_size, ids) if smallest < 0 else ids
 
     def _open(self, source: int, shard: int) -> Shard | None:
-        """The open shard of a source; None for a broken one that is tolerated."""
+        """Return the open shard of a source; None for a tolerated broken one."""
         url = self.spec.sources[source].shards[shard]
         if url in self._broken_shards:
             return None
-        wanted = self.spec.data_keys[source]
+        data_key = self.spec.data_key
         try:
-            opened = self._store.get(url, wanted)
+            opened = self._store.get(url, data_key)
             expected = self.spec.sources[source].sizes[shard]
             if expected is not None and expected != len(opened):
                 raise DataError(
-                    f"{url}: holds {len(opened)} sequences, its manifest says {expected}; make the manifest again with "
-                    "python -m open_lm.utils.make_wds_manifest --data-dir FOLDER, or copy the shard again"
+                    f"{url}: holds {len(opened)} sequences, but its manifest lists {expected}; recreate the manifest "
+                    "with python -m open_lm.utils.make_wds_manifest --data-dir FOLDER, or copy the shard again"
                 )
         except (DataError, StorageError) as error:
-            if self.spec.tolerated_share is None:
+            if self.spec.max_broken_fraction is None:
                 raise
             self._broken_shards.add(url)
             self._notice(f"ignored: {error}")
             return None
-        if wanted is not None and wanted != opened.kind:
+        if data_key is not None and data_key != opened.kind:
             name = self.spec.sources[source].name
-            text = f"the data key is {wanted}, but {name} holds {opened.kind}: using that"
-            self._notice(text, same_on_all_ranks=True)
+            self._notice(f"the data key is {data_key}, but {name} holds {opened.kind}; using {opened.kind}", True)
         return opened
 
     def _notice(self, text: str, same_on_all_ranks: bool = False) -> None:
@@ -211,24 +228,28 @@ class SampleReader:
             self._noticed.add(text)
             self.notices.append(Notice(text, same_on_all_ranks))
 
+    def _count_usable(self, count: int) -> None:
+        self._counts["read"] += count
+        self._counts["usable"] += count
+
     def _count_broken(self, count: int = 1) -> None:
-        self._rows["read"] += count
-        self._rows["broken"] += count
-        share = self.spec.tolerated_share or 0.0
-        if self._rows["broken"] > share * max(self._rows["read"], _LEAST_TOLERANCE_BASE):
+        self._counts["read"] += count
+        self._counts["broken"] += count
+        fraction = self.spec.max_broken_fraction or 0.0
+        if self._counts["broken"] > fraction * max(self._counts["read"], _MIN_TOLERANCE_BASE):
             raise DataError(
-                f"{self._rows['broken']} of {self._rows['read']} sequences are broken, more than "
-                f"--data-tolerate-error-p {share} allows; the last notices name them"
+                f"{self._counts['broken']} of {self._counts['read']} sequences are broken, more than "
+                f"--data-tolerate-error-p {fraction} allows; the last warnings name them"
             )
 
-    def _refuse_if_all_short(self, source: int, shard: int) -> None:
-        """At the first short sequence, make sure that not all are: a run on filler alone would train on nothing."""
-        if self._rows["usable"] or self._rows["searched"]:
+    def _check_not_all_short(self, source: int, shard: int) -> None:
+        """At the first short sequence, search for a longer one: a run must not train on filler only."""
+        if self._counts["usable"] or self._searched_long_sequence:
             return
-        self._rows["searched"] = 1
+        self._searched_long_sequence = True
         longest = 0
-        count = len(self.spec.sources[source].shards)
-        for number in (shard, *(n for n in range(min(count, 16)) if n != shard)):
+        count = min(len(self.spec.sources[source].shards), _MAX_SHARDS_SEARCHED)
+        for number in (shard, *(n for n in range(count) if n != shard)):
             opened = self._open(source, number)
             for member in range(len(opened) if opened else 0):
                 ids = self._ids(source, number, member)
@@ -236,14 +257,14 @@ class SampleReader:
                 if longest > self.spec.seq_len:
                     return
         raise DataError(
-            f"{self.spec.sources[source].name}: every sequence looked at is too short: the longest has {longest} ids, "
-            f"the model's seq_len {self.spec.seq_len} needs {self.spec.seq_len + 1}; use a model with a smaller "
-            "seq_len, or tokenize again with a larger one"
+            f"{self.spec.sources[source].name}: every sequence read so far is too short: the longest has {longest} "
+            f"ids, but the model's seq_len {self.spec.seq_len} needs {self.spec.seq_len + 1}; use a model with a "
+            "smaller seq_len, or tokenize the data again with a larger one"
         )
 
 
 def _by_shard(samples: Samples) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Source, shard and places (n,) of the samples of each shard, in the order in which shards come first."""
+    """Yield source, shard and row numbers (n,) of the samples of each shard, by first appearance of the shard."""
     shards = samples.source << 40 | samples.shard
     values, first, inverse = np.unique(shards, return_index=True, return_inverse=True)
     for number in np.argsort(first).tolist():
@@ -252,7 +273,7 @@ def _by_shard(samples: Samples) -> Iterator[tuple[int, int, np.ndarray]]:
 
 
 class SyntheticReader:
-    """Random ids of the vocabulary, fixed by the sample's key; for measuring speed and for tests."""
+    """Random ids of the vocabulary that depend only on the sample's key, for speed measurements and tests."""
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
@@ -262,41 +283,31 @@ class SyntheticReader:
         raise AssertionError("the size of synthetic data is always known")
 
     def prefetch(self, samples: Samples, upcoming: Sequence[tuple[int, int]]) -> None:
-        """Nothing to fetch."""
+        """Do nothing: there is nothing to fetch."""
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (n, seq_len + 1) of `row_dtype`, and that all of them hold data (n,) bool."""
-        rows = np.empty((len(samples.source), self.spec.seq_len + 1), row_dtype(self.spec.vocab_size))
-        for number, (member, key) in enumerate(zip(samples.member.tolist(), samples.key.tolist(), strict=True)):
-            rows[number] = hash_range(hash_key(key, member), rows.shape[1]) % np.uint64(self.spec.vocab_size)
-        return rows, np.ones(len(rows), bool)
+        """Return ids (n, seq_len + 1) of `stored_dtype`, and that all rows hold data (n,) bool."""
+        ids = np.empty((len(samples.source), self.spec.seq_len + 1), stored_dtype(self.spec.vocab_size))
+        for row, (member, key) in enumerate(zip(samples.member.tolist(), samples.key.tolist(), strict=True)):
+            ids[row] = hash_range(hash_key(key, member), ids.shape[1]) % np.uint64(self.spec.vocab_size)
+        return ids, np.ones(len(ids), bool)
 
 
 Reader = SampleReader | SyntheticReader
 
 
 def make_reader(spec: StreamSpec) -> Reader:
-    """The reader for the sources of `spec`."""
-    kind: Callable[[StreamSpec], Reader] = SyntheticReader if _is_synthetic(spec) else SampleReader
-    return kind(spec)
+    """Return the reader for the sources of `spec`."""
+    return SyntheticReader(spec) if spec.sources[0].shards == (SYNTHETIC_URL,) else SampleReader(spec)
 
 
-def needs_folder(sources: Sequence[Source]) -> bool:
-    """Whether any shard has to be fetched or verified before it can be read."""
-    return any(needs_fetch(url) for source in sources for url in source.shards) or any(
-        sha256 for source in sources for sha256 in source.sha256
-    )
+def lazy_size_of(spec: StreamSpec) -> SizeOf:
+    """Return a function that looks up the sizes of shards without a manifest; its reader is created on first use."""
+    readers: list[Reader] = []
 
+    def size_of(source: int, shard: int) -> int:
+        if not readers:
+            readers.append(make_reader(spec))
+        return readers[0].size_of(source, shard)
 
-def _expected_files(sources: Sequence[Source]) -> dict[str, Expected]:
-    """What manifests say of the shards' files, by address."""
-    return {
-        url: Expected(num_bytes, sha256)
-        for source in sources
-        for url, num_bytes, sha256 in zip(source.shards, source.num_bytes, source.sha256, strict=True)
-        if sha256 or num_bytes is not None
-    }
-
-
-def _is_synthetic(spec: StreamSpec) -> bool:
-    return spec.sources[0].shards == (SYNTHETIC,)
+    return size_of

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import LoggingConfig, ValidationConfig
 from open_lm.data.device import on_device
-from open_lm.data.loader import ValLoader
+from open_lm.data.validation_loader import ValLoader
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime, broadcast_object, gather_objects, sum_over_ranks
 from open_lm.errors import ConfigError

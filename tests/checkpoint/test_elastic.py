@@ -16,7 +16,7 @@ from recording_worker import recording
 from sharded_helpers import on_ranks
 
 from open_lm.config.sections import DataConfig
-from open_lm.data.order import Plan
+from open_lm.data.order import DataOrder
 from open_lm.data.sources import find_sources
 from open_lm.main import main
 
@@ -39,10 +39,10 @@ def flags(tmp_path: Path) -> list[str]:
 
 
 def planned(flags: list[str]) -> Batches:
-    """The sequences of each step as the plan alone says them."""
+    """Return the sequences of each step from the data order."""
     start = flags.index("--dataset-manifest")
     sources = find_sources(DataConfig(dataset_manifest=flags[start + 1 : start + 3]))
-    samples = Plan(sources, SEED).take(STEPS * BATCH)
+    samples = DataOrder(sources, SEED).take(STEPS * BATCH)
     ids = [sequence(*place) for place in zip(*(a.tolist() for a in samples[:3]), strict=True)]
     rows = places(np.stack(ids))
     return {step: sorted(rows[step * BATCH : (step + 1) * BATCH]) for step in range(STEPS)}

@@ -1,4 +1,4 @@
-"""Batches on the device: exactly what the loader's rows say, one ahead, each with its own state."""
+"""Batches on the device: equal to the loader's, one ahead, each with its own state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEVICES = [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)]
 
 
 def batch_of(rows: object, vocab_size: int = VOCAB_SIZE, dtype: object = np.uint16, **mask: object) -> Batch:
-    """A batch of rows that all hold data."""
+    """Return a batch whose sequences all hold data."""
     ids = torch.from_numpy(np.array(rows, dtype))  # type: ignore[call-overload]
     filled = torch.ones(len(ids), dtype=torch.bool)
     return Batch(ids, filled, len(ids), (len(ids),), 0, vocab_size, TargetMask(**mask))  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def _needs_cuda(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
-def test_every_width_becomes_the_same_int64(device: torch.device, dtype: type) -> None:
+def test_every_stored_dtype_becomes_the_same_int64(device: torch.device, dtype: type) -> None:
     greatest = min(np.iinfo(dtype).max, 2**31 - 1)
     rows = [[0, 1, greatest, 2], [greatest, greatest - 1, 0, greatest]]
     made = moved(batch_of(rows, greatest + 1, dtype), device)
@@ -59,7 +59,7 @@ def test_every_width_becomes_the_same_int64(device: torch.device, dtype: type) -
 def test_pads_and_filler_are_no_targets(device: torch.device) -> None:
     batch = batch_of([[5, 6, PAD_ID, PAD_ID], [0, 0, 0, 0]], dtype=np.int32)
     batch.filled[1] = False
-    batch = Batch(batch.rows, batch.filled, 1, (1,), 1, VOCAB_SIZE, TargetMask())
+    batch = Batch(batch.stored_ids, batch.filled, 1, (1,), 1, VOCAB_SIZE, TargetMask())
     made = moved(batch, device)
     assert made.inputs.tolist() == [[5, 6, VOCAB_SIZE - 1], [0, 0, 0]]
     assert made.targets.tolist() == [[6, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX] * 3]
@@ -74,7 +74,7 @@ def test_masks_are_applied_on_the_device(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_run_s_batches_are_those_of_the_loader(tmp_path: Path, device: torch.device) -> None:
+def test_device_batches_equal_those_of_the_loader(tmp_path: Path, device: torch.device) -> None:
     padded = sequence(0, 9, 0)
     padded[-2:] = PAD_ID
     write_source(tmp_path, [20, 20], manifest=False)
@@ -87,39 +87,39 @@ def test_a_run_s_batches_are_those_of_the_loader(tmp_path: Path, device: torch.d
         assert torch.equal(made.filled.cpu(), batch.filled)
         assert (made.num_samples, made.per_source, made.skipped) == (batch.num_samples, batch.per_source, batch.skipped)
         assert its_state == state
-    assert {batch.rows.dtype for batch, _ in plain} == {torch.uint16, torch.int32}
+    assert {batch.stored_ids.dtype for batch, _ in plain} == {torch.uint16, torch.int32}
 
 
-def test_the_state_is_that_of_the_batch_and_a_batch_ahead_is_not_lost(tmp_path: Path) -> None:
+def test_the_state_belongs_to_the_batch_and_the_batch_ahead_is_not_lost(tmp_path: Path) -> None:
     data = DataConfig(dataset_manifest=[write_source(tmp_path, [30, 30])], data_key="npy", workers=0)
     options = {"seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE, "batch_size": 4}
-    whole = [batch.inputs for batch, _ in build_train_loader(data, **options).batches(15)]  # type: ignore[arg-type]
+    expected = [batch.inputs for batch, _ in build_train_loader(data, **options).batches(15)]  # type: ignore[arg-type]
     loader = build_train_loader(data, **options)  # type: ignore[arg-type]
     trained, steps = [], on_device(loader.batches(15), CPU)
     for _ in range(6):
         batch, state = next(steps)
         trained.append(batch.inputs)
-    assert loader.state != state  # it stands one further
+    assert loader.state != state  # it is one batch further
     loader.rewind(state)
     trained += [batch.inputs for batch, _ in on_device(loader.batches(9), CPU)]
-    assert all(torch.equal(a, b) for a, b in zip(trained, whole, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(trained, expected, strict=True))
 
 
-def test_one_batch_is_fetched_ahead_and_an_error_waits_for_the_batches_before_it() -> None:
-    fetched: list[int] = []
+def test_one_batch_is_loaded_ahead_and_an_error_comes_after_the_batches_before_it() -> None:
+    loaded: list[int] = []
 
     def broken_after_three() -> Iterator[tuple[Batch, int]]:
         for number in range(3):
-            fetched.append(number)
+            loaded.append(number)
             yield batch_of([[number] * 4]), number
         raise DataError("the shard is broken")
 
     steps = on_device(broken_after_three(), CPU)
-    assert fetched == []
+    assert loaded == []
     for number in range(3):
         batch, state = next(steps)
         assert (int(batch.inputs[0, 0]), state) == (number, number)
-        assert len(fetched) == min(number + 2, 3)
+        assert len(loaded) == min(number + 2, 3)
     with pytest.raises(DataError, match="the shard is broken"):
         next(steps)
     assert list(on_device([], CPU)) == []

@@ -1,4 +1,4 @@
-"""Fetching a shard: what comes is what was announced, whatever the line, the store or the command does."""
+"""Downloading a shard: the result matches the manifest despite faults of networks, stores and commands."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from faulty_proxy import KINDS, FaultyProxy, Rule
 from open_lm import storage
 from open_lm.config.sections import DataConfig
 from open_lm.data.fetch import FetchFolder, FetchSettings, fetch, look_up
-from open_lm.data.verify import Expected, note_verified, verify
+from open_lm.data.verify import Expected, record_verified, verify
 from open_lm.errors import ConfigError, DataError, StorageError
 from open_lm.storage import paths as storage_files
 from open_lm.storage import retries as storage_errors
@@ -46,13 +46,13 @@ def sha256(data: bytes) -> str:
 
 
 def fetched(url: str, folder: Path, expected: Expected | None = None, timeout_s: float = 30) -> bytes:
-    """What a fetch brings; makes sure that its sha256 is told."""
+    """Download a shard; check the returned sha256."""
     expected = expected or Expected()
     with open(folder / "fetched", "w+b") as file:
-        told = fetch(look_up(url, expected, timeout_s), expected, timeout_s, file, lambda length: None)
+        digest = fetch(look_up(url, expected, timeout_s), expected, timeout_s, file, lambda length: None)
         file.seek(0)
         data = file.read()
-    assert told == sha256(data)
+    assert digest == sha256(data)
     return data
 
 
@@ -62,9 +62,9 @@ def flipped(data: bytes, bit: int = 12_345) -> bytes:
     return bytes(changed)
 
 
-# --- what comes is compared ------------------------------------------------------------------------------------------
+# --- verification ------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_fault_of_a_store_is_got_over(
+def test_every_fault_of_a_store_is_retried(
     faulty_s3: FaultyProxy, tmp_path: Path, shard: bytes, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(storage_files, "PART_BYTES", 100_000)
@@ -76,16 +76,16 @@ def test_every_fault_of_a_store_is_got_over(
 
 
 @pytest.mark.parametrize("scheme", ["s3", "fsspec+s3", "pipe"])
-def test_a_flipped_bit_is_found_and_fetched_anew_until_it_is_right(
+def test_a_flipped_bit_is_detected_and_downloaded_again(
     s3_bucket: str, tmp_path: Path, shard: bytes, caplog: pytest.LogCaptureFixture, scheme: str
 ) -> None:
     (tmp_path / "right.tar").write_bytes(shard)
-    (tmp_path / "served.tar").write_bytes(flipped(shard))
-    if scheme == "pipe":  # the first time the damaged one, then the right one
-        url = f"pipe:cat {tmp_path}/served.tar && cp {tmp_path}/right.tar {tmp_path}/served.tar"
+    (tmp_path / "current.tar").write_bytes(flipped(shard))
+    if scheme == "pipe":  # first the damaged file, then the right one
+        url = f"pipe:cat {tmp_path}/current.tar && cp {tmp_path}/right.tar {tmp_path}/current.tar"
         assert fetched(url, tmp_path, Expected(None, sha256(shard))) == shard
         assert (
-            f"{url}: has the sha256 {sha256(flipped(shard))}, expected is {sha256(shard)}; attempt 1 of 3"
+            f"{url}: has the sha256 {sha256(flipped(shard))}, expected {sha256(shard)}; attempt 1 of 3 failed"
             in caplog.text
         )
         return
@@ -93,22 +93,22 @@ def test_a_flipped_bit_is_found_and_fetched_anew_until_it_is_right(
     storage.write_bytes(url, flipped(shard))
     with pytest.raises(DataError) as caught:
         fetched(url, tmp_path, Expected(len(shard), sha256(shard)))
-    told = (
-        f"{url}: has the sha256 {sha256(flipped(shard))}, expected is {sha256(shard)}, in the last of 3 attempts; make"
+    message = (
+        f"{url}: has the sha256 {sha256(flipped(shard))}, expected {sha256(shard)}, in the last of 3 attempts; create"
     )
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
 
 
-def test_another_length_is_told_without_a_download(faulty_s3: FaultyProxy, tmp_path: Path, shard: bytes) -> None:
+def test_a_wrong_length_is_an_error_without_a_download(faulty_s3: FaultyProxy, tmp_path: Path, shard: bytes) -> None:
     url = f"s3://{faulty_s3.bucket}/a.tar"
     storage.write_bytes(url, shard[:-1024])
-    with pytest.raises(DataError, match=rf"a\.tar: has {len(shard) - 1024} bytes, expected are {len(shard)}, in the"):
+    with pytest.raises(DataError, match=rf"a\.tar: has {len(shard) - 1024} bytes, expected {len(shard)}, in the"):
         fetched(url, tmp_path, Expected(len(shard), ""))
     assert faulty_s3.requests["GET"] == 0
 
 
 @pytest.mark.parametrize("scheme", ["s3", "fsspec+s3", "http"])
-def test_what_a_manifest_tells_is_not_asked_and_another_length_is_told(
+def test_known_shards_need_one_request_and_a_wrong_length_is_an_error(
     faulty_s3: FaultyProxy, tmp_path: Path, shard: bytes, scheme: str
 ) -> None:
     storage.write_bytes(f"s3://{faulty_s3.bucket}/a.tar", shard)
@@ -120,34 +120,32 @@ def test_what_a_manifest_tells_is_not_asked_and_another_length_is_told(
     if scheme == "s3":
         assert faulty_s3.requests == {"GET": 1}
     for length in (len(shard) - 1, len(shard) + 1):
-        with pytest.raises(DataError, match=rf"a\.tar: has {len(shard)} bytes, expected are {length}, in the last of"):
+        with pytest.raises(DataError, match=rf"a\.tar: has {len(shard)} bytes, expected {length}, in the last of"):
             fetched(url, tmp_path, Expected(length, sha256(shard)))
 
 
-def test_a_longer_failed_attempt_leaves_nothing_in_the_right_one(tmp_path: Path, shard: bytes) -> None:
+def test_a_longer_failed_attempt_leaves_no_bytes_behind(tmp_path: Path, shard: bytes) -> None:
     (tmp_path / "long").write_bytes(shard + b"x" * 5000)
     url = f"pipe:cat {tmp_path}/long && cp {tmp_path}/shard.tar {tmp_path}/long"
     assert fetched(url, tmp_path, Expected(len(shard), "")) == shard
 
 
-def test_the_output_of_a_command_is_at_least_a_whole_tar(tmp_path: Path, shard: bytes) -> None:
-    with pytest.raises(DataError, match=r"^pipe:head.*cut short.*in the last of 3 attempts; the command's own"):
+def test_the_output_of_a_command_must_be_a_complete_tar(tmp_path: Path, shard: bytes) -> None:
+    with pytest.raises(DataError, match=r"^pipe:head.*cut short.*in the last of 3 attempts; see the command's own"):
         fetched(f"pipe:head -c {len(shard) // 2} {tmp_path}/shard.tar", tmp_path)
     with pytest.raises(DataError, match=r"^pipe:true: is empty"):
         fetched("pipe:true", tmp_path)
 
 
-def test_commands_are_tried_a_few_times(tmp_path: Path, pauses: list[float]) -> None:
+def test_commands_are_retried(tmp_path: Path, pauses: list[float]) -> None:
     counter = tmp_path / "count"
     with pytest.raises(DataError, match=r"exit status 7, in the last of 3 attempts"):
         fetched(f"pipe:echo x >> {counter}; exit 7", tmp_path)
     assert counter.read_text() == "x\n" * 3 and len(pauses) == 2
 
 
-def test_what_no_file_system_knows_comes_through_webdataset(
-    tmp_path: Path, shard: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import webdataset  # noqa: F401  (its function gopen hides the module of that name)
+def test_other_schemes_use_webdataset(tmp_path: Path, shard: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    import webdataset  # noqa: F401  (its function gopen hides the module of the same name)
 
     handlers = sys.modules["webdataset.gopen"]
 
@@ -160,9 +158,9 @@ def test_what_no_file_system_knows_comes_through_webdataset(
         fetched("nothing://x", tmp_path)
 
 
-# --- what does not come ----------------------------------------------------------------------------------------------
-class Silent(BaseHTTPRequestHandler):
-    """Announces a file, sends half of it and then nothing."""
+# --- stalls ----------------------------------------------------------------------------------------------
+class StallingHandler(BaseHTTPRequestHandler):
+    """Sends a header and half of a file, then stalls."""
 
     data = bytes(100_000)
     end = threading.Event()
@@ -178,31 +176,31 @@ class Silent(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def silent_server() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Silent)
+def stalling_server() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), StallingHandler)
     server.daemon_threads = True
     thread = threading.Thread(target=partial(server.serve_forever, poll_interval=0.02))
-    Silent.end.clear()
+    StallingHandler.end.clear()
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
-    Silent.end.set()
+    StallingHandler.end.set()
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def test_a_web_server_that_falls_silent_is_told_and_given_up(
-    silent_server: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_stalled_web_server_is_retried_and_an_error(
+    stalling_server: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    url = f"{silent_server}/a.tar"
-    with pytest.raises(StorageError, match=rf"^{url}: no byte came for 0\.3 s, in none of 4 attempts"):
+    url = f"{stalling_server}/a.tar"
+    with pytest.raises(StorageError, match=rf"^{url}: no data received for 0\.3 s in each of 4 attempts"):
         fetched(url, tmp_path, timeout_s=0.3)
     for attempt in (1, 2, 3):
-        assert f"{url}: no byte came for 0.3 s; attempt {attempt} of 4 is given up" in caplog.text
+        assert f"{url}: no data received for 0.3 s; attempt {attempt} of 4 failed" in caplog.text
 
 
 def ends(pid: int) -> bool:
-    """Whether a process ends within ten seconds."""
+    """Return whether a process ends within ten seconds."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -210,19 +208,17 @@ def ends(pid: int) -> bool:
     return bool(select.select([handle], [], [], 10)[0])
 
 
-def test_a_silent_command_is_killed_with_all_that_it_has_started(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    url = f"pipe:echo begin; sleep 600 & echo $! >> {tmp_path}/pids; wait"
-    with pytest.raises(DataError, match=r"no byte came for 0\.3 s, in the last of 3 attempts"):
+def test_a_stalled_command_is_killed_with_its_child_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = f"pipe:echo start; sleep 600 & echo $! >> {tmp_path}/pids; wait"
+    with pytest.raises(DataError, match=r"no data received for 0\.3 s, in the last of 3 attempts"):
         fetched(url, tmp_path, timeout_s=0.3)
-    assert f"{url}: no byte came for 0.3 s; attempt 1 of 3 is given up" in caplog.text
+    assert f"{url}: no data received for 0.3 s; attempt 1 of 3 failed" in caplog.text
     pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 3
     assert all(map(ends, pids))
 
 
-def test_a_slow_command_is_waited_for(tmp_path: Path, shard: bytes) -> None:
+def test_a_slow_command_is_not_a_stall(tmp_path: Path, shard: bytes) -> None:
     half = len(shard) // 2
     path = f"{tmp_path}/shard.tar"
     url = f"pipe:head -c {half} {path}; sleep 0.5; tail -c +{half + 1} {path}"
@@ -231,34 +227,36 @@ def test_a_slow_command_is_waited_for(tmp_path: Path, shard: bytes) -> None:
 
 # --- local files -----------------------------------------------------------------------------------------------------
 def test_a_file_is_hashed_once_for_all_processes_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from open_lm.data import verify as room
+    from open_lm.data import verify as verify_module
 
     hashed: list[str] = []
-    monkeypatch.setattr(room, "_known", set())
-    monkeypatch.setattr(room, "_hash", lambda file: hashed.append(file.name) or sha256(Path(file.name).read_bytes()))
+    monkeypatch.setattr(verify_module, "_verified", set())
+    monkeypatch.setattr(
+        verify_module, "_hash", lambda file: hashed.append(file.name) or sha256(Path(file.name).read_bytes())
+    )
     path = tmp_path / "a.tar"
     path.write_bytes(b"content")
-    notes = tmp_path / "notes"
+    records = tmp_path / "records"
     expected = Expected(7, sha256(b"content"))
 
     def problem() -> str:
         with open(path, "rb") as file:
-            return verify(file, expected, str(notes))
+            return verify(file, expected, str(records))
 
     assert [problem(), problem()] == ["", ""] and len(hashed) == 1
-    room._known.clear()  # as another process begins
+    verify_module._verified.clear()  # like another process
     assert problem() == "" and len(hashed) == 1
     os.utime(path, ns=(0, 0))
-    assert problem() == "" and len(hashed) == 2, "another time: it may have been written to"
+    assert problem() == "" and len(hashed) == 2, "another modification time: the content may have changed"
     path.write_bytes(b"cOntent")
     for number in (3, 4):
-        assert problem() == f"has the sha256 {sha256(b'cOntent')}, expected is {sha256(b'content')}"
-        assert len(hashed) == number, "what is wrong is never noted as right"
+        assert problem() == f"has the sha256 {sha256(b'cOntent')}, expected {sha256(b'content')}"
+        assert len(hashed) == number, "a wrong file is never recorded as verified"
     path.write_bytes(b"conten")
-    assert problem() == "has 6 bytes, expected are 7" and len(hashed) == 4
+    assert problem() == "has 6 bytes, expected 7" and len(hashed) == 4
     with open(path, "rb") as file:
-        note_verified(file, sha256(b"conten"), str(notes))
-        assert verify(file, Expected(None, sha256(b"conten")), str(notes)) == "" and len(hashed) == 4
+        record_verified(file, sha256(b"conten"), str(records))
+        assert verify(file, Expected(None, sha256(b"conten")), str(records)) == "" and len(hashed) == 4
 
 
 # --- the temporary folder --------------------------------------------------------------------------------------------
@@ -273,7 +271,7 @@ if sys.argv[1] == "kill":
 """
 
 
-def test_folders_go_at_the_end_and_those_of_the_killed_with_the_next_run(
+def test_folders_are_removed_when_a_process_ends_or_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -294,7 +292,7 @@ def test_folders_go_at_the_end_and_those_of_the_killed_with_the_next_run(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_stays_as_long_as_a_forked_child_reads_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_stays_while_a_forked_child_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = KILLED.replace("print(", "os.fork() or (os.close(1), os.close(2), sys.stdin.read(), os._exit(0))\nprint(")
     command = [sys.executable, "-c", code, "kill"]
@@ -315,12 +313,12 @@ def test_a_folder_stays_as_long_as_a_forked_child_reads_in_it(tmp_path: Path, mo
 
 # --- the flags -------------------------------------------------------------------------------------------------------
 def test_settings_come_from_the_flags(tmp_path: Path) -> None:
-    assert FetchSettings.of(DataConfig(read_timeout=7.0, cache_limit="no size"), "f") == FetchSettings(
+    assert FetchSettings.from_config(DataConfig(read_timeout=7.0, cache_limit="no size"), "f") == FetchSettings(
         "f", None, 0, 7.0
     )
-    made = FetchSettings.of(DataConfig(cache_dir=f"file://{tmp_path}/c", cache_limit="1.5GB"), "f")
+    made = FetchSettings.from_config(DataConfig(cache_dir=f"file://{tmp_path}/c", cache_limit="1.5GB"), "f")
     assert made == FetchSettings("f", f"{tmp_path}/c", 1_500_000_000, 60.0)
     with pytest.raises(ConfigError, match="--cache-limit: expected a size such as 4GB or 512MiB, found '5 apples'"):
-        FetchSettings.of(DataConfig(cache_dir="c", cache_limit="5 apples"), None)
+        FetchSettings.from_config(DataConfig(cache_dir="c", cache_limit="5 apples"), None)
     with pytest.raises(ConfigError, match="--cache-dir s3://b/c: expected a local folder"):
-        FetchSettings.of(DataConfig(cache_dir="s3://b/c"), None)
+        FetchSettings.from_config(DataConfig(cache_dir="s3://b/c"), None)

@@ -1,4 +1,4 @@
-"""Worker processes: what ends them is a clear error, and signals meant for the run do not."""
+"""Worker processes: a dead worker is a clear error, and signals meant for the run do not end workers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from open_lm.config.sections import DataConfig
 from open_lm.data.loader import TrainLoader, build_train_loader
 from open_lm.errors import DataError
 
-HELPERS = Path(__file__).parents[1] / "helpers"
-
 
 def loader_of(manifest: str, workers: int, batch_size: int = 4, **options: object) -> TrainLoader:
     data = DataConfig(dataset_manifest=[manifest], data_key="npy", workers=workers, **options)  # type: ignore[arg-type]
     return build_train_loader(data, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=batch_size)
 
 
-def test_a_killed_worker_is_named_and_nothing_hangs(tmp_path: Path) -> None:
+def test_the_error_for_a_killed_worker_names_it(tmp_path: Path) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
     loader = loader_of(write_source(tmp_path, [40, 40]), 2, multiple_data_passes=True)
     steps = loader.batches(10_000)
@@ -35,15 +33,15 @@ def test_a_killed_worker_is_named_and_nothing_hangs(tmp_path: Path) -> None:
     assert victim.pid is not None
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
-    with pytest.raises(DataError, match=rf"{victim.pid}.*ended from outside.*fewer --workers") as caught:
+    with pytest.raises(DataError, match=rf"{victim.pid}.*killed from outside.*fewer --workers") as caught:
         list(steps)
     assert "Traceback" not in str(caught.value)
     assert signal.getsignal(signal.SIGCHLD) == handler
-    state = loader.state  # and the run can go on from there
+    state = loader.state  # the run can continue from there
     assert next(loader.batches(1))[1] != state
 
 
-def test_signals_to_the_whole_job_leave_workers_to_their_parent(tmp_path: Path) -> None:
+def test_workers_ignore_signals_to_all_processes_of_the_job(tmp_path: Path) -> None:
     manifest = write_source(tmp_path, [40, 40])
     expected = [batch.inputs for batch, _ in loader_of(manifest, 0, multiple_data_passes=True).batches(100)]
     steps = loader_of(manifest, 2, multiple_data_passes=True).batches(100)
@@ -70,22 +68,23 @@ sys.stdin.read()
 
 
 def test_workers_end_with_a_killed_run(tmp_path: Path) -> None:
-    """Though they wait to hand over batches larger than a pipe holds; readers of its output would wait for them."""
+    """They wait to send batches larger than a pipe holds, and would keep the run's output open."""
     command = [sys.executable, "-c", RUN_THAT_IS_KILLED, write_source(tmp_path, [900] * 9)]
-    run = subprocess.Popen(command, cwd=HELPERS, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdout is not None
     workers = [int(pid) for pid in run.stdout.readline().split()]
     assert len(workers) == 2
     run.kill()
     try:
-        run.communicate(timeout=60)  # their end is the end of the output
+        run.communicate(timeout=60)  # the output ends when the workers do
     except subprocess.TimeoutExpired:
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
         raise
 
 
-def test_what_a_run_does_not_train_on_is_said_by_one_rank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_rank_logs_what_a_run_does_not_train_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = write_source(tmp_path, [20, 20])
     data = DataConfig(
         dataset_manifest=[manifest], data_key="npy", workers=0, train_num_samples=15 * SEQ_LEN + 3, epochs=2
@@ -94,7 +93,7 @@ def test_what_a_run_does_not_train_on_is_said_by_one_rank(tmp_path: Path, caplog
         for rank in range(2):
             build_train_loader(data, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=4, rank=rank, world_size=2)
     assert [record.message for record in caplog.records] == [
-        "of the promised tokens, 6 sequences do not fill a last global batch of 8, and 6 tokens no sequence of 8: "
-        "they are not trained on",
-        f"{manifest}: 16 of its 40 sequences are left over after this run",
+        "not trained on, of --train-num-samples x --epochs: 6 sequences that do not fill a last global batch of 8, and "
+        "6 tokens that do not fill a sequence of 8",
+        f"{manifest}: this run does not use 16 of its 40 sequences",
     ]

@@ -1,4 +1,4 @@
-"""Loss masks: the hand-worked example, small cases, and an independent formulation over random rows."""
+"""Loss masks: the hand-worked example, small cases, and an independent implementation on random sequences."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_both_masks() -> None:
     assert targets.tolist() == [[_, _, _], [_, _, _], [_, 1, _], [0, 1, _], [1, _, 3], [_, _, 1], [_, _, 1]]
 
 
-def test_squash_takes_the_marker_out() -> None:
+def test_squash_removes_the_marker() -> None:
     inputs, targets = sample_chunk(ROWS[:6], flags(target_mask_left=L, target_mask_individual=P, squash_mask_left=True))
     assert inputs.tolist() == [[0, 1, P], [0, 1, P], [0, 1, P], [0, 1, P], [0, 1, P], [0, P, P]]
     assert targets.tolist() == [[_, _, _], [_, _, _], [1, _, _], [0, 1, _], [1, _, 3], [_, 1, _]]
@@ -70,7 +70,7 @@ def test_squash_takes_the_marker_out() -> None:
     st.booleans(),
 )
 def test_masks_row_by_row(rows: list[list[int]], left: int | None, individual: int | None, squash: bool) -> None:
-    """The batched formulation against lists."""
+    """Compare the batched implementation with one on lists."""
     chunk = torch.tensor(rows)
     got = mask_targets(chunk[:, :-1], chunk[:, 1:], mask_left=left, mask_individual=individual, squash=squash)
     for row, inputs, targets in zip(rows, *(tensor.tolist() for tensor in got), strict=True):
@@ -87,7 +87,7 @@ def test_masks_row_by_row(rows: list[list[int]], left: int | None, individual: i
         assert (inputs, targets) == (expected_inputs, expected)
 
 
-def test_longer_chunks_are_cut_at_random_but_whole() -> None:
+def test_longer_chunks_are_cropped_at_random() -> None:
     chunk = torch.arange(20).repeat(2, 1)
     starts = set()
     for _try in range(200):
@@ -97,12 +97,12 @@ def test_longer_chunks_are_cut_at_random_but_whole() -> None:
     assert starts == set(range(17))
 
 
-def test_shorter_chunk_is_refused() -> None:
-    with pytest.raises(DataError, match="holds 3 ids a row, seq_len 3 needs 4"):
+def test_a_shorter_chunk_is_an_error() -> None:
+    with pytest.raises(DataError, match="holds 3 ids per sequence, but seq_len 3 needs 4"):
         sample_chunk(torch.zeros(1, 3, dtype=torch.int64), flags())
 
 
-def test_mask_sequence_starts_anywhere_and_leaves_the_chunk_alone() -> None:
+def test_mask_sequence_starts_anywhere_and_does_not_change_the_chunk() -> None:
     chunk = torch.tensor([[9, 9, 1, L, 5, 6, 9]])
     before = chunk.clone()
     inputs, targets = mask_sequence(chunk, 2, flags(target_mask_left=L), ignore_tok=-7)
@@ -111,7 +111,7 @@ def test_mask_sequence_starts_anywhere_and_leaves_the_chunk_alone() -> None:
     assert torch.equal(chunk, before)
 
 
-def test_documents_by_hand() -> None:
+def test_document_ids_by_hand() -> None:
     end, pad = 0, 9
     rows = torch.tensor([[5, 5, end, 5, end, end, end, 5, pad], [end] * 9, [5] * 9, [end, *[5] * 7, end]])
     numbers = document_ids(rows, end)
@@ -120,6 +120,6 @@ def test_documents_by_hand() -> None:
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=3))
-def test_documents_token_by_token(rows: list[list[int]]) -> None:
+def test_document_ids_token_by_token(rows: list[list[int]]) -> None:
     expected = [[row[:place].count(3) for place in range(9)] for row in rows]
     assert document_ids(torch.tensor(rows), 3).tolist() == expected

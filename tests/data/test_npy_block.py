@@ -1,4 +1,4 @@
-"""Members read together are exactly what reading them one by one gives, whatever the tar holds."""
+"""Reading members at once gives the same result as reading them one by one, for every kind of tar."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_lm.data.npy_block import NpyRows
-from open_lm.data.order import Order, Plan, Source
+from open_lm.data.order import DataOrder, OrderSettings, Source
 from open_lm.data.shard_format import decode_member, encode_member, index_shard, iter_files
 from open_lm.data.stream import SampleReader, StreamSpec
 from open_lm.errors import DataError
@@ -46,23 +46,23 @@ FILES = st.lists(st.tuples(NAMES, st.integers(1, 30), st.sampled_from(["uint16",
 
 @settings(deadline=None, max_examples=60)
 @given(FILES, st.integers(0, 5), st.data())
-def test_bytes_and_files_are_listed_alike_also_when_damaged(
+def test_bytes_and_files_are_listed_alike_even_if_damaged(
     groups: list[tuple[str, int, str]], mtime: int, data: st.DataObject
 ) -> None:
     files = [(name.format(k), npy(k, dtype)) for name, count, dtype in groups for k in range(count)]
-    whole = bytearray(tar_of(files, mtime))
-    assert listing(bytes(whole)) == listing(io.BytesIO(whole))
+    tar = bytearray(tar_of(files, mtime))
+    assert listing(bytes(tar)) == listing(io.BytesIO(tar))
     if files:
-        assert len(listing(memoryview(whole))) == len(files)
-    place = data.draw(st.integers(0, len(whole) - 1))
-    whole[place] ^= 1 << data.draw(st.integers(0, 7))
-    cut = bytes(whole[: data.draw(st.integers(place, len(whole)))])
+        assert len(listing(memoryview(tar))) == len(files)
+    place = data.draw(st.integers(0, len(tar) - 1))
+    tar[place] ^= 1 << data.draw(st.integers(0, 7))
+    cut = bytes(tar[: data.draw(st.integers(place, len(tar)))])
     assert listing(cut) == listing(io.BytesIO(cut))
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from(["uint16", "int32", "long", "short", "pads", "wrong type"]), min_size=1, max_size=20))
-def test_rows_are_the_members_that_are_like_the_first(kinds: list[str]) -> None:
+def test_rows_are_the_members_with_the_header_of_the_first(kinds: list[str]) -> None:
     made = {
         "long": lambda k: npy(k, length=LENGTH + 1),
         "short": lambda k: npy(k, length=3),
@@ -86,7 +86,7 @@ def test_rows_are_the_members_that_are_like_the_first(kinds: list[str]) -> None:
 
 
 @pytest.mark.parametrize("first", [b"", b"\x93NUMPY", b"\x93NUMPY\x02\x00" + bytes(100), b"no npy at all"])
-def test_a_first_member_that_is_no_plain_array_gives_no_rows(first: bytes) -> None:
+def test_a_first_member_that_is_not_a_plain_array_is_an_error(first: bytes) -> None:
     data = tar_of([("0.npy", first), ("1.npy", npy(1))])
     with pytest.raises(ValueError, match=r"\w"):
         NpyRows(data, index_shard(data, "a.tar"))
@@ -98,10 +98,10 @@ ROWS = st.lists(st.lists(IDS, min_size=LENGTH - 1, max_size=LENGTH + 4), min_siz
 
 @settings(deadline=None, max_examples=60)
 @given(ROWS, st.booleans(), st.integers(0, 3))
-def test_the_reader_gives_what_decoding_alone_gives(
+def test_the_reader_agrees_with_decoding_one_by_one(
     tmp_path_factory: pytest.TempPathFactory, rows: list[list[int]], narrow: bool, seed: int
 ) -> None:
-    """The same members as npy (read together) and as txt (one by one): the same rows, or the same error."""
+    """Members as npy (read at once) and as txt (one by one) give the same ids, or the same error."""
     found = []
     folder = tmp_path_factory.mktemp("shards")
     for kind in ("npy", "txt"):
@@ -112,11 +112,11 @@ def test_the_reader_gives_what_decoding_alone_gives(
         path = folder / f"{kind}.tar"
         path.write_bytes(tar_of(files))
         source = Source("s", (str(path),), (len(files),))
-        reader = SampleReader(StreamSpec((source,), LENGTH - 1, VOCAB_SIZE, (None,)))
-        samples = Plan([source], seed, Order()).take(len(files))
+        reader = SampleReader(StreamSpec((source,), LENGTH - 1, VOCAB_SIZE, None))
+        samples = DataOrder([source], seed, OrderSettings()).take(len(files))
         try:
             read, filled = reader.read(samples)
             found.append((read.tolist(), filled.tolist()))
         except DataError as error:
-            found.append((str(error).partition("holds the id")[2].partition(",")[2],))
+            found.append((str(error).partition("found the id")[2].partition(",")[2],))
     assert found[0] == found[1]

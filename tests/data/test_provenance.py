@@ -1,4 +1,4 @@
-"""What a run's data are: read from dataset.json, kept in data.json, compared in sentences, refused where changed."""
+"""The origin of a run's data: read dataset.json, write data.json, describe changes, and reject changed data."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def write_dataset(folder: Path, inputs: tuple[dict[str, Any], ...] = (), **setti
     (folder / "dataset.json").write_text(json.dumps(record))
 
 
-def found(*manifests: str, **options: Any) -> tuple[Source, ...]:
+def sources_of(*manifests: str, **options: Any) -> tuple[Source, ...]:
     return find_sources(DataConfig(dataset_manifest=list(manifests), data_key="npy", **options))
 
 
 def with_manifest(folder: Path, sizes: list[int], source: int = 0) -> str:
-    """A source whose manifest says sizes in bytes and sha256, as the preprocessor's does."""
+    """Write a source whose manifest has sizes in bytes and sha256, like the preprocessor's."""
     write_source(folder, sizes, source, manifest=False)
     make_manifest(["--data-dir", str(folder)])
     return str(folder / "manifest.jsonl")
@@ -50,7 +50,7 @@ def loader_of(data: DataConfig, **options: Any) -> TrainLoader:
 
 # --- sources ---------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("pattern", ["manifest.jsonl", "*.tar", "{00000..00001}.tar"])
-def test_a_source_knows_what_manifests_and_records_say(tmp_path: Path, pattern: str) -> None:
+def test_a_source_has_the_fields_of_manifest_and_dataset_json(tmp_path: Path, pattern: str) -> None:
     with_manifest(tmp_path, [3, 4])
     write_dataset(tmp_path)
     name = str(tmp_path / pattern)
@@ -63,7 +63,7 @@ def test_a_source_knows_what_manifests_and_records_say(tmp_path: Path, pattern: 
     assert source.fingerprint.count(":") == 3 and all(source.fingerprint.split(":"))
 
 
-def test_what_nothing_tells_is_unknown(tmp_path: Path) -> None:
+def test_fields_without_a_manifest_are_unknown(tmp_path: Path) -> None:
     (source,) = find_sources(DataConfig(train_data=[write_source(tmp_path, [3, 4], manifest=False)]))
     assert (source.num_bytes, source.sha256, source.datasets) == ((None, None), ("", ""), ())
     assert source.fingerprint.split(":")[1:] == ["", "", ""]
@@ -83,55 +83,55 @@ def test_the_same_data_elsewhere_has_the_same_fingerprint(tmp_path: Path, s3_buc
         f"{tmp_path}/there/manifest.jsonl",
         f"s3://{s3_bucket}/data/manifest.jsonl",
     ]
-    assert len({found(url)[0].fingerprint for url in urls}) == 1
+    assert len({sources_of(url)[0].fingerprint for url in urls}) == 1
     changed = {
         "tokenizer": {"tokenizer_fingerprint": "g"},
         "input": {"inputs": ({**inputs[0], "sha256": "cd"},)},
     }
     for change in changed.values():
         write_dataset(tmp_path / "there", **{"inputs": inputs, **change})  # type: ignore[arg-type]
-        assert found(urls[1])[0].fingerprint != found(urls[0])[0].fingerprint
+        assert sources_of(urls[1])[0].fingerprint != sources_of(urls[0])[0].fingerprint
 
 
-def test_each_folder_is_asked_for_its_record_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_dataset_json_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "ab":
         write_source(tmp_path / name, [1] * 5)
         write_dataset(tmp_path / name)
-    asked = []
+    requested = []
     info = storage.info
-    monkeypatch.setattr(storage, "info", lambda url: (asked.append(str(url)), info(url))[1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(storage, "info", lambda url: (requested.append(str(url)), info(url))[1])  # type: ignore[func-returns-value]
     pattern = f"{tmp_path}/a/*.tar::{tmp_path}/b/*.tar"
     assert [len(source.datasets) for source in find_sources(DataConfig(train_data=[pattern, pattern]))] == [2, 2]
-    assert sorted(url for url in asked if url.endswith("dataset.json")) == [
+    assert sorted(url for url in requested if url.endswith("dataset.json")) == [
         f"{tmp_path}/{n}/dataset.json" for n in "ab"
     ]
 
 
-def test_records_of_other_tools_and_damaged_ones(tmp_path: Path) -> None:
+def test_dataset_json_of_other_tools_and_damaged_ones(tmp_path: Path) -> None:
     manifest = write_source(tmp_path, [3])
     (tmp_path / "dataset.json").write_text('{"name": "of something else"}')
     assert read_dataset(str(tmp_path)) is None
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(DataError, match=r"dataset\.json: not JSON .* copy it again"):
-        found(manifest)
+        sources_of(manifest)
 
 
-def test_a_store_that_keeps_the_record_back_does_not_stop_a_run(
+def test_an_unreadable_dataset_json_does_not_stop_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifest = write_source(tmp_path, [3])
-    (tmp_path / "dataset.json").mkdir()  # what is there cannot be read
+    (tmp_path / "dataset.json").mkdir()  # exists, but cannot be read
     monkeypatch.setattr(storage, "info", lambda url: url)
     with caplog.at_level(logging.WARNING):
-        assert found(manifest)[0].datasets == ()
-    assert "how the data of" in caplog.text and "dataset.json" in caplog.text
+        assert sources_of(manifest)[0].datasets == ()
+    assert "cannot read dataset.json" in caplog.text
 
 
 # --- the end-of-text id ----------------------------------------------------------------------------------------------
 @pytest.mark.usefixtures("alone")
-def test_data_of_the_preprocessor(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+def test_data_from_the_preprocessor(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
     folder = make(raw[0], tmp_path / "out", small_tokenizer) / "0"
-    sources = found(f"{folder}/manifest.jsonl")
+    sources = sources_of(f"{folder}/manifest.jsonl")
     assert end_of_text_id(sources) == 3
     assert end_of_text_id([find_validation_source(f"{folder}/*.tar")]) == 3
     assert all(sources[0].fingerprint.split(":"))
@@ -139,18 +139,18 @@ def test_data_of_the_preprocessor(raw: tuple[Path, list[str]], tmp_path: Path, s
     assert settings["seq_len"] == 32 and settings["tokenizer_fingerprint"] and "tokenizer" not in settings
 
 
-def test_sources_that_end_documents_differently(tmp_path: Path) -> None:
+def test_sources_with_different_end_of_text_ids(tmp_path: Path) -> None:
     manifests = [write_source(tmp_path / name, [3], number) for number, name in enumerate("abc")]
     write_dataset(tmp_path / "a")
-    assert end_of_text_id(found(*manifests)) == 3  # those that say nothing do not disagree
+    assert end_of_text_id(sources_of(*manifests)) == 3  # sources without one do not count
     write_dataset(tmp_path / "b", eot_id=0)
     with pytest.raises(DataError, match=r"different ids[\s\S]*/a/manifest\.jsonl: 3[\s\S]*/b/manifest\.jsonl: 0"):
-        end_of_text_id(found(*manifests))
+        end_of_text_id(sources_of(*manifests))
 
 
 # --- data.json -------------------------------------------------------------------------------------------------------
-def test_a_description_is_kept_and_read_again(tmp_path: Path) -> None:
-    described = describe(found(with_manifest(tmp_path / "a", [3, 4])))
+def test_a_description_is_written_and_read_again(tmp_path: Path) -> None:
+    described = describe(sources_of(with_manifest(tmp_path / "a", [3, 4])))
     write(str(tmp_path / "data.json"), described)
     assert read(str(tmp_path / "data.json")) == described
     assert differences(described, described) == []
@@ -166,7 +166,7 @@ def test_a_description_is_kept_and_read_again(tmp_path: Path) -> None:
     assert read(str(tmp_path / "other.json")) is None
 
 
-def test_secrets_of_addresses_stay_out() -> None:
+def test_descriptions_contain_no_secrets_of_addresses() -> None:
     shards = ("https://me:password@host/a/0.tar?signature=secret", "pipe:curl -H 'token: secret' host/1.tar")
     text = json.dumps(describe([Source("https://me:password@host/a/*.tar", shards, (1, 1))]))
     assert "password" not in text and "secret" not in text
@@ -203,13 +203,13 @@ def test_every_change_is_a_sentence() -> None:
     ]
     assert differences(describe([a, b]), describe(now)) == [
         "a: 1 shard is new: 3",
-        "a: 1 shard is gone: 1",
+        "a: 1 shard is missing: 1",
         "a: 1 shard is changed in content (sha256): 0",
         "a: 1 shard is changed in size (bytes): 0",
         "a: 1 shard is changed in number of sequences: 0",
-        "a: --data-key was npy, is txt",
-        "a: dataset.json has seq_len 16, it had 8",
-        "a: dataset.json names other inputs, or inputs of another content",
+        "a: --data-key was npy, now it is txt",
+        "a: dataset.json: seq_len was 8, now it is 16",
+        "a: dataset.json: the inputs or their contents changed",
         "the weights were 3 : 1, now they are 1 : 1",
     ]
 
@@ -218,19 +218,19 @@ def test_changes_of_order_factors_and_sources() -> None:
     a = Source("a", ("x/0.tar", "x/1.tar"), (5, 5))
     b, c = Source("b", ("y/7.tar",), (7,)), Source("c", ("z/9.tar",), (7,))
     old = describe([a, b])
-    assert differences(old, describe([b, a])) == ["the sources stand in another order"]
-    assert differences(old, describe([replace(b, name="moved"), a])) == ["the sources stand in another order"]
-    assert differences(old, describe([a, b, c])) == ["c: is new"]
-    assert differences(old, describe([a])) == ["b: is gone"]
-    turned = replace(a, shards=a.shards[::-1], repeats=(Fraction(1), Fraction(2)))
-    assert differences(old, describe([turned, b])) == [
-        "a: its shards stand in another order",
-        "a: its upsampling factors differ",
+    assert differences(old, describe([b, a])) == ["the order of the sources changed"]
+    assert differences(old, describe([replace(b, name="moved"), a])) == ["the order of the sources changed"]
+    assert differences(old, describe([a, b, c])) == ["c is new"]
+    assert differences(old, describe([a])) == ["b is missing"]
+    reversed_a = replace(a, shards=a.shards[::-1], repeats=(Fraction(1), Fraction(2)))
+    assert differences(old, describe([reversed_a, b])) == [
+        "a: the order of its shards changed",
+        "a: its upsampling factors changed",
     ]
     scaled = [replace(source, weight=Fraction(7)) for source in (a, b)]
     assert differences(old, describe(scaled)) == []
-    twins = Source("a", ("x/0.tar", "y/0.tar"), (5, 5))
-    assert differences(describe([twins]), describe([replace(twins, sizes=(5, 6))])) == [
+    same_names = Source("a", ("x/0.tar", "y/0.tar"), (5, 5))
+    assert differences(describe([same_names]), describe([replace(same_names, sizes=(5, 6))])) == [
         "a: 1 shard is changed in number of sequences: 0 (number 2)"
     ]
     many = Source("a", tuple(f"x/{n}.tar" for n in range(9)), (5,) * 9)
@@ -238,7 +238,7 @@ def test_changes_of_order_factors_and_sources() -> None:
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
-def test_a_run_on_changed_shards_is_refused_or_goes_on_as_told(
+def test_a_run_on_changed_shards_is_rejected_or_resumes_if_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     manifests = [with_manifest(tmp_path / "a", [8, 8], 0), with_manifest(tmp_path / "b", [8, 8], 1)]
@@ -247,27 +247,27 @@ def test_a_run_on_changed_shards_is_refused_or_goes_on_as_told(
     list(loader.batches(3))
     state = jsonable(loader.state)
     expected = [place for batch, _ in loader.batches(2) for place in places(batch.inputs.numpy()) if place[0] == 0]
-    write_shard(tmp_path / "b" / "00001.tar", [sequence(9, 1, m) for m in range(8)])  # as many, of as many bytes
+    write_shard(tmp_path / "b" / "00001.tar", [sequence(9, 1, m) for m in range(8)])  # of the same size
     make_manifest(["--data-dir", str(tmp_path / "b")])
     with pytest.raises(
         DataError, match=r"--allow-changed-data\): .*b/manifest\.jsonl differs in the sha256 of its shards"
     ):
         loader_of(data, state=state)
-    refused = loader_of(data)
+    rejected = loader_of(data)
     with pytest.raises(DataError, match="differs in the sha256 of its shards"):
-        refused.rewind(state)  # type: ignore[arg-type]
+        rejected.rewind(state)  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
         allowed = loader_of(replace(data, allow_changed_data=True), state=state)
         loader_of(replace(data, allow_changed_data=True), state=state, rank=1, world_size=2)
     (warning,) = [record.message for record in caplog.records]
-    assert "going on all the same" in warning and "starts at its beginning" in warning
+    assert "resuming because of --allow-changed-data" in warning and "starts from the beginning" in warning
     taken = [place for batch, _ in allowed.batches(2) for place in places(batch.inputs.numpy()) if place[0] == 0]
     assert taken == expected
     allowed.rewind(state)  # type: ignore[arg-type]
     assert [p for batch, _ in allowed.batches(2) for p in places(batch.inputs.numpy()) if p[0] == 0] == expected
 
 
-def test_a_manifest_that_gains_fields_changes_nothing(tmp_path: Path) -> None:
+def test_new_manifest_fields_do_not_change_the_data(tmp_path: Path) -> None:
     manifest = write_source(tmp_path, [8, 8])
     data = DataConfig(dataset_manifest=[manifest], data_key="npy", workers=0)
     loader = loader_of(data)
@@ -278,6 +278,6 @@ def test_a_manifest_that_gains_fields_changes_nothing(tmp_path: Path) -> None:
     loader_of(data, state=state)
     write_manifest(manifest, [ManifestEntry("00000", 8), ManifestEntry("00001", 7)])
     with pytest.raises(
-        DataError, match=r"differs in the numbers of sequences of its shards .*\(it held 16, now it holds 15\)"
+        DataError, match=r"differs in the numbers of sequences of its shards .*\(it had 16, now it has 15\)"
     ):
         loader_of(data, state=state)

@@ -1,4 +1,4 @@
-"""The shard and manifest format: members of every kind, the tar index, the writer, manifests and patterns."""
+"""The shard and manifest formats: members of every kind, the tar index, the writer, manifests and patterns."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from open_lm.errors import DataError
 @pytest.mark.parametrize("kind", MEMBER_KINDS)
 @given(ids=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=50))
 @settings(max_examples=30)
-def test_members_come_back_as_they_went(kind: str, ids: list[int]) -> None:
+def test_members_survive_a_round_trip(kind: str, ids: list[int]) -> None:
     found = decode_member(encode_member(np.array(ids, np.int64), kind), kind)
     assert found.dtype == np.int64 and found.tolist() == ids
 
@@ -45,7 +45,7 @@ def test_members_come_back_as_they_went(kind: str, ids: list[int]) -> None:
 @pytest.mark.parametrize(
     ("vocab", "dtype"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (50432, "uint16"), (65537, "uint32")]
 )
-def test_npy_members_take_the_smallest_unsigned_type(vocab: int, dtype: str) -> None:
+def test_npy_members_have_the_smallest_unsigned_type(vocab: int, dtype: str) -> None:
     assert token_dtype(vocab) == np.dtype(dtype)
     data = encode_member(np.array([0, vocab - 1]), "npy", token_dtype(vocab))
     assert np.load(io.BytesIO(data)).dtype == np.dtype(dtype)
@@ -57,7 +57,7 @@ def test_an_npy_member_with_pads_is_signed_and_keeps_every_id() -> None:
     assert stored.dtype == np.int32 and stored.tolist() == [65535, 7, -1]
 
 
-def test_an_id_beyond_the_type_is_refused() -> None:
+def test_an_id_beyond_the_type_is_an_error() -> None:
     with pytest.raises(DataError, match="do not fit uint16"):
         encode_member(np.array([70000]), "npy", np.dtype(np.uint16))
 
@@ -99,7 +99,7 @@ def test_the_end_of_text_string_of_old_members(kind: str, data: bytes) -> None:
         ("parquet", b""),
     ],
 )
-def test_junk_is_a_data_error(kind: str, data: bytes) -> None:
+def test_invalid_members_are_data_errors(kind: str, data: bytes) -> None:
     with pytest.raises(DataError):
         decode_member(data, kind, eot_id=0)
 
@@ -138,7 +138,7 @@ def test_written_shards_are_plain_tars_and_indexed_exactly(tmp_path: Path, kind:
         assert ids.tolist() == list(range(3, 10))
 
 
-def test_the_same_members_give_the_same_bytes_and_a_true_record(tmp_path: Path) -> None:
+def test_the_same_members_give_the_same_bytes_and_correct_info(tmp_path: Path) -> None:
     import hashlib
 
     one, two = make_shard(tmp_path / "one.tar", "json.gz"), make_shard(tmp_path / "two.tar", "json.gz")
@@ -152,7 +152,7 @@ def test_the_same_members_give_the_same_bytes_and_a_true_record(tmp_path: Path) 
     assert info.sha256 == hashlib.sha256(data).hexdigest()
 
 
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError), ShardWriter(tmp_path / "x.tar", "npy") as writer:
         writer.write("a", np.array([1, 2, 3]))
         writer.write("b", np.array([1.5]))
@@ -160,7 +160,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 300, 512, 600, 1024, 3000, 5119])
-def test_a_cut_shard_is_noticed_wherever_it_is_cut(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_shard_is_detected_wherever_it_is_cut(tmp_path: Path, cut: int) -> None:
     data = make_shard(tmp_path / "s.tar").read_bytes()
     end = 5 * 1024
     assert cut < end and data[end:] == bytes(len(data) - end)
@@ -203,7 +203,7 @@ def test_tars_of_other_writers_with_long_names_and_folders(tmp_path: Path, forma
     assert [decode_member(data[m.offset : m.offset + m.size], m.kind).tolist() for m in found] == [[1, 2], [3]]
 
 
-def test_names_are_cut_as_webdataset_cuts_them() -> None:
+def test_names_are_split_like_in_webdataset() -> None:
     assert split_name("a.b/c.d/key.json.gz") == ("a.b/c.d/key", "json.gz")
     assert split_name("key") == ("key", "")
 
@@ -212,7 +212,7 @@ def test_the_golden_shards(shared_dir: Path) -> None:
     folder = shared_dir / "compat" / "run" / "data"
     urls = expand_shards(str(folder / "{00000001..00000008}.tar"))
     sizes = shard_sizes(urls)
-    assert sizes == dict.fromkeys(urls[:6], 256)  # the manifest leaves out the two that validate
+    assert sizes == dict.fromkeys(urls[:6], 256)  # the two validation shards are not in the manifest
     for url in urls:
         data = Path(url).read_bytes()
         with tarfile.open(url) as tar:
@@ -222,7 +222,7 @@ def test_the_golden_shards(shared_dir: Path) -> None:
         assert {len(decode_member(data[m.offset : m.offset + m.size], m.kind)) for m in members} == {65}
 
 
-def test_manifests_old_names_and_a_missing_last_newline(tmp_path: Path) -> None:
+def test_manifests_with_old_keys_and_without_a_last_newline(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_text('{"shard": "a", "num_chunks": 3}\n\n{"shard": "b", "num_sequences": 4, "sha256": "x"}')
     assert read_manifest(str(path)) == [ManifestEntry("a", 3), ManifestEntry("b", 4, {"sha256": "x"})]
@@ -230,7 +230,7 @@ def test_manifests_old_names_and_a_missing_last_newline(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[1]) == {"shard": "b", "num_sequences": 4, "sha256": "x"}
 
 
-def test_all_bad_manifest_lines_are_told_together(tmp_path: Path) -> None:
+def test_all_bad_manifest_lines_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_text(
         '{"shard": "a", "num_sequences": 3}\nnonsense\n{"shard": "b"}\n[]\n{"shard": "a", "num_sequences": 1}\n'

@@ -1,4 +1,4 @@
-"""Shards as a reader gets them: verified, fetched ahead, kept no longer than needed, or in a cache."""
+"""Opening shards: verification, fetching ahead, removal after use, and the cache."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from faulty_proxy import FaultyProxy, Rule
 from open_lm import storage
 from open_lm.config.sections import DataConfig
 from open_lm.data import shards
-from open_lm.data import verify as verify_room
+from open_lm.data import verify as verify_module
 from open_lm.data.fetch import FetchSettings
 from open_lm.data.loader import build_train_loader
 from open_lm.data.manifest import ManifestEntry, write_manifest
-from open_lm.data.order import Order, Plan, Source
+from open_lm.data.order import DataOrder, OrderSettings, Source
 from open_lm.data.shards import ShardStore
 from open_lm.data.stream import SampleReader, StreamSpec
 from open_lm.data.verify import Expected
@@ -36,9 +36,9 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    """For what passes."""
-    (tmp_path / "passing").mkdir()
-    return str(tmp_path / "passing")
+    """A folder for temporary downloads."""
+    (tmp_path / "temporary").mkdir()
+    return str(tmp_path / "temporary")
 
 
 def shard_bytes(tmp_path: Path, number: int) -> bytes:
@@ -50,7 +50,7 @@ def expected(data: bytes) -> Expected:
 
 
 def put(tmp_path: Path, base: str, count: int) -> dict[str, Expected]:
-    """Shards 0.tar, … in a store, and what is expected of them."""
+    """Write shards 0.tar, … to a store; return their sizes and checksums."""
     known = {}
     for number in range(count):
         data = shard_bytes(tmp_path, number)
@@ -74,7 +74,7 @@ def flip(path: Path, byte: int) -> None:
     path.write_bytes(data)
 
 
-def test_every_flipped_bit_and_every_cut_of_a_local_shard_is_found(tmp_path: Path, folder: str) -> None:
+def test_flipped_bits_and_cuts_of_a_local_shard_are_detected(tmp_path: Path, folder: str) -> None:
     data = shard_bytes(tmp_path, 0)
     path = tmp_path / "a.tar"
     known = {str(path): expected(data)}
@@ -82,12 +82,12 @@ def test_every_flipped_bit_and_every_cut_of_a_local_shard_is_found(tmp_path: Pat
         path.write_bytes(data)
         flip(path, byte)
         with pytest.raises(
-            DataError, match=rf"a\.tar: has the sha256 \w+, expected is {known[str(path)].sha256} by its"
+            DataError, match=rf"a\.tar: has the sha256 \w+, expected {known[str(path)].sha256} from its"
         ):
             ShardStore(2, FetchSettings(folder), known).get(str(path), "npy")
     for length in (0, 511, len(data) // 2, len(data) - 1024, len(data) - 1):
         path.write_bytes(data[:length])
-        with pytest.raises(DataError, match=rf"a\.tar: has {length} bytes, expected are {len(data)} by its manifest"):
+        with pytest.raises(DataError, match=rf"a\.tar: has {length} bytes, expected {len(data)} from its manifest"):
             ShardStore(2, FetchSettings(folder), known).get(str(path), "npy")
     path.write_bytes(data)
     assert first_ids(ShardStore(2, FetchSettings(folder), known), str(path)) == [0, 0, 0]
@@ -95,20 +95,20 @@ def test_every_flipped_bit_and_every_cut_of_a_local_shard_is_found(tmp_path: Pat
 
 def test_a_local_shard_is_hashed_ahead_and_once(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
-    hash_file = verify_room._hash
-    monkeypatch.setattr(verify_room, "_known", set())
-    monkeypatch.setattr(verify_room, "_hash", lambda file: hashed.append(file.name) or hash_file(file))
+    hash_file = verify_module._hash
+    monkeypatch.setattr(verify_module, "_verified", set())
+    monkeypatch.setattr(verify_module, "_hash", lambda file: hashed.append(file.name) or hash_file(file))
     known = put(tmp_path, str(tmp_path / "data"), 2)
     for _worker in range(2):
         store = ShardStore(2, FetchSettings(folder), known)
         store.prefetch(list(known))
         assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0]]
-        verify_room._known.clear()
+        verify_module._verified.clear()
     assert sorted(hashed) == sorted(known)
 
 
 # --- remote shards without a cache -----------------------------------------------------------------------------------
-def test_remote_shards_go_when_they_are_read(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
+def test_remote_shards_are_removed_after_use(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
     known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 8)
     faulty_s3.requests.clear()
     store = ShardStore(2, FetchSettings(folder), known)
@@ -116,12 +116,12 @@ def test_remote_shards_go_when_they_are_read(faulty_s3: FaultyProxy, tmp_path: P
     for number, url in enumerate(urls):
         store.prefetch(urls[number + 1 : number + 3])
         assert first_ids(store, url) == [0, number, 0]
-        assert len(names(folder)) <= 2 + 3, "those that are open, and those that come"
-    assert faulty_s3.requests["GET"] == 8, "each once"
+        assert len(names(folder)) <= 2 + 3, "the open ones and those being downloaded"
+    assert faulty_s3.requests["GET"] == 8, "each is downloaded once"
     assert len(names(folder)) == 2
 
 
-def test_what_was_fetched_ahead_for_others_is_let_go(s3_bucket: str, tmp_path: Path, folder: str) -> None:
+def test_shards_fetched_ahead_for_other_workers_are_released(s3_bucket: str, tmp_path: Path, folder: str) -> None:
     known = put(tmp_path, f"s3://{s3_bucket}/d", 8)
     store, urls = ShardStore(2, FetchSettings(folder), known), list(known)
     for number in range(6):
@@ -133,7 +133,7 @@ def test_what_was_fetched_ahead_for_others_is_let_go(s3_bucket: str, tmp_path: P
     assert len(names(folder)) == 3
 
 
-def test_as_much_is_fetched_ahead_as_some_bytes_and_one_shard_of_each_source(
+def test_fetching_ahead_is_limited_in_bytes_but_includes_each_source(
     s3_bucket: str, tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = put(tmp_path, f"s3://{s3_bucket}/d", 8)
@@ -147,16 +147,16 @@ def test_as_much_is_fetched_ahead_as_some_bytes_and_one_shard_of_each_source(
         (2, cached, 100 * size, 5),
     ]:
         monkeypatch.setattr(shards, "_AHEAD_BYTES", most_bytes)
-        for store_knows in (known, {}):
-            store = ShardStore(capacity, settings, store_knows)
-            first_ids(store, urls[7])  # tells the length of a shard where no manifest does
+        for known_files in (known, {}):
+            store = ShardStore(capacity, settings, known_files)
+            first_ids(store, urls[7])  # gives the estimate for shards of unknown size
             for _ in urls:
                 store.prefetch(urls)
                 wait(store._ahead.values())
             assert list(store._ahead) == urls[:ahead]
 
 
-def test_no_more_are_on_their_way_than_may_be(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
+def test_the_number_of_downloads_is_limited(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
     known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 8)
     faulty_s3.rules = [Rule("delay", method="GET", seconds=60)]
     store = ShardStore(2, FetchSettings(folder), known)
@@ -165,7 +165,7 @@ def test_no_more_are_on_their_way_than_may_be(faulty_s3: FaultyProxy, tmp_path: 
     assert list(store._ahead) == list(known)[:4]
 
 
-def test_what_goes_wrong_ahead_is_raised_when_the_shard_is_asked_for(
+def test_an_error_of_fetching_ahead_is_raised_when_the_shard_is_requested(
     faulty_s3: FaultyProxy, tmp_path: Path, folder: str
 ) -> None:
     known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 1)
@@ -175,7 +175,7 @@ def test_what_goes_wrong_ahead_is_raised_when_the_shard_is_asked_for(
     store.prefetch([url])
     with pytest.raises(StorageError, match=r"0\.tar: .*InternalError"):
         store.get(url, "npy")
-    assert faulty_s3.injected["500"] == storage_errors._TRIES, "and is not tried as often again"
+    assert faulty_s3.injected["500"] == storage_errors._MAX_ATTEMPTS, "no second round of attempts"
     faulty_s3.rules = []
     assert first_ids(store, url) == [0, 0, 0]
 
@@ -187,7 +187,7 @@ def cached(tmp_path: Path, folder: str) -> FetchSettings:
 
 
 @pytest.mark.parametrize("is_known", [True, False])
-def test_a_cached_shard_is_not_fetched_again(
+def test_a_cached_shard_is_not_downloaded_again(
     faulty_s3: FaultyProxy, tmp_path: Path, cached: FetchSettings, is_known: bool
 ) -> None:
     known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 3)
@@ -196,11 +196,13 @@ def test_a_cached_shard_is_not_fetched_again(
         store = ShardStore(2, cached, known if is_known else {})
         assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0], [0, 2, 0]]
     assert faulty_s3.requests["GET"] == 3
-    assert faulty_s3.requests["HEAD"] == (0 if is_known else 9), "what the manifest tells need not be asked"
+    assert faulty_s3.requests["HEAD"] == (0 if is_known else 9), "no request for what the manifest lists"
     assert len(names(str(cached.cache_dir))) == 3 and names(str(cached.folder)) == []
 
 
-def test_a_changed_remote_object_is_fetched_anew(faulty_s3: FaultyProxy, tmp_path: Path, cached: FetchSettings) -> None:
+def test_a_changed_remote_object_is_downloaded_again(
+    faulty_s3: FaultyProxy, tmp_path: Path, cached: FetchSettings
+) -> None:
     put(tmp_path, f"s3://{faulty_s3.bucket}/d", 1)
     url = f"s3://{faulty_s3.bucket}/d/0.tar"
     assert first_ids(ShardStore(2, cached, {}), url) == [0, 0, 0]
@@ -209,7 +211,7 @@ def test_a_changed_remote_object_is_fetched_anew(faulty_s3: FaultyProxy, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_a_damaged_copy_in_the_cache_is_found_and_fetched_anew(
+def test_a_damaged_copy_in_the_cache_is_detected_and_downloaded_again(
     faulty_s3: FaultyProxy, tmp_path: Path, cached: FetchSettings, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
     known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 1)
@@ -226,27 +228,27 @@ def test_a_damaged_copy_in_the_cache_is_found_and_fetched_anew(
     assert expected(path.read_bytes()) == known[url]
 
 
-def test_a_limit_smaller_than_a_shard_is_told_and_does_without_the_cache(
+def test_a_limit_smaller_than_a_shard_disables_the_cache_with_a_warning(
     faulty_s3: FaultyProxy, tmp_path: Path, folder: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 3)
     settings = FetchSettings(folder, str(tmp_path / "cache"), 1000, 30)
     store = ShardStore(2, settings, known)
     assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0], [0, 2, 0]]
-    assert caplog.text.count("has no room for it beside what is in use, within --cache-limit 1000 bytes") == 1
+    assert caplog.text.count("has no space for it: the shards in use fill --cache-limit 1000 bytes") == 1
     assert names(str(tmp_path / "cache")) == [] and len(names(folder)) == 2
 
 
-def test_a_cache_that_cannot_be_made_is_told(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
+def test_a_cache_folder_that_cannot_be_created_is_an_error(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
     known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 1)
     (tmp_path / "file").write_text("")
     store = ShardStore(2, FetchSettings(folder, str(tmp_path / "file"), 10**6, 30), known)
-    with pytest.raises(StorageError, match=r"/file: shards cannot be kept there \(File exists\); choose another"):
+    with pytest.raises(StorageError, match=r"/file: cannot store shards there \(File exists\); choose another"):
         store.get(next(iter(known)), "npy")
 
 
 # --- broken shards that are tolerated --------------------------------------------------------------------------------
-def test_a_tolerated_broken_shard_is_fetched_a_few_times_and_not_for_each_of_its_sequences(
+def test_a_tolerated_broken_shard_is_not_downloaded_for_each_of_its_sequences(
     faulty_s3: FaultyProxy, tmp_path: Path, folder: str
 ) -> None:
     known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 3)
@@ -258,17 +260,17 @@ def test_a_tolerated_broken_shard_is_fetched_a_few_times_and_not_for_each_of_its
         "s",
         urls,
         (MEMBERS,) * 3,
-        num_bytes=tuple(one.num_bytes for one in known.values()),
-        sha256=tuple(one.sha256 for one in known.values()),
+        num_bytes=tuple(entry.num_bytes for entry in known.values()),
+        sha256=tuple(entry.sha256 for entry in known.values()),
     )
-    spec = StreamSpec((source,), SEQ_LEN, VOCAB_SIZE, ("npy",), tolerated_share=0.05, fetch=FetchSettings(folder))
+    spec = StreamSpec((source,), SEQ_LEN, VOCAB_SIZE, "npy", max_broken_fraction=0.05, fetch=FetchSettings(folder))
     reader = SampleReader(spec)
-    plan = Plan((source,), 0, Order(shuffle_shards=False, shuffle_samples=False))
+    order = DataOrder((source,), 0, OrderSettings(shuffle_shards=False, shuffle_samples=False))
     faulty_s3.requests.clear()
     filled = []
     for _batch in range(3 * MEMBERS // 5):
-        samples = plan.take(5)
-        reader.prefetch(samples, plan.upcoming())
+        samples = order.take(5)
+        reader.prefetch(samples, order.upcoming())
         filled += reader.read(samples)[1].tolist()
     assert filled == [True] * MEMBERS + [False] * MEMBERS + [True] * MEMBERS
     (notice,) = reader.notices
@@ -276,9 +278,9 @@ def test_a_tolerated_broken_shard_is_fetched_a_few_times_and_not_for_each_of_its
     assert faulty_s3.requests["GET"] == 2 + 3
 
 
-# --- all together ----------------------------------------------------------------------------------------------------
+# --- end to end ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_share_what_they_fetch_over_a_line_that_stalls(
+def test_workers_share_downloads_over_a_stalling_connection(
     faulty_s3: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
@@ -286,8 +288,8 @@ def test_workers_share_what_they_fetch_over_a_line_that_stalls(
     base = f"s3://{faulty_s3.bucket}/d"
     known = put(tmp_path, base, 6)
     entries = [
-        ManifestEntry(str(number), MEMBERS, {"num_bytes": one.num_bytes, "sha256": one.sha256})
-        for number, one in enumerate(known.values())
+        ManifestEntry(str(number), MEMBERS, {"num_bytes": entry.num_bytes, "sha256": entry.sha256})
+        for number, entry in enumerate(known.values())
     ]
     write_manifest(f"{base}/manifest.jsonl", entries)
     data = DataConfig(
@@ -304,6 +306,6 @@ def test_workers_share_what_they_fetch_over_a_line_that_stalls(
         seen += [tuple(row[1:3]) for batch, _ in loader.batches(12) for row in batch.inputs.tolist()]
         loader.close()
     assert seen[:120] == seen[120:] and len(set(seen)) == 120, "each sequence once in a run"
-    assert faulty_s3.injected == {"stall": 2}, "the second run asks for no shard"
+    assert faulty_s3.injected == {"stall": 2}, "the second run requests no shard"
     del loader
     assert os.listdir(tmp_path / "tmp") == [] and len(names(str(tmp_path / "cache"))) == 6

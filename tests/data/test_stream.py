@@ -1,4 +1,4 @@
-"""Shards to rows of ids, and everything that can be wrong with shards and manifests."""
+"""Reading token ids from shards, and every kind of broken shard and manifest."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from data_helpers import SEQ_LEN, VOCAB_SIZE, places, sequence, write_shard, wri
 from open_lm import storage
 from open_lm.config.sections import DataConfig
 from open_lm.data.fetch import FetchSettings
-from open_lm.data.order import Order, Plan, Source
+from open_lm.data.order import DataOrder, OrderSettings, Source
 from open_lm.data.shard_format import MEMBER_KINDS, ManifestEntry, write_manifest
 from open_lm.data.sources import find_sources, find_validation_source
 from open_lm.data.stream import SampleReader, StreamSpec, make_reader
 from open_lm.errors import ConfigError, DataError, StorageError
 
-NARROW = SEQ_LEN + 1
-STORED = Order(shuffle_shards=False, shuffle_samples=False)
+LENGTH = SEQ_LEN + 1
+STORED = OrderSettings(shuffle_shards=False, shuffle_samples=False)
 
 
 def reader_of(*sources: Source, key: str | None = None, folder: str | None = None, **options: object) -> SampleReader:
     settings = {"seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE, "fetch": FetchSettings(folder), **options}
-    return SampleReader(StreamSpec(sources, data_keys=(key,) * len(sources), **settings))  # type: ignore[arg-type]
+    return SampleReader(StreamSpec(sources, data_key=key, **settings))  # type: ignore[arg-type]
 
 
-def read(reader: SampleReader, count: int, order: Order = STORED) -> tuple[np.ndarray, np.ndarray]:
-    return reader.read(Plan(reader.spec.sources, 0, order, size_of=reader.size_of).take(count))
+def read(reader: SampleReader, count: int, order: OrderSettings = STORED) -> tuple[np.ndarray, np.ndarray]:
+    return reader.read(DataOrder(reader.spec.sources, 0, order, size_of=reader.size_of).take(count))
 
 
 def one_shard(path: Path, sequences: list[np.ndarray], kind: str = "npy", size: int | None = None) -> Source:
@@ -51,7 +51,7 @@ def test_rows_are_the_members_in_order(tmp_path: Path, kind: str) -> None:
 
 def test_negative_ids_count_from_the_end_and_old_end_of_text_strings_are_zero(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
-    source = one_shard(path, [np.array([-2, -VOCAB_SIZE, *range(NARROW - 2)])], "txt")
+    source = one_shard(path, [np.array([-2, -VOCAB_SIZE, *range(LENGTH - 2)])], "txt")
     assert read(reader_of(source), 1)[0][0, :3].tolist() == [VOCAB_SIZE - 2, 0, 0]
     data = path.read_bytes()
     text = b"[-2,-1000,0,1,2,3,4,5,6]"
@@ -65,14 +65,14 @@ def test_negative_ids_count_from_the_end_and_old_end_of_text_strings_are_zero(tm
 
 
 def with_checksum(data: bytes) -> bytes:
-    """The tar with its first header's checksum made right again."""
+    """Return the tar with the checksum of its first header corrected."""
     header = bytearray(data[:512])
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header) + data[512:]
 
 
-def test_long_sequences_are_cut_at_a_place_that_never_changes(tmp_path: Path) -> None:
+def test_long_sequences_are_cropped_at_a_fixed_position(tmp_path: Path) -> None:
     source = one_shard(tmp_path / "a.tar", [np.arange(50)] * 40)
     first = read(reader_of(source), 40)[0]
     assert np.array_equal(first, read(reader_of(source), 40)[0])
@@ -82,13 +82,13 @@ def test_long_sequences_are_cut_at_a_place_that_never_changes(tmp_path: Path) ->
 
 
 def test_short_sequences_become_filler(tmp_path: Path) -> None:
-    rows = [sequence(0, 0, m, length) for m, length in enumerate([NARROW, NARROW - 1, NARROW, 3])]
+    rows = [sequence(0, 0, m, length) for m, length in enumerate([LENGTH, LENGTH - 1, LENGTH, 3])]
     got, filled = read(reader_of(one_shard(tmp_path / "a.tar", rows)), 4)
     assert filled.tolist() == [True, False, True, False]
     assert not got[1].any()
 
 
-def test_only_short_sequences_are_an_error_wherever_the_first_is_met(tmp_path: Path) -> None:
+def test_only_short_sequences_are_an_error_wherever_the_first_one_is(tmp_path: Path) -> None:
     short = [write_shard(tmp_path / f"{n}.tar", [sequence(0, n, m, 4 + n) for m in range(3)]) for n in range(3)]
     with pytest.raises(DataError, match=r"the source.*too short: the longest has 6 ids.*seq_len 8 needs 9"):
         read(reader_of(Source("the source", tuple(short), (None,) * 3)), 1)
@@ -97,22 +97,22 @@ def test_only_short_sequences_are_an_error_wherever_the_first_is_met(tmp_path: P
     assert filled.tolist() == [False] * 9 + [True]
 
 
-def test_another_kind_is_used_and_said_once(tmp_path: Path) -> None:
+def test_another_kind_is_used_and_reported_once(tmp_path: Path) -> None:
     source = find_validation_source(write_source(tmp_path, [3, 2], kind="json.gz"))
     reader = reader_of(source, key="txt")
     assert read(reader, 5)[1].all()
     assert [notice.text for notice in reader.notices] == [
-        f"the data key is txt, but {source.name} holds json.gz: using that"
+        f"the data key is txt, but {source.name} holds json.gz; using json.gz"
     ]
 
 
-def test_ids_beyond_the_vocabulary_name_shard_member_id_and_vocabulary(tmp_path: Path) -> None:
+def test_the_error_for_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     for wrong in (VOCAB_SIZE, -VOCAB_SIZE - 1):
         ids = np.array([*range(8), wrong], dtype=np.int64)
         source = one_shard(tmp_path / "a.tar", [sequence(0, 0, 0), ids], "json")
-        for tolerated in (None, 1.0):  # a wrong model is no broken member
-            with pytest.raises(DataError, match=rf"a\.tar, member 000001\.json: holds the id {wrong},.*has 1000"):
-                read(reader_of(source, tolerated_share=tolerated), 2)
+        for fraction in (None, 1.0):  # a wrong model does not make a member broken
+            with pytest.raises(DataError, match=rf"a\.tar, member 000001\.json: found the id {wrong},.*has 1000"):
+                read(reader_of(source, max_broken_fraction=fraction), 2)
 
 
 # --- broken shards ---------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_manifest_that_disagrees_is_an_error_with_both_numbers(tmp_path: Path) -
     write_source(tmp_path, [4, 5])
     write_manifest(tmp_path / "manifest.jsonl", [ManifestEntry("00000", 4), ManifestEntry("00001", 6)])
     source = find_validation_source(str(tmp_path / "manifest.jsonl"))
-    with pytest.raises(DataError, match=r"00001\.tar: holds 5 sequences, its manifest says 6; make the manifest"):
+    with pytest.raises(DataError, match=r"00001\.tar: holds 5 sequences, but its manifest lists 6; recreate"):
         read(reader_of(source), 10)
 
 
@@ -143,7 +143,7 @@ def test_empty_and_foreign_files(tmp_path: Path) -> None:
         read(reader_of(Source("s", (str(tmp_path / "gone.tar"),), (1,))), 1)
 
 
-def test_broken_member_names_itself(tmp_path: Path) -> None:
+def test_the_error_for_a_broken_member_names_it(tmp_path: Path) -> None:
     source = one_shard(tmp_path / "a.tar", [sequence(0, 0, m) for m in range(3)], "txt")
     path = Path(source.shards[0])
     path.write_bytes(path.read_bytes().replace(b"[0,0,1,", b"[0,0,x,"))
@@ -151,31 +151,31 @@ def test_broken_member_names_itself(tmp_path: Path) -> None:
         read(reader_of(source), 3)
 
 
-def test_tolerated_breakage_becomes_filler_and_is_named(tmp_path: Path) -> None:
+def test_tolerated_broken_shards_become_filler_and_are_named(tmp_path: Path) -> None:
     source = find_validation_source(write_source(tmp_path, [20, 20, 20]))
     damage(source.shards[1], 0.5)
-    reader = reader_of(source, tolerated_share=0.09)
+    reader = reader_of(source, max_broken_fraction=0.09)
     _, filled = read(reader, 60)
     assert filled.tolist() == [True] * 20 + [False] * 20 + [True] * 20
     assert [notice.text.partition(": cut")[0] for notice in reader.notices] == [f"ignored: {source.shards[1]}"]
 
 
-def test_too_much_breakage_is_an_error(tmp_path: Path) -> None:
+def test_too_many_broken_sequences_are_an_error(tmp_path: Path) -> None:
     source = find_validation_source(write_source(tmp_path, [20, 120]))
     damage(source.shards[1], 0.5)
     with pytest.raises(DataError, match=r"91 of 111 sequences are broken.*--data-tolerate-error-p 0\.09"):
-        read(reader_of(source, tolerated_share=0.09), 140)
+        read(reader_of(source, max_broken_fraction=0.09), 140)
 
 
-def test_broken_shard_of_unknown_size_counts_as_much_as_another(tmp_path: Path) -> None:
+def test_a_broken_shard_of_unknown_size_counts_like_the_shard_before(tmp_path: Path) -> None:
     pattern = write_source(tmp_path, [60, 60, 60, 1], manifest=False)
     source = find_validation_source(pattern)
     damage(source.shards[1], 0.5)
-    reader = reader_of(source, tolerated_share=0.09)
+    reader = reader_of(source, max_broken_fraction=0.09)
     assert len(read(reader, 121)[0]) == 121
     damage(source.shards[2], 0.5)
     with pytest.raises(DataError, match="120 of 120 sequences are broken"):
-        read(reader_of(source, tolerated_share=0.09), 121)
+        read(reader_of(source, max_broken_fraction=0.09), 121)
 
 
 # --- remote shards ---------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def upload(folder: Path, target: str) -> None:
         storage.upload(str(path), f"{target}/{path.name}")
 
 
-def test_s3_shards_are_fetched_once_and_deleted_again(
+def test_s3_shards_are_downloaded_once_and_removed_again(
     tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_source(tmp_path / "local", [3] * 12)
@@ -197,11 +197,11 @@ def test_s3_shards_are_fetched_once_and_deleted_again(
     folder = tmp_path / "fetched"
     folder.mkdir()
     reader = reader_of(source, folder=str(folder))
-    plan = Plan([source], 0, Order(shuffle_shards=False), size_of=reader.size_of)
+    order = DataOrder([source], 0, OrderSettings(shuffle_shards=False), size_of=reader.size_of)
     taken = []
     for _batch in range(18):
-        samples = plan.take(2)
-        reader.prefetch(samples, plan.upcoming())
+        samples = order.take(2)
+        reader.prefetch(samples, order.upcoming())
         taken += places(reader.read(samples)[0])
     assert sorted(taken) == [(0, s, m) for s in range(12) for m in range(3)]
     assert sorted(fetched) == sorted(source.shards)
@@ -257,13 +257,14 @@ def test_http_shards(tmp_path: Path) -> None:
 
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *_args: object) -> None:
-        """Tests are quiet."""
+        """Log nothing."""
 
 
-def test_failing_pipe_command_names_itself(tmp_path: Path) -> None:
+def test_the_error_for_a_failing_pipe_command_names_it(tmp_path: Path) -> None:
     source = Source("s", (f"pipe:cat {tmp_path}/none.tar",), (None,))
     with pytest.raises(
-        DataError, match=r"pipe:cat .*none\.tar: exit status 1, in the last of 3 attempts; the command's own messages"
+        DataError,
+        match=r"pipe:cat .*none\.tar: exit status 1, in the last of 3 attempts; see the command's own mess",
     ):
         read(reader_of(source, folder=str(tmp_path)), 1)
     assert not list(tmp_path.glob("*.tar"))
@@ -279,7 +280,7 @@ def test_all_missing_shards_of_all_sources_are_reported_together(tmp_path: Path)
     assert "00001" not in str(caught.value)
 
 
-def test_manifest_that_names_missing_shards_lists_them(tmp_path: Path) -> None:
+def test_missing_shards_of_a_manifest_are_listed(tmp_path: Path) -> None:
     manifest = write_source(tmp_path, [1, 1])
     write_manifest(tmp_path / "manifest.jsonl", [ManifestEntry(f"{n:05d}", 1) for n in range(4)])
     with pytest.raises(DataError, match=r"00002\.tar[\s\S]*00003\.tar"):
@@ -287,7 +288,7 @@ def test_manifest_that_names_missing_shards_lists_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", ["pipe:touch x", "/etc/passwd", "s3://other/x"])
-def test_manifest_cannot_name_commands_or_other_places(tmp_path: Path, shard: str) -> None:
+def test_a_manifest_cannot_list_commands_or_other_folders(tmp_path: Path, shard: str) -> None:
     write_manifest(tmp_path / "manifest.jsonl", [ManifestEntry(shard, 1)])
     with pytest.raises(DataError, match="outside its folder"):
         find_sources(DataConfig(dataset_manifest=[str(tmp_path / "manifest.jsonl")]))
@@ -296,15 +297,15 @@ def test_manifest_cannot_name_commands_or_other_places(tmp_path: Path, shard: st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train_data_mix_weights": [1.0]}, "1 values for 2 sources"),
-        ({"train_data_mix_weights": [0.0, 0.0]}, "one of them above 0"),
+        ({"train_data_mix_weights": [1.0]}, "found 1 values for 2 sources"),
+        ({"train_data_mix_weights": [0.0, 0.0]}, "expected 0 or more, and at least one above 0"),
         ({"train_data_mix_weights": [1.0, float("nan")]}, "expected numbers"),
-        ({"train_data_upsampling_factors": "1::2::3"}, "3 factors for 2 sources"),
+        ({"train_data_upsampling_factors": "1::2::3"}, "found 3 factors for 2 sources"),
         ({"train_data_upsampling_factors": "1::x"}, "expected numbers"),
         ({"train_data_upsampling_factors": "1::0"}, "above 0"),
     ],
 )
-def test_shares_that_do_not_fit(tmp_path: Path, options: dict[str, object], message: str) -> None:
+def test_weights_and_factors_that_do_not_fit(tmp_path: Path, options: dict[str, object], message: str) -> None:
     patterns = [write_source(tmp_path / name, [1], manifest=False) for name in "ab"]
     with pytest.raises(ConfigError, match=message):
         find_sources(DataConfig(train_data=patterns, **options))  # type: ignore[arg-type]
@@ -325,12 +326,12 @@ def test_no_data_at_all() -> None:
 
 
 # --- synthetic data, workers -----------------------------------------------------------------------------------------
-def test_synthetic_rows_are_random_ids_that_never_change() -> None:
+def test_synthetic_sequences_are_random_ids_that_never_change() -> None:
     sources = find_sources(DataConfig(dataset_type="synthetic"))
-    spec = StreamSpec(sources, seq_len=300, vocab_size=7, data_keys=("txt",))
-    first, filled = make_reader(spec).read(Plan(sources, 0).take(20))
-    again, _ = make_reader(spec).read(Plan(sources, 0).take(20))
-    other, _ = make_reader(spec).read(Plan(sources, 1).take(20))
+    spec = StreamSpec(sources, seq_len=300, vocab_size=7, data_key="txt")
+    first, filled = make_reader(spec).read(DataOrder(sources, 0).take(20))
+    again, _ = make_reader(spec).read(DataOrder(sources, 0).take(20))
+    other, _ = make_reader(spec).read(DataOrder(sources, 1).take(20))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
     assert filled.all()
@@ -338,10 +339,10 @@ def test_synthetic_rows_are_random_ids_that_never_change() -> None:
     assert len(np.unique(first, axis=0)) == 20
 
 
-def test_a_fresh_reader_travels_to_a_worker(tmp_path: Path) -> None:
+def test_a_new_reader_can_be_sent_to_a_worker(tmp_path: Path) -> None:
     reader = reader_of(find_validation_source(write_source(tmp_path, [3])))
-    twin = pickle.loads(pickle.dumps(reader))
-    assert np.array_equal(read(twin, 3)[0], read(reader, 3)[0])
+    copy = pickle.loads(pickle.dumps(reader))
+    assert np.array_equal(read(copy, 3)[0], read(reader, 3)[0])
 
 
 def test_at_most_a_few_shards_stay_open(tmp_path: Path) -> None:

@@ -192,10 +192,10 @@ def test_changed_data_are_refused_with_a_list_of_changes(
     write_shard(tmp_path / "data/00003.tar", [sequence(0, 3, member) for member in range(12)])
     write_manifest(manifest, [ManifestEntry(f"{n:05d}", size) for n, size in enumerate([40, 40, 40, 12])])
     resumed = ["--name", "run", "--resume", "latest", "--lr-scheduler", "const"]
-    with pytest.raises(DataError, match=r"not that of the checkpoint(.|\n)*1 shard is new: 00003"):
+    with pytest.raises(DataError, match=r"differs from that of the checkpoint(.|\n)*1 shard is new: 00003"):
         train(flags, data, 4, *resumed, epochs=2)
     train(flags, data, 4, *resumed, "--allow-changed-data", epochs=2)
-    assert "starts at its beginning" in caplog.text
+    assert "starts from the beginning" in caplog.text
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
 
 

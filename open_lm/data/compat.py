@@ -1,9 +1,9 @@
-"""Loaders for programs written against OpenLM's original functions, which take a flat `args` object.
+"""The original OpenLM's data functions, for programs that call them with a flat `args` object.
 
-`args` is any object with the flags' attributes. What the trainer adds to it is taken where it is there and worked out
-otherwise: seq_len and vocab_size (else from --model), rank and world_size (else 0 and 1), per_gpu_batch_size and
-per_gpu_val_batch_size (else from batch_size or the global ones). As in the original, `train_num_samples` counts
-SEQUENCES here: its trainer had divided the flag's tokens by seq_len before it called these functions.
+`args` is any object with the flags' attributes. Attributes that the trainer adds are optional: seq_len and vocab_size
+(else from --model), rank and world_size (else 0 and 1), per_gpu_batch_size and per_gpu_val_batch_size (else from
+batch_size or the global batch sizes). As in the original, `train_num_samples` counts SEQUENCES here: the original's
+trainer divided the flag's tokens by seq_len before it called these functions.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from typing import Any
 from torch import Tensor
 
 from open_lm.config.sections import DataConfig, ValidationConfig
-from open_lm.data.loader import Batch, TrainLoader, ValLoader, build_train_loader, build_val_loaders
+from open_lm.data.batch import Batch
+from open_lm.data.loader import TrainLoader, build_train_loader
+from open_lm.data.validation_loader import ValLoader, build_val_loaders
 from open_lm.errors import ConfigError
 
 
 @dataclass
 class DataInfo:
-    """A data set as the original handed it out.
+    """A data set in the form that the original returned.
 
-    `dataloader` yields 1-tuples (ids (B, seq_len + 1) int64,), unmasked, without filler rows; its num_batches and
-    num_samples count the whole epoch, over all ranks. `loader` yields this package's own batches, masked.
+    `dataloader` yields 1-tuples (ids (B, seq_len + 1) int64,), unmasked and without filler; its num_batches and
+    num_samples count the full epoch, over all ranks. `loader` yields this package's batches, with masked targets.
     """
 
     dataloader: TokenBatches
@@ -33,7 +35,7 @@ class DataInfo:
     shared_epoch: None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of an epoch of the training data."""
+        """Move to the start of an epoch of the training data."""
         self.dataloader.epoch = epoch
 
     def __getitem__(self, name: str) -> DataInfo:
@@ -44,7 +46,7 @@ class DataInfo:
 
 
 class TokenBatches:
-    """Iterable of (ids (B, seq_len + 1) int64,); every iteration reads the same epoch again."""
+    """An iterable of (ids (B, seq_len + 1) int64,); every iteration reads the same epoch again."""
 
     def __init__(self, num_batches: int, num_samples: int, epoch: int = 0) -> None:
         self.num_batches, self.num_samples, self.epoch = num_batches, num_samples, epoch
@@ -83,9 +85,9 @@ class _ValTokens(TokenBatches):
 def get_data(
     args: Any, epoch: int = 0, tokenizer: object = None, skip_train: bool = False, floor: bool = True
 ) -> dict[str, Any]:
-    """{"train": DataInfo or None, "val_list": [DataInfo, …]}, each where `args` asks for it. `tokenizer` is not used.
+    """Return {"train": DataInfo or None, "val_list": [DataInfo, …]} with the entries that `args` requests.
 
-    ConfigError, DataError or StorageError for flags and shards that cannot be used.
+    `tokenizer` is not used. ConfigError, DataError or StorageError for unusable flags or shards.
     """
     data: dict[str, Any] = {}
     flags = DataConfig.from_object(args)
@@ -107,14 +109,14 @@ def get_wds_dataset(  # noqa: PLR0917 (existing callers pass these by position)
     data_key: str | None = None,
     force_num_samples: Sequence[int] | None = None,
 ) -> DataInfo:
-    """The training data of one epoch, or (is_train=False) the one validation set of `args.val_data`.
+    """Return the training data of one epoch, or (is_train=False) the one validation set of `args.val_data`.
 
-    An epoch has args.train_num_samples sequences (or the sum of `force_num_samples`, one for each source, which then
-    are the weights too), in whole global batches: rounded down with `floor`, else up. Errors as get_data.
+    An epoch has args.train_num_samples sequences, or the sum of `force_num_samples` (one number for each source, also
+    used as the weights), rounded to full global batches: down with `floor`, else up. Errors as in get_data.
     """
     if not is_train:
         if len(getattr(args, "val_data", None) or []) != 1:
-            raise ConfigError("get_wds_dataset reads one validation set: give one --val-data, or use get_data")
+            raise ConfigError("get_wds_dataset reads one validation set; use one --val-data, or get_data")
         return _val_info(_val_loaders(args, data_key)[0])
     flags = replace(DataConfig.from_object(args), train_num_samples=None)
     if data_key is not None:
@@ -140,7 +142,7 @@ def _epoch_sequences(args: Any, loader: TrainLoader, forced: Sequence[int] | Non
         return int(args.train_num_samples)
     known = [source.num_sequences for source in loader.sources]
     if None in known:
-        raise ConfigError("the size of the training data is not known: give --train-num-samples, or make a manifest")
+        raise ConfigError("the size of the training data is not known; use --train-num-samples, or create a manifest")
     return sum(number for number in known if number is not None)
 
 
@@ -173,13 +175,13 @@ def _options(args: Any, world_size: int) -> dict[str, Any]:
 
 
 def _batch_size(args: Any, world_size: int) -> int:
-    """Sequences of a rank: the first of what `args` says about it."""
+    """Return the sequences per rank from the first attribute of `args` that is set."""
     for name in ("per_gpu_batch_size", "batch_size"):
         if getattr(args, name, None):
             return int(getattr(args, name))
     total = int(getattr(args, "global_batch_size", None) or DataConfig.global_batch_size)
     if total % world_size:
-        raise ConfigError(f"--global-batch-size {total} does not divide into {world_size} ranks")
+        raise ConfigError(f"--global-batch-size: found {total}, not divisible by the world size {world_size}")
     return total // world_size
 
 
@@ -190,5 +192,5 @@ def _val_batch_size(args: Any, world_size: int) -> int:
     if not total:
         return _batch_size(args, world_size)
     if int(total) % world_size:
-        raise ConfigError(f"--global-val-batch-size {total} does not divide into {world_size} ranks")
+        raise ConfigError(f"--global-val-batch-size: found {total}, not divisible by the world size {world_size}")
     return int(total) // world_size

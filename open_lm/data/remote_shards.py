@@ -1,0 +1,84 @@
+"""Open remote shards as local files: from --cache-dir if it has space, else from the run's temporary folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from typing import IO
+
+from open_lm.data.cache import Cache, Fill
+from open_lm.data.fetch import FetchSettings, fetch, look_up
+from open_lm.data.verify import Expected, record_verified, verify
+from open_lm.errors import StorageError
+
+_MAX_DAMAGED_COPIES = 3
+logger = logging.getLogger(__name__)
+
+
+class RemoteShards:
+    """Downloads remote shards, and the output of commands, into a cache and opens them there."""
+
+    def __init__(self, settings: FetchSettings) -> None:
+        self._settings = settings
+        stall_s = 10 * settings.read_timeout_s + 60  # longer than any download runs without receiving a byte
+        self._cache = Cache(settings.cache_dir, settings.cache_limit_bytes, stall_s) if settings.cache_dir else None
+        self._temporary = Cache(settings.folder, None, stall_s) if settings.folder else None
+        self._has_warned = self._has_temporary = False
+
+    def open(self, url: str, expected: Expected) -> IO[bytes]:
+        """Return the complete, verified file, which is not removed while it is open or mapped."""
+        if self._temporary is None:
+            raise ValueError("remote shards need a folder to be downloaded to")
+        origin = look_up(url, expected, self._settings.read_timeout_s)
+        fill = partial(fetch, origin, expected, self._settings.read_timeout_s)
+        # The last place is private to this process, in case another one hangs while it downloads the shard.
+        places = [(self._temporary, origin.identity), (self._temporary, f"{origin.identity}\n{os.getpid()}")]
+        if self._cache is not None:
+            places.insert(0, (self._cache, origin.identity))
+        for cache, identity in places:
+            file = self._open_in(cache, identity, origin.num_bytes, fill, url)
+            if file is not None:
+                return file
+            if cache is self._cache:
+                self._warn_cache_full(url)
+        raise StorageError(f"{url}: another process downloads it but makes no progress; look for a stopped process")
+
+    def trim(self) -> None:
+        """Remove temporary files that are no longer read."""
+        if self._temporary and self._has_temporary:
+            self._temporary.trim()
+
+    def _open_in(self, cache: Cache, identity: str, num_bytes: int, fill: Fill, url: str) -> IO[bytes] | None:
+        """Open the file in a cache, and download it again if the copy is damaged. None if the cache has no space."""
+        self._has_temporary |= cache is self._temporary
+        for _ in range(_MAX_DAMAGED_COPIES):
+            try:
+                entry = cache.get(identity, num_bytes, fill)
+                if entry is None:
+                    return None
+                if entry.is_new:
+                    record_verified(entry.file, entry.sha256, self._settings.folder)
+                    return entry.file
+                problem = verify(entry.file, Expected(None, entry.sha256), self._settings.folder)
+                if not problem:
+                    return entry.file
+                logger.warning(f"{url}: its copy in {cache.folder} {problem}; downloading it again")
+                cache.discard(entry)
+            except StorageError:
+                raise
+            except OSError as error:
+                message = f"{cache.folder}: cannot store shards there ({error.strerror or error})"
+                raise StorageError(f"{message}; choose another folder (--cache-dir, or TMPDIR)") from error
+        raise StorageError(
+            f"{url}: {_MAX_DAMAGED_COPIES} copies in {cache.folder} in a row were damaged; check that disk"
+        )
+
+    def _warn_cache_full(self, url: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"{url}: --cache-dir {self._settings.cache_dir} has no space for it: the shards in use fill "
+                f"--cache-limit {self._settings.cache_limit_bytes} bytes. Such shards are stored in a temporary folder "
+                "while they are read, and downloaded again the next time"
+            )

@@ -1,0 +1,80 @@
+"""Worker processes of a torch DataLoader: signals, and the death of a worker or of the main process."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch.utils.data import DataLoader
+
+from open_lm.errors import DataError
+
+_PARENT_POLL_S = 2
+T = TypeVar("T")
+
+
+def iterate_workers(loader: DataLoader[T]) -> Iterator[T]:
+    """Yield the loader's results. DataError for a worker that died, when its result is awaited.
+
+    torch would raise from a signal handler, at any point of the main process. Its loader also checks its workers every
+    few seconds, which is soon enough.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    with _blocked_signals():
+        iterator = iter(loader)
+    if in_main_thread and loader.num_workers:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    death = ""
+    while not death:
+        try:
+            yield next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            death = str(error)
+    del iterator  # ends the other workers; an error raised from its frames would keep it alive
+    raise DataError(
+        f"{death}: a data-loading process was killed from outside; if memory ran out (the kernel log names the "
+        "processes it kills for that), use fewer --workers or smaller shards"
+    )
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Start processes that ignore interrupts and the signals that ask a run to save and stop.
+
+    A scheduler may send those signals to every process of the job, but only the main process handles them. Its own
+    signals are delivered when the block ends.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def exit_with_parent(_worker: int) -> None:
+    """End this worker on a SIGTERM from the main process, or when the main process dies.
+
+    The worker's signals are blocked, and without a main process it would wait forever to send its next batch.
+    """
+    main = multiprocessing.parent_process()
+    assert main is not None
+    parent = main.pid
+
+    def wait_for_parent() -> None:
+        while os.getppid() == parent:
+            received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_POLL_S)
+            if received is not None and received.si_pid == parent:
+                break
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
