@@ -1,4 +1,4 @@
-"""The dry run: predictions from a part of the inputs against the whole, and what cannot be read."""
+"""Dry run: predictions from a sample compared with the full inputs, and inputs that cannot be read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".zst": zstandard.compress,
     ".xz": lzma.compress,
-    ".bz2": lambda data: bz2.compress(data, 1),  # in its smallest blocks
+    ".bz2": lambda data: bz2.compress(data, 1),  # smallest block size
 }
 
 
@@ -63,7 +63,7 @@ def without_times(estimate_: Estimate) -> Estimate:
     return replace(estimate_, encode_bytes_per_s=0.0, tokenize_s=0.0, write_s=0.0, memory_bytes=0)
 
 
-def test_small_inputs_are_read_whole_and_exact(tmp_path: Path, encoder: DocumentEncoder) -> None:
+def test_small_inputs_are_read_completely_and_counted_exactly(tmp_path: Path, encoder: DocumentEncoder) -> None:
     texts = [documents(40, seed) for seed in range(3)]
     names = ("wiki.jsonl", "web.jsonl.gz", "other-web.jsonl.zst")
     paths = [write_jsonl(tmp_path / name, part) for name, part in zip(names, texts, strict=True)]
@@ -81,7 +81,7 @@ def test_small_inputs_are_read_whole_and_exact(tmp_path: Path, encoder: Document
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_a_part_tells_the_whole(
+def test_prediction_from_a_sample(
     suffix: str, tmp_path: Path, encoder: DocumentEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("open_lm.datapreprocess.probe._PIECE_BYTES", 32 << 10)
@@ -93,7 +93,7 @@ def test_a_part_tells_the_whole(
     assert found.total.tokens == pytest.approx(truth, rel=0.05)
     assert found.total.documents == pytest.approx(12000, rel=0.05)
     assert found.total.tokens_error is not None and found.total.tokens_error < 0.2
-    assert (found.total.documents_error is None) == bool(suffix)  # beginnings say little about the number of documents
+    assert (found.total.documents_error is None) == bool(suffix)  # beginnings do not predict the number of documents
     assert ("±?" in describe(found)) == bool(suffix)
     assert found.total.sampled_bytes < 0.5 * job.num_bytes
 
@@ -102,7 +102,7 @@ def test_a_part_tells_the_whole(
 def test_other_formats(
     suffix: str, rel: float, tmp_path: Path, encoder: DocumentEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Row groups from anywhere in a table, separated texts, members of a tar (which is read a MB ahead)."""
+    """Row groups from anywhere in a table, separated texts, and members of a tar file, which is read a MB ahead."""
     monkeypatch.setattr("open_lm.datapreprocess.probe._PIECE_BYTES", 32 << 10)
     texts = [text or "empty" for text in documents(6000, words=200)]
     path = tmp_path / f"a{suffix}"
@@ -126,7 +126,7 @@ def test_other_formats(
     assert (found.total.documents_error is None) == (suffix != ".parquet")
 
 
-def test_the_choice_hangs_on_the_seed_alone(tmp_path: Path, encoder: DocumentEncoder) -> None:
+def test_sample_depends_only_on_the_seed(tmp_path: Path, encoder: DocumentEncoder) -> None:
     job = job_for([write_many(tmp_path / "a.jsonl", documents(9000))], tmp_path)
     first, again = (without_times(estimate(job, encoder, sample_bytes=600_000)) for _ in range(2))
     assert first == again
@@ -135,19 +135,19 @@ def test_the_choice_hangs_on_the_seed_alone(tmp_path: Path, encoder: DocumentEnc
     assert other.total.probes == first.total.probes == 2
 
 
-def test_every_source_is_probed(tmp_path: Path, encoder: DocumentEncoder) -> None:
-    """Sources of very different sizes; the spread of those with two pieces serves for the one with a single piece."""
+def test_every_source_is_sampled(tmp_path: Path, encoder: DocumentEncoder) -> None:
+    """Sources of very different sizes: the one with two probes also determines the error of the other."""
     paths = [write_many(tmp_path / "big.jsonl", documents(9000)), write_many(tmp_path / "mid.jsonl", documents(3000))]
     sampling = Sampling({"big": ["big"], "mid": ["mid"]})
     found = estimate(job_for(paths, tmp_path, sampling=sampling), encoder, sample_bytes=800_000)
     assert [part.probes for part in found.sources] == [2, 1]
     assert all(part.tokens_error for part in found.sources)
-    alone = estimate(job_for(paths[1:], tmp_path), encoder, sample_bytes=1)
-    assert alone.total.probes == 1 and alone.total.tokens_error is None
+    single = estimate(job_for(paths[1:], tmp_path), encoder, sample_bytes=1)
+    assert single.total.probes == 1 and single.total.tokens_error is None
 
 
-def test_a_document_longer_than_a_probe(tmp_path: Path, encoder: DocumentEncoder) -> None:
-    """Lines must end in what is read, so it is read on."""
+def test_document_longer_than_a_probe(tmp_path: Path, encoder: DocumentEncoder) -> None:
+    """The sample must contain the end of a line, so reading continues until one is found."""
     long = " ".join(str(number * 7919) for number in range(200_000))
     path = write_many(tmp_path / "a.jsonl.gz", [long, *documents(2000)])
     found = estimate(job_for([path], tmp_path), encoder, sample_bytes=1)
@@ -155,7 +155,7 @@ def test_a_document_longer_than_a_probe(tmp_path: Path, encoder: DocumentEncoder
     assert found.total.tokens > count_tokens(encoder, [long]) / 2
 
 
-def test_bad_documents_and_broken_files_are_told(tmp_path: Path, encoder: DocumentEncoder) -> None:
+def test_bad_documents_and_broken_files_are_reported(tmp_path: Path, encoder: DocumentEncoder) -> None:
     good = write_jsonl(tmp_path / "good.jsonl", documents(50))
     with open(good, "a") as file:
         file.write("no JSON\n" * 3)
@@ -164,28 +164,28 @@ def test_bad_documents_and_broken_files_are_told(tmp_path: Path, encoder: Docume
     found = estimate(job_for([cut, good], tmp_path), encoder)
     assert found.bad_documents == 3
     assert len(found.problems) == 1 and "cut.jsonl.gz" in found.problems[0]
-    told = describe(found)
-    assert "bad documents in what was sampled: 3" in told and "problem: " in told
+    text = describe(found)
+    assert "bad documents in the sample: 3" in text and "problem: " in text
 
 
-def test_nothing_found_is_an_error(tmp_path: Path, encoder: DocumentEncoder) -> None:
+def test_sample_without_documents_is_an_error(tmp_path: Path, encoder: DocumentEncoder) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", documents(5), key="content")
     with pytest.raises(DataError, match="content_key"):
         estimate(job_for([path], tmp_path), encoder)
 
 
-def test_shards_of_each_source_in_folders_of_their_own(tmp_path: Path, encoder: DocumentEncoder) -> None:
+def test_number_of_shards_with_one_data_set_per_source(tmp_path: Path, encoder: DocumentEncoder) -> None:
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", documents(100)) for name in ("a", "b")]
     sampling = Sampling({"A": ["a.jsonl"], "B": ["b.jsonl"]})
     together = job_for(paths, tmp_path, sampling=sampling)
     layout = replace(together.layout, shard_sequences=50)
     found = estimate(replace(together, layout=layout), encoder)
     assert found.shards == -(-found.sequences // 50)
-    apart = estimate(replace(together, layout=replace(layout, per_source=True)), encoder)
-    assert apart.shards == sum(-(-(int(part.tokens) // 64) // 50) for part in apart.sources)
+    per_source = estimate(replace(together, layout=replace(layout, per_source=True)), encoder)
+    assert per_source.shards == sum(-(-(int(part.tokens) // 64) // 50) for part in per_source.sources)
 
 
-def test_the_table(tmp_path: Path, encoder: DocumentEncoder) -> None:
+def test_table(tmp_path: Path, encoder: DocumentEncoder) -> None:
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", documents(100)) for name in ("a", "b")]
     sampling = Sampling({"A": ["a.jsonl"], "B": ["b.jsonl"]}, {"B": 0.5})
     rows = describe(estimate(job_for(paths, tmp_path, sampling=sampling), encoder)).splitlines()
@@ -209,8 +209,8 @@ def test_requests_to_remote_storage(tmp_path: Path, encoder: DocumentEncoder, s3
     assert storage.list_files(f"s3://{s3_bucket}", recursive=True) == [url]
 
 
-def test_the_shared_corpus(shared_dir: Path, tmp_path: Path) -> None:
-    """A quarter of it tells tokens and sequences of all; documents are many and short where its files begin."""
+def test_shared_corpus(shared_dir: Path, tmp_path: Path) -> None:
+    """A quarter of the corpus predicts its tokens and sequences; its files begin with many short documents."""
     encoder = DocumentEncoder(load_tokenizer(str(shared_dir / "data/tokenizers/gpt-neox-20b.json")))
     paths = sorted((shared_dir / "data/raw").glob("*.jsonl.zst"))
     found = estimate(replace(job_for(paths, tmp_path), seq_len=2048), encoder)

@@ -1,4 +1,4 @@
-"""What a fast tokenizer that differs from the reference leads to: nothing of it is in the output."""
+"""A fast tokenizer that differs from the reference: the output contains no ids from it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MARK = "QUAGGA"
 
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fast tokenizer that gives other ids for texts with MARK in them."""
+    """Make the fast tokenizer give wrong ids for texts that contain MARK."""
     original = FastTokenizer.encode_batch
 
     def encode_batch(self: FastTokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -49,14 +49,14 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def marked(tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, bytes]]:
-    """Five files, the third of which begins with MARK, and the output of the reference tokenizer for them."""
+    """Return a folder of five files, the third of which starts with MARK, and the reference tokenizer's output."""
     texts = [documents(120, seed=number) for number in range(5)]
     texts[2][0] = f"the {MARK} of brown stone"
     for number, part in enumerate(texts):
         write_jsonl(tmp_path / "raw" / f"{number}.jsonl", part)
 
     def none(_: object) -> None:
-        raise NoFastTokenizer("the test wants the reference")
+        raise NoFastTokenizer("the test uses the reference")
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenization, "fast_tokenizer", none)
@@ -66,7 +66,7 @@ def marked(tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("small_units")
-def test_a_right_fast_tokenizer_gives_what_the_reference_gives(
+def test_correct_fast_tokenizer_gives_the_output_of_the_reference(
     marked: tuple[Path, dict[str, bytes]], tmp_path: Path, small_tokenizer: str
 ) -> None:
     place = make(marked[0], tmp_path / "out", small_tokenizer)
@@ -78,7 +78,7 @@ def test_a_right_fast_tokenizer_gives_what_the_reference_gives(
 
 
 @pytest.mark.usefixtures("small_units", "wrong")
-def test_one_difference_and_all_is_encoded_by_the_reference(
+def test_one_difference_encodes_everything_with_the_reference(
     marked: tuple[Path, dict[str, bytes]], tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -91,24 +91,25 @@ def test_one_difference_and_all_is_encoded_by_the_reference(
 
 @pytest.mark.usefixtures("small_units", "wrong")
 @pytest.mark.parametrize("units_done", [0, 3])
-def test_a_run_that_fell_back_and_was_killed_goes_on_with_the_reference(  # noqa: PLR0917 - fixtures
+def test_killed_run_resumes_with_the_reference_after_a_fallback(  # noqa: PLR0917 - fixtures
     marked: tuple[Path, dict[str, bytes]], tmp_path: Path, small_tokenizer: str, units_done: int,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    original, turn, counts = engine.run_unit, threading.Condition(), Counter[str]()
+    original, condition, counts = engine.run_unit, threading.Condition(), Counter[str]()
 
     def killed(task: units.UnitTask, encoder: tokenization.DocumentEncoder) -> units.UnitReport:
         if encoder.name != "tokenizers":
             return original(task, encoder)
-        with turn:
-            counts["begun"] += 1
-            if counts["begun"] > units_done:
-                turn.wait_for(lambda: counts["done"] == units_done)  # another thread may be at the last of them
+        with condition:
+            counts["started"] += 1
+            if counts["started"] > units_done:
+                # Another thread may still run the last of them.
+                condition.wait_for(lambda: counts["done"] == units_done)
                 raise OSError("killed")
         report = original(task, encoder)
-        with turn:
+        with condition:
             counts["done"] += 1
-            turn.notify_all()
+            condition.notify_all()
         return report
 
     with monkeypatch.context() as patch:
@@ -124,7 +125,7 @@ def test_a_run_that_fell_back_and_was_killed_goes_on_with_the_reference(  # noqa
 
 
 @pytest.mark.usefixtures("small_units", "wrong")
-def test_a_self_check_that_fails(
+def test_failed_self_check(
     marked: tuple[Path, dict[str, bytes]], tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -138,7 +139,7 @@ def verify(folder: Path, out: Path, tokenizer: str, count: str = "200") -> None:
     make(folder, out, tokenizer, "--verify-tokenizer", count)
 
 
-def test_verifying_the_tokenizer(
+def test_verify_the_tokenizer(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = tree(tmp_path)
@@ -153,7 +154,7 @@ def test_verifying_the_tokenizer(
 
 
 @pytest.mark.usefixtures("wrong")
-def test_verifying_a_wrong_tokenizer(
+def test_verify_a_wrong_tokenizer(
     tmp_path: Path, small_tokenizer: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from open_lm.errors import run_cli
@@ -170,5 +171,5 @@ def test_verifying_a_wrong_tokenizer(
         raise NoFastTokenizer("there is none")
 
     monkeypatch.setattr(tokenization, "fast_tokenizer", none)
-    with pytest.raises(ConfigError, match="tokenizers itself encodes the documents: there is none"):
+    with pytest.raises(ConfigError, match="there is no fast tokenizer to verify: there is none"):
         make_2048.main([*arguments, "--verify-tokenizer", "200"])

@@ -1,4 +1,4 @@
-"""The options of the preprocessing commands, in this process: what each changes, and what is told of misuse."""
+"""Options of the preprocessing commands: their effects, and the messages for misuse; in one process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EOT_ID, LENGTH = 3, 33
 
 
 def ids_of(tokenizer: str, texts: Iterable[str], bos: Sequence[int] = ()) -> list[list[int]]:
-    """The ids of each document, by `tokenizers` itself."""
+    """Encode each document with `tokenizers`."""
     from tokenizers import Tokenizer
 
     fast = Tokenizer.from_file(tokenizer)
@@ -47,7 +47,7 @@ def ids_of(tokenizer: str, texts: Iterable[str], bos: Sequence[int] = ()) -> lis
 
 
 def stream(place: Path) -> list[int]:
-    """The ids of all members in their order, without pads."""
+    """Return the ids of all members in order, without padding."""
     return [value for _, _, ids in read_shards(place) for value in ids if value != -1]
 
 
@@ -59,12 +59,12 @@ def flat(lists: Iterable[list[int]]) -> list[int]:
 
 
 def with_bos(tokenizer: str, path: Path) -> str:
-    """The tokenizer with <s> in place of <a>, which begins documents."""
+    """Write the tokenizer with <s> instead of <a>, as begin-of-text token."""
     path.write_text(Path(tokenizer).read_text().replace('"<a>"', '"<s>"'))
     return str(path)
 
 
-def test_every_document_begins_with_bos(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+def test_add_bos(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
     folder, texts = raw
     tokenizer = with_bos(small_tokenizer, tmp_path / "bos.json")
     place = make(folder, tmp_path / "out", tokenizer, "--add-bos", "--no-shuffle") / "0"
@@ -72,11 +72,11 @@ def test_every_document_begins_with_bos(raw: tuple[Path, list[str]], tmp_path: P
     assert record_of(place)["settings"]["bos_id"] == 1
     plain = make(folder, tmp_path / "plain", tokenizer, "--no-shuffle") / "0"
     assert stream(plain) == flat(ids_of(tokenizer, texts)) and record_of(plain)["settings"]["bos_id"] is None
-    with pytest.raises(ConfigError, match="no token begins a document"):
+    with pytest.raises(ConfigError, match="there is no begin-of-text token"):
         make(folder, tmp_path / "no", small_tokenizer, "--add-bos")
 
 
-def test_another_token_ends_documents(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+def test_eot_token(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
     folder, texts = raw
     place = make(folder, tmp_path / "out", small_tokenizer, "--eot-token", "<b>") / "0"
     assert tokens_of(read_shards(place)) == expected_tokens(texts, small_tokenizer, 2)
@@ -86,7 +86,7 @@ def test_another_token_ends_documents(raw: tuple[Path, list[str]], tmp_path: Pat
 
 
 def parts_of(sequence: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The documents, or parts of them, in a sequence."""
+    """Yield the documents, or parts of documents, of a sequence."""
     ids = [value for value in sequence if value != -1]
     ends = [number + 1 for number, value in enumerate(ids) if value == EOT_ID]
     for start, end in zip([0, *ends], [*ends, len(ids)], strict=True):
@@ -96,7 +96,7 @@ def parts_of(sequence: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("order", ["shuffled", "kept"])
-def test_no_document_goes_from_one_sequence_on_into_the_next(
+def test_split_documents_never_continues_a_document(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, order: str
 ) -> None:
     folder, texts = raw
@@ -120,29 +120,30 @@ def test_no_document_goes_from_one_sequence_on_into_the_next(
         assert entry.extra["num_tokens"] == sum(LENGTH - ids.count(-1) for ids in shard)
 
 
-def test_the_trainer_masks_the_pads(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+def test_trainer_masks_padding(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
     import torch
-    from test_get_data import caller
 
+    from open_lm.config.command_line import parse_args
     from open_lm.data import get_data
     from open_lm.data.masking import IGNORE_INDEX
 
     place = make(raw[0], tmp_path / "out", small_tokenizer, "--split-documents", "--no-shuffle") / "0"
-    args = caller(dataset_manifest=[str(place / "manifest.jsonl")], seq_len=32, vocab_size=400)
-    args.train_num_samples = record_of(place)["counts"]["sequences"]
-    batches = list(get_data(args)["train"].loader.batches(args.train_num_samples // 5))
+    count = record_of(place)["counts"]["sequences"]
+    args = parse_args(["--dataset-manifest", str(place / "manifest.jsonl"), "--train-num-samples", str(count)])
+    args.seq_len, args.vocab_size, args.per_gpu_batch_size, args.rank, args.world_size = 32, 400, 5, 0, 1
+    batches = list(get_data(args)["train"].loader.batches(count // 5))
     inputs_ = torch.cat([batch.inputs for batch, _ in batches])
     targets = torch.cat([batch.targets for batch, _ in batches])
     known = {tuple(ids[:-1]) for _, _, ids in read_shards(place)}
     masked = targets == IGNORE_INDEX
     assert 0 < masked.float().mean() < 0.5 and inputs_.min() >= 0
     assert torch.equal(targets[:, :-1][~masked[:, :-1]], inputs_[:, 1:][~masked[:, :-1]])
-    for row, left_out in zip(inputs_.tolist(), masked.tolist(), strict=True):
-        count = len(row) - left_out.count(True)
-        assert any(tuple(row[:count]) == ids[:count] for ids in known)
+    for row, is_masked in zip(inputs_.tolist(), masked.tolist(), strict=True):
+        length = len(row) - is_masked.count(True)
+        assert any(tuple(row[:length]) == ids[:length] for ids in known)
 
 
-def test_a_tail_is_dropped_or_padded(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+def test_tail_is_dropped_or_padded(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
     folder, texts = raw
     total = sum(expected_tokens(texts, small_tokenizer, EOT_ID).values())
     for more in ([], ["--no-shuffle"]):
@@ -160,7 +161,7 @@ def test_a_tail_is_dropped_or_padded(raw: tuple[Path, list[str]], tmp_path: Path
 
 
 @pytest.mark.usefixtures("small_units")
-def test_the_order_is_kept_over_units_files_and_sources(tmp_path: Path, small_tokenizer: str) -> None:
+def test_no_shuffle_keeps_the_order_of_units_files_and_sources(tmp_path: Path, small_tokenizer: str) -> None:
     texts = []
     for number, count in enumerate((90, 1, 0, 300, 2, 40)):
         texts += documents(count, seed=number)
@@ -179,7 +180,7 @@ def test_the_order_is_kept_over_units_files_and_sources(tmp_path: Path, small_to
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
-def test_the_share_of_bad_documents(tmp_path: Path, small_tokenizer: str) -> None:
+def test_max_bad_fraction(tmp_path: Path, small_tokenizer: str) -> None:
     path = write_bad_jsonl(tmp_path, 99, 1)
     for number, fraction in enumerate(("0", "0.001", "0.0099")):
         with pytest.raises(DataError, match=f"1 of 100 documents.*allows {float(fraction):g}"):
@@ -199,7 +200,7 @@ def test_the_share_of_bad_documents(tmp_path: Path, small_tokenizer: str) -> Non
 
 
 @pytest.mark.usefixtures("small_units")
-def test_rejects_stand_in_the_order_of_the_input(tmp_path: Path, small_tokenizer: str) -> None:
+def test_rejects_are_in_input_order(tmp_path: Path, small_tokenizer: str) -> None:
     folder = tmp_path / "raw"
     for number in range(4):
         lines = [json.dumps({"text": text}) for text in documents(200, seed=number)]
@@ -215,7 +216,7 @@ def test_rejects_stand_in_the_order_of_the_input(tmp_path: Path, small_tokenizer
         assert record_of(place / "0")["bad_documents_first"][1].endswith("0.jsonl line 121")
 
 
-def test_rejects_of_a_failed_start_do_not_outlive_what_was_wrong(tmp_path: Path, small_tokenizer: str) -> None:
+def test_rejects_of_a_failed_run_are_removed_when_the_input_is_fixed(tmp_path: Path, small_tokenizer: str) -> None:
     path = write_bad_jsonl(tmp_path / "raw", 30, 2)
     with pytest.raises(DataError, match=r"2 of 32 documents.*are listed in .*rejects\.jsonl"):
         make(path, tmp_path / "out", small_tokenizer)
@@ -229,9 +230,7 @@ def test_rejects_of_a_failed_start_do_not_outlive_what_was_wrong(tmp_path: Path,
 
 
 @pytest.mark.parametrize("module", [make_2048, tokenize_shuffle])
-def test_help_shows_every_option_and_each_is_spelled_in_two_ways(
-    module: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_shows_every_option_and_both_spellings_parse(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
     parser = module.make_parser()
     with pytest.raises(SystemExit) as ended:
         module.main(["--help"])
@@ -250,15 +249,15 @@ def test_help_shows_every_option_and_each_is_spelled_in_two_ways(
 
 
 MISUSES = {
-    "--skip-bad-lines --max-bad-fraction 0.5": "give one of them",
+    "--skip-bad-lines --max-bad-fraction 0.5": "use only one of them",
     "--separator=": "--separator must not be empty",
-    r"--separator \ud800": "no text that UTF-8 can hold",
-    "--output-per-source": "no source is named",
-    "--mixture-tokens 5": "--mixture-tokens needs the rates",
-    "--mixture-tokens 5 --source a=RAW": "--mixture-tokens needs the rates",
-    "--mixture MIX --mixture-tokens 5 --output-per-source": "the mixing is done while training",
+    r"--separator \ud800": "cannot be encoded as UTF-8",
+    "--output-per-source": "--output-per-source needs sources",
+    "--mixture-tokens 5": "--mixture-tokens needs a --mixture with rates",
+    "--mixture-tokens 5 --source a=RAW": "--mixture-tokens needs a --mixture with rates",
+    "--mixture MIX --mixture-tokens 5 --output-per-source": "the sources are mixed in training",
     "--mixture wikipedia_mixtur": "did you mean wikipedia_mixture",
-    "--mixture FACTORS": "has rates and sampling_frequencies",
+    "--mixture FACTORS": "has both rates and sampling_frequencies",
     "--source a": "expected NAME=PATTERN",
     "--num-consumers 0": "--num-consumers must be at least 1",
     "--num-workers 0": "number of workers must be at least 1",
@@ -266,12 +265,12 @@ MISUSES = {
     "--seqlen x": "invalid int",
     "--seed 9223372036854775808": "--seed must fit 64 bits",
     "--vocab-size 0": "--vocab-size must be at least 1",
-    "--vocab-size 2": "--vocab_size 2 is too small for end of text 3",
+    "--vocab-size 2": "--vocab_size 2 is too small for the end-of-text id 3",
 }
 
 
 @pytest.mark.parametrize("flags", MISUSES)
-def test_misuse_is_told_before_anything_is_written(tmp_path: Path, small_tokenizer: str, flags: str) -> None:
+def test_misuse_is_reported_before_anything_is_written(tmp_path: Path, small_tokenizer: str, flags: str) -> None:
     write_corpus(tmp_path / "raw")
     (tmp_path / "mix.yaml").write_text("sources:\n- {source: a, markers: [raw], rate: 1}\n")
     (tmp_path / "both.yaml").write_text(
@@ -285,7 +284,7 @@ def test_misuse_is_told_before_anything_is_written(tmp_path: Path, small_tokeniz
     assert tree(tmp_path) == before
 
 
-def test_flags_that_change_nothing_are_told(
+def test_flags_without_effect_are_reported(
     tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["the"])
@@ -305,14 +304,14 @@ def test_flags_that_change_nothing_are_told(
     tokenize_shuffle.main([*plain, "--output", str(tmp_path / "shuffled"), *more])
     for part in ("--default_dataset_yaml: without effect", "--ray_spill_location: without effect"):
         assert part in caplog.text
-    with pytest.raises(ConfigError, match="--do_sample already names a mixture"):
+    with pytest.raises(ConfigError, match="--mixture dolma_mixture and --do_sample exclude each other"):
         tokenize_shuffle.main([*plain, "--output", str(tmp_path / "x"), "--do-sample", "--mixture", "dolma_mixture"])
 
 
-def test_no_input_and_inputs_that_are_not_there(tmp_path: Path, small_tokenizer: str) -> None:
-    with pytest.raises(ConfigError, match=r"no input is named: give --input-files, or .*--source NAME=PATTERN"):
+def test_no_input_and_missing_inputs(tmp_path: Path, small_tokenizer: str) -> None:
+    with pytest.raises(ConfigError, match=r"no input files: use --input-files, or .*--source NAME=PATTERN"):
         make([], tmp_path / "out", small_tokenizer)
-    with pytest.raises(ConfigError, match="no input is named: give --input,"):
+    with pytest.raises(ConfigError, match="no input files: use --input,"):
         tokenize_shuffle.main(["--output", str(tmp_path / "out"), "--tokenizer", small_tokenizer])
     with pytest.raises(DataError, match="no file matches"):
         make(tmp_path / "nowhere", tmp_path / "out", "no tokenizer of this name")

@@ -1,4 +1,4 @@
-"""Sources and mixtures end to end: shares, data sets of single sources, what the records say, and that they agree."""
+"""Sources and mixtures end to end: token shares, one data set per source, and consistent records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Texts = dict[str, list[str]]
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Texts:
-    """Two files of wiki, one of web and one of code, whose tokens fill no whole number of sequences."""
+    """Write two files of wiki, one of web and one of code; their tokens leave an incomplete last sequence."""
     texts = {"wiki": documents(80, seed=1), "web": documents(150, seed=2), "code": documents(25, seed=3)}
     write_jsonl(tmp_path / "raw" / "wiki" / "0.jsonl", texts["wiki"][:50])
     write_jsonl(tmp_path / "raw" / "wiki" / "1.jsonl", texts["wiki"][50:])
@@ -55,7 +55,7 @@ def counted(texts: Texts, tokenizer: str) -> dict[str, int]:
 
 
 def verified(out: Path) -> dict[str, int]:
-    """Sums of a data set that `inspect_shards --verify` finds nothing wrong with."""
+    """Check a data set with `inspect_shards --verify` and return its totals."""
     facts = inspect_shards.inspect(
         inspect_shards.make_parser().parse_args([str(out), "--verify", "--num-workers", "1"])
     )
@@ -71,7 +71,7 @@ def verified(out: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     "more", [[], ["--no-shuffle"], ["--split-documents"], ["--drop-tail"], ["--num-consumers", "2"]]
 )
-def test_the_tokens_of_each_source_are_told_for_every_shard(
+def test_manifest_counts_the_tokens_of_each_source(
     sources: Texts, tmp_path: Path, small_tokenizer: str, more: list[str]
 ) -> None:
     place = make([], tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki", "web", "code"), *more)
@@ -84,24 +84,24 @@ def test_the_tokens_of_each_source_are_told_for_every_shard(
     assert {name: counts["files"] for name, counts in record["sources"].items()} == {"wiki": 2, "web": 1, "code": 1}
     members = read_shards(place)
     entries = [entry for path in sorted(place.glob("*/manifest.jsonl")) for entry in read_manifest(str(path))]
-    told: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for entry in entries:
         assert sum(entry.extra["sources"].values()) == entry.extra["num_tokens"]
-        told.update(entry.extra["sources"])
+        counts.update(entry.extra["sources"])
     dropped = record["tail"]["tokens"] if record["tail"]["fate"] == "dropped" else 0
-    assert sum(told.values()) == sum(expected.values()) - dropped == sum(tokens_of(members).values())
-    assert all(0 <= expected[name] - told[name] <= dropped for name in expected)
+    assert sum(counts.values()) == sum(expected.values()) - dropped == sum(tokens_of(members).values())
+    assert all(0 <= expected[name] - counts[name] <= dropped for name in expected)
     if not dropped:
         assert tokens_of(members) == expected_tokens(
             [text for part in sources.values() for text in part], small_tokenizer, EOT_ID
         )
     sums = verified(tmp_path / "out")
-    assert sums["tokens"] == sum(told.values()) and sums["shards"] == record["counts"]["shards"]
+    assert sums["tokens"] == sum(counts.values()) and sums["shards"] == record["counts"]["shards"]
     assert sums["sequences"] == record["counts"]["sequences"] and sums["bytes"] == record["counts"]["bytes"]
 
 
 def test_tails_of_sources_are_joined(tmp_path: Path, small_tokenizer: str) -> None:
-    """Ten sources of too few tokens for a sequence of their own."""
+    """Ten sources, each with too few tokens for a sequence."""
     texts = {f"s{number}": [f"stone {number}"] for number in range(10)}
     given: list[str] = []
     for name, part in texts.items():
@@ -109,14 +109,14 @@ def test_tails_of_sources_are_joined(tmp_path: Path, small_tokenizer: str) -> No
     place = make([], tmp_path / "out", small_tokenizer, *given) / "0"
     expected = counted(texts, small_tokenizer)
     assert max(expected.values()) < LENGTH < sum(expected.values())
-    told: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for entry in read_manifest(str(place / "manifest.jsonl")):
-        told.update(entry.extra["sources"])
-    assert told == expected
+        counts.update(entry.extra["sources"])
+    assert counts == expected
     assert sum(verified(tmp_path / "out").values()) > 0
 
 
-def test_a_file_of_two_sources_and_files_of_none(
+def test_file_of_two_sources_and_files_of_no_source(
     sources: Texts, tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     overlapping = ["--source", f"all={tmp_path}/raw/wiki/0.jsonl", *flags(tmp_path, "wiki")]
@@ -126,7 +126,7 @@ def test_a_file_of_two_sources_and_files_of_none(
         make([], tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki"), "--source", f"x={tmp_path}/nowhere/*")
     assert not (tmp_path / "out").exists()
     place = make(tmp_path / "raw", tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki")) / "0"
-    assert "no pattern and no marker of any source fits" in caplog.text and "code.jsonl" in caplog.text
+    assert "2 files match no source, for example" in caplog.text and "code.jsonl" in caplog.text
     expected = counted(sources, small_tokenizer)
     tokens = {name: counts["tokens"] for name, counts in record_of(place)["sources"].items()}
     assert tokens == {"wiki": expected["wiki"], "UNKNOWN": expected["web"] + expected["code"]}
@@ -139,22 +139,22 @@ def test_one_source_from_several_patterns(sources: Texts, tmp_path: Path, small_
 
 
 @pytest.mark.parametrize("more", [[], ["--num-consumers", "2"], ["--output-per-source"]])
-def test_inspecting_tells_where_the_rejects_are(
+def test_inspection_reports_the_rejects_file(
     sources: Texts, tmp_path: Path, small_tokenizer: str, more: list[str]
 ) -> None:
     write_jsonl(tmp_path / "raw" / "code.jsonl", [7, *sources["code"]])  # type: ignore[list-item]
     given = [*flags(tmp_path, "code"), "--max-bad-fraction", "0.1", *more]
     place = make([], tmp_path / "out", small_tokenizer, *given)
     facts = inspect_shards.inspect(inspect_shards.make_parser().parse_args([str(tmp_path / "out")]))
-    own = place / "code" if "--output-per-source" in more else place
-    assert {data_set["rejects"] for data_set in facts["data_sets"]} == {str(own / "rejects.jsonl")}
+    folder = place / "code" if "--output-per-source" in more else place
+    assert {data_set["rejects"] for data_set in facts["data_sets"]} == {str(folder / "rejects.jsonl")}
 
 
-# --- a data set for each source ----------------------------------------------------------------------------------
+# --- one data set per source ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("consumers", [1, 2])
-def test_a_data_set_for_each_source(
+def test_output_per_source(
     sources: Texts, tmp_path: Path, small_tokenizer: str, consumers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     code = tmp_path / "raw" / "code.jsonl"
@@ -163,7 +163,7 @@ def test_a_data_set_for_each_source(
     more += ["--max-bad-fraction", "0.01"]
     place = make([], tmp_path / "out", small_tokenizer, *more)
     assert sorted(path.name for path in place.iterdir()) == ["code", "dataset.json", "rejects.jsonl", "web", "wiki"]
-    whole = record_of(place)
+    root_record = record_of(place)
     expected = counted(sources, small_tokenizer)
     for name, part in sources.items():
         folders = [place / name] if consumers == 1 else [place / name / "0", place / name / "1"]
@@ -178,13 +178,13 @@ def test_a_data_set_for_each_source(
         } == {name}
         assert record["counts"]["bad_documents"] == (name == "code") == (place / name / "rejects.jsonl").exists()
         assert record["tail"]["fate"] in ("padded", "none")
-    assert whole["counts"]["tokens"] == sum(expected.values()) and set(whole["sources"]) == set(sources)
-    assert len(whole["inputs"]) == 4
+    assert root_record["counts"]["tokens"] == sum(expected.values()) and set(root_record["sources"]) == set(sources)
+    assert len(root_record["inputs"]) == 4
     assert json.loads((place / "rejects.jsonl").read_text()) == json.loads(
         (place / "code" / "rejects.jsonl").read_text()
     )
     sums = verified(tmp_path / "out")
-    assert sums["tokens"] == whole["counts"]["tokens"] and sums["sequences"] == whole["counts"]["sequences"]
+    assert sums["tokens"] == root_record["counts"]["tokens"] and sums["sequences"] == root_record["counts"]["sequences"]
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     caplog.set_level("INFO")
     make([], tmp_path / "out", small_tokenizer, *more)
@@ -192,7 +192,7 @@ def test_a_data_set_for_each_source(
     assert before == {path: path.stat().st_mtime_ns for path in place.rglob("*")}
 
 
-def test_only_the_record_of_the_whole_tells_that_all_is_done(
+def test_only_the_root_record_marks_the_run_as_finished(
     sources: Texts, tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from open_lm.datapreprocess import engine
@@ -219,7 +219,7 @@ def test_only_the_record_of_the_whole_tells_that_all_is_done(
     assert tree(place).keys() == tree(clean).keys()
 
 
-def test_a_source_without_documents(sources: Texts, tmp_path: Path, small_tokenizer: str) -> None:
+def test_source_without_documents(sources: Texts, tmp_path: Path, small_tokenizer: str) -> None:
     (tmp_path / "void.jsonl").write_text("{\n")
     more = [*flags(tmp_path, "web"), "--source", f"void={tmp_path}/void.jsonl", "--skip-bad-lines"]
     with pytest.raises(DataError, match="source void contains no documents; fix its files or remove the source"):
@@ -229,7 +229,7 @@ def test_a_source_without_documents(sources: Texts, tmp_path: Path, small_tokeni
     assert tokens_of(read_shards(place)) == expected_tokens(sources["web"], small_tokenizer, EOT_ID)
 
 
-def test_a_source_that_is_taken_no_times(sources: Texts, tmp_path: Path, small_tokenizer: str) -> None:
+def test_source_with_factor_zero(sources: Texts, tmp_path: Path, small_tokenizer: str) -> None:
     mixture = tmp_path / "mix.yaml"
     mixture.write_text(
         f"sources: [{{source: wiki, inputs: [{tmp_path}/raw/wiki]}}, {{source: web, inputs: [{tmp_path}/raw/web*]}}]\n"
@@ -244,7 +244,7 @@ def test_a_source_that_is_taken_no_times(sources: Texts, tmp_path: Path, small_t
 # --- mixtures ----------------------------------------------------------------------------------------------------
 
 
-def test_the_flags_told_train_on_the_sources_at_their_rates(
+def test_logged_flags_train_at_the_rates(
     tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     from open_lm.main import main
@@ -254,8 +254,9 @@ def test_the_flags_told_train_on_the_sources_at_their_rates(
     caplog.set_level(logging.INFO)
     mixture = ["--mixture", "wikipedia_mixture", "--output-per-source"]
     place = make(tmp_path / "raw", tmp_path / "out", small_tokenizer, *mixture)
-    (told,) = [record.getMessage() for record in caplog.records if "to train at the rates" in record.getMessage()]
-    flags_ = shlex.split(told.partition(": ")[2])
+    messages = [record.getMessage() for record in caplog.records]
+    (message,) = [message for message in messages if "training flags for the rates" in message]
+    flags_ = shlex.split(message.partition(": ")[2])
     manifests = [str(place / name / "manifest.jsonl") for name in ("cc_en", "wiki")]
     assert flags_ == ["--dataset-manifest", *manifests, "--train-data-mix-weights", "9.09", "90.91"]
     model = tmp_path / "model.json"
@@ -267,20 +268,20 @@ def test_the_flags_told_train_on_the_sources_at_their_rates(
     assert steps[-1]["step"] == 5
 
 
-def test_rates_that_do_not_fit_are_told_before_the_work(
+def test_rates_that_do_not_match_are_reported_before_the_run(
     sources: Texts, tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for more in ([], ["--output-per-source"]):
-        with pytest.raises(ConfigError, match=r"cc_en: has rate 9\.09, and no"):
+        with pytest.raises(ConfigError, match=r"cc_en: has rate 9\.09, but no"):
             make(tmp_path / "raw", tmp_path / "out", small_tokenizer, "--mixture", "wikipedia_mixture", *more)
     assert not list((tmp_path / "out").rglob("*.*"))
     more = ["--mixture", "wikipedia_mixture", "--output-per-source", "--num-consumers", "2"]
     make(tmp_path / "raw" / "wiki", tmp_path / "out", small_tokenizer, *more)
-    assert "make the data sets with --num-consumers 1" in caplog.text
+    assert "use --num-consumers 1" in caplog.text
 
 
 def rated(tmp_path: Path, rates: dict[str, float]) -> tuple[list[str], Texts]:
-    """Flags for a mixture of one's own, whose documents are short and all of one length, and its texts."""
+    """Return the flags and the texts of a custom mixture with short documents of equal length."""
     texts = {name: [f"the {name} the {n % 10}" for n in range(3000)] for name in rates}
     lines = []
     for name, rate in rates.items():
@@ -291,17 +292,15 @@ def rated(tmp_path: Path, rates: dict[str, float]) -> tuple[list[str], Texts]:
 
 
 @pytest.mark.parametrize("total", [None, 30_000, 150_000])
-def test_rates_of_one_output_are_reached_by_taking_documents_more_or_less_often(
-    tmp_path: Path, small_tokenizer: str, total: int | None
-) -> None:
+def test_rates_of_one_output_are_reached_by_sampling(tmp_path: Path, small_tokenizer: str, total: int | None) -> None:
     rates = {"a": 60.0, "b": 30.0, "c": 10.0}
     given, texts = rated(tmp_path, rates)
     more = [] if total is None else ["--mixture-tokens", str(total)]
     place = make([], tmp_path / "out", small_tokenizer, *given, *more) / "0"
     record = record_of(place)
     tokens = {name: counts["tokens"] for name, counts in record["sources"].items()}
-    wanted = total or counted(texts, small_tokenizer)["a"] / 0.6  # a is taken once, the others less
-    assert sum(tokens.values()) == record["counts"]["tokens"] == pytest.approx(wanted, rel=0.05)
+    expected = total or counted(texts, small_tokenizer)["a"] / 0.6  # a is used once, the others less often
+    assert sum(tokens.values()) == record["counts"]["tokens"] == pytest.approx(expected, rel=0.05)
     assert {name: 100 * count / sum(tokens.values()) for name, count in tokens.items()} == pytest.approx(
         rates, rel=0.08
     )
@@ -311,16 +310,16 @@ def test_rates_of_one_output_are_reached_by_taking_documents_more_or_less_often(
     assert verified(tmp_path / "out")["tokens"] == sum(tokens.values())
 
 
-def test_more_tokens_than_can_be(tmp_path: Path, small_tokenizer: str) -> None:
+def test_invalid_mixture_tokens(tmp_path: Path, small_tokenizer: str) -> None:
     given, _ = rated(tmp_path, {"a": 1.0})
-    for total, told in (("10000000000", "the most is 1000"), ("0", "must be at least 1")):
-        with pytest.raises(ConfigError, match=told):
+    for total, message in (("10000000000", "the maximum is 1000"), ("0", "must be at least 1")):
+        with pytest.raises(ConfigError, match=message):
             make([], tmp_path / "out", small_tokenizer, *given, "--mixture-tokens", total)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("spelling", ["_", "-"])
-def test_tokenize_shuffle_samples_by_its_own_table(tmp_path: Path, small_tokenizer: str, spelling: str) -> None:
+def test_tokenize_shuffle_samples_with_its_default_factors(tmp_path: Path, small_tokenizer: str, spelling: str) -> None:
     texts = {name: [f"the {name} {n}" for n in range(500)] for name in ("wikipedia", "book", "rest")}
     for name, part in texts.items():
         write_jsonl(tmp_path / "raw" / f"{name}.jsonl", part)
@@ -334,10 +333,10 @@ def test_tokenize_shuffle_samples_by_its_own_table(tmp_path: Path, small_tokeniz
     assert verified(tmp_path / "out")["tokens"] == record["counts"]["tokens"]
 
 
-def test_sources_beside_the_table_of_tokenize_shuffle(tmp_path: Path, small_tokenizer: str) -> None:
+def test_source_flags_extend_the_default_sources_of_tokenize_shuffle(tmp_path: Path, small_tokenizer: str) -> None:
     path = write_jsonl(tmp_path / "odd" / "x.jsonl", [f"the {n}" for n in range(200)])
     arguments = ["--output", str(tmp_path / "out"), "--tokenizer", small_tokenizer, "--do_sample", "--seqlen", "32"]
     tokenize_shuffle.main([*arguments, "--source", f"BOOKS={path}"])
     assert record_of(tmp_path / "out")["sources"]["BOOKS"]["documents"] > 380
-    with pytest.raises(ConfigError, match="NOVELS is no source of"):
+    with pytest.raises(ConfigError, match="NOVELS is not a source of"):
         tokenize_shuffle.main([*arguments, "--source", f"NOVELS={path}"])
