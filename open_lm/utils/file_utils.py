@@ -1,4 +1,4 @@
-"""File helpers under the names that existing programs import; storage.py and checkpoint/files.py do the work."""
+"""File helpers under the names that existing programs import; the code is in open_lm.storage and open_lm.checkpoint."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from open_lm.errors import ConfigError, DataError, join_problems
 
 
 class ShardsExhausted(DataError, IndexError):
-    """A pass over the data has too few shards left for the interval that was asked for."""
+    """Too few shards remain in a pass over the data for the requested interval."""
 
 
 class PassTooSmall(DataError, ValueError):
-    """Not even a whole pass over the data has enough shards for the interval that was asked for."""
+    """A full pass over the data has too few shards for the requested interval."""
 
 
 def pt_load(file_path: str, map_location: Any = None) -> Any:
-    """What torch.save wrote to a local or remote (s3://, …) file: tensors and plain values only, nothing is executed.
+    """Load a local or remote (s3://, …) file of torch.save. Loads only tensors and plain values and executes no code.
 
-    CheckpointError where the file is missing or broken.
+    Raises:
+        CheckpointError: the file is missing or corrupt.
     """
     from open_lm.checkpoint.files import read_file
 
@@ -31,12 +32,12 @@ def pt_load(file_path: str, map_location: Any = None) -> Any:
 
 
 def check_exists(file_path: str) -> bool:
-    """Whether a local or remote file is there."""
+    """Return whether a local or remote file exists."""
     return storage.info(file_path) is not None
 
 
 def get_metadata_file(path: str, shard_shuffle_seed: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a manifest.jsonl as dicts, in its order or in the order that a seed gives them."""
+    """Return the lines of a manifest.jsonl as dicts, in file order or shuffled with a seed."""
     entries, problems = [], []
     for number, line in enumerate(storage.read_text(path).splitlines(), start=1):
         if not line.strip():
@@ -44,12 +45,12 @@ def get_metadata_file(path: str, shard_shuffle_seed: int | None = None) -> list[
         try:
             entry = json.loads(line)
             if not (isinstance(entry["shard"], str) and isinstance(_num_sequences(entry), int)):
-                raise ValueError('expected "shard": text, "num_sequences": a number')
+                raise ValueError('expected "shard": a string, "num_sequences": an integer')
             entries.append(entry)
         except (ValueError, TypeError, KeyError) as error:
             problems.append(f"line {number}: {f'no {error}' if isinstance(error, KeyError) else error}")
     if problems:
-        raise DataError(join_problems(problems, f"{path} is not a manifest"))
+        raise DataError(join_problems(problems, f"{path} is not a valid manifest"))
     if shard_shuffle_seed is not None:
         import numpy as np
 
@@ -67,40 +68,54 @@ def get_string_for_epoch(  # noqa: PLR0917 (existing callers pass these by posit
     multi_epoch: bool = False,
     shard_shuffle_seed: int | None = None,
 ) -> tuple[list[str], list[int], list[int]]:
-    """The whole shards that hold one checkpoint interval of `num_samples` sequences.
+    """Select the shards of one checkpoint interval of `num_samples` sequences.
 
-    paths: a manifest for each source. starting_points: the first unused shard of each; with `multi_epoch` it counts on
-    over passes, and each pass has an order of its own. Every source gives the same number of shards, a multiple of all
-    ranks' workers. Returns, for each source, a pattern of its shards, their number of sequences, and the next start.
-    Raises ShardsExhausted (an IndexError) where too few shards are left, PassTooSmall (a ValueError) with multi_epoch.
+    Every source contributes the same number of shards, a multiple of the number of all data-loading workers. The
+    trainer itself selects sequences, not shards (see open_lm/data/order.py); this function is for programs that
+    select shards.
 
-    The trainer itself does not go by whole shards (see open_lm/data/plan.py); this is for programs that do.
+    Args:
+        num_samples: sequences of the interval.
+        starting_points: the first unused shard of each source; with `multi_epoch` it counts across passes.
+        paths: the manifest of each source.
+        weights: the weight of each source; None for equal weights.
+        num_workers_per_gpu: data-loading workers of each rank.
+        world_size: number of ranks.
+        multi_epoch: start a new pass, with its own order, when too few shards remain.
+        shard_shuffle_seed: seed of the shard order; None for file order.
+
+    Returns:
+        For each source the pattern of its shards, the number of their sequences, and the next starting point.
+
+    Raises:
+        ShardsExhausted: (an IndexError) too few shards remain.
+        PassTooSmall: (a ValueError) with `multi_epoch`, a full pass has too few shards.
     """
-    shares = list(weights) if weights is not None else [1.0] * len(paths)
-    if len(shares) != len(paths) or len(starting_points) != len(paths):
+    source_weights = list(weights) if weights is not None else [1.0] * len(paths)
+    if len(source_weights) != len(paths) or len(starting_points) != len(paths):
         raise ConfigError(
-            f"found {len(shares)} weights and {len(starting_points)} starting points for {len(paths)} manifests; "
-            "expected one of each for every manifest"
+            f"found {len(source_weights)} weights and {len(starting_points)} starting points for {len(paths)} "
+            "manifests; expected one of each for every manifest"
         )
-    needed = [math.ceil(share * num_samples / sum(shares)) for share in shares]
+    needed = [math.ceil(weight * num_samples / sum(source_weights)) for weight in source_weights]
     workers = max(1, num_workers_per_gpu) * world_size
     if not multi_epoch:
         return _interval(paths, starting_points, needed, workers, shard_shuffle_seed)
     totals = [len(get_metadata_file(path)) for path in paths]
     passes = {start // total for start, total in zip(starting_points, totals, strict=True)}
     if len(passes) != 1:
-        raise ConfigError(f"the starting points {list(starting_points)} lie in different passes over their sources")
-    number = passes.pop()
+        raise ConfigError(f"the starting points {list(starting_points)} are in different passes over their sources")
+    pass_index = passes.pop()
     starts = [start % total for start, total in zip(starting_points, totals, strict=True)]
-    for attempt in range(2):  # what is left of this pass, then a whole one
-        seed = None if shard_shuffle_seed is None else shard_shuffle_seed + number
+    for attempt in range(2):  # try the rest of this pass, then a full pass
+        seed = None if shard_shuffle_seed is None else shard_shuffle_seed + pass_index
         try:
-            patterns, counts, following = _interval(paths, starts, needed, workers, seed)
-            return patterns, counts, [n + number * total for n, total in zip(following, totals, strict=True)]
+            patterns, counts, next_starts = _interval(paths, starts, needed, workers, seed)
+            return patterns, counts, [n + pass_index * total for n, total in zip(next_starts, totals, strict=True)]
         except ShardsExhausted as error:
             if attempt == 1:
-                raise PassTooSmall(f"even a whole pass does not suffice: {error}") from error
-            number, starts = number + 1, [0] * len(paths)
+                raise PassTooSmall(f"a full pass has too few shards: {error}") from error
+            pass_index, starts = pass_index + 1, [0] * len(paths)
     raise AssertionError("unreachable")
 
 
@@ -108,32 +123,33 @@ def _interval(
     paths: Sequence[str], starts: Sequence[int], needed: Sequence[int], workers: int, seed: int | None
 ) -> tuple[list[str], list[int], list[int]]:
     manifests = [get_metadata_file(path, seed) for path in paths]
-    taken = workers  # shards of each source
-    for manifest, start, wanted in zip(manifests, starts, needed, strict=True):
-        found, count = 0, 0
+    num_shards = workers  # shards of each source
+    for manifest, start, num_needed in zip(manifests, starts, needed, strict=True):
+        num_sequences, count = 0, 0
         for entry in manifest[start:]:
-            if found >= wanted:
+            if num_sequences >= num_needed:
                 break
-            found += _num_sequences(entry)
+            num_sequences += _num_sequences(entry)
             count += 1
-        taken = max(taken, count)
-        if found < wanted:
-            taken = len(manifest) + 1
-    left = min(len(manifest) - start for manifest, start in zip(manifests, starts, strict=True))
-    if taken > left:
+        num_shards = max(num_shards, count)
+        if num_sequences < num_needed:
+            num_shards = len(manifest) + 1
+    remaining = min(len(manifest) - start for manifest, start in zip(manifests, starts, strict=True))
+    if num_shards > remaining:
         raise ShardsExhausted(
-            f"{' and '.join(paths)}: {left} shards are left, too few for {sum(needed)} sequences on {workers} workers; "
-            "use more data, fewer workers, or a smaller --train-num-samples"
+            f"{' and '.join(paths)}: {remaining} shards remain, too few for {sum(needed)} sequences on {workers} "
+            "workers; use more data, fewer workers, or a smaller --train-num-samples"
         )
-    taken -= taken % workers
-    chosen = [manifest[start : start + taken] for manifest, start in zip(manifests, starts, strict=True)]
-    counts = [sum(map(_num_sequences, entries)) for entries in chosen]
-    if any(count < wanted for count, wanted in zip(counts, needed, strict=True)):
+    num_shards -= num_shards % workers
+    selected = [manifest[start : start + num_shards] for manifest, start in zip(manifests, starts, strict=True)]
+    counts = [sum(map(_num_sequences, entries)) for entries in selected]
+    if any(count < num_needed for count, num_needed in zip(counts, needed, strict=True)):
         logging.warning(
-            f"{taken} shards, a multiple of {workers} workers, hold {sum(counts)} of {sum(needed)} sequences"
+            f"{num_shards} shards, a multiple of {workers} workers, contain only {sum(counts)} of {sum(needed)} "
+            "sequences"
         )
-    patterns = [_pattern(path, entries) for path, entries in zip(paths, chosen, strict=True)]
-    return patterns, counts, [start + taken for start in starts]
+    patterns = [_pattern(path, entries) for path, entries in zip(paths, selected, strict=True)]
+    return patterns, counts, [start + num_shards for start in starts]
 
 
 def _num_sequences(entry: dict[str, Any]) -> int:

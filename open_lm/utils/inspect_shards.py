@@ -1,9 +1,9 @@
-"""Show a data set of token shards, decode samples of it, check it, or make its manifests anew.
+"""Describe a data set of token shards, show decoded samples, verify it, or rewrite its manifests.
 
 python -m open_lm.utils.inspect_shards preproc_data --samples 2
 python -m open_lm.utils.inspect_shards s3://bucket/tokenized/ --verify
 
-The exit code is 1 where something is wrong with the data, 2 where the command cannot be run as given.
+The exit code is 1 for problems with the data, and 2 for an invalid command line.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ DEFAULT_SAMPLE_SHARDS = 4
 
 
 class BrokenDataSet(DataError):
-    """Something is wrong with the data that was looked at."""
+    """Problems found in the inspected data."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="inspect_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,90 +39,94 @@ def make_parser() -> argparse.ArgumentParser:
         "paths",
         nargs="+",
         metavar="FOLDER_OR_PATTERN",
-        help="folders (searched through), manifests or shard patterns such as 'FOLDER/*.tar', local or s3://…",
+        help="folders (searched recursively), manifests or shard patterns such as 'FOLDER/*.tar', local or s3://…",
     )
-    add("--samples", type=int, default=0, metavar="N", help="show N sequences drawn at random (default: 0)")
-    add("--seed", type=int, default=0, help="draws the samples and the shards to look through (default: 0)")
-    add("--tokenizer", help="decodes the samples (default: the one that dataset.json names; ids where there is none)")
+    add("--samples", type=int, default=0, metavar="N", help="show N random sequences (default: 0)")
+    add("--seed", type=int, default=0, help="seed of the random sequences and shards (default: 0)")
+    add("--tokenizer", help="tokenizer to decode samples (default: the one in dataset.json; without one, show ids)")
     add(
         "--sample-shards",
         default=str(DEFAULT_SAMPLE_SHARDS),
         metavar="K",
-        help="count lengths of documents and used ids in K shards drawn at random, or in 'all' "
+        help="measure document lengths and used token ids in K random shards, or in 'all' "
         f"(default: {DEFAULT_SAMPLE_SHARDS})",
     )
     act = parser.add_mutually_exclusive_group()
     act.add_argument(
         "--verify",
         action="store_true",
-        help="read every shard; compare it with its manifest, and the sums with dataset.json",
+        help="read every shard; compare it with its manifest, and the totals with dataset.json",
     )
     act.add_argument(
-        "--make-manifest", action="store_true", help="read every shard and write manifest.jsonl anew; says what changed"
+        "--make-manifest", action="store_true", help="read every shard, rewrite manifest.jsonl and list the changes"
     )
     add(
         "--num-workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="shards looked through at a time (default: the number of CPU cores, %(default)s)",
+        help="number of shards to read in parallel (default: the number of CPU cores, %(default)s)",
     )
-    add("--tmp-dir", help="folder for a copy of each remote shard (default: the system's)")
-    add("--json", action="store_true", help="print the same facts as one JSON object")
+    add("--tmp-dir", help="folder for temporary copies of remote shards (default: the system's)")
+    add("--json", action="store_true", help="print the report as one JSON object")
     return parser  # fmt: skip
 
 
 def inspect(args: argparse.Namespace) -> dict[str, Any]:
-    """All facts that the options ask for, JSON-able. ConfigError for options that cannot be used as given."""
+    """Return the report that the options request, as JSON-serializable values.
+
+    Raises:
+        ConfigError: invalid options.
+    """
     from open_lm.utils import data_set_checks as checks
     from open_lm.utils.data_sets import find_data_sets, find_folders
 
     number = _shards_to_read(args)
     folders = find_folders(args.paths)
-    if args.make_manifest and any(folder.part for folder in folders):
-        raise ConfigError("--make-manifest is for whole folders; give the folder in place of a pattern of shards")
+    if args.make_manifest and any(folder.partial for folder in folders):
+        raise ConfigError("--make-manifest needs complete folders; pass the folder instead of a pattern of shards")
     data_sets, problems = find_data_sets(folders)
     tokenizer, notes = _find_tokenizer(args, data_sets)
     surveys = _survey(args, folders, data_sets, tokenizer, number)
-    made = _make_manifests(folders, data_sets, surveys) if args.make_manifest else []
+    written = _make_manifests(folders, data_sets, surveys) if args.make_manifest else []
     described = {folder.url: data_set for data_set in data_sets for folder in data_set.folders}
     vocab_size = tokenizer.vocab_size if tokenizer else None
     for folder in folders:
         problems += checks.folder_problems(folder, described.get(folder.url), surveys, vocab_size)
     for data_set in data_sets:
-        problems += checks.sum_problems(data_set, surveys)
+        problems += checks.total_problems(data_set, surveys)
     samples = list(_samples(args, folders, described, surveys, tokenizer))
     problems += [sample["problem"] for sample in samples if "problem" in sample and sample["problem"] not in problems]
     rows = [_folder_facts(folder, surveys) for folder in folders]
-    if lacking := sum(row["tokens"] is None for row in rows):
-        notes.append(f"the tokens of {lacking:,} folders are not in their manifests; --make-manifest adds them")
+    if without_tokens := sum(row["tokens"] is None for row in rows):
+        notes.append(f"the manifests of {without_tokens:,} folders have no token counts; --make-manifest adds them")
     read = [surveys[url] for folder in folders for url in folder.shards if url in surveys]
-    whole = [survey for survey in read if not survey.fault]
+    complete = [survey for survey in read if not survey.fault]
     shards = sum(len(folder.shards) for folder in folders)
-    vocabularies = {checks.vocabulary(described.get(folder.url), vocab_size) for folder in folders}
+    vocabularies = {checks.vocab_size_of(described.get(folder.url), vocab_size) for folder in folders}
     eot_known = all(_eot_id(described.get(folder.url), tokenizer) is not None for folder in folders)
-    if whole and not eot_known:
-        notes.append("lengths of documents are not counted: the end-of-text id is not known; name it with --tokenizer")
+    if complete and not eot_known:
+        notes.append("document lengths were not measured: the end-of-text id is unknown; pass --tokenizer")
     return {
         "folders": rows,
         "total": {key: _total([row[key] for row in rows]) for key in ("shards", "sequences", "tokens", "bytes")},
         "data_sets": [_data_set_facts(data_set) for data_set in data_sets],
         "sources": _source_facts(folders, data_sets),
-        "members": _member_facts(whole, shards, max(vocabularies, key=lambda size: size or 0)),
-        "documents": _document_facts(whole, shards) if eot_known else None,
+        "members": _member_facts(complete, shards, max(vocabularies, key=lambda size: size or 0)),
+        "documents": _document_facts(complete, shards) if eot_known else None,
         "samples": samples,
         "verified": {
             "shards": len(read), "sequences": sum(survey.num_sequences for survey in read),
             "bytes": sum(survey.num_bytes for survey in read),
             "unchecked": checks.unchecked(folders, data_sets, vocab_size),
         } if args.verify else None,
-        "manifests": made,
+        "manifests": written,
         "notes": notes,
         "problems": problems,
     }  # fmt: skip
 
 
 def _shards_to_read(args: argparse.Namespace) -> int | None:
-    """--sample-shards as a number, None for all."""
+    """Return --sample-shards as a number, None for all. Raise ConfigError for invalid options."""
     problems = []
     if args.samples < 0:
         problems.append(f"--samples must be at least 0, found {args.samples}")
@@ -136,14 +140,14 @@ def _shards_to_read(args: argparse.Namespace) -> int | None:
 
 
 def _find_tokenizer(args: argparse.Namespace, data_sets: Sequence[DataSet]) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer, and what is to be said of it. One that only dataset.json names need not be there."""
+    """Return the tokenizer and notes about it. Only a tokenizer from dataset.json may be missing."""
     named = [data_set.settings for data_set in data_sets if data_set.settings.get("tokenizer")]
     specs = {str(settings["tokenizer"]) for settings in named}
     if not (args.tokenizer or args.samples):
         return None, []
     if not args.tokenizer and len(specs) != 1:
-        found = f"the data sets name several ({', '.join(sorted(specs))})" if specs else "no dataset.json names one"
-        return None, [f"samples are shown as ids: {found}; give --tokenizer"]
+        reason = f"the data sets have several ({', '.join(sorted(specs))})" if specs else "no dataset.json names one"
+        return None, [f"samples are shown as token ids, because the tokenizer is unknown: {reason}; pass --tokenizer"]
     from open_lm.tokenizer import load_tokenizer
 
     try:
@@ -151,92 +155,93 @@ def _find_tokenizer(args: argparse.Namespace, data_sets: Sequence[DataSet]) -> t
     except ConfigError as error:
         if args.tokenizer:
             raise
-        return None, [f"samples are shown as ids: {error}"]
-    other = {settings.get("tokenizer_fingerprint", tokenizer.fingerprint) for settings in named}
-    if other <= {tokenizer.fingerprint}:
+        return None, [f"samples are shown as token ids: {error}"]
+    recorded = {settings.get("tokenizer_fingerprint", tokenizer.fingerprint) for settings in named}
+    if recorded <= {tokenizer.fingerprint}:
         return tokenizer, []
-    told = ", ".join(sorted(f"{str(fingerprint)[:12]}…" for fingerprint in other))
+    expected = ", ".join(sorted(f"{str(fingerprint)[:12]}…" for fingerprint in recorded))
     return tokenizer, [
-        f"the tokenizer {tokenizer.name} is not the one that made the data: its fingerprint is "
-        f"{tokenizer.fingerprint[:12]}…, dataset.json says {told}; decoded text may be wrong"
+        f"the tokenizer {tokenizer.name} is not the one that tokenized the data: its fingerprint is "
+        f"{tokenizer.fingerprint[:12]}…, expected {expected} by dataset.json; decoded text may be wrong"
     ]
 
 
 def _eot_id(data_set: DataSet | None, tokenizer: Tokenizer | None) -> int | None:
-    found = data_set.settings.get("eot_id") if data_set else None
-    return found if isinstance(found, int) else tokenizer.eot_id if tokenizer else None
+    """Return the end-of-text id: from the data set's record, else from the tokenizer, else None."""
+    eot_id = data_set.settings.get("eot_id") if data_set else None
+    return eot_id if isinstance(eot_id, int) else tokenizer.eot_id if tokenizer else None
 
 
 def _survey(
     args: argparse.Namespace, folders: Sequence[Folder], data_sets: Sequence[DataSet], tokenizer: Tokenizer | None,
     number: int | None,
 ) -> dict[str, ShardSurvey]:  # fmt: skip
-    """Surveys of all shards that must be read: all, or those without a manifest and a random sample of `number`."""
+    """Return surveys by shard URL: of all shards, or of those without a manifest and of `number` random ones."""
     import random
 
     from open_lm.utils.shard_survey import survey_shards
 
     sizes = {url: size for folder in folders for url, size in folder.shards.items()}
-    wanted = {url for folder in folders if folder.entries is None for url in folder.shards}
+    selected = {url for folder in folders if folder.entries is None for url in folder.shards}
     if args.verify or args.make_manifest or number is None:
-        wanted = set(sizes)
+        selected = set(sizes)
     else:
-        wanted.update(random.Random(args.seed).sample(list(sizes), min(number, len(sizes))))
+        selected.update(random.Random(args.seed).sample(list(sizes), min(number, len(sizes))))
     described = {folder.url: data_set for data_set in data_sets for folder in data_set.folders}
     by_eot: dict[int | None, list[str]] = {}
     for folder in folders:
         urls = by_eot.setdefault(_eot_id(described.get(folder.url), tokenizer), [])
-        urls += [url for url in folder.shards if url in wanted]
+        urls += [url for url in folder.shards if url in selected]
     surveys: dict[str, ShardSurvey] = {}
     for eot_id, urls in by_eot.items():
-        found = survey_shards(
+        results = survey_shards(
             urls, [sizes[url] for url in urls], workers=args.num_workers, eot_id=eot_id, tmp_dir=args.tmp_dir
         )
-        surveys |= dict(zip(urls, found, strict=True))
+        surveys |= dict(zip(urls, results, strict=True))
     return surveys
 
 
 def _make_manifests(
     folders: Sequence[Folder], data_sets: Sequence[DataSet], surveys: Mapping[str, ShardSurvey]
 ) -> list[dict[str, Any]]:
-    """Write every folder's manifest anew, or none where a shard is broken. The folders then hold the new ones."""
+    """Rewrite the manifests of all folders and update `folders`. If any shard is broken, write no manifest at all."""
     from open_lm import storage
     from open_lm.data.manifest import MANIFEST_NAME
     from open_lm.utils.make_wds_manifest import changes, write_entries
 
-    sources = {folder.url: data_set.only_source for data_set in data_sets for folder in data_set.folders}
+    sources = {folder.url: data_set.single_source for data_set in data_sets for folder in data_set.folders}
     if faults := [survey.fault for survey in surveys.values() if survey.fault]:
-        raise BrokenDataSet(join_problems(faults, "No manifest was written: some shards cannot be used"))
-    made = []
+        raise BrokenDataSet(join_problems(faults, "No manifest was written: some shards are unusable"))
+    written = []
     for folder in folders:
         if not folder.shards:
-            raise DataError(f"{folder.url}: there is a {MANIFEST_NAME} but no shard in this folder; nothing to make")
+            raise DataError(f"{folder.url}: this folder has a {MANIFEST_NAME} but no shards; no manifest can be made")
         url, old = storage.join(folder.url, MANIFEST_NAME), folder.entries
         entries = write_entries(url, [surveys[shard] for shard in folder.shards], old, sources.get(folder.url))
-        told = [f"the old one could not be used: {folder.fault}"] if folder.fault else changes(old, entries)
+        differences = [f"the old manifest was unusable: {folder.fault}"] if folder.fault else changes(old, entries)
         folder.entries, folder.fault = {entry.shard: entry for entry in entries}, ""
         total = sum(entry.num_sequences for entry in entries)
-        made.append({"manifest": url, "shards": len(entries), "sequences": total, "changes": told})
-    return made
+        written.append({"manifest": url, "shards": len(entries), "sequences": total, "changes": differences})
+    return written
 
 
-# --- facts -------------------------------------------------------------------------------------------------------
+# --- the parts of the report -------------------------------------------------------------------------------------
 
 
 def _samples(
     args: argparse.Namespace, folders: Sequence[Folder], described: Mapping[str, DataSet],
     surveys: Mapping[str, ShardSurvey], tokenizer: Tokenizer | None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    from open_lm.utils.shard_samples import choose, read_samples
+    from open_lm.utils.shard_samples import choose_positions, read_samples
 
     counts: dict[str, int] = {}
     eot_ids: dict[str, int | None] = {}
     for folder in folders:
         for url in folder.shards:
-            known = surveys.get(url) or folder.entry(url)
-            counts[url] = known.num_sequences if known else 0
+            source = surveys.get(url) or folder.entry(url)
+            counts[url] = source.num_sequences if source else 0
             eot_ids[url] = _eot_id(described.get(folder.url), tokenizer)
-    for url, positions in choose(counts, args.samples, args.seed).items():
+    for url, positions in choose_positions(counts, args.samples, args.seed).items():
         yield from read_samples(url, positions, tokenizer, eot_ids[url], args.tmp_dir)
 
 
@@ -245,15 +250,15 @@ def _total(values: Sequence[int | None]) -> int | None:
 
 
 def _folder_facts(folder: Folder, surveys: Mapping[str, ShardSurvey]) -> dict[str, Any]:
-    """Shards, sequences, tokens and bytes of a folder: as its manifest says them, else as they were counted."""
+    """Return shards, sequences, tokens and bytes of a folder: from its manifest, else from the surveys."""
     sequences, tokens = 0, []
     for url in folder.shards:
         entry, survey = folder.entry(url), surveys.get(url)
-        found = survey.num_tokens if survey and not survey.fault else None
+        counted = survey.num_tokens if survey and not survey.fault else None
         if entry is not None:
             sequences += entry.num_sequences
-            told = entry.extra.get("num_tokens", found)
-            tokens.append(told if isinstance(told, int) else None)
+            num_tokens = entry.extra.get("num_tokens", counted)
+            tokens.append(num_tokens if isinstance(num_tokens, int) else None)
         elif survey is not None:
             sequences += survey.num_sequences
             tokens.append(survey.num_tokens)
@@ -261,7 +266,7 @@ def _folder_facts(folder: Folder, surveys: Mapping[str, ShardSurvey]) -> dict[st
     return {
         "folder": folder.url, "shards": len(folder.shards), "sequences": sequences, "tokens": _total(tokens),
         "bytes": _total(sizes), "manifest": "yes" if folder.entries is not None else "broken" if folder.fault else "no",
-        "missing": folder.missing, "unlisted": folder.unlisted, "part": folder.part,
+        "missing": folder.missing, "unlisted": folder.unlisted, "part": folder.partial,
     }  # fmt: skip
 
 
@@ -273,10 +278,10 @@ def _data_set_facts(data_set: DataSet) -> dict[str, Any]:
     lists = {name: record[name] if isinstance(record.get(name), list) else []
              for name in ("inputs", "bad_documents_first", "broken_files")}  # fmt: skip
     sizes = [as_dict(item).get("num_bytes") for item in lists["inputs"]]
-    own = [folder.url for folder in data_set.folders if folder.has_rejects]
-    rejects = next(filter(storage.exists, (storage.join(url, REJECTS_NAME) for url in [*own, data_set.root])), None)
+    parents = [*(folder.url for folder in data_set.folders if folder.has_rejects), data_set.root]
+    rejects = next(filter(storage.exists, (storage.join(url, REJECTS_NAME) for url in parents)), None)
     return {
-        "root": data_set.root, "whole": data_set.whole, "folders": [folder.url for folder in data_set.folders],
+        "root": data_set.root, "whole": data_set.complete, "folders": [folder.url for folder in data_set.folders],
         "tool": as_dict(record.get("tool")), "settings": data_set.settings,
         "inputs": {"files": len(sizes), "bytes": _total([size if isinstance(size, int) else None for size in sizes])},
         "counts": as_dict(record.get("counts")), "tail": as_dict(record.get("tail")), "mixture": record.get("mixture"),
@@ -286,18 +291,18 @@ def _data_set_facts(data_set: DataSet) -> dict[str, Any]:
 
 
 def _source_facts(folders: Sequence[Folder], data_sets: Sequence[DataSet]) -> dict[str, Any] | None:
-    """Tokens by source: from the manifests where all their lines tell, else from the records of whole data sets."""
+    """Return tokens by source: from the manifests if all lines have sources, else from complete data sets' records."""
     from open_lm.utils.data_sets import as_dict
 
     tokens: Counter[str] = Counter()
     lines = [folder.entry(url) for folder in folders for url in folder.shards]
     tables = [as_dict(line.extra.get("sources")) if line else {} for line in lines]
-    place = "manifest.jsonl"
+    origin = "manifest.jsonl"
     if not tables or not all(tables):
-        place = "dataset.json"
+        origin = "dataset.json"
         tables = [
             {name: as_dict(source).get("tokens") for name, source in as_dict(data_set.record.get("sources")).items()}
-            for data_set in data_sets if data_set.whole
+            for data_set in data_sets if data_set.complete
         ]  # fmt: skip
     for table in tables:
         tokens.update({name: number for name, number in table.items() if isinstance(number, int)})
@@ -305,7 +310,7 @@ def _source_facts(folders: Sequence[Folder], data_sets: Sequence[DataSet]) -> di
     if not total:
         return None
     shares = {name: {"tokens": number, "share": number / total} for name, number in tokens.most_common()}
-    return {"from": place, "shares": shares}
+    return {"from": origin, "shares": shares}
 
 
 def _member_facts(surveys: Sequence[ShardSurvey], shards: int, vocab_size: int | None) -> dict[str, Any] | None:
@@ -343,7 +348,7 @@ def _document_facts(surveys: Sequence[ShardSurvey], shards: int) -> dict[str, An
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the facts; BrokenDataSet lists what is wrong with the data."""
+    """Print the report. Raise BrokenDataSet with all problems of the data."""
     args = make_parser().parse_args(argv)
     import orjson
 
@@ -352,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     facts = inspect(args)
     print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode() if args.json else render(facts), flush=True)
     if facts["problems"]:
-        raise BrokenDataSet(join_problems(facts["problems"], "The data set is not as it should be"))
+        raise BrokenDataSet(join_problems(facts["problems"], "The data set has problems"))
 
 
 def command(argv: Sequence[str] | None = None) -> int:

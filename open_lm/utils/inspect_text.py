@@ -1,4 +1,4 @@
-"""The facts about a data set as plain text of at most 100 columns."""
+"""Format the report about a data set as plain text of at most 100 columns."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 WIDTH = 100
-_BAR, _NAME, _LABEL = 30, 36, 16
+_BAR, _NAME, _LABEL = 30, 36, 18
 _MAX_LISTED = 5
 
 
 def size(num_bytes: int | None) -> str:
-    """Bytes with the unit that suits them (powers of 1000)."""
+    """Return a size with a suitable unit (powers of 1000), "?" if unknown."""
     if num_bytes is None:
         return "?"
     value = float(num_bytes)
@@ -25,12 +25,12 @@ def size(num_bytes: int | None) -> str:
 
 
 def count(value: Any) -> str:
-    """A number with thousands separators; "?" for one that is not known."""
+    """Return a number with thousands separators, "?" if unknown."""
     return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else "?"
 
 
 def shortened(text: str, width: int) -> str:
-    """Text whose middle is left out where it is too long."""
+    """Return `text`, shortened in the middle if it is longer than `width`."""
     if len(text) <= width:
         return text
     head = (width - 1) // 3
@@ -38,25 +38,25 @@ def shortened(text: str, width: int) -> str:
 
 
 def bar(share: float) -> str:
-    """A share of one as a bar; whatever is there is at least a thin mark."""
+    """Return a share as a bar; a share above 0 has at least a dot."""
     return "#" * round(share * _BAR) or ("." if share else "")
 
 
-def labelled(label: str, text: str) -> str:
-    """A line of a list of facts, continued below its own text."""
+def labeled_line(label: str, text: str) -> str:
+    """Return a line with a label, wrapped with a hanging indent."""
     return textwrap.fill(
         text, WIDTH, initial_indent=f"  {label:<{_LABEL}}", subsequent_indent=" " * (_LABEL + 2), break_on_hyphens=False
     )
 
 
 def visible(text: str) -> str:
-    """Text without characters that would act on a terminal: they are shown as escapes."""
+    """Return text with control characters replaced by escapes."""
     plain = text.expandtabs(4)
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in plain)
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """All facts, one paragraph for each sort."""
+    """Return the report as text, with a paragraph per topic."""
     paragraphs = [_folders(facts["folders"], facts["total"])]
     paragraphs += [_data_set(item) for item in facts["data_sets"]]
     for name, show in (("sources", _sources), ("members", _members), ("documents", _documents)):
@@ -85,40 +85,40 @@ def _folders(folders: Sequence[Mapping[str, Any]], total: Mapping[str, Any]) -> 
 
     lines = [f"{'folder':<{_NAME}} {'shards':>8} {'sequences':>13} {'tokens':>17} {'size':>11}  manifest"]
     lines += [row(item["folder"], item, item["manifest"]) for item in folders]
-    return "\n".join(lines + ([row("sum", total, "")] if len(folders) > 1 else []))
+    return "\n".join(lines + ([row("total", total, "")] if len(folders) > 1 else []))
 
 
 def _data_set(item: Mapping[str, Any]) -> str:
     settings, counts, tail = item["settings"], item["counts"], item["tail"]
     lines = [textwrap.fill(f"Data set {item['root']}", WIDTH, subsequent_indent="  ", break_on_hyphens=False)]
     if not item["whole"]:
-        lines.append(labelled("part", "what follows is about all of it; only a part of it is shown here"))
+        lines.append(labeled_line("incomplete", "only some of its shards were selected; the lines below describe all"))
     tool = item["tool"]
     if tool:
-        lines.append(labelled("made by", f"{tool.get('name', '?')} {tool.get('version', '?')}"))
+        lines.append(labeled_line("created by", f"{tool.get('name', '?')} {tool.get('version', '?')}"))
     fingerprint = str(settings.get("tokenizer_fingerprint") or "")
-    lines.append(labelled("tokenizer", ", ".join([
+    lines.append(labeled_line("tokenizer", ", ".join([
         str(settings.get("tokenizer") or "none"), *([f"fingerprint {fingerprint[:12]}…"] if fingerprint else []),
         f"{count(settings.get('vocab_size'))} ids, end of text {count(settings.get('eot_id'))}",
     ])))  # fmt: skip
-    made = f"seed {settings.get('seed', '?')}, shuffled: {_yes(settings.get('shuffle'))}"
+    order = f"seed {settings.get('seed', '?')}, shuffled: {_yes(settings.get('shuffle'))}"
     shape = f"seq_len {count(settings.get('seq_len'))}, members {settings.get('format', '?')}"
-    lines.append(labelled("sequences", f"{shape}, {made}"))
+    lines.append(labeled_line("sequences", f"{shape}, {order}"))
     files = f"{count(item['inputs']['files'])} files, {size(item['inputs']['bytes'])}"
-    lines.append(labelled("inputs", f"{files}, content key {settings.get('content_key', '?')}"))
+    lines.append(labeled_line("inputs", f"{files}, content key {settings.get('content_key', '?')}"))
     if counts:
-        lines.append(labelled("counts", ", ".join(f"{count(value)} {name}" for name, value in counts.items())))
+        lines.append(labeled_line("counts", ", ".join(f"{count(value)} {name}" for name, value in counts.items())))
     if tail:
-        lines.append(labelled("tail", _tail(tail)))
+        lines.append(labeled_line("tail", _tail(tail)))
     if item["mixture"]:
-        lines.append(labelled("mixture", json.dumps(item["mixture"], ensure_ascii=False)))
-    lines.append(labelled("bad documents", _kinds(item["bad_documents"])))
-    lines += [labelled("", f"- {_place(bad)}") for bad in item["bad_documents_first"][:_MAX_LISTED]]
+        lines.append(labeled_line("mixture", json.dumps(item["mixture"], ensure_ascii=False)))
+    lines.append(labeled_line("bad documents", _kinds(item["bad_documents"])))
+    lines += [labeled_line("", f"- {_place(bad)}") for bad in item["bad_documents_first"][:_MAX_LISTED]]
     if item["rejects"]:
-        lines.append(labelled("", f"all of them: {item['rejects']}"))
+        lines.append(labeled_line("", f"complete list: {item['rejects']}"))
     if item["broken_files"]:
-        lines.append(labelled("broken files", count(len(item["broken_files"]))))
-        lines += [labelled("", f"- {_place(broken)}") for broken in item["broken_files"][:_MAX_LISTED]]
+        lines.append(labeled_line("broken files", count(len(item["broken_files"]))))
+        lines += [labeled_line("", f"- {_place(broken)}") for broken in item["broken_files"][:_MAX_LISTED]]
     return "\n".join(lines)
 
 
@@ -140,7 +140,7 @@ def _kinds(kinds: Mapping[str, Any]) -> str:
 def _tail(tail: Mapping[str, Any]) -> str:
     text = f"{tail.get('fate', '?')}, {count(tail.get('tokens'))} tokens"
     if tail.get("fate") == "padded":
-        text += f" and {count(tail.get('pads'))} pads in member {tail.get('key')} of {tail.get('shard')}"
+        text += f" and {count(tail.get('pads'))} padding ids in member {tail.get('key')} of {tail.get('shard')}"
     return text
 
 
@@ -152,37 +152,39 @@ def _sources(sources: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _looked(item: Mapping[str, Any]) -> str:
+def _coverage(item: Mapping[str, Any]) -> str:
+    """Return the share of the shards that was read."""
     return f"{count(item['shards_read'])} of {count(item['shards'])} shards"
 
 
 def _members(item: Mapping[str, Any]) -> str:
     lengths = item["lengths"]
     shown = [f"{count(int(length))} in {count(number)} members" for length, number in lengths.items()][:_MAX_LISTED]
-    ids = ", ".join(shown) or "none can be read"
+    ids = ", ".join(shown) or "no readable member"
     ids += f" and {len(lengths) - _MAX_LISTED:,} other lengths" if len(lengths) > _MAX_LISTED else ""
-    lines = [f"Members and ids (in {_looked(item)}, {count(item['sequences'])} sequences)"]
-    lines.append(labelled("kinds", _kinds(item["kinds"])))
-    lines.append(labelled("ids in a member", ids))
-    lines.append(labelled("pads", count(item["pads"])))
+    lines = [f"Members and token ids (in {_coverage(item)}, {count(item['sequences'])} sequences)"]
+    lines.append(labeled_line("formats", _kinds(item["kinds"])))
+    lines.append(labeled_line("ids per member", ids))
+    lines.append(labeled_line("padding ids", count(item["pads"])))
     of = f" of {count(item['vocab_size'])} in the vocabulary" if item["vocab_size"] else ""
     lines.append(
-        labelled("used ids", f"{count(item['distinct_ids'])} distinct{of}, largest {count(item['largest_id'])}")
+        labeled_line("used ids", f"{count(item['distinct_ids'])} distinct{of}, largest {count(item['largest_id'])}")
     )
     return "\n".join(lines)
 
 
 def _documents(item: Mapping[str, Any]) -> str:
     heading = (
-        f"Lengths of documents in tokens, end-of-text id included (in {_looked(item)}). End-of-text ids and ends of "
-        "sequences divide them: a document that the end of a sequence cuts is counted as pieces."
+        f"Document lengths in tokens, including the end-of-text id (in {_coverage(item)}). A document that continues "
+        "in another sequence is counted as one piece per sequence."
     )
     lines = [textwrap.fill(heading, WIDTH)]
     ends = (
-        f"{count(item['ended'])} end in an end-of-text id, {count(item['pieces'] - item['ended'])} at a sequence's end"
+        f"{count(item['ended'])} end with an end-of-text id, {count(item['pieces'] - item['ended'])} at the end of a "
+        "sequence"
     )
-    lines.append(labelled("pieces", f"{count(item['pieces'])}: {ends}"))
-    lines.append(labelled("tokens", f"{item['mean']:,.1f} in the mean piece, {count(item['longest'])} in the longest"))
+    lines.append(labeled_line("pieces", f"{count(item['pieces'])}: {ends}"))
+    lines.append(labeled_line("tokens per piece", f"mean {item['mean']:,.1f}, maximum {count(item['longest'])}"))
     most = max(item["histogram"].values())
     for low, number in item["histogram"].items():
         span = f"{int(low):,}" if int(low) == 1 else f"{int(low):,} to {2 * int(low) - 1:,}"
@@ -193,7 +195,7 @@ def _documents(item: Mapping[str, Any]) -> str:
 def _sample(sample: Mapping[str, Any]) -> str:
     where = f"Sample: sequence {sample['position']:,} of {sample['shard']}"
     lines = [textwrap.fill(where, WIDTH, subsequent_indent="  ", break_on_hyphens=False)]
-    lines.append(f"  member {sample['key']}, {count(sample['tokens'])} tokens, {count(sample['pads'])} pads")
+    lines.append(f"  member {sample['key']}, {count(sample['tokens'])} tokens, {count(sample['pads'])} padding ids")
     for piece in sample["pieces"]:
         text = piece["text"] if "text" in piece else " ".join(map(str, piece["ids"]))
         if "note" in piece:
@@ -207,19 +209,19 @@ def _sample(sample: Mapping[str, Any]) -> str:
         if piece["ended"]:
             lines.append("  [[end of text]]")
     if sample["pads"]:
-        lines.append(f"  [[{count(sample['pads'])} pads]]")
+        lines.append(f"  [[{count(sample['pads'])} padding ids]]")
     return "\n".join(lines)
 
 
 def _verified(item: Mapping[str, Any], problems: int) -> str:
-    verdict = "all is well" if not problems else f"problems: {problems:,}"
+    result = "no problems found" if not problems else f"{problems:,} problems found"
     read = f"{count(item['shards'])} shards, {count(item['sequences'])} sequences, {size(item['bytes'])}"
-    text = f"Verified: {read}: {verdict}"
+    text = f"Verified {read}: {result}"
     return "\n".join([text, *([_items("Not checked", item["unchecked"])] if item["unchecked"] else [])])
 
 
 def _manifest(item: Mapping[str, Any]) -> str:
     return _items(
-        f"Made {item['manifest']}: {count(item['shards'])} shards, {count(item['sequences'])} sequences",
+        f"Wrote {item['manifest']}: {count(item['shards'])} shards, {count(item['sequences'])} sequences",
         item["changes"],
     )

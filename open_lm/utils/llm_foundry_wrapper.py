@@ -1,4 +1,4 @@
-"""The model as Composer and llm-foundry evaluate it. Needs the environment of `make install-eval`.
+"""Wrap the model for Composer and llm-foundry. Needs the environment of `make install-eval`.
 
 Legend: B batch, T sequence, V vocabulary.
 """
@@ -21,10 +21,10 @@ from torch import Tensor
 
 
 class SimpleComposerOpenLMCausalLM(HuggingFaceModel):
-    """Wraps an `open_lm.hf.OpenLMForCausalLM` and its tokenizer.
+    """A Composer model for an `open_lm.hf.OpenLMForCausalLM` and its tokenizer.
 
-    llm-foundry pads every sequence to the longest that the model takes. The padding that all rows of a batch share is
-    cut off before the model sees it, which changes no score and saves most of the work on short tasks.
+    llm-foundry pads every sequence to the maximum sequence length. Columns that are padding in all sequences of a batch
+    are removed before the forward pass. This changes no score and saves most of the work on short tasks.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -46,27 +46,27 @@ class SimpleComposerOpenLMCausalLM(HuggingFaceModel):
         )
 
     def forward(self, batch: dict[str, Any]) -> Any:
-        """The model's output for a batch; for in-context-learning tasks logits (B,T',V) without the end padding."""
+        """Return the model's output for a batch; for in-context-learning tasks, logits (B,T',V) without end padding."""
         if batch.get("mode") == "icl_task":
             batch = without_right_padding(batch)
         return super().forward(batch)
 
     def eval_forward(self, batch: dict[str, Any], outputs: Any = None) -> Any:
-        """Logits (B,T',V), or the generated texts for a batch of a generation task."""
+        """Return logits (B,T',V), or the generated texts for a batch of a generation task."""
         if batch.get("mode") == "generate":
             batch = without_left_padding(batch)
         return super().eval_forward(batch, outputs)
 
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """Generated ids (B,T). Every process holds the whole model, so that none has to wait for another."""
+        """Return generated token ids (B,T). Every process has the full model, so processes need no synchronization."""
         kwargs["synced_gpus"] = False
         return super().generate(input_ids, **kwargs)
 
 
 def without_right_padding(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch cut after its last real token; without a mask where padding is on the right alone.
+    """Return the batch truncated after its last real token, without a mask if all padding is on the right.
 
-    What follows a token changes nothing about it in a causal model, so that such a mask is only work.
+    In a causal model, later tokens do not affect earlier ones, so padding on the right needs no mask.
     """
     mask = batch["attention_mask"].bool()
     ends = [int(span[-1]) + 1 for span in batch.get("continuation_indices", [])]
@@ -79,7 +79,7 @@ def without_right_padding(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_left_padding(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch from its first real token on; at least one column stays."""
+    """Return the batch from its first real token on, with at least one column."""
     mask = batch["attention_mask"].bool()
     real = mask.any(dim=0)
     start = int(real.float().argmax()) if bool(real.any()) else mask.shape[1] - 1

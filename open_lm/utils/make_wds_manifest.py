@@ -1,4 +1,4 @@
-"""Make the manifest.jsonl of a folder of shards that has none: sequences, tokens, bytes and checksum of every shard.
+"""Write the manifest.jsonl of a folder of shards: sequences, tokens, bytes and checksum of every shard.
 
 python -m open_lm.utils.make_wds_manifest --data-dir s3://bucket/tokenized/
 """
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of the command."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(prog="make_wds_manifest", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data-dir", required=True, help="folder of shards, local or s3://…")
-    parser.add_argument("--manifest-filename", default="manifest.jsonl", help="name of the file made in that folder")
-    parser.add_argument("--num-workers", type=int, default=2, help="shards looked through at a time (default: 2)")
-    parser.add_argument("--tmp-dir", help="folder for a copy of each remote shard (default: the system's)")
+    parser.add_argument("--manifest-filename", default="manifest.jsonl", help="name of the manifest in that folder")
+    parser.add_argument("--num-workers", type=int, default=2, help="number of shards to read in parallel (default: 2)")
+    parser.add_argument("--tmp-dir", help="folder for temporary copies of remote shards (default: the system's)")
     return parser
 
 
 def manifest_entry(survey: ShardSurvey, old: ManifestEntry | None = None, source: str | None = None) -> ManifestEntry:
-    """The manifest's line of a shard that was looked through.
+    """Return the manifest line of a surveyed shard.
 
-    `source` is the only one of its data set, if it has but one. Where the shard is still the one of the `old` line
-    (equal sha256), what else that line says is kept. A shard with broken members gets no count of tokens.
+    `source` is the source of its data set if there is only one. If the shard has not changed since the `old` line was
+    written (equal sha256), the line's additional keys are kept. A shard with broken members gets no token count.
     """
     from open_lm.data.shard_format import ManifestEntry, shard_stem
 
-    known: dict[str, Any] = {"num_bytes": survey.num_bytes, "sha256": survey.sha256}
+    measured: dict[str, Any] = {"num_bytes": survey.num_bytes, "sha256": survey.sha256}
     if not survey.bad_members:
-        known = {"num_tokens": survey.num_tokens, **known}
-    told = {"sources": {source: survey.num_tokens}} if source is not None and not survey.bad_members else {}
+        measured = {"num_tokens": survey.num_tokens, **measured}
+    sources = {"sources": {source: survey.num_tokens}} if source is not None and not survey.bad_members else {}
     kept = old.extra if old is not None and old.extra.get("sha256") == survey.sha256 else {}
-    extra = known | {key: value for key, value in (told | kept).items() if key not in ("num_tokens", *known)}
+    extra = measured | {key: value for key, value in (sources | kept).items() if key not in ("num_tokens", *measured)}
     return ManifestEntry(shard_stem(survey.url), survey.num_sequences, extra)
 
 
@@ -50,51 +50,55 @@ def write_entries(
     old: Mapping[str, ManifestEntry] | None = None,
     source: str | None = None,
 ) -> list[ManifestEntry]:
-    """Write the manifest `url` whole; returns its entries. DataError lists every broken shard, then nothing is written.
+    """Write the manifest `url` and return its entries.
 
-    Broken members in a shard that is whole count as sequences, as in training.
+    Broken members of a readable shard count as sequences, as in training.
+
+    Raises:
+        DataError: lists all unusable shards; nothing is written.
     """
     from open_lm.data.shard_format import shard_stem, write_manifest
 
     if faults := [survey.fault for survey in surveys if survey.fault]:
-        raise DataError(join_problems(faults, "No manifest was written: some shards cannot be used"))
+        raise DataError(join_problems(faults, "No manifest was written: some shards are unusable"))
     entries = [manifest_entry(survey, (old or {}).get(shard_stem(survey.url)), source) for survey in surveys]
     write_manifest(url, entries)
     return entries
 
 
 def changes(old: Mapping[str, ManifestEntry] | None, entries: Sequence[ManifestEntry]) -> list[str]:
-    """What a new manifest says otherwise than the old one, shard by shard."""
+    """Return the differences between the old and the new manifest, by shard."""
     if old is None:
-        return ["there was none before"]
+        return ["there was no manifest before"]
     new = {entry.shard: entry for entry in entries}
-    lines = [f"{shard}: no longer there" for shard in old if shard not in new]
-    gained: dict[str, int] = {}
+    lines = [f"{shard}: removed" for shard in old if shard not in new]
+    added: dict[str, int] = {}
     for shard, entry in new.items():
         if shard not in old:
-            lines.append(f"{shard}: new")
+            lines.append(f"{shard}: added")
             continue
         before = {"num_sequences": old[shard].num_sequences, **old[shard].extra}
         after = {"num_sequences": entry.num_sequences, **entry.extra}
         for name in after.keys() - before.keys():
-            gained[name] = gained.get(name, 0) + 1
+            added[name] = added.get(name, 0) + 1
         for name in sorted(before):
             if name not in after:
-                lines.append(f"{shard}: {name} left out, was {_shown(before[name])}")
+                lines.append(f"{shard}: {name} removed, was {_formatted(before[name])}")
             elif after[name] != before[name]:
-                lines.append(f"{shard}: {name} {_shown(before[name])} -> {_shown(after[name])}")
-    lines += [f"{name} added to {count:,} shards" for name, count in sorted(gained.items())]
-    return lines or ["nothing changed"]
+                lines.append(f"{shard}: {name} {_formatted(before[name])} -> {_formatted(after[name])}")
+    lines += [f"{name} added to {count:,} shards" for name, count in sorted(added.items())]
+    return lines or ["no changes"]
 
 
-def _shown(value: Any) -> str:
+def _formatted(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def make_manifest(data_dir: str, filename: str = "manifest.jsonl", workers: int = 2, tmp_dir: str | None = None) -> int:
-    """Write the manifest of a folder; returns the number of sequences. DataError lists every broken shard.
+    """Write the manifest of a folder and return its number of sequences. Report broken members on standard error.
 
-    Broken members are told on standard error.
+    Raises:
+        DataError: lists all unusable shards.
     """
     from open_lm import storage
     from open_lm.utils.data_sets import find_data_sets, folders_in
@@ -109,9 +113,9 @@ def make_manifest(data_dir: str, filename: str = "manifest.jsonl", workers: int 
     surveys = survey_shards(list(folder.shards), list(folder.shards.values()), workers=workers, tmp_dir=tmp_dir)
     for survey in surveys:
         if survey.bad_members:
-            found = "; ".join(survey.bad_shown)
-            print(f"warning: {survey.bad_members:,} members cannot be read: {found}", file=sys.stderr, flush=True)
-    source = data_sets[0].only_source if data_sets else None
+            examples = "; ".join(survey.bad_examples)
+            print(f"warning: {survey.bad_members:,} members cannot be read: {examples}", file=sys.stderr, flush=True)
+    source = data_sets[0].single_source if data_sets else None
     entries = write_entries(storage.join(data_dir, filename), surveys, folder.entries, source)
     return sum(entry.num_sequences for entry in entries)
 

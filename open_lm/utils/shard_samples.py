@@ -1,4 +1,4 @@
-"""Sequences drawn at random from shards, as text in which ends of documents and pads are seen."""
+"""Read random sequences from shards and decode them, with visible document ends and padding."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from open_lm import storage
 from open_lm.data.shard_format import PAD_ID, decode_member, index_shard
 from open_lm.errors import DataError, UserError
 from open_lm.tokenizer import Tokenizer
-from open_lm.utils.shard_survey import samples
+from open_lm.utils.shard_survey import sample_members
 
 
-def choose(counts: Mapping[str, int], number: int, seed: int) -> dict[str, list[int]]:
-    """Positions of `number` sequences by shard, each sequence as likely as any other, from shards of `counts`."""
+def choose_positions(counts: Mapping[str, int], number: int, seed: int) -> dict[str, list[int]]:
+    """Draw `number` sequences uniformly from shards with `counts` sequences; return their positions by shard."""
     total = sum(counts.values())
-    places = sorted(random.Random(seed).sample(range(total), min(number, total)))
-    chosen: dict[str, list[int]] = {}
+    drawn = sorted(random.Random(seed).sample(range(total), min(number, total)))
+    positions: dict[str, list[int]] = {}
     first = 0
     for url, count in counts.items():
-        if inside := [place - first for place in places if first <= place < first + count]:
-            chosen[url] = inside
+        if in_shard := [index - first for index in drawn if first <= index < first + count]:
+            positions[url] = in_shard
         first += count
-    return chosen
+    return positions
 
 
 def read_samples(
     url: str, positions: Sequence[int], tokenizer: Tokenizer | None, eot_id: int | None, tmp_dir: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The sequences at some positions of a shard: {shard, position, key, tokens, pads, pieces}, or a `problem`.
+    """Yield the sequences at `positions` of a shard: {shard, position, key, tokens, pads, pieces}, or {shard, problem}.
 
-    A piece is {"text" or "ids", "ended"}; `ended`: an end-of-text id followed. Without a tokenizer there are only ids.
+    A piece is {"text" or "ids", "ended"}; "ended" tells whether an end-of-text id follows. Without a tokenizer, pieces
+    have ids.
     """
     try:
         with tempfile.TemporaryDirectory(dir=tmp_dir) as folder:
@@ -44,23 +45,24 @@ def read_samples(
                 path = os.path.join(folder, "shard.tar")
                 storage.download(url, path)
             with open(path, "rb") as file:
-                members = samples(index_shard(file, url))
+                members = sample_members(index_shard(file, url))
                 for position in positions:
                     if position >= len(members):
-                        raise DataError(f"{url}: it holds {len(members):,} sequences, its manifest says more")
+                        raise DataError(f"{url}: contains {len(members):,} sequences, fewer than its manifest says")
                     member = members[position]
                     file.seek(member.offset)
                     ids = decode_member(file.read(member.size), member.kind, eot_id=eot_id or 0)
-                    kept = ids[ids != PAD_ID]
+                    tokens = ids[ids != PAD_ID]
                     yield {
-                        "shard": url, "position": position, "key": member.key, "tokens": len(kept),
-                        "pads": len(ids) - len(kept), "pieces": _pieces(kept, tokenizer, eot_id),
+                        "shard": url, "position": position, "key": member.key, "tokens": len(tokens),
+                        "pads": len(ids) - len(tokens), "pieces": _pieces(tokens, tokenizer, eot_id),
                     }  # fmt: skip
     except (UserError, OSError) as error:
         yield {"shard": url, "problem": str(error) if url in str(error) else f"{url}: {error}"}
 
 
 def _pieces(ids: np.ndarray, tokenizer: Tokenizer | None, eot_id: int | None) -> list[dict[str, Any]]:
+    """Split token ids (T,) at end-of-text ids and decode the pieces."""
     ends = np.flatnonzero(ids == eot_id) if eot_id is not None else np.zeros(0, np.int64)
     pieces: list[dict[str, Any]] = []
     start = 0

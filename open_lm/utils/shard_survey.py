@@ -1,4 +1,4 @@
-"""Look through whole shards: counts, checksum, used ids and lengths of documents, several shards at a time."""
+"""Scan shards in parallel: counts, checksum, used token ids and document lengths."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from open_lm import storage
 from open_lm.data.shard_format import MEMBER_KINDS, PAD_ID, Member, decode_member, index_shard
 from open_lm.errors import ConfigError, DataError, UserError
 
-_BLOCK_MEMBERS = 256  # members looked at in one go
-_MAX_ID = 1 << 24  # larger ids count as one: no vocabulary has them, and a broken shard may hold any
+_BLOCK_MEMBERS = 256  # members that are counted together
+_MAX_ID = 1 << 24  # larger ids are counted as this one: no vocabulary has them, and a broken shard may contain any
 _PROGRESS_EVERY_S = 5.0
-MAX_SHOWN = 5  # broken members named of each shard
+MAX_BAD_EXAMPLES = 5  # broken members that are listed per shard
 
 
 @dataclass
 class ShardSurvey:
-    """What one shard holds. Tokens are all ids but pads; a shard with a `fault` is useless as a whole.
+    """The content of one shard. Tokens are all ids except padding. A shard with a `fault` is unusable.
 
-    Pieces are what end-of-text ids and ends of sequences divide sequences into, their end-of-text ids included.
+    Pieces are the parts of documents in sequences: a piece ends after an end-of-text id or at the end of a sequence.
     """
 
     url: str
@@ -42,21 +42,21 @@ class ShardSurvey:
     num_tokens: int = 0
     num_pads: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
-    lengths: Counter[int] = field(default_factory=Counter)  # ids of a member, pads included -> members
+    lengths: Counter[int] = field(default_factory=Counter)  # token ids per member including padding -> members
     bad_members: int = 0
-    bad_shown: list[str] = field(default_factory=list)
-    min_id: int | None = None  # of all ids, pads left out
+    bad_examples: list[str] = field(default_factory=list)
+    min_id: int | None = None  # of all ids except padding
     max_id: int | None = None
-    used_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64, sorted, none negative
+    used_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # int64, sorted, nonnegative
     piece_bins: Counter[int] = field(default_factory=Counter)  # b -> pieces of 2**b to 2**(b + 1) - 1 tokens
-    ended_pieces: int = 0  # pieces that an end-of-text id ends: as many as documents end here
+    ended_pieces: int = 0  # pieces that end with an end-of-text id, i.e. documents that end in this shard
     longest_piece: int = 0
 
 
 def survey_shard(url: str, eot_id: int | None = None, tmp_dir: str | None = None) -> ShardSurvey:
-    """Read one shard to its end. A shard that cannot be used is told in `fault`, it raises nothing.
+    """Scan one shard. An unusable shard sets `fault` and raises nothing.
 
-    Without `eot_id` pieces are whole sequences. A remote shard is copied to `tmp_dir` (default: the system's) first.
+    Without `eot_id`, pieces are full sequences. A remote shard is first copied to `tmp_dir` (default: the system's).
     """
     survey = ShardSurvey(url)
     try:
@@ -77,10 +77,10 @@ def survey_shard(url: str, eot_id: int | None = None, tmp_dir: str | None = None
 def _read_file(survey: ShardSurvey, path: str, eot_id: int | None) -> None:
     survey.num_bytes = os.path.getsize(path)
     if not survey.num_bytes:
-        raise DataError(f"{survey.url}: it is empty; make or copy the shard again")
+        raise DataError(f"{survey.url}: the file is empty; create or copy the shard again")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         survey.sha256 = hashlib.sha256(data).hexdigest()
-        members = samples(index_shard(data, survey.url))
+        members = sample_members(index_shard(data, survey.url))
         survey.num_sequences = len(members)
         survey.kinds.update(member.kind for member in members)
         used = np.zeros(_MAX_ID + 1, dtype=bool)
@@ -91,8 +91,8 @@ def _read_file(survey: ShardSurvey, path: str, eot_id: int | None) -> None:
         survey.used_ids = np.flatnonzero(used)
 
 
-def samples(members: Sequence[Member]) -> list[Member]:
-    """One member for each sequence: of a sample that is stored in several kinds, the first of MEMBER_KINDS."""
+def sample_members(members: Sequence[Member]) -> list[Member]:
+    """Return one member per sample: of a sample that is stored in several formats, the first of MEMBER_KINDS."""
     if len({member.kind for member in members}) < 2:
         return list(members)
     chosen: dict[str, Member] = {}
@@ -106,19 +106,19 @@ def _decode(
 ) -> Iterator[np.ndarray]:
     for member in members:
         try:
-            # The text "<|endoftext|>" of old members counts as id 0 where nothing else is known, as in training.
+            # Without `eot_id`, the string "<|endoftext|>" of old members becomes id 0, as in training.
             ids = decode_member(data[member.offset : member.offset + member.size], member.kind, eot_id=eot_id or 0)
         except DataError as error:
             survey.bad_members += 1
-            if len(survey.bad_shown) < MAX_SHOWN:
-                survey.bad_shown.append(f"{survey.url}: member {member.key}.{member.kind}: {error}")
+            if len(survey.bad_examples) < MAX_BAD_EXAMPLES:
+                survey.bad_examples.append(f"{survey.url}: member {member.key}.{member.kind}: {error}")
             continue
         survey.lengths[len(ids)] += 1
         yield ids
 
 
 def _count(survey: ShardSurvey, block: Sequence[np.ndarray], used: np.ndarray, eot_id: int | None) -> None:
-    """Add sequences, each int64 (T,), to the counts; marks their ids in `used` bool (_MAX_ID + 1,)."""
+    """Add sequences, each int64 (T,), to the counts, and mark their ids in `used` bool (_MAX_ID + 1,)."""
     ids = np.concatenate(block)
     ends = np.cumsum([len(sequence) for sequence in block])  # (sequences,)
     kept = ids != PAD_ID
@@ -152,9 +152,9 @@ def survey_shards(
     eot_id: int | None = None,
     tmp_dir: str | None = None,
 ) -> list[ShardSurvey]:
-    """A survey of each url, in their order, by `workers` processes. Long work tells its progress on standard error.
+    """Return the survey of each URL in order, computed by `workers` processes. Report progress on standard error.
 
-    `sizes` (bytes) makes the progress one of bytes.
+    With `sizes` (bytes) the progress is measured in bytes instead of shards.
     """
     if workers < 1:
         raise ConfigError(f"--num-workers must be at least 1, found {workers}")
@@ -163,28 +163,28 @@ def survey_shards(
     work = partial(survey_shard, eot_id=eot_id, tmp_dir=tmp_dir)
     if min(workers, len(urls)) < 2:
         return list(_with_progress(map(work, urls), len(urls), sizes))
-    # Fresh processes: a fork would share the connections and locks of this one.
+    # Spawn processes: forked ones would share the connections and locks of this process.
     with ProcessPoolExecutor(min(workers, len(urls)), multiprocessing.get_context("spawn")) as pool:
         return list(_with_progress(pool.map(work, urls), len(urls), sizes))
 
 
 def _with_progress(surveys: Iterable[ShardSurvey], shards: int, sizes: Sequence[int] | None) -> Iterator[ShardSurvey]:
     total = sum(sizes or ())
-    start = shown = time.monotonic()
+    start = last_report = time.monotonic()
     done = 0
     for number, survey in enumerate(surveys, start=1):
         done += survey.num_bytes
         now = time.monotonic()
-        if now - shown >= _PROGRESS_EVERY_S:
-            shown = now
+        if now - last_report >= _PROGRESS_EVERY_S:
+            last_report = now
             print(progress_line(number, shards, done, total, now - start), file=sys.stderr, flush=True)
         yield survey
 
 
 def progress_line(number: int, shards: int, done: int, total: int, elapsed_s: float) -> str:
-    """How far a look through shards has come: shards and bytes done, rate, time left (by bytes where `total` tells)."""
+    """Return a line with the shards and bytes done, the rate, and the remaining time (by bytes if `total` is known)."""
     share = done / total if total > 0 else number / shards
-    left = round(elapsed_s / share - elapsed_s) if share else 0
+    remaining_s = round(elapsed_s / share - elapsed_s) if share else 0
     rate = done / 1e6 / elapsed_s
-    clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    clock = f"{remaining_s // 3600}:{remaining_s // 60 % 60:02d}:{remaining_s % 60:02d}"
     return f"{number:,} of {shards:,} shards ({share:.0%}), {done / 1e6:,.0f} MB, {rate:,.1f} MB/s, {clock} left"

@@ -1,19 +1,19 @@
-"""torchrun that leaves the training script its flags, and its ranks the time to save when they are asked to stop.
+"""Launch ranks like torchrun, without parsing the training script's flags, and with time to save on stop signals.
 
-Before Python 3.12.3 `torchrun -m open_lm.main … --logs DIR` ends in "ambiguous option: --logs could match
---logs-specs" (https://github.com/pytorch/pytorch/issues/120601). Here the command line is split at the script, so that
-nothing behind it is torchrun's business:
+Before Python 3.12.3 `torchrun -m open_lm.main … --logs DIR` fails with "ambiguous option: --logs could match
+--logs-specs" (https://github.com/pytorch/pytorch/issues/120601). This launcher splits the command line at the script,
+so that torchrun does not parse the arguments after it:
 
     python -m open_lm.utils.torchrun --nproc-per-node 2 -m open_lm.main --logs logs …
 
-takes exactly torchrun's arguments. `make install` makes it the environment's torchrun.
+It accepts exactly torchrun's arguments. `make install` installs it as the environment's torchrun.
 
-With --node-rank, ranks follow it under every rendezvous: node 0 holds rank 0. torchrun itself orders the nodes of a
-c10d rendezvous by their names.
+With --node-rank, ranks are assigned in the order of the node ranks under every rendezvous: node 0 has rank 0. torchrun
+itself orders the nodes of a c10d rendezvous by name.
 
-It also hands on the signals with which a scheduler asks a run to stop, SIGTERM and SIGUSR1: the workers get them and
-all the time they take to save, and the exit code is 0 when theirs is. torchrun itself ends them after half a minute and
-reports a failure, or dies of SIGUSR1 without them.
+It forwards the signals with which a scheduler asks a run to stop, SIGTERM and SIGUSR1, to the workers and waits until
+they have saved and exited. The exit code is 0 if theirs is. torchrun itself kills the workers after 30 seconds and
+reports a failure, or is terminated by SIGUSR1 without stopping them.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from open_lm.errors import HUNG, STOP_SIGNALS
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-OWN_MESSAGE = (2, 130, HUNG)  # exit codes of errors.run_cli and of the watchdog
-FAILURE_FILE = "OPEN_LM_FAILURE_FILE"  # the variable that names a file, which gets the time of a rank's failure
-_FIRST_WORD_S = 2  # what is left to the node that ended, and so took the rendezvous with it, to say why
+REPORTED_EXIT_CODES = (2, 130, HUNG)  # exit codes of errors.run_cli and of the watchdog
+FAILURE_FILE = "OPEN_LM_FAILURE_FILE"  # environment variable: path of a file for the time of the first rank failure
+_EXIT_DELAY_S = 2  # gives the node that ended, and with it the rendezvous, time to print its error first
 _SCRIPT = """#!{python}
 import sys
 
@@ -47,9 +47,9 @@ sys.exit(main(sys.argv[1:]))
 
 
 def split_command(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """torchrun's own arguments up to and with the training script, and the arguments of that script.
+    """Return torchrun's arguments including the training script, and the arguments of that script.
 
-    A "--" between the two, with which other scripts help themselves, belongs to neither.
+    A "--" between the two, the common workaround for ambiguous options, is dropped.
     """
     index = 0
     while index < len(argv) and argv[index].startswith("-"):
@@ -62,9 +62,9 @@ def split_command(argv: Sequence[str], parser: argparse.ArgumentParser) -> tuple
 
 
 def agent_class(node_rank: int = 0) -> type[LocalElasticAgent]:
-    """torch's agent, which starts and watches the workers of a node, with the signals handed on to them.
+    """Return a subclass of torch's agent, which runs the workers of a node, that forwards stop signals to them.
 
-    Ranks follow the nodes' `node_rank`; where those are equal, the order that the rendezvous finds.
+    Ranks are assigned in the order of `node_rank`; nodes with equal `node_rank` keep the order of the rendezvous.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
@@ -72,30 +72,30 @@ def agent_class(node_rank: int = 0) -> type[LocalElasticAgent]:
         def _start_workers(self, *args: Any, **kwargs: Any) -> dict[int, Any]:
             pids = super()._start_workers(*args, **kwargs)
 
-            def hand_on(number: int, _frame: FrameType | None) -> None:
-                self._remaining_restarts = 0  # who is asked to stop is not started anew
+            def forward_signal(number: int, _frame: FrameType | None) -> None:
+                self._remaining_restarts = 0  # do not restart workers that were asked to stop
                 for pid in pids.values():
-                    with suppress(ProcessLookupError):  # it has ended already
+                    with suppress(ProcessLookupError):  # the worker has already exited
                         os.kill(pid, number)
 
-            for number in STOP_SIGNALS:  # after torch, which has just set its own handlers
-                signal.signal(number, hand_on)
+            for number in STOP_SIGNALS:  # replaces the handlers that torch has just installed
+                signal.signal(number, forward_signal)
             return pids
 
         def _assign_worker_ranks(self, store: Any, group_rank: int, group_world_size: int, spec: Any) -> list[Any]:
             store.set(f"open_lm/node/{group_rank}", str(node_rank))
             nodes = [(int(store.get(f"open_lm/node/{node}")), node) for node in range(group_world_size)]
-            place = sorted(nodes).index((node_rank, group_rank))
-            return super()._assign_worker_ranks(store, place, group_world_size, spec)
+            position = sorted(nodes).index((node_rank, group_rank))
+            return super()._assign_worker_ranks(store, position, group_world_size, spec)
 
     return Agent
 
 
 def main(argv: Sequence[str]) -> int:
-    """Launch as torchrun does; the exit code.
+    """Launch as torchrun does and return the exit code.
 
-    Where a rank ended with a message of its own (exit code 2), an interrupt, its watchdog or a signal to stop that came
-    before it could take it, torchrun's traceback is left out.
+    Omit torchrun's traceback if a rank exited after its own error message (exit code 2), an interrupt, its watchdog, or
+    a stop signal before it installed its handlers.
     """
     import torch
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -104,15 +104,15 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.launcher import api
     from torch.distributed.run import get_args_parser, parse_args, run
 
-    own, script_args = split_command(argv, get_args_parser())
-    args = parse_args(own)
+    torchrun_args, script_args = split_command(argv, get_args_parser())
+    args = parse_args(torchrun_args)
     args.training_script_args = script_args
     if args.nproc_per_node == "gpu" and not torch.cuda.is_available():
-        print("error: --nproc-per-node gpu: torch finds no CUDA device here; give a number of ranks", file=sys.stderr)
+        print("error: --nproc-per-node gpu: torch finds no CUDA device; pass a number of ranks", file=sys.stderr)
         return 2
     api.LocalElasticAgent = agent_class(args.node_rank)  # type: ignore[misc]
     if args.rdzv_backend != "static":
-        args.node_rank = 0  # else torch warns that it does not look at it
+        args.node_rank = 0  # otherwise torch warns that it ignores the flag
     try:
         run(args)
     except ChildFailedError as error:
@@ -122,15 +122,15 @@ def main(argv: Sequence[str]) -> int:
         code = failure.exitcode
         if -code in STOP_SIGNALS:
             return 128 - code
-        if code not in OWN_MESSAGE:
+        if code not in REPORTED_EXIT_CODES:
             raise
         return int(code)
     except RendezvousConnectionError as error:
-        time.sleep(_FIRST_WORD_S)
-        said = f"{error.__cause__ or error}".partition("\n")[0]
+        time.sleep(_EXIT_DELAY_S)
+        cause = f"{error.__cause__ or error}".partition("\n")[0]
         print(
-            f"error: no connection to the rendezvous at {args.rdzv_endpoint} ({said}): the node that keeps it is not "
-            "reached, or has ended",
+            f"error: no connection to the rendezvous at {args.rdzv_endpoint} ({cause}): the node that hosts it is "
+            "unreachable or has exited",
             file=sys.stderr,
         )
         return 1
@@ -139,8 +139,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def replace_script(folder: Path) -> None:
-    """Make this the `torchrun` of an environment's script folder."""
+def install_script(folder: Path) -> None:
+    """Install this launcher as `torchrun` into an environment's script folder."""
     path = folder / "torchrun"
     path.write_text(_SCRIPT.format(python=sys.executable))
     path.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Small data sets of known content, and the command that inspects them."""
+"""Helpers: small data sets with known content, and shortcuts for the inspect_shards command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from open_lm.data.shard_format import ManifestEntry, ShardWriter, read_manifest,
 from open_lm.utils.inspect_shards import BrokenDataSet, main
 
 EOT = 3
-# seq_len 7. Pieces by end-of-text: 3 2 3 | 8 | 1 7 | 4 1, three pads.
+# seq_len 7. Lengths of pieces between end-of-text ids: 3 2 3 | 8 | 1 7 | 4 1, then three padding ids.
 SEQUENCES = [
     [10, 11, 3, 12, 3, 13, 14, 15],
     [16, 17, 18, 19, 10, 11, 12, 13],

@@ -1,4 +1,4 @@
-"""The helpers that existing programs import, against the golden run and hand-worked intervals."""
+"""Test the file helpers for existing programs with the golden run and hand-computed intervals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def interval(path: str, samples: int, start: int, workers: int = 1, **options: A
     return get_string_for_epoch(samples, [start], [path], None, workers, 1, **options)
 
 
-def test_golden_runs_shards_in_their_shuffled_order(shared_dir: Path) -> None:
+def test_shuffled_shard_order_matches_the_golden_run(shared_dir: Path) -> None:
     run = shared_dir / "compat" / "run"
     position = [0]
     for epoch in (1, 2):
@@ -44,29 +44,29 @@ def test_intervals_of_one_source(tmp_path: Path, key: str, newline: str) -> None
     assert interval(path, 10, 0) == ([f"{folder}/00000000.tar"], [100], [1])
     assert interval(path, 150, 5) == ([f"{folder}/{{00000005,00000006}}.tar"], [166], [7])
     assert interval(path, 10, 0, workers=2) == ([f"{folder}/{{00000000,00000001}}.tar"], [200], [2])
-    # Five shards are needed; each of two workers gets two.
+    # Five shards are needed, but each of two workers gets two.
     names = ",".join(f"{number:08d}" for number in range(4))
     assert interval(path, 450, 0, workers=2) == ([f"{folder}/{{{names}}}.tar"], [400], [4])
 
 
-def test_too_little_data_says_so(tmp_path: Path) -> None:
+def test_too_little_data(tmp_path: Path) -> None:
     path = manifest(tmp_path / "a", [100] * 6 + [66])
     for samples, start, workers in ((1000, 0, 1), (200, 5, 1), (42, 0, 10), (42, 5, 3)):
-        with pytest.raises(IndexError, match="shards are left") as error:
+        with pytest.raises(IndexError, match="shards remain") as error:
             interval(path, samples, start, workers)
         assert isinstance(error.value, DataError)
 
 
-def test_sources_give_equal_numbers_of_shards_by_weight(tmp_path: Path) -> None:
+def test_sources_contribute_equal_numbers_of_shards(tmp_path: Path) -> None:
     paths = [manifest(tmp_path / name, [100] * 8) for name in "ab"]
-    patterns, counts, following = get_string_for_epoch(400, [0, 2], paths, [3.0, 1.0], 1, 1)
-    assert (counts, following) == ([300, 300], [3, 5])
+    patterns, counts, next_starts = get_string_for_epoch(400, [0, 2], paths, [3.0, 1.0], 1, 1)
+    assert (counts, next_starts) == ([300, 300], [3, 5])
     assert [pattern.count(",") for pattern in patterns] == [2, 2]
     with pytest.raises(ConfigError, match="found 1 weights and 2 starting points for 2 manifests"):
         get_string_for_epoch(400, [0, 2], paths, [3.0], 1, 1)
 
 
-def test_several_passes(tmp_path: Path) -> None:
+def test_multiple_passes(tmp_path: Path) -> None:
     path = manifest(tmp_path / "a", [1000] * 4 + [500] + [1000] * 3)
     folder = tmp_path / "a"
     assert interval(path, 2000, 7, multi_epoch=True) == ([f"{folder}/{{00000000,00000001}}.tar"], [2000], [10])
@@ -75,11 +75,11 @@ def test_several_passes(tmp_path: Path) -> None:
         [2500],
         [14],
     )
-    with pytest.raises(ValueError, match="even a whole pass does not suffice"):
+    with pytest.raises(ValueError, match="a full pass has too few shards"):
         interval(path, 10000, 0, multi_epoch=True)
     first = interval(path, 2000, 0, multi_epoch=True, shard_shuffle_seed=5)
     again = interval(path, 2000, 8, multi_epoch=True, shard_shuffle_seed=5)
-    assert first[0] != again[0], "each pass has an order of its own"
+    assert first[0] != again[0], "each pass must have its own order"
 
 
 def test_metadata_reports_every_bad_line(tmp_path: Path) -> None:

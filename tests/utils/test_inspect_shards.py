@@ -1,4 +1,4 @@
-"""The command that shows and samples data sets of token shards, and makes their manifests anew."""
+"""Test the command that describes and samples data sets of token shards and rewrites their manifests."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from open_lm import storage
 from open_lm.data.shard_format import ManifestEntry, read_manifest, write_manifest
 from open_lm.errors import ConfigError
 from open_lm.utils.inspect_shards import BrokenDataSet, main
-from open_lm.utils.shard_samples import choose
+from open_lm.utils.shard_samples import choose_positions
 from open_lm.utils.shard_survey import progress_line, survey_shard
 
 __all__ = ["small_tokenizer"]
 
 
-def test_the_overview_tells_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_set(tmp_path)
     main([str(tmp_path), "--num-workers", "1"])
     text = capsys.readouterr().out
@@ -31,19 +31,20 @@ def test_the_overview_tells_what_is_there(tmp_path: Path, capsys: pytest.Capture
     num_bytes = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
     assert f"2 4 29 {num_bytes / 1000:.1f} kB yes" in squeezed
     for part in (
-        "made by open_lm 1.2", "fingerprint abababababab…, 100 ids, end of text 3", "2 files, 2.0 MB",
+        "created by open_lm 1.2", "fingerprint abababababab…, 100 ids, end of text 3", "2 files, 2.0 MB",
         "seq_len 7, members npy, seed 5, shuffled: yes", "7 documents, 1,234 characters, 29 tokens, 2 shards",
-        "padded, 5 tokens and 3 pads in member 000001 of s1", "2 not_json", "- a.jsonl line 4: not_json cut",
-        "wiki 29 100.00% ##############################", "8 in 4 members", "pads 3",
-        "22 distinct of 100 in the vocabulary, largest 99", "8: 4 end in an end-of-text id, 4 at a sequence's end",
-        "3.6 in the mean piece, 8 in the longest", "cuts is counted as pieces",
+        "padded, 5 tokens and 3 padding ids in member 000001 of s1", "2 not_json", "- a.jsonl line 4: not_json cut",
+        "wiki 29 100.00% ##############################", "8 in 4 members", "padding ids 3",
+        "22 distinct of 100 in the vocabulary, largest 99",
+        "8: 4 end with an end-of-text id, 4 at the end of a sequence",
+        "tokens per piece mean 3.6, maximum 8", "is counted as one piece per sequence",
         "2 to 3 3 37.50% ##############################",
     ):  # fmt: skip
         assert part in squeezed, part
     assert max(map(len, text.splitlines())) <= 100
 
 
-def test_json_holds_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_set(tmp_path)
     found = facts(capsys, str(tmp_path), "--verify")
     assert found["total"] == {
@@ -59,7 +60,7 @@ def test_json_holds_the_same_facts(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["problems"] == [] and found["data_sets"][0]["whole"]
 
 
-def test_folders_of_one_data_set_and_their_sum(
+def test_several_folders_of_one_data_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "7-v1"
@@ -73,8 +74,10 @@ def test_folders_of_one_data_set_and_their_sum(
     assert found["total"]["tokens"] == 29
     assert [(item["root"], item["whole"]) for item in found["data_sets"]] == [(str(root), True)]
     assert found["sources"]["from"] == "dataset.json"
-    part = facts(capsys, str(root / "0"), "--verify")
-    assert not part["data_sets"][0]["whole"] and any("only a part" in note for note in part["verified"]["unchecked"])
+    partial = facts(capsys, str(root / "0"), "--verify")
+    assert not partial["data_sets"][0]["whole"] and any(
+        "only some of its shards" in note for note in partial["verified"]["unchecked"]
+    )
     shutil.copytree(root / "0", tmp_path / "elsewhere" / "copy")
     assert not facts(capsys, str(tmp_path / "elsewhere"))["data_sets"][0]["whole"]
     monkeypatch.chdir(root)
@@ -82,10 +85,10 @@ def test_folders_of_one_data_set_and_their_sum(
     assert facts(capsys, "0", "1", "--verify")["data_sets"][0]["whole"]
     (root / "1" / "s0.tar").unlink()
     (root / "1" / "manifest.jsonl").unlink()
-    assert "the shards hold 16 tokens, dataset.json says 29" in problems(str(root), "--verify")
+    assert "the shards contain 16 tokens, expected 29 by dataset.json" in problems(str(root), "--verify")
 
 
-def test_a_record_above_the_folders_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dataset_json_in_the_parent_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = make_folder(tmp_path / "a", {"s0": SEQUENCES[:2]}) + make_folder(tmp_path / "b", {"s0": SEQUENCES[2:]})
     make_folder(tmp_path / "other", {"s0": SEQUENCES})
     (tmp_path / "dataset.json").write_bytes(orjson.dumps(record(entries, settings={"folders": ["a", "b"]})))
@@ -95,17 +98,17 @@ def test_a_record_above_the_folders_that_it_names(tmp_path: Path, capsys: pytest
     assert any("other: no dataset.json" in note for note in found["verified"]["unchecked"])
 
 
-def test_outputs_of_several_sources_are_rows_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_of_several_sources_are_separate_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("web", "wiki"):
         make_folder(tmp_path / name, {"s0": SEQUENCES[: 1 if name == "web" else 3]}, name)
     main([str(tmp_path)])
     squeezed = " ".join(capsys.readouterr().out.split())
-    assert "web 1 1 8" in squeezed and "wiki 1 3 24" in squeezed and "sum 2 4 32" in squeezed
+    assert "web 1 1 8" in squeezed and "wiki 1 3 24" in squeezed and "total 2 4 32" in squeezed
     assert "wiki 24 75.00%" in squeezed and "web 8 25.00%" in squeezed
-    assert "the end-of-text id is not known" in squeezed
+    assert "the end-of-text id is unknown" in squeezed
 
 
-def test_shards_without_a_manifest_are_looked_through(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shards_without_a_manifest_are_scanned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(tmp_path, {f"s{number}": SEQUENCES for number in range(6)}, kind="json.gz")
     (tmp_path / "manifest.jsonl").unlink()
     found = facts(capsys, str(tmp_path), "--sample-shards", "0")
@@ -113,16 +116,16 @@ def test_shards_without_a_manifest_are_looked_through(tmp_path: Path, capsys: py
     assert found["folders"][0]["manifest"] == "no" and found["members"]["kinds"] == {"json.gz": 24}
 
 
-def test_a_pattern_shows_the_shards_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pattern_selects_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_set(tmp_path)
     found = facts(capsys, f"{tmp_path}/s{{1..1}}.tar", "--verify")
     assert found["total"]["sequences"] == 2 and found["folders"][0]["part"]
     assert facts(capsys, str(tmp_path / "manifest.jsonl"))["total"]["sequences"] == 4
-    with pytest.raises(ConfigError, match="whole folders"):
+    with pytest.raises(ConfigError, match="complete folders"):
         main([f"{tmp_path}/s1.tar", "--make-manifest"])
 
 
-def test_the_sample_of_shards_is_as_large_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_shards_limits_the_scanned_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(tmp_path, {f"s{number}": SEQUENCES for number in range(6)})
     assert facts(capsys, str(tmp_path))["members"]["shards_read"] == 4
     assert facts(capsys, str(tmp_path), "--sample-shards", "all")["members"]["shards_read"] == 6
@@ -140,8 +143,8 @@ def test_samples_as_text(tmp_path: Path, small_tokenizer: str, capsys: pytest.Ca
     storage.write_bytes(tmp_path / "dataset.json", orjson.dumps(record(entries, settings=settings)))
     main([str(tmp_path), "--samples", "3"])
     text = capsys.readouterr().out
-    shown = "  | the quick\\x1b[31m fox\n  [[end of text]]\n  | jumps\n  [[3 pads]]"
-    assert shown in text and f"member 000000, {len(ids)} tokens, 3 pads" in text
+    shown = "  | the quick\\x1b[31m fox\n  [[end of text]]\n  | jumps\n  [[3 padding ids]]"
+    assert shown in text and f"member 000000, {len(ids)} tokens, 3 padding ids" in text
     assert "Notes" not in text
     settings["tokenizer_fingerprint"] = "cd" * 32
     storage.write_bytes(tmp_path / "dataset.json", orjson.dumps(record(entries, settings=settings)))
@@ -149,7 +152,7 @@ def test_samples_as_text(tmp_path: Path, small_tokenizer: str, capsys: pytest.Ca
     assert facts(capsys, str(tmp_path), "--samples", "1", "--tokenizer", small_tokenizer)["samples"][0]["pads"] == 3
 
 
-def test_samples_without_a_tokenizer_are_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_without_a_tokenizer_are_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_set(tmp_path, settings={"tokenizer": "./gone/tokenizer.json"})
     found = facts(capsys, str(tmp_path), "--samples", "2", "--seed", "1")
     assert "no such file" in found["notes"][0]
@@ -162,18 +165,22 @@ def test_samples_without_a_tokenizer_are_ids(tmp_path: Path, capsys: pytest.Capt
         main([str(tmp_path), "--tokenizer", "./gone.json"])
 
 
-def test_samples_are_drawn_from_all_sequences_by_the_seed() -> None:
+def test_samples_are_drawn_from_all_sequences_with_the_seed() -> None:
     counts = {"a": 3, "b": 0, "c": 5}
-    assert choose(counts, 8, 0) == choose(counts, 20, 9) == {"a": [0, 1, 2], "c": [0, 1, 2, 3, 4]}
-    drawn = {tuple((url, place) for url, places in choose(counts, 1, seed).items() for place in places)
-             for seed in range(60)}  # fmt: skip
+    assert choose_positions(counts, 8, 0) == choose_positions(counts, 20, 9) == {"a": [0, 1, 2], "c": [0, 1, 2, 3, 4]}
+    drawn = {
+        (url, position)
+        for seed in range(60)
+        for url, positions in choose_positions(counts, 1, seed).items()
+        for position in positions
+    }
     assert len(drawn) == 8
 
 
-# --- manifests anew ----------------------------------------------------------------------------------------------
+# --- --make-manifest ---------------------------------------------------------------------------------------------
 
 
-def test_a_manifest_made_anew_says_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_make_manifest_reports_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_set(tmp_path)
     expected = read_manifest(str(tmp_path / "manifest.jsonl"))
     edit_manifest(tmp_path, num_sequences=9, sources={"kept": 16}, licence="cc")
@@ -182,25 +189,27 @@ def test_a_manifest_made_anew_says_what_changed(tmp_path: Path, capsys: pytest.C
     make_folder(tmp_path / "x", {"s2": SEQUENCES[:1]})
     (tmp_path / "x" / "s2.tar").rename(tmp_path / "s2.tar")
     (tmp_path / "x" / "manifest.jsonl").unlink()
-    with pytest.raises(BrokenDataSet, match=r"37 tokens, dataset\.json says 29"):  # the new shard is not in the record
+    with pytest.raises(
+        BrokenDataSet, match=r"37 tokens, expected 29 by dataset\.json"
+    ):  # dataset.json does not include the new shard
         main([str(tmp_path), "--make-manifest"])
     text = capsys.readouterr().out
-    assert "gone: no longer there" in text and "s2: new" in text and "s0: num_sequences 9 -> 2" in text
+    assert "gone: removed" in text and "s2: added" in text and "s0: num_sequences 9 -> 2" in text
     first, second, third = read_manifest(str(tmp_path / "manifest.jsonl"))
     assert first.num_sequences == 2 and first.extra["sources"] == {"kept": 16} and first.extra["licence"] == "cc"
     assert second == expected[1]
     assert third.extra["num_tokens"] == 8 and third.extra["sources"] == {"wiki": 8}
 
 
-def test_a_manifest_made_anew_the_first_and_the_second_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_make_manifest_is_reproducible(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_set(tmp_path)
     path = tmp_path / "manifest.jsonl"
     before = path.read_bytes()
-    assert facts(capsys, str(tmp_path), "--make-manifest")["manifests"][0]["changes"] == ["nothing changed"]
+    assert facts(capsys, str(tmp_path), "--make-manifest")["manifests"][0]["changes"] == ["no changes"]
     assert path.read_bytes() == before
     path.unlink()
     found = facts(capsys, str(tmp_path), "--make-manifest")["manifests"][0]
-    assert found == {"manifest": str(path), "shards": 2, "sequences": 4, "changes": ["there was none before"]}
+    assert found == {"manifest": str(path), "shards": 2, "sequences": 4, "changes": ["there was no manifest before"]}
     assert path.read_bytes() == before
     path.write_text("junk")
     assert "not JSON" in facts(capsys, str(tmp_path), "--make-manifest")["manifests"][0]["changes"][0]
@@ -211,18 +220,18 @@ def test_a_manifest_made_anew_the_first_and_the_second_time(tmp_path: Path, caps
     assert path.read_bytes() == before
 
 
-def test_no_manifest_is_made_of_broken_shards(tmp_path: Path) -> None:
+def test_make_manifest_writes_nothing_for_broken_shards(tmp_path: Path) -> None:
     make_set(tmp_path / "a")
     make_set(tmp_path / "b")
     for name in ("a", "b"):
         (tmp_path / name / "s1.tar").write_bytes(b"")
     (tmp_path / "a" / "manifest.jsonl").unlink()
-    told = problems(str(tmp_path), "--make-manifest")
-    assert "No manifest was written" in told and "a/s1.tar" in told and "b/s1.tar" in told
+    message = problems(str(tmp_path), "--make-manifest")
+    assert "No manifest was written" in message and "a/s1.tar" in message and "b/s1.tar" in message
     assert not (tmp_path / "a" / "manifest.jsonl").exists()
 
 
-def test_a_data_set_in_s3(s3_bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_set_in_s3(s3_bucket: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = f"s3://{s3_bucket}/set"
     make_set(f"{root}/x")
     found = facts(capsys, root, "--verify", "--samples", "1", "--tmp-dir", str(tmp_path / "tmp"))
@@ -236,10 +245,10 @@ def test_a_data_set_in_s3(s3_bucket: str, tmp_path: Path, capsys: pytest.Capture
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-# --- parts -------------------------------------------------------------------------------------------------------
+# --- survey ------------------------------------------------------------------------------------------------------
 
 
-def test_a_survey_of_old_members(tmp_path: Path) -> None:
+def test_survey_of_old_member_formats(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, text in {"0.txt": '[5, "<|endoftext|>", 7]', "1.txt": "[-5, 8, 99999999999]"}.items():
             (tmp_path / "member").write_text(text)
@@ -249,13 +258,13 @@ def test_a_survey_of_old_members(tmp_path: Path) -> None:
     assert len(survey.used_ids) == 5 and survey.longest_piece == 3
 
 
-def test_the_line_of_progress() -> None:
+def test_progress_line() -> None:
     assert progress_line(1, 4, 50_000_000, 200_000_000, 2.0) == "1 of 4 shards (25%), 50 MB, 25.0 MB/s, 0:00:06 left"
     assert progress_line(1, 2, 50_000_000, 0, 3700.0).startswith("1 of 2 shards (50%)")
     assert progress_line(1, 2, 50_000_000, 0, 3700.0).endswith("1:01:40 left")
 
 
-def test_help_is_light_and_nothing_imports_torch(tmp_path: Path) -> None:
+def test_help_imports_no_numpy_and_the_command_no_torch(tmp_path: Path) -> None:
     make_set(tmp_path)
     code = "import sys; from open_lm.utils.inspect_shards import main, make_parser; make_parser().format_help(); "
     code += "assert 'numpy' not in sys.modules; main(sys.argv[1:]); assert 'torch' not in sys.modules"

@@ -1,4 +1,4 @@
-"""The command that makes a manifest for shards which have none."""
+"""Test the command that writes the manifest of a folder of shards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_shards(folder: Path | str, counts: dict[str, int]) -> None:
                 writer.write(f"{number:04d}", np.arange(5))
 
 
-def test_the_golden_shards_as_a_command(shared_dir: Path, tmp_path: Path) -> None:
+def test_command_on_the_golden_shards(shared_dir: Path, tmp_path: Path) -> None:
     for source in (shared_dir / "compat" / "run" / "data").glob("*.tar"):
         (tmp_path / source.name).write_bytes(source.read_bytes())
     command = [
@@ -51,7 +51,7 @@ def test_the_golden_shards_as_a_command(shared_dir: Path, tmp_path: Path) -> Non
         assert entry.extra["num_tokens"] == sum(map(len, members))
 
 
-def test_broken_shards_are_told_together_and_nothing_is_written(tmp_path: Path) -> None:
+def test_broken_shards_are_reported_together_and_nothing_is_written(tmp_path: Path) -> None:
     make_shards(tmp_path, {"a": 3, "b": 2, "c": 1})
     for name in ("a", "c"):
         data = (tmp_path / f"{name}.tar").read_bytes()
@@ -66,7 +66,7 @@ def test_broken_shards_are_told_together_and_nothing_is_written(tmp_path: Path) 
         make_manifest(str(tmp_path), workers=0)
 
 
-def test_a_sample_in_several_kinds_counts_once(tmp_path: Path) -> None:
+def test_sample_in_several_formats_counts_once(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in ("0.json", "0.txt", "1.json", "1.txt"):
             info = tarfile.TarInfo(name)
@@ -77,19 +77,19 @@ def test_a_sample_in_several_kinds_counts_once(tmp_path: Path) -> None:
     assert (entry.shard, entry.num_sequences, entry.extra["num_tokens"]) == ("a", 2, 2)
 
 
-def test_broken_members_count_as_sequences_and_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_members_count_as_sequences_and_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, text in {"0.json": b"[1]", "1.json": b"[1"}.items():
             info = tarfile.TarInfo(name)
             info.size = len(text)
             tar.addfile(info, io.BytesIO(text))
     assert make_manifest(str(tmp_path)) == 2
-    assert "1 members cannot be read" in (said := capsys.readouterr().err) and "member 1.json" in said
+    assert "1 members cannot be read" in (stderr := capsys.readouterr().err) and "member 1.json" in stderr
     (entry,) = read_manifest(str(tmp_path / "manifest.jsonl"))
     assert sorted(entry.extra) == ["num_bytes", "sha256"]
 
 
-def test_what_else_is_known_of_shards_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_additional_keys_of_unchanged_shards_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_shards(tmp_path, {"a": 3, "b": 2})
     (tmp_path / "dataset.json").write_text('{"sources": {"wiki": {}}}')
     make_manifest(str(tmp_path), workers=1)
@@ -103,7 +103,7 @@ def test_what_else_is_known_of_shards_is_kept(tmp_path: Path, capsys: pytest.Cap
     assert again == first and changed.num_sequences == 1 and "sources" not in changed.extra
 
 
-def test_in_s3(s3_bucket: str, tmp_path: Path) -> None:
+def test_make_manifest_in_s3(s3_bucket: str, tmp_path: Path) -> None:
     folder = f"s3://{s3_bucket}/set"
     make_shards(folder, {"00000001": 4, "00000002": 2})
     assert make_manifest(folder, tmp_dir=str(tmp_path / "tmp")) == 6

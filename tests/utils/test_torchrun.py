@@ -1,4 +1,4 @@
-"""The torchrun of old Pythons: where the training script's arguments begin."""
+"""Test the launcher: splitting the command line, exit codes, and stop signals."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from open_lm.utils.torchrun import main, replace_script, split_command
+from open_lm.utils.torchrun import install_script, main, split_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
-    ("own", "script"),
+    ("torchrun_args", "script_args"),
     [
         ("--nproc-per-node 2 -m open_lm.main", "--model open_lm_11m --logs logs"),
         ("--standalone --nproc-per-node=2 train.py", "--logs x --nnodes 3"),
@@ -24,17 +24,17 @@ ROOT = Path(__file__).resolve().parents[2]
         ("train.py", "-m x"),
     ],
 )
-def test_arguments_are_split_at_the_script(own: str, script: str) -> None:
+def test_arguments_are_split_at_the_script(torchrun_args: str, script_args: str) -> None:
     from torch.distributed.run import get_args_parser
 
-    found = split_command([*own.split(), *script.split()], get_args_parser())
-    assert found == (own.split(), script.split())
-    assert split_command([*own.split(), "--", *script.split()], get_args_parser()) == found
+    found = split_command([*torchrun_args.split(), *script_args.split()], get_args_parser())
+    assert found == (torchrun_args.split(), script_args.split())
+    assert split_command([*torchrun_args.split(), "--", *script_args.split()], get_args_parser()) == found
 
 
-def test_flags_of_the_script_that_torchrun_would_take_reach_it(tmp_path: Path) -> None:
+def test_script_flags_are_not_parsed_by_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "show.py"
-    # In one write: pieces of two ranks' lines may come between one another.
+    # Write each line at once, so that the lines of two ranks do not interleave.
     script.write_text("import os, sys; os.write(1, f\"{os.environ['RANK']} {sys.argv[1:]}\\n\".encode())")
     command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
     result = subprocess.run([*command, "--logs", "x", "--r", "y"], capture_output=True, text=True, check=True)
@@ -42,7 +42,7 @@ def test_flags_of_the_script_that_torchrun_would_take_reach_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("code", "traceback"), [(0, False), (2, False), (130, False), (1, True)])
-def test_a_rank_s_own_message_is_not_buried(tmp_path: Path, code: int, traceback: bool) -> None:
+def test_no_traceback_after_a_rank_reported_its_error(tmp_path: Path, code: int, traceback: bool) -> None:
     script = tmp_path / "end.py"
     script.write_text(f"import sys; sys.exit({code})")
     command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -52,7 +52,7 @@ def test_a_rank_s_own_message_is_not_buried(tmp_path: Path, code: int, traceback
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("code", [0, 7])
-def test_signals_to_stop_reach_the_workers_and_end_well(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_stop_signals_are_forwarded_to_the_workers(tmp_path: Path, number: signal.Signals, code: int) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import os, signal, sys\n"
@@ -66,27 +66,27 @@ def test_signals_to_stop_reach_the_workers_and_end_well(tmp_path: Path, number: 
         [*command, "--max-restarts", "3", str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        said = process.stdout.read(len("ready\n") * 2)
+        output = process.stdout.read(len("ready\n") * 2)
         process.send_signal(number)
         rest = process.communicate(timeout=120)[0]
-    assert said.split() == ["ready"] * 2 and set(rest.split()) == {number.name}
+    assert output.split() == ["ready"] * 2 and set(rest.split()) == {number.name}
     assert (process.returncode == 0) == (code == 0)
 
 
-def test_the_script_takes_the_place_of_torchruns(tmp_path: Path) -> None:
-    replace_script(tmp_path)
+def test_install_script_creates_torchrun(tmp_path: Path) -> None:
+    install_script(tmp_path)
     result = subprocess.run([tmp_path / "torchrun", "--help"], capture_output=True, text=True, check=True)
     assert "--nproc-per-node" in result.stdout
 
 
-def test_help_is_torchruns_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_that_of_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--rdzv-endpoint" in capsys.readouterr().out
 
 
-def test_only_parallelize_knows_how_models_are_spread() -> None:
-    """import-linter sees packages only; these are modules inside torch."""
+def test_only_parallelize_imports_the_sharding_modules_of_torch() -> None:
+    """import-linter checks only packages; these are modules inside torch."""
     forbidden = ("torch.distributed.fsdp", "torch.nn.parallel")
     found = set()
     for path in (ROOT / "open_lm").rglob("*.py"):
@@ -95,4 +95,4 @@ def test_only_parallelize_knows_how_models_are_spread() -> None:
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if any(name.startswith(forbidden) for name in names):
                 found.add(path.relative_to(ROOT / "open_lm").as_posix())
-    assert found == {"parallelize.py"}
+    assert found == {"parallel/parallelize.py"}

@@ -1,4 +1,4 @@
-"""The configuration class under the name that existing callers import."""
+"""Public import path `open_lm.utils.transformers.hf_config`; the code is in open_lm.hf."""
 
 from open_lm.hf import OpenLMConfig
 
