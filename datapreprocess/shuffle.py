@@ -19,31 +19,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from open_lm import storage
-from open_lm.data.shard_format import PAD_ID
+from open_lm.data.shard_format import GOLDEN_GAMMA, PAD_ID, splitmix64
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MASK = (1 << 64) - 1
 _OFFSET_BYTES = 8
 _MAX_PARALLEL_REQUESTS = 16  # to remote storage
 MIXED = 0xFFFF  # source number of a sequence with tokens of several sources
 
 
-def splitmix64(values: np.ndarray) -> np.ndarray:
-    """Apply the output function of SplitMix64, a bijection of uint64 (n,) (Steele, Lea and Flood 2014)."""
-    values = values.astype(np.uint64, copy=True)
-    values ^= values >> np.uint64(30)
-    values *= np.uint64(0xBF58476D1CE4E5B9)
-    values ^= values >> np.uint64(27)
-    values *= np.uint64(0x94D049BB133111EB)
-    values ^= values >> np.uint64(31)
-    return values
-
-
 def random_keys(seed: int, stream: int, start: int, count: int) -> np.ndarray:
     """Return keys start … start + count - 1 of a stream, uint64 (count,): uniform and the same on every machine."""
-    base = splitmix64(np.array([(seed + 1) * int(_GOLDEN) & _MASK], np.uint64))
-    base = splitmix64(base + np.array([(stream + 1) * int(_GOLDEN) & _MASK], np.uint64))
-    return splitmix64(base + np.arange(start + 1, start + count + 1, dtype=np.uint64) * _GOLDEN)
+    base = splitmix64(np.array([(seed + 1) * GOLDEN_GAMMA & _MASK], np.uint64))
+    base = splitmix64(base + np.array([(stream + 1) * GOLDEN_GAMMA & _MASK], np.uint64))
+    return splitmix64(base + np.arange(start + 1, start + count + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK_64 = (1 << 64) - 1
 
 
-def mix64(values: np.ndarray) -> np.ndarray:
+def splitmix64(values: np.ndarray) -> np.ndarray:
     """Scatter uint64 values (n,) evenly with a bijection (SplitMix64; Steele, Lea and Flood 2014)."""
     values = (values ^ values >> np.uint64(30)) * np.uint64(_MIX_1)
     values = (values ^ values >> np.uint64(27)) * np.uint64(_MIX_2)
@@ -32,12 +32,12 @@ def hash_key(*values: int) -> int:
 
 def hash_range(key: int, count: int) -> np.ndarray:
     """Return `count` 64-bit random numbers for a key (the splitmix64 generator): uint64 (count,)."""
-    return mix64(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA) + np.uint64(key))
+    return splitmix64(np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA) + np.uint64(key))
 
 
 def hash_each(count: int) -> np.ndarray:
     """Return `hash_key(i)` for each i in 0 … count - 1: uint64 (count,)."""
-    return mix64(np.arange(count, dtype=np.uint64) + np.uint64(GOLDEN_GAMMA))
+    return splitmix64(np.arange(count, dtype=np.uint64) + np.uint64(GOLDEN_GAMMA))
 
 
 def permutation(key: int, count: int) -> np.ndarray:

@@ -34,7 +34,7 @@ import numpy as np
 import orjson
 
 from open_lm import storage
-from open_lm.data.hashing import GOLDEN_GAMMA, mix64
+from open_lm.data.hashing import GOLDEN_GAMMA, splitmix64
 from open_lm.data.manifest import (
     MANIFEST_NAME,
     ManifestEntry,
@@ -67,13 +67,13 @@ __all__ = [
     "index_shard",
     "iter_files",
     "member_key",
-    "mix64",
     "read_manifest",
     "shard_entries",
     "shard_folder",
     "shard_sizes",
     "shard_stem",
     "split_name",
+    "splitmix64",
     "token_dtype",
     "total_sequences",
     "write_manifest",

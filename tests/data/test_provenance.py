@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from data_helpers import SEQ_LEN, VOCAB_SIZE, jsonable, places, sequence, write_shard, write_source
-from datapreprocess_helpers import alone, make, raw, small_tokenizer
+from datapreprocess_helpers import in_process, make, raw, small_tokenizer
 
 from open_lm import storage
 from open_lm.config.sections import DataConfig
@@ -24,7 +24,7 @@ from open_lm.data.sources import find_sources, find_validation_source
 from open_lm.errors import DataError
 from open_lm.utils.make_wds_manifest import main as make_manifest
 
-__all__ = ["alone", "raw", "small_tokenizer"]
+__all__ = ["in_process", "raw", "small_tokenizer"]
 SETTINGS = {"tokenizer": "/here/t.json", "tokenizer_fingerprint": "f" * 8, "eot_id": 3, "seq_len": SEQ_LEN, "seed": 42}
 
 
@@ -128,7 +128,7 @@ def test_an_unreadable_dataset_json_does_not_stop_a_run(
 
 
 # --- the end-of-text id ----------------------------------------------------------------------------------------------
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("in_process")
 def test_data_from_the_preprocessor(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
     folder = make(raw[0], tmp_path / "out", small_tokenizer) / "0"
     sources = sources_of(f"{folder}/manifest.jsonl")
