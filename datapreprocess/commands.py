@@ -333,15 +333,17 @@ def _sample_by_rate(job: PreprocessJob, request: Request, encoder: DocumentEncod
 def _training_flags(job: PreprocessJob, mixture: Mixture) -> list[str]:
     """Return the trainer flags that mix the data sets of the sources at the rates of the mixture."""
     from open_lm import storage
+    from open_lm.data.shard_format import MANIFEST_NAME
     from open_lm.datapreprocess.mixtures import training_flags
-    from open_lm.datapreprocess.writer import MANIFEST
 
     if len(job.layout.folders) > 1:
         _logger.warning(
             "no training flags for the rates of the mixture: they need one folder per source; use --num-consumers 1"
         )
         return []
-    return training_flags({name: storage.join(job.layout.root, name, MANIFEST) for name in job.sources}, mixture.rates)
+    return training_flags(
+        {name: storage.join(job.layout.root, name, MANIFEST_NAME) for name in job.sources}, mixture.rates
+    )
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from open_lm import storage
+from open_lm.data.shard_format import DATASET_NAME, REJECTS_NAME
 from open_lm.datapreprocess.accounting import (
     Output,
     bad_input_message,
@@ -52,8 +53,6 @@ from open_lm.datapreprocess.tasks import Call, Feed
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_chunk, run_unit
 from open_lm.datapreprocess.writer import (
-    DATASET,
-    REJECTS,
     WrittenShard,
     dataset_url,
     write_dataset,
@@ -154,10 +153,10 @@ def _make_dataset(
     assembler = Assembler(job, work, encoder.dtype, budget.buffer_bytes, cluster.workers, _bucket_counter(cluster))
     outputs = _write_outputs(job, tasks, reports, assembler, cluster, monitor)
     bases = line_bases([task.unit for task in tasks], reports)
-    collect_rejects(tasks, work, storage.join(job.layout.root, REJECTS), bases)
+    collect_rejects(tasks, work, storage.join(job.layout.root, REJECTS_NAME), bases)
     for output in outputs if job.layout.per_source else []:
         source_tasks = [task for task in tasks if task.unit.source == output.source]
-        collect_rejects(source_tasks, work, storage.join(job.layout.root, output.source, REJECTS), bases)
+        collect_rejects(source_tasks, work, storage.join(job.layout.root, output.source, REJECTS_NAME), bases)
     return _write_records(job, settings, encoder.name, outputs)
 
 
@@ -171,7 +170,7 @@ def _write_records(
         output_settings = settings | {"folders": list(folders)}
         record = dataset_record(job, output_settings, encoder, [output]) if job.layout.per_source else full_record
         for folder in folders:
-            url = storage.join(job.layout.folder(folder), DATASET)
+            url = storage.join(job.layout.folder(folder), DATASET_NAME)
             if url != dataset_url(job.layout):
                 write_dataset(url, record)
     write_dataset(dataset_url(job.layout), full_record)
@@ -267,7 +266,7 @@ def _tokenize(
 def _check_inputs(job: PreprocessJob, tasks: Sequence[UnitTask], reports: Sequence[UnitReport], work: str) -> None:
     """Raise DataError if more of the input is bad than the job allows, or if it contains no documents."""
     if exceeds_bad_fraction([task.unit for task in tasks], reports, job.max_bad_fraction):
-        rejects = storage.join(job.layout.root, REJECTS)
+        rejects = storage.join(job.layout.root, REJECTS_NAME)
         units = [task.unit for task in tasks]
         collect_rejects(tasks, work, rejects, line_bases(units, reports))
         if not sum(report.documents for report in reports):

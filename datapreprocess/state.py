@@ -15,15 +15,16 @@ from typing import Any
 import orjson
 
 from open_lm import storage
+from open_lm.data.shard_format import DATASET_NAME, MANIFEST_NAME
 from open_lm.datapreprocess.job import Layout, PreprocessJob, input_records, work_folder_name
 from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
-from open_lm.datapreprocess.writer import DATASET, MANIFEST, read_dataset, read_record
+from open_lm.datapreprocess.writer import read_dataset, read_record
 from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 _PLAN = "plan.json"
 UNREADABLE = "unreadable"  # kind of a broken file that storage could not read
-_METADATA_FILES = (MANIFEST, DATASET)
+_METADATA_FILES = (MANIFEST_NAME, DATASET_NAME)
 _FALLBACK_MARKER = "reference-tokenizer"
 _SHARD_ORIGIN = "shards-of"  # file with a digest of the reports from which the shards were written
 _REPORT = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.json")

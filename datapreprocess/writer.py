@@ -10,13 +10,19 @@ import numpy as np
 import orjson
 
 from open_lm import storage
-from open_lm.data.shard_format import PAD_ID, ManifestEntry, ShardInfo, ShardWriter, write_manifest
+from open_lm.data.shard_format import (
+    DATASET_NAME,
+    MANIFEST_NAME,
+    PAD_ID,
+    ManifestEntry,
+    ShardInfo,
+    ShardWriter,
+    write_manifest,
+)
 from open_lm.datapreprocess.cluster import Shared
 from open_lm.datapreprocess.job import Layout, shard_size
 from open_lm.datapreprocess.shuffle import MIXED, Runs, SequenceBlock
 from open_lm.errors import ConfigError
-
-MANIFEST, DATASET, REJECTS = "manifest.jsonl", "dataset.json", "rejects.jsonl"
 
 
 @dataclass(frozen=True)
@@ -202,12 +208,12 @@ def write_manifests(layout: Layout, shards: Sequence[ShardPlan], written: Sequen
             for shard, result in zip(shards, written, strict=True)
             if shard.folder == folder
         ]
-        write_manifest(storage.join(layout.folder(folder), MANIFEST), entries)
+        write_manifest(storage.join(layout.folder(folder), MANIFEST_NAME), entries)
 
 
 def dataset_url(layout: Layout) -> str:
     """Return the URL of the dataset.json that is written last and marks the output as finished."""
-    return storage.join(layout.root if layout.per_source else layout.folder(layout.folders[0]), DATASET)
+    return storage.join(layout.root if layout.per_source else layout.folder(layout.folders[0]), DATASET_NAME)
 
 
 def write_dataset(url: str, record: dict[str, Any]) -> None:

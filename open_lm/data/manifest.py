@@ -14,7 +14,7 @@ import orjson
 from open_lm import storage
 from open_lm.errors import DataError, join_problems
 
-MANIFEST_NAME = "manifest.jsonl"
+MANIFEST_NAME, DATASET_NAME, REJECTS_NAME = "manifest.jsonl", "dataset.json", "rejects.jsonl"
 _COUNT_KEYS = ("num_sequences", "num_chunks")
 _MAX_LISTED = 20
 

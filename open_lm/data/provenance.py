@@ -15,13 +15,13 @@ from typing import Any
 import orjson
 
 from open_lm import storage
-from open_lm.data.manifest import shard_stem
+from open_lm.data.manifest import DATASET_NAME, shard_stem
 from open_lm.data.mixture import integer_weights
 from open_lm.data.order import Source
 from open_lm.errors import DataError, join_problems
 from open_lm.storage.redaction import redact
 
-DATASET_NAME, FILE_NAME = "dataset.json", "data.json"
+FILE_NAME = "data.json"
 _FORMAT = 1
 _MAX_LISTED = 5
 _LOCATION_KEYS = ("url", "etag")  # of an input: its location, not its content

@@ -36,7 +36,9 @@ import orjson
 from open_lm import storage
 from open_lm.data.hashing import GOLDEN_GAMMA, splitmix64
 from open_lm.data.manifest import (
+    DATASET_NAME,
     MANIFEST_NAME,
+    REJECTS_NAME,
     ManifestEntry,
     expand_shards,
     read_manifest,
@@ -51,12 +53,14 @@ from open_lm.data.npy_block import Buffer, matching_names, npy_members, tar_head
 from open_lm.errors import DataError
 
 __all__ = [
+    "DATASET_NAME",
     "END_OF_TEXT_STRING",
     "GOLDEN_GAMMA",
     "KEY_DIGITS",
     "MANIFEST_NAME",
     "MEMBER_KINDS",
     "PAD_ID",
+    "REJECTS_NAME",
     "ManifestEntry",
     "Member",
     "ShardInfo",

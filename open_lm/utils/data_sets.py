@@ -11,11 +11,9 @@ from typing import Any
 import orjson
 
 from open_lm import storage
-from open_lm.data.manifest import MANIFEST_NAME
+from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME, REJECTS_NAME
 from open_lm.data.shard_format import ManifestEntry, expand_shards, read_manifest, shard_folder, shard_stem
 from open_lm.errors import DataError, UserError, join_problems
-
-DATASET_NAME, REJECTS_NAME = "dataset.json", "rejects.jsonl"
 
 
 @dataclass
