@@ -210,7 +210,7 @@ def bad_input_message(units: Sequence[Unit], reports: Sequence[UnitReport], *, l
         lines,
         f"Some of the input cannot be used: {'; '.join(facts)}; --max-bad-fraction allows {limit:g}. Fix the input, or "
         "increase --max-bad-fraction (1 skips and counts all bad input); finished work is kept. All rejected documents "
-        f"are listed in {rejects}",
+        f"are listed in {rejects}. First problems",
     )
 
 

@@ -1,4 +1,4 @@
-"""Which files a run reads, how they are cut into units of work, and every kind of them end to end, in this process."""
+"""Tests of finding input files, dividing them into units of work, and all input formats end to end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def touch(folder: Path, *names: str) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def found(*patterns: object, suffixes: Sequence[str] | None = None) -> list[str]:
+def find_urls(*patterns: object, suffixes: Sequence[str] | None = None) -> list[str]:
     return [item.url for item in find_inputs([str(pattern) for pattern in patterns], suffixes)]
 
 
@@ -62,15 +62,15 @@ def test_names_globs_and_folders(tmp_path: Path) -> None:
     a, b, parquet, c = touch(tmp_path, "a.jsonl", "b.jsonl.zst", "deep/d.parquet", "deep/er/c.txt")
     touch(tmp_path, "README.md", "deep/notes.csv", "dataset.json", ".hidden.jsonl", "deep/.work/unit-0.json")
     (hidden,) = touch(tmp_path / ".cache", "x.jsonl")
-    assert found(tmp_path / ".cache") == [hidden], "asked for by name"
-    assert found(a) == [a]
-    assert found(tmp_path) == [a, b, parquet, c] == found(f"{tmp_path}/")
-    assert found(tmp_path / "*.jsonl") == [a]
-    assert found(tmp_path / "?.jsonl*", tmp_path / "d[ef]ep") == [a, b, parquet, c]
-    assert found(tmp_path / "**" / "*.txt") == [c]
-    assert found(tmp_path / "de*") == [parquet, c], "a glob may stand for folders"
-    assert found(tmp_path, suffixes=[".zst", ".txt"]) == [b, c]
-    assert found(a, tmp_path / "*.jsonl", suffixes=[".txt"]) == [a], "suffixes are for folders"
+    assert find_urls(tmp_path / ".cache") == [hidden], "a hidden folder is read if it is named"
+    assert find_urls(a) == [a]
+    assert find_urls(tmp_path) == [a, b, parquet, c] == find_urls(f"{tmp_path}/")
+    assert find_urls(tmp_path / "*.jsonl") == [a]
+    assert find_urls(tmp_path / "?.jsonl*", tmp_path / "d[ef]ep") == [a, b, parquet, c]
+    assert find_urls(tmp_path / "**" / "*.txt") == [c]
+    assert find_urls(tmp_path / "de*") == [parquet, c], "a glob may match folders"
+    assert find_urls(tmp_path, suffixes=[".zst", ".txt"]) == [b, c]
+    assert find_urls(a, tmp_path / "*.jsonl", suffixes=[".txt"]) == [a], "suffixes apply only to folders"
     (item,) = find_inputs([a])
     assert item.num_bytes == os.path.getsize(a) and item.mtime_s == os.path.getmtime(a) and not item.etag
 
@@ -78,52 +78,54 @@ def test_names_globs_and_folders(tmp_path: Path) -> None:
 def test_a_file_named_in_many_ways_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (a,) = touch(tmp_path, "raw/a.jsonl")
     monkeypatch.chdir(tmp_path)
-    ways = ["raw", "raw/", "./raw/a.jsonl", "raw/../raw/a.jsonl", "raw//a.jsonl", "raw/*.jsonl", a, f"file://{a}"]
-    assert found(*ways) == [a]
-    for way in ways:
-        assert found(way) == [a]
+    patterns = ["raw", "raw/", "./raw/a.jsonl", "raw/../raw/a.jsonl", "raw//a.jsonl", "raw/*.jsonl", a, f"file://{a}"]
+    assert find_urls(*patterns) == [a]
+    for pattern in patterns:
+        assert find_urls(pattern) == [a]
 
 
 def test_lists_of_inputs(tmp_path: Path) -> None:
     a, b, c = touch(tmp_path, "a.jsonl", "b.jsonl", "more/c.jsonl")
     names = tmp_path / "inputs.list"
     names.write_text(f"# a comment\n\n  {a}  \r\n\t# another\n{tmp_path}/more/*.jsonl\n{a}\n")
-    assert found(f"@{names}") == [a, c]
-    assert found(f"@{names}", b) == [a, b, c]
+    assert find_urls(f"@{names}") == [a, c]
+    assert find_urls(f"@{names}", b) == [a, b, c]
 
 
-def test_lists_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_lists(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"nowhere\.txt"):
-        found(f"@{tmp_path}/nowhere.txt")
+        find_urls(f"@{tmp_path}/nowhere.txt")
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n\n")
     with pytest.raises(DataError, match=r"@.*empty\.txt: this list contains no inputs"):
-        found(f"@{empty}")
+        find_urls(f"@{empty}")
     empty.write_bytes(b"\xff\xfe")
     with pytest.raises(StorageError, match=r"empty\.txt: expected UTF-8"):
-        found(f"@{empty}")
+        find_urls(f"@{empty}")
 
 
-def test_all_that_is_wrong_is_told_together(tmp_path: Path) -> None:
-    good, odd = touch(tmp_path, "a.jsonl", "b.csv")
+def test_all_problems_are_reported_together(tmp_path: Path) -> None:
+    good, unknown = touch(tmp_path, "a.jsonl", "b.csv")
     (tmp_path / "names").write_text(f"{tmp_path}/*.parquet\n{good}\n")
     (tmp_path / "void").mkdir()
     with pytest.raises(UserError) as caught:
-        found(odd, tmp_path / "missing.jsonl", tmp_path / "void", f"@{tmp_path}/names", f"@{tmp_path}/no.txt", good)
-    told = str(caught.value)
+        find_urls(
+            unknown, tmp_path / "missing.jsonl", tmp_path / "void", f"@{tmp_path}/names", f"@{tmp_path}/no.txt", good
+        )
+    message = str(caught.value)
     for part in ("b.csv: no reader for .csv", "missing.jsonl: no file matches", "void: no file matches",
                  "*.parquet: no file matches", "no.txt"):  # fmt: skip
-        assert part in told
-    assert "a.jsonl" not in told
+        assert part in message
+    assert "a.jsonl" not in message
     with pytest.raises(DataError, match="no input is given"):
         find_inputs([])
-    with pytest.raises(DataError, match="an input is an empty string"):  # not the whole working folder
-        found("", good)
-    with pytest.raises(DataError, match=r"b\.csv: no reader for \.csv; known are \.arrow"):
-        found(tmp_path / "*.csv")
+    with pytest.raises(DataError, match="an input is an empty string"):  # does not read the working folder
+        find_urls("", good)
+    with pytest.raises(DataError, match=r"b\.csv: no reader for \.csv files; supported suffixes are \.arrow"):
+        find_urls(tmp_path / "*.csv")
 
 
-def test_a_glob_in_s3_takes_no_request_for_each_file(faulty_s3: FaultyProxy) -> None:
+def test_a_glob_on_s3_needs_no_request_per_file(faulty_s3: FaultyProxy) -> None:
     root = f"s3://{faulty_s3.bucket}/raw"
     for number in range(40):
         storage.write_bytes(f"{root}/{number:02d}.jsonl", b'{"text": "x"}\n' * (number + 1))
@@ -135,22 +137,22 @@ def test_a_glob_in_s3_takes_no_request_for_each_file(faulty_s3: FaultyProxy) -> 
         assert [item.url for item in items] == [f"{root}/{number:02d}.jsonl" for number in range(40)]
         assert [item.num_bytes for item in items] == [14 * (number + 1) for number in range(40)]
         assert items[39].etag.strip('"') == etag
-        assert faulty_s3.requests.total() - before <= 4, "a look for a file of that name, and the listing"
+        assert faulty_s3.requests.total() - before <= 4, "one lookup of a file of that name, and the listing"
 
 
-# --- cutting -----------------------------------------------------------------------------------------------------
+# --- dividing into units -----------------------------------------------------------------------------------------
 
 
 def plan(*files: tuple[str, int], sampling: Sampling | None = None, keep_order: bool = False) -> list[Unit]:
-    given = [InputFile(name, size, 1.0) for name, size in files]
-    return plan_units(given, sampling or Sampling(), OPTIONS, keep_order=keep_order)
+    items = [InputFile(name, size, 1.0) for name, size in files]
+    return plan_units(items, sampling or Sampling(), OPTIONS, keep_order=keep_order)
 
 
 def by_letter(**factors: float) -> Sampling:
     return Sampling({"A": ["/a"], "B": ["/b"]}, factors)
 
 
-def test_a_large_file_is_cut_by_bytes() -> None:
+def test_a_large_file_is_split_by_bytes() -> None:
     units = plan(("/a.jsonl", 500 * MIB))
     spans = [(piece.start, piece.end) for unit in units for piece in unit.pieces]
     assert spans[0][0] == 0 and all(end == start for (_, end), (start, _) in pairwise(spans))
@@ -173,20 +175,20 @@ def test_many_small_files_share_units() -> None:
         units = plan(*files)
         assert [piece.url for unit in units for piece in unit.pieces] == [name for name, _ in files]
         unit_bytes = unit_size([InputFile("", size * 10_000)])
-        counted = max(size, 16 << 10)  # opening a file takes time too
-        assert {len(unit.pieces) for unit in units[:-1]} == {-(-unit_bytes // counted)}
+        cost = max(size, 16 << 10)  # opening a file takes time too
+        assert {len(unit.pieces) for unit in units[:-1]} == {-(-unit_bytes // cost)}
 
 
-def test_the_size_of_units_grows_with_the_inputs_within_bounds() -> None:
+def test_the_unit_size_grows_with_the_inputs_within_bounds() -> None:
     totals = [0, 1, *(1 << power for power in range(20, 60))]
     sizes = [unit_size([InputFile("/a", total)]) for total in totals]
     assert sizes == sorted(sizes) and all(size & (size - 1) == 0 for size in sizes)
     assert (sizes[0], sizes[-1]) == (inputs._MIN_UNIT_BYTES, inputs._MAX_UNIT_BYTES)
     counts = [total // size for total, size in zip(totals, sizes, strict=True) if size < sizes[-1]]
-    assert max(counts) <= inputs._TARGET_UNITS, "as many units as wanted, or as the largest size makes"
+    assert max(counts) <= inputs._TARGET_UNITS, "the target number of units is exceeded only at the maximum unit size"
 
 
-def test_units_follow_sources_or_names() -> None:
+def test_units_are_ordered_by_source_or_by_name() -> None:
     files = (("/a1.jsonl", 10), ("/b1.jsonl", 10), ("/a2.jsonl", 10), ("/c.jsonl", 10))
     ordered = sorted(files)
     shuffled = plan(*ordered, sampling=by_letter())
@@ -198,7 +200,7 @@ def test_units_follow_sources_or_names() -> None:
     assert [unit.index for unit in kept] == [0, 1, 2]
 
 
-def test_passes_over_a_source_are_units_of_their_own() -> None:
+def test_each_pass_over_a_source_has_its_own_units() -> None:
     units = plan(("/a.jsonl", 10), ("/b.jsonl", 10), ("/c.jsonl", 10), sampling=by_letter(A=2.5, B=0.0))
     assert [(unit.source, unit.copy, unit.group) for unit in units] == [
         ("A", 0, 0), ("A", 1, 0), ("A", 2, 0), ("UNKNOWN", 0, 2)
@@ -206,25 +208,25 @@ def test_passes_over_a_source_are_units_of_their_own() -> None:
     assert len({unit.digest for unit in units}) == 4
 
 
-def test_a_changed_file_changes_its_own_unit_alone() -> None:
+def test_a_changed_file_changes_only_the_digest_of_its_unit() -> None:
     files = [InputFile(f"/{number}.jsonl", 900_000, 1.0, "e") for number in range(6)]
     before = plan_units(files, Sampling(), OPTIONS)
     assert len(before) > 2
     for change in ({"mtime_s": 2.0}, {"etag": "f"}, {"num_bytes": 900_001}):
-        touched = [InputFile(**{**vars(item), **change}) if item.url == "/2.jsonl" else item for item in files]
-        after = plan_units(touched, Sampling(), OPTIONS)
+        changed = [InputFile(**{**vars(item), **change}) if item.url == "/2.jsonl" else item for item in files]
+        after = plan_units(changed, Sampling(), OPTIONS)
         differing = [old.index for old, new in zip(before, after, strict=True) if old.digest != new.digest]
         assert differing == [unit.index for unit in before if "/2.jsonl" in [piece.url for piece in unit.pieces]]
     assert plan_units(files, Sampling(), OPTIONS) == before
 
 
-def test_a_small_change_of_size_leaves_the_cuts() -> None:
+def test_a_small_change_of_size_keeps_the_units() -> None:
     before = plan(("/a.jsonl", 300 * MIB), ("/b.jsonl", 100))
     after = plan(("/a.jsonl", 300 * MIB), ("/b.jsonl", 250_000))
     assert [unit.digest for unit in before[:-1]] == [unit.digest for unit in after[:-1]]
 
 
-# --- every kind of input, end to end -----------------------------------------------------------------------------
+# --- input formats, end to end -----------------------------------------------------------------------------------
 
 TEXTS = [text for text in documents(60, seed=11) if text]
 
@@ -293,7 +295,7 @@ KINDS: dict[str, tuple[str, Callable[[Path, Sequence[str]], Any], list[str]]] = 
     "separated by U+2028": ("a.md", write_separated("\u2028"), ["--separator", "\u2028"]),
     "separated by escaped U+2028": ("a.md", write_separated("\u2028"), ["--separator", r"\u2028"]),
     "separated by a mixture": ("a.txt", write_separated("\t§数\\"), ["--separator", r"\t§数\\"]),
-    "separated by what looks escaped": ("a.txt", write_separated(r"\d\x"), ["--separator", r"\d\x"]),
+    "separated by a lookalike of an escape": ("a.txt", write_separated(r"\d\x"), ["--separator", r"\d\x"]),
     **{f"lines{suffix}": (f"a.jsonl{suffix}", write_lines(suffix), []) for suffix in COMPRESS},
     "a zst": ("00.zst", write_lines(".zst"), []),
     "an xz": ("a.txt.xz", lambda p, t: p.write_bytes(COMPRESS[".xz"]("|".join(t).encode())), ["--separator", "|"]),
@@ -302,26 +304,26 @@ KINDS: dict[str, tuple[str, Callable[[Path, Sequence[str]], Any], list[str]]] = 
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_input(tmp_path: Path, small_tokenizer: str, kind: str) -> None:
-    name, write, more = KINDS[kind]
+def test_input_formats(tmp_path: Path, small_tokenizer: str, kind: str) -> None:
+    name, write, flags = KINDS[kind]
     write(tmp_path / name, TEXTS)
-    place = make(tmp_path / name, tmp_path / "out", small_tokenizer, *more) / "0"
-    assert tokens_of(read_shards(place)) == expected_tokens(TEXTS, small_tokenizer, EOT_ID)
-    record = record_of(place)
+    output = make(tmp_path / name, tmp_path / "out", small_tokenizer, *flags) / "0"
+    assert tokens_of(read_shards(output)) == expected_tokens(TEXTS, small_tokenizer, EOT_ID)
+    record = record_of(output)
     assert record["counts"]["documents"] == len(TEXTS)
     assert record["counts"]["characters"] == sum(map(len, TEXTS))
-    for item in record["inputs"]:  # files of columns are not read byte by byte
+    for item in record["inputs"]:  # columnar files are not read sequentially, so they have no digest
         columns = item["url"].endswith((".parquet", ".arrow"))
         digest = None if columns else hashlib.sha256(Path(item["url"]).read_bytes()).hexdigest()
         assert item.get("sha256") == digest and item["num_bytes"] == os.path.getsize(item["url"])
 
 
 @pytest.mark.usefixtures("in_process")
-def test_documents_of_ids_beyond_sixteen_bits(tmp_path: Path) -> None:
+def test_documents_of_ids_larger_than_16_bits(tmp_path: Path) -> None:
     from open_lm.datapreprocess.ray.tokenize_shuffle import main
 
-    random_ = np.random.default_rng(0)
-    arrays = [random_.integers(60_000, 90_000, random_.integers(1, 90)) for _ in range(30)]
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(60_000, 90_000, rng.integers(1, 90)) for _ in range(30)]
     members = {}
     for number, array in enumerate(arrays):
         buffer = io.BytesIO()
@@ -333,8 +335,10 @@ def test_documents_of_ids_beyond_sixteen_bits(tmp_path: Path) -> None:
     stream = [value for array in arrays for value in [*array.tolist(), 0]]
     shards = read_shards(tmp_path / "out")
     assert [value for _, _, ids in shards for value in ids if value != -1] == stream
-    for flags, told in ((["--add-bos"], "begins a document"), (["--eot-token", "x"], "documents come as ids")):
-        with pytest.raises(ConfigError, match=told):
+    for flags, message in (
+        (["--add-bos"], "no begin-of-text token"), (["--eot-token", "x"], "--eot-token x: needs a --tokenizer")
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
             main([*command, "--output", str(tmp_path / "no"), *flags])
 
 
@@ -350,10 +354,10 @@ def test_a_slice_of_a_local_data_set(tmp_path: Path, small_tokenizer: str, monke
     url = f"hf-dataset://{tmp_path}/data?split=train"
     for slice_, part in (("[:10%]", texts[:10]), ("[45:55]", texts[45:55]), ("", texts)):
         out = tmp_path / f"out{len(part)}{slice_[1:3]}".replace(":", "_").replace("%", "")
-        place = make([url + slice_], out, small_tokenizer) / "0"
-        assert tokens_of(read_shards(place)) == expected_tokens(part, small_tokenizer, EOT_ID), slice_
-        sums = ["sha256" in item for item in record_of(place)["inputs"]]
-        assert sums == [not slice_] * len(sums), "of a part of a file no digest of the file can be known"
+        output = make([url + slice_], out, small_tokenizer) / "0"
+        assert tokens_of(read_shards(output)) == expected_tokens(part, small_tokenizer, EOT_ID), slice_
+        has_digest = ["sha256" in item for item in record_of(output)["inputs"]]
+        assert has_digest == [not slice_] * len(has_digest), "a partially read file has no digest"
 
 
 @pytest.mark.usefixtures("in_process")
@@ -363,9 +367,9 @@ def test_files_read_in_pieces(tmp_path: Path, small_tokenizer: str, monkeypatch:
     path = write_jsonl(tmp_path / "large.jsonl", texts)
     write_jsonl(tmp_path / "large.jsonl.zst", texts)
     write_jsonl(tmp_path / "small.jsonl", texts[:2])
-    place = make([tmp_path / "*.jsonl*"], tmp_path / "out", small_tokenizer) / "0"
-    assert tokens_of(read_shards(place)) == expected_tokens([*texts * 2, *texts[:2]], small_tokenizer, EOT_ID)
-    large, streamed, small = record_of(place)["inputs"]
+    output = make([tmp_path / "*.jsonl*"], tmp_path / "out", small_tokenizer) / "0"
+    assert tokens_of(read_shards(output)) == expected_tokens([*texts * 2, *texts[:2]], small_tokenizer, EOT_ID)
+    large, streamed, small = record_of(output)["inputs"]
     data = path.read_bytes()
     assert len(large["pieces"]) > 5 and "sha256" not in large
     assert large["pieces"][0][0] == 0 and large["pieces"][-1][1] >= len(data)
@@ -376,12 +380,12 @@ def test_files_read_in_pieces(tmp_path: Path, small_tokenizer: str, monkeypatch:
 
 
 @pytest.mark.usefixtures("in_process")
-def test_inputs_in_s3_are_recorded_with_their_etags(tmp_path: Path, small_tokenizer: str, s3_bucket: str) -> None:
+def test_inputs_on_s3_are_recorded_with_their_etags(tmp_path: Path, small_tokenizer: str, s3_bucket: str) -> None:
     data = json_rows(TEXTS)
     storage.write_bytes(f"s3://{s3_bucket}/raw/a.jsonl", data)
-    place = make([f"s3://{s3_bucket}/raw/*.jsonl"], tmp_path / "out", small_tokenizer) / "0"
-    assert tokens_of(read_shards(place)) == expected_tokens(TEXTS, small_tokenizer, EOT_ID)
-    (item,) = record_of(place)["inputs"]
+    output = make([f"s3://{s3_bucket}/raw/*.jsonl"], tmp_path / "out", small_tokenizer) / "0"
+    assert tokens_of(read_shards(output)) == expected_tokens(TEXTS, small_tokenizer, EOT_ID)
+    (item,) = record_of(output)["inputs"]
     assert item["url"] == f"s3://{s3_bucket}/raw/a.jsonl" and item["num_bytes"] == len(data)
     assert item["etag"].strip('"') == hashlib.md5(data).hexdigest()
     assert item["sha256"] == hashlib.sha256(data).hexdigest()
@@ -393,7 +397,7 @@ def test_ten_thousand_small_files(tmp_path: Path, small_tokenizer: str) -> None:
     folder.mkdir()
     for number in random.Random(0).sample(range(10_000), 10_000):
         (folder / f"{number:05d}.jsonl").write_text(f'{{"text": "the {number}"}}\n')
-    place = make(folder, tmp_path / "out", small_tokenizer, "--no-shuffle") / "0"
+    output = make(folder, tmp_path / "out", small_tokenizer, "--no-shuffle") / "0"
     texts = [f"the {number}" for number in range(10_000)]
-    assert tokens_of(read_shards(place)) == expected_tokens(texts, small_tokenizer, EOT_ID)
-    assert len(record_of(place)["inputs"]) == 10_000
+    assert tokens_of(read_shards(output)) == expected_tokens(texts, small_tokenizer, EOT_ID)
+    assert len(record_of(output)["inputs"]) == 10_000

@@ -1,4 +1,4 @@
-"""make_2048 end to end on a real Ray: exactness, determinism, restarts, S3, and what it says of mistakes."""
+"""End-to-end tests of make_2048 with Ray: completeness, determinism, restarts and error messages."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from datapreprocess_helpers import (
     documents,
     expected_tokens,
     local_ray,
+    make,
     raw,
     read_shards,
+    record_of,
     small_tokenizer,
     tokens_of,
     tree,
@@ -34,41 +36,31 @@ from open_lm.datapreprocess.memory import Budget
 from open_lm.errors import ConfigError, DataError
 
 __all__ = ["local_ray", "raw", "small_tokenizer"]
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "datapreprocess" / "make_2048.py"
 EOT_ID = 3
 
 
-def make(raw: Path, out: Path, tokenizer: str, *more: str) -> None:
-    main(["--input-files", str(raw), "--output-dir", str(out), "--tokenizer", tokenizer, "--seqlen", "32", *more])
-
-
-def record_of(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "dataset.json").read_text()))
-
-
 @pytest.mark.usefixtures("local_ray")
-def test_every_token_is_there_once_and_all_is_accounted_for(
+def test_every_token_is_written_once_and_counted(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
 ) -> None:
     folder, texts = raw
     make(folder, tmp_path / "out", small_tokenizer, "--shard-size", "50")
-    place = tmp_path / "out" / "32-v1" / "0"
-    members = read_shards(place)
+    output = tmp_path / "out" / "32-v1" / "0"
+    members = read_shards(output)
     expected = expected_tokens(texts, small_tokenizer, EOT_ID)
     assert tokens_of(members) == expected and expected[EOT_ID] == len(texts)
     assert all(len(ids) == 33 for _, _, ids in members)
     assert all(-1 not in ids for _, _, ids in members[:-1])
     assert len({name for _, name, _ in members}) == len(members)
-    entries = read_manifest(str(place / "manifest.jsonl"))
+    entries = read_manifest(str(output / "manifest.jsonl"))
     in_shards = Counter(Path(shard).stem for shard, _, _ in members)
     assert [entry.shard for entry in entries] == [f"shard-{n:07d}" for n in range(len(entries))]
     assert {entry.shard: entry.num_sequences for entry in entries} == in_shards
     assert all(entry.num_sequences == 50 for entry in entries[:-1])
     for entry in entries:
-        data = (place / f"{entry.shard}.tar").read_bytes()
+        data = (output / f"{entry.shard}.tar").read_bytes()
         assert entry.extra["sha256"] == hashlib.sha256(data).hexdigest() and entry.extra["num_bytes"] == len(data)
-    record, total = record_of(place), sum(expected.values())
+    record, total = record_of(output), sum(expected.values())
     assert record["counts"]["documents"] == len(texts) and record["counts"]["tokens"] == total
     assert record["counts"]["sequences"] == len(members) == -(-total // 33)
     assert record["tail"] == {
@@ -77,12 +69,12 @@ def test_every_token_is_there_once_and_all_is_accounted_for(
     }  # fmt: skip
     assert members[-1][2].count(-1) == 33 - total % 33
     assert sorted(path.name for path in (tmp_path / "out" / "32-v1").iterdir()) == ["0"]
-    urls = expand_shards(str(place))
+    urls = expand_shards(str(output))
     assert sum((shard_sizes(urls) or {}).values()) == len(members)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_the_bytes_do_not_depend_on_the_number_of_workers_or_on_spilling(
+def test_the_output_does_not_depend_on_the_number_of_workers_or_on_spilling(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl(raw[0] / "large.jsonl", documents(6000, seed=9))  # large enough to be read in several pieces
@@ -99,21 +91,20 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers_or_on_spilling(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_seeds_change_the_order_alone_and_no_shuffle_keeps_it(
+def test_the_seed_changes_only_the_order_and_no_shuffle_keeps_it(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
 ) -> None:
-    found = {}
-    for name, more in (("1", ["--seed", "1"]), ("2", ["--seed", "2"]), ("kept", ["--no-shuffle"])):
-        make(raw[0], tmp_path / name, small_tokenizer, *more)
-        found[name] = [tuple(ids) for _, _, ids in read_shards(tmp_path / name)]
-    assert Counter(found["1"]) == Counter(found["2"]) == Counter(found["kept"])
-    assert found["1"] != found["2"]
+    sequences = {}
+    for name, flags in (("1", ["--seed", "1"]), ("2", ["--seed", "2"]), ("ordered", ["--no-shuffle"])):
+        make(raw[0], tmp_path / name, small_tokenizer, *flags)
+        sequences[name] = [tuple(ids) for _, _, ids in read_shards(tmp_path / name)]
+    assert Counter(sequences["1"]) == Counter(sequences["2"]) == Counter(sequences["ordered"])
+    assert sequences["1"] != sequences["2"]
     from tokenizers import Tokenizer
 
     fast = Tokenizer.from_file(small_tokenizer)
     stream = [value for text in raw[1] for value in [*fast.encode(text, add_special_tokens=False).ids, EOT_ID]]
-    kept = [value for ids in found["kept"] for value in ids if value != -1]
-    assert kept == stream
+    assert [value for ids in sequences["ordered"] for value in ids if value != -1] == stream
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -126,7 +117,9 @@ def test_formats(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: s
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_numpy_types_follow_the_vocabulary(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
+def test_the_numpy_dtype_depends_on_the_vocabulary(
+    raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
+) -> None:
     import io
     import tarfile
 
@@ -140,22 +133,22 @@ def test_numpy_types_follow_the_vocabulary(raw: tuple[Path, list[str]], tmp_path
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_consumers_share_the_shards_and_a_dropped_tail_is_counted(
+def test_sequences_are_divided_among_consumers_and_a_dropped_tail_is_counted(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
 ) -> None:
     make(raw[0], tmp_path / "out", small_tokenizer, "--num-consumers", "3", "--drop-tail")
     total = sum(expected_tokens(raw[1], small_tokenizer, EOT_ID).values())
     counts = []
     for consumer in ("0", "1", "2"):
-        place = tmp_path / "out" / "32-v1" / consumer
-        counts.append(sum(entry.num_sequences for entry in read_manifest(str(place / "manifest.jsonl"))))
-        assert (place / "shard-0000000.tar").exists() and record_of(place) == record_of(place.parent / "0")
+        output = tmp_path / "out" / "32-v1" / consumer
+        counts.append(sum(entry.num_sequences for entry in read_manifest(str(output / "manifest.jsonl"))))
+        assert (output / "shard-0000000.tar").exists() and record_of(output) == record_of(output.parent / "0")
     assert sum(counts) == total // 33 and max(counts) - min(counts) <= 1
     assert record_of(tmp_path / "out" / "32-v1" / "0")["tail"] == {"fate": "dropped", "tokens": total % 33}
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_finished_output_is_left_alone_and_another_job_is_refused(
+def test_a_finished_output_is_kept_and_another_job_is_an_error(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
@@ -164,9 +157,9 @@ def test_a_finished_output_is_left_alone_and_another_job_is_refused(
     with caplog.at_level("INFO"):
         make(raw[0], out, small_tokenizer)
     assert "already done" in caplog.text
-    elsewhere = tmp_path / "copy.json"
-    elsewhere.write_bytes(Path(small_tokenizer).read_bytes())
-    make(raw[0], out, str(elsewhere))
+    copied_tokenizer = tmp_path / "copy.json"
+    copied_tokenizer.write_bytes(Path(small_tokenizer).read_bytes())
+    make(raw[0], out, str(copied_tokenizer))
     with pytest.raises(ConfigError, match=r"finished data set.*seed was 0, is now 5.*another output folder"):
         make(raw[0], out, small_tokenizer, "--seed", "5")
     write_jsonl(raw[0] / "more.jsonl", ["x"])
@@ -176,35 +169,36 @@ def test_a_finished_output_is_left_alone_and_another_job_is_refused(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_shards_of_unknown_origin_are_not_mixed_in(
+def test_shards_of_unknown_origin_are_an_error(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
 ) -> None:
-    foreign = tmp_path / "out" / "32-v1" / "0" / "shard-0000000.tar"
-    foreign.parent.mkdir(parents=True)
-    foreign.write_bytes(b"somebody's")
+    unknown = tmp_path / "out" / "32-v1" / "0" / "shard-0000000.tar"
+    unknown.parent.mkdir(parents=True)
+    unknown.write_bytes(b"unknown")
     with pytest.raises(ConfigError, match=r"shard-0000000\.tar: already in the output"):
         make(raw[0], tmp_path / "out", small_tokenizer)
-    assert foreign.read_bytes() == b"somebody's"
+    assert unknown.read_bytes() == b"unknown"
 
 
-# The command, killed for good (SIGKILL) as soon as so many results of its workers are in.
+# Runs the command, and kills it with SIGKILL after the number of worker results given by the first argument.
 KILLED = """
 import os, signal, sys
 from open_lm.datapreprocess import cluster, make_2048
-run, left = cluster.Cluster.run, [int(sys.argv.pop(1))]
-def counted(self, *args, **options):
+run, remaining = cluster.Cluster.run, int(sys.argv.pop(1))
+def run_and_kill(self, *args, **options):
+    global remaining
     for result in run(self, *args, **options):
         yield result
-        left[0] -= 1
-        if not left[0]:
+        remaining -= 1
+        if not remaining:
             os.kill(os.getpid(), signal.SIGKILL)
-cluster.Cluster.run = counted
+cluster.Cluster.run = run_and_kill
 make_2048.main(sys.argv[1:])
 """
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_killed_run_is_finished_by_the_same_command(
+def test_the_same_command_completes_a_killed_run(
     tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(4):
@@ -226,26 +220,26 @@ def test_a_killed_run_is_finished_by_the_same_command(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_worker_that_dies_is_replaced_and_nothing_comes_twice(
+def test_the_task_of_a_killed_worker_is_retried_without_duplicates(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     died, original = tmp_path / "died", engine._run_unit_in_worker
 
-    def dies_once(*arguments: Any) -> Any:
+    def run_and_die_once(*arguments: Any) -> Any:
         result = original(*arguments)
         if not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    monkeypatch.setattr(engine, "_run_unit_in_worker", dies_once)
+    monkeypatch.setattr(engine, "_run_unit_in_worker", run_and_die_once)
     make(raw[0], tmp_path / "out", small_tokenizer)
     assert died.exists()
     assert tokens_of(read_shards(tmp_path / "out")) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_shards_that_are_written_are_not_written_again(
+def test_existing_shards_are_not_rewritten(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -261,7 +255,7 @@ def test_shards_that_are_written_are_not_written_again(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_unfinished_work_with_other_settings_is_named_and_thrown_away_only_when_told(
+def test_unfinished_work_with_other_settings_is_discarded_only_with_restart(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -279,7 +273,7 @@ def test_unfinished_work_with_other_settings_is_named_and_thrown_away_only_when_
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_changed_inputs_are_named_and_only_what_they_touch_is_done_again(
+def test_changed_inputs_are_logged_and_only_their_units_are_repeated(
     tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, out = tmp_path / "raw", tmp_path / "out"
@@ -294,12 +288,12 @@ def test_changed_inputs_are_named_and_only_what_they_touch_is_done_again(
         make(folder, out, small_tokenizer)
     assert "changed input: " in caplog.text and "3.jsonl" in caplog.text
     assert "3 of 4 units already done" in caplog.text
-    make(folder, tmp_path / "fresh", small_tokenizer)
-    assert tree(out) == tree(tmp_path / "fresh")
+    make(folder, tmp_path / "clean", small_tokenizer)
+    assert tree(out) == tree(tmp_path / "clean")
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_bad_lines_are_told_together_or_skipped_and_counted(
+def test_bad_lines_are_reported_together_or_skipped_and_counted(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
 ) -> None:
     folder, texts = raw
@@ -313,14 +307,14 @@ def test_bad_lines_are_told_together_or_skipped_and_counted(
     assert f"3 of {len(texts) + 5} documents" in message and "--max-bad-fraction" in message
     assert not list((tmp_path / "out").rglob("*.tar"))
     rejects = tmp_path / "out" / "32-v1" / "rejects.jsonl"
-    first = [json.loads(line) for line in rejects.read_text().splitlines()]
-    assert [(Path(found["url"]).name, found["line"], found["content"]) for found in first] == [
+    entries = [json.loads(line) for line in rejects.read_text().splitlines()]
+    assert [(Path(entry["url"]).name, entry["line"], entry["content"]) for entry in entries] == [
         ("bad1.jsonl", 2, '{"text": broken'), ("bad1.jsonl", 3, '{"body": "no text"}'), ("bad2.jsonl", 2, '{"text": 7}')
     ]  # fmt: skip
     make(folder, tmp_path / "out", small_tokenizer, "--max-bad-fraction", "0.02")
-    place = tmp_path / "out" / "32-v1" / "0"
-    assert tokens_of(read_shards(place)) == expected_tokens([*texts, "fine", "fine"], small_tokenizer, EOT_ID)
-    record = record_of(place)
+    output = tmp_path / "out" / "32-v1" / "0"
+    assert tokens_of(read_shards(output)) == expected_tokens([*texts, "fine", "fine"], small_tokenizer, EOT_ID)
+    record = record_of(output)
     assert record["bad_documents"] == {"invalid JSON": 1, "missing key": 1, "wrong type": 1}
     assert [Path(line).name for line in record["bad_documents_first"]] == [
         "bad1.jsonl line 2", "bad1.jsonl line 3", "bad2.jsonl line 2"
@@ -331,7 +325,7 @@ def test_bad_lines_are_told_together_or_skipped_and_counted(
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_wrong_key_is_told_before_the_whole_input_is_read(
+def test_a_wrong_key_is_an_error_before_all_input_is_read(
     tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(6):
@@ -339,13 +333,13 @@ def test_a_wrong_key_is_told_before_the_whole_input_is_read(
     read: list[int] = []
     original = engine.Monitor.finished_unit
     monkeypatch.setattr(engine.Monitor, "finished_unit", lambda self, report: (read.append(1), original(self, report)))
-    with pytest.raises(DataError, match=r'missing key: no key "body"; it has id, text'):
+    with pytest.raises(DataError, match=r'missing key: found no key "body"; the object has id, text'):
         make(tmp_path / "raw", tmp_path / "out", small_tokenizer, "--content-key", "body", "--num-workers", "1")
     assert len(read) == 1
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_lines_of_a_large_file_are_counted_from_its_beginning(tmp_path: Path, small_tokenizer: str) -> None:
+def test_lines_of_a_split_file_are_counted_from_the_start_of_the_file(tmp_path: Path, small_tokenizer: str) -> None:
     lines = [json.dumps({"text": text}) for text in documents(12_000, seed=3)]
     lines[11_000] = "{"
     path = tmp_path / "large.jsonl"
@@ -355,17 +349,17 @@ def test_lines_of_a_large_file_are_counted_from_its_beginning(tmp_path: Path, sm
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_no_documents_and_broken_files_are_clear_errors(tmp_path: Path, small_tokenizer: str) -> None:
+def test_errors_for_empty_and_broken_inputs(tmp_path: Path, small_tokenizer: str) -> None:
     for name in ("a.jsonl.zst", "b.jsonl.gz"):
         path = write_jsonl(tmp_path / "raw" / name, documents(300))
         path.write_bytes(path.read_bytes()[:-20])
     (tmp_path / "raw" / "c.jsonl").write_text("{\n")
-    with pytest.raises(DataError, match=r"(?s)a\.jsonl\.zst: cut.*b\.jsonl\.gz: cut.*c\.jsonl line 1: inval"):
+    with pytest.raises(DataError, match=r"(?s)a\.jsonl\.zst: trunc.*b\.jsonl\.gz: trunc.*c\.jsonl line 1: inval"):
         make(tmp_path / "raw", tmp_path / "out", small_tokenizer)
     make(tmp_path / "raw", tmp_path / "out", small_tokenizer, "--max-bad-fraction", "1")
     record = record_of(tmp_path / "out" / "32-v1" / "0")
     assert len(record["broken_files"]) == 2 and record["bad_documents"] == {"invalid JSON": 1}
-    assert 0 < record["counts"]["documents"] < 600  # what stands before the break is used
+    assert 0 < record["counts"]["documents"] < 600  # documents before the broken position are used
     tars = list(tmp_path.rglob("*.tar"))
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="found no documents in"):
@@ -378,7 +372,7 @@ def test_no_documents_and_broken_files_are_clear_errors(tmp_path: Path, small_to
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_real_text_with_the_real_tokenizers(shared_dir: Path, tmp_path: Path) -> None:
+def test_real_text_with_real_tokenizers(shared_dir: Path, tmp_path: Path) -> None:
     import zstandard
 
     source = shared_dir / "data" / "raw" / "wiki-00.jsonl.zst"
@@ -401,10 +395,10 @@ def test_real_text_with_the_real_tokenizers(shared_dir: Path, tmp_path: Path) ->
     assert tokens_of(read_shards(tmp_path / "llama")) == expected
 
 
-def test_special_tokens_inside_documents_are_encoded_as_the_library_does(
+def test_special_tokens_inside_documents_match_the_tokenizers_library(
     tmp_path: Path, small_tokenizer: str, local_ray: None
 ) -> None:
     texts = [f"before {EOT} after", EOT, "", "  "]
     make(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", small_tokenizer)
-    found = tokens_of(read_shards(tmp_path / "out"))
-    assert found == expected_tokens(texts, small_tokenizer, EOT_ID) and found[EOT_ID] == 6
+    tokens = tokens_of(read_shards(tmp_path / "out"))
+    assert tokens == expected_tokens(texts, small_tokenizer, EOT_ID) and tokens[EOT_ID] == 6

@@ -1,4 +1,4 @@
-"""make_2048 as the script that people run: S3, a Ray that is there already, mistakes, --help."""
+"""Tests of make_2048 as a script: S3, an existing Ray cluster, invalid arguments, --help."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_script(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_from_s3_to_s3_with_a_ray_of_its_own(
+def test_from_s3_to_s3_with_a_new_local_ray(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, s3_bucket: str
 ) -> None:
     for path in raw[0].rglob("*.*"):
@@ -41,15 +41,15 @@ def test_from_s3_to_s3_with_a_ray_of_its_own(
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "starting Ray" in result.stderr and "MB/s" in result.stderr and "left" in result.stderr
-    place = f"s3://{s3_bucket}/some/prefix/32-v1/0"
-    for url in storage.list_files(place):
+    output = f"s3://{s3_bucket}/some/prefix/32-v1/0"
+    for url in storage.list_files(output):
         storage.download(url, tmp_path / "copy" / url.rpartition("/")[2])
     assert tokens_of(read_shards(tmp_path / "copy")) == expected_tokens(raw[1], small_tokenizer, EOT_ID)
-    assert len(read_manifest(f"{place}/manifest.jsonl")) == len(expand_shards(f"{place}/"))
+    assert len(read_manifest(f"{output}/manifest.jsonl")) == len(expand_shards(f"{output}/"))
     assert not list((tmp_path / "out").rglob("*"))
 
 
-def test_it_joins_a_running_ray_and_leaves_it_running(
+def test_joins_a_running_ray_and_does_not_stop_it(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str, local_ray: None
 ) -> None:
     import ray
@@ -66,22 +66,22 @@ def test_it_joins_a_running_ray_and_leaves_it_running(
     assert ray.get(ray.remote(lambda: 5).remote()) == 5
 
 
-def test_mistakes_end_with_one_message_and_exit_code_two(tmp_path: Path, small_tokenizer: str) -> None:
+def test_invalid_arguments_give_one_message_and_exit_code_2(tmp_path: Path, small_tokenizer: str) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["x"])
-    usual = ["--input-files", str(path), "--output-dir", str(tmp_path / "out"), "--tokenizer"]
-    for more, message in (
-        ([*usual, small_tokenizer, "--upload-to-s3"], "S3_BASE"),
-        ([*usual, str(tmp_path / "no.json")], "no.json"),
-        ([*usual, small_tokenizer, "--format", "csv"], "--format"),
-        ([*usual, small_tokenizer, "--ray-address", "127.0.0.1:1"], "no Ray cluster answers"),
+    common = ["--input-files", str(path), "--output-dir", str(tmp_path / "out"), "--tokenizer"]
+    for arguments, message in (
+        ([*common, small_tokenizer, "--upload-to-s3"], "S3_BASE"),
+        ([*common, str(tmp_path / "no.json")], "no.json"),
+        ([*common, small_tokenizer, "--format", "csv"], "--format"),
+        ([*common, small_tokenizer, "--ray-address", "127.0.0.1:1"], "no Ray cluster answers"),
         (["--output-dir", "x"], "--input-files"),
     ):
-        result = run_script(*more, S3_BASE="")
+        result = run_script(*arguments, S3_BASE="")
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("*.tar"))
 
 
-def test_s3_base_in_both_spellings() -> None:
+def test_s3_base_with_and_without_scheme() -> None:
     assert s3_base("s3://bucket/a/b/") == s3_base("bucket/a/b") == "s3://bucket/a/b"
     for wrong in (None, "", "s3://", "gs://bucket"):
         with pytest.raises(ConfigError, match="S3_BASE"):
@@ -89,13 +89,13 @@ def test_s3_base_in_both_spellings() -> None:
 
 
 @pytest.mark.parametrize("script", ["make_2048.py", "ray/tokenize_shuffle.py"])
-def test_help_imports_nothing_heavy(script: str) -> None:
+def test_help_does_not_import_large_packages(script: str) -> None:
     code = (
         "import runpy, sys; path = sys.argv[1]; sys.argv = [path, '--help']\n"
         "try: runpy.run_path(path, run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'torch', 'ray', 'numpy', 'transformers', 'tokenizers', 'boto3'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "large = {'torch', 'ray', 'numpy', 'transformers', 'tokenizers', 'boto3'} & set(sys.modules)\n"
+        "assert not large, large"
     )
     path = str(ROOT / "datapreprocess" / script)
     result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Progress: what the lines say, how often, what a terminal then shows, and the memory of processes."""
+"""Tests of the progress display: its text, its frequency, the resulting terminal content, and process memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Terminal(io.StringIO):
         return True
 
     def screen(self, columns: int) -> list[str]:
-        """What stands on a terminal of that width after everything that was written."""
+        """Return the lines that a terminal of this width shows after everything that was written."""
         rows, row = [""], 0
         for part in re.findall(r"\x1b\[\d*[A-Z]|\r|\n|[^\x1b\r\n]+", self.getvalue()):
             if match := re.fullmatch(r"\x1b\[(\d+)A", part):
@@ -80,16 +80,16 @@ class Clock:
         return self.seconds
 
 
-def test_a_plain_line_says_everything() -> None:
+def test_plain_line() -> None:
     assert line(SNAPSHOT, PACE) == (
         "tokenizing: 25%, 3/12 files, 2.5 MB of 10.0 MB, 0.5 MB/s, 1,234,567 tokens, 246,913 tokens/s, "
         "web 1,000,000 tokens, wiki 234,567 tokens, 2.4 MB spilled, 1.2 GB memory, 2 workers, "
-        "0:00:05 gone, 0:00:15 left"
+        "0:00:05 elapsed, 0:00:15 left"
     )
     writing = Snapshot(WRITING, tokens=1_000, shards_done=3, shards=12, bad_documents=1)
     assert line(writing, Pace(6.0, 0.5)) == (
         "shuffling and writing: 25%, 3/12 shards, 0.5 shards/s, 1,000 tokens, 1 bad document, "
-        "0:00:06 gone, 0:00:18 left"
+        "0:00:06 elapsed, 0:00:18 left"
     )
     assert "? left" in line(SNAPSHOT, Pace())
     assert line(Snapshot(TOKENIZING), Pace()).startswith("tokenizing: 100%")
@@ -99,7 +99,7 @@ def test_a_plain_line_says_everything() -> None:
 
 def test_a_terminal_gets_a_bar_and_a_line_for_each_source() -> None:
     assert lines(SNAPSHOT, PACE, 100) == [
-        "tokenizing [#######.......................]  25%  0:00:05 gone, 0:00:15 left",
+        "tokenizing [#######.......................]  25%  0:00:05 elapsed, 0:00:15 left",
         "  3/12 files, 2.5 MB of 10.0 MB, 0.5 MB/s, 1,234,567 tokens, 246,913 tokens/s",
         "    web 1,000,000 tokens",
         "    wiki 234,567 tokens",
@@ -120,27 +120,27 @@ def test_lines_fit_a_narrow_terminal(width: int) -> None:
     if width >= 40:
         assert "246,913 tokens/s" in " ".join(map(str.strip, rows))
     if width >= 56:
-        assert re.fullmatch(r"tokenizing \[#+\.+\]  25%  0:00:05 gone, 0:00:15 left", rows[0])
+        assert re.fullmatch(r"tokenizing \[#+\.+\]  25%  0:00:05 elapsed, 0:00:15 left", rows[0])
 
 
 @pytest.mark.parametrize(("stream", "seconds"), [(io.StringIO(), 10.0), (Terminal(), 0.2)])
-def test_it_speaks_now_and_then(stream: io.StringIO, seconds: float, terminal_size: dict[str, int]) -> None:
+def test_the_display_limits_its_frequency(stream: io.StringIO, seconds: float, terminal_size: dict[str, int]) -> None:
     now = Clock()
     display = Display(stream, now)
     for _ in range(21):
         display.show(SNAPSHOT)
         now.seconds += seconds * 0.26
-    at_once = stream.isatty()
-    assert stream.getvalue().count("tokenizing") == 5 + at_once
+    shows_first = stream.isatty()  # a terminal shows the first snapshot at once
+    assert stream.getvalue().count("tokenizing") == 5 + shows_first
     display.show(SNAPSHOT, final=True)
-    assert stream.getvalue().count("tokenizing") == 6 + at_once
+    assert stream.getvalue().count("tokenizing") == 6 + shows_first
     assert stream.getvalue().endswith("\n")
 
 
-def test_the_rate_is_that_of_the_last_minute_and_at_the_end_of_all() -> None:
+def test_the_rate_covers_the_last_minute_and_finally_the_full_stage() -> None:
     now, stream = Clock(), io.StringIO()
     display = Display(stream, now)
-    done = 50_000_000  # an earlier run's work counts for no rate
+    done = 50_000_000  # work of an earlier run does not count in the rate
     snapshot = Snapshot(TOKENIZING, done, 1_000_000_000)
     display.show(snapshot)
     for second in range(300):
@@ -149,12 +149,12 @@ def test_the_rate_is_that_of_the_last_minute_and_at_the_end_of_all() -> None:
         snapshot = replace(snapshot, done_bytes=done, tokens=done // 4)
         display.show(snapshot)
     last = stream.getvalue().splitlines()[-1]
-    assert " 1.0 MB/s" in last and "250,000 tokens/s" in last and "0:05:00 gone, 0:00:50 left" in last
+    assert " 1.0 MB/s" in last and "250,000 tokens/s" in last and "0:05:00 elapsed, 0:00:50 left" in last
     display.show(snapshot, final=True)
     assert " 3.0 MB/s" in stream.getvalue().splitlines()[-1]
 
 
-def test_rare_reports_still_make_a_rate() -> None:
+def test_rare_snapshots_still_give_a_rate() -> None:
     now, stream = Clock(), io.StringIO()
     display = Display(stream, now)
     for unit in range(20):
@@ -164,7 +164,7 @@ def test_rare_reports_still_make_a_rate() -> None:
     assert " 0.6 MB/s" in stream.getvalue().splitlines()[-1]
 
 
-def test_a_terminal_shows_the_last_block_only(terminal_size: dict[str, int]) -> None:
+def test_a_terminal_shows_only_the_last_block(terminal_size: dict[str, int]) -> None:
     now, stream = Clock(), Terminal()
     stream.write("before\n")
     display = Display(stream, now)
@@ -188,7 +188,7 @@ def test_a_terminal_shows_the_last_block_only(terminal_size: dict[str, int]) -> 
     ]
 
 
-def test_a_terminal_that_changes_its_size_stays_clean(terminal_size: dict[str, int]) -> None:
+def test_resizing_a_terminal_leaves_no_old_lines(terminal_size: dict[str, int]) -> None:
     now, stream = Clock(), Terminal()
     display = Display(stream, now)
     display.show(SNAPSHOT)
@@ -207,7 +207,7 @@ def test_no_control_codes_outside_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     assert stream.getvalue() == line(SNAPSHOT, Pace()) + "\n"
 
 
-def test_the_work_goes_on_when_nobody_reads() -> None:
+def test_a_closed_stream_is_not_an_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with io.TextIOWrapper(io.FileIO(writer, "w"), write_through=True) as stream:
@@ -219,19 +219,19 @@ def test_the_work_goes_on_when_nobody_reads() -> None:
 @pytest.mark.parametrize("source", ["kernel", "psutil"])
 def test_memory_of_a_process_and_its_descendants(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if source == "psutil":
-        pytest.importorskip("ray")  # which brings psutil along
+        pytest.importorskip("ray")  # installs psutil
         monkeypatch.setattr(progress, "_PROC", tmp_path)
     code = (
         "import subprocess, sys\n"
-        "inner = 'held = b\"x\" * (64 << 20); print(len(held), flush=True); input()'\n"
+        "inner = 'data = b\"x\" * (64 << 20); print(len(data), flush=True); input()'\n"
         "subprocess.run([sys.executable, '-c', inner])"
     )
     before = memory_in_use()
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout and child.stdin
         child.stdout.readline()
-        during, alone = memory_in_use(), memory_in_use([child.pid])
+        during, of_child = memory_in_use(), memory_in_use([child.pid])
         child.stdin.write(b"\n")
     assert during - before > 60 << 20
-    assert 0 < alone < 60 << 20
+    assert 0 < of_child < 60 << 20
     assert memory_in_use([child.pid]) == 0  # it has ended
