@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from typing import Any
 
@@ -28,25 +28,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from open_lm.config.registry import FEED_FORWARDS
 from open_lm.distributed.sharded_tensor import copy_local_shard
 from open_lm.errors import ConfigError, join_problems
 from open_lm.model.mixture_of_experts import MixtureOfExperts
 from open_lm.model.norms import LayerNorm, LPLayerNorm, RmsNorm
 from open_lm.model.positional_embedding.rotary import Angles, HeadRotary
 
-# The dimension along which a block's parameter is split, by its name pattern; None means replicated. Parameters that
-# match no pattern are replicated if they have one dimension, and an error otherwise.
+# The dimension along which a block's parameter is split, by its name pattern; None means replicated. The matrices of
+# feed-forward networks are declared in their registry. Other parameters are replicated if they have one dimension, and
+# an error otherwise.
 SPLIT_DIMS: tuple[tuple[str, int | None], ...] = (
     ("attention.in_proj.weight", 0),
     ("attention.[qk]_norm.*", 0),
     ("attention.out_proj.weight", 1),
-    ("feed_forward.w12.weight", 0),
-    ("feed_forward.w3.weight", 1),
-    ("feed_forward.gate_proj.*", 0),
-    ("feed_forward.up_proj.*", 0),
-    ("feed_forward.down_proj.weight", 1),
-    ("feed_forward.0.weight", 0),
-    ("feed_forward.2.weight", 1),
     ("feed_forward.router.layer.weight", None),
     ("feed_forward.experts.mlp.w1", 2),
     ("feed_forward.experts.mlp.w2", 1),
@@ -100,12 +95,18 @@ def check_tensor_parallel(model: nn.Module, ranks: int) -> None:
 
 # ------------------------------------------------------------------------------------------ parameters
 def _split_dim(name: str, parameter: Tensor) -> int | None:
-    for pattern, dim in SPLIT_DIMS:
+    for pattern, dim in (*SPLIT_DIMS, *_feed_forward_dims()):
         if fnmatch(name, pattern):
             return dim
     if parameter.dim() > 1:
         raise ConfigError(f"--tensor-parallel does not support the parameter {name}; remove the flag")
     return None
+
+
+def _feed_forward_dims() -> Iterator[tuple[str, int]]:
+    for entry in FEED_FORWARDS.entries().values():
+        yield from ((f"feed_forward.{name}.*", 0) for name in entry.facts.get("inputs", ()))
+        yield from ((f"feed_forward.{name}.weight", 1) for name in entry.facts.get("outputs", ()))
 
 
 def _split_block(block: nn.Module, mesh: DeviceMesh, hooks: _ActivationHooks) -> None:
