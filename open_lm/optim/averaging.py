@@ -174,7 +174,7 @@ class Averager:
             wrong = [name for name, value in averages.items() if name not in saved or saved[name].shape != value.shape]
             if wrong:
                 raise CheckpointError(
-                    f"averager {self.spec.name}: {len(wrong)} saved weights are missing or do not have the shape of the "
+                    f"averager {self.spec.name}: {len(wrong)} saved weights are missing or differ in shape from the "
                     f"model's, such as {wrong[0]}"
                 )
 

@@ -115,12 +115,12 @@ def _decay_groups(params: list[nn.Parameter], cfg: OptimConfig) -> list[dict[str
 
 def _embedding_and_head_ids(model: nn.Module) -> set[int]:
     """Return the ids of the parameters of embeddings and of the head; the model may be wrapped."""
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    modules: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     getters = (getattr(module, "get_output_embeddings", None) for module in model.modules())
     head = next((getter() for getter in getters if callable(getter)), None)
-    return {
-        id(param) for module in (*embeddings, head) if isinstance(module, nn.Module) for param in module.parameters()
-    }
+    if isinstance(head, nn.Module):
+        modules.append(head)
+    return {id(param) for module in modules for param in module.parameters()}
 
 
 @torch.no_grad()

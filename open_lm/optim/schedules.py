@@ -116,8 +116,7 @@ def wsd_lr(  # noqa: PLR0917 - same interface as the schedules above
 
 
 def build_scheduler(cfg: OptimConfig, optimizer: Optimizer, total_steps: int, cooldown_start: int | None) -> Schedule:
-    """Build the schedule of --lr-scheduler for `total_steps`; `cooldown_start` is the first step of const-cooldown's
-    cooldown."""
+    """Build the schedule of --lr-scheduler for `total_steps`; const-cooldown's cooldown starts at `cooldown_start`."""
     if cfg.skip_scheduler:
         return const_lr(optimizer, cfg.lr, warmup_length=0)
     schedule: Schedule = SCHEDULES.get(cfg.lr_scheduler)(optimizer, cfg, total_steps, cooldown_start)

@@ -227,15 +227,13 @@ def _one_of_many() -> Iterator[None]:
     changes: list[Any] = [
         mock.patch.object(dist, "all_gather_object", all_say_the_same),
         mock.patch.object(DeviceMesh, "__init__", _on_numbers(DeviceMesh.__init__)),
-        mock.patch.object(
-            matrix_assignment, "_holders_of_one_copy", _on_numbers(matrix_assignment._holders_of_one_copy)
-        ),
+        mock.patch.object(matrix_assignment, "_shard_group", _on_numbers(matrix_assignment._shard_group)),
         # As on CUDA, whatever this CPU's cache holds and whichever units it has.
         mock.patch.object(linear_loss, "_on_cpu", lambda tensor: False),
         mock.patch.object(linear_loss, "_supports_float32_output", lambda device: True),
         mock.patch.object(feed_forward, "gated_silu", gated_silu),
         mock.patch.object(attention, "supports", lambda *tensors: False),
-        mock.patch.object(muon, "working_dtype", lambda device: torch.bfloat16),
+        mock.patch.object(muon, "orthogonalization_dtype", lambda device: torch.bfloat16),
         mock.patch.object(bias, "causal_lower_right", lambda *size: _Unseen()),
         # DDP compares parameters and reorders its buckets by messages of its own.
         mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *args: None),

@@ -1,4 +1,4 @@
-"""Updates of a small model from given gradients in any layout, for comparisons; runs under torchrun and inside pytest.
+"""Optimizer updates of a small model with fixed gradients in any layout; runs under torchrun and inside pytest.
 
 `python -m optim_worker OUT LAYOUT…`: rank 0 writes {(optimizer, layout): what `train` returns} with torch.save.
 """
@@ -26,20 +26,20 @@ from open_lm.optim import muon
 from open_lm.optim.build import build_optimizer, clip_gradients, step_unless_skipped
 
 STEPS, SKIPPED, LR, MAX_NORM = 4, 2, 0.02, 3.0
-MATRICES = 2 * (3 + 1 + 2 + 1 + 3)  # of the two blocks
-# Sizes of the mesh ("replicate", "shard", "tensor"); None for copies that know no mesh, as DDP makes them.
+MATRICES = 2 * (3 + 1 + 2 + 1 + 3)  # in the two blocks
+# Sizes of the mesh ("replicate", "shard", "tensor"); None for replicas without a mesh, like those of DDP.
 LAYOUTS: dict[str, tuple[int, int, int] | None] = {
-    "copies": None,
+    "replicas": None,
     "fsdp": (1, 4, 1),
     "hybrid": (2, 2, 1),
     "tensor": (1, 2, 2),
     "hybrid_tensor": (2, 1, 2),
-    "tensor_alone": (1, 1, 4),
+    "tensor_only": (1, 1, 4),
 }
 
 
 class Block(nn.Module):
-    """The kinds of weights that blocks have, of sizes that shards divide badly."""
+    """All kinds of weights of a block, with sizes that are not divisible by the number of shards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,14 +58,14 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block() for _ in range(2))
         self.output = nn.Linear(7, 11, bias=False)
         for name, param in self.named_parameters():
-            param.data = made(param, name)
+            param.data = values_for(param, name)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
 
 
-def made(like: Tensor, name: str) -> Tensor:
-    """Numbers of the shape of `like` that follow from the name."""
+def values_for(like: Tensor, name: str) -> Tensor:
+    """Return pseudorandom values of the shape of `like`, with a seed derived from the name."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed))
 
@@ -75,12 +75,15 @@ def parts_of(model: nn.Module) -> dict[Tensor, int]:
 
 
 def shard(model: Model, mesh: DeviceMesh) -> None:
-    """In place, as open_lm.parallel.parallelize would, and filled again: tensor parallelism orders rows its own way."""
+    """Shard the model in place like open_lm.parallel.parallelize.
+
+    The values are copied again afterwards, because tensor parallelism expects fused weights in rank-major order.
+    """
     full = {name: param.detach().clone() for name, param in model.named_parameters()}
     for block in model.layers:
         if mesh.size(2) > 1:
-            plan = {"in_proj": ColwiseParallel(), "out_proj": RowwiseParallel()}
-            parallelize_module(block, mesh["tensor"], {**plan, "w12": ColwiseParallel(), "w3": RowwiseParallel()})
+            styles = {"in_proj": ColwiseParallel(), "out_proj": RowwiseParallel()}
+            parallelize_module(block, mesh["tensor"], {**styles, "w12": ColwiseParallel(), "w3": RowwiseParallel()})
         fully_shard(block, mesh=mesh["replicate", "shard"])
     fully_shard(model, mesh=mesh["replicate", "shard"])
     parts = parts_of(model)
@@ -93,7 +96,7 @@ def config(optimizer: str) -> OptimConfig:
 
 
 def train(layout: str, cfg: OptimConfig) -> dict[str, Tensor]:
-    """A few updates, of which one is skipped and has broken gradients; all parameters, moments and norms."""
+    """Run a few updates, one of which is skipped for NaN gradients; return all parameters, moments and norms."""
     model = Model()
     sizes = LAYOUTS[layout]
     if sizes is not None:
@@ -103,7 +106,7 @@ def train(layout: str, cfg: OptimConfig) -> dict[str, Tensor]:
     for step in range(STEPS):
         for name, param in model.named_parameters():
             param.grad = torch.empty_like(param)
-            grad = made(param, f"{name} {step}") * (float("nan") if step == SKIPPED else 1.0)
+            grad = values_for(param, f"{name} {step}") * (float("nan") if step == SKIPPED else 1.0)
             copy_local_shard(param.grad, grad, parts.get(param, 1))
         norm = clip_gradients(model.parameters(), MAX_NORM)
         step_unless_skipped(optimizer, ~norm.isfinite())
@@ -114,7 +117,7 @@ def train(layout: str, cfg: OptimConfig) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in results.items()}
 
 
-def same_on_all_ranks(results: dict[str, Tensor]) -> bool:
+def is_equal_on_all_ranks(results: dict[str, Tensor]) -> bool:
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in results.values())).hexdigest()
     digests: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest)
@@ -122,15 +125,15 @@ def same_on_all_ranks(results: dict[str, Tensor]) -> bool:
 
 
 @contextmanager
-def counted_matrices() -> Iterator[list[int]]:
-    """How many matrices this rank makes orthogonal, update by update."""
+def count_matrices() -> Iterator[list[int]]:
+    """Record how many matrices this rank orthogonalizes in each update."""
     counts: list[int] = []
 
     def count(stacks: list[Tensor]) -> None:
         counts.append(sum(len(stack) for stack in stacks))
-        work(stacks)
+        orthogonalize_all(stacks)
 
-    work = muon._orthogonalize_all
+    orthogonalize_all = muon._orthogonalize_all
     with mock.patch.object(muon, "_orthogonalize_all", count):
         yield counts
 
@@ -141,12 +144,12 @@ def main(argv: list[str]) -> None:
     results = {}
     for optimizer in ("adamw", "muon"):
         for layout in layouts:
-            with counted_matrices() as counts:
+            with count_matrices() as counts:
                 results[optimizer, layout] = train(layout, config(optimizer))
-            worked = torch.tensor(sum(counts))
-            dist.all_reduce(worked)
-            assert worked == (STEPS * MATRICES if optimizer == "muon" else 0), "no matrix is worked on twice"
-            assert same_on_all_ranks(results[optimizer, layout]), layout
+            total = torch.tensor(sum(counts))
+            dist.all_reduce(total)
+            assert total == (STEPS * MATRICES if optimizer == "muon" else 0), "each matrix is orthogonalized once"
+            assert is_equal_on_all_ranks(results[optimizer, layout]), layout
     if dist.get_rank() == 0:
         torch.save(results, out)
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Running averages against their formulas, worked out step by step in plain float64."""
+"""Running averages compared with their formulas, computed step by step in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from open_lm.optim.averaging import Averager, ModelAverager, parse_averagers
 
 
 class Tied(nn.Module):
-    """Two names for one weight, a bias, and a buffer that no average touches."""
+    """A model with a tied weight, a bias, and a buffer that is not averaged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,15 +43,15 @@ def test_poly_follows_its_recursion(eta: float) -> None:
     run(model, averager, history)
     expected = torch.zeros(5, 3, dtype=torch.float64)
     for t, weights in enumerate(history, start=1):
-        share = (eta + 1) / (eta + t)
-        expected = (1 - share) * expected + share * weights.double()
+        new_weight = (eta + 1) / (eta + t)
+        expected = (1 - new_weight) * expected + new_weight * weights.double()
     if eta == 0:
         torch.testing.assert_close(expected, torch.stack(history).double().mean(0))
-    got = averager.state_dict()["av_model_sd"]["embed.weight"]
-    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+    average = averager.state_dict()["av_model_sd"]["embed.weight"]
+    torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_ema_takes_in_every_freq_steps_only() -> None:
+def test_ema_is_updated_every_freq_steps() -> None:
     model, history = Tied(), weights_over_time(7)
     start = model.embed.weight.detach().clone()
     averager = ModelAverager(model, "ema_0.9_3").avgs_dict["ema_0.9_3"]
@@ -74,18 +74,18 @@ def test_half_precision_weights_are_averaged_in_float32() -> None:
         model.weight.fill_(2.0)
     for _ in range(100):
         averager.step()
-    # In bfloat16 each step of 0.001 would be rounded away and the average would stay at 1.
+    # In bfloat16 each update of 0.001 would be rounded away and the average would remain 1.
     average = averager.state_dict()["av_model_sd"]["weight"]
     assert average.dtype == torch.float32
     torch.testing.assert_close(average, torch.full((4, 4), 2 - 0.999**100), rtol=1e-5, atol=0)
 
 
-def test_saved_average_goes_on_as_if_never_interrupted(tmp_path: Path) -> None:
+def test_a_loaded_average_continues_like_an_uninterrupted_one(tmp_path: Path) -> None:
     history = weights_over_time(8)
-    straight, model = Tied(), Tied()
-    model.load_state_dict(straight.state_dict())
-    one = ModelAverager(straight, "poly_8_2").avgs_dict["poly_8_2"]
-    run(straight, one, history)
+    uninterrupted, model = Tied(), Tied()
+    model.load_state_dict(uninterrupted.state_dict())
+    reference = ModelAverager(uninterrupted, "poly_8_2").avgs_dict["poly_8_2"]
+    run(uninterrupted, reference, history)
 
     first = ModelAverager(model, "poly_8_2").avgs_dict["poly_8_2"]
     run(model, first, history[:5])
@@ -93,11 +93,11 @@ def test_saved_average_goes_on_as_if_never_interrupted(tmp_path: Path) -> None:
     second = ModelAverager(model, "poly_8_2").avgs_dict["poly_8_2"]
     second.load_state_dict(read_file(tmp_path / "poly_8_2_1.pt"))
     run(model, second, history[5:])
-    for name, value in one.state_dict()["av_model_sd"].items():
+    for name, value in reference.state_dict()["av_model_sd"].items():
         assert torch.equal(value, second.state_dict()["av_model_sd"][name]), name
 
 
-def test_saved_keys_are_the_models_with_tied_weights_stored_once() -> None:
+def test_saved_keys_are_those_of_the_model_and_tied_weights_are_stored_once() -> None:
     model = Tied()
     state = ModelAverager(model, "ema").avgs_dict["ema"].state_dict()
     assert set(state) == {
@@ -109,7 +109,7 @@ def test_saved_keys_are_the_models_with_tied_weights_stored_once() -> None:
     assert torch.equal(state["av_model_sd"]["scale"], model.scale)
 
 
-def test_applied_swaps_the_weights_and_gives_them_back_even_after_an_error() -> None:
+def test_applied_restores_the_weights_even_after_an_error() -> None:
     model = Tied()
     averager = ModelAverager(model, "poly").avgs_dict["poly"]
     history = weights_over_time(4)
@@ -145,7 +145,7 @@ def test_all_problems_of_a_list_are_reported_together() -> None:
         parse_averagers(" , ")
 
 
-def test_average_of_another_model_is_refused() -> None:
+def test_the_average_of_another_model_is_rejected() -> None:
     state = ModelAverager(nn.Linear(3, 3), "ema").avgs_dict["ema"].state_dict()
     with pytest.raises(CheckpointError, match=r"embed\.weight"):
         ModelAverager(Tied(), "ema").avgs_dict["ema"].load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The optimizer, clipping and precision."""
+"""Optimizers, gradient clipping, optimizer checkpoints and precision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small_model() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 7))
 
 
-def test_weight_decay_reaches_every_parameter() -> None:
+def test_weight_decay_applies_to_every_parameter() -> None:
     model = small_model()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = build_optimizer(model, OptimConfig(lr=0.1, wd=0.5))
@@ -39,7 +39,7 @@ def test_weight_decay_reaches_every_parameter() -> None:
         assert torch.allclose(p, old * (1 - 0.1 * 0.5))
 
 
-def test_adamw_is_torchs_with_the_flags_values() -> None:
+def test_adamw_equals_torchs_adamw_with_the_values_of_the_flags() -> None:
     ours, reference = small_model(), small_model()
     cfg = OptimConfig(lr=0.01, beta1=0.8, beta2=0.9, eps=1e-6, wd=0.3)
     optimizers = [
@@ -56,20 +56,20 @@ def test_adamw_is_torchs_with_the_flags_values() -> None:
         assert torch.allclose(p, q, atol=1e-6)
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_excluded() -> None:
     model = small_model()
     model[0].weight.requires_grad_(False)  # type: ignore[index,union-attr]
     optimizer = build_optimizer(model, OptimConfig())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
 
 
-def test_unknown_optimizer_lists_the_known() -> None:
+def test_an_unknown_optimizer_is_rejected() -> None:
     with pytest.raises(ConfigError, match="found 'lion', expected one of adamw, muon"):
         build_optimizer(small_model(), OptimConfig(optimizer="lion"))
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.01, 1e6])
-def test_clipping_returns_the_norm_before(max_norm: float | None) -> None:
+def test_clipping_returns_the_norm_before_clipping(max_norm: float | None) -> None:
     model = small_model()
     model(torch.arange(7)).square().sum().backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()  # type: ignore[union-attr]
@@ -79,7 +79,7 @@ def test_clipping_returns_the_norm_before(max_norm: float | None) -> None:
     assert after == pytest.approx(min(expected.item(), max_norm or 1e9), rel=1e-3)
 
 
-def test_the_norm_of_one_process_is_torchs_to_the_last_bit() -> None:
+def test_the_norm_in_one_process_is_bitwise_equal_to_torchs() -> None:
     generator = torch.Generator().manual_seed(0)
     for scale in (1e-12, 1.0, 3e18):
         params = [torch.nn.Parameter(torch.empty(size)) for size in (1, 7, 1000)]
@@ -93,8 +93,8 @@ def test_the_norm_of_one_process_is_torchs_to_the_last_bit() -> None:
     assert clip_gradients([torch.nn.Parameter(torch.ones(1))], 1.0) == 0.0
 
 
-def test_the_norm_of_large_gradients_is_exact_too() -> None:
-    """As sums of parts are, which ranks that share a gradient add up; torch's own is 1e-4 off here."""
+def test_the_norm_of_large_gradients_is_exact() -> None:
+    """It then equals the norm of a sharded gradient, which is summed over ranks; torch's norm is 1e-4 off here."""
     large = torch.nn.Parameter(torch.empty(1000, 4000))
     large.grad = torch.randn(large.shape, generator=torch.Generator().manual_seed(1))
     assert clip_gradients([large], None).item() == pytest.approx(large.grad.double().norm().item(), rel=1e-6)
@@ -102,13 +102,13 @@ def test_the_norm_of_large_gradients_is_exact_too() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_parameters_of_other_types_are_clipped_and_updated(name: str, dtype: torch.dtype) -> None:
-    """The norm is float32's, not rounded to the gradients' type."""
+def test_parameters_of_other_dtypes_are_clipped_and_updated(name: str, dtype: torch.dtype) -> None:
+    """The norm is computed in float32, not rounded to the dtype of the gradients."""
     model = optim_worker.Model().to(dtype)
     optimizer = build_optimizer(model, optim_worker.config(name))
     before = [param.detach().clone() for param in model.parameters()]
     for key, param in model.named_parameters():
-        param.grad = optim_worker.made(param, key).to(dtype)
+        param.grad = optim_worker.values_for(param, key).to(dtype)
     expected = torch.cat([param.grad.flatten() for param in model.parameters()]).double().norm()  # type: ignore[union-attr]
     assert clip_gradients(model.parameters(), None).item() == pytest.approx(expected.item(), rel=1e-6)
     step_unless_skipped(optimizer, torch.tensor(False))
@@ -116,7 +116,7 @@ def test_parameters_of_other_types_are_clipped_and_updated(name: str, dtype: tor
         assert param.dtype == dtype and param.isfinite().all() and not torch.equal(param, old)
 
 
-def test_weight_decay_may_leave_norms_and_biases_out() -> None:
+def test_norms_and_biases_can_be_excluded_from_weight_decay() -> None:
     model = small_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = build_optimizer(model, OptimConfig(lr=0.1, wd=0.5, no_decay_norms=True))
@@ -130,18 +130,18 @@ def test_weight_decay_may_leave_norms_and_biases_out() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
-def updated(model: optim_worker.Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def update(model: optim_worker.Model, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         for name, param in model.named_parameters():
-            param.grad = optim_worker.made(param, f"{name} {step}")
+            param.grad = optim_worker.values_for(param, f"{name} {step}")
         optimizer.step()
 
 
-def saved(folder: Path, **flags: object) -> tuple[Path, Path]:
-    """A sharded checkpoint after two updates, and the interchange files made from it."""
+def save(folder: Path, **flags: object) -> tuple[Path, Path]:
+    """Write a sharded checkpoint after two updates and its interchange files; return both paths."""
     model = optim_worker.Model()
     optimizer = build_optimizer(model, OptimConfig(lr=0.1, **flags))  # type: ignore[arg-type]
-    updated(model, optimizer, range(2))
+    update(model, optimizer, range(2))
     extra = {"progress": Progress(epoch=1, step=2, samples_seen=0, seed=0).to_json()}
     sharded = folder / "step_2"
     ShardedWriter().save(TrainingState(model, optimizer, extra=extra), str(sharded), 2, wait=True)
@@ -149,7 +149,7 @@ def saved(folder: Path, **flags: object) -> tuple[Path, Path]:
     return sharded, folder / "epoch_1.pt"
 
 
-def resumed(model: optim_worker.Model, optimizer: torch.optim.Optimizer, path: Path) -> None:
+def resume(model: optim_worker.Model, optimizer: torch.optim.Optimizer, path: Path) -> None:
     if path.is_dir():
         load(TrainingState(model, optimizer), str(path))
     else:
@@ -160,25 +160,26 @@ def resumed(model: optim_worker.Model, optimizer: torch.optim.Optimizer, path: P
 
 @pytest.mark.parametrize("no_decay_norms", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_an_optimizer_goes_on_from_either_kind_of_checkpoint(name: str, no_decay_norms: bool, tmp_path: Path) -> None:
-    whole_run = optim_worker.Model()
+def test_an_optimizer_resumes_from_either_kind_of_checkpoint(name: str, no_decay_norms: bool, tmp_path: Path) -> None:
+    uninterrupted = optim_worker.Model()
     flags = {"optimizer": name, "no_decay_norms": no_decay_norms}
-    updated(whole_run, build_optimizer(whole_run, OptimConfig(lr=0.1, **flags)), range(4))  # type: ignore[arg-type]
-    for path in saved(tmp_path, **flags):
+    optimizer = build_optimizer(uninterrupted, OptimConfig(lr=0.1, **flags))  # type: ignore[arg-type]
+    update(uninterrupted, optimizer, range(4))
+    for path in save(tmp_path, **flags):
         model = optim_worker.Model()
         optimizer = build_optimizer(model, OptimConfig(lr=0.1, **flags))  # type: ignore[arg-type]
-        resumed(model, optimizer, path)
-        updated(model, optimizer, range(2, 4))
-        for (key, found), expected in zip(model.named_parameters(), whole_run.parameters(), strict=True):
-            assert torch.equal(found, expected), (path.name, key)
+        resume(model, optimizer, path)
+        update(model, optimizer, range(2, 4))
+        for (key, value), expected in zip(model.named_parameters(), uninterrupted.parameters(), strict=True):
+            assert torch.equal(value, expected), (path.name, key)
 
 
-def test_no_decay_norms_may_be_changed_from_run_to_run(tmp_path: Path) -> None:
-    """Moments go by the parameters' names, and the flags of the run that goes on say what decays."""
-    for path in saved(tmp_path):
+def test_no_decay_norms_can_change_when_a_run_resumes(tmp_path: Path) -> None:
+    """Moments are loaded by parameter name; the flags of the resumed run determine which parameters decay."""
+    for path in save(tmp_path):
         model = optim_worker.Model()
         optimizer = build_optimizer(model, OptimConfig(lr=0.1, no_decay_norms=True))
-        resumed(model, optimizer, path)
+        resume(model, optimizer, path)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [OptimConfig().wd, 0.0]
         stored = StoredTensors(str(tmp_path / "step_2"))
         for name, param in model.named_parameters():
@@ -187,49 +188,53 @@ def test_no_decay_norms_may_be_changed_from_run_to_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [("adamw", "muon"), ("muon", "adamw")])
-def test_moments_of_another_optimizer_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
-    for path in saved(tmp_path, optimizer=names[0]):
+def test_moments_of_another_optimizer_are_rejected(names: tuple[str, str], tmp_path: Path) -> None:
+    for path in save(tmp_path, optimizer=names[0]):
         model = optim_worker.Model()
         optimizer = build_optimizer(model, OptimConfig(optimizer=names[1]))
-        with pytest.raises(CheckpointError, match=f"continue with --optimizer {names[0]}, or begin a new") as refused:
-            resumed(model, optimizer, path)
-        assert f"{path}: was saved by --optimizer {names[0]}, this run has --optimizer {names[1]}" in str(refused.value)
-        assert not optimizer.state, "nothing is loaded in part"
+        with pytest.raises(CheckpointError, match=f"continue with --optimizer {names[0]}, or start a new") as error:
+            resume(model, optimizer, path)
+        assert f"{path}: was saved by --optimizer {names[0]}, but this run has --optimizer {names[1]}" in str(
+            error.value
+        )
+        assert not optimizer.state, "nothing is partially loaded"
 
 
-def test_moments_of_another_program_are_refused() -> None:
+def test_moments_of_another_program_are_rejected() -> None:
     model = optim_worker.Model()
     stored = {"output.weight": {"momentum_buffer"}}
     with pytest.raises(
-        CheckpointError, match=r"saved by another program.* has momentum_buffer and no .*exp_avg"
-    ) as said:
+        CheckpointError, match=r"saved by another program.* has momentum_buffer but lacks exp_avg"
+    ) as error:
         check_moments(stored, model, build_optimizer(model, OptimConfig()), "epoch_1.pt")
-    assert str(said.value).endswith("; begin a new run from its weights with --pretrained")
+    assert str(error.value).endswith("; start a new run from its weights with --pretrained")
     check_moments(stored, model, torch.optim.SGD(model.parameters(), momentum=0.9), "epoch_1.pt")
 
 
 # ---------------------------------------------------------------------------------------------- ranks
-def test_every_layout_updates_as_one_process_does(
+def test_every_layout_updates_like_a_single_process(
     tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Copies, shards of uneven rows, hybrids and tensor parallelism: equal gradients give equal parameters, moments
-    and norms, on all ranks the same, also where a step is skipped. Clipping sees the same norm."""
+    """Parameters, moments and gradient norms are equal for replicas, uneven shards, hybrids and tensor parallelism.
+
+    They are also equal on all ranks, and after a skipped step.
+    """
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
     torchrun(4, "optim_worker", str(tmp_path / "results.pt"), *optim_worker.LAYOUTS)
     results = torch.load(tmp_path / "results.pt")
     assert len(results) == 2 * len(optim_worker.LAYOUTS)
-    for (name, layout), found in results.items():
-        expected = optim_worker.train("copies", optim_worker.config(name))
-        assert found.keys() == expected.keys()
+    for (name, layout), result in results.items():
+        expected = optim_worker.train("replicas", optim_worker.config(name))
+        assert result.keys() == expected.keys()
         for key, value in expected.items():
-            # Matrix products of another number of matrices at once may round otherwise, and directions do not shrink.
-            allowed = 1e-3 * optim_worker.LR if name == "muon" else 1e-6
+            # Rounding depends on the number of matrices in a batch, and Muon's updates do not shrink with gradients.
+            atol = 1e-3 * optim_worker.LR if name == "muon" else 1e-6
             torch.testing.assert_close(
-                found[key], value, rtol=1e-6, atol=allowed, equal_nan=True, msg=f"{name} {layout} {key}"
+                result[key], value, rtol=1e-6, atol=atol, equal_nan=True, msg=f"{name} {layout} {key}"
             )
 
 
-def test_precisions_name_types() -> None:
+def test_precisions_determine_dtypes() -> None:
     assert parameter_dtype("amp_bfloat16") == torch.float32
     assert parameter_dtype("bf16") == torch.bfloat16 and parameter_dtype("fp16") == torch.float16
     assert compute_dtype("amp", "cpu") == torch.bfloat16 and compute_dtype("amp", "cuda") == torch.float16
