@@ -1,4 +1,4 @@
-"""Shards with recognisable sequences for the tests of the training data."""
+"""Shards with recognizable sequences for the tests of the training data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ VOCAB_SIZE = 1000
 
 
 def sequence(source: int, shard: int, member: int, length: int = SEQ_LEN + 1) -> np.ndarray:
-    """Ids (length,) that begin with where they come from."""
+    """Return ids (length,) whose first three are source, shard and member."""
     ids = np.arange(length) % VOCAB_SIZE
     ids[:3] = (source, shard, member)
     return ids
 
 
 def write_shard(path: Path, sequences: Sequence[np.ndarray], kind: str = "npy") -> str:
-    """A shard of the sequences; its path."""
+    """Write a shard of the sequences; return its path."""
     dtype = token_dtype(VOCAB_SIZE) if kind == "npy" and all(ids.min() >= 0 for ids in sequences if len(ids)) else None
     with ShardWriter(path, kind, dtype=dtype) as writer:
         for number, ids in enumerate(sequences):
@@ -31,7 +31,7 @@ def write_shard(path: Path, sequences: Sequence[np.ndarray], kind: str = "npy") 
 
 
 def write_source(folder: Path, sizes: Sequence[int], source: int = 0, kind: str = "npy", manifest: bool = True) -> str:
-    """Shards 00000.tar, … of these sizes; the path of their manifest, or their pattern without one."""
+    """Write shards 00000.tar, … of these sizes; return the path of their manifest, or without one their pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard, size in enumerate(sizes):
         write_shard(folder / f"{shard:05d}.tar", [sequence(source, shard, m) for m in range(size)], kind)
@@ -42,11 +42,11 @@ def write_source(folder: Path, sizes: Sequence[int], source: int = 0, kind: str 
     return str(folder / "manifest.jsonl")
 
 
-def places(rows: np.ndarray) -> list[tuple[int, ...]]:
-    """(source, shard, member) of rows of ids (n, T)."""
-    return [tuple(row[:3]) for row in rows.tolist()]
+def places(sequences: np.ndarray) -> list[tuple[int, ...]]:
+    """Return (source, shard, member) of the sequences (n, T)."""
+    return [tuple(ids[:3]) for ids in sequences.tolist()]
 
 
 def jsonable(state: object) -> object:
-    """The state after a trip through JSON, as a checkpoint makes it."""
+    """Return the state after a round trip through JSON, as in a checkpoint."""
     return json.loads(json.dumps(state))

@@ -1,7 +1,7 @@
-"""open_lm.main, which writes down the sequences of every step, and gives itself SIGTERM in a given one.
+"""Run open_lm.main, record the sequences of every step, and send SIGTERM to rank 0 in a given step.
 
-`python -m recording_worker FOLDER STOP_AT FLAGS…`: each process adds lines {"step", "rows"} to FOLDER/rank-pid.jsonl;
-STOP_AT 0 never stops.
+`python -m recording_worker FOLDER STOP_AT FLAGS…`: each process appends lines {"step", "rows"} to
+FOLDER/rank-pid.jsonl. STOP_AT 0 never stops.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from open_lm.main import main
 
 @contextmanager
 def recording(folder: Path, stop_at: int) -> Iterator[None]:
-    """Trainings in this process are recorded while the block lasts."""
+    """Record the training steps of this process inside the block."""
     from open_lm.training.trainer import Trainer
 
     original: Callable[..., Any] = Trainer._train_step
