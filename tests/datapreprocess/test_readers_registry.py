@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,33 +20,16 @@ from open_lm.datapreprocess.readers.texts import parse_texts
 __all__ = ["small_tokenizer"]
 ROOT = Path(__file__).resolve().parents[2]
 EOT_ID = 3
-PIPE_READER = '''
-"""Lines of the form `name|text`."""
-
-from open_lm.datapreprocess.readers.json_lines import LINE_END, byte_ranges, line_separator
-from open_lm.datapreprocess.readers.parts import split_parts
-from open_lm.datapreprocess.readers.registry import Format, register_format
+INTERNALS = ROOT / "docs" / "internals" / "preprocessing.md"
 
 
-def read_pipes(source, options):
-    for lines in split_parts(source.line_blocks() if source.piece.end >= 0 else source.blocks(), LINE_END):
-        yield parse_pipes(source, lines, options)
-
-
-def parse_pipes(source, lines, options):
-    documents, bad = [], []
-    for number, line in enumerate(lines, source.lines + 1):
-        name, bar, text = line.decode().partition("|")
-        if bar:
-            documents.append(text)
-        else:
-            bad.append(source.bad_document("no bar", number, "expected name|text", line))
-    source.lines += len(lines)
-    return source.block(documents, bad)
-
-
-register_format(Format(read_pipes, split=byte_ranges, separator=line_separator, parse=parse_pipes), ".pipe")
-'''
+def documented_reader() -> str:
+    """Return the example of a reader for `.pipe` files from the documentation."""
+    section = INTERNALS.read_text(encoding="utf-8").partition("## Add an input format")[2]
+    lines = section.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("    from "))
+    end = next(number for number, line in enumerate(lines) if line.startswith("    register_format("))
+    return textwrap.dedent("\n".join(lines[start : end + 1])) + "\n"
 
 
 @pytest.fixture
@@ -58,7 +42,7 @@ def repository(tmp_path: Path) -> Path:
         if path.name not in ("datapreprocess", "__pycache__"):
             (folder / "open_lm" / path.name).symlink_to(path.resolve())
     (folder / "open_lm" / "datapreprocess").symlink_to("../datapreprocess")
-    (folder / "datapreprocess" / "readers" / "pipes.py").write_text(PIPE_READER)
+    (folder / "datapreprocess" / "readers" / "pipes.py").write_text(documented_reader())
     return folder
 
 
