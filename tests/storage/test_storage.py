@@ -273,7 +273,7 @@ def test_a_single_range_is_read(kind: str, tmp_path: Path, s3_bucket: str) -> No
     url = {"local": str(tmp_path / "a"), "s3": f"s3://{s3_bucket}/a", "memory": "memory://ranges/a"}[kind]
     storage.write_bytes(url, bytes(range(100)))
     assert storage.read_range(url, 10, 5) == bytes(range(10, 15)) and storage.read_range(url, 0, 100)[-1] == 99
-    with pytest.raises(storage.StorageError, match="a"):
+    with pytest.raises(StorageError, match="a"):
         storage.read_range(url, 90, 20)
-    with pytest.raises(storage.StorageError, match="missing"):
+    with pytest.raises(StorageError, match="missing"):
         storage.read_range(url.removesuffix("a") + "missing", 0, 1)

@@ -352,10 +352,11 @@ def test_a_reader_works_in_a_forked_child(s3_bucket: str, monkeypatch: pytest.Mo
 WRITE = """
 import resource, sys
 from open_lm import storage
+from open_lm.errors import StorageError
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
 try:
     exec(sys.argv[1])
-except storage.StorageError as error:
+except StorageError as error:
     print(error)
 """
 
