@@ -39,7 +39,7 @@ class DataInfo:
         self.dataloader.epoch = epoch
 
     def __getitem__(self, name: str) -> DataInfo:
-        """The original wrapped each validation set in {"val": DataInfo}."""
+        """Return itself for "val": the original wrapped each validation set in {"val": DataInfo}."""
         if name != "val":
             raise KeyError(name)
         return self

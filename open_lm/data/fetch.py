@@ -33,7 +33,7 @@ from open_lm.errors import ConfigError, DataError, StorageError
 if TYPE_CHECKING:
     from open_lm.data.order import Source
 
-_ATTEMPTS = 3
+_MAX_ATTEMPTS = 3
 _PIPE_BYTES = 1 << 20
 _FOLDER_PREFIX = "open_lm-shards-"
 _LOCK_NAME = "alive"  # locked by a running process in its temporary folder
@@ -136,7 +136,7 @@ class Origin:
 
 
 def look_up(url: str, expected: Expected, timeout_s: float) -> Origin:
-    """Look up a remote shard before its download; without a request if its sha256 and size are known.
+    """Look up a remote shard before its download; no request is needed if its sha256 and size are known.
 
     StorageError if it does not exist.
     """
@@ -161,7 +161,7 @@ def fetch(origin: Origin, expected: Expected, timeout_s: float, file: IO[bytes],
     which has its own retries.
     """
     problem = ""
-    for attempt in range(1, _ATTEMPTS + 1):
+    for attempt in range(1, _MAX_ATTEMPTS + 1):
         try:
             problem, sha256 = _fetch_once(origin, expected, timeout_s, file, grow)
         except (storage.Stalled, subprocess.CalledProcessError) as error:  # of a command; storage has its own retries
@@ -170,13 +170,13 @@ def fetch(origin: Origin, expected: Expected, timeout_s: float, file: IO[bytes],
             problem, sha256 = Expected(origin.num_bytes).problem(error.num_bytes, ""), ""
         if not problem:
             return sha256
-        if attempt < _ATTEMPTS:
-            logger.warning(f"{origin.url}: {problem}; attempt {attempt} of {_ATTEMPTS} failed, trying again")
+        if attempt < _MAX_ATTEMPTS:
+            logger.warning(f"{origin.url}: {problem}; attempt {attempt} of {_MAX_ATTEMPTS} failed, trying again")
             storage.back_off(attempt)
     advice = "create or copy the shard again, or recreate the manifest"
     if _is_command(origin.url):
         advice = "see the command's own messages above, or run it by hand"
-    raise DataError(f"{origin.url}: {problem}, in the last of {_ATTEMPTS} attempts; {advice}")
+    raise DataError(f"{origin.url}: {problem}, in the last of {_MAX_ATTEMPTS} attempts; {advice}")
 
 
 def _fetch_once(
@@ -212,10 +212,10 @@ def _tar_problem(file: IO[bytes]) -> str:
         return "is empty"
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         try:
-            for _ in iter_files(data, "it"):
+            for _ in iter_files(data, "tar"):
                 pass
         except DataError as error:
-            return str(error)
+            return str(error).removeprefix("tar: ")
     return ""
 
 

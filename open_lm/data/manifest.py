@@ -65,11 +65,12 @@ def read_manifest(url: str) -> list[ManifestEntry]:
     if not entries and not problems:
         problems.append(f"{url}: is empty; create it with python -m open_lm.utils.make_wds_manifest --data-dir FOLDER")
     if problems:
-        raise DataError(_join_limited(problems, "The manifest cannot be used"))
+        raise DataError(join_limited(problems, "The manifest cannot be used"))
     return entries
 
 
-def _join_limited(problems: list[str], heading: str) -> str:
+def join_limited(problems: list[str], heading: str) -> str:
+    """Join problems below a heading; list the first 20 and the number of the others."""
     hidden = len(problems) - _MAX_LISTED
     return join_problems(problems[:_MAX_LISTED] + ([f"and {hidden} more"] if hidden > 0 else []), heading)
 
@@ -184,7 +185,7 @@ def expand_shards(pattern: str) -> list[str]:
             if not found:
                 problems.append(f"{url} (of {pattern!r})" if url != pattern else url)
     if problems:
-        raise DataError(_join_limited(problems, "No shard found for the pattern"))
+        raise DataError(join_limited(problems, "No shard found for the pattern"))
     return urls
 
 

@@ -47,8 +47,8 @@ def read_dataset(folder: str) -> dict[str, Any] | None:
     if settings.get("tokenizer_fingerprint"):  # identifies the tokenizer better than the path of its file
         settings = {name: value for name, value in settings.items() if name != "tokenizer"}
     inputs = [{k: v for k, v in item.items() if k not in _LOCATION_KEYS} for item in record.get("inputs") or []]
-    main = {"settings": settings, "inputs": _digest(inputs)}
-    return {"digest": _digest(main), **main}
+    content = {"settings": settings, "inputs": _digest(inputs)}
+    return {"digest": _digest(content), **content}
 
 
 def _digest(value: Any) -> str:
@@ -119,8 +119,8 @@ def read(url: str) -> Description | None:
         description = orjson.loads(storage.read_bytes(url))
     except orjson.JSONDecodeError:
         return None
-    is_ours = isinstance(description, dict) and description.get("format") == _FORMAT
-    return description if is_ours else None
+    is_known = isinstance(description, dict) and description.get("format") == _FORMAT
+    return description if is_known else None
 
 
 def differences(before: Description, now: Description) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from open_lm import storage
 from open_lm.config.sections import DataConfig
-from open_lm.data.manifest import MANIFEST_NAME
+from open_lm.data.manifest import MANIFEST_NAME, join_limited
 from open_lm.data.mixture import parse_fraction
 from open_lm.data.order import Source
 from open_lm.data.provenance import read_dataset
@@ -31,7 +31,6 @@ from open_lm.errors import ConfigError, DataError, StorageError, UserError, join
 logger = logging.getLogger(__name__)
 SYNTHETIC_URL = "synthetic:"
 _SYNTHETIC_SEQUENCES = 1 << 20
-_MAX_LISTED = 20
 _LISTABLE_SCHEMES = ("s3://", "s3a://", "gs://", "az://", "abfs://")
 T = TypeVar("T")
 
@@ -151,9 +150,9 @@ def _check_files(shards: Mapping[str, ManifestEntry | None], check_sizes: bool) 
             elif check_sizes and (problem := _size_problem(size, shards[url])):
                 broken.append(f"{url}: {problem}")
     if missing:
-        raise DataError(_join_limited(missing, "Shards do not exist"))
+        raise DataError(join_limited(missing, "Shards do not exist"))
     if broken:
-        raise DataError(_join_limited(broken, "Shards are incomplete; create or copy them again"))
+        raise DataError(join_limited(broken, "Shards are incomplete; create or copy them again"))
 
 
 def _size_problem(num_bytes: int, entry: ManifestEntry | None) -> str:
@@ -165,11 +164,6 @@ def _size_problem(num_bytes: int, entry: ManifestEntry | None) -> str:
     if num_bytes % BLOCKSIZE:
         return f"its {num_bytes} bytes are not a multiple of {BLOCKSIZE}, as a tar has: cut short, compressed or no tar"
     return ""
-
-
-def _join_limited(urls: Sequence[str], heading: str) -> str:
-    hidden = len(urls) - _MAX_LISTED
-    return join_problems([*urls[:_MAX_LISTED], *([f"and {hidden} more"] if hidden > 0 else [])], heading)
 
 
 def _join_groups(
@@ -207,7 +201,7 @@ def _dataset_of(folder: str) -> dict[str, Any] | None:
         return None
 
 
-# --- shares ----------------------------------------------------------------------------------------------------------
+# --- weights and factors ---------------------------------------------------------------------------------------------
 def mix_weights(values: Sequence[float] | None, count: int) -> list[Fraction]:
     """Return one weight for each of `count` sources, equal by default; the sum need not be 1."""
     if values is None:
