@@ -1,4 +1,4 @@
-"""An evaluation's results as a table for people and as JSON for programs."""
+"""Format the results of an evaluation as a text table and as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ METRICS = {
 
 
 def averages(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
-    """The plain mean of the scores that there are, and the mean of (score - baseline) / (1 - baseline)."""
+    """Return the mean of all available scores, and the mean of (score - baseline) / (1 - baseline)."""
     scored = [(o.score, o.baseline) for o in outcomes if o.score is not None]
     if not scored:
         return {"average": None, "centered_average": None}
@@ -30,8 +30,8 @@ def averages(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     }
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
-    """One row for each task, the averages, and what a reader has to know about them."""
+def format_table(outcomes: Sequence[Outcome]) -> str:
+    """Return a table with one row per task, the averages, and notes about missing and truncated results."""
     header = ("task", "shots", "metric", "score", "baseline", "n")
     rows = [
         (
@@ -49,10 +49,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
         rows.append(("average", "", "", f"{mean['average']:.4f}", "", ""))
         rows.append(("average over baseline", "", "", f"{mean['centered_average']:.4f}", "", ""))
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    aligned = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust, str.rjust)
+    alignments = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust, str.rjust)
 
     def line(row: Sequence[str]) -> str:
-        return "  ".join(align(text, width) for align, text, width in zip(aligned, row, widths, strict=True)).rstrip()
+        return "  ".join(
+            align(text, width) for align, text, width in zip(alignments, row, widths, strict=True)
+        ).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
     body = [line(row) for row in rows]
@@ -64,20 +66,20 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def _notes(outcomes: Sequence[Outcome]) -> list[str]:
     notes = [f"{o.task} {o.shots}-shot did not run: {o.problem}" for o in outcomes if o.problem]
     if notes:
-        notes.append("the averages leave out what did not run")
+        notes.append("the averages exclude tasks that did not run")
     notes += [
-        f"{o.task} {o.shots}-shot: {o.truncated} of {o.sequences} contexts were cut on the left to fit the model"
+        f"{o.task} {o.shots}-shot: {o.truncated} of {o.sequences} contexts were truncated on the left to fit the model"
         for o in outcomes
         if o.truncated
     ]
     return ["", *notes] if notes else []
 
 
-def write_json(path: str, outcomes: Sequence[Outcome], facts: dict[str, Any]) -> None:
-    """Write everything that is known about an evaluation; the file appears whole or not at all."""
+def write_json(path: str, outcomes: Sequence[Outcome], run_metadata: dict[str, Any]) -> None:
+    """Write all results of an evaluation as JSON. The write is atomic."""
     tasks = [
         {**asdict(o), "centered": None if o.score is None else (o.score - o.baseline) / (1 - o.baseline)}
         for o in outcomes
     ]
-    content = {**facts, **averages(outcomes), "tasks": tasks}
+    content = {**run_metadata, **averages(outcomes), "tasks": tasks}
     storage.write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -1,6 +1,6 @@
-"""Running tasks through llm-foundry's task builders and metrics and Composer's Trainer.
+"""Run tasks with llm-foundry's task builders and metrics and Composer's Trainer.
 
-Everything here needs the environment of `make install-eval`, and a process group that `start_processes` has made.
+Needs the environment of `make install-eval`, and the process group that `start_processes` initializes.
 """
 
 from __future__ import annotations
@@ -36,14 +36,22 @@ CHOICES_KEYS = {"multiple_choice": "choices", "schema": "context_options"}
 
 @dataclass
 class Outcome:
-    """One task with one number of examples in the prompt.
+    """The result of a task with one number of examples in the prompt.
 
     Attributes:
-        score: from 0 to 1, for tasks with categories the mean over them; None where the task could not run (`problem`).
-        metrics: every metric of the task by llm-foundry's name, score included.
-        baseline: the score of guessing. n: examples that were scored.
-        truncated: prompts (one for each choice) whose context was cut on the left to fit the model, of `sequences`.
-        categories: the score of each.
+        task: label of the task.
+        shots: examples in the prompt.
+        kind: llm-foundry's icl_task_type.
+        metric: llm-foundry's name of the metric that is the score.
+        score: from 0 to 1, for tasks with categories the mean over them; None if the task could not run.
+        baseline: expected score of random guessing.
+        n: number of scored examples.
+        truncated: prompts (one per choice) with a context that was truncated on the left to fit the model.
+        sequences: all prompts.
+        seconds: duration.
+        metrics: all metrics of the task by llm-foundry's name, including the score.
+        categories: score by category.
+        problem: why the task could not run.
     """
 
     task: str
@@ -62,8 +70,16 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What all tasks are run with: sequences of `length` tokens, data below `folder`."""
+class EvalContext:
+    """The objects and settings that all tasks share.
+
+    Attributes:
+        trainer: Composer's trainer with the model.
+        tokenizer: a tokenizer of transformers.
+        length: maximum sequence length in tokens.
+        batch_size: sequences of a batch on each device.
+        folder: temporary folder for task data.
+    """
 
     trainer: Trainer
     tokenizer: Any
@@ -72,26 +88,27 @@ class Bench:
     folder: str
 
 
-class DoesNotFit(Exception):
-    """A task has an answer that leaves no room for any context in the model's sequence length."""
+class SequenceTooLong(Exception):
+    """An answer of a task is so long that no context fits into the model's sequence length."""
 
 
 def start_processes(device: str, settings: Settings) -> str:
-    """Join the process group (Composer's, also for a single process); returns Composer's name of the device.
+    """Initialize Composer's process group, also for a single process, and return Composer's name of the device.
 
     Args:
-        device: cpu, cuda or auto. Under torchrun every process has one device.
+        device: cpu, cuda or auto. Under torchrun every process uses one device.
+        settings: the evaluation settings.
 
     Raises:
-        ConfigError: cuda where there is none, or a half precision on the CPU.
+        ConfigError: cuda without a CUDA device, or 16-bit precision on the CPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: there is no CUDA device; use --device cpu")
     name = "gpu" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     if name == "cpu" and settings.precision != "fp32":
-        raise ConfigError(f"precision is {settings.precision} in the YAML, but Composer offers only fp32 on the CPU")
+        raise ConfigError(f"precision is {settings.precision} in the YAML, but Composer supports only fp32 on the CPU")
     if "GROUP_RANK" in os.environ:
-        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun's name of what Composer reads
+        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun's name for Composer's NODE_RANK
     dist.initialize_dist(get_device(name), timeout=1800.0)
     reproducibility.seed_all(settings.seed)
     return name
@@ -106,13 +123,15 @@ def run_tasks(
     max_examples: int | None = None,
     report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
-    """Evaluate a model on every task; collective, with the same result on every process.
+    """Evaluate a model on all tasks. Collective: all processes must call it, and all get the same result.
 
     Args:
-        model: an `open_lm.hf.OpenLMForCausalLM`. tokenizer: of transformers.
-        device: what `start_processes` gave.
-        max_examples: use only the first so many examples of a task (of each category, if it has them).
-        report: called with each outcome as it is known.
+        model: an `open_lm.hf.OpenLMForCausalLM`.
+        tokenizer: a tokenizer of transformers.
+        settings: tasks and evaluation settings.
+        device: the result of `start_processes`.
+        max_examples: use only the first N examples of a task (of each category, if it has categories).
+        report: called with each outcome when it is available.
     """
     trainer = Trainer(
         model=SimpleComposerOpenLMCausalLM(model, tokenizer),
@@ -123,45 +142,47 @@ def run_tasks(
         log_to_console=False,
     )
     disable_progress_bars()
-    disable_caching()  # prompts found in a cache would not be counted as truncated
+    disable_caching()  # truncation of cached prompts would not be counted
     outcomes = []
     with _shared_folder() as folder:
         length = settings.max_seq_len or model.config.seq_len
-        bench = Bench(trainer, tokenizer, length, settings.batch_size, folder)
+        context = EvalContext(trainer, tokenizer, length, settings.batch_size, folder)
         for task in settings.tasks:
             data = _local_data(task, folder, max_examples)
             for shots in task.shots:
-                outcome = _run_task(bench, task, data, shots)
+                outcome = _run_task(context, task, data, shots)
                 report(outcome)
                 outcomes.append(outcome)
     trainer.close()
     return outcomes
 
 
-def _run_task(bench: Bench, task: Task, data: str, shots: int) -> Outcome:
+def _run_task(context: EvalContext, task: Task, data: str, shots: int) -> Outcome:
     start = time.monotonic()
-    config = {"batch_size": bench.batch_size, **copy.deepcopy(task.config)}
-    length = min(config.get("max_seq_len") or bench.length, bench.length)
+    config = {"batch_size": context.batch_size, **copy.deepcopy(task.config)}
+    length = min(config.get("max_seq_len") or context.length, context.length)
     config |= {"dataset_uri": data, "num_fewshot": [shots], "max_seq_len": length}
     outcome = Outcome(task.label, shots, task.kind)
     try:
-        with _counted_truncation() as truncation:
+        with _count_truncation() as truncation:
             evaluators, _ = build_icl_evaluators(
-                [config], bench.tokenizer, length, bench.batch_size, destination_dir=bench.folder
+                [config], context.tokenizer, length, context.batch_size, destination_dir=context.folder
             )
             for evaluator in evaluators:
                 _prepare(evaluator, length)
-    except DoesNotFit as error:
+    except SequenceTooLong as error:
         outcome.problem = str(error)
         return outcome
-    scores = [_evaluate(bench.trainer, evaluator) for evaluator in evaluators]
+    scores = [_evaluate(context.trainer, evaluator) for evaluator in evaluators]
     outcome.metric = _main_metric(scores[0][0])
     outcome.metrics = {name: _mean([metrics[name] for metrics, _ in scores]) for name in scores[0][0]}
     outcome.score = outcome.metrics[outcome.metric]
     if config.get("has_categories"):
         names = [str(evaluator.label).rsplit("/", 1)[-1] for evaluator in evaluators]
         outcome.categories = {name: metrics[outcome.metric] for name, (metrics, _) in zip(names, scores, strict=True)}
-    outcome.baseline = task.baseline if task.baseline is not None else _mean([_guessing(e, task) for e in evaluators])
+    outcome.baseline = (
+        task.baseline if task.baseline is not None else _mean([_random_baseline(e, task) for e in evaluators])
+    )
     outcome.n = sum(count for _, count in scores)
     outcome.truncated, outcome.sequences = truncation
     outcome.seconds = time.monotonic() - start
@@ -169,7 +190,7 @@ def _run_task(bench: Bench, task: Task, data: str, shots: int) -> Outcome:
 
 
 def _evaluate(trainer: Trainer, evaluator: Evaluator) -> tuple[dict[str, float], int]:
-    """The evaluator's metrics and the number of examples they are over, on all processes together."""
+    """Return the evaluator's metrics and its number of examples over all processes."""
     trainer.eval(eval_dataloader=[evaluator])
     metrics = trainer.state.eval_metrics[evaluator.label]
     counted = metrics[_main_metric(metrics)]
@@ -179,17 +200,19 @@ def _evaluate(trainer: Trainer, evaluator: Evaluator) -> tuple[dict[str, float],
 
 
 def _main_metric(metrics: Iterable[str]) -> str:
-    """The name of the metric that is the task's score: an accuracy, if there is one."""
+    """Return the name of the metric that is the task's score: an accuracy, if there is one."""
     names = list(metrics)
     return next((name for name in names if name.endswith("Accuracy")), names[0])
 
 
 def _prepare(evaluator: Evaluator, length: int) -> None:
-    """Let llm-foundry put the prompts together and tokenize them, which it does on first access."""
+    """Let llm-foundry build and tokenize the prompts, which it does on first access."""
     dataset = _dataset(evaluator)
     if dataset.max_seq_len > length or dataset.padding_size < 1:
         longest = getattr(dataset, "max_answer_length", 0)
-        raise DoesNotFit(f"its longest answer has {longest} tokens, the model takes {length} with the question")
+        raise SequenceTooLong(
+            f"the longest answer has {longest} tokens, but question and answer together may have only {length}"
+        )
     _ = dataset[0]
 
 
@@ -197,8 +220,8 @@ def _dataset(evaluator: Evaluator) -> Any:
     return evaluator.dataloader.dataloader.dataset
 
 
-def _guessing(evaluator: Evaluator, task: Task) -> float:
-    """The score of choosing at random: the mean of 1 / choices; 0 for tasks that are answered freely."""
+def _random_baseline(evaluator: Evaluator, task: Task) -> float:
+    """Return the score of random guessing: the mean of 1 / number of choices; 0 for tasks without choices."""
     key = task.config.get("choices_key") or CHOICES_KEYS.get(task.kind)
     if key is None:
         return 0.0
@@ -210,18 +233,18 @@ def _mean(values: list[float]) -> float:
 
 
 @contextmanager
-def _counted_truncation() -> Iterator[list[int]]:
-    """A list that counts the contexts that llm-foundry cuts to fit the model, and all of them.
+def _count_truncation() -> Iterator[list[int]]:
+    """Yield a list [truncated contexts, all contexts] that counts the contexts that llm-foundry truncates.
 
-    Its own function cuts silently, and keeps the whole context where the answer fills the sequence by itself.
+    llm-foundry's function truncates silently, and keeps the full context if the answer alone fills the sequence.
     """
     original = icl.trim_context
     count = [0, 0]
 
     def trim(context: list[int], answer: list[int], max_seq_len: int) -> list[int]:
         if len(answer) >= max_seq_len:
-            raise DoesNotFit(
-                f"an answer has {len(answer)} tokens, which leaves no room for a context in the model's {max_seq_len}"
+            raise SequenceTooLong(
+                f"an answer has {len(answer)} tokens, so that no context fits into the sequence length {max_seq_len}"
             )
         count[0] += len(context) + len(answer) > max_seq_len
         count[1] += 1
@@ -236,7 +259,7 @@ def _counted_truncation() -> Iterator[list[int]]:
 
 @contextmanager
 def _shared_folder() -> Iterator[str]:
-    """A temporary folder of the same name for all processes of a node, gone afterwards."""
+    """Yield a temporary folder that all processes of a node share, and delete it afterwards."""
     names = [uuid.uuid4().hex]
     dist.broadcast_object_list(names)
     folder = Path(tempfile.gettempdir()) / f"open_lm_eval_{names[0]}"
@@ -249,18 +272,18 @@ def _shared_folder() -> Iterator[str]:
 
 
 def _local_data(task: Task, folder: str, max_examples: int | None) -> str:
-    """Where llm-foundry shall read the task's data: a remote file is fetched, a part of a file written anew."""
+    """Return the path of the task's data for llm-foundry: remote or partial data is first written to `folder`."""
     if task.is_hub or (max_examples is None and not storage.is_remote(task.data)):
         return task.data
     target = Path(folder) / f"{task.label}.source.jsonl"
     if dist.get_local_rank() == 0:
         lines = storage.read_text(task.data).splitlines(keepends=True)
-        taken: dict[str, int] = {}
+        counts: dict[str, int] = {}
         with open(target, "w", encoding="utf-8") as out:
             for number, line in enumerate(lines, start=1):
                 category = _category(line, task, number) if task.config.get("has_categories") else ""
-                taken[category] = taken.get(category, 0) + 1
-                if line.strip() and (max_examples is None or taken[category] <= max_examples):
+                counts[category] = counts.get(category, 0) + 1
+                if line.strip() and (max_examples is None or counts[category] <= max_examples):
                     out.write(line)
     dist.barrier()
     return str(target)

@@ -1,4 +1,4 @@
-"""The tasks of an evaluation: reading the YAML files, finding their data, and saying all that is wrong at once."""
+"""Read the YAML files of an evaluation, find the data of their tasks, and report all problems together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import ConfigError, join_problems
 
-# Keys that a line of a task's data must hold, by llm-foundry's name of the kind of task.
+# Required keys of a line of task data, by llm-foundry's icl_task_type.
 COLUMNS = {
     "multiple_choice": ("query", "choices", "gold"),
     "schema": ("context_options", "continuation", "gold"),
@@ -19,12 +19,12 @@ COLUMNS = {
     "generation_task_with_answers": ("context", "answer"),
 }
 HOW_TO_GET_DATA = (
-    "llm-foundry's repository holds the task data in scripts/eval/local_data:\n"
+    "llm-foundry's repository contains the task data in scripts/eval/local_data:\n"
     "    git clone --depth 1 --branch v0.22.0 https://github.com/mosaicml/llm-foundry\n"
-    "  then pass --data-dir llm-foundry/scripts/eval/local_data, or copy the files into one folder and name that "
-    "(data_dir in the YAML, or --data-dir). --tasks NAME… runs a part of the tasks."
+    "  Then pass --data-dir llm-foundry/scripts/eval/local_data, or copy the files into one folder and pass its path "
+    "(data_dir in the YAML, or --data-dir). --tasks NAME… runs only some of the tasks."
 )
-OWN_KEYS = ("random_baseline",)  # of a task's entry; llm-foundry does not know them
+EXTRA_KEYS = ("random_baseline",)  # keys of a task's entry that llm-foundry does not support
 METRICS = (
     "InContextLearningLMAccuracy",
     "InContextLearningMultipleChoiceAccuracy",
@@ -41,9 +41,12 @@ class Task:
     """One entry of icl_tasks.
 
     Attributes:
-        label: the task's name. kind: llm-foundry's icl_task_type. shots: one evaluation for each number of examples.
-        data: path or url of its .jsonl file. config: the entry, as llm-foundry takes it. baseline: the score of
-        guessing, where the entry states it.
+        label: name of the task.
+        kind: llm-foundry's icl_task_type.
+        shots: numbers of examples in the prompt; each is a separate evaluation.
+        data: path or URL of the .jsonl file.
+        config: the entry in llm-foundry's format.
+        baseline: score of random guessing, if the entry specifies it.
     """
 
     label: str
@@ -60,36 +63,36 @@ class Task:
 
 @dataclass
 class Settings:
-    """What the YAML files say, the first file's word before the others'."""
+    """The settings of the YAML files. Settings other than tasks come from the first file."""
 
     tasks: list[Task]
     max_seq_len: int | None = None
     batch_size: int = 8
     precision: str = "fp32"
     seed: int = 1
-    without_effect: list[str] = field(default_factory=list)  # settings of the first file that change nothing here
+    ignored: list[str] = field(default_factory=list)  # settings of the first file that have no effect
 
 
 def read_settings(files: Sequence[str], data_dir: str | None = None, only: Sequence[str] | None = None) -> Settings:
-    """Read evaluation YAMLs; nothing is loaded or downloaded.
+    """Read evaluation YAML files without loading models or downloading data.
 
     Args:
-        files: YAML files; their tasks are joined.
-        data_dir: folder of the tasks' data in place of each file's own `data_dir`.
+        files: YAML files; their tasks are combined.
+        data_dir: folder of the tasks' data; overrides the `data_dir` of each file.
         only: labels of the tasks to run; default: all.
 
     Raises:
-        ConfigError: files, entries or data that are missing or wrong, all together.
+        ConfigError: lists all missing or invalid files, entries and data.
     """
     problems: list[str] = []
     contents = [_load(file, data_dir, problems) for file in files]
     entries = [(file, item) for file, content in zip(files, contents, strict=True) for item in content["icl_tasks"]]
     tasks = [task for file, entry in entries if (task := _task(entry, file, problems)) is not None]
     labels = [str(entry["label"]) for _, entry in entries if isinstance(entry, dict) and entry.get("label")]
-    problems += [f"task {label} stands there twice" for label in sorted(set(labels)) if labels.count(label) > 1]
+    problems += [f"task {label} is listed more than once" for label in sorted(set(labels)) if labels.count(label) > 1]
     unknown = [name for name in only or [] if name not in labels]
     if unknown:
-        problems.append(f"--tasks {' '.join(unknown)}: not among {', '.join(labels) or 'the tasks'}")
+        problems.append(f"--tasks {' '.join(unknown)}: expected some of {', '.join(labels) or 'the tasks'}")
     first = contents[0]
     settings = Settings(
         [task for task in tasks if not only or task.label in only],
@@ -97,12 +100,12 @@ def read_settings(files: Sequence[str], data_dir: str | None = None, only: Seque
         batch_size=_number(first, "device_eval_batch_size", 8, files[0], problems) or 8,
         precision=str(first.get("precision") or "fp32"),
         seed=_number(first, "seed", 1, files[0], problems) or 0,
-        without_effect=[key for key, value in first.items() if key not in KNOWN_SETTINGS and value],
+        ignored=[key for key, value in first.items() if key not in KNOWN_SETTINGS and value],
     )
     if settings.precision not in PRECISIONS:
         problems.append(f"{files[0]}: precision is {settings.precision}, expected one of {', '.join(PRECISIONS)}")
     if problems:
-        raise ConfigError(join_problems(problems, "the evaluation cannot be used as described"))
+        raise ConfigError(join_problems(problems, "invalid evaluation settings"))
     missing = [problem for task in settings.tasks for problem in _data_problems(task)]
     if missing:
         raise ConfigError(join_problems(missing, "task data") + f"\n  {HOW_TO_GET_DATA}")
@@ -110,14 +113,14 @@ def read_settings(files: Sequence[str], data_dir: str | None = None, only: Seque
 
 
 def _load(file: str, data_dir: str | None, problems: list[str]) -> dict[str, Any]:
-    """A YAML's settings with their ${…} filled in; icl_tasks is a list in any case."""
+    """Return the settings of a YAML file with resolved ${…}. icl_tasks is always a list."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
-    found: list[str] = []
+    file_problems: list[str] = []
     resolved: Any = None
     if not Path(file).is_file():
-        found.append("no such file")
+        file_problems.append("no such file")
     else:
         try:
             content: Any = OmegaConf.load(file)
@@ -127,12 +130,12 @@ def _load(file: str, data_dir: str | None, problems: list[str]) -> dict[str, Any
                 elif content.get("data_dir"):
                     content["data_dir"] = storage.join(str(Path(file).resolve().parent), str(content["data_dir"]))
                 resolved = OmegaConf.to_container(content, resolve=True)
-        except (YAMLError, ValueError, AttributeError) as error:  # OmegaConf's errors are of the last two kinds
-            found.append(f"cannot be read ({' '.join(str(error).split())})")
-    if not found and not (isinstance(resolved, dict) and isinstance(resolved.get("icl_tasks"), list)):
-        found.append("expected settings with a list icl_tasks")
-    problems += [f"--eval-yaml {file}: {problem}" for problem in found]
-    return {"icl_tasks": []} if found else dict(resolved)
+        except (YAMLError, ValueError, AttributeError) as error:  # OmegaConf raises the last two
+            file_problems.append(f"cannot be read ({' '.join(str(error).split())})")
+    if not file_problems and not (isinstance(resolved, dict) and isinstance(resolved.get("icl_tasks"), list)):
+        file_problems.append("expected settings with a list icl_tasks")
+    problems += [f"--eval-yaml {file}: {problem}" for problem in file_problems]
+    return {"icl_tasks": []} if file_problems else dict(resolved)
 
 
 def _task(entry: Any, file: str, problems: list[str]) -> Task | None:
@@ -141,33 +144,33 @@ def _task(entry: Any, file: str, problems: list[str]) -> Task | None:
         return None
     label = str(entry["label"])
     kind, data, shots = entry.get("icl_task_type"), entry.get("dataset_uri"), entry.get("num_fewshot")
-    found = []
+    task_problems = []
     if kind not in COLUMNS:
-        found.append(f"icl_task_type is {kind!r}, expected one of {', '.join(COLUMNS)}")
+        task_problems.append(f"icl_task_type is {kind!r}, expected one of {', '.join(COLUMNS)}")
     if not isinstance(data, str) or not data:
-        found.append(f"dataset_uri is {data!r}, expected the path or url of a .jsonl file")
+        task_problems.append(f"dataset_uri is {data!r}, expected the path or URL of a .jsonl file")
     if not isinstance(shots, list) or not shots or not all(isinstance(n, int) and n >= 0 for n in shots):
-        found.append(f"num_fewshot is {shots!r}, expected a list of whole numbers such as [0]")
+        task_problems.append(f"num_fewshot is {shots!r}, expected a list of integers such as [0]")
     baseline = entry.get("random_baseline")
     if baseline is not None and not (isinstance(baseline, (int, float)) and 0 <= baseline < 1):
-        found.append(f"random_baseline is {baseline!r}, expected a number from 0 to below 1")
+        task_problems.append(f"random_baseline is {baseline!r}, expected a number of at least 0 and below 1")
     unknown = [str(name) for name in entry.get("metric_names") or [] if name not in METRICS]
     if unknown:
-        found.append(f"metric_names has {', '.join(unknown)}, expected some of {', '.join(METRICS)}")
-    problems += [f"{file}: task {label}: {problem}" for problem in found]
-    if found or kind is None or data is None or shots is None:
+        task_problems.append(f"metric_names has {', '.join(unknown)}, expected some of {', '.join(METRICS)}")
+    problems += [f"{file}: task {label}: {problem}" for problem in task_problems]
+    if task_problems or kind is None or data is None or shots is None:
         return None
-    config = {key: value for key, value in entry.items() if key not in OWN_KEYS}
-    return Task(label, kind, shots, _found_data(data), config, baseline)
+    config = {key: value for key, value in entry.items() if key not in EXTRA_KEYS}
+    return Task(label, kind, shots, _find_data(data), config, baseline)
 
 
-def _found_data(data: str) -> str:
-    """The file that is meant: also found in a subfolder, as llm-foundry's repository sorts them, if only one fits."""
+def _find_data(data: str) -> str:
+    """Return the path of task data. A missing file is searched in the subfolders, as in llm-foundry's repository."""
     if storage.is_remote(data) or data.startswith("hf://") or Path(data).is_file():
         return data
     path = Path(data)
-    nested = list(path.parent.glob(f"*/{path.name}")) if path.parent.is_dir() else []
-    return str(nested[0]) if len(nested) == 1 else data
+    matches = list(path.parent.glob(f"*/{path.name}")) if path.parent.is_dir() else []
+    return str(matches[0]) if len(matches) == 1 else data
 
 
 def _number(content: dict[str, Any], key: str, default: int | None, file: str, problems: list[str]) -> int | None:
@@ -175,7 +178,7 @@ def _number(content: dict[str, Any], key: str, default: int | None, file: str, p
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
-        problems.append(f"{file}: {key} is {value!r}, expected a whole number")
+        problems.append(f"{file}: {key} is {value!r}, expected an integer")
         return default
     return value
 
@@ -195,11 +198,11 @@ def _data_problems(task: Task) -> list[str]:
     except ValueError:
         row = None
     if not isinstance(row, dict):
-        return [f"{task.label}: {task.data} does not start with a line of JSON"]
-    lacking = [name for name in columns if name not in row]
-    if lacking:
+        return [f"{task.label}: the first line of {task.data} is not a JSON object"]
+    missing = [name for name in columns if name not in row]
+    if missing:
         return [
-            f"{task.label}: {task.data} lacks {', '.join(lacking)} (it has {', '.join(row)}), "
+            f"{task.label}: {task.data} lacks {', '.join(missing)} (it has {', '.join(row)}), "
             f"which {task.kind} tasks need"
         ]
     return []

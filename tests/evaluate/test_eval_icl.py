@@ -1,4 +1,4 @@
-"""eval/eval_openlm_ckpt.py: real llm-foundry on a small trained checkpoint, against scores computed here."""
+"""Test eval/eval_openlm_ckpt.py: compare the scores of a small trained checkpoint with an independent computation."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from open_lm.model.transformer import Transformer, create_model, create_params
 
 ROOT = Path(__file__).resolve().parents[2]
 EVAL = ROOT / "eval"
-EXAMPLES = 23  # odd, so that two processes cannot share them evenly
+EXAMPLES = 23  # odd, so that two processes get different numbers of examples
 CONFIG = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "seq_len": 160, "vocab_size": 640}
 CONFIG |= {"post_embed_norm": False, "weight_tying": False}
 
 needs_eval_environment = pytest.mark.skipif(
     not (ROOT / ".venv-eval" / "bin" / "python").exists() and "OPEN_LM_EVAL_PYTHON" not in os.environ,
-    reason="no .venv-eval with llm-foundry; `make install-eval` makes it",
+    reason="no .venv-eval with llm-foundry; `make install-eval` creates it",
 )
 
 
 @dataclass
 class Trained:
-    """A checkpoint of a small model, and what it takes to use it."""
+    """A checkpoint of a small model with its tokenizer."""
 
     folder: Path
     model: Transformer
     tokenizer: Any
 
-    def arguments(self, *more: str) -> list[str]:
+    def arguments(self, *extra: str) -> list[str]:
         return [
             *("--model-config", str(self.folder / "small.json"), "--checkpoint", str(self.folder / "epoch_2.pt")),
-            *("--tokenizer", str(self.folder / "tokenizer.json"), "--device", "cpu", *more),
+            *("--tokenizer", str(self.folder / "tokenizer.json"), "--device", "cpu", *extra),
         ]
 
 
@@ -63,7 +63,7 @@ def data(shared_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """A model that knows its lambada passages by heart, so that the scores are not those of guessing."""
+    """Train a model that memorizes its lambada passages, so that its scores differ from random guessing."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder = tmp_path_factory.mktemp("trained")
@@ -99,7 +99,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def evaluate(
     arguments: Sequence[str], processes: int = 1, check: bool = True, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the program as a person does: from eval/, with this environment's python."""
+    """Run the program as a user would: in eval/, with the Python of this environment."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command = [sys.executable, *(launcher if processes > 1 else []), "eval_openlm_ckpt.py", *arguments]
@@ -111,7 +111,7 @@ def evaluate(
 
 
 def log_probabilities(trained: Trained, context: str, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The answer's ids (T,) and the log-probabilities (T,V) that the model gives at their places, unpadded."""
+    """Return the answer's token ids (T,) and the model's log-probabilities (T,V) there, without padding."""
     ids = trained.tokenizer.encode(answer).ids
     prompt = trained.tokenizer.encode(context).ids[-(trained.model.seq_len - len(ids)) :]
     with torch.no_grad():
@@ -120,20 +120,20 @@ def log_probabilities(trained: Trained, context: str, answer: str) -> tuple[torc
 
 
 def choice_accuracy(trained: Trained, questions: list[tuple[list[tuple[str, str]], int]]) -> float:
-    """The share of questions whose right (context, answer) has the highest mean log-probability for each token."""
-    right = 0
+    """Return the share of questions whose correct (context, answer) has the highest mean log-probability per token."""
+    correct = 0
     for pairs, gold in questions:
         means = []
         for context, answer in pairs:
-            ids, table = log_probabilities(trained, context, answer)
-            means.append(table.gather(1, ids[:, None]).mean())
-        right += int(torch.stack(means).argmax()) == gold
-    return right / len(questions)
+            ids, log_probs = log_probabilities(trained, context, answer)
+            means.append(log_probs.gather(1, ids[:, None]).mean())
+        correct += int(torch.stack(means).argmax()) == gold
+    return correct / len(questions)
 
 
 @pytest.fixture(scope="module")
 def results(trained: Trained, data: Path) -> dict[str, Any]:
-    """The JSON of a run on the skeleton's YAML, with what it printed."""
+    """Return the JSON of a run with in_memory_hf_eval.yaml, with its printed output added."""
     tasks = ("--tasks", "copa", "lambada_openai", "winograd", "--max-examples", str(EXAMPLES))
     arguments = trained.arguments("--eval-yaml", "in_memory_hf_eval.yaml", "--data-dir", str(data), *tasks)
     printed = evaluate(arguments).stdout
@@ -144,7 +144,7 @@ def results(trained: Trained, data: Path) -> dict[str, Any]:
 
 
 @needs_eval_environment
-def test_scores_are_those_of_an_independent_computation(results: dict[str, Any], trained: Trained, data: Path) -> None:
+def test_scores_match_an_independent_computation(results: dict[str, Any], trained: Trained, data: Path) -> None:
     copa = [([(row["query"], f" {choice}") for choice in row["choices"]], row["gold"]) for row in rows(data, "copa")]
     winograd = [
         ([(context, f" {row['continuation']}") for context in row["context_options"]], row["gold"])
@@ -152,9 +152,9 @@ def test_scores_are_those_of_an_independent_computation(results: dict[str, Any],
     ]
     exact = 0
     for row in rows(data, "lambada_openai"):
-        ids, table = log_probabilities(trained, row["context"], f" {row['continuation']}")
-        exact += bool((table.argmax(-1) == ids).all())
-    assert exact > EXAMPLES / 3, "the model has not learned its passages; the comparison would say little"
+        ids, log_probs = log_probabilities(trained, row["context"], f" {row['continuation']}")
+        exact += bool((log_probs.argmax(-1) == ids).all())
+    assert exact > EXAMPLES / 3, "the model has not memorized its passages; the comparison would be weak"
     expected = {
         "copa": choice_accuracy(trained, copa),
         "winograd": choice_accuracy(trained, winograd),
@@ -164,7 +164,7 @@ def test_scores_are_those_of_an_independent_computation(results: dict[str, Any],
 
 
 @needs_eval_environment
-def test_table_and_json_hold_baseline_number_and_averages(results: dict[str, Any]) -> None:
+def test_table_and_json_contain_baselines_counts_and_averages(results: dict[str, Any]) -> None:
     found = {name: (task["baseline"], task["n"], task["shots"]) for name, task in results["by_name"].items()}
     assert found == {"copa": (0.5, EXAMPLES, 0), "winograd": (0.5, EXAMPLES, 0), "lambada_openai": (0.0, EXAMPLES, 0)}
     scores = {name: task["score"] for name, task in results["by_name"].items()}
@@ -177,7 +177,7 @@ def test_table_and_json_hold_baseline_number_and_averages(results: dict[str, Any
 
 
 @needs_eval_environment
-def test_two_processes_give_the_same_and_say_what_does_not_fit(
+def test_two_processes_get_equal_scores_and_report_truncation(
     results: dict[str, Any], trained: Trained, data: Path, tmp_path: Path
 ) -> None:
     generation = {"icl_task_type": "generation_task_with_answers", "num_fewshot": [0]}
@@ -202,14 +202,14 @@ def test_two_processes_give_the_same_and_say_what_does_not_fit(
         assert found[name]["score"] == pytest.approx(results["by_name"][name]["score"], abs=1e-6)
     assert found["boolq"]["baseline"] == 0.62
     assert 0 < found["boolq"]["truncated"] <= found["boolq"]["sequences"] == 2 * EXAMPLES
-    assert found["hellaswag"]["score"] is None and "leaves no room" in found["hellaswag"]["problem"]
+    assert found["hellaswag"]["score"] is None and "no context fits" in found["hellaswag"]["problem"]
     assert found["triviaqa"]["n"] == EXAMPLES and found["triviaqa"]["metric"].endswith("ExactMatchAccuracy")
-    assert "boolq 0-shot" in printed and "cut on the left" in printed
+    assert "boolq 0-shot" in printed and "truncated on the left" in printed
     assert printed.count("hellaswag 0-shot did not run") == 1
 
 
 @needs_eval_environment
-def test_missing_data_is_reported_together_before_the_model_is_read(tmp_path: Path) -> None:
+def test_missing_data_is_reported_together_before_the_model_is_loaded(tmp_path: Path) -> None:
     arguments = ["--eval-yaml", "in_memory_hf_eval.yaml", "mmlu.yaml", "--data-dir", str(tmp_path)]
     arguments += ["--model", "open_lm_11m", "--checkpoint", str(tmp_path / "none.pt")]
     result = evaluate(arguments, check=False)
@@ -221,7 +221,7 @@ def test_missing_data_is_reported_together_before_the_model_is_read(tmp_path: Pa
 
 
 @needs_eval_environment
-def test_wrong_yaml_is_reported_together(tmp_path: Path) -> None:
+def test_all_problems_of_the_yaml_files_are_reported_together(tmp_path: Path) -> None:
     file = tmp_path / "wrong.yaml"
     task = {"label": "a", "dataset_uri": "a.jsonl", "icl_task_type": "chess", "num_fewshot": 3}
     file.write_text(yaml.safe_dump({"precision": "fp7", "device_eval_batch_size": "many", "icl_tasks": [task, {}]}))
@@ -233,7 +233,7 @@ def test_wrong_yaml_is_reported_together(tmp_path: Path) -> None:
 
 
 @needs_eval_environment
-def test_a_tokenizer_with_ids_beyond_the_model_is_refused(trained: Trained, data: Path, tmp_path: Path) -> None:
+def test_tokenizer_with_ids_outside_the_vocabulary_is_rejected(trained: Trained, data: Path, tmp_path: Path) -> None:
     (tmp_path / "narrow.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
     arguments = trained.arguments("--eval-yaml", "in_memory_hf_eval.yaml", "--data-dir", str(data), "--tasks", "copa")
     arguments[1] = str(tmp_path / "narrow.json")
@@ -242,14 +242,14 @@ def test_a_tokenizer_with_ids_beyond_the_model_is_refused(trained: Trained, data
     assert "ids up to 599" in result.stderr and "below 300" in result.stderr
 
 
-def test_without_the_environment_it_says_how_to_make_it(tmp_path: Path) -> None:
+def test_missing_environment_is_reported_with_its_install_command(tmp_path: Path) -> None:
     missing = str(tmp_path / "bin" / "python")
     result = evaluate(["--checkpoint", "x.pt"], check=False, OPEN_LM_EVAL_PYTHON=missing)
     assert result.returncode == 2
     assert "make install-eval" in result.stderr and missing in result.stderr
 
 
-def test_skeletons_cover_the_tasks_of_the_result_tables() -> None:
+def test_yaml_files_cover_the_tasks_of_the_result_tables() -> None:
     tasks = {}
     for name in ("in_memory_hf_eval.yaml", "mmlu.yaml"):
         content = yaml.safe_load((EVAL / name).read_text())
@@ -261,7 +261,7 @@ def test_skeletons_cover_the_tasks_of_the_result_tables() -> None:
     assert tasks == {**{name: [0] for name in eleven.split()}, "mmlu": [0, 5]}
 
 
-def test_both_paths_of_the_model_configurations_name_the_same_model() -> None:
+def test_both_paths_of_the_model_configurations_are_equal() -> None:
     paths = [ROOT / "model_configs" / "open_lm_11m.json", ROOT / "open_lm" / "model_configs" / "open_lm_11m.json"]
     shapes = [create_params(Shape(str(path))) for path in paths]
     assert shapes[0].dim == shapes[1].dim == 96
