@@ -174,7 +174,9 @@ def _hf_model_problems(config: Config) -> list[str]:
     if not model.hf_seq_len:
         problems.append(f"--hf-model {model.hf_model} requires --hf-seq-len, the length of its training sequences")
     if config.data.document_mask:
-        problems.append("--document-mask is not supported with --hf-model, whose attention spans whole sequences")
+        problems.append(
+            "--document-mask is not supported with --hf-model, which computes attention over full sequences"
+        )
     if model.activation_checkpointing not in ("none", "full"):
         problems.append(
             f"--activation-checkpointing {model.activation_checkpointing}: --hf-model supports only none and full; use "

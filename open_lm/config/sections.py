@@ -155,8 +155,8 @@ class ModelConfig(ArchitectureConfig):
     )
     activation_checkpointing: str = flag(
         "none",
-        "activations that the backward pass recomputes: none; full: all (like --grad-checkpointing); op: all but the "
-        "results of matrix products and attention; a number K: all of every K-th block",
+        "activations that the backward pass recomputes: none; full (all, like --grad-checkpointing); op (all but the "
+        "results of matrix products and attention); a number K (all of every K-th block)",
     )
     torchcompile: bool = flag(False, "compile the blocks of the model with torch.compile")
     torchcompile_mode: str = flag(
@@ -181,13 +181,13 @@ class OptimConfig(Section):
     eps: float = flag(1.0e-8, "AdamW epsilon")
     wd: float = flag(0.2, "weight decay; applies to all parameters unless --no-decay-norms is set")
     no_decay_norms: bool = flag(False, "disable weight decay for norms and biases")
-    muon_momentum: float = flag(0.95, "with --optimizer muon, momentum")
+    muon_momentum: float = flag(0.95, "with --optimizer muon, momentum of Muon")
     warmup: int = flag(10000, "steps of linear learning-rate warmup")
     lr_scheduler: str = flag("cosine", "learning-rate schedule after the warmup", choices=registry.SCHEDULES)
     lr_cooldown_end: float = flag(0.0, "final learning rate of the schedules that decay")
     lr_cooldown_power: float = flag(1.0, "with const-cooldown, exponent of the polynomial cooldown; 1: linear")
     epochs_cooldown: int | None = flag(
-        None, "with const-cooldown, number of final epochs over which the learning rate decays; required"
+        None, "with const-cooldown, number of final epochs over which the learning rate decays; required there"
     )
     lr_decay_fraction: float = flag(0.2, "with wsd, final fraction of all steps over which the learning rate decays")
     lr_decay_shape: str = flag("1-sqrt", "with wsd, shape of the decay", choices=registry.DECAY_SHAPES)
@@ -227,13 +227,13 @@ class ParallelConfig(Section):
     )
     mesh_dim: str | None = flag(
         None,
-        "device mesh as DATA,FSDP,TENSOR numbers of ranks, such as -1,2,4, in place of --fsdp-hybrid and "
+        "sizes of the device mesh as DATA,FSDP,TENSOR, such as -1,2,4, in place of --fsdp-hybrid and "
         "--tensor-parallel; one of them may be -1, which means all remaining ranks",
     )
     ddp_static_graph: bool = flag(
         False, "optimize data-parallel training on the assumption that every step uses the same parameters"
     )
-    dist_url: str = flag("env://", "rendezvous URL for ranks that no launcher describes")
+    dist_url: str = flag("env://", "rendezvous URL for ranks that are started without a launcher")
     dist_backend: str = flag("nccl", "communication backend for CUDA devices; CPU ranks use gloo")
     dist_timeout: float = flag(1800.0, "timeout of a collective operation in seconds")
     no_set_device_rank: bool = flag(False, "use the first visible device on every rank")
@@ -250,8 +250,8 @@ class PrecisionConfig(Section):
 
     precision: str = flag(
         "amp",
-        "numeric precision: amp: autocast to float16 on CUDA and to bfloat16 elsewhere; amp_bf16, amp_bfloat16: "
-        "autocast to bfloat16; bf16, fp16: compute and store parameters in that type; fp32: float32",
+        "numeric precision: amp (autocast to float16 on CUDA, to bfloat16 elsewhere); amp_bf16, amp_bfloat16 (autocast "
+        "to bfloat16); bf16, fp16 (compute and store parameters in that type); fp32 (float32)",
         choices=PRECISIONS,
     )
     fp8: bool = flag(
@@ -284,8 +284,8 @@ class CheckpointConfig(Section):
     delete_previous_checkpoint: bool = flag(False, "delete the previous checkpoint once the next one is complete")
     checkpoint_format: str = flag(
         "both",
-        "checkpoint format: sharded: step_N/ folders that all ranks write while training continues; interchange: "
-        "epoch_N.pt files; both",
+        "checkpoint format: sharded (step_N/ folders, which all ranks write while training continues); interchange "
+        "(epoch_N.pt files); both",
         choices=("both", "sharded", "interchange"),
     )
     checkpoint_dir: str | None = flag(
@@ -335,7 +335,7 @@ class LoggingConfig(Section):
     log_logit_mean: bool = flag(False, "log the mean of the logits")
     report_to: str = flag(
         "",
-        "destinations of metrics in addition to metrics.jsonl, comma-separated, or all; default: none",
+        "comma-separated destinations of metrics in addition to metrics.jsonl, or all (default: only metrics.jsonl)",
         entries=registry.LOGGERS,
     )
     wandb_project_name: str = flag("open-lm", "Weights & Biases project")

@@ -120,8 +120,8 @@ def _scaled_dot_product(queries: Tensor, keys: Tensor, values: Tensor, mask: Ten
     return out.transpose(1, 2).contiguous()
 
 
-@ATTENTION.register("xformers_attn_variable_length", help="xformers' kernels, on CUDA", deterministic=False)
 @ATTENTION.register("xformers_attn", help="xformers' kernels, on CUDA", deterministic=False)
+@ATTENTION.register("xformers_attn_variable_length", help="xformers' kernels, on CUDA", deterministic=False)
 def xformers_attn(
     queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
 ) -> Tensor:

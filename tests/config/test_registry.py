@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -151,25 +152,6 @@ NEW_FILES = {
             def forward(self, x):
                 return x * self.weight
         ''',
-    "optim/sign.py": '''
-        """Sign descent with momentum."""
-        import torch
-        from open_lm.config.registry import OPTIMIZERS
-
-        class SignDescent(torch.optim.Optimizer):
-            @torch.no_grad()
-            def step(self, closure=None):
-                for group in self.param_groups:
-                    for param in group["params"]:
-                        state = self.state[param]
-                        average = state.setdefault("sign_average", torch.zeros_like(param))
-                        average.lerp_(param.grad, 0.1)
-                        param.add_(average.sign(), alpha=-group["lr"])
-
-        @OPTIMIZERS.register("sign_descent", help="sign descent with momentum", moments=("sign_average",))
-        def build_sign_descent(model, cfg):
-            return SignDescent(list(model.parameters()), {"lr": cfg.lr})
-        ''',
     "optim/harmonic.py": '''
         """A schedule that falls as 1 / step."""
         from open_lm.config.registry import SCHEDULES
@@ -208,15 +190,23 @@ NEW_FILES = {
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of open_lm to which NEW_FILES were added."""
+    """A folder with a copy of open_lm, to which NEW_FILES and the example of CONTRIBUTING.md are added."""
     folder = tmp_path_factory.mktemp("extended")
     package = Path(registry.__file__).parents[1]
     shutil.copytree(package, folder / "open_lm", ignore=shutil.ignore_patterns("datapreprocess", "__pycache__"))
-    for name, code in NEW_FILES.items():
+    for name, code in {**NEW_FILES, **documented_file()}.items():
         path = folder / "open_lm" / name
         assert not path.exists()
         path.write_text(textwrap.dedent(code))
     return folder
+
+
+def documented_file() -> dict[str, str]:
+    """Return the example of CONTRIBUTING.md, an optimizer, by its path in the package."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (path,) = re.findall(r"^    # open_lm/(optim/\w+\.py)$", text, flags=re.MULTILINE)
+    example = text.partition(f"    # open_lm/{path}\n")[2]
+    return {path: re.split(r"\n(?=\S)", example)[0]}
 
 
 def run(folder: Path, *words: str, code: int = 0) -> str:
