@@ -27,6 +27,7 @@ from open_lm.data.shard_format import read_manifest
 from open_lm.datapreprocess import engine, inputs
 from open_lm.datapreprocess.make_2048 import main
 from open_lm.datapreprocess.tokenization import DocumentEncoder
+from open_lm.storage import files
 
 __all__ = ["small_tokenizer"]
 EOT_ID = 3
@@ -92,7 +93,8 @@ def start(arguments: Sequence[str], event: str, log: str) -> None:
             on_event("gone", os.path.join(folder, "plan.json"))
         remove_tree(folder, **options)
 
-    storage.atomic_write, shutil.rmtree = watched_write, watched_rmtree  # type: ignore[assignment]
+    storage.atomic_write = files.atomic_write = watched_write  # type: ignore[assignment]
+    shutil.rmtree = watched_rmtree  # type: ignore[assignment]
     main(arguments)
 
 
@@ -209,10 +211,10 @@ def test_work_is_not_reused_if_the_run_was_killed_while_discarding_it(
 def test_the_next_run_completes_an_interrupted_cleanup(raw: Path, tmp_path: Path, small_tokenizer: str) -> None:
     command = Command(raw, tmp_path / "out", small_tokenizer)
     command.start("gone 32-v1/.work/plan.json")
-    files = tree(command.out)
-    assert any(WORK in name for name in files)
+    before = tree(command.out)
+    assert any(WORK in name for name in before)
     assert not command.start()  # writes no files
-    assert tree(command.out) == {name: data for name, data in files.items() if WORK not in name}
+    assert tree(command.out) == {name: data for name, data in before.items() if WORK not in name}
 
 
 def test_earlier_work_is_used_correctly_if_inputs_have_grown(raw: Path, tmp_path: Path, small_tokenizer: str) -> None:
