@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from open_lm.datapreprocess.mixtures import Mixture
     from open_lm.datapreprocess.tokenization import DocumentEncoder
 
-DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 _ESCAPE = re.compile(r"\\(?:[\\nrtfv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 _logger = logging.getLogger("open_lm.datapreprocess")
 
@@ -38,6 +37,7 @@ class Parser(argparse.ArgumentParser):
         return group
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        """Raise ConfigError instead of exiting."""
         from open_lm.errors import ConfigError
 
         raise ConfigError(f"{message} ({self.prog} --help shows all options)")

@@ -19,13 +19,13 @@ if __name__ == "__main__":  # as a script: import this copy of the package, and 
     sys.path[0] = str(_ROOT if (_ROOT / "open_lm").is_dir() else _ROOT.parent)
 
 from open_lm.datapreprocess.commands import (
-    DEFAULT_TOKENIZER,
     Parser,
     Request,
     add_common_options,
     execute,
     start_logging,
 )
+from open_lm.tokenizer import DEFAULT_TOKENIZER
 
 
 def make_parser() -> Parser:

@@ -79,7 +79,7 @@ class Sampling:
         for url, source in sorted(self.files.items()):
             listing.setdefault(source, []).append(url)
         return {
-            "markers": {name: list(marks) for name, marks in self.markers.items()},
+            "markers": {name: list(markers) for name, markers in self.markers.items()},
             "factors": dict(self.factors),
             "files": {
                 name: {"count": len(urls), "sha256": hashlib.sha256("\n".join(urls).encode()).hexdigest()}

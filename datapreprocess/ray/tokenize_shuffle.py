@@ -18,7 +18,6 @@ if __name__ == "__main__":  # as a script: import this copy of the package, and 
     sys.path[0] = str(_ROOT if (_ROOT / "open_lm").is_dir() else _ROOT.parent)
 
 from open_lm.datapreprocess.commands import (
-    DEFAULT_TOKENIZER,
     Parser,
     Request,
     add_common_options,
@@ -26,6 +25,7 @@ from open_lm.datapreprocess.commands import (
     start_logging,
     warn_without_effect,
 )
+from open_lm.tokenizer import DEFAULT_TOKENIZER
 
 if TYPE_CHECKING:
     import argparse
