@@ -1,7 +1,7 @@
 """Predict the memory, time and disk space of a training run. Pure functions of plain values, without torch or a device.
 
 shapes.py       the weights of a model by name and size, and its FLOPs
-activations.py  the activations that a block saves for its backward pass, as a table that mirrors model.py
+activations.py  the activations that a block saves for its backward pass, as a table that mirrors open_lm.model
 memory.py       the memory of a rank in each phase of a step
 traffic.py      the bytes that ranks exchange in a step, and the time of a step
 strategies.py   the ways to distribute a training run, and the choice between them

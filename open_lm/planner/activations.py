@@ -77,7 +77,7 @@ def total_bytes(saved: Iterable[SavedActivations], tokens: int, tensor: int = 1)
 
 
 def saved_by_block(shape: ModelShape, sizes: ElementSizes, block: int, context: int = 1) -> list[SavedActivations]:
-    """Return what block number `block` saves with `context` context-parallel ranks. Mirrors model.Block."""
+    """Return what block number `block` saves with `context` context-parallel ranks. Mirrors model/transformer.py."""
     return [
         *_norm("attention_norm", shape, sizes),
         *_attention(shape, sizes, context),
@@ -140,7 +140,7 @@ def saved_by_head(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivatio
 def _norm(
     name: str, shape: ModelShape, sizes: ElementSizes, width: int = 0, split: Split = "tokens"
 ) -> list[SavedActivations]:
-    """Return what a norm saves: its input, or a copy in the dtype that it computes in. Mirrors norms.py."""
+    """Return what a norm saves: its input, or a copy in the dtype that it computes in. Mirrors model/norms.py."""
     width = width or shape.dim
     if NORMS.fact(shape.model_norm, "computes_in") == "float32":
         return [
@@ -157,7 +157,7 @@ def _norm(
 def _attention(shape: ModelShape, sizes: ElementSizes, context: int) -> list[SavedActivations]:
     """Return what attention saves.
 
-    Mirrors model.Attention with a kernel that does not materialize the scores, positional_embedding/rotary.py, and
+    Mirrors model/transformer.py with a kernel that does not materialize the scores, positional_embedding/rotary.py, and
     context_parallel.py, which gathers the keys and values of all ranks.
     """
     width, c = shape.width, sizes.compute
@@ -179,7 +179,7 @@ def _attention(shape: ModelShape, sizes: ElementSizes, context: int) -> list[Sav
 
 
 def _feed_forward(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
-    """Return what a feed-forward network saves. Mirrors feed_forward.py."""
+    """Return what a feed-forward network saves. Mirrors model/feed_forward.py."""
     hidden, c = shape.hidden, sizes.compute
     if sum(shape.ffn_inputs.values()) == 1:  # not gated
         return [
@@ -198,7 +198,7 @@ def _feed_forward(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivatio
 
 
 def _experts(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
-    """Return what a mixture of experts with bounded capacity saves. Mirrors mixture_of_experts.MixtureOfExperts."""
+    """Return what a mixture of experts with bounded capacity saves. Mirrors model/mixture_of_experts.py."""
     dim, k, c = shape.dim, shape.moe_top_k, sizes.compute
     slots = shape.moe_capacity_factor * k if shape.moe_capacity_factor > 0 else float(k)
     return [

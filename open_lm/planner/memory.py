@@ -1,6 +1,6 @@
 """Predict the memory of one rank in every phase of a training step. The largest phase is what must fit on the device.
 
-Mirrors parallelize.py, linear_loss.py, optim.py and muon.py. Checked by scripts/check_plan.py.
+Mirrors parallel/parallelize.py, kernels/linear_loss.py and the modules of optim. Checked by scripts/check_plan.py.
 Legend: N ranks that shard the parameters, V vocabulary, D model width.
 """
 

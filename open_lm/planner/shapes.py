@@ -1,6 +1,6 @@
 """Compute the weights of a model by name and size, and its FLOPs, from its configuration only.
 
-Mirrors model.py, feed_forward.py and mixture_of_experts.py; tests compare the result with their parameters.
+Mirrors the modules of open_lm.model; tests compare the result with the parameters of real models.
 Legend: D model width, W width of all heads, F hidden width of a feed-forward network, E experts, V vocabulary.
 """
 

@@ -259,7 +259,7 @@ def _context_size(shape: ModelShape, machine: Machine) -> int:
 
 
 def _tensor_problem(shape: ModelShape, size: int) -> str:
-    """Return what `size` does not divide, "" if nothing. Mirrors tensor_parallel.check_tensor_parallel."""
+    """Return what `size` does not divide, "" if nothing. Mirrors parallel.tensor_parallel."""
     widths = {"heads": shape.n_heads, "hidden features of the feed-forward network": shape.hidden}
     if shape.moe_freq:
         widths["hidden features of the experts"] = 4 * shape.dim

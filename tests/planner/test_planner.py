@@ -360,7 +360,7 @@ def test_planner_does_not_import_torch() -> None:
 
 def test_example_in_the_documentation_is_current(capsys: pytest.CaptureFixture[str]) -> None:
     text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
-    example = text.partition("## An example\n\n")[2].partition("\n\n")
+    example = text.partition("## Example\n\n")[2].partition("\n\n")
     words = shlex.split(example[0].replace("\\\n", " "))
     assert words[:3] == ["python", "-m", "open_lm.plan"]
     plan.main(words[3:])
