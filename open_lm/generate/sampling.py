@@ -1,6 +1,6 @@
-"""Text from a trained model: sampling with a cache of keys and values, for several prompts of any lengths at once.
+"""Text generation: sampling with a KV cache, for batches of prompts of different lengths.
 
-Legend: B batch (one row for each prompt), T sequence, V vocabulary.
+Legend: B batch (one sequence per prompt), T sequence, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from open_lm.model.initialization import reset_buffers
 from open_lm.model.transformer import Transformer, create_model
 from open_lm.tokenizer import Tokenizer
 
-# Prompts enter the cache in pieces of this many tokens: the logits of a long one would not fit into memory.
+# Prompts are prefilled in chunks of this many tokens, because the logits of a long prompt would not fit into memory.
 PREFILL_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings for sampling the next token.
 
     Attributes:
-        max_new_tokens: most tokens added to a prompt; the model's sequence length is a limit as well.
-        temperature: the logits' divisor; 0 takes the most likely token always.
-        top_k: choose among this many most likely tokens; 0: among all.
-        top_p: choose among the fewest most likely tokens that together have this probability (Holtzman et al. 2019,
+        max_new_tokens: maximum number of tokens added to a prompt; the model's sequence length is also a limit.
+        temperature: divisor of the logits; 0 always selects the most likely token.
+        top_k: sample from this number of most likely tokens; 0 disables the limit.
+        top_p: sample from the smallest set of most likely tokens with this total probability (Holtzman et al. 2019,
             https://arxiv.org/abs/1904.09751).
-        repetition_penalty: logits of tokens already in the row are divided by it if positive, else multiplied (Keskar
-            et al. 2019, https://arxiv.org/abs/1909.05858); 1 changes nothing.
-        seed: of the random choices; each row has its own stream, whatever else is in the batch.
-        stop_ids: tokens that end a row.
-        vocab_limit: number of ids that may be chosen, where the tokenizer has fewer than the model; None: all.
-        use_cache: keep keys and values of earlier tokens; without, all is computed anew for every token.
+        repetition_penalty: logits of tokens already in the sequence are divided by it if positive, else multiplied
+            (Keskar et al. 2019, https://arxiv.org/abs/1909.05858); 1 disables it.
+        seed: seed of the random choices. Each sequence has its own generator, independent of the rest of the batch.
+        stop_ids: token ids that end a sequence.
+        vocab_limit: number of ids that may be sampled, if the tokenizer has fewer than the model; None for all.
+        use_cache: use a KV cache; without it all keys and values are recomputed for every token.
 
     Raises:
-        ConfigError: values out of range, all of them together.
+        ConfigError: values out of range, reported together.
     """
 
     max_new_tokens: int = 200
@@ -60,7 +60,7 @@ class Sampling:
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("--repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
         )
-        problems = [f"{flag} is {value}, expected {wanted}" for flag, value, valid, wanted in rules if not valid]
+        problems = [f"{flag} is {value}, expected {expected}" for flag, value, valid, expected in rules if not valid]
         if problems:
             raise ConfigError(join_problems(problems, "generation"))
 
@@ -71,30 +71,30 @@ def generate_ids(
     """Continue prompts token by token.
 
     Args:
-        model: in any mode; it is in evaluation mode while this runs.
-        prompts: B lists of token ids, each with at least one, of any lengths.
-        sampling: how tokens are chosen.
-        first_row: number of the first prompt among all that share a seed, where they come in several batches.
+        model: set to evaluation mode during generation, and back to its mode afterwards.
+        prompts: B non-empty lists of token ids, of any lengths.
+        sampling: the sampling settings.
+        first_row: index of the first prompt among all prompts that share a seed, if they are split into batches.
 
     Yields:
-        For each step B entries: the new token's id, or None for a row that has ended. Tokens of stop_ids end their row
-        and are yielded too.
+        B entries per step: the id of the new token, or None for a sequence that has ended. Ids in stop_ids end their
+        sequence and are also yielded.
 
     Raises:
-        ConfigError: a prompt that leaves no room within the model's sequence length.
-        DataError: a prompt that is empty or holds an id that the model does not know.
+        ConfigError: a prompt that is as long as the model's sequence length or longer.
+        DataError: a prompt that is empty or contains an id outside the model's vocabulary.
     """
     _check_prompts(model, prompts)
     was_training = model.training
     model.eval()
     try:
-        yield from _Rows(model, prompts, sampling, first_row).steps()
+        yield from _Batch(model, prompts, sampling, first_row).steps()
     finally:
         model.train(was_training)
 
 
-class _Rows:
-    """The state of a batch that is being continued."""
+class _Batch:
+    """The state of a batch of sequences during generation."""
 
     def __init__(
         self, model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, first_row: int
@@ -109,17 +109,18 @@ class _Rows:
             self.ids[row, width - len(prompt) :] = torch.tensor(list(prompt), device=device)
             self.mask[row, width - len(prompt) :] = 1
             self.seen[row, list(prompt)] = True
-        self.padded = any(len(prompt) < width for prompt in prompts)
-        self.room = [min(sampling.max_new_tokens, model.seq_len - len(prompt)) for prompt in prompts]
+        self.has_padding = any(len(prompt) < width for prompt in prompts)
+        self.num_remaining = _tokens_to_generate(model, prompts, sampling)
         self.generators = [_generator(sampling.seed, first_row + row) for row in range(len(prompts))]
         self.cache: list[list[Tensor]] | None = None
 
     def steps(self) -> Iterator[list[int | None]]:
-        while any(self.room):
+        while any(self.num_remaining):
             chosen = self._step()
-            yield [token if room else None for token, room in zip(chosen, self.room, strict=True)]
+            yield [token if remaining else None for token, remaining in zip(chosen, self.num_remaining, strict=True)]
             for row, token in enumerate(chosen):
-                self.room[row] = 0 if token in self.sampling.stop_ids else max(0, self.room[row] - 1)
+                is_stop = token in self.sampling.stop_ids
+                self.num_remaining[row] = 0 if is_stop else max(0, self.num_remaining[row] - 1)
 
     @torch.no_grad()
     def _step(self) -> list[int]:
@@ -131,20 +132,25 @@ class _Rows:
         return chosen
 
     def _next_logits(self) -> Tensor:
-        """Logits of each row's next token: (B,V) float32."""
-        known = 0 if self.cache is None else self.cache[0][0].shape[1]
+        """Return the logits of the next token of each sequence: (B,V) float32."""
+        start = 0 if self.cache is None else self.cache[0][0].shape[1]
         total = self.ids.shape[1]
-        ends = [*range(known + PREFILL_TOKENS, total, PREFILL_TOKENS), total] if self.sampling.use_cache else [total]
+        ends = [*range(start + PREFILL_TOKENS, total, PREFILL_TOKENS), total] if self.sampling.use_cache else [total]
         for end in ends:
             logits, _, self.cache = self.model(
-                self.ids[:, known:end],
+                self.ids[:, start:end],
                 past_key_values=self.cache,
                 use_cache=self.sampling.use_cache,
-                attention_mask=self.mask[:, :end] if self.padded else None,
+                attention_mask=self.mask[:, :end] if self.has_padding else None,
             )
-            known = end
+            start = end
         last: Tensor = logits[:, -1]
         return last
+
+
+def _tokens_to_generate(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
+    """Return the maximum number of new tokens of each prompt."""
+    return [min(sampling.max_new_tokens, model.seq_len - len(prompt)) for prompt in prompts]
 
 
 def _generator(seed: int, row: int) -> torch.Generator:
@@ -153,31 +159,33 @@ def _generator(seed: int, row: int) -> torch.Generator:
 
 
 def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
-    broken = []
+    problems = []
     for number, prompt in enumerate(prompts, start=1):
-        strange = [i for i in prompt if not 0 <= i < model.vocab_size]
+        invalid = [i for i in prompt if not 0 <= i < model.vocab_size]
         if not prompt:
-            broken.append(f"prompt {number} has no token")
-        elif strange:
-            broken.append(f"prompt {number} has the id {strange[0]}, the model's ids end at {model.vocab_size - 1}")
-    if broken:
-        raise DataError(join_problems(broken, "these prompts do not fit the model; check --tokenizer"))
-    long = [
+            problems.append(f"prompt {number} has no tokens")
+        elif invalid:
+            problems.append(f"prompt {number} contains the id {invalid[0]}, expected 0 to {model.vocab_size - 1}")
+    if problems:
+        raise DataError(join_problems(problems, "these prompts do not fit the model; check --tokenizer"))
+    too_long = [
         f"prompt {number} has {len(prompt)} tokens, expected at most {model.seq_len - 1}"
         for number, prompt in enumerate(prompts, start=1)
         if len(prompt) >= model.seq_len
     ]
-    if long:
-        raise ConfigError(join_problems(long, f"the model's sequence length is {model.seq_len}; shorten the prompts"))
+    if too_long:
+        raise ConfigError(
+            join_problems(too_long, f"the model's sequence length is {model.seq_len}; shorten the prompts")
+        )
 
 
 def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:
-    """The next token of each row.
+    """Sample the next token of each sequence.
 
     Args:
         logits: (B,V) float32.
-        seen: (B,V) bool, the tokens that a row holds already.
-        sampling: the rules.
+        seen: (B,V) bool, true for tokens that are already in the sequence.
+        sampling: the sampling settings.
         generators: B generators on the CPU.
     """
     if sampling.repetition_penalty != 1.0:
@@ -193,7 +201,7 @@ def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generators: Sequenc
 
 
 def filtered_probabilities(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Probabilities (B,V) of logits (B,V), 0 outside the top_k most likely tokens and outside the top_p nucleus."""
+    """Return the softmax of logits (B,V), 0 outside the top_k most likely tokens and outside the top_p nucleus."""
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -201,22 +209,22 @@ def filtered_probabilities(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -
     if top_p >= 1.0:
         return probabilities
     ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    before = ordered.cumsum(-1) - ordered
-    kept = torch.where(before < top_p, ordered, 0.0)
+    cumulative_before = ordered.cumsum(-1) - ordered
+    kept = torch.where(cumulative_before < top_p, ordered, 0.0)
     return torch.zeros_like(probabilities).scatter(1, order, kept / kept.sum(-1, keepdim=True))
 
 
 class TextStream:
-    """Text of a growing row of tokens, handed out as soon as its characters are whole."""
+    """An incremental decoder that returns text as soon as its characters are complete."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt)
-        self._start = max(0, len(self._ids) - 8)  # a few tokens of context: spaces depend on what is before them
+        self._start = max(0, len(self._ids) - 8)  # a few tokens of context, on which spaces depend
         self._read = len(self._ids)
 
     def push(self, token: int, final: bool = False) -> str:
-        """The text that this token completes; with `final` also what is left of a broken character."""
+        """Add a token and return the text that it completes; with `final`, including an incomplete character."""
         self._ids.append(token)
         before = self._tokenizer.decode(self._ids[self._start : self._read])
         after = self._tokenizer.decode(self._ids[self._start :])
@@ -229,29 +237,29 @@ class TextStream:
 def stream_texts(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, first_row: int = 0
 ) -> Iterator[list[str]]:
-    """Continue texts; each step yields B pieces of new text, "" for rows that have ended or wait for more tokens.
+    """Continue texts. Each step yields B strings, "" for sequences that have ended or have an incomplete character.
 
-    An end-of-text token ends its row and gives no text. An empty prompt starts a document. See `generate_ids`.
+    An end-of-text token ends its sequence and yields no text. An empty prompt starts a document. See `generate_ids`.
     """
-    rows = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+    ids = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
     sampling = replace(
         sampling,
         stop_ids=tuple({*sampling.stop_ids, tokenizer.eot_id}),
         vocab_limit=min(tokenizer.vocab_size, sampling.vocab_limit or tokenizer.vocab_size),
     )
-    streams = [TextStream(tokenizer, row) for row in rows]
-    room = [min(sampling.max_new_tokens, model.seq_len - len(row)) for row in rows]
-    for count, step in enumerate(generate_ids(model, rows, sampling, first_row), start=1):
+    streams = [TextStream(tokenizer, prompt) for prompt in ids]
+    limits = _tokens_to_generate(model, ids, sampling)
+    for count, step in enumerate(generate_ids(model, ids, sampling, first_row), start=1):
         yield [
             "" if token is None else stream.push(token, final=count == limit or token in sampling.stop_ids)
-            for token, stream, limit in zip(step, streams, room, strict=True)
+            for token, stream, limit in zip(step, streams, limits, strict=True)
         ]
 
 
 def complete_texts(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, first_row: int = 0
 ) -> list[str]:
-    """The continuations of B texts, without the texts themselves. See `stream_texts`."""
+    """Return the continuations of B texts, without the texts. See `stream_texts`."""
     steps = list(stream_texts(model, tokenizer, prompts, sampling, first_row))
     return ["".join(step[row] for step in steps) for row in range(len(prompts))]
 
@@ -259,11 +267,11 @@ def complete_texts(
 def load_model_for_generation(
     checkpoint: str, cfg: object, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """The model of a ModelConfig (or an object with its attributes) with a checkpoint's weights, in evaluation mode.
+    """Create the model of a ModelConfig (or an object with its attributes), load a checkpoint, and set evaluation mode.
 
     Raises:
         ConfigError: an unknown model.
-        CheckpointError: a checkpoint that is missing, broken or of another shape.
+        CheckpointError: a checkpoint that is missing or damaged, or has other shapes.
     """
     from open_lm.checkpoint import load_weights
 

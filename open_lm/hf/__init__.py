@@ -1,6 +1,6 @@
-"""The bridge to transformers, and the only place that imports it.
+"""Integration with transformers; the only package that imports it.
 
-Importing this registers model_type "openlm": AutoConfig, AutoTokenizer and AutoModelForCausalLM then know it.
+Importing this package registers model_type "openlm" with AutoConfig, AutoTokenizer and AutoModelForCausalLM.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Between the native key-value cache and the cache objects that transformers' generate() hands around.
+"""Conversion between the native KV cache and the cache objects of transformers' generate().
 
-Legend: B batch, T sequence, P cached positions before it, H heads, K head width, L layers.
+Legend: B batch, T sequence, P cached positions, H heads, K head width, L layers.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ NativeCache = Sequence[Sequence[Tensor]]
 
 
 def read_cache(cache: Any) -> list[tuple[Tensor, Tensor]] | None:
-    """L pairs of keys and values (B,P,H,K) from a transformers Cache, or from such pairs; None where it is empty.
+    """Return L pairs of keys and values (B,P,H,K) of a transformers Cache, or `cache` if it already holds such pairs.
 
-    Views, not copies: a Cache holds (B,H,P,K).
+    The tensors are views; a Cache stores (B,H,P,K). An empty cache gives None.
     """
     if cache is None or not hasattr(cache, "get_seq_length"):
         return cache or None
@@ -30,13 +30,13 @@ def read_cache(cache: Any) -> list[tuple[Tensor, Tensor]] | None:
     return [(k[:, :, :length].transpose(1, 2), v[:, :, :length].transpose(1, 2)) for k, v in pairs]
 
 
-def write_cache(cache: Any, present: NativeCache | None, new_tokens: int) -> Any:
-    """Append the last `new_tokens` positions of the native pairs (B,P+T,H,K) to a Cache, and hand it back.
+def write_cache(cache: Any, native_cache: NativeCache | None, new_tokens: int) -> Any:
+    """Append the last `new_tokens` positions of the native pairs (B,P+T,H,K) to a Cache and return it.
 
-    Where there is no Cache object the native pairs themselves are the cache.
+    Without a Cache object, return the native pairs.
     """
-    if present is None or not hasattr(cache, "get_seq_length"):
-        return present
-    for layer, (keys, values) in enumerate(present):
+    if native_cache is None or not hasattr(cache, "get_seq_length"):
+        return native_cache
+    for layer, (keys, values) in enumerate(native_cache):
         cache.update(keys[:, -new_tokens:].transpose(1, 2), values[:, -new_tokens:].transpose(1, 2), layer)
     return cache

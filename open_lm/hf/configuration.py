@@ -1,4 +1,4 @@
-"""The model's shape as a transformers configuration."""
+"""The architecture of a model as a transformers configuration."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers import PretrainedConfig
 
 from open_lm.model.transformer import Params, create_params
 
-CALLABLES = ("norm_type", "attn_func")  # follow from model_norm and attn_name; a config.json holds the names
+CALLABLES = ("norm_type", "attn_func")  # derived from model_norm and attn_name, which config.json stores
 FIELDS = tuple(field.name for field in fields(Params) if field.name not in CALLABLES)
-# Spellings of the model's JSON files, read as well.
+# Alternative names from the model's JSON files.
 ALIASES = {"hidden_dim": "dim", "qk_norm": "apply_qk_norm", "norm_type": "model_norm"}
 
 
 class OpenLMConfig(PretrainedConfig):
-    """The fields of `open_lm.model.Params` as attributes, also under transformers' own names (hidden_size, …)."""
+    """A configuration with the fields of `open_lm.model.Params`, also under transformers' names (hidden_size, …)."""
 
     model_type = "openlm"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers reads plain class attributes
@@ -31,24 +31,24 @@ class OpenLMConfig(PretrainedConfig):
     def __init__(
         self, params: Params | None = None, params_args_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """From a model's shape, or from single fields.
+        """Create a configuration from a model's architecture, or from single fields.
 
         Args:
-            params: the shape; `Transformer.params` or what `create_params` returns.
-            params_args_dict: attributes for `create_params` in its place, as older config.json files hold them.
-            **kwargs: fields of Params (or their spellings in model_configs/*.json), and what transformers knows itself.
+            params: the architecture: `Transformer.params` or the result of `create_params`.
+            params_args_dict: arguments of `create_params` to use instead, as older config.json files store them.
+            **kwargs: fields of Params (or their names in model_configs/*.json), and arguments of PretrainedConfig.
         """
         if params is None and params_args_dict is not None:
             params = create_params(Namespace(**params_args_dict))
-        shape = {name: getattr(params or Params, name) for name in FIELDS}
+        architecture = {name: getattr(params or Params, name) for name in FIELDS}
         given = {ALIASES.get(name, name): value for name, value in kwargs.items() if name not in CALLABLES[1:]}
         given = {self.attribute_map.get(name, name): value for name, value in given.items()}
-        shape |= {name: given.pop(name) for name in FIELDS if name in given}
-        given["tie_word_embeddings"] = shape["weight_tying"]
-        for name, value in shape.items():
+        architecture |= {name: given.pop(name) for name in FIELDS if name in given}
+        given["tie_word_embeddings"] = architecture["weight_tying"]
+        for name, value in architecture.items():
             setattr(self, name, value)
         super().__init__(**given)
 
     def to_params(self) -> Params:
-        """The shape that `open_lm.model.Transformer` is made from."""
+        """Return the architecture as the argument of `open_lm.model.Transformer`."""
         return Params(**{name: getattr(self, name) for name in FIELDS})

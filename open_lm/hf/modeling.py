@@ -1,6 +1,6 @@
 """The model as a transformers causal language model.
 
-Legend: B batch, T sequence, P cached positions before it, D model width, V vocabulary, L layers.
+Legend: B batch, T sequence, P cached positions, D model width, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from open_lm.hf.configuration import OpenLMConfig
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Transformer
 
-SHOWN_KEYS = 8
+MAX_LISTED_KEYS = 8
 
 
 class OpenLMPreTrainedModel(PreTrainedModel):
-    """What the classes below share: a native `Transformer` as `self.model`, so that weights are prefixed "model."."""
+    """The base class: it holds a native `Transformer` as `self.model`, so that weight names start with "model."."""
 
     config_class = OpenLMConfig
     base_model_prefix = "model"
@@ -35,46 +35,48 @@ class OpenLMPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.model = Transformer(config.to_params()) if model is None else model
         if config.weight_tying:
-            # A dict for transformers 5 (tied name to source), of which version 4 reads the names.
+            # A dict (tied name to source) for transformers 5; version 4 reads only the names.
             self._tied_weights_keys = {"model.output.weight": "model.tok_embeddings.weight"}
-        # The second names of the gelu network's weights: the same modules, so that saving one name is enough.
-        twins = [f"model.{name}" for name, _ in self.model.named_parameters(remove_duplicate=False) if "._ff_w" in name]
-        self._keys_to_ignore_on_save = twins or None
+        # The gelu network's weights have second names for the same modules, so saving one name is enough.
+        aliases = [
+            f"model.{name}" for name, _ in self.model.named_parameters(remove_duplicate=False) if "._ff_w" in name
+        ]
+        self._keys_to_ignore_on_save = aliases or None
         self.post_init()
 
     @classmethod
     def from_open_lm(cls, model: Transformer) -> Any:
-        """Wrap a native model; the weights are shared, not copied."""
+        """Wrap a native model without copying its weights."""
         return cls(OpenLMConfig(model.params), model)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; missing weights are an error, not a random initialisation.
+        """Load a model as transformers does, but raise an error for missing weights instead of initializing them.
 
         Raises:
-            CheckpointError: weights that the folder's files do not hold.
+            CheckpointError: weights that are missing from the folder's files.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
+        return_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         tied = ("model.output.weight",) if model.config.weight_tying else ()
         missing = [key for key in info["missing_keys"] if not key.endswith("inv_freq") and "._ff_w" not in key]
         missing = sorted(key for key in missing if key not in tied)
         if missing:
-            shown = ", ".join(missing[:SHOWN_KEYS]) + (", …" if len(missing) > SHOWN_KEYS else "")
+            shown = ", ".join(missing[:MAX_LISTED_KEYS]) + (", …" if len(missing) > MAX_LISTED_KEYS else "")
             source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise CheckpointError(join_problems([f"{len(missing)} weights are missing: {shown}"], str(source)))
         for module in model.modules():
             reset_buffers = getattr(module, "reset_buffers", None)
             if callable(reset_buffers):
                 reset_buffers()  # loading in half precision rounds the rotary frequencies
-        return (model, info) if wants_info else model
+        return (model, info) if return_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: `Transformer` initialises itself, and `from_pretrained` accepts no missing weights."""
+        """Do nothing: `Transformer` initializes itself, and `from_pretrained` accepts no missing weights."""
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Where transformers' switch for recomputing activations finds and sets the native one."""
+        """Whether activation checkpointing is on; transformers reads and sets this attribute."""
         return self.model.grad_checkpointing
 
     @gradient_checkpointing.setter
@@ -94,24 +96,24 @@ class OpenLMPreTrainedModel(PreTrainedModel):
         self.model.output = new_embeddings
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """As in transformers; the native model's idea of its vocabulary follows."""
+        """Resize the embeddings as transformers does, and update the native model's vocabulary size."""
         embeddings: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
         self.model.vocab_size = self.model.params.vocab_size = embeddings.num_embeddings
         return embeddings
 
 
 class OpenLMModel(OpenLMPreTrainedModel):
-    """The native model with transformers' loading and saving around it."""
+    """The native model with loading and saving as in transformers."""
 
     def forward(self, tokens: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor, Any]:
-        """tokens (B,T) int64 -> what `Transformer.forward` returns: logits (B,T,V), hidden (B,T,D), caches or None."""
+        """Run `Transformer.forward`: tokens (B,T) int64 -> logits (B,T,V), hidden (B,T,D), cache or None."""
         return self.model(tokens, **kwargs)
 
 
 class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
-    """For transformers' generate(), pipelines and trainers. Logits equal the native model's."""
+    """The model for transformers' generate(), pipelines and trainers. Its logits equal the native model's."""
 
-    def forward(  # noqa: PLR0917 (transformers' order)
+    def forward(  # noqa: PLR0917 (the order in transformers)
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -125,29 +127,29 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Next-token logits and, with labels, the loss.
+        """Compute next-token logits and, with labels, the loss.
 
         Args:
             input_ids: (B,T) int64, or inputs_embeds: (B,T,D) float.
-            attention_mask: (B,P+T), nonzero for real tokens; left and right padding both work. Positions follow from
-                it, so that a `position_ids` among the other arguments is not needed and not read.
-            past_key_values: a transformers Cache (grown in place) or L native pairs (B,P,H,K).
-            labels: (B,T) int64, the input ids again; -100 marks tokens that are no target. Shifted here.
+            attention_mask: (B,P+T), nonzero for real tokens, with left or right padding. Positions are derived from it;
+                a `position_ids` argument is ignored.
+            past_key_values: a transformers Cache (extended in place) or L native pairs (B,P,H,K).
+            labels: (B,T) int64, a copy of the input ids with -100 for tokens that are not targets. Shifted here.
             use_cache: return past_key_values.
-            output_hidden_states: give the final normalised states (B,T,D) as the only element of hidden_states.
-            num_items_in_batch: divide the summed loss by this in place of the number of targets.
+            output_hidden_states: return the final normalized states (B,T,D) as the only element of hidden_states.
+            num_items_in_batch: divide the summed loss by this number instead of the number of targets.
 
         Returns:
             loss float32 scalar or None, logits (B,T,V) float32, past_key_values, hidden_states.
 
         Raises:
-            ValueError: attentions asked for, which fused kernels do not give, or a mask that is not (B,P+T).
+            ValueError: output_attentions, which fused kernels do not support, or a mask that is not (B,P+T).
         """
         if output_attentions:
             raise ValueError("output_attentions: the fused attention kernels do not return attention weights")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected 2 dimensions (B,P+T)")
-        logits, hidden, present = self.model(
+        logits, hidden, native_cache = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             past_key_values=read_cache(past_key_values),
@@ -158,11 +160,11 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=write_cache(past_key_values, present, logits.shape[1]),
+            past_key_values=write_cache(past_key_values, native_cache, logits.shape[1]),
             hidden_states=(hidden,) if output_hidden_states else None,
         )
-        wants_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if wants_dict else output.to_tuple()
+        return_as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_as_dict else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         loss_sum, num_valid = token_loss(logits[:, :-1], labels[:, 1:].to(logits.device))

@@ -1,4 +1,4 @@
-"""The package's tokenizers as transformers tokenizers, giving the very ids the training data was made of."""
+"""The package's tokenizers as transformers tokenizers, with the same ids as in the training data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerFast
 from open_lm.errors import ConfigError
 from open_lm.tokenizer import load_tokenizer
 
-# What a converted sentencepiece model is checked on: spaces, lines, digits, accents, scripts and bytes without a piece.
-_PROBES = ("Hello world", " two  spaces\n\ttabs", "naïve 1234 x_y(z) {}", "日本語 и русский", "🙂\x07", "a")
+# Texts that check a converted sentencepiece model: spaces, lines, digits, accents, scripts, bytes without a piece.
+_CHECK_TEXTS = ("Hello world", " two  spaces\n\ttabs", "naïve 1234 x_y(z) {}", "日本語 и русский", "🙂\x07", "a")
 
 
 class OpenLMTokenizerFast(PreTrainedTokenizerFast):
-    """A fast tokenizer whose end-of-text token is `eos_token`; adds no token of its own around a text."""
+    """A fast tokenizer whose end-of-text token is `eos_token`. It adds no special tokens to a text."""
 
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 - transformers reads a plain class attribute
 
@@ -24,19 +24,19 @@ class OpenLMTokenizerFast(PreTrainedTokenizerFast):
 def load_hf_tokenizer(
     spec: str, eot_token: str | None = None, add_special_tokens: bool = False, max_length: int | None = None
 ) -> OpenLMTokenizerFast:
-    """A transformers tokenizer for whatever `open_lm.tokenizer.load_tokenizer` accepts.
+    """Return a transformers tokenizer for any `spec` that `open_lm.tokenizer.load_tokenizer` accepts.
 
     Args:
         spec: hub name, folder, tokenizer .json file or sentencepiece .model file.
-        eot_token: the end-of-text token; found among the special tokens where not given.
-        add_special_tokens: keep the tokens that the tokenizer itself puts around a text, such as Llama's <s>.
-            Off by default, because the package's training data has none.
+        eot_token: the end-of-text token; if None, it is determined from the special tokens.
+        add_special_tokens: keep the special tokens that the tokenizer adds to a text, such as Llama's <s>. Off by
+            default because the package's training data has none.
         max_length: `model_max_length` of the result, in tokens.
 
     Raises:
-        ConfigError: nothing usable at `spec`, or a sentencepiece model that cannot be converted exactly.
+        ConfigError: no tokenizer at `spec`, or a sentencepiece model that cannot be converted exactly.
     """
-    plain = load_tokenizer(spec, eot_token)
+    tokenizer = load_tokenizer(spec, eot_token)
     file = _tokenizer_file(spec)
     if file.suffix == ".model":
         backend = _from_sentencepiece(file, spec)
@@ -45,8 +45,8 @@ def load_hf_tokenizer(
     else:
         backend = _from_json(file)
         if not add_special_tokens:
-            _add_nothing(backend)
-    eos = backend.id_to_token(plain.eot_id)
+            _remove_special_tokens(backend)
+    eos = backend.id_to_token(tokenizer.eot_id)
     settings: dict[str, Any] = {} if max_length is None else {"model_max_length": max_length}
     return OpenLMTokenizerFast(
         tokenizer_object=backend, eos_token=eos, clean_up_tokenization_spaces=False, name_or_path=spec, **settings
@@ -54,7 +54,7 @@ def load_hf_tokenizer(
 
 
 def _tokenizer_file(spec: str) -> Path:
-    """The file that `load_tokenizer(spec)`, which has succeeded, was read from."""
+    """Return the file that a successful `load_tokenizer(spec)` has read."""
     path = Path(spec)
     if path.is_file():
         return path
@@ -69,7 +69,7 @@ def _tokenizer_file(spec: str) -> Path:
             return Path(hf_hub_download(spec, name))
         except EntryNotFoundError:
             continue
-    raise ConfigError(f"--tokenizer {spec}: the hub has neither {' nor '.join(names)} under this name")
+    raise ConfigError(f"--tokenizer {spec}: the hub repository contains neither {' nor '.join(names)}")
 
 
 def _from_json(file: Path) -> Any:
@@ -81,7 +81,7 @@ def _from_json(file: Path) -> Any:
     return backend
 
 
-def _add_nothing(backend: Any) -> None:
+def _remove_special_tokens(backend: Any) -> None:
     from tokenizers.processors import TemplateProcessing
 
     backend.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
@@ -97,25 +97,25 @@ def _prepend_bos(backend: Any) -> None:
 
 
 def _from_sentencepiece(file: Path, spec: str) -> Any:
-    """A byte-fallback BPE of the `tokenizers` library with the ids of a sentencepiece model, checked on probes."""
+    """Convert a sentencepiece model to a byte-fallback BPE of the `tokenizers` library, and check its ids on texts."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    pieces = SentencePieceProcessor()
-    pieces.LoadFromSerializedProto(file.read_bytes())
-    names = [pieces.id_to_piece(i) for i in range(pieces.vocab_size())]
+    processor = SentencePieceProcessor()
+    processor.LoadFromSerializedProto(file.read_bytes())
+    names = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     vocab = {name: i for i, name in enumerate(names)}
-    unk = names[pieces.unk_id()]
-    model = models.BPE(vocab, _merges(pieces, vocab), unk_token=unk, fuse_unk=True, byte_fallback=True)
+    unk = names[processor.unk_id()]
+    model = models.BPE(vocab, _merges(processor, vocab), unk_token=unk, fuse_unk=True, byte_fallback=True)
     backend = Tokenizer(model)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    control = [names[i] for i in range(len(names)) if pieces.is_control(i) or pieces.is_unknown(i)]
+    control = [names[i] for i in range(len(names)) if processor.is_control(i) or processor.is_unknown(i)]
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in control])
-    for probe in _PROBES:
-        if backend.encode(probe, add_special_tokens=False).ids != list(pieces.encode(probe)):
+    for text in _CHECK_TEXTS:
+        if backend.encode(text, add_special_tokens=False).ids != list(processor.encode(text)):
             raise ConfigError(
                 f"--tokenizer {spec}: this sentencepiece model is not a plain byte-fallback BPE and cannot be "
                 "converted exactly; give the tokenizer.json of the same tokenizer"
@@ -123,15 +123,15 @@ def _from_sentencepiece(file: Path, spec: str) -> Any:
     return backend
 
 
-def _merges(pieces: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """The merges of a sentencepiece BPE, first the ones it would make first.
+def _merges(processor: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Return the merges of a sentencepiece BPE in the order of their priority.
 
-    sentencepiece joins the pair whose joint piece has the highest score, so that every split of a piece into two
-    pieces is a merge, ranked by the score of the whole.
+    sentencepiece merges the pair whose merged piece has the highest score. Every split of a piece into two pieces is
+    therefore a merge, ranked by the score of the piece.
     """
-    mergeable = [name for name, i in vocab.items() if not (pieces.is_byte(i) or pieces.is_control(i))]
+    mergeable = [name for name, i in vocab.items() if not (processor.is_byte(i) or processor.is_control(i))]
     known = set(mergeable)
-    ranked = sorted(mergeable, key=lambda name: pieces.get_score(vocab[name]), reverse=True)
+    ranked = sorted(mergeable, key=lambda name: processor.get_score(vocab[name]), reverse=True)
     splits = (
         sorted(
             ((name[:cut], name[cut:]) for cut in range(1, len(name)) if name[:cut] in known and name[cut:] in known),

@@ -1,6 +1,6 @@
-"""A transformers causal language model that the trainer treats like the package's own: --hf-model.
+"""A transformers causal language model that the trainer can train like a native model (--hf-model).
 
-Legend: B batch, T sequence, P cached positions before it, D model width, V vocabulary.
+Legend: B batch, T sequence, P cached positions, D model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from open_lm.model.losses import TokenLoss
 
 @dataclass(frozen=True)
 class HFParams:
-    """What the trainer reads of a model's shape.
+    """The part of a model's architecture that the trainer reads.
 
     Attributes:
-        dim: D. n_layers: number of blocks. vocab_size: V. seq_len: tokens of a training sequence, --hf-seq-len.
-        hf_model: what the model was loaded from.
+        dim: D.
+        n_layers: number of blocks.
+        vocab_size: V.
+        seq_len: tokens of a training sequence, --hf-seq-len.
+        hf_model: the name or folder that the model was loaded from.
     """
 
     dim: int
@@ -32,7 +35,7 @@ class HFParams:
 
 
 class TrainableHFModel(nn.Module):
-    """Gives a transformers model the interface of `open_lm.model.Transformer`. Its weights are prefixed "model."."""
+    """A transformers model with the interface of `open_lm.model.Transformer`. Its weight names start with "model."."""
 
     def __init__(self, model: Any, params: HFParams) -> None:
         super().__init__()
@@ -51,17 +54,17 @@ class TrainableHFModel(nn.Module):
         *,
         loss: TokenLoss | None = None,
     ) -> tuple[Tensor, None, Any]:
-        """Next-token logits, or their loss.
+        """Compute next-token logits, or their loss.
 
         Args:
             input_ids: (B,T) int64, or inputs_embeds: (B,T,D) float.
             past_key_values: the third result of an earlier call.
             use_cache: return a cache for the next call.
             attention_mask: (B,P+T), nonzero for real tokens.
-            loss: compute this loss of the logits in their place.
+            loss: return this loss instead of logits.
 
         Returns:
-            logits (B,T,V) float32, or the loss; None in place of the hidden states, and the cache or None.
+            logits (B,T,V) float32, or the loss; None instead of hidden states; the cache or None.
         """
         output = self.model(
             input_ids=input_ids,
@@ -77,13 +80,14 @@ class TrainableHFModel(nn.Module):
         return output.logits.float(), None, cache
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass."""
-        word = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"  # the older name
+        """Turn activation checkpointing of the blocks on or off."""
+        has_new_name = hasattr(self.model, "activation_checkpointing_enable")
+        prefix = "activation" if has_new_name else "gradient"  # the name in older versions of transformers
         if enable:
-            switch = getattr(self.model, f"{word}_checkpointing_enable")
-            switch(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+            enable_checkpointing = getattr(self.model, f"{prefix}_checkpointing_enable")
+            enable_checkpointing(**{f"{prefix}_checkpointing_kwargs": {"use_reentrant": False}})
         else:
-            getattr(self.model, f"{word}_checkpointing_disable")()
+            getattr(self.model, f"{prefix}_checkpointing_disable")()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -93,31 +97,34 @@ class TrainableHFModel(nn.Module):
 
 
 def create_hf_model(cfg: object) -> TrainableHFModel:
-    """The model that --hf-model names, with its weights in float32.
+    """Load the model that --hf-model names, with float32 weights.
 
     Args:
-        cfg: a ModelConfig or any object with its attributes; hf_model (hub name or local folder) and hf_seq_len count.
+        cfg: a ModelConfig or any object with its attributes. Only hf_model (hub name or local folder) and hf_seq_len
+            are used.
 
     Raises:
-        ConfigError: no such model, one that is no causal language model, or one whose positions end before hf_seq_len.
+        ConfigError: no such model, a model that is not a causal language model, or one with fewer positions than
+            hf_seq_len.
     """
     from transformers import AutoModelForCausalLM
 
     section = ModelConfig.from_object(cfg)
     name, seq_len = section.hf_model, section.hf_seq_len
     if not name or not seq_len:
-        raise ConfigError("--hf-model needs --hf-seq-len, the length of its training sequences")
+        raise ConfigError("--hf-model requires --hf-seq-len, the number of tokens of a training sequence")
     try:
         model = AutoModelForCausalLM.from_pretrained(name).float()
     except (OSError, ValueError) as error:
-        # Both come from transformers: nothing found under the name, or a model of another kind.
+        # transformers raises OSError for an unknown name and ValueError for another kind of model.
         raise ConfigError(
             f"--hf-model {name}: expected the folder or hub name of a transformers causal language model "
             f"({str(error).splitlines()[0]})"
         ) from error
-    text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    if longest is not None and seq_len > longest:
-        raise ConfigError(f"--hf-seq-len {seq_len}: --hf-model {name} has positions for {longest} tokens only")
-    rows = model.get_input_embeddings().num_embeddings
-    return TrainableHFModel(model, HFParams(text.hidden_size, text.num_hidden_layers, rows, seq_len, name))
+    text_config = model.config.get_text_config()
+    max_positions = getattr(text_config, "max_position_embeddings", None)
+    if max_positions is not None and seq_len > max_positions:
+        raise ConfigError(f"--hf-seq-len {seq_len}: --hf-model {name} has positions for {max_positions} tokens only")
+    vocab_size = model.get_input_embeddings().num_embeddings
+    params = HFParams(text_config.hidden_size, text_config.num_hidden_layers, vocab_size, seq_len, name)
+    return TrainableHFModel(model, params)

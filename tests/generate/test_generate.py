@@ -1,4 +1,4 @@
-"""Generation: caches, batches, sampling rules, streaming, and the command."""
+"""Generation: KV cache, batches, sampling, streaming, and the command."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ def byte_model() -> Transformer:
     return small_model(vocab_size=260, seq_len=64)
 
 
-def rows_of(steps: Sequence[Sequence[int | None]], count: int) -> list[list[int]]:
+def tokens_by_sequence(steps: Sequence[Sequence[int | None]], count: int) -> list[list[int]]:
     return [[token for step in steps if (token := step[row]) is not None] for row in range(count)]
 
 
 def run(
     model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, first_row: int = 0
 ) -> list[list[int]]:
-    return rows_of(list(generate_ids(model, prompts, sampling, first_row)), len(prompts))
+    return tokens_by_sequence(list(generate_ids(model, prompts, sampling, first_row)), len(prompts))
 
 
 # ------------------------------------------------------------------------------------------------------- tokens
-def test_greedy_is_the_argmax_of_the_whole_sequence(model: Transformer) -> None:
+def test_greedy_selects_the_argmax_of_the_full_sequence(model: Transformer) -> None:
     ids = list(PROMPTS[0])
     for _ in range(12):
         ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
@@ -82,46 +82,46 @@ def test_greedy_is_the_argmax_of_the_whole_sequence(model: Transformer) -> None:
 
 @pytest.mark.parametrize("positions", ["rotary", "head_rotary", "llama_rotary", "none"])
 @pytest.mark.parametrize("moe_freq", [0, 1])
-def test_cache_and_batches_change_nothing(positions: str, moe_freq: int) -> None:
+def test_cache_and_batching_do_not_change_tokens(positions: str, moe_freq: int) -> None:
     model = small_model(positional_embedding_type=positions, moe_freq=moe_freq, moe_num_experts=3)
-    alone = [run(model, [prompt], GREEDY)[0] for prompt in PROMPTS]
-    assert run(model, PROMPTS, GREEDY) == alone
-    assert run(model, PROMPTS, replace(GREEDY, use_cache=False)) == alone
-    assert len({tuple(row) for row in alone}) == 3
+    separate = [run(model, [prompt], GREEDY)[0] for prompt in PROMPTS]
+    assert run(model, PROMPTS, GREEDY) == separate
+    assert run(model, PROMPTS, replace(GREEDY, use_cache=False)) == separate
+    assert len({tuple(row) for row in separate}) == 3
 
 
-def test_long_prompts_enter_the_cache_in_pieces(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_are_prefilled_in_chunks(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(model, PROMPTS, GREEDY)
     monkeypatch.setattr("open_lm.generate.sampling.PREFILL_TOKENS", 4)
     assert run(model, PROMPTS, GREEDY) == expected
 
 
-def test_sampling_depends_on_seed_and_row_only(model: Transformer) -> None:
+def test_sampling_depends_only_on_seed_and_row(model: Transformer) -> None:
     sampling = Sampling(max_new_tokens=10, temperature=1.0, top_p=1.0, seed=4)
-    together = run(model, PROMPTS, sampling)
-    assert run(model, PROMPTS[1:], sampling, first_row=1) == together[1:]
-    assert run(model, PROMPTS, replace(sampling, use_cache=False)) == together
-    assert run(model, PROMPTS, replace(sampling, seed=5)) != together
+    batched = run(model, PROMPTS, sampling)
+    assert run(model, PROMPTS[1:], sampling, first_row=1) == batched[1:]
+    assert run(model, PROMPTS, replace(sampling, use_cache=False)) == batched
+    assert run(model, PROMPTS, replace(sampling, seed=5)) != batched
     same_prompt = run(model, [PROMPTS[0], PROMPTS[0]], sampling)
     assert same_prompt[0] != same_prompt[1]
 
 
-def test_rows_end_at_stop_ids(model: Transformer) -> None:
+def test_stop_ids_end_sequences(model: Transformer) -> None:
     full = run(model, PROMPTS, GREEDY)
     stop = next(token for token in full[0] if token not in full[1][:1])
     ended = run(model, PROMPTS, replace(GREEDY, stop_ids=(stop,)))
-    for row, whole in zip(ended, full, strict=True):
-        assert row == whole[: whole.index(stop) + 1 if stop in whole else None]
+    for row, full_row in zip(ended, full, strict=True):
+        assert row == full_row[: full_row.index(stop) + 1 if stop in full_row else None]
     assert len(ended[0]) < 12 or full[0][-1] == stop
 
 
-def test_rows_end_at_the_sequence_length(model: Transformer) -> None:
+def test_the_sequence_length_ends_sequences(model: Transformer) -> None:
     prompts = [[1] * 45, [1] * 3]
     rows = run(model, prompts, replace(GREEDY, max_new_tokens=40))
     assert [len(row) for row in rows] == [3, 40]
 
 
-def test_mode_is_restored(model: Transformer) -> None:
+def test_training_mode_is_restored(model: Transformer) -> None:
     model.train()
     steps = generate_ids(model, [[1]], GREEDY)
     next(steps)
@@ -131,16 +131,16 @@ def test_mode_is_restored(model: Transformer) -> None:
     model.eval()
 
 
-def test_prompts_that_do_not_fit(model: Transformer) -> None:
+def test_invalid_prompts(model: Transformer) -> None:
     with pytest.raises(DataError) as caught:
         run(model, [[], [61], [1]], GREEDY)
-    assert "prompt 1 has no token" in str(caught.value)
-    assert "prompt 2 has the id 61, the model's ids end at 60" in str(caught.value)
+    assert "prompt 1 has no tokens" in str(caught.value)
+    assert "prompt 2 contains the id 61, expected 0 to 60" in str(caught.value)
     with pytest.raises(ConfigError, match="prompt 2 has 48 tokens, expected at most 47"):
         run(model, [[1], [1] * 48], GREEDY)
 
 
-# -------------------------------------------------------------------------------------------------------- rules
+# -------------------------------------------------------------------------------------------------------- sampling
 def test_top_k_and_top_p() -> None:
     logits = torch.log(torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]))
     torch.testing.assert_close(filtered_probabilities(logits), logits.exp())
@@ -153,7 +153,7 @@ def test_top_k_and_top_p() -> None:
     torch.testing.assert_close(both, torch.tensor([[0, 4 / 7, 0, 3 / 7]]))
 
 
-def test_repetition_penalty_lowers_tokens_seen() -> None:
+def test_repetition_penalty_reduces_repeated_tokens() -> None:
     logits = torch.tensor([[2.0, 1.5, -1.0], [-1.0, -1.5, -3.0]])
     seen = torch.tensor([[True, False, False], [True, False, False]])
     generators = [torch.Generator(), torch.Generator()]
@@ -161,7 +161,7 @@ def test_repetition_penalty_lowers_tokens_seen() -> None:
     assert choose(logits, seen, Sampling(temperature=0, repetition_penalty=2.0), generators) == [1, 1]
 
 
-def test_ids_beyond_the_tokenizers_are_not_chosen() -> None:
+def test_ids_outside_the_tokenizer_are_not_sampled() -> None:
     logits, seen = torch.tensor([[0.0, 1.0, 9.0]]), torch.zeros(1, 3, dtype=torch.bool)
     assert choose(logits, seen, Sampling(temperature=0, vocab_limit=2), [torch.Generator()]) == [1]
 
@@ -171,11 +171,11 @@ def test_sampled_frequencies() -> None:
     logits, seen = probabilities.log()[None], torch.zeros(1, 3, dtype=torch.bool)
     generator = torch.Generator().manual_seed(0)
     draws = [choose(logits, seen, Sampling(temperature=1, top_p=1), [generator])[0] for _ in range(3000)]
-    shares = torch.bincount(torch.tensor(draws), minlength=3) / 3000
-    torch.testing.assert_close(shares, probabilities, atol=0.03, rtol=0)
+    frequencies = torch.bincount(torch.tensor(draws), minlength=3) / 3000
+    torch.testing.assert_close(frequencies, probabilities, atol=0.03, rtol=0)
 
 
-def test_impossible_settings_are_reported_together() -> None:
+def test_invalid_settings_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         Sampling(max_new_tokens=0, temperature=-1, top_k=-1, top_p=0, repetition_penalty=0)
     for flag in ("--max-new-tokens", "--temperature", "--top-k", "--top-p", "--repetition-penalty"):
@@ -183,7 +183,7 @@ def test_impossible_settings_are_reported_together() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- text
-def test_stream_waits_for_whole_characters(tokenizer_file: Path) -> None:
+def test_stream_waits_for_complete_characters(tokenizer_file: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_file))
     stream = TextStream(tokenizer, tokenizer.encode("a"))
     pieces = [stream.push(token) for token in tokenizer.encode("bé日c")]
@@ -202,7 +202,7 @@ def test_streamed_text_is_the_decoded_text(shared_dir: Path, name: str) -> None:
     assert sum(1 for piece in pieces if piece) > 10
 
 
-def test_texts_end_without_their_end_token(byte_model: Transformer, tokenizer_file: Path) -> None:
+def test_texts_do_not_contain_the_end_of_text_token(byte_model: Transformer, tokenizer_file: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_file))
     with torch.no_grad():
         weight = byte_model.output.weight.clone()
@@ -214,23 +214,23 @@ def test_texts_end_without_their_end_token(byte_model: Transformer, tokenizer_fi
         byte_model.output.weight.data.copy_(weight)
 
 
-def test_texts_of_a_batch(byte_model: Transformer, tokenizer_file: Path) -> None:
+def test_batched_texts(byte_model: Transformer, tokenizer_file: Path) -> None:
     tokenizer: Tokenizer = load_tokenizer(str(tokenizer_file))
     texts = ["hello", "", "a much longer beginning"]
-    together = complete_texts(byte_model, tokenizer, texts, GREEDY)
-    assert together == [complete_texts(byte_model, tokenizer, [text], GREEDY)[0] for text in texts]
+    batched = complete_texts(byte_model, tokenizer, texts, GREEDY)
+    assert batched == [complete_texts(byte_model, tokenizer, [text], GREEDY)[0] for text in texts]
     steps = list(stream_texts(byte_model, tokenizer, texts, GREEDY))
-    assert ["".join(step[row] for step in steps) for row in range(3)] == together
+    assert ["".join(step[row] for step in steps) for row in range(3)] == batched
 
 
 # ------------------------------------------------------------------------------------------------------ command
 @pytest.fixture
 def trained(tmp_path: Path, byte_model: Transformer) -> Path:
-    """A run's folder: a checkpoint, and params.txt that names the model's file and a flag."""
+    """A checkpoint in a run folder whose params.txt names the model's file and a flag."""
     folder = tmp_path / "logs" / "ex" / "checkpoints"
     folder.mkdir(parents=True)
-    shape = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 260, "seq_len": 64}
-    (tmp_path / "bytes.json").write_text(json.dumps(shape))
+    architecture = {"hidden_dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 260, "seq_len": 64}
+    (tmp_path / "bytes.json").write_text(json.dumps(architecture))
     (folder.parent / "params.txt").write_text(f"model: {tmp_path / 'bytes.json'}\nqk_norm: False\nseed: 0\n")
     torch.save({"epoch": 1, "name": "ex", "state_dict": byte_model.state_dict()}, folder / "epoch_1.pt")
     return folder / "epoch_1.pt"
@@ -244,7 +244,7 @@ class Result(NamedTuple):
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Runs scripts/generate.py in this process."""
+    """Return a function that runs scripts/generate.py in this process."""
     script = runpy.run_path(str(ROOT / "scripts" / "generate.py"))
 
     def run_command(*args: object, stdin: str = "") -> Result:
@@ -277,8 +277,8 @@ def test_command_reads_files(
     base = ["--checkpoint", trained, "--tokenizer", tokenizer_file, "--max-new-tokens", 2, "--json"]
     lines = command(*base, "--prompt-file", tmp_path / "prompts.txt", "--prompt", "zero").stdout.splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == ["zero", "one", "two"]
-    whole = command(*base, "--prompt-file", tmp_path / "prompts.txt", "--whole-file").stdout.splitlines()
-    assert [json.loads(line)["prompt"] for line in whole] == ["one\ntwo"]
+    whole_file = command(*base, "--prompt-file", tmp_path / "prompts.txt", "--whole-file").stdout.splitlines()
+    assert [json.loads(line)["prompt"] for line in whole_file] == ["one\ntwo"]
 
 
 def test_command_streams_to_a_terminal(trained: Path, tokenizer_file: Path, byte_model: Transformer) -> None:
@@ -286,22 +286,22 @@ def test_command_streams_to_a_terminal(trained: Path, tokenizer_file: Path, byte
     (expected,) = complete_texts(byte_model, tokenizer, ["hello"], GREEDY)
     words = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--checkpoint", str(trained), "--prompt", "hello"]
     words += ["--tokenizer", str(tokenizer_file), "--temperature", "0", "--max-new-tokens", "12"]
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(words, stdout=theirs, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    os.close(theirs)
+    main_fd, terminal_fd = pty.openpty()
+    process = subprocess.Popen(words, stdout=terminal_fd, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(terminal_fd)
     shown = io.BytesIO()
     try:
-        while piece := os.read(ours, 4096):
+        while piece := os.read(main_fd, 4096):
             shown.write(piece)
-    except OSError:  # how Linux says that the other side has closed
+    except OSError:  # Linux raises this when the other side has closed
         pass
     finally:
-        os.close(ours)
+        os.close(main_fd)
     assert process.wait() == 0
     assert shown.getvalue().decode().replace("\r\n", "\n") == f"hello{expected}\n"
 
 
-def test_command_without_a_models_name(
+def test_command_without_a_model_name(
     command: Callable[..., Result], tmp_path: Path, tokenizer_file: Path, byte_model: Transformer
 ) -> None:
     torch.save(byte_model.state_dict(), tmp_path / "bare.pt")
@@ -313,7 +313,7 @@ def test_command_without_a_models_name(
     assert "none.pt: there is no such checkpoint" in result.stderr
 
 
-def test_command_with_a_runs_folder(command: Callable[..., Result], trained: Path, tokenizer_file: Path) -> None:
+def test_command_with_a_run_folder(command: Callable[..., Result], trained: Path, tokenizer_file: Path) -> None:
     run, flags = trained.parent.parent, ["--tokenizer", tokenizer_file, "--prompt", "x", "--max-new-tokens", 2]
     result = command("--checkpoint", run, *flags)
     assert result.returncode == 0, result.stderr
@@ -324,7 +324,7 @@ def test_command_with_a_runs_folder(command: Callable[..., Result], trained: Pat
     assert f"{run}: there is no such checkpoint; expected an epoch_N.pt, a step_N folder, or the fol" in result.stderr
 
 
-def test_command_with_a_checkpoint_of_another_shape(
+def test_command_with_a_checkpoint_of_another_model(
     command: Callable[..., Result], trained: Path, tokenizer_file: Path
 ) -> None:
     result = command(
