@@ -91,7 +91,8 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str] | None = None) 
             errors.append(error)
             continue
         if not files:
-            problems.append(f"{pattern}: no file matches; supported suffixes are {describe_suffixes()}")
+            allowed = f"; --suffixes selects {' '.join(suffixes)}" if suffixes is not None else ""
+            problems.append(f"{pattern}: no file matches; supported suffixes are {describe_suffixes()}{allowed}")
         matched.update(files)
     if not patterns:
         problems.append("no input is given")
