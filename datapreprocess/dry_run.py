@@ -18,7 +18,7 @@ from open_lm.datapreprocess.inputs import InputFile
 from open_lm.datapreprocess.job import PreprocessJob, shard_size
 from open_lm.datapreprocess.memory import SPILLED_BYTES_PER_INPUT_BYTE, plan_budget
 from open_lm.datapreprocess.probe import Probe, probe_files
-from open_lm.datapreprocess.progress import clock, memory_in_use, size
+from open_lm.datapreprocess.progress import format_bytes, format_duration, memory_in_use
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.errors import DataError, join_problems
 
@@ -282,14 +282,15 @@ def describe(prediction: Estimate) -> str:
         lines.append("±?: error unknown: only beginnings of files were read, and later documents may differ in length")
     num_workers = prediction.workers
     lines += [
-        f"output: {prediction.sequences:,} sequences in {prediction.shards:,} shards, {size(prediction.output_bytes)}; "
-        f"work folder: {size(prediction.work_bytes)} until the run finishes",
-        f"time: about {clock(prediction.tokenize_s + prediction.write_s)} with {num_workers} "
-        f"worker{'s' * (num_workers != 1)}: {clock(prediction.tokenize_s)} to tokenize, if each worker reaches the "
-        f"{prediction.encode_bytes_per_s / 1e6:,.2f} MB/s of input measured here with one process; "
-        f"{clock(prediction.write_s)} to write, at an assumed {size(_DISK_BYTES_PER_S)}/s; the start of Ray, if "
-        "needed, is not included",
-        f"memory: about {size(prediction.memory_bytes)}",
+        f"output: {prediction.sequences:,} sequences in {prediction.shards:,} shards, "
+        f"{format_bytes(prediction.output_bytes)}; work folder: {format_bytes(prediction.work_bytes)} until the "
+        "run finishes",
+        f"time: about {format_duration(prediction.tokenize_s + prediction.write_s)} with {num_workers} "
+        f"worker{'s' * (num_workers != 1)}: {format_duration(prediction.tokenize_s)} to tokenize, if each worker "
+        f"reaches the {prediction.encode_bytes_per_s / 1e6:,.2f} MB/s of input measured here with one process; "
+        f"{format_duration(prediction.write_s)} to write, at an assumed {format_bytes(_DISK_BYTES_PER_S)}/s; the "
+        "start of Ray, if needed, is not included",
+        f"memory: about {format_bytes(prediction.memory_bytes)}",
     ]
     if prediction.get_requests or prediction.put_requests:
         lines.append(
@@ -309,7 +310,7 @@ def _row(part: SourceEstimate) -> tuple[str, ...]:
     return (
         part.name,
         f"{part.files:,}",
-        size(part.num_bytes),
+        format_bytes(part.num_bytes),
         "" if part.name == "total" else f"{part.factor:g}",
         with_error(part.documents, part.documents_error),
         with_error(part.tokens, part.tokens_error),

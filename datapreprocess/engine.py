@@ -37,6 +37,7 @@ from open_lm.datapreprocess.memory import SPILLED_BYTES_PER_INPUT_BYTE, Budget, 
 from open_lm.datapreprocess.monitor import Monitor
 from open_lm.datapreprocess.shuffle import Run, bucket_counts
 from open_lm.datapreprocess.state import (
+    PLAN_NAME,
     collect_rejects,
     finished_bytes,
     finished_dataset,
@@ -52,13 +53,7 @@ from open_lm.datapreprocess.state import (
 from open_lm.datapreprocess.tasks import Call, Feed
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_chunk, run_unit
-from open_lm.datapreprocess.writer import (
-    WrittenShard,
-    dataset_url,
-    write_dataset,
-    write_manifests,
-    write_shards,
-)
+from open_lm.datapreprocess.writer import WrittenShard, dataset_url, write_dataset, write_manifests, write_shards
 from open_lm.errors import DataError, UserError
 
 _logger = logging.getLogger(__name__)
@@ -79,7 +74,7 @@ def run(job: PreprocessJob, encoder: DocumentEncoder) -> dict[str, Any]:
     Raise ConfigError if the output folder contains something else, and DataError if inputs are unusable.
     """
     job = _with_absolute_paths(job)
-    settings = job.settings(_tokenizer_facts(encoder))
+    settings = job.settings(_tokenizer_settings(encoder))
     finished = finished_dataset(job, settings)
     if finished is not None:
         _logger.info("already done: %s in %s", summary(finished), job.layout.root)
@@ -99,7 +94,7 @@ def run(job: PreprocessJob, encoder: DocumentEncoder) -> dict[str, Any]:
     return record
 
 
-def _tokenizer_facts(encoder: DocumentEncoder) -> dict[str, Any]:
+def _tokenizer_settings(encoder: DocumentEncoder) -> dict[str, Any]:
     return {
         "tokenizer_fingerprint": encoder.fingerprint,
         "eot_id": encoder.eot_id,
@@ -109,7 +104,7 @@ def _tokenizer_facts(encoder: DocumentEncoder) -> dict[str, Any]:
 
 
 def _threads_are_faster(job: PreprocessJob, encoder: DocumentEncoder, work: str) -> bool:
-    """Return whether threads of this process need less time than Ray workers, including the start and stop of Ray."""
+    """Return whether threads of this process finish sooner than Ray workers, including the start and stop of Ray."""
     workers = min(job.workers or available_cpus(), available_cpus())
     text_bytes = max(0, job.num_bytes - finished_bytes(work)) * _TEXT_BYTES_PER_INPUT_BYTE
     rate = _FAST_BYTES_PER_S if encoder.name == "fastokens" else _BYTES_PER_S
@@ -118,7 +113,7 @@ def _threads_are_faster(job: PreprocessJob, encoder: DocumentEncoder, work: str)
 
 
 def _with_absolute_paths(job: PreprocessJob) -> PreprocessJob:
-    """Make local paths absolute, since workers have a different working directory."""
+    """Return the job with absolute local paths, since workers have a different working directory."""
 
     def absolute(url: str) -> str:
         return url if storage.is_remote(url) else os.path.abspath(storage.local_path(url))
@@ -130,6 +125,7 @@ def _with_absolute_paths(job: PreprocessJob) -> PreprocessJob:
 def _make_dataset(
     job: PreprocessJob, settings: dict[str, Any], encoder: DocumentEncoder, cluster: Cluster, work: str
 ) -> dict[str, Any]:
+    """Tokenize the inputs, write shards and metadata files, and return the content of the dataset.json."""
     per_node = cluster.workers_per_node
     budget = plan_budget(
         job.memory_limit,
@@ -178,6 +174,7 @@ def _write_records(
 
 
 def _plan_tasks(job: PreprocessJob, budget: Budget, encoder: str, work: str) -> list[UnitTask]:
+    """Return the tasks of all units, with settings derived from the size of the inputs and the memory budget."""
     sources = job.sources
     target = max(1, job.num_bytes // _BUCKET_BYTES)
     buckets = min(max(1 << (target - 1).bit_length(), _MIN_BUCKETS), _MAX_BUCKETS)
@@ -281,7 +278,7 @@ def _check_inputs(job: PreprocessJob, tasks: Sequence[UnitTask], reports: Sequen
 
 def _require_work_folder(task: UnitTask) -> None:
     """Raise DataError if the work folder is not visible from this node."""
-    if not storage.exists(storage.join(task.work, "plan.json")):
+    if not storage.exists(storage.join(task.work, PLAN_NAME)):
         raise DataError(
             f"work folder {task.work}: not found on node {platform.node()}; on a cluster, set --work-dir to a folder "
             "that all nodes share or to a remote folder"

@@ -77,20 +77,20 @@ class Pace:
         """Return the remaining time of the stage at this pace, or "?" if it is unknown."""
         remaining = max(0, snapshot.total - snapshot.done)
         if not remaining:
-            return clock(0)
-        return clock(remaining / self.done_per_s) if self.done_per_s > 0 else "?"
+            return format_duration(0)
+        return format_duration(remaining / self.done_per_s) if self.done_per_s > 0 else "?"
 
 
 # --- formatting --------------------------------------------------------------------------------------------------
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Format seconds as h:mm:ss."""
     rounded = max(0, round(seconds))
     return f"{rounded // 3600}:{rounded // 60 % 60:02d}:{rounded % 60:02d}"
 
 
-def size(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Format bytes in the largest unit in which the value is at least 1; 1 MB is 10^6 bytes."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= scale:
@@ -98,15 +98,15 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes / 1e3:,.1f} kB"
 
 
-def line(snapshot: Snapshot, pace: Pace) -> str:
+def format_line(snapshot: Snapshot, pace: Pace) -> str:
     """Return the progress as one plain line."""
     parts = [f"{snapshot.fraction:.0%}", *_counts(snapshot, pace), *_sources(snapshot), *_resources(snapshot)]
-    return f"{snapshot.stage}: {', '.join(parts)}, {clock(pace.elapsed_s)} elapsed, {pace.time_left(snapshot)} left"
+    return f"{snapshot.stage}: {', '.join(parts)}, {_times(snapshot, pace)}"
 
 
-def lines(snapshot: Snapshot, pace: Pace, width: int) -> list[str]:
+def format_block(snapshot: Snapshot, pace: Pace, width: int) -> list[str]:
     """Return the progress for a terminal, with a bar: lines of at most `width` characters."""
-    times = f"{snapshot.fraction:4.0%}  {clock(pace.elapsed_s)} elapsed, {pace.time_left(snapshot)} left"
+    times = f"{snapshot.fraction:4.0%}  {_times(snapshot, pace)}"
     cells = min(_BAR_CELLS, width - len(snapshot.stage) - len(times) - 4)
     full = int(cells * snapshot.fraction)
     bar = f"[{'#' * full}{'.' * (cells - full)}] " if cells >= 5 else ""
@@ -114,6 +114,10 @@ def lines(snapshot: Snapshot, pace: Pace, width: int) -> list[str]:
     rows += [f"    {source}" for source in _sources(snapshot)]
     rows += _wrapped(_resources(snapshot), width)
     return [row[:width] for row in rows]
+
+
+def _times(snapshot: Snapshot, pace: Pace) -> str:
+    return f"{format_duration(pace.elapsed_s)} elapsed, {pace.time_left(snapshot)} left"
 
 
 def _wrapped(parts: list[str], width: int) -> list[str]:
@@ -129,7 +133,7 @@ def _counts(snapshot: Snapshot, pace: Pace) -> list[str]:
         ]
     return [
         f"{snapshot.files_done:,}/{snapshot.files:,} files",
-        f"{size(snapshot.done_bytes)} of {size(snapshot.total_bytes)}",
+        f"{format_bytes(snapshot.done_bytes)} of {format_bytes(snapshot.total_bytes)}",
         f"{pace.done_per_s / 1e6:,.1f} MB/s",
         f"{snapshot.tokens:,} tokens",
         f"{pace.tokens_per_s:,.0f} tokens/s",
@@ -151,8 +155,8 @@ def _resources(snapshot: Snapshot) -> list[str]:
     """Return the current resource usage and the number of bad documents, without zeros."""
     workers, bad = snapshot.workers, snapshot.bad_documents
     entries = [
-        (snapshot.spilled_bytes, f"{size(snapshot.spilled_bytes)} spilled"),
-        (snapshot.memory_bytes, f"{size(snapshot.memory_bytes)} memory"),
+        (snapshot.spilled_bytes, f"{format_bytes(snapshot.spilled_bytes)} spilled"),
+        (snapshot.memory_bytes, f"{format_bytes(snapshot.memory_bytes)} memory"),
         (workers, f"{workers} worker{'s' * (workers != 1)}"),
         (bad, f"{bad:,} bad document{'s' * (bad != 1)}"),
     ]
@@ -208,7 +212,7 @@ class Display:
         if not (due or final):
             return
         self._shown = now
-        self._print(self._redrawn(snapshot, pace) if self._live else line(snapshot, pace) + "\n")
+        self._print(self._redrawn(snapshot, pace) if self._live else format_line(snapshot, pace) + "\n")
         if final:
             self._stage, self._drawn = None, []
 
@@ -217,7 +221,7 @@ class Display:
         columns, rows = shutil.get_terminal_size()
         # If the terminal was made narrower, it has wrapped the previous lines.
         above = sum(max(1, -(-len(row) // columns)) for row in self._drawn)
-        self._drawn = lines(snapshot, pace, columns - 1)[: rows - 1]
+        self._drawn = format_block(snapshot, pace, columns - 1)[: rows - 1]
         up = f"\x1b[{above}A" if above else ""
         return f"{up}\r\x1b[J" + "".join(f"{row}\n" for row in self._drawn)
 

@@ -22,7 +22,7 @@ from open_lm.datapreprocess.writer import read_dataset, read_record
 from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
-_PLAN = "plan.json"
+PLAN_NAME = "plan.json"
 UNREADABLE = "unreadable"  # kind of a broken file that storage could not read
 _METADATA_FILES = (MANIFEST_NAME, DATASET_NAME)
 _FALLBACK_MARKER = "reference-tokenizer"
@@ -97,7 +97,7 @@ def open_work(job: PreprocessJob, settings: dict[str, Any]) -> str:
     and the job has no --restart, or if the output contains shards of unknown origin.
     """
     work = work_folder(job)
-    path = storage.join(work, _PLAN)
+    path = storage.join(work, PLAN_NAME)
     inputs = [vars(item) for item in job.inputs]
     if storage.exists(path):
         old = read_record(path)
@@ -121,7 +121,7 @@ def open_work(job: PreprocessJob, settings: dict[str, Any]) -> str:
         if changes:
             remove_work(work)
     else:
-        _reject_unknown_shards(job, settings["folders"])
+        _require_no_shards(job, settings["folders"])
         remove_work(work)  # a folder without a plan remains from an interrupted removal
     storage.makedirs(work)
     storage.write_bytes(path, orjson.dumps({"settings": settings, "inputs": inputs}))
@@ -155,7 +155,7 @@ def remove_stale_shards(
     if storage.exists(path):
         if storage.read_bytes(path) == digest:
             return
-        _logger.warning("the units have other results than in the earlier run; writing its shards again")
+        _logger.warning("the units have other results than in the earlier run; writing all shards again")
         _remove_shards(job, work, settings)
     storage.write_bytes(path, digest)
 
@@ -168,8 +168,8 @@ def _remove_temporary_files(layout: Layout, settings: Mapping[str, Any]) -> None
                 storage.remove(storage.join(folder, name))
 
 
-def _reject_unknown_shards(job: PreprocessJob, folders: Iterable[str]) -> None:
-    """Raise ConfigError if the output contains shards."""
+def _require_no_shards(job: PreprocessJob, folders: Iterable[str]) -> None:
+    """Raise ConfigError if the output contains shards, since their origin is unknown."""
     shards = _shards_in(job.layout, folders)
     if shards:
         raise ConfigError(
@@ -193,7 +193,7 @@ def has_fallen_back(work: str) -> bool:
 
 
 def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], UnitReport]:
-    """Return the reports of earlier runs by (unit, chunk). The folder is listed once, not queried for each file."""
+    """Return the reports of earlier runs by (unit, chunk). A single listing of the folder finds them all."""
     current = {(task.unit.index, task.digest) for task in tasks}
     reports: dict[tuple[int, int], UnitReport] = {}
     for url in storage.list_files(work):
@@ -252,5 +252,5 @@ def remove_work(work: str) -> None:
 def remove_unstarted_work(work: str) -> None:
     """Remove the work folder of a run that failed before it finished a unit, since there is nothing to resume."""
     records = [url for url in storage.list_files(work) if url.endswith(".json")]
-    if all(url.rpartition("/")[2] == _PLAN for url in records):
+    if all(url.rpartition("/")[2] == PLAN_NAME for url in records):
         remove_work(work)

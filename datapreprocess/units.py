@@ -46,8 +46,11 @@ class UnitTask:
     """A unit of work and all settings that a worker needs.
 
     work: folder for runs and reports.
+    length: ids in a sequence.
     factor: sampling factor of the unit's source.
     source: number of the unit's source.
+    buckets: number of buckets of the shuffle.
+    run_bytes, chunk_bytes: approximate size of a run, and of the text in a chunk of a streamed unit.
     encoder: name of the encoder.
     number: number of the chunk of a streamed unit, otherwise 0.
     """
@@ -88,8 +91,8 @@ class UnitTask:
 
 
 @dataclass
-class Broken:
-    """A file that is broken as a whole, of which `lost_bytes` input bytes could not be read."""
+class BrokenInput:
+    """An input file that could not be read to its end; `lost_bytes` are the input bytes that were not read."""
 
     url: str
     kind: str
@@ -124,7 +127,7 @@ class UnitReport:
     digests: list[str | None] = field(default_factory=list)
     bad: dict[str, int] = field(default_factory=dict)
     bad_shown: list[BadDocument] = field(default_factory=list)
-    broken: list[Broken] = field(default_factory=list)
+    broken: list[BrokenInput] = field(default_factory=list)
     num_bytes: int = 0
     last: bool = True
     mismatch: str = ""
@@ -143,7 +146,7 @@ def load_report(path: str) -> UnitReport:
     """Read a report that `_save` wrote."""
     record: dict[str, Any] = orjson.loads(storage.read_bytes(path))
     record["bad_shown"] = [BadDocument(**bad) for bad in record["bad_shown"]]
-    record["broken"] = [Broken(**broken) for broken in record["broken"]]
+    record["broken"] = [BrokenInput(**broken) for broken in record["broken"]]
     return UnitReport(**record)
 
 
@@ -173,14 +176,14 @@ def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Chunk, int
                 yield chunk, source.bytes_read - bytes_before
             bytes_before = source.bytes_read
     except BrokenFile as error:
-        report.broken.append(Broken(piece.url, error.kind, str(error), max(0, piece.num_bytes - bytes_before)))
+        report.broken.append(BrokenInput(piece.url, error.kind, str(error), max(0, piece.num_bytes - bytes_before)))
     report.num_bytes = max(0, piece.num_bytes - bytes_before)
     report.digests.append(source.digest)
     yield report
 
 
 def run_chunk(task: UnitTask, encoder: DocumentEncoder, item: tuple[Chunk, int] | UnitReport) -> UnitReport:
-    """Process an item of `feed_unit`: a chunk like a unit in `run_unit`, the last report by saving it."""
+    """Process an item of `feed_unit`: encode a chunk as `run_unit` does for a unit, or save the last report."""
     if isinstance(item, UnitReport):
         last_task = replace(task, number=item.number)
         if item.broken:
@@ -194,7 +197,7 @@ def run_chunk(task: UnitTask, encoder: DocumentEncoder, item: tuple[Chunk, int] 
     return processor.finish(last=False, num_bytes=num_bytes)
 
 
-def _reject_line(item: BadDocument | Broken) -> bytes:
+def _reject_line(item: BadDocument | BrokenInput) -> bytes:
     """Return a line of the rejects file; the lost bytes of a broken file are only in the report."""
     record = asdict(item) if isinstance(item, BadDocument) else asdict(BadDocument(item.kind, item.url, 0, item.detail))
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
@@ -232,7 +235,7 @@ class _UnitProcessor:
                 self._sample(block.documents)
         except BrokenFile as error:
             if not self._task.unit.copy:
-                broken = Broken(piece.url, error.kind, str(error), max(0, piece.num_bytes - bytes_read))
+                broken = BrokenInput(piece.url, error.kind, str(error), max(0, piece.num_bytes - bytes_read))
                 self._report.broken.append(broken)
                 self._rejects.append(_reject_line(broken))
 
@@ -242,7 +245,7 @@ class _UnitProcessor:
         self._report.digests.append(reader.digest)
 
     def _select_for_comparison(self, documents: list[Document]) -> None:
-        """Select the first documents of a file, to encode them with both tokenizers; a difference discards the unit."""
+        """Select the first documents of a file to be encoded by both tokenizers; a difference discards the unit."""
         chars_left = min(_COMPARED_CHARS_PER_FILE, self._chars_left_to_compare)
         for document in documents:
             if chars_left <= 0:
@@ -285,7 +288,9 @@ class _UnitProcessor:
         """Move documents of ids that are not all in the vocabulary to the bad documents."""
         size = self._encoder.vocab_size
         bad = {
-            number: BadDocument("id out of range", url, 0, f"ids {ids.min()} to {ids.max()}, the vocabulary has {size}")
+            number: BadDocument(
+                "id out of range", url, 0, f"found ids {ids.min()} to {ids.max()}, but the vocabulary has {size} ids"
+            )
             for number, ids in enumerate(block.documents)
             if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < size
         }
@@ -344,6 +349,7 @@ class _ShuffledSequences:
         )
 
     def add(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        """Add the documents ids[ends[i - 1] : ends[i]]."""
         if self._packer is None:
             sequences, self._tail = cut([self._tail, ids] if len(self._tail) else [ids], self._length)
             self._writer.add(sequences)
@@ -372,6 +378,7 @@ class _OrderedSequences:
         self._pads = 0
 
     def add(self, ids: np.ndarray, ends: np.ndarray) -> None:
+        """Add the documents ids[ends[i - 1] : ends[i]]."""
         self._write(ids if self._packer is None else self._packer.add(ids, ends))
 
     def _write(self, ids: np.ndarray) -> None:
@@ -380,6 +387,7 @@ class _OrderedSequences:
         self._writer.add(ids)
 
     def finish(self) -> tuple[list[int], np.ndarray, int]:
+        """Spill the remaining ids; return the sizes of the runs, an empty tail and the number of pads."""
         if self._packer is not None:
             self._write(self._packer.finish())
         self._writer.flush()

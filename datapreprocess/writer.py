@@ -1,4 +1,4 @@
-"""Write the shards of an output and its metadata files: manifest.jsonl, dataset.json, rejects.jsonl."""
+"""Plan and write the shards of an output, its manifests and its dataset.json."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ from open_lm.datapreprocess.progress import (
     Display,
     Pace,
     Snapshot,
-    clock,
-    line,
-    lines,
+    format_block,
+    format_bytes,
+    format_duration,
+    format_line,
     memory_in_use,
-    size,
 )
 
 SNAPSHOT = Snapshot(
@@ -81,24 +81,24 @@ class Clock:
 
 
 def test_plain_line() -> None:
-    assert line(SNAPSHOT, PACE) == (
+    assert format_line(SNAPSHOT, PACE) == (
         "tokenizing: 25%, 3/12 files, 2.5 MB of 10.0 MB, 0.5 MB/s, 1,234,567 tokens, 246,913 tokens/s, "
         "web 1,000,000 tokens, wiki 234,567 tokens, 2.4 MB spilled, 1.2 GB memory, 2 workers, "
         "0:00:05 elapsed, 0:00:15 left"
     )
     writing = Snapshot(WRITING, tokens=1_000, shards_done=3, shards=12, bad_documents=1)
-    assert line(writing, Pace(6.0, 0.5)) == (
+    assert format_line(writing, Pace(6.0, 0.5)) == (
         "shuffling and writing: 25%, 3/12 shards, 0.5 shards/s, 1,000 tokens, 1 bad document, "
         "0:00:06 elapsed, 0:00:18 left"
     )
-    assert "? left" in line(SNAPSHOT, Pace())
-    assert line(Snapshot(TOKENIZING), Pace()).startswith("tokenizing: 100%")
-    assert clock(3725) == "1:02:05"
-    assert [size(count) for count in (10, 3_210_000, 5e9, 7.25e12)] == ["0.0 kB", "3.2 MB", "5.0 GB", "7.2 TB"]
+    assert "? left" in format_line(SNAPSHOT, Pace())
+    assert format_line(Snapshot(TOKENIZING), Pace()).startswith("tokenizing: 100%")
+    assert format_duration(3725) == "1:02:05"
+    assert [format_bytes(count) for count in (10, 3_210_000, 5e9, 7.25e12)] == ["0.0 kB", "3.2 MB", "5.0 GB", "7.2 TB"]
 
 
 def test_a_terminal_gets_a_bar_and_a_line_for_each_source() -> None:
-    assert lines(SNAPSHOT, PACE, 100) == [
+    assert format_block(SNAPSHOT, PACE, 100) == [
         "tokenizing [#######.......................]  25%  0:00:05 elapsed, 0:00:15 left",
         "  3/12 files, 2.5 MB of 10.0 MB, 0.5 MB/s, 1,234,567 tokens, 246,913 tokens/s",
         "    web 1,000,000 tokens",
@@ -109,13 +109,13 @@ def test_a_terminal_gets_a_bar_and_a_line_for_each_source() -> None:
 
 def test_many_sources_are_summed() -> None:
     many = replace(SNAPSHOT, sources={f"s{number:02d}": number for number in range(20)})
-    rows = [row.strip() for row in lines(many, PACE, 80) if row.startswith("    ")]
+    rows = [row.strip() for row in format_block(many, PACE, 80) if row.startswith("    ")]
     assert rows == [*(f"s{number} {number} tokens" for number in range(19, 12, -1)), "13 more 78 tokens"]
 
 
 @pytest.mark.parametrize("width", [1, 12, 40, 56, 79])
 def test_lines_fit_a_narrow_terminal(width: int) -> None:
-    rows = lines(SNAPSHOT, PACE, width)
+    rows = format_block(SNAPSHOT, PACE, width)
     assert max(map(len, rows)) <= width
     if width >= 40:
         assert "246,913 tokens/s" in " ".join(map(str.strip, rows))
@@ -204,7 +204,7 @@ def test_no_control_codes_outside_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
     Display(stream, Clock()).show(SNAPSHOT, final=True)
-    assert stream.getvalue() == line(SNAPSHOT, Pace()) + "\n"
+    assert stream.getvalue() == format_line(SNAPSHOT, Pace()) + "\n"
 
 
 def test_a_closed_stream_is_not_an_error() -> None:
