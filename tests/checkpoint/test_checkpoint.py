@@ -1,4 +1,4 @@
-"""Checkpoints: the historical files, whole round trips in one process and sharded over two, and what breaks."""
+"""Test interchange files: those of the original OpenLM, round trips with one and two processes, and bad files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from open_lm.checkpoint import (
     load_weights,
     read_model_state,
 )
-from open_lm.checkpoint.files import clean_name, read_file, sibling, write_file
+from open_lm.checkpoint.files import clean_name, companion_path, read_file, write_file
 from open_lm.distributed.processes import gather_objects
 from open_lm.distributed.rng import rng_state
 from open_lm.errors import CheckpointError
@@ -40,7 +40,7 @@ def resume_args(path: str | Path | None, seed: int = 3) -> argparse.Namespace:
     return argparse.Namespace(resume=str(path), seed=seed)
 
 
-# ---------------------------------------------------------------------------------------------- historical files
+# ---------------------------------------------------------------------------------------------- original OpenLM
 @pytest.fixture(scope="module")
 def golden(shared_dir: Path) -> Path:
     return shared_dir / "compat" / "run" / "logs" / "upstream" / "checkpoints"
@@ -57,7 +57,7 @@ def test_golden_weights_load_with_their_progress(golden: Path) -> None:
 
 
 class Named(nn.Module):
-    """A model with the given parameter names in an order of its own: numbered states must go by the file's order."""
+    """A model with the given parameter names in another order: numbered states must follow the order of the file."""
 
     def __init__(self, state: dict[str, torch.Tensor]) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Named(nn.Module):
                 module.register_parameter(leaf, nn.Parameter(torch.zeros_like(state[name])))
 
 
-def test_golden_optimizer_keyed_by_number_finds_its_parameters(golden: Path) -> None:
+def test_golden_optimizer_keyed_by_number_is_matched_to_parameters(golden: Path) -> None:
     state, _ = read_model_state(golden / "epoch_1.pt")
     model = Named(state)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.5)
@@ -91,11 +91,11 @@ def test_golden_optimizer_keyed_by_number_finds_its_parameters(golden: Path) -> 
     for number, name in enumerate(in_file_order):
         for key in ("exp_avg", "exp_avg_sq", "step"):
             assert torch.equal(optimizer.state[params[name]][key], saved[number][key]), (name, key)
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}, "this run's own flags hold"
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}, "this run's flags apply"
     assert {group["lr"] for group in optimizer.param_groups} == {1.0}
 
 
-def test_another_seed_is_refused_unless_it_is_meant(golden: Path) -> None:
+def test_another_seed_is_an_error_unless_allowed(golden: Path) -> None:
     model = Named(read_model_state(golden / "epoch_1.pt")[0])
     with pytest.raises(CheckpointError, match="--seed 3"):
         load_model(resume_args(golden / "epoch_1.pt", seed=4), model)
@@ -103,7 +103,7 @@ def test_another_seed_is_refused_unless_it_is_meant(golden: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- one process
-def test_run_continues_as_if_never_interrupted(tmp_path: Path) -> None:
+def test_a_resumed_run_matches_an_uninterrupted_one(tmp_path: Path) -> None:
     model, optimizer = build(0)
     averagers = ModelAverager(model, "poly_8_1")
     train(model, optimizer, range(3))
@@ -118,10 +118,10 @@ def test_run_continues_as_if_never_interrupted(tmp_path: Path) -> None:
 
     other, other_optimizer = build(99)
     other_averagers = ModelAverager(other, "poly_8_1")
-    got = load_weights(path, other)
-    assert (got.epoch, got.step, got.samples_seen, got.seed) == (1, 3, 12, 3)
-    assert got.data_state == {"position": [12]}
-    assert got.evaluation_metrics == [{"loss": 2.5, "tokens": 7, "val_data": ["a.tar"]}]
+    loaded = load_weights(path, other)
+    assert (loaded.epoch, loaded.step, loaded.samples_seen, loaded.seed) == (1, 3, 12, 3)
+    assert loaded.data_state == {"position": [12]}
+    assert loaded.evaluation_metrics == [{"loss": 2.5, "tokens": 7, "val_data": ["a.tar"]}]
     assert load_optimizer(resume_args(path), other, other_optimizer)
     load_averagers(path, other_averagers)
     assert train(other, other_optimizer, range(3, 6)) == expected
@@ -130,7 +130,7 @@ def test_run_continues_as_if_never_interrupted(tmp_path: Path) -> None:
         assert torch.equal(value, other_averagers.avgs_dict["poly_8_1"].state_dict()["av_model_sd"][name]), name
 
 
-def test_files_have_the_keys_of_the_contract_and_load_by_torchs_default(tmp_path: Path) -> None:
+def test_files_have_the_documented_keys_and_load_with_torch_defaults(tmp_path: Path) -> None:
     model, optimizer = build(0)
     train(model, optimizer, range(1))
     scaler = torch.amp.GradScaler("cpu")
@@ -187,14 +187,14 @@ def test_average_of_checkpoints(tmp_path: Path) -> None:
     torch.testing.assert_close(target.embed.weight, expected)
     load_average([str(path) for path in paths], None, target)
     torch.testing.assert_close(target.embed.weight, (models[0].embed.weight + models[1].embed.weight) / 2)
-    with pytest.raises(CheckpointError, match="found 1 for 2"):
+    with pytest.raises(CheckpointError, match="found 1 coefficients, but --average has 2 checkpoints"):
         load_average([str(path) for path in paths], [1.0], target)
     with pytest.raises(CheckpointError, match="two or more"):
         load_average([str(paths[0])], None, target)
 
 
-# ---------------------------------------------------------------------------------------------- other forms
-def test_bare_and_prefixed_weights(tmp_path: Path) -> None:
+# ---------------------------------------------------------------------------------------------- other formats
+def test_files_of_weights_only_and_prefixed_names(tmp_path: Path) -> None:
     source, target = build(1)[0], build(2)[0]
     bare = {f"module._orig_mod.{name}": value for name, value in source.state_dict().items()}
     write_file(str(tmp_path / "bare.pt"), bare)
@@ -203,7 +203,7 @@ def test_bare_and_prefixed_weights(tmp_path: Path) -> None:
     assert clean_name("module.layers.0._checkpoint_wrapped_module.w") == "layers.0.w"
 
 
-def test_computed_frequencies_and_twin_names_may_be_absent(tmp_path: Path) -> None:
+def test_computed_frequencies_and_tied_names_may_be_missing(tmp_path: Path) -> None:
     source, target = build(1)[0], build(2)[0]
     state = {k: v for k, v in source.state_dict().items() if not k.endswith("inv_freq") and k != "output.weight"}
     write_file(str(tmp_path / "epoch_1.pt"), {"epoch": 1, "state_dict": state})
@@ -213,7 +213,7 @@ def test_computed_frequencies_and_twin_names_may_be_absent(tmp_path: Path) -> No
     assert torch.equal(target.layers[0].inv_freq, torch.arange(3.0))
 
 
-def test_frequencies_of_another_position_embedding_and_old_expert_biases(tmp_path: Path) -> None:
+def test_old_expert_biases_are_dropped_but_unexpected_frequencies_are_an_error(tmp_path: Path) -> None:
     source, target = build(1)[0], build(2)[0]
     state = {**source.state_dict(), "layers.0.feed_forward.experts.bias": torch.zeros(3)}
     write_file(str(tmp_path / "epoch_1.pt"), {"epoch": 1, "state_dict": state})
@@ -223,7 +223,7 @@ def test_frequencies_of_another_position_embedding_and_old_expert_biases(tmp_pat
         load_weights(str(tmp_path / "epoch_1.pt"), target)
 
 
-def test_compiled_and_replicated_models_load_too(tmp_path: Path) -> None:
+def test_compiled_models_load(tmp_path: Path) -> None:
     source = build(1)[0]
     path = save(tmp_path / "logs", Progress(epoch=1), source)
     compiled = torch.compile(build(2)[0], backend="eager")
@@ -241,7 +241,7 @@ def test_weights_of_lower_precision_models_are_converted(tmp_path: Path) -> None
 
 
 # ---------------------------------------------------------------------------------------------- bad input
-def test_all_misfits_are_named_at_once(tmp_path: Path) -> None:
+def test_all_mismatches_are_reported_together(tmp_path: Path) -> None:
     state = build(1, tied=False)[0].state_dict()
     state["extra.weight"] = torch.zeros(2)
     state["embed.weight"] = torch.zeros(8, 6)
@@ -252,9 +252,15 @@ def test_all_misfits_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         load_weights(str(tmp_path / "epoch_1.pt"), target)
     message = str(error.value)
-    for part in ("epoch_1.pt", "layers.0.in_proj.weight", "extra.weight", "embed.weight is (8, 6), the model's (7, 6)"):
+    expected = (
+        "epoch_1.pt",
+        "layers.0.in_proj.weight",
+        "extra.weight",
+        "embed.weight: found (8, 6), the model has (7, 6)",
+    )
+    for part in expected:
         assert part in message
-    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items()), "nothing half-loaded"
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items()), "nothing is loaded"
 
 
 class Danger:
@@ -262,34 +268,34 @@ class Danger:
         return os.system, ("touch danger",)
 
 
-def test_broken_foreign_and_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_unsafe_and_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"epoch": 1, "state_dict": {}, "x": Danger()}, "danger.pt")
-    with pytest.raises(CheckpointError, match=r"plain values only, found .*system"):
+    with pytest.raises(CheckpointError, match=r"only tensors and plain values, found .*system"):
         read_file("danger.pt")
     assert not Path("danger").exists()
 
-    write_file("whole.pt", {"epoch": 1, "state_dict": {"w": torch.zeros(1000)}})
-    Path("cut.pt").write_bytes(Path("whole.pt").read_bytes()[:-100])
+    write_file("complete.pt", {"epoch": 1, "state_dict": {"w": torch.zeros(1000)}})
+    Path("truncated.pt").write_bytes(Path("complete.pt").read_bytes()[:-100])
     Path("text.pt").write_text("hello")
     Path("empty.pt").touch()
-    for name in ("cut.pt", "text.pt", "empty.pt"):
-        with pytest.raises(CheckpointError, match=f"{name}: the file is broken or no checkpoint"):
+    for name in ("truncated.pt", "text.pt", "empty.pt"):
+        with pytest.raises(CheckpointError, match=f"{name}: the file is broken or not a checkpoint"):
             read_file(name)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         read_file("epoch_7.pt")
     write_file("stats.pt", {"epoch": 1})
-    with pytest.raises(CheckpointError, match="holds no weights, only epoch"):
+    with pytest.raises(CheckpointError, match="contains no weights, only epoch"):
         read_model_state("stats.pt")
 
 
-def test_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_the_optimizer_of_another_model_is_an_error(tmp_path: Path) -> None:
     model, optimizer = build(0)
     train(model, optimizer, range(1))
     path = save(tmp_path / "logs", Progress(epoch=1), model, optimizer=optimizer)
-    content = read_file(sibling(str(path), "optimizer"))
+    content = read_file(companion_path(str(path), "optimizer"))
     content["optimizer"]["state"]["layers.0.in_proj.weight"]["exp_avg"] = torch.zeros(3, 3)
-    write_file(sibling(str(path), "optimizer"), content)
+    write_file(companion_path(str(path), "optimizer"), content)
     with pytest.raises(CheckpointError, match=r"layers\.0\.in_proj\.weight\.exp_avg"):
         load_optimizer(resume_args(path), model, optimizer)
 
@@ -302,22 +308,22 @@ def full(value: torch.Tensor) -> torch.Tensor:
 def same_as_gathered(
     rank: int, path: str, model: nn.Module, optimizer: torch.optim.Optimizer, averagers: ModelAverager
 ) -> None:
-    """The files hold what both ranks' parts make up together, to the last bit."""
+    """Check that the files contain the gathered state of both ranks, bit for bit."""
     weights = {name: full(value) for name, value in model.state_dict().items()}
     params = dict(model.named_parameters())
     moments = {(name, key): full(v) for name, param in params.items() for key, v in optimizer.state[param].items()}
     averages = averagers.avgs_dict["ema_0.5_1"].state_dict()
     generators = gather_objects(rng_state())
     if rank == 0:
-        beside = read_file(sibling(path, "optimizer"))
-        stored = beside["optimizer"]["state"]
+        content = read_file(companion_path(path, "optimizer"))
+        stored = content["optimizer"]["state"]
         assert sorted(stored) == sorted({name for name, _ in moments})
         assert all(torch.equal(value, weights[name]) for name, value in read_file(path)["state_dict"].items())
         assert all(torch.equal(stored[name][key], value) for (name, key), value in moments.items())
-        found = read_file(sibling(path, "ema_0.5_1"))
-        assert all(torch.equal(value, averages["av_model_sd"][name]) for name, value in found["av_model_sd"].items())
-        assert [state["python"] for state in beside["rng"]] == [state["python"] for state in generators]
-        assert all(torch.equal(a["torch"], b["torch"]) for a, b in zip(beside["rng"], generators, strict=True))
+        averager = read_file(companion_path(path, "ema_0.5_1"))
+        assert all(torch.equal(value, averages["av_model_sd"][name]) for name, value in averager["av_model_sd"].items())
+        assert [state["python"] for state in content["rng"]] == [state["python"] for state in generators]
+        assert all(torch.equal(a["torch"], b["torch"]) for a, b in zip(content["rng"], generators, strict=True))
 
 
 def save_sharded(rank: int, folder: Path) -> None:
@@ -331,7 +337,7 @@ def save_sharded(rank: int, folder: Path) -> None:
     same_as_gathered(rank, path, model, optimizer, averagers)
     draw, losses = torch.randn(1).item(), train(model, optimizer, range(3, 6))
     torch.manual_seed(0)
-    assert load_rng(path) and torch.randn(1).item() == draw, "each rank's own generator continues"
+    assert load_rng(path) and torch.randn(1).item() == draw, "each rank's generator continues"
     if rank == 0:
         torch.save(losses, folder / "losses.pt")
 
@@ -345,13 +351,13 @@ def load_sharded(rank: int, folder: Path) -> None:
     assert load_model(args, model) == (1, 3, 3)
     assert load_optimizer(args, model, optimizer)
     load_averagers(path, averagers)
-    saved = read_file(sibling(path, "ema_0.5_1"))["av_model_sd"]
-    got = averagers.avgs_dict["ema_0.5_1"].state_dict()["av_model_sd"]
+    saved = read_file(companion_path(path, "ema_0.5_1"))["av_model_sd"]
+    loaded = averagers.avgs_dict["ema_0.5_1"].state_dict()["av_model_sd"]
     if rank == 0:
-        assert all(torch.equal(value, got[name]) for name, value in saved.items())
+        assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
     torch.testing.assert_close(train(model, optimizer, range(3, 6)), torch.load(folder / "losses.pt"))
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        load_model(resume_args(folder / "epoch_77.pt"), model)  # every rank raises, none waits
+        load_model(resume_args(folder / "epoch_77.pt"), model)  # raises on every rank without a deadlock
 
 
 def load_replicated(rank: int, folder: Path) -> None:
@@ -362,7 +368,7 @@ def load_replicated(rank: int, folder: Path) -> None:
     load_optimizer(resume_args(path), replica, optimizer)
     averagers = ModelAverager(model, "ema_0.5_1")
     load_averagers(path, averagers)
-    saved = read_file(sibling(path, "ema_0.5_1"))["av_model_sd"]["embed.weight"]
+    saved = read_file(companion_path(path, "ema_0.5_1"))["av_model_sd"]["embed.weight"]
     with averagers.avgs_dict["ema_0.5_1"].applied() as averaged:
         assert torch.equal(averaged.embed.weight, saved)
     torch.testing.assert_close(train(replica, optimizer, range(3, 6)), torch.load(folder / "losses.pt"))
@@ -382,13 +388,13 @@ def test_sharded_checkpoint_loads_sharded_replicated_and_in_one_process(tmp_path
     path = tmp_path / "logs" / "run" / "checkpoints" / "epoch_1.pt"
     assert load_model(resume_args(path), model) == (1, 3, 3)
     assert load_optimizer(resume_args(path), model, optimizer)
-    assert not load_rng(str(path)), "two ranks' generators do not fit one process"
+    assert not load_rng(str(path)), "the generators of two ranks cannot be restored in one process"
     torch.testing.assert_close(train(model, optimizer, range(3, 6)), torch.load(tmp_path / "losses.pt"))
 
-    alone, alone_optimizer = build(0)
-    train(alone, alone_optimizer, range(3))
+    single, single_optimizer = build(0)
+    train(single, single_optimizer, range(3))
     for name, value in read_file(path)["state_dict"].items():
-        torch.testing.assert_close(value, alone.state_dict()[name], rtol=1e-5, atol=1e-6)
-    assert os.path.getsize(path) < 12_000, "views of padded shards are not written whole"
+        torch.testing.assert_close(value, single.state_dict()[name], rtol=1e-5, atol=1e-6)
+    assert os.path.getsize(path) < 12_000, "the padding of shards is not written"
     replicated = tmp_path / "replicated" / "run" / "checkpoints" / "epoch_1.pt"
     assert list(read_file(replicated)["state_dict"]) == list(model.state_dict())

@@ -1,5 +1,7 @@
-"""A run that goes on with other numbers of ranks and workers trains on each sequence of the plan once, in its order,
-and in any other layout from the same weights."""
+"""Test runs that resume with another number of ranks or workers, or in another layout.
+
+Each sequence of the data order is trained on once, in order, and the weights are the same in every layout.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import SEQ_LEN, VOCAB_SIZE, places, sequence, write_source
-from elastic_worker import ALONE, JOBS, OPTIMIZERS, Run, do_jobs
+from elastic_worker import JOBS, OPTIMIZERS, SINGLE, Run, do_jobs
 from recording_worker import recording
 from sharded_helpers import on_ranks
 
@@ -38,7 +40,7 @@ def flags(tmp_path: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def planned(flags: list[str]) -> Batches:
+def expected_batches(flags: list[str]) -> Batches:
     """Return the sequences of each step from the data order."""
     start = flags.index("--dataset-manifest")
     sources = find_sources(DataConfig(dataset_manifest=flags[start + 1 : start + 3]))
@@ -48,8 +50,8 @@ def planned(flags: list[str]) -> Batches:
     return {step: sorted(rows[step * BATCH : (step + 1) * BATCH]) for step in range(STEPS)}
 
 
-def consumed(folder: Path) -> Batches:
-    """What all ranks together have trained on in each step."""
+def recorded_batches(folder: Path) -> Batches:
+    """Return the sequences that all ranks together trained on in each step."""
     batches: Batches = {}
     for path in folder.iterdir():
         for line in map(json.loads, path.read_text().splitlines()):
@@ -62,34 +64,35 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
 
 
-def test_ranks_and_workers_come_and_go(
+def test_resuming_with_other_numbers_of_ranks_and_workers(
     flags: list[str], tmp_path: Path, torchrun: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(HELPERS))
-    monkeypatch.chdir(tmp_path)  # where torchrun works: its own --logs-specs takes a --logs for itself
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole.mkdir()
-    parts.mkdir()
-    with recording(whole, 0):
-        main([*flags, "--name", "whole", "--workers", "0"])
-    going_on = [*flags, "--name", "parts", "--resume", "latest"]
-    with recording(parts, 3):
-        main([*going_on, "--workers", "1"])
-    torchrun(2, "recording_worker", str(parts), "5", *going_on, "--workers", "2", "--fsdp")
-    torchrun(4, "recording_worker", str(parts), "8", *going_on, "--workers", "1")
-    with recording(parts, 0):
-        main([*going_on, "--workers", "0"])
-    expected = planned(flags)
-    assert consumed(whole) == expected
-    assert consumed(parts) == expected
+    # Use the default --logs folder, because torchrun would parse --logs as an abbreviation of its --logs-specs.
+    monkeypatch.chdir(tmp_path)
+    continuous, resumed = tmp_path / "continuous", tmp_path / "resumed"
+    continuous.mkdir()
+    resumed.mkdir()
+    with recording(continuous, 0):
+        main([*flags, "--name", "continuous", "--workers", "0"])
+    resume_flags = [*flags, "--name", "resumed", "--resume", "latest"]
+    with recording(resumed, 3):
+        main([*resume_flags, "--workers", "1"])
+    torchrun(2, "recording_worker", str(resumed), "5", *resume_flags, "--workers", "2", "--fsdp")
+    torchrun(4, "recording_worker", str(resumed), "8", *resume_flags, "--workers", "1")
+    with recording(resumed, 0):
+        main([*resume_flags, "--workers", "0"])
+    expected = expected_batches(flags)
+    assert recorded_batches(continuous) == expected
+    assert recorded_batches(resumed) == expected
     rows = [row for batch in expected.values() for row in batch]
-    assert len(rows) == len(set(rows)) == 40, "one pass over both sources holds each sequence once"
-    ours, theirs = losses(tmp_path / "logs/parts"), losses(tmp_path / "logs/whole")
-    assert [step for step, _ in ours] == list(range(1, STEPS + 1))
-    assert [loss for _, loss in ours] == pytest.approx([loss for _, loss in theirs], abs=1e-5)
+    assert len(rows) == len(set(rows)) == 40, "one pass over both sources has each sequence once"
+    resumed_losses, expected_losses = losses(tmp_path / "logs/resumed"), losses(tmp_path / "logs/continuous")
+    assert [step for step, _ in resumed_losses] == list(range(1, STEPS + 1))
+    assert [loss for _, loss in resumed_losses] == pytest.approx([loss for _, loss in expected_losses], abs=1e-5)
 
 
-def test_any_layout_goes_on_from_any_other(tmp_path: Path) -> None:
+def test_any_layout_resumes_from_any_other(tmp_path: Path) -> None:
     for optimizer in OPTIMIZERS:
         (tmp_path / optimizer).mkdir()
     on_ranks(do_jobs, tmp_path, 4)
@@ -97,9 +100,9 @@ def test_any_layout_goes_on_from_any_other(tmp_path: Path) -> None:
     do_jobs(0, tmp_path)
     on_ranks(do_jobs, tmp_path, 8)
     for optimizer in OPTIMIZERS:
-        expected = Run(ALONE, optimizer, seed=1).train(range(6))
+        expected = Run(SINGLE, optimizer, seed=1).train(range(6))
         for ranks, jobs in JOBS.items():
-            for job, found in zip(jobs, torch.load(tmp_path / optimizer / f"losses_{ranks}.pt"), strict=True):
-                wanted = expected[job.steps.start : job.steps.stop]
-                assert found == pytest.approx(wanted, abs=1e-5), (optimizer, ranks, job)
-        Run(ALONE, optimizer, seed=3).load(tmp_path / optimizer / "eight")
+            for job, job_losses in zip(jobs, torch.load(tmp_path / optimizer / f"losses_{ranks}.pt"), strict=True):
+                expected_losses = expected[job.steps.start : job.steps.stop]
+                assert job_losses == pytest.approx(expected_losses, abs=1e-5), (optimizer, ranks, job)
+        Run(SINGLE, optimizer, seed=3).load(tmp_path / optimizer / "eight")

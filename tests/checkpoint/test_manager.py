@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are written, in which forms, which stay, and what a broken store or disk leaves."""
+"""Test which checkpoints a run writes, in which formats, which it keeps, and what remains after storage errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from open_lm import storage
-from open_lm.checkpoint import CheckpointManager, Progress, candidates, read_model_state
+from open_lm.checkpoint import CheckpointManager, Progress, find_candidates, read_model_state
 from open_lm.checkpoint.folders import INCOMPLETE, INDEX, step_folder
 from open_lm.checkpoint.sharded import TrainingState, load
 from open_lm.config.sections import CheckpointConfig, LoggingConfig
@@ -22,7 +22,7 @@ from open_lm.optim.averaging import ModelAverager
 
 
 class Run:
-    """A model that changes with every step, saved as the trainer does it."""
+    """A model that changes with every step, saved like the trainer does."""
 
     def __init__(self, folder: Path, epochs: int = 3, checkpoint_dir: str | None = None, **flags: Any) -> None:
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ class Run:
         return {url.removeprefix(root).split("/")[0] for url in storage.list_files(root, recursive=True)}
 
     def newest(self) -> str:
-        return candidates(self.cfg, LoggingConfig(), self.paths)[0].url
+        return find_candidates(self.cfg, LoggingConfig(), self.paths)[0].url
 
 
 STEP = {step: step_folder(step) for step in (2, 4, 5, 6, 8, 10, 12)}
@@ -66,12 +66,12 @@ def interchange(*epochs: int | str) -> set[str]:
     return {f"{kind}_{epoch}.pt" for epoch in epochs for kind in COMPANIONS}
 
 
-def test_both_forms_at_the_end_of_epochs_and_shards_in_between(tmp_path: Path) -> None:
+def test_both_formats_at_the_end_of_epochs_and_sharded_in_between(tmp_path: Path) -> None:
     run = Run(tmp_path, save_every_n_steps=2, keep_last=2)
     for step in (2, 4):
-        assert run.manager.due(step, False)
+        assert run.manager.is_due(step, False)
         run.manager.save_step(*run.at(step))
-    assert not run.manager.due(5, False) and run.manager.due(5, True)
+    assert not run.manager.is_due(5, False) and run.manager.is_due(5, True)
     run.manager.save_epoch(*run.at(5, epoch=1))
     assert run.names() == {STEP[4], STEP[5], *interchange(1)}
     weights, meta = read_model_state(f"{run.paths.checkpoints}/epoch_1.pt")
@@ -82,7 +82,7 @@ def test_both_forms_at_the_end_of_epochs_and_shards_in_between(tmp_path: Path) -
     assert run.newest().endswith(STEP[6])
 
 
-def test_each_form_alone(tmp_path: Path) -> None:
+def test_each_format_separately(tmp_path: Path) -> None:
     sharded = Run(tmp_path / "a", checkpoint_format="sharded")
     sharded.manager.save_epoch(*sharded.at(2, epoch=1))
     assert sharded.names() == {STEP[2]}
@@ -94,7 +94,7 @@ def test_each_form_alone(tmp_path: Path) -> None:
     assert files.newest().endswith("epoch_latest.pt")
 
 
-def test_the_flags_that_say_how_many(tmp_path: Path) -> None:
+def test_flags_that_limit_the_number_of_checkpoints(tmp_path: Path) -> None:
     run = Run(tmp_path / "a", epochs=3, save_frequency=2, save_most_recent=True)
     for epoch in (1, 2, 3):
         run.manager.save_epoch(*run.at(2 * epoch, epoch))
@@ -116,14 +116,14 @@ def test_nothing_is_written_without_logs(tmp_path: Path, monkeypatch: pytest.Mon
     run = Run(Path("none"))
     run.paths = run.manager.paths = RunPaths("none", "run")
     run.manager.start()
-    assert not run.manager.due(2, True)
+    assert not run.manager.is_due(2, True)
     run.manager.save_step(*run.at(2))
     run.manager.save_epoch(*run.at(2, 1, is_final=True))
     assert run.manager.save_failed(*run.at(2)) is None and run.manager.newest() is None
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("step_*"))
 
 
-def test_a_failed_state_is_kept_apart(tmp_path: Path) -> None:
+def test_a_failed_state_is_saved_to_a_separate_folder(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.manager.save_step(*run.at(2))
     folder = run.manager.save_failed(*run.at(4))
@@ -132,7 +132,7 @@ def test_a_failed_state_is_kept_apart(tmp_path: Path) -> None:
     assert run.newest().endswith(STEP[2])
 
 
-def test_checkpoints_lie_in_a_bucket(tmp_path: Path, s3_bucket: str) -> None:
+def test_checkpoints_in_a_bucket(tmp_path: Path, s3_bucket: str) -> None:
     run = Run(tmp_path, checkpoint_dir=f"s3://{s3_bucket}/here", keep_last=1)
     for step in (2, 4):
         run.manager.save_step(*run.at(step))
@@ -146,35 +146,37 @@ def test_checkpoints_lie_in_a_bucket(tmp_path: Path, s3_bucket: str) -> None:
     assert extra["progress"]["step"] == 6 and torch.equal(other.model.weight, run.model.weight)
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unfinished_checkpoints_of_a_killed_run_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = Run(tmp_path)
     run.manager.save_step(*run.at(2))
     run.manager.finish()
-    torn, copied = f"{run.paths.checkpoints}/{STEP[4]}{INCOMPLETE}", f"{run.paths.checkpoints}/{STEP[6]}"
-    for folder in (torn, copied):
+    incomplete, no_index = f"{run.paths.checkpoints}/{STEP[4]}{INCOMPLETE}", f"{run.paths.checkpoints}/{STEP[6]}"
+    for folder in (incomplete, no_index):
         storage.write_bytes(f"{folder}/rank_00000.bin", b"half")
     with caplog.at_level(logging.INFO):
         run.manager.start()
     assert run.names() == {STEP[2]}
-    assert torn in caplog.text and copied in caplog.text
+    assert incomplete in caplog.text and no_index in caplog.text
 
 
-def test_a_lost_store_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_a_failed_save_names_the_folder_and_keeps_the_others(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.manager.save_step(*run.at(2))
     run.manager.finish()
-    place = Path(run.paths.checkpoints)
-    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
-    (place / (STEP[4] + INCOMPLETE)).write_text("a file stands where the folder is to be")
+    folder = Path(run.paths.checkpoints)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / (STEP[4] + INCOMPLETE)).write_text("a file with the name of the folder")
     run.manager.save_step(*run.at(4))
     with pytest.raises(StorageError, match=STEP[4]):
         run.manager.finish()
-    run.manager.check()  # told once
+    run.manager.check()  # the error is raised only once
     assert all(path.read_bytes() == content for path, content in before.items())
     assert run.newest().endswith(STEP[2])
 
 
-def test_superseded_ones_go_only_when_the_next_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_superseded_checkpoints_are_kept_until_the_next_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run(tmp_path, keep_last=1)
     run.manager.save_step(*run.at(2))
     run.manager.finish()
@@ -189,12 +191,12 @@ def test_superseded_ones_go_only_when_the_next_is_complete(tmp_path: Path, monke
     assert {path.name for path in Path(run.paths.checkpoints).iterdir()} == {STEP[2], STEP[4]}
 
 
-def test_a_state_is_saved_once_at_a_step(tmp_path: Path) -> None:
+def test_a_step_is_saved_only_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.manager.save_step(*run.at(2))
     run.manager.finish()
     index = Path(run.paths.checkpoints) / STEP[2] / INDEX
-    written = index.stat().st_mtime_ns
+    mtime_ns = index.stat().st_mtime_ns
     run.manager.save_step(*run.at(2), wait=True)
-    assert index.stat().st_mtime_ns == written
+    assert index.stat().st_mtime_ns == mtime_ns
     assert json.loads(index.read_bytes())["step"] == 2

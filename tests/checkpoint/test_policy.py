@@ -1,4 +1,4 @@
-"""When checkpoints are due, which are kept, and the folders they lie in."""
+"""Test when checkpoints are due, which ones are kept, and the functions for their folders."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from open_lm.checkpoint.folders import (
     step_folder,
     step_folders,
     step_number,
-    unfinished,
+    unfinished_folders,
 )
 from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
 from open_lm.config.sections import CheckpointConfig
 
 
-def test_what_is_due_by_the_number_of_the_step() -> None:
+def test_due_steps() -> None:
     cfg = CheckpointConfig(save_every_n_steps=10, save_milestone_every=25)
     assert [step for step in range(1, 61) if due_after_step(cfg, step)] == [10, 20, 25, 30, 40, 50, 60]
     assert not any(due_after_step(CheckpointConfig(), step) for step in range(1, 100))
 
 
-def test_what_is_due_at_the_end_of_an_epoch() -> None:
+def test_due_epochs() -> None:
     every_third = CheckpointConfig(save_frequency=3)
     assert [epoch for epoch in range(1, 9) if due_after_epoch(every_third, epoch, epoch == 8)] == [3, 6, 8]
     only_last = CheckpointConfig(save_frequency=0)
@@ -36,7 +36,7 @@ def test_what_is_due_at_the_end_of_an_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "steps", "newest", "gone"),
+    ("flags", "steps", "newest", "removed"),
     [
         ({"keep_last": 2}, [10, 20, 30, 40], 40, [10, 20]),
         ({"keep_last": 2}, [10, 20, 30], 40, [10, 20]),
@@ -44,47 +44,47 @@ def test_what_is_due_at_the_end_of_an_epoch() -> None:
         ({"keep_last": 2, "save_milestone_every": 20}, [20, 40, 60], 60, []),
         ({"keep_last": 0}, [10, 20, 30, 40], 40, []),
         ({"keep_last": 3, "delete_previous_checkpoint": True}, [10, 20, 30], 30, [10, 20]),
-        ({"keep_last": 3}, [10, 20, 50, 60], 20, [50, 60]),  # the run went back from 60 to 10
+        ({"keep_last": 3}, [10, 20, 50, 60], 20, [50, 60]),  # the run rolled back from 60 to 10
         ({"keep_last": 3, "save_milestone_every": 50}, [10, 50], 20, [50]),
     ],
 )
-def test_what_goes(flags: dict[str, int], steps: list[int], newest: int, gone: list[int]) -> None:
-    assert sorted(superseded(CheckpointConfig(**flags), steps, newest)) == gone
+def test_superseded_steps(flags: dict[str, int], steps: list[int], newest: int, removed: list[int]) -> None:
+    assert sorted(superseded(CheckpointConfig(**flags), steps, newest)) == removed
 
 
 @given(st.sets(st.integers(1, 500)), st.integers(1, 500), st.integers(0, 4), st.integers(0, 50), st.booleans())
-def test_the_newest_never_goes(steps: set[int], newest: int, keep: int, milestone: int, delete: bool) -> None:
+def test_the_newest_is_never_superseded(steps: set[int], newest: int, keep: int, milestone: int, delete: bool) -> None:
     cfg = CheckpointConfig(keep_last=keep, save_milestone_every=milestone, delete_previous_checkpoint=delete)
-    gone = superseded(cfg, steps, newest)
-    assert newest not in gone
-    assert set(gone) <= steps
-    left = {step for step in steps | {newest} if step not in gone}
-    assert max(left) == newest
-    assert not keep or delete or len(left) >= min(keep, sum(step <= newest for step in steps | {newest}))
+    removed = superseded(cfg, steps, newest)
+    assert newest not in removed
+    assert set(removed) <= steps
+    remaining = {step for step in steps | {newest} if step not in removed}
+    assert max(remaining) == newest
+    assert not keep or delete or len(remaining) >= min(keep, sum(step <= newest for step in steps | {newest}))
 
 
-def test_folders_are_found_and_removed(tmp_path: Path) -> None:
+def test_local_folders_are_listed_and_removed(tmp_path: Path) -> None:
     check_folders(str(tmp_path))
 
 
-def test_folders_of_a_bucket(s3_bucket: str) -> None:
+def test_folders_in_a_bucket_are_listed_and_removed(s3_bucket: str) -> None:
     check_folders(f"s3://{s3_bucket}/run/checkpoints")
 
 
 def check_folders(root: str) -> None:
-    assert step_folders(root) == {} and unfinished(root) == []
+    assert step_folders(root) == {} and unfinished_folders(root) == []
     for name in (step_folder(5), step_folder(123456789), "step_7", step_folder(3) + INCOMPLETE, "stepping_2", "other"):
         storage.write_bytes(storage.join(root, name, "rank_00000.bin"), b"data")
     storage.write_bytes(storage.join(root, "epoch_1.pt"), b"data")
     for step in (5, 123456789):
         storage.write_bytes(storage.join(root, step_folder(step), INDEX), b"{}")
-    found = step_folders(root)
-    assert list(found) == [5, 7, 123456789]
-    assert [step_number(url + "/") for url in found.values()] == list(found)
-    left = [storage.join(root, step_folder(3) + INCOMPLETE), storage.join(root, "step_7")]
-    assert sorted(unfinished(root)) == sorted(left)
-    for url in left:
+    folders = step_folders(root)
+    assert list(folders) == [5, 7, 123456789]
+    assert [step_number(url + "/") for url in folders.values()] == list(folders)
+    unfinished = [storage.join(root, step_folder(3) + INCOMPLETE), storage.join(root, "step_7")]
+    assert sorted(unfinished_folders(root)) == sorted(unfinished)
+    for url in unfinished:
         remove_folder(url)
-    remove_folder(storage.join(root, "not there"))
-    assert unfinished(root) == [] and list(step_folders(root)) == [5, 123456789]
+    remove_folder(storage.join(root, "missing"))
+    assert unfinished_folders(root) == [] and list(step_folders(root)) == [5, 123456789]
     assert storage.exists(storage.join(root, "other", "rank_00000.bin"))

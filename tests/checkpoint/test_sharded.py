@@ -1,4 +1,4 @@
-"""Sharded checkpoints: any layout to any other bit for bit, in the background, over S3, and what breaks on the way."""
+"""Test sharded checkpoints: loading in any layout bit for bit, background saves, S3, and broken files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from faulty_proxy import FaultyProxy, Rule
-from sharded_helpers import assert_equal, build, on_ranks, train, whole_state
+from sharded_helpers import assert_equal, build, full_state, on_ranks, train
 from torch import nn
 
 from open_lm import storage
@@ -30,7 +30,7 @@ from open_lm.checkpoint.sharded import (
     ShardedWriter,
     StoredTensors,
     TrainingState,
-    incompleteness,
+    incomplete_reason,
     load,
     load_weights,
 )
@@ -48,52 +48,52 @@ def save(state: TrainingState, folder: Path | str, step: int = 3) -> ShardedWrit
 
 
 def trained(seed: int = 0, steps: int = 3, **changes: Any) -> TrainingState:
-    state = build("alone", seed, **changes)
+    state = build("single", seed, **changes)
     train(state, range(steps))
     return state
 
 
 # ---------------------------------------------------------------------------------------------- several ranks
 def two_ranks(rank: int, folder: Path) -> None:
-    """From one process to DDP and FSDP; on with both."""
-    expected = torch.load(folder / "alone.pt")
+    """Load a checkpoint of one process with DDP and FSDP, train, and save with both."""
+    expected = torch.load(folder / "single.pt")
     read: list[tuple[str, int]] = []
     read_chunks = tensor_store.read_chunks
 
-    def counting(folder: str, wanted: Any) -> Any:
-        read.extend((name, chunk.length) for name, _, chunk in wanted)
-        return read_chunks(folder, wanted)
+    def record_chunks(folder: str, requests: Any) -> Any:
+        read.extend((name, chunk.length) for name, _, chunk in requests)
+        return read_chunks(folder, requests)
 
-    tensor_store.read_chunks, staging.CHUNK_BYTES, staging._BLOCK_BYTES = counting, 100, 512
+    tensor_store.read_chunks, staging.CHUNK_BYTES, staging._BLOCK_BYTES = record_chunks, 100, 512
     for kind in ("ddp", "fsdp"):
         state = build(kind, 50 + rank)
-        assert load(state, str(folder / "alone"))["said"] == "by one"
-        assert_equal(whole_state(state), expected)
+        assert load(state, str(folder / "single"))["saved_by"] == "single"
+        assert_equal(full_state(state), expected)
         torch.testing.assert_close(train(state, range(3, 5)), torch.load(folder / "losses.pt"))
-        state.extra = {"said": f"by {rank}"}
+        state.extra = {"saved_by": f"rank {rank}"}
         torch.manual_seed(100 + rank)
         writer = save(state, folder / kind)
         drawn = torch.randn(3)
-        saved = whole_state(state)
+        saved = full_state(state)
         read.clear()
         load(state, str(folder / kind))
-        assert torch.equal(torch.randn(3), drawn), "each rank's own generator continues"
+        assert torch.equal(torch.randn(3), drawn), "each rank's generator continues"
         if rank == 0:
             torch.save(saved, folder / f"{kind}.pt")
         index = StoredTensors(str(folder / kind))._index
-        kept = [chunk for name in saved if name not in index.aliases for chunk in index.tensors[name].chunks]
-        total = sum(chunk.length for chunk in kept)
+        chunks = [chunk for name in saved if name not in index.aliases for chunk in index.tensors[name].chunks]
+        total = sum(chunk.length for chunk in chunks)
         for number in range(2):
-            share = sum(chunk.length for chunk in kept if chunk.file.startswith(f"rank_{number:05d}_"))
-            assert 0.4 * total < share < 0.6 * total, "no rank writes, or holds a copy of, more than its part"
-        assert writer.host_bytes < 0.6 * total + 40_000, "and its generators (20 kB), in blocks"
+            rank_bytes = sum(chunk.length for chunk in chunks if chunk.file.startswith(f"rank_{number:05d}_"))
+            assert 0.4 * total < rank_bytes < 0.6 * total, "each rank writes about half"
+        assert writer.host_bytes < 0.6 * total + 40_000, "host memory for half, and for the generators (20 kB)"
         if kind == "fsdp":
             assert 0.4 * total < sum(length for name, length in read if name in saved) < 0.6 * total
     failing_ranks(rank, folder, state)
 
 
 def failing_ranks(rank: int, folder: Path, state: TrainingState) -> None:
-    """An error of one rank is raised on all; the checkpoint before stays, and the next save works."""
+    """Check that an error of one rank is raised on all, keeps the previous checkpoint, and the next save works."""
     writer, write = ShardedWriter(), storage.atomic_write
 
     def broken(url: str, mode: str = "wb") -> Any:
@@ -107,64 +107,65 @@ def failing_ranks(rank: int, folder: Path, state: TrainingState) -> None:
         writer.wait()
     storage.atomic_write = write
     assert not (folder / "failed").exists() and not (folder / "failed.incomplete").exists()
-    assert incompleteness(str(folder / "fsdp")) is None
+    assert incomplete_reason(str(folder / "fsdp")) is None
     called = []
-    writer.save(state, str(folder / "failed"), 9, then=lambda: called.append(rank), wait=True)
+    writer.save(state, str(folder / "failed"), 9, on_complete=lambda: called.append(rank), wait=True)
     assert called == ([0] if rank == 0 else [])
     dist.barrier()
     if rank == 0:
         flip(folder / "failed" / "rank_00001_000.bin", 10)
     dist.barrier()
-    for wanted in (lambda: load(state, str(folder / "failed")), lambda: load(state, str(folder / "nothing"))):
+    for load_broken in (lambda: load(state, str(folder / "failed")), lambda: load(state, str(folder / "missing"))):
         with pytest.raises(CheckpointError, match=r"rank_00001|no complete checkpoint"):
-            wanted()  # every rank raises, none waits
+            load_broken()  # raises on every rank without a deadlock
 
 
 def four_ranks(rank: int, folder: Path) -> None:
-    """From two to four, of every kind to every other."""
+    """Load the checkpoints of two ranks with four, in other layouts."""
     for kind, before in (("hybrid", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp")):
         state = build(kind, 70 + rank)
         torch.manual_seed(5)
         load(state, str(folder / before))
-        assert torch.equal(torch.randn(2), torch.randn(2, generator=torch.Generator().manual_seed(5))), "not theirs"
-        assert_equal(whole_state(state), torch.load(folder / f"{before}.pt"))
+        expected = torch.randn(2, generator=torch.Generator().manual_seed(5))
+        assert torch.equal(torch.randn(2), expected), "generators of another world size are not restored"
+        assert_equal(full_state(state), torch.load(folder / f"{before}.pt"))
         save(state, folder / f"{kind}4")
     stored = StoredTensors(str(folder / "hybrid4"))
     name = "model/layers.0.in_proj.weight"
-    assert sorted(c.sizes for c in stored._index.tensors[name].chunks) == [(5, 6), (6, 6)], "two halves, each once"
+    assert sorted(c.sizes for c in stored._index.tensors[name].chunks) == [(5, 6), (6, 6)], "each half is stored once"
     assert {c.file for c in stored._index.tensors[name].chunks} <= set(stored._index.files)
     assert len(stored._index.files) == 4
 
 
 def test_one_process_to_two_ranks_to_four_and_back_bit_for_bit(tmp_path: Path) -> None:
     state = trained()
-    state.extra = {"said": "by one"}
-    save(state, tmp_path / "alone")
-    torch.save(whole_state(state), tmp_path / "alone.pt")
+    state.extra = {"saved_by": "single"}
+    save(state, tmp_path / "single")
+    torch.save(full_state(state), tmp_path / "single.pt")
     torch.save(train(state, range(3, 5)), tmp_path / "losses.pt")
     on_ranks(two_ranks, tmp_path, 2)
     on_ranks(four_ranks, tmp_path, 4)
     for kind, before in (("hybrid4", "fsdp"), ("fsdp4", "ddp"), ("ddp4", "fsdp")):
-        alone = build("alone", 9)
-        load(alone, str(tmp_path / kind))
+        single = build("single", 9)
+        load(single, str(tmp_path / kind))
         expected = torch.load(tmp_path / f"{before}.pt")
-        assert_equal(whole_state(alone), expected)
+        assert_equal(full_state(single), expected)
         stored = StoredTensors(str(tmp_path / kind))
-        assert stored.names("model/") == [f"model/{name}" for name in alone.model.state_dict()], "the model's order"
+        assert stored.names("model/") == [f"model/{name}" for name in single.model.state_dict()], "the model's order"
         for name in expected:
             assert torch.equal(stored.read(name), expected[name])
-    assert StoredTensors(str(tmp_path / "ddp")).extra["said"] == "by 0"
+    assert StoredTensors(str(tmp_path / "ddp")).extra["saved_by"] == "rank 0"
 
 
 # ---------------------------------------------------------------------------------------------- one process
-def test_random_generators_and_extra_come_back(tmp_path: Path) -> None:
+def test_random_generators_and_extra_are_restored(tmp_path: Path) -> None:
     state = trained()
     state.extra = {"progress": {"metrics": [np.float32(0.5)], "tuple": (1, 2)}, "lowest": float("-inf")}
 
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.normal(), torch.randn(1).item()]
 
-    draw()  # an odd number of normal draws: one is held back for the next
+    draw()  # after an odd number of normal draws, the generator has cached one for the next draw
     save(state, tmp_path / "step")
     expected = draw()
     extra = load(state, str(tmp_path / "step"))
@@ -173,31 +174,31 @@ def test_random_generators_and_extra_come_back(tmp_path: Path) -> None:
     assert extra["param_groups"][0]["params"][0] == "embed.weight"
 
 
-def test_only_moments_and_steps_are_loaded_and_no_parameter_is_touched(tmp_path: Path) -> None:
+def test_hyperparameters_are_kept_and_weights_can_be_loaded_separately(tmp_path: Path) -> None:
     state = trained()
     save(state, tmp_path / "trained")
-    fresh = build("alone", 4)
+    fresh = build("single", 4)
     fresh.optimizer.param_groups[0]["lr"] = 0.5
     save(fresh, tmp_path / "fresh")
     assert StoredTensors(str(tmp_path / "fresh")).names("optimizer/") == []
 
     load(fresh, str(tmp_path / "trained"))
-    assert fresh.optimizer.param_groups[0]["lr"] == 0.5, "the flags of the run decide"
-    assert_equal(whole_state(fresh), whole_state(state))
+    assert fresh.optimizer.param_groups[0]["lr"] == 0.5, "the run's flags apply"
+    assert_equal(full_state(fresh), full_state(state))
     load(state, str(tmp_path / "fresh"))
-    assert not state.optimizer.state, "as before the first step"
+    assert not state.optimizer.state, "no moments, as before the first step"
 
-    weights = build("alone", 8)
-    kept = whole_state(weights)
+    weights = build("single", 8)
+    before = full_state(weights)
     load_weights(weights.model, str(tmp_path / "trained"))
-    found = whole_state(weights)
-    assert torch.equal(found["model/embed.weight"], whole_state(fresh)["model/embed.weight"])
-    assert_equal(*({n: v for n, v in s.items() if n.startswith("averager")} for s in (found, kept)))
+    after = full_state(weights)
+    assert torch.equal(after["model/embed.weight"], full_state(fresh)["model/embed.weight"])
+    assert_equal(*({n: v for n, v in s.items() if n.startswith("averager")} for s in (after, before)))
 
 
-def test_loading_allocates_moments_without_a_step_and_scalars_where_torch_keeps_them(tmp_path: Path) -> None:
+def test_loading_allocates_moments_without_an_optimizer_step(tmp_path: Path) -> None:
     save(trained(), tmp_path / "step")
-    state = build("alone", 1)
+    state = build("single", 1)
     state.optimizer = torch.optim.AdamW(state.model.parameters(), foreach=True)
     state.optimizer.step = None  # any call would fail
     load(state, str(tmp_path / "step"))
@@ -213,7 +214,7 @@ class Kinds(nn.Module):
             self.register_buffer(f"of_{kind}", values.to(getattr(torch, kind)))
         self.register_buffer("scalar", torch.randn((), generator=draw))
         self.register_buffer("empty", torch.empty(0, 4))
-        self.register_buffer("across", torch.randn(4, 3, generator=draw).T)  # not contiguous
+        self.register_buffer("transposed", torch.randn(4, 3, generator=draw).T)  # not contiguous
         self.register_buffer("odd", torch.randint(0, 99, (3,), dtype=torch.uint8, generator=draw))
         self.register_buffer("nan", torch.tensor([float("nan"), -0.0, float("inf")], dtype=torch.float64))
 
@@ -224,25 +225,25 @@ def test_every_dtype_scalars_empty_and_transposed_tensors(tmp_path: Path) -> Non
     load_weights(target, str(tmp_path / "step"))
     stored = StoredTensors(str(tmp_path / "step"))
     for name, value in model.state_dict().items():
-        for found in (target.state_dict()[name], stored.read(f"model/{name}")):
-            assert found.dtype == value.dtype and found.shape == value.shape
-            assert bits(found) == bits(value), name
+        for loaded in (target.state_dict()[name], stored.read(f"model/{name}")):
+            assert loaded.dtype == value.dtype and loaded.shape == value.shape
+            assert as_bytes(loaded) == as_bytes(value), name
 
 
-def bits(tensor: torch.Tensor) -> list[int]:
+def as_bytes(tensor: torch.Tensor) -> list[int]:
     return tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
-def test_large_tensors_lie_in_chunks_and_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_are_split_into_chunks_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "CHUNK_BYTES", 100)
     monkeypatch.setattr(staging, "_BLOCK_BYTES", 256)
     monkeypatch.setattr(tensor_store, "FILE_BYTES", 1000)
-    model = nn.Linear(7, 40)  # 28 bytes a row: three rows a chunk
+    model = nn.Linear(7, 40)  # 28 bytes per row, so three rows per chunk
     writer = ShardedWriter()
     writer.save(TrainingState(model), str(tmp_path / "step"), 1, wait=True)
-    held = writer.host_bytes
+    host_bytes = writer.host_bytes
     writer.save(TrainingState(model), str(tmp_path / "step"), 1, wait=True)
-    assert writer.host_bytes == held, "memory is used again"
+    assert writer.host_bytes == host_bytes, "host memory is reused"
     stored = StoredTensors(str(tmp_path / "step"))
     assert [offsets for offsets, _ in stored.chunks("model/weight")] == [(row, 0) for row in range(0, 40, 3)]
     assert torch.equal(stored.read("model/weight"), model.weight)
@@ -252,7 +253,7 @@ def test_large_tensors_lie_in_chunks_and_several_files(tmp_path: Path, monkeypat
     assert torch.equal(other.weight, model.weight) and torch.equal(other.bias, model.bias)
 
 
-def test_tied_weights_are_stored_once_and_fit_untied_models_and_back(tmp_path: Path) -> None:
+def test_tied_weights_are_stored_once_and_load_into_untied_models(tmp_path: Path) -> None:
     tied, untied = trained(), trained(tied=False)
     save(tied, tmp_path / "tied")
     save(untied, tmp_path / "untied")
@@ -264,21 +265,21 @@ def test_tied_weights_are_stored_once_and_fit_untied_models_and_back(tmp_path: P
     assert torch.equal(untied.model.embed.weight, tied.model.embed.weight)
 
 
-def test_all_misfits_are_named_before_anything_changes(tmp_path: Path) -> None:
+def test_all_mismatches_are_reported_before_anything_changes(tmp_path: Path) -> None:
     save(trained(layers=3), tmp_path / "deep")
-    state = build("alone", 1)
-    before = whole_state(state)
+    state = build("single", 1)
+    before = full_state(state)
     with pytest.raises(CheckpointError, match=r"does not fit the model.*not in the model \(5\): layers.2.gain"):
         load(state, str(tmp_path / "deep"))
-    assert_equal(whole_state(state), before)
-    with pytest.raises(CheckpointError, match=r"missing from the checkpoint \(2\)"):
+    assert_equal(full_state(state), before)
+    with pytest.raises(CheckpointError, match=r"missing in the checkpoint \(2\)"):
         save(TrainingState(nn.Linear(3, 2)), tmp_path / "linear")
         load_weights(nn.Sequential(nn.Linear(3, 2)), str(tmp_path / "linear"))
-    with pytest.raises(CheckpointError, match=r"weight is \(2, 3\), the model's \(2, 4\)"):
+    with pytest.raises(CheckpointError, match=r"weight: found \(2, 3\), the model has \(2, 4\)"):
         load_weights(nn.Linear(4, 2), str(tmp_path / "linear"))
 
 
-def test_an_averager_that_the_checkpoint_lacks_starts_from_the_loaded_weights(
+def test_an_averager_missing_in_the_checkpoint_restarts_from_the_loaded_weights(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = trained()
@@ -292,7 +293,7 @@ def test_an_averager_that_the_checkpoint_lacks_starts_from_the_loaded_weights(
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_torchs_own_save_and_load_use_the_store(tmp_path: Path) -> None:
+def test_torch_distributed_checkpoint_works_with_the_writer_and_reader(tmp_path: Path) -> None:
     from torch.distributed import checkpoint as dcp
 
     model, folder = nn.Linear(3, 5), str(tmp_path / "step")
@@ -300,15 +301,15 @@ def test_torchs_own_save_and_load_use_the_store(tmp_path: Path) -> None:
     writer = tensor_store.TensorWriter(folder, 7, {"a": 1})
     dcp.save(dict(model.state_dict()), storage_writer=writer, planner=planner)
     other = nn.Linear(3, 5)
-    plan = dcp.DefaultLoadPlanner(flatten_state_dict=False)
-    dcp.load(dict(other.state_dict()), storage_reader=tensor_store.TensorReader(folder), planner=plan)
+    load_planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    dcp.load(dict(other.state_dict()), storage_reader=tensor_store.TensorReader(folder), planner=load_planner)
     assert torch.equal(other.weight, model.weight) and StoredTensors(folder).step == 7
     with pytest.raises(dcp.CheckpointException, match="only tensors"):
         dcp.save({"a": object()}, storage_writer=tensor_store.TensorWriter(folder, 8, {}), planner=planner)
     assert StoredTensors(folder).step == 7
 
 
-def test_the_benchmark_shows_every_way() -> None:
+def test_the_benchmark_reports_every_method() -> None:
     script = Path(__file__).parents[2] / "scripts" / "bench_checkpoint.py"
     command = [sys.executable, str(script), "--model", "open_lm_test_tiny", "--rounds", "1"]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
@@ -319,94 +320,98 @@ def test_the_benchmark_shows_every_way() -> None:
     assert result.stdout.count("and loaded") == 2
 
 
-# ---------------------------------------------------------------------------------------------- in the background
+# ---------------------------------------------------------------------------------------------- background saves
 @contextlib.contextmanager
-def held_back(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Background writes wait until the function is called (or the block ends)."""
-    go, write = threading.Event(), storage.atomic_write
+def paused_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Block background writes until the yielded function is called or the block ends."""
+    resumed, write = threading.Event(), storage.atomic_write
 
-    def waiting(*args: Any) -> Any:
-        assert go.wait(60)
+    def wait_and_write(*args: Any) -> Any:
+        assert resumed.wait(60)
         return write(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "atomic_write", waiting)
+        patch.setattr(storage, "atomic_write", wait_and_write)
         try:
-            yield go.set
+            yield resumed.set
         finally:
-            go.set()
+            resumed.set()
 
 
-def test_what_changes_after_save_returns_is_not_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_after_save_returns_are_not_in_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = trained()
     state.extra = {"list": [1]}
-    expected, writer, then = whole_state(state), ShardedWriter(), []
-    with held_back(monkeypatch) as go_on:
-        writer.save(state, str(tmp_path / "a"), 3, then=lambda: then.append(incompleteness(str(tmp_path / "a"))))
+    expected, writer, reasons = full_state(state), ShardedWriter(), []
+    with paused_writes(monkeypatch) as resume_writes:
+        writer.save(
+            state, str(tmp_path / "a"), 3, on_complete=lambda: reasons.append(incomplete_reason(str(tmp_path / "a")))
+        )
         writer.check()
         train(state, range(3, 6))
         state.extra["list"].append(2)
         with torch.no_grad():
             for param in state.model.parameters():
                 param.zero_()
-        assert not (tmp_path / "a").exists() and then == []
-        go_on()
-        writer.save(state, str(tmp_path / "b"), 6, wait=True)  # waits for the one before
-    assert then == [None], "called once the checkpoint was complete"
-    found = build("alone", 1)
-    assert load(found, str(tmp_path / "a"))["list"] == [1]
-    assert_equal(whole_state(found), expected)
-    assert load(found, str(tmp_path / "b"))["list"] == [1, 2]
+        assert not (tmp_path / "a").exists() and reasons == []
+        resume_writes()
+        writer.save(state, str(tmp_path / "b"), 6, wait=True)  # waits for the previous save
+    assert reasons == [None], "on_complete is called when the checkpoint is complete"
+    loaded = build("single", 1)
+    assert load(loaded, str(tmp_path / "a"))["list"] == [1]
+    assert_equal(full_state(loaded), expected)
+    assert load(loaded, str(tmp_path / "b"))["list"] == [1, 2]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert writer.last_write_s > 0 and writer.last_pause_s > 0
 
 
-def test_a_failed_save_is_told_by_check_wait_or_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_wait_and_the_next_save_raise_the_error_of_a_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state, writer = trained(), ShardedWriter()
 
-    def fails() -> None:
+    def fail() -> None:
         raise RuntimeError("lost")
 
-    monkeypatch.setattr(tensor_store, "checksum_of", lambda data: fails())
-    for ask in (writer.wait, lambda: writer.save(state, str(tmp_path / "b"), 2)):
+    monkeypatch.setattr(tensor_store, "checksum_of", lambda data: fail())
+    for raise_error in (writer.wait, lambda: writer.save(state, str(tmp_path / "b"), 2)):
         writer.save(state, str(tmp_path / "a"), 1)
         with pytest.raises(StorageError, match=r"/a: the checkpoint could not be written \(RuntimeError: lost\)"):
-            ask()
+            raise_error()
     writer.save(state, str(tmp_path / "a"), 1)
     writer._thread.join()
     with pytest.raises(StorageError, match="could not be written"):
         writer.check()
-    writer.check()  # told once
-    assert os.listdir(tmp_path) == [], "nothing half-written is left"
+    writer.check()  # the error is raised only once
+    assert os.listdir(tmp_path) == [], "partial files are removed"
     monkeypatch.undo()
-    with pytest.raises(StorageError, match=r"/a: the checkpoint is complete, but .* failed \(RuntimeError: lost\)"):
-        writer.save(state, str(tmp_path / "a"), 1, then=fails, wait=True)
-    assert incompleteness(str(tmp_path / "a")) is None, "the checkpoint was complete before"
+    with pytest.raises(StorageError, match=r"/a: the checkpoint is complete, but .* failed .*\(RuntimeError: lost\)"):
+        writer.save(state, str(tmp_path / "a"), 1, on_complete=fail, wait=True)
+    assert incomplete_reason(str(tmp_path / "a")) is None, "the checkpoint stays complete"
 
 
-def test_a_full_disk_names_it_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_names_the_file_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     state = trained()
     save(state, tmp_path / "a")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # what a file system does that has no room for more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # larger files fail like on a full disk
     try:
-        with pytest.raises(StorageError, match=r"b\.incomplete/rank_00000_000\.bin.*make room"):
+        with pytest.raises(StorageError, match=r"b\.incomplete/rank_00000_000\.bin.*free disk space"):
             save(state, tmp_path / "b")
-        with pytest.raises(StorageError, match=r"a/\w+_rank_00000_000\.bin.*make room"):
+        with pytest.raises(StorageError, match=r"a/\w+_rank_00000_000\.bin.*free disk space"):
             save(state, tmp_path / "a")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert os.listdir(tmp_path) == ["a"] and incompleteness(str(tmp_path / "a")) is None
+    assert os.listdir(tmp_path) == ["a"] and incomplete_reason(str(tmp_path / "a")) is None
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"file/c\.incomplete"):
         save(state, tmp_path / "file" / "c")
 
 
-def test_an_earlier_try_and_an_earlier_checkpoint_of_the_step_are_replaced(tmp_path: Path) -> None:
+def test_an_earlier_attempt_and_an_earlier_checkpoint_of_the_step_are_replaced(tmp_path: Path) -> None:
     state = trained()
     save(state, tmp_path / "a", step=1)
     (tmp_path / "a.incomplete").mkdir()
-    (tmp_path / "a.incomplete" / "rank_00007_000.bin").write_bytes(b"left by a killed process")
+    (tmp_path / "a.incomplete" / "rank_00007_000.bin").write_bytes(b"written by a killed process")
     save(state, tmp_path / "b", step=1)
     shutil.copytree(tmp_path / "b", tmp_path / "a.incomplete", dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "a")
@@ -429,48 +434,49 @@ def test_killed_at_every_moment_of_a_save(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- S3
-def test_s3_directly_and_again_over_an_older_one(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_to_s3_replaces_an_older_checkpoint(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, state = f"s3://{s3_bucket}/run/{step_folder(3)}", trained()
-    storage.write_bytes(f"{folder}/12345678_rank_00005_000.bin", b"of more ranks, killed")
+    storage.write_bytes(f"{folder}/12345678_rank_00005_000.bin", b"of a killed run with more ranks")
     for _ in range(2):
         train(state, range(3, 4))
         save(state, folder)
-        found = build("alone", 1)
-        load(found, folder)
-        assert_equal(whole_state(found), whole_state(state))
-        assert incompleteness(folder) is None
+        loaded = build("single", 1)
+        load(loaded, folder)
+        assert_equal(full_state(loaded), full_state(state))
+        assert incomplete_reason(folder) is None
     files = storage.list_files(folder)
     assert sorted(url.rpartition("/")[2][-18:] for url in files) == ["checkpoint.json", "rank_00000_000.bin"]
-    with monkeypatch.context() as patch:  # one of the same step that does not come to its end
-        patch.setattr(tensor_store.TensorWriter, "finish", lambda *_: storage.read_bytes(f"{folder}/gone"))
+    with monkeypatch.context() as patch:  # a save of the same step that fails at its end
+        patch.setattr(tensor_store.TensorWriter, "finish", lambda *_: storage.read_bytes(f"{folder}/missing"))
         train(state, range(5, 6))
-        with pytest.raises(StorageError, match="gone"):
+        with pytest.raises(StorageError, match="missing"):
             save(state, folder)
     assert storage.list_files(folder) == files
-    load(build("alone", 2), folder)
+    load(build("single", 2), folder)
     storage.remove(f"{folder}/checkpoint.json")
-    assert "no complete checkpoint" in str(incompleteness(folder))
+    assert "no complete checkpoint" in str(incomplete_reason(folder))
     with pytest.raises(StorageError, match=r"s3://no-such-bucket-here/a.*create it or correct the name"):
         save(state, "s3://no-such-bucket-here/a")
 
 
-def test_s3_that_breaks_off_is_tried_again(faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3_faults_are_retried(faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_errors, "_pause", lambda seconds: None)
     monkeypatch.setattr(staging, "CHUNK_BYTES", 100)
-    monkeypatch.setattr(tensor_index, "CHUNK_BYTES", 500)  # so that there are many requests to break
+    monkeypatch.setattr(tensor_index, "CHUNK_BYTES", 500)  # so that there are many requests
     monkeypatch.setattr(tensor_store, "FILE_BYTES", 6000)
     for number, kind in enumerate(("503", "reset", "reset_after")):
-        faulty_s3.rules.append(Rule(kind, times=2, skip=4 * number))  # all on one request would still be tried again
+        # Even if all faults hit the same request, there are fewer of them than attempts.
+        faulty_s3.rules.append(Rule(kind, times=2, skip=4 * number))
     faulty_s3.rules.append(Rule("truncate", method="GET", path=r"\.bin", times=2, skip=1))
     folder, state = f"s3://{faulty_s3.bucket}/run/a", trained()
     save(state, folder)
-    found = build("alone", 1)
-    load(found, folder)
-    assert_equal(whole_state(found), whole_state(state))
+    loaded = build("single", 1)
+    load(loaded, folder)
+    assert_equal(full_state(loaded), full_state(state))
     assert all(faulty_s3.injected[kind] for kind in ("503", "reset", "reset_after", "truncate"))
 
 
-def test_a_store_that_gives_nothing_is_no_broken_checkpoint(
+def test_a_failing_store_is_not_reported_as_a_broken_checkpoint(
     faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage_errors, "_pause", lambda seconds: None)
@@ -478,7 +484,7 @@ def test_a_store_that_gives_nothing_is_no_broken_checkpoint(
     save(state, folder)
     faulty_s3.rules.append(Rule("reset", method="GET", path=r"\.bin"))
     with pytest.raises(StorageError, match=r"\.bin"):
-        load(build("alone", 1), folder)
+        load(build("single", 1), folder)
 
 
 # ---------------------------------------------------------------------------------------------- broken files
@@ -496,17 +502,18 @@ def test_a_flipped_bit_in_any_chunk_names_file_and_tensor(tmp_path: Path) -> Non
     for name, tensor in stored._index.tensors.items():
         for chunk in tensor.chunks if stored.stored_name(name) == name else ():
             if chunk.length:
-                place, bit = chunk.start + rng.randrange(chunk.length), rng.randrange(8)
-                flip(path, place, bit)
-                with pytest.raises(BrokenCheckpoint, match=rf"rank_00000_000\.bin: .* hold {name}, changed"):
+                position, bit = chunk.start + rng.randrange(chunk.length), rng.randrange(8)
+                message = rf"rank_00000_000\.bin: checksum mismatch .* contain {name}: found"
+                flip(path, position, bit)
+                with pytest.raises(BrokenCheckpoint, match=message):
                     stored.read(name)
                 if name.startswith("model/layers.1"):
-                    with pytest.raises(BrokenCheckpoint, match=rf"rank_00000_000\.bin: .* hold {name}, changed"):
-                        load_weights(build("alone", 1).model, str(folder))
-                flip(path, place, bit)
+                    with pytest.raises(BrokenCheckpoint, match=message):
+                        load_weights(build("single", 1).model, str(folder))
+                flip(path, position, bit)
     lengths = {chunk: chunk.length for tensor in stored._index.tensors.values() for chunk in tensor.chunks}
-    assert sum(lengths.values()) == path.stat().st_size, "no byte without a checksum"
-    load(build("alone", 1), str(folder))
+    assert sum(lengths.values()) == path.stat().st_size, "checksums cover all bytes"
+    load(build("single", 1), str(folder))
 
 
 def test_a_flipped_bit_anywhere_in_the_index_is_found(tmp_path: Path) -> None:
@@ -517,7 +524,7 @@ def test_a_flipped_bit_anywhere_in_the_index_is_found(tmp_path: Path) -> None:
     for position in range(len(data)):
         changed = bytearray(data)
         changed[position] ^= 1 << position % 8
-        with pytest.raises(BrokenCheckpoint, match="url: is truncated or changed"):
+        with pytest.raises(BrokenCheckpoint, match="url: truncated or changed"):
             Index.from_bytes(bytes(changed), "url")
     for length in range(0, len(data), 7):
         with pytest.raises(BrokenCheckpoint):
@@ -528,24 +535,24 @@ def test_truncated_and_missing_files_are_named(tmp_path: Path) -> None:
     folder = tmp_path / "step"
     save(trained(), folder)
     path, index = folder / "rank_00000_000.bin", folder / "checkpoint.json"
-    assert incompleteness(str(folder)) is None
+    assert incomplete_reason(str(folder)) is None
     os.truncate(path, path.stat().st_size - 1)
-    assert "rank_00000_000.bin has" in str(incompleteness(str(folder)))
-    with pytest.raises(BrokenCheckpoint, match=r"000\.bin: cut short.* it holds model/embed.weight and .* more"):
-        load(build("alone", 1), str(folder))
+    assert "rank_00000_000.bin has" in str(incomplete_reason(str(folder)))
+    with pytest.raises(BrokenCheckpoint, match=r"000\.bin: truncated.* contains model/embed.weight and .* more"):
+        load(build("single", 1), str(folder))
     path.unlink()
-    assert "rank_00000_000.bin is missing" in str(incompleteness(str(folder)))
+    assert "rank_00000_000.bin is missing" in str(incomplete_reason(str(folder)))
     with pytest.raises(BrokenCheckpoint, match=r"rank_00000_000\.bin.*no such file"):
-        load(build("alone", 1), str(folder))
+        load(build("single", 1), str(folder))
     os.truncate(index, 50)
-    assert "truncated or changed" in str(incompleteness(str(folder)))
+    assert "truncated or changed" in str(incomplete_reason(str(folder)))
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        StoredTensors(str(tmp_path / "nothing"))
+        StoredTensors(str(tmp_path / "missing"))
 
 
-def test_a_later_format_asks_for_a_newer_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_format_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_index, "FORMAT", 2)
     save(TrainingState(nn.Linear(2, 2)), tmp_path / "step")
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="has format 2, expected 1; use a newer"):
+    with pytest.raises(CheckpointError, match="found format 2, expected 1; use a newer"):
         load_weights(nn.Linear(2, 2), str(tmp_path / "step"))

@@ -1,4 +1,4 @@
-"""A small model with what is hard about checkpoints, training and saving it, and processes to do so."""
+"""A small model that covers difficult cases of checkpoints, functions to train and save it, and process groups."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Layer(nn.Module):
 
 
 class Net(nn.Module):
-    """Small, with tied weights, sizes that do not divide by two, and a buffer that follows from the configuration."""
+    """A small model with tied weights, sizes that are not divisible by two, and a buffer computed from the config."""
 
     def __init__(self, tied: bool = True) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def build(seed: int, tied: bool = True) -> tuple[Net, torch.optim.Optimizer]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
-    """The same batch on every rank, so that one rank and two do the same."""
+    """Train on the same batch on every rank, so that the world size does not matter; return the losses."""
     losses = []
     for step in steps:
         ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(step))
@@ -77,11 +77,14 @@ def save(
     averagers: ModelAverager | None = None,
     scaler: Any = None,
 ) -> str:
-    """Write the interchange files of the run logs/run as a run does, from a sharded checkpoint; on all ranks alike."""
+    """Write the interchange files of the run logs/run from a sharded checkpoint, and return epoch_N.pt's path.
+
+    Collective.
+    """
     state = TrainingState(model, optimizer, scaler, averagers, {"progress": progress.to_json(), "name": "run"})
-    passing = str(logs / f"passing_{progress.epoch}")
-    ShardedWriter().save(state, passing, progress.step or 0, wait=True)
-    return run_on_master(lambda: write_interchange(StoredTensors(passing), str(logs / "run" / "checkpoints"), "run"))
+    sharded = str(logs / f"sharded_{progress.epoch}")
+    ShardedWriter().save(state, sharded, progress.step or 0, wait=True)
+    return run_on_master(lambda: write_interchange(StoredTensors(sharded), str(logs / "run" / "checkpoints"), "run"))
 
 
 def free_port() -> int:
@@ -91,6 +94,7 @@ def free_port() -> int:
 
 
 def on_ranks(worker: Callable[[int, Path], None], folder: Path, world_size: int = 2) -> None:
+    """Run worker(rank, folder) in the processes of a gloo group."""
     mp.spawn(start_rank, args=(worker, str(folder), world_size, free_port()), nprocs=world_size)
 
 
@@ -105,6 +109,7 @@ def start_rank(rank: int, worker: Callable[[int, Path], None], folder: str, worl
 
 
 def shard(model: Net) -> torch.optim.Optimizer:
+    """Shard the model with FSDP in place, and return its optimizer."""
     from torch.distributed.fsdp import fully_shard
 
     for layer in model.layers:

@@ -1,4 +1,4 @@
-"""Ranks that meet a fault; `python -m fault_worker FAULT …` under torchrun, each rank's findings in FAULT_RANK.json."""
+"""A rank with an injected fault: `python -m fault_worker FAULT FOLDER` under torchrun; writes FAULT_RANK.json."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ GLOBAL_BATCH = 4
 
 
 def build_trainer(runtime: Runtime, cfg: ParallelConfig, **changes: Any) -> Trainer:
-    """A small model on synthetic data, the same training at any number of ranks."""
+    """Build the trainer of a small model on synthetic data; training does not depend on the number of ranks."""
     layout = build_layout(runtime, cfg)
     with torch.device("meta"):
         model = Transformer(Params(**trainer_worker.SHAPE))
-    trained = parallelize(
+    parallel_model = parallelize(
         model,
         layout,
         cfg,
         device=runtime.device,
-        initialise=lambda made: init_weights(made, seed=5),
+        initialise=lambda module: init_weights(module, seed=5),
     )
     loader = build_train_loader(
         DataConfig(dataset_type="synthetic", workers=0),
@@ -55,9 +55,9 @@ def build_trainer(runtime: Runtime, cfg: ParallelConfig, **changes: Any) -> Trai
         rank=runtime.rank,
         world_size=runtime.world_size,
     )
-    optimizer = build_optimizer(trained, OptimConfig(lr=1e-2))
+    optimizer = build_optimizer(parallel_model, OptimConfig(lr=1e-2))
     settings: dict[str, Any] = {
-        "model": trained,
+        "model": parallel_model,
         "optimizer": optimizer,
         "scheduler": const_lr(optimizer, 1e-2, 2),
         "loader": loader,
@@ -72,55 +72,60 @@ def build_trainer(runtime: Runtime, cfg: ParallelConfig, **changes: Any) -> Trai
 
 
 def tensors(trainer: Trainer) -> list[torch.Tensor]:
-    """Copies of this rank's parts of parameters, moments and step counts."""
+    """Return copies of this rank's local shards of parameters, moments and step counts."""
     state = trainer.optimizer.state_dict()["state"].values()
-    found = [*trainer.model.parameters(), *(value for moments in state for value in moments.values())]
-    return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in found]
+    values = [*trainer.model.parameters(), *(value for moments in state for value in moments.values())]
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in values]
 
 
 def skip(runtime: Runtime, layout: str) -> list[bool]:
-    """A loss that is infinite on rank 1 alone, with finite gradients: [rank has skipped, nothing changed, goes on]."""
+    """Make the loss NaN on rank 1 only; return [step skipped, nothing changed, next step trains]."""
     trainer = build_trainer(runtime, trainer_worker.LAYOUTS[layout])
-    rows = trainer_worker.ROWS // runtime.world_size
-    own = slice(runtime.rank * rows, (runtime.rank + 1) * rows)
-    batches = [[part[own] for part in trainer_worker.batch(step)] for step in range(3)]
+    num_rows = trainer_worker.ROWS // runtime.world_size
+    rows = slice(runtime.rank * num_rows, (runtime.rank + 1) * num_rows)
+    batches = [[part[rows] for part in trainer_worker.batch(step)] for step in range(3)]
     train_step(trainer.model, *batches[0], trainer.optimizer, trainer.options)
     before = tensors(trainer)
 
-    def judge(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    def should_skip(loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
         return trainer._guard.should_skip(loss, norm)
 
     handle = None
     if runtime.rank == 1:
         handle = trainer.model.register_forward_hook(lambda _m, _i, out: (out[0] * math.nan, *out[1:]))
-    result = train_step(trainer.model, *batches[1], trainer.optimizer, trainer.options, should_skip=judge)
+    result = train_step(trainer.model, *batches[1], trainer.optimizer, trainer.options, should_skip=should_skip)
     if handle is not None:
         handle.remove()
-    same = all(torch.equal(a, b) for a, b in zip(before, tensors(trainer), strict=True))
-    after = train_step(trainer.model, *batches[2], trainer.optimizer, trainer.options)
+    unchanged = all(torch.equal(a, b) for a, b in zip(before, tensors(trainer), strict=True))
+    next_result = train_step(trainer.model, *batches[2], trainer.optimizer, trainer.options)
     changed = not any(torch.equal(a, b) for a, b in zip(before, tensors(trainer), strict=True) if a.numel() > 1)
-    return [bool(result.skipped), same, not after.skipped and changed]
+    return [bool(result.skipped), unchanged, not next_result.skipped and changed]
 
 
 def stop(runtime: Runtime) -> list[int]:
-    """The steps after which a signal that rank 1 gets in step 4, and rank 0's clock in step 2, are agreed upon."""
-    found: list[tuple[int, Decision]] = []
+    """Send rank 1 a signal in step 4, and let rank 0's save timer expire in step 2.
+
+    Return the steps after which all ranks decide to stop, and the negated steps after which they decide to save.
+    """
+    decisions: list[tuple[int, Decision]] = []
     now = [0.0]
     with RunControl(runtime.is_master, save_every_minutes=1, clock=lambda: now[0]) as control:
         trainer = build_trainer(runtime, ParallelConfig(), control=control)
 
-        def after_step(agreed: Decision) -> None:
-            found.append((trainer.step, agreed))
+        def after_step(decision: Decision) -> None:
+            decisions.append((trainer.step, decision))
             now[0] += 50
             if trainer.step == 4 and runtime.rank == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
         trainer.after_step = after_step
         trainer.run_epoch(0, 6)
-    return [step for step, agreed in found if agreed.stop] + [-step for step, agreed in found if agreed.save]
+    stops = [step for step, decision in decisions if decision.stop]
+    return stops + [-step for step, decision in decisions if decision.save]
 
 
 def agree(runtime: Runtime, _out: str) -> dict[str, Any]:
+    """Return the ranks' common decisions to skip, stop and save, and the trainer's state."""
     trainer = build_trainer(runtime, ParallelConfig(fsdp=True))
     trainer.run_epoch(0, 5)
     return {
@@ -131,20 +136,21 @@ def agree(runtime: Runtime, _out: str) -> dict[str, Any]:
 
 
 def hang(runtime: Runtime, out: str) -> None:
+    """Hang rank 1 after 4 steps, so that the watchdog ends the job."""
     with Watchdog(3.0, runtime, str(Path(out) / "stacks")):
         for step in range(4):
             watchdog.heartbeat("step", step)
             dist.barrier()
         if runtime.rank == 1:
             watchdog.heartbeat("waiting for data")
-            never = threading.Lock()
-            never.acquire()
-            never.acquire()
+            lock = threading.Lock()
+            lock.acquire()
+            lock.acquire()  # deadlock
         dist.barrier()
 
 
 def fail(runtime: Runtime, _out: str) -> dict[str, Any]:
-    """The first start fails on rank 1, the next one goes on under the same name."""
+    """Fail on rank 1 at the first start; return the name and the restart count after the restart."""
     name = agree_on_name(runtime, lambda: f"run-{os.getpid()}")
     Path(f"name_{restart_count()}_{runtime.rank}").write_text(name)
     if restart_count() == 0:
@@ -156,6 +162,7 @@ def fail(runtime: Runtime, _out: str) -> dict[str, Any]:
 
 
 def die(runtime: Runtime, _out: str) -> None:
+    """Kill rank 1 between two barriers."""
     with Watchdog(60.0, runtime):
         dist.barrier()
         if runtime.rank == 1:
@@ -169,10 +176,10 @@ FAULTS = {"agree": agree, "hang": hang, "fail": fail, "die": die}
 def main(argv: list[str]) -> None:
     runtime = init_runtime(ParallelConfig())
     try:
-        found = FAULTS[argv[0]](runtime, argv[1])
+        result = FAULTS[argv[0]](runtime, argv[1])
     finally:
         shutdown(runtime)
-    Path(argv[1], f"{argv[0]}_{runtime.rank}.json").write_text(json.dumps(found))
+    Path(argv[1], f"{argv[0]}_{runtime.rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

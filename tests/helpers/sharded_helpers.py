@@ -1,4 +1,4 @@
-"""A small model with awkward shapes, its training, and ranks to run it on, for the tests of sharded checkpoints."""
+"""A small model with shapes that are difficult to shard, its training, and process groups, for test_sharded.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ AVERAGERS = "ema_0.5,poly_2"
 
 
 class Layer(nn.Module):
-    """Sizes that neither two nor four divide, and a parameter of fewer rows than ranks."""
+    """A layer with sizes that are not divisible by two or four, and a parameter with fewer rows than ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Net(nn.Module):
 
 
 def build(kind: str, seed: int, **changes: Any) -> TrainingState:
-    """A run's objects; kind: "alone", "ddp", "fsdp" or "hybrid" (two ranks share what four hold)."""
+    """Return a run's objects; kind: "single" (one process), "ddp", "fsdp" or "hybrid" (two replicas of two shards)."""
     torch.manual_seed(seed)
     model: nn.Module = Net(**changes)
     if kind in ("fsdp", "hybrid"):
@@ -68,17 +68,17 @@ def build(kind: str, seed: int, **changes: Any) -> TrainingState:
     return TrainingState(wrapped, optimizer, averagers=ModelAverager(model, AVERAGERS))
 
 
-def tensor_parallel(model: nn.Module, mesh: DeviceMesh, ways: dict[str, int]) -> None:
-    """Divide the named parameters over `mesh` ("tensor",) along a dimension each, with the values that they have."""
-    made: dict[int, nn.Parameter] = {}  # tied weights stay tied
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh, dims: dict[str, int]) -> None:
+    """Shard parameters over `mesh` ("tensor",), keeping their values; dims: the dimension to shard by name."""
+    sharded: dict[int, nn.Parameter] = {}  # by the original parameter, so that tied weights stay tied
     for module_name, module in model.named_modules():
         for name, param in list(module.named_parameters(recurse=False)):
             full_name = f"{module_name}.{name}".removeprefix(".")
-            if id(param) in made or full_name in ways:
-                if id(param) not in made:
-                    spread = distribute_tensor(param.detach(), mesh, [Shard(ways[full_name])], src_data_rank=None)
-                    made[id(param)] = nn.Parameter(spread)
-                setattr(module, name, made[id(param)])
+            if id(param) in sharded or full_name in dims:
+                if id(param) not in sharded:
+                    shards = distribute_tensor(param.detach(), mesh, [Shard(dims[full_name])], src_data_rank=None)
+                    sharded[id(param)] = nn.Parameter(shards)
+                setattr(module, name, sharded[id(param)])
 
 
 def _mesh(kind: str) -> DeviceMesh:
@@ -89,7 +89,7 @@ def _mesh(kind: str) -> DeviceMesh:
 
 
 def train(state: TrainingState, steps: range) -> list[float]:
-    """The same batch on every rank, so that any number of ranks does the same."""
+    """Train on the same batch on every rank, so that the world size does not matter; return the losses."""
     losses = []
     for step in steps:
         ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(step))
@@ -103,29 +103,30 @@ def train(state: TrainingState, steps: range) -> list[float]:
     return losses
 
 
-def whole_state(state: TrainingState) -> dict[str, Tensor]:
-    """Every tensor of a run, whole, by the name under which it is stored; all ranks call it."""
+def full_state(state: TrainingState) -> dict[str, Tensor]:
+    """Return every full tensor of a run by the name under which it is stored. Collective."""
     assert state.optimizer is not None and state.averagers is not None
     parts = fused_weight_parts(state.model)
-    found = {f"model/{name}": full_tensor(value, parts.get(name, 1)) for name, value in named_tensors(state.model).items()}
+    tensors = named_tensors(state.model)
+    full = {f"model/{name}": full_tensor(value, parts.get(name, 1)) for name, value in tensors.items()}
     for name, param in trained_params(state.model, state.optimizer).items():
         for moment, value in state.optimizer.state.get(param, {}).items():
-            found[f"optimizer/{name}/{moment}"] = full_tensor(value, parts.get(name, 1))
+            full[f"optimizer/{name}/{moment}"] = full_tensor(value, parts.get(name, 1))
     for averager_name, averager in state.averagers.avgs_dict.items():
         for name, value in averager.tensors().items():
-            found[f"averager/{averager_name}/{name}"] = full_tensor(value, parts.get(name, 1))
-    return {name: value.clone() for name, value in found.items()}
+            full[f"averager/{averager_name}/{name}"] = full_tensor(value, parts.get(name, 1))
+    return {name: value.clone() for name, value in full.items()}
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert list(found) == list(expected)
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert list(actual) == list(expected)
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), name
 
 
 # ---------------------------------------------------------------------------------------------- ranks
 def on_ranks(worker: Any, folder: Path, world_size: int) -> None:
-    """Run worker(rank, folder) in processes of a gloo group; what takes long to import is imported once for them."""
+    """Run worker(rank, folder) in the processes of a gloo group; slow imports are done once in the fork server."""
     multiprocessing.set_forkserver_preload(["open_lm.checkpoint.sharded", "torch._dynamo", "torch.distributed.fsdp"])
     args = (worker, str(folder), world_size, free_port())
     mp.start_processes(start_rank, args=args, nprocs=world_size, start_method="forkserver")

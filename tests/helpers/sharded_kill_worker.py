@@ -1,10 +1,10 @@
-"""Killed at every moment of a save: `python sharded_kill_worker.py FOLDER`, for test_sharded.py.
+"""Kill processes at every event of a save: `python sharded_kill_worker.py FOLDER`, for test_sharded.py.
 
-One process after the other, forked from this one, saves step 2 beside a complete step 1 and is killed (SIGKILL) at the
-next event that Python's audit hooks tell of: opening, renaming, removing a file or making a folder. After each the
-checkpoints that look complete must load with what was saved. Then the same with a complete step 2 that is replaced: it
-is always there, as it was before or as it is to be. Prints how many moments there were; last, a save that never ends
-must not keep the interpreter from ending.
+Forked processes sequentially save step 2 while a complete step 1 exists. The n-th process is killed (SIGKILL) at the
+n-th event that Python's audit hooks report: opening, renaming or removing a file, or creating a folder. After each
+kill, the checkpoints that look complete must load with the saved values. Then the same is done while a complete step 2
+is replaced: it must always load, with the old or the new values. Prints the number of kills. Finally, a save that
+never ends must not prevent the interpreter from exiting.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 from typing import Any
 
 import torch
-from sharded_helpers import assert_equal, build, train, whole_state
+from sharded_helpers import assert_equal, build, full_state, train
 
 from open_lm import storage
 from open_lm.checkpoint.folders import remove_folder, step_folder, unfinished_folders
@@ -26,15 +26,15 @@ from open_lm.checkpoint.sharded import ShardedWriter, TrainingState, incomplete_
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 
 
-def save_and_die(state: TrainingState, folder: str, moment: int) -> None:
-    """End by SIGKILL at the `moment`-th event, or with exit code 0 where there are fewer."""
-    seen = 0
+def save_and_die(state: TrainingState, folder: str, kill_at: int) -> None:
+    """Save, and end by SIGKILL at event number `kill_at`, or with exit code 0 if there are fewer events."""
+    num_events = 0
 
     def hook(event: str, args: tuple[object, ...]) -> None:
-        nonlocal seen
+        nonlocal num_events
         if event in EVENTS and threading.current_thread().name == "checkpoint-write":
-            seen += 1
-            if seen == moment:
+            num_events += 1
+            if num_events == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -42,72 +42,72 @@ def save_and_die(state: TrainingState, folder: str, moment: int) -> None:
     os._exit(0)
 
 
-def killed(state: TrainingState, folder: str, moment: int) -> int:
-    """The status with which a process ends that is to die at this moment."""
+def save_in_child(state: TrainingState, folder: str, kill_at: int) -> int:
+    """Run `save_and_die` in a forked process, and return its exit status."""
     child = os.fork()
     if child == 0:
-        save_and_die(state, folder, moment)
+        save_and_die(state, folder, kill_at)
     return os.waitpid(child, 0)[1]
 
 
-def loaded(folder: str, step: int) -> Any:
-    state = build("alone", 9)
+def loaded_state(folder: str, step: int) -> Any:
+    state = build("single", 9)
     load(state, os.path.join(folder, step_folder(step)))
-    return whole_state(state)
+    return full_state(state)
 
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
-    state = build("alone", 0)
+    state = build("single", 0)
     train(state, range(1))
     ShardedWriter().save(state, os.path.join(folder, step_folder(1)), 1, wait=True)
-    saved = {1: whole_state(state)}
+    saved = {1: full_state(state)}
     train(state, range(1, 2))
-    saved[2] = whole_state(state)
+    saved[2] = full_state(state)
     second = os.path.join(folder, step_folder(2))
     complete = []
     status = signal.SIGKILL
     while status == signal.SIGKILL:
         if complete and complete[-1]:
             shutil.rmtree(second)
-        status = killed(state, folder, len(complete) + 1)
+        status = save_in_child(state, folder, len(complete) + 1)
         complete.append(incomplete_reason(second) is None)
         for step in (1, 2) if complete[-1] else (1,):
-            assert_equal(loaded(folder, step), saved[step])
-        for left in unfinished_folders(folder):
-            remove_folder(left)
+            assert_equal(loaded_state(folder, step), saved[step])
+        for unfinished in unfinished_folders(folder):
+            remove_folder(unfinished)
         assert sorted(os.listdir(folder)) == [step_folder(step) for step in ((1, 2) if complete[-1] else (1,))]
     assert status == 0 and complete[-1] and not complete[0]
 
     train(state, range(2, 3))
-    before, after = saved[2], whole_state(state)
+    before, after = saved[2], full_state(state)
     replaced = []
     status = signal.SIGKILL
     while status == signal.SIGKILL:
         if replaced and replaced[-1]:
             shutil.rmtree(second)
-            shutil.copytree(f"{folder}.kept", second)
+            shutil.copytree(f"{folder}.backup", second)
         elif not replaced:
-            shutil.copytree(second, f"{folder}.kept")
-        status = killed(state, folder, len(replaced) + 1)
-        found = loaded(folder, 2)
-        replaced.append(any(not torch.equal(found[name], value) for name, value in before.items()))
-        assert_equal(found, after if replaced[-1] else before)
+            shutil.copytree(second, f"{folder}.backup")
+        status = save_in_child(state, folder, len(replaced) + 1)
+        loaded = loaded_state(folder, 2)
+        replaced.append(any(not torch.equal(loaded[name], value) for name, value in before.items()))
+        assert_equal(loaded, after if replaced[-1] else before)
         assert unfinished_folders(folder) == []
     assert status == 0 and replaced[-1] and not replaced[0]
-    assert len(os.listdir(second)) == 2, "what was left behind is cleared away"
+    assert len(os.listdir(second)) == 2, "the files of the killed processes are removed"
     print(f"killed {len(complete) + len(replaced) - 2} times", flush=True)
 
-    reached = threading.Event()
+    blocked = threading.Event()
 
-    def never_ends(*args: object) -> object:
+    def block(*args: object) -> object:
         print("blocked", flush=True)
-        reached.set()
+        blocked.set()
         threading.Event().wait()
 
-    storage.atomic_write = never_ends  # type: ignore[assignment]
+    storage.atomic_write = block  # type: ignore[assignment]
     ShardedWriter().save(state, os.path.join(folder, step_folder(3)), 3)
-    reached.wait()
+    blocked.wait()
 
 
 if __name__ == "__main__":
