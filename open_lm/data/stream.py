@@ -62,10 +62,9 @@ class StreamSpec:
 
 
 def stored_dtype(vocab_size: int, padded: bool = False) -> np.dtype[np.generic]:
-    """Return the dtype in which ids are sent to the device.
+    """Return the dtype of ids on their way to the device: the smallest that torch can convert to int64 on any device.
 
-    It is the smallest one that torch can convert to int64 on any device. Ids that are `padded` or need more than 16
-    bits get a signed type, which can hold PAD_ID.
+    Ids that are `padded` or need more than 16 bits get a signed type, which can hold PAD_ID.
     """
     stored = token_dtype(vocab_size)
     if stored.itemsize <= 2 and not padded:
@@ -85,7 +84,7 @@ class SampleReader:
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
-        self.notices: list[Notice] = []  # each text once; the caller of `read` passes them on and clears the list
+        self.notices: list[Notice] = []  # each text once; the caller of `read` logs and clears them
         self._store = ShardStore(2 * len(spec.sources) + 2, spec.fetch, expected_files(spec.sources))
         self._counts = Counter[str]()  # sequences: "read", "usable", "broken"
         self._searched_long_sequence = False
@@ -109,10 +108,11 @@ class SampleReader:
         self._store.prefetch([url for url in urls if url not in self._broken_shards])
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids (n, seq_len + 1) of `stored_dtype`, padded if an id is PAD_ID, and which rows hold data (n,) bool.
+        """Return ids (n, seq_len + 1) of the samples, and which rows hold data, bool (n,); the others are all zeros.
 
-        The other rows are filler, all zeros. A longer sequence is cropped at a random position that the sample's key
-        fixes. A shorter one becomes filler, and so does a broken one if it is tolerated. DataError for everything else.
+        The ids have `stored_dtype`, the padded one if an id is PAD_ID. A longer sequence is cropped at a random
+        position that the sample's key fixes. A shorter one becomes filler, and so does a broken one if it is tolerated.
+        DataError for everything else.
         """
         ids = np.zeros((len(samples.source), self.spec.seq_len + 1), stored_dtype(self.spec.vocab_size))
         filled = np.zeros(len(ids), bool)
@@ -131,7 +131,8 @@ class SampleReader:
     def _read_npy(self, ids: np.ndarray, source: int, shard: int, samples: Samples, rows: np.ndarray) -> np.ndarray:
         """Fill the `rows` (n,) of `ids` whose members are plain npy, all at once; return which were filled, bool (n,).
 
-        Members with negative ids, ids beyond the vocabulary, or another header than the first member are left out.
+        Members with negative ids, ids beyond the vocabulary, or a header that differs from the first member's are
+        skipped; `_read_one` handles them.
         """
         done = np.zeros(len(rows), bool)
         opened = self._open(source, shard)

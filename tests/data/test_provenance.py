@@ -144,7 +144,7 @@ def test_sources_with_different_end_of_text_ids(tmp_path: Path) -> None:
     write_dataset(tmp_path / "a")
     assert end_of_text_id(sources_of(*manifests)) == 3  # sources without one do not count
     write_dataset(tmp_path / "b", eot_id=0)
-    with pytest.raises(DataError, match=r"different end-of-text[\s\S]*/a/manifest\.jsonl: 3[\s\S]*/b/manifest\.jsonl: 0"):
+    with pytest.raises(DataError, match=r"different end-of-text[\s\S]*a/manifest\.jsonl: 3[\s\S]*b/manifest\.jsonl: 0"):
         end_of_text_id(sources_of(*manifests))
 
 
