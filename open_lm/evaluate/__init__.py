@@ -1,4 +1,4 @@
-"""Evaluation: validation loss on held-out shards."""
+"""Evaluation: the validation loss on held-out shards."""
 
 from open_lm.evaluate.validation import evaluate_loop
 

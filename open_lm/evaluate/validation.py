@@ -1,6 +1,6 @@
-"""Validation: the loss of whole sets, exact over ranks and masked tokens, with bootstrap intervals.
+"""Validation: the exact mean loss of validation sets over all ranks, with bootstrap intervals.
 
-Legend: B rows of this rank's batch, T sequence, V vocabulary.
+Legend: B sequences of this rank's batch, T sequence, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,8 +36,11 @@ NO_INTERVAL = (-1.0, -1.0)
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How validation computes, and what it says about the run. `train_tokens`: trained on so far, None: unknown.
-    `end_of_text_id`: attention stays inside the documents that it ends; None: it sees the whole row."""
+    """Settings of a validation.
+
+    `train_tokens` is the number of tokens trained on so far, None if unknown. With `end_of_text_id`, attention stays
+    inside documents, which end with this id; with None it covers full sequences.
+    """
 
     runtime: Runtime
     layout: MeshLayout
@@ -51,10 +54,11 @@ class EvaluationOptions:
 
 
 def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: EvaluationOptions) -> list[dict[str, Any]]:
-    """The result of each validation set, the same on all ranks; each is a line's entry of results.jsonl.
+    """Evaluate the model on each validation set; return one result per set, equal on all ranks. Collective.
 
-    loss is the mean over the valid tokens of all ranks (filler rows and masked targets do not count), tokens and
-    sequences are how many counted; samples_per_second counts tokens, as in existing results.
+    A result is an entry of a line of results.jsonl. `loss` is the mean over the valid tokens of all ranks, without
+    filler sequences and masked targets; `tokens` and `sequences` are the numbers of valid ones. `samples_per_second`
+    counts tokens, as in existing results.
     """
     results = []
     for loader in loaders:
@@ -70,38 +74,44 @@ def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: Evalu
 
 
 def validation_metrics(results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What loggers record of a validation: val/loss over the tokens of all sets, and with several sets each one's
-    numbers below val/<name of its shards>."""
+    """Return the metrics of a validation: val/loss over the tokens of all sets, and the values of each set.
+
+    With several sets, the values of each are named val/<name of its shards>/<key>.
+    """
     metrics: dict[str, float] = {}
     tokens = sum(result["tokens"] for result in results)
     if tokens:
         loss = sum(result["loss"] * result["tokens"] for result in results if result["tokens"]) / tokens
         metrics |= {"val/loss": loss, "val/tokens": tokens}
-    for number, result in enumerate(results):
-        stem = PurePath(" ".join(result["val_data"])).name.partition(".")[0] or str(number)
+    for index, result in enumerate(results):
+        stem = PurePath(" ".join(result["val_data"])).name.partition(".")[0] or str(index)
         prefix = "val" if len(results) == 1 else f"val/{stem}"
         if len(results) > 1 and f"{prefix}/loss" in metrics:
-            prefix = f"{prefix}-{number}"  # two sets whose shards are named alike
-        known = {key: value for key, value in result.items() if isinstance(value, int | float) and value != -1.0}
-        metrics |= {f"{prefix}/{key}": value for key, value in known.items() if key != "train_tokens"}
+            prefix = f"{prefix}-{index}"  # an earlier set has shards of the same name
+        values = {key: value for key, value in result.items() if isinstance(value, int | float) and value != -1.0}
+        metrics |= {f"{prefix}/{key}": value for key, value in values.items() if key != "train_tokens"}
     return metrics
 
 
 def evaluate_loop(
     model: nn.Module, val_list: Sequence[Any], epoch: int, args: Any, writer: Any = None
 ) -> list[dict[str, Any]]:
-    """`evaluate_sets` for programs written against the original: `val_list` from get_data, a flat `args`.
+    """Call `evaluate_sets` with the interface of the original OpenLM: `val_list` from get_data and a flat `args`.
 
-    args: device, rank, world_size, precision, the validation flags, document_mask and end_of_text_id, with defaults
-    where they are missing; train_num_samples counts sequences here. writer: None, or what has add_scalar(name, value,
-    step). ConfigError for document_mask without end_of_text_id.
+    Args:
+        args: device, rank, world_size, precision, the validation flags, document_mask and end_of_text_id; missing ones
+            have defaults. Here train_num_samples counts sequences.
+        writer: None, or an object with add_scalar(name, value, step).
+
+    Raises:
+        ConfigError: document_mask is set without end_of_text_id.
     """
     device = torch.device(getattr(args, "device", None) or next(model.parameters()).device)
     runtime = Runtime(rank=getattr(args, "rank", 0), world_size=getattr(args, "world_size", 1) or 1, device=device)
     samples, seq_len = getattr(args, "train_num_samples", None), getattr(args, "seq_len", None)
     end_of_text_id = getattr(args, "end_of_text_id", None) if getattr(args, "document_mask", False) else None
     if getattr(args, "document_mask", False) and end_of_text_id is None:
-        raise ConfigError("document_mask is set without end_of_text_id: give the id that ends a document")
+        raise ConfigError("document_mask is set without end_of_text_id: set it to the token id that ends a document")
     options = EvaluationOptions(
         runtime=runtime,
         layout=MeshLayout(replicate=runtime.world_size, rank=runtime.rank),
@@ -122,8 +132,8 @@ def evaluate_loop(
 
 
 @dataclass
-class _Points:
-    """Losses of single sequences and tokens on this rank, for the intervals."""
+class _LossSamples:
+    """The losses of this rank's sequences and tokens, for the intervals."""
 
     sequences: list[np.ndarray] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
@@ -141,10 +151,10 @@ class _Points:
 def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOptions) -> dict[str, Any]:
     runtime, cfg = options.runtime, options.cfg
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # loss, tokens, sequences
-    points = _Points()
-    data_s, steps, slots, start = 0.0, 0, 0, time.perf_counter()
+    samples = _LossSamples()
+    data_s, steps, positions, start = 0.0, 0, 0, time.perf_counter()
     waiting_since = start
-    for number, (batch, _) in enumerate(on_device(((batch, None) for batch in loader), runtime.device)):
+    for index, (batch, _) in enumerate(on_device(((batch, None) for batch in loader), runtime.device)):
         data_s += time.perf_counter() - waiting_since
         heartbeat("validating")
         targets = batch.targets
@@ -152,14 +162,14 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         valid = (targets != IGNORE_INDEX) & options.layout.contributes_sequences
         sums = ((losses * valid).sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
         totals += torch.stack([value.to(torch.float64) for value in sums])
-        points.add(losses, valid, cfg)
-        steps, slots = steps + 1, slots + targets.numel() * options.layout.data_size
-        if runtime.is_master and number % options.log_every == 0:
-            _log_progress(number, data_s / steps, (time.perf_counter() - start) / steps, slots / steps, runtime)
+        samples.add(losses, valid, cfg)
+        steps, positions = steps + 1, positions + targets.numel() * options.layout.data_size
+        if runtime.is_master and index % options.log_every == 0:
+            _log_progress(index, data_s / steps, (time.perf_counter() - start) / steps, positions / steps, runtime)
         waiting_since = time.perf_counter()
     loss_sum, tokens, sequences = sum_over_ranks(totals).tolist()
     batch_s = max(time.perf_counter() - start, 1e-9) / max(steps, 1)
-    speed = slots / max(steps, 1) / batch_s
+    speed = positions / max(steps, 1) / batch_s
     loss = loss_sum / tokens if tokens else math.nan
     result: dict[str, Any] = {
         "loss": loss,
@@ -167,7 +177,7 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         "batch_time": batch_s,
         "samples_per_second": speed,
         "samples_per_second_per_gpu": speed / runtime.world_size,
-        **_intervals(points, cfg),
+        **_intervals(samples, cfg),
         "sequences": round(sequences),
         "tokens": round(tokens),
     }
@@ -177,33 +187,33 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
             perplexity = math.exp(loss)
         name = " ".join(loader.val_data)
         logging.info(f"Validation on {name}: loss {loss:.6f}, perplexity {perplexity:.4g}, {round(tokens)} tokens")
-    # Times differ from rank to rank; every rank gets rank 0's.
+    # Times differ between ranks; all ranks return rank 0's.
     return broadcast_object(runtime, result)
 
 
 def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, options: ForwardOptions) -> Tensor:
-    """Cross entropy of each token, 0 where it is masked: inputs, targets (B,T) int64 -> (B,T) float32."""
+    """Return the cross entropy of each token, 0 if it is masked: inputs, targets (B,T) int64 -> (B,T) float32."""
     return batch_loss(model, inputs, TokenLoss(targets, per_token=True), options)
 
 
-def _intervals(points: _Points, cfg: ValidationConfig) -> dict[str, float]:
-    """95 % intervals over the points of all ranks, computed on rank 0."""
-    found = {}
-    wanted = (("sequences", cfg.val_seq_ci, points.sequences), ("tokens", cfg.val_tok_ci, points.tokens))
-    for name, is_wanted, own in wanted:
+def _intervals(samples: _LossSamples, cfg: ValidationConfig) -> dict[str, float]:
+    """Return 95 % intervals of the mean loss over the samples of all ranks, computed on rank 0. Collective."""
+    intervals = {}
+    kinds = (("sequences", cfg.val_seq_ci, samples.sequences), ("tokens", cfg.val_tok_ci, samples.tokens))
+    for name, is_enabled, local in kinds:
         bounds = NO_INTERVAL
-        if is_wanted:
-            everyone = gather_objects(np.concatenate(own) if own else np.empty(0, np.float32))
-            population = np.concatenate(everyone) if everyone else np.empty(0, np.float32)
+        if is_enabled:
+            by_rank = gather_objects(np.concatenate(local) if local else np.empty(0, np.float32))
+            population = np.concatenate(by_rank) if by_rank else np.empty(0, np.float32)
             if len(population):
                 bounds = bootstrap_interval(population, cfg.val_iter_ci, cfg.val_max_pop_ci)
-        found[f"loss_{name}_lower_95"], found[f"loss_{name}_upper_95"] = bounds
-    return found
+        intervals[f"loss_{name}_lower_95"], intervals[f"loss_{name}_upper_95"] = bounds
+    return intervals
 
 
-def _log_progress(number: int, data_s: float, batch_s: float, step_tokens: float, runtime: Runtime) -> None:
+def _log_progress(index: int, data_s: float, batch_s: float, step_tokens: float, runtime: Runtime) -> None:
     speed = step_tokens / batch_s
     logging.info(
-        f"Validation batch {number} Data (t): {data_s:.3f} Batch (t): {batch_s:.3f}, {speed:#g}/s, "
+        f"Validation batch {index} Data (t): {data_s:.3f} Batch (t): {batch_s:.3f}, {speed:#g}/s, "
         f"{speed / runtime.world_size:#g}/s/gpu"
     )

@@ -1,1 +1,1 @@
-"""Metrics, timing, loggers, the run folder and the watchdog."""
+"""Metrics, timing, loggers, the run folder and the hang watchdog."""

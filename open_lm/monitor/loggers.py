@@ -1,5 +1,6 @@
-"""Where a run's messages and numbers go: console and out.log, and metrics.jsonl, TensorBoard and Weights & Biases
-behind one interface. Nothing here imports torch or wandb before it is asked for.
+"""Log messages to the console and out.log, and metrics to metrics.jsonl, TensorBoard and Weights & Biases.
+
+torch and wandb are imported only when a logger needs them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,18 @@ from open_lm.storage.redaction import redact, redacted
 
 _LINE = "%(asctime)s | %(levelname)s | %(message)s"
 _TIME = "%Y-%m-%d,%H:%M:%S"
-# At INFO these report each request or credential lookup.
-_CHATTY = ("botocore", "boto3", "s3transfer", "urllib3", "aiobotocore", "s3fs", "fsspec", "asyncio", "filelock")
+# At level INFO these loggers report every request or credential lookup.
+_VERBOSE_LOGGERS = (
+    "botocore",
+    "boto3",
+    "s3transfer",
+    "urllib3",
+    "aiobotocore",
+    "s3fs",
+    "fsspec",
+    "asyncio",
+    "filelock",
+)
 
 
 # ---------------------------------------------------------------------------------------------- messages
@@ -35,25 +46,26 @@ class _RedactingFormatter(logging.Formatter):
         return redact(super().format(record))
 
 
-class _OurHandler:
-    """Marks the handlers that `setup_logging` put up, so that the next run in this process replaces them."""
+class _RunHandler:
+    """A marker for the handlers added by `setup_logging`, so that the next run in this process replaces them."""
 
 
-class _Console(logging.StreamHandler, _OurHandler):  # without its type argument, which Python 3.10 refuses
+class _Console(logging.StreamHandler, _RunHandler):  # Python 3.10 does not accept a type argument here
     def handleError(self, record: logging.LogRecord) -> None:
-        """Whoever read the console may go; the run and its log file go on."""
+        """Ignore a closed console: the run and its log file continue."""
         if not isinstance(sys.exc_info()[1], BrokenPipeError):
             super().handleError(record)
 
 
-class _File(logging.FileHandler, _OurHandler):
+class _File(logging.FileHandler, _RunHandler):
     pass
 
 
 def setup_logging(log_file: str | None = None, level: int = logging.INFO, console_level: int | None = None) -> None:
-    """Send the root logger's messages to the console and, where given, to `log_file` (appended to).
+    """Send the root logger's messages to the console and append them to `log_file` if it is set.
 
-    Lines read "2026-01-31,23:59:59 | INFO | message" and hold no secrets. Called again, it replaces what it put up.
+    Lines have the format "2026-01-31,23:59:59 | INFO | message"; secrets are redacted. A second call replaces the
+    handlers of the first.
     """
     root = logging.getLogger()
     close_logging()
@@ -65,16 +77,16 @@ def setup_logging(log_file: str | None = None, level: int = logging.INFO, consol
             storage.makedirs(os.path.dirname(os.path.abspath(log_file)))
             handlers.append(_File(log_file, encoding="utf-8"))
         except OSError as error:
-            raise StorageError(f"{log_file}: the log cannot be written ({error})") from error
+            raise StorageError(f"{log_file}: cannot write the log file ({error})") from error
     for handler in handlers:
         handler.setFormatter(_RedactingFormatter(_LINE, _TIME))
         root.addHandler(handler)
-    for name in _CHATTY:
+    for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
 def write_to_log_file(records: Iterable[logging.LogRecord]) -> None:
-    """Messages for the log file alone: what the console showed before, or shows in another way."""
+    """Write messages to the log file only, for messages that the console has already shown."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _File):
             for record in records:
@@ -82,16 +94,16 @@ def write_to_log_file(records: Iterable[logging.LogRecord]) -> None:
 
 
 def close_logging() -> None:
-    """Take down what `setup_logging` put up."""
+    """Remove the handlers that `setup_logging` added."""
     root = logging.getLogger()
-    for handler in [handler for handler in root.handlers if isinstance(handler, _OurHandler)]:
+    for handler in [handler for handler in root.handlers if isinstance(handler, _RunHandler)]:
         root.removeHandler(handler)
         handler.close()
 
 
-# ---------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------------- metrics
 class MetricLogger(Protocol):
-    """One place that numbers go to."""
+    """A destination for metrics."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None: ...
     def rewind(self, step: int) -> None: ...
@@ -99,10 +111,10 @@ class MetricLogger(Protocol):
 
 
 class JsonLinesLogger:
-    """metrics.jsonl: one JSON object a line with step, time (seconds since the epoch) and the values given.
+    """A logger to metrics.jsonl: one JSON object per line with step, time (seconds since the epoch) and the values.
 
-    A line is appended in a single write. Opened at `start_step`, lines of later steps (of a run that went on after
-    the checkpoint which is continued now) and half-written ones are dropped first. NaN and infinities become null.
+    Each line is appended in a single write. When a run resumes at `start_step`, lines of later steps (written after the
+    checkpoint) and incomplete lines are removed first. NaN and infinities are written as null.
     """
 
     def __init__(self, path: str, start_step: int = 0) -> None:
@@ -117,12 +129,14 @@ class JsonLinesLogger:
         append_line(self._path, json.dumps({"step": step, "time": round(time.time(), 3), **numbers}, allow_nan=False))
 
     def close(self) -> None:
-        """Nothing is held open between two lines."""
+        """Do nothing: the file is opened separately for each line."""
 
 
 def append_line(path: str, line: str) -> None:
-    """Append one line to a local file in a single write, so that lines of several writers never mix; to a remote one
-    by writing it anew."""
+    """Append a line to a file.
+
+    A local file gets it in a single write, so lines of several writers do not mix. A remote file is rewritten.
+    """
     data = (line.rstrip("\n") + "\n").encode("utf-8")
     if storage.is_remote(path):
         storage.write_bytes(path, (storage.read_bytes(path) if storage.exists(path) else b"") + data)
@@ -137,22 +151,22 @@ def append_line(path: str, line: str) -> None:
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror} (errno {error.errno})") from error
     if written != len(data):
-        raise StorageError(f"{path}: only {written} of {len(data)} bytes could be appended; is the disk full?")
+        raise StorageError(f"{path}: appended only {written} of {len(data)} bytes; check whether the disk is full")
 
 
-def filter_lines(path: str, is_kept: Callable[[Any], bool]) -> None:
-    """Drop the lines of a file of JSON lines that are not kept, half-written ones, and those of another shape."""
+def filter_lines(path: str, predicate: Callable[[Any], bool]) -> None:
+    """Keep only the lines of a JSON lines file that satisfy `predicate`; incomplete or invalid lines are removed."""
     if not os.path.exists(path):
         return
     lines = storage.read_bytes(path).decode("utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _fits(line, is_kept)]
+    kept = [line for line in lines if line.endswith("\n") and _satisfies(line, predicate)]
     if len(kept) < len(lines):
         storage.write_text(path, "".join(kept))
 
 
-def _fits(line: str, is_kept: Callable[[Any], bool]) -> bool:
+def _satisfies(line: str, predicate: Callable[[Any], bool]) -> bool:
     try:
-        return is_kept(json.loads(line))
+        return predicate(json.loads(line))
     except (ValueError, KeyError, IndexError, TypeError):
         return False
 
@@ -169,7 +183,7 @@ def _json_value(value: Any) -> Any:
 
 
 class TensorBoardLogger:
-    """Event files in `folder`; continued at `start_step`, later steps of earlier files are hidden."""
+    """A logger to TensorBoard event files in `folder`; resuming at `start_step` hides later steps of earlier files."""
 
     def __init__(self, folder: str, start_step: int = 0) -> None:
         try:
@@ -177,11 +191,11 @@ class TensorBoardLogger:
         except ImportError as error:
             raise ConfigError(
                 f"--report-to tensorboard: the package tensorboard is not installed ({error}); "
-                "install it with `pip install tensorboard`, or leave it out of --report-to"
+                "install it with `pip install tensorboard`, or remove tensorboard from --report-to"
             ) from error
-        continued = os.path.isdir(folder) and bool(os.listdir(folder))
+        is_resumed = os.path.isdir(folder) and bool(os.listdir(folder))
         self._folder, self._open = folder, SummaryWriter
-        self._writer = SummaryWriter(folder, purge_step=start_step + 1 if continued else None)
+        self._writer = SummaryWriter(folder, purge_step=start_step + 1 if is_resumed else None)
 
     def rewind(self, step: int) -> None:
         self._writer.close()
@@ -197,9 +211,9 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A Weights & Biases run, found again by its name when the run is continued.
+    """A logger to a Weights & Biases run, which is identified by its name when the run resumes.
 
-    Offline with WANDB_MODE=offline, and where no API key is known: the run then lies in {root}/wandb for `wandb sync`.
+    With WANDB_MODE=offline or without an API key it is offline: the run is stored in {root}/wandb for `wandb sync`.
     """
 
     def __init__(self, cfg: LoggingConfig, paths: RunPaths, params: Mapping[str, Any]) -> None:
@@ -208,14 +222,14 @@ class WandbLogger:
         except ImportError as error:
             raise ConfigError(
                 f"--report-to wandb: the package wandb is not installed ({error}); "
-                "install it with `pip install wandb`, or leave it out of --report-to"
+                "install it with `pip install wandb`, or remove wandb from --report-to"
             ) from error
-        self._wandb, self._alone = wandb, wandb.run is None
-        mode = os.environ.get("WANDB_MODE") or ("online" if _knows_wandb_key() else "offline")
+        self._wandb, self._owns_wandb = wandb, wandb.run is None
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         if mode == "offline" and "WANDB_MODE" not in os.environ:
             folder = storage.join(paths.root, "wandb")
             logging.warning(
-                f"no Weights & Biases API key was found: the run is kept in {folder}; "
+                f"no Weights & Biases API key was found: the run is stored in {folder}; "
                 f"upload it later with `wandb sync {folder}/offline-run-*`"
             )
         try:
@@ -239,16 +253,16 @@ class WandbLogger:
         self._run.log({**_numbers(values), "step": step})
 
     def rewind(self, step: int) -> None:
-        """Nothing can be taken back there: later values of a step stand beside the earlier ones."""
+        """Do nothing: W&B cannot delete values. Repeated steps add values to the earlier ones."""
 
     def close(self) -> None:
         self._run.finish()
-        if self._alone:
-            self._wandb.teardown()  # waits until wandb's own process has written its files to the end
+        if self._owns_wandb:
+            self._wandb.teardown()  # waits until wandb's service process has written its files
 
 
-def _knows_wandb_key() -> bool:
-    """Whether a key is set, or `wandb login` left one; asking wandb itself may prompt at a terminal and wait."""
+def _has_wandb_key() -> bool:
+    """Return whether an API key is set or stored by `wandb login`. wandb's own function may prompt on a terminal."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -270,23 +284,23 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricLoggers:
-    """All places that a run's numbers go to; itself a MetricLogger. One without any is a silent one."""
+    """The metric loggers of a run behind the interface of a single one; without loggers it does nothing."""
 
     def __init__(self, loggers: list[MetricLogger] | None = None) -> None:
         self._loggers = loggers or []
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Record `values` (numbers or 0-dimensional tensors, by names such as "train/loss") at an optimizer step."""
+        """Log `values` (numbers or 0-dimensional tensors, by names such as "train/loss") at an optimizer step."""
         for logger in self._loggers:
             logger.log(values, step)
 
     def rewind(self, step: int) -> None:
-        """Forget what was recorded of later steps: the run goes on from there."""
+        """Remove the values of later steps, because the run continues from `step`."""
         for logger in self._loggers:
             logger.rewind(step)
 
     def close(self) -> None:
-        """Finish all of them; the first failure is raised after every one was tried."""
+        """Close all loggers, then raise the first failure if there was any."""
         failures = []
         for logger in self._loggers:
             try:
@@ -311,7 +325,7 @@ def _open_wandb(cfg: LoggingConfig, paths: RunPaths, params: Mapping[str, Any], 
 
 
 def parse_report_to(text: str) -> list[str]:
-    """The reporters that `--report-to` names: wandb, tensorboard, both joined by commas, all, or none at all."""
+    """Return the loggers of --report-to: a comma-separated list of names, "all", or an empty string."""
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in LOGGERS and name != "all"]
     if unknown:
@@ -325,14 +339,14 @@ def parse_report_to(text: str) -> list[str]:
 def build_loggers(
     cfg: LoggingConfig, paths: RunPaths, params: Mapping[str, Any], start_step: int = 0, is_master: bool = True
 ) -> MetricLoggers:
-    """metrics.jsonl and what `--report-to` names; silent on other ranks and with `--logs none`.
+    """Build the loggers to metrics.jsonl and those of --report-to; none on other ranks and with `--logs none`.
 
-    params: the run's flags, recorded without secrets. start_step: the step that a continued run starts from.
+    params: the run's flags, logged with secrets redacted. start_step: the step from which a run resumes.
     """
     names = parse_report_to(cfg.report_to)
     if not is_master or not paths.enabled:
         if names and is_master:
-            logging.warning(f"--logs none writes nothing: --report-to {cfg.report_to} is ignored")
+            logging.warning(f"--report-to {cfg.report_to} has no effect with --logs none")
         return MetricLoggers()
     loggers: list[MetricLogger] = [JsonLinesLogger(paths.metrics, start_step)]
     return MetricLoggers(loggers + [LOGGERS.get(name)(cfg, paths, params, start_step) for name in names])

@@ -1,4 +1,4 @@
-"""What a run measures about itself: values averaged on the device, throughput, model FLOPs, memory, intervals.
+"""Metrics of a run: means on the device, model FLOPs, peak memory, log lines and bootstrap intervals.
 
 Legend: D model width, H heads, K head width, L layers, T sequence.
 """
@@ -23,31 +23,35 @@ from torch import Tensor, nn
 
 from open_lm.config.devices import peak_16_bit_flops
 
-_LATE_STEPS = 4  # on CUDA: enough that the device is never waited for, few enough that a stop comes in time
+# On CUDA, results are read this many steps late: the host then never waits for the device, but still stops in time.
+_READBACK_DELAY_STEPS = 4
 
 
 class DeviceMeans:
-    """Means over steps of scalars that stay on the device until they are asked for."""
+    """Means over steps of scalars, accumulated on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], counts: Tensor) -> None:
-        """Add a step's scalars, the same on all ranks, if `counts`, a bool scalar. No host synchronisation."""
+        """Add a step's scalars, which are equal on all ranks, if `counts` (a bool scalar on the device) is true.
+
+        Does not synchronize with the device.
+        """
         for name, value in values.items():
-            part = torch.where(counts, value.detach().float(), 0.0)
-            self._sums[name] = self._sums[name] + part if name in self._sums else part
+            summand = torch.where(counts, value.detach().float(), 0.0)
+            self._sums[name] = self._sums[name] + summand if name in self._sums else summand
             self._counts[name] = self._counts[name] + counts if name in self._counts else counts.to(torch.int64)
 
     def pop(self) -> dict[str, float]:
-        """The means over all steps that counted since the last call, NaN where none did; waits for the device."""
+        """Return the means over all counted steps since the last call, NaN if there are none. Waits for the device."""
         sums, counts = self.state().values()
         self._sums, self._counts = {}, {}
         return {name: total / counts[name] if counts[name] else math.nan for name, total in sums.items()}
 
     def state(self) -> dict[str, dict[str, float]]:
-        """The sums and counts so far, JSON-able and exact; waits for the device."""
+        """Return the exact sums and counts so far, serializable as JSON. Waits for the device."""
         kinds = {"sums": self._sums, "counts": self._counts}
         return {
             kind: dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) if values else {}
@@ -55,72 +59,77 @@ class DeviceMeans:
         }
 
     def restore(self, state: Mapping[str, Mapping[str, float]], device: torch.device) -> None:
-        """Go on from what `state` returned."""
+        """Restore a state that `state` returned."""
         self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
         self._counts = {name: torch.tensor(int(value), device=device) for name, value in state["counts"].items()}
 
 
 class DelayedReadback:
-    """Small vectors of steps, read on the host without waiting for the device: at once on CPU, a fixed number of steps
-    later on CUDA. Fixed, so that what ranks read after a step, and do about it, is the same on all of them."""
+    """Small result vectors of steps that the host reads without waiting for the device.
+
+    On CPU they are read immediately, on CUDA a fixed number of steps later. The number is fixed so that all ranks read
+    the same results after a step and act on them in the same step.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._lag = _LATE_STEPS if device.type == "cuda" else 0
+        self._delay = _READBACK_DELAY_STEPS if device.type == "cuda" else 0
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None, Any]] = deque()
 
-    def add(self, values: Tensor, note: Any) -> None:
-        """Send a step's vector on its way, with a note that comes back beside it."""
-        if self._lag == 0:
-            self._pending.append((values, None, note))
+    def add(self, values: Tensor, tag: Any) -> None:
+        """Start to copy a step's vector to the host; `tag` is returned with it."""
+        if self._delay == 0:
+            self._pending.append((values, None, tag))
             return
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending.append((host, event, note))
+        self._pending.append((host, event, tag))
 
-    def take(self, everything: bool = False) -> Iterator[tuple[list[float], Any]]:
-        """What is due, oldest first; or everything, waiting for the device."""
-        while len(self._pending) > (0 if everything else self._lag):
-            values, event, note = self._pending.popleft()
+    def read(self, wait: bool = False) -> Iterator[tuple[list[float], Any]]:
+        """Yield (vector, tag) of the steps that are due, oldest first; with `wait`, of all pending steps."""
+        while len(self._pending) > (0 if wait else self._delay):
+            values, event, tag = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            yield values.tolist(), note
+            yield values.tolist(), tag
 
     def clear(self) -> None:
-        """Forget what has not been read."""
+        """Discard all pending vectors."""
         self._pending.clear()
 
 
 def to_device(values: Sequence[int], device: torch.device) -> Tensor:
-    """Integers of the host as int64 on the device, without waiting for it."""
+    """Copy integers to the device as int64, without waiting for the device."""
     host = torch.tensor(values, dtype=torch.int64)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
 
 # ------------------------------------------------------------------------------------------------ model FLOPs
 def model_flops_per_token(model: nn.Module) -> float:
-    """FLOPs of a forward and backward pass for one token, without recomputation: 6 for each parameter of a matrix
-    product plus 12 L H K T for the attention (Chowdhery et al. 2022, appendix B, arXiv:2204.02311). An embedding that
-    is only looked up does not count; of a mixture's experts, those that a token visits do."""
+    """Return the FLOPs of a forward and backward pass per token, without recomputation.
+
+    6 per parameter of a matrix product plus 12 L H K T for the attention (Chowdhery et al. 2022, appendix B,
+    arXiv:2204.02311). An untied input embedding does not count, and only the experts that process a token count.
+    """
     params: Any = model.params
-    counted = sum(p.numel() for p in model.parameters())
+    num_params = sum(p.numel() for p in model.parameters())
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     if embedding is not model.get_output_embeddings().weight:  # type: ignore[operator]
-        counted -= embedding.numel()
+        num_params -= embedding.numel()
     modules: Iterator[Any] = model.modules()
     for module in modules:
         if hasattr(module, "num_experts") and hasattr(module, "experts"):
-            idle = 1 - module.top_k / module.num_experts
-            counted -= round(idle * sum(p.numel() for p in module.experts.parameters()))
+            inactive = 1 - module.top_k / module.num_experts
+            num_params -= round(inactive * sum(p.numel() for p in module.experts.parameters()))
     width = params.n_heads * params.head_dim if hasattr(params, "n_heads") else params.dim
-    return 6.0 * counted + 12.0 * params.n_layers * width * params.seq_len
+    return 6.0 * num_params + 12.0 * params.n_layers * width * params.seq_len
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that matrix products in `dtype` can reach on the device, or None where that is not known.
+    """Return the peak FLOP/s of matrix products in `dtype` on the device, or None if unknown.
 
-    CUDA devices: the maker's figure (float32 runs as TF32 from Ampere on, at half the 16-bit rate). CPU: measured.
+    CUDA devices: from data sheets (float32 runs as TF32 from Ampere on, at half the 16-bit rate). CPU: measured.
     """
     if device.type == "cpu":
         return measured_matmul_flops(dtype)
@@ -133,7 +142,7 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @lru_cache
 def measured_matmul_flops(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of a few square matrix products on this process's CPU threads."""
+    """Measure the FLOP/s of the fastest of several square matrix products on this process's CPU threads."""
     left, right = (torch.rand(size, size).to(dtype) for _ in range(2))
     times = []
     for _ in range(repeats):
@@ -144,7 +153,7 @@ def measured_matmul_flops(dtype: torch.dtype, size: int = 768, repeats: int = 5)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory in use so far: of the device's allocator on CUDA, of the process on CPU."""
+    """Return the peak memory so far: of the device's allocator on CUDA, of the process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -154,9 +163,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 # ------------------------------------------------------------------------------------------------ the log line
 @dataclass(frozen=True)
 class TrainLogEntry:
-    """What one log line of training says. `samples` of `epoch_samples` sequences of the epoch are done; times are
-    means of a step, `remaining_s` what all steps that are left take at that rate; `mfu` is a share of 1, None where the
-    device's peak is not known."""
+    """The values of a training log line.
+
+    `samples` of the epoch's `epoch_samples` sequences are done. Times are means per step; `remaining_s` is the
+    estimated time of all remaining steps. `mfu` is a fraction of 1, None if the device's peak is unknown.
+    """
 
     epoch: int
     samples: int
@@ -175,7 +186,7 @@ class TrainLogEntry:
     extra: Mapping[str, float] | None = None
 
     def line(self) -> str:
-        """The line of out.log."""
+        """Format the line for out.log."""
         digits = len(str(self.epoch_samples))
         speed = self.step_tokens / self.batch_s
         parts = [
@@ -191,11 +202,11 @@ class TrainLogEntry:
         ]
         if self.mfu is not None:
             parts.append(f"MFU: {100 * self.mfu:.1f}%")
-        parts.append(f"ETA: {timedelta(seconds=round(self.left_s))}")
+        parts.append(f"ETA: {timedelta(seconds=round(self.remaining_s))}")
         return " ".join(parts)
 
     def metrics(self) -> dict[str, float]:
-        """The same as named values; samples_per_second counts tokens, as existing dashboards expect."""
+        """Return the values as named metrics; samples_per_second counts tokens, as existing dashboards expect."""
         speed = self.step_tokens / self.batch_s
         values = {
             "loss": self.loss,
@@ -215,10 +226,10 @@ class TrainLogEntry:
 
 
 def short_labels(names: Sequence[str]) -> dict[str, str]:
-    """A short label for each of several paths or urls, no two alike, of characters that every logger takes.
+    """Return a short, unique label for each of several paths or URLs, with characters that all loggers accept.
 
-    It is the folder of the shards or the manifest, or their own name where several names lie in that folder; as much of
-    what stands before as tells it from the labels of earlier names.
+    The label is the name of the folder of the shards or the manifest, or their own name if several of the names are in
+    the same folder. Parent folders are prepended until the label differs from those of earlier names.
     """
     folders = [name.rpartition("/")[0] for name in dict.fromkeys(names)]
     labels: dict[str, str] = {}
@@ -242,10 +253,10 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """(lower, upper) of the mean of points (n,) by the percentile bootstrap (Efron 1979).
+    """Return the interval (lower, upper) of the mean of points (n,) by the percentile bootstrap (Efron 1979).
 
-    With `max_population` m below n, resamples have m points and their spread is scaled by sqrt(m / n) (the m out of n
-    bootstrap, Bickel et al. 1997), so that the interval is that of all n points. Work is iterations * min(n, m).
+    With `max_population` m below n, resamples have m points and their spread is scaled by sqrt(m / n) (m-out-of-n
+    bootstrap, Bickel et al. 1997), so the interval is that of all n points. The cost is iterations * min(n, m).
     """
     points = np.asarray(points, dtype=np.float64)
     population = len(points)

@@ -1,7 +1,7 @@
-"""Where a run keeps its files, and what it writes about itself there: params.txt and a copy of the source.
+"""The files of a run: their paths, the lock of the run folder, params.txt and the copy of the source.
 
 {logs}/{name}/out.log params.txt data.json metrics.jsonl tensorboard/ wandb/ code/ stacks/ checkpoints/
-checkpoints_failed/; the last two are in {checkpoint_dir}/{name}/ where that is given, which may be remote.
+checkpoints_failed/. With --checkpoint-dir, which may be remote, the last two are in {checkpoint_dir}/{name}/.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from open_lm import storage
 from open_lm.errors import ConfigError
 from open_lm.storage.redaction import redact, redacted
 
-_LOCK_WAIT_S, _LOCK_POLL_S = 30.0, 0.2  # ranks that have lost their launcher save and end within a step
+_LOCK_WAIT_S, _LOCK_POLL_S = 30.0, 0.2  # ranks that have lost their launcher end within this time
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The files of the run `name` below the folder `logs`; nothing is written where `logs` is "none" or empty."""
+    """The paths of the run `name` in the folder `logs`; nothing is written if `logs` is "none" or empty."""
 
     logs: str
     name: str
@@ -35,7 +35,7 @@ class RunPaths:
 
     @property
     def enabled(self) -> bool:
-        """Whether the run writes anything at all."""
+        """Whether the run writes any files."""
         return bool(self.logs) and self.logs.lower() != "none"
 
     @property
@@ -88,63 +88,63 @@ class RunPaths:
 
     @property
     def results(self) -> str:
-        """Lines are added to it, so that it is always local."""
+        """results.jsonl; always local, because lines are appended to it."""
         return storage.join(self.root, "checkpoints", "results.jsonl")
 
     def local_roots(self) -> list[str]:
-        """The local folders that together are the run: one, and --checkpoint-dir's where that is another local one."""
+        """Return the local folders of the run: its folder, and the one in --checkpoint-dir if it is local too."""
         roots = [self.root, self._checkpoint_root]
         return [root for root in dict.fromkeys(roots) if not storage.is_remote(root)]
 
     def prepare(self, resume: str | None) -> None:
-        """Make the run's folders; ConfigError where the run exists and is not continued with `--resume latest`."""
+        """Create the run's folders; raise ConfigError if the run exists and is not resumed with `--resume latest`."""
         if not self.enabled:
             return
         if storage.is_remote(self.logs):
             raise ConfigError(
-                f"--logs {self.logs}: expected a local folder; give one, "
-                f"and --remote-sync {self.logs} to have the run copied there"
+                f"--logs {self.logs}: expected a local folder; set one, and --remote-sync {self.logs} to copy the run "
+                "there"
             )
         if os.path.exists(self.log) and resume != "latest":
             raise ConfigError(
-                f"--name {self.name}: the run exists already at {self.root}; "
-                "continue its training with --resume latest, or choose another --name "
-                "(an evaluation and --resume PATH need one of their own)"
+                f"--name {self.name}: the run already exists at {self.root}; resume its training with --resume latest, "
+                "or choose another --name (an evaluation and --resume PATH need a new name)"
             )
         for folder in (self.root, os.path.dirname(self.results), self.checkpoints, self.failed):
             storage.makedirs(folder)
 
     def check_checkpoint_dir(self) -> None:
-        """ConfigError where the run that is here keeps its checkpoints in another place, which would be overlooked."""
+        """Raise ConfigError if the existing run was started with another --checkpoint-dir, whose checkpoints would be
+        missed."""
         if not self.enabled or not os.path.exists(self.params):
             return
-        known = dict(line.partition(": ")[::2] for line in storage.read_text(self.params).splitlines())
-        before, now = known.get("checkpoint_dir", "None"), redact(str(self.checkpoint_dir))
-        if before != now:
+        saved = dict(line.partition(": ")[::2] for line in storage.read_text(self.params).splitlines())
+        expected, current = saved.get("checkpoint_dir", "None"), redact(str(self.checkpoint_dir))
+        if expected != current:
             raise ConfigError(
                 f"--resume latest finds no checkpoint: the run in {self.root} was started with --checkpoint-dir "
-                f"{before}, now it is {now}; give the same, or another --name"
+                f"{expected}, but now it is {current}; set the same folder, or choose another --name"
             )
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out of the run's folder, until the block or the process ends, however it does.
+        """Lock the run's folder against other processes until the block or the process ends.
 
-        Waits for one that is about to end; ConfigError that names it where it does not. Nothing is locked where
-        nothing is written, nor on a file system without locks.
+        Wait for a process that is about to end; raise ConfigError naming the process if it does not. Nothing is locked
+        if the run writes no files, or on a file system without locks.
         """
         if not self.enabled:
             yield
             return
         with open(storage.temporary_name(storage.join(self.root, "run"), "lock"), "a+", encoding="utf-8") as file:
             deadline = time.monotonic() + _LOCK_WAIT_S
-            while not _lock(file):
+            while not _try_lock(file):
                 file.seek(0)
                 holder = file.read().strip()
                 if time.monotonic() >= deadline:
                     raise ConfigError(
-                        f"--name {self.name}: {holder} is working in {self.root}; wait until it has ended, end it, "
-                        "or choose another --name"
+                        f"--name {self.name}: {holder} is using {self.root}; wait until it has ended, stop it, or "
+                        "choose another --name"
                     )
                 time.sleep(_LOCK_POLL_S)
             file.truncate(0)
@@ -153,8 +153,8 @@ class RunPaths:
             yield
 
 
-def _lock(file: IO[str]) -> bool:
-    """Whether this process has the file for itself now; data workers, which are forked, have no part in that."""
+def _try_lock(file: IO[str]) -> bool:
+    """Return whether this process acquired the lock. Forked data workers do not inherit it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -163,19 +163,19 @@ def _lock(file: IO[str]) -> bool:
 
 
 def write_params(path: str, params: Mapping[str, Any] | object) -> None:
-    """Write params.txt: a "key: value" line for each parameter, sorted, without secrets."""
+    """Write params.txt: one "key: value" line per parameter, sorted, with secrets redacted."""
     mapping = params if isinstance(params, Mapping) else vars(params)
     lines = [f"{key}: {value}" for key, value in sorted(redacted(mapping).items())]
     storage.write_text(path, "\n".join(lines) + "\n")
 
 
 def copy_codebase(paths: RunPaths) -> str:
-    """Copy the package's source into the run's code/ folder and return that folder; a copy already there is kept."""
+    """Copy the package's source to the run's code/ folder and return that folder; keep an existing copy."""
     package = Path(__file__).resolve().parents[1]
     target = Path(paths.code) / package.name
     if not target.exists():
-        unfinished = target.with_name(target.name + ".copying")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(package, unfinished, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-        unfinished.rename(target)
+        temporary = target.with_name(target.name + ".copying")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(package, temporary, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        temporary.rename(target)
     return paths.code

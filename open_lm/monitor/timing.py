@@ -1,4 +1,4 @@
-"""How long steps and their phases take. Nothing here makes the host wait for the device while training goes on."""
+"""Durations of steps and their phases, measured without making the host wait for the device."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 
 class Stopwatch:
-    """Time per step since the last reading, and how much of it was waiting for data; in seconds."""
+    """Mean time per step since the last reading, and the time spent waiting for data, in seconds."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
         self._data_s, self._steps = 0.0, 0
 
     def record_step(self, waited_s: float) -> None:
-        """Count one step, which waited `waited_s` for its batch."""
+        """Count one step that waited `waited_s` for its batch."""
         self._data_s += waited_s
         self._steps += 1
 
     def pop(self) -> tuple[float, float]:
-        """(data_s, step_s), means over the steps since the last call. Read the device's results first."""
+        """Return (data_s, step_s), means over the steps since the last call. Read the device's results first."""
         now = time.perf_counter()
         steps = max(self._steps, 1)
         means = (self._data_s / steps, max((now - self._start) / steps, 1e-9))
@@ -30,30 +30,29 @@ class Stopwatch:
 
 
 class PhaseClock:
-    """How long each phase of the steps takes on the device: by the host's clock on a CPU, by events on CUDA, where the
-    host is ahead of the device."""
+    """The time of each phase of a step on the device: from the host's clock on CPU, from events on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
-        self._begun: tuple[str, float | torch.cuda.Event] | None = None
+        self._current: tuple[str, float | torch.cuda.Event] | None = None
         self._unread: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds: dict[str, float] = {}
         self._steps = 0
 
     def enter(self, phase: str) -> None:
-        """What is started on the device from here on belongs to `phase`."""
+        """Start `phase` and end the previous phase: operations enqueued from now on belong to it."""
         self._end_phase()
-        self._begun = (phase, self._now())
+        self._current = (phase, self._now())
 
     def end_step(self) -> None:
-        """The step is over, and with it its last phase."""
+        """End the step and its last phase."""
         self._end_phase()
         self._steps += 1
         while self._unread and self._unread[0][2].query():
             self._read_one()
 
     def pop(self) -> dict[str, float]:
-        """Seconds of each phase, means over the steps since the last call. Waits for the device."""
+        """Return the seconds of each phase, means over the steps since the last call. Waits for the device."""
         while self._unread:
             self._unread[0][2].synchronize()
             self._read_one()
@@ -69,20 +68,20 @@ class PhaseClock:
         return event
 
     def _end_phase(self) -> None:
-        if self._begun is None:
+        if self._current is None:
             return
-        (phase, begin), end = self._begun, self._now()
-        self._begun = None
-        if isinstance(begin, float):
+        (phase, start), end = self._current, self._now()
+        self._current = None
+        if isinstance(start, float):
             assert isinstance(end, float)
-            self._add(phase, end - begin)
+            self._add(phase, end - start)
         else:
             assert isinstance(end, torch.cuda.Event)
-            self._unread.append((phase, begin, end))
+            self._unread.append((phase, start, end))
 
     def _read_one(self) -> None:
-        phase, begin, end = self._unread.popleft()
-        self._add(phase, begin.elapsed_time(end) / 1000)
+        phase, start, end = self._unread.popleft()
+        self._add(phase, start.elapsed_time(end) / 1000)
 
     def _add(self, phase: str, seconds: float) -> None:
         self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

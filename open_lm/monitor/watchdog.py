@@ -1,8 +1,8 @@
-"""Ends a run that hangs, with the stacks of all ranks and a word on which of them stands where.
+"""Detect and end a run that hangs, and report the stacks and the progress of all ranks.
 
-The main thread says `beat(phase)` wherever it gets on; a thread of each rank publishes that through a store of its own
-connection, so that it works while the main thread is stuck in a collective, a read or a lock. A run hangs when no rank
-gets on: as long as one does, the others may well be waiting for it.
+The main thread calls `heartbeat(phase)` whenever it makes progress. A watchdog thread on each rank publishes the latest
+heartbeat through its own connection to the store, which works while the main thread is blocked in a collective, a read
+or a lock. A run hangs if no rank makes progress: as long as one does, the others may be waiting for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -29,13 +30,13 @@ from open_lm.errors import HUNG
 
 _POLL_S = 1.0
 _STORE_TIMEOUT = timedelta(seconds=10)
-_OTHERS_S = 10.0  # what a rank leaves the others to write their stacks, or to end by themselves after a failure
-_WATCHES = itertools.count()  # several runs of a process share its store
+_GRACE_S = 10.0  # time for the other ranks to write their stacks, or to end on their own after a failure
+_WATCHDOG_COUNTER = itertools.count()  # several runs of a process share its store
 
 
 @dataclass(frozen=True)
-class Stand:
-    """Where a rank stands. `number` counts what it has published, `remaining_s` until its next beat is overdue."""
+class RankStatus:
+    """The progress of a rank. `number` counts its published statuses; `remaining_s` is the time until it is overdue."""
 
     number: int
     step: int
@@ -44,46 +45,49 @@ class Stand:
 
 
 class _Progress:
-    """The last beat of this process. Written by the main thread, read by the watchdog's."""
+    """The last heartbeat of this process. Written by the main thread, read by the watchdog thread."""
 
     def __init__(self) -> None:
         self.step, self.phase = 0, "starting"
-        self.at, self.allowed_s = time.monotonic(), 0.0
+        self.time, self.extra_time_s = time.monotonic(), 0.0
 
-    def heartbeat(self, phase: str, step: int | None, allowed_s: float = 0.0) -> None:
+    def update(self, phase: str, step: int | None, extra_time_s: float = 0.0) -> None:
         self.step = self.step if step is None else step
-        self.phase, self.allowed_s = phase, allowed_s
-        self.at = time.monotonic()
+        self.phase, self.extra_time_s = phase, extra_time_s
+        self.time = time.monotonic()
 
 
 _progress = _Progress()
 
 
 def heartbeat(phase: str, step: int | None = None, extra_time_s: float = 0.0) -> None:
-    """Say that this process gets on, with what it begins to do now and in which step (default: as before).
+    """Record that this process makes progress, the phase that it starts and the step (default: unchanged).
 
-    allow_s: seconds that this may take beyond --hang-timeout. Costs nothing, also where no watchdog runs.
+    extra_time_s: time that the phase may take beyond --hang-timeout. The call is cheap, also without a watchdog.
     """
-    _progress.heartbeat(phase, step, extra_time_s)
+    _progress.update(phase, step, extra_time_s)
 
 
 @contextmanager
 def long_operation(phase: str, extra_time_s: float = math.inf) -> Iterator[None]:
-    """Something that may take a long time without a beat: for `extra_time_s` seconds beyond --hang-timeout it does not count
-    as hanging."""
-    before = _progress.phase
-    _progress.heartbeat(phase, None, allowed_s=extra_time_s)
+    """Allow the operation in the `with` block to take `extra_time_s` beyond --hang-timeout without a heartbeat."""
+    previous = _progress.phase
+    _progress.update(phase, None, extra_time_s)
     try:
         yield
     finally:
-        _progress.heartbeat(before, None)
+        _progress.update(previous, None)
 
 
 class Watchdog:
-    """Watches this rank while its `with` block lasts; every rank has one.
+    """A watchdog for this rank during its `with` block; every rank has one.
 
-    timeout_s: without a beat, 0 for any. folder: gets rank_N.txt with the stacks of a hanging run; None: stderr alone.
-    A block that ends with an error tells the other ranks, which then end too, be they in a collective.
+    If the block ends with an error, the watchdogs of the other ranks end their ranks too, even inside a collective.
+
+    Args:
+        timeout_s: the time without a heartbeat after which a rank is overdue; 0 for no limit.
+        runtime: this rank.
+        folder: where a hanging run writes rank_N.txt with its stacks; None: only to stderr.
     """
 
     def __init__(self, timeout_s: float, runtime: Runtime, folder: str | None = None) -> None:
@@ -92,11 +96,11 @@ class Watchdog:
         self._runtime, self._folder = runtime, folder
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._published = itertools.count()
-        self._seen: dict[int, tuple[int, float]] = {}  # by rank: the last number, and when it was first seen
+        self._num_published = itertools.count()
+        self._last_seen: dict[int, tuple[int, float]] = {}  # by rank: the last number, and when it was first seen
 
     def __enter__(self) -> Watchdog:
-        self._store = _own_store(f"watch_{restart_count()}_{next(_WATCHES)}")
+        self._store = _connect_to_store(f"watch_{restart_count()}_{next(_WATCHDOG_COUNTER)}")
         heartbeat("starting")
         self._thread.start()
         return self
@@ -109,89 +113,95 @@ class Watchdog:
         if kind is not None and self._store is not None:
             first_line = str(error).partition("\n")[0]
             try:
-                said = f"rank {self._runtime.rank} failed: {kind.__name__}: {first_line}"
-                self._store.compare_set("failed", "", said)  # the first is the cause
+                message = f"rank {self._runtime.rank} failed: {kind.__name__}: {first_line}"
+                self._store.compare_set("failed", "", message)  # keep only the first failure, which is the cause
             except dist.DistError:
-                pass  # the rank that kept the store has ended before
+                pass  # the rank that hosts the store has already ended
 
     def _watch(self) -> None:
         while not self._done.wait(self._poll_s):
-            own = self._stand()
-            verdict = None
+            status = self._local_status()
+            report = None
             try:
-                verdict = self._exchange(own)
+                report = self._publish(status)
             except dist.DistError:
-                self._store = None  # its host has left, well or not; each rank goes on watching itself
-            if verdict is None and self._store is None and own.remaining_s <= 0:
-                verdict = self._verdict({self._runtime.rank: own})
-            if verdict is not None:
-                self._end(verdict)
+                self._store = None  # the rank that hosts the store has ended; continue to watch this rank only
+            if report is None and self._store is None and status.remaining_s <= 0:
+                report = self._hang_report({self._runtime.rank: status})
+            if report is not None:
+                self._end_process(report)
 
-    def _stand(self) -> Stand:
-        remaining_s = self._timeout_s + _progress.allowed_s - (time.monotonic() - _progress.at)
-        return Stand(next(self._published), _progress.step, _progress.phase, remaining_s)
+    def _local_status(self) -> RankStatus:
+        remaining_s = self._timeout_s + _progress.extra_time_s - (time.monotonic() - _progress.time)
+        return RankStatus(next(self._num_published), _progress.step, _progress.phase, remaining_s)
 
-    def _exchange(self, own: Stand) -> str | None:
-        """Publish `own` stand; what this run ends with, if it does."""
+    def _publish(self, status: RankStatus) -> str | None:
+        """Publish this rank's status; return the report of the hang if the run hangs."""
         if self._store is None:
             return None
-        self._store.set(f"stand/{self._runtime.rank}", json.dumps(asdict(own)))
+        self._store.set(f"status/{self._runtime.rank}", json.dumps(asdict(status)))
         if self._store.check(["failed"]):
-            self._leave_after(self._store.get("failed").decode())
-        if not self._store.check(["hung"]) and own.remaining_s <= self._timeout_s / 2:
-            stands = self._stands()
-            if all(stand.remaining_s <= 0 for stand in stands.values()):
-                self._store.compare_set("hung", "", self._verdict(stands))
+            self._end_after_failure(self._store.get("failed").decode())
+        if not self._store.check(["hung"]) and status.remaining_s <= self._timeout_s / 2:
+            statuses = self._statuses()
+            if all(status.remaining_s <= 0 for status in statuses.values()):
+                self._store.compare_set("hung", "", self._hang_report(statuses))
         return self._store.get("hung").decode() if self._store.check(["hung"]) else None
 
-    def _stands(self) -> dict[int, Stand]:
-        """All ranks' stands; one whose process is silent does not get on either, and its time runs out."""
+    def _statuses(self) -> dict[int, RankStatus]:
+        """Return the statuses of all ranks; a rank whose watchdog does not respond runs out of time too."""
         assert self._store is not None
-        stands = {}
+        statuses = {}
         for rank in range(self._runtime.world_size):
-            key, now = f"stand/{rank}", time.monotonic()
-            known = self._store.check([key])
-            stand = Stand(**json.loads(self._store.get(key))) if known else Stand(-1, 0, "not started", math.inf)
-            number, since = self._seen.get(rank, (None, now))
-            if number != stand.number:
+            key, now = f"status/{rank}", time.monotonic()
+            if self._store.check([key]):
+                status = RankStatus(**json.loads(self._store.get(key)))
+            else:
+                status = RankStatus(-1, 0, "not started", math.inf)
+            number, since = self._last_seen.get(rank, (None, now))
+            if number != status.number:
                 since = now
-            self._seen[rank] = stand.number, since
+            self._last_seen[rank] = status.number, since
             silent_s = now - since
-            remaining_s = min(stand.remaining_s, self._timeout_s) - silent_s if silent_s > 5 * self._poll_s else stand.remaining_s
-            phase = f"{stand.phase}; its process is silent" if silent_s > 5 * self._poll_s else stand.phase
-            stands[rank] = Stand(stand.number, stand.step, phase, remaining_s)
-        return stands
+            if silent_s > 5 * self._poll_s:
+                remaining_s = min(status.remaining_s, self._timeout_s) - silent_s
+                status = RankStatus(status.number, status.step, f"{status.phase}; not responding", remaining_s)
+            statuses[rank] = status
+        return statuses
 
-    def _verdict(self, stands: Mapping[int, Stand]) -> str:
-        """Who stands where, those first that are fewest."""
+    def _hang_report(self, statuses: Mapping[int, RankStatus]) -> str:
+        """Describe the progress of all ranks, the smallest group of ranks first."""
         groups: dict[tuple[int, str], list[int]] = {}
-        for rank, stand in sorted(stands.items()):
-            groups.setdefault((stand.step, stand.phase), []).append(rank)
-        parts = [
-            f"{_ranks(ranks)} at step {step} ({phase})"
+        for rank, status in sorted(statuses.items()):
+            groups.setdefault((status.step, status.phase), []).append(rank)
+        positions = [
+            f"{_format_ranks(ranks)} at step {step} ({phase})"
             for (step, phase), ranks in sorted(groups.items(), key=lambda item: len(item[1]))
         ]
-        where = f"; the stacks are in {self._folder}" if self._folder else ""
+        stacks = f"; the stacks are in {self._folder}" if self._folder else ""
         return (
-            f"the run hangs: no rank got on for {self._timeout_s:g} s (--hang-timeout). Standing: {', '.join(parts)}"
-            f"{where}"
+            f"the run hangs: no rank made progress for {self._timeout_s:g} s (--hang-timeout). Last progress: "
+            f"{', '.join(positions)}{stacks}"
         )
 
-    def _end(self, verdict: str) -> None:
-        """Write this rank's stacks and leave. The main thread may hold any lock, so nothing here goes through logging
-        or sys.stderr, and what could block has a thread and a limit."""
+    def _end_process(self, report: str) -> NoReturn:
+        """Write this rank's stacks and exit.
+
+        The main thread may hold any lock. Therefore nothing here uses logging or sys.stderr, and whatever could block
+        runs in a thread with a time limit.
+        """
         with tempfile.TemporaryFile() as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             stacks = f"rank {self._runtime.rank}, {_progress.phase}, step {_progress.step}\n{file.read().decode()}"
-        os.write(2, f"{stacks}error: {verdict}\n".encode())
-        last = threading.Thread(target=self._keep, args=(f"{verdict}\n\n{stacks}",), daemon=True)
-        last.start()
-        last.join(_OTHERS_S)
+        os.write(2, f"{stacks}error: {report}\n".encode())
+        writer = threading.Thread(target=self._write_stacks, args=(f"{report}\n\n{stacks}",), daemon=True)
+        writer.start()
+        writer.join(_GRACE_S)
         os._exit(HUNG)
 
-    def _keep(self, text: str) -> None:
-        """Write the stacks to the folder, and wait until all ranks have: a launcher ends all with the first."""
+    def _write_stacks(self, text: str) -> None:
+        """Write the stacks to the folder and wait until all ranks have: a launcher ends all ranks after the first."""
         if self._folder is not None:
             storage.write_text(storage.join(self._folder, f"rank_{self._runtime.rank}.txt"), text)
         if self._store is not None:
@@ -200,16 +210,15 @@ class Watchdog:
                 time.sleep(_POLL_S / 10)
                 written = self._store.add("written", 0)
 
-    def _leave_after(self, failure: str) -> None:
-        """Another rank has failed: end too, unless this one does so by itself, with an error of its own or by its
-        launcher, in the time that is left to it."""
-        if not self._done.wait(_OTHERS_S):
+    def _end_after_failure(self, failure: str) -> None:
+        """Exit after another rank has failed, unless this rank ends on its own or by its launcher in time."""
+        if not self._done.wait(_GRACE_S):
             os.write(2, f"error: {failure}; rank {self._runtime.rank} ends too\n".encode())
             os._exit(1)
 
 
-def _own_store(prefix: str) -> dist.Store | None:
-    """A connection of its own to the process group's store; None without a store that other processes see."""
+def _connect_to_store(prefix: str) -> dist.Store | None:
+    """Open a separate connection to the process group's store; return None if there is no store shared by processes."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     store = dist.distributed_c10d._get_default_store()
@@ -217,12 +226,12 @@ def _own_store(prefix: str) -> dist.Store | None:
         store = store.underlying_store
     if not isinstance(store, dist.TCPStore):
         return None
-    own = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
-    return dist.PrefixStore(prefix, own)
+    connection = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+    return dist.PrefixStore(prefix, connection)
 
 
-def _ranks(ranks: list[int]) -> str:
-    """ "rank 3", "ranks 0-2, 5"."""
+def _format_ranks(ranks: list[int]) -> str:
+    """Format ranks as "rank 3" or "ranks 0-2, 5"."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and runs[-1][-1] == rank - 1:

@@ -1,4 +1,4 @@
-"""Validation: exact losses, intervals, and the functions of existing callers."""
+"""Validation: exact losses, intervals, and the interface of existing callers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def golden_flags(shared_dir: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--pretrained"])
-def test_evaluation_alone_gives_the_golden_losses(flag: str, shared_dir: Path, tmp_path: Path) -> None:
+def test_evaluation_without_training_reproduces_the_golden_losses(flag: str, shared_dir: Path, tmp_path: Path) -> None:
     checkpoint = str(shared_dir / GOLDEN / "epoch_2.pt")
     flags = [flag, checkpoint, "--precision", "fp32", "--logs", str(tmp_path), "--name", "run"]
     main([*golden_flags(shared_dir), *flags])
@@ -55,7 +55,7 @@ def test_evaluation_alone_gives_the_golden_losses(flag: str, shared_dir: Path, t
     assert rows[-1]["step"] == 128 and rows[-1]["val/loss"] == pytest.approx(2.385682, abs=1e-4)
 
 
-def test_programs_of_existing_users_evaluate(shared_dir: Path) -> None:
+def test_evaluate_loop_for_existing_callers(shared_dir: Path) -> None:
     run = shared_dir / "compat/run"
     args = argparse.Namespace(
         model=str(run / "tiny_bytes.json"),
@@ -99,22 +99,22 @@ def test_programs_of_existing_users_evaluate(shared_dir: Path) -> None:
 
 
 class Masked(DeviceBatch):
-    """A batch with any targets masked, which stored rows alone could not say; where it is needed already."""
+    """A batch with arbitrary masked targets, which is already on the device."""
 
     def to(self, _device: torch.device) -> Masked:
         return self
 
 
 class Batches:
-    """A validation set of given batches."""
+    """A validation set that consists of the given batches."""
 
     def __init__(self, batches: list[tuple[torch.Tensor, torch.Tensor]], name: str = "set/part-0001.tar") -> None:
         self.batches, self.val_data = batches, [name]
 
     def __iter__(self) -> Any:
         for inputs, targets in self.batches:
-            filled = (targets != IGNORE_INDEX).any(1)
-            yield Masked(inputs, targets, filled, int(filled.sum()), (int(filled.sum()),), 0)
+            is_real = (targets != IGNORE_INDEX).any(1)
+            yield Masked(inputs, targets, is_real, int(is_real.sum()), (int(is_real.sum()),), 0)
 
 
 def evaluate(
@@ -133,7 +133,7 @@ def evaluate(
     return model, evaluate_sets(model, loaders, options)
 
 
-def test_masked_targets_and_filler_rows_do_not_count() -> None:
+def test_masked_targets_and_filler_sequences_do_not_count() -> None:
     batches = [trainer_worker.batch(step) for step in range(3)]
     model, (result,) = evaluate([Batches(batches)])
     with torch.no_grad():
@@ -146,28 +146,28 @@ def test_masked_targets_and_filler_rows_do_not_count() -> None:
     assert "train_tokens" not in result and result["loss_tokens_lower_95"] == -1.0
 
 
-def test_documents_of_a_packed_set_are_evaluated_each_alone() -> None:
+def test_documents_of_packed_sequences_are_evaluated_separately() -> None:
     end = 4
     inputs, targets = trainer_worker.batch(0)
     inputs[:, 5], inputs[1] = end, end
-    pieces = []
+    documents = []
     for row, tokens in enumerate(inputs.tolist()):
-        starts = [0, *(place + 1 for place, token in enumerate(tokens[:-1]) if token == end), len(tokens)]
-        pieces += [(inputs[row : row + 1, a:b], targets[row : row + 1, a:b]) for a, b in pairwise(starts)]
-    _, (packed, alone) = evaluate([Batches([(inputs, targets)]), Batches(pieces)], end_of_text_id=end)
-    _, (unmasked, still_alone) = evaluate([Batches([(inputs, targets)]), Batches(pieces)])
-    assert packed["loss"] == pytest.approx(alone["loss"], abs=1e-6)
-    assert packed["tokens"] == alone["tokens"] and still_alone["loss"] == alone["loss"]
+        starts = [0, *(index + 1 for index, token in enumerate(tokens[:-1]) if token == end), len(tokens)]
+        documents += [(inputs[row : row + 1, a:b], targets[row : row + 1, a:b]) for a, b in pairwise(starts)]
+    _, (packed, separate) = evaluate([Batches([(inputs, targets)]), Batches(documents)], end_of_text_id=end)
+    _, (unmasked, still_separate) = evaluate([Batches([(inputs, targets)]), Batches(documents)])
+    assert packed["loss"] == pytest.approx(separate["loss"], abs=1e-6)
+    assert packed["tokens"] == separate["tokens"] and still_separate["loss"] == separate["loss"]
     assert unmasked["loss"] != pytest.approx(packed["loss"], abs=1e-4)
 
 
-def test_programs_of_existing_users_name_the_end_of_text() -> None:
+def test_document_mask_of_evaluate_loop_needs_the_end_of_text_id() -> None:
     model = Transformer(Params(**trainer_worker.SHAPE))
-    batches, found = [trainer_worker.batch(0)], []
+    batches, losses = [trainer_worker.batch(0)], []
     for flags in ({}, {"end_of_text_id": 4}, {"document_mask": True, "end_of_text_id": 4}):
         (result,) = evaluate_loop(model, [Batches(batches)], 0, argparse.Namespace(device="cpu", **flags))
-        found.append(result["loss"])
-    assert found[0] == found[1] != found[2]
+        losses.append(result["loss"])
+    assert losses[0] == losses[1] != losses[2]
     with pytest.raises(ConfigError, match="without end_of_text_id"):
         evaluate_loop(model, [Batches(batches)], 0, argparse.Namespace(device="cpu", document_mask=True))
 
@@ -183,7 +183,7 @@ def test_intervals_narrow_with_more_data() -> None:
     assert all(0 < many_width < few_width for few_width, many_width in widths.values())
 
 
-def test_metrics_name_each_set_and_weigh_the_common_loss_by_tokens() -> None:
+def test_metrics_of_several_sets_and_their_token_weighted_mean() -> None:
     _, results = evaluate([Batches([trainer_worker.batch(0)]), Batches([trainer_worker.batch(1)], "b/x.tar")])
     metrics = validation_metrics(results)
     tokens = [result["tokens"] for result in results]

@@ -1,4 +1,4 @@
-"""What a run writes about itself, read back by the programs that people read it with."""
+"""Log messages, metrics and files of a run, read back with the usual programs."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def config(tmp_path: Path, report_to: str = "") -> LoggingConfig:
 
 
 # ---------------------------------------------------------------------------------------------- messages
-def test_messages_have_the_contracts_format_in_both_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_console_and_log_file_have_the_documented_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "out.log"
     setup_logging(str(log))
     logging.info("first")
-    logging.debug("unseen")
-    setup_logging(str(log))  # the next run in this process: appended to, and no line twice
+    logging.debug("below the level")
+    setup_logging(str(log))  # the next run in this process appends to the file and writes each line once
     logging.warning("second")
     lines = log.read_text().splitlines()
     assert len(lines) == 2
@@ -64,7 +64,7 @@ def test_messages_have_the_contracts_format_in_both_places(tmp_path: Path, capsy
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_the_log_file_goes_on_when_nobody_reads_the_console(tmp_path: Path) -> None:
+def test_the_log_file_continues_after_the_console_is_closed(tmp_path: Path) -> None:
     log = tmp_path / "out.log"
     code = (
         "import logging, os; from open_lm.monitor.loggers import setup_logging\n"
@@ -83,7 +83,7 @@ def test_the_log_file_goes_on_when_nobody_reads_the_console(tmp_path: Path) -> N
     assert [line.split(" | ")[-1] for line in log.read_text().splitlines()] == ["one", "two", "three"]
 
 
-def test_messages_hold_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_in_messages_are_redacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
     setup_logging(str(tmp_path / "out.log"))
     logging.info("key 0123456789abcdef0123 at https://me:pw@host/x")
@@ -95,7 +95,7 @@ def read_lines(path: str) -> list[dict[str, object]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def test_metrics_are_one_object_a_line(tmp_path: Path) -> None:
+def test_metrics_are_one_json_object_per_line(tmp_path: Path) -> None:
     paths = paths_in(tmp_path)
     loggers = build_loggers(config(tmp_path), paths, {})
     loggers.log({"train/loss": torch.tensor(2.5), "train/tokens": 64, "val/data": ["a"], "x": math.nan}, step=1)
@@ -107,22 +107,22 @@ def test_metrics_are_one_object_a_line(tmp_path: Path) -> None:
     assert second == {"step": 2, "train/loss": None}
 
 
-def test_continued_metrics_have_no_step_twice(tmp_path: Path) -> None:
+def test_metrics_of_a_resumed_run_contain_each_step_once(tmp_path: Path) -> None:
     path = str(tmp_path / "metrics.jsonl")
     logger = JsonLinesLogger(path)
     for step in range(1, 8):
         logger.log({"loss": step}, step)
     with open(path, "a") as file:
-        file.write('{"step": 8, "lo')  # killed in the middle of a line
-    continued = JsonLinesLogger(path, start_step=5)
+        file.write('{"step": 8, "lo')  # the process was killed while writing a line
+    resumed = JsonLinesLogger(path, start_step=5)
     for step in range(6, 9):
-        continued.log({"loss": -step}, step)
+        resumed.log({"loss": -step}, step)
     assert [(line["step"], line["loss"]) for line in read_lines(path)] == [
         (1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, -6), (7, -7), (8, -8),
     ]  # fmt: skip
 
 
-def test_lines_are_appended_whole_locally_and_remotely(tmp_path: Path) -> None:
+def test_append_line_to_local_and_remote_files(tmp_path: Path) -> None:
     for path in (str(tmp_path / "new" / "results.jsonl"), "memory://loggers-test/results.jsonl"):
         append_line(path, "[1]")
         append_line(path, "[2]\n")
@@ -130,7 +130,7 @@ def test_lines_are_appended_whole_locally_and_remotely(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- TensorBoard and wandb
-def test_tensorboard_files_read_back_and_continue(tmp_path: Path) -> None:
+def test_tensorboard_files_can_be_read_and_resumed(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     paths = paths_in(tmp_path)
@@ -149,7 +149,7 @@ def test_tensorboard_files_read_back_and_continue(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_wandb_offline_keeps_the_run_in_its_folder(
+def test_offline_wandb_stores_the_run_in_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -172,13 +172,15 @@ def test_wandb_offline_keeps_the_run_in_its_folder(
 
 
 @pytest.mark.parametrize("package, name", [("wandb", "wandb"), ("torch.utils.tensorboard", "tensorboard")])
-def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str) -> None:
+def test_missing_packages_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=f"--report-to {name}: the package {name} is not installed.*pip install"):
         build_loggers(config(tmp_path, name), paths_in(tmp_path), {})
 
 
-# ---------------------------------------------------------------------------------------------- which
+# ---------------------------------------------------------------------------------------------- --report-to
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -193,12 +195,12 @@ def test_report_to(text: str, expected: list[str]) -> None:
     assert parse_report_to(text) == expected
 
 
-def test_unknown_reporters_are_all_named() -> None:
+def test_all_unknown_loggers_are_reported() -> None:
     with pytest.raises(ConfigError, match=r"found 'mlflow', 'comet', expected tensorboard, wandb, all"):
         parse_report_to("mlflow,wandb,comet")
 
 
-def test_other_ranks_and_no_logs_are_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_and_runs_without_logs_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for logs, is_master in (("none", True), ("logs", False)):
         paths = RunPaths(logs, "run")
@@ -209,8 +211,8 @@ def test_other_ranks_and_no_logs_are_silent(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------------------------------------- the run's folder
-def test_params_are_sorted_lines_without_secrets(tmp_path: Path) -> None:
+# ---------------------------------------------------------------------------------------------- the run folder
+def test_params_are_sorted_lines_with_secrets_redacted(tmp_path: Path) -> None:
     args = argparse.Namespace(
         name="run",
         lr=0.003,
@@ -237,18 +239,18 @@ def test_params_are_sorted_lines_without_secrets(tmp_path: Path) -> None:
     ]
 
 
-def test_values_of_secret_variables_are_redacted_and_others_are_not() -> None:
+def test_only_values_of_secret_environment_variables_are_redacted() -> None:
     environ = {"MY_API_KEY": "verysecretvalue", "HOME": "/home/longname", "AWS_SECRET_ACCESS_KEY": "short"}
     text = "AWS_SECRET_ACCESS_KEY=abc verysecretvalue /home/longname short --token=xyz s3://bucket/key@2"
     assert redact(text, environ) == "AWS_SECRET_ACCESS_KEY=*** *** /home/longname short --token=*** s3://bucket/key@2"
 
 
-def test_an_existing_run_is_only_continued_on_purpose(tmp_path: Path) -> None:
+def test_an_existing_run_needs_resume_latest(tmp_path: Path) -> None:
     paths = paths_in(tmp_path)
     Path(paths.log).write_text("x")
-    with pytest.raises(ConfigError, match=r"--name run: the run exists already.*--resume latest"):
+    with pytest.raises(ConfigError, match=r"--name run: the run already exists.*--resume latest"):
         paths.prepare(None)
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="already exists"):
         paths.prepare("other/epoch_1.pt")
     paths.prepare("latest")
     with pytest.raises(ConfigError, match="--remote-sync s3://b/logs"):
@@ -258,6 +260,6 @@ def test_an_existing_run_is_only_continued_on_purpose(tmp_path: Path) -> None:
 def test_the_source_is_copied(tmp_path: Path) -> None:
     paths = paths_in(tmp_path)
     folder = Path(copy_codebase(paths))
-    assert (folder / "open_lm" / "run_folder.py").is_file()
+    assert (folder / "open_lm" / "monitor" / "run_folder.py").is_file()
     assert not list(folder.rglob("__pycache__")) and not list(folder.glob("*.copying"))
     assert copy_codebase(paths) == str(folder)

@@ -147,7 +147,7 @@ def test_existing_run_is_not_overwritten(golden: list[str], tmp_path: Path) -> N
     flags = [*golden, "--logs", str(tmp_path), "--name", "run"]
     main([*flags, "--epochs", "1"])
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
-    with pytest.raises(ConfigError, match=r"exists already.*--resume latest"):
+    with pytest.raises(ConfigError, match=r"already exists.*--resume latest"):
         main(flags)
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 

@@ -350,5 +350,5 @@ def test_interchange_file_records_its_batch_size(flags: list[str], tmp_path: Pat
 def test_forgotten_checkpoint_dir_is_an_error(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 4, "--name", "run", "--checkpoint-dir", str(tmp_path / "elsewhere"))
-    with pytest.raises(ConfigError, match=r"started with --checkpoint-dir .*elsewhere, now it is None"):
+    with pytest.raises(ConfigError, match=r"started with --checkpoint-dir .*elsewhere, but now it is None"):
         train(flags, data, 4, "--name", "run", "--resume", "latest")
