@@ -310,7 +310,7 @@ def test_command_without_a_model_name(
     assert "--model is missing" in result.stderr
     result = command("--checkpoint", tmp_path / "none.pt", "--tokenizer", tokenizer_file, "--prompt", "x")
     assert result.returncode == 2
-    assert "none.pt: there is no such checkpoint" in result.stderr
+    assert "none.pt: no such checkpoint" in result.stderr
 
 
 def test_command_with_a_run_folder(command: Callable[..., Result], trained: Path, tokenizer_file: Path) -> None:
@@ -321,7 +321,7 @@ def test_command_with_a_run_folder(command: Callable[..., Result], trained: Path
     trained.unlink()
     result = command("--checkpoint", run, *flags)
     assert result.returncode == 2
-    assert f"{run}: there is no such checkpoint; expected an epoch_N.pt, a step_N folder, or the fol" in result.stderr
+    assert f"{run}: no such checkpoint; expected an epoch_N.pt, a step_N folder, or a run fol" in result.stderr
 
 
 def test_command_with_a_checkpoint_of_another_model(
@@ -331,7 +331,7 @@ def test_command_with_a_checkpoint_of_another_model(
         "--checkpoint", trained, "--model", "open_lm_test_tiny", "--tokenizer", tokenizer_file, "--prompt", "x"
     )
     assert result.returncode == 2
-    assert "tok_embeddings.weight is (260, 32), the model's (16, 16)" in result.stderr
+    assert "tok_embeddings.weight: found (260, 32), the model has (16, 16)" in result.stderr
 
 
 def test_command_help_imports_no_torch() -> None:

@@ -1,4 +1,4 @@
-"""Memory that is freed is used again, in a process of its own because the setting is the process's."""
+"""Reuse of freed memory, tested in a separate process because the setting applies to the whole process."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ print(json.dumps([faults() for _ in range(8)]))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
-def test_pages_are_found_once() -> None:
-    def page_faults(how: str) -> list[int]:
-        done = subprocess.run([sys.executable, "-c", _CODE, how], check=True, capture_output=True, text=True)
-        return json.loads(done.stdout)
+def test_freed_pages_are_reused() -> None:
+    def page_faults(setting: str) -> list[int]:
+        result = subprocess.run([sys.executable, "-c", _CODE, setting], check=True, capture_output=True, text=True)
+        return json.loads(result.stdout)
 
     pages = 4 * 40_000_000 // 4096
     assert page_faults("default")[-1] > pages / 2

@@ -1,4 +1,4 @@
-"""The loss of a linear head over chunks: what all logits at once give, and as exact."""
+"""The chunked loss of a linear head compared with the loss of all logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Z = 1e-2
 
 
 def inputs(tokens: int = 90, vocab: int = 53, dim: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    """hidden (N,D), weight (V,D), targets (N,), of which every fifth is missing."""
+    """Return hidden (N,D), weight (V,D), targets (N,); every fifth token has no target."""
     generator = torch.Generator().manual_seed(tokens + vocab)
     hidden = torch.randn(tokens, dim, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocab, dim, generator=generator).to(dtype).requires_grad_()
@@ -33,8 +33,8 @@ def inputs(tokens: int = 90, vocab: int = 53, dim: int = 8, dtype: torch.dtype =
     return hidden, weight, targets
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0) -> Tensor:
-    """Losses (N,) from all logits, which half precision rounds."""
+def reference(hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0) -> Tensor:
+    """Return losses (N,) computed from all logits, which half precision rounds."""
     logits = F.linear(hidden, weight)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
@@ -49,7 +49,7 @@ def chunked(hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0, per
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 32 tokens and blocks of few rows, so that the last of each is not full."""
+    """Use chunks of 32 tokens and small blocks, so that the last chunk and the last block are not full."""
     monkeypatch.setattr(linear_loss, "_chunk_rows", lambda hidden: 32)
     monkeypatch.setattr(linear_loss, "_BLOCK_BYTES", 4 * 53 * 5)
     monkeypatch.setattr(linear_loss, "_CAST_ROWS", 10)
@@ -57,20 +57,19 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("z", [0.0, Z])
-def test_gradients_are_those_of_finite_differences(z: float) -> None:
+def test_gradients_equal_finite_differences(z: float) -> None:
     hidden, weight, targets = inputs(35, 11, 3, torch.float64)
     assert torch.autograd.gradcheck(lambda h, w: chunked(h, w, targets, z, per_token=True), (hidden, weight))
-    of_sum, of_tokens = chunked(hidden, weight, targets, z), chunked(hidden, weight, targets, z, per_token=True)
-    torch.testing.assert_close(of_sum, of_tokens.sum())
-    found, expected = (torch.autograd.grad(x, (hidden, weight)) for x in (of_sum, of_tokens.sum()))
+    summed, per_token = chunked(hidden, weight, targets, z), chunked(hidden, weight, targets, z, per_token=True)
+    torch.testing.assert_close(summed, per_token.sum())
+    found, expected = (torch.autograd.grad(x, (hidden, weight)) for x in (summed, per_token.sum()))
     torch.testing.assert_close(found, expected)
 
 
-@pytest.fixture(params=["own", "cpu", "gpu"])
+@pytest.fixture(params=["native", "cpu", "gpu"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The steps taken on a CPU by kernels of our own, by torch's, and those taken on other devices, which are right on
-    a CPU too."""
-    if request.param != "own":
+    """Select the code path: native CPU kernels, torch on a CPU, or other devices (which also works on a CPU)."""
+    if request.param != "native":
         monkeypatch.setattr(elements, "supports", lambda *tensors: False)
     elif not native.processor_features() >= native.VECTORS:
         pytest.skip("this processor has no AVX-512 with bfloat16")
@@ -81,51 +80,52 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.usefixtures("small_chunks", "path")
 @pytest.mark.parametrize("z", [0.0, Z])
 @pytest.mark.parametrize("missing", ["none", "some", "all"])
-def test_float32_is_that_of_all_logits(z: float, missing: str) -> None:
+def test_float32_equals_the_loss_of_all_logits(z: float, missing: str) -> None:
     hidden, weight, targets = inputs()
     targets = {"none": targets.clamp(min=0), "some": targets, "all": torch.full_like(targets, IGNORE_INDEX)}[missing]
-    expected, found = plain(hidden, weight, targets, z), chunked(hidden, weight, targets, z, per_token=True)
+    expected, found = reference(hidden, weight, targets, z), chunked(hidden, weight, targets, z, per_token=True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     total = chunked(hidden, weight, targets, z)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, expected.sum(), rtol=1e-6, atol=0)
-    gains = torch.linspace(-1, 2, len(targets))
-    for mine, theirs in ((3 * total, 3 * expected.sum()), (found @ gains, expected @ gains)):
+    loss_grads = torch.linspace(-1, 2, len(targets))
+    for chunked_loss, full_loss in ((3 * total, 3 * expected.sum()), (found @ loss_grads, expected @ loss_grads)):
         pairs = zip(
-            *(torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for loss in (mine, theirs)), strict=True
+            *(torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for loss in (chunked_loss, full_loss)),
+            strict=True,
         )
-        for gradient, wanted in pairs:
-            torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+        for gradient, expected_grad in pairs:
+            torch.testing.assert_close(gradient, expected_grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_chunks", "path")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 4.0])  # by 4, most of a token's probability lies on one target
-def test_half_precision_errs_no_more_than_all_logits_do(dtype: torch.dtype, autocast: bool, scale: float) -> None:
+@pytest.mark.parametrize("scale", [1.0, 4.0])  # with 4, most of a token's probability is on one target
+def test_half_precision_is_as_accurate_as_all_logits(dtype: torch.dtype, autocast: bool, scale: float) -> None:
     hidden, weight, targets = inputs(600, 203, 16, torch.float32 if autocast else dtype)
     with torch.no_grad():
         hidden *= scale
         targets[1::2] = F.linear(hidden, weight).argmax(1)[1::2]
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    truth = plain(*exact, targets, Z)
-    wanted = [truth.detach(), *torch.autograd.grad(truth.sum() / 7, exact)]
+    truth = reference(*exact, targets, Z)
+    exact_results = [truth.detach(), *torch.autograd.grad(truth.sum() / 7, exact)]
     errors = []
-    for losses in (plain, lambda *args: chunked(*args, per_token=True)):
+    for losses in (reference, lambda *args: chunked(*args, per_token=True)):
         with torch.autocast("cpu", dtype, enabled=autocast):
             found = losses(hidden, weight, targets, Z)
-            total = found.sum() if losses is plain else chunked(hidden, weight, targets, Z)
+            total = found.sum() if losses is reference else chunked(hidden, weight, targets, Z)
         assert found.dtype == total.dtype == torch.float32
         results = [found.detach(), *torch.autograd.grad(total / 7, (hidden, weight))]
         assert [x.dtype for x in results[1:]] == [hidden.dtype, weight.dtype]
-        errors.append([(x.double() - y).norm() / y.norm() for x, y in zip(results, wanted, strict=True)])
-    for name, theirs, mine in zip(("loss", "hidden", "weight"), *errors, strict=True):
-        assert mine <= 1.25 * theirs + 1e-6, name
+        errors.append([(x.double() - y).norm() / y.norm() for x, y in zip(results, exact_results, strict=True)])
+    for name, full_error, chunked_error in zip(("loss", "hidden", "weight"), *errors, strict=True):
+        assert chunked_error <= 1.25 * full_error + 1e-6, name
 
 
 @pytest.mark.usefixtures("small_chunks", "path")
-def test_gradients_of_single_tokens_in_bfloat16_are_taken_as_they_lie() -> None:
-    """That of a sum is one number in memory, seen as often as there are tokens."""
+def test_strided_gradients_of_per_token_losses() -> None:
+    """The gradient of a sum is one expanded number."""
     hidden, weight, targets = inputs(40, dtype=torch.bfloat16)
     losses = chunked(hidden, weight, targets.clamp(min=0), per_token=True)
     weights = torch.tensor(0.5).expand(40), torch.full((40,), 0.5), torch.full((40, 2), 0.5)[:, 0]
@@ -135,7 +135,7 @@ def test_gradients_of_single_tokens_in_bfloat16_are_taken_as_they_lie() -> None:
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_shows_in_the_loss(value: float) -> None:
+def test_nan_and_inf_propagate_to_the_loss(value: float) -> None:
     hidden, weight, targets = inputs(dtype=torch.bfloat16)
     with torch.no_grad():
         weight[3] = value
@@ -153,32 +153,32 @@ def test_improbable_targets_keep_their_loss_and_gradient() -> None:
     torch.testing.assert_close(torch.autograd.grad(losses[0], hidden)[0][0], torch.tensor([1.0]))
 
 
-def test_a_scaled_float16_loss_keeps_small_gradients() -> None:
-    """What GradScaler does: gradients that float16 could not hold come out right after division by the scale."""
+def test_a_scaled_float16_loss_preserves_small_gradients() -> None:
+    """As with GradScaler: gradients too small for float16 are correct after division by the scale."""
     hidden, weight, targets = inputs(64, 31, dtype=torch.float16)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    expected = torch.autograd.grad(plain(*exact, targets).sum() / 1e6, exact)
+    expected = torch.autograd.grad(reference(*exact, targets).sum() / 1e6, exact)
     scale = 2.0**20
     with torch.autocast("cpu", torch.float16):
         found = torch.autograd.grad(chunked(hidden, weight.float(), targets) / 1e6 * scale, (hidden, weight))
-    for gradient, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(gradient.float() / scale, wanted.float(), rtol=1e-2, atol=1e-8)
+    for gradient, expected_grad in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient.float() / scale, expected_grad.float(), rtol=1e-2, atol=1e-8)
 
 
-def test_only_what_is_needed_is_computed() -> None:
+def test_only_required_gradients_are_computed() -> None:
     hidden, weight, targets = inputs()
     expected = chunked(hidden, weight, targets).detach()
     with torch.no_grad():
         assert not chunked(hidden, weight, targets).requires_grad
     frozen = chunked(hidden, weight.detach(), targets)
     (found,) = torch.autograd.grad(frozen, hidden)
-    (wanted,) = torch.autograd.grad(plain(hidden, weight, targets).sum(), hidden)
-    torch.testing.assert_close(found, wanted)
+    (expected_grad,) = torch.autograd.grad(reference(hidden, weight, targets).sum(), hidden)
+    torch.testing.assert_close(found, expected_grad)
     assert not chunked(hidden.detach(), weight.detach(), targets).requires_grad
     torch.testing.assert_close(frozen.detach(), expected, rtol=0, atol=0)
 
 
-def test_a_second_backward_pass_is_refused() -> None:
+def test_a_second_backward_pass_raises() -> None:
     hidden, weight, targets = inputs()
     loss = chunked(hidden, weight, targets)
     loss.backward(retain_graph=True)
@@ -186,7 +186,7 @@ def test_a_second_backward_pass_is_refused() -> None:
         loss.backward()
 
 
-def test_targets_beyond_the_vocabulary_are_refused() -> None:
+def test_targets_outside_the_vocabulary_raise() -> None:
     hidden, weight, targets = inputs()
     targets[3] = 53
     with pytest.raises(IndexError, match="53"):
@@ -194,8 +194,8 @@ def test_targets_beyond_the_vocabulary_are_refused() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_models_train_through_it(compiled: bool) -> None:
-    """With tied weights and accumulation, also where all of it is compiled: the same gradients as from logits."""
+def test_model_gradients(compiled: bool) -> None:
+    """The gradients equal those from logits, with tied weights and accumulation, and also in a compiled model."""
     torch.manual_seed(0)
     model = Transformer(Params(dim=16, n_layers=1, n_heads=2, vocab_size=61, seq_len=12, weight_tying=True))
     call = torch.compile(model, backend="eager") if compiled else model
@@ -210,41 +210,43 @@ def test_models_train_through_it(compiled: bool) -> None:
         torch.testing.assert_close(param.grad, expected[name], rtol=1e-4, atol=1e-5)
 
 
-# -------------------------------------------------------------------------------------- spread vocabularies
-def parts_agree_with_the_whole(rank: int, folder: Path) -> None:
-    """On each of three ranks: even and uneven vocabularies, of one and several chunks, in float32 and bfloat16."""
+# -------------------------------------------------------------------------------------- sharded vocabularies
+def sharded_loss_equals_full_loss(rank: int, folder: Path) -> None:
+    """Run on each of three ranks: even and uneven vocabularies, one and several chunks, float32 and bfloat16."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     linear_loss._chunk_rows = lambda hidden: 32  # type: ignore[assignment]
     for vocab in (51, 53):
-        for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
             hidden, weight, targets = inputs(90, vocab, 8, dtype)
-            spread = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
+            sharded = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
             for z in (0.0, Z):
-                whole, parts = chunked(hidden, weight, targets, z), chunked(hidden, spread, targets, z)
-                torch.testing.assert_close(parts, whole, rtol=near, atol=1e-4)
-                wanted = torch.autograd.grad(whole, (hidden, weight))
-                found = torch.autograd.grad(parts, (hidden, spread))
+                full_loss, sharded_loss = chunked(hidden, weight, targets, z), chunked(hidden, sharded, targets, z)
+                torch.testing.assert_close(sharded_loss, full_loss, rtol=tolerance, atol=1e-4)
+                expected_grads = torch.autograd.grad(full_loss, (hidden, weight))
+                found = torch.autograd.grad(sharded_loss, (hidden, sharded))
                 assert isinstance(found[1], DTensor) and found[1].placements == (Shard(0),)
-                assert found[1].to_local().shape == spread.to_local().shape
-                torch.testing.assert_close(found[0], wanted[0], rtol=near, atol=near * 10)
-                torch.testing.assert_close(found[1].full_tensor(), wanted[1], rtol=near, atol=near * 10)
-                assert_same_on_ranks(parts.detach(), found[0])
-                tokens = chunked(hidden, spread, targets, z, per_token=True)
+                assert found[1].to_local().shape == sharded.to_local().shape
+                torch.testing.assert_close(found[0], expected_grads[0], rtol=tolerance, atol=tolerance * 10)
                 torch.testing.assert_close(
-                    tokens, chunked(hidden, weight, targets, z, per_token=True), rtol=near, atol=near
+                    found[1].full_tensor(), expected_grads[1], rtol=tolerance, atol=tolerance * 10
                 )
-            torch.testing.assert_close(logit_mean(hidden[None], spread), logit_mean(hidden[None], weight))
-    refuses_what_it_cannot_spread(mesh)
+                assert_same_on_ranks(sharded_loss.detach(), found[0])
+                tokens = chunked(hidden, sharded, targets, z, per_token=True)
+                torch.testing.assert_close(
+                    tokens, chunked(hidden, weight, targets, z, per_token=True), rtol=tolerance, atol=tolerance
+                )
+            torch.testing.assert_close(logit_mean(hidden[None], sharded), logit_mean(hidden[None], weight))
+    unsupported_shardings_raise(mesh)
 
 
 def assert_same_on_ranks(*values: Tensor) -> None:
     for value in values:
-        everyone = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, value)
-        assert all(torch.equal(other, value) for other in everyone)
+        gathered = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, value)
+        assert all(torch.equal(other, value) for other in gathered)
 
 
-def refuses_what_it_cannot_spread(mesh: torch.distributed.DeviceMesh) -> None:
+def unsupported_shardings_raise(mesh: torch.distributed.DeviceMesh) -> None:
     hidden, weight, targets = inputs(10, 4)
     with pytest.raises(ValueError, match="without a row"):
         chunked(hidden, distribute_tensor(weight.detach(), mesh, [Shard(0)]), targets)
@@ -252,10 +254,10 @@ def refuses_what_it_cannot_spread(mesh: torch.distributed.DeviceMesh) -> None:
         chunked(hidden, distribute_tensor(weight.detach(), mesh, [Replicate()]), targets)
 
 
-def test_a_spread_vocabulary_gives_the_loss_of_the_whole(tmp_path: Path) -> None:
-    on_ranks(parts_agree_with_the_whole, tmp_path, 3)
+def test_sharded_vocabulary(tmp_path: Path) -> None:
+    on_ranks(sharded_loss_equals_full_loss, tmp_path, 3)
 
 
-def test_the_mean_of_logits_needs_no_logits() -> None:
+def test_logit_mean() -> None:
     hidden, weight, _ = inputs()
     torch.testing.assert_close(logit_mean(hidden[None], weight), F.linear(hidden, weight).mean().detach())
