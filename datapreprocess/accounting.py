@@ -113,7 +113,7 @@ def with_digests(
 
 
 def tail_record(job: PreprocessJob, output: Output) -> dict[str, Any]:
-    """Return what happened to the ids after the last full sequence: none remained, dropped, or padded in a member."""
+    """Return the dataset.json entry for the ids after the last full sequence: none, dropped, or padded to a member."""
     tokens = len(output.tail.ids)
     if not tokens:
         return {"fate": "none", "tokens": 0}
@@ -175,7 +175,7 @@ def bad_counts(reports: Iterable[UnitReport]) -> dict[str, int]:
 
 
 def exceeds_bad_fraction(units: Sequence[Unit], reports: Sequence[UnitReport], limit: float) -> bool:
-    """Return whether more than the fraction `limit` is lost: of documents, of files (broken), or of input bytes.
+    """Return whether the lost fraction of documents, of files or of input bytes exceeds `limit`.
 
     While a run is still reading, the total number of documents is extrapolated from the bytes read so far. A wrong
     content key is then detected at once and not after days.
@@ -215,7 +215,7 @@ def bad_input_message(units: Sequence[Unit], reports: Sequence[UnitReport], *, l
 
 
 def line_bases(units: Sequence[Unit], reports: Sequence[UnitReport]) -> dict[tuple[str, int], int]:
-    """Return the number of lines of a file before each piece (url, start), as far as it is known."""
+    """Return the number of lines of a file before each piece (url, start), where it is known."""
     by_index = {report.index: report for report in reports}
     bases: dict[tuple[str, int], int] = {}
     for unit in units:
@@ -228,7 +228,7 @@ def line_bases(units: Sequence[Unit], reports: Sequence[UnitReport]) -> dict[tup
 
 
 def with_locations(units: Sequence[Unit], reports: Sequence[UnitReport]) -> Iterator[tuple[str, BadDocument]]:
-    """Yield (location, bad document) pairs; lines are counted from the start of the file if that is known."""
+    """Yield (location, bad document) pairs; lines are counted from the start of the file where possible."""
     bases = line_bases(units, reports)
     for report in reports:
         for bad in report.bad_shown:
