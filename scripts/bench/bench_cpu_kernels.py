@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Our kernels for bfloat16 on a CPU beside torch's: time of forward and backward pass, and error.
+"""Compare our bfloat16 CPU kernels with torch's: time of the forward and backward pass, and error.
 
     python scripts/bench_cpu_kernels.py --heads 12 --head-width 64 --batch 4 --length 2048
 
-The two take turns, so that what else the machine does falls on both; a time is the best of the rounds. Errors are the
-norm of the difference from float64 over the norm, the larger of results and gradients, on one sequence of at most 512
-tokens. The head and its loss are in bench_loss.py, whole steps in bench_train.py.
+Measurements of the two alternate, so that other load on the machine affects both; each time is the best of all rounds.
+The error is the norm of the difference from float64 divided by the norm of the float64 value, the maximum over the
+result and all gradients, on one sequence of at most 512 tokens. bench_loss.py measures the head and its loss,
+bench_train.py full steps.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from open_lm.model.positional_embedding.rotary import rotate_halves
 
 @dataclass(frozen=True)
 class Case:
-    """A function of tensors that need gradients, by our kernels and by torch's, and those tensors for B x T tokens."""
+    """A differentiable function, computed by our kernels and by torch's.
+
+    inputs: returns the function's tensor arguments for (batch, length) tokens; all of them need gradients.
+    """
 
     name: str
     ours: Callable[..., Tensor]
-    theirs: Callable[..., Tensor]
+    torchs: Callable[..., Tensor]
     inputs: Callable[[int, int], list[Tensor]]
 
 
@@ -44,17 +48,17 @@ def cases(heads: int, width: int) -> Iterator[Case]:
     dim = heads * width
     hidden = gated_width(dim)
 
-    def parts(batch: int, length: int) -> list[Tensor]:
+    def qkv(batch: int, length: int) -> list[Tensor]:
         return list(torch.randn(batch, length, 3 * heads, width).split(heads, dim=2))
 
-    yield Case("attention", causal_attention, sdpa, parts)
+    yield Case("attention", causal_attention, sdpa, qkv)
     for count in (4, 32):
-        yield Case(f"attention, {count} documents", partial(in_documents, count), partial(one_by_one, count), parts)
+        yield Case(f"attention, {count} documents", partial(documents_ours, count), partial(documents_sdpa, count), qkv)
     yield Case(
         "rotation",
-        lambda x: rotate_halves(x, *angles(x), dtype=x.dtype),
-        plain_rotation,
-        lambda batch, length: parts(batch, length)[:1],
+        lambda x: rotate_halves(x, *cos_sin(x), dtype=x.dtype),
+        torch_rotation,
+        lambda batch, length: qkv(batch, length)[:1],
     )
     yield Case(
         "silu(gate) * up",
@@ -62,12 +66,12 @@ def cases(heads: int, width: int) -> Iterator[Case]:
         lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
         lambda batch, length: [torch.randn(batch, length, 2 * hidden)],
     )
-    for name, into, out_of in (("qkv", dim, 3 * dim), ("gate, up", dim, 2 * hidden), ("down", hidden, dim)):
-        yield Case(f"linear, {name}", linear, F.linear, partial(layer, into, out_of))
+    for name, fan_in, fan_out in (("qkv", dim, 3 * dim), ("gate, up", dim, 2 * hidden), ("down", hidden, dim)):
+        yield Case(f"linear, {name}", linear, F.linear, partial(linear_inputs, fan_in, fan_out))
 
 
-def layer(into: int, out_of: int, batch: int, length: int) -> list[Tensor]:
-    return [torch.randn(batch, length, into), torch.randn(out_of, into) / into**0.5]
+def linear_inputs(in_features: int, out_features: int, batch: int, length: int) -> list[Tensor]:
+    return [torch.randn(batch, length, in_features), torch.randn(out_features, in_features) / in_features**0.5]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -75,47 +79,49 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).contiguous()
 
 
-def in_documents(count: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention inside `count` documents of equal length."""
+def documents_ours(count: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend within `count` documents of equal length, with our kernel."""
     length = -(-q.shape[1] // count)
     starts = (torch.arange(q.shape[1]) // length * length).int().expand(len(q), -1).contiguous()
     return causal_attention(q, k, v, starts)
 
 
-def one_by_one(count: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def documents_sdpa(count: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend within `count` documents of equal length, with one call of torch's kernel per document."""
     pieces = zip(*(x.split(-(-q.shape[1] // count), dim=1) for x in (q, k, v)), strict=True)
     return torch.cat([sdpa(*piece) for piece in pieces], dim=1)
 
 
-def angles(x: Tensor) -> tuple[Tensor, Tensor]:
-    turns = torch.arange(x.shape[1])[:, None, None] / 10.0 ** torch.arange(x.shape[-1] // 2)
-    return turns.cos(), turns.sin()
+def cos_sin(x: Tensor) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(x.shape[1])[:, None, None] / 10.0 ** torch.arange(x.shape[-1] // 2)
+    return angles.cos(), angles.sin()
 
 
-def plain_rotation(x: Tensor) -> Tensor:
-    cos, sin = angles(x)
+def torch_rotation(x: Tensor) -> Tensor:
+    cos, sin = cos_sin(x)
     first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 def run(function: Callable[..., Tensor], inputs: list[Tensor], weights: Tensor) -> tuple[list[Tensor], float, float]:
-    """Result and gradients of the weighted sum; milliseconds forward and backward."""
+    """Return the result and the gradients of its weighted sum, and the milliseconds of forward and backward pass."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    begin = time.perf_counter()
+    start = time.perf_counter()
     out = function(*leaves)
     middle = time.perf_counter()
     gradients = torch.autograd.grad(out, leaves, weights)
     end = time.perf_counter()
-    return [out.detach(), *gradients], 1e3 * (middle - begin), 1e3 * (end - middle)
+    return [out.detach(), *gradients], 1e3 * (middle - start), 1e3 * (end - middle)
 
 
-def largest_error(function: Callable[..., Tensor], case: Case, length: int) -> float:
+def max_error(function: Callable[..., Tensor], case: Case, length: int) -> float:
+    """Return the maximum relative error of result and gradients in bfloat16, compared with torch in float64."""
     torch.manual_seed(0)
     inputs = [x.bfloat16() for x in case.inputs(1, length)]
-    weights = torch.randn_like(case.theirs(*inputs))
-    found, *_ = run(function, inputs, weights)
-    exact, *_ = run(case.theirs, [x.double() for x in inputs], weights.double())
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+    weights = torch.randn_like(case.torchs(*inputs))
+    actual, *_ = run(function, inputs, weights)
+    exact, *_ = run(case.torchs, [x.double() for x in inputs], weights.double())
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(actual, exact, strict=True))
 
 
 def main() -> None:
@@ -126,27 +132,31 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    for kernels, problem in (("attention", native_attention.problem(args.head_width)), ("others", elements.problem())):
+    problems = {"attention": native_attention.problem(args.head_width), "other kernels": elements.problem()}
+    for kernels, problem in problems.items():
         if problem is not None:
-            print(f"{kernels}: torch's in both columns, since {problem}")
-    keep_freed_memory()  # as training has it
+            print(f"{kernels}: both columns show torch's kernels, because {problem}")
+    keep_freed_memory()  # as in training
     shape = f"{args.batch} x {args.length} tokens, {args.heads} heads of {args.head_width}"
     print(f"{shape}, {torch.get_num_threads()} threads")
-    print(f"{'milliseconds':27}{'ours':>7}{'back':>8}{'torch':>9}{'back':>8}{'times':>8}{'error':>10}{'torch':>9}")
+    print(
+        f"{'milliseconds':27}{'ours fwd':>9}{'bwd':>8}{'torch fwd':>11}{'bwd':>8}{'speedup':>9}"
+        f"{'our error':>11}{'torch':>9}"
+    )
     for case in cases(args.heads, args.head_width):
         inputs = [x.bfloat16() for x in case.inputs(args.batch, args.length)]
-        weights = torch.randn_like(case.theirs(*inputs))
+        weights = torch.randn_like(case.torchs(*inputs))
         best: dict[str, tuple[float, float]] = {}
         for _ in range(args.rounds):
-            for name, function in (("ours", case.ours), ("theirs", case.theirs)):
+            for name, function in (("ours", case.ours), ("torch", case.torchs)):
                 _, forward, backward = run(function, inputs, weights)
                 before = best.get(name, (forward, backward))
                 best[name] = (min(before[0], forward), min(before[1], backward))
-        errors = [largest_error(f, case, min(args.length, 512)) for f in (case.ours, case.theirs)]
-        ours, theirs = best["ours"], best["theirs"]
+        errors = [max_error(f, case, min(args.length, 512)) for f in (case.ours, case.torchs)]
+        ours, torchs = best["ours"], best["torch"]
         print(
-            f"{case.name:27}{ours[0]:7.1f}{ours[1]:8.1f}{theirs[0]:9.1f}{theirs[1]:8.1f}{sum(theirs) / sum(ours):8.2f}"
-            f"{errors[0]:10.1e}{errors[1]:9.1e}",
+            f"{case.name:27}{ours[0]:9.1f}{ours[1]:8.1f}{torchs[0]:11.1f}{torchs[1]:8.1f}{sum(torchs) / sum(ours):9.2f}"
+            f"{errors[0]:11.1e}{errors[1]:9.1e}",
             flush=True,
         )
 

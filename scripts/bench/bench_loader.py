@@ -1,13 +1,13 @@
-"""Tokens a second of the data loader beside the original's recipe and other libraries, on the same tokens in one run.
+"""Compare the data loader's tokens per second with the original's recipe and other libraries, on the same tokens.
 
-    make install-bench                      # .venv-bench with the other libraries, whose pins differ from ours
-    python scripts/bench_loader.py          # from S3: bench_s3.py
+    make install-bench                      # creates .venv-bench with the other libraries: their pins differ from ours
+    python scripts/bench_loader.py          # for S3 see bench_s3.py
 
-The tokens are the corpus in OPEN_LM_SHARED (or ../shared) where that is there, else random. Ours is the loader that
-training uses, with its worker processes, up to the rows that `on_device` takes; the others: bench_loader_peers.py.
-Every measurement is a process of its own, warmed up before it counts; rounds alternate, so that what else the machine
-does falls on all. Files are in the page cache. Shown is the median with the least and the greatest, for each worker
-process.
+The tokens come from the corpus in OPEN_LM_SHARED (default: ../shared), or are random if it does not exist. "ours" is
+the loader that training uses, with its worker processes, up to the batch that `on_device` receives. The others are in
+bench_loader_peers.py. Every measurement runs in a separate process and warms up first. Rounds alternate between the
+loaders, so that other load on the machine affects all of them. Files are in the page cache. The table shows median,
+minimum and maximum per worker process.
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequences", type=int, default=4096, help=f"of {LENGTH} tokens (default: 4096)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement (default: 4)")
+    parser.add_argument("--seconds", type=float, default=4, help="duration of a measurement (default: 4)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work-dir", type=Path, help="folder for the shards (default: a temporary one)")
     parser.add_argument("--peer-python", type=Path, default=ROOT / ".venv-bench" / "bin" / "python")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure what bears one of these names, as printed")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="measure only the loaders with these names, as printed"
+    )
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # runs in a separate process
     parser.add_argument("--data", help=argparse.SUPPRESS)
     return parser
 
 
 # --- the tokens -----------------------------------------------------------------------------------------------------
 def corpus_tokens(shared: Path, count: int) -> np.ndarray:
-    """The first `count` ids of the corpus in `shared`, again from its beginning where it ends: uint16 (count,)."""
+    """Return the first `count` token ids of the corpus in `shared`, repeated if it is shorter: uint16 (count,)."""
     import orjson
     import zstandard
     from tokenizers import Tokenizer
@@ -66,53 +68,53 @@ def corpus_tokens(shared: Path, count: int) -> np.ndarray:
 
 
 def make_data(folder: Path, sequences: int) -> str:
-    """The tokens and their shards of every kind; returns where the tokens come from."""
+    """Write the tokens and shards of every format; return a description of their origin."""
     from open_lm.data.shard_format import ManifestEntry, ShardWriter, write_manifest
 
     shared = Path(os.environ.get("OPEN_LM_SHARED", ROOT.parent / "shared"))
-    is_real = (shared / "data" / "raw").is_dir()
+    has_corpus = (shared / "data" / "raw").is_dir()
     count = sequences * LENGTH
     random = np.random.default_rng(0)
-    ids = corpus_tokens(shared, count) if is_real else random.integers(0, VOCAB_SIZE, count, dtype=np.uint16)
-    rows = ids.reshape(sequences, LENGTH)
-    np.save(folder / "tokens.npy", rows)
+    ids = corpus_tokens(shared, count) if has_corpus else random.integers(0, VOCAB_SIZE, count, dtype=np.uint16)
+    samples = ids.reshape(sequences, LENGTH)
+    np.save(folder / "tokens.npy", samples)
     for name in OURS.values():
         (folder / name).mkdir()
         entries = []
         for start in range(0, sequences, SEQUENCES_IN_SHARD):
-            part = rows[start : start + SEQUENCES_IN_SHARD]
+            shard = samples[start : start + SEQUENCES_IN_SHARD]
             stem = f"{start // SEQUENCES_IN_SHARD:05d}"
             with ShardWriter(folder / name / f"{stem}.tar", name.partition("-")[0]) as writer:
-                writer.write_numbered(start, part.astype(np.uint32) if name.endswith("uint32") else part)
-            entries.append(ManifestEntry(stem, len(part)))
+                writer.write_numbered(start, shard.astype(np.uint32) if name.endswith("uint32") else shard)
+            entries.append(ManifestEntry(stem, len(shard)))
         write_manifest(folder / name / "manifest.jsonl", entries)
-    return f"the corpus in {shared}" if is_real else "random ids"
+    return f"the corpus in {shared}" if has_corpus else "random ids"
 
 
-# --- ours, in a process of its own ----------------------------------------------------------------------------------
+# --- our loader, in a separate process ------------------------------------------------------------------------------
 def our_speed(args: argparse.Namespace) -> dict[str, float]:
-    """The loader on `args.data`, a manifest, in passes without end."""
+    """Measure our loader on the manifest `args.data`, in endless passes."""
     from open_lm.config.sections import DataConfig
     from open_lm.data.loader import build_train_loader
 
     (workers,) = args.workers
-    kind = Path(args.data).parent.name.partition("-")[0]
-    data = DataConfig(dataset_manifest=[args.data], data_key=kind, workers=workers, multiple_data_passes=True)
+    data_key = Path(args.data).parent.name.partition("-")[0]
+    data = DataConfig(dataset_manifest=[args.data], data_key=data_key, workers=workers, multiple_data_passes=True)
     loader = build_train_loader(data, seq_len=LENGTH - 1, vocab_size=VOCAB_SIZE, batch_size=args.batch_size)
     endless = (batch for batch, _ in loader.batches(sys.maxsize))
     return measure(endless, workers, args.seconds, lambda batch: batch.stored_ids.numel())
 
 
-# --- the run --------------------------------------------------------------------------------------------------------
-def contenders(args: argparse.Namespace, folder: Path) -> dict[tuple[str, int], list[str]]:
-    """The commands to measure, by name and number of workers; what is not installed is said and left out."""
-    me, peers = [sys.executable, __file__], str(Path(__file__).resolve().with_name("bench_loader_peers.py"))
+# --- comparison -----------------------------------------------------------------------------------------------------
+def loader_commands(args: argparse.Namespace, folder: Path) -> dict[tuple[str, int], list[str]]:
+    """Return the measuring commands by (name, number of workers). Print and skip the libraries that are missing."""
+    this_script, peers = [sys.executable, __file__], str(Path(__file__).resolve().with_name("bench_loader_peers.py"))
     common = ["--batch-size", str(args.batch_size), "--seconds", str(args.seconds), "--workers"]
     commands: dict[tuple[str, int], list[str]] = {}
     for workers in args.workers:
         for label, name in OURS.items():
             data = str(folder / name / "manifest.jsonl")
-            commands[f"ours, {label}", workers] = [*me, "--measure", "--data", data, *common, str(workers)]
+            commands[f"ours, {label}", workers] = [*this_script, "--measure", "--data", data, *common, str(workers)]
     for name, (_, make) in PEERS.items():
         if args.only and name not in args.only:
             continue
@@ -130,7 +132,7 @@ def contenders(args: argparse.Namespace, folder: Path) -> dict[tuple[str, int], 
 
 
 def run_once(command: Sequence[str]) -> float:
-    """Tokens a second that the command measures."""
+    """Return the tokens per second that the command measures. Exit with its stderr if it fails."""
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -139,14 +141,16 @@ def run_once(command: Sequence[str]) -> float:
 
 
 def table(speeds: dict[tuple[str, int], list[float]]) -> str:
-    """A line for each measurement: million tokens a second for each worker, and how many times faster ours (npy) is."""
-    lines = [f"{'':28}{'workers':>8}{'median':>9}{'least':>9}{'greatest':>9}{'ours is':>10}"]
+    """Return a line per measurement: million tokens per second and worker, and the speedup of ours (npy) over it."""
+    lines = [f"{'':28}{'workers':>8}{'median':>9}{'min':>9}{'max':>9}{'speedup of ours':>17}"]
     for (name, workers), values in sorted(speeds.items(), key=lambda item: item[0][1]):
-        each = [value / max(workers, 1) / 1e6 for value in values]
+        per_worker = [value / max(workers, 1) / 1e6 for value in values]
         ours = speeds.get((BASELINE, workers))
         ratio = f"{statistics.median(ours) / statistics.median(values):.2f} x" if ours else ""
-        columns = "".join(f"{number:9.2f}" for number in (statistics.median(each), min(each), max(each)))
-        lines.append(f"{name:28}{workers:8}{columns}{ratio:>10}")
+        columns = "".join(
+            f"{number:9.2f}" for number in (statistics.median(per_worker), min(per_worker), max(per_worker))
+        )
+        lines.append(f"{name:28}{workers:8}{columns}{ratio:>17}")
     return "\n".join(lines)
 
 
@@ -154,11 +158,11 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     origin = make_data(folder, args.sequences)
     print(
         f"{args.sequences * LENGTH / 1e6:.1f} million tokens of {origin}; sequences of {LENGTH}, batches of "
-        f"{args.batch_size}, {len(os.sched_getaffinity(0))} processors, page cache warm, {args.rounds} rounds; million "
-        "tokens a second for each worker (workers 0: in the main process)",
+        f"{args.batch_size}, {len(os.sched_getaffinity(0))} processors, warm page cache, {args.rounds} rounds; million "
+        "tokens per second and worker (0 workers: in the main process)",
         flush=True,
     )
-    commands = contenders(args, folder)
+    commands = loader_commands(args, folder)
     speeds: dict[tuple[str, int], list[float]] = {key: [] for key in commands}
     for _ in range(args.rounds):
         for key, command in commands.items():

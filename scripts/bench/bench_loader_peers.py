@@ -1,11 +1,12 @@
-"""What bench_loader.py measures beside ours; runs in an environment of its own and knows nothing of open_lm.
+"""Measure the data loaders of other libraries for bench_loader.py. Needs no open_lm: runs in a separate environment.
 
     python bench_loader_peers.py make  NAME FOLDER
     python bench_loader_peers.py speed NAME FOLDER --workers 1 --batch-size 32 --seconds 5
 
-FOLDER holds tokens.npy (sequences, T), the shards txt/*.tar and npy/*.tar, and what `make` writes in a peer's own
-format. `speed` prints one line of JSON: tokens and seconds, after some batches that are not counted. NAME is one of
-`PEERS`; each is set up as its documentation advises for training: shuffled, without end, in batches of torch tensors.
+FOLDER contains tokens.npy (sequences, T), the shards txt/*.tar and npy/*.tar, and the data that `make` writes in a
+library's own format. `speed` prints one line of JSON with tokens and seconds, after some warm-up batches. NAME is one
+of `PEERS`. Each is configured as its documentation recommends for training: shuffled, endless, in batches of torch
+tensors.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def shards(folder: Path, kind: str) -> list[str]:
 
 # --- the recipe of the original OpenLM ------------------------------------------------------------------------------
 def literal_lists(folder: Path, workers: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Shards drawn at random, members of text read as Python literals, a shuffle buffer of 5,000, lists batched by
-    webdataset, and made a tensor by the trainer."""
+    """Yield batches of the original's pipeline.
+
+    It samples shards at random, parses text members as Python literals, shuffles in a buffer of 5,000 and batches lists
+    in webdataset; the trainer converts a batch to a tensor.
+    """
     import webdataset as wds
 
     pipeline = wds.DataPipeline(
@@ -48,9 +52,9 @@ def literal_lists(folder: Path, workers: int, batch_size: int) -> Iterator[torch
     return (torch.LongTensor(ids) for (ids,) in loader)
 
 
-# --- webdataset as its documentation shows it -----------------------------------------------------------------------
+# --- webdataset as in its documentation -----------------------------------------------------------------------------
 def webdataset_npy(folder: Path, workers: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """npy members through its own decoder and its usual shuffle buffer."""
+    """Yield batches of npy members from webdataset's decoder and its usual shuffle buffer."""
     import webdataset as wds
 
     urls = shards(folder, "npy")
@@ -60,8 +64,8 @@ def webdataset_npy(folder: Path, workers: int, batch_size: int) -> Iterator[torc
 
 
 # --- litdata --------------------------------------------------------------------------------------------------------
-def _sequences(part: tuple[str, int, int]) -> Iterator[torch.Tensor]:
-    path, start, stop = part
+def _sequences(piece: tuple[str, int, int]) -> Iterator[torch.Tensor]:
+    path, start, stop = piece
     for row in np.load(path, mmap_mode="r")[start:stop]:
         yield torch.from_numpy(np.array(row))
 
@@ -69,10 +73,12 @@ def _sequences(part: tuple[str, int, int]) -> Iterator[torch.Tensor]:
 def make_litdata(folder: Path) -> None:
     from litdata import TokensLoader, optimize
 
-    rows, length = np.load(folder / "tokens.npy", mmap_mode="r").shape
+    sequences, length = np.load(folder / "tokens.npy", mmap_mode="r").shape
     optimize(
         fn=_sequences,
-        inputs=[(str(folder / "tokens.npy"), n, n + SEQUENCES_IN_SHARD) for n in range(0, rows, SEQUENCES_IN_SHARD)],
+        inputs=[
+            (str(folder / "tokens.npy"), n, n + SEQUENCES_IN_SHARD) for n in range(0, sequences, SEQUENCES_IN_SHARD)
+        ],
         output_dir=str(folder / "litdata"),
         chunk_size=SEQUENCES_IN_SHARD * length,
         item_loader=TokensLoader(),
@@ -82,7 +88,7 @@ def make_litdata(folder: Path) -> None:
 
 
 def litdata(folder: Path, workers: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Its token loader on its chunks, shuffled."""
+    """Yield batches of litdata's token loader from its chunks, shuffled."""
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 
     length = np.load(folder / "tokens.npy", mmap_mode="r").shape[1]
@@ -102,7 +108,7 @@ def make_mosaicml(folder: Path) -> None:
 
 
 def mosaicml(folder: Path, workers: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Its streaming data set on its shards, shuffled, in torch's DataLoader."""
+    """Yield batches of mosaicml-streaming's data set from its shards, shuffled, through torch's DataLoader."""
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -112,7 +118,7 @@ def mosaicml(folder: Path, workers: int, batch_size: int) -> Iterator[torch.Tens
     return (batch["tokens"] for batch in endless(loader))
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------------------------------
 Open = Callable[[Path, int, int], Iterator[torch.Tensor]]
 PEERS: dict[str, tuple[Open, Callable[[Path], None] | None]] = {
     "literal lists (original)": (literal_lists, None),
@@ -127,13 +133,16 @@ def endless(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def measure(batches: Iterator[Any], workers: int, seconds: float, count: Callable[[Any], int]) -> dict[str, float]:
-    """Tokens and seconds of at least `seconds`, once all workers have warmed up and their queues were emptied."""
+    """Return the tokens and the seconds of a measurement of at least `seconds`.
+
+    Starts after enough batches that all workers have warmed up and their prefetch queues were emptied.
+    """
     for _ in range(4 + 8 * workers):
         next(batches)
     tokens, started = 0, time.perf_counter()
-    while (passed := time.perf_counter() - started) < seconds:
+    while (elapsed_s := time.perf_counter() - started) < seconds:
         tokens += count(next(batches))
-    return {"tokens": tokens, "seconds": passed}
+    return {"tokens": tokens, "seconds": elapsed_s}
 
 
 def main() -> None:
