@@ -24,8 +24,8 @@ from open_lm.errors import ConfigError, StorageError
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.storage.redaction import redact, redacted
 
-_LINE = "%(asctime)s | %(levelname)s | %(message)s"
-_TIME = "%Y-%m-%d,%H:%M:%S"
+_LINE_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
+_TIME_FORMAT = "%Y-%m-%d,%H:%M:%S"
 # At level INFO these loggers report every request or credential lookup.
 _VERBOSE_LOGGERS = (
     "botocore",
@@ -79,7 +79,7 @@ def setup_logging(log_file: str | None = None, level: int = logging.INFO, consol
         except OSError as error:
             raise StorageError(f"{log_file}: cannot write the log file ({error})") from error
     for handler in handlers:
-        handler.setFormatter(_RedactingFormatter(_LINE, _TIME))
+        handler.setFormatter(_RedactingFormatter(_LINE_FORMAT, _TIME_FORMAT))
         root.addHandler(handler)
     for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
