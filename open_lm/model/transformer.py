@@ -232,7 +232,7 @@ class Transformer(nn.Module):
             )
             assert self.params.attn_func is not None
             attention_mask = create_document_mask(document_ids, self.params.attn_func)
-        hidden, caches = self._run_blocks(self.post_embed_norm(x), past_key_values, use_cache, attention_mask)
+        hidden, caches = self._run_blocks(x, past_key_values, use_cache, attention_mask)
         if loss is not None:
             return loss.from_hidden(hidden, self.output.weight), hidden, caches
         return self.output(hidden).float(), hidden, caches
@@ -244,10 +244,11 @@ class Transformer(nn.Module):
         use_cache: bool,
         attention_mask: Mask | None,
     ) -> tuple[Tensor, list[list[Tensor]] | None]:
-        """Run all blocks and the final norm on x (B,T,D) -> (B,T,D), and the KV cache with use_cache."""
+        """Run all norms and blocks on embeddings x (B,T,D) -> (B,T,D), and the KV cache with use_cache."""
         caches: Sequence[LayerCache | None] = past_key_values or [None] * len(self.layers)
         first_block: Any = self.layers[0]
         angles = first_block.attention.angles(x, caches[0], attention_mask)
+        x = self.post_embed_norm(x)  # after `angles`: tensor parallelism splits the sequences here
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and not use_cache
         policy, every = self._recomputation
         new_caches: list[list[Tensor]] = []
