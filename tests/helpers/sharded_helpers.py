@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.checkpoint.model_state import named_tensors, trained_params
-from open_lm.checkpoint.sharded import TrainingState
+from open_lm.checkpoint.sharded import ShardedWriter, TrainingState
 from open_lm.distributed.sharded_tensor import full_tensor, fused_weight_parts
 from open_lm.optim.averaging import ModelAverager
 
@@ -122,6 +122,27 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None
     assert list(actual) == list(expected)
     for name, value in expected.items():
         assert actual[name].dtype == value.dtype and torch.equal(actual[name], value), name
+
+
+def save(state: TrainingState, folder: Path | str, step: int = 3) -> ShardedWriter:
+    """Save a sharded checkpoint, wait for it, and return the writer."""
+    writer = ShardedWriter()
+    writer.save(state, str(folder), step, wait=True)
+    return writer
+
+
+def trained(seed: int = 0, steps: int = 3, **changes: Any) -> TrainingState:
+    """Return the state of one process after some steps."""
+    state = build("single", seed, **changes)
+    train(state, range(steps))
+    return state
+
+
+def flip_bit(path: Path, position: int, bit: int = 0) -> None:
+    """Flip one bit of the byte at `position` of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
 
 
 # ---------------------------------------------------------------------------------------------- ranks
