@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: kernels, half precision, NCCL."""
+"""Tests that need a CUDA device: kernels, half precision, NCCL."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-needs_xformers = pytest.mark.skipif(not has_xformers(), reason="needs xformers, with kernels that can be loaded")
+needs_xformers = pytest.mark.skipif(not has_xformers(), reason="needs xformers with loadable kernels")
 
 
 @needs_xformers
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(64, 64), (1, 37), (16, 53)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_xformers_attention_equals_torch_s(queries: int, keys: int, padded: bool, dtype: torch.dtype) -> None:
+def test_xformers_attention_equals_torch(queries: int, keys: int, padded: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     q = torch.randn(3, queries, 4, 32, device="cuda", dtype=dtype, generator=generator)
     k, v = (torch.randn(3, keys, 4, 32, device="cuda", dtype=dtype, generator=generator) for _ in range(2))
@@ -62,12 +62,12 @@ def test_xformers_attention_equals_torch_s(queries: int, keys: int, padded: bool
     found = xformers_attn(q, k, v, is_causal=True, attention_mask=mask)
     expected = torch_attn(q, k, v, is_causal=True, attention_mask=mask)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    seen = slice(None) if mask is None else mask[:, -queries:]
-    torch.testing.assert_close(found[seen], expected[seen], atol=tolerance, rtol=tolerance)
+    unpadded = slice(None) if mask is None else mask[:, -queries:]
+    torch.testing.assert_close(found[unpadded], expected[unpadded], atol=tolerance, rtol=tolerance)
 
 
 @needs_xformers
-def test_auto_attention_trains_through_xformers() -> None:
+def test_auto_attention_uses_xformers() -> None:
     assert get_attn_func("auto").__name__ == "auto_attn"
     ids = random_ids(2, 32).cuda()
     gradients = []
@@ -79,15 +79,15 @@ def test_auto_attention_trains_through_xformers() -> None:
 
 
 # --------------------------------------------------------------------------------------------------- documents
-def packed_ids(rows: int, length: int, share: float = 0.01, seed: int = 3) -> Tensor:
-    """(rows, length) ids on the device; 0 ends documents."""
+def packed_ids(rows: int, length: int, probability: float = 0.01, seed: int = 3) -> Tensor:
+    """Return (rows, length) ids on the device; the id 0 ends a document."""
     ids = random_ids(rows, length, seed=seed).clamp(min=1)
-    ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < share] = 0
+    ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < probability] = 0
     return ids.cuda()
 
 
 def with_gradients(attn: Any, qkv: Tensor, documents: DocumentMask) -> list[Tensor]:
-    """The result and its gradient for qkv (3,B,T,H,K)."""
+    """Return the result and the gradient of qkv (3,B,T,H,K)."""
     qkv = qkv.detach().requires_grad_()
     out = attn(*qkv, is_causal=True, attention_mask=documents)
     (gradient,) = torch.autograd.grad(out.float().sin().sum(), qkv)
@@ -97,29 +97,28 @@ def with_gradients(attn: Any, qkv: Tensor, documents: DocumentMask) -> list[Tens
 @pytest.mark.parametrize("name", ["flex", pytest.param("xformers", marks=needs_xformers)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [8, 64, 80])
-@pytest.mark.parametrize(("length", "share"), [(256, 0.0), (300, 0.02), (1024, 0.005), (256, 1.0)])
-def test_kernels_for_documents_equal_the_mask(
-    length: int, share: float, width: int, dtype: torch.dtype, name: str
+@pytest.mark.parametrize(("length", "probability"), [(256, 0.0), (300, 0.02), (1024, 0.005), (256, 1.0)])
+def test_document_kernels_equal_the_dense_mask(
+    length: int, probability: float, width: int, dtype: torch.dtype, name: str
 ) -> None:
     attn = torch_attn if name == "flex" else xformers_attn
-    numbers = document_ids(packed_ids(2, length, share), 0)
-    documents = create_document_mask(numbers, attn)
+    document_index = document_ids(packed_ids(2, length, probability), 0)
+    documents = create_document_mask(document_index, attn)
     if name == "flex":
-        assert supports_flex_attention(numbers.device) and documents.block_mask is not None
-    first = is_document_start(numbers)
-    exact = DocumentMask(document_positions(first), dense=dense_document_mask(first))
+        assert supports_flex_attention(document_index.device) and documents.block_mask is not None
+    is_start = is_document_start(document_index)
+    dense_mask = DocumentMask(document_positions(is_start), dense=dense_document_mask(is_start))
     qkv = torch.randn(3, 2, length, 2, width, generator=torch.Generator().manual_seed(1)).cuda()
-    expected = with_gradients(torch_attn, qkv, exact)
+    expected = with_gradients(torch_attn, qkv, dense_mask)
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2
-    for found, wanted in zip(with_gradients(attn, qkv.to(dtype), documents), expected, strict=True):
-        torch.testing.assert_close(found.float(), wanted, atol=tolerance, rtol=tolerance)
+    for found, exact in zip(with_gradients(attn, qkv.to(dtype), documents), expected, strict=True):
+        torch.testing.assert_close(found.float(), exact, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["torch_attn", "auto"])
-def test_a_packed_row_is_each_of_its_documents_alone(name: str, compiled: bool) -> None:
-    """On the device with recomputed activations against the same documents one by one on the CPU; whatever documents
-    follow, nothing is compiled again."""
+def test_packed_sequences_equal_the_cpu(name: str, compiled: bool) -> None:
+    """Training with activation checkpointing equals the CPU, and other documents cause no recompilation."""
     model = small_model(seq_len=300, apply_qk_norm=True, weight_tying=True, attn_name=name).train()
     reference = copy.deepcopy(model)
     model.cuda().set_grad_checkpointing()
@@ -132,16 +131,16 @@ def test_a_packed_row_is_each_of_its_documents_alone(name: str, compiled: bool) 
         logits = model(ids, document_ids=document_ids(ids, 0))[0]
         gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()))
         assert number == 0 or counters["stats"]["unique_graphs"] == before
-        alone = reference(ids.cpu(), document_ids=document_ids(ids.cpu(), 0))[0]
-        torch.testing.assert_close(logits.cpu(), alone, atol=1e-3, rtol=1e-3)
-        expected = torch.autograd.grad(alone.sin().sum(), list(reference.parameters()))
-        for found, wanted in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(found.cpu(), wanted, atol=2e-2, rtol=1e-2)
+        expected_logits = reference(ids.cpu(), document_ids=document_ids(ids.cpu(), 0))[0]
+        torch.testing.assert_close(logits.cpu(), expected_logits, atol=1e-3, rtol=1e-3)
+        expected = torch.autograd.grad(expected_logits.sin().sum(), list(reference.parameters()))
+        for found, exact in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found.cpu(), exact, atol=2e-2, rtol=1e-2)
 
 
 # ------------------------------------------------------------------------------------- evaluation and generation
 @pytest.mark.parametrize("end_of_text_id", [None, 0])
-def test_token_losses_are_those_of_the_cpu(end_of_text_id: int | None) -> None:
+def test_token_losses_equal_the_cpu(end_of_text_id: int | None) -> None:
     model, ids = small_model(seq_len=300), packed_ids(2, 300)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     runtime, cfg = Runtime(device=torch.device("cuda")), ValidationConfig()
@@ -155,8 +154,8 @@ def test_token_losses_are_those_of_the_cpu(end_of_text_id: int | None) -> None:
     torch.testing.assert_close(half.cpu(), expected, atol=0.1, rtol=0.1)
 
 
-def test_greedy_generation_is_that_of_the_cpu() -> None:
-    """Prompts of different lengths: padding, the cache, and one new query for many keys."""
+def test_greedy_generation_equals_the_cpu() -> None:
+    """Prompts of different lengths cover padding, the KV cache, and one query for many keys."""
     model, sampling = small_model(), Sampling(max_new_tokens=20, temperature=0)
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (1, 7, 12)]
     expected = list(generate_ids(model, prompts, sampling))
@@ -195,7 +194,7 @@ def test_training_on_the_device_lowers_the_loss(
     assert losses[0] > 5.5 and losses[-1] < 3.0
 
 
-def test_cuda_graphs_train_and_evaluate_as_blocks_without() -> None:
+def test_cuda_graphs_give_the_same_losses() -> None:
     results = []
     for mode in (None, "reduce-overhead"):
         cfg = ModelConfig() if mode is None else ModelConfig(torchcompile=True, torchcompile_mode=mode)
@@ -218,7 +217,7 @@ def test_cuda_graphs_train_and_evaluate_as_blocks_without() -> None:
 # ------------------------------------------------------------------------------------------------- named kernels
 @pytest.mark.parametrize("name", ["sdpa_flash", "sdpa_cudnn", "flash_attn_3"])
 @pytest.mark.parametrize("length", [64, 300])
-def test_named_kernels_equal_torch_s_choice(name: str, length: int) -> None:
+def test_sdpa_backends_equal_torch_attn(name: str, length: int) -> None:
     if backend_problem(name) is not None:
         pytest.skip(str(backend_problem(name)))
     attn = get_attn_func(name)
@@ -228,18 +227,18 @@ def test_named_kernels_equal_torch_s_choice(name: str, length: int) -> None:
         leaf = qkv.to(dtype).requires_grad_()
         out = function(*leaf, is_causal=True)
         results.append((out.float(), torch.autograd.grad(out.float().sin().sum(), leaf)[0].float()))
-    for wanted, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, wanted, atol=3e-2, rtol=3e-2)
+    for exact, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, exact, atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize("policy", ["full", "op"])
 @pytest.mark.parametrize("name", ["torch_attn", "auto"])
 def test_steps_do_not_wait_for_the_device(name: str, policy: str) -> None:
-    """With documents, and with recomputed activations."""
+    """With and without documents, and with activation checkpointing."""
     model = small_model(seq_len=300, attn_name=name).cuda().train()
     model.set_grad_checkpointing(policy=policy)
     ids = packed_ids(2, 300)
-    for sync in ("default", "error"):  # what is compiled or loaded at first may wait
+    for sync in ("default", "error"):  # the first step may compile, load and wait
         torch.cuda.set_sync_debug_mode(sync)
         try:
             for documents in (None, document_ids(ids, 0)):

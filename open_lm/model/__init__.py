@@ -1,4 +1,4 @@
-"""The model and its parts: Transformer, blocks, attention, norms, feed-forward, position embeddings, losses."""
+"""The Transformer and its components: attention, norms, feed-forward networks, position embeddings, losses."""
 
 from open_lm.model.transformer import Block, Params, Transformer, create_model, create_params
 

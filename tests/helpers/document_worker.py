@@ -1,6 +1,6 @@
-"""Loss and gradient norm of packed rows in several layouts; runs under torchrun and inside pytest.
+"""Loss and gradient norm of packed sequences in several layouts; runs under torchrun and inside pytest.
 
-`python -m document_worker OUT` writes {layout: [loss, gradient norm]} of all ranks' rows as JSON.
+`python -m document_worker OUT` writes {layout: [loss, gradient norm]} over the sequences of all ranks as JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYOUTS = {"ddp": ParallelConfig(), "fsdp": ParallelConfig(fsdp=True)}
 
 
 def loss_and_norm(layout: str, masked: bool = True) -> list[float]:
-    """The mean loss of all rows and its gradient's norm, with recomputed activations."""
+    """Return the mean loss of all sequences and its gradient norm, with activation checkpointing."""
     cfg = LAYOUTS[layout]
     runtime = init_runtime(cfg)
     try:

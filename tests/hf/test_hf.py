@@ -1,4 +1,4 @@
-"""The bridge to transformers: equal logits, saving and loading, generate(), tokenizers, and training foreign models."""
+"""The transformers integration: logits, saving and loading, generate(), tokenizers, training of other models."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ VARIANTS = (
 
 
 @dataclass
-class Shape:
+class ModelSettings:
     model: str
     hf_model: str | None = None
     hf_seq_len: int | None = None
 
 
-def assert_faithful(found: dict[str, Any]) -> None:
+def assert_equivalent(found: dict[str, Any]) -> None:
     assert max(found.pop("golden"), found.pop("cache"), found.pop("padding")) < 1e-5
     assert found.pop("generation_is_greedy") == [True, True]
     assert all(found.values()), found
@@ -44,11 +44,11 @@ def assert_faithful(found: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_models(shared_dir: Path, variant: str) -> None:
-    assert_faithful(check(shared_dir / "compat" / "models" / variant))
+    assert_equivalent(check(shared_dir / "compat" / "models" / variant))
 
 
-@pytest.mark.skipif(not os.access(EVAL_PYTHON, os.X_OK), reason="no .venv-eval; `make install-eval` makes it")
-def test_golden_models_with_the_evaluation_environments_transformers(shared_dir: Path) -> None:
+@pytest.mark.skipif(not os.access(EVAL_PYTHON, os.X_OK), reason="no .venv-eval; create it with `make install-eval`")
+def test_golden_models_with_transformers_of_the_evaluation_environment(shared_dir: Path) -> None:
     program = str(ROOT / "tests" / "helpers" / "hf_golden_check.py")
     command = [EVAL_PYTHON, "-W", "ignore", program, str(shared_dir / "compat" / "models")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -57,14 +57,14 @@ def test_golden_models_with_the_evaluation_environments_transformers(shared_dir:
     found = json.loads(result.stdout.splitlines()[-1])
     assert sorted(found) == sorted(VARIANTS)
     for variant in VARIANTS:
-        assert_faithful(found[variant])
+        assert_equivalent(found[variant])
 
 
-def test_names_of_existing_callers() -> None:
+def test_import_paths_of_existing_callers() -> None:
     from open_lm.utils.transformers.hf_config import OpenLMConfig as CallersConfig
     from open_lm.utils.transformers.hf_model import OpenLMforCausalLM, OpenLMModel
 
-    params = create_params(Shape("open_lm_test_tiny"))
+    params = create_params(ModelSettings("open_lm_test_tiny"))
     ids = random_ids(2, 7, vocab_size=16)
     causal = OpenLMforCausalLM(CallersConfig(params)).eval()
     bare = OpenLMModel(CallersConfig(params)).eval()
@@ -73,7 +73,7 @@ def test_names_of_existing_callers() -> None:
     assert torch.equal(logits, causal(ids).logits) and hidden.shape == (2, 7, params.dim) and cache is None
 
 
-def test_configuration_survives_the_file_and_knows_other_spellings(tmp_path: Path) -> None:
+def test_configuration_round_trip_and_alternative_names(tmp_path: Path) -> None:
     params = Params(dim=48, n_layers=3, n_heads=4, vocab_size=77, seq_len=31, model_norm="rms_norm", apply_qk_norm=True)
     OpenLMConfig(params).save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -98,7 +98,7 @@ def test_missing_weights_are_an_error(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_loss_gradients_and_recomputation() -> None:
+def test_loss_gradients_and_activation_checkpointing() -> None:
     model = OpenLMForCausalLM.from_open_lm(small_model()).train()
     ids = random_ids(3, 20)
     labels = ids.clone()
@@ -117,7 +117,7 @@ def test_loss_gradients_and_recomputation() -> None:
     assert torch.allclose(weight.grad, plain, atol=1e-6)
 
 
-def test_beams_and_sampling_generate() -> None:
+def test_beam_search_and_sampling() -> None:
     model = OpenLMForCausalLM.from_open_lm(small_model())
     prompt = random_ids(2, 6)
     beams = model.generate(prompt, max_new_tokens=5, num_beams=3, pad_token_id=0)
@@ -127,7 +127,7 @@ def test_beams_and_sampling_generate() -> None:
     assert model.generate(prompt, max_new_tokens=5, do_sample=True, pad_token_id=0).shape == (2, 11)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_unsupported_arguments_raise() -> None:
     model = OpenLMForCausalLM.from_open_lm(small_model())
     with pytest.raises(ValueError, match="output_attentions"):
         model(random_ids(1, 4), output_attentions=True)
@@ -145,20 +145,20 @@ def test_resized_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt-neox-20b.json", "llama2.model", "mistral.model"])
-def test_tokenizers_give_the_ids_of_the_training_data(shared_dir: Path, tmp_path: Path, name: str) -> None:
+def test_tokenizers_give_the_same_ids_as_the_native_ones(shared_dir: Path, tmp_path: Path, name: str) -> None:
     spec = str(shared_dir / "data" / "tokenizers" / name)
-    plain, bridged = load_tokenizer(spec), load_hf_tokenizer(spec)
+    native, hf_tokenizer = load_tokenizer(spec), load_hf_tokenizer(spec)
     with open(shared_dir / "data" / "eval" / "boolq.jsonl", encoding="utf-8") as file:
         texts = [json.loads(line)["query"] for _, line in zip(range(40), file, strict=False)]
     texts += ["", " a", "  two\n\n\tlines ", "naïve 日本 🙂"]
-    assert [bridged(text)["input_ids"] for text in texts] == [plain.encode(text) for text in texts]
-    assert [bridged.decode(plain.encode(text)) for text in texts] == texts
-    assert bridged.eos_token_id == plain.eot_id and len(bridged) == plain.vocab_size
-    bridged.save_pretrained(tmp_path)
+    assert [hf_tokenizer(text)["input_ids"] for text in texts] == [native.encode(text) for text in texts]
+    assert [hf_tokenizer.decode(native.encode(text)) for text in texts] == texts
+    assert hf_tokenizer.eos_token_id == native.eot_id and len(hf_tokenizer) == native.vocab_size
+    hf_tokenizer.save_pretrained(tmp_path)
     OpenLMConfig(Params()).save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert isinstance(loaded, OpenLMTokenizerFast)
-    assert loaded(texts[0])["input_ids"] == plain.encode(texts[0]) and loaded.eos_token_id == plain.eot_id
+    assert loaded(texts[0])["input_ids"] == native.encode(texts[0]) and loaded.eos_token_id == native.eot_id
 
 
 def test_special_tokens_only_on_request(shared_dir: Path) -> None:
@@ -169,7 +169,7 @@ def test_special_tokens_only_on_request(shared_dir: Path) -> None:
     ]
 
 
-def foreign_model(folder: Path) -> Any:
+def save_llama_model(folder: Path) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -179,15 +179,15 @@ def foreign_model(folder: Path) -> Any:
     return model
 
 
-def test_a_foreign_model_trains_like_the_packages_own(tmp_path: Path) -> None:
+def test_a_transformers_model_can_be_trained(tmp_path: Path) -> None:
     from open_lm.hf.trainable import create_hf_model
 
-    foreign = foreign_model(tmp_path)
-    model = create_hf_model(Shape("", str(tmp_path), 16)).eval()
+    llama = save_llama_model(tmp_path)
+    model = create_hf_model(ModelSettings("", str(tmp_path), 16)).eval()
     assert (model.vocab_size, model.seq_len, model.params.n_layers) == (61, 16, 2)
     ids = random_ids(2, 16)
     logits, _, cache = model(ids, use_cache=True)
-    assert torch.equal(logits, foreign(ids).logits) and cache is not None
+    assert torch.equal(logits, llama(ids).logits) and cache is not None
     model.train()
     model.set_grad_checkpointing()
     losses = []
@@ -201,17 +201,17 @@ def test_a_foreign_model_trains_like_the_packages_own(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_a_foreign_model_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_transformers_models_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from open_lm.hf.trainable import create_hf_model
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    foreign_model(tmp_path / "model")
+    save_llama_model(tmp_path / "model")
     with pytest.raises(ConfigError, match="positions for 48 tokens"):
-        create_hf_model(Shape("", str(tmp_path / "model"), 49))
+        create_hf_model(ModelSettings("", str(tmp_path / "model"), 49))
     with pytest.raises(ConfigError, match="--hf-model"):
-        create_hf_model(Shape("", str(tmp_path / "absent"), 16))
+        create_hf_model(ModelSettings("", str(tmp_path / "absent"), 16))
     with pytest.raises(ConfigError, match="--hf-seq-len"):
-        create_hf_model(Shape("", str(tmp_path / "model")))
+        create_hf_model(ModelSettings("", str(tmp_path / "model")))
 
 
 def test_importing_the_trainer_does_not_import_transformers() -> None:

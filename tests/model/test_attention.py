@@ -1,4 +1,4 @@
-"""Attention functions against plain loops over queries and keys."""
+"""Attention functions compared with loops over queries and keys."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def qkv(q_len: int, k_len: int, batch: int = 2, heads: int = 3, width: int = 8) 
     return q * 3, k, v  # large enough for relu6 to clip
 
 
-def by_hand(  # noqa: PLR0917
+def reference(  # noqa: PLR0917
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -78,7 +78,7 @@ def by_hand(  # noqa: PLR0917
 @pytest.mark.parametrize(("q_len", "k_len"), [(7, 7), (1, 7), (3, 7), (1, 1)])
 def test_torch_attn(q_len: int, k_len: int, causal: bool) -> None:
     q, k, v = qkv(q_len, k_len)
-    torch.testing.assert_close(torch_attn(q, k, v, is_causal=causal), by_hand(q, k, v, causal), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(torch_attn(q, k, v, is_causal=causal), reference(q, k, v, causal), atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -87,10 +87,10 @@ def test_torch_attn_with_padding_on_either_side(q_len: int, k_len: int, causal: 
     q, k, v = qkv(q_len, k_len)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
     out = torch_attn(q, k, v, is_causal=causal, attention_mask=mask)
-    torch.testing.assert_close(out, by_hand(q, k, v, causal, mask), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(out, reference(q, k, v, causal, mask), atol=2e-6, rtol=1e-5)
 
 
-def test_empty_rows_have_finite_gradients() -> None:
+def test_fully_masked_rows_have_finite_gradients() -> None:
     q, k, v = (tensor.requires_grad_() for tensor in qkv(4, 4))
     mask = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
     torch_attn(q, k, v, is_causal=True, attention_mask=mask).sum().backward()
@@ -103,7 +103,7 @@ def test_empty_rows_have_finite_gradients() -> None:
 def test_custom_attn(activation: str, length: str, q_len: int, k_len: int) -> None:
     q, k, v = qkv(q_len, k_len, batch=1, heads=2)
     out = custom_attn(q, k, v, activation, length, 0.5, is_causal=True)
-    expected = by_hand(q, k, v, True, None, activation, length, 0.5)
+    expected = reference(q, k, v, True, None, activation, length, 0.5)
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -112,24 +112,24 @@ def test_custom_attn_with_padding(activation: str) -> None:
     q, k, v = qkv(5, 5)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     out = custom_attn(q, k, v, activation, "max", 1.0, is_causal=True, attention_mask=mask)
-    alone = custom_attn(q[:1, 2:], k[:1, 2:], v[:1, 2:], activation, "max", 1.0, is_causal=True)
-    torch.testing.assert_close(out[:1, 2:], alone, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(out, by_hand(q, k, v, True, mask, activation, "max"), atol=1e-5, rtol=1e-5)
+    unpadded = custom_attn(q[:1, 2:], k[:1, 2:], v[:1, 2:], activation, "max", 1.0, is_causal=True)
+    torch.testing.assert_close(out[:1, 2:], unpadded, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(out, reference(q, k, v, True, mask, activation, "max"), atol=1e-5, rtol=1e-5)
 
 
-def test_custom_softmax_is_torch_attn() -> None:
+def test_custom_softmax_equals_torch_attn() -> None:
     q, k, v = qkv(3, 6)
     torch.testing.assert_close(custom_attn(q, k, v, "softmax", "none", 1.0, is_causal=True), torch_attn(q, k, v, True))
 
 
-def test_half_precision_keeps_its_type() -> None:
+def test_half_precision_dtype_is_preserved() -> None:
     q, k, v = (tensor.bfloat16() for tensor in qkv(4, 6))
     mask = torch.ones(2, 6)
     assert torch_attn(q, k, v, is_causal=True, attention_mask=mask).dtype == torch.bfloat16
     assert custom_attn(q, k, v, "relu", "avg", 1.0, is_causal=True, attention_mask=mask).dtype == torch.bfloat16
 
 
-def test_shapes_that_cannot_be() -> None:
+def test_invalid_shapes() -> None:
     q, k, _ = qkv(4, 3)
     with pytest.raises(ValueError, match="4 queries for 3 keys"):
         allowed_keys(q, k, is_causal=True)
@@ -138,7 +138,7 @@ def test_shapes_that_cannot_be() -> None:
         allowed_keys(q, k, True, torch.ones(2, 2))
 
 
-def test_choice_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_get_attn_func(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert get_attn_func("auto") is torch_attn
     assert get_attn_func("torch_attn") is torch_attn
@@ -156,7 +156,7 @@ BACKENDS = ("sdpa_flash", "sdpa_cudnn", "flash_attn_3")
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_backends_that_cannot_run_are_refused_with_those_that_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_backends_raise_and_list_the_available_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
         ConfigError, match=f"{name}: there is no CUDA device; auto, torch_attn, custom_attn are available"
@@ -168,7 +168,7 @@ def test_backends_that_cannot_run_are_refused_with_those_that_can(name: str, mon
         get_attn_func(name)
 
 
-def test_flash_attention_3_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flash_attention_3_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(ConfigError, match=r"install (torch 2\.11 or newer|its package)"):
@@ -180,7 +180,7 @@ def test_flash_attention_3_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sdpa_backends_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's FlashAttention exists on a CPU too, where it can show how the others are called."""
+    """torch's FlashAttention also runs on a CPU, which tests how the backends are called."""
     q, k, v = (tensor.bfloat16() for tensor in qkv(4, 4, width=32))
     torch.testing.assert_close(sdpa_flash(q, k, v, True), torch_attn(q, k, v, True), atol=1e-2, rtol=1e-2)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -210,7 +210,7 @@ BROKEN_PACKAGES = {
 
 @pytest.fixture
 def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A machine that seems to have a CUDA device, and has not looked at xformers yet; nothing of it is kept."""
+    """A process with a simulated CUDA device that has not imported xformers; the state is restored afterwards."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
         monkeypatch.delitem(sys.modules, name)
@@ -222,7 +222,7 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 @pytest.mark.parametrize("kind", sorted(BROKEN_PACKAGES))
-def test_a_broken_xformers_is_not_chosen(kind: str, with_cuda: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_broken_xformers_is_not_used(kind: str, with_cuda: pytest.MonkeyPatch, tmp_path: Path) -> None:
     code, problem = BROKEN_PACKAGES[kind]
     (tmp_path / "xformers/ops").mkdir(parents=True)
     (tmp_path / "xformers/__init__.py").touch()
@@ -234,7 +234,7 @@ def test_a_broken_xformers_is_not_chosen(kind: str, with_cuda: pytest.MonkeyPatc
         get_attn_func("xformers_attn")
 
 
-def test_an_xformers_that_loads_is_looked_at_once(with_cuda: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_working_xformers_is_checked_once(with_cuda: pytest.MonkeyPatch, tmp_path: Path) -> None:
     working = BROKEN_PACKAGES["no kernels"][0].replace("False", "True")
     (tmp_path / "xformers/ops").mkdir(parents=True)
     (tmp_path / "xformers/__init__.py").touch()
@@ -246,17 +246,21 @@ def test_an_xformers_that_loads_is_looked_at_once(with_cuda: pytest.MonkeyPatch,
     assert get_attn_func("auto") is attention.auto_attn
 
 
-def test_custom_attn_names_all_that_it_lacks() -> None:
+def test_custom_attn_lists_all_missing_settings() -> None:
     with pytest.raises(ConfigError) as caught:
         get_attn_func("custom_attn", attn_activation="gelu")
-    for flag in ("--attn-activation: found 'gelu'", "--attn-seq-scalar: found None", "--attn-seq-scalar-alpha: expected"):
+    for flag in (
+        "--attn-activation: found 'gelu'",
+        "--attn-seq-scalar: found None",
+        "--attn-seq-scalar-alpha: expected",
+    ):
         assert flag in str(caught.value)
     with pytest.raises(ConfigError, match="flash"):
         get_attn_func("flash")
 
 
-def test_custom_attn_by_name_takes_its_settings() -> None:
+def test_custom_attn_receives_its_settings() -> None:
     q, k, v = qkv(4, 4)
     attn = get_attn_func("custom_attn", "relu", "max", 1.0)
     assert isinstance(attn, partial)
-    torch.testing.assert_close(attn(q, k, v, is_causal=True), by_hand(q, k, v, True, None, "relu", "max"))
+    torch.testing.assert_close(attn(q, k, v, is_causal=True), reference(q, k, v, True, None, "relu", "max"))

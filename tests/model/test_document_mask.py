@@ -1,4 +1,4 @@
-"""Rows of several documents against each of the documents alone, through every form of the mask."""
+"""Packed sequences compared with their separate documents, for every representation of the document mask."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from open_lm.kernels.document_attention import (
     flex_block_mask,
     is_document_start,
 )
-from open_lm.model import transformer as model
+from open_lm.model import transformer as transformer_module
 from open_lm.model.attention import ATTN_ACTIVATIONS, create_document_mask, custom_attn, torch_attn
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Transformer
 
 END = 0
-FORMS: dict[str, Callable[[Tensor], DocumentMask]] = {
-    "allowed": lambda first: DocumentMask(document_positions(first), dense=dense_document_mask(first)),
-    "starts": lambda first: DocumentMask(document_positions(first), starts=document_starts(first)),
-    "blocks": lambda first: DocumentMask(document_positions(first), block_mask=flex_block_mask(first)),
+REPRESENTATIONS: dict[str, Callable[[Tensor], DocumentMask]] = {
+    "dense": lambda is_start: DocumentMask(document_positions(is_start), dense=dense_document_mask(is_start)),
+    "starts": lambda is_start: DocumentMask(document_positions(is_start), starts=document_starts(is_start)),
+    "block_mask": lambda is_start: DocumentMask(document_positions(is_start), block_mask=flex_block_mask(is_start)),
 }
 CUSTOM = {
     "attn_name": "custom_attn",
@@ -58,84 +58,88 @@ MODELS: list[dict[str, Any]] = [
 ]
 
 
-def packed_rows() -> Tensor:
-    """(3,40) ids: documents of many lengths, of one token, cut at both ends; a row of one document; ends only."""
+def packed_ids() -> Tensor:
+    """Return (3,40) ids: documents of several lengths, also cut at both ends; one document; documents of one token."""
     ids = random_ids(3, 40).clamp(min=1)
     ids[0, [4, 5, 6, 19, 38]] = END
     ids[2] = END
     return ids
 
 
-def documents_of(ids: Tensor) -> list[tuple[int, slice]]:
-    """Row and place of each document, found token by token."""
-    found = []
+def split_documents(ids: Tensor) -> list[tuple[int, slice]]:
+    """Return the row and slice of each document, found token by token."""
+    documents = []
     for row, tokens in enumerate(ids.tolist()):
-        ends = [place + 1 for place, token in enumerate(tokens) if token == END]
-        found += [(row, slice(a, b)) for a, b in pairwise(sorted({0, *ends, len(tokens)}))]
-    return found
+        ends = [index + 1 for index, token in enumerate(tokens) if token == END]
+        documents += [(row, slice(a, b)) for a, b in pairwise(sorted({0, *ends, len(tokens)}))]
+    return documents
 
 
-def through(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models take this form of the documents in place of the one chosen for this device."""
-    monkeypatch.setattr(model, "create_document_mask", lambda ids, _attn: FORMS[form](is_document_start(ids)))
+def use_representation(representation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make models use this representation instead of the one for this device."""
+
+    def create_mask(ids: Tensor, _attn_func: Any) -> DocumentMask:
+        return REPRESENTATIONS[representation](is_document_start(ids))
+
+    monkeypatch.setattr(transformer_module, "create_document_mask", create_mask)
 
 
-def gradients(made: Transformer, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(made.parameters())))
+def gradients(model: Transformer, loss: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def random_first(length: int, share: float, rows: int = 3) -> Tensor:
-    first = torch.rand(rows, length, generator=torch.Generator().manual_seed(length)) < share
-    first[:, 0] = True
-    return first
+def random_starts(length: int, probability: float, rows: int = 3) -> Tensor:
+    is_start = torch.rand(rows, length, generator=torch.Generator().manual_seed(length)) < probability
+    is_start[:, 0] = True
+    return is_start
 
 
 # ------------------------------------------------------------------------------------------ documents and models
 @pytest.mark.parametrize("changes", MODELS, ids=str)
-def test_a_packed_row_is_each_of_its_documents_alone(changes: dict[str, Any]) -> None:
-    made, ids, targets = small_model(**changes), packed_rows(), random_ids(3, 40, seed=2)
-    logits, hidden, _ = made(ids, document_ids=document_ids(ids, END))
+def test_a_packed_sequence_equals_its_separate_documents(changes: dict[str, Any]) -> None:
+    model, ids, targets = small_model(**changes), packed_ids(), random_ids(3, 40, seed=2)
+    logits, hidden, _ = model(ids, document_ids=document_ids(ids, END))
     packed_loss, packed_count = token_loss(logits, targets)
     total, count = torch.zeros(()), 0.0
-    for row, place in documents_of(ids):
-        alone, alone_hidden, _ = made(ids[row : row + 1, place])
-        torch.testing.assert_close(logits[row, place], alone[0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(hidden[row, place], alone_hidden[0], atol=1e-5, rtol=1e-5)
-        loss, valid = token_loss(alone, targets[row : row + 1, place])
+    for row, span in split_documents(ids):
+        separate, separate_hidden, _ = model(ids[row : row + 1, span])
+        torch.testing.assert_close(logits[row, span], separate[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(hidden[row, span], separate_hidden[0], atol=1e-5, rtol=1e-5)
+        loss, valid = token_loss(separate, targets[row : row + 1, span])
         total, count = total + loss, count + valid.item()
     assert packed_count.item() == count == 120
     torch.testing.assert_close(packed_loss, total)
-    torch.testing.assert_close(gradients(made, packed_loss), gradients(made, total), atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(logits, made(ids)[0], atol=1e-3)
+    torch.testing.assert_close(gradients(model, packed_loss), gradients(model, total), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits, model(ids)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["allowed", "starts"])
-def test_gradients_through_recomputed_activations(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, ids = small_model(apply_qk_norm=True, weight_tying=True).train(), packed_rows()
-    expected = gradients(made, made(ids, document_ids=document_ids(ids, END))[0].square().mean())
-    through(form, monkeypatch)
-    made.set_grad_checkpointing()
-    found = gradients(made, made(ids, document_ids=document_ids(ids, END))[0].square().mean())
+@pytest.mark.parametrize("representation", ["dense", "starts"])
+def test_gradients_with_activation_checkpointing(representation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = small_model(apply_qk_norm=True, weight_tying=True).train(), packed_ids()
+    expected = gradients(model, model(ids, document_ids=document_ids(ids, END))[0].square().mean())
+    use_representation(representation, monkeypatch)
+    model.set_grad_checkpointing()
+    found = gradients(model, model(ids, document_ids=document_ids(ids, END))[0].square().mean())
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("changes", [MODELS[0], MODELS[2], CUSTOM], ids=str)
-def test_a_row_with_one_document_is_the_row_without_a_mask(changes: dict[str, Any]) -> None:
-    made, ids = small_model(**changes), random_ids(2, 40).clamp(min=1)
-    expected, found = made(ids)[0], made(ids, document_ids=document_ids(ids, END))[0]
+def test_one_document_equals_no_mask(changes: dict[str, Any]) -> None:
+    model, ids = small_model(**changes), random_ids(2, 40).clamp(min=1)
+    expected, found = model(ids)[0], model(ids, document_ids=document_ids(ids, END))[0]
     torch.testing.assert_close(found, expected)
-    found_gradients = gradients(made, found.square().mean())
-    torch.testing.assert_close(found_gradients, gradients(made, expected.square().mean()))
+    found_gradients = gradients(model, found.square().mean())
+    torch.testing.assert_close(found_gradients, gradients(model, expected.square().mean()))
 
 
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("representation", sorted(REPRESENTATIONS))
 @torch.no_grad()
-def test_nothing_of_one_document_reaches_another(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    through(form, monkeypatch)
-    made, ids = small_model(), packed_rows()
+def test_documents_do_not_affect_each_other(representation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_representation(representation, monkeypatch)
+    model, ids = small_model(), packed_ids()
     changed = ids.clone()
     changed[0, 7:19] = random_ids(1, 12, seed=8)[0].clamp(min=1)
-    before, after = (made(tokens, document_ids=document_ids(ids, END))[0] for tokens in (ids, changed))
+    before, after = (model(tokens, document_ids=document_ids(ids, END))[0] for tokens in (ids, changed))
     same = torch.ones(3, 40, dtype=torch.bool)
     same[0, 7:20] = False
     assert torch.equal(before[same], after[same])
@@ -144,28 +148,28 @@ def test_nothing_of_one_document_reaches_another(form: str, monkeypatch: pytest.
 
 @torch.no_grad()
 def test_bfloat16_autocast() -> None:
-    made, ids = small_model(apply_qk_norm=True), packed_rows()
+    model, ids = small_model(apply_qk_norm=True), packed_ids()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = made(ids, document_ids=document_ids(ids, END))[0]
-        for row, place in documents_of(ids):
-            alone = made(ids[row : row + 1, place])[0]
-            torch.testing.assert_close(logits[row, place], alone[0], atol=0.03, rtol=0.03)
+        logits = model(ids, document_ids=document_ids(ids, END))[0]
+        for row, span in split_documents(ids):
+            separate = model(ids[row : row + 1, span])[0]
+            torch.testing.assert_close(logits[row, span], separate[0], atol=0.03, rtol=0.03)
 
 
 @torch.no_grad()
-def test_embeddings_and_any_numbering() -> None:
-    made, ids = small_model(), packed_rows()
-    numbers = document_ids(ids, END)
-    expected = made(ids, document_ids=numbers)[0]
-    other = (numbers % 2).to(torch.uint8)  # neighbours differ, which is all that counts
-    found = made(inputs_embeds=made.get_input_embeddings()(ids), document_ids=other)[0]
+def test_inputs_embeds_and_other_document_ids() -> None:
+    model, ids = small_model(), packed_ids()
+    document_index = document_ids(ids, END)
+    expected = model(ids, document_ids=document_index)[0]
+    other = (document_index % 2).to(torch.uint8)  # only the difference between neighbors matters
+    found = model(inputs_embeds=model.get_input_embeddings()(ids), document_ids=other)[0]
     assert torch.equal(found, expected)
 
 
-def test_what_documents_cannot_go_with() -> None:
-    made, ids = small_model(), packed_rows()
-    numbers = document_ids(ids, END)
-    cache = made(ids, use_cache=True)[2]
+def test_arguments_that_document_ids_exclude() -> None:
+    model, ids = small_model(), packed_ids()
+    document_index = document_ids(ids, END)
+    cache = model(ids, use_cache=True)[2]
     for others, name in (
         ({"past_key_values": cache}, "past_key_values"),
         ({"use_cache": True}, "use_cache"),
@@ -173,41 +177,45 @@ def test_what_documents_cannot_go_with() -> None:
         ({"use_cache": True, "attention_mask": torch.ones_like(ids)}, "use_cache, attention_mask"),
     ):
         with pytest.raises(ValueError, match=f"document_ids together with {name}: "):
-            made(ids, document_ids=numbers, **others)
+            model(ids, document_ids=document_index, **others)
     with pytest.raises(ValueError, match=r"shape \(3, 39\) of torch.int32, expected integers of shape \(3, 40\)"):
-        made(ids, document_ids=numbers[:, 1:])
+        model(ids, document_ids=document_index[:, 1:])
     with pytest.raises(ValueError, match=r"of torch.float32, expected integers"):
-        made(ids, document_ids=numbers.float())
+        model(ids, document_ids=document_index.float())
 
 
-# ----------------------------------------------------------------------------------------------- forms and kernels
+# ----------------------------------------------------------------------------------- representations and kernels
 @pytest.mark.parametrize("width", [8, 24])
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("probability", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("length", [1, 128, 300])
 @torch.no_grad()
-def test_every_form_gives_the_same(length: int, share: float, width: int) -> None:
-    first = random_first(length, share)
+def test_all_representations_give_the_same_result(length: int, probability: float, width: int) -> None:
+    is_start = random_starts(length, probability)
     q, k, v = torch.randn(3, 3, length, 2, width, generator=torch.Generator().manual_seed(1))
-    found = {form: torch_attn(q, k, v, True, make(first)) for form, make in FORMS.items()}
-    found["custom"] = custom_attn(q, k, v, "softmax", "none", 1.0, True, FORMS["allowed"](first))
+    found = {
+        representation: torch_attn(q, k, v, True, make(is_start)) for representation, make in REPRESENTATIONS.items()
+    }
+    found["custom"] = custom_attn(q, k, v, "softmax", "none", 1.0, True, REPRESENTATIONS["dense"](is_start))
     for row in range(3):
-        starts = [*first[row].nonzero()[:, 0].tolist(), length]
+        starts = [*is_start[row].nonzero()[:, 0].tolist(), length]
         for a, b in pairwise(starts):
-            alone = torch_attn(q[row, None, a:b], k[row, None, a:b], v[row, None, a:b], True)[0]
-            for form, out in found.items():
-                torch.testing.assert_close(out[row, a:b], alone, atol=2e-6, rtol=1e-5, msg=f"{form} {a}:{b}")
+            separate = torch_attn(q[row, None, a:b], k[row, None, a:b], v[row, None, a:b], True)[0]
+            for representation, out in found.items():
+                torch.testing.assert_close(
+                    out[row, a:b], separate, atol=2e-6, rtol=1e-5, msg=f"{representation} {a}:{b}"
+                )
 
 
-@pytest.mark.parametrize("share", [0.0, 0.004, 0.02, 1.0])
+@pytest.mark.parametrize("probability", [0.0, 0.004, 0.02, 1.0])
 @pytest.mark.parametrize("length", [128, 300, 640])
-def test_blocks_are_those_of_the_whole_mask(length: int, share: float) -> None:
-    """The kernels visit the blocks that torch finds by looking at every query and key, and mask the same of them."""
-    first = random_first(length, share)
-    number = first.cumsum(1)
+def test_block_mask_equals_create_block_mask(length: int, probability: float) -> None:
+    """The block mask equals the one that torch computes from every pair of query and key."""
+    is_start = random_starts(length, probability)
+    number = is_start.cumsum(1)
     expected = create_block_mask(
         lambda b, _h, q, k: (q >= k) & (number[b, q] == number[b, k]), 3, None, length, length, device="cpu"
     )
-    found = flex_block_mask(first)
+    found = flex_block_mask(is_start)
     assert found.seq_lengths == expected.seq_lengths
     assert torch.equal(found.to_dense(), expected.to_dense())
     for kind in ("kv", "full_kv", "q", "full_q"):
@@ -219,26 +227,26 @@ def test_blocks_are_those_of_the_whole_mask(length: int, share: float) -> None:
 
 
 @pytest.mark.parametrize("activation", sorted(ATTN_ACTIVATIONS))
-def test_custom_attention_divides_by_the_row_s_length(activation: str) -> None:
-    """A document's own length would tell its first tokens where it ends."""
-    first = random_first(12, 0.3)
+def test_custom_attention_divides_by_the_sequence_length(activation: str) -> None:
+    """The length of the document would reveal to its first tokens where it ends."""
+    is_start = random_starts(12, 0.3)
     q, k, v = torch.randn(3, 3, 12, 2, 8, generator=torch.Generator().manual_seed(1))
-    found = custom_attn(q, k, v, activation, "max", 1.0, True, FORMS["allowed"](first))
-    undivided = custom_attn(q, k, v, activation, "none", 1.0, True, FORMS["allowed"](first))
-    torch.testing.assert_close(found, undivided / 12)
+    found = custom_attn(q, k, v, activation, "max", 1.0, True, REPRESENTATIONS["dense"](is_start))
+    without_length = custom_attn(q, k, v, activation, "none", 1.0, True, REPRESENTATIONS["dense"](is_start))
+    torch.testing.assert_close(found, without_length / 12)
 
 
-def test_the_form_follows_the_attention_function() -> None:
-    numbers = document_ids(packed_rows(), END)
-    documents = create_document_mask(numbers, torch_attn)
+def test_the_representation_depends_on_the_attention_function() -> None:
+    document_index = document_ids(packed_ids(), END)
+    documents = create_document_mask(document_index, torch_attn)
     assert documents.starts is not None and documents.starts[0, :8].tolist() == [0, 0, 0, 0, 0, 5, 6, 7]
     assert documents.dense is None
     assert documents.positions[0, :8].tolist() == [0, 1, 2, 3, 4, 0, 0, 0]
-    other = create_document_mask(numbers, lambda q, k, v, is_causal, attention_mask=None: v)
+    other = create_document_mask(document_index, lambda q, k, v, is_causal, attention_mask=None: v)
     assert other.dense is not None and other.dense.shape == (3, 1, 40, 40)
 
 
-def test_a_device_without_flex_attention_is_told_of_once(
+def test_missing_flex_attention_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(document_attention.importlib.util, "find_spec", lambda _name: object())
@@ -250,26 +258,26 @@ def test_a_device_without_flex_attention_is_told_of_once(
     assert caplog.text.count("compute capability is below 8.0") == 1
 
 
-@pytest.mark.parametrize("form", ["blocks", "allowed", "starts"])
+@pytest.mark.parametrize("representation", ["block_mask", "dense", "starts"])
 @torch.no_grad()
-def test_compiled_blocks_are_compiled_once(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the documents are: their numbers and lengths change with every batch."""
-    made = small_model(seq_len=200)
+def test_compiled_blocks_are_compiled_once(representation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number and lengths of documents change with every batch."""
+    model = small_model(seq_len=200)
     batches = [random_ids(2, 200, vocab_size=20, seed=seed) for seed in range(12)]
-    expected = [made(ids, document_ids=document_ids(ids, END))[0] for ids in batches]
-    through(form, monkeypatch)
+    expected = [model(ids, document_ids=document_ids(ids, END))[0] for ids in batches]
+    use_representation(representation, monkeypatch)
     counter = CompileCounter()
-    for block in made.layers:
+    for block in model.layers:
         block.compile(backend=counter)
     compiled_after_first = 0
     for ids, logits in zip(batches, expected, strict=True):
-        found = made(ids, document_ids=document_ids(ids, END))[0]
+        found = model(ids, document_ids=document_ids(ids, END))[0]
         torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-5)
         compiled_after_first = compiled_after_first or counter.frame_count
     assert counter.frame_count == compiled_after_first == 1
 
 
-def test_layouts_of_two_processes_give_one_process_s_loss(tmp_path: Path, torchrun: Callable[..., Any]) -> None:
+def test_two_processes_give_the_loss_of_one_process(tmp_path: Path, torchrun: Callable[..., Any]) -> None:
     for module in (document_worker, model_helpers):
         shutil.copy(str(module.__file__), tmp_path)
     torchrun(2, "document_worker", "out.json")

@@ -1,4 +1,4 @@
-"""Models of the original, run on CPU in float32: their weights load here and give the same numbers."""
+"""Golden files of the original on a CPU in float32: its weights load and reproduce its results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VARIANTS = (
 
 @pytest.fixture(params=VARIANTS)
 def golden(request: pytest.FixtureRequest, shared_dir: Path) -> tuple[Transformer, dict[str, Any]]:
-    """A model with the original's weights, and what the original computed with it."""
+    """A model with the original's weights, and the original's results for it."""
     folder = shared_dir / "compat" / "models" / request.param
     model = create_model(Namespace(model=str(folder / "config.json")))
     state = torch.load(folder / "epoch_1.pt", weights_only=True)["state_dict"]
@@ -73,10 +73,10 @@ def test_three_optimizer_steps(golden: tuple[Transformer, dict[str, Any]]) -> No
 
 def test_cached_chunks_give_the_same_logits(golden: tuple[Transformer, dict[str, Any]]) -> None:
     model, expected = golden
-    ids, cache, pieces, start = expected["input_ids"][:, :-1], None, [], 0
+    ids, cache, chunks, start = expected["input_ids"][:, :-1], None, [], 0
     with torch.no_grad():
         for length in (5, 1, 30, 28):
             logits, _, cache = model(ids[:, start : start + length], past_key_values=cache, use_cache=True)
-            pieces.append(logits)
+            chunks.append(logits)
             start += length
-    torch.testing.assert_close(torch.cat(pieces, dim=1), expected["logits"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(chunks, dim=1), expected["logits"], atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Token losses: sums over valid tokens that add up."""
+"""Token losses: sums over valid tokens that add up over micro-batches."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return logits, targets
 
 
-def test_mean_is_torchs_cross_entropy(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_mean_equals_cross_entropy(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, targets = batch
     loss_sum, num_valid = token_loss(logits, targets)
     assert (loss_sum.dtype, num_valid.dtype, num_valid.item()) == (torch.float32, torch.float32, 4 * 9 - 13)
     torch.testing.assert_close(loss_sum / num_valid, F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
-def test_z_loss_counts_valid_tokens_only(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_z_loss_includes_only_valid_tokens(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, targets = batch
     z = [
         torch.log(torch.exp(logits[b, t]).sum()).item() ** 2
@@ -39,18 +39,18 @@ def test_z_loss_counts_valid_tokens_only(batch: tuple[torch.Tensor, torch.Tensor
     assert (with_z - plain).item() == pytest.approx(0.1 * sum(z), rel=1e-5)
 
 
-def test_pieces_add_up_with_their_gradients(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_losses_and_gradients_of_a_split_batch_add_up(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, targets = batch
     logits = logits.requires_grad_()
-    whole, count = token_loss(logits, targets, 1e-2)
-    (expected,) = torch.autograd.grad(whole / count, logits)
-    pieces = [token_loss(logits[i : i + 1], targets[i : i + 1], 1e-2) for i in range(4)]
-    total = torch.stack([loss for loss, _ in pieces]).sum() / torch.stack([n for _, n in pieces]).sum()
-    torch.testing.assert_close(total, whole / count)
+    full, count = token_loss(logits, targets, 1e-2)
+    (expected,) = torch.autograd.grad(full / count, logits)
+    parts = [token_loss(logits[i : i + 1], targets[i : i + 1], 1e-2) for i in range(4)]
+    total = torch.stack([loss for loss, _ in parts]).sum() / torch.stack([n for _, n in parts]).sum()
+    torch.testing.assert_close(total, full / count)
     torch.testing.assert_close(torch.autograd.grad(total, logits)[0], expected)
 
 
-def test_without_valid_tokens_nothing_flows() -> None:
+def test_loss_and_gradients_are_zero_without_valid_tokens() -> None:
     logits = torch.randn(2, 5, 7, requires_grad=True)
     loss_sum, num_valid = token_loss(logits, torch.full((2, 5), IGNORE_INDEX), 0.1)
     loss_sum.backward()
@@ -65,7 +65,7 @@ def test_half_precision_is_computed_in_float32(batch: tuple[torch.Tensor, torch.
     assert half.item() == exact.item()
 
 
-def test_module_averages(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_module_averages_over_valid_tokens(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, targets = batch
     loss_sum, num_valid = token_loss(logits, targets, 1e-4)
     assert CrossEntropyLossWithZLoss()(logits, targets).item() == (loss_sum / num_valid).item()

@@ -1,4 +1,4 @@
-"""Mixtures of experts against a loop over tokens."""
+"""Mixtures of experts compared with a loop over tokens."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def mixture(top_k: int, capacity_factor: float, num_experts: int = 4) -> Mixture
     return module
 
 
-def by_hand(module: MixtureOfExperts, x: Tensor, capacity: int | None) -> Tensor:
+def reference(module: MixtureOfExperts, x: Tensor, capacity: int | None) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
     scores = (tokens @ module.router.layer.weight.t()).softmax(-1)
     chosen = scores.argsort(dim=-1, descending=True)[:, : module.top_k]
-    used = [0] * module.num_experts
+    counts = [0] * module.num_experts
     out = torch.zeros_like(tokens)
     for choice in range(module.top_k):
         for token in range(len(tokens)):
             expert = int(chosen[token, choice])
-            if capacity is not None and used[expert] >= capacity:
+            if capacity is not None and counts[expert] >= capacity:
                 continue
-            used[expert] += 1
-            inner = F.gelu(tokens[token] @ module.experts.mlp.w1[expert], approximate="tanh")
-            out[token] += scores[token, expert] * (inner @ module.experts.mlp.w2[expert])
+            counts[expert] += 1
+            hidden = F.gelu(tokens[token] @ module.experts.mlp.w1[expert], approximate="tanh")
+            out[token] += scores[token, expert] * (hidden @ module.experts.mlp.w2[expert])
     return out.view_as(x)
 
 
@@ -45,13 +45,13 @@ def by_hand(module: MixtureOfExperts, x: Tensor, capacity: int | None) -> Tensor
 def test_training_respects_the_capacity(top_k: int, capacity_factor: float) -> None:
     module, x = mixture(top_k, capacity_factor).train(), torch.randn(3, 7, 8)
     capacity = int(capacity_factor * top_k * 21 / 4) if capacity_factor else None
-    torch.testing.assert_close(module(x), by_hand(module, x, capacity), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module(x), reference(module, x, capacity), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_evaluation_drops_nothing(top_k: int) -> None:
+def test_evaluation_drops_no_tokens(top_k: int) -> None:
     module, x = mixture(top_k, 0.3).eval(), torch.randn(3, 7, 8)
-    torch.testing.assert_close(module(x), by_hand(module, x, None), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module(x), reference(module, x, None), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(module(x)[1:2, 2:], module(x[1:2, 2:]), atol=1e-6, rtol=1e-5)
     assert module.balancing_loss is None
 
@@ -68,7 +68,7 @@ def test_balancing_loss() -> None:
     assert gradient.abs().sum() > 0
 
 
-def test_balancing_loss_is_one_when_shares_are_equal() -> None:
+def test_balancing_loss_of_a_uniform_router_is_one() -> None:
     module = mixture(1, 1.25)
     with torch.no_grad():
         module.router.layer.weight.zero_()
@@ -76,17 +76,17 @@ def test_balancing_loss_is_one_when_shares_are_equal() -> None:
     assert module.balancing_loss is not None and module.balancing_loss.item() == pytest.approx(1.0)
 
 
-def test_every_kth_block_has_experts_under_the_known_names() -> None:
+def test_every_kth_block_has_experts_with_the_names_of_checkpoints() -> None:
     model = small_model(n_layers=4, moe_freq=2, moe_num_experts=3)
-    kinds = [isinstance(block.feed_forward, MixtureOfExperts) for block in model.layers]
-    assert kinds == [True, False, True, False]
+    has_experts = [isinstance(block.feed_forward, MixtureOfExperts) for block in model.layers]
+    assert has_experts == [True, False, True, False]
     names = {name for name in model.state_dict() if name.startswith("layers.2.feed_forward.")}
-    tails = {"router.layer.weight", "experts.mlp.w1", "experts.mlp.w2"}
-    assert names == {f"layers.2.feed_forward.{tail}" for tail in tails}
+    suffixes = {"router.layer.weight", "experts.mlp.w1", "experts.mlp.w2"}
+    assert names == {f"layers.2.feed_forward.{suffix}" for suffix in suffixes}
     assert model.state_dict()["layers.2.feed_forward.experts.mlp.w1"].shape == (3, 32, 128)
 
 
-def test_unused_bias_of_earlier_checkpoints_is_dropped() -> None:
+def test_unused_bias_of_older_checkpoints_is_ignored() -> None:
     model = small_model(moe_freq=1, moe_num_experts=2)
     state = {**model.state_dict(), "layers.0.feed_forward.experts.bias": torch.zeros(32)}
     model.load_state_dict(state, strict=True)
@@ -101,8 +101,8 @@ def test_auxiliary_loss_trains_the_router(recompute: bool) -> None:
     loss, count = token_loss(model(ids[:, :-1])[0], ids[:, 1:])
     auxiliary = model.auxiliary_loss()
     assert auxiliary is not None
-    parts = [block.feed_forward.balancing_loss.item() for block in model.layers]
-    assert auxiliary.item() == pytest.approx(0.5 * sum(parts) / len(parts))
+    balancing_losses = [block.feed_forward.balancing_loss.item() for block in model.layers]
+    assert auxiliary.item() == pytest.approx(0.5 * sum(balancing_losses) / len(balancing_losses))
     (loss / count + auxiliary).backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
@@ -128,6 +128,6 @@ def test_half_precision_runs() -> None:
     assert model.eval()(ids)[0].isfinite().all()
 
 
-def test_number_of_experts_is_needed() -> None:
+def test_number_of_experts_is_required() -> None:
     with pytest.raises(ConfigError, match="--moe-num-experts is None"):
         Params(moe_freq=2)

@@ -1,4 +1,4 @@
-"""The Transformer: caches, padding, tying, initialisation, meta device, sizes."""
+"""The Transformer: KV cache, padding, weight tying, activation checkpointing, initialization, configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from open_lm.model.initialization import init_weights
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Block, Params, Transformer, create_model, create_params
 
-NUMBERS_OF_PARAMETERS = {
+NUM_PARAMETERS = {
     "open_lm_11m": 11_014_848,
     "open_lm_25m": 24_683_904,
     "open_lm_41m": 41_007_168,
@@ -53,45 +53,45 @@ NUMBERS_OF_PARAMETERS = {
 POSITIONS = ("rotary", "head_rotary", "llama_rotary", "none")
 
 
-@pytest.mark.parametrize("name", sorted(NUMBERS_OF_PARAMETERS))
+@pytest.mark.parametrize("name", sorted(NUM_PARAMETERS))
 def test_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         model = create_model(Namespace(model=name))
-    assert sum(parameter.numel() for parameter in model.parameters()) == NUMBERS_OF_PARAMETERS[name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[name]
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("ffn_type", ["swiglu", "gelu", "gemma_geglu"])
-def test_chunks_through_the_cache(positions: str, ffn_type: str) -> None:
+def test_chunks_with_the_cache_equal_the_full_sequence(positions: str, ffn_type: str) -> None:
     model = small_model(positional_embedding_type=positions, ffn_type=ffn_type, apply_qk_norm=True)
     ids = random_ids(2, 20)
-    whole, _, _ = model(ids)
-    pieces: list[Tensor] = []
+    full, _, _ = model(ids)
+    chunks: list[Tensor] = []
     cache: Any = None
     for start, end in ((0, 3), (3, 4), (4, 13), (13, 20)):
         logits, _, cache = model(ids[:, start:end], past_key_values=cache, use_cache=True)
-        pieces.append(logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+        chunks.append(logits)
+    torch.testing.assert_close(torch.cat(chunks, 1), full, atol=1e-5, rtol=1e-5)
     assert len(cache) == 2
     assert cache[0][0].shape == (2, 20, 4, 8)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_cache_is_used_but_not_changed_nor_returned_without_use_cache(positions: str) -> None:
+def test_cache_is_not_modified_and_not_returned_without_use_cache(positions: str) -> None:
     model = small_model(positional_embedding_type=positions)
     ids = random_ids(1, 9)
     _, _, cache = model(ids[:, :6], use_cache=True)
     before = copy.deepcopy(cache)
-    logits, _, nothing = model(ids[:, 6:], past_key_values=tuple(map(tuple, cache)))
-    assert nothing is None
+    logits, _, new_cache = model(ids[:, 6:], past_key_values=tuple(map(tuple, cache)))
+    assert new_cache is None
     torch.testing.assert_close(cache, before)
     torch.testing.assert_close(logits, model(ids)[0][:, 6:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("custom", [False, True])
 @pytest.mark.parametrize("positions", POSITIONS)
-def test_left_padding_changes_nothing(positions: str, custom: bool) -> None:
+def test_left_padding_does_not_change_logits(positions: str, custom: bool) -> None:
     attention = {"attn_activation": "relu", "attn_seq_scalar": "max", "attn_seq_scalar_alpha": 1.0}
     changes = {"attn_name": "custom_attn", **attention} if custom else {}
     model = small_model(positional_embedding_type=positions, **changes)
@@ -105,16 +105,16 @@ def test_left_padding_changes_nothing(positions: str, custom: bool) -> None:
     for row, tokens in enumerate(rows):
         torch.testing.assert_close(logits[row, 12 - len(tokens) :], model(tokens[None])[0][0], atol=1e-5, rtol=1e-5)
     if custom:
-        return  # its length is that of the chunk's keys, so that chunks differ by definition
+        return  # the attention length is the number of keys of a chunk, so chunks give other results by definition
     after = random_ids(3, 4, seed=99)
     longer = torch.cat((mask, torch.ones_like(after)), dim=1)
     logits, _, _ = model(after, past_key_values=cache, use_cache=True, attention_mask=longer)
     for row, tokens in enumerate(rows):
-        alone = model(torch.cat((tokens, after[row]))[None])[0][0, -4:]
-        torch.testing.assert_close(logits[row], alone, atol=1e-5, rtol=1e-5)
+        expected = model(torch.cat((tokens, after[row]))[None])[0][0, -4:]
+        torch.testing.assert_close(logits[row], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_embeddings_in_place_of_ids() -> None:
+def test_inputs_embeds() -> None:
     model, ids = small_model(post_embed_norm=True), random_ids(2, 6)
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(ids))[0], model(ids)[0])
     with pytest.raises(ValueError, match="exactly one of"):
@@ -123,15 +123,15 @@ def test_embeddings_in_place_of_ids() -> None:
         model(ids, inputs_embeds=model.tok_embeddings(ids))
 
 
-def test_a_mask_without_the_cached_columns_is_refused() -> None:
+def test_a_mask_without_cached_columns_raises() -> None:
     model, ids = small_model(), random_ids(2, 6)
     _, _, cache = model(ids, use_cache=True)
     with pytest.raises(ValueError, match="including cached keys"):
         model(ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1))
 
 
-class Watch(TorchDispatchMode):
-    """Counts matrix products and cosines, and knows which of the results that it has seen are still there."""
+class OperatorCounter(TorchDispatchMode):
+    """A mode that counts matrix products and cosines, and measures the memory of results that are still alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,52 +148,53 @@ class Watch(TorchDispatchMode):
                 self.results.append((StorageWeakRef(storage), storage.nbytes()))
         return result
 
-    def bytes_kept(self) -> int:
+    def bytes_alive(self) -> int:
         alive = {ref.cdata: size for ref, size in self.results if not ref.expired()}
         return sum(alive.values())
 
 
-def trained(model: Transformer, ids: Tensor) -> tuple[list[Tensor], int, int, int]:
-    """Gradients, bytes kept for the backward pass, and the products of the forward and of the backward pass."""
-    with Watch() as watch:
+def run_step(model: Transformer, ids: Tensor) -> tuple[list[Tensor], int, int, int]:
+    """Return gradients, bytes stored for the backward pass, and matrix products of the forward and backward pass."""
+    with OperatorCounter() as counter:
         loss, count = token_loss(model(ids[:, :-1])[0], ids[:, 1:])
-        kept, forward = watch.bytes_kept(), watch.products
+        stored, forward = counter.bytes_alive(), counter.products
         gradients = list(torch.autograd.grad(loss / count, list(model.parameters())))
-    return gradients, kept, forward, watch.products - forward
+    return gradients, stored, forward, counter.products - forward
 
 
 @pytest.mark.parametrize("ffn_type", ["swiglu", "gelu"])
-def test_recomputed_activations_give_the_same_gradients(ffn_type: str) -> None:
+def test_activation_checkpointing_gives_the_same_gradients(ffn_type: str) -> None:
     model, ids = small_model(ffn_type=ffn_type).train(), random_ids(2, 41)
-    expected, everything, forward, backward = trained(model, ids)
+    expected, all_bytes, forward, backward = run_step(model, ids)
     assert backward == 2 * forward
-    in_a_block = (forward - 1) // 2  # two blocks and the head
-    kept = {}
-    for policy, every, again in (("full", 1, 2 * in_a_block), ("full", 2, in_a_block), ("op", 1, 0)):
+    per_block = (forward - 1) // 2  # two blocks and the head
+    stored = {}
+    for policy, every, recomputed in (("full", 1, 2 * per_block), ("full", 2, per_block), ("op", 1, 0)):
         model.set_grad_checkpointing(policy=policy, every=every)
         assert model.grad_checkpointing
-        gradients, kept[policy, every], _, products = trained(model, ids)
-        assert products in (backward + again, backward + again - again // in_a_block)  # a block's last is not needed
+        gradients, stored[policy, every], _, products = run_step(model, ids)
+        minimum = backward + recomputed - recomputed // per_block  # the last product of a block need not be recomputed
+        assert products in (minimum, backward + recomputed)
         torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
-    assert kept["full", 1] < kept["full", 2] < everything
-    assert kept["full", 1] < kept["op", 1] < everything
+    assert stored["full", 1] < stored["full", 2] < all_bytes
+    assert stored["full", 1] < stored["op", 1] < all_bytes
     model.set_grad_checkpointing(False)
-    assert trained(model, ids)[1] == everything
+    assert run_step(model, ids)[1] == all_bytes
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_angles_are_computed_once_for_all_layers(positions: str) -> None:
     model, ids = small_model(positional_embedding_type=positions).train(), random_ids(2, 9)
     model.set_grad_checkpointing()
-    with Watch() as watch:
+    with OperatorCounter() as counter:
         model(ids)[0].sum().backward()
-    assert watch.cosines == (positions != "none")
+    assert counter.cosines == (positions != "none")
     x = torch.randn(2, 5, 32)
     angles = model.layers[0].attention.angles(x, None, None)
     assert torch.equal(model.layers[1](x)[0], model.layers[1](x, angles=angles)[0])
 
 
-def test_unknown_ways_of_recomputing_are_refused() -> None:
+def test_invalid_checkpointing_settings_raise() -> None:
     with pytest.raises(ConfigError, match=r"found policy 'some' for one in 1 blocks, expected one of full, op"):
         small_model().set_grad_checkpointing(policy="some")
     with pytest.raises(ConfigError, match="1 or more"):
@@ -201,9 +202,9 @@ def test_unknown_ways_of_recomputing_are_refused() -> None:
 
 
 @pytest.mark.parametrize("policy", ["full", "op"])
-def test_compiled_blocks_recompute(policy: str) -> None:
+def test_activation_checkpointing_of_compiled_blocks(policy: str) -> None:
     model, ids = small_model().train(), random_ids(2, 9)
-    expected = trained(model, ids)[0]
+    expected = run_step(model, ids)[0]
     model.set_grad_checkpointing(policy=policy)
     for block in model.layers:
         block.compile(backend="aot_eager")
@@ -219,14 +220,14 @@ def test_logits_are_float32_in_half_precision() -> None:
     torch.testing.assert_close(logits, exact, atol=0.1, rtol=0.1)
 
 
-def test_head_width_need_not_divide() -> None:
+def test_head_width_that_does_not_divide_the_model_width() -> None:
     model = small_model(dim=34, n_heads=4)
     assert model.layers[0].attention.in_proj.weight.shape == (96, 34)
     assert model(random_ids(1, 3))[0].shape == (1, 3, 61)
 
 
 # ------------------------------------------------------------------------------------------- state and memory
-def test_tied_weights_survive_the_meta_device() -> None:
+def test_weights_stay_tied_after_the_meta_device() -> None:
     with torch.device("meta"):
         model = Transformer(Params(dim=16, n_layers=1, n_heads=2, vocab_size=9, weight_tying=True))
     model.to_empty(device="cpu")
@@ -236,22 +237,22 @@ def test_tied_weights_survive_the_meta_device() -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("ffn_type", ["swiglu", "gelu", "gemma_geglu"])
-def test_meta_device_and_memory_give_the_same_model(positions: str, ffn_type: str) -> None:
+def test_models_created_on_the_meta_device_are_equal(positions: str, ffn_type: str) -> None:
     params = Params(
         dim=24, n_layers=2, n_heads=2, vocab_size=11, positional_embedding_type=positions, ffn_type=ffn_type
     )
     direct = Transformer(params)
     direct.reset_parameters(seed=5)
     with torch.device("meta"):
-        late = Transformer(params)
-    late.to_empty(device="cpu")
-    for tensor in late.state_dict().values():
+        materialized = Transformer(params)
+    materialized.to_empty(device="cpu")
+    for tensor in materialized.state_dict().values():
         tensor.fill_(float("nan"))
-    late.reset_parameters(seed=5)
-    torch.testing.assert_close(late.state_dict(), direct.state_dict(), rtol=0, atol=0)
+    materialized.reset_parameters(seed=5)
+    torch.testing.assert_close(materialized.state_dict(), direct.state_dict(), rtol=0, atol=0)
 
 
-def test_uninitialised_memory_is_refused() -> None:
+def test_initializing_the_meta_device_raises() -> None:
     with torch.device("meta"):
         model = Transformer(Params(dim=16, n_layers=1, n_heads=2, vocab_size=9))
     with pytest.raises(ValueError, match="to_empty"):
@@ -274,13 +275,13 @@ def test_standard_deviations() -> None:
     }
     state = model.state_dict()
     for name, std in expected.items():
-        # A normal cut at three standard deviations has 0.9866 of its standard deviation.
+        # Truncation at three standard deviations reduces the standard deviation by a factor of 0.9866.
         assert state[name].std().item() == pytest.approx(0.9866 * std, rel=0.02), name
         assert state[name].abs().max().item() <= 3 * std
     assert (state["norm.weight"] == 1).all() and not state["norm.bias"].any()
 
 
-def test_each_parameter_depends_on_seed_and_name_only() -> None:
+def test_each_parameter_depends_only_on_seed_and_name() -> None:
     small = Transformer(Params(dim=16, n_layers=1, n_heads=2, vocab_size=9))
     deep = Transformer(Params(dim=16, n_layers=3, n_heads=2, vocab_size=9))
     small.reset_parameters(seed=3)
@@ -293,26 +294,28 @@ def test_each_parameter_depends_on_seed_and_name_only() -> None:
 
 
 @pytest.mark.parametrize("count", [7, 16, 64, 77, 32 * 31 + 15, 32 * 31 + 17])
-def test_values_are_drawn_in_pieces_as_if_at_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_drawn_in_blocks_equal_values_drawn_at_once(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
-    for piece in (32, 1 << 20):
-        monkeypatch.setattr(initialization, "_BLOCK_VALUES", piece)
-        drawn[piece] = torch.empty(count)
-        with Watch() as watch:
-            initialization.truncated_normal_(drawn[piece], 0.5, torch.Generator().manual_seed(0))
-        assert piece > count or len({ref.cdata for ref, size in watch.results if size > 4 * 47}) <= 1  # the values
+    for block_size in (32, 1 << 20):
+        monkeypatch.setattr(initialization, "_BLOCK_VALUES", block_size)
+        drawn[block_size] = torch.empty(count)
+        with OperatorCounter() as counter:
+            initialization.truncated_normal_(drawn[block_size], 0.5, torch.Generator().manual_seed(0))
+        assert (
+            block_size > count or len({ref.cdata for ref, size in counter.results if size > 4 * 47}) <= 1
+        )  # the values
     assert torch.equal(drawn[32], drawn[1 << 20]) and drawn[32].abs().max() <= 1.5
-    if torch.__version__ >= "2.13":  # else by another algorithm
-        whole = torch.nn.init.trunc_normal_(torch.empty(count), 0, 0.5, -1.5, 1.5, torch.Generator().manual_seed(0))
-        assert torch.equal(whole, drawn[32])
+    if torch.__version__ >= "2.13":  # older versions use another algorithm
+        expected = torch.nn.init.trunc_normal_(torch.empty(count), 0, 0.5, -1.5, 1.5, torch.Generator().manual_seed(0))
+        assert torch.equal(expected, drawn[32])
 
 
-def test_construction_follows_the_global_seed() -> None:
+def test_construction_uses_the_global_seed() -> None:
     torch.testing.assert_close(small_model(seed=2).state_dict(), small_model(seed=2).state_dict(), rtol=0, atol=0)
     assert not torch.equal(small_model(seed=2).output.weight, small_model(seed=3).output.weight)
 
 
-def test_a_fresh_model_predicts_almost_uniformly() -> None:
+def test_a_new_model_predicts_almost_uniformly() -> None:
     model, ids = small_model(vocab_size=61), random_ids(4, 40)
     loss, count = token_loss(model(ids[:, :-1])[0], ids[:, 1:])
     assert loss.item() / count.item() == pytest.approx(math.log(61), abs=0.8)
@@ -328,12 +331,12 @@ def test_params_hold_callables_and_names() -> None:
     assert isinstance(Transformer(params).layers[0], Block)
 
 
-def test_the_file_wins_over_flags() -> None:
+def test_the_model_file_takes_precedence_over_flags() -> None:
     params = create_params(Namespace(model="open_lm_1b_old", positional_embedding_type="none", seq_len=4))
     assert (params.positional_embedding_type, params.seq_len) == ("head_rotary", 2048)
 
 
-def test_impossible_params_are_reported_together() -> None:
+def test_invalid_params_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         Params(dim=2, n_heads=4, n_layers=0, moe_freq=1, moe_num_experts=2, moe_top_k=3)
     for part in ("n_layers is 0", "n_heads is 4, more than hidden_dim 2", "--moe-top-k is 3, expected 1 to 2"):
@@ -342,7 +345,7 @@ def test_impossible_params_are_reported_together() -> None:
 
 @pytest.fixture
 def second_of_two_ranks() -> Iterator[DeviceMesh]:
-    """A mesh of two ranks as the second one sees it; nothing is sent."""
+    """A mesh of two ranks on the second rank, with a fake process group that does not communicate."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
@@ -353,9 +356,7 @@ def second_of_two_ranks() -> Iterator[DeviceMesh]:
 @pytest.mark.parametrize(
     "changes", [{"weight_tying": True}, {"ffn_type": "gelu"}, {"moe_freq": 1, "moe_num_experts": 3}]
 )
-def test_a_sharded_model_gets_its_part_of_the_same_values(
-    second_of_two_ranks: DeviceMesh, changes: dict[str, Any]
-) -> None:
+def test_a_sharded_model_has_the_same_initial_values(second_of_two_ranks: DeviceMesh, changes: dict[str, Any]) -> None:
     params = Params(dim=24, n_layers=2, n_heads=2, vocab_size=31, **changes)
     with torch.device("meta"):
         sharded = Transformer(params)
@@ -364,15 +365,15 @@ def test_a_sharded_model_gets_its_part_of_the_same_values(
     fully_shard(sharded, mesh=second_of_two_ranks)
     sharded.to_empty(device="cpu")
     sharded.reset_parameters(seed=7)
-    whole = Transformer(params)
-    whole.reset_parameters(seed=7)
+    full = Transformer(params)
+    full.reset_parameters(seed=7)
     for name, parameter in sharded.named_parameters():
-        expected = whole.get_parameter(name).chunk(2)[1]
+        expected = full.get_parameter(name).chunk(2)[1]
         assert isinstance(parameter, DTensor)
         torch.testing.assert_close(parameter.to_local(), expected, rtol=0, atol=0, msg=name)
 
 
-def test_angles_are_not_rounded_where_parameters_are(second_of_two_ranks: DeviceMesh) -> None:
+def test_angles_stay_float32_under_mixed_precision(second_of_two_ranks: DeviceMesh) -> None:
     model = small_model()
     for block in (*model.layers, model):
         fully_shard(block, mesh=second_of_two_ranks, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))

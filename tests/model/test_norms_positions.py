@@ -1,4 +1,4 @@
-"""The small leaves: norms and position embeddings."""
+"""Norms, position embeddings and the splitting of rows into blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from open_lm.model.positional_embedding.rotary import rotate_halves, rotate_inte
 
 
 @pytest.mark.parametrize("name", sorted(NORMS))
-def test_norms_against_their_definition(name: str) -> None:
+def test_norms_match_their_definition(name: str) -> None:
     norm = get_norm_class(name)(6, eps=1e-2)
     weight, bias = (getattr(norm, part, None) for part in ("weight", "bias"))
     assert (weight is not None) == (name != "no_wb_layer_norm")
@@ -27,14 +27,14 @@ def test_norms_against_their_definition(name: str) -> None:
         for parameter in norm.parameters():
             parameter.uniform_(0.5, 2.0)
     x = torch.randn(3, 5, 6, dtype=torch.float64).float()
-    centred = x if name == "rms_norm" else x - x.mean(-1, keepdim=True)
-    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-2).sqrt()
+    centered = x if name == "rms_norm" else x - x.mean(-1, keepdim=True)
+    expected = centered / (centered.square().mean(-1, keepdim=True) + 1e-2).sqrt()
     expected = expected * (1 if weight is None else weight) + (0 if bias is None else bias)
     torch.testing.assert_close(norm(x), expected)
 
 
 @pytest.mark.parametrize("name", ["lp_layer_norm", "gain_only_lp_layer_norm"])
-def test_low_precision_norm_stays_low_under_autocast(name: str) -> None:
+def test_low_precision_norm_returns_the_autocast_dtype(name: str) -> None:
     norm, x = get_norm_class(name)(6, eps=1e-5), torch.randn(2, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert norm(x).dtype == torch.bfloat16
@@ -50,17 +50,17 @@ def test_unknown_names() -> None:
         get_positional_embedding("rotary", 7)
 
 
-def turned(x: Tensor, angle_of_pair: list[float], pairs: list[tuple[int, int]]) -> Tensor:
-    """x (K,) with each pair of features turned like a complex number."""
+def rotated(x: Tensor, pair_angles: list[float], pairs: list[tuple[int, int]]) -> Tensor:
+    """Return x (K,) with each pair of features rotated as a complex number."""
     out = x.clone()
-    for angle, (i, j) in zip(angle_of_pair, pairs, strict=True):
+    for angle, (i, j) in zip(pair_angles, pairs, strict=True):
         value = complex(x[i], x[j]) * cmath.exp(1j * angle)
         out[i], out[j] = value.real, value.imag
     return out
 
 
 @pytest.mark.parametrize("name", ["rotary", "llama_rotary", "head_rotary"])
-def test_rotations_by_hand(name: str) -> None:
+def test_rotations_match_complex_multiplication(name: str) -> None:
     heads, width = 3, 8
     q, k = torch.randn(2, 4, heads, width), torch.randn(2, 4, heads, width)
     positions = torch.tensor([[3, 4, 5, 6], [0, 0, 1, 2]])
@@ -69,15 +69,15 @@ def test_rotations_by_hand(name: str) -> None:
     half = width // 2
     pairs = [(2 * i, 2 * i + 1) if name == "llama_rotary" else (i, i + half) for i in range(half)]
     for b, t, h in ((b, t, h) for b in range(2) for t in range(4) for h in range(heads)):
-        place = h if name == "head_rotary" else int(positions[b, t])
-        angles = [place * 10000 ** (-2 * i / width) for i in range(half)]
-        torch.testing.assert_close(got_q[b, t, h], turned(q[b, t, h], angles, pairs), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(got_k[b, t, h], turned(k[b, t, h], angles, pairs), atol=1e-5, rtol=1e-5)
+        position = h if name == "head_rotary" else int(positions[b, t])
+        angles = [position * 10000 ** (-2 * i / width) for i in range(half)]
+        torch.testing.assert_close(got_q[b, t, h], rotated(q[b, t, h], angles, pairs), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got_k[b, t, h], rotated(k[b, t, h], angles, pairs), atol=1e-5, rtol=1e-5)
     assert got_v is k
 
 
 @pytest.mark.parametrize("name", sorted(POSITIONAL_EMBEDDINGS))
-def test_results_have_the_values_type(name: str) -> None:
+def test_results_have_the_dtype_of_values(name: str) -> None:
     q = torch.randn(1, 2, 2, 4)
     embed = get_positional_embedding(name, 4)
     got_q, got_k, got_v = embed(q, q, q.bfloat16(), embed.angles(torch.arange(2), 2))
@@ -98,10 +98,10 @@ def test_frequencies_stay_exact_in_half_precision() -> None:
 
 @pytest.mark.parametrize("rotate", [rotate_halves, rotate_interleaved])
 @pytest.mark.parametrize("shared", [True, False])
-def test_rotation_is_what_is_compiled_and_its_derivative(
+def test_rotation_equals_the_compiled_rotation_and_passes_gradcheck(
     rotate: Callable[..., Tensor], shared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Angles of all rows and heads or of each; blocks of two tokens."""
+    """With angles shared by all sequences and heads, or separate angles; with blocks of two tokens."""
     monkeypatch.setattr(cache_blocks, "_BLOCK_BYTES", 400 // torch.get_num_threads())
     q = torch.randn(2, 5, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     angles = torch.linspace(0, 9, 20).view(5, 1, 4) if shared else torch.linspace(0, 9, 120).view(2, 5, 3, 4)
@@ -114,9 +114,9 @@ def test_rotation_is_what_is_compiled_and_its_derivative(
     torch.testing.assert_close(half.double(), found, atol=3e-2, rtol=1e-2)
 
 
-def test_blocks_of_rows_cover_them_once() -> None:
+def test_row_blocks_cover_all_rows_once() -> None:
     cpu, threads = torch.device("cpu"), torch.get_num_threads()
     assert list(row_blocks(5, 2**19 * threads // 2, cpu)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    assert [piece.stop - piece.start for piece in row_blocks(3, 2**40, cpu)] == [1, 1, 1]
+    assert [block.stop - block.start for block in row_blocks(3, 2**40, cpu)] == [1, 1, 1]
     assert list(row_blocks(10**6, 2**20, torch.device("meta"))) == [slice(0, 10**6)]
     assert list(row_blocks(0, 4, cpu)) == list(row_blocks(0, 4, torch.device("meta"))) == []
