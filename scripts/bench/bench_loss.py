@@ -3,11 +3,11 @@
     python scripts/bench_loss.py --dim 96 --vocab 50432 --tokens 8192 --dtype bfloat16
 
 Compares the logits of all tokens at once, torch's linear_cross_entropy in each mode (if this torch has it), the
-Liger kernel (if installed) and open_lm's implementation. Measurements alternate, so that other load on the machine affects all
-of them. A time is the best of all rounds: of the summed loss only, and with the gradients of hidden states and weight,
-which are float32 as in training with automatic mixed precision. Memory is the increase of the peak (of CUDA's
-allocator, or of the process's resident memory on Linux). Errors are relative to float64, on --check-tokens tokens: the
-absolute error of the mean loss, and for each gradient the norm of the difference divided by the norm.
+Liger kernel (if installed) and open_lm's implementation. Measurements alternate, so that other load on the machine
+affects all of them. A time is the best of all rounds: of the summed loss only, and with the gradients of hidden states
+and weight, which are float32 as in training with automatic mixed precision. Memory is the increase of the peak (of
+CUDA's allocator, or of the process's resident memory on Linux). Errors are relative to float64, on --check-tokens
+tokens: the absolute error of the mean loss, and for each gradient the norm of the difference divided by the norm.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ def main() -> None:
         forward, both = (min(values) / args.tokens * 1e6 for values in times[name])
         loss_error, hidden_error, weight_error = bench.errors(loss)
         print(
-            f"{name:18}{forward:9.1f} us{both:12.1f} us{memory[name] / 2**20:6.0f} MiB{loss_error:12.1e}{hidden_error:11.1e}"
-            f"{weight_error:11.1e}"
+            f"{name:18}{forward:9.1f} us{both:12.1f} us{memory[name] / 2**20:6.0f} MiB{loss_error:12.1e}"
+            f"{hidden_error:11.1e}{weight_error:11.1e}"
         )
     print("times are per token; d hidden, d weight: errors of the gradients")
 

@@ -1,15 +1,16 @@
-"""How fast the loader reads npy shards from S3, beside a bare client that only downloads the same objects.
+"""Compare how fast the loader reads npy shards from S3 with a plain client that only downloads the same objects.
 
-    python scripts/bench_s3.py                         # from a lean server of its own; --server moto, or s3://bucket/folder
+    python scripts/bench_s3.py                         # from this script's server; --server moto or s3://bucket/folder
     python scripts/bench_s3.py --sequences-in-shard 8192 --shards 16
 
-`lean` is a server of this file in a process of its own: it gives objects, whole or a range, sends them from the page
-cache without a copy, and so costs the processors little. `moto` knows all of S3 and copies every object several times:
-mostly it is what is measured. With s3://… shards are put there once, and left. The bare client is boto3 with as many
-connections as the loader has downloads at a time in one process; it neither keeps nor verifies anything. Ours is one
-pass over shards that were never read before, as training reads them: verified, and each batch taken from the worker.
-Every measurement is a process of its own; rounds alternate. The clock runs from the first request to the last batch,
-the start of the workers included. Processor time is the client's alone, with its workers'.
+The server `lean` is part of this script and runs in a separate process. It serves objects or ranges of them from the
+page cache without copying, so it needs little processor time. `moto` implements all of S3 and copies every object
+several times, so the result is mostly its speed. With s3://… the shards are uploaded to that folder and not deleted.
+The plain client is boto3 with as many connections as the loader has parallel downloads in one process; it neither
+stores nor verifies the data. The loader makes one pass over shards that were never read before, as in training: it
+verifies them and fetches every batch from the worker. Every measurement runs in a separate process, and rounds
+alternate. The time runs from the first request to the last batch and includes the start of the workers. Processor time
+is that of the client and its workers, without the server.
 """
 
 from __future__ import annotations
@@ -41,34 +42,36 @@ import numpy as np
 LENGTH, VOCAB_SIZE, BATCH_SIZE = 2049, 50432, 32
 CONNECTIONS = 4
 CHUNK_BYTES = 1 << 20
-_SENT_BYTES = 256 << 10
+_SEND_BYTES = 256 << 10
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", default="lean", help="'lean', 'moto', or a folder s3://… (default: lean)")
+    parser.add_argument("--server", default="lean", help="lean, moto or a folder s3://bucket/folder (default: lean)")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shards", type=int, default=192, help="(default: 192)")
-    parser.add_argument("--sequences-in-shard", type=int, default=512, help=f"of {LENGTH} tokens (default: 512)")
-    parser.add_argument("--line-mb", type=float, default=math.inf, help="most MB a second that the lean server sends")
+    parser.add_argument("--shards", type=int, default=192, help="number of shards (default: 192)")
+    parser.add_argument(
+        "--sequences-in-shard", type=int, default=512, help=f"sequences of {LENGTH} tokens per shard (default: 512)"
+    )
+    parser.add_argument("--line-mb", type=float, default=math.inf, help="limit the lean server to this many MB/s")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work-dir", type=Path, help="folder for the shards (default: a temporary one)")
-    parser.add_argument("--part", choices=["serve", "raw", "ours"], help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--part", choices=["serve", "raw", "ours"], help=argparse.SUPPRESS)  # in a separate process
     parser.add_argument("--data", help=argparse.SUPPRESS)
     return parser
 
 
 # --- the lean server ------------------------------------------------------------------------------------------------
-class _Line:
-    """What all connections share: so many bytes a second, or any number."""
+class _Bandwidth:
+    """The bandwidth that all connections share; may be infinite."""
 
-    def __init__(self, bytes_a_second: float) -> None:
-        self._bytes_a_second, self._free_at_s, self._lock = bytes_a_second, 0.0, threading.Lock()
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s, self._free_at_s, self._lock = bytes_per_s, 0.0, threading.Lock()
 
     def wait_for(self, num_bytes: int) -> None:
         with self._lock:
             now = time.perf_counter()
-            self._free_at_s = max(self._free_at_s, now) + num_bytes / self._bytes_a_second
+            self._free_at_s = max(self._free_at_s, now) + num_bytes / self._bytes_per_s
             pause_s = self._free_at_s - now
         time.sleep(pause_s)
 
@@ -77,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     root: Path
-    line: _Line
+    bandwidth: _Bandwidth
 
     def do_GET(self) -> None:
         path = (self.root / unquote(urlsplit(self.path).path).lstrip("/")).resolve()
@@ -85,19 +88,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, {"Content-Length": "0"})
             return
         status = path.stat()
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        start, stop = (int(wanted[1]), min(int(wanted[2]) + 1, status.st_size)) if wanted else (0, status.st_size)
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        start, stop = (0, status.st_size)
+        if byte_range:
+            start, stop = int(byte_range[1]), min(int(byte_range[2]) + 1, status.st_size)
         headers = {"Content-Length": str(stop - start), "ETag": f'"{status.st_mtime_ns}-{status.st_size}"'}
         headers["Last-Modified"] = formatdate(status.st_mtime, usegmt=True)
-        if wanted:
+        if byte_range:
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{status.st_size}"
-        self._answer(206 if wanted else 200, headers)
+        self._answer(206 if byte_range else 200, headers)
         if self.command == "GET" and stop > start:
             with open(path, "rb") as file:
-                for place in range(start, stop, _SENT_BYTES):
-                    count = min(_SENT_BYTES, stop - place)
-                    self.line.wait_for(count)
-                    self.connection.sendfile(file, place, count)
+                for offset in range(start, stop, _SEND_BYTES):
+                    count = min(_SEND_BYTES, stop - offset)
+                    self.bandwidth.wait_for(count)
+                    self.connection.sendfile(file, offset, count)
 
     do_HEAD = do_GET
 
@@ -108,12 +113,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *args: object) -> None:
-        """Nothing: only the bytes count."""
+        """Log nothing: it would cost processor time."""
 
 
 def serve(folder: Path, line_mb: float) -> None:
-    """Serve the files folder/bucket/key, until standard input ends."""
-    _Handler.root, _Handler.line = folder.resolve(), _Line(line_mb * 1e6)
+    """Serve the files folder/bucket/key until standard input is closed. Prints the port."""
+    _Handler.root, _Handler.bandwidth = folder.resolve(), _Bandwidth(line_mb * 1e6)
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
     with ThreadPoolExecutor(1) as pool:
@@ -147,17 +152,17 @@ def _moto() -> Iterator[int]:
 # --- the shards -----------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def stored_shards(args: argparse.Namespace, local: Path) -> Iterator[str]:
-    """The url of a manifest on the wanted server."""
+    """Upload the shards to the server of --server and yield the URL of their manifest."""
     if args.server == "lean":
         put_shards(args, local, str(local / "bench"))
         with _lean(local, args.line_mb) as port:
-            _point_at(port)
+            _use_endpoint(port)
             yield "s3://bench/manifest.jsonl"
     elif args.server == "moto":
         import boto3
 
         with _moto() as port:
-            _point_at(port)
+            _use_endpoint(port)
             boto3.client("s3").create_bucket(Bucket="bench")
             put_shards(args, local, "s3://bench")
             yield "s3://bench/manifest.jsonl"
@@ -166,13 +171,13 @@ def stored_shards(args: argparse.Namespace, local: Path) -> Iterator[str]:
         yield f"{args.server.rstrip('/')}/manifest.jsonl"
 
 
-def _point_at(port: int) -> None:
+def _use_endpoint(port: int) -> None:
     os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
     os.environ |= {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
 
 
 def put_shards(args: argparse.Namespace, local: Path, target: str) -> None:
-    """One shard of random ids many times, and a manifest as make_wds_manifest makes it."""
+    """Store many copies of one shard of random ids, and a manifest like that of make_wds_manifest."""
     from open_lm import storage
     from open_lm.data.manifest import ManifestEntry, write_manifest
     from open_lm.data.shard_format import ShardWriter
@@ -181,17 +186,17 @@ def put_shards(args: argparse.Namespace, local: Path, target: str) -> None:
     with ShardWriter(local / "shard.tar", "npy") as writer:
         writer.write_numbered(0, ids)
     data = (local / "shard.tar").read_bytes()
-    known = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    entries = [ManifestEntry(f"{number:05d}", args.sequences_in_shard, known) for number in range(args.shards)]
+    properties = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    entries = [ManifestEntry(f"{number:05d}", args.sequences_in_shard, properties) for number in range(args.shards)]
     storage.makedirs(target)
     for entry in entries:
         storage.copy(local / "shard.tar", f"{target}/{entry.shard}.tar")
     write_manifest(f"{target}/manifest.jsonl", entries)
 
 
-# --- what is measured, each in a process of its own -----------------------------------------------------------------
+# --- measurements, each in a separate process -----------------------------------------------------------------------
 def ours(args: argparse.Namespace) -> None:
-    """One pass of the loader, to the last whole batch."""
+    """Read one pass with the loader, up to the last full batch."""
     from open_lm.config.sections import DataConfig
     from open_lm.data.loader import build_train_loader
 
@@ -199,14 +204,14 @@ def ours(args: argparse.Namespace) -> None:
     data = DataConfig(dataset_manifest=[args.data], data_key="npy", workers=workers)
     loader = build_train_loader(data, seq_len=LENGTH - 1, vocab_size=VOCAB_SIZE, batch_size=BATCH_SIZE)
     (sequences,) = (source.num_sequences or 0 for source in loader.sources)
-    with _measured(sum(filter(None, loader.sources[0].num_bytes))):
+    with _measurement(sum(filter(None, loader.sources[0].num_bytes))):
         for batch, _ in loader.batches(sequences // BATCH_SIZE):
             assert batch.num_samples == BATCH_SIZE
         loader.close()
 
 
 def raw(args: argparse.Namespace) -> None:
-    """Download every shard and throw it away."""
+    """Download every shard and discard the data."""
     import boto3
     from botocore.config import Config
 
@@ -221,17 +226,17 @@ def raw(args: argparse.Namespace) -> None:
         while body.read(CHUNK_BYTES):
             pass
 
-    with _measured(sum(entry.num_bytes or 0 for entry in entries)), ThreadPoolExecutor(CONNECTIONS) as pool:
+    with _measurement(sum(entry.num_bytes or 0 for entry in entries)), ThreadPoolExecutor(CONNECTIONS) as pool:
         list(pool.map(download, [entry.shard for entry in entries]))
 
 
 @contextlib.contextmanager
-def _measured(num_bytes: int) -> Iterator[None]:
-    """Print bytes, seconds and processor seconds of the block, with those of the processes that ended in it."""
-    started, used = time.perf_counter(), _processor_s()
+def _measurement(num_bytes: int) -> Iterator[None]:
+    """Print bytes, seconds and processor seconds of the block, including child processes that ended in it."""
+    started, processor_s = time.perf_counter(), _processor_s()
     yield
     seconds = time.perf_counter() - started
-    print(json.dumps({"bytes": num_bytes, "seconds": seconds, "processor_s": _processor_s() - used}), flush=True)
+    print(json.dumps({"bytes": num_bytes, "seconds": seconds, "processor_s": _processor_s() - processor_s}), flush=True)
 
 
 def _processor_s() -> float:
@@ -239,13 +244,13 @@ def _processor_s() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-# --- the run --------------------------------------------------------------------------------------------------------
+# --- comparison -----------------------------------------------------------------------------------------------------
 def run(args: argparse.Namespace, local: Path) -> None:
-    me = [sys.executable, __file__, "--data"]
+    this_script = [sys.executable, __file__, "--data"]
     with stored_shards(args, local) as manifest:
-        commands = {"only downloaded": [*me, manifest, "--part", "raw"]}
+        commands = {"download only": [*this_script, manifest, "--part", "raw"]}
         for workers in args.workers:
-            commands[f"ours, {workers} workers"] = [*me, manifest, "--part", "ours", "--workers", str(workers)]
+            commands[f"ours, {workers} workers"] = [*this_script, manifest, "--part", "ours", "--workers", str(workers)]
         results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
         for _ in range(args.rounds):
             for name, command in commands.items():
@@ -253,24 +258,24 @@ def run(args: argparse.Namespace, local: Path) -> None:
                 if done.returncode:
                     raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
                 results[name].append(json.loads(done.stdout.splitlines()[-1]))
-    size = results["only downloaded"][0]["bytes"]
+    size = results["download only"][0]["bytes"]
     print(
-        f"{args.shards} shards of {size / args.shards / 1e6:.1f} MB from the server {args.server} ({args.line_mb:g} "
-        f"MB/s at most), {CONNECTIONS} connections, {len(os.sched_getaffinity(0))} processors, medians of "
+        f"{args.shards} shards of {size / args.shards / 1e6:.1f} MB from the server {args.server} (limit "
+        f"{args.line_mb:g} MB/s), {CONNECTIONS} connections, {len(os.sched_getaffinity(0))} processors, medians of "
         f"{args.rounds} rounds"
     )
     print(table(results))
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """A line for each contender: MB a second, its share of the bare client's, processor seconds a GB."""
-    lines = [f"{'':20}{'MB/s':>8}{'least':>8}{'greatest':>10}{'share':>8}{'processor s/GB':>16}"]
+    """Return a line per client: MB/s, the ratio to the plain client's speed, and processor seconds per GB."""
+    lines = [f"{'':20}{'MB/s':>8}{'min':>8}{'max':>10}{'ratio':>8}{'processor s/GB':>16}"]
     baseline = 0.0
-    for name, measured in results.items():
-        speeds = [one["bytes"] / one["seconds"] / 1e6 for one in measured]
+    for name, rounds in results.items():
+        speeds = [result["bytes"] / result["seconds"] / 1e6 for result in rounds]
         median = statistics.median(speeds)
         baseline = baseline or median
-        cost = statistics.median(one["processor_s"] / one["bytes"] * 1e9 for one in measured)
+        cost = statistics.median(result["processor_s"] / result["bytes"] * 1e9 for result in rounds)
         lines.append(f"{name:20}{median:8.0f}{min(speeds):8.0f}{max(speeds):10.0f}{median / baseline:8.2f}{cost:16.2f}")
     return "\n".join(lines)
 

@@ -1,11 +1,11 @@
-"""Measure where the shuffle's intermediate sequences are better kept: in Ray's object store, or in files.
+"""Compare two places for the intermediate sequences of the shuffle: Ray's object store and files.
 
     python scripts/bench_shuffle.py --object-store 1024
     python scripts/bench_shuffle.py --object-store 128      # smaller than the data: Ray spills it
 
-Units of sequences are cut into partitions by key, and every partition is joined from all units. Both ways do the same
-work; making the sequences alone is shown beside them. Files are synced before they get their names, as the preprocessor
-does, so that a start after a failure finds them; what is in the object store goes with Ray.
+Units of sequences are split into partitions by key, and every partition is joined from all units. Both methods do the
+same work; the time of only generating the sequences is shown for comparison. Files are synced and then renamed, as in
+the preprocessor, so that a restart after a failure finds them; the object store's content is lost when Ray ends.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ LENGTH = 2049
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--object-store", type=int, default=1024, help="MiB of Ray's object store (default: 1024)")
+    parser.add_argument(
+        "--object-store", type=int, default=1024, help="size of Ray's object store in MiB (default: 1024)"
+    )
     parser.add_argument("--units", type=int, default=64, help="units of 1,000 sequences of 4 kB (default: 64)")
     parser.add_argument("--partitions", type=int, default=8)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
@@ -35,19 +37,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def partitions(unit: int, count: int) -> list[np.ndarray]:
-    """The sequences of a unit, uint16 (1000, LENGTH), cut by keys into so many parts."""
+    """Return the sequences of a unit, uint16 (1000, LENGTH), split by key into `count` partitions."""
     random = np.random.default_rng(unit)
     keys = np.sort(random.random(1000))
-    rows = random.integers(0, 50_000, (1000, LENGTH), dtype=np.uint16)
-    return np.split(rows, np.searchsorted(keys, np.arange(1, count) / count))
+    sequences = random.integers(0, 50_000, (1000, LENGTH), dtype=np.uint16)
+    return np.split(sequences, np.searchsorted(keys, np.arange(1, count) / count))
 
 
-def make_only(unit: int, count: int) -> int:
+def generate(unit: int, count: int) -> int:
     return sum(map(len, partitions(unit, count)))
 
 
 def write_run(unit: int, count: int, folder: str) -> list[int]:
-    """Write a unit's partitions one behind the other; returns their sizes in sequences."""
+    """Write a unit's partitions consecutively to one file; return their sizes in sequences."""
     parts = partitions(unit, count)
     path = Path(folder) / f"{unit}.run"
     with path.with_suffix(".part").open("wb") as file:
@@ -69,9 +71,9 @@ def join_files(partition: int, sizes: list[list[int]], folder: str) -> int:
 
 
 def join(*parts: np.ndarray) -> int:
-    """Put the parts together in a random order; returns the number of sequences."""
-    rows = np.concatenate(parts)
-    return len(rows[np.random.default_rng(0).permutation(len(rows))])
+    """Concatenate the parts in random order; return the number of sequences."""
+    sequences = np.concatenate(parts)
+    return len(sequences[np.random.default_rng(0).permutation(len(sequences))])
 
 
 def main() -> None:
@@ -87,12 +89,12 @@ def main() -> None:
     def remote(function: Callable[..., Any], results: int = 1) -> Any:
         return ray.remote(num_cpus=1, num_returns=results)(function)
 
-    def alone() -> int:
-        return sum(ray.get([remote(make_only).remote(unit, args.partitions) for unit in units]))
+    def generate_only() -> int:
+        return sum(ray.get([remote(generate).remote(unit, args.partitions) for unit in units]))
 
     def object_store() -> int:
-        made = [remote(partitions, args.partitions).remote(unit, args.partitions) for unit in units]
-        return sum(ray.get([remote(join).remote(*(unit[part] for unit in made)) for part in parts]))
+        references = [remote(partitions, args.partitions).remote(unit, args.partitions) for unit in units]
+        return sum(ray.get([remote(join).remote(*(unit[part] for unit in references)) for part in parts]))
 
     def files() -> int:
         with tempfile.TemporaryDirectory(dir=args.work_dir) as folder:
@@ -100,13 +102,13 @@ def main() -> None:
             return sum(ray.get([remote(join_files).remote(part, sizes, folder) for part in parts]))
 
     print(f"{args.units * 1000 * LENGTH * 2 / 1e6:,.0f} MB, {args.workers} workers, store of {args.object_store} MiB")
-    alone()  # starts the workers
+    generate_only()  # start the workers
     for _ in range(args.rounds):
         seconds = {}
-        for way in (alone, object_store, files):
+        for method in (generate_only, object_store, files):
             started = time.perf_counter()
-            assert way() == args.units * 1000
-            seconds[way.__name__] = time.perf_counter() - started
+            assert method() == args.units * 1000
+            seconds[method.__name__] = time.perf_counter() - started
         print("  ".join(f"{name.replace('_', ' ')} {value:5.2f} s" for name, value in seconds.items()), flush=True)
     ray.shutdown()
 

@@ -1,26 +1,27 @@
-"""Tokens a second of a training step, the share of the machine that they use, memory, and where the time goes.
+"""Measure a training step: tokens per second, model FLOP utilization (MFU), memory, and where the time goes.
 
     python scripts/bench_train.py --model open_lm_11m open_lm_160m --against original
     python scripts/bench_train.py --model open_lm_1b --device cuda --torchcompile --profile --trace step.json.gz
     python scripts/bench_train.py --model open_lm_160m --precision fp32 --against my_module:my_function
     python scripts/bench_train.py --model open_lm_1b --torchcompile --against torchtitan \
-        --peer-python .venv-titan/bin/python        # `make install-titan` makes it
+        --peer-python .venv-titan/bin/python        # `make install-titan` creates it
 
-Further flags are the trainer's own (--torchcompile, --activation-checkpointing op, --fp8, --accum-freq 2, …), and ours
-is measured through what training runs: its session, optimizer and train_step, on random tokens. What it is measured
-against is `original`, the plain recipe of original_recipe.py; `torchtitan`, its Llama 3 at the size of the model and
-with the same flags (torchtitan_recipe.py); MODULE:FUNCTION, where function(model, precision, device) returns a
-step(inputs, targets) -> loss, and is given the trainer's whole configuration too where it has a parameter `config`; or
-a command that prints a line of JSON with tokens_per_second, whose words may hold {model}, {precision}, {device},
-{batch_size} and {seq_len}.
+All other flags are the trainer's (--torchcompile, --activation-checkpointing op, --fp8, --accum-freq 2, ...). "ours" is
+the session, optimizer and train_step of a training run, on random tokens. It can be compared with:
 
-Every measurement is a process of its own, and rounds alternate, so that what else the machine does falls on all. Shown
-is the median of all steps with the least and the greatest. The share (MFU) is of the model's FLOPs, without
-recomputation, in how fast the machine multiplies matrices in the same run: at the shapes of the
-model's own linear layers, forward and backward, and at a large square; and in what a CUDA device's data sheet says.
-Memory is the most that the process held beyond what it held before there was a model, on CUDA of the allocator; time to
-the first step counts from there, and holds compilation. CUDA graphs, which torchtitan makes, cannot be looked into by
---profile.
+- `original`: the plain recipe of the original OpenLM (original_recipe.py);
+- `torchtitan`: its Llama 3 of the same size, with the same flags (torchtitan_recipe.py);
+- MODULE:FUNCTION: function(model, precision, device) returns a step(inputs, targets) -> loss; if the function has a
+  parameter `config`, it also receives the trainer's full configuration;
+- a command (--against-command) whose last line of output is JSON with tokens_per_second. Its words may contain {model},
+  {precision}, {device}, {batch_size} and {seq_len}.
+
+Every measurement runs in a separate process, and rounds alternate, so that other load on the machine affects all of
+them. The table shows median, minimum and maximum over all steps. MFU is the model's FLOP/s, without recomputation,
+divided by the rate of matrix products in the same run: at the shapes of the model's linear layers (forward and
+backward), for a large square, and by the data sheet of a CUDA device. Memory is the increase of the process's peak
+over that before the model is built (on CUDA: of the allocator). The time to the first step starts there as well and
+includes compilation. --profile cannot see inside CUDA graphs, which torchtitan uses.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_train_worker import CEILING, OURS, Job, Measured, trainer_flags
+from bench_train_worker import CEILING, OURS, BenchmarkRun, StepMeasurement, trainer_flags
 from step_profile import table as profile_table
 
 from open_lm.config.architecture import read_architecture
@@ -59,58 +60,75 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", nargs="+", default=["open_lm_11m"], help="names of configurations, or .json files")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--precision", default="amp_bfloat16", help="as the trainer's (default: amp_bfloat16)")
-    parser.add_argument("--batch-size", type=int, default=4, help="sequences of a step (default: 4)")
-    parser.add_argument("--seq-len", type=int, help="tokens of a sequence (default: the model's)")
-    parser.add_argument("--steps", type=int, help="of each round that count (default: 3, on CUDA 20)")
-    parser.add_argument("--warmup", type=int, help="steps before them that do not (default: 1, on CUDA 5)")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, help="of each process, on the CPU (default: one for each processor)")
+    parser.add_argument(
+        "--model", nargs="+", default=["open_lm_11m"], help="names of model configurations, or .json files"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if available")
+    parser.add_argument(
+        "--precision", default="amp_bfloat16", help="--precision of the trainer (default: amp_bfloat16)"
+    )
+    parser.add_argument("--batch-size", type=int, default=4, help="sequences per step (default: 4)")
+    parser.add_argument("--seq-len", type=int, help="tokens per sequence (default: the model's)")
+    parser.add_argument("--steps", type=int, help="measured steps per round (default: 3, on CUDA 20)")
+    parser.add_argument("--warmup", type=int, help="steps before the measured ones (default: 1, on CUDA 5)")
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each step (default: 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads per process (default: one per processor)")
     parser.add_argument(
         "--ceiling", nargs="*", choices=["bfloat16", "float32"], default=["bfloat16", "float32"],
-        help="types whose ceiling is measured beside that of --precision (default: both)",
+        help="measure matrix products in these types, in addition to that of --precision (default: both)",
     )  # fmt: skip
-    parser.add_argument("--against", metavar="NAME", help=f"{', '.join(PEERS)} or MODULE:FUNCTION")
+    parser.add_argument(
+        "--against", metavar="NAME", help=f"step to compare with: {', '.join(PEERS)} or MODULE:FUNCTION"
+    )
     parser.add_argument(
         "--peer-python", type=Path, default=Path(sys.executable), metavar="PYTHON",
-        help="the interpreter that runs what --against names (default: this one)",
+        help="interpreter that runs the step of --against (default: this one)",
     )  # fmt: skip
-    parser.add_argument("--against-command", metavar="COMMAND")
-    parser.add_argument("--profile", action="store_true", help="show where the time of one more step goes")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write that profile of ours (.json or .json.gz)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
+    parser.add_argument("--against-command", metavar="COMMAND", help="command to compare with")
+    parser.add_argument("--profile", action="store_true", help="profile one more step and show its time by category")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write the profile of our step to this file (.json or .json.gz)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
     return parser
 
 
-# --- what to measure ------------------------------------------------------------------------------------------------
+# --- settings of the measurements -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Contenders:
-    """What is measured for a model: a process's job, or a command, by name. `job` is ours, `dtype` that of --precision,
-    `flops_per_token` the same for all."""
+class Comparison:
+    """The measurements of a model.
 
-    jobs: dict[str, Job | list[str]]
-    job: Job
+    runs: the settings of each measurement by name, or its command.
+    ours: the settings of our step.
+    dtype: type of the matrix products with --precision.
+    flops_per_token: model FLOPs per token, the same for all measurements.
+    """
+
+    runs: dict[str, BenchmarkRun | list[str]]
+    ours: BenchmarkRun
     dtype: str
     flops_per_token: float
     num_params: int
 
     @property
     def tokens(self) -> int:
-        return self.job.batch_size * self.job.seq_len
+        """Tokens per step."""
+        return self.ours.batch_size * self.ours.seq_len
 
 
-def contenders(args: argparse.Namespace, flags: list[str], model: str, folder: Path) -> Contenders:
-    """ConfigError for settings that the trainer does not take."""
+def plan_comparison(args: argparse.Namespace, flags: list[str], model: str, folder: Path) -> Comparison:
+    """Return the measurements of a model; its configuration is written to `folder`.
+
+    Raise ConfigError if the trainer rejects the settings.
+    """
     shape = read_architecture(model)
     seq_len = args.seq_len or shape["seq_len"]
     flags = ["--precision", args.precision, *flags]
     config = Config.from_namespace(parse_args(trainer_flags(model, args.batch_size, flags)))
     path = folder / f"{Path(model).stem}.json"
-    write_text(path, json.dumps({**chosen(config.model), **shape, "seq_len": seq_len}))
+    write_text(path, json.dumps({**changed_architecture(config.model), **shape, "seq_len": seq_len}))
     dtype = str(compute_dtype(args.precision, args.device)).removeprefix("torch.")
-    job = Job(
+    ours = BenchmarkRun(
         kind=OURS,
         model=str(path),
         device=args.device,
@@ -125,41 +143,45 @@ def contenders(args: argparse.Namespace, flags: list[str], model: str, folder: P
         dtypes=list(dict.fromkeys([dtype, *args.ceiling])),
     )
     with torch.device("meta"):
-        meta = create_model(ModelConfig.from_object(replace(config.model, model=str(path))))
-    jobs: dict[str, Job | list[str]] = {CEILING: replace(job, kind=CEILING), OURS: job}
+        meta_model = create_model(ModelConfig.from_object(replace(config.model, model=str(path))))
+    runs: dict[str, BenchmarkRun | list[str]] = {CEILING: replace(ours, kind=CEILING), OURS: ours}
     if args.against:
-        jobs[args.against] = replace(job, kind=PEERS.get(args.against, args.against), python=str(args.peer_python))
+        runs[args.against] = replace(ours, kind=PEERS.get(args.against, args.against), python=str(args.peer_python))
     if args.against_command:
-        values = {name: str(getattr(job, name)) for name in ("model", "precision", "device", "batch_size", "seq_len")}
-        jobs["the command"] = [filled(word, values) for word in shlex.split(args.against_command)]
-    return Contenders(jobs, job, dtype, model_flops_per_token(meta), sum(p.numel() for p in meta.parameters()))
+        values = {name: str(getattr(ours, name)) for name in ("model", "precision", "device", "batch_size", "seq_len")}
+        runs["the command"] = [fill_placeholders(word, values) for word in shlex.split(args.against_command)]
+    num_params = sum(p.numel() for p in meta_model.parameters())
+    return Comparison(runs, ours, dtype, model_flops_per_token(meta_model), num_params)
 
 
-def chosen(model: ModelConfig) -> dict[str, Any]:
-    """What flags say of the model's shape: others read it from its file."""
+def changed_architecture(model: ModelConfig) -> dict[str, Any]:
+    """Return the architecture settings that flags changed. The model file passes them to the other steps."""
     values = {spec.name: getattr(model, spec.name) for spec in ArchitectureConfig.specs() if not spec.no_effect}
     return {name: value for name, value in values.items() if value != getattr(ArchitectureConfig, name)}
 
 
-def check(found: Contenders, args: argparse.Namespace) -> None:
-    """ConfigError for what cannot be measured, before anything else is; another version of torch is said."""
-    job = found.jobs.get(args.against)
-    if not isinstance(job, Job):
+def check_peer(comparison: Comparison, args: argparse.Namespace) -> None:
+    """Raise ConfigError if the step of --against cannot be built. Print its version of torch if it differs."""
+    peer = comparison.runs.get(args.against)
+    if not isinstance(peer, BenchmarkRun):
         return
-    version = run_once(replace(job, check=True).command(), args)["torch"]
+    version = run_once(replace(peer, check=True).command(), args)["torch"]
     if version != torch.__version__:
         print(f"{args.against}: torch {version}", flush=True)
 
 
-def filled(word: str, values: dict[str, str]) -> str:
+def fill_placeholders(word: str, values: dict[str, str]) -> str:
     for name, value in values.items():
         word = word.replace(f"{{{name}}}", value)
     return word
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------------------------------
 def run_once(command: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON of the last line that the command prints; ConfigError with what it said where it fails."""
+    """Run the command and return the JSON object of the last line that it prints.
+
+    Raise ConfigError with its error output if it fails.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
     if args.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
@@ -168,113 +190,130 @@ def run_once(command: Sequence[str], args: argparse.Namespace) -> dict[str, Any]
         try:
             return dict(json.loads(done.stdout.splitlines()[-1]))
         except (ValueError, TypeError):
-            done.stderr += f"the last line printed is no JSON object: {done.stdout.splitlines()[-1][:200]}"
-    said = done.stderr.strip()[-4000:] or "it printed nothing"
-    raise ConfigError(f"{' '.join(command[:2])} … ended with exit status {done.returncode}:\n{said}")
+            done.stderr += f"the last printed line is not a JSON object: {done.stdout.splitlines()[-1][:200]}"
+    output = done.stderr.strip()[-4000:] or "no output"
+    raise ConfigError(f"{' '.join(command[:2])} ... ended with exit status {done.returncode}:\n{output}")
 
 
 @dataclass
 class Results:
-    """Of one contender, over all rounds: seconds of steps (none for a command), tokens a second of each of them, and
-    for each round seconds to the first step and bytes, where they are known."""
+    """The measurements of one step over all rounds.
+
+    speeds: tokens per second of each step; of each round for a command.
+    round_speeds: the median of each round.
+    first_step_s, memory_bytes: one value per round; empty if unknown.
+    """
 
     speeds: list[float]
     round_speeds: list[float]
     first_step_s: list[float]
     memory_bytes: list[int]
 
-    def add(self, found: dict[str, Any], tokens: int) -> None:
-        """ConfigError where a command has not said its speed."""
-        if "step_s" not in found and "tokens_per_second" not in found:
-            raise ConfigError(f"--against-command: its JSON has no tokens_per_second, but {', '.join(found)}")
-        steps = [tokens / s for s in found["step_s"]] if "step_s" in found else [float(found["tokens_per_second"])]
-        self.speeds += steps
-        self.round_speeds.append(statistics.median(steps))
-        if "first_step_s" in found:
-            self.first_step_s.append(found["first_step_s"])
-        if "memory_bytes" in found:
-            self.memory_bytes.append(found["memory_bytes"])
+    def add(self, result: dict[str, Any], tokens: int) -> None:
+        """Add the result of a round with `tokens` tokens per step. Raise ConfigError if it contains no speed."""
+        if "step_s" in result:
+            speeds = [tokens / s for s in result["step_s"]]
+        elif "tokens_per_second" in result:
+            speeds = [float(result["tokens_per_second"])]
+        else:
+            raise ConfigError(f"--against-command: its JSON has no tokens_per_second, found only {', '.join(result)}")
+        self.speeds += speeds
+        self.round_speeds.append(statistics.median(speeds))
+        if "first_step_s" in result:
+            self.first_step_s.append(result["first_step_s"])
+        if "memory_bytes" in result:
+            self.memory_bytes.append(result["memory_bytes"])
 
 
 @dataclass
-class Everything:
-    """The results of all contenders of a model, the ceilings by type (the best of all rounds), and profiles."""
+class ModelResults:
+    """All measurements of a model.
+
+    results: by name of the step.
+    ceilings: FLOP/s of matrix products by type and shape ("own", "square"), the best of all rounds.
+    profiles: the measurements that contain a profile, by name of the step.
+    """
 
     results: dict[str, Results]
     ceilings: dict[str, dict[str, float]]
-    profiles: dict[str, Measured]
+    profiles: dict[str, StepMeasurement]
 
 
-def measure(found: Contenders, args: argparse.Namespace) -> Everything:
-    """All rounds; with --profile the processes of the last one profile a further step."""
-    every = Everything({name: Results([], [], [], []) for name in found.jobs if name != CEILING}, {}, {})
+def measure(comparison: Comparison, args: argparse.Namespace) -> ModelResults:
+    """Run all rounds. With --profile, the processes of the last round profile one more step."""
+    measured = ModelResults({name: Results([], [], [], []) for name in comparison.runs if name != CEILING}, {}, {})
     for number in range(1, args.rounds + 1):
-        for name, job in found.jobs.items():
-            said = run_once(command(job, args, number == args.rounds), args)
+        for name, run in comparison.runs.items():
+            result = run_once(build_command(run, args, number == args.rounds), args)
             if name == CEILING:
-                for dtype, rates in said.items():
-                    before = every.ceilings.get(dtype, rates)
-                    every.ceilings[dtype] = {key: max(rate, before[key]) for key, rate in rates.items()}
+                for dtype, rates in result.items():
+                    before = measured.ceilings.get(dtype, rates)
+                    measured.ceilings[dtype] = {key: max(rate, before[key]) for key, rate in rates.items()}
                 continue
-            every.results[name].add(said, found.tokens)
-            if said.get("profile"):
-                every.profiles[name] = Measured(**said)
-    return every
+            measured.results[name].add(result, comparison.tokens)
+            if result.get("profile"):
+                measured.profiles[name] = StepMeasurement(**result)
+    return measured
 
 
-def command(job: Job | list[str], args: argparse.Namespace, last: bool) -> list[str]:
-    if isinstance(job, list):
-        return job
-    if args.profile and last and job.kind != CEILING:
-        job = replace(job, profile=True, trace=str(args.trace) if args.trace and job.kind == OURS else None)
-    return job.command()
+def build_command(run: BenchmarkRun | list[str], args: argparse.Namespace, is_last_round: bool) -> list[str]:
+    """Return the command of one round of a measurement."""
+    if isinstance(run, list):
+        return run
+    if args.profile and is_last_round and run.kind != CEILING:
+        run = replace(run, profile=True, trace=str(args.trace) if args.trace and run.kind == OURS else None)
+    return run.command()
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
-def report(found: Contenders, every: Everything) -> str:
-    job, own, results = found.job, every.ceilings[found.dtype], every.results
+# --- report ---------------------------------------------------------------------------------------------------------
+def format_report(comparison: Comparison, measured: ModelResults) -> str:
+    """Return the tables of matrix products and of steps, and the speedups of our step."""
+    ours, rates, results = comparison.ours, measured.ceilings[comparison.dtype], measured.results
     lines = [
-        f"{Path(job.model).stem}: {found.num_params / 1e6:.1f} million parameters, "
-        f"{found.flops_per_token / 1e9:.3f} GFLOP a token; "
-        f"{job.batch_size} x {job.seq_len} tokens, {' '.join(job.flags)}",
-        f"{'matrix products':26}{'own shapes':>12}{'square':>12}  GFLOP/s",
+        f"{Path(ours.model).stem}: {comparison.num_params / 1e6:.1f} million parameters, "
+        f"{comparison.flops_per_token / 1e9:.3f} GFLOP per token; "
+        f"{ours.batch_size} x {ours.seq_len} tokens, {' '.join(ours.flags)}",
+        f"{'matrix products':26}{'layer shapes':>14}{'square':>12}  GFLOP/s",
     ]
     lines += [
-        f"{name:26}{rates['own'] / 1e9:12.0f}{rates['square'] / 1e9:12.0f}" for name, rates in every.ceilings.items()
+        f"{dtype:26}{flops['own'] / 1e9:14.0f}{flops['square'] / 1e9:12.0f}"
+        for dtype, flops in measured.ceilings.items()
     ]
-    ceilings = {"own": own["own"], "square": own["square"]}
-    if job.device == "cuda" and (sheet := device_peak_flops(torch.device("cuda"), getattr(torch, found.dtype))):
-        ceilings["sheet"] = sheet
-    heads = ("tokens/s", "least", "greatest", "MFU, own", *list(ceilings)[1:], "GB", "first s")
-    lines.append(f"{'':26}" + "".join(f"{head:>10}" for head in heads))
+    ceilings = {"MFU layers": rates["own"], "MFU square": rates["square"]}
+    if ours.device == "cuda" and (peak := device_peak_flops(torch.device("cuda"), getattr(torch, comparison.dtype))):
+        ceilings["MFU sheet"] = peak
+    headings = ("tokens/s", "min", "max", *ceilings, "GB", "1st step s")
+    lines.append(f"{'':26}" + "".join(f"{heading:>12}" for heading in headings))
     for name, result in results.items():
         speed = statistics.median(result.speeds)
         numbers = [f"{value:.{0 if value >= 100 else 1}f}" for value in (speed, min(result.speeds), max(result.speeds))]
-        numbers += [f"{speed * found.flops_per_token / most:.1%}" for most in ceilings.values()]
+        numbers += [f"{speed * comparison.flops_per_token / ceiling:.1%}" for ceiling in ceilings.values()]
         numbers.append(f"{max(result.memory_bytes) / 1e9:.2f}" if result.memory_bytes else "")
         numbers.append(f"{statistics.median(result.first_step_s):.1f}" if result.first_step_s else "")
-        lines.append(f"{name:26}" + "".join(f"{number:>10}" for number in numbers))
-    lines += [f"ours is {ratio(results[OURS], result)} of {name}" for name, result in results.items() if name != OURS]
+        lines.append(f"{name:26}" + "".join(f"{number:>12}" for number in numbers))
+    lines += [
+        f"ours: {format_speedup(results[OURS], result)} of {name}" for name, result in results.items() if name != OURS
+    ]
     return "\n".join(lines)
 
 
-def ratio(ours: Results, other: Results) -> str:
-    rounds = [mine / its for mine, its in zip(ours.round_speeds, other.round_speeds, strict=True)]
+def format_speedup(ours: Results, other: Results) -> str:
+    ratios = [our_speed / speed for our_speed, speed in zip(ours.round_speeds, other.round_speeds, strict=True)]
     median = statistics.median(ours.speeds) / statistics.median(other.speeds)
-    return f"{median:.2f} times the speed (rounds: {min(rounds):.2f} to {max(rounds):.2f})"
+    return f"{median:.2f} times the speed (rounds: {min(ratios):.2f} to {max(ratios):.2f})"
 
 
-def machine(args: argparse.Namespace) -> str:
+def describe_machine(args: argparse.Namespace) -> str:
     if args.device == "cpu":
         return f"CPU, {args.threads} threads, torch {torch.__version__}"
     name = torch.cuda.get_device_name()
     peak = peak_16_bit_flops(name)
-    said = "" if peak is None else f" (16-bit peak by its data sheet: {peak / 1e12:.0f} TFLOP/s)"
-    return f"{name}{said}, torch {torch.__version__}"
+    data_sheet = "" if peak is None else f" (16-bit peak by its data sheet: {peak / 1e12:.0f} TFLOP/s)"
+    return f"{name}{data_sheet}, torch {torch.__version__}"
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Fill in what depends on the device."""
+def set_defaults(args: argparse.Namespace) -> None:
+    """Set the defaults that depend on the device. Raise ConfigError for invalid values."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     warmup, steps = (5, 20) if args.device == "cuda" else (1, 3)
     args.warmup = warmup if args.warmup is None else args.warmup
@@ -282,31 +321,32 @@ def settle(args: argparse.Namespace) -> None:
     if min(args.steps, args.rounds, args.batch_size) < 1 or args.warmup < 0:
         raise ConfigError("--steps, --rounds and --batch-size: expected at least 1; --warmup: at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no CUDA device here")
+        raise ConfigError("--device cuda: torch finds no CUDA device")
     args.threads = args.threads or len(os.sched_getaffinity(0))
 
 
 def main(argv: Sequence[str]) -> None:
     args, flags = make_parser().parse_known_args(argv)
     if args.trace is not None and (len(args.model) > 1 or not args.profile):
-        raise ConfigError("--trace: goes with --profile and a single --model")
-    settle(args)
-    print(f"{machine(args)}; {args.rounds} rounds of {args.steps} steps after {args.warmup}", flush=True)
-    everything: dict[str, Any] = {"machine": machine(args), "arguments": list(argv), "models": {}}
+        raise ConfigError("--trace: requires --profile and a single --model")
+    set_defaults(args)
+    machine = describe_machine(args)
+    print(f"{machine}; {args.rounds} rounds of {args.steps} steps after {args.warmup} warm-up steps", flush=True)
+    output: dict[str, Any] = {"machine": machine, "arguments": list(argv), "models": {}}
     with tempfile.TemporaryDirectory(prefix="bench-train-") as folder:
-        plans = {model: contenders(args, flags, model, Path(folder)) for model in args.model}
-        for found in plans.values():
-            check(found, args)
-        for model, found in plans.items():
-            every = measure(found, args)
-            print(f"\n{report(found, every)}", flush=True)
-            for name, said in every.profiles.items():
-                assert said.profile is not None and said.profiled_s is not None
-                print(f"\n{name}, a step:\n{profile_table(said.profile, said.profiled_s)}", flush=True)
-            numbers = {"flops_per_token": found.flops_per_token, "tokens_per_step": found.tokens}
-            everything["models"][model] = {**numbers, **asdict(every)}
+        comparisons = {model: plan_comparison(args, flags, model, Path(folder)) for model in args.model}
+        for comparison in comparisons.values():
+            check_peer(comparison, args)
+        for model, comparison in comparisons.items():
+            measured = measure(comparison, args)
+            print(f"\n{format_report(comparison, measured)}", flush=True)
+            for name, step in measured.profiles.items():
+                assert step.profile is not None and step.profiled_s is not None
+                print(f"\n{name}, one step:\n{profile_table(step.profile, step.profiled_s)}", flush=True)
+            numbers = {"flops_per_token": comparison.flops_per_token, "tokens_per_step": comparison.tokens}
+            output["models"][model] = {**numbers, **asdict(measured)}
     if args.json is not None:
-        write_text(args.json, json.dumps(everything, indent=1))
+        write_text(args.json, json.dumps(output, indent=1))
 
 
 if __name__ == "__main__":

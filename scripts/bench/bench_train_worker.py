@@ -1,9 +1,10 @@
-"""One measurement of bench_train.py, in a process of its own: `bench_train_worker.py JOB`, JOB as JSON; the result is
-the last line printed.
+"""Run one measurement of bench_train.py in a separate process: `bench_train_worker.py RUN`.
 
-A step that is measured is any function(inputs, targets) -> loss. Ours is the one that training uses, its model,
-optimizer and options made by the run's own session; others come from a function(model, precision, device) that makes
-one, and that is given the trainer's whole configuration too where it has a parameter `config`.
+RUN is a BenchmarkRun as JSON. The last printed line is the result as JSON.
+
+A measured step is any function(inputs, targets) -> loss. "ours" is the step that training uses, with the model,
+optimizer and options of a run's session. Other steps come from a builder, function(model, precision, device) -> step,
+which also receives the trainer's full configuration if it has a parameter `config`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from matmul_ceiling import linear_shapes, own_flops, square_flops
+from matmul_ceiling import layer_flops, linear_shapes, square_flops
 from step_profile import profile_step
 from torch import Tensor
 
@@ -39,10 +40,17 @@ Step = Callable[[Tensor, Tensor], Any]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to measure: `kind` is OURS, CEILING or the module:function that makes another's step. `model` is the path of
-    a configuration, `flags` what the trainer is given beside it, `dtypes` those of the ceiling, `python` what runs the
-    process. `check`: measure nothing, but say whether another's step can be made."""
+class BenchmarkRun:
+    """The settings of one measurement.
+
+    kind: OURS, CEILING, or module:function of the builder of another step.
+    model: path of a model configuration.
+    flags: further flags of the trainer.
+    dtypes: the types whose matrix-product rate is measured.
+    trace: file for the profile; None writes none.
+    python: the interpreter that runs the process.
+    check: only check that the step can be built.
+    """
 
     kind: str
     model: str
@@ -62,14 +70,20 @@ class Job:
     check: bool = False
 
     def command(self) -> list[str]:
+        """Return the command that runs this measurement in a separate process."""
         return [self.python, __file__, json.dumps(asdict(self))]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Seconds of each step, from the beginning to the end of the first step, and the most memory beyond what the
-    process held before there was a model; of one more step, where it was profiled, the seconds by room and pass and
-    all."""
+class StepMeasurement:
+    """The result of measuring a step.
+
+    step_s: seconds of each step after the warm-up.
+    first_step_s: seconds from before the model is built until the end of the first step.
+    memory_bytes: increase of the peak memory over that before the model is built.
+    profile: seconds of one more step by category and pass; None without a profile.
+    profiled_s: seconds of that step.
+    """
 
     step_s: list[float]
     first_step_s: float
@@ -79,55 +93,66 @@ class Measured:
 
 
 def trainer_flags(model: str, batch_size: int, flags: Sequence[str]) -> list[str]:
-    """The command line of a training run of `model` on random tokens."""
-    own = ["--model", model, "--global-batch-size", str(batch_size), "--dataset-type", "synthetic", "--workers", "0"]
-    return [*own, "--train-num-samples", "1000000000", "--epochs", "1", "--logs", "none", *flags]
+    """Return the flags of a training run of `model` on random tokens."""
+    required = [
+        "--model",
+        model,
+        "--global-batch-size",
+        str(batch_size),
+        "--dataset-type",
+        "synthetic",
+        "--workers",
+        "0",
+    ]
+    return [*required, "--train-num-samples", "1000000000", "--epochs", "1", "--logs", "none", *flags]
 
 
-def imported_step(job: Job) -> Step:
-    """What module:function makes."""
-    return called(job, imported(job)[1])
+def build_step(run: BenchmarkRun) -> Step:
+    """Return the step that the builder of `run.kind` creates."""
+    return call_with_settings(run, import_builder(run)[1])
 
 
-def imported(job: Job) -> tuple[ModuleType, Callable[..., Any]]:
-    """The module and its function; modules are looked for beside this file and in the working directory too."""
+def import_builder(run: BenchmarkRun) -> tuple[ModuleType, Callable[..., Any]]:
+    """Return the module and function of `run.kind`. Modules may be in this folder or in the working directory."""
     sys.path.append(os.getcwd())
-    name, _, function = job.kind.partition(":")
+    name, _, function = run.kind.partition(":")
     try:
         module = importlib.import_module(name)
         return module, getattr(module, function)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"--against {job.kind}: cannot be imported ({error}); expected module:function") from error
+        raise ConfigError(f"--against {run.kind}: cannot be imported ({error}); expected module:function") from error
 
 
-def called(job: Job, function: Callable[..., Any]) -> Any:
-    """`function` of model, precision and device, and of the configuration where it asks for one."""
+def call_with_settings(run: BenchmarkRun, function: Callable[..., Any]) -> Any:
+    """Return function(model, precision, device), called with `config` as well if it has such a parameter."""
     settings = {}
     if "config" in inspect.signature(function).parameters:
-        settings["config"] = Config.from_namespace(parse_args(trainer_flags(job.model, job.batch_size, job.flags)))
-    return function(job.model, job.precision, torch.device(job.device), **settings)
+        settings["config"] = Config.from_namespace(parse_args(trainer_flags(run.model, run.batch_size, run.flags)))
+    return function(run.model, run.precision, torch.device(run.device), **settings)
 
 
-def check(job: Job) -> dict[str, str]:
-    """The version of torch that will be measured with; ConfigError where a step cannot be made, as far as its module's
-    own `check` finds out."""
-    module, _ = imported(job)
+def check_builder(run: BenchmarkRun) -> dict[str, str]:
+    """Return this process's version of torch. Raise ConfigError if the builder's module cannot be imported or its
+    function `check`, if it has one, rejects the settings."""
+    module, _ = import_builder(run)
     if hasattr(module, "check"):
-        called(job, module.check)
+        call_with_settings(run, module.check)
     return {"torch": torch.__version__}
 
 
-def random_batches(job: Job, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Inputs and targets (B,T) of random tokens on the device, the same in every process."""
+def random_batches(run: BenchmarkRun, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Return `count` pairs of inputs and targets (B,T) on the device: random tokens, the same in every process."""
     generator = torch.Generator().manual_seed(0)
-    shape = (count, job.batch_size, job.seq_len + 1)
-    ids = torch.randint(job.vocab_size, shape, generator=generator).to(job.device)
-    return [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in ids]
+    shape = (count, run.batch_size, run.seq_len + 1)
+    ids = torch.randint(run.vocab_size, shape, generator=generator).to(run.device)
+    return [(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()) for batch in ids]
 
 
-def timed(step: Step, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], float]:
-    """Seconds of each step and the last loss. On CUDA by the device's clock, so that the host runs ahead as it does in
-    training."""
+def time_steps(step: Step, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[float], float]:
+    """Return the seconds of each step and the last loss.
+
+    On CUDA the device measures the time, so that the host runs ahead as in training.
+    """
     is_cuda = batches[0][0].is_cuda
     if not is_cuda:
         marks = [time.perf_counter()]
@@ -145,57 +170,58 @@ def timed(step: Step, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[fl
     return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)], float(loss)
 
 
-def measure(job: Job) -> Measured:
-    """The step of `job`, from before there is a model."""
+def measure(run: BenchmarkRun) -> StepMeasurement:
+    """Build the step of `run` and measure it."""
     with ExitStack() as stack:
-        if job.kind != OURS:
-            return _measure(job, lambda: imported_step(job))
-        from our_step import OurStep  # the rooms of a whole run, which others do not need
+        if run.kind != OURS:
+            return _measure(run, lambda: build_step(run))
+        from our_step import OurStep  # imports most of open_lm, which other steps may not need
 
-        flags = trainer_flags(job.model, job.batch_size, job.flags)
-        return _measure(job, lambda: stack.enter_context(OurStep(flags)))
+        flags = trainer_flags(run.model, run.batch_size, run.flags)
+        return _measure(run, lambda: stack.enter_context(OurStep(flags)))
 
 
-def _measure(job: Job, build: Callable[[], Step]) -> Measured:
-    device = torch.device(job.device)
-    batches = random_batches(job, job.warmup + job.steps)
+def _measure(run: BenchmarkRun, build: Callable[[], Step]) -> StepMeasurement:
+    device = torch.device(run.device)
+    batches = random_batches(run, run.warmup + run.steps)
     memory_before, start = peak_memory_bytes(device), time.perf_counter()
     step = build()
-    made_s = time.perf_counter() - start
-    warm_s, _ = timed(step, batches[: job.warmup]) if job.warmup else ([], 0.0)
-    step_s, loss = timed(step, batches[job.warmup :])
+    build_s = time.perf_counter() - start
+    warm_s, _ = time_steps(step, batches[: run.warmup]) if run.warmup else ([], 0.0)
+    step_s, loss = time_steps(step, batches[run.warmup :])
     if not math.isfinite(loss):
-        raise ConfigError(f"{job.kind}: the loss after {len(batches)} steps is {loss}, so that its speed means nothing")
+        raise ConfigError(f"{run.kind}: the loss after {len(batches)} steps is {loss}; its speed is meaningless")
     memory = peak_memory_bytes(device) - memory_before
     profile, profiled_s = None, None
-    if job.profile:
-        profile, profiled_s = profile_step(step, *batches[-1], None if job.trace is None else Path(job.trace))
-    return Measured(step_s, made_s + [*warm_s, *step_s][0], memory, profile, profiled_s)
+    if run.profile:
+        profile, profiled_s = profile_step(step, *batches[-1], None if run.trace is None else Path(run.trace))
+    return StepMeasurement(step_s, build_s + [*warm_s, *step_s][0], memory, profile, profiled_s)
 
 
-def ceiling(job: Job) -> dict[str, dict[str, float]]:
-    """FLOP/s by type: at the model's own shapes and tokens of a micro-batch, and at a square."""
+def measure_ceilings(run: BenchmarkRun) -> dict[str, dict[str, float]]:
+    """Return the FLOP/s of matrix products by type: "own" at the shapes of the model's linear layers with the tokens of
+    a micro-batch, "square" for a large square."""
     with torch.device("meta"):
-        shapes = linear_shapes(create_model(ModelConfig(model=job.model)))
-    tokens = job.batch_size // job.micro_batches * job.seq_len
-    device = torch.device(job.device)
+        shapes = linear_shapes(create_model(ModelConfig(model=run.model)))
+    tokens = run.batch_size // run.micro_batches * run.seq_len
+    device = torch.device(run.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as in training
     return {
         name: {
-            "own": own_flops(shapes, tokens, getattr(torch, name), device),
+            "own": layer_flops(shapes, tokens, getattr(torch, name), device),
             "square": square_flops(getattr(torch, name), device),
         }
-        for name in job.dtypes
+        for name in run.dtypes
     }
 
 
 def main(argv: Sequence[str]) -> None:
-    job = Job(**json.loads(argv[0]))
-    if job.check:
-        print(json.dumps(check(job)), flush=True)
+    run = BenchmarkRun(**json.loads(argv[0]))
+    if run.check:
+        print(json.dumps(check_builder(run)), flush=True)
         return
-    result = ceiling(job) if job.kind == CEILING else asdict(measure(job))
+    result = measure_ceilings(run) if run.kind == CEILING else asdict(measure(run))
     print(json.dumps(result), flush=True)
 
 

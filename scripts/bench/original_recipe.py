@@ -1,12 +1,12 @@
-"""The training step that OpenLM began with, said again in plain torch: the peer of benchmarks and loss curves.
+"""The training step of the original OpenLM in plain torch: a reference for benchmarks and loss curves.
 
     step = build("open_lm_11m", "amp_bfloat16", torch.device("cpu"))
     loss = step(inputs, targets)
 
-Nothing of open_lm's model or trainer is used. It does what the first OpenLM did where the machine lets it: LayerNorm in
-float32, queries, keys and values from one matrix, rotation in float32, xformers' attention and SwiGLU on CUDA where
-that library is installed and torch's own elsewhere, the logits of the whole batch in float32 at once, their mean cross
-entropy, and an AdamW that is not fused. Parameters have the names of open_lm's, so that both can start from the same.
+It uses nothing of open_lm's model or trainer. It computes as the first OpenLM did: LayerNorm in float32, queries, keys
+and values from one matrix, rotary embedding in float32, attention and SwiGLU of xformers on CUDA if that library is
+installed (otherwise torch's), the float32 logits of the full batch at once, their mean cross entropy, and an unfused
+AdamW. Parameters have open_lm's names, so that both models can start from the same weights.
 Legend: B batch, T sequence, D model width, H heads, K head width, F width of the feed-forward, V vocabulary.
 """
 
@@ -31,22 +31,25 @@ SUPPORTED = {"ffn_type": ("swiglu", "swiglu_torch"), "positional_embedding_type"
 
 
 class Norm(nn.Module):
-    """Layer normalisation, with gain and bias each optional; `low` computes in the autocast type where there is one."""
+    """Layer normalization with optional gain and bias.
 
-    def __init__(self, width: int, gain: bool = True, bias: bool = True, low: bool = False) -> None:
+    low_precision: compute in the autocast type if autocast is enabled.
+    """
+
+    def __init__(self, width: int, gain: bool = True, bias: bool = True, low_precision: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width)) if gain else None
         self.bias = nn.Parameter(torch.zeros(width)) if bias else None
-        self.width, self.low = width, low
+        self.width, self.low_precision = width, low_precision
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, D) -> (…, D)."""
-        kind = x.device.type
-        if not (self.low and torch.is_autocast_enabled(kind)):
+        device_type = x.device.type
+        if not (self.low_precision and torch.is_autocast_enabled(device_type)):
             return F.layer_norm(x, (self.width,), self.weight, self.bias, NORM_EPS)
-        dtype = torch.get_autocast_dtype(kind)
+        dtype = torch.get_autocast_dtype(device_type)
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(device_type, enabled=False):
             return F.layer_norm(x.to(dtype), (self.width,), weight, bias, NORM_EPS)
 
 
@@ -54,13 +57,13 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "default_layer_norm": partial(nn.LayerNorm, eps=NORM_EPS),
     "gain_only_layer_norm": partial(Norm, bias=False),
     "no_wb_layer_norm": partial(Norm, gain=False, bias=False),
-    "lp_layer_norm": partial(Norm, low=True),
-    "gain_only_lp_layer_norm": partial(Norm, bias=False, low=True),
+    "lp_layer_norm": partial(Norm, low_precision=True),
+    "gain_only_lp_layer_norm": partial(Norm, bias=False, low_precision=True),
 }
 
 
 class Rotary(nn.Module):
-    """Rotates pairs (i, i + K/2) of queries and keys by position * 10000^(-2i/K), in float32."""
+    """Rotary embedding in float32: rotates pairs (i, i + K/2) by the angle position * 10000^(-2i/K)."""
 
     inv_freq: Tensor
 
@@ -71,22 +74,22 @@ class Rotary(nn.Module):
         self.tables: tuple[Tensor, Tensor] | None = None
 
     def forward(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both (B,T,H,K) -> the same in `dtype`."""
+        """Rotate queries and keys (B,T,H,K) and return them in `dtype`."""
         length = queries.shape[1]
         if self.tables is None or self.tables[0].shape[1] != length:
             angles = torch.outer(torch.arange(length, device=queries.device), self.inv_freq).repeat(1, 2)
             self.tables = (angles.cos()[None, :, None], angles.sin()[None, :, None])
         cos, sin = self.tables
 
-        def rotated(x: Tensor) -> Tensor:
+        def rotate(x: Tensor) -> Tensor:
             first, second = x.chunk(2, dim=-1)
             return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(dtype)
 
-        return rotated(queries), rotated(keys)
+        return rotate(queries), rotate(keys)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention of (B,T,H,K): xformers on CUDA where it is installed, else torch's."""
+    """Return causal attention, (B,T,H,K) -> (B,T,H,K): of xformers on CUDA if it is installed, otherwise of torch."""
     ops = xformers_ops() if queries.is_cuda else None
     if ops is not None:
         return ops.memory_efficient_attention(queries, keys, values, attn_bias=ops.LowerTriangularMask())
@@ -95,7 +98,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def xformers_ops() -> Any:
-    """The module xformers.ops, or None where it is not installed."""
+    """Return the module xformers.ops, or None if it is not installed."""
     try:
         from xformers import ops
     except ImportError:
@@ -133,7 +136,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,T,D) -> (B,T,D): w3(silu(gate) * up), both from the one matrix w12 (2F,D)."""
+        """x (B,T,D) -> (B,T,D): w3(silu(gate) * up), with gate and up from the matrix w12 (2F,D)."""
         ops = xformers_ops() if x.is_cuda else None
         if ops is not None:
             w1, w2 = self.w12.weight.chunk(2)
@@ -157,7 +160,10 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """`shape`: what a model's JSON file says, with model_norm and qk_norm."""
+    """The original's transformer.
+
+    shape: content of a model's JSON file, with model_norm and qk_norm.
+    """
 
     def __init__(self, shape: Mapping[str, Any]) -> None:
         super().__init__()
@@ -179,7 +185,7 @@ class Model(nn.Module):
 
 
 class Recipe:
-    """A model, its optimizer and the step of both."""
+    """A model, its optimizer and their training step."""
 
     def __init__(self, model: Model, precision: str, device: torch.device, optim: OptimConfig) -> None:
         self.model, self.optim = model.to(device), optim
@@ -189,7 +195,7 @@ class Recipe:
         )
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss of inputs and targets, both (B,T) int64, targets -100 where there is none: float32 scalar."""
+        """Return the mean loss, a float32 scalar. inputs, targets: (B,T) int64; targets of -100 are ignored."""
         autocast: AbstractContextManager[object] = nullcontext()
         if self._amp:
             autocast = torch.autocast(self._device_type, dtype=torch.bfloat16)
@@ -202,7 +208,7 @@ class Recipe:
         return loss
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """One update; returns the loss before it."""
+        """Update the model; return the loss before the update."""
         self.optimizer.zero_grad()
         loss = self.loss(inputs, targets)
         loss.backward()
@@ -220,32 +226,33 @@ def build(
     weights: Mapping[str, Tensor] | None = None,
     optim: OptimConfig | None = None,
 ) -> Recipe:
-    """The step of the model that --model names.
+    """Return the training step of a model. Raise the ConfigError of `check`.
 
-    weights: a state dict to start from; without it torch's own initial values, on which speed does not depend. optim:
-    lr, betas, eps, wd, grad_clip_norm and z_loss_coefficient count. ConfigError as `check` has it.
+    model: as in --model.
+    weights: initial state dict; by default torch's initial values, because they do not affect the speed.
+    optim: lr, betas, eps, wd, grad_clip_norm and z_loss_coefficient are used.
     """
     check(model, precision, device)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as the original trained
-    made = Model(_shape(model))
+        torch.set_float32_matmul_precision("high")  # as in the original
+    module = Model(_shape(model))
     if weights is not None:
-        made.load_state_dict(weights)
-    return Recipe(made, precision, device, optim or OptimConfig())
+        module.load_state_dict(weights)
+    return Recipe(module, precision, device, optim or OptimConfig())
 
 
 def check(model: str, precision: str, device: torch.device) -> None:
-    """ConfigError for what is not said again here, on any device."""
+    """Raise ConfigError if this recipe does not implement the model's architecture or the precision."""
     shape = _shape(model)
     accepted = {"model_norm": tuple(NORMS), **SUPPORTED}
     for key, values in accepted.items():
         if shape.get(key, values[0]) not in values:
             raise ConfigError(
-                f"--model {model}: {key} is {shape[key]!r}, the original's recipe is said again for "
-                f"{', '.join(map(str, values))} only"
+                f"--model {model}: {key} is {shape[key]!r}, but the original's recipe supports only "
+                f"{', '.join(map(str, values))}"
             )
     if precision not in PRECISIONS:
-        raise ConfigError(f"--precision {precision}: the original's recipe runs in one of {', '.join(PRECISIONS)}")
+        raise ConfigError(f"--precision {precision}: the original's recipe supports only {', '.join(PRECISIONS)}")
 
 
 def _shape(model: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The step of training as a run has it: session, model, optimizer and options, made from the trainer's own flags."""
+"""The optimizer step of a training run, built from the trainer's flags, for benchmarks and loss curves."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from open_lm.training.step import train_step
 
 
 class OurStep:
-    """A run in this process that writes nothing; `model` is in training mode. Leaves its process group at the end of
-    a `with` block."""
+    """The training step of a run that writes no files.
+
+    `session` and `trainer` are those of the run, `model` is in training mode. As a context manager it leaves the
+    process group on exit.
+    """
 
     def __init__(self, flags: Sequence[str]) -> None:
         config = Config.from_namespace(parse_args(flags))
@@ -35,8 +38,10 @@ class OurStep:
         shutdown(self.session.runtime)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """One update from inputs and targets (B,T) int64, at the learning rate that the optimizer has; returns the loss
-        before it, a float32 scalar."""
+        """Update the model from inputs and targets (B,T) int64 at the optimizer's current learning rate.
+
+        Return the loss before the update, a float32 scalar.
+        """
         trainer = self.trainer
         result = train_step(
             trainer.model,

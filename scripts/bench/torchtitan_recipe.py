@@ -1,19 +1,19 @@
-"""The training step of torchtitan's Llama 3 at the size of one of our models: a peer of benchmarks.
+"""The training step of torchtitan's Llama 3 at the size of one of our models: a reference for benchmarks.
 
     step = build("open_lm_160m", "amp_bfloat16", torch.device("cuda"), config=config)
     loss = step(inputs, targets)
 
-It is what torchtitan 0.3.0 (https://github.com/pytorch/torchtitan), the release that this was tried with, trains on one
-device: its model, FSDP2 on a mesh of one for its mixed precision, its compilation of blocks, its activation
-checkpointing, its loss over chunks of a sequence, its fused AdamW, and CUDA graphs of the forward and backward pass.
-Not its default is only what a benchmark's batches do not need: attention is its ScaledDotProductAttention (cuDNN's
-kernel before FlashAttention's) and not FlexAttention, because there are no documents to keep apart; and its trainer's
-data loading, logs and checkpoints are left out.
+It was tested with torchtitan 0.3.0 (https://github.com/pytorch/torchtitan) and computes what that release trains on one
+device: its model, FSDP2 on a mesh of size one for mixed precision, its compilation of blocks, its activation
+checkpointing, its loss over chunks of a sequence, its fused AdamW, and CUDA graphs of the forward and backward pass. It
+differs from torchtitan's defaults only where the benchmark's batches allow it: attention is ScaledDotProductAttention
+(which prefers cuDNN's kernel to FlashAttention) and not FlexAttention, because there is no document mask. The data
+loading, logs and checkpoints of torchtitan's trainer are not used.
 
-The model has the widths, layers, heads and vocabulary of ours. Different are its norms, which have a gain alone (ours
-do with --model-norm rms_norm, and then both have as many parameters), its separate matrices of the feed-forward, and
-that pairs of neighbours are rotated. Legend: B batch, T sequence, D model width, H heads, K head width, F width of the
-feed-forward, V vocabulary.
+The model has the widths, layers, heads and vocabulary of ours. It differs in three ways: its norms have only a gain
+(ours do with --model-norm rms_norm; then both have the same number of parameters), the matrices of its feed-forward are
+separate, and its rotary embedding rotates adjacent pairs. Legend: B batch, T sequence, D model width, H heads, K head
+width, F width of the feed-forward, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from open_lm.config.sections import Config
 from open_lm.distributed.precision import compute_dtype, parameter_dtype
 from open_lm.errors import ConfigError, join_problems
 
-LOSS_CHUNKS = 8  # of a sequence, torchtitan's own number
+LOSS_CHUNKS = 8  # chunks of a sequence, torchtitan's default
 SUPPORTED = {
     "ffn_type": ("swiglu", "swiglu_torch"),
     "positional_embedding_type": ("rotary", "llama_rotary"),
@@ -44,17 +44,18 @@ SUPPORTED = {
 
 
 def build(model: str, precision: str, device: torch.device, *, config: Config) -> TitanStep:
-    """The step of the model that --model names.
+    """Return the training step of a model. Raise the ConfigError of `check`.
 
-    config: compilation, activation checkpointing, micro-batches, offloading, 8-bit products and the optimizer's numbers
-    are as it says. ConfigError as `check` has it.
+    model: as in --model.
+    config: sets compilation, activation checkpointing, micro-batches, offloading, 8-bit products and the optimizer's
+        hyperparameters.
     """
     check(model, precision, device, config=config)
     return TitanStep(read_architecture(model), config, device)
 
 
 def check(model: str, precision: str, device: torch.device, *, config: Config) -> None:
-    """ConfigError for what torchtitan does not have, all problems together, and where it is not installed."""
+    """Raise ConfigError with all settings that torchtitan does not support, or if it is not installed."""
     shape = read_architecture(model)
     problems = [
         f"--model {model}: {key} is {shape[key]!r}, expected {' or '.join(map(repr, values))}"
@@ -62,22 +63,27 @@ def check(model: str, precision: str, device: torch.device, *, config: Config) -
         if shape.get(key, values[0]) not in values
     ]
     if shape["seq_len"] % LOSS_CHUNKS:
-        problems.append(f"--seq-len {shape['seq_len']}: expected a multiple of {LOSS_CHUNKS}, the chunks of its loss")
+        problems.append(
+            f"--seq-len {shape['seq_len']}: expected a multiple of {LOSS_CHUNKS}, its number of loss chunks"
+        )
     if torch.float16 in (compute_dtype(precision, device.type), parameter_dtype(precision)):
-        problems.append(f"--precision {precision}: it has no float16; expected amp_bfloat16, bf16 or fp32")
+        problems.append(f"--precision {precision}: float16 is not supported; expected amp_bfloat16, bf16 or fp32")
     if (policy := config.model.activation_checkpointing) not in ("none", "op", "full"):
         problems.append(f"--activation-checkpointing {policy}: expected none, op or full")
     if config.optim.optimizer != "adamw":
-        problems.append(f"--optimizer {config.optim.optimizer}: it is measured with adamw alone")
+        problems.append(f"--optimizer {config.optim.optimizer}: expected adamw")
     if config.optim.z_loss_coefficient:
-        problems.append("--z-loss-coefficient: its loss has none")
+        problems.append(f"--z-loss-coefficient {config.optim.z_loss_coefficient}: its loss has no z-loss; expected 0")
     if problems:
         raise ConfigError(join_problems(problems, "--against torchtitan"))
     _import_torchtitan(device)
 
 
 def _import_torchtitan(device: torch.device) -> None:
-    """For `device`: the kind of device stands in torchtitan's own utilities, which take a GPU for granted."""
+    """Import torchtitan and set its device type, because its utilities assume a GPU.
+
+    Raise ConfigError if it is not installed.
+    """
     try:
         utils = importlib.import_module("torchtitan.tools.utils")
         if device.type == "cpu":
@@ -85,14 +91,17 @@ def _import_torchtitan(device: torch.device) -> None:
         importlib.import_module("torchtitan.models.llama3")
     except ImportError as error:
         raise ConfigError(
-            f"--against torchtitan: it cannot be imported by {sys.executable} ({error}); `make install-titan` "
-            "makes an environment with it: --peer-python .venv-titan/bin/python"
+            f"--against torchtitan: {sys.executable} cannot import it ({error}); run `make install-titan` and pass "
+            "--peer-python .venv-titan/bin/python"
         ) from error
 
 
 # --- torchtitan's configuration -------------------------------------------------------------------------------------
 def model_config(shape: Mapping[str, Any]) -> Any:
-    """torchtitan's Llama3Model.Config of `shape`, what a model's JSON file says; weights are drawn as its own are."""
+    """Return torchtitan's Llama3Model.Config for `shape`, the content of a model's JSON file.
+
+    Weights are initialized as in torchtitan.
+    """
     from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
     from torchtitan.models.common.attention import ScaledDotProductAttention
     from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
@@ -101,23 +110,25 @@ def model_config(shape: Mapping[str, Any]) -> Any:
 
     dim, heads, vocab = shape["hidden_dim"], shape["n_heads"], shape["vocab_size"]
     rope = ComplexRoPE.Config(dim=dim // heads, max_seq_len=shape["seq_len"], theta=10000.0, scaling="none")
-    wide, tied = _drawn(0.02), shape["weight_tying"]
+    input_init, tied = _truncated_normal(0.02), shape["weight_tying"]
 
     def norm() -> Any:
         return RMSNorm.Config(normalized_shape=dim, param_init={"weight": nn.init.ones_})
 
     def block(depth: int) -> Any:
-        deep = _drawn(depth_scaled_std(0.02, depth))
+        output_init = _truncated_normal(depth_scaled_std(0.02, depth))
         attention = make_gqa_config(
             dim=dim,
             n_heads=heads,
-            wqkv_param_init=wide,
-            wo_param_init=deep,
+            wqkv_param_init=input_init,
+            wo_param_init=output_init,
             inner_attention=ScaledDotProductAttention.Config(),
             rope=rope,
             fuse_qkv=True,
         )
-        feed_forward = make_ffn_config(dim=dim, hidden_dim=gated_width(dim), w1_param_init=wide, w2w3_param_init=deep)
+        feed_forward = make_ffn_config(
+            dim=dim, hidden_dim=gated_width(dim), w1_param_init=input_init, w2w3_param_init=output_init
+        )
         return Llama3TransformerBlock.Config(
             attention=attention, feed_forward=feed_forward, attention_norm=norm(), ffn_norm=norm()
         )
@@ -129,36 +140,38 @@ def model_config(shape: Mapping[str, Any]) -> Any:
         enable_weight_tying=tied,
         tok_embeddings=Embedding.Config(num_embeddings=vocab, embedding_dim=dim, param_init=embedding),
         norm=norm(),
-        lm_head=Linear.Config(in_features=dim, out_features=vocab, param_init=_drawn(dim**-0.5, 3 * dim**-0.5)),
+        lm_head=Linear.Config(
+            in_features=dim, out_features=vocab, param_init=_truncated_normal(dim**-0.5, 3 * dim**-0.5)
+        ),
         layers=[block(depth) for depth in range(shape["n_layers"])],
     )
 
 
-def _drawn(std: float, bound: float = 2.0) -> dict[str, Callable[..., Any]]:
+def _truncated_normal(std: float, bound: float = 2.0) -> dict[str, Callable[..., Any]]:
     return {"weight": partial(nn.init.trunc_normal_, std=std, a=-bound, b=bound)}
 
 
 def training_config(config: Config, device: torch.device) -> Any:
-    """torchtitan's TrainingConfig: types of weights and of products, offloading, and whether CUDA graphs are made."""
+    """Return torchtitan's TrainingConfig: types of weights and products, offloading and CUDA graphs."""
     from torchtitan.config import TrainingConfig
 
     name = config.precision.precision
     offload = device.type != "cpu" and config.parallel.fsdp and config.parallel.fsdp_cpu_offload
     return TrainingConfig(
-        dtype=_name(parameter_dtype(name)),
-        mixed_precision_param=_name(compute_dtype(name, device.type)),
+        dtype=_dtype_name(parameter_dtype(name)),
+        mixed_precision_param=_dtype_name(compute_dtype(name, device.type)),
         enable_cpu_offload=offload,
         disable_cuda_graphs=offload or device.type != "cuda",
     )
 
 
-def _name(dtype: torch.dtype) -> Any:
+def _dtype_name(dtype: torch.dtype) -> Any:
     return str(dtype).removeprefix("torch.")
 
 
 # --- the step -------------------------------------------------------------------------------------------------------
 class TitanStep:
-    """A model of torchtitan, its optimizer and the step of both, as its Trainer has it."""
+    """A model of torchtitan, its optimizer and their training step, as in its Trainer."""
 
     def __init__(self, shape: Mapping[str, Any], config: Config, device: torch.device) -> None:
         from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -170,58 +183,62 @@ class TitanStep:
 
         self._training = training_config(config, device)
         self._optim = config.optim
-        _join_group_of_one(device, self._training.enable_cpu_offload)
+        _init_process_group(device, self._training.enable_cpu_offload)
         parallelism, compilation = ParallelismConfig(), CompileConfig(enable=config.model.torchcompile)
         dims = ParallelDims.from_config(parallelism, world_size=1)
-        self.model = _placed_model(shape, config, device, self._training, (parallelism, dims, compilation))
+        self.model = _build_model(shape, config, device, self._training, (parallelism, dims, compilation))
         loss = CrossEntropyLoss.Config(global_vocab_size=shape["vocab_size"])
         self._loss = ChunkedLossWrapper.Config(num_chunks=LOSS_CHUNKS, loss_fn=loss).build(compile_config=compilation)
         self._loss.set_lm_head(self.model.lm_head)
-        self.model._skip_lm_head = True  # the loss applies it to one chunk after the other
+        self.model._skip_lm_head = True  # the loss applies it chunk by chunk
         optim = config.optim
-        numbers = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps, "weight_decay": optim.wd}
-        self.optimizer = default_adamw(lr=optim.lr, **numbers).build(model_parts=[self.model])
+        hyperparameters = {"betas": (optim.beta1, optim.beta2), "eps": optim.eps, "weight_decay": optim.wd}
+        self.optimizer = default_adamw(lr=optim.lr, **hyperparameters).build(model_parts=[self.model])
         self._clip, self._context = titan.clip_grad_norm_, titan.get_spmd_context(parallel_dims=dims)
         graphs = not self._training.disable_cuda_graphs
         self._forward_backward = wrap_with_cuda_graph(self._pass) if graphs else self._pass
 
     def _pass(self, inputs: Tensor, targets: Tensor, valid: Tensor, _extra: dict[str, Any]) -> Tensor:
-        """The forward and backward pass of a micro-batch (B,T); its part of the mean loss over `valid` tokens."""
+        """Run the forward and backward pass of a micro-batch (B,T); return its sum of losses divided by `valid`."""
         with self._context():
             loss, _ = self._loss(self.model(inputs), targets, valid)
             loss.backward()
         return loss
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """One update from inputs and targets (B,T) int64, targets -100 where there is none; returns the loss before it,
-        a float32 scalar."""
+        """Update the model from inputs and targets (B,T) int64; targets of -100 are ignored.
+
+        Return the loss before the update, a float32 scalar.
+        """
         self.optimizer.zero_grad(set_to_none=self._training.disable_cuda_graphs)
         valid = (targets != -100).sum()
         loss = torch.zeros((), device=inputs.device)
-        micro_batches = (rows.chunk(self._optim.accum_freq) for rows in (inputs, targets))
-        for rows, wanted in zip(*micro_batches, strict=True):
-            loss = loss + self._forward_backward(rows, wanted, valid, {}).detach()
+        micro_batches = zip(*(ids.chunk(self._optim.accum_freq) for ids in (inputs, targets)), strict=True)
+        for micro_inputs, micro_targets in micro_batches:
+            loss = loss + self._forward_backward(micro_inputs, micro_targets, valid, {}).detach()
         if self._optim.grad_clip_norm is not None:
             self._clip(list(self.model.parameters()), self._optim.grad_clip_norm, foreach=True)
         self.optimizer.step()
         return loss
 
 
-def _join_group_of_one(device: torch.device, offload: bool) -> None:
-    """The process group that FSDP2 wants, without a port or a file."""
-    torch.autograd.set_multithreading_enabled(False)  # as torchtitan has it
+def _init_process_group(device: torch.device, offload: bool) -> None:
+    """Initialize the process group of one rank that FSDP2 needs, without a port or a file."""
+    torch.autograd.set_multithreading_enabled(False)  # as in torchtitan
     if distributed.is_initialized():
         return
     backend = "gloo" if device.type == "cpu" else "cuda:nccl,cpu:gloo" if offload else "nccl"
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
 
 
-def _placed_model(shape: Mapping[str, Any], config: Config, device: torch.device, training: Any, how: Any) -> Any:
-    """torchtitan's model on `device` with drawn weights, checkpointed, compiled and sharded in its own order."""
+def _build_model(
+    shape: Mapping[str, Any], config: Config, device: torch.device, training: Any, distribution: Any
+) -> Any:
+    """Return torchtitan's model on `device`, initialized, with activation checkpointing, compilation and sharding."""
     from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
     from torchtitan.models.llama3 import parallelize_llama
 
-    parallelism, dims, compilation = how
+    parallelism, dims, compilation = distribution
     settings = model_config(shape)
     settings.update_from_config(config=SimpleNamespace(parallelism=parallelism))
     if config.precision.fp8:

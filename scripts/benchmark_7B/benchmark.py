@@ -1,16 +1,15 @@
-"""Speed and memory of the training step on many devices: LLaMA-2 7B, sequences of 4096 tokens, 16 of them on each rank.
+"""Measure speed and memory of the training step on many devices: LLaMA-2 7B, 16 sequences of 4096 tokens per rank.
 
-    bash fsdp.sh                                      on the hosts of hosts.txt, or the GPUs of this machine
+    bash fsdp.sh                                      on the hosts of hosts.txt, or on the GPUs of this machine
     python ../launch.py --nproc-per-node 8 benchmark.py --fsdp --fsdp-amp --fsdp-zero2
     NPROC=2 bash tensor.sh --shrink                   a small model, on a CPU
 
-Flags that are not named here are the trainer's own, and so is the step: its session, optimizer and train_step. All
-steps train on one batch of random tokens, so that a loss that does not fall shows that something is wrong.
+All other flags are the trainer's, and the step consists of its session, optimizer and train_step. All steps train on
+the same batch of random tokens, so a loss that does not fall reveals an error.
 
-Printed are a table and a line of JSON. Times are those of the slowest rank. FLOPs are the model's, without
-recomputation; MFU is their share of the devices' peak, that of the makers' data sheets, and on a CPU
-of a matrix product measured on all ranks at once. Memory is the most of a rank: on CUDA of the allocator, on a CPU of
-the process.
+The output is a table and a line of JSON. Step times are those of the slowest rank. FLOPs are the model's, without
+recomputation. MFU is their share of the devices' peak: from the data sheet, or on a CPU from a matrix product that all
+ranks measure at the same time. Memory is the peak of a rank: of the allocator on CUDA, of the process on a CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from bench_train_worker import timed, trainer_flags
+from bench_train_worker import time_steps, trainer_flags
 from our_step import OurStep
 
 from open_lm.config.architecture import read_architecture
@@ -53,13 +52,13 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", default="llama2_7b", help="name of a configuration, or a .json file (default: llama2_7b)")
-    add("--seq-length", type=int, metavar="N", help="tokens of a sequence (default: 4096)")
-    add("--batch-size", type=int, metavar="N", help="sequences of a micro-batch on each rank (default: 16)")
-    add("--steps", type=int, metavar="N", help="that count (default: 10)")
-    add("--warmup-steps", type=int, metavar="N", help="before them, 1 at least (default: 3)")
-    add("--layers", type=int, metavar="N", help="of the model, in place of all")
-    add("--shrink", action="store_true", help="a small model, short sequences and few steps, to try it out")
+    add("--model", default="llama2_7b", help="name of a model configuration, or a .json file (default: llama2_7b)")
+    add("--seq-length", type=int, metavar="N", help="tokens per sequence (default: 4096)")
+    add("--batch-size", type=int, metavar="N", help="sequences per micro-batch and rank (default: 16)")
+    add("--steps", type=int, metavar="N", help="measured steps (default: 10)")
+    add("--warmup-steps", type=int, metavar="N", help="steps before the measured ones, at least 1 (default: 3)")
+    add("--layers", type=int, metavar="N", help="number of layers (default: the model's)")
+    add("--shrink", action="store_true", help="for a test: use a small model, short sequences and few steps")
     return parser
 
 
@@ -71,49 +70,52 @@ class Sizes:
     warmup_steps: int
 
 
-def sizes_of(args: argparse.Namespace) -> Sizes:
-    """ConfigError where one is below 1."""
+def resolve_sizes(args: argparse.Namespace) -> Sizes:
+    """Return the sizes of the measurement. Raise ConfigError if one is below 1."""
     defaults = SMALL_SIZES if args.shrink else FULL_SIZES
     sizes = {
         name: default if getattr(args, name) is None else getattr(args, name) for name, default in defaults.items()
     }
     if min(*sizes.values(), args.layers or 1) < 1:
-        raise ConfigError("--seq-length, --batch-size, --steps, --warmup-steps, --layers: expected 1 at least")
+        raise ConfigError("--seq-length, --batch-size, --steps, --warmup-steps, --layers: expected at least 1")
     return Sizes(**sizes)
 
 
-def shape_of(args: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
-    """The model's configuration with what is changed of it."""
+def model_shape(args: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
+    """Return the model's configuration with the sizes of the measurement."""
     layers = {} if args.layers is None else {"n_layers": args.layers}
     return {**read_architecture(args.model), **(SMALL if args.shrink else {}), "seq_len": sizes.seq_length, **layers}
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------------------------------
 def random_batch(
-    layout: MeshLayout, rows: int, sizes: Sizes, vocab_size: int, device: torch.device
+    layout: MeshLayout, batch_size: int, sizes: Sizes, vocab_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B,T): ranks that share rows have the same."""
+    """Return inputs and targets (B,T), the same on ranks with the same data-parallel rank."""
     generator = torch.Generator().manual_seed(layout.data_rank)
-    ids = torch.randint(vocab_size, (rows, sizes.seq_length + 1), generator=generator).to(device)
+    ids = torch.randint(vocab_size, (batch_size, sizes.seq_length + 1), generator=generator).to(device)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def measure(args: argparse.Namespace, flags: Sequence[str], runtime: Runtime) -> dict[str, Any] | None:
-    """All figures on rank 0, None elsewhere. Collective."""
-    sizes = sizes_of(args)
-    shape = shape_of(args, sizes)
+    """Measure on all ranks. Collective.
+
+    Return the results on rank 0 and None on all other ranks.
+    """
+    sizes = resolve_sizes(args)
+    shape = model_shape(args, sizes)
     settings = parse_args([*RECIPE, *flags])
     parallel = ParallelConfig.from_object(settings)
     layout = resolve_layout(parallel, runtime.world_size, runtime.local_world_size, runtime.rank)
-    rows = sizes.batch_size * settings.accum_freq
+    local_batch = sizes.batch_size * settings.accum_freq
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         model = Path(folder) / f"{Path(args.model).stem}.json"
         write_text(model, json.dumps(shape))
-        step = OurStep(trainer_flags(str(model), rows * layout.data_size, [*RECIPE, *flags]))
-    batch = random_batch(layout, rows, sizes, shape["vocab_size"], runtime.device)
-    _, first_loss = timed(step, [batch])
-    timed(step, [batch] * sizes.warmup_steps)
-    seconds, last_loss = timed(step, [batch] * sizes.steps)
+        step = OurStep(trainer_flags(str(model), local_batch * layout.data_size, [*RECIPE, *flags]))
+    batch = random_batch(layout, local_batch, sizes, shape["vocab_size"], runtime.device)
+    _, first_loss = time_steps(step, [batch])
+    time_steps(step, [batch] * sizes.warmup_steps)
+    seconds, last_loss = time_steps(step, [batch] * sizes.steps)
     trainer = step.trainer
     ranks = gather_objects((seconds, peak_memory_bytes(runtime.device), trainer.peak_flops))
     if not runtime.is_master:
@@ -122,17 +124,17 @@ def measure(args: argparse.Namespace, flags: Sequence[str], runtime: Runtime) ->
     memory = [rank[1] for rank in ranks]
     peaks = [rank[2] for rank in ranks if rank[2] is not None]
     assert trainer.flops_per_token is not None
-    speed = rows * layout.data_size * sizes.seq_length / statistics.median(step_s)
+    speed = local_batch * layout.data_size * sizes.seq_length / statistics.median(step_s)
     flops = speed * trainer.flops_per_token / runtime.world_size
     peak = statistics.mean(peaks) if len(peaks) == len(ranks) else None
     return {
         "model": Path(args.model).stem + (" (shrunk)" if args.shrink else ""),
         "parameters": sum(p.numel() for p in step.model.parameters()),
-        "strategy": strategy(parallel, layout),
+        "strategy": describe_strategy(parallel, layout),
         "ranks": runtime.world_size,
         "mesh": {name: getattr(layout, name) for name in ("replicate", "shard", "context", "tensor")},
         "sequence_tokens": sizes.seq_length,
-        "sequences_per_step": rows * layout.data_size,
+        "sequences_per_step": local_batch * layout.data_size,
         "tokens_per_second": speed,
         "tokens_per_second_per_device": speed / runtime.world_size,
         "tflops_per_device": flops / 1e12,
@@ -142,56 +144,56 @@ def measure(args: argparse.Namespace, flags: Sequence[str], runtime: Runtime) ->
         "memory_bytes": {"max": max(memory), "min": min(memory)},
         "loss": {"first": first_loss, "last": last_loss},
         "flags": [*RECIPE, *flags],
-        **versions(runtime.device),
+        **device_versions(runtime.device),
     }  # fmt: skip
 
 
-def strategy(parallel: ParallelConfig, layout: MeshLayout) -> str:
-    """In the usual words."""
-    gathered = parallel.fsdp_zero2 or parallel.fsdp_hybrid_o2
-    words = [("ZeRO-2" if gathered else "ZeRO-3") if parallel.fsdp else "replicated"]
+def describe_strategy(parallel: ParallelConfig, layout: MeshLayout) -> str:
+    """Return the usual name of the strategy, such as "ZeRO-3, hybrid"."""
+    keeps_parameters = parallel.fsdp_zero2 or parallel.fsdp_hybrid_o2
+    words = [("ZeRO-2" if keeps_parameters else "ZeRO-3") if parallel.fsdp else "replicated"]
     words += ["hybrid"] if parallel.fsdp_hybrid or parallel.fsdp_hybrid_o2 else []
     words += ["offload"] if parallel.fsdp_cpu_offload else []
     words += [f"{name} {n}" for name, n in (("context", layout.context), ("tensor", layout.tensor)) if n > 1]
     return ", ".join(words)
 
 
-def versions(device: torch.device) -> dict[str, Any]:
-    said: dict[str, Any] = {"torch": torch.__version__, "device": "CPU", "threads": torch.get_num_threads()}
+def device_versions(device: torch.device) -> dict[str, Any]:
+    versions: dict[str, Any] = {"torch": torch.__version__, "device": "CPU", "threads": torch.get_num_threads()}
     if device.type == "cuda":
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        said |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "nccl": nccl}
-    return said
+        versions |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda, "nccl": nccl}
+    return versions
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
-def table(found: dict[str, Any]) -> str:
-    step, memory, loss, mesh = found["step_s"], found["memory_bytes"], found["loss"], found["mesh"]
-    peak = "" if found["mfu"] is None else f", {found['mfu']:.1%} (MFU) of {found['peak_tflops']:.4g} TFLOP/s"
-    rows = {
-        "model": f"{found['model']}, {found['parameters'] / 1e6:,.1f} million parameters",
-        "strategy": f"{found['strategy']}: " + " x ".join(f"{name} {size}" for name, size in mesh.items()),
-        "devices": f"{found['ranks']} x {found['device']}, torch {found['torch']}",
-        "batch": f"{found['sequences_per_step']} sequences of {found['sequence_tokens']} tokens a step",
+# --- report ---------------------------------------------------------------------------------------------------------
+def format_table(result: dict[str, Any]) -> str:
+    step, memory, loss, mesh = result["step_s"], result["memory_bytes"], result["loss"], result["mesh"]
+    peak = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%} of {result['peak_tflops']:.4g} TFLOP/s"
+    lines = {
+        "model": f"{result['model']}, {result['parameters'] / 1e6:,.1f} million parameters",
+        "strategy": f"{result['strategy']}: " + " x ".join(f"{name} {size}" for name, size in mesh.items()),
+        "devices": f"{result['ranks']} x {result['device']}, torch {result['torch']}",
+        "batch": f"{result['sequences_per_step']} sequences of {result['sequence_tokens']} tokens per step",
         "step": f"{step['median']:.3f} s ({step['min']:.3f} to {step['max']:.3f}, {step['steps']} steps)",
-        "tokens/s": f"{found['tokens_per_second']:,.0f}, a device {found['tokens_per_second_per_device']:,.0f}",
-        "TFLOP/s": f"{found['tflops_per_device']:.4g} a device{peak}",
-        "memory": f"{memory['max'] / 2**30:.2f} GiB a rank at most, {memory['min'] / 2**30:.2f} at least",
-        "loss": f"{loss['first']:.3f} at first, {loss['last']:.3f} at last, of the same batch",
+        "tokens/s": f"{result['tokens_per_second']:,.0f}, {result['tokens_per_second_per_device']:,.0f} per device",
+        "TFLOP/s": f"{result['tflops_per_device']:.4g} per device{peak}",
+        "memory": f"{memory['min'] / 2**30:.2f} to {memory['max'] / 2**30:.2f} GiB per rank",
+        "loss": f"{loss['first']:.3f} at the first step, {loss['last']:.3f} at the last, on the same batch",
     }
-    return "\n".join(f"{name:10}{value}" for name, value in rows.items())
+    return "\n".join(f"{name:10}{value}" for name, value in lines.items())
 
 
 def main(argv: Sequence[str]) -> None:
     args, flags = make_parser().parse_known_args(argv)
-    sizes_of(args)
+    resolve_sizes(args)
     runtime = init_runtime(ParallelConfig.from_object(parse_args([*RECIPE, *flags])))
     try:
-        found = measure(args, flags, runtime)
+        result = measure(args, flags, runtime)
     finally:
         shutdown(runtime)
-    if found is not None:
-        print(f"{table(found)}\n{json.dumps(found)}", flush=True)
+    if result is not None:
+        print(f"{format_table(result)}\n{json.dumps(result)}", flush=True)
 
 
 if __name__ == "__main__":
