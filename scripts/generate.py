@@ -107,10 +107,10 @@ def read_prompts(prompts: list[str], files: list[str], whole: bool) -> list[str]
 def _load_model(args: argparse.Namespace) -> Transformer:
     import torch
 
-    from open_lm.checkpoint import named
+    from open_lm.checkpoint import candidates_at
     from open_lm.generate.sampling import load_model_for_generation
 
-    checkpoint = named(args.checkpoint)[0].url
+    checkpoint = candidates_at(args.checkpoint)[0].url
     if checkpoint != args.checkpoint.rstrip("/"):
         print(f"the newest checkpoint there is {checkpoint}", file=sys.stderr)
     settings: dict[str, Any] = read_run_settings(checkpoint)
