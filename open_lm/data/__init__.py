@@ -1,6 +1,6 @@
 """Training and validation data: shards -> data order -> token ids -> batches.
 
-The batch path is loader.py -> batch.py -> order.py, stream.py -> shards.py; device.py copies the batches to the GPU.
+The batch path is loader.py -> order.py, stream.py -> shards.py; device.py copies the batches to the GPU.
 Nothing is imported before it is used: preprocessing imports `open_lm.data.shard_format` without torch.
 """
 

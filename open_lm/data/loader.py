@@ -1,30 +1,278 @@
-"""The training batches of one rank, built from the flags, with a position that can be saved and restored.
+"""The training batches of one rank: samples -> token ids -> batches, with a position that can be saved and restored.
 
     loader = build_train_loader(config.data, seq_len=…, vocab_size=…, batch_size=…, rank=…, world_size=…, seed=…)
     for batch, state in loader.batches(num_steps): …
 
-Batch path: training/trainer.py iterates over `TrainLoader.batches`; next: batch.py prepares them.
-`state` is the position after the batch. `build_train_loader` with a state resumes with the next sequence, on any number
-of ranks and workers. The loaders of validation sets are in validation_loader.py.
+Batch path: training/trainer.py iterates over `TrainLoader.batches`. Next: order.py chooses the samples of each global
+batch, stream.py reads them. The loaders of validation sets are in validation_loader.py.
+
+Worker w of W prepares the rank's batches w, w + W, … and torch's DataLoader returns them in order, so the number of
+workers does not change the batches. `state` is the position after the batch: resuming from it continues with the next
+sequence, on any number of ranks and workers. A user error in a worker is raised in the main process.
+
+webdataset composes the stages and splits them among the workers. Its tar reading and shuffle buffers are not used: they
+read a shard from front to back, so a few integers could not name a position in the order, a worker could not read only
+its own samples, and every member would cost a Python object (here, ids are gathered from the mapped file at once). Its
+error handlers drop samples; here an unusable sequence keeps its place in the batch. torchdata's StatefulDataLoader
+keeps a state for each worker, which only the same number of workers can restore.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from open_lm import errors
 from open_lm.config.sections import DataConfig
-from open_lm.data.batch import Batch, BatchSpec, TargetMask, load_batches
 from open_lm.data.epochs import check_run_length
 from open_lm.data.fetch import FetchFolder
+from open_lm.data.masking import IGNORE_INDEX, mask_targets
 from open_lm.data.mixture import samples_per_source
-from open_lm.data.order import DataOrder, OrderSettings, Source
+from open_lm.data.order import DataOrder, OrderSettings, Samples, Source
+from open_lm.data.shard_format import PAD_ID
 from open_lm.data.sources import check_data_key, find_sources
-from open_lm.data.stream import StreamSpec, lazy_size_of
+from open_lm.data.stream import Notice, Reader, StreamSpec, lazy_size_of, make_reader
+from open_lm.data.workers import exit_with_parent, iterate_workers
+from open_lm.errors import DataError, UserError
 
+_PREFETCHED_BATCHES = 4  # by each worker
+_VISITS_AHEAD = 16  # whose shards may be fetched before they are read
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TargetMask:
+    """The --target-mask-left, --target-mask-individual and --squash-mask-left of a run."""
+
+    left: int | None = None
+    individual: int | None = None
+    squash: bool = False
+
+    @classmethod
+    def from_config(cls, data: DataConfig) -> TargetMask:
+        return cls(data.target_mask_left, data.target_mask_individual, data.squash_mask_left)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's sequences of a global batch in their stored dtype; inputs and targets are computed on their device.
+
+    stored_ids (B, T + 1) of `stream.stored_dtype`; only signed ids hold PAD_ID. `filled` (B,) bool marks the sequences
+    that hold data, `num_samples` is their number, `per_source` their number by source. `skipped` counts the filler
+    sequences in place of samples that were too short or (if tolerated) broken.
+    """
+
+    stored_ids: Tensor
+    filled: Tensor
+    num_samples: int
+    per_source: tuple[int, ...]
+    skipped: int
+    vocab_size: int
+    mask: TargetMask
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send batches from a worker as plain bytes through its pipe.
+
+        torch would send a shared-memory descriptor for each tensor. That is slower for so few bytes and fails where
+        /dev/shm is small, as in containers.
+        """
+        others = (getattr(self, field.name) for field in fields(self)[2:])
+        return _from_arrays, (self.stored_ids.numpy(), self.filled.numpy(), *others)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """All ids (B, T + 1) int64; padding becomes the last id of the vocabulary, like any negative id."""
+        tokens = self.stored_ids.to(torch.int64)
+        return tokens.masked_fill(tokens == PAD_ID, self.vocab_size + PAD_ID) if self._may_be_padded else tokens
+
+    @property
+    def inputs(self) -> Tensor:
+        """(B, T) int64."""
+        return self._split[0]
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, T) int64; IGNORE_INDEX where masked, padded or filler."""
+        return self._split[1]
+
+    @cached_property
+    def _split(self) -> tuple[Tensor, Tensor]:
+        targets = self.tokens[:, 1:]
+        if self._may_be_padded:
+            targets = targets.masked_fill(self.stored_ids[:, 1:] == PAD_ID, IGNORE_INDEX)
+        inputs, targets = mask_targets(
+            self.tokens[:, :-1],
+            targets,
+            mask_left=self.mask.left,
+            mask_individual=self.mask.individual,
+            squash=self.mask.squash,
+        )
+        if self.num_samples < len(self.stored_ids):
+            targets = targets.masked_fill(~self.filled[:, None], IGNORE_INDEX)
+        return inputs.contiguous(), targets.contiguous()
+
+    @property
+    def _may_be_padded(self) -> bool:
+        return self.stored_ids.dtype.is_signed
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on `device`; the copy from page-locked memory is asynchronous."""
+        stored_ids, filled = (tensor.to(device, non_blocking=True) for tensor in (self.stored_ids, self.filled))
+        return replace(self, stored_ids=stored_ids, filled=filled)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory."""
+        return replace(self, stored_ids=self.stored_ids.pin_memory(), filled=self.filled.pin_memory())
+
+
+def _from_arrays(stored_ids: np.ndarray, filled: np.ndarray, *others: Any) -> Batch:
+    return Batch(torch.from_numpy(stored_ids), torch.from_numpy(filled), *others)
+
+
+@dataclass(frozen=True)
+class WorkerResult:
+    """What a worker sends: a batch and the position after it, or the user error that ends the data."""
+
+    batch: Batch | None
+    state: dict[str, Any]
+    notices: tuple[Notice, ...]
+    failure: tuple[str, str] | None = None  # class name and message
+
+    def pin_memory(self) -> WorkerResult:
+        return replace(self, batch=self.batch.pin_memory() if self.batch else None)
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """Everything a worker needs to prepare one rank's batches, as plain values that can be sent to it."""
+
+    stream: StreamSpec
+    order: OrderSettings
+    seed: int
+    batch_size: int  # of the rank
+    rank: int
+    world_size: int
+    mask: TargetMask
+    pad_last_batch: bool = False  # end after one pass and fill up the last batch; else running out of data is an error
+    max_sequences: int | None = None  # end the pass after this many sequences
+    state: dict[str, Any] | None = None
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.batch_size * self.world_size
+
+
+class _GlobalBatch(NamedTuple):
+    """The samples of a global batch, not yet read."""
+
+    samples: Samples
+    state: dict[str, Any]  # the position after it
+    upcoming: list[tuple[int, int]]  # (source, shard) to fetch ahead
+
+
+class BatchPipeline:
+    """The stages that prepare batches in one process; they share a reader, which is created with the first batch."""
+
+    def __init__(self, spec: BatchSpec) -> None:
+        self.spec = spec
+
+    @cached_property
+    def _reader(self) -> Reader:
+        return make_reader(self.spec.stream)
+
+    def global_batches(self) -> Iterator[_GlobalBatch]:
+        """Yield the global batches in order. Every worker computes all of them, which is cheap, and reads its own."""
+        spec = self.spec
+        order = DataOrder(spec.stream.sources, spec.seed, spec.order, size_of=self._reader.size_of, state=spec.state)
+        first = order.position
+        while True:
+            count = spec.global_batch_size
+            if spec.max_sequences is not None:
+                count = min(count, spec.max_sequences - (order.position - first))
+            samples = order.take(count, partial=spec.pad_last_batch)
+            if not len(samples.source):
+                return
+            yield _GlobalBatch(samples, order.state(), order.upcoming(_VISITS_AHEAD))
+
+    def read(self, global_batches: Iterable[_GlobalBatch]) -> Iterator[WorkerResult]:
+        """Read this rank's samples of each global batch."""
+        for samples, state, upcoming in global_batches:
+            local = samples.slice(self.spec.rank * self.spec.batch_size, (self.spec.rank + 1) * self.spec.batch_size)
+            self._reader.prefetch(local, upcoming)
+            batch = self._batch(local)
+            notices, self._reader.notices = tuple(self._reader.notices), []
+            yield WorkerResult(batch, state, notices)
+
+    def _batch(self, samples: Samples) -> Batch:
+        """Read the rank's samples (at most batch_size), and add filler sequences up to batch_size."""
+        spec = self.spec
+        ids, filled = self._reader.read(samples)
+        num_samples = int(filled.sum())
+        per_source = np.bincount(samples.source[filled], minlength=len(spec.stream.sources))
+        missing = spec.batch_size - len(ids)
+        if missing:
+            ids = np.pad(ids, ((0, missing), (0, 0)))
+            filled = np.pad(filled, (0, missing))
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(filled),
+            num_samples,
+            tuple(per_source.tolist()),
+            skipped=len(samples.source) - num_samples,
+            vocab_size=spec.stream.vocab_size,
+            mask=spec.mask,
+        )
+
+    def catch_errors(self, results: Iterable[WorkerResult]) -> Iterator[WorkerResult]:
+        """Yield the results; a user error becomes the last of them."""
+        try:
+            yield from results
+        except UserError as error:
+            yield WorkerResult(None, {}, tuple(self._reader.notices), (type(error).__name__, str(error)))
+
+
+def build_pipeline(spec: BatchSpec) -> Any:
+    """Return a rank's batches as a webdataset pipeline, an IterableDataset of `WorkerResult`."""
+    from webdataset import DataPipeline, split_by_worker
+
+    stages = BatchPipeline(spec)
+    return DataPipeline(stages.global_batches, split_by_worker, stages.read, stages.catch_errors)
+
+
+def load_batches(spec: BatchSpec, workers: int, logged: set[str]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """Yield (batch, state after it) in order, prepared by `workers` processes (0: by this one).
+
+    Log the workers' notices that are not yet in `logged`. UserError: as a worker raised it; DataError for a worker that
+    was killed.
+    """
+    loader: DataLoader[WorkerResult] = DataLoader(
+        build_pipeline(spec),
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=_PREFETCHED_BATCHES if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=exit_with_parent,
+        generator=torch.Generator(),  # a separate one: the number of workers must not change the global random state
+    )
+    for result in iterate_workers(loader):
+        for text, same_on_all_ranks in result.notices:
+            # Several workers find the same problem, and so does every pass over a validation set.
+            if text not in logged and (spec.rank == 0 or not same_on_all_ranks):
+                logger.warning(text)
+            logged.add(text)
+        if result.failure:
+            name, message = result.failure
+            raise getattr(errors, name, DataError)(message)
+        assert result.batch is not None
+        yield result.batch, result.state
 
 
 class TrainLoader:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from open_lm.errors import DataError
-from open_lm.model.losses import IGNORE_INDEX
+
+IGNORE_INDEX = -100  # target of tokens that are not trained on, as in torch
 
 
 def mask_targets(

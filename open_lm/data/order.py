@@ -1,6 +1,6 @@
 """Data order: which sample comes next. A pure function of (sources, seed, position).
 
-Batch path: batch.py asks `DataOrder` for the samples of each global batch; next: stream.py reads them.
+Batch path: loader.py asks `DataOrder` for the samples of each global batch; next: stream.py reads them.
 
     one source     visits of shards, one at a time. A visit reads each sequence of its shard once, in an order fixed by
                    (seed, source, pass, visit). Without replacement, a pass visits every shard once, in a new order for

@@ -1,6 +1,6 @@
 """Read the token ids of samples: open shards, decode and check members, replace unusable sequences by filler.
 
-Batch path: batch.py passes the samples of a global batch to a reader; next: shards.py opens the shards.
+Batch path: loader.py passes the samples of a global batch to a reader; next: shards.py opens the shards.
 
 A local shard is mapped into memory. A remote one (s3://, https://, …, or a `pipe:` command) is first downloaded to a
 folder that all workers of a rank share; the next shards are downloaded while the current one is read. A reader opens

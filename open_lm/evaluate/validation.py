@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import LoggingConfig, ValidationConfig
 from open_lm.data.device import on_device
+from open_lm.data.masking import IGNORE_INDEX
 from open_lm.data.validation_loader import ValLoader
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime, broadcast_object, gather_objects, sum_over_ranks
 from open_lm.errors import ConfigError
-from open_lm.model.losses import IGNORE_INDEX, TokenLoss
-from open_lm.model.objective import ForwardOptions, batch_loss
+from open_lm.model.losses import ForwardOptions, TokenLoss, batch_loss
 from open_lm.monitor.metrics import bootstrap_interval
 from open_lm.monitor.watchdog import heartbeat
 from open_lm.parallel.parallelize import evaluation_mode

@@ -1,20 +1,27 @@
-"""Token losses as sums, so that the losses of micro-batches and ranks add up exactly.
+"""The loss of a batch of token ids, for every layout of ranks.
 
-Legend: B batch, T sequence, D model width, V vocabulary.
+Batch path: training/step.py calls `batch_loss`, which runs the model; the model computes its `TokenLoss` with
+kernels/linear_loss.py. Losses are sums over tokens, so that those of micro-batches and ranks add up exactly.
+
+Legend: B sequences of this rank's batch, T sequence, D model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from open_lm.config.layout import MeshLayout
+from open_lm.data.masking import IGNORE_INDEX, document_ids
+from open_lm.distributed.context_parallel import context_parallel_mask, gather_sequences, shard_sequences
 from open_lm.kernels.linear_loss import linear_cross_entropy
-
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,40 @@ class TokenLoss:
             valid = flat_targets != IGNORE_INDEX
             losses = losses + self.z_loss_coefficient * torch.logsumexp(flat_logits, dim=-1).square() * valid
         return losses.view_as(self.targets)
+
+
+class ForwardOptions(Protocol):
+    """How to run the model.
+
+    Attributes:
+        layout: the layout of ranks.
+        autocast: a factory of autocast contexts for the compute precision.
+        end_of_text_id: the id that ends a document if attention stays within documents, else None.
+    """
+
+    @property
+    def layout(self) -> MeshLayout: ...
+    @property
+    def autocast(self) -> Callable[[], AbstractContextManager[object]]: ...
+    @property
+    def end_of_text_id(self) -> int | None: ...
+
+
+def batch_loss(model: nn.Module, ids: Tensor, loss: TokenLoss, options: ForwardOptions) -> Tensor:
+    """Return `loss` of the model's predictions for full sequences of ids (B,T).
+
+    With context parallelism the summed loss covers this rank's tokens only; per-token losses cover all tokens, (B,T).
+    """
+    layout, masks = options.layout, dict[str, Any]()
+    documents = None if options.end_of_text_id is None else document_ids(ids, options.end_of_text_id)
+    if layout.context > 1:
+        masks["attention_mask"] = context_parallel_mask(layout, ids.shape[1], ids.device, documents)
+        ids, loss = shard_sequences(ids, layout), replace(loss, targets=shard_sequences(loss.targets, layout))
+    elif documents is not None:
+        masks["document_ids"] = documents
+    with options.autocast():
+        result: Tensor = model(ids, loss=loss, **masks)[0]
+    return gather_sequences(result, layout) if loss.per_token else result
 
 
 def logit_mean(hidden: Tensor, weight: Tensor) -> Tensor:

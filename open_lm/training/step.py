@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from open_lm.config.layout import MeshLayout
+from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.processes import Runtime, sum_over_ranks
-from open_lm.model.losses import IGNORE_INDEX, TokenLoss
-from open_lm.model.objective import batch_loss
+from open_lm.model.losses import TokenLoss, batch_loss
 from open_lm.monitor.metrics import to_device
 from open_lm.optim.build import clip_gradients, step_unless_skipped
 from open_lm.parallel.parallelize import gradient_sync, unwrap

@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from open_lm.config.sections import FaultConfig
 from open_lm.data.device import DeviceBatch, on_device
 from open_lm.data.loader import TrainLoader
-from open_lm.model.losses import TokenLoss
-from open_lm.model.objective import batch_loss
+from open_lm.model.losses import TokenLoss, batch_loss
 from open_lm.monitor import watchdog
 from open_lm.monitor.metrics import DelayedReadback, DeviceMeans, TrainLogEntry, peak_memory_bytes, short_labels
 from open_lm.monitor.timing import PhaseClock, Stopwatch
@@ -159,7 +158,7 @@ class Trainer:
             self.step, self.data_state = self.step + 1, state
             if is_last or number % self.log_every == 0:
                 self._log(epoch, lr, result.grad_norm)
-            decision = self._decide(everything=is_last)
+            decision = self._decide(wait=is_last)
             if self.after_step is not None:
                 self.after_step(decision)
             if self.data_state is not state:
@@ -199,13 +198,13 @@ class Trainer:
         self._unread += torch.cat([result.samples.reshape(1), result.counts[2:]])
         return result
 
-    def _decide(self, everything: bool) -> Decision:
+    def _decide(self, wait: bool) -> Decision:
         """Return the decision of all ranks, from the step results that have reached the host.
 
-        everything: wait for all results. Raises TrainingDiverged if too many steps were skipped.
+        wait: wait for all results. Raises TrainingDiverged if too many steps were skipped.
         """
         stop = save = rollback = False
-        for (stops, saves, *outcome), (step, lr) in self._late.take(everything):
+        for (stops, saves, *outcome), (step, lr) in self._late.read(wait):
             stop, save = stop or stops > 0, save or saves > 0
             rollback = self._guard.handle_outcome(outcome, step, lr) or rollback
         return Decision(stop, save, rollback)

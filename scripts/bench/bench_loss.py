@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_lm.data.masking import IGNORE_INDEX
 from open_lm.kernels.cpu_memory import keep_freed_memory
 from open_lm.kernels.linear_loss import linear_cross_entropy
-from open_lm.model.losses import IGNORE_INDEX
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (N,D), weight (V,D), targets (N,) -> sum of losses
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

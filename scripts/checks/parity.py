@@ -1,14 +1,15 @@
-"""Do all layouts of ranks train alike? Compares each with one process, step by step, on CPU in float32.
+"""Compare the training of every parallel layout with a single process, on CPU in float32.
 
-    python scripts/parity.py                    20 steps, each layout with two sets of options
+    python scripts/parity.py                    20 steps, two sets of options per layout
     python scripts/parity.py --sets 8 --layout tensor_fsdp
 
-A small model is trained, by each layout with several sets of options, and the largest difference of losses and gradient
-norms from those of a single process is printed for each layout, with that of the logits afterwards. Ends with 1 if one
-is above 1e-4 of the value (of 1, if that is less).
+Trains a small model in each layout with several sets of options. For each layout, prints the largest difference of the
+losses and gradient norms of all steps, and of the final logits, from those of a single process. The exit code is 1 if a
+difference exceeds 1e-4, relative to values above 1.
 
-Mixtures of experts are compared where they can be the same: a rank bounds and balances the tokens of its own
-micro-batch, so with the balancing loss and less than the places of all only where all ranks see the same tokens.
+Mixtures of experts are compared only with settings whose result does not depend on the layout. Each rank applies the
+expert capacity and the balancing loss to its own micro-batch. Therefore a limiting capacity and the balancing loss are
+used only in layouts where all ranks process the same tokens.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from torch.optim import Optimizer
 
 from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ModelConfig, OptimConfig, ParallelConfig
+from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime, build_layout, init_runtime, shutdown
 from open_lm.errors import end_process
 from open_lm.model.initialization import init_weights
-from open_lm.model.losses import IGNORE_INDEX
 from open_lm.model.transformer import Params, Transformer
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.muon import Muon
@@ -49,13 +50,18 @@ from open_lm.optim.schedules import build_scheduler
 from open_lm.parallel.parallelize import evaluation_mode, parallelize
 from open_lm.training.step import StepOptions, train_step
 
-ROWS, END_OF_TEXT, TOLERANCE = 16, 3, 1e-4
+BATCH_SIZE, END_OF_TEXT, TOLERANCE = 16, 3, 1e-4
 EXPERTS, TOP_K = 4, 2
-DRAWS = 60  # of which the pair of options that is worth most is taken
-# What ranks import, once for all of them.
-IMPORTS = ["open_lm.model.transformer", "open_lm.training.trainer", "torch._dynamo", "torch.nn.attention.bias"]
+NUM_CANDIDATES = 60  # random pairs of option sets; the pair with the most new combinations is used
+# Modules that the fork server imports once for all ranks.
+PRELOADED_MODULES = [
+    "open_lm.model.transformer",
+    "open_lm.training.trainer",
+    "torch._dynamo",
+    "torch.nn.attention.bias",
+]
 
-# Ranks, and the settings of the layout, by its name, whose words say of what kinds it is.
+# Layout name -> (number of ranks, settings). The words of a name are the kinds of the layout; see `kinds`.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {}),
     "static_graph": (2, {"ddp_static_graph": True}),
@@ -84,10 +90,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "context_tensor_hybrid": (8, {"fsdp": True, "mesh_dim": "2,1,2", "context_parallel": 2}),
 }
 
-# In these layouts a model of odd sizes has the width of open_lm_87m, which takes long.
+# Layouts that use the size "87m" instead of "odd". Its width is that of open_lm_87m, which is slow to train.
 WIDE = ("tensor_data", "hybrid_zero2", "context_tensor_fsdp")
 
-# What a set of options chooses from.
+# The values of each option. A set of options has one value for each.
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "accum_freq": (1, 2),
     "masked": (False, True),
@@ -107,8 +113,8 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary", "head_rotary", "llama_rotary", "none"),
 }
 
-# Odd ones have 12 heads that are together narrower than the model, as in open_lm_87m, and a vocabulary and sequences
-# that divide by nothing.
+# The odd sizes have 12 heads whose total width is smaller than the model width, as in open_lm_87m, and a vocabulary
+# size and sequence length that are prime.
 SIZES: dict[str, dict[str, int]] = {
     "even": {"dim": 32, "n_heads": 4, "vocab_size": 40, "seq_len": 16},
     "odd": {"dim": 76, "n_heads": 12, "vocab_size": 31, "seq_len": 11},
@@ -117,28 +123,32 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def cases(per_layout: int) -> list[dict[str, Any]]:
-    """`per_layout` sets of options for each layout, in pairs of which the second has the other value wherever there are
-    two: all values of such options meet each layout and, as far as possible, each other in layouts of each kind."""
+    """Return `per_layout` option sets for each layout.
+
+    The sets come in pairs: the second set has the next value of every option. So every layout is tested with both
+    values of each two-valued option. The pairs are chosen to cover as many combinations of two option values as
+    possible in each kind of layout.
+    """
     rng = random.Random(0)
-    found: list[dict[str, Any]] = []
-    met: set[tuple[Any, ...]] = set()
+    chosen: list[dict[str, Any]] = []
+    covered: set[tuple[Any, ...]] = set()
     for layout in LAYOUTS:
         for _ in range(per_layout // 2):
-            drawn = [_pair(layout, rng) for _ in range(DRAWS)]
-            best = max(drawn, key=lambda pair: len(meetings(pair) - met))
-            met |= meetings(best)
-            found += best
-    return [{**case, "size": "87m"} if case["size"] == "odd" and case["layout"] in WIDE else case for case in found]
+            candidates = [_random_pair(layout, rng) for _ in range(NUM_CANDIDATES)]
+            best = max(candidates, key=lambda pair: len(combined_options(pair) - covered))
+            covered |= combined_options(best)
+            chosen += best
+    return [{**case, "size": "87m"} if case["size"] == "odd" and case["layout"] in WIDE else case for case in chosen]
 
 
-def _pair(layout: str, rng: random.Random) -> list[dict[str, Any]]:
+def _random_pair(layout: str, rng: random.Random) -> list[dict[str, Any]]:
     first = {name: rng.randrange(len(values)) for name, values in OPTIONS.items()}
-    turns = [{name: values[(first[name] + turn) % len(values)] for name, values in OPTIONS.items()} for turn in (0, 1)]
-    return [{"layout": layout, **options} for options in turns]
+    sets = [{name: values[(first[name] + shift) % len(values)] for name, values in OPTIONS.items()} for shift in (0, 1)]
+    return [{"layout": layout, **options} for options in sets]
 
 
-def meetings(chosen: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
-    """Which values of two options occur together: (kind of layout, option, value, option, value)."""
+def combined_options(chosen: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
+    """Return the combinations of two option values in these cases: (kind of layout, option, value, option, value)."""
     return {
         (kind, one, case[one], other, case[other])
         for case in chosen
@@ -148,28 +158,28 @@ def meetings(chosen: list[dict[str, Any]]) -> set[tuple[Any, ...]]:
 
 
 def kinds(layout: str) -> list[str]:
-    """Of a layout: the words of its name, and each two of them."""
+    """Return the words of a layout's name and all pairs of them."""
     words = layout.split("_")
     return words + ["_".join(pair) for pair in combinations(words, 2)]
 
 
 def batch(step: int, case: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The global batch of a step: inputs and targets (ROWS,T) int64."""
+    """Return the global batch of a step: inputs and targets (B, T) int64."""
     params = shape(case)
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, params["vocab_size"], (ROWS, params["seq_len"] + 1), generator=generator)
+    tokens = torch.randint(0, params["vocab_size"], (BATCH_SIZE, params["seq_len"] + 1), generator=generator)
     targets = tokens[:, 1:].clone()
-    if case["masked"]:  # unevenly, and of one row all
-        kept = torch.rand(targets.shape, generator=generator) < torch.linspace(0, 0.95, ROWS)[:, None]
+    if case["masked"]:  # a different fraction of each sequence, and all of the first one
+        kept = torch.rand(targets.shape, generator=generator) < torch.linspace(0, 0.95, BATCH_SIZE)[:, None]
         targets[~kept] = IGNORE_INDEX
     return tokens[:, :-1].contiguous(), targets
 
 
 def shape(case: dict[str, Any]) -> dict[str, Any]:
-    """The model's Params."""
+    """Return the keyword arguments of Params."""
     size = dict(SIZES[case["size"]])
     if "context" in case["layout"] and size["seq_len"] % 8:
-        size["seq_len"] = 24  # has to divide into two chunks for each rank
+        size["seq_len"] = 24  # must be divisible into two chunks per rank
     return {
         **size,
         **experts(case),
@@ -184,25 +194,27 @@ def shape(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def experts(case: dict[str, Any]) -> dict[str, Any]:
-    """The part of Params that tells of experts, in the first of two blocks."""
+    """Return the mixture-of-experts settings of Params; the first of the two blocks has experts."""
     if case["experts"] == "none":
         return {}
-    found = {"moe_freq": 2, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K, "moe_loss_weight": 0.0}
+    settings = {"moe_freq": 2, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K, "moe_loss_weight": 0.0}
     if case["experts"] == "unbounded":
-        return {**found, "moe_capacity_factor": 0.0}
-    if case["layout"] in ("tensor", "tensor_4"):  # all ranks see all tokens
-        return {**found, "moe_capacity_factor": 1.0, "moe_loss_weight": 0.1}
-    return {**found, "moe_capacity_factor": EXPERTS / TOP_K}  # room for the case that all tokens choose one
+        return {**settings, "moe_capacity_factor": 0.0}
+    if case["layout"] in ("tensor", "tensor_4"):  # all ranks process all tokens
+        return {**settings, "moe_capacity_factor": 1.0, "moe_loss_weight": 0.1}
+    return {**settings, "moe_capacity_factor": EXPERTS / TOP_K}  # enough if all tokens choose the same expert
 
 
-def train(case: dict[str, Any], steps: int, alone: bool = False) -> list[list[float]]:
-    """[loss, gradient norm] of each step, and in the end [mean, mean square] of an evaluation's logits; with `alone` of
-    the same training without any layout."""
-    cfg = ParallelConfig(**({} if alone else LAYOUTS[case["layout"]][1]))
+def train(case: dict[str, Any], steps: int, single_process: bool = False) -> list[list[float]]:
+    """Return [loss, gradient norm] of each step, followed by [mean, mean square] of the logits in evaluation mode.
+
+    With `single_process`, train without a parallel layout and without activation checkpointing.
+    """
+    cfg = ParallelConfig(**({} if single_process else LAYOUTS[case["layout"]][1]))
     runtime = init_runtime(cfg)
     layout = build_layout(runtime, cfg)
-    model = spread(case, cfg, runtime, layout, checkpointing="none" if alone else case["checkpointing"])
-    optimizer, schedule = optimization(case, model, steps)
+    model = build_model(case, cfg, runtime, layout, "none" if single_process else case["checkpointing"])
+    optimizer, schedule = build_optimization(case, model, steps)
     options = StepOptions(
         runtime,
         layout,
@@ -212,13 +224,13 @@ def train(case: dict[str, Any], steps: int, alone: bool = False) -> list[list[fl
         grad_clip_norm=case["clip"],
         end_of_text_id=END_OF_TEXT if case["documents"] else None,
     )
-    share = ROWS // layout.data_size
-    own = slice(layout.data_rank * share, (layout.data_rank + 1) * share)
+    local_size = BATCH_SIZE // layout.data_size
+    local = slice(layout.data_rank * local_size, (layout.data_rank + 1) * local_size)
     numbers = []
     for step in range(steps):
         inputs, targets = batch(step, case)
         schedule(step)
-        result = train_step(model, inputs[own], targets[own], optimizer, options)
+        result = train_step(model, inputs[local], targets[local], optimizer, options)
         numbers.append([result.values["loss"].item(), result.grad_norm.item()])
     with evaluation_mode(model):
         logits = model(batch(0, case)[0])[0]
@@ -227,10 +239,10 @@ def train(case: dict[str, Any], steps: int, alone: bool = False) -> list[list[fl
     return numbers
 
 
-def spread(
-    case: dict[str, Any], cfg: ParallelConfig, runtime: Runtime, layout: MeshLayout, *, checkpointing: str
+def build_model(
+    case: dict[str, Any], cfg: ParallelConfig, runtime: Runtime, layout: MeshLayout, checkpointing: str
 ) -> nn.Module:
-    """A new model in this layout."""
+    """Build a model and parallelize it in this layout."""
     with torch.device("meta"):
         model = Transformer(Params(**shape(case)))
     with offloading_from_cpu():
@@ -240,14 +252,16 @@ def spread(
             cfg,
             device=runtime.device,
             model_cfg=ModelConfig(activation_checkpointing=checkpointing),
-            initialise=lambda made: init_weights(made, seed=5),
+            initialise=lambda sharded: init_weights(sharded, seed=5),
         )
 
 
 @contextmanager
 def offloading_from_cpu() -> Iterator[None]:
-    """Here --fsdp-cpu-offload does what it does on CUDA, but for the pinning of memory; else it does nothing on CPU,
-    where parameters are in host memory already."""
+    """Enable --fsdp-cpu-offload on CPU as on CUDA, but without pinned memory.
+
+    Otherwise the flag has no effect on CPU, because the parameters are already in host memory.
+    """
     policy = partial(CPUOffloadPolicy, pin_memory=False)
     with (
         mock.patch("open_lm.parallel.parallelize._offloads", lambda cfg, device: cfg.fsdp and cfg.fsdp_cpu_offload),
@@ -256,8 +270,8 @@ def offloading_from_cpu() -> Iterator[None]:
         yield
 
 
-def optimization(case: dict[str, Any], model: nn.Module, steps: int) -> tuple[Optimizer, Callable[[int], float]]:
-    """The optimizer, and the schedule that sets its learning rate."""
+def build_optimization(case: dict[str, Any], model: nn.Module, steps: int) -> tuple[Optimizer, Callable[[int], float]]:
+    """Return the optimizer and its learning-rate schedule."""
     cfg = OptimConfig(
         optimizer=case["optimizer"],
         lr=1e-3,
@@ -269,35 +283,37 @@ def optimization(case: dict[str, Any], model: nn.Module, steps: int) -> tuple[Op
     )
     optimizer = build_optimizer(model, cfg)
     if isinstance(optimizer, Muon):
-        optimizer._dtype = torch.float32  # what bfloat16 rounds differs by more than layouts may
+        optimizer._dtype = torch.float32  # bfloat16 rounding errors would exceed TOLERANCE
     return optimizer, build_scheduler(cfg, optimizer, steps, None)
 
 
-def difference(found: list[list[float]], expected: list[list[float]]) -> float:
-    """The largest difference, relative to values above 1."""
-    pairs = [pair for ours, theirs in zip(found, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
+def difference(actual: list[list[float]], expected: list[list[float]]) -> float:
+    """Return the largest difference, relative to values above 1."""
+    pairs = [pair for rows in zip(actual, expected, strict=True) for pair in zip(*rows, strict=True)]
     return max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs)
 
 
-def run(chosen: list[dict[str, Any]], steps: int, say: Callable[[str], object] = lambda text: None) -> list[float]:
-    """The differences of all cases from a single process: one process group for each number of ranks."""
-    found: dict[int, list[list[float]]] = {}
+def run(chosen: list[dict[str, Any]], steps: int, report: Callable[[str], object] = lambda text: None) -> list[float]:
+    """Return the difference of each case from a single process. Cases with the same number of ranks share processes."""
+    parallel: dict[int, list[list[float]]] = {}
     for ranks in sorted({LAYOUTS[case["layout"]][0] for case in chosen}):
         numbers = [number for number, case in enumerate(chosen) if LAYOUTS[case["layout"]][0] == ranks]
         start = time.perf_counter()
         results = on_ranks(ranks, [(train, chosen[number], steps) for number in numbers])
-        found.update(zip(numbers, results, strict=True))
-        say(f"{len(numbers)} cases on {ranks} ranks: {time.perf_counter() - start:.0f} s")
+        parallel.update(zip(numbers, results, strict=True))
+        report(f"{len(numbers)} cases on {ranks} ranks: {time.perf_counter() - start:.0f} s")
     start = time.perf_counter()
-    alone = [train(case, steps, alone=True) for case in chosen]
-    say(f"{len(chosen)} cases alone: {time.perf_counter() - start:.0f} s")
-    return [difference(found[number], expected) for number, expected in enumerate(alone)]
+    single = [train(case, steps, single_process=True) for case in chosen]
+    report(f"{len(chosen)} cases in a single process: {time.perf_counter() - start:.0f} s")
+    return [difference(parallel[number], expected) for number, expected in enumerate(single)]
 
 
 def on_ranks(ranks: int, jobs: list[tuple[Any, ...]]) -> list[Any]:
-    """What jobs, each a function and its arguments, give on the first of so many ranks, one job after the other in one
-    process group of gloo; results are what JSON can hold."""
-    multiprocessing.set_forkserver_preload(IMPORTS)
+    """Run jobs sequentially in one gloo process group of `ranks` ranks, and return their results on rank 0.
+
+    A job is a tuple of a function and its arguments. Results must be serializable as JSON.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, args=(ranks, folder, jobs), nprocs=ranks, start_method="forkserver")
         return json.loads((Path(folder) / "results.json").read_text())
@@ -315,18 +331,20 @@ def _rank(rank: int, ranks: int, folder: str, jobs: list[tuple[Any, ...]]) -> No
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="of each training")
-    parser.add_argument("--sets", type=int, default=2, help="of options for each layout, an even number")
-    parser.add_argument("--layout", choices=LAYOUTS, action="append", help="only this layout; may be repeated")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of each case (default: 20)")
+    parser.add_argument("--sets", type=int, default=2, help="option sets per layout, an even number (default: 2)")
+    parser.add_argument("--layout", choices=LAYOUTS, action="append", help="test only this layout; repeatable")
     args = parser.parse_args(argv)
     chosen = [case for case in cases(args.sets) if args.layout is None or case["layout"] in args.layout]
-    results = run(chosen, args.steps, say=lambda text: print(text, flush=True))
+    results = run(chosen, args.steps, report=lambda text: print(text, flush=True))
     print(f"{'layout':22} {'ranks':>5} {'cases':>5}  largest difference")
     for layout in dict.fromkeys(case["layout"] for case in chosen):
-        of_layout = [(result, case) for result, case in zip(results, chosen, strict=True) if case["layout"] == layout]
-        worst, case = max(of_layout, key=lambda item: item[0])
-        where = "" if worst < TOLERANCE else f"  {json.dumps(case)}"
-        print(f"{layout:22} {LAYOUTS[layout][0]:5} {len(of_layout):5}  {worst:.1e}{where}")
+        layout_results = [
+            (result, case) for result, case in zip(results, chosen, strict=True) if case["layout"] == layout
+        ]
+        worst, case = max(layout_results, key=lambda item: item[0])
+        details = "" if worst < TOLERANCE else f"  {json.dumps(case)}"
+        print(f"{layout:22} {LAYOUTS[layout][0]:5} {len(layout_results):5}  {worst:.1e}{details}")
     return int(max(results) >= TOLERANCE)
 
 

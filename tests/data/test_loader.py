@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from open_lm import storage
 from open_lm.config.sections import DataConfig, ValidationConfig
-from open_lm.data.batch import Batch, build_pipeline
-from open_lm.data.loader import TrainLoader, build_train_loader
+from open_lm.data.loader import Batch, TrainLoader, build_pipeline, build_train_loader
 from open_lm.data.masking import IGNORE_INDEX
 from open_lm.data.shard_format import PAD_ID, ManifestEntry, write_manifest
 from open_lm.data.validation_loader import ValLoader, build_val_loaders

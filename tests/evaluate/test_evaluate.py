@@ -17,12 +17,12 @@ from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ValidationConfig
 from open_lm.data import get_data
 from open_lm.data.device import DeviceBatch
+from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime
 from open_lm.errors import ConfigError
 from open_lm.evaluate.validation import EvaluationOptions, evaluate_loop, evaluate_sets, validation_metrics
 from open_lm.main import load_model, main
-from open_lm.model.losses import IGNORE_INDEX
 from open_lm.model.transformer import Params, Transformer, create_model
 
 GOLDEN = "compat/run/logs/upstream/checkpoints"

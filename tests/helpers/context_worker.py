@@ -20,8 +20,7 @@ from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import build_layout, init_runtime, sum_over_ranks
 from open_lm.errors import end_process
 from open_lm.model.initialization import init_weights
-from open_lm.model.losses import TokenLoss
-from open_lm.model.objective import batch_loss
+from open_lm.model.losses import TokenLoss, batch_loss
 from open_lm.model.transformer import Params, Transformer
 
 END = 3  # ends a document; one token in 31 has this id, so a sequence contains several documents

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from open_lm.config.sections import ModelConfig, OptimConfig, ParallelConfig
+from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import build_layout, init_runtime, shutdown
 from open_lm.errors import end_process
 from open_lm.model.initialization import init_weights
-from open_lm.model.losses import IGNORE_INDEX
 from open_lm.model.transformer import Params, Transformer
 from open_lm.optim.build import build_optimizer
 from open_lm.parallel.parallelize import parallelize

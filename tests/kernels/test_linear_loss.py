@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from open_lm.data.masking import IGNORE_INDEX
 from open_lm.kernels import linear_loss, native
 from open_lm.kernels.linear_loss import linear_cross_entropy
 from open_lm.kernels.native import elements
-from open_lm.model.losses import IGNORE_INDEX, TokenLoss, logit_mean
+from open_lm.model.losses import TokenLoss, logit_mean
 from open_lm.model.transformer import Params, Transformer
 
 Z = 1e-2

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from open_lm.model.losses import IGNORE_INDEX, CrossEntropyLossWithZLoss, token_loss
+from open_lm.data.masking import IGNORE_INDEX
+from open_lm.model.losses import CrossEntropyLossWithZLoss, token_loss
 
 
 @pytest.fixture

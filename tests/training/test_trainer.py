@@ -17,9 +17,9 @@ import trainer_worker
 from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import DataConfig, FaultConfig, OptimConfig
 from open_lm.data.loader import build_train_loader
+from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime
-from open_lm.model.losses import IGNORE_INDEX
 from open_lm.model.transformer import Params, Transformer
 from open_lm.monitor.metrics import (
     DeviceMeans,
