@@ -8,7 +8,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,15 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 CPU = torch.device("cpu")
 has_torchtitan = find_spec("torchtitan") is not None
 GOLDEN = ("default", "gain_only_qknorm", "lp_qknorm_dclm", "tied_postembed")
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    """Compute with one thread: the models are tiny, and on a busy machine threads mostly wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 # --- the original's recipe ------------------------------------------------------------------------------------------
@@ -115,34 +124,42 @@ def test_missing_golden_run_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 # --- the benchmark --------------------------------------------------------------------------------------------------
+@pytest.fixture
+def runs_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Measure other steps than ours in this process, because every new process imports torch. Returns their kinds."""
+    run_in_new_process, kinds = bench_train.run_once, list[str]()
+
+    def run_once(command: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
+        is_worker = Path(command[1]).name == "bench_train_worker.py"
+        if not is_worker or (kind := json.loads(command[2])["kind"]) == bench_train_worker.OURS:
+            return run_in_new_process(command, args)
+        kinds.append(kind)
+        earlier_output = capsys.readouterr().out
+        bench_train_worker.main(command[2:])
+        result = json.loads(capsys.readouterr().out)
+        print(earlier_output, end="")
+        return dict(result)
+
+    monkeypatch.setattr(bench_train, "run_once", run_once)
+    return kinds
+
+
 def test_benchmark_of_ours_the_original_and_a_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    runs_in_process: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     result, trace = tmp_path / "result.json", tmp_path / "trace.json.gz"
     peer = tmp_path / "peer.py"
     peer.write_text("import json, sys; print('words'); print(json.dumps({'tokens_per_second': float(sys.argv[1])}))")
-    in_new_process, in_this_process = bench_train.run_once, []
-
-    def run_once(command: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
-        """Start a process only for our step and the command: every start imports torch."""
-        run = json.loads(command[-1]) if "bench_train_worker" in command[1] else {"kind": "ours"}
-        if run["kind"] == "ours":
-            return in_new_process(command, args)
-        in_this_process.append(run["kind"])
-        output = capsys.readouterr().out
-        bench_train_worker.main([command[-1]])
-        printed = capsys.readouterr().out
-        print(output, end="")
-        return dict(json.loads(printed))
-
-    monkeypatch.setattr(bench_train, "run_once", run_once)
     monkeypatch.setitem(matmul_ceiling.SQUARE, "cpu", 64)
     arguments = ["--model", "open_lm_test_tiny", "--device", "cpu", "--batch-size", "4", "--seq-len", "8"]
     arguments += ["--steps", "2", "--rounds", "1", "--threads", "1", "--ceiling", "--against", "original"]
     arguments += ["--against-command", f"{sys.executable} {peer} {{seq_len}}{{batch_size}}.5", "--accum-freq", "2"]
     bench_train.main([*arguments, "--profile", "--trace", str(trace), "--json", str(result)])
     original = "original_recipe:build"
-    assert in_this_process == [original, "ceiling", original]  # the first checks the settings
+    assert runs_in_process == [original, "ceiling", original]  # the first run checks the settings
     output = capsys.readouterr().out
     assert "4 x 8 tokens, --precision amp_bfloat16 --accum-freq 2" in output
     assert "of original" in output and "of the command" in output and output.count("outside any operation") == 2
@@ -233,11 +250,11 @@ def test_torchtitan_rejects_all_unsupported_settings_at_once(tmp_path: Path) -> 
 
 
 @pytest.mark.skipif(has_torchtitan, reason="torchtitan is installed here")
-def test_missing_torchtitan_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+def test_missing_torchtitan_is_an_error_before_any_measurement(runs_in_process: list[str]) -> None:
     flags = ["--model", "open_lm_test_tiny", "--device", "cpu", "--threads", "1", "--against", "torchtitan"]
     with pytest.raises(ConfigError, match=r"torchtitan: .* cannot import it .*make install-titan.*--peer-python"):
         bench_train.main(flags)
-    assert "GFLOP" not in capfd.readouterr().out  # before anything is measured
+    assert runs_in_process == ["torchtitan_recipe:build"]
 
 
 TRAIN_TORCHTITAN = """

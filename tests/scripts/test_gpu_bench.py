@@ -1,4 +1,4 @@
-"""The benchmark of a training step on a CUDA device, beside torchtitan where that is installed."""
+"""The benchmark of a training step on a CUDA device, compared with torchtitan if it is installed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 import bench_train
 import pytest
 import torch
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,10 +33,10 @@ def test_a_step_is_measured_on_cuda(tmp_path: Path, flags: list[str]) -> None:
     arguments = ["--model", "open_lm_11m", "--device", "cuda", "--batch-size", "4", "--seq-len", "512", *flags]
     arguments += ["--steps", "3", "--warmup", "3", "--rounds", "1", "--ceiling", "--profile", "--trace", str(trace)]
     bench_train.main([*arguments, "--json", str(result), *(word for peer in peers for word in ("--against", peer))])
-    found = json.loads(result.read_text())["models"]["open_lm_11m"]
-    assert set(found["results"]) == {"ours", *peers}
-    for values in found["results"].values():
+    measured = json.loads(result.read_text())["models"]["open_lm_11m"]
+    assert set(measured["results"]) == {"ours", *peers}
+    for values in measured["results"].values():
         assert len(values["speeds"]) == 3 and values["memory_bytes"][0] > 0
-    assert sum(sum(passes.values()) for passes in found["profiles"]["ours"]["profile"].values()) > 0
+    assert sum(sum(passes.values()) for passes in measured["profiles"]["ours"]["profile"].values()) > 0
     with gzip.open(trace) as file:
         assert json.load(file)["traceEvents"]
