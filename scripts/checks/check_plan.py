@@ -1,13 +1,13 @@
-"""Compare the planner's memory with what torch's memory tracker sees of a real training step on tensors without data.
+"""Compare the planner's memory estimates with the memory that torch's MemTracker measures in a simulated training step.
 
-    python scripts/check_plan.py                               all cases, a line each
-    python scripts/check_plan.py --models open_lm_7b --detail  those of one model, by category
-    python scripts/check_plan.py --only muon,tensor            those whose names hold one of these
+    python scripts/check_plan.py                               all cases, one line each
+    python scripts/check_plan.py --models open_lm_7b --detail  one model, with the memory by category
+    python scripts/check_plan.py --only muon,tensor            only cases whose name contains "muon" or "tensor"
 
-A step is train.train_step on the model that parallelize makes, its tensors fake (FakeTensorMode) and its process group
-too, so that one process stands for rank 0 of many and nothing is computed or allocated. The code goes CUDA's ways on
-the CPU's operators; where these keep something else (norms under autocast) the planner knows both (device_type). Exit
-code 1 where they differ by more than a tenth.
+A step is training.step.train_step on the parallelized model, with fake tensors (FakeTensorMode) and a fake process
+group. One process simulates rank 0 of any number of ranks; nothing is computed or allocated. The code takes the CUDA
+branches but runs CPU operators. Where these save different tensors (norms under autocast), the planner estimates for
+the CPU (device_type). The exit code is 1 if an estimate differs by more than 10 %.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from open_lm.planner.shapes import shape_of
 MODELS = ("open_lm_160m", "open_lm_411m", "open_lm_1b", "open_lm_7b")
 PER_NODE = 8
 TOLERANCE = 0.1
-HOST = "host"  # the device that stands for host memory where the CPU stands for the accelerator
+HOST = "host"  # simulated device for host memory, because the CPU simulates the accelerator
 
 
 @dataclass(frozen=True)
 class Case:
-    """A step to compare: flags of the trainer, on so many ranks, with micro-batches of `batch` sequences."""
+    """A step to compare: trainer flags, number of ranks, and micro-batches of `batch` sequences."""
 
     name: str
     flags: str
@@ -53,10 +53,10 @@ class Case:
 
 
 def cases(model: str) -> list[Case]:
-    """All ways to train that are compared, for one model."""
+    """Return all cases for one model."""
     amp, mixed = "--precision amp_bfloat16", "--precision amp_bfloat16 --fsdp --fsdp-amp"
     full = "--activation-checkpointing full"
-    found = [
+    compared = [
         Case("single fp32", "--precision fp32"),
         Case("single bf16", "--precision bf16"),
         Case("single amp", amp),
@@ -95,13 +95,15 @@ def cases(model: str) -> list[Case]:
         Case("offload full", f"{mixed} --fsdp-cpu-offload {full}", 8),
         Case("offload full, one rank", f"{mixed} --fsdp-cpu-offload {full}"),
     ]
-    return [Case(case.name, f"--model {model} {case.flags}", case.ranks, case.batch) for case in found]
+    return [Case(case.name, f"--model {model} {case.flags}", case.ranks, case.batch) for case in compared]
 
 
 # --- tracking -------------------------------------------------------------------------------------------------------
 def tracked(case: Case) -> dict[str, int]:
-    """Bytes by the tracker's categories at the peak of a second step, with their "Total", and "Host": what of
-    --fsdp-cpu-offload is in host memory."""
+    """Return the bytes of each tracker category at the peak of the second step.
+
+    "Total" is the sum of the categories. "Host" is the part of --fsdp-cpu-offload in host memory.
+    """
     import torch
     import torch.distributed as dist
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -116,7 +118,7 @@ def tracked(case: Case) -> dict[str, int]:
     from open_lm.training.step import StepOptions, train_step
 
     class Peaks(MemTracker):
-        """Without the peak of each module, which is looked up after every operator and takes most of the time."""
+        """A MemTracker without peaks per module, whose update after every operator takes most of the time."""
 
         def _update_peak_stats(self, peak_state: Any) -> None:
             modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
@@ -126,7 +128,7 @@ def tracked(case: Case) -> dict[str, int]:
     config, device = case.config, torch.device("cpu")
     dtype, count = parameter_dtype(config.precision.precision), config.optim.accum_freq
     with ExitStack() as stack:
-        stack.enter_context(_one_of_many())
+        stack.enter_context(_simulated_ranks())
         if case.ranks > 1 or config.parallel.fsdp:
             dist.init_process_group("fake", rank=0, world_size=case.ranks, store=FakeStore())
             stack.callback(dist.destroy_process_group)
@@ -139,57 +141,57 @@ def tracked(case: Case) -> dict[str, int]:
             _model(config, dtype), layout, config.parallel, device=device, model_cfg=config.model, dtype=dtype
         )
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
-            # A bucket's gradients are those of all ranks.
-            model.register_comm_hook(None, lambda state, bucket: _done(bucket.buffer()))
+            # Return each bucket unchanged: there are no other ranks to reduce with.
+            model.register_comm_hook(None, lambda state, bucket: _completed(bucket.buffer()))
         optimizer = build_optimizer(model, config.optim)
         autocast = get_autocast(config.precision.precision, "cpu")
         options = StepOptions(runtime, layout, autocast, accum_freq=count, grad_clip_norm=1.0)
         ids = torch.zeros(case.batch * count, shape_of(config.model).seq_len, dtype=torch.int64)
         with _assumed_values():
-            train_step(model, ids, ids, optimizer, options)  # makes the optimizer's state
+            train_step(model, ids, ids, optimizer, options)  # creates the optimizer's state
         tracker = Peaks()
         tracker.track_external(model, optimizer, ids)
 
         def enter(phase: str) -> None:
-            if phase == "forward":  # of one micro-batch after the other, which the tracker takes for a mistake
+            if phase == "forward":  # the tracker does not expect a second forward pass (of the next micro-batch)
                 tracker.reset_mod_stats()
 
         with tracker, _assumed_values():
             train_step(model, ids, ids, optimizer, options, enter_phase=enter)
-        peaks = {found.type: snapshot for found, snapshot in tracker.get_tracker_snapshot("peak").items()}
-    found = {getattr(key, "name", str(key)): value for key, value in peaks["cpu"].items()}
-    return {**found, "Host": peaks.get(HOST, {}).get("Total", 0)}
+        peaks = {peak_device.type: snapshot for peak_device, snapshot in tracker.get_tracker_snapshot("peak").items()}
+    categories = {getattr(key, "name", str(key)): value for key, value in peaks["cpu"].items()}
+    return {**categories, "Host": peaks.get(HOST, {}).get("Total", 0)}
 
 
 def _model(config: Config, dtype: Any) -> Any:
-    """The model of `config`, on fake tensors: they cannot be filled, nor moved."""
+    """Build the model of `config` on fake tensors, which cannot be initialized or moved."""
     import torch
 
     from open_lm.model.transformer import Transformer, create_params
 
-    class Unfilled(Transformer):
+    class UninitializedTransformer(Transformer):
         def reset_parameters(self, seed: int | None = None) -> None: ...
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
             return self
 
-    standard = torch.get_default_dtype()
+    default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return Unfilled(create_params(config.model))
+        return UninitializedTransformer(create_params(config.model))
     finally:
-        torch.set_default_dtype(standard)
+        torch.set_default_dtype(default_dtype)
 
 
 @contextmanager
 def _assumed_values() -> Iterator[None]:
-    """Where code on a CPU looks at values, it finds that all tokens have targets and all comparisons hold."""
+    """Answer reads of fake tensor values as if all tokens had targets and all comparisons were true."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     aten = torch.ops.aten
 
-    class Assumed(TorchDispatchMode):
+    class AssumedValues(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is aten._local_scalar_dense.default:
                 return 1
@@ -199,13 +201,16 @@ def _assumed_values() -> Iterator[None]:
                 return args[0]
             return func(*args, **(kwargs or {}))
 
-    with Assumed():
+    with AssumedValues():
         yield
 
 
 @contextmanager
-def _one_of_many() -> Iterator[None]:
-    """What ranks ask each other and do with plain numbers works with a fake group and fake tensors."""
+def _simulated_ranks() -> Iterator[None]:
+    """Make object collectives and computations on values work with the fake group and fake tensors.
+
+    Also selects the code of CUDA where the package depends on the device.
+    """
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
@@ -217,36 +222,36 @@ def _one_of_many() -> Iterator[None]:
     from open_lm.model import feed_forward
     from open_lm.optim import matrix_assignment, muon
 
-    def all_say_the_same(objects: list[Any], own: Any, group: Any = None) -> None:
-        objects[:] = [own] * len(objects)
+    def gather_copies(objects: list[Any], value: Any, group: Any = None) -> None:
+        objects[:] = [value] * len(objects)
 
-    def gated_silu(both: torch.Tensor) -> torch.Tensor:
-        gate, up = both.chunk(2, dim=-1)
+    def gated_silu(gate_and_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_and_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up
 
-    changes: list[Any] = [
-        mock.patch.object(dist, "all_gather_object", all_say_the_same),
-        mock.patch.object(DeviceMesh, "__init__", _on_numbers(DeviceMesh.__init__)),
-        mock.patch.object(matrix_assignment, "_shard_group", _on_numbers(matrix_assignment._shard_group)),
-        # As on CUDA, whatever this CPU's cache holds and whichever units it has.
+    patches: list[Any] = [
+        mock.patch.object(dist, "all_gather_object", gather_copies),
+        mock.patch.object(DeviceMesh, "__init__", _with_real_tensors(DeviceMesh.__init__)),
+        mock.patch.object(matrix_assignment, "_shard_group", _with_real_tensors(matrix_assignment._shard_group)),
+        # Take the branches of CUDA, independently of this CPU's cache size and instruction set.
         mock.patch.object(linear_loss, "_on_cpu", lambda tensor: False),
         mock.patch.object(linear_loss, "_supports_float32_output", lambda device: True),
         mock.patch.object(feed_forward, "gated_silu", gated_silu),
         mock.patch.object(attention, "supports", lambda *tensors: False),
         mock.patch.object(muon, "orthogonalization_dtype", lambda device: torch.bfloat16),
-        mock.patch.object(bias, "causal_lower_right", lambda *size: _Unseen()),
-        # DDP compares parameters and reorders its buckets by messages of its own.
+        mock.patch.object(bias, "causal_lower_right", lambda *size: _NoMask()),
+        # DDP compares parameters and reorders its buckets with collectives that the fake group cannot run.
         mock.patch.object(distributed, "_verify_param_shape_across_processes", lambda *args: None),
         mock.patch.object(dist.Reducer, "_rebuild_buckets", lambda reducer: False),
     ]
     with ExitStack() as stack:
-        for change in changes:
-            stack.enter_context(change)
+        for patch in patches:
+            stack.enter_context(patch)
         yield
 
 
-def _on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` on real tensors, as it reads what is in them."""
+def _with_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with FakeTensorMode disabled, because it reads tensor values."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -256,8 +261,8 @@ def _on_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class _Unseen:
-    """In place of a causal mask, which on CUDA is part of the kernel and takes no memory."""
+class _NoMask:
+    """A replacement for the causal mask, which on CUDA is part of the kernel and takes no memory."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -266,8 +271,8 @@ class _Unseen:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
 
 
-def _done(value: Any) -> Any:
-    """A future whose value is there."""
+def _completed(value: Any) -> Any:
+    """Return a completed future."""
     import torch
 
     future: Any = torch.futures.Future()
@@ -277,7 +282,7 @@ def _done(value: Any) -> Any:
 
 @contextmanager
 def _host_memory() -> Iterator[None]:
-    """The CPU stands for an accelerator; what FSDP2 brings to the CPU from there goes to another device."""
+    """Redirect FSDP2's copies to the CPU to another device, because the CPU simulates the accelerator."""
     from types import SimpleNamespace
 
     import torch
@@ -288,20 +293,20 @@ def _host_memory() -> Iterator[None]:
     from open_lm.parallel import parallelize
 
     if not hasattr(torch, HOST):
-        same = ("Event", "Stream", "current_stream", "device_count", "is_available", "is_initialized", "stream")
-        own = {
+        cpu_names = ("Event", "Stream", "current_stream", "device_count", "is_available", "is_initialized", "stream")
+        functions = {
             "current_device": lambda: 0,
             "_is_in_bad_fork": lambda: False,
             "get_amp_supported_dtype": lambda: [torch.bfloat16],
         }
-        module = SimpleNamespace(**{name: getattr(torch.cpu, name) for name in same}, **own)
+        module = SimpleNamespace(**{name: getattr(torch.cpu, name) for name in cpu_names}, **functions)
         _setup_privateuseone_for_python_backend(HOST, module)
     move = Tensor.to
 
     def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        asked_by = sys._getframe(1).f_globals["__name__"]
+        caller = sys._getframe(1).f_globals["__name__"]
         if (
-            asked_by.startswith("torch.distributed.fsdp")
+            caller.startswith("torch.distributed.fsdp")
             and args == (torch.device("cpu"),)
             and tensor.device.type == "cpu"
         ):
@@ -318,21 +323,23 @@ def _host_memory() -> Iterator[None]:
         yield
 
 
-# --- what is said ---------------------------------------------------------------------------------------------------
+# --- output ---------------------------------------------------------------------------------------------------------
 def compare(case: Case, detail: bool) -> float:
-    """The planner's total over the tracker's, less one; printed."""
+    """Print a case, and return the relative error of the planner's total."""
     setup = case.setup()
-    memory, found = peak(setup), tracked(case)
-    error = memory.total / found["Total"] - 1
-    host = f", in host memory {_mib(host_bytes(setup))} and {_mib(found['Host'])}" if found["Host"] else ""
+    memory, measured = peak(setup), tracked(case)
+    error = memory.total / measured["Total"] - 1
+    host = ""
+    if measured["Host"]:
+        host = f", host memory: predicted {_mib(host_bytes(setup))}, tracked {_mib(measured['Host'])}"
     print(
-        f"{case.name:44}{_mib(memory.total):>10}{_mib(found['Total']):>10}{error:>+8.1%}  {memory.phase}{host}",
+        f"{case.name:44}{_mib(memory.total):>10}{_mib(measured['Total']):>10}{error:>+8.1%}  {memory.phase}{host}",
         flush=True,
     )
     if detail:
-        said = ", ".join(f"{name} {_mib(value)}" for name, value in memory.items() if value)
-        seen = ", ".join(f"{name} {_mib(value)}" for name, value in found.items() if value and name != "Total")
-        print(f"    predicted  {said}\n    tracked    {seen}", flush=True)
+        predicted = ", ".join(f"{name} {_mib(value)}" for name, value in memory.items() if value)
+        categories = ", ".join(f"{name} {_mib(value)}" for name, value in measured.items() if value and name != "Total")
+        print(f"    predicted  {predicted}\n    tracked    {categories}", flush=True)
     return error
 
 
@@ -342,17 +349,19 @@ def _mib(num_bytes: int) -> str:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help=f"joined by commas (default: {','.join(MODELS)})")
-    parser.add_argument("--only", default="", metavar="TEXT,…", help="cases whose names hold one of these")
-    parser.add_argument("--detail", action="store_true", help="show categories")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), help=f"comma-separated model names (default: {','.join(MODELS)})"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT,…", help="run only cases whose name contains one of these")
+    parser.add_argument("--detail", action="store_true", help="print the memory of each category")
     args = parser.parse_args(argv)
     errors = []
     for model in args.models.split(","):
         chosen = [case for case in cases(model) if any(part in case.name for part in args.only.split(","))]
         if not chosen:
             names = ", ".join(case.name for case in cases(model))
-            raise ConfigError(f"--only {args.only}: found no such case, expected parts of {names}")
-        print(f"{f'MiB of a rank, {model}':44}{'predicted':>10}{'tracked':>10}{'error':>8}  peak")
+            raise ConfigError(f"--only {args.only}: no case matches; use parts of these names: {names}")
+        print(f"{f'MiB per rank, {model}':44}{'predicted':>10}{'tracked':>10}{'error':>8}  peak")
         errors += [compare(case, args.detail) for case in chosen]
     print(f"{len(errors)} cases, errors from {min(errors):+.1%} to {max(errors):+.1%}")
     if max(map(abs, errors)) > TOLERANCE:

@@ -1,22 +1,22 @@
-"""Kill a training at random moments, start it again, and see whether it trains as if nothing had happened.
+"""Kill a training run at random times, resume it, and compare it with an uninterrupted run.
 
     python scripts/kill_training.py --kills 20 --ranks 2 -- --fsdp
 
-A small model is trained under torchrun on data made here, saving every few steps. A start is killed in one of the ways
-below and then started again with --resume latest, until one lives to its end. Then the joined log must say, for every
-step once, the very loss and gradient norm of an undisturbed run, and the last weights must be the same, bit for bit.
+Trains a small model under torchrun on generated data, and saves every few steps. Each run is killed in one of the ways
+below and resumed with --resume latest until it finishes. Its log must then contain every step once, with exactly the
+loss and gradient norm of the uninterrupted run, and its final weights must be bitwise equal.
 
-    rank         one rank gets SIGKILL: the job must end by itself, with an error
-    all          launcher and ranks get SIGKILL
-    checkpoint   the same, while a checkpoint is being written
-    upload       the same, while a file is on its way to --remote-sync (a loopback S3 server)
-    start        the same, before the first step
-    signal       the launcher gets SIGTERM: the job must save, and end with exit code 0
-    restart      one rank gets SIGKILL under torchrun's --max-restarts: the job must go on by itself
+    rank         send SIGKILL to one rank; the job must exit with an error
+    all          send SIGKILL to the launcher and all ranks
+    checkpoint   like "all", while a checkpoint is being written
+    upload       like "all", while a file is being uploaded to --remote-sync (a loopback S3 server)
+    start        like "all", before the first step
+    signal       send SIGTERM to the launcher; the job must save and exit with code 0
+    restart      send SIGKILL to one rank with torchrun's --max-restarts; the job must continue automatically
 
-With --elastic every start has another number of ranks, which add in another order: losses and gradient norms are then
-compared to 1e-4 of their value, far less than another batch would change. What follows `--` goes to open_lm.main.
-Linux only.
+With --elastic, every start uses a different number of ranks. Sums are then computed in a different order, so losses
+and gradient norms are compared with a relative tolerance of 1e-4; a different batch would change them much more.
+Arguments after `--` are passed to open_lm.main. Linux only.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from open_lm.errors import DataError, run_cli
 
 WAYS = ("rank", "all", "checkpoint", "upload", "start", "signal", "restart")
 VOCAB, SEQ_LEN, BATCH, STEPS, SAVE_EVERY = 4096, 32, 8, 240, 15
-POLL_S, PATIENCE_S = 0.01, 120.0
+POLL_S, TIMEOUT_S = 0.01, 120.0
 ELASTIC_TOLERANCE = 1e-4
 MODEL = {
     "hidden_dim": 64, "n_layers": 2, "n_heads": 2, "seq_len": SEQ_LEN, "vocab_size": VOCAB,
@@ -55,22 +55,22 @@ MODEL = {
 
 
 def make_inputs(folder: Path) -> list[str]:
-    """A model's file and two sources of random sequences; the flags that train on them."""
+    """Write a model config and two sources of random sequences; return the flags that train on them."""
     generator = np.random.default_rng(0)
     (folder / "model.json").write_text(json.dumps(MODEL))
     manifests = []
     for source, sizes in enumerate(([300, 500, 200], [100, 250, 400, 170])):
-        place = folder / f"source-{source}"
-        place.mkdir()
+        source_folder = folder / f"source-{source}"
+        source_folder.mkdir()
         entries = []
         for shard, size in enumerate(sizes):
-            # Few different ids, so that there is something to learn.
-            rows = generator.integers(0, 64 << source, (size, SEQ_LEN + 1)).astype(token_dtype(VOCAB))
-            with ShardWriter(place / f"{shard:05d}.tar", "npy") as writer:
-                writer.write_numbered(0, rows)
+            # Use few distinct ids, so that the model can learn their distribution.
+            sequences = generator.integers(0, 64 << source, (size, SEQ_LEN + 1)).astype(token_dtype(VOCAB))
+            with ShardWriter(source_folder / f"{shard:05d}.tar", "npy") as writer:
+                writer.write_numbered(0, sequences)
             entries.append(ManifestEntry(f"{shard:05d}", size, {"sha256": writer.info.sha256}))
-        write_manifest(place / "manifest.jsonl", entries)
-        manifests.append(str(place / "manifest.jsonl"))
+        write_manifest(source_folder / "manifest.jsonl", entries)
+        manifests.append(str(source_folder / "manifest.jsonl"))
     tokens = STEPS * BATCH * SEQ_LEN
     return [
         "--model", str(folder / "model.json"), "--dataset-manifest", *manifests, "--data-key", "npy",
@@ -83,7 +83,7 @@ def make_inputs(folder: Path) -> list[str]:
 
 @dataclass
 class Run:
-    """A training in a folder of its own, started as often as need be."""
+    """A training run in its own folder, which may be started several times."""
 
     flags: Sequence[str]
     logs: Path
@@ -98,11 +98,11 @@ class Run:
         launcher = [sys.executable, "-m", "open_lm.utils.torchrun", "--nproc-per-node", str(ranks)]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--max-restarts", str(restarts)]
         remote = ["--remote-sync", self.remote, "--remote-sync-frequency", "1"] if self.remote else []
-        place = ["--logs", str(self.logs), "--name", "run", "--resume", "latest"]
-        return [*launcher, "-m", "open_lm.main", *self.flags, *place, *remote]
+        run_flags = ["--logs", str(self.logs), "--name", "run", "--resume", "latest"]
+        return [*launcher, "-m", "open_lm.main", *self.flags, *run_flags, *remote]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of training in metrics.jsonl that are whole."""
+        """Return the complete training lines of metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
@@ -113,16 +113,16 @@ class Run:
         rows = self.rows()
         return int(rows[-1]["step"]) if rows else 0
 
-    def being_written(self) -> bool:
+    def is_saving(self) -> bool:
         return any(self.folder.glob("checkpoints/*.incomplete"))
 
-    def being_sent(self) -> bool:
+    def is_uploading(self) -> bool:
         return any(".open-lm-part-sync-" in path.name for path in self.folder.rglob(".*"))
 
 
 @dataclass
 class Start:
-    """One start of a run's command."""
+    """One execution of a run's command."""
 
     process: subprocess.Popen[bytes]
     log: IO[bytes]
@@ -130,40 +130,40 @@ class Start:
 
     @classmethod
     def of(cls, run: Run, ranks: int, restarts: int = 0) -> Start:
-        log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the start)
+        log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
         mark = uuid.uuid4().hex
         environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: mark}
         process = subprocess.Popen(run.command(ranks, restarts), stdout=log, stderr=subprocess.STDOUT, env=environment)
         return cls(process, log, mark)
 
-    def said(self) -> str:
+    def output(self) -> str:
         self.log.seek(0)
         return self.log.read().decode(errors="replace")[-6000:]
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
-        """Whether the condition came true before the command ended."""
-        deadline = time.monotonic() + PATIENCE_S
+        """Wait until the condition is true; return False if the command exits first."""
+        deadline = time.monotonic() + TIMEOUT_S
         while not condition():
             if self.process.poll() is not None:
                 return False
             if time.monotonic() > deadline:
                 self.kill_all()
-                raise DataError(f"nothing happened for {PATIENCE_S:.0f} s:\n{self.said()}")
+                raise DataError(f"the command made no progress within {TIMEOUT_S:.0f} s:\n{self.output()}")
             time.sleep(POLL_S)
         return True
 
-    def end(self) -> int:
-        """The exit code; DataError where the command does not end."""
+    def wait(self) -> int:
+        """Return the exit code. Raise DataError if the command does not exit."""
         try:
-            code = self.process.wait(PATIENCE_S)
+            code = self.process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.kill_all()
-            raise DataError(f"the command does not end:\n{self.said()}") from None
-        self.kill_all()  # data workers of a killed rank, if any is left
+            raise DataError(f"the command did not exit within {TIMEOUT_S:.0f} s:\n{self.output()}") from None
+        self.kill_all()  # data workers of a killed rank may still be running
         return code
 
     def ranks(self) -> list[int]:
-        """The processes that the launcher has started; their data workers are not among them."""
+        """Return the ranks (children of the launcher), without their data workers."""
         return [pid for pid in marked(self.mark) if _parent(pid) == self.process.pid]
 
     def kill_all(self) -> None:
@@ -179,98 +179,100 @@ def _parent(pid: int) -> int:
         return -1
 
 
-def disturb(run: Run, way: str, ranks: int, chance: random.Random) -> str:
-    """Start the run and kill it in the given way; says what happened. "" where it was over before."""
+def interrupt(run: Run, way: str, ranks: int, rng: random.Random) -> str:
+    """Start the run and kill it in the given way; return a description, or "" if the run finished first."""
     start = Start.of(run, ranks, restarts=1 if way == "restart" else 0)
     before = run.last_step()
-    target = before + chance.randint(1, 2 * SAVE_EVERY)
+    target = before + rng.randint(1, 2 * SAVE_EVERY)
     if way == "start":
-        time.sleep(chance.uniform(0.5, 6.0))
+        time.sleep(rng.uniform(0.5, 6.0))
         reached = start.process.poll() is None
     elif way == "checkpoint":
-        reached = start.wait_for(lambda: run.last_step() > before and run.being_written())
+        reached = start.wait_for(lambda: run.last_step() > before and run.is_saving())
     elif way == "upload":
-        reached = start.wait_for(lambda: run.last_step() > before and run.being_sent())
+        reached = start.wait_for(lambda: run.last_step() > before and run.is_uploading())
     else:
-        # A resumed log is cut back to its checkpoint first: the step has to come anew.
+        # Resuming truncates the log to the checkpoint, so the target step must be logged by this start.
         reached = start.wait_for(lambda: start.ranks() != [] and run.last_step() >= target)
     if not reached:
-        _expect(start, start.end() == 0, "ended with an error before it was killed")
+        _expect(start, start.wait() == 0, "failed before it was killed")
         return ""
     step, pids = run.last_step(), start.ranks()
     if way == "signal":
         start.process.send_signal(signal.SIGTERM)
-        _expect(start, start.end() == 0, "did not end with exit code 0 after SIGTERM")
+        _expect(start, start.wait() == 0, "did not exit with code 0 after SIGTERM")
     elif way in ("rank", "restart") and pids:
-        os.kill(chance.choice(pids), signal.SIGKILL)
-        code = start.end()
-        _expect(start, (code == 0) == (way == "restart"), f"ended with exit code {code}")
+        os.kill(rng.choice(pids), signal.SIGKILL)
+        code = start.wait()
+        _expect(start, (code == 0) == (way == "restart"), f"exited with code {code} after SIGKILL of one rank")
     else:
         start.kill_all()
     return f"at step {step}"
 
 
-def _expect(start: Start, holds: bool, words: str) -> None:
-    if not holds:
-        raise DataError(f"the training {words}:\n{start.said()}")
+def _expect(start: Start, condition: bool, problem: str) -> None:
+    if not condition:
+        raise DataError(f"the training run {problem}:\n{start.output()}")
 
 
 def difference(run: Run, expected: Run, tolerance: float) -> str:
-    """How the joined log and the last weights differ from the undisturbed run's; empty where they do not."""
-    found, wanted = run.rows(), expected.rows()
-    steps = [row["step"] for row in found]
-    if steps != [row["step"] for row in wanted]:
-        return f"the log has {len(steps)} steps ({len(set(steps))} different), expected {len(wanted)}"
+    """Describe how the log and the final weights differ from the uninterrupted run; return "" if they are equal."""
+    rows, expected_rows = run.rows(), expected.rows()
+    steps = [row["step"] for row in rows]
+    if steps != [row["step"] for row in expected_rows]:
+        return f"the log has {len(steps)} steps ({len(set(steps))} distinct), expected {len(expected_rows)}"
     for name in ("train/loss", "train/grad_norm", "train/lr", "train/tokens"):
-        apart = [abs(a[name] - b[name]) / max(abs(b[name]), 1e-30) for a, b in zip(found, wanted, strict=True)]
-        if max(apart) > tolerance:
-            first = steps[next(number for number, value in enumerate(apart) if value > tolerance)]
-            return f"{name} differs by up to {max(apart):.1e} of its value, first at step {first}"
+        errors = [abs(a[name] - b[name]) / max(abs(b[name]), 1e-30) for a, b in zip(rows, expected_rows, strict=True)]
+        if max(errors) > tolerance:
+            first = steps[next(number for number, value in enumerate(errors) if value > tolerance)]
+            return f"{name}: maximum relative error {max(errors):.1e}, first at step {first}"
     return "" if tolerance else _weights_differ(run.folder, expected.folder)
 
 
-def _weights_differ(found: Path, expected: Path) -> str:
+def _weights_differ(folder: Path, expected: Path) -> str:
+    """Describe the first weights file that differs; return "" if all are equal."""
     import torch
 
     for path in sorted(expected.glob("checkpoints/*_4.pt")):
         if path.name.startswith(("epoch", "ema")):
             key = "state_dict" if path.name.startswith("epoch") else "av_model_sd"
-            theirs = torch.load(path, weights_only=True)[key]
-            ours = torch.load(found / "checkpoints" / path.name, weights_only=True)[key]
-            other = [name for name in theirs if not torch.equal(theirs[name], ours[name])]
-            if other:
-                return f"{path.name}: {len(other)} tensors differ, first {other[0]}"
+            expected_state = torch.load(path, weights_only=True)[key]
+            state = torch.load(folder / "checkpoints" / path.name, weights_only=True)[key]
+            differing = [name for name in expected_state if not torch.equal(expected_state[name], state[name])]
+            if differing:
+                return f"{path.name}: {len(differing)} tensors differ, first {differing[0]}"
     return ""
 
 
 def kill_many(args: argparse.Namespace, folder: Path, remote: str | None) -> int:
-    """Print a line for every start; returns how many finished runs differed from the undisturbed one."""
-    chance = random.Random(args.seed)
-    flags = [*make_inputs(folder), *args.more]
-    expected = Run(flags, folder / "undisturbed")
+    """Print one line per start, and return the number of finished runs that differ from the uninterrupted one."""
+    rng = random.Random(args.seed)
+    flags = [*make_inputs(folder), *args.train_args]
+    expected = Run(flags, folder / "uninterrupted")
     start = Start.of(expected, args.ranks)
-    _expect(start, start.end() == 0, "failed without being killed")
-    print(f"undisturbed: {expected.last_step()} steps, loss {expected.rows()[-1]['train/loss']:.4f}", flush=True)
+    _expect(start, start.wait() == 0, "failed without being killed")
+    print(f"uninterrupted: {expected.last_step()} steps, loss {expected.rows()[-1]['train/loss']:.4f}", flush=True)
     ways = [way for way in args.ways if way != "upload" or remote]
     number, finished, differing = 0, 0, 0
     run = Run(flags, folder / "run-0", remote and f"{remote}/run-0")
     while number < args.kills or run.kills:
-        ranks = chance.choice((1, 2, 4)) if args.elastic else args.ranks
+        ranks = rng.choice((1, 2, 4)) if args.elastic else args.ranks
         way = ways[number % len(ways)]
         if number < args.kills:
-            words = disturb(run, way, ranks, chance)
-            if words:
+            description = interrupt(run, way, ranks, rng)
+            if description:
                 number += 1
                 run.kills.append(way)
-                print(f"kill {number:3} of {args.kills}: {way:10} with {ranks} ranks {words}", flush=True)
+                print(f"kill {number:3} of {args.kills}: {way:10} with {ranks} ranks {description}", flush=True)
                 if way != "restart":
                     continue
         else:
             start = Start.of(run, ranks)
-            _expect(start, start.end() == 0, "failed on what a killed one had left")
-        words = difference(run, expected, ELASTIC_TOLERANCE if args.elastic else 0.0)
-        finished, differing = finished + 1, differing + bool(words)
-        print(f"  finished after {len(run.kills)} kills: {words or 'every step as undisturbed'}", flush=True)
+            _expect(start, start.wait() == 0, "failed when it resumed after a kill")
+        differences = difference(run, expected, ELASTIC_TOLERANCE if args.elastic else 0.0)
+        finished, differing = finished + 1, differing + bool(differences)
+        result = differences or "identical to the uninterrupted run"
+        print(f"  finished after {len(run.kills)} kills: {result}", flush=True)
         run = Run(flags, folder / f"run-{finished}", remote and f"{remote}/run-{finished}")
     print(json.dumps({"kills": number, "finished": finished, "differing": differing}))
     return differing
@@ -278,11 +280,11 @@ def kill_many(args: argparse.Namespace, folder: Path, remote: str | None) -> int
 
 @contextlib.contextmanager
 def loopback_bucket() -> Iterator[str]:
-    """The address of a bucket on an S3 server of this process, which what is started here is pointed at."""
+    """Start an S3 server in this process, set the AWS variables for child processes, and yield a bucket URL."""
     import boto3
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
@@ -299,12 +301,14 @@ def loopback_bucket() -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="how many (default: 20)")
-    parser.add_argument("--ranks", type=int, default=2, help="processes of the training (default: 2)")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of killing (default: all)")
-    parser.add_argument("--elastic", action="store_true", help="start with 1, 2 or 4 ranks, by chance")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("more", nargs="*", help="after `--`: further flags of open_lm.main")
+    parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks (default: 2)")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to kill the run (default: all)"
+    )
+    parser.add_argument("--elastic", action="store_true", help="start each time with 1, 2 or 4 ranks, chosen at random")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("train_args", nargs="*", help="after `--`: further flags of open_lm.main")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="kill-training-") as folder:
         if "upload" not in args.ways:
@@ -313,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with loopback_bucket() as remote:
                 differing = kill_many(args, Path(folder), remote)
     if differing:
-        raise DataError(f"{differing} trainings differ from the undisturbed one")
+        raise DataError(f"{differing} training runs differ from the uninterrupted one")
 
 
 if __name__ == "__main__":

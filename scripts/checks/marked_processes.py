@@ -1,4 +1,4 @@
-"""Processes found again by a mark in their environment, whatever session they have moved to. Linux only."""
+"""Find and kill processes by a marker in their environment, even if they changed their session. Linux only."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 from open_lm.errors import DataError
 
-MARK = "OPEN_LM_KILL"  # the variable of the environment
+MARK = "OPEN_LM_KILL"  # environment variable that holds the marker
 POLL_S, SETTLE_S = 0.05, 5.0
 
 
 def end_all(mark: str) -> None:
-    """End whatever carries the mark: processes may have left the group that was killed."""
+    """Kill all processes with this marker, including those that left the process group of the command."""
     deadline = time.monotonic() + SETTLE_S
-    while left := list(marked(mark)):
+    while pids := list(marked(mark)):
         if time.monotonic() > deadline:
-            raise DataError(f"processes {left} survive SIGKILL")
-        for pid in left:
+            raise DataError(f"processes {pids} are still running {SETTLE_S:.0f} s after SIGKILL")
+        for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -29,7 +29,7 @@ def end_all(mark: str) -> None:
 
 
 def marked(mark: str) -> Iterator[int]:
-    """The processes that carry the mark in their environment; one that has ended carries none."""
+    """Yield the ids of running processes with this marker in their environment."""
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:

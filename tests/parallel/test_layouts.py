@@ -35,13 +35,15 @@ INITIALISED_LAYOUTS = [
 def test_option_pairs_are_covered_in_each_kind_of_layout() -> None:
     chosen = parity.cases(2)
     assert {case["layout"] for case in chosen} == set(parity.LAYOUTS)
-    met = parity.meetings([{**case, "size": "even" if case["size"] == "even" else "odd"} for case in chosen])
-    of_two = [name for name, values in parity.OPTIONS.items() if len(values) == 2]
+    covered = parity.combined_options(
+        [{**case, "size": "even" if case["size"] == "even" else "odd"} for case in chosen]
+    )
+    two_valued = [name for name, values in parity.OPTIONS.items() if len(values) == 2]
     for kind in ("tensor", "context", "fsdp"):
-        for one, other in combinations(of_two, 2):
+        for one, other in combinations(two_valued, 2):
             for values in product(parity.OPTIONS[one], parity.OPTIONS[other]):
-                assert (kind, one, values[0], other, values[1]) in met
-    assert ("context_tensor", "masked", True, "z_loss", 1e-3) in met
+                assert (kind, one, values[0], other, values[1]) in covered
+    assert ("context_tensor", "masked", True, "z_loss", 1e-3) in covered
 
 
 def test_every_layout_trains_like_a_single_process() -> None:
