@@ -329,9 +329,7 @@ def compare(case: Case, detail: bool) -> float:
     setup = case.setup()
     memory, measured = peak(setup), tracked(case)
     error = memory.total / measured["Total"] - 1
-    host = ""
-    if measured["Host"]:
-        host = f", host memory: predicted {_mib(host_bytes(setup))}, tracked {_mib(measured['Host'])}"
+    host = f", host memory {_mib(host_bytes(setup))} / {_mib(measured['Host'])}" if measured["Host"] else ""
     print(
         f"{case.name:44}{_mib(memory.total):>10}{_mib(measured['Total']):>10}{error:>+8.1%}  {memory.phase}{host}",
         flush=True,

@@ -1,19 +1,19 @@
-"""Starts a run on several machines, or on this one: a torchrun on each host of a file, over ssh.
+"""Start a run on several machines with torchrun over ssh, or on this machine.
 
     python scripts/launch.py --hosts hosts.txt --nproc-per-node 8 -m open_lm.main --model open_lm_7b …
-    python scripts/launch.py --nproc-per-node 2 -m open_lm.main --model open_lm_160m …     (without hosts: here)
+    python scripts/launch.py --nproc-per-node 2 -m open_lm.main --model open_lm_160m …     (no hosts: this machine)
 
-A line of the file is a host, [user@]host[:port], with what differs from the others behind it: slots=N for its ranks,
-address=A where the other hosts reach it under another name than ssh does. What follows # is a comment. The first host
-holds rank 0 and the rendezvous.
+Each line of the hosts file is [user@]host[:port] [slots=N] [address=A]. slots is the number of ranks on this host.
+address is the name or IP address that the other hosts use, if it differs from the name for ssh. # starts a comment.
+The first host runs rank 0 and the rendezvous.
 
-Every host needs the same working directory and Python, ssh without a password, and free ports between the hosts. Of
-this environment the hosts get the variables of --env and NCCL_*, GLOO_*, TORCH_*, OMP_NUM_THREADS, AWS_*, HF_*,
-WANDB_*; values travel through the connection: they neither stand in a command line nor are they printed.
+Every host needs the same working directory and Python, ssh without a password, and open ports between the hosts. The
+hosts receive the environment variables in --env and NCCL_*, GLOO_*, TORCH_*, OMP_NUM_THREADS, AWS_*, HF_* and WANDB_*.
+Their values are sent over the connection. They do not appear on a command line and are not printed.
 
-A signal to stop (SIGTERM, SIGUSR1; an interrupt counts as SIGTERM) goes to all ranks, which save and end; a second one
-ends them at once. When a node fails or the connection to it is lost, the others have --grace seconds to end. The exit
-code is that of the node that failed first: 2 for a mistake in flags or files, 255 for a lost connection.
+SIGTERM, SIGUSR1 and an interrupt (Ctrl-C) ask all ranks to save and stop; a second signal kills them. If a node fails
+or its connection is lost, the other nodes have --grace seconds to stop. The exit code is that of the node that failed
+first: 2 for invalid flags or files, 255 for a lost connection.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from launch_run import Nodes
 from open_lm.errors import ConfigError, join_problems, run_cli
 
 NODE_PROGRAM = Path(__file__).resolve().with_name("launch_node.py")
-PASSED_ON = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_NUM_THREADS", "AWS_*", "HF_*", "WANDB_*")
-# No question is ever asked, and a connection that is gone is noticed in a quarter of a minute.
+FORWARDED_VARIABLES = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_NUM_THREADS", "AWS_*", "HF_*", "WANDB_*")
+# Never prompt, and detect a lost connection within 15 seconds.
 SSH = "ssh -o BatchMode=yes -o ConnectTimeout=20 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 
 
 @dataclass(frozen=True)
 class Host:
-    """A line of the hosts file. `name` is as ssh takes it, `address` as the other hosts do."""
+    """A host of the hosts file: ssh connects to `name`, the other hosts connect to `address`."""
 
     name: str
     address: str
@@ -57,13 +57,13 @@ class Host:
 
 # --- hosts ----------------------------------------------------------------------------------------------------------
 def read_hosts(path: Path) -> list[Host]:
-    """ConfigError with all that is wrong with the file."""
+    """Read a hosts file. Raise ConfigError with all its problems."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"--hosts {path}: cannot be read ({said}); expected a file with a host on each line"
+            f"--hosts {path}: cannot read the file ({reason}); expected a text file with one host per line"
         ) from error
     hosts: dict[tuple[str, int | None], Host] = {}
     problems = []
@@ -78,40 +78,42 @@ def read_hosts(path: Path) -> list[Host]:
             continue
         key = host.name.rpartition("@")[2], host.port
         if key in hosts:
-            problems.append(f"line {number}: {words[0]} is there twice; give it once, with slots=N for its ranks")
+            problems.append(
+                f"line {number}: {words[0]} is listed twice; list each host once, with slots=N for its number of ranks"
+            )
         hosts[key] = host
     if not hosts and not problems:
-        problems.append("names no host; expected one on each line, such as: node1 slots=8")
+        problems.append("found no hosts; expected one host per line, such as: node1 slots=8")
     if problems:
         raise ConfigError(join_problems(problems, f"--hosts {path}"))
     return list(hosts.values())
 
 
 def parse_host(words: Sequence[str]) -> Host:
-    """[user@]host[:port] [slots=N] [address=A]; an IPv6 address with a port stands in brackets."""
+    """Parse [user@]host[:port] [slots=N] [address=A]. An IPv6 address with a port must be in brackets."""
     user, at, rest = words[0].rpartition("@")
     name, port = rest, ""
     if rest.startswith("["):
-        name, _, behind = rest[1:].partition("]")
-        port = behind.removeprefix(":")
+        name, _, suffix = rest[1:].partition("]")
+        port = suffix.removeprefix(":")
     elif rest.count(":") == 1:
         name, _, port = rest.partition(":")
     if not name or name.startswith("-") or (at and not user) or user.startswith("-"):
         raise ConfigError(f"found {words[0]!r}, expected [user@]host[:port]")
     if port and not (port.isdecimal() and 0 < int(port) < 65536):
-        raise ConfigError(f"found the port {port!r}, expected a number from 1 to 65535")
+        raise ConfigError(f"found port {port!r}, expected a number from 1 to 65535")
     settings = dict(word.partition("=")[::2] for word in words[1:])
     unknown = [word for word in words[1:] if word.partition("=")[0] not in ("slots", "address") or "=" not in word]
     if unknown:
-        raise ConfigError(f"found {' '.join(unknown)!r} behind the host, expected slots=N or address=A")
+        raise ConfigError(f"found {' '.join(unknown)!r} after the host, expected slots=N or address=A")
     slots = settings.get("slots")
     if slots is not None and not (slots.isdecimal() and int(slots) > 0):
-        raise ConfigError(f"found slots={slots}, expected a number of ranks, 1 at least")
+        raise ConfigError(f"found slots={slots}, expected a number of ranks, at least 1")
     return Host(user + at + name, settings.get("address") or name, int(port) if port else None, slots)
 
 
-def is_here(host: Host) -> bool:
-    """Whether a host's name means this machine."""
+def is_local(host: Host) -> bool:
+    """Return whether the host is this machine."""
     name = host.name.rpartition("@")[2]
     return _is_loopback(name) or name in (socket.gethostname(), socket.getfqdn())
 
@@ -122,56 +124,58 @@ def _is_loopback(name: str) -> bool:
     return name == "localhost"
 
 
-def chosen_hosts(args: argparse.Namespace) -> list[Host]:
-    """The hosts that take part. ConfigError where there are too few, or where others could not reach the first."""
+def select_hosts(args: argparse.Namespace) -> list[Host]:
+    """Return the hosts of the run. Raise ConfigError if there are too few or if others cannot reach one of them."""
     if args.hosts is None:
         return [Host("localhost", "127.0.0.1")] * (args.nodes or 1)
     hosts = read_hosts(args.hosts)
     if args.nodes is not None and args.nodes > len(hosts):
-        raise ConfigError(f"--nodes {args.nodes}: {args.hosts} names {len(hosts)}")
+        raise ConfigError(f"--nodes {args.nodes}: found only {len(hosts)} hosts in {args.hosts}")
     hosts = hosts[: args.nodes]
-    hidden = [host.name for host in hosts if _is_loopback(host.address)]
-    if hidden and args.ssh is None and len(hidden) < len(hosts):
+    loopback = [host.name for host in hosts if _is_loopback(host.address)]
+    if loopback and args.ssh is None and len(loopback) < len(hosts):
         raise ConfigError(
-            f"--hosts {args.hosts}: the other hosts do not reach {' and '.join(hidden)}; give this machine's name or "
-            "address there, or address=A behind it"
+            f"--hosts {args.hosts}: the other hosts cannot reach {' and '.join(loopback)}; use this machine's name or "
+            "IP address instead, or append address=A"
         )
     return hosts
 
 
-# --- what is started ------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------------------------
 def remote_command(host: Host, args: argparse.Namespace) -> list[str]:
-    """The command, without a shell, that starts the node's program on its host."""
+    """Return the command line that starts launch_node.py on a host."""
     program = [args.python, str(NODE_PROGRAM)]
-    if args.hosts is None or (args.ssh is None and is_here(host)):
+    if args.hosts is None or (args.ssh is None and is_local(host)):
         return program
     remote = shlex.split(args.ssh or SSH)
-    # What ssh makes of several words is the remote shell's, so that each is quoted for it; most need no quotes.
+    # ssh joins the words and passes them to the remote shell, so each word must be quoted.
     quoted = [shlex.quote(word) for word in program]
     if any("{host}" in word for word in remote):
         if host.port is not None:
-            raise ConfigError(f"--ssh {args.ssh}: has no place for the port of {host}; leave it out of the hosts file")
+            raise ConfigError(
+                f"--ssh {args.ssh}: cannot pass the port of {host} to this command; remove the port from the hosts file"
+            )
         return [*(word.replace("{host}", host.name) for word in remote), *quoted]
     port = [] if host.port is None else ["-p", str(host.port)]
     return [*remote, *port, host.name, *quoted]
 
 
 def torchrun_command(hosts: Sequence[Host], rank: int, port: int, args: argparse.Namespace) -> list[str]:
-    """The package's torchrun on the node `rank`, with the rendezvous at the first host."""
-    first, own = hosts[0].address, hosts[rank]
+    """Return the torchrun command of node `rank`, with the rendezvous on the first host."""
+    first, host = hosts[0].address, hosts[rank]
     bracketed = f"[{first}]" if ":" in first else first
     return [
         args.python, "-m", "open_lm.utils.torchrun",
-        "--nnodes", str(len(hosts)), "--node-rank", str(rank), "--nproc-per-node", own.slots or args.nproc_per_node,
+        "--nnodes", str(len(hosts)), "--node-rank", str(rank), "--nproc-per-node", host.slots or args.nproc_per_node,
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{bracketed}:{port}", "--rdzv-id", args.rdzv_id,
-        "--rdzv-conf", f"is_host={int(rank == 0)}", "--local-addr", own.address,
+        "--rdzv-conf", f"is_host={int(rank == 0)}", "--local-addr", host.address,
         "--max-restarts", str(args.max_restarts),
         *args.command,
     ]  # fmt: skip
 
 
-def passed_on(patterns: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables whose names fit one of the patterns."""
+def matching_variables(patterns: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables whose names match one of the patterns."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -180,11 +184,11 @@ def passed_on(patterns: Sequence[str], environment: Mapping[str, str]) -> dict[s
 
 
 def job_of(hosts: Sequence[Host], rank: int, port: int, args: argparse.Namespace) -> dict[str, Any]:
-    """What the node's program is told; see launch_node.py."""
+    """Return the job of a node; launch_node.py describes the format."""
     return {
         "command": torchrun_command(hosts, rank, port, args),
         "directory": str(args.directory),
-        "environment": passed_on([*PASSED_ON, *args.env.split(",")], os.environ),
+        "environment": matching_variables([*FORWARDED_VARIABLES, *args.env.split(",")], os.environ),
         "grace_s": args.grace,
     }
 
@@ -197,64 +201,74 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--hosts", type=Path, metavar="FILE", help="a host on each line; default: this machine")
-    add("--nodes", type=int, metavar="N", help="the first N hosts only; without --hosts, N nodes on this machine")
+    add("--hosts", type=Path, metavar="FILE", help="file with one host per line (default: this machine)")
+    add(
+        "--nodes",
+        type=int,
+        metavar="N",
+        help="use only the first N hosts; without --hosts, start N nodes on this machine",
+    )
     add(
         "--nproc-per-node",
         default="gpu",
         metavar="N",
-        help="ranks of a host without slots; gpu: one for each (default)",
+        help="number of ranks on hosts without slots; gpu: one rank per GPU (default)",
     )
-    add("--ssh", metavar="COMMAND", help=f"in place of {SSH!r}; the host follows, or stands where it holds {{host}}")
-    add("--python", default=sys.executable, help="on the hosts (default: this one)")
-    add("--directory", type=Path, default=Path.cwd(), help="where the run starts on the hosts (default: this one)")
-    add("--env", default="", metavar="NAMES", help="further variables to hand on, joined by commas; * fits anything")
-    add("--port", type=int, help="of the rendezvous on the first host (default: one that is free)")
-    add("--grace", type=float, default=60.0, metavar="S", help="seconds to end after a failure (default: 60)")
-    add("--max-restarts", type=int, default=0, metavar="N", help="how often failed ranks are started anew (default: 0)")
-    add("--output", choices=["all", "first"], default="all", help="of all nodes, or of rank 0's and the first to fail")
-    add("--dry-run", action="store_true", help="print what would be started")
-    add("-m", dest="module", nargs=argparse.REMAINDER, help="module with its arguments")
-    add("script", nargs=argparse.REMAINDER, help="script with its arguments")
+    add("--ssh", metavar="COMMAND", help=f"remote shell (default: {SSH!r}); the host is appended, or replaces {{host}}")
+    add("--python", default=sys.executable, help="Python interpreter on the hosts (default: the current one)")
+    add("--directory", type=Path, default=Path.cwd(), help="working directory on the hosts (default: the current one)")
+    add("--env", default="", metavar="NAMES", help="comma-separated names or patterns (*) of further variables to send")
+    add("--port", type=int, help="rendezvous port on the first host (default: a free port)")
+    add("--grace", type=float, default=60.0, metavar="S", help="seconds to stop after a failure (default: 60)")
+    add("--max-restarts", type=int, default=0, metavar="N", help="number of restarts of failed ranks (default: 0)")
+    add(
+        "--output",
+        choices=["all", "first"],
+        default="all",
+        help="show the output of all nodes, or only of the node with rank 0 and of the first node that fails",
+    )
+    add("--dry-run", action="store_true", help="print the commands without starting them")
+    add("-m", dest="module", nargs=argparse.REMAINDER, help="Python module and its arguments")
+    add("script", nargs=argparse.REMAINDER, help="Python script and its arguments")
     return parser
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """ConfigError with all that is wrong with the options."""
+    """Parse the options. Raise ConfigError with all their problems."""
     args = make_parser().parse_args(argv)
     args.command = ["-m", *args.module] if args.module else args.script
     args.rdzv_id = uuid.uuid4().hex
     problems = []
     if not args.command:
-        problems.append("nothing to run: expected -m MODULE or a script behind the options, such as -m open_lm.main")
+        problems.append("nothing to run: expected -m MODULE or a script after the options, such as -m open_lm.main")
     if args.nproc_per_node != "gpu" and not (args.nproc_per_node.isdecimal() and int(args.nproc_per_node) > 0):
         problems.append(f"--nproc-per-node: found {args.nproc_per_node!r}, expected a number of ranks or gpu")
     if args.nodes is not None and args.nodes < 1:
-        problems.append(f"--nodes: found {args.nodes}, expected 1 at least")
+        problems.append(f"--nodes: found {args.nodes}, expected at least 1")
     if args.grace <= 0:
         problems.append(f"--grace: found {args.grace:g}, expected a number of seconds above 0")
     if args.hosts is None and args.ssh is not None:
-        problems.append("--ssh: goes with --hosts")
+        problems.append("--ssh: requires --hosts")
     if problems:
-        raise ConfigError(join_problems(problems, "the options cannot be used"))
+        raise ConfigError(join_problems(problems, "invalid options"))
     return args
 
 
-def show(hosts: Sequence[Host], args: argparse.Namespace) -> None:
-    """Print what each host would be told, with the names of variables alone."""
+def print_jobs(hosts: Sequence[Host], args: argparse.Namespace) -> None:
+    """Print the command, directory and variable names of each host, without the values of the variables."""
     for rank, host in enumerate(hosts):
         job = job_of(hosts, rank, args.port or 0, args)
         print(f"{host}: {shlex.join(remote_command(host, args))}")
         print(f"  in {job['directory']}: {shlex.join(job['command'])}")
-        print(f"  with {', '.join(job['environment']) or 'no variables'}")
+        print(f"  with {', '.join(job['environment']) or 'no environment variables'}")
 
 
 def launch(argv: Sequence[str]) -> int:
-    """The run's exit code."""
+    """Run the job, and return its exit code."""
     args = parse(argv)
-    hosts = chosen_hosts(args)
+    hosts = select_hosts(args)
     if args.dry_run:
-        show(hosts, args)
+        print_jobs(hosts, args)
         return 0
     names = [str(host) if args.hosts else f"node {rank}" for rank, host in enumerate(hosts)]
     commands = [(name, remote_command(host, args)) for name, host in zip(names, hosts, strict=True)]

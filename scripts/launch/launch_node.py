@@ -1,14 +1,19 @@
-"""One node's part of launch.py: starts the run's torchrun here, hands signals on to it, and leaves no process behind.
+"""Run torchrun on one node for launch.py: forward signals, and leave no processes behind.
 
-Started by launch.py, on another machine by its remote shell; needs nothing but Python. Lines of standard input say what
-to do; the first is a JSON object with command, directory, environment and grace_s, later ones are `signal NUMBER`,
-`end SECONDS` (SIGTERM, and after so many seconds SIGKILL) or nothing, a sign of life. Where that input ends or falls
-silent, the launcher or the way to it is lost: the run is ended as by `end grace_s`. So environment variables stand in
-no command line, and a connection that breaks leaves nothing running.
+launch.py starts this program, on other machines through ssh. It needs only Python. It reads commands from the lines of
+standard input, so that environment variables do not appear on a command line:
 
-What the run prints goes to this process's own output. Between it, a line that begins with MARK is JSON for the
-launcher: first {"port": …}, a port that is free here, or {"problem": …}; last {"code": …, "ago_s": …}, the exit code of
-the run, and how long ago its first rank failed: torchrun ends some time after that, when the others of its node have.
+    first line       JSON object with command, directory, environment and grace_s
+    signal NUMBER    send the signal to the run
+    end SECONDS      send SIGTERM, and SIGKILL after this many seconds
+    empty line       heartbeat
+
+If the input ends or no line arrives for SILENCE_S, the connection to the launcher is lost, and the program stops the
+run like `end grace_s`.
+
+The output of the run goes to the output of this program. Lines that start with MARK contain JSON for the launcher.
+The first is {"port": …}, a free port on this machine, or {"problem": …}. The last is {"code": …, "ago_s": …}: the exit
+code of the run and the seconds since its first rank failed. torchrun exits later, after all ranks on the node have.
 """
 
 from __future__ import annotations
@@ -29,85 +34,85 @@ from typing import Any
 
 MARK = "\x1elaunch "
 FAILURE_FILE = "OPEN_LM_FAILURE_FILE"  # as in open_lm.utils.torchrun
-SILENCE_S = 60.0  # without a sign of life from the launcher, of which there is one every few seconds
+SILENCE_S = 60.0  # the launcher sends a heartbeat every few seconds
 _POLL_S = 0.1
-_KILL_S = 10.0  # what processes may take to die of SIGKILL; one that the kernel holds takes longer
+_KILL_S = 10.0  # time for processes to exit after SIGKILL; one in an uninterruptible system call may take longer
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
-def tell(**values: Any) -> None:
-    """A line for the launcher. It begins anew where the run has not ended its own."""
+def send_to_launcher(**values: Any) -> None:
+    """Write a line for the launcher. MARK separates it from an unfinished line of the run."""
     os.write(1, f"{MARK}{json.dumps(values)}\n".encode())
 
 
-class Orders:
-    """Lines from the launcher."""
+class CommandReader:
+    """A reader of the launcher's commands on standard input."""
 
     def __init__(self) -> None:
         self._bytes = b""
-        self._heard = time.monotonic()
+        self._received_at = time.monotonic()
         self.lost = False
 
-    def take(self, wait_s: float) -> list[str]:
-        """The lines that have come within `wait_s`; sets `lost` at the end of the input or after silence."""
+    def read(self, wait_s: float) -> list[str]:
+        """Return the lines that arrive within `wait_s`. Set `lost` at the end of the input or after SILENCE_S."""
         if self.lost:
             time.sleep(wait_s)
             return []
         if select.select([0], [], [], wait_s)[0]:
-            read = os.read(0, 1 << 16)
-            self._bytes += read
-            self._heard, self.lost = time.monotonic(), not read
-        elif time.monotonic() - self._heard > SILENCE_S:
+            data = os.read(0, 1 << 16)
+            self._bytes += data
+            self._received_at, self.lost = time.monotonic(), not data
+        elif time.monotonic() - self._received_at > SILENCE_S:
             self.lost = True
         *lines, self._bytes = self._bytes.split(b"\n")
         return [line.decode() for line in lines if line]
 
 
 class Run:
-    """The run's command with all that it starts."""
+    """The running command and all its descendants."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self._failure = tempfile.NamedTemporaryFile("r", prefix="failure-")  # noqa: SIM115 (as long as the run)
+        self._failure = tempfile.NamedTemporaryFile("r", prefix="failure-")  # noqa: SIM115 (open during the run)
         self.process = subprocess.Popen(
             job["command"],
             cwd=job["directory"],
             env={**os.environ, **job["environment"], FAILURE_FILE: self._failure.name},
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt at a terminal is the launcher's to hand on
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 (this process has one thread)
+            start_new_session=True,  # the launcher forwards an interrupt from the terminal
+            preexec_fn=_terminate_with_parent,  # noqa: PLW1509 (this process has one thread)
         )
         self._kill_at = float("inf")
 
     def failed_ago_s(self) -> float:
-        """Seconds since its first rank failed, 0 where torchrun has not said."""
-        said = self._failure.read()
-        return time.time() - float(said) if said else 0.0
+        """Return the seconds since the first rank failed, or 0 if torchrun has not reported it."""
+        failure_time = self._failure.read()
+        return time.time() - float(failure_time) if failure_time else 0.0
 
     def send(self, number: int) -> None:
         if self.process.poll() is None:
             self.process.send_signal(number)
 
     def end(self, grace_s: float) -> None:
-        """Ask it to end; `code` sees to it that it has after the grace time."""
+        """Send SIGTERM; `code` kills the run after the grace time."""
         self.send(signal.SIGTERM)
         self._kill_at = min(self._kill_at, time.monotonic() + grace_s)
 
     def code(self) -> int | None:
-        """The exit code, as a shell puts it, or None while it runs."""
+        """Return the exit code in the shell's convention, or None while the command is running."""
         killed = time.monotonic() >= self._kill_at
         if killed:
-            end_descendants()
+            kill_descendants()
         code = self.process.poll()
         if code is None and killed:
             return 128 + signal.SIGKILL
         return 128 - code if code is not None and code < 0 else code
 
 
-_LIBC = ctypes.CDLL(None)  # not loaded in a child between fork and exec
+_LIBC = ctypes.CDLL(None)  # loaded here, because loading between fork and exec is unsafe
 
 
-def _end_with_parent() -> None:
-    """In a new child: get SIGTERM when this process is killed."""
+def _terminate_with_parent() -> None:
+    """Ask the kernel to send this child SIGTERM when its parent is killed."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -117,28 +122,28 @@ def _prctl(option: int, value: int) -> None:
 
 
 def descendants() -> list[int]:
-    """The processes that this one has started, and those started by them. Linux; elsewhere none are found."""
+    """Return all descendants of this process. Linux only; on other systems, return an empty list."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # it has ended meanwhile
+        except OSError:  # the process has exited
             continue
         if state != "Z":
             children.setdefault(int(parent), []).append(int(folder.name))
-    found, unread = [], [os.getpid()]
-    while unread:
-        more = children.get(unread.pop(), [])
-        found += more
-        unread += more
-    return found
+    pids, parents = [], [os.getpid()]
+    while parents:
+        new = children.get(parents.pop(), [])
+        pids += new
+        parents += new
+    return pids
 
 
-def end_descendants() -> None:
-    """Kill all that are left, also those that are born meanwhile."""
+def kill_descendants() -> None:
+    """Kill all descendants, including processes that start in the meantime."""
     deadline = time.monotonic() + _KILL_S
-    while (left := descendants()) and time.monotonic() < deadline:
-        for pid in left:
+    while (pids := descendants()) and time.monotonic() < deadline:
+        for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -146,49 +151,49 @@ def end_descendants() -> None:
         time.sleep(_POLL_S / 10)
 
 
-def problem_of(job: dict[str, Any]) -> str | None:
-    """Why this job cannot be started here."""
+def find_problem(job: dict[str, Any]) -> str | None:
+    """Return why the job cannot start on this machine, or None."""
     if not os.path.isdir(job["directory"]):
-        return f"the working directory {job['directory']} does not exist there; --directory names another"
+        return f"the working directory {job['directory']} does not exist on this host; create it or set --directory"
     if shutil.which(job["command"][0]) is None:
-        return f"{job['command'][0]} does not exist there or cannot be run; --python names another"
+        return f"{job['command'][0]} is not an executable on this host; set --python"
     return None
 
 
-def serve() -> int:
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # ranks whose torchrun has gone are still found
+def main() -> int:
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # adopt ranks whose torchrun has exited, so that `descendants` finds them
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]
-    tell(port=port)
-    orders = Orders()
-    waiting: list[str] = []
-    while not waiting:
-        if orders.lost:
+    send_to_launcher(port=port)
+    reader = CommandReader()
+    lines: list[str] = []
+    while not lines:
+        if reader.lost:
             return 1
-        waiting = orders.take(_POLL_S)
-    job = json.loads(waiting.pop(0))
-    problem = problem_of(job)
+        lines = reader.read(_POLL_S)
+    job = json.loads(lines.pop(0))
+    problem = find_problem(job)
     if problem is not None:
-        tell(problem=problem)
+        send_to_launcher(problem=problem)
         return 2
     run = Run(job)
     was_lost = False
     while (code := run.code()) is None:
-        for order in waiting:
-            word, _, value = order.partition(" ")
-            if word == "signal":
+        for line in lines:
+            command, _, value = line.partition(" ")
+            if command == "signal":
                 run.send(int(value))
             else:
                 run.end(float(value))
-        waiting = orders.take(_POLL_S)
-        if orders.lost and not was_lost:
+        lines = reader.read(_POLL_S)
+        if reader.lost and not was_lost:
             was_lost = True
             run.end(job["grace_s"])
-    end_descendants()
+    kill_descendants()
     if not was_lost:
-        tell(code=code, ago_s=run.failed_ago_s())
+        send_to_launcher(code=code, ago_s=run.failed_ago_s())
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    sys.exit(main())

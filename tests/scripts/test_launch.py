@@ -1,4 +1,4 @@
-"""scripts/launch.py: runs on several nodes, for real: machines are network namespaces with addresses of their own."""
+"""Test scripts/launch.py with real runs on several nodes; machines are network namespaces with their own addresses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRACE_S = 20
 
 
 # --- hosts and commands ---------------------------------------------------------------------------------------------
-def test_hosts_are_read(tmp_path: Path) -> None:
+def test_hosts_file_is_parsed(tmp_path: Path) -> None:
     path = tmp_path / "hosts.txt"
     path.write_text(
         "# ours\nnode1 slots=8\n\nme@node2:2222  # slow\nnode3 slots=4 address=10.0.0.3\n[fe80::1]:22\nfe80::2\n"
@@ -41,19 +41,19 @@ def test_hosts_are_read(tmp_path: Path) -> None:
     ]
 
 
-def test_all_that_is_wrong_with_hosts_is_told(tmp_path: Path) -> None:
+def test_all_problems_of_a_hosts_file_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "hosts.txt"
     lines = ["a slots=0", "b slots=many", "c", "me@c", "d:99999", "e gpus=8", "-oProxyCommand=x", "f slots=8"]
     path.write_text("\n".join(lines))
     with pytest.raises(ConfigError) as caught:
         read_hosts(path)
-    said = str(caught.value)
-    assert all(f"line {number}: " in said for number in (1, 2, 4, 5, 6, 7)) and "line 8" not in said
-    assert "slots=many" in said and "c is there twice" in said and "'99999'" in said and "'gpus=8'" in said
+    message = str(caught.value)
+    assert all(f"line {number}: " in message for number in (1, 2, 4, 5, 6, 7)) and "line 8" not in message
+    assert "slots=many" in message and "c is listed twice" in message and "'99999'" in message and "'gpus=8'" in message
 
 
 @pytest.mark.parametrize("content", [None, "", "# node1\n"])
-def test_a_hosts_file_has_to_name_hosts(tmp_path: Path, content: str | None) -> None:
+def test_a_hosts_file_without_hosts_is_rejected(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "hosts.txt"
     if content is not None:
         path.write_text(content)
@@ -61,17 +61,17 @@ def test_a_hosts_file_has_to_name_hosts(tmp_path: Path, content: str | None) -> 
         read_hosts(path)
 
 
-def test_mistaken_options_are_told_together(tmp_path: Path) -> None:
+def test_all_invalid_options_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)nothing to run.*--nproc-per-node.*--nodes.*--grace.*--ssh"):
         launch(["--nproc-per-node", "x", "--nodes", "0", "--grace", "0", "--ssh", "rsh"])
     (tmp_path / "hosts.txt").write_text("localhost\nnode2\n")
-    with pytest.raises(ConfigError, match="do not reach localhost"):
+    with pytest.raises(ConfigError, match="cannot reach localhost"):
         launch(["--hosts", str(tmp_path / "hosts.txt"), "-m", "x"])
-    with pytest.raises(ConfigError, match=r"--nodes 3: .* names 2"):
+    with pytest.raises(ConfigError, match=r"--nodes 3: found only 2 hosts in .*hosts\.txt"):
         launch(["--hosts", str(tmp_path / "hosts.txt"), "--nodes", "3", "-m", "x"])
 
 
-def test_a_dry_run_shows_commands_and_no_values(
+def test_a_dry_run_prints_commands_without_variable_values(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
@@ -79,43 +79,45 @@ def test_a_dry_run_shows_commands_and_no_values(
     (tmp_path / "hosts.txt").write_text("me@node1:22 slots=8\nnode2\n")
     options = ["--hosts", str(tmp_path / "hosts.txt"), "--nproc-per-node", "4", "--python", "/my env/python"]
     assert launch([*options, "--dry-run", "-m", "open_lm.main", "--name", "a b;c"]) == 0
-    first, run, with_, second, *_ = capsys.readouterr().out.splitlines()
+    first, run, variables, second, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("me@node1:22: ssh -o BatchMode=yes") and " -p 22 me@node1 " in first
     assert " node2 " in second and "-p" not in second.split()
-    # Quoted once for this shell and once for the one that ssh calls.
+    # Quoted once for the local shell and once for the remote shell.
     assert first.endswith(f"""''"'"'/my env/python'"'"'' {ROOT}/scripts/launch/launch_node.py""")
     assert "--nnodes 2 --node-rank 0 --nproc-per-node 8" in run and run.endswith("-m open_lm.main --name 'a b;c'")
-    assert "AWS_SECRET_ACCESS_KEY, " in with_ and "NCCL_SOCKET_IFNAME" in with_
-    assert "hidden" not in first + run + with_ and "eth7" not in with_
+    assert "AWS_SECRET_ACCESS_KEY, " in variables and "NCCL_SOCKET_IFNAME" in variables
+    assert "hidden" not in first + run + variables and "eth7" not in variables
 
 
-def test_another_remote_shell_takes_the_host_where_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_host_replaces_its_placeholder_in_another_remote_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "hosts.txt").write_text("pod-0\n")
     launch(["--hosts", str(tmp_path / "hosts.txt"), "--ssh", "kubectl exec -i {host} --", "--dry-run", "x.py"])
     assert capsys.readouterr().out.startswith(f"pod-0: kubectl exec -i pod-0 -- {sys.executable} {ROOT}")
 
 
-def test_parse_host_refuses_what_ssh_would_take_for_an_option() -> None:
+def test_parse_host_rejects_a_host_that_ssh_would_parse_as_an_option() -> None:
     with pytest.raises(ConfigError, match="expected"):
         parse_host(["me@-oProxyCommand=x"])
 
 
 # --- nodes on this machine ------------------------------------------------------------------------------------------
-def test_unreachable_hosts_are_all_named(tmp_path: Path) -> None:
-    shell = program(tmp_path / "shell", 'echo "shell: no way to $1" >&2; exit 255')
+def test_all_unreachable_hosts_are_reported(tmp_path: Path) -> None:
+    shell = program(tmp_path / "shell", 'echo "shell: no route to $1" >&2; exit 255')
     (tmp_path / "hosts.txt").write_text("node1\nnode2\n")
     options = ["--hosts", str(tmp_path / "hosts.txt"), "--ssh", str(shell)]
     done = subprocess.run([*LAUNCH, *options, "x.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
-    assert "1. node1: shell: no way to node1" in done.stderr and "2. node2: shell: no way to node2" in done.stderr
+    assert "1. node1: shell: no route to node1" in done.stderr and "2. node2: shell: no route to node2" in done.stderr
 
 
-def test_what_ssh_says_is_told(tmp_path: Path) -> None:
+def test_the_error_of_ssh_is_reported(tmp_path: Path) -> None:
     (tmp_path / "hosts.txt").write_text("127.0.0.1:1\n")
     options = ["--hosts", str(tmp_path / "hosts.txt"), "--ssh", "ssh -o BatchMode=yes"]
     done = subprocess.run([*LAUNCH, *options, "x.py"], capture_output=True, text=True, check=False)
-    said = "Connection refused" if shutil.which("ssh") else "ssh cannot be run here"
-    assert done.returncode == 2 and said in done.stderr and done.stderr.startswith("error: ")
+    expected = "Connection refused" if shutil.which("ssh") else "cannot run ssh on this machine"
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.startswith("error: ")
 
 
 def program(path: Path, script: str) -> Path:
@@ -126,12 +128,12 @@ def program(path: Path, script: str) -> Path:
 
 WORKER = """
 import os, subprocess, sys
-child = subprocess.Popen(["sleep", "1000"])  # what a rank that is killed leaves behind
+child = subprocess.Popen(["sleep", "1000"])  # remains when the rank is killed
 print("pids", os.getpid(), child.pid, flush=True)
 child.wait()
 """
 
-# Rank 2 fails first. Its node ends after the other, because rank 3 waits for that; rank 0 fails two seconds later.
+# Rank 2 fails first, rank 0 two seconds later. The node of rank 2 exits last, because rank 3 waits for the other node.
 FAILING = """
 import os, signal, sys, time
 rank, folder = int(os.environ["RANK"]), sys.argv[1]
@@ -166,7 +168,7 @@ time.sleep(1000)
 """
 
 
-def test_the_node_that_failed_first_is_named(tmp_path: Path) -> None:
+def test_the_node_that_failed_first_is_reported(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(FAILING)
     options = ["--nodes", "2", "--nproc-per-node", "2", "--env", "GIVEN"]
     done = subprocess.run(
@@ -174,10 +176,10 @@ def test_the_node_that_failed_first_is_named(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GIVEN": "a value"},
     )  # fmt: skip
-    assert done.returncode == 1, done.stderr  # torchrun's, whose traceback says 3
+    assert done.returncode == 1, done.stderr  # the exit code of torchrun; its traceback reports 3
     assert done.stdout == "[node 0] value a value\n"
-    said = done.stderr.splitlines()
-    assert said[0] == "[node 1] the cause" and "error: node 1 failed first, with exit code 1" in said
+    lines = done.stderr.splitlines()
+    assert lines[0] == "[node 1] the cause" and "error: node 1 failed first, with exit code 1" in lines
 
 
 def alive(pid: int) -> bool:
@@ -187,58 +189,62 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_node_ends_with_its_launcher(tmp_path: Path) -> None:
+def test_a_node_exits_after_its_launcher_is_killed(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     options = ["--nproc-per-node", "1", "--grace", "1", str(tmp_path / "worker.py")]
     with subprocess.Popen([*LAUNCH, *options], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         pids = [int(word) for word in process.stdout.readline().split()[1:]]
-        ends = [os.pidfd_open(pid) for pid in pids]  # readable when the process has ended
+        descriptors = [os.pidfd_open(pid) for pid in pids]  # readable once the process has exited
         process.kill()
-    assert len(ends) == 2
-    for end in ends:
-        assert select.select([end], [], [], 60)[0]
-        os.close(end)
+    assert len(descriptors) == 2
+    for descriptor in descriptors:
+        assert select.select([descriptor], [], [], 60)[0]
+        os.close(descriptor)
 
 
-def test_a_second_signal_ends_what_does_not_stop(tmp_path: Path) -> None:
+def test_a_second_signal_kills_a_run_that_does_not_stop(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{WORKER}")
     with start(["--nproc-per-node", "1", str(tmp_path / "worker.py")], tmp_path) as process:
         pids = [int(word) for word in until(process.stdout, "pids")[-1].split()[1:]]
         process.send_signal(signal.SIGINT)
-        until(process.stdout, "SIGINT: the nodes save and stop")
+        until(process.stdout, "SIGINT: asking all nodes to save and stop")
         assert all(alive(pid) for pid in pids)
         process.send_signal(signal.SIGINT)
         rest = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + signal.SIGKILL and "SIGINT: the nodes are ended" in rest
+    assert process.returncode == 128 + signal.SIGKILL and "SIGINT: killing all nodes" in rest
     assert len(pids) == 2 and not any(alive(pid) for pid in pids)
 
 
-# --- nodes with addresses of their own ------------------------------------------------------------------------------
+# --- nodes with their own addresses ----------------------------------------------------------------------------------
 @dataclass
 class Machines:
-    """Two network namespaces, joined by a cable. `shell` is a remote shell to them."""
+    """Two network namespaces connected by a virtual cable, and a remote shell `shell` for them."""
 
     shell: Path
     hosts: Path
     holders: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
 
     def processes(self, address: str) -> list[int]:
-        """What runs on a machine."""
+        """Return the ids of the running processes on a machine."""
         holder = self.holders[address].pid
-        own = os.readlink(f"/proc/{holder}/ns/net")
-        found = []
+        namespace = os.readlink(f"/proc/{holder}/ns/net")
+        pids = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
-                if os.readlink(folder / "ns/net") == own and int(folder.name) != holder and alive(int(folder.name)):
-                    found.append(int(folder.name))
+                if (
+                    os.readlink(folder / "ns/net") == namespace
+                    and int(folder.name) != holder
+                    and alive(int(folder.name))
+                ):
+                    pids.append(int(folder.name))
             except OSError:
                 continue
-        return found
+        return pids
 
 
-def held(command: Sequence[str]) -> subprocess.Popen[str]:
-    """A process that has become what `command` makes of it, and stays until its input ends."""
+def hold(command: Sequence[str]) -> subprocess.Popen[str]:
+    """Start a process inside the namespace that `command` creates or enters. It exits when its input ends."""
     process = subprocess.Popen(
         [*command, "sh", "-c", "echo ready; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
@@ -253,30 +259,30 @@ def held(command: Sequence[str]) -> subprocess.Popen[str]:
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
     for tool in ("unshare", "nsenter", "ip"):
         if shutil.which(tool) is None:
-            pytest.skip(f"two machines are network namespaces, for which {tool} is missing")
+            pytest.skip(f"network namespaces need {tool}, which is not installed")
     folder = tmp_path_factory.mktemp("machines")
-    outer = held(["unshare", "--user", "--map-root-user", "--net"])
+    outer = hold(["unshare", "--user", "--map-root-user", "--net"])
 
     def inside(process: subprocess.Popen[str]) -> list[str]:
         return ["nsenter", "--preserve-credentials", "--user", "--net", "--target", str(process.pid)]
 
-    found = Machines(folder / "shell", folder / "hosts.txt")
+    machines = Machines(folder / "shell", folder / "hosts.txt")
     for address in ADDRESSES:
-        found.holders[address] = held([*inside(outer), "unshare", "--net"])
-        (folder / address).write_text(str(found.holders[address].pid))
-    first, second = (str(holder.pid) for holder in found.holders.values())
+        machines.holders[address] = hold([*inside(outer), "unshare", "--net"])
+        (folder / address).write_text(str(machines.holders[address].pid))
+    first, second = (str(holder.pid) for holder in machines.holders.values())
     cable = f"ip link add eth0 netns {first} type veth peer name eth0 netns {second}"
-    made = subprocess.run([*inside(outer), *cable.split()], capture_output=True, text=True, check=False)
-    if made.returncode != 0:
-        pytest.skip(f"no cable between network namespaces here: {made.stderr.strip()}")
-    for address, holder in found.holders.items():
+    result = subprocess.run([*inside(outer), *cable.split()], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.skip(f"cannot connect network namespaces: {result.stderr.strip()}")
+    for address, holder in machines.holders.items():
         for command in (f"ip addr add {address}/24 dev eth0", "ip link set eth0 up", "ip link set lo up"):
             subprocess.run([*inside(holder), *command.split()], check=True)
     enter = "nsenter --preserve-credentials --user --net --target"
-    program(found.shell, f'host=$1; shift; exec {enter} "$(cat {folder}/$host)" sh -c "$*"')
-    found.hosts.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    yield found
-    for process in (*found.holders.values(), outer):
+    program(machines.shell, f'host=$1; shift; exec {enter} "$(cat {folder}/$host)" sh -c "$*"')
+    machines.hosts.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    yield machines
+    for process in (*machines.holders.values(), outer):
         process.communicate()
 
 
@@ -284,15 +290,15 @@ def options(machines: Machines) -> list[str]:
     return ["--hosts", str(machines.hosts), "--ssh", str(machines.shell), "--grace", str(GRACE_S)]
 
 
-def training(folder: Path, steps: int, *more: str) -> list[str]:
-    """A run whose steps do not depend on how many there will be."""
+def training(folder: Path, steps: int, *flags: str) -> list[str]:
+    """Return the arguments of a small training run whose losses do not depend on the number of steps."""
     shape = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": 8, "vocab_size": 100}
     (folder / "model.json").write_text(json.dumps({**shape, "post_embed_norm": False, "weight_tying": False}))
     return [
         "-m", "open_lm.main", "--model", str(folder / "model.json"), "--dataset-type", "synthetic", "--workers", "0",
         "--global-batch-size", "4", "--train-num-samples", str(steps * 4 * 8), "--epochs", "1", "--precision", "fp32",
         "--lr", "1e-2", "--warmup", "2", "--lr-scheduler", "const", "--log-every-n-steps", "1", "--logs", str(folder),
-        "--fsdp", *more,
+        "--fsdp", *flags,
     ]  # fmt: skip
 
 
@@ -310,14 +316,14 @@ def finished(command: Sequence[str], cwd: Path, **env: str) -> subprocess.Comple
 
 
 def until(stream: IO[str] | None, text: str) -> list[str]:
-    """The lines up to the first with `text`."""
+    """Return the lines up to the first one that contains `text`."""
     assert stream is not None
     lines = []
     for line in stream:
         lines.append(line)
         if text in line:
             return lines
-    pytest.fail(f"{text!r} was never said:\n{''.join(lines)}")
+    pytest.fail(f"{text!r} was not printed:\n{''.join(lines)}")
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -325,26 +331,26 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
-def test_two_machines_train_stop_and_go_on_as_one(machines: Machines, tmp_path: Path) -> None:
+def test_two_machines_stop_resume_and_train_like_one(machines: Machines, tmp_path: Path) -> None:
     command = [*options(machines), *training(tmp_path, 10**6, "--name", "two")]
     with start(command, tmp_path) as process:
         until(process.stdout, "Train Epoch")
         process.send_signal(signal.SIGTERM)
         rest = process.communicate(timeout=120)[0]
     assert process.returncode == 0, rest
-    assert "SIGTERM: the nodes save and stop" in rest and "Warning: Process group" not in rest
+    assert "SIGTERM: asking all nodes to save and stop" in rest and "Warning: Process group" not in rest
     assert not any(machines.processes(address) for address in ADDRESSES)
     stopped = max(losses(tmp_path / "two"))
-    more = [*training(tmp_path, stopped + 5, "--name", "two", "--resume", "latest")]
-    done = finished([*options(machines), *more], tmp_path)
+    resumed = [*training(tmp_path, stopped + 5, "--name", "two", "--resume", "latest")]
+    done = finished([*options(machines), *resumed], tmp_path)
     assert done.returncode == 0, done.stderr
-    alone = ["--nproc-per-node", "2", *training(tmp_path, stopped + 5, "--name", "one")]
-    done = finished(alone, tmp_path, GLOO_SOCKET_IFNAME="lo")
+    single_node = ["--nproc-per-node", "2", *training(tmp_path, stopped + 5, "--name", "one")]
+    done = finished(single_node, tmp_path, GLOO_SOCKET_IFNAME="lo")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == losses(tmp_path / "one") and len(losses(tmp_path / "one")) == stopped + 5
 
 
-def test_a_machine_that_dies_ends_the_others(machines: Machines, tmp_path: Path) -> None:
+def test_the_other_nodes_stop_after_a_machine_dies(machines: Machines, tmp_path: Path) -> None:
     command = [*options(machines), "--output", "first", *training(tmp_path, 10**6, "--name", "dies")]
     with start(command, tmp_path) as process:
         until(process.stdout, "Train Epoch")
@@ -352,14 +358,14 @@ def test_a_machine_that_dies_ends_the_others(machines: Machines, tmp_path: Path)
             os.kill(pid, signal.SIGKILL)
         rest = process.communicate(timeout=4 * GRACE_S)[0]
     assert process.returncode == 255, rest
-    said = [line for line in rest.splitlines() if not line.startswith("[")]
-    lost = "the connection to it was lost before its run ended; the other nodes were ended"
-    assert said[0] == f"error: {ADDRESSES[1]}: {lost}"
-    assert said[1].endswith("lines of the other nodes are left out)")
+    lines = [line for line in rest.splitlines() if not line.startswith("[")]
+    lost = "lost the connection before the run finished; stopped the other nodes"
+    assert lines[0] == f"error: {ADDRESSES[1]}: {lost}"
+    assert lines[1].endswith("lines of the other nodes omitted)")
     assert not any(machines.processes(address) for address in ADDRESSES)
 
 
-def test_a_mistake_in_flags_is_told_once(machines: Machines, tmp_path: Path) -> None:
+def test_an_invalid_flag_is_reported_once(machines: Machines, tmp_path: Path) -> None:
     command = [*options(machines), *training(tmp_path, 5, "--name", "mistake", "--global-batch-size", "3")]
     done = finished(command, tmp_path)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Ranks that Slurm's srun and Open MPI's mpirun start: real processes, of stand-ins that set their variables."""
+"""Test ranks under Slurm's srun and Open MPI's mpirun; fakes of these commands start real processes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from open_lm.distributed.processes import _slurm_master
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Starts two ranks with the variables of srun, or of mpirun, and hands SIGUSR1 on to them, as srun does.
-STAND_IN = """#!{python}
+# Starts two ranks with the environment variables of srun or mpirun, and forwards SIGUSR1 like srun.
+FAKE_LAUNCHER = """#!{python}
 import os, signal, subprocess, sys
 kind = os.path.basename(sys.argv[0])
 command = [word for word in sys.argv[1:] if word != "--kill-on-bad-exit=1"]
@@ -42,20 +42,20 @@ from open_lm.config.sections import ParallelConfig
 from open_lm.distributed.processes import gather_objects, init_runtime, shutdown, sum_over_ranks
 runtime = init_runtime(ParallelConfig())
 total = sum_over_ranks(torch.tensor(runtime.rank + 1)).item()
-said = gather_objects((runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size, total))
+values = gather_objects((runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size, total))
 if runtime.is_master:
-    print(said)
+    print(values)
 shutdown(runtime)
 """
 
 
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
-    """A folder with srun, mpirun, and a scontrol that writes down what it is asked."""
+    """Create a folder with srun, mpirun, and an scontrol that writes its arguments to a file."""
     folder = tmp_path / "tools"
     folder.mkdir()
     for name in ("srun", "mpirun"):
-        (folder / name).write_text(STAND_IN.format(python=sys.executable))
+        (folder / name).write_text(FAKE_LAUNCHER.format(python=sys.executable))
     (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
     for path in folder.iterdir():
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -63,15 +63,20 @@ def tools(tmp_path: Path) -> Path:
 
 
 def environment(tools: Path) -> dict[str, str]:
-    """Of a job; its number is that of a port that is free now."""
+    """Return the environment of a Slurm job, with a free port as the job id."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         job = server.getsockname()[1]
-    own = {"SLURM_JOB_ID": str(job), "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "localhost", "PYTHON": sys.executable}
-    return {**os.environ, **own, "OMP_NUM_THREADS": "1", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    job_variables = {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_JOB_NAME": "job",
+        "SLURM_NODELIST": "localhost",
+        "PYTHON": sys.executable,
+    }
+    return {**os.environ, **job_variables, "OMP_NUM_THREADS": "1", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
 
 
 @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
-def test_ranks_find_each_other(tools: Path, launcher: str) -> None:
+def test_ranks_connect_to_each_other(tools: Path, launcher: str) -> None:
     env = environment(tools)
     if launcher == "mpirun":
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": env["SLURM_JOB_ID"]}
@@ -92,14 +97,14 @@ def test_ranks_find_each_other(tools: Path, launcher: str) -> None:
         ("r[1-2]n[08-9].x,y", "r1n08.x"),
     ],
 )
-def test_slurm_s_first_node_is_the_master(nodes: str, first: str) -> None:
+def test_the_first_slurm_node_is_the_master(nodes: str, first: str) -> None:
     job = {"SLURM_NODELIST": "other[1-9]", "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2"}
     assert _slurm_master(job) == {"MASTER_ADDR": first, "MASTER_PORT": "23458"}
     assert _slurm_master({"SLURM_STEP_NODELIST": nodes}) == {}
     assert _slurm_master({"SLURM_JOB_ID": "1"}) == {}
 
 
-def test_a_slurm_job_saves_before_its_time_is_over_and_is_queued_again(tools: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_saves_before_its_time_limit_and_is_requeued(tools: Path, tmp_path: Path) -> None:
     env = environment(tools)
     flags = training(tmp_path, 10**6)[2:]
     command = ["bash", str(ROOT / "scripts/slurm.sbatch"), *flags]
