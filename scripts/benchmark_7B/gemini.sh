@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# What ColossalAI calls gemini: the same as offload.sh.
+# The strategy that ColossalAI calls Gemini; same as offload.sh.
 exec bash "$(dirname "$0")/offload.sh" "$@"

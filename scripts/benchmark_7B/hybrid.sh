@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Sharded inside a host and replicated across hosts.
+# Hybrid: sharded within a host and replicated across hosts.
 exec bash "$(dirname "$0")/run.sh" --fsdp --fsdp-amp --fsdp-hybrid "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# ZeRO-2: as fsdp.sh, but parameters stay gathered from the forward to the backward pass.
+# ZeRO-2: like fsdp.sh, but parameters stay gathered from the forward to the backward pass.
 exec bash "$(dirname "$0")/run.sh" --fsdp --fsdp-amp --fsdp-zero2 "$@"
