@@ -17,7 +17,7 @@ STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGUSR1,
 )  # ask a run to save and stop: end of a job, early warning of a scheduler
-HUNG = 124  # exit code of a run that the watchdog ends
+WATCHDOG_EXIT_CODE = 124  # exit code of a run that the watchdog ends
 _EXIT_DELAY_S = 2  # delay of ranks without a message of their own, so that the rank with the cause can print it
 _LOST_CONNECTION_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from open_lm import storage
 from open_lm.distributed.processes import Runtime, restart_count
-from open_lm.errors import HUNG
+from open_lm.errors import WATCHDOG_EXIT_CODE
 
 _POLL_S = 1.0
 _STORE_TIMEOUT = timedelta(seconds=10)
@@ -198,7 +198,7 @@ class Watchdog:
         writer = threading.Thread(target=self._write_stacks, args=(f"{report}\n\n{stacks}",), daemon=True)
         writer.start()
         writer.join(_GRACE_S)
-        os._exit(HUNG)
+        os._exit(WATCHDOG_EXIT_CODE)
 
     def _write_stacks(self, text: str) -> None:
         """Write the stacks to the folder and wait until all ranks have: a launcher ends all ranks after the first."""

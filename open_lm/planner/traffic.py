@@ -20,9 +20,7 @@ HOST_LINK_BYTES_PER_S = 25e9
 HOST_MEMORY_BYTES_PER_S = 20e9
 UPDATE_BYTES = 28  # per parameter: AdamW reads value, gradient and two moments, and writes three of them
 DDP_BUCKET_BYTES = 25 << 20
-OP_RECOMPUTE_FRACTION = (
-    0.15  # of a block's forward time, that goes into what --activation-checkpointing op computes again
-)
+OP_RECOMPUTE_FRACTION = 0.15  # share of a block's forward time that --activation-checkpointing op recomputes
 
 Overlap = Literal["forward", "backward", "none"]
 

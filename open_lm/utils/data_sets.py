@@ -43,8 +43,8 @@ class Folder:
     @property
     def missing(self) -> list[str]:
         """Return the stems of shards that the manifest lists but the folder lacks."""
-        found = {shard_stem(url) for url in self.shards}
-        return [] if self.partial else [stem for stem in self.entries or {} if stem not in found]
+        stems = {shard_stem(url) for url in self.shards}
+        return [] if self.partial else [stem for stem in self.entries or {} if stem not in stems]
 
     @property
     def unlisted(self) -> list[str]:
@@ -158,7 +158,7 @@ def find_data_sets(folders: Sequence[Folder]) -> tuple[list[DataSet], list[str]]
 
     A preprocessing run writes the same dataset.json into each of its folders, or one into their parent folder.
     """
-    found: dict[tuple[str, bytes], DataSet] = {}
+    data_sets: dict[tuple[str, bytes], DataSet] = {}
     problems: list[str] = []
     files: dict[str, bytes | None] = {}
     records: dict[bytes, dict[str, Any]] = {}
@@ -173,11 +173,11 @@ def find_data_sets(folders: Sequence[Folder]) -> tuple[list[DataSet], list[str]]
                 continue
             root = _root(folder_url, _folder_names(records[data]))
             if parent in (folder_url, root):
-                found.setdefault((root, data), DataSet(root, records[data], [], True)).folders.append(folder)
+                data_sets.setdefault((root, data), DataSet(root, records[data], [], True)).folders.append(folder)
                 break
-    for data_set in found.values():
+    for data_set in data_sets.values():
         data_set.complete = _is_complete(data_set)
-    return list(found.values()), problems
+    return list(data_sets.values()), problems
 
 
 def _read_record(url: str, records: dict[bytes, dict[str, Any]], problems: list[str]) -> bytes | None:

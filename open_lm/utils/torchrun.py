@@ -29,12 +29,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from open_lm.errors import HUNG, STOP_SIGNALS
+from open_lm.errors import STOP_SIGNALS, WATCHDOG_EXIT_CODE
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-REPORTED_EXIT_CODES = (2, 130, HUNG)  # exit codes of errors.run_cli and of the watchdog
+REPORTED_EXIT_CODES = (2, 130, WATCHDOG_EXIT_CODE)  # exit codes of errors.run_cli and of the watchdog
 FAILURE_FILE = "OPEN_LM_FAILURE_FILE"  # environment variable: path of a file for the time of the first rank failure
 _EXIT_DELAY_S = 2  # gives the node that ended, and with it the rendezvous, time to print its error first
 _SCRIPT = """#!{python}

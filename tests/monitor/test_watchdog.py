@@ -11,7 +11,7 @@ import fault_helpers
 import pytest
 
 from open_lm.distributed.processes import Runtime
-from open_lm.errors import HUNG
+from open_lm.errors import WATCHDOG_EXIT_CODE
 from open_lm.monitor import watchdog
 from open_lm.monitor.watchdog import RankStatus, Watchdog
 
@@ -27,7 +27,7 @@ with watchdog.Watchdog(0.5, Runtime(), sys.argv[1]):
 
 def test_a_hang_is_reported_with_all_ranks(tmp_path: Path) -> None:
     code, output = fault_helpers.run(tmp_path, "hang")
-    assert code == HUNG, output
+    assert code == WATCHDOG_EXIT_CODE, output
     line = next(line for line in output.splitlines() if line.startswith("error: "))
     assert "no rank made progress for 3 s" in line
     assert "rank 0 at step 3 (step)" in line and "rank 1 at step 3 (waiting for data)" in line
@@ -41,7 +41,7 @@ def test_a_hang_is_reported_with_all_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("statements", "code"),
     [
-        ("threading.Event().wait()", HUNG),
+        ("threading.Event().wait()", WATCHDOG_EXIT_CODE),
         (
             "with watchdog.long_operation('compiling'): threading.Event().wait(1)\n"
             "    for _ in range(8): watchdog.heartbeat('validating'); threading.Event().wait(0.1)\n"
@@ -54,8 +54,8 @@ def test_a_single_process_is_watched(tmp_path: Path, statements: str, code: int)
     command = [sys.executable, "-c", SINGLE_PROCESS.format(statements), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
     assert result.returncode == code, result.stderr
-    assert (tmp_path / "rank_0.txt").exists() == (code == HUNG)
-    assert ("rank 0 at step 3 (reading)" in result.stderr) == (code == HUNG)
+    assert (tmp_path / "rank_0.txt").exists() == (code == WATCHDOG_EXIT_CODE)
+    assert ("rank 0 at step 3 (reading)" in result.stderr) == (code == WATCHDOG_EXIT_CODE)
 
 
 def test_the_report_starts_with_the_smallest_group_of_ranks() -> None:
