@@ -308,7 +308,8 @@ def test_documented_commands_are_tested() -> None:
     scripts = set(re.findall(r"python (?:\.\./)?((?:scripts|datapreprocess)/[\w/]+\.py)", text))
     assert "open_lm.main" in modules and "scripts/generate.py" in scripts
     assert modules <= set(MODULES)
-    assert scripts <= set(SCRIPTS)
+    tested = {(ROOT / name).resolve() for name in SCRIPTS}  # several scripts have an old path, a link
+    assert {name for name in scripts if (ROOT / name).resolve() not in tested} == set()
 
 
 def test_flags_of_preprocessing_and_manifest_commands(help_codes: Mapping[str, tuple[int, str]]) -> None:
