@@ -291,16 +291,14 @@ def format_report(comparison: Comparison, measured: ModelResults) -> str:
         numbers.append(f"{max(result.memory_bytes) / 1e9:.2f}" if result.memory_bytes else "")
         numbers.append(f"{statistics.median(result.first_step_s):.1f}" if result.first_step_s else "")
         lines.append(f"{name:26}" + "".join(f"{number:>12}" for number in numbers))
-    lines += [
-        f"ours: {format_speedup(results[OURS], result)} of {name}" for name, result in results.items() if name != OURS
-    ]
+    lines += [format_speedup(name, results[OURS], result) for name, result in results.items() if name != OURS]
     return "\n".join(lines)
 
 
-def format_speedup(ours: Results, other: Results) -> str:
+def format_speedup(name: str, ours: Results, other: Results) -> str:
     ratios = [our_speed / speed for our_speed, speed in zip(ours.round_speeds, other.round_speeds, strict=True)]
     median = statistics.median(ours.speeds) / statistics.median(other.speeds)
-    return f"{median:.2f} times the speed (rounds: {min(ratios):.2f} to {max(ratios):.2f})"
+    return f"ours: {median:.2f} times the speed of {name} (rounds: {min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def describe_machine(args: argparse.Namespace) -> str:
