@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Continue texts with a trained model.
+"""Generate text with a trained model.
 
     python scripts/generate.py --checkpoint logs/ex/checkpoints/epoch_2.pt --prompt "Once upon a time"
     python scripts/generate.py --checkpoint model.pt --model open_lm_1b --tokenizer tokenizer.json < prompts.txt
 
-On a terminal a single text appears token by token. The architecture's flags default to those of the run that wrote the
-checkpoint.
+On a terminal, the continuation of a single prompt is printed token by token. The architecture flags default to those of
+the run that wrote the checkpoint.
 """
 
 from __future__ import annotations
@@ -43,26 +43,38 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--checkpoint",
         required=True,
-        help="epoch_N.pt or step_N of a run, its folder for the newest, or bare weights; a path or url",
+        help="path or URL of epoch_N.pt, step_N, a run folder (its newest checkpoint), or a file with only weights",
     )
-    source.add_argument("--model", help="name of a model configuration or its .json file; default: that of the run")
+    source.add_argument("--model", help="name of a model config, or a .json file (default: the model of the run)")
     source.add_argument(
         "--tokenizer",
         default=DEFAULT_TOKENIZER,
-        help="hub name, folder, tokenizer.json or sentencepiece .model file (default: %(default)s)",
+        help="Hugging Face name, folder, tokenizer.json or sentencepiece .model file (default: %(default)s)",
     )
-    source.add_argument("--eot-token", help="token that ends a text; default: the tokenizer's own")
-    source.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
-    source.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: %(default)s")
-    text = parser.add_argument_group("prompts; without any, standard input is read like a --prompt-file")
-    text.add_argument("--prompt", "--input-text", action="append", default=[], help="a text to continue; repeatable")
+    source.add_argument("--eot-token", help="end-of-text token (default: that of the tokenizer)")
+    source.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
+    source.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="precision of the weights (default: %(default)s)",
+    )
+    text = parser.add_argument_group("prompts (default: read one prompt per line from standard input)")
+    text.add_argument("--prompt", "--input-text", action="append", default=[], help="text to continue; repeatable")
     text.add_argument(
-        "--prompt-file", action="append", default=[], help="file with one prompt a line, or '-'; repeatable"
+        "--prompt-file",
+        action="append",
+        default=[],
+        help="file with one prompt per line, '-' for standard input; repeatable",
     )
-    text.add_argument("--whole-file", action="store_true", help="take each file as a single prompt of several lines")
-    text.add_argument("--json", action="store_true", help="write one JSON object a line: prompt, completion")
+    text.add_argument("--whole-file", action="store_true", help="use each file as a single prompt")
+    text.add_argument(
+        "--json", action="store_true", help="print one JSON object per line with the keys prompt and completion"
+    )
     _add_sampling_args(parser)
-    shape = parser.add_argument_group("architecture, where neither the model's file nor the run says it")
+    shape = parser.add_argument_group(
+        "architecture (only for settings that are neither in the model config nor in the run)"
+    )
     add_model_args(shape)  # type: ignore[arg-type]
     for action in shape._group_actions:
         action.default = argparse.SUPPRESS
@@ -70,35 +82,60 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_sampling_args(parser: argparse.ArgumentParser) -> None:
-    how = parser.add_argument_group("sampling")
-    how.add_argument("--max-new-tokens", "--max-gen-len", type=int, default=200, help="default: %(default)s")
-    how.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
-    how.add_argument("--top-k", type=int, default=0, help="choose among the K likeliest tokens; 0: all")
-    how.add_argument("--top-p", type=float, default=0.95, help="choose within this probability (default: %(default)s)")
-    how.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 avoids repeating tokens")
-    how.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
-    how.add_argument("--batch-size", type=int, default=8, help="prompts at once (default: %(default)s)")
-    how.add_argument("--no-cache", dest="use_cache", action="store_false", help="compute everything anew at each token")
-    how.add_argument("--use-cache", dest="use_cache", action="store_true", help=argparse.SUPPRESS)
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-new-tokens",
+        "--max-gen-len",
+        type=int,
+        default=200,
+        help="maximum number of new tokens per prompt (default: %(default)s)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="sampling temperature; 0 selects the most probable token (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-k", type=int, default=0, help="sample from the K most probable tokens; 0: all (default: %(default)s)"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="sample from the most probable tokens with this total probability (default: %(default)s)",
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="values above 1 reduce repetition (default: %(default)s)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    group.add_argument("--batch-size", type=int, default=8, help="prompts per batch (default: %(default)s)")
+    group.add_argument(
+        "--no-cache",
+        dest="use_cache",
+        action="store_false",
+        help="recompute the full sequence for each token instead of using the KV cache",
+    )
+    group.add_argument("--use-cache", dest="use_cache", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(use_cache=True)
 
 
-def read_prompts(prompts: list[str], files: list[str], whole: bool) -> list[str]:
-    """All prompts: the given ones, then those of files; of standard input where there are neither."""
+def read_prompts(prompts: list[str], files: list[str], whole_file: bool) -> list[str]:
+    """Return the given prompts followed by those of the files. Read standard input if there are neither."""
     texts = list(prompts)
     problems = []
     for name in files or ([] if prompts else ["-"]):
         if name == "-" and sys.stdin.isatty():
-            print("type prompts, one a line; end with Ctrl-D", file=sys.stderr)
+            print("Enter one prompt per line; finish with Ctrl-D.", file=sys.stderr)
         try:
             content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            problems.append(f"--prompt-file {name}: cannot be read as text ({error})")
+            problems.append(f"--prompt-file {name}: cannot read the file as UTF-8 text ({error})")
             continue
-        found = [content.removesuffix("\n")] if whole else [line for line in content.splitlines() if line.strip()]
-        if not found:
-            problems.append(f"--prompt-file {name}: holds no prompt; write one a line")
-        texts += found
+        new = [content.removesuffix("\n")] if whole_file else [line for line in content.splitlines() if line.strip()]
+        if not new:
+            problems.append(f"--prompt-file {name}: found no prompt; write one prompt per line")
+        texts += new
     if problems:
         raise ConfigError(join_problems(problems))
     return texts
@@ -112,17 +149,17 @@ def _load_model(args: argparse.Namespace) -> Transformer:
 
     checkpoint = candidates_at(args.checkpoint)[0].url
     if checkpoint != args.checkpoint.rstrip("/"):
-        print(f"the newest checkpoint there is {checkpoint}", file=sys.stderr)
+        print(f"using the newest checkpoint: {checkpoint}", file=sys.stderr)
     settings: dict[str, Any] = read_run_settings(checkpoint)
     settings |= {key: value for key, value in vars(args).items() if value is not None}
     if "model" not in settings:
         raise ConfigError(
-            f"--model is missing and {checkpoint} has no params.txt of a run beside its folder; "
-            "give the model's name or .json file"
+            f"--model is missing, and the run folder of {checkpoint} has no params.txt; "
+            "set --model to a model name or a .json file"
         )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: there is no CUDA device here; use --device cpu")
+        raise ConfigError(f"--device {device}: found no CUDA device; use --device cpu")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     section = ModelConfig.from_object(argparse.Namespace(**settings))
     return load_model_for_generation(checkpoint, section, device, dtype)
@@ -132,7 +169,7 @@ def _sampling(args: argparse.Namespace) -> Sampling:
     from open_lm.generate.sampling import Sampling
 
     if args.batch_size < 1:
-        raise ConfigError(f"--batch-size is {args.batch_size}, expected at least 1")
+        raise ConfigError(f"--batch-size: found {args.batch_size}, expected at least 1")
     return Sampling(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,

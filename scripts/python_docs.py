@@ -1,8 +1,8 @@
-"""Gather real text that every machine has: the documentation, docstrings and long comments of Python itself.
+"""Gather text from the local Python installation: its documentation, docstrings and long comments.
 
     python scripts/python_docs.py --output-dir raw --max-mb 4
 
-writes train-00.jsonl.zst … and valid.jsonl.zst, one JSON object a line with "text" and "meta".
+Writes train-00.jsonl.zst … and valid.jsonl.zst. Each line is a JSON object with "text" and "meta".
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import zstandard
 from open_lm.errors import DataError, run_cli
 from open_lm.storage import atomic_write
 
-VALID_SHARE = 0.05
+VALID_FRACTION = 0.05
 MIN_DOCUMENT_CHARS = 400
 MIN_COMMENT_LINES = 3
 
 
 def documents(max_bytes: int) -> Iterator[dict[str, object]]:
-    """Language topics first, then one document for each module of the standard library, until `max_bytes` of text."""
+    """Yield the language topics, then one document per module of the standard library, up to `max_bytes` of text."""
     total = 0
     for source, text in _all_texts():
         if len(text) < MIN_DOCUMENT_CHARS:
@@ -44,7 +44,7 @@ def _all_texts() -> Iterator[tuple[str, str]]:
         from pydoc_data.topics import topics
 
         yield from ((f"topic/{name}", text.strip()) for name, text in sorted(topics.items()))
-    except ImportError:  # some distributions package the topics apart
+    except ImportError:  # some distributions package the topics separately
         pass
     library = Path(sysconfig.get_path("stdlib"))
     skipped = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings"}
@@ -54,7 +54,7 @@ def _all_texts() -> Iterator[tuple[str, str]]:
 
 
 def module_text(path: Path) -> str:
-    """A module's docstrings and its comments of several lines, in their order; "" where it cannot be parsed."""
+    """Return the docstrings and multi-line comments of a module in order, or "" if it cannot be parsed."""
     try:
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
@@ -97,14 +97,17 @@ def _close_block(pieces: list[tuple[int, str]], block: list[str], last_line: int
 
 
 def gather(output_dir: str, max_mb: float, files: int = 4) -> dict[str, int]:
-    """Write the shuffled documents and return the number of bytes of text and of documents of each split."""
+    """Write the shuffled documents, and return the number of text bytes and of documents in each split."""
     by_hash = sorted(documents(int(max_mb * 1e6)), key=lambda item: hashlib.sha256(str(item["meta"]).encode()).digest())
-    held_out = max(1, int(len(by_hash) * VALID_SHARE))
+    num_valid = max(1, int(len(by_hash) * VALID_FRACTION))
     if len(by_hash) < 2 * files:
-        raise DataError(f"the Python installation holds only {len(by_hash)} documents of text; install its library")
-    outputs = {"valid.jsonl.zst": by_hash[:held_out]}
+        raise DataError(
+            f"found only {len(by_hash)} documents in the Python installation, expected at least {2 * files}; "
+            "install the standard library's source files"
+        )
+    outputs = {"valid.jsonl.zst": by_hash[:num_valid]}
     for index in range(files):
-        outputs[f"train-{index:02d}.jsonl.zst"] = by_hash[held_out + index :: files]
+        outputs[f"train-{index:02d}.jsonl.zst"] = by_hash[num_valid + index :: files]
     counts = {"train_bytes": 0, "train_documents": 0, "valid_bytes": 0, "valid_documents": 0}
     for name, items in outputs.items():
         split = name.partition("-")[0].partition(".")[0]
@@ -119,7 +122,7 @@ def gather(output_dir: str, max_mb: float, files: int = 4) -> dict[str, int]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", required=True, help="folder for the .jsonl.zst files")
-    parser.add_argument("--max-mb", type=float, default=4, help="megabytes of text to gather at most")
+    parser.add_argument("--max-mb", type=float, default=4, help="maximum megabytes of text (default: %(default)s)")
     args = parser.parse_args(argv)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     print(json.dumps(gather(args.output_dir, args.max_mb)))

@@ -1,9 +1,9 @@
-"""The main job from raw text to an evaluated model, offline, in minutes.
+"""Train and evaluate a small model from raw text, offline and within minutes.
 
     make quickstart            or: python scripts/quickstart.py --dir quickstart
 
-Each step is an ordinary command of this package, printed before it runs, and is skipped where its result is there
-already, so that an interrupted run continues.
+Each step prints the command of this package that it runs. A step whose result exists is skipped, so an interrupted
+quickstart continues when you start it again.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 END_OF_TEXT = "<|endoftext|>"
 PROMPTS = ("The function returns", "This module provides", "Raises an exception if")
 RUN_NAME = "run"
-TRAINING_NEWS = "Train Epoch|Validation|saved|WARNING|ERROR|--resume latest"
+TRAINING_LINES = "Train Epoch|Validation on|saved|WARNING|ERROR|--resume latest"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the quickstart works and how much it does."""
+    """The folder and the sizes of the quickstart."""
 
     folder: Path
     text_mb: float
@@ -79,8 +79,10 @@ class Settings:
 
 
 def run(command: list[str], show: str = "") -> list[str]:
-    """Print and run a command; its output's lines, of which those with `show` in them (a
-    regular expression, "" for none) are printed as they come."""
+    """Print a command, run it, and return the lines of its output.
+
+    Lines that match the regular expression `show` are printed immediately; "" prints none.
+    """
     print("  $ " + shlex.join(["python" if word == sys.executable else word for word in command]), flush=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     lines = []
@@ -91,14 +93,14 @@ def run(command: list[str], show: str = "") -> list[str]:
             if show and re.search(show, line):
                 print("  " + lines[-1], flush=True)
     if process.returncode != 0:
-        raise UserError(f"this command failed with exit code {process.returncode}; start again to continue from here")
+        raise UserError(f"the command failed with exit code {process.returncode}; run the quickstart again to continue")
     return lines
 
 
 def gather_text(settings: Settings) -> None:
     counts = gather(str(settings.folder / "raw"), settings.text_mb)
     write_text(settings.result("text"), json.dumps(counts))
-    print(f"  {counts['train_bytes'] / 1e6:.1f} MB to train on, {counts['valid_bytes'] / 1e6:.1f} MB held out")
+    print(f"  {counts['train_bytes'] / 1e6:.1f} MB for training, {counts['valid_bytes'] / 1e6:.1f} MB for validation")
 
 
 def train_tokenizer(settings: Settings) -> None:
@@ -122,7 +124,7 @@ def train_tokenizer(settings: Settings) -> None:
     tokenizer.train_from_iterator(texts(), trainer)
     with atomic_write(settings.tokenizer, "w") as file:
         file.write(tokenizer.to_str(pretty=True))
-    print(f"  {tokenizer.get_vocab_size():,} tokens in the vocabulary")
+    print(f"  vocabulary of {tokenizer.get_vocab_size():,} tokens")
 
 
 def make_shards(settings: Settings) -> None:
@@ -134,7 +136,7 @@ def make_shards(settings: Settings) -> None:
 
 
 def create_untrained(settings: Settings) -> None:
-    """The model as the run will initialise it, to compare with."""
+    """Save the model with the initial weights of the training run, for comparison."""
     from open_lm.checkpoint.files import write_file
     from open_lm.config.command_line import parse_args
     from open_lm.model.transformer import create_model
@@ -159,7 +161,7 @@ def evaluation_command(checkpoint: Path, settings: Settings) -> list[str]:
 
 
 def evaluate(settings: Settings, name: str, checkpoint: Path) -> None:
-    shutil.rmtree(settings.logs / f"evaluate-{name}", ignore_errors=True)  # of an interrupted evaluation
+    shutil.rmtree(settings.logs / f"evaluate-{name}", ignore_errors=True)  # left by an interrupted evaluation
     run([*evaluation_command(checkpoint, settings), "--name", f"evaluate-{name}"])
     results = (settings.logs / f"evaluate-{name}" / "checkpoints" / "results.jsonl").read_text()
     outcome = json.loads(results.splitlines()[-1])[0]
@@ -167,9 +169,8 @@ def evaluate(settings: Settings, name: str, checkpoint: Path) -> None:
     outcome["bits_per_byte"] = outcome["loss"] * outcome["tokens"] / math.log(2) / valid_bytes
     write_text(settings.result(f"evaluation-{name}"), json.dumps(outcome))
     low, high = outcome["loss_sequences_lower_95"], outcome["loss_sequences_upper_95"]
-    print(
-        f"  loss {outcome['loss']:.3f} (95 % interval {low:.3f} to {high:.3f}) on {outcome['tokens']:,} held-out tokens"
-    )
+    interval = f"95 % confidence interval {low:.3f} to {high:.3f}"
+    print(f"  validation loss {outcome['loss']:.3f} ({interval}) on {outcome['tokens']:,} tokens")
 
 
 def sample(settings: Settings, name: str, checkpoint: Path) -> None:
@@ -194,45 +195,49 @@ def train(settings: Settings) -> None:
     command += ["--train-num-samples", str(settings.train_tokens // settings.epochs), "--epochs", str(settings.epochs)]
     command += ["--global-batch-size", "8", "--lr", "3e-3", "--warmup", "40", "--wd", "0.1", "--beta2", "0.95"]
     command += ["--grad-clip-norm", "1", "--log-every-n-steps", "40", "--report-to", "tensorboard"]
-    run([*command, "--logs", str(settings.logs), "--name", RUN_NAME, "--resume", "latest"], show=TRAINING_NEWS)
+    run([*command, "--logs", str(settings.logs), "--name", RUN_NAME, "--resume", "latest"], show=TRAINING_LINES)
 
 
 def check_settings(settings: Settings) -> None:
-    """Note the settings, or ConfigError where the folder was begun with others."""
-    note = settings.result("settings")
-    now = {name: value for name, value in asdict(settings).items() if name not in ("folder", "processes")}
-    before = json.loads(note.read_text()) if note.exists() else now
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    """Save the settings. Raise ConfigError if the folder contains results of other settings."""
+    path = settings.result("settings")
+    current = {name: value for name, value in asdict(settings).items() if name not in ("folder", "processes")}
+    saved = json.loads(path.read_text()) if path.exists() else current
+    changed = [f"{name} {saved.get(name)} -> {value}" for name, value in current.items() if saved.get(name) != value]
     if changed:
         raise ConfigError(
-            f"{settings.folder} was begun with other settings ({', '.join(changed)}): give another --dir, or the same "
-            "settings to continue"
+            f"--dir {settings.folder}: contains results of other settings ({', '.join(changed)}); use another --dir, "
+            "or the same settings to continue"
         )
-    write_text(note, json.dumps(now))
+    write_text(path, json.dumps(current))
 
 
 def steps(settings: Settings) -> list[tuple[str, Path, Callable[[], None]]]:
-    """(title, the file whose presence says that it is done, what to do) of each step, in order."""
+    """Return (title, file that exists once the step is done, function) of each step, in order."""
     result, untrained, final = settings.result, settings.untrained_checkpoint, settings.final_checkpoint
     return [
         ("Gather text from the Python installation", result("text"), lambda: gather_text(settings)),
-        ("Train a tokenizer on it", Path(settings.tokenizer), lambda: train_tokenizer(settings)),
+        ("Train a tokenizer", Path(settings.tokenizer), lambda: train_tokenizer(settings)),
         ("Tokenize, shuffle and write shards", settings.manifest("train"), lambda: make_shards(settings)),
         ("Create the model", untrained, lambda: create_untrained(settings)),
         (
-            "Evaluate it untrained",
+            "Evaluate the untrained model",
             result("evaluation-before"),
             lambda: evaluate(settings, "before", untrained),
         ),
-        ("Sample from it untrained", result("samples-before"), lambda: sample(settings, "before", untrained)),
-        ("Train it with FSDP", final, lambda: train(settings)),
-        ("Evaluate it trained", result("evaluation-after"), lambda: evaluate(settings, "after", final)),
-        ("Sample from it trained", result("samples-after"), lambda: sample(settings, "after", final)),
+        (
+            "Generate text with the untrained model",
+            result("samples-before"),
+            lambda: sample(settings, "before", untrained),
+        ),
+        ("Train the model with FSDP", final, lambda: train(settings)),
+        ("Evaluate the trained model", result("evaluation-after"), lambda: evaluate(settings, "after", final)),
+        ("Generate text with the trained model", result("samples-after"), lambda: sample(settings, "after", final)),
     ]
 
 
 def summary(settings: Settings) -> str:
-    """The table at the end, from what the steps left on disk."""
+    """Return a table of the results."""
 
     def load(name: str) -> Any:
         return json.loads(settings.result(name).read_text())
@@ -241,17 +246,20 @@ def summary(settings: Settings) -> str:
     metrics = (settings.logs / RUN_NAME / "metrics.jsonl").read_text().splitlines()
     training = [row for row in map(json.loads, metrics) if "train/loss" in row]
     rows = [
-        ("text", f"{load('text')['train_bytes'] / 1e6:.1f} MB from {load('text')['train_documents']} documents"),
-        ("tokens trained on", f"{training[-1]['tokens']:,}"),
+        (
+            "training text",
+            f"{load('text')['train_bytes'] / 1e6:.1f} MB from {load('text')['train_documents']} documents",
+        ),
+        ("trained tokens", f"{training[-1]['tokens']:,}"),
         (
             "training speed",
             f"{training[-1]['train/tokens_per_second']:,.0f} tokens/s on {settings.processes} processes",
         ),
-        ("held-out loss", f"{before['loss']:.3f} before, {after['loss']:.3f} after training"),
+        ("validation loss", f"{before['loss']:.3f} before, {after['loss']:.3f} after training"),
         ("bits per byte", f"{before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after training"),
         ("checkpoints", str(settings.final_checkpoint.parent)),
         ("shards", str(settings.manifest("train").parent)),
-        ("curves", f"tensorboard --logdir {settings.logs}"),
+        ("training curves", f"tensorboard --logdir {settings.logs}"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
@@ -259,22 +267,26 @@ def summary(settings: Settings) -> str:
 
 def next_commands(settings: Settings) -> str:
     return (
-        "What to run next:\n"
+        "Next:\n"
         f"  python {ROOT / 'scripts' / 'generate.py'} --checkpoint {settings.final_checkpoint} \\\n"
-        f"      --tokenizer {settings.tokenizer} --prompt 'Return the'\n"
-        "  python -m open_lm.main --help     # train on your own text: see README.md\n"
-        "  make install-eval                 # in-context-learning evaluation with llm-foundry"
+        f"      --tokenizer {settings.tokenizer} --prompt 'Return the'     # generate more text\n"
+        "  python -m open_lm.main --help     # all training flags; README.md shows how to train on your own text\n"
+        "  make install-eval                 # install the in-context-learning evaluation"
     )
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", default="quickstart", help="folder to work in")
-    parser.add_argument("--text-mb", type=float, default=4, help="megabytes of text to gather at most")
-    parser.add_argument("--tokens", type=int, default=1_200_000, help="tokens to train on")
-    parser.add_argument("--epochs", type=int, default=3, help="checkpoints to write on the way")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="size of the tokenizer's vocabulary")
-    parser.add_argument("--processes", type=int, default=2, help="training processes")
+    parser.add_argument("--dir", default="quickstart", help="folder for all files (default: %(default)s)")
+    parser.add_argument("--text-mb", type=float, default=4, help="maximum megabytes of text (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=1_200_000, help="number of training tokens (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=3, help="number of checkpoints (default: %(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=2048, help="vocabulary size of the tokenizer (default: %(default)s)"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="number of training processes (default: %(default)s)")
     args = parser.parse_args(argv)
     folder = Path(os.path.relpath(args.dir))
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,9 +294,9 @@ def main(argv: list[str]) -> None:
 
     check_settings(settings)
     plan = steps(settings)
-    for number, (title, done, action) in enumerate(plan, start=1):
-        if done.exists():
-            print(f"[{number}/{len(plan)}] {title}: already there ({done})", flush=True)
+    for number, (title, result, action) in enumerate(plan, start=1):
+        if result.exists():
+            print(f"[{number}/{len(plan)}] {title}: already done ({result})", flush=True)
             continue
         print(f"[{number}/{len(plan)}] {title}", flush=True)
         start = time.monotonic()

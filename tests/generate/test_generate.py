@@ -317,7 +317,7 @@ def test_command_with_a_run_folder(command: Callable[..., Result], trained: Path
     run, flags = trained.parent.parent, ["--tokenizer", tokenizer_file, "--prompt", "x", "--max-new-tokens", 2]
     result = command("--checkpoint", run, *flags)
     assert result.returncode == 0, result.stderr
-    assert f"the newest checkpoint there is {trained}" in result.stderr
+    assert f"using the newest checkpoint: {trained}" in result.stderr
     trained.unlink()
     result = command("--checkpoint", run, *flags)
     assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""The main job, small: text of the Python installation to a trained and evaluated model."""
+"""Run a small quickstart: from the text of the Python installation to a trained and evaluated model."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def quickstart(folder: Path, *arguments: str, code: int = 0) -> str:
     return result.stdout + result.stderr
 
 
-def test_text_becomes_an_evaluated_model_and_a_second_start_finds_it(tmp_path: Path) -> None:
+def test_quickstart_trains_a_model_and_skips_finished_steps(tmp_path: Path) -> None:
     printed = quickstart(tmp_path, *SMALL)
     folder = tmp_path / "qs"
     before, after = (json.loads((folder / f"evaluation-{name}.json").read_text()) for name in ("before", "after"))
     assert after["loss"] < before["loss"] - 0.3
     assert after["loss_sequences_lower_95"] < after["loss"] < after["loss_sequences_upper_95"]
     assert f"{before['loss']:.3f} before, {after['loss']:.3f} after training" in printed
-    # The model that was evaluated before training is the one that training started from.
+    # Training started from the same weights as those of the first evaluation.
     first = json.loads((folder / "logs" / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert abs(first["train/loss"] - before["loss"]) < 0.1
     assert list((folder / "logs" / "run" / "tensorboard").iterdir())
     assert len(json.loads((folder / "samples-after.json").read_text())) == 3
 
-    (folder / "evaluation-after.json").unlink()  # as if it had been interrupted there
+    (folder / "evaluation-after.json").unlink()  # simulate an interruption before this step
     again = quickstart(tmp_path, *SMALL)
-    assert again.count("already there") == 8 and "Evaluate it trained\n" in again
+    assert again.count("already done") == 8 and "Evaluate the trained model\n" in again
     assert json.loads((folder / "evaluation-after.json").read_text())["loss"] == after["loss"]
     assert "vocab_size 512 -> 600" in quickstart(tmp_path, *SMALL[:-1], "600", code=2)
 
 
-def test_the_text_is_python_s_own_and_held_out_documents_are_others(tmp_path: Path) -> None:
+def test_python_docs_writes_disjoint_splits_of_the_requested_size(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "python_docs.py"), "--output-dir", str(tmp_path), "--max-mb", "1"]
     counts = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     sources: dict[str, set[str]] = {"train": set(), "valid": set()}
