@@ -1,4 +1,4 @@
-"""Fixtures that several rooms' tests share: the shared corpus, a real S3 server on loopback, torchrun."""
+"""Define shared fixtures: the shared data folder, an S3 server on loopback, a torchrun command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder with golden files, corpus and tokenizers; tests that need it skip where it is missing."""
+    """Return the folder with golden files, corpus and tokenizers. Skip the test if it is missing."""
     path = Path(os.environ.get("OPEN_LM_SHARED", ROOT.parent / "shared"))
     if not (path / "compat").is_dir():
         pytest.skip(f"shared data not found at {path}; set OPEN_LM_SHARED to its folder")
@@ -26,7 +26,7 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """The address of a real S3 server (moto) on loopback, one for each test process."""
+    """Start an S3 server (moto) on loopback, one per test process, and yield its URL."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -38,7 +38,7 @@ def s3_endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A fresh bucket's name; AWS_ENDPOINT_URL and credentials point this process and its children at it."""
+    """Create a bucket and return its name. Set AWS_ENDPOINT_URL and credentials for this process and its children."""
     import boto3
 
     for name, value in {
@@ -55,20 +55,20 @@ def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def faulty_s3(s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    """The S3 server behind a proxy that breaks what its `.rules` say, for this process and its children."""
+    """Yield a proxy of the S3 server that injects the faults in its `.rules`, for this process and its children."""
     from s3fs import S3FileSystem
 
     with FaultyProxy(s3_endpoint) as proxy:
         proxy.bucket = s3_bucket
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        S3FileSystem.clear_instance_cache()  # an instance keeps the address it first saw
+        S3FileSystem.clear_instance_cache()  # a cached instance keeps its first endpoint
         yield proxy
         S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a module under a real torchrun: torchrun(2, "open_lm.main", "--model", …) from tmp_path."""
+    """Return a function that runs a module under torchrun in tmp_path: torchrun(2, "open_lm.main", "--model", …)."""
 
     def run(
         processes: int, module: str, *args: str, check: bool = True, timeout_s: float = 300

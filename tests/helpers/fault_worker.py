@@ -81,9 +81,9 @@ def tensors(trainer: Trainer) -> list[torch.Tensor]:
 def skip(runtime: Runtime, layout: str) -> list[bool]:
     """Make the loss NaN on rank 1 only; return [step skipped, nothing changed, next step trains]."""
     trainer = build_trainer(runtime, trainer_worker.LAYOUTS[layout])
-    num_rows = trainer_worker.ROWS // runtime.world_size
-    rows = slice(runtime.rank * num_rows, (runtime.rank + 1) * num_rows)
-    batches = [[part[rows] for part in trainer_worker.batch(step)] for step in range(3)]
+    local_size = trainer_worker.BATCH_SIZE // runtime.world_size
+    local = slice(runtime.rank * local_size, (runtime.rank + 1) * local_size)
+    batches = [[tensor[local] for tensor in trainer_worker.batch(step)] for step in range(3)]
     train_step(trainer.model, *batches[0], trainer.optimizer, trainer.options)
     before = tensors(trainer)
 

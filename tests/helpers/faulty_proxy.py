@@ -1,7 +1,7 @@
-"""A small HTTP proxy on loopback that injects faults of networks and busy stores into the requests it forwards.
+"""A small HTTP proxy on loopback that injects network and server faults into the requests that it forwards.
 
     with FaultyProxy(endpoint, seed=1) as proxy:
-        proxy.rules.append(Rule("503", rate=0.2))                        # a fifth of all requests
+        proxy.rules.append(Rule("503", rate=0.2))                        # 20 % of all requests
         proxy.rules.append(Rule("truncate", method="GET", path=r"\\.zst", times=1))
         ...                                                              # AWS_ENDPOINT_URL=proxy.endpoint
     assert proxy.injected["503"] > 0
@@ -40,7 +40,7 @@ _HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "content-length
 
 @dataclass
 class Rule:
-    """A fault for requests that match `method` and `path`, injected with probability `rate`, at most `times` times."""
+    """A fault for requests that match `method` and `path`, with probability `rate` and at most `times` occurrences."""
 
     kind: str
     rate: float = 1.0
@@ -68,7 +68,7 @@ class Rule:
 
 
 class FaultyProxy:
-    """A proxy of `upstream` at `endpoint`; `injected` counts faults by kind, `requests` counts requests by method."""
+    """A proxy of `upstream` at `endpoint`, with counts of injected faults by kind and of requests by method."""
 
     def __init__(self, upstream: str, seed: int = 0) -> None:
         self.rules: list[Rule] = []
@@ -217,4 +217,4 @@ class _Handler(BaseHTTPRequestHandler):
         os.close(self.connection.detach())
 
     def log_message(self, *args: object) -> None:
-        """Log nothing: the tests use the counters."""
+        """Disable logging; tests use the counters."""

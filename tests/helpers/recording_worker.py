@@ -1,7 +1,7 @@
 """Run open_lm.main, record the sequences of every step, and send SIGTERM to rank 0 in a given step.
 
-`python -m recording_worker FOLDER STOP_AT FLAGS…`: each process appends lines {"step", "rows"} to
-FOLDER/rank-pid.jsonl. STOP_AT 0 never stops.
+Usage: `python -m recording_worker FOLDER STOP_AT FLAGS…`. Each process appends lines {"step", "rows"} to
+FOLDER/RANK-PID.jsonl. STOP_AT 0 disables the signal.
 """
 
 from __future__ import annotations

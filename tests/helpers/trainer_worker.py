@@ -1,6 +1,7 @@
-"""A few training steps of a small model in any layout, for comparisons; runs under torchrun and inside pytest.
+"""Train a small model for a few steps in any layout, under torchrun or inside pytest.
 
-`python -m trainer_worker OUT LAYOUT…` trains every layout in one process group; rank 0 writes {layout: steps} as JSON.
+`python -m trainer_worker OUT JOB…` runs every job (JSON arguments of `train`) in one process group. Rank 0 writes
+{job: steps} as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from open_lm.optim.build import build_optimizer
 from open_lm.parallel.parallelize import parallelize
 from open_lm.training.step import StepOptions, train_step
 
-ROWS, SEQ_LEN, VOCAB, STEPS = 8, 12, 31, 4
+BATCH_SIZE, SEQ_LEN, VOCAB, STEPS = 8, 12, 31, 4
 SHAPE = {"dim": 24, "n_layers": 3, "n_heads": 2, "vocab_size": VOCAB, "seq_len": SEQ_LEN, "apply_qk_norm": True}
 LAYOUTS: dict[str, ParallelConfig] = {
     "plain": ParallelConfig(),
@@ -38,18 +39,18 @@ LAYOUTS: dict[str, ParallelConfig] = {
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The global batch of a step: inputs and targets (ROWS, SEQ_LEN), half of the targets masked, unevenly."""
+    """Return the inputs and targets (BATCH_SIZE, SEQ_LEN) of a global batch, with about half of the targets masked."""
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, VOCAB, (ROWS, SEQ_LEN + 1), generator=generator)
+    tokens = torch.randint(0, VOCAB, (BATCH_SIZE, SEQ_LEN + 1), generator=generator)
     targets = tokens[:, 1:].clone()
-    kept = torch.rand(ROWS, SEQ_LEN, generator=generator) < torch.linspace(0.05, 0.95, ROWS)[:, None]
+    kept = torch.rand(BATCH_SIZE, SEQ_LEN, generator=generator) < torch.linspace(0.05, 0.95, BATCH_SIZE)[:, None]
     targets[~kept] = IGNORE_INDEX
-    targets[0] = IGNORE_INDEX  # a row, and with accumulation a micro-batch, without any target
+    targets[0] = IGNORE_INDEX  # a sequence, and with accumulation a micro-batch, without targets
     return tokens[:, :-1].contiguous(), targets
 
 
 def train(layout: str, accum_freq: int = 1, tied: bool = False, checkpointing: bool = False) -> list[list[float]]:
-    """[loss, gradient norm] of each step."""
+    """Return [loss, gradient norm] of each step."""
     cfg = LAYOUTS[layout]
     runtime = init_runtime(cfg)
     try:
@@ -62,21 +63,21 @@ def train(layout: str, accum_freq: int = 1, tied: bool = False, checkpointing: b
             cfg,
             device=runtime.device,
             model_cfg=ModelConfig(grad_checkpointing=checkpointing),
-            initialise=lambda made: init_weights(made, seed=5),
+            initialise=lambda sharded: init_weights(sharded, seed=5),
         )
         optimizer = build_optimizer(trained, OptimConfig(lr=1e-2, wd=0.1))
         options = StepOptions(
             runtime, layout, get_autocast("fp32"), accum_freq=accum_freq, z_loss_coefficient=1e-3, grad_clip_norm=0.5
         )
-        share = ROWS // layout.data_size
-        own = slice(layout.data_rank * share, (layout.data_rank + 1) * share)
+        local_size = BATCH_SIZE // layout.data_size
+        local = slice(layout.data_rank * local_size, (layout.data_rank + 1) * local_size)
         steps = []
         for step in range(STEPS):
             inputs, targets = batch(step)
-            result = train_step(trained, inputs[own], targets[own], optimizer, options)
+            result = train_step(trained, inputs[local], targets[local], optimizer, options)
             loss = result.values["loss"]
             steps.append([loss.item(), result.grad_norm.item()])
-            assert result.samples.item() == ROWS
+            assert result.samples.item() == BATCH_SIZE
         return steps
     finally:
         shutdown(runtime)
