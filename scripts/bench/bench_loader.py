@@ -33,13 +33,21 @@ BASELINE = "ours, npy"
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, default=4096, help=f"of {LENGTH} tokens (default: 4096)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument(
+        "--sequences", type=int, default=4096, help=f"number of sequences of {LENGTH} tokens (default: 4096)"
+    )
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes (default: 0 1 2)")
+    parser.add_argument("--batch-size", type=int, default=32, help="sequences per batch (default: 32)")
     parser.add_argument("--seconds", type=float, default=4, help="duration of a measurement (default: 4)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each loader (default: 3)")
     parser.add_argument("--work-dir", type=Path, help="folder for the shards (default: a temporary one)")
-    parser.add_argument("--peer-python", type=Path, default=ROOT / ".venv-bench" / "bin" / "python")
+    parser.add_argument(
+        "--peer-python",
+        type=Path,
+        default=ROOT / ".venv-bench" / "bin" / "python",
+        metavar="PYTHON",
+        help="interpreter that runs the other libraries (default: .venv-bench/bin/python)",
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="measure only the loaders with these names, as printed"
     )

@@ -48,13 +48,15 @@ _SEND_BYTES = 256 << 10
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default="lean", help="lean, moto or a folder s3://bucket/folder (default: lean)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes of the loader (default: 0 1 2)"
+    )
     parser.add_argument("--shards", type=int, default=192, help="number of shards (default: 192)")
     parser.add_argument(
         "--sequences-in-shard", type=int, default=512, help=f"sequences of {LENGTH} tokens per shard (default: 512)"
     )
     parser.add_argument("--line-mb", type=float, default=math.inf, help="limit the lean server to this many MB/s")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each client (default: 5)")
     parser.add_argument("--work-dir", type=Path, help="folder for the shards (default: a temporary one)")
     parser.add_argument("--part", choices=["serve", "raw", "ours"], help=argparse.SUPPRESS)  # in a separate process
     parser.add_argument("--data", help=argparse.SUPPRESS)

@@ -117,7 +117,7 @@ class Comparison:
 
 
 def plan_comparison(args: argparse.Namespace, flags: list[str], model: str, folder: Path) -> Comparison:
-    """Return the measurements of a model; its configuration is written to `folder`.
+    """Return the planned measurements of a model and write its configuration to `folder`.
 
     Raise ConfigError if the trainer rejects the settings.
     """

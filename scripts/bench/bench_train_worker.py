@@ -94,17 +94,8 @@ class StepMeasurement:
 
 def trainer_flags(model: str, batch_size: int, flags: Sequence[str]) -> list[str]:
     """Return the flags of a training run of `model` on random tokens."""
-    required = [
-        "--model",
-        model,
-        "--global-batch-size",
-        str(batch_size),
-        "--dataset-type",
-        "synthetic",
-        "--workers",
-        "0",
-    ]
-    return [*required, "--train-num-samples", "1000000000", "--epochs", "1", "--logs", "none", *flags]
+    base = ["--model", model, "--global-batch-size", str(batch_size), "--dataset-type", "synthetic", "--workers", "0"]
+    return [*base, "--train-num-samples", "1000000000", "--epochs", "1", "--logs", "none", *flags]
 
 
 def build_step(run: BenchmarkRun) -> Step:
@@ -132,8 +123,11 @@ def call_with_settings(run: BenchmarkRun, function: Callable[..., Any]) -> Any:
 
 
 def check_builder(run: BenchmarkRun) -> dict[str, str]:
-    """Return this process's version of torch. Raise ConfigError if the builder's module cannot be imported or its
-    function `check`, if it has one, rejects the settings."""
+    """Return this process's version of torch.
+
+    Raise ConfigError if the builder cannot be imported, or if the function `check` of its module (optional) rejects the
+    settings.
+    """
     module, _ = import_builder(run)
     if hasattr(module, "check"):
         call_with_settings(run, module.check)
@@ -199,8 +193,10 @@ def _measure(run: BenchmarkRun, build: Callable[[], Step]) -> StepMeasurement:
 
 
 def measure_ceilings(run: BenchmarkRun) -> dict[str, dict[str, float]]:
-    """Return the FLOP/s of matrix products by type: "own" at the shapes of the model's linear layers with the tokens of
-    a micro-batch, "square" for a large square."""
+    """Return the FLOP/s of matrix products by type and shape.
+
+    "own": the shapes of the model's linear layers, with the tokens of a micro-batch. "square": a large square.
+    """
     with torch.device("meta"):
         shapes = linear_shapes(create_model(ModelConfig(model=run.model)))
     tokens = run.batch_size // run.micro_batches * run.seq_len
