@@ -176,7 +176,7 @@ def load_tokenizer_and_model(args: argparse.Namespace, settings: Settings) -> tu
         )
     if problems:
         raise ConfigError(join_problems(problems))
-    from open_lm.generate.sampling import load_model_for_generation
+    from open_lm.generate import load_model_for_generation
     from open_lm.hf import OpenLMForCausalLM, load_hf_tokenizer
 
     model = OpenLMForCausalLM.from_open_lm(load_model_for_generation(args.checkpoint, args))

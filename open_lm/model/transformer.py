@@ -232,19 +232,6 @@ class Transformer(nn.Module):
             )
             assert self.params.attn_func is not None
             attention_mask = create_document_mask(document_ids, self.params.attn_func)
-        hidden, caches = self._run_blocks(x, past_key_values, use_cache, attention_mask)
-        if loss is not None:
-            return loss.from_hidden(hidden, self.output.weight), hidden, caches
-        return self.output(hidden).float(), hidden, caches
-
-    def _run_blocks(
-        self,
-        x: Tensor,
-        past_key_values: Sequence[LayerCache] | None,
-        use_cache: bool,
-        attention_mask: Mask | None,
-    ) -> tuple[Tensor, list[list[Tensor]] | None]:
-        """Run all norms and blocks on embeddings x (B,T,D) -> (B,T,D), and the KV cache with use_cache."""
         caches: Sequence[LayerCache | None] = past_key_values or [None] * len(self.layers)
         first_block: Any = self.layers[0]
         angles = first_block.attention.angles(x, caches[0], attention_mask)
@@ -257,7 +244,10 @@ class Transformer(nn.Module):
             x, new_cache = run(x, caches[i], use_cache, attention_mask, angles)
             if new_cache is not None:
                 new_caches.append(new_cache)
-        return self.norm(x), new_caches or None
+        hidden = self.norm(x)
+        if loss is not None:
+            return loss.from_hidden(hidden, self.output.weight), hidden, new_caches or None
+        return self.output(hidden).float(), hidden, new_caches or None
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return the load-balancing loss of the last forward pass in training mode; None without experts.
