@@ -63,7 +63,7 @@ $(TITAN_VENV)/.installed: $(UV) requirements/torchtitan.in setup.py
 	$(UV) pip install --quiet --python $(TITAN_VENV)/bin/python --no-deps --editable .
 	@touch $@
 
-quickstart: install  ## the whole path, offline, in minutes: text -> shards -> a trained and evaluated model
+quickstart: install  ## the full pipeline, offline, in minutes: text -> shards -> a trained and evaluated model
 	$(VENV)/bin/python scripts/quickstart.py
 
 test: lint check-types layers unit  ## install, then run linters, type checks, layer contracts and all tests

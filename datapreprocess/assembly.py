@@ -42,7 +42,7 @@ class WritePlan:
 
 @dataclass(frozen=True)
 class Assembler:
-    """Plans the outputs of a run; its fields are the same for all outputs."""
+    """A planner of the outputs of a run; its fields are the same for all outputs."""
 
     job: PreprocessJob
     work: str

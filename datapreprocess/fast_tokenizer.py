@@ -15,11 +15,11 @@ from open_lm.tokenizer import JsonTokenizer, SentencePieceTokenizer
 
 
 class NoFastTokenizer(Exception):
-    """The tokenizer is not supported by fastokens; the message gives the reason."""
+    """A tokenizer that fastokens does not support; the message gives the reason."""
 
 
 class FastTokenizer:
-    """Encodes batches of texts. Pickles as its source; the native tokenizer is built on first use.
+    """An encoder of batches of texts. It pickles as its source; the native tokenizer is built on first use.
 
     Attributes:
         library: name of the library.

@@ -17,7 +17,7 @@ _MEASURE_EVERY_S = 2.0
 
 
 class Monitor:
-    """Counts finished units and shards, and shows the progress of the run."""
+    """A counter of finished units and shards that shows the progress of the run."""
 
     def __init__(self, job: PreprocessJob, dtype: np.dtype[np.generic], workers: int) -> None:
         self._job, self._workers = job, workers

@@ -31,7 +31,7 @@ def padded_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 class DocumentPacker:
-    """Packs documents into sequences so that a document does not continue in the next sequence.
+    """A packer of documents into sequences, such that a document does not continue in the next sequence.
 
     A document longer than a sequence is cut at multiples of the length. Its remainder, like every shorter document, is
     placed without a cut into the open sequence with the least free space that still fits it, or opens a new sequence

@@ -167,7 +167,7 @@ def _resources(snapshot: Snapshot) -> list[str]:
 
 
 class _Meter:
-    """Measures the pace of one stage. Work that its first snapshot contains was done before and does not count."""
+    """A meter of the pace of one stage. Work that its first snapshot contains was done before and does not count."""
 
     def __init__(self, snapshot: Snapshot, now: float) -> None:
         self._first = (now, snapshot.done, snapshot.tokens)
@@ -187,7 +187,7 @@ class _Meter:
 
 
 class Display:
-    """Shows snapshots on a stream (default: standard error), at a frequency that suits the kind of stream.
+    """A display of snapshots on a stream (default: standard error), at a frequency that suits the kind of stream.
 
     The time of a stage starts with its first snapshot, so show one before the work starts. A block on a terminal ends
     with a line break, so that output after an interruption starts on a new line.

@@ -89,7 +89,7 @@ def record_dtype(length: int, dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 class ShuffledRunWriter:
-    """Buffers the sequences of one unit of work and spills them as sorted runs of about `run_bytes` each.
+    """A writer that buffers the sequences of one unit and spills them as sorted runs of about `run_bytes` each.
 
     `name` is a template with one field for the number of the run. Each run is one file, written atomically. It starts
     with the index of the first record of every bucket and the number of records, int64 (buckets + 1,), followed by the
@@ -221,7 +221,7 @@ class ShuffledRuns:
 
 
 class OrderedRunWriter:
-    """Buffers the ids of one unit of work in their order and spills them as runs of about `run_bytes` each."""
+    """A writer that buffers the ids of one unit in their order and spills them as runs of about `run_bytes` each."""
 
     def __init__(self, name: str, *, source: int, run_bytes: int) -> None:
         self._name, self._source, self._run_bytes = name, source, run_bytes

@@ -65,7 +65,7 @@ class Queue(Generic[T]):
 
 
 class TaskAbandoned(Exception):
-    """The run was interrupted or has failed, so the result of this task is not needed."""
+    """A task whose result is not needed, because the run was interrupted or has failed."""
 
 
 _thread_state = threading.local()

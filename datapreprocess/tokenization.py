@@ -36,7 +36,7 @@ class Encoded(NamedTuple):
 
 
 class DocumentEncoder:
-    """Encodes documents (texts or arrays of token ids) as one flat array of ids.
+    """An encoder of documents (texts or arrays of token ids) as one flat array of ids.
 
     Pickles as the source of the tokenizer, which is loaded on first use. The environment variable RAYON_NUM_THREADS
     limits the threads per batch.

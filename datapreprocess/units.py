@@ -332,7 +332,7 @@ def _sequence_builder(task: UnitTask, encoder: DocumentEncoder) -> _ShuffledSequ
 
 
 class _ShuffledSequences:
-    """Cuts ids into sequences and spills them as shuffled runs; the ids after the last sequence are the tail."""
+    """A sink that cuts ids into sequences and spills them as shuffled runs; the remaining ids are the tail."""
 
     def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
         self._length = task.length
@@ -369,7 +369,7 @@ class _ShuffledSequences:
 
 
 class _OrderedSequences:
-    """Spills ids in input order; they are cut into sequences after the runs of all units are concatenated."""
+    """A sink that spills ids in input order, to be cut into sequences after the runs of all units are concatenated."""
 
     def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
         self._packer = DocumentPacker(task.length, encoder.dtype, keep_order=True) if task.split_documents else None

@@ -119,7 +119,7 @@ def write_shards(task: ShardTask) -> list[WrittenShard]:
 
 
 class _SequenceReader:
-    """Reads a given number of sequences at a time from blocks of other sizes."""
+    """A reader of a given number of sequences at a time from blocks of other sizes."""
 
     def __init__(self, blocks: Iterator[SequenceBlock]) -> None:
         self._blocks, self._buffer = blocks, SequenceBlock(np.zeros((0, 0)), np.zeros(0, np.uint16), {})

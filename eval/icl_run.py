@@ -89,7 +89,7 @@ class EvalContext:
 
 
 class SequenceTooLong(Exception):
-    """An answer of a task is so long that no context fits into the model's sequence length."""
+    """An answer that is so long that no context fits into the model's sequence length."""
 
 
 def start_processes(device: str, settings: Settings) -> str:
@@ -236,7 +236,7 @@ def _mean(values: list[float]) -> float:
 def _count_truncation() -> Iterator[list[int]]:
     """Yield a list [truncated contexts, all contexts] that counts the contexts that llm-foundry truncates.
 
-    llm-foundry's function truncates silently, and keeps the full context if the answer alone fills the sequence.
+    llm-foundry's function truncates silently, and keeps the full context if the answer itself fills the sequence.
     """
     original = icl.trim_context
     count = [0, 0]

@@ -40,7 +40,7 @@ def count_rows(url: str) -> int:
 
 
 class PieceReader:
-    """Iterates over the documents of a piece, in blocks of about a MiB and with bounded memory.
+    """An iterable of the documents of a piece, in blocks of about a MiB and with bounded memory.
 
     Raises BrokenFile for a truncated or unreadable file, after the documents before the break.
 
@@ -94,7 +94,7 @@ def separator_of(url: str, options: ReadOptions) -> bytes | None:
 
 
 class FileChunks:
-    """Iterates over a file as `Chunk`s: decompressed, cut between lines or texts, not parsed.
+    """An iterable of the `Chunk`s of a file: decompressed, cut between lines or texts, not parsed.
 
     Every chunk but the last has at least `chunk_bytes`. Raises ValueError for a file that `can_stream` rejects because
     it has no separators.
@@ -124,7 +124,7 @@ class FileChunks:
 
 
 class ChunkReader:
-    """Iterates over the documents of a chunk; bad documents are reported by their line in the file."""
+    """An iterable of the documents of a chunk; bad documents are reported by their line in the file."""
 
     def __init__(self, chunk: Chunk, url: str, options: ReadOptions = _DEFAULTS) -> None:
         self.chunk, self.url, self.options = chunk, url, options

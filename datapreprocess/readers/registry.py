@@ -34,11 +34,11 @@ _DEFAULT_SUFFIX = ".jsonl"  # of a compressed file without a format suffix, such
 
 @dataclass(frozen=True)
 class Format:
-    """How to read the files of one format. Only `read` is required.
+    """The reader functions and properties of one format. Only `read` is required.
 
     Attributes:
         read: yields the blocks of a source.
-        split: cuts an uncompressed file into pieces, given its url, its size and the wanted piece size in bytes.
+        split: cuts an uncompressed file into pieces, given its url, its size and the requested piece size in bytes.
             Without it a file is one piece.
         separator: returns the bytes that separate the parts (lines or texts) of a file, or None if the options set
             none. Together with `parse` it allows several workers to parse one compressed file.

@@ -27,7 +27,7 @@ def split_rows(url: str) -> tuple[str, tuple[int, int] | None]:
 
 
 class Source:
-    """The input of one piece; counts and hashes the bytes while they are read.
+    """The input of one piece, which counts and hashes the bytes while they are read.
 
     Attributes:
         path: the file, without a row range.

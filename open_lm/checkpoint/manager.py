@@ -68,7 +68,7 @@ class CheckpointManager:
             self._save(progress, state, partial(self._write_files, progress), wait=False)
 
     def write_missing_files(self, resumed: str | None, progress: Progress) -> None:
-        """Write, in the background, the interchange files of the end-of-epoch checkpoint that the run resumed from.
+        """Write the interchange files of the end-of-epoch checkpoint that the run resumed from, in the background.
 
         They are missing if the run was killed before they were complete.
         """

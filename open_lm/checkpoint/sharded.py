@@ -156,7 +156,7 @@ class ShardedWriter:
         reduce_scatter(self._group, error_prefix, lambda: None, lambda _: action() if action is not None else None)
 
     def _write(self, planner: StagedPlanner, writer: TensorWriter) -> None:
-        """Do what torch.distributed.checkpoint.save does, but with this writer's group and readable errors."""
+        """Write like torch.distributed.checkpoint.save, but with this writer's group and readable errors."""
         error_prefix = _write_error(writer.folder)
         is_master = self._group is None or dist.get_rank() == 0
         planner.set_up_planner({}, None, is_master)

@@ -1,4 +1,4 @@
-"""How a field of a settings section describes its flag. Imports no torch.
+"""Flags, as described by the fields of the settings sections. Imports no torch.
 
 The name of a field is the name of its flag (`train_data` is `--train-data`), its annotation is the type, and its
 metadata hold the help text and the choices.

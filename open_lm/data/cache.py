@@ -39,7 +39,7 @@ class CacheEntry(NamedTuple):
 
 
 class _CacheFullError(Exception):
-    """The files in use leave too little space within the limit."""
+    """A cache whose files in use leave too little space within the limit."""
 
 
 class Cache:
@@ -57,7 +57,7 @@ class Cache:
 
         `num_bytes` is its length, -1 if unknown. `fill` calls `grow(length)` before the file becomes that long, and
         returns the sha256. None: there is no space, or the process that downloads the file makes no progress. OSError
-        from the folder, and whatever `fill` raises.
+        from the folder, and any error of `fill`.
         """
         key = hashlib.sha256(identity.encode()).hexdigest()[:32]
         os.makedirs(self.folder, exist_ok=True)

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FetchSettings:
-    """How readers get their shards, as plain values that can be sent to a worker.
+    """Settings for reading shards, as plain values that can be sent to a worker.
 
     `folder` is the path of a `FetchFolder`, which all workers of a rank share: it records which files are verified, and
     stores remote shards while they are read. A `cache_dir` stores them instead, for later passes and runs, up to

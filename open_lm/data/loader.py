@@ -139,7 +139,7 @@ def _from_arrays(stored_ids: np.ndarray, filled: np.ndarray, *others: Any) -> Ba
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What a worker sends: a batch and the position after it, or the user error that ends the data."""
+    """A message of a worker: a batch and the position after it, or the user error that ends the data."""
 
     batch: Batch | None
     state: dict[str, Any]
@@ -152,7 +152,7 @@ class WorkerResult:
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """Everything a worker needs to prepare one rank's batches, as plain values that can be sent to it."""
+    """The settings with which a worker prepares one rank's batches, as plain values that can be sent to it."""
 
     stream: StreamSpec
     order: OrderSettings
@@ -332,7 +332,7 @@ class TrainLoader:
                 logger.info(f"starting pass {after['pass'] + 1} over {source.name}")
 
     def has_batches(self, state: dict[str, Any], num_batches: int) -> bool:
-        """Return whether the data has `num_batches` batches after `state`; sources of unknown size are assumed to."""
+        """Return whether the data has `num_batches` batches after `state`; assume so for sources of unknown size."""
         if self._spec.order.max_passes is None:
             return True
         taken = sum(source["samples"] for source in state["sources"])

@@ -2,8 +2,8 @@
 
 The headers of npy members of one shape differ only in the digits of the name and the checksum. To write members, one is
 built, repeated, and the differing bytes are filled in. To read them, the following headers are compared with one parsed
-header, and rows are gathered from the tar's bytes as from one array. Members that are not exactly alike are left to the
-code that handles them one by one, with the same result.
+header, and rows are gathered from the tar's bytes as from one array. Members with other headers are processed one by
+one, with the same result.
 """
 
 from __future__ import annotations

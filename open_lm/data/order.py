@@ -38,7 +38,7 @@ SizeOf = Callable[[int, int], int]  # (source, shard) -> number of sequences
 class Source:
     """One data set of a mixture: its shards and its share of the samples.
 
-    `sizes` are the numbers of sequences of the shards, None where only reading the shard can tell. `repeats` are the
+    `sizes` are the numbers of sequences of the shards, None if unknown until the shard is read. `repeats` are the
     upsampling factors of the shards (relative chances when shards are drawn); empty means 1 for all. `num_bytes` and
     `sha256` (hex) come from a manifest; None and "" without one. `data_key` is the requested member kind. `datasets`
     holds the dataset.json of each folder of shards (provenance.read_dataset).

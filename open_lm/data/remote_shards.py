@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class RemoteShards:
-    """Downloads remote shards, and the output of commands, into a cache and opens them there."""
+    """A downloader of remote shards and of the output of commands, which opens them in a cache."""
 
     def __init__(self, settings: FetchSettings) -> None:
         self._settings = settings

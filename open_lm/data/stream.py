@@ -32,7 +32,7 @@ _MAX_SHARDS_SEARCHED = 16
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """What a reader needs to know, as plain values that can be sent to a worker.
+    """The settings of a reader, as plain values that can be sent to a worker.
 
     `data_key` is the requested member kind (None: any). `max_broken_fraction` is the largest fraction of broken
     sequences that may become filler; if it is None, the first one is an error.
@@ -80,7 +80,7 @@ class Notice(NamedTuple):
 
 
 class SampleReader:
-    """Reads seq_len + 1 ids for each sample, and the sizes of shards that have no manifest."""
+    """A reader of seq_len + 1 ids for each sample, and of the sizes of shards that have no manifest."""
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
@@ -96,7 +96,7 @@ class SampleReader:
         """Open a shard and return its number of sequences; 0 for a tolerated broken shard."""
         opened = self._open(source, shard)
         if opened is None:
-            self._count_broken(self._last_size)  # assume that it held as many as the shard before
+            self._count_broken(self._last_size)  # assume the size of the previous shard
             return 0
         self._last_size = len(opened)
         return len(opened)
@@ -244,7 +244,7 @@ class SampleReader:
             )
 
     def _check_not_all_short(self, source: int, shard: int) -> None:
-        """At the first short sequence, search for a longer one: a run must not train on filler only."""
+        """Search for a longer sequence after the first short one: a run must not train on filler only."""
         if self._counts["usable"] or self._searched_long_sequence:
             return
         self._searched_long_sequence = True

@@ -1,4 +1,4 @@
-"""The mapping between full tensors and the local shards of DTensors, for every way of sharding.
+"""The mapping between full tensors and the local shards of DTensors, for every kind of sharding.
 
 Checkpoints and single processes hold full tensors. During training a tensor may be a DTensor: sharded along dimension 0
 by FSDP2, along dimension 0 or 1 by tensor parallelism, or along dimension 0 by tensor parallelism and then by FSDP2.

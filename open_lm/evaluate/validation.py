@@ -139,7 +139,7 @@ class _LossSamples:
     tokens: list[np.ndarray] = field(default_factory=list)
 
     def add(self, losses: Tensor, valid: Tensor, cfg: ValidationConfig) -> None:
-        """losses, valid (B,T): float32 and bool."""
+        """Add the losses (B,T) float32 of a batch and their validity (B,T) bool."""
         if cfg.val_seq_ci:
             counts = valid.sum(1)
             means = losses.sum(1) / counts.clamp(min=1)

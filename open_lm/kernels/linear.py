@@ -23,7 +23,7 @@ class Linear(nn.Linear):
     """nn.Linear with the gradient of `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…,I) -> (…,O)."""
+        """Map x (…,I) -> (…,O)."""
         return linear(x, self.weight, self.bias)
 
 
@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x (…,I) and weight (O,I) bfloat16, supported by the native kernels -> (…,O)."""
+    """A linear layer: x (…,I) and weight (O,I) bfloat16, supported by the native kernels -> (…,O)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """grad (N,O), x (N,I) -> (O,I)."""
+    """Map grad (N,O), x (N,I) -> (O,I)."""
     (tokens, out_features), in_features = grad.shape, x.shape[1]
     if (tokens + out_features) * in_features < tokens * out_features:  # elements to transpose in each way
         return elements.transposed(elements.transposed(x) @ grad)

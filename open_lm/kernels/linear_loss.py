@@ -88,7 +88,7 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True)
 class _Settings:
-    """What to compute. `dtype` is the dtype of matrix products."""
+    """The settings of the loss. `dtype` is the dtype of matrix products."""
 
     dtype: torch.dtype
     ignore_index: int
@@ -104,7 +104,7 @@ class _Settings:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """hidden (N,D), weight (V,D), targets (N,) and the settings -> the loss."""
+    """An autograd function: hidden (N,D), weight (V,D), targets (N,) and the settings -> the loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, settings: _Settings) -> Any:

@@ -23,7 +23,7 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,T,D) -> (B,T,D)."""
+        """Map x (B,T,D) -> (B,T,D)."""
         return self.w3(gated_silu(self.w12(x)))
 
 
@@ -37,7 +37,7 @@ class GeGLU(nn.Module):
         self.down_proj = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,T,D) -> (B,T,D)."""
+        """Map x (B,T,D) -> (B,T,D)."""
         return self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -76,7 +76,7 @@ class TokenLoss:
 
 
 class ForwardOptions(Protocol):
-    """How to run the model.
+    """The settings of a forward pass.
 
     Attributes:
         layout: the layout of ranks.
@@ -163,6 +163,6 @@ class CrossEntropyLossWithZLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """input (…, V) float, target (…) int64 -> float32 scalar; nan without valid tokens, as in torch."""
+        """Map input (…, V) float, target (…) int64 -> float32 scalar; nan without valid tokens, as in torch."""
         loss_sum, num_valid = token_loss(input, target, self.eps, self.ignore_index)
         return loss_sum / num_valid

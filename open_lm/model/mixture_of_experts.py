@@ -25,7 +25,7 @@ class Router(nn.Module):
         self.layer = nn.Linear(dim, num_experts, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens (N,D) -> probabilities (N,E), float32 for every model dtype."""
+        """Map tokens (N,D) -> probabilities (N,E), float32 for every model dtype."""
         return torch.softmax(self.layer(tokens).float(), dim=-1)
 
 
@@ -38,7 +38,7 @@ class ExpertMLP(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
     def forward(self, slots: Tensor) -> Tensor:
-        """slots (E,C,D) -> (E,C,D)."""
+        """Map slots (E,C,D) -> (E,C,D)."""
         return torch.bmm(F.gelu(torch.bmm(slots, self.w1), approximate="tanh"), self.w2)
 
     def run_expert(self, expert: int, tokens: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class MixtureOfExperts(nn.Module):
         self.balancing_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,T,D) -> (B,T,D), 0 for tokens that were dropped by all their experts."""
+        """Map x (B,T,D) -> (B,T,D), 0 for tokens that were dropped by all their experts."""
         tokens = x.reshape(-1, x.shape[-1])
         scores = self.router(tokens)
         weights, chosen = scores.topk(self.top_k, dim=-1)

@@ -31,7 +31,7 @@ class LayerNorm(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.zeros(normalized_shape)) if elementwise_bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, D) float -> (…, D); under autocast the computation and the result are float32."""
+        """Map x (…, D) float -> (…, D); under autocast the computation and the result are float32."""
         return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -50,7 +50,7 @@ class LPLayerNorm(LayerNorm):
     """LayerNorm in the autocast dtype, which saves memory traffic. Without autocast it equals LayerNorm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, D) float -> (…, D) in the autocast dtype if autocast is on, else in the dtype of x."""
+        """Map x (…, D) float -> (…, D) in the autocast dtype if autocast is on, else in the dtype of x."""
         device = x.device.type
         if not torch.is_autocast_enabled(device):
             return super().forward(x)
@@ -71,7 +71,7 @@ class RmsNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(normalized_shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, D) float -> (…, D)."""
+        """Map x (…, D) float -> (…, D)."""
         x_float = x.float()
         scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
         return (x_float * scale).type_as(x) * self.weight

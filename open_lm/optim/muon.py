@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
         The others are --lr, --muon-momentum, --beta1 and --beta2, --eps and --wd.
 
     If the attribute `found_inf`, a float scalar on the device, is 1, a step changes neither parameters nor momenta nor
-    step counts, whatever the gradients contain. (It sets the gradients of matrices to 0.)
+    step counts, regardless of the gradients. (It sets the gradients of matrices to 0.)
     """
 
     _step_supports_amp_scaling = True  # torch's convention for optimizers that handle found_inf

@@ -33,7 +33,7 @@ class Checkpoints:
 
     @property
     def disk_bytes(self) -> int:
-        """Return the peak disk space, including the checkpoint that is being written."""
+        """The peak disk space, including the checkpoint that is being written."""
         folders = self.sharded_kept + (self.sharded > self.sharded_kept)
         return folders * self.sharded_bytes + self.files_kept * self.files_bytes
 

@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bench", metavar="FILE", help="read both from the measurement of scripts/bench_train.py --json FILE")
     add("--bandwidth-intra", help="GB/s of a device within its node (default: by --device)")
     add("--bandwidth-inter", help="GB/s of a node to other nodes (default: by --device)")
-    add("--train-tokens", help="tokens of the whole training, such as 140e9")
+    add("--train-tokens", help="total number of training tokens, such as 140e9")
     add(
         "--most-devices",
         default="256",

@@ -60,7 +60,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Return the sum of all parts."""
+        """The sum of all parts."""
         return sum(value for value in vars(self).values() if isinstance(value, int))
 
     def items(self) -> list[tuple[str, int]]:
@@ -80,33 +80,33 @@ class TrainingSetup:
 
     @cached_property
     def sizes(self) -> ElementSizes:
-        """Return the bytes per element of each kind of tensor."""
+        """The bytes per element of each kind of tensor."""
         return element_sizes(self.config, self.device_type)
 
     @property
     def tokens(self) -> int:
-        """Return the tokens of a micro-batch on this rank, before tensor parallelism divides them."""
+        """The tokens of a micro-batch on this rank, before tensor parallelism divides them."""
         return self.batch * -(-self.shape.seq_len // self.layout.context)
 
     @property
     def ranks(self) -> int:
-        """Return the world size."""
+        """The world size."""
         layout = self.layout
         return layout.replicate * layout.shard * layout.context * layout.tensor
 
     @property
     def is_sharded(self) -> bool:
-        """Return whether FSDP2 manages the parameters. Tensor parallelism always uses FSDP2."""
+        """Whether FSDP2 manages the parameters. Tensor parallelism always uses FSDP2."""
         return self.config.parallel.fsdp or self.layout.tensor > 1
 
     @property
     def shards(self) -> int:
-        """Return N, the number of ranks that shard the parameters."""
+        """N, the number of ranks that shard the parameters."""
         return self.layout.shard * self.layout.context if self.is_sharded else 1
 
     @property
     def keeps_unsharded(self) -> bool:
-        """Return whether blocks stay unsharded between forward and backward pass (ZeRO-2)."""
+        """Whether blocks stay unsharded between forward and backward pass (ZeRO-2)."""
         parallel = self.config.parallel
         return parallel.fsdp_zero2 or parallel.fsdp_hybrid_o2
 
@@ -129,12 +129,12 @@ class TrainingSetup:
 
     @cached_property
     def local_params(self) -> int:
-        """Return the parameters of the model in a rank's local shards."""
+        """The parameters of the model in a rank's local shards."""
         return sum(count * self.local_numel(weights) for weights, count in self.shape.kinds)
 
     @cached_property
     def unsharded_params(self) -> int:
-        """Return the parameters of the model on a rank before FSDP shards them."""
+        """The parameters of the model on a rank before FSDP shards them."""
         return sum(count * self.unsharded_numel(weights) for weights, count in self.shape.kinds)
 
     def buffer_numel(self, weights: Iterable[Weight]) -> int:
@@ -172,7 +172,7 @@ class _Block:
 
     @property
     def saved_casts(self) -> int:
-        """Return the bytes of the cast matrices that stay until the backward pass."""
+        """The bytes of the cast matrices that stay until the backward pass."""
         return 0 if self.recasts else self.casts
 
 

@@ -18,7 +18,7 @@ DAY_S = 86400
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan.
+    """A training plan.
 
     Attributes:
         shape: the model.
@@ -29,7 +29,7 @@ class Plan:
         recommended: the option to use; None if none fits.
         growth: an option by number of devices and strategy.
         max_exposed: the share of a step that may wait for communication.
-        train_tokens: tokens of the whole training.
+        train_tokens: total number of training tokens.
         checkpoints: the checkpoints of the training; None if its length is unknown.
     """
 

@@ -32,12 +32,12 @@ class Weight:
 
     @property
     def size(self) -> int:
-        """Return the number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def matrices(self) -> tuple[int, int, int]:
-        """Return (U, m, n): the U matrices of m x n that Muon updates separately in this weight.
+        """(U, m, n): the U matrices of m x n that Muon updates separately in this weight.
 
         A fused weight such as in_proj holds one matrix for each of its layers.
         """
@@ -79,17 +79,17 @@ class ModelShape:
 
     @property
     def width(self) -> int:
-        """Return W, the width of all heads together."""
+        """W, the width of all heads together."""
         return self.n_heads * (self.dim // self.n_heads)
 
     @property
     def hidden(self) -> int:
-        """Return F, the hidden width of a feed-forward network."""
+        """F, the hidden width of a feed-forward network."""
         return 4 * self.dim if FEED_FORWARDS.required_fact(self.ffn_type, "hidden") == "4x" else gated_width(self.dim)
 
     @property
     def ffn_inputs(self) -> dict[str, int]:
-        """Return the input matrices of a feed-forward network by name, with the multiple of F that each returns."""
+        """The input matrices of a feed-forward network by name, with the multiple of F that each returns."""
         inputs: dict[str, int] = FEED_FORWARDS.required_fact(self.ffn_type, "inputs")
         return inputs
 
@@ -99,12 +99,12 @@ class ModelShape:
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """Return all parameters, in the order of the model."""
+        """All parameters, in the order of the model."""
         return tuple(self._weights())
 
     @cached_property
     def by_block(self) -> dict[int | None, tuple[Weight, ...]]:
-        """Return the parameters of each block by its number; None holds those outside of blocks."""
+        """The parameters of each block by its number; None holds those outside of blocks."""
         by_block: dict[int | None, list[Weight]] = {}
         for weight in self.weights:
             by_block.setdefault(weight.block, []).append(weight)
@@ -112,7 +112,7 @@ class ModelShape:
 
     @cached_property
     def kinds(self) -> list[tuple[tuple[Weight, ...], int]]:
-        """Return (parameters, count) pairs: the parameters outside of blocks once, and each kind of block with its
+        """(parameters, count) pairs: the parameters outside of blocks once, and each kind of block with its
         number of occurrences."""
         kinds = [self.has_experts(block) for block in range(self.n_layers)]
         return [
@@ -122,12 +122,12 @@ class ModelShape:
 
     @cached_property
     def num_params(self) -> int:
-        """Return the number of parameters."""
+        """The number of parameters."""
         return sum(weight.size for weight in self.weights)
 
     @property
     def flops_per_token(self) -> float:
-        """Return the FLOPs per token of a forward and backward pass without recomputation.
+        """The FLOPs per token of a forward and backward pass without recomputation.
 
         Equals metrics.model_flops_per_token.
         """

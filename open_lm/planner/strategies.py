@@ -45,13 +45,13 @@ class Machine:
 
     @property
     def nodes(self) -> int:
-        """Return the number of nodes."""
+        """The number of nodes."""
         return -(-self.devices // self.per_node)
 
 
 @dataclass(frozen=True)
 class Option:
-    """A way to train, with its memory and time.
+    """A strategy with its memory and time.
 
     Attributes:
         strategy: a name of STRATEGIES, or "given".
@@ -79,12 +79,12 @@ class Option:
 
     @property
     def fits(self) -> bool:
-        """Return whether the batch fits into the memory of a device."""
+        """Whether the batch fits into the memory of a device."""
         return not self.problem and 0 < self.batch <= self.largest
 
     @property
     def global_batch(self) -> int:
-        """Return the sequences of a step on all devices."""
+        """The sequences of a step on all devices."""
         assert self.setup is not None
         return self.batch * self.setup.config.optim.accum_freq * self.setup.layout.data_size
 
@@ -110,12 +110,12 @@ class Requirements:
 
     @cached_property
     def config(self) -> Config:
-        """Return the configuration that the flags describe."""
+        """The configuration that the flags describe."""
         return Config.from_namespace(parse_args(self.flags))
 
     @cached_property
     def shape(self) -> ModelShape:
-        """Return the shape of the model."""
+        """The shape of the model."""
         return shape_of(self.config.model)
 
     def strategies(self, machine: Machine) -> list[str]:
@@ -130,7 +130,7 @@ class Requirements:
 
     @property
     def sets_strategy(self) -> bool:
-        """Return whether the flags set a strategy."""
+        """Whether the flags set a strategy."""
         return bool(self.given_flags & _STRATEGY_FLAGS)
 
     def checkpointing(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Predict what ranks exchange in a step, and the time of a step.
+"""Predict the communication between ranks in a step, and the time of a step.
 
 Bytes are what a rank sends over its links in ring algorithms (Patarasuk & Yuan 2009,
 https://doi.org/10.1016/j.jpdc.2008.09.002): (n-1)/n of the buffer for an all-gather or reduce-scatter, and twice that
@@ -98,17 +98,17 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of the step."""
+        """The seconds of the step."""
         return self.compute_s + self.exposed_s + self.host_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Return the tokens per second of all ranks."""
+        """The tokens per second of all ranks."""
         return self.tokens / self.seconds
 
     @property
     def efficiency(self) -> float:
-        """Return the share of the step that computes."""
+        """The share of the step that computes."""
         return self.compute_s / self.seconds
 
 

@@ -84,7 +84,7 @@ class RemoteSync:
         report = self.sync_once()
         if report.problems:
             held_back = [
-                f"{path} was held back, because other files of its folder could not be uploaded"
+                f"{path} was not uploaded, because other files of its folder could not be uploaded"
                 for path in report.held_back
             ]
             problems = [*report.problems, *held_back]

@@ -87,7 +87,7 @@ def run_with_stall_timeout(action: Callable[[Callable[[], None]], T], url: str, 
     """Run `action(heartbeat)` in a thread; raise Stalled if it does not call `heartbeat` for `timeout_s` seconds.
 
     Socket timeouts do not cover name resolution, requests inside an event loop, or bytes that arrive one by one. An
-    abandoned thread cannot be stopped, so `action` must have no side effects besides its result.
+    abandoned thread cannot be stopped, so `action` must have no side effects other than its result.
     """
     last_heartbeat_s = time.monotonic()
 

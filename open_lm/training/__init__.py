@@ -1,1 +1,1 @@
-"""A training run: building its parts, the training loop, one optimizer step, and what to do when a step fails."""
+"""A training run: building its parts, the training loop, one optimizer step, and the handling of failed steps."""

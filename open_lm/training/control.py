@@ -29,7 +29,7 @@ class Decision:
 
 
 class RunControl:
-    """Receives stop signals inside its `with` block and reports due saves.
+    """A receiver of stop signals inside its `with` block, which also reports due saves.
 
     Installs signal handlers only in the main thread and restores the previous ones at exit. The end of the torchrun
     process that started this rank counts as a stop signal: torchrun would have ended the rank.

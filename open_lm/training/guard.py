@@ -23,7 +23,7 @@ _ACCEPTED, _NOT_FINITE, _SPIKE = 0, 1, 2
 
 
 class TrainingDiverged(UserError):
-    """The loss or its gradient stays non-finite or spikes too often. Weights are those of the last good step."""
+    """A loss or gradient that stays non-finite or spikes too often. Weights are those of the last good step."""
 
     on_every_rank = True
 
@@ -34,7 +34,7 @@ def not_finite(loss: Tensor, grad_norm: Tensor) -> Tensor:
 
 
 class Guard:
-    """Decides for each step whether to skip it.
+    """A guard that decides for each step whether to skip it.
 
     Keeps on the device: the outcomes of the last 100 steps, oldest first; the losses of the last 128 accepted steps
     (only if spikes are detected); the number of skipped steps and spikes of the run.

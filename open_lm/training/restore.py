@@ -1,4 +1,4 @@
-"""Load the state that a run starts from: a checkpoint of its own, another run's, or weights only."""
+"""Load the initial state of a run: from its own checkpoint or that of another run, or only weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The life of a run: settings, parts, state, then an evaluation or a training with validation, checkpoints and stops.
+"""The stages of a run: settings, parts, state, then an evaluation or a training with validation, checkpoints and stops.
 
 Next on the path of a batch: open_lm.training.trainer.
 """
@@ -79,7 +79,7 @@ def evaluate(parts: RunParts, loggers: MetricLoggers) -> None:
 
 
 class _Stopped(Exception):
-    """A signal asked the run to end; its state is saved."""
+    """A stop of the run after a signal; its state is saved."""
 
 
 class Training:
@@ -124,7 +124,7 @@ class Training:
             self.manager.finish()
 
     def _finish_interrupted_epoch(self) -> None:
-        """Do what remains of the end of an epoch, after which the previous process was killed."""
+        """Complete the end of an epoch after which the previous process was killed."""
         parts, progress = self.parts, self.parts.progress
         at_epoch_end = progress.epoch > 0 and progress.step == parts.end_step(progress.epoch)
         if at_epoch_end and parts.config.checkpoint.resume == "latest":

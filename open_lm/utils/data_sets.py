@@ -42,13 +42,13 @@ class Folder:
 
     @property
     def missing(self) -> list[str]:
-        """Return the stems of shards that the manifest lists but the folder lacks."""
+        """The stems of shards that the manifest lists but the folder lacks."""
         stems = {shard_stem(url) for url in self.shards}
         return [] if self.partial else [stem for stem in self.entries or {} if stem not in stems]
 
     @property
     def unlisted(self) -> list[str]:
-        """Return the URLs of shards that the manifest does not list; empty without a manifest."""
+        """The URLs of shards that the manifest does not list; empty without a manifest."""
         return [] if self.entries is None else [url for url in self.shards if self.entry(url) is None]
 
 
@@ -70,12 +70,12 @@ class DataSet:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Return the record's settings; empty if it has none."""
+        """The record's settings; empty if it has none."""
         return as_dict(self.record.get("settings"))
 
     @property
     def single_source(self) -> str | None:
-        """Return the name of the only source of the data set; None if it has several or unnamed ones."""
+        """The name of the only source of the data set; None if it has several or unnamed ones."""
         names = list(as_dict(self.record.get("sources")))
         return names[0] if len(names) == 1 else None
 

@@ -13,11 +13,11 @@ from open_lm.errors import ConfigError, DataError, join_problems
 
 
 class ShardsExhausted(DataError, IndexError):
-    """Too few shards remain in a pass over the data for the requested interval."""
+    """A pass over the data with too few remaining shards for the requested interval."""
 
 
 class PassTooSmall(DataError, ValueError):
-    """A full pass over the data has too few shards for the requested interval."""
+    """A full pass over the data with too few shards for the requested interval."""
 
 
 def pt_load(file_path: str, map_location: Any = None) -> Any:

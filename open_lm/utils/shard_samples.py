@@ -35,7 +35,7 @@ def read_samples(
 ) -> Iterator[dict[str, Any]]:
     """Yield the sequences at `positions` of a shard: {shard, position, key, tokens, pads, pieces}, or {shard, problem}.
 
-    A piece is {"text" or "ids", "ended"}; "ended" tells whether an end-of-text id follows. Without a tokenizer, pieces
+    A piece is {"text" or "ids", "ended"}; "ended" is whether an end-of-text id follows. Without a tokenizer, pieces
     have ids.
     """
     try:

@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *args: object) -> None:
-        """Log nothing: it would cost processor time."""
+        """Disable logging, which costs processor time."""
 
 
 def serve(folder: Path, line_mb: float) -> None:

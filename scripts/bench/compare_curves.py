@@ -7,7 +7,7 @@ All other flags are the trainer's and apply to both: learning rate, schedule, we
 the training step of a run with these flags, and its loader yields the batches, in as many passes as needed. The
 original is the plain recipe of original_recipe.py.
 
-To show how far rounding alone drives two runs of the same recipe apart, "twins" (--twins) train with the original's
+To show how far two runs of the same recipe differ because of rounding only, "twins" (--twins) train with the original's
 recipe from weights that differ by one part in ten million. Differences of that size are noise.
 """
 

@@ -43,7 +43,7 @@ class Norm(nn.Module):
         self.width, self.low_precision = width, low_precision
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (…, D) -> (…, D)."""
+        """Map x (…, D) -> (…, D)."""
         device_type = x.device.type
         if not (self.low_precision and torch.is_autocast_enabled(device_type)):
             return F.layer_norm(x, (self.width,), self.weight, self.bias, NORM_EPS)
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         self.k_norm = NORMS[shape["model_norm"]](width) if shape["qk_norm"] else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,T,D) -> (B,T,D)."""
+        """Map x (B,T,D) -> (B,T,D)."""
         queries, keys, values = self.in_proj(x).chunk(3, dim=-1)
         heads = (*x.shape[:2], self.heads, self.head_width)
         values = values.view(heads)
@@ -136,7 +136,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,T,D) -> (B,T,D): w3(silu(gate) * up), with gate and up from the matrix w12 (2F,D)."""
+        """Map x (B,T,D) -> (B,T,D): w3(silu(gate) * up), with gate and up from the matrix w12 (2F,D)."""
         ops = xformers_ops() if x.is_cuda else None
         if ops is not None:
             w1, w2 = self.w12.weight.chunk(2)
@@ -154,7 +154,7 @@ class Block(nn.Module):
         self.ffn_norm = NORMS[shape["model_norm"]](shape["hidden_dim"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B,T,D) -> (B,T,D)."""
+        """Map x (B,T,D) -> (B,T,D)."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.feed_forward(self.ffn_norm(x))
 
@@ -177,7 +177,7 @@ class Model(nn.Module):
             self.tok_embeddings.weight = self.output.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B,T) int64 -> logits (B,T,V) float32."""
+        """Map ids (B,T) int64 -> logits (B,T,V) float32."""
         x = self.post_embed_norm(self.tok_embeddings(ids))
         for block in self.layers:
             x = block(x)

@@ -145,7 +145,7 @@ def test_each_forward_pass_is_one_cuda_graph_step(monkeypatch: pytest.MonkeyPatc
 
 
 def test_buffers_of_offloaded_models_are_on_the_device() -> None:
-    host, device = torch.device("cpu"), torch.device("meta")  # meta stands for the GPU
+    host, device = torch.device("cpu"), torch.device("meta")  # meta represents the GPU
     model = meta_model()
     _materialise(model, host, device, lambda sharded: init_weights(sharded, seed=1))
     assert {parameter.device for parameter in model.parameters()} == {host}

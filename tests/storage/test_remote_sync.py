@@ -262,7 +262,7 @@ def test_only_the_index_is_held_back_when_a_file_fails(
     report = sync.sync_once()
     assert report.held_back == in_step(["checkpoint.json"]) and len(report.problems) == 1
     assert set(content(address)) == {*FILES, *in_step(["rank_00000_000.bin"])}
-    with pytest.raises(StorageError, match=r"step_00000007/checkpoint\.json was held back") as error:
+    with pytest.raises(StorageError, match=r"step_00000007/checkpoint\.json was not uploaded") as error:
         sync.finish()
     assert "rank_00001_000.bin: injected failure" in str(error.value)
     repair()

@@ -26,7 +26,7 @@ MATRICES = VECTORS | {"amx_tile", "amx_bf16"}
 
 
 class NativeError(Exception):
-    """A source cannot be compiled or loaded on this machine; the message gives the reason."""
+    """A source that cannot be compiled or loaded on this machine; the message gives the reason."""
 
 
 def processor_features() -> frozenset[str]:

@@ -9,7 +9,7 @@ from open_lm.config.registry import POSITIONAL_EMBEDDINGS
 
 @POSITIONAL_EMBEDDINGS.register("none", help="no position embedding", rotates=False)
 class NoPositions(nn.Module):
-    """Leaves queries and keys unchanged (Kazemnejad et al. 2023, https://arxiv.org/abs/2305.19466)."""
+    """Queries and keys without positions (Kazemnejad et al. 2023, https://arxiv.org/abs/2305.19466)."""
 
     def __init__(self, head_width: int) -> None:
         super().__init__()
@@ -18,5 +18,5 @@ class NoPositions(nn.Module):
         """Return None: there is nothing to rotate by."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v (B,T,H,K) -> q and k in the dtype of v, and v."""
+        """Map q, k, v (B,T,H,K) -> q and k in the dtype of v, and v."""
         return q.to(v.dtype), k.to(v.dtype), v
