@@ -208,7 +208,7 @@ def _benchmarked_speed(path: str, requirements: Requirements) -> tuple[float, fl
     model = requirements.config.model.model
     try:
         entry = json.loads(Path(path).read_text(encoding="utf-8"))["models"][model]
-        ceiling = max(rates["own"] for rates in entry["matmul_flops"].values())
+        ceiling = max(rates["own"] for rates in entry["ceilings"].values())
         speed = statistics.median(next(iter(entry["results"].values()))["speeds"])
         return ceiling / 1e12, speed * entry["flops_per_token"] / ceiling, f"measured: {path}"
     except OSError as error:

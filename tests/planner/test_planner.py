@@ -341,7 +341,7 @@ def test_speeds_are_read_from_a_benchmark_file(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     entry = {
         "flops_per_token": 1e9,
-        "matmul_flops": {"bfloat16": {"own": 4e14, "square": 5e14}},
+        "ceilings": {"bfloat16": {"own": 4e14, "square": 5e14}},
         "results": {"ours": {"speeds": [1.9e5, 2e5, 2.1e5]}},
     }
     path.write_text(json.dumps({"models": {"open_lm_160m": entry}}))

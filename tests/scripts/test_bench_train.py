@@ -31,6 +31,7 @@ from open_lm.config.sections import Config, ModelConfig, OptimConfig
 from open_lm.errors import ConfigError
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import create_model
+from open_lm.planner.command import make_plan
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "bench"
 CPU = torch.device("cpu")
@@ -169,6 +170,9 @@ def test_benchmark_of_ours_the_original_and_a_command(
     speeds = {name: values["speeds"] for name, values in measured["results"].items()}
     assert {name: len(values) for name, values in speeds.items()} == {"ours": 2, "original": 2, "the command": 1}
     assert speeds["the command"] == [84.5]
+    plan_flags = f"--model open_lm_test_tiny --devices 1 --device-memory 1GB --bench {result}"
+    planned = make_plan(["--most-devices", "0", *plan_flags.split()])
+    assert planned.rates_from == f"measured: {result}", "the planner reads the file that this benchmark writes"
     categories = measured["profiles"]["ours"]["profile"]
     assert {"attention", "feed-forward", "norms", "loss and head", "optimizer and clipping"} <= set(categories)
     assert set(measured["profiles"]) == {"ours", "original"}
