@@ -29,8 +29,8 @@ def batch_of(rows: object, vocab_size: int = VOCAB_SIZE, dtype: object = np.uint
 
 
 def moved(batch: Batch, device: torch.device) -> DeviceBatch:
-    ((made, _),) = on_device([(batch, None)], device)
-    return made
+    ((device_batch, _),) = on_device([(batch, None)], device)
+    return device_batch
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +46,12 @@ def _needs_cuda(request: pytest.FixtureRequest) -> None:
 def test_every_stored_dtype_becomes_the_same_int64(device: torch.device, dtype: type) -> None:
     greatest = min(np.iinfo(dtype).max, 2**31 - 1)
     rows = [[0, 1, greatest, 2], [greatest, greatest - 1, 0, greatest]]
-    made = moved(batch_of(rows, greatest + 1, dtype), device)
-    assert made.inputs.device.type == device.type
-    assert made.inputs.dtype == made.targets.dtype == torch.int64
-    assert made.inputs.is_contiguous() and made.targets.is_contiguous()
-    assert made.inputs.tolist() == [row[:-1] for row in rows]
-    assert made.targets.tolist() == [row[1:] for row in rows]
+    device_batch = moved(batch_of(rows, greatest + 1, dtype), device)
+    assert device_batch.inputs.device.type == device.type
+    assert device_batch.inputs.dtype == device_batch.targets.dtype == torch.int64
+    assert device_batch.inputs.is_contiguous() and device_batch.targets.is_contiguous()
+    assert device_batch.inputs.tolist() == [row[:-1] for row in rows]
+    assert device_batch.targets.tolist() == [row[1:] for row in rows]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -59,17 +59,22 @@ def test_pads_and_filler_are_no_targets(device: torch.device) -> None:
     batch = batch_of([[5, 6, PAD_ID, PAD_ID], [0, 0, 0, 0]], dtype=np.int32)
     batch.filled[1] = False
     batch = Batch(batch.stored_ids, batch.filled, 1, (1,), 1, VOCAB_SIZE, TargetMask())
-    made = moved(batch, device)
-    assert made.inputs.tolist() == [[5, 6, VOCAB_SIZE - 1], [0, 0, 0]]
-    assert made.targets.tolist() == [[6, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX] * 3]
-    assert (made.filled.tolist(), made.num_samples, made.per_source, made.skipped) == ([True, False], 1, (1,), 1)
+    device_batch = moved(batch, device)
+    assert device_batch.inputs.tolist() == [[5, 6, VOCAB_SIZE - 1], [0, 0, 0]]
+    assert device_batch.targets.tolist() == [[6, IGNORE_INDEX, IGNORE_INDEX], [IGNORE_INDEX] * 3]
+    assert (device_batch.filled.tolist(), device_batch.num_samples, device_batch.per_source, device_batch.skipped) == (
+        [True, False],
+        1,
+        (1,),
+        1,
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_masks_are_applied_on_the_device(device: torch.device) -> None:
-    made = moved(batch_of([[1, 2, 500, 3, 4, 501]], left=500, individual=501, squash=True), device)
-    assert made.inputs.tolist() == [[1, 2, 3, 4, 501]]
-    assert made.targets.tolist() == [[IGNORE_INDEX, 3, 4, IGNORE_INDEX, IGNORE_INDEX]]
+    device_batch = moved(batch_of([[1, 2, 500, 3, 4, 501]], left=500, individual=501, squash=True), device)
+    assert device_batch.inputs.tolist() == [[1, 2, 3, 4, 501]]
+    assert device_batch.targets.tolist() == [[IGNORE_INDEX, 3, 4, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -81,10 +86,16 @@ def test_device_batches_equal_those_of_the_loader(tmp_path: Path, device: torch.
     data = DataConfig(train_data=[str(tmp_path / "*.tar")], data_key="npy", workers=1)
     loaders = [build_train_loader(data, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=4) for _ in range(2)]
     plain = list(loaders[0].batches(22))
-    for (batch, state), (made, its_state) in zip(plain, on_device(loaders[1].batches(22), device), strict=True):
-        assert torch.equal(made.inputs.cpu(), batch.inputs) and torch.equal(made.targets.cpu(), batch.targets)
-        assert torch.equal(made.filled.cpu(), batch.filled)
-        assert (made.num_samples, made.per_source, made.skipped) == (batch.num_samples, batch.per_source, batch.skipped)
+    for (batch, state), (device_batch, its_state) in zip(plain, on_device(loaders[1].batches(22), device), strict=True):
+        assert torch.equal(device_batch.inputs.cpu(), batch.inputs) and torch.equal(
+            device_batch.targets.cpu(), batch.targets
+        )
+        assert torch.equal(device_batch.filled.cpu(), batch.filled)
+        assert (device_batch.num_samples, device_batch.per_source, device_batch.skipped) == (
+            batch.num_samples,
+            batch.per_source,
+            batch.skipped,
+        )
         assert its_state == state
     assert {batch.stored_ids.dtype for batch, _ in plain} == {torch.uint16, torch.int32}
 

@@ -113,8 +113,8 @@ def test_known_shards_need_one_request_and_a_wrong_length_is_an_error(
 ) -> None:
     storage.write_bytes(f"s3://{faulty_s3.bucket}/a.tar", shard)
     boto3.client("s3").put_object_acl(Bucket=faulty_s3.bucket, Key="a.tar", ACL="public-read")
-    place = f"{faulty_s3.bucket}/a.tar"
-    url = f"{faulty_s3.endpoint}/{place}" if scheme == "http" else f"{scheme}://{place}"
+    path = f"{faulty_s3.bucket}/a.tar"
+    url = f"{faulty_s3.endpoint}/{path}" if scheme == "http" else f"{scheme}://{path}"
     faulty_s3.requests.clear()
     assert fetched(url, tmp_path, Expected(len(shard), sha256(shard))) == shard
     if scheme == "s3":
@@ -316,8 +316,8 @@ def test_settings_come_from_the_flags(tmp_path: Path) -> None:
     assert FetchSettings.from_config(DataConfig(read_timeout=7.0, cache_limit="no size"), "f") == FetchSettings(
         "f", None, 0, 7.0
     )
-    made = FetchSettings.from_config(DataConfig(cache_dir=f"file://{tmp_path}/c", cache_limit="1.5GB"), "f")
-    assert made == FetchSettings("f", f"{tmp_path}/c", 1_500_000_000, 60.0)
+    from_flags = FetchSettings.from_config(DataConfig(cache_dir=f"file://{tmp_path}/c", cache_limit="1.5GB"), "f")
+    assert from_flags == FetchSettings("f", f"{tmp_path}/c", 1_500_000_000, 60.0)
     with pytest.raises(ConfigError, match="--cache-limit: expected a size such as 4GB or 512MiB, found '5 apples'"):
         FetchSettings.from_config(DataConfig(cache_dir="c", cache_limit="5 apples"), None)
     with pytest.raises(ConfigError, match="--cache-dir s3://b/c: expected a local folder"):

@@ -76,8 +76,8 @@ def test_masks_row_by_row(rows: list[list[int]], left: int | None, individual: i
     for row, inputs, targets in zip(rows, *(tensor.tolist() for tensor in got), strict=True):
         expected_inputs, expected = row[:-1], row[1:]
         if left is not None:
-            last = max((place for place, token in enumerate(expected) if token == left), default=-1)
-            expected = [_ if place <= last and token != left else token for place, token in enumerate(expected)]
+            last = max((position for position, token in enumerate(expected) if token == left), default=-1)
+            expected = [_ if position <= last and token != left else token for position, token in enumerate(expected)]
             if squash:
                 expected_inputs = [token for token in expected_inputs if token != left]
                 expected = [token for token in expected if token != left]
@@ -121,5 +121,5 @@ def test_document_ids_by_hand() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=3))
 def test_document_ids_token_by_token(rows: list[list[int]]) -> None:
-    expected = [[row[:place].count(3) for place in range(9)] for row in rows]
+    expected = [[row[:position].count(3) for position in range(9)] for row in rows]
     assert document_ids(torch.tensor(rows), 3).tolist() == expected

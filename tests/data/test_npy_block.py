@@ -54,22 +54,22 @@ def test_bytes_and_files_are_listed_alike_even_if_damaged(
     assert listing(bytes(tar)) == listing(io.BytesIO(tar))
     if files:
         assert len(listing(memoryview(tar))) == len(files)
-    place = data.draw(st.integers(0, len(tar) - 1))
-    tar[place] ^= 1 << data.draw(st.integers(0, 7))
-    cut = bytes(tar[: data.draw(st.integers(place, len(tar)))])
+    position = data.draw(st.integers(0, len(tar) - 1))
+    tar[position] ^= 1 << data.draw(st.integers(0, 7))
+    cut = bytes(tar[: data.draw(st.integers(position, len(tar)))])
     assert listing(cut) == listing(io.BytesIO(cut))
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.sampled_from(["uint16", "int32", "long", "short", "pads", "wrong type"]), min_size=1, max_size=20))
 def test_rows_are_the_members_with_the_header_of_the_first(kinds: list[str]) -> None:
-    made = {
+    encoders = {
         "long": lambda k: npy(k, length=LENGTH + 1),
         "short": lambda k: npy(k, length=3),
         "pads": lambda k: encode_member(np.full(LENGTH, -1), "npy", np.dtype(np.uint16)),
         "wrong type": lambda k: npy(k).replace(b"<u2", b"<f2"),
     }
-    files = [(f"{k}.npy", made.get(kind, lambda k, kind=kind: npy(k, kind))(k)) for k, kind in enumerate(kinds)]
+    files = [(f"{k}.npy", encoders.get(kind, lambda k, kind=kind: npy(k, kind))(k)) for k, kind in enumerate(kinds)]
     data = tar_of(files)
     members = index_shard(data, "a.tar")
     if kinds[0] == "wrong type":

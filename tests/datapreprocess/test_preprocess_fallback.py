@@ -60,8 +60,8 @@ def marked(tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch:
         patch.setattr(tokenization, "fast_tokenizer", none)
-        place = make(tmp_path / "raw", tmp_path / "reference", small_tokenizer)
-    assert record_of(place / "0")["tool"]["encoder"] == "tokenizers"
+        out_folder = make(tmp_path / "raw", tmp_path / "reference", small_tokenizer)
+    assert record_of(out_folder / "0")["tool"]["encoder"] == "tokenizers"
     return tmp_path / "raw", tree(tmp_path / "reference")
 
 
@@ -69,8 +69,8 @@ def marked(tmp_path: Path, small_tokenizer: str, monkeypatch: pytest.MonkeyPatch
 def test_correct_fast_tokenizer_gives_the_output_of_the_reference(
     marked: tuple[Path, dict[str, bytes]], tmp_path: Path, small_tokenizer: str
 ) -> None:
-    place = make(marked[0], tmp_path / "out", small_tokenizer)
-    assert record_of(place / "0")["tool"]["encoder"] == "fastokens"
+    out_folder = make(marked[0], tmp_path / "out", small_tokenizer)
+    assert record_of(out_folder / "0")["tool"]["encoder"] == "fastokens"
     without_records = [
         {k: v for k, v in files.items() if "dataset" not in k} for files in (tree(tmp_path / "out"), marked[1])
     ]

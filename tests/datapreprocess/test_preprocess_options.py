@@ -46,9 +46,9 @@ def ids_of(tokenizer: str, texts: Iterable[str], bos: Sequence[int] = ()) -> lis
     return [[*bos, *fast.encode(text, add_special_tokens=False).ids, EOT_ID] for text in texts]
 
 
-def stream(place: Path) -> list[int]:
+def stream(out_folder: Path) -> list[int]:
     """Return the ids of all members in order, without padding."""
-    return [value for _, _, ids in read_shards(place) for value in ids if value != -1]
+    return [value for _, _, ids in read_shards(out_folder) for value in ids if value != -1]
 
 
 def flat(lists: Iterable[list[int]]) -> list[int]:
@@ -67,9 +67,9 @@ def with_bos(tokenizer: str, path: Path) -> str:
 def test_add_bos(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
     folder, texts = raw
     tokenizer = with_bos(small_tokenizer, tmp_path / "bos.json")
-    place = make(folder, tmp_path / "out", tokenizer, "--add-bos", "--no-shuffle") / "0"
-    assert stream(place) == flat(ids_of(tokenizer, texts, bos=[1]))
-    assert record_of(place)["settings"]["bos_id"] == 1
+    out_folder = make(folder, tmp_path / "out", tokenizer, "--add-bos", "--no-shuffle") / "0"
+    assert stream(out_folder) == flat(ids_of(tokenizer, texts, bos=[1]))
+    assert record_of(out_folder)["settings"]["bos_id"] == 1
     plain = make(folder, tmp_path / "plain", tokenizer, "--no-shuffle") / "0"
     assert stream(plain) == flat(ids_of(tokenizer, texts)) and record_of(plain)["settings"]["bos_id"] is None
     with pytest.raises(ConfigError, match="there is no begin-of-text token"):
@@ -78,9 +78,9 @@ def test_add_bos(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: s
 
 def test_eot_token(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
     folder, texts = raw
-    place = make(folder, tmp_path / "out", small_tokenizer, "--eot-token", "<b>") / "0"
-    assert tokens_of(read_shards(place)) == expected_tokens(texts, small_tokenizer, 2)
-    assert record_of(place)["settings"]["eot_id"] == 2
+    out_folder = make(folder, tmp_path / "out", small_tokenizer, "--eot-token", "<b>") / "0"
+    assert tokens_of(read_shards(out_folder)) == expected_tokens(texts, small_tokenizer, 2)
+    assert record_of(out_folder)["settings"]["eot_id"] == 2
     with pytest.raises(ConfigError, match="<none>"):
         make(folder, tmp_path / "no", small_tokenizer, "--eot-token", "<none>")
 
@@ -103,20 +103,20 @@ def test_split_documents_never_continues_a_document(
     short = documents(300, seed=20, words=12)
     write_jsonl(folder / "short.jsonl", short)
     more = ["--no-shuffle"] if order == "kept" else []
-    place = make(folder, tmp_path / "out", small_tokenizer, "--split-documents", *more) / "0"
+    out_folder = make(folder, tmp_path / "out", small_tokenizer, "--split-documents", *more) / "0"
     encoded = ids_of(small_tokenizer, [*texts, *short])
     parts = [tuple(ids[at : at + LENGTH]) for ids in encoded for at in range(0, len(ids), LENGTH)]
-    members = [ids for _, _, ids in read_shards(place)]
+    members = [ids for _, _, ids in read_shards(out_folder)]
     found = [part for ids in members for part in parts_of(ids)]
     assert found == parts if order == "kept" else Counter(found) == Counter(parts)
     pads = sum(ids.count(-1) for ids in members)
     assert all(len(ids) == LENGTH and -1 not in ids[: LENGTH - ids.count(-1)] for ids in members)
-    record, entries = record_of(place), read_manifest(str(place / "manifest.jsonl"))
+    record, entries = record_of(out_folder), read_manifest(str(out_folder / "manifest.jsonl"))
     assert record["counts"]["pads"] == pads > 0
     assert record["counts"]["tokens"] == sum(map(len, encoded)) == sum(entry.extra["num_tokens"] for entry in entries)
     assert record["tail"] == {"fate": "none", "tokens": 0}
     for entry in entries:
-        shard = [ids for name, _, ids in read_shards(place) if name == f"{entry.shard}.tar"]
+        shard = [ids for name, _, ids in read_shards(out_folder) if name == f"{entry.shard}.tar"]
         assert entry.extra["num_tokens"] == sum(LENGTH - ids.count(-1) for ids in shard)
 
 
@@ -127,14 +127,14 @@ def test_trainer_masks_padding(raw: tuple[Path, list[str]], tmp_path: Path, smal
     from open_lm.data import get_data
     from open_lm.data.masking import IGNORE_INDEX
 
-    place = make(raw[0], tmp_path / "out", small_tokenizer, "--split-documents", "--no-shuffle") / "0"
-    count = record_of(place)["counts"]["sequences"]
-    args = parse_args(["--dataset-manifest", str(place / "manifest.jsonl"), "--train-num-samples", str(count)])
+    out_folder = make(raw[0], tmp_path / "out", small_tokenizer, "--split-documents", "--no-shuffle") / "0"
+    count = record_of(out_folder)["counts"]["sequences"]
+    args = parse_args(["--dataset-manifest", str(out_folder / "manifest.jsonl"), "--train-num-samples", str(count)])
     args.seq_len, args.vocab_size, args.per_gpu_batch_size, args.rank, args.world_size = 32, 400, 5, 0, 1
     batches = list(get_data(args)["train"].loader.batches(count // 5))
     inputs_ = torch.cat([batch.inputs for batch, _ in batches])
     targets = torch.cat([batch.targets for batch, _ in batches])
-    known = {tuple(ids[:-1]) for _, _, ids in read_shards(place)}
+    known = {tuple(ids[:-1]) for _, _, ids in read_shards(out_folder)}
     masked = targets == IGNORE_INDEX
     assert 0 < masked.float().mean() < 0.5 and inputs_.min() >= 0
     assert torch.equal(targets[:, :-1][~masked[:, :-1]], inputs_[:, 1:][~masked[:, :-1]])
@@ -147,17 +147,17 @@ def test_tail_is_dropped_or_padded(raw: tuple[Path, list[str]], tmp_path: Path, 
     folder, texts = raw
     total = sum(expected_tokens(texts, small_tokenizer, EOT_ID).values())
     for more in ([], ["--no-shuffle"]):
-        place = make(folder, tmp_path / f"dropped{len(more)}", small_tokenizer, "--drop-tail", *more) / "0"
-        members = read_shards(place)
+        out_folder = make(folder, tmp_path / f"dropped{len(more)}", small_tokenizer, "--drop-tail", *more) / "0"
+        members = read_shards(out_folder)
         assert len(members) == total // LENGTH and all(-1 not in ids for _, _, ids in members)
-        record = record_of(place)
+        record = record_of(out_folder)
         assert record["tail"] == {"fate": "dropped", "tokens": total % LENGTH}
         assert record["counts"]["tokens"] == total and record["counts"]["pads"] == 0
     write_jsonl(tmp_path / "one.jsonl", ["the"])
     with pytest.raises(DataError, match="2 tokens, too few for one sequence of 33 ids, and --drop-tail drops them"):
         make(tmp_path / "one.jsonl", tmp_path / "none", small_tokenizer, "--drop-tail")
-    place = make(tmp_path / "one.jsonl", tmp_path / "one", small_tokenizer) / "0"
-    assert [ids.count(-1) for _, _, ids in read_shards(place)] == [31]
+    out_folder = make(tmp_path / "one.jsonl", tmp_path / "one", small_tokenizer) / "0"
+    assert [ids.count(-1) for _, _, ids in read_shards(out_folder)] == [31]
 
 
 @pytest.mark.usefixtures("small_units")
@@ -172,9 +172,9 @@ def test_no_shuffle_keeps_the_order_of_units_files_and_sources(tmp_path: Path, s
         texts += [""] if not count else []
     more = ["--no-shuffle", "--num-consumers", "2", "--shard-size", "17"]
     sources = ["--source", f"even={tmp_path}/raw/*-a.*", "--source", f"odd={tmp_path}/raw/*-b.*"]
-    place = make([], tmp_path / "out", small_tokenizer, *more, *sources)
-    assert stream(place) == flat(ids_of(small_tokenizer, texts))
-    assert set(record_of(place / "0")["sources"]) == {"even", "odd"}
+    out_folder = make([], tmp_path / "out", small_tokenizer, *more, *sources)
+    assert stream(out_folder) == flat(ids_of(small_tokenizer, texts))
+    assert set(record_of(out_folder / "0")["sources"]) == {"even", "odd"}
 
 
 # --- bad input ---------------------------------------------------------------------------------------------------
@@ -186,9 +186,9 @@ def test_max_bad_fraction(tmp_path: Path, small_tokenizer: str) -> None:
         with pytest.raises(DataError, match=f"1 of 100 documents.*allows {float(fraction):g}"):
             make(path, tmp_path / f"no{number}", small_tokenizer, "--max-bad-fraction", fraction)
     for number, fraction in enumerate(("0.01", "1")):
-        place = make(path, tmp_path / f"yes{number}", small_tokenizer, "--max-bad-fraction", fraction)
-        assert record_of(place / "0")["counts"]["bad_documents"] == 1
-        assert rejects_of(place) == [("a.jsonl", 1, "invalid JSON")]
+        out_folder = make(path, tmp_path / f"yes{number}", small_tokenizer, "--max-bad-fraction", fraction)
+        assert record_of(out_folder / "0")["counts"]["bad_documents"] == 1
+        assert rejects_of(out_folder) == [("a.jsonl", 1, "invalid JSON")]
     for fraction in ("-0.1", "1.01", "nan"):
         with pytest.raises(ConfigError, match="--max-bad-fraction must be from 0 to 1"):
             make(path, tmp_path / "never", small_tokenizer, "--max-bad-fraction", fraction)
@@ -209,11 +209,11 @@ def test_rejects_are_in_input_order(tmp_path: Path, small_tokenizer: str) -> Non
         (folder / f"{number}.jsonl").parent.mkdir(exist_ok=True)
         (folder / f"{number}.jsonl").write_text("\n".join(lines))
     for more in ([], ["--no-shuffle"]):
-        place = make(folder, tmp_path / f"out{len(more)}", small_tokenizer, "--skip-bad-lines", *more)
-        lines_ = [json.loads(line) for line in (place / "rejects.jsonl").read_text().splitlines()]
+        out_folder = make(folder, tmp_path / f"out{len(more)}", small_tokenizer, "--skip-bad-lines", *more)
+        lines_ = [json.loads(line) for line in (out_folder / "rejects.jsonl").read_text().splitlines()]
         assert [line["content"] for line in lines_] == [f"{{broken {n}-{at}" for n in range(4) for at in (0, 120, 199)]
         assert all(Path(line["url"]).name == f"{line['content'][8]}.jsonl" and line["detail"] for line in lines_)
-        assert record_of(place / "0")["bad_documents_first"][1].endswith("0.jsonl line 121")
+        assert record_of(out_folder / "0")["bad_documents_first"][1].endswith("0.jsonl line 121")
 
 
 def test_rejects_of_a_failed_run_are_removed_when_the_input_is_fixed(tmp_path: Path, small_tokenizer: str) -> None:
@@ -222,8 +222,8 @@ def test_rejects_of_a_failed_run_are_removed_when_the_input_is_fixed(tmp_path: P
         make(path, tmp_path / "out", small_tokenizer)
     assert len(rejects_of(tmp_path / "out" / "32-v1")) == 2
     write_jsonl(path, ["the end"])
-    place = make(path, tmp_path / "out", small_tokenizer)
-    assert not (place / "rejects.jsonl").exists() and record_of(place / "0")["counts"]["documents"] == 1
+    out_folder = make(path, tmp_path / "out", small_tokenizer)
+    assert not (out_folder / "rejects.jsonl").exists() and record_of(out_folder / "0")["counts"]["documents"] == 1
 
 
 # --- the command line --------------------------------------------------------------------------------------------

@@ -74,16 +74,16 @@ def verified(out: Path) -> dict[str, int]:
 def test_manifest_counts_the_tokens_of_each_source(
     sources: Texts, tmp_path: Path, small_tokenizer: str, more: list[str]
 ) -> None:
-    place = make([], tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki", "web", "code"), *more)
+    out_folder = make([], tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki", "web", "code"), *more)
     expected = counted(sources, small_tokenizer)
-    record = record_of(place / "0")
+    record = record_of(out_folder / "0")
     assert {name: counts["tokens"] for name, counts in record["sources"].items()} == expected
     assert {name: counts["documents"] for name, counts in record["sources"].items()} == {
         name: len(part) for name, part in sources.items()
     }
     assert {name: counts["files"] for name, counts in record["sources"].items()} == {"wiki": 2, "web": 1, "code": 1}
-    members = read_shards(place)
-    entries = [entry for path in sorted(place.glob("*/manifest.jsonl")) for entry in read_manifest(str(path))]
+    members = read_shards(out_folder)
+    entries = [entry for path in sorted(out_folder.glob("*/manifest.jsonl")) for entry in read_manifest(str(path))]
     counts: Counter[str] = Counter()
     for entry in entries:
         assert sum(entry.extra["sources"].values()) == entry.extra["num_tokens"]
@@ -106,11 +106,11 @@ def test_tails_of_sources_are_joined(tmp_path: Path, small_tokenizer: str) -> No
     given: list[str] = []
     for name, part in texts.items():
         given += ["--source", f"{name}={write_jsonl(tmp_path / 'raw' / f'{name}.jsonl', part)}"]
-    place = make([], tmp_path / "out", small_tokenizer, *given) / "0"
+    out_folder = make([], tmp_path / "out", small_tokenizer, *given) / "0"
     expected = counted(texts, small_tokenizer)
     assert max(expected.values()) < LENGTH < sum(expected.values())
     counts: Counter[str] = Counter()
-    for entry in read_manifest(str(place / "manifest.jsonl")):
+    for entry in read_manifest(str(out_folder / "manifest.jsonl")):
         counts.update(entry.extra["sources"])
     assert counts == expected
     assert sum(verified(tmp_path / "out").values()) > 0
@@ -125,17 +125,17 @@ def test_file_of_two_sources_and_files_of_no_source(
     with pytest.raises(DataError, match=r"nowhere/\*: no file matches"):
         make([], tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki"), "--source", f"x={tmp_path}/nowhere/*")
     assert not (tmp_path / "out").exists()
-    place = make(tmp_path / "raw", tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki")) / "0"
+    out_folder = make(tmp_path / "raw", tmp_path / "out", small_tokenizer, *flags(tmp_path, "wiki")) / "0"
     assert "2 files match no source, for example" in caplog.text and "code.jsonl" in caplog.text
     expected = counted(sources, small_tokenizer)
-    tokens = {name: counts["tokens"] for name, counts in record_of(place)["sources"].items()}
+    tokens = {name: counts["tokens"] for name, counts in record_of(out_folder)["sources"].items()}
     assert tokens == {"wiki": expected["wiki"], "UNKNOWN": expected["web"] + expected["code"]}
 
 
 def test_one_source_from_several_patterns(sources: Texts, tmp_path: Path, small_tokenizer: str) -> None:
     given = [word for number in (0, 1) for word in ("--source", f"w={tmp_path}/raw/wiki/{number}.jsonl")]
-    place = make([], tmp_path / "out", small_tokenizer, *given) / "0"
-    assert record_of(place)["sources"]["w"]["documents"] == len(sources["wiki"])
+    out_folder = make([], tmp_path / "out", small_tokenizer, *given) / "0"
+    assert record_of(out_folder)["sources"]["w"]["documents"] == len(sources["wiki"])
 
 
 @pytest.mark.parametrize("more", [[], ["--num-consumers", "2"], ["--output-per-source"]])
@@ -144,9 +144,9 @@ def test_inspection_reports_the_rejects_file(
 ) -> None:
     write_jsonl(tmp_path / "raw" / "code.jsonl", [7, *sources["code"]])  # type: ignore[list-item]
     given = [*flags(tmp_path, "code"), "--max-bad-fraction", "0.1", *more]
-    place = make([], tmp_path / "out", small_tokenizer, *given)
+    out_folder = make([], tmp_path / "out", small_tokenizer, *given)
     facts = inspect_shards.inspect(inspect_shards.make_parser().parse_args([str(tmp_path / "out")]))
-    folder = place / "code" if "--output-per-source" in more else place
+    folder = out_folder / "code" if "--output-per-source" in more else out_folder
     assert {data_set["rejects"] for data_set in facts["data_sets"]} == {str(folder / "rejects.jsonl")}
 
 
@@ -161,13 +161,19 @@ def test_output_per_source(
     code.write_text("{\n" + code.read_text())
     more = [*flags(tmp_path, "wiki", "web", "code"), "--output-per-source", "--num-consumers", str(consumers)]
     more += ["--max-bad-fraction", "0.01"]
-    place = make([], tmp_path / "out", small_tokenizer, *more)
-    assert sorted(path.name for path in place.iterdir()) == ["code", "dataset.json", "rejects.jsonl", "web", "wiki"]
-    root_record = record_of(place)
+    out_folder = make([], tmp_path / "out", small_tokenizer, *more)
+    assert sorted(path.name for path in out_folder.iterdir()) == [
+        "code",
+        "dataset.json",
+        "rejects.jsonl",
+        "web",
+        "wiki",
+    ]
+    root_record = record_of(out_folder)
     expected = counted(sources, small_tokenizer)
     for name, part in sources.items():
-        folders = [place / name] if consumers == 1 else [place / name / "0", place / name / "1"]
-        assert tokens_of(read_shards(place / name)) == expected_tokens(part, small_tokenizer, EOT_ID)
+        folders = [out_folder / name] if consumers == 1 else [out_folder / name / "0", out_folder / name / "1"]
+        assert tokens_of(read_shards(out_folder / name)) == expected_tokens(part, small_tokenizer, EOT_ID)
         entries = [entry for folder in folders for entry in read_manifest(str(folder / "manifest.jsonl"))]
         assert all(entry.extra["sources"] == {name: entry.extra["num_tokens"]} for entry in entries)
         record = record_of(folders[-1])
@@ -176,20 +182,20 @@ def test_output_per_source(
         assert {
             Path(item["url"]).parts[-2 if name == "wiki" else -1].partition(".")[0] for item in record["inputs"]
         } == {name}
-        assert record["counts"]["bad_documents"] == (name == "code") == (place / name / "rejects.jsonl").exists()
+        assert record["counts"]["bad_documents"] == (name == "code") == (out_folder / name / "rejects.jsonl").exists()
         assert record["tail"]["fate"] in ("padded", "none")
     assert root_record["counts"]["tokens"] == sum(expected.values()) and set(root_record["sources"]) == set(sources)
     assert len(root_record["inputs"]) == 4
-    assert json.loads((place / "rejects.jsonl").read_text()) == json.loads(
-        (place / "code" / "rejects.jsonl").read_text()
+    assert json.loads((out_folder / "rejects.jsonl").read_text()) == json.loads(
+        (out_folder / "code" / "rejects.jsonl").read_text()
     )
     sums = verified(tmp_path / "out")
     assert sums["tokens"] == root_record["counts"]["tokens"] and sums["sequences"] == root_record["counts"]["sequences"]
-    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in out_folder.rglob("*")}
     caplog.set_level("INFO")
     make([], tmp_path / "out", small_tokenizer, *more)
     assert "already done" in caplog.text
-    assert before == {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in out_folder.rglob("*")}
 
 
 def test_only_the_root_record_marks_the_run_as_finished(
@@ -212,11 +218,11 @@ def test_only_the_root_record_marks_the_run_as_finished(
         patch.setattr(engine, "write_dataset", killed)
         with pytest.raises(OSError, match="killed"):
             make([], tmp_path / "out", small_tokenizer, *more)
-    place = tmp_path / "out" / "32-v1"
-    assert written == [str(place / name / "dataset.json") for name in ("web", "wiki")]
-    assert not (place / "dataset.json").exists()
+    out_folder = tmp_path / "out" / "32-v1"
+    assert written == [str(out_folder / name / "dataset.json") for name in ("web", "wiki")]
+    assert not (out_folder / "dataset.json").exists()
     make([], tmp_path / "out", small_tokenizer, *more)
-    assert tree(place).keys() == tree(clean).keys()
+    assert tree(out_folder).keys() == tree(clean).keys()
 
 
 def test_source_without_documents(sources: Texts, tmp_path: Path, small_tokenizer: str) -> None:
@@ -225,8 +231,8 @@ def test_source_without_documents(sources: Texts, tmp_path: Path, small_tokenize
     with pytest.raises(DataError, match="source void contains no documents; fix its files or remove the source"):
         make([], tmp_path / "out", small_tokenizer, *more, "--output-per-source")
     assert not list((tmp_path / "out").rglob("*.tar"))
-    place = make([], tmp_path / "together", small_tokenizer, *more) / "0"
-    assert tokens_of(read_shards(place)) == expected_tokens(sources["web"], small_tokenizer, EOT_ID)
+    out_folder = make([], tmp_path / "together", small_tokenizer, *more) / "0"
+    assert tokens_of(read_shards(out_folder)) == expected_tokens(sources["web"], small_tokenizer, EOT_ID)
 
 
 def test_source_with_factor_zero(sources: Texts, tmp_path: Path, small_tokenizer: str) -> None:
@@ -235,9 +241,9 @@ def test_source_with_factor_zero(sources: Texts, tmp_path: Path, small_tokenizer
         f"sources: [{{source: wiki, inputs: [{tmp_path}/raw/wiki]}}, {{source: web, inputs: [{tmp_path}/raw/web*]}}]\n"
         "sampling_frequencies: {wiki: 0, web: 2}\n"
     )
-    place = make([], tmp_path / "out", small_tokenizer, "--mixture", str(mixture), "--output-per-source")
-    assert not (place / "wiki").exists()
-    assert tokens_of(read_shards(place)) == expected_tokens(sources["web"] * 2, small_tokenizer, EOT_ID)
+    out_folder = make([], tmp_path / "out", small_tokenizer, "--mixture", str(mixture), "--output-per-source")
+    assert not (out_folder / "wiki").exists()
+    assert tokens_of(read_shards(out_folder)) == expected_tokens(sources["web"] * 2, small_tokenizer, EOT_ID)
     assert verified(tmp_path / "out")["tokens"] == 2 * counted(sources, small_tokenizer)["web"]
 
 
@@ -253,11 +259,11 @@ def test_logged_flags_train_at_the_rates(
         write_jsonl(tmp_path / "raw" / name / "0.jsonl", documents(60, seed=number))
     caplog.set_level(logging.INFO)
     mixture = ["--mixture", "wikipedia_mixture", "--output-per-source"]
-    place = make(tmp_path / "raw", tmp_path / "out", small_tokenizer, *mixture)
+    out_folder = make(tmp_path / "raw", tmp_path / "out", small_tokenizer, *mixture)
     messages = [record.getMessage() for record in caplog.records]
     (message,) = [message for message in messages if "training flags for the rates" in message]
     flags_ = shlex.split(message.partition(": ")[2])
-    manifests = [str(place / name / "manifest.jsonl") for name in ("cc_en", "wiki")]
+    manifests = [str(out_folder / name / "manifest.jsonl") for name in ("cc_en", "wiki")]
     assert flags_ == ["--dataset-manifest", *manifests, "--train-data-mix-weights", "9.09", "90.91"]
     model = tmp_path / "model.json"
     model.write_text(json.dumps({"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": 32, "vocab_size": 400}))
@@ -296,8 +302,8 @@ def test_rates_of_one_output_are_reached_by_sampling(tmp_path: Path, small_token
     rates = {"a": 60.0, "b": 30.0, "c": 10.0}
     given, texts = rated(tmp_path, rates)
     more = [] if total is None else ["--mixture-tokens", str(total)]
-    place = make([], tmp_path / "out", small_tokenizer, *given, *more) / "0"
-    record = record_of(place)
+    out_folder = make([], tmp_path / "out", small_tokenizer, *given, *more) / "0"
+    record = record_of(out_folder)
     tokens = {name: counts["tokens"] for name, counts in record["sources"].items()}
     expected = total or counted(texts, small_tokenizer)["a"] / 0.6  # a is used once, the others less often
     assert sum(tokens.values()) == record["counts"]["tokens"] == pytest.approx(expected, rel=0.05)

@@ -40,7 +40,7 @@ def loss_and_norm(layout: str, masked: bool = True) -> list[float]:
             cfg,
             device=runtime.device,
             model_cfg=ModelConfig(grad_checkpointing=True),
-            initialise=lambda made: init_weights(made, seed=5),
+            initialise=lambda sharded: init_weights(sharded, seed=5),
         )
         tokens = random_ids(ROWS, LENGTH + 1, vocab_size=7).chunk(runtime.world_size)[runtime.rank]
         inputs, targets = tokens[:, :-1], tokens[:, 1:]

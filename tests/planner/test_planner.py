@@ -296,19 +296,19 @@ def test_sharded_strategies_default_to_fsdp_amp(flags: str) -> None:
 
 def test_scaling_table_and_limits() -> None:
     argv = "--model open_lm_1b --devices 8 --most-devices 32 --batch-size 1 --bandwidth-inter 1 --strategies ddp,hybrid"
-    made = plan.make_plan(argv.split())
-    assert list(made.growth) == [8, 16, 32]
-    assert made.growth[8]["hybrid"].problem
-    text = plan.format_plan(made)
+    result = plan.make_plan(argv.split())
+    assert list(result.growth) == [8, 16, 32]
+    assert result.growth[8]["hybrid"].problem
+    text = plan.format_plan(result)
     assert "ddp: scales to 8 devices; on 16 devices," in text
     assert "More devices" in text
-    assert json.loads(json.dumps(plan.plan_values(made)))["growth"]["32"]["ddp"]["exposed_s"] > 0
+    assert json.loads(json.dumps(plan.plan_values(result)))["growth"]["32"]["ddp"]["exposed_s"] > 0
 
 
 def test_report_says_when_nothing_fits() -> None:
-    made = planned("--model open_lm_7b --devices 1 --device-memory 24GB --strategies single")
-    assert made.recommended is None
-    assert "Nothing fits" in plan.format_plan(made)
+    result = planned("--model open_lm_7b --devices 1 --device-memory 24GB --strategies single")
+    assert result.recommended is None
+    assert "Nothing fits" in plan.format_plan(result)
 
 
 def test_all_problems_are_reported_together() -> None:

@@ -204,8 +204,8 @@ TIMES = re.compile("time|second|memory|mfu")
 def saved(trainer: Trainer) -> dict[str, Any]:
     """Return a copy of the full state that the trainer resumes from."""
     parts = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
-    place = {"step": trainer.step, "data_state": trainer.data_state, "trainer": trainer.state()}
-    return {**copy.deepcopy(parts), **json.loads(json.dumps(place))}
+    progress = {"step": trainer.step, "data_state": trainer.data_state, "trainer": trainer.state()}
+    return {**copy.deepcopy(parts), **json.loads(json.dumps(progress))}
 
 
 def restore(trainer: Trainer, found: dict[str, Any]) -> None:
