@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faulty_proxy import FaultyProxy
+from strict_s3 import KINDS, StrictS3
 
+# Two test processes share two cores. OpenMP threads of torch that wait for each other would waste their time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The fork server of a test process imports these modules once, for all tests that fork processes from it.
+multiprocessing.set_forkserver_preload([
+    "open_lm.training.run", "open_lm.training.build", "open_lm.training.trainer", "open_lm.checkpoint", "torch._dynamo",
+    "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.nn.attention.bias", "pytest",
+    "open_lm.datapreprocess.make_2048", "open_lm.datapreprocess.engine", "tokenizers", "fastokens", "zstandard",
+    "boto3", "s3fs",
+])  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -63,6 +75,38 @@ def faulty_s3(s3_endpoint: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         S3FileSystem.clear_instance_cache()  # a cached instance keeps its first endpoint
         yield proxy
+        S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a module on forked ranks: ranks(2, "open_lm.main", "--model", ...) from tmp_path.
+
+    Like `torchrun`, but without the time to start torchrun and to import torch in each rank.
+    """
+    from rank_processes import run_ranks
+
+    def run(world_size: int, module: str, *args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        result = run_ranks(world_size, module, *args, folder=tmp_path, **options)
+        if result.returncode != 0:
+            output = f"{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+            pytest.fail(f"{world_size} ranks of {module} exited with code {result.returncode}\n{output}")
+        return result
+
+    return run
+
+
+@pytest.fixture(params=KINDS)
+def strict_s3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[StrictS3]:
+    """Yield an S3 server that does not know checksum fields, in turn of every kind; it has the bucket "bucket"."""
+    from s3fs import S3FileSystem
+
+    with StrictS3(request.param) as store:
+        for name, value in {"ACCESS_KEY_ID": "testing", "SECRET_ACCESS_KEY": "testing", "DEFAULT_REGION": "us-east-1",
+                            "ENDPOINT_URL": store.endpoint}.items():  # fmt: skip
+            monkeypatch.setenv(f"AWS_{name}", value)
+        S3FileSystem.clear_instance_cache()  # a cached instance keeps its first endpoint
+        yield store
         S3FileSystem.clear_instance_cache()
 
 

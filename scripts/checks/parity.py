@@ -55,9 +55,13 @@ EXPERTS, TOP_K = 4, 2
 NUM_CANDIDATES = 60  # random pairs of option sets; the pair with the most new combinations is used
 # Modules that the fork server imports once for all ranks.
 PRELOADED_MODULES = [
-    "open_lm.model.transformer",
+    "open_lm.training.run",
+    "open_lm.training.build",
     "open_lm.training.trainer",
+    "open_lm.checkpoint",
     "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
     "torch.nn.attention.bias",
 ]
 
@@ -313,7 +317,6 @@ def on_ranks(ranks: int, jobs: list[tuple[Any, ...]]) -> list[Any]:
 
     A job is a tuple of a function and its arguments. Results must be serializable as JSON.
     """
-    multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, args=(ranks, folder, jobs), nprocs=ranks, start_method="forkserver")
         return json.loads((Path(folder) / "results.json").read_text())
@@ -335,6 +338,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sets", type=int, default=2, help="option sets per layout, an even number (default: 2)")
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="test only this layout; repeatable")
     args = parser.parse_args(argv)
+    multiprocessing.set_forkserver_preload(PRELOADED_MODULES)
     chosen = [case for case in cases(args.sets) if args.layout is None or case["layout"] in args.layout]
     results = run(chosen, args.steps, report=lambda text: print(text, flush=True))
     print(f"{'layout':22} {'ranks':>5} {'cases':>5}  largest difference")

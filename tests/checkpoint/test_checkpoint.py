@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_helpers import build, on_ranks, save, shard, train
+from checkpoint_helpers import build, save, shard, train
+from rank_processes import on_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel

@@ -14,15 +14,13 @@ import pytest
 import torch
 from data_helpers import SEQ_LEN, VOCAB_SIZE, places, sequence, write_source
 from elastic_worker import JOBS, OPTIMIZERS, SINGLE, Run, do_jobs
+from rank_processes import on_ranks
 from recording_worker import recording
-from sharded_helpers import on_ranks
 
 from open_lm.config.sections import DataConfig
 from open_lm.data.order import DataOrder
 from open_lm.data.sources import find_sources
 from open_lm.main import main
-
-HELPERS = Path(__file__).parents[1] / "helpers"
 
 BATCH, STEPS, SEED = 4, 10, 11
 Batches = dict[int, list[tuple[int, ...]]]
@@ -65,10 +63,8 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def test_resuming_with_other_numbers_of_ranks_and_workers(
-    flags: list[str], tmp_path: Path, torchrun: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+    flags: list[str], tmp_path: Path, ranks: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
-    # Use the default --logs folder, because torchrun would parse --logs as an abbreviation of its --logs-specs.
     monkeypatch.chdir(tmp_path)
     continuous, resumed = tmp_path / "continuous", tmp_path / "resumed"
     continuous.mkdir()
@@ -78,8 +74,8 @@ def test_resuming_with_other_numbers_of_ranks_and_workers(
     resume_flags = [*flags, "--name", "resumed", "--resume", "latest"]
     with recording(resumed, 3):
         main([*resume_flags, "--workers", "1"])
-    torchrun(2, "recording_worker", str(resumed), "5", *resume_flags, "--workers", "2", "--fsdp")
-    torchrun(4, "recording_worker", str(resumed), "8", *resume_flags, "--workers", "1")
+    ranks(2, "recording_worker", str(resumed), "5", *resume_flags, "--workers", "2", "--fsdp")
+    ranks(4, "recording_worker", str(resumed), "8", *resume_flags, "--workers", "1")
     with recording(resumed, 0):
         main([*resume_flags, "--workers", "0"])
     expected = expected_batches(flags)

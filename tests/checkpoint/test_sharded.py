@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_helpers import assert_equal, build, flip_bit, full_state, on_ranks, save, train, trained
+from rank_processes import on_ranks
+from sharded_helpers import assert_equal, build, flip_bit, full_state, save, train, trained
 from torch import nn
 
 from open_lm import storage

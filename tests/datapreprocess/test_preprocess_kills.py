@@ -36,10 +36,6 @@ WORK = ".work"
 
 # Each run is a separate process, forked from a server that has imported all modules but has started no threads.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload([
-    "pytest", "open_lm.datapreprocess.make_2048", "open_lm.datapreprocess.engine", "tokenizers", "fastokens",
-    "zstandard", "boto3", "s3fs",
-])  # fmt: skip
 
 
 class WatchedFile:

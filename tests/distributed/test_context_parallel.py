@@ -88,11 +88,8 @@ def test_document_masks_are_built_once_for_all_layers() -> None:
     torch.testing.assert_close(logits, model(ids, document_ids=document_ids)[0])
 
 
-def test_losses_and_gradients_equal_those_of_one_process(
-    torchrun: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(context_worker.__file__).parent))
-    torchrun(3, "context_worker", str(tmp_path / "out.json"))
+def test_losses_and_gradients_equal_those_of_one_process(ranks: Callable[..., object], tmp_path: Path) -> None:
+    ranks(3, "context_worker", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())
     assert set(results) == set(context_worker.CASES)
     for name, end_of_text_id in context_worker.CASES.items():

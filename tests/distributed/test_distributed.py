@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -146,12 +145,11 @@ def differences(steps: list[list[float]], expected: list[list[float]]) -> float:
     )
 
 
-def test_settings_of_fsdp_on_two_ranks(torchrun: Callable[..., object], tmp_path: Path) -> None:
+def test_settings_of_fsdp_on_two_ranks(ranks: Callable[..., object], tmp_path: Path) -> None:
     """Losses and gradient norms equal those of one process within 1e-5, and approximately in half precision.
 
     test_layouts.py compares all layouts.
     """
-    shutil.copy(trainer_worker.__file__, tmp_path)
     jobs: list[dict[str, object]] = [
         {"layout": "fsdp", "accum_freq": 4, "tied": True, "checkpointing": True},
         {"layout": "hybrid", "accum_freq": 2},
@@ -159,7 +157,7 @@ def test_settings_of_fsdp_on_two_ranks(torchrun: Callable[..., object], tmp_path
         {"layout": "amp"},
         {"layout": "pure_bf16"},
     ]
-    torchrun(2, "trainer_worker", "out.json", *[json.dumps(job) for job in jobs])
+    ranks(2, "trainer_worker", "out.json", *[json.dumps(job) for job in jobs])
     results = json.loads((tmp_path / "out.json").read_text())
     expected = {tied: trainer_worker.train("plain", tied=tied) for tied in (False, True)}
     assert expected[False][0] != expected[True][0]
@@ -172,13 +170,11 @@ def test_settings_of_fsdp_on_two_ranks(torchrun: Callable[..., object], tmp_path
             assert difference < 1e-5, job
 
 
-def test_hybrid_sharding_over_two_nodes_of_two(torchrun: Callable[..., object], tmp_path: Path) -> None:
-    source = Path(trainer_worker.__file__).read_text()
-    # torchrun starts all four ranks on one node; the variable makes them look like two nodes of two.
-    nodes = 'import os\n\nos.environ["LOCAL_WORLD_SIZE"] = "2"\n'
-    (tmp_path / "two_nodes.py").write_text(source.replace("import json\n", f"import json\n{nodes}", 1))
+def test_hybrid_sharding_over_two_nodes_of_two(ranks: Callable[..., object], tmp_path: Path) -> None:
+    """The variable LOCAL_WORLD_SIZE makes four ranks look like two nodes of two."""
     jobs = [{"layout": "hybrid", "accum_freq": 2}, {"layout": "hybrid_o2", "tied": True}]
-    torchrun(4, "two_nodes", "out.json", *[json.dumps(job) for job in jobs])
+    jobs_json = [json.dumps(job) for job in jobs]
+    ranks(4, "trainer_worker", "out.json", *jobs_json, env={"LOCAL_WORLD_SIZE": "2"})
     results = json.loads((tmp_path / "out.json").read_text())
     for job in jobs:
         expected = trainer_worker.train("plain", tied=bool(job.get("tied")))

@@ -1,22 +1,17 @@
-"""A small model that covers difficult cases of checkpoints, functions to train and save it, and process groups."""
+"""A small model that covers difficult cases of checkpoints, and functions to train and save it."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from open_lm.checkpoint.interchange import write_interchange
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState
 from open_lm.distributed.processes import run_on_master
-from open_lm.errors import end_process
 from open_lm.optim.averaging import ModelAverager
 
 
@@ -85,27 +80,6 @@ def save(
     sharded = str(logs / f"sharded_{progress.epoch}")
     ShardedWriter().save(state, sharded, progress.step or 0, wait=True)
     return run_on_master(lambda: write_interchange(StoredTensors(sharded), str(logs / "run" / "checkpoints"), "run"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def on_ranks(worker: Callable[[int, Path], None], folder: Path, world_size: int = 2) -> None:
-    """Run worker(rank, folder) in the processes of a gloo group."""
-    mp.spawn(start_rank, args=(worker, str(folder), world_size, free_port()), nprocs=world_size)
-
-
-def start_rank(rank: int, worker: Callable[[int, Path], None], folder: str, world_size: int, port: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    try:
-        worker(rank, Path(folder))
-    finally:
-        dist.destroy_process_group()
-    end_process(0)
 
 
 def shard(model: Net) -> torch.optim.Optimizer:

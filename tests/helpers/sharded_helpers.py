@@ -1,15 +1,12 @@
-"""A small model with shapes that are difficult to shard, its training, and process groups, for test_sharded.py."""
+"""A small model with shapes that are difficult to shard, and its training, for test_sharded.py."""
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from checkpoint_helpers import free_port, start_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -143,11 +140,3 @@ def flip_bit(path: Path, position: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1 << bit
     path.write_bytes(data)
-
-
-# ---------------------------------------------------------------------------------------------- ranks
-def on_ranks(worker: Any, folder: Path, world_size: int) -> None:
-    """Run worker(rank, folder) in the processes of a gloo group; slow imports are done once in the fork server."""
-    multiprocessing.set_forkserver_preload(["open_lm.checkpoint.sharded", "torch._dynamo", "torch.distributed.fsdp"])
-    args = (worker, str(folder), world_size, free_port())
-    mp.start_processes(start_rank, args=args, nprocs=world_size, start_method="forkserver")

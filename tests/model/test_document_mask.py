@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import document_worker
-import model_helpers
 import pytest
 import torch
 from model_helpers import random_ids, small_model
@@ -277,10 +275,8 @@ def test_compiled_blocks_are_compiled_once(representation: str, monkeypatch: pyt
     assert counter.frame_count == compiled_after_first == 1
 
 
-def test_two_processes_give_the_loss_of_one_process(tmp_path: Path, torchrun: Callable[..., Any]) -> None:
-    for module in (document_worker, model_helpers):
-        shutil.copy(str(module.__file__), tmp_path)
-    torchrun(2, "document_worker", "out.json")
+def test_two_processes_give_the_loss_of_one_process(tmp_path: Path, ranks: Callable[..., object]) -> None:
+    ranks(2, "document_worker", "out.json")
     expected = document_worker.loss_and_norm("ddp")
     for found in json.loads((tmp_path / "out.json").read_text()).values():
         assert found == pytest.approx(expected, rel=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,15 +211,12 @@ def test_moments_of_another_program_are_rejected() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- ranks
-def test_every_layout_updates_like_a_single_process(
-    tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_layout_updates_like_a_single_process(tmp_path: Path, ranks: Callable[..., object]) -> None:
     """Parameters, moments and gradient norms are equal for replicas, uneven shards, hybrids and tensor parallelism.
 
     They are also equal on all ranks, and after a skipped step.
     """
-    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
-    torchrun(4, "optim_worker", str(tmp_path / "results.pt"), *optim_worker.LAYOUTS)
+    ranks(4, "optim_worker", str(tmp_path / "results.pt"), *optim_worker.LAYOUTS)
     results = torch.load(tmp_path / "results.pt")
     assert len(results) == 2 * len(optim_worker.LAYOUTS)
     for (name, layout), result in results.items():

@@ -32,9 +32,9 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in kept} for line in lines if "train/loss" in line]
 
 
-def test_two_runs_on_two_ranks_are_bit_identical(torchrun: Callable[..., object], tmp_path: Path) -> None:
+def test_two_runs_on_two_ranks_are_bit_identical(ranks: Callable[..., object], tmp_path: Path) -> None:
     for name in ("one", "two"):
-        torchrun(2, "open_lm.main", "--", *FLAGS, "--fsdp", "--name", name)
+        ranks(2, "open_lm.main", *FLAGS, "--fsdp", "--name", name)
     one, two = (tmp_path / "logs" / name for name in ("one", "two"))
     assert len(numbers(one)) > 3 and numbers(one) == numbers(two)
     (first,), (second,) = (sorted((folder / "checkpoints").glob("step_*")) for folder in (one, two))

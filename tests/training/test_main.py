@@ -123,12 +123,12 @@ def test_interrupted_run_equals_an_uninterrupted_one(sharded: bool, golden: list
 
 
 def test_layouts_and_resuming_in_another_layout(
-    golden: list[str], shared_dir: Path, tmp_path: Path, torchrun: Callable[..., object]
+    golden: list[str], shared_dir: Path, tmp_path: Path, ranks: Callable[..., object]
 ) -> None:
     """One process, and two FSDP ranks with accumulation that are resumed in one process, give the same losses."""
     flags = [*golden, *validation(shared_dir)]
     main([*flags, "--logs", str(tmp_path / "logs"), "--name", "one"])
-    torchrun(2, "open_lm.main", *flags, "--name", "two", "--fsdp", "--accum-freq", "2", "--workers", "1")
+    ranks(2, "open_lm.main", *flags, "--name", "two", "--fsdp", "--accum-freq", "2", "--workers", "1")
     one, two = tmp_path / "logs/one", tmp_path / "logs/two"
     assert [step for step, *_ in losses(one)] == [step for step, *_ in losses(two)]
     for ours, theirs in zip(losses(one), losses(two), strict=True):
