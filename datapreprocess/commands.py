@@ -36,6 +36,11 @@ class Parser(argparse.ArgumentParser):
         group.add_argument = lambda *names, **given: add(*_spellings(names), **given)  # type: ignore[method-assign]
         return group
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Return one match per flag: an abbreviation of both spellings of a flag is not ambiguous."""
+        matches = super()._get_option_tuples(option_string)
+        return list({id(match[0]): match for match in reversed(matches)}.values())[::-1]
+
     def error(self, message: str) -> None:  # type: ignore[override]
         """Raise ConfigError instead of exiting."""
         from open_lm.errors import ConfigError

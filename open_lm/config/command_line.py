@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +12,7 @@ from open_lm.config.checks import contradictions, missing_for_a_run
 from open_lm.config.fields import FieldSpec
 from open_lm.config.layout import parse_mesh_dim
 from open_lm.config.sections import ArchitectureConfig, Config, sections
+from open_lm.config.suggestions import suggest
 from open_lm.errors import ConfigError, join_problems
 
 # Flags that were added later must not make existing abbreviations ambiguous.
@@ -35,7 +35,31 @@ class FlagParser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         matches = super()._get_option_tuples(option_string)
         original = [match for match in matches if match[0].dest not in LATER_FLAGS]
-        return original or matches
+        positive = [match for match in matches if not _is_negation(match[0], match[1])]
+        return [match for match in original if match in positive] or positive or original or matches
+
+
+class _Switch(argparse.Action):
+    """A boolean flag: --FLAG sets it, --no-FLAG clears it. Help and usage show only --FLAG."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        (flag,) = option_strings
+        super().__init__([flag, f"--no-{flag[2:]}"], dest, nargs=0, **options)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not _is_negation(self, option_string))
+
+    def format_usage(self) -> str:
+        return self.option_strings[0]
+
+
+def _is_negation(action: argparse.Action, option_string: str | None) -> bool:
+    return isinstance(action, _Switch) and option_string != action.option_strings[0]
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return action.format_usage() if isinstance(action, _Switch) else super()._format_action_invocation(action)
 
 
 def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace:
@@ -66,14 +90,17 @@ def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace
         for key, raw in mapping.items():
             spec = specs.get(key)
             if spec is None:
-                problems.append(f"{origin}: unknown key {key!r}{_did_you_mean(key, specs)}")
+                problems.append(f"{origin}: unknown key {key!r}{_did_you_mean(suggest(key, specs.values()))}")
                 continue
             try:
                 values[key] = convert(raw, spec)
                 given.add(key)
             except ConfigError as error:
                 problems.append(f"{error} (in {origin})" if origin != "command line" else str(error))
-    values["fsdp"] = values["fsdp"] or _mesh_shards(values["mesh_dim"])
+    if _mesh_shards(values["mesh_dim"]):
+        if vars(parsed).get("fsdp") is False:
+            problems.append(f"--no-fsdp contradicts --mesh-dim {values['mesh_dim']}, which shards: remove one of them")
+        values["fsdp"] = True
     namespace = argparse.Namespace(**values)
     config = Config.from_namespace(namespace)
     problems += contradictions(config, given)
@@ -107,8 +134,10 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the trainer, with one flag per field and one group per section."""
     parser = FlagParser(
         prog="open_lm.main",
-        description="Train or evaluate a language model on shards of tokens. Use torchrun for several processes.",
+        description="Train or evaluate a language model on shards of tokens. Use torchrun for several processes. "
+        "--no-FLAG switches off a flag without a value, such as --no-fsdp, also if --config switches it on.",
         argument_default=argparse.SUPPRESS,
+        formatter_class=_HelpFormatter,
     )
     for section in sections():
         group = parser.add_argument_group(section.title)
@@ -136,7 +165,7 @@ def all_specs() -> dict[str, FieldSpec]:
 def _add_flag(group: Any, spec: FieldSpec) -> None:
     """Add a flag that accepts any string: `convert` checks the values, so that all problems are reported together."""
     if spec.kind is bool:
-        group.add_argument(spec.flag, action="store_true", help=_escaped(spec.help))
+        group.add_argument(spec.flag, action=_Switch, help=_escaped(spec.help))
         return
     metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
     default = "" if spec.default is None or spec.default == "" else f" (default: {spec.default})"
@@ -211,9 +240,8 @@ def load_config_file(path: str) -> dict[str, Any]:
 
 def _unknown_flag(word: str, specs: dict[str, FieldSpec]) -> str:
     name = word.split("=", 1)[0]
-    return f"unknown flag {name}{_did_you_mean(name, [spec.flag for spec in specs.values()])}"
+    return f"unknown flag {name}{_did_you_mean([specs[key].flag for key in suggest(name, specs.values())])}"
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(word, list(known), n=3)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+def _did_you_mean(names: Sequence[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from open_lm.config.command_line import LATER_FLAGS, add_model_args, all_specs, parse_args
+from open_lm.config.command_line import LATER_FLAGS, add_model_args, all_specs, build_parser, parse_args
 from open_lm.config.no_effect import flags_without_effect
 from open_lm.config.sections import ArchitectureConfig, Config, ModelConfig
+from open_lm.config.suggestions import _OTHER_NAMES
 from open_lm.errors import ConfigError
 
 
@@ -132,6 +134,61 @@ def test_config_file_overrides_defaults_and_command_line_overrides_it(tmp_path: 
     as_json = tmp_path / "run.json"
     as_json.write_text(json.dumps({"train_data": ["shard.tar"], "lr": 1e-4}))
     assert parse_args(["--config", str(as_json)]).lr == 1e-4
+
+
+def test_every_boolean_flag_has_a_negation_that_overrides_the_config_file(tmp_path: Path) -> None:
+    switches = [spec for spec in all_specs().values() if spec.kind is bool]
+    path = tmp_path / "run.json"
+    for value in (True, False):
+        path.write_text(json.dumps({spec.name: value for spec in switches}))
+        negations = [f"--no-{spec.flag[2:]}" for spec in switches]
+        args = vars(parse_args(["--config", str(path), *negations]))
+        assert not any(args[spec.name] for spec in switches)
+    assert parse_args(["--no-fsdp", "--fsdp"]).fsdp and not parse_args(["--fsdp", "--no-fsdp"]).fsdp
+    path.write_text('{"fsdp": false}')
+    assert not parse_args(["--config", str(path)]).fsdp and parse_args(["--config", str(path), "--fsdp"]).fsdp
+
+
+def test_negations_are_absent_from_the_list_of_flags_and_do_not_change_abbreviations() -> None:
+    assert "--fsdp " in (text := build_parser().format_help()) and text.count("--no-fsdp") == 1
+    for prefix in ("--no", "--no-", "--no-s"):
+        assert parse_args([prefix]).no_set_device_rank
+    assert not parse_args(["--grad-checkpointing", "--no-grad-c"]).grad_checkpointing
+    assert not parse_args(["--no-set-device-rank", "--no-no-set-device-rank"]).no_set_device_rank
+
+
+def test_no_fsdp_contradicts_a_mesh_that_shards() -> None:
+    with pytest.raises(ConfigError, match="--no-fsdp contradicts --mesh-dim 1,2,1, which shards"):
+        parse_args(["--mesh-dim", "1,2,1", "--no-fsdp"])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--learning-rate", "--lr"),
+        ("--weight-decay", "--wd"),
+        ("--gradient-accumulation-steps", "--accum-freq"),
+        ("--warmup-steps", "--warmup"),
+        ("--num-workers", "--workers"),
+        ("--clip-grad-norm", "--grad-clip-norm"),
+        ("--micro-batch-size", "--batch-size"),
+        ("--max-steps", "--train-num-samples or --epochs"),
+        ("--bf16", "--precision"),
+        ("--train_data", "--train-data"),
+    ],
+)
+def test_unknown_flags_are_explained_by_meaning_and_spelling(given: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"unknown flag {given}; did you mean {meant}?")):
+        parse_args([given, "1"])
+    path = tmp_path / "run.json"
+    path.write_text('{"learning_rate": 1}')
+    with pytest.raises(ConfigError, match=re.escape("unknown key 'learning_rate'; did you mean lr?")):
+        parse_args(["--config", str(path)])
+
+
+def test_names_of_other_programs_map_to_flags() -> None:
+    assert {name for names in _OTHER_NAMES.values() for name in names} <= set(all_specs())
+    assert not set(_OTHER_NAMES) & set(all_specs())
 
 
 def test_invalid_config_files_are_errors(tmp_path: Path) -> None:

@@ -229,6 +229,14 @@ def test_rejects_of_a_failed_run_are_removed_when_the_input_is_fixed(tmp_path: P
 # --- the command line --------------------------------------------------------------------------------------------
 
 
+def test_abbreviation_of_one_flag_in_two_spellings_is_not_ambiguous() -> None:
+    parser = make_2048.make_parser()
+    args = parser.parse_args(["--input", "a", "b", "--output-d", "out", "--num_w", "2", "--no_s"])
+    assert (args.input_files, args.output_dir, args.num_workers, args.no_shuffle) == (["a", "b"], "out", 2, True)
+    with pytest.raises(ConfigError, match="ambiguous option: --num could match --num-workers, --num-consumers"):
+        parser.parse_args(["--num", "2"])
+
+
 @pytest.mark.parametrize("module", [make_2048, tokenize_shuffle])
 def test_help_shows_every_option_and_both_spellings_parse(module: Any, capsys: pytest.CaptureFixture[str]) -> None:
     parser = module.make_parser()
