@@ -1,6 +1,6 @@
 """`python -m open_lm.main`: train or evaluate a language model.
 
-Parses flags before it imports torch, so that --help and invalid flags are answered quickly. Next on the path of a batch:
+Parses flags before it imports torch, so that --help and errors in flags appear quickly. Next on the path of a batch:
 open_lm.training.run.
 """
 
