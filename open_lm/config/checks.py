@@ -6,22 +6,27 @@ from collections.abc import Set
 from pathlib import PurePath
 
 from open_lm.config.layout import parse_mesh_dim
+from open_lm.config.no_effect import settings_without_effect
 from open_lm.config.registry import ATTENTION, LOGGERS
-from open_lm.config.sections import CHECKPOINTING_POLICIES, Config, DataConfig, OptimConfig, ParallelConfig
+from open_lm.config.sections import CHECKPOINTING_POLICIES, Config, DataConfig, ParallelConfig
 from open_lm.errors import ConfigError
 from open_lm.storage import parse_bytes
 
 
 def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
-    """Return all problems that are errors in every kind of run. `given` names the settings that were set explicitly."""
+    """Return all problems that are errors in every kind of run. `given` names the settings that were set explicitly.
+
+    A setting that has no effect contradicts nothing (see no_effect.py).
+    """
+    off = settings_without_effect(config).keys()
     return [
-        *_data_problems(config.data, given),
-        *_validation_problems(config),
-        *_optimization_problems(config.optim, config.data),
-        *_parallel_problems(config),
-        *_model_problems(config),
-        *_registry_problems(config),
-        *_checkpoint_problems(config),
+        *_data_problems(config.data, given, off),
+        *_validation_problems(config, off),
+        *_optimization_problems(config, off),
+        *_parallel_problems(config, off),
+        *_model_problems(config, off),
+        *_registry_problems(config, off),
+        *_checkpoint_problems(config, off),
         *_fault_problems(config),
         *_logging_problems(config),
         *_range_problems(config),
@@ -46,7 +51,12 @@ def wants_training(data: DataConfig) -> bool:
     return bool(data.train_data or data.dataset_manifest or data.dataset_type == "synthetic")
 
 
-def _data_problems(data: DataConfig, given: Set[str]) -> list[str]:
+def only_evaluates(config: Config) -> bool:
+    """Return whether there are validation data but no training data, so that settings of the training are not used."""
+    return bool(config.validation.val_data) and not wants_training(config.data)
+
+
+def _data_problems(data: DataConfig, given: Set[str], off: Set[str]) -> list[str]:
     problems = []
     if data.train_data and data.dataset_manifest:
         problems.append("--train-data and --dataset-manifest are mutually exclusive: set one of them")
@@ -69,7 +79,7 @@ def _data_problems(data: DataConfig, given: Set[str]) -> list[str]:
     except ValueError as error:
         problems.append(f"--cache-limit: {error}")
     sources = len(data.dataset_manifest or data.train_data or [])
-    weights = data.train_data_mix_weights
+    weights = None if "train_data_mix_weights" in off else data.train_data_mix_weights
     if weights is not None and len(weights) != sources:
         problems.append(
             f"--train-data-mix-weights: found {len(weights)} values for {sources} sources; set one for each"
@@ -83,10 +93,10 @@ def _data_problems(data: DataConfig, given: Set[str]) -> list[str]:
     return problems
 
 
-def _validation_problems(config: Config) -> list[str]:
+def _validation_problems(config: Config, off: Set[str]) -> list[str]:
     validation = config.validation
     keys, sets = validation.val_data_key, validation.val_data or []
-    if keys is not None and len(keys) not in (1, len(sets)):
+    if keys is not None and "val_data_key" not in off and len(keys) not in (1, len(sets)):
         return [
             f"--val-data-key: found {len(keys)} values for {len(sets)} validation sets; set one for each, or one for "
             "all"
@@ -94,9 +104,11 @@ def _validation_problems(config: Config) -> list[str]:
     return []
 
 
-def _optimization_problems(optim: OptimConfig, data: DataConfig) -> list[str]:
-    problems = []
-    if optim.epochs_cooldown is not None and optim.epochs_cooldown > data.epochs:
+def _optimization_problems(config: Config, off: Set[str]) -> list[str]:
+    optim, data, problems = config.optim, config.data, []
+    if only_evaluates(config):
+        return []
+    if optim.epochs_cooldown is not None and "epochs_cooldown" not in off and optim.epochs_cooldown > data.epochs:
         problems.append(f"--epochs-cooldown {optim.epochs_cooldown} is greater than --epochs {data.epochs}")
     if optim.log_avg_model_training_loss and not optim.averagers:
         problems.append("--log-avg-model-training-loss requires --averagers, the weights whose loss it logs")
@@ -108,10 +120,10 @@ def _optimization_problems(optim: OptimConfig, data: DataConfig) -> list[str]:
     return problems
 
 
-def _parallel_problems(config: Config) -> list[str]:
+def _parallel_problems(config: Config, off: Set[str]) -> list[str]:
     parallel, problems = config.parallel, []
     attention = config.model.attn_name
-    if parallel.context_parallel > 1 and ATTENTION.fact(attention, "whole_sequences"):
+    if parallel.context_parallel > 1 and "attn_name" not in off and ATTENTION.fact(attention, "whole_sequences"):
         problems.append(f"--attn-name {attention} does not support split sequences: remove --context-parallel")
     if parallel.fsdp_amp and parallel.fsdp_pure_bf16:
         problems.append(
@@ -135,11 +147,11 @@ def _parallel_problems(config: Config) -> list[str]:
 _PARALLEL_SPLITS = ("tensor_parallel", "context_parallel", "mesh_dim")
 
 
-def _model_problems(config: Config) -> list[str]:
+def _model_problems(config: Config, off: Set[str]) -> list[str]:
     model, problems = config.model, []
     if model.moe_freq > 0 and not model.moe_num_experts:
         problems.append(f"--moe-freq {model.moe_freq} requires --moe-num-experts")
-    if model.moe_num_experts and model.moe_top_k > model.moe_num_experts:
+    if model.moe_num_experts and "moe_top_k" not in off and model.moe_top_k > model.moe_num_experts:
         problems.append(f"--moe-top-k {model.moe_top_k} is greater than --moe-num-experts {model.moe_num_experts}")
     policy = model.activation_checkpointing
     if policy not in CHECKPOINTING_POLICIES and not (policy.isdecimal() and int(policy) > 0):
@@ -152,12 +164,14 @@ def _model_problems(config: Config) -> list[str]:
             f"--grad-checkpointing recomputes all activations, --activation-checkpointing {policy} only some of them: "
             "set one of them"
         )
-    if model.torchcompile and model.torchcompile_mode != "default" and config.optim.accum_freq > 1:
+    compiles = model.torchcompile and model.torchcompile_mode != "default"
+    if compiles and config.optim.accum_freq > 1 and not only_evaluates(config):
         problems.append(
             f"--torchcompile-mode {model.torchcompile_mode} uses CUDA graphs, which overwrite the gradients of the "
             "previous micro-batch: remove --accum-freq, or use the mode default"
         )
-    if config.run.deterministic and not ATTENTION.fact(model.attn_name, "deterministic", True):
+    is_deterministic = "attn_name" in off or ATTENTION.fact(model.attn_name, "deterministic", True)
+    if config.run.deterministic and not is_deterministic:
         problems.append(
             f"--attn-name {model.attn_name}: its kernels are not deterministic, but --deterministic is set; use "
             "torch_attn"
@@ -190,13 +204,13 @@ def _hf_model_problems(config: Config) -> list[str]:
     ]
 
 
-def _registry_problems(config: Config) -> list[str]:
+def _registry_problems(config: Config, off: Set[str]) -> list[str]:
     """Return the problems of the selected optimizer, schedule and so on that require settings which are missing."""
     problems = []
     for section in vars(config).values():
         for spec in section.specs():
             value = getattr(section, spec.name)
-            if spec.registry is None or value not in spec.registry:
+            if spec.registry is None or value not in spec.registry or spec.name in off:
                 continue
             required = spec.registry.fact(value, "requires", ())
             missing = ["--" + name.replace("_", "-") for name in required if getattr(section, name) is None]
@@ -205,17 +219,17 @@ def _registry_problems(config: Config) -> list[str]:
     return problems
 
 
-def _checkpoint_problems(config: Config) -> list[str]:
+def _checkpoint_problems(config: Config, off: Set[str]) -> list[str]:
     checkpoint, problems = config.checkpoint, []
-    coefficients = checkpoint.average_coefficients
+    coefficients = None if "average_coefficients" in off else checkpoint.average_coefficients
     if coefficients is not None and len(coefficients) != len(checkpoint.average or []):
         problems.append(
             f"--average-coefficients: found {len(coefficients)} values for {len(checkpoint.average or [])} checkpoints "
             "of --average; set one for each"
         )
-    if checkpoint.load_pretrained_state and not checkpoint.pretrained:
+    if checkpoint.load_pretrained_state and "pretrained" not in off and not checkpoint.pretrained:
         problems.append("--load-pretrained-state requires --pretrained, whose optimizer state it loads")
-    if checkpoint.average and checkpoint.pretrained:
+    if checkpoint.average and checkpoint.pretrained and "pretrained" not in off:
         problems.append("--average and --pretrained both define the initial weights: set one of them")
     if checkpoint.checkpoint_format == "interchange" and checkpoint.save_milestone_every:
         problems.append(

@@ -16,17 +16,7 @@ def flags_without_effect(config: Config, architecture: Mapping[str, Any] | None 
     flags.
     """
     file = dict(architecture or {})
-    reasons: dict[str, str] = {}
-    for names, has_effect, reason in _CONDITIONS:
-        if not has_effect(config):
-            reasons |= {name: reason for name in names if name not in reasons}
-    if not file.get("moe_freq", config.model.moe_freq):
-        reasons |= dict.fromkeys(
-            ("moe_num_experts", "moe_top_k", "moe_capacity_factor", "moe_loss_weight"), _NO_EXPERTS
-        )
-    for section in vars(config).values():
-        for spec in section.specs():
-            reasons = {**_unused_settings(section, spec), **reasons}
+    reasons = settings_without_effect(config, file)
     sentences = []
     for section in vars(config).values():
         for spec in section.specs():
@@ -43,6 +33,22 @@ def flags_without_effect(config: Config, architecture: Mapping[str, Any] | None 
                     "precedence"
                 )
     return sentences
+
+
+def settings_without_effect(config: Config, architecture: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return the names of settings that other settings disable, with the reason."""
+    reasons: dict[str, str] = {}
+    for names, has_effect, reason in _CONDITIONS:
+        if not has_effect(config):
+            reasons |= {name: reason for name in names if name not in reasons}
+    if not (architecture or {}).get("moe_freq", config.model.moe_freq):
+        reasons |= dict.fromkeys(
+            ("moe_num_experts", "moe_top_k", "moe_capacity_factor", "moe_loss_weight"), _NO_EXPERTS
+        )
+    for section in vars(config).values():
+        for spec in section.specs():
+            reasons = {**_unused_settings(section, spec), **reasons}
+    return reasons
 
 
 def _unused_settings(section: Section, spec: FieldSpec) -> dict[str, str]:
@@ -98,6 +104,11 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         ("dataset_resampled", "multiple_data_passes", "train_data_upsampling_factors", "disable_buffer"),
         lambda c: c.data.dataset_type != "synthetic",
         "with --dataset-type synthetic",
+    ),
+    (
+        ("train_data_mix_weights",),
+        lambda c: bool(c.data.train_data or c.data.dataset_manifest),
+        "without --train-data or --dataset-manifest",
     ),
     (("cache_limit",), lambda c: c.data.cache_dir is not None, "without --cache-dir"),
     (("end_of_text_id",), lambda c: c.data.document_mask, "without --document-mask"),

@@ -28,7 +28,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 def check_sequence_length(length: int, context: int) -> None:
     """Raise ConfigError if sequences of `length` tokens cannot be split over `context` ranks."""
-    if length % (2 * context):
+    if context > 1 and length % (2 * context):
         raise ConfigError(
             f"--context-parallel {context}: the model's sequence length {length} is not divisible by {2 * context}, "
             "two chunks per rank"

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
-from open_lm.config.checks import wants_training
+from open_lm.config.checks import only_evaluates, wants_training
 from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.no_effect import flags_without_effect
 from open_lm.config.sections import (
@@ -51,7 +51,7 @@ def resolve_settings(args: argparse.Namespace, runtime: Runtime) -> tuple[Config
         args.name = broadcast_object(runtime, args.name)
     else:
         args.name = agree_on_name(runtime, lambda: default_name(args))
-    if restart_count() and args.resume is None and wants_training(DataConfig.from_object(args)):
+    if restart_count() and wants_training(DataConfig.from_object(args)):
         args.resume = "latest"  # a launcher that restarts the ranks continues the same run
     return Config.from_namespace(args), layout
 
@@ -62,17 +62,18 @@ def resolve_batch_sizes(args: argparse.Namespace, world_size: int) -> None:
     world_size: data-parallel ranks; ranks of --context-parallel and --tensor-parallel share sequences.
 
     Raises:
-        ConfigError: a global batch size is not divisible by the number of ranks.
+        ConfigError: a global batch size that the run uses is not divisible by the number of ranks.
     """
-    micro_batches = world_size * args.accum_freq
+    micro_batches, evaluates = world_size * args.accum_freq, only_evaluates(Config.from_namespace(args))
     if args.batch_size is not None:
         args.global_batch_size = args.batch_size * micro_batches
     if args.global_val_batch_size is None:
         args.global_val_batch_size = max(args.global_batch_size // args.accum_freq, 1)
-        if not wants_training(DataConfig.from_object(args)):  # unlike in training, nothing shows that more fits
-            args.global_val_batch_size = min(args.global_val_batch_size, EVALUATION_BATCH_SIZE * world_size)
+        if evaluates:  # unlike in training, nothing shows that more fits
+            per_rank = min(max(args.global_val_batch_size // world_size, 1), EVALUATION_BATCH_SIZE)
+            args.global_val_batch_size = per_rank * world_size
     problems = []
-    if args.global_batch_size % micro_batches:
+    if args.global_batch_size % micro_batches and not evaluates:
         problems.append(
             f"--global-batch-size {args.global_batch_size} is not divisible by {world_size} ranks x --accum-freq "
             f"{args.accum_freq}: give a multiple of {micro_batches}"
@@ -141,7 +142,8 @@ def check_device(config: Config, architecture: dict[str, Any], runtime: Runtime,
         ConfigError: the device does not support the settings.
     """
     is_sharded = config.parallel.fsdp or layout.tensor > 1
-    if is_sharded and config.precision.precision == "amp" and runtime.device.type == "cuda":
+    scales_loss = config.precision.precision == "amp" and runtime.device.type == "cuda" and not only_evaluates(config)
+    if is_sharded and scales_loss:
         flag = "--fsdp" if config.parallel.fsdp else "--tensor-parallel"
         raise ConfigError(
             f"--precision amp computes in float16 on CUDA, and its loss scaling does not work with {flag}: give "

@@ -116,6 +116,32 @@ def test_contradictions_are_errors_that_name_the_flags(argv: str, message: str) 
         parse_args(argv.split())
 
 
+@pytest.mark.parametrize(
+    ("argv", "checked_with"),
+    [
+        ("--val-data x --train-data-mix-weights 1 2", "--train-data y"),
+        ("--val-data x --accum-freq 3", "--train-data y"),
+        ("--val-data x --log-avg-model-training-loss 5", "--train-data y"),
+        ("--val-data x --torchcompile --torchcompile-mode max-autotune --accum-freq 2", "--train-data y"),
+        ("--val-data-key npy txt", "--val-data x y z"),
+        ("--epochs-cooldown 50", "--lr-scheduler const-cooldown"),
+        ("--moe-num-experts 1", "--moe-freq 2"),
+        ("--lr-scheduler const-cooldown --skip-scheduler", "--no-skip-scheduler"),
+        ("--deterministic --attn-name xformers_attn --hf-seq-len 8", None),
+        ("--resume a.pt --average-coefficients 1 2", "--resume latest"),
+        ("--resume a.pt --average b c --pretrained d", "--resume latest"),
+    ],
+)
+def test_settings_that_are_off_contradict_nothing(argv: str, checked_with: str | None) -> None:
+    """The same settings are errors once `checked_with` makes them take effect."""
+    if checked_with is None:
+        parse_args([*argv.split(), "--hf-model", "x"])
+        return
+    parse_args(argv.split())
+    with pytest.raises(ConfigError):
+        parse_args([*argv.split(), *checked_with.split()])
+
+
 def test_a_run_requires_data_and_the_number_of_tokens() -> None:
     with pytest.raises(ConfigError, match="nothing to do"):
         parse_args([], for_run=True)

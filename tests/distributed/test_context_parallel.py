@@ -38,6 +38,7 @@ def test_positions_restart_in_documents_that_begin_on_other_ranks() -> None:
 
 def test_indivisible_lengths_are_rejected() -> None:
     check_sequence_length(12, 3)
+    check_sequence_length(63, 1)
     with pytest.raises(ConfigError, match="--context-parallel 4: the model's sequence length 12 is not divisible by 8"):
         check_sequence_length(12, 4)
 

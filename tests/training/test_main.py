@@ -327,6 +327,26 @@ def test_indivisible_batch_sizes_are_explained() -> None:
         resolve_batch_sizes(args, world_size=4)
 
 
+def test_evaluation_does_not_require_a_divisible_training_batch() -> None:
+    args = parse_args(["--val-data", "x", "--accum-freq", "5"])
+    resolve_batch_sizes(args, world_size=9)
+    assert (args.global_val_batch_size, args.per_gpu_val_batch_size) == (9, 1)
+    args = parse_args(["--val-data", "x", "--global-val-batch-size", "10"])
+    with pytest.raises(ConfigError, match="--global-val-batch-size 10 is not divisible by 9 ranks"):
+        resolve_batch_sizes(args, world_size=9)
+    runtime = Runtime(world_size=2, device=torch.device("cuda"))
+    check_device(Config.from_namespace(parse_args(["--fsdp", "--val-data", "x"])), {}, runtime, MeshLayout())
+
+
+@pytest.mark.parametrize("seq_len", [1, 63, 65])
+def test_odd_sequence_lengths_train_without_context_parallelism(seq_len: int, tmp_path: Path) -> None:
+    shape = {"hidden_dim": 32, "n_layers": 1, "n_heads": 2, "seq_len": seq_len, "vocab_size": 64}
+    (tmp_path / "odd.json").write_text(json.dumps(shape))
+    flags = ["--model", str(tmp_path / "odd.json"), "--precision", "fp32", "--logs", str(tmp_path), "--name", "run"]
+    main([*SYNTHETIC[2:], "--train-num-samples", str(seq_len * 16), *flags])
+    assert len(losses(tmp_path / "run")) == 4 and all(loss < 6 for _, loss, _ in losses(tmp_path / "run"))
+
+
 def test_fp8_rejects_an_indivisible_number_of_tokens(tmp_path: Path) -> None:
     shape = {"hidden_dim": 32, "n_layers": 1, "n_heads": 2, "seq_len": 20, "vocab_size": 64}
     (tmp_path / "odd.json").write_text(json.dumps(shape))
@@ -341,7 +361,7 @@ def test_fp8_rejects_an_indivisible_number_of_tokens(tmp_path: Path) -> None:
         "--accum-freq",
         "4",
     ]
-    with pytest.raises(ConfigError, match="2 sequences x 20 = 40 tokens: give --global-batch-size a multiple of 16"):
+    with pytest.raises(ConfigError, match="2 sequences x 20 = 40 tokens: set --global-batch-size to a multiple of 16"):
         main([*SYNTHETIC[2:], *flags])
 
 
