@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from open_lm.errors import StorageError
+from open_lm.storage.checksums import negotiate, plain_config
 from open_lm.storage.paths import (
     BLOCK_BYTES,
     READ_TIMEOUT_S,
@@ -43,6 +44,7 @@ from open_lm.storage.web import WebBackend
 # Prefix of a scheme: use fsspec even if the scheme has its own backend (s3, https).
 FSSPEC_PREFIX = "fsspec+"
 _FSSPEC_REQUEST_BYTES = 2 << 20
+_S3_SCHEMES = ("s3", "s3a")
 T = TypeVar("T")
 # fsspec file systems without folders, where a new object replaces the old one atomically.
 _OBJECT_STORES = frozenset({"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "hf"})
@@ -66,13 +68,13 @@ def find_backend(url: str, timeout_s: float = READ_TIMEOUT_S) -> _Backend:
         return _LocalBackend()
     if is_web(url):
         return WebBackend(timeout_s)
-    return S3Backend(timeout_s) if scheme in ("s3", "s3a") else _FsspecBackend(scheme, timeout_s)
+    return S3Backend(timeout_s) if scheme in _S3_SCHEMES else _FsspecBackend(scheme, timeout_s)
 
 
 def has_backend(url: str) -> bool:
     """Return whether a backend exists for the scheme of a URL."""
     scheme = _scheme(url)
-    if scheme in ("file", "s3", "s3a") or is_web(url):
+    if scheme in ("file", *_S3_SCHEMES) or is_web(url):
         return True
     import fsspec
 
@@ -133,12 +135,25 @@ class _FsspecBackend:
     """All other schemes, through fsspec with its listings cache disabled."""
 
     def __init__(self, scheme: str, timeout_s: float) -> None:
-        import fsspec
-
         self._timeout_s = timeout_s
         self._scheme = scheme.removeprefix(FSSPEC_PREFIX)
         self._prefix = scheme[: -len(self._scheme)]  # FSSPEC_PREFIX if the caller's URLs have it, else empty
-        self._fs = fsspec.filesystem(self._scheme, use_listings_cache=False)
+        self._fs = self._file_system(plain=False)
+
+    def _file_system(self, plain: bool) -> Any:
+        """Return fsspec's file system, for an S3 store without checksum fields if `plain`."""
+        import fsspec
+
+        options: dict[str, Any] = {}
+        if plain:
+            options["config_kwargs"] = plain_config()
+        return fsspec.filesystem(self._scheme, use_listings_cache=False, **options)
+
+    def _negotiate(self, action: Callable[[Any], T]) -> T:
+        """Return `action(file system)`, for an S3 store that refuses checksum fields without them."""
+        if self._scheme not in _S3_SCHEMES:
+            return action(self._fs)
+        return negotiate(lambda plain: action(self._file_system(plain)))
 
     def _fsspec_url(self, url: str) -> str:
         """Return the URL that fsspec expects, without our prefix."""
@@ -175,7 +190,8 @@ class _FsspecBackend:
 
     def _fetch_unchecked(self, file_info: FileInfo, start: int, length: int) -> bytes:
         def fetch() -> bytes:
-            data: bytes = self._fs.cat_file(self._fsspec_url(file_info.url), start=start, end=start + length)
+            url = self._fsspec_url(file_info.url)
+            data: bytes = self._negotiate(lambda fs: fs.cat_file(url, start=start, end=start + length))
             if len(data) != length:
                 raise IncompleteTransfer(f"requested {length} bytes at offset {start}, received {len(data)}")
             return data
@@ -260,7 +276,7 @@ class _FsspecBackend:
 
     def _put_once(self, path: str, target: str) -> None:
         if self._scheme in _OBJECT_STORES:
-            self._fs.put_file(path, target)
+            self._negotiate(lambda fs: fs.put_file(path, target))
             return
         parent, _, name = target.rpartition("/")
         self._fs.makedirs(parent, exist_ok=True)

@@ -9,13 +9,24 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import IO, Any, TypeVar
 
 from open_lm.errors import StorageError
+from open_lm.storage.checksums import (
+    ChecksumsIgnored,
+    check_etag,
+    content_md5,
+    environment_settings,
+    multipart_etag,
+    negotiate,
+    plain_config,
+    store_key,
+)
 from open_lm.storage.paths import (
     READ_TIMEOUT_S,
     SOCKET_TIMEOUT_FACTOR,
@@ -56,10 +67,12 @@ class S3Backend:
         return b"".join(_fetch(FileInfo(url, -1, 0.0), start, length))
 
     def info(self, url: str) -> FileInfo | None:
-        client = _client(SOCKET_TIMEOUT_FACTOR * self._timeout_s)
+        connection = _connect(SOCKET_TIMEOUT_FACTOR * self._timeout_s)
 
         def request_head() -> Any:
-            return run_with_stall_timeout(lambda _: client.head_object(**_location(url)), url, self._timeout_s)
+            return run_with_stall_timeout(
+                lambda _: connection.client.head_object(**_location(url)), url, self._timeout_s
+            )
 
         try:
             head = with_retries(request_head)
@@ -77,7 +90,7 @@ class S3Backend:
     def _list(self, bucket: str, prefix: str, delimiter: str = "") -> Iterator[FileInfo]:
         options = {"Bucket": bucket, "Prefix": prefix, "Delimiter": delimiter}
         while True:
-            page = _request("list_objects_v2", **options)
+            page = _request(_connect(), "list_objects_v2", **options)
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # some tools write empty objects as folder markers
                     url, mtime_s = f"s3://{bucket}/{item['Key']}", item["LastModified"].timestamp()
@@ -99,11 +112,17 @@ class S3Backend:
 
     def put(self, path: str, url: str) -> None:
         size = os.path.getsize(path)
-        checksum = _put_parts(path, size, url) if size > 2 * _PART_BYTES else _put_single(path, url)
-        with_retries(partial(_verify, url, size, checksum))
+
+        def put(plain: bool) -> None:
+            connection = _connect(plain=plain)
+            send = partial(_put_parts, size=size) if size > 2 * _PART_BYTES else _put_single
+            expected = send(connection, path, url)
+            with_retries(partial(_verify, connection, url, size, expected))
+
+        negotiate(put)
 
     def remove(self, url: str) -> None:
-        _request("delete_object", **_location(url))
+        _request(_connect(), "delete_object", **_location(url))
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -112,14 +131,13 @@ def _fetch(file_info: FileInfo, start: int, length: int, timeout_s: float = READ
 
     Another size raises SizeMismatch; another ETag is the store's "precondition failed".
     """
-    client = _client(SOCKET_TIMEOUT_FACTOR * timeout_s)
     options = _location(file_info.url)
     if (start, length) != (0, file_info.size):
         options["Range"] = f"bytes={start}-{start + length - 1}"
     if file_info.etag:
         options["IfMatch"] = f'"{file_info.etag}"'
 
-    def fetch(heartbeat: Callable[[], None]) -> list[bytes]:
+    def fetch(client: Any, heartbeat: Callable[[], None]) -> list[bytes]:
         response = client.get_object(**options)
         with contextlib.closing(response["Body"]) as body:
             size = int(response.get("ContentRange", "").rpartition("/")[2] or response["ContentLength"])
@@ -133,50 +151,86 @@ def _fetch(file_info: FileInfo, start: int, length: int, timeout_s: float = READ
             raise IncompleteTransfer(f"requested {length} bytes at offset {start}, received {received}")
         return data
 
-    return with_retries(lambda: run_with_stall_timeout(fetch, file_info.url, timeout_s))
+    def fetch_with_retries(plain: bool) -> list[bytes]:
+        client = _connect(SOCKET_TIMEOUT_FACTOR * timeout_s, plain).client
+        return with_retries(lambda: run_with_stall_timeout(partial(fetch, client), file_info.url, timeout_s))
+
+    return negotiate(fetch_with_retries)
 
 
 # ---------------------------------------------------------------------------------------------- writing
-def _put_single(path: str, url: str) -> str:
-    """Upload a file with one request, and return its checksum."""
+def _put_single(connection: _Connection, path: str, url: str) -> dict[str, str]:
+    """Upload a file with one request, and return the fields that identify it in the store's information."""
     with open(path, "rb") as file:
         data = file.read()
-    checksum = _checksum(data)
-    _request("put_object", **_location(url), Body=data, ChecksumAlgorithm="CRC32", ChecksumCRC32=checksum)
-    return checksum
+    sent = _send(connection, "put_object", data, **_location(url))
+    return {name: sent[name] for name in ("ChecksumCRC32",) if name in sent}
 
 
-def _put_parts(path: str, size: int, url: str) -> str:
-    """Upload a large file in parts; the object appears when all parts are stored. Return their combined checksum."""
+def _put_parts(connection: _Connection, path: str, url: str, size: int) -> dict[str, str]:
+    """Upload a large file in parts; the object appears when all parts are stored. Return what `_put_single` does."""
     location = _location(url)
     part_bytes = max(_PART_BYTES, -(-size // _MAX_PARTS))
-    started = _request("create_multipart_upload", **location, ChecksumAlgorithm="CRC32")
+    algorithm = {"ChecksumAlgorithm": "CRC32"} if connection.checksums else {}
+    started = _request(connection, "create_multipart_upload", **location, **algorithm)
     upload = {**location, "UploadId": started["UploadId"]}
 
     def send(number: int) -> dict[str, Any]:
         with open(path, "rb") as file:
             file.seek((number - 1) * part_bytes)
             data = file.read(part_bytes)
-        part = {"PartNumber": number, "ChecksumCRC32": _checksum(data)}
-        response = _request("upload_part", **upload, **part, Body=data, ChecksumAlgorithm="CRC32")
-        return {**part, "ETag": response["ETag"]}
+        return {"PartNumber": number, **_send(connection, "upload_part", data, **upload, PartNumber=number)}
 
     try:
+        if algorithm and "ChecksumAlgorithm" not in started:
+            raise ChecksumsIgnored("the store ignores them")
         parts = _map_parallel(send, range(1, -(-size // part_bytes) + 1))
-        try:
-            _request("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
-        except Exception as error:
-            if error_code(error) != "NoSuchUpload":  # a retry, after the response to the completion was lost
-                raise
+        return _complete(connection, upload, parts)
     except BaseException:
-        _abort(upload)
+        _abort(connection, upload)
         raise
-    return _checksum(b"".join(base64.b64decode(part["ChecksumCRC32"]) for part in parts))
 
 
-def _abort(upload: dict[str, Any]) -> None:
+def _send(connection: _Connection, operation: str, data: bytes, **options: Any) -> dict[str, str]:
+    """Upload data with one request, and return its ETag and, if the store knows it, its CRC-32.
+
+    Raises:
+        ChecksumsIgnored: the store did not acknowledge the CRC-32, so it has not compared it either.
+    """
+    if connection.checksums:
+        checksum = {"ChecksumCRC32": _checksum(data)}
+        response = _request(connection, operation, **options, Body=data, ChecksumAlgorithm="CRC32", **checksum)
+        if "ChecksumCRC32" not in response:
+            raise ChecksumsIgnored("the store ignores them")
+        return {"ETag": response["ETag"], **checksum}
+    md5 = content_md5(data)
+
+    def send() -> dict[str, Any]:
+        response = _request_once(connection, operation, **options, Body=data, ContentMD5=md5)
+        check_etag(response, data)
+        return response
+
+    return {"ETag": with_retries(send)["ETag"]}
+
+
+def _complete(connection: _Connection, upload: dict[str, Any], parts: list[dict[str, Any]]) -> dict[str, str]:
+    """Join the parts to one object, and return the fields that identify it."""
+    etag = {}
     try:
-        _request("abort_multipart_upload", **upload)
+        _request(connection, "complete_multipart_upload", **upload, MultipartUpload={"Parts": parts})
+    except Exception as error:
+        if error_code(error) != "NoSuchUpload":
+            raise
+        # A retry, after the response to the completion was lost. Only the ETag shows whether the object is this one.
+        etag = {"ETag": multipart_etag([part["ETag"] for part in parts])}
+    if not connection.checksums:
+        return etag
+    return {"ChecksumCRC32": _checksum(b"".join(base64.b64decode(part["ChecksumCRC32"]) for part in parts))}
+
+
+def _abort(connection: _Connection, upload: dict[str, Any]) -> None:
+    try:
+        _request(connection, "abort_multipart_upload", **upload)
     except Exception as error:
         if error_code(error) != "NoSuchUpload":
             logging.warning(
@@ -185,19 +239,24 @@ def _abort(upload: dict[str, Any]) -> None:
             )
 
 
-def _verify(url: str, size: int, checksum: str) -> None:
-    """Check the size of an uploaded object, and its checksum if the store keeps one."""
+def _verify(connection: _Connection, url: str, size: int, expected: Mapping[str, str]) -> None:
+    """Check the size of an uploaded object, and the `expected` fields that the store reports."""
+    mode = {"ChecksumMode": "ENABLED"} if connection.checksums and connection.validates else {}
     try:
-        head = _client().head_object(**_location(url), ChecksumMode="ENABLED")
+        head = connection.client.head_object(**_location(url), **mode)
     except Exception as error:
         if status_code(error) != 404:
             raise
         raise IncompleteTransfer(f"sent {size} bytes, but the store has no such file after the upload") from None
     if head["ContentLength"] != size:
         raise IncompleteTransfer(f"sent {size} bytes, but the store has {head['ContentLength']} bytes after the upload")
-    stored = head.get("ChecksumCRC32", checksum).partition("-")[0]  # the suffix "-N" means: of N parts
-    if stored != checksum:
-        raise IncompleteTransfer(f"checksum mismatch after upload: the store has CRC32 {stored}, expected {checksum}")
+    for field, value in expected.items():
+        stored = strip_etag(head.get(field, value))
+        if field == "ChecksumCRC32":
+            stored = stored.partition("-")[0]  # the suffix "-N" means: of N parts
+        if value and stored != value:
+            name = field.removeprefix("Checksum")
+            raise IncompleteTransfer(f"checksum mismatch after upload: the store has {name} {stored}, expected {value}")
 
 
 def _checksum(data: bytes) -> str:
@@ -216,28 +275,51 @@ def _map_parallel(action: Callable[[int], T], items: Sequence[int]) -> list[T]:
 
 
 # ---------------------------------------------------------------------------------------------- requests
-def _request(operation: str, **options: Any) -> dict[str, Any]:
-    return with_retries(lambda: getattr(_client(), operation)(**options))
+@dataclass(frozen=True)
+class _Connection:
+    """A boto3 client, and whether uploads through it carry checksums and reads validate them."""
+
+    client: Any
+    checksums: bool
+    validates: bool
 
 
-_clients: dict[tuple[int, float, str | None, str | None], Any] = {}
+def _request(connection: _Connection, operation: str, **options: Any) -> dict[str, Any]:
+    return with_retries(partial(_request_once, connection, operation, **options))
+
+
+def _request_once(connection: _Connection, operation: str, **options: Any) -> dict[str, Any]:
+    response: dict[str, Any] = getattr(connection.client, operation)(**options)
+    return response
+
+
+_connections: dict[tuple[Any, ...], _Connection] = {}
 _locks: dict[int, threading.Lock] = {}
 
 
-def _client(timeout_s: float = READ_TIMEOUT_S) -> Any:
-    """Return this process's client for a timeout and the current environment (forked processes must not share one)."""
+def _connect(timeout_s: float = READ_TIMEOUT_S, plain: bool = False) -> _Connection:
+    """Return this process's connection for a timeout and the current environment; `plain` is without checksum fields.
+
+    Forked processes must not share one.
+    """
     import boto3
     from botocore.config import Config
 
-    key = (os.getpid(), timeout_s, os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"),
-           os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_PROFILE"))  # fmt: skip
+    key = (os.getpid(), timeout_s, plain, *store_key(), *environment_settings())
     # One lock per process: a lock that another thread holds during a fork stays locked in the child.
     with _locks.setdefault(os.getpid(), threading.Lock()):
-        if key not in _clients:
+        if key not in _connections:
             config = Config(connect_timeout=10, read_timeout=timeout_s, max_pool_connections=32,
-                            retries={"mode": "standard", "total_max_attempts": 1})  # fmt: skip  # with_retries retries
-            _clients[key] = boto3.session.Session().client("s3", config=config)
-        return _clients[key]
+                            retries={"mode": "standard", "total_max_attempts": 1},  # with_retries retries
+                            **(plain_config() if plain else {}))  # fmt: skip
+            client = boto3.session.Session().client("s3", config=config)
+            # botocore has read these from the environment or its configuration file; older versions have neither.
+            calculates, validates = (
+                not plain and getattr(client.meta.config, name, None) != "when_required"
+                for name in ("request_checksum_calculation", "response_checksum_validation")
+            )
+            _connections[key] = _Connection(client, calculates, validates)
+        return _connections[key]
 
 
 def _location(url: str) -> dict[str, Any]:

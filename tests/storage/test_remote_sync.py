@@ -198,7 +198,7 @@ def test_a_wrong_url_fails_the_run_at_its_start(run: Path, s3_bucket: str) -> No
 
 
 def test_the_fsspec_protocol_uses_fsspec(run: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_s3, "_client", lambda: pytest.fail("boto3 was used"))
+    monkeypatch.setattr(storage_s3, "_connect", lambda *args: pytest.fail("boto3 was used"))
     cfg = LoggingConfig(remote_sync=f"s3://{s3_bucket}/runs/", remote_sync_protocol="fsspec")
     remote = remote_folder(cfg, "run")
     assert remote is not None and remote.endswith(f"{s3_bucket}/runs/run")

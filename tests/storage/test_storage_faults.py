@@ -122,7 +122,7 @@ def test_many_faults_change_no_byte(faulty_s3: FaultyProxy, tmp_path: Path, pref
 
 @pytest.mark.usefixtures("pauses")
 def test_a_stalled_request_is_abandoned_and_retried(faulty_s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage_s3._client, "__defaults__", (0.5,))
+    monkeypatch.setattr(storage_s3._connect, "__defaults__", (0.5, False))
     url = f"s3://{faulty_s3.bucket}/x"
     faulty_s3.rules = [Rule("stall", seconds=60, times=1)]
     storage.write_bytes(url, b"0123456789")
@@ -235,10 +235,10 @@ def test_a_corrupted_upload_is_detected(
     (tmp_path / "big").write_bytes(data)
     request = storage_s3._request
 
-    def corrupt(operation: str, **options: Any) -> Any:
+    def corrupt(connection: Any, operation: str, **options: Any) -> Any:
         if options.get("PartNumber") == 2:
             options["Body"] = bytes(len(options["Body"]))
-        return request(operation, **options)
+        return request(connection, operation, **options)
 
     monkeypatch.setattr(storage_s3, "_request", corrupt)
     with pytest.raises(StorageError, match=r"checksum mismatch after upload: the store has CRC32 .*, expected"):
@@ -249,7 +249,7 @@ def test_an_upload_that_is_missing_in_the_store_is_an_error(
     s3_bucket: str, tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
-    monkeypatch.setattr(storage_s3, "_put_single", lambda path, url: "")
+    monkeypatch.setattr(storage_s3, "_put_single", lambda connection, path, url: {})
     with pytest.raises(StorageError, match="sent 10 bytes, but the store has no such file"):
         storage.upload(tmp_path / "x", f"s3://{s3_bucket}/y")
     assert len(pauses) == storage_errors._MAX_ATTEMPTS - 1
