@@ -208,7 +208,8 @@ ATTENTION_LENGTHS = Registry("ATTENTION_LENGTHS", "--attn-seq-scalar", "open_lm.
 # (the state of matrices inside blocks, if it differs), orthogonal (whether the updates of these matrices are made
 # orthogonal, with the work divided among the ranks).
 OPTIMIZERS = Registry("OPTIMIZERS", "--optimizer", "open_lm.optim", default="adamw")
-# Functions `build(optimizer, cfg: OptimConfig, total_steps, cooldown_start) -> Schedule`.
+# Functions `build(optimizer, cfg: OptimConfig, total_steps, cooldown_start) -> Schedule`. Facts: decay_length (the
+# setting that defines how long the decay at the end takes).
 SCHEDULES = Registry("SCHEDULES", "--lr-scheduler", "open_lm.optim", default="cosine")
 # Functions `shape(progress) -> remaining fraction` for --lr-scheduler wsd.
 DECAY_SHAPES = Registry("DECAY_SHAPES", "--lr-decay-shape", "open_lm.optim", default="1-sqrt")

@@ -137,6 +137,7 @@ def _const(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, cooldown_st
     "const-cooldown",
     help="constant, then a polynomial over the last epochs",
     requires=("epochs_cooldown",),
+    decay_length="epochs_cooldown",
     uses=("lr_cooldown_end", "lr_cooldown_power", "force_min_lr"),
 )
 def _const_cooldown(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, cooldown_start: int | None) -> Schedule:
@@ -152,6 +153,7 @@ def _const_cooldown(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, co
 @SCHEDULES.register(
     "wsd",
     help="warmup, stable, decay: constant, then a decay over the last steps",
+    decay_length="lr_decay_fraction",
     uses=("lr_decay_fraction", "lr_decay_shape", "lr_cooldown_end", "force_min_lr"),
 )
 def _wsd(optimizer: Optimizer, cfg: OptimConfig, total_steps: int, cooldown_start: int | None) -> Schedule:
