@@ -42,10 +42,11 @@ import numpy as np
 from marked_processes import MARK, end_all, marked
 
 from open_lm.data.shard_format import ManifestEntry, ShardWriter, token_dtype, write_manifest
-from open_lm.errors import DataError, run_cli
+from open_lm.errors import ConfigError, DataError, run_cli
 
 WAYS = ("rank", "all", "checkpoint", "upload", "start", "signal", "restart")
-VOCAB, SEQ_LEN, BATCH, STEPS, SAVE_EVERY = 4096, 32, 8, 240, 15
+VOCAB, SEQ_LEN, BATCH, STEPS = 4096, 32, 8, 240
+SAVES = 16  # per run
 POLL_S, TIMEOUT_S = 0.01, 120.0
 ELASTIC_TOLERANCE = 1e-4
 MODEL = {
@@ -54,8 +55,8 @@ MODEL = {
 }  # fmt: skip
 
 
-def make_inputs(folder: Path) -> list[str]:
-    """Write a model config and two sources of random sequences; return the flags that train on them."""
+def make_inputs(folder: Path, steps: int) -> list[str]:
+    """Write a model config and two sources of random sequences; return the flags that train `steps` steps on them."""
     generator = np.random.default_rng(0)
     (folder / "model.json").write_text(json.dumps(MODEL))
     manifests = []
@@ -63,7 +64,8 @@ def make_inputs(folder: Path) -> list[str]:
         source_folder = folder / f"source-{source}"
         source_folder.mkdir()
         entries = []
-        for shard, size in enumerate(sizes):
+        for shard, default_size in enumerate(sizes):
+            size = default_size * steps // STEPS  # keep the number of passes over the source
             # Use few distinct ids, so that the model can learn their distribution.
             sequences = generator.integers(0, 64 << source, (size, SEQ_LEN + 1)).astype(token_dtype(VOCAB))
             with ShardWriter(source_folder / f"{shard:05d}.tar", "npy") as writer:
@@ -71,13 +73,13 @@ def make_inputs(folder: Path) -> list[str]:
             entries.append(ManifestEntry(f"{shard:05d}", size, {"sha256": writer.info.sha256}))
         write_manifest(source_folder / "manifest.jsonl", entries)
         manifests.append(str(source_folder / "manifest.jsonl"))
-    tokens = STEPS * BATCH * SEQ_LEN
+    tokens = steps * BATCH * SEQ_LEN
     return [
         "--model", str(folder / "model.json"), "--dataset-manifest", *manifests, "--data-key", "npy",
         "--train-data-mix-weights", "0.6", "0.4", "--multiple-data-passes", "--train-num-samples", str(tokens // 4),
         "--epochs", "4", "--global-batch-size", str(BATCH), "--lr", "1e-3", "--warmup", "10", "--precision", "fp32",
-        "--grad-clip-norm", "1", "--log-every-n-steps", "1", "--save-every-n-steps", str(SAVE_EVERY), "--workers", "1",
-        "--averagers", "ema_0.9", "--seed", "5",
+        "--grad-clip-norm", "1", "--log-every-n-steps", "1", "--save-every-n-steps", str(steps // SAVES),
+        "--workers", "1", "--averagers", "ema_0.9", "--seed", "5",
     ]  # fmt: skip
 
 
@@ -179,11 +181,11 @@ def _parent(pid: int) -> int:
         return -1
 
 
-def interrupt(run: Run, way: str, ranks: int, rng: random.Random) -> str:
+def interrupt(run: Run, way: str, ranks: int, steps: int, rng: random.Random) -> str:
     """Start the run and kill it in the given way; return a description, or "" if the run finished first."""
     start = Start.of(run, ranks, restarts=1 if way == "restart" else 0)
     before = run.last_step()
-    target = before + rng.randint(1, 2 * SAVE_EVERY)
+    target = before + rng.randint(1, 2 * (steps // SAVES))
     if way == "start":
         time.sleep(rng.uniform(0.5, 6.0))
         reached = start.process.poll() is None
@@ -247,7 +249,7 @@ def _weights_differ(folder: Path, expected: Path) -> str:
 def kill_many(args: argparse.Namespace, folder: Path, remote: str | None) -> int:
     """Print one line per start, and return the number of finished runs that differ from the uninterrupted one."""
     rng = random.Random(args.seed)
-    flags = [*make_inputs(folder), *args.train_args]
+    flags = [*make_inputs(folder, args.steps), *args.train_args]
     expected = Run(flags, folder / "uninterrupted")
     start = Start.of(expected, args.ranks)
     _expect(start, start.wait() == 0, "failed without being killed")
@@ -259,7 +261,7 @@ def kill_many(args: argparse.Namespace, folder: Path, remote: str | None) -> int
         ranks = rng.choice((1, 2, 4)) if args.elastic else args.ranks
         way = ways[number % len(ways)]
         if number < args.kills:
-            description = interrupt(run, way, ranks, rng)
+            description = interrupt(run, way, ranks, args.steps, rng)
             if description:
                 number += 1
                 run.kills.append(way)
@@ -302,6 +304,9 @@ def loopback_bucket() -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"training steps of a run, a multiple of {SAVES} (default: {STEPS})"
+    )
     parser.add_argument("--ranks", type=int, default=2, help="number of ranks (default: 2)")
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=list(WAYS), help="ways to kill the run (default: all)"
@@ -310,6 +315,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("train_args", nargs="*", help="after `--`: further flags of open_lm.main")
     args = parser.parse_args(argv)
+    if args.steps < SAVES or args.steps % SAVES:
+        raise ConfigError(f"--steps: found {args.steps}, expected a multiple of {SAVES}")
     with tempfile.TemporaryDirectory(prefix="kill-training-") as folder:
         if "upload" not in args.ways:
             differing = kill_many(args, Path(folder), None)

@@ -15,8 +15,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts/kill_training.py"
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are found in /proc")
 def test_killed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    ways = ("checkpoint", "upload", "rank")
-    command = [sys.executable, str(SCRIPT), "--kills", str(len(ways)), "--ways", *ways, "--", "--fsdp"]
+    ways = ("rank", "checkpoint", "upload")
+    command = [sys.executable, str(SCRIPT), "--kills", str(len(ways)), "--steps", "96", "--ways", *ways, "--", "--fsdp"]
     result = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False
     )
