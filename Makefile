@@ -69,7 +69,7 @@ quickstart: install  ## the full pipeline, offline, in minutes: text -> shards -
 test: lint check-types layers unit  ## install, then run linters, type checks, layer contracts and all tests
 
 test-fast: install  ## run the tests that start no other process (under two minutes)
-	$(VENV)/bin/python -m pytest -n $(JOBS) -m "not processes"
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not processes"
 
 lint: install  ## run ruff
 	$(VENV)/bin/ruff check .
@@ -83,7 +83,7 @@ layers: install  ## check that packages import downwards only
 	$(VENV)/bin/lint-imports
 
 unit: install  ## run all tests
-	$(VENV)/bin/python -m pytest -n $(JOBS) --durations=15
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal --durations=15
 
 docs: install  ## build the documentation site into site/
 	$(VENV)/bin/zensical build --strict

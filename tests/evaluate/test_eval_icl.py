@@ -25,8 +25,10 @@ EXAMPLES = 23  # odd, so that two processes get different numbers of examples
 CONFIG = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "seq_len": 160, "vocab_size": 640}
 CONFIG |= {"post_embed_norm": False, "weight_tying": False}
 
+EVAL_PYTHON = os.environ.get("OPEN_LM_EVAL_PYTHON", str(ROOT / ".venv-eval" / "bin" / "python"))
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 needs_eval_environment = pytest.mark.skipif(
-    not (ROOT / ".venv-eval" / "bin" / "python").exists() and "OPEN_LM_EVAL_PYTHON" not in os.environ,
+    not Path(EVAL_PYTHON).exists(),
     reason="no .venv-eval with llm-foundry; `make install-eval` creates it",
 )
 
@@ -96,18 +98,13 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(folder, model.eval(), tokenizer)
 
 
-def evaluate(
-    arguments: Sequence[str], processes: int = 1, check: bool = True, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def evaluate(arguments: Sequence[str], processes: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the program as a user would: in eval/, with the Python of this environment."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     command = [sys.executable, *(launcher if processes > 1 else []), "eval_openlm_ckpt.py", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
-    result = subprocess.run(command, cwd=EVAL, env=env, capture_output=True, text=True, timeout=500, check=False)
-    if check:
-        assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
-    return result
+    env = {**ENV, **variables}
+    return subprocess.run(command, cwd=EVAL, env=env, capture_output=True, text=True, timeout=500, check=False)
 
 
 def log_probabilities(trained: Trained, context: str, answer: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,16 +128,52 @@ def choice_accuracy(trained: Trained, questions: list[tuple[list[tuple[str, str]
     return correct / len(questions)
 
 
+@dataclass
+class Outputs:
+    """The JSON files of a run with in_memory_hf_eval.yaml and of a run of two processes with other tasks."""
+
+    single: dict[str, Any]
+    two: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def results(trained: Trained, data: Path) -> dict[str, Any]:
-    """Return the JSON of a run with in_memory_hf_eval.yaml, with its printed output added."""
+def outputs(trained: Trained, data: Path) -> Outputs:
+    """Run both evaluations, and add to each JSON its printed output and its tasks by name."""
     tasks = ("--tasks", "copa", "lambada_openai", "winograd", "--max-examples", str(EXAMPLES))
-    arguments = trained.arguments("--eval-yaml", "in_memory_hf_eval.yaml", "--data-dir", str(data), *tasks)
-    printed = evaluate(arguments).stdout
-    content = json.loads((trained.folder / "epoch_2_in_memory_hf_eval.json").read_text())
-    content["printed"] = printed
-    content["by_name"] = {task["task"]: task for task in content["tasks"]}
-    return dict(content)
+    single = trained.arguments("--eval-yaml", "in_memory_hf_eval.yaml", "--data-dir", str(data), *tasks)
+    (trained.folder / "two.yaml").write_text(yaml.safe_dump(tasks_of_two_processes(data)))
+    two = trained.arguments("--eval-yaml", str(trained.folder / "two.yaml"), "--max-examples", str(EXAMPLES))
+    two += ["--output", str(trained.folder / "two.json")]
+    command = [EVAL_PYTHON, str(ROOT / "tests/helpers/icl_runs.py"), json.dumps([(1, single), (2, two)])]
+    result = subprocess.run(command, cwd=EVAL, env=ENV, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    contents = []
+    printed = json.loads(result.stdout.splitlines()[-1])
+    for text, name in zip(printed, ("epoch_2_in_memory_hf_eval.json", "two.json"), strict=True):
+        content = json.loads((trained.folder / name).read_text())
+        content["printed"] = text
+        content["by_name"] = {task["task"]: task for task in content["tasks"]}
+        contents.append(content)
+    return Outputs(*contents)
+
+
+@pytest.fixture
+def results(outputs: Outputs) -> dict[str, Any]:
+    return outputs.single
+
+
+def tasks_of_two_processes(data: Path) -> dict[str, Any]:
+    """Return the content of a YAML file with every type of task that in_memory_hf_eval.yaml uses."""
+    generation = {"icl_task_type": "generation_task_with_answers", "num_fewshot": [0]}
+    choice = {"icl_task_type": "multiple_choice", "num_fewshot": [0]}
+    tasks = [
+        {"label": "copa", "dataset_uri": "${data_dir}/copa.jsonl", **choice},
+        {"label": "winograd", "dataset_uri": "${data_dir}/winograd_wsc.jsonl", **choice, "icl_task_type": "schema"},
+        {"label": "boolq", "dataset_uri": "${data_dir}/boolq.jsonl", **choice, "random_baseline": 0.62},
+        {"label": "hellaswag", "dataset_uri": "${data_dir}/hellaswag.jsonl", **choice, "max_seq_len": 8},
+        {"label": "triviaqa", "dataset_uri": "${data_dir}/triviaqa_sm_sub.jsonl", **generation},
+    ]
+    return {"data_dir": str(data), "device_eval_batch_size": 4, "icl_tasks": tasks}
 
 
 @needs_eval_environment
@@ -177,29 +210,12 @@ def test_table_and_json_contain_baselines_counts_and_averages(results: dict[str,
 
 
 @needs_eval_environment
-def test_two_processes_get_equal_scores_and_report_truncation(
-    results: dict[str, Any], trained: Trained, data: Path, tmp_path: Path
-) -> None:
-    generation = {"icl_task_type": "generation_task_with_answers", "num_fewshot": [0]}
-    choice = {"icl_task_type": "multiple_choice", "num_fewshot": [0]}
-    tasks = [
-        {"label": "copa", "dataset_uri": "${data_dir}/copa.jsonl", **choice},
-        {"label": "winograd", "dataset_uri": "${data_dir}/winograd_wsc.jsonl", **choice, "icl_task_type": "schema"},
-        {"label": "boolq", "dataset_uri": "${data_dir}/boolq.jsonl", **choice, "random_baseline": 0.62},
-        {"label": "hellaswag", "dataset_uri": "${data_dir}/hellaswag.jsonl", **choice, "max_seq_len": 8},
-        {"label": "triviaqa", "dataset_uri": "${data_dir}/triviaqa_sm_sub.jsonl", **generation},
-    ]
-    file = tmp_path / "own.yaml"
-    file.write_text(yaml.safe_dump({"data_dir": str(data), "device_eval_batch_size": 4, "icl_tasks": tasks}))
-    output = tmp_path / "two.json"
-    arguments = trained.arguments("--eval-yaml", str(file), "--output", str(output), "--max-examples", str(EXAMPLES))
-    printed = evaluate(arguments, processes=2).stdout
-    content = json.loads(output.read_text())
-    found = {task["task"]: task for task in content["tasks"]}
-    assert content["processes"] == 2
+def test_two_processes_get_equal_scores_and_report_truncation(outputs: Outputs) -> None:
+    found, printed = outputs.two["by_name"], outputs.two["printed"]
+    assert outputs.two["processes"] == 2
     for name in ("copa", "winograd"):
         assert found[name]["n"] == EXAMPLES
-        assert found[name]["score"] == pytest.approx(results["by_name"][name]["score"], abs=1e-6)
+        assert found[name]["score"] == pytest.approx(outputs.single["by_name"][name]["score"], abs=1e-6)
     assert found["boolq"]["baseline"] == 0.62
     assert 0 < found["boolq"]["truncated"] <= found["boolq"]["sequences"] == 2 * EXAMPLES
     assert found["hellaswag"]["score"] is None and "no context fits" in found["hellaswag"]["problem"]
@@ -212,7 +228,7 @@ def test_two_processes_get_equal_scores_and_report_truncation(
 def test_missing_data_is_reported_together_before_the_model_is_loaded(tmp_path: Path) -> None:
     arguments = ["--eval-yaml", "in_memory_hf_eval.yaml", "mmlu.yaml", "--data-dir", str(tmp_path)]
     arguments += ["--model", "open_lm_11m", "--checkpoint", str(tmp_path / "none.pt")]
-    result = evaluate(arguments, check=False)
+    result = evaluate(arguments)
     assert result.returncode == 2
     for name in ("copa", "winograd_wsc", "triviaqa_sm_sub", "mmlu"):
         assert str(tmp_path / f"{name}.jsonl") in result.stderr
@@ -226,7 +242,7 @@ def test_all_problems_of_the_yaml_files_are_reported_together(tmp_path: Path) ->
     task = {"label": "a", "dataset_uri": "a.jsonl", "icl_task_type": "chess", "num_fewshot": 3}
     file.write_text(yaml.safe_dump({"precision": "fp7", "device_eval_batch_size": "many", "icl_tasks": [task, {}]}))
     arguments = ["--eval-yaml", str(file), str(tmp_path / "absent.yaml"), "--tasks", "b"]
-    result = evaluate([*arguments, "--model", "open_lm_11m", "--checkpoint", "none.pt"], check=False)
+    result = evaluate([*arguments, "--model", "open_lm_11m", "--checkpoint", "none.pt"])
     assert result.returncode == 2
     for words in ("'chess'", "num_fewshot is 3", "no label", "fp7", "'many'", "absent.yaml: no such file", "--tasks b"):
         assert words in result.stderr
@@ -237,14 +253,15 @@ def test_tokenizer_with_ids_outside_the_vocabulary_is_rejected(trained: Trained,
     (tmp_path / "narrow.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
     arguments = trained.arguments("--eval-yaml", "in_memory_hf_eval.yaml", "--data-dir", str(data), "--tasks", "copa")
     arguments[1] = str(tmp_path / "narrow.json")
-    result = evaluate(arguments, check=False)
-    assert result.returncode == 2
-    assert "ids up to 599" in result.stderr and "below 300" in result.stderr
+    for processes in (1, 2):  # the ranks of torchrun restart in the evaluation environment too
+        result = evaluate(arguments, processes)
+        assert result.returncode == (2 if processes == 1 else 1)
+        assert "ids up to 599" in result.stderr and "below 300" in result.stderr
 
 
 def test_missing_environment_is_reported_with_its_install_command(tmp_path: Path) -> None:
     missing = str(tmp_path / "bin" / "python")
-    result = evaluate(["--checkpoint", "x.pt"], check=False, OPEN_LM_EVAL_PYTHON=missing)
+    result = evaluate(["--checkpoint", "x.pt"], OPEN_LM_EVAL_PYTHON=missing)
     assert result.returncode == 2
     assert "make install-eval" in result.stderr and missing in result.stderr
 
