@@ -187,6 +187,26 @@ def test_log_ends_with_the_error_that_ended_the_run(
     assert "ended early" not in capsys.readouterr().out, "the console shows the error itself"
 
 
+def test_console_shows_the_main_and_changed_settings_and_the_log_file_all(
+    golden: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*golden, "--epochs", "1", "--logs", str(tmp_path), "--name", "run"])
+    console, log = capsys.readouterr().out, (tmp_path / "run/out.log").read_text()
+    for text in ("Model (has ", "FusedLinear", "Params:", "  wandb_notes:", "==> Checkpoint 1, steps 20"):
+        assert text in log and text not in console, text
+    assert "  train_num_samples: 160\n" in log, "in sequences, as in params.txt"
+    for text in (
+        "train_num_samples: 10240 tokens per epoch",
+        "  lr: 0.003\n",
+        "  wd: 0.1\n",
+        "164,416 trained",
+        "params.txt",
+    ):
+        assert text in console and text in log, text
+    assert "muon_momentum" not in console, "neither important nor changed"
+    assert len(console.splitlines()) < 45
+
+
 def test_logs_none_writes_nothing(golden: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     main([*golden, "--epochs", "1", "--logs", "none", "--report-to", "tensorboard", "--save-most-recent"])
@@ -273,9 +293,12 @@ def test_flags_work_together(flags: list[str], tmp_path: Path) -> None:
         assert "epoch_latest.pt" in names and "epoch_2.pt" in names and "epoch_1.pt" not in names
 
 
-def test_compiled_training_gives_the_same_losses(tmp_path: Path) -> None:
+def test_compiled_training_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("compiling for CPU needs a C++ compiler")
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "compile_threads", 1)  # each compile worker would import torch
     flags = [*SYNTHETIC, "--precision", "fp32", "--logs", str(tmp_path)]
     main([*flags, "--name", "eager"])
     main([*flags, "--name", "compiled", "--torchcompile"])
