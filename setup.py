@@ -9,11 +9,11 @@ ROOT = Path(__file__).resolve().parent
 
 def requirements(name: str) -> list[str]:
     """Return the lower bounds in requirements/NAME.in, from which the pinned .txt files are compiled."""
-    lines = (ROOT / "requirements" / f"{name}.in").read_text().splitlines()
+    lines = (ROOT / "requirements" / f"{name}.in").read_text().split("\n")
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
 
-extras = {name: requirements(name) for name in ("train", "preprocess", "hf", "hub", "cuda", "dev", "eval")}
+extras = {name: requirements(name) for name in ("train", "preprocess", "hf", "hub", "s3fs", "cuda", "dev", "eval")}
 extras["all"] = sorted({line for name in ("train", "preprocess", "hf", "hub") for line in extras[name]})
 
 setup(

@@ -64,6 +64,7 @@ def dataset_record(
             "shards": len(infos),
             "bytes": sum(info.num_bytes for info in infos),
             "bad_documents": sum(bad_counts(reports).values()),
+            "lenient_json": sum(report.lenient for report in reports),
         },
         "sources": _source_records(inputs, units, reports),
         "mixture": job.mixture,
@@ -157,6 +158,8 @@ def summary(record: Mapping[str, Any]) -> str:
     if counts["bad_documents"]:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in record["bad_documents"].items())
         text += f"; rejected documents: {kinds}"
+    if counts.get("lenient_json"):  # older records have no such count
+        text += f"; {plural(counts['lenient_json'], 'document')} from JSON that is not strict (NaN or the like)"
     if record["broken_files"]:
         text += f"; broken files: {len(record['broken_files']):,}"
     return text

@@ -110,7 +110,7 @@ def _expand_lists(patterns: Iterable[str], errors: list[UserError]) -> Iterator[
             yield pattern
             continue
         try:
-            lines = [line.strip() for line in storage.read_text(pattern.removeprefix(_LIST_PREFIX)).splitlines()]
+            lines = [line.strip() for line in storage.read_lines(pattern.removeprefix(_LIST_PREFIX))]
         except UserError as error:
             errors.append(error)
             continue

@@ -15,7 +15,7 @@ from open_lm.datapreprocess.readers import ReadOptions
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import ConfigError, join_problems
 
-TOOL_VERSION = 2  # version of the output content: incremented when the same inputs and settings give different bytes
+TOOL_VERSION = 3  # version of the output content: incremented when the same inputs and settings give different bytes
 DEFAULT_BAD_FRACTION = 0.001
 
 

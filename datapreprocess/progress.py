@@ -263,7 +263,7 @@ def _process_tree(root: int) -> list[int]:
 
 def _process_bytes(pid: int) -> int:
     """Return the proportional set size of a process if available, otherwise its resident set size; 0 after its end."""
-    for row in _read(_PROC / f"{pid}/smaps_rollup").splitlines():
+    for row in _read(_PROC / f"{pid}/smaps_rollup").split("\n"):
         if row.startswith("Pss:"):
             return int(row.split()[1]) << 10
     pages = _read(_PROC / f"{pid}/statm").split()[1:2]

@@ -231,7 +231,7 @@ def collect_rejects(
         return
     with storage.atomic_write(target, "wb") as file:
         for url in urls:
-            for line in storage.read_bytes(url).splitlines():
+            for line in storage.read_lines(url):
                 record = orjson.loads(line)
                 base = 0 if record["start"] == 0 else line_bases.get((record["url"], record["start"]))
                 if base is not None:

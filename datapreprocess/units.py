@@ -106,6 +106,7 @@ class UnitReport:
 
     documents, characters, tokens, pads: totals of the sampled documents; tokens include end-of-text ids.
     seen: documents read, sampled or not.
+    lenient: how many of them come from JSON that only Python's parser accepts.
     runs: sequences (shuffled) or ids (in order) in each run.
     tail: base64 of the ids that do not fill a sequence.
     lines, digests: number of lines and SHA-256 of each piece.
@@ -131,6 +132,7 @@ class UnitReport:
     num_bytes: int = 0
     last: bool = True
     mismatch: str = ""
+    lenient: int = 0
 
     def runs_of(self, task: UnitTask) -> list[Run]:
         """Return the spilled runs of this report; `task` is the task of its unit."""
@@ -301,6 +303,7 @@ class _UnitProcessor:
     def _record_bad(self, block: Block) -> None:
         if self._task.unit.copy:  # the first pass over the same documents recorded them
             return
+        self._report.lenient += block.lenient
         for bad in block.bad:
             self._report.bad[bad.kind] = self._report.bad.get(bad.kind, 0) + 1
             if len(self._report.bad_shown) < MAX_SHOWN:

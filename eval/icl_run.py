@@ -6,7 +6,6 @@ Needs the environment of `make install-eval`, and the process group that `start_
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 import tempfile
@@ -23,12 +22,12 @@ from composer.core import Evaluator
 from composer.trainer import Trainer
 from composer.utils import dist, get_device, reproducibility
 from datasets import disable_caching, disable_progress_bars
-from icl_tasks import Settings, Task
+from icl_tasks import Settings, Task, first_examples
 from llmfoundry.eval.datasets import in_context_learning_evaluation as icl
 from llmfoundry.utils.builders import build_icl_evaluators
 
 from open_lm import storage
-from open_lm.errors import ConfigError, DataError
+from open_lm.errors import ConfigError
 from open_lm.utils.llm_foundry_wrapper import SimpleComposerOpenLMCausalLM
 
 CHOICES_KEYS = {"multiple_choice": "choices", "schema": "context_options"}
@@ -277,20 +276,6 @@ def _local_data(task: Task, folder: str, max_examples: int | None) -> str:
         return task.data
     target = Path(folder) / f"{task.label}.source.jsonl"
     if dist.get_local_rank() == 0:
-        lines = storage.read_text(task.data).splitlines(keepends=True)
-        counts: dict[str, int] = {}
-        with open(target, "w", encoding="utf-8") as out:
-            for number, line in enumerate(lines, start=1):
-                category = _category(line, task, number) if task.config.get("has_categories") else ""
-                counts[category] = counts.get(category, 0) + 1
-                if line.strip() and (max_examples is None or counts[category] <= max_examples):
-                    out.write(line)
+        storage.write_text(target, "".join(f"{line}\n" for line in first_examples(task, max_examples)))
     dist.barrier()
     return str(target)
-
-
-def _category(line: str, task: Task, number: int) -> str:
-    try:
-        return str(json.loads(line)["category"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{task.data}: line {number} has no category; expected JSON with that key") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import storage
-from open_lm.errors import ConfigError, join_problems
+from open_lm.errors import ConfigError, DataError, join_problems
 
 # Required keys of a line of task data, by llm-foundry's icl_task_type.
 COLUMNS = {
@@ -206,3 +206,24 @@ def _data_problems(task: Task) -> list[str]:
             f"which {task.kind} tasks need"
         ]
     return []
+
+
+def first_examples(task: Task, max_examples: int | None) -> list[str]:
+    """Return the lines of the first examples of a task, of each category if it has categories; None means all."""
+    counts: dict[str, int] = {}
+    selected = []
+    for number, line in enumerate(storage.read_lines(task.data), start=1):
+        if not line.strip():
+            continue
+        category = _category(line, task, number) if task.config.get("has_categories") else ""
+        counts[category] = counts.get(category, 0) + 1
+        if max_examples is None or counts[category] <= max_examples:
+            selected.append(line)
+    return selected
+
+
+def _category(line: str, task: Task, number: int) -> str:
+    try:
+        return str(json.loads(line)["category"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{task.data}: line {number} has no category; expected JSON with that key") from error

@@ -215,7 +215,7 @@ def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
         config = _download(name, "tokenizer_config.json") if file is not None else None
     except Exception as error:
         # The hub's client raises many types of errors: no network, unknown name, no permission.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"--tokenizer {name}: no such local file or folder, and the download from the hub failed "
             f"({type(error).__name__}: {reason}); check the name and the network, or pass a local tokenizer.json or "

@@ -11,16 +11,17 @@ the run that wrote the checkpoint.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from open_lm import storage
 from open_lm.config.architecture import read_run_settings
 from open_lm.config.command_line import FlagParser, add_model_args
 from open_lm.config.sections import ModelConfig
-from open_lm.errors import ConfigError, join_problems, run_cli
+from open_lm.errors import ConfigError, UserError, join_problems, run_cli
 from open_lm.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -125,14 +126,17 @@ def read_prompts(prompts: list[str], files: list[str], whole_file: bool) -> list
     texts = list(prompts)
     problems = []
     for name in files or ([] if prompts else ["-"]):
+        if name == "-" and isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", newline="\n")  # as storage reads files
         if name == "-" and sys.stdin.isatty():
             print("Enter one prompt per line; finish with Ctrl-D.", file=sys.stderr)
         try:
-            content = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            content = sys.stdin.read() if name == "-" else storage.read_text(name)
+        except (UserError, UnicodeDecodeError) as error:
             problems.append(f"--prompt-file {name}: cannot read the file as UTF-8 text ({error})")
             continue
-        new = [content.removesuffix("\n")] if whole_file else [line for line in content.splitlines() if line.strip()]
+        lines = storage.split_lines(content)
+        new = ["\n".join(lines)] if whole_file else [line for line in lines if line.strip()]
         if not new:
             problems.append(f"--prompt-file {name}: found no prompt; write one prompt per line")
         texts += new

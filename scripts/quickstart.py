@@ -26,7 +26,7 @@ from typing import Any
 from python_docs import gather
 
 from open_lm.errors import ConfigError, UserError, run_cli
-from open_lm.storage import atomic_write, write_text
+from open_lm.storage import atomic_write, read_lines, split_lines, write_text
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 END_OF_TEXT = "<|endoftext|>"
@@ -109,7 +109,7 @@ def train_tokenizer(settings: Settings) -> None:
 
     def texts() -> Any:
         for path in sorted((settings.folder / "raw").glob("train-*.jsonl.zst")):
-            for line in zstandard.decompress(path.read_bytes()).splitlines():
+            for line in split_lines(zstandard.decompress(path.read_bytes()).decode()):
                 yield json.loads(line)["text"]
 
     tokenizer = Tokenizer(models.BPE())
@@ -163,8 +163,8 @@ def evaluation_command(checkpoint: Path, settings: Settings) -> list[str]:
 def evaluate(settings: Settings, name: str, checkpoint: Path) -> None:
     shutil.rmtree(settings.logs / f"evaluate-{name}", ignore_errors=True)  # left by an interrupted evaluation
     run([*evaluation_command(checkpoint, settings), "--name", f"evaluate-{name}"])
-    results = (settings.logs / f"evaluate-{name}" / "checkpoints" / "results.jsonl").read_text()
-    outcome = json.loads(results.splitlines()[-1])[0]
+    results = read_lines(settings.logs / f"evaluate-{name}" / "checkpoints" / "results.jsonl")
+    outcome = json.loads(results[-1])[0]
     valid_bytes = json.loads(settings.result("text").read_text())["valid_bytes"]
     outcome["bits_per_byte"] = outcome["loss"] * outcome["tokens"] / math.log(2) / valid_bytes
     write_text(settings.result(f"evaluation-{name}"), json.dumps(outcome))
@@ -243,7 +243,7 @@ def summary(settings: Settings) -> str:
         return json.loads(settings.result(name).read_text())
 
     before, after = load("evaluation-before"), load("evaluation-after")
-    metrics = (settings.logs / RUN_NAME / "metrics.jsonl").read_text().splitlines()
+    metrics = read_lines(settings.logs / RUN_NAME / "metrics.jsonl")
     training = [row for row in map(json.loads, metrics) if "train/loss" in row]
     rows = [
         (

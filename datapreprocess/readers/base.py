@@ -50,11 +50,15 @@ class BadDocument:
 
 @dataclass
 class Block:
-    """Some documents of a piece, the bad documents among them, and the input bytes of the piece read so far."""
+    """Some documents of a piece, the bad documents among them, and the input bytes of the piece read so far.
+
+    `lenient` of the documents come from JSON that only Python's parser accepts, such as `{"score": NaN}`.
+    """
 
     documents: list[Document]
     bad: list[BadDocument]
     bytes_read: int
+    lenient: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from open_lm.datapreprocess.readers.base import (
     ReadOptions,
 )
 from open_lm.datapreprocess.readers.json_lines import (
-    Problem,
     byte_ranges,
     get_text,
+    is_strict,
     line_separator,
     parse_lines,
     read_lines,
+    text_problem,
     value_getter,
 )
 from open_lm.datapreprocess.readers.registry import Format, register_format
@@ -74,17 +75,18 @@ def _documents(source: Source, blocks: Iterator[bytes], key: str) -> Iterator[Do
     key = key.removeprefix("json:")
     pick = value_getter(key)
     values = _values(_decode_blocks(blocks), source.path)
-    for value in islice(values, *source.row_range) if source.row_range else values:
+    for value, data in islice(values, *source.row_range) if source.row_range else values:
         source.lines += 1
         number = source.lines
         text = get_text(value, pick, key)
         if not isinstance(text, str):
             kind, detail = text
             yield source.bad_document(kind, number, f"element {number}: {detail}", repr(value)[:1000])
-        elif problem := _encode_problem(text):
+        elif problem := text_problem(text):
             kind, detail = problem
             yield source.bad_document(kind, number, f"element {number}: {detail}", text)
         else:
+            source.lenient += not is_strict(data.encode("utf-8", "surrogateescape"), key)
             yield text
 
 
@@ -97,19 +99,8 @@ def _decode_blocks(blocks: Iterator[bytes]) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def _encode_problem(text: str) -> Problem | None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        if 0xDC80 <= code <= 0xDCFF:
-            return "invalid UTF-8", f"byte 0x{code - 0xDC00:02x} is not valid UTF-8"
-        return "lone surrogate", f"half of a surrogate pair, which UTF-8 cannot encode (U+{code:04X})"
-    return None
-
-
-def _values(texts: Iterator[str], url: str) -> Iterator[Any]:
-    """Yield the elements of an array, or consecutive values; only one is held in memory at a time."""
+def _values(texts: Iterator[str], url: str) -> Iterator[tuple[Any, str]]:
+    """Yield the elements of an array, or consecutive values, each with its JSON; only one is held in memory."""
     buffer = _Buffer(texts)
     try:
         is_array = buffer.peek() == "["
@@ -150,18 +141,19 @@ class _Buffer:
             if self.position < len(self._text) or not self._fill(1):
                 return self._text[self.position : self.position + 1]
 
-    def value(self) -> Any:
-        """Decode and consume the next JSON value."""
+    def value(self) -> tuple[Any, str]:
+        """Decode and consume the next JSON value, and return it with its JSON."""
         while True:
             remaining = len(self._text) - self.position
             try:
                 value, end = self._decode(self._text, self.position)
+                text = self._text[self.position : end]
                 if end < len(self._text):
                     self.position = end
-                    return value
+                    return value, text
                 if not self._fill(remaining):  # otherwise a number could continue
                     self.position = len(self._text)
-                    return value
+                    return value, text
             except json.JSONDecodeError as error:
                 near_end = error.pos > len(self._text) - _MAX_TOKEN_CHARACTERS
                 is_incomplete = error.msg.startswith("Unterminated") or near_end

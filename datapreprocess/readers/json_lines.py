@@ -1,13 +1,17 @@
-"""JSON lines: one object per line, with its text under the content key."""
+"""JSON lines: one object per line, with its text under the content key.
+
+All formats with JSON accept the same dialect: strict JSON, and what only Python's parser accepts (NaN, Infinity, and
+invalid UTF-8 and lone surrogates in other values than the text). Documents of the second kind are counted.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgspec
 import orjson
 
 from open_lm.datapreprocess.readers.base import BOM, TO_END, BadDocument, Block, Document, Piece, ReadOptions
@@ -16,8 +20,15 @@ from open_lm.datapreprocess.readers.registry import Format, register_format
 from open_lm.datapreprocess.readers.source import Source
 
 LINE_END = b"\n"
-_DECODE_ERRORS = (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError)
 Problem = tuple[str, str]  # kind and detail
+
+
+@functools.cache
+def _decode_errors() -> tuple[type[Exception], ...]:
+    """Return the errors of decoding a line. The import is delayed so that a command can report a missing package."""
+    import msgspec
+
+    return (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError)
 
 
 def byte_ranges(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
@@ -62,14 +73,14 @@ def parse_lines(source: Source, lines: list[bytes], options: ReadOptions) -> Blo
     decode = text_decoder(key)
     try:
         return source.block(decode(lines))
-    except _DECODE_ERRORS:
+    except _decode_errors():
         pass  # some line is bad or blank: parse them one by one
     documents: list[Document] = []
     bad: list[BadDocument] = []
     for number, line in enumerate(lines, first):
         if not line or line.isspace():
             continue
-        text = parse_json(line, key)
+        text = parse_json(source, line, key)
         if isinstance(text, str):
             documents.append(text)
         else:
@@ -80,7 +91,7 @@ def parse_lines(source: Source, lines: list[bytes], options: ReadOptions) -> Blo
 
 @functools.lru_cache
 def text_decoder(key: str) -> Callable[[list[bytes]], list[str]]:
-    """Return a function that decodes the texts of valid lines, and raises one of `_DECODE_ERRORS` for other lines.
+    """Return a function that decodes the texts of valid lines, and raises one of `_decode_errors()` for other lines.
 
     For a key without dots it decodes only that key. The rest of the line must be well-formed JSON; its values are not
     checked.
@@ -95,6 +106,8 @@ def text_decoder(key: str) -> Callable[[list[bytes]], list[str]]:
             return texts
 
         return decode_nested
+    import msgspec
+
     record_type = msgspec.defstruct("Record", [("text", str)], rename={"text": key}, gc=False)
     decode: Callable[[bytes], Any] = msgspec.json.Decoder(record_type).decode
     return lambda lines: [record.text for record in map(decode, lines)]
@@ -120,17 +133,57 @@ def value_getter(key: str) -> Callable[[Any], Any]:
     return pick
 
 
-def parse_json(data: bytes, key: str) -> str | Problem:
+def parse_json(source: Source, data: bytes, key: str) -> str | Problem:
     """Return the text of one JSON object, or the problem with it."""
     try:
         return text_decoder(key)([data])[0]
-    except _DECODE_ERRORS:
+    except _decode_errors():
         pass
     try:
         record = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        return _decode_problem(data, error)
+        return _parse_lenient(source, data, key, error)
     return get_text(record, value_getter(key), key)
+
+
+def is_strict(data: bytes, key: str) -> bool:
+    """Return whether a strict parser accepts a JSON object."""
+    try:
+        text_decoder(key)([data])
+    except _decode_errors():
+        try:
+            orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return False
+    return True
+
+
+def _parse_lenient(source: Source, data: bytes, key: str, strict_error: orjson.JSONDecodeError) -> str | Problem:
+    """Return what `parse_json` does, for an object that the strict parser refuses; count a text that is found."""
+    try:
+        record = json.loads(data.decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        return _decode_problem(data, strict_error)
+    text = get_text(record, value_getter(key), key)
+    if not isinstance(text, str):
+        return text
+    problem = text_problem(text)
+    if problem is None:
+        source.lenient += 1
+        return text
+    return _decode_problem(data, strict_error) if problem[0] == "invalid UTF-8" else problem
+
+
+def text_problem(text: str) -> Problem | None:
+    """Return why a text cannot be encoded as UTF-8, or None. Invalid bytes were decoded with surrogateescape."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        if 0xDC80 <= code <= 0xDCFF:
+            return "invalid UTF-8", f"byte 0x{code - 0xDC00:02x} is not valid UTF-8"
+        return "lone surrogate", f"half of a surrogate pair, which UTF-8 cannot encode (U+{code:04X})"
+    return None
 
 
 def get_text(record: Any, pick: Callable[[Any], Any], key: str) -> str | Problem:
@@ -154,8 +207,6 @@ def _decode_problem(data: bytes, error: orjson.JSONDecodeError) -> Problem:
     except UnicodeDecodeError as fault:
         byte = data[fault.start]
         return "invalid UTF-8", f"byte 0x{byte:02x} at position {fault.start} of the line is not valid UTF-8"
-    if "surrogate" in str(error):
-        return "lone surrogate", f"half of a surrogate pair, which UTF-8 cannot encode ({error})"
     return "invalid JSON", str(error)
 
 

@@ -34,13 +34,14 @@ class Source:
         row_range: rows [first, last) to read; None for all.
         bytes_read: input bytes read so far.
         lines: lines or rows that the format has counted so far.
+        lenient: documents since the last block whose JSON only Python's parser accepts.
         digest: sha256 of the bytes of the piece, set when all of them were read.
     """
 
     def __init__(self, piece: Piece, compression: str) -> None:
         self.piece, self.compression = piece, compression
         self.path, self.row_range = split_rows(piece.url)
-        self.bytes_read = self.lines = 0
+        self.bytes_read = self.lines = self.lenient = 0
         self.digest: str | None = None
         self._hash = hashlib.sha256()
 
@@ -132,7 +133,8 @@ class Source:
 
     def block(self, documents: Sequence[Document], bad: Sequence[BadDocument] = ()) -> Block:
         """Return a block with these documents and the current read position."""
-        return Block(list(documents), list(bad), self.bytes_read)
+        lenient, self.lenient = self.lenient, 0
+        return Block(list(documents), list(bad), self.bytes_read, lenient)
 
     def group_blocks(self, items: Iterable[Document | BadDocument]) -> Iterator[Block]:
         """Group single documents into blocks. If the items raise BrokenFile, yield the documents before it first."""

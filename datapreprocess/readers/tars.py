@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 
-from open_lm.datapreprocess.readers.base import BadDocument, Block, BrokenFile, Document, ReadOptions
+from open_lm.datapreprocess.readers.base import BOM, BadDocument, Block, BrokenFile, Document, ReadOptions
 from open_lm.datapreprocess.readers.json_lines import parse_json
 from open_lm.datapreprocess.readers.registry import Format, register_format
 from open_lm.datapreprocess.readers.source import Source
@@ -56,11 +56,11 @@ def _document(source: Source, name: str, data: bytes, kind: str, json_key: str) 
         return source.bad_document(problem, 0, f"member {name}: {detail}", data)
 
     if kind == "json":
-        text = parse_json(data, json_key)
+        text = parse_json(source, data.removeprefix(BOM), json_key)
         return text if isinstance(text, str) else bad(*text)
     try:
         if kind != "npy":
-            return data.decode("utf-8")
+            return data.removeprefix(BOM).decode("utf-8")
         ids: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     except UnicodeDecodeError as error:
         return bad("invalid UTF-8", str(error))

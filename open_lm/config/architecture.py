@@ -46,7 +46,7 @@ def read_architecture(model: str) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(_not_found(model))
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ConfigError(f"--model {model}: {path} is not valid JSON ({error})") from error
     if not isinstance(contents, dict):
@@ -78,7 +78,7 @@ def read_run_settings(checkpoint: str) -> dict[str, Any]:
     )
     if not storage.exists(url):
         return {}
-    lines = (line.partition(": ") for line in storage.read_text(url).splitlines())
+    lines = (line.partition(": ") for line in storage.read_lines(url))
     written = {key: value for key, _, value in lines}
     specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelConfig.specs())}
     settings = {

@@ -50,7 +50,9 @@ def read_manifest(url: str) -> list[ManifestEntry]:
     entries: list[ManifestEntry] = []
     problems: list[str] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(storage.read_bytes(url).splitlines(), start=1):
+    # Invalid UTF-8 is an error of its line.
+    lines = storage.split_lines(storage.read_bytes(url).decode("utf-8", "surrogateescape"))
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -75,7 +77,7 @@ def join_limited(problems: list[str], heading: str) -> str:
     return join_problems(problems[:_MAX_LISTED] + ([f"and {hidden} more"] if hidden > 0 else []), heading)
 
 
-def _parse_line(line: bytes) -> ManifestEntry:
+def _parse_line(line: str) -> ManifestEntry:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:

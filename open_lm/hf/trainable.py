@@ -117,9 +117,9 @@ def create_hf_model(cfg: object) -> TrainableHFModel:
         model = AutoModelForCausalLM.from_pretrained(name).float()
     except (OSError, ValueError) as error:
         # transformers raises OSError for an unknown name and ValueError for another kind of model.
+        reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"--hf-model {name}: expected the folder or hub name of a transformers causal language model "
-            f"({str(error).splitlines()[0]})"
+            f"--hf-model {name}: expected the folder or hub name of a transformers causal language model ({reason})"
         ) from error
     text_config = model.config.get_text_config()
     max_positions = getattr(text_config, "max_position_embeddings", None)

@@ -29,6 +29,7 @@ from open_lm.storage.paths import (
     is_web,
     local_path,
     parse_bytes,
+    split_lines,
     temporary_name,
 )
 from open_lm.storage.retries import (
@@ -44,9 +45,9 @@ from open_lm.storage.retries import (
 __all__ = [
     "FSSPEC_PREFIX", "READ_TIMEOUT_S", "FileInfo", "SizeMismatch", "Stalled", "atomic_write", "back_off", "copy",
     "download", "exists", "glob", "glob_infos", "has_backend", "info", "is_remote", "is_temporary", "join",
-    "list_files", "list_infos", "local_path", "makedirs", "open_file", "parse_bytes", "read_bytes", "read_parts",
-    "read_range", "read_text", "remove", "run_in_background", "size", "sync_folder", "temporary_name", "upload",
-    "wrap_disk_full_errors", "write_bytes", "write_text",
+    "list_files", "list_infos", "local_path", "makedirs", "open_file", "parse_bytes", "read_bytes", "read_lines",
+    "read_parts", "read_range", "read_text", "remove", "run_in_background", "size", "split_lines", "sync_folder",
+    "temporary_name", "upload", "wrap_disk_full_errors", "write_bytes", "write_text",
 ]  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def join(base: str | os.PathLike[str], *parts: str) -> str:
 def open_file(url: str | os.PathLike[str], mode: str = "rb") -> IO[Any]:
     """Open a file for reading: "rb" for bytes, "r" for UTF-8 text. S3 files are seekable and read in ranges.
 
+    Text is read like `read_text` does; line ends are not changed, and only "\\n" ends a line.
     Use `atomic_write` for writing.
     """
     if mode not in ("rb", "r", "rt"):
@@ -76,7 +78,7 @@ def open_file(url: str | os.PathLike[str], mode: str = "rb") -> IO[Any]:
     text = os.fspath(url)
     with wrap_errors(text):
         raw = find_backend(text).open(text)
-    return raw if mode == "rb" else io.TextIOWrapper(raw, encoding="utf-8")
+    return raw if mode == "rb" else io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n")
 
 
 def read_bytes(url: str | os.PathLike[str]) -> bytes:
@@ -97,12 +99,17 @@ def read_range(url: str | os.PathLike[str], start: int, length: int) -> bytes:
 
 
 def read_text(url: str | os.PathLike[str]) -> str:
-    """Return the content of a UTF-8 text file."""
+    """Return the content of a UTF-8 text file, without a byte order mark at its start."""
     try:
-        return read_bytes(url).decode("utf-8")
+        return read_bytes(url).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise StorageError(f"{os.fspath(url)}: expected UTF-8 text, found {found}") from error
+
+
+def read_lines(url: str | os.PathLike[str]) -> list[str]:
+    """Return the lines of a UTF-8 text file without their ends; see `split_lines`."""
+    return split_lines(read_text(url))
 
 
 def read_parts(file_info: FileInfo, timeout_s: float = READ_TIMEOUT_S) -> Generator[bytes, None, None]:

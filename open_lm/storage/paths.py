@@ -74,6 +74,16 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
+def split_lines(text: str) -> list[str]:
+    """Split a text into lines without their ends: "\\n" or "\\r\\n". The end of the last line may be missing.
+
+    `str.splitlines` also splits at characters that JSON strings and prompts may hold, such as U+2028, U+0085 and form
+    feeds. A byte order mark at the start is dropped.
+    """
+    lines = text.removeprefix("\ufeff").split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
 def read_chunks(read: Callable[[int], bytes], heartbeat: Callable[[], None]) -> Iterator[bytes]:
     """Yield what `read(max_bytes)` returns until it is empty, and call `heartbeat` for each chunk."""
     while chunk := read(CHUNK_BYTES):

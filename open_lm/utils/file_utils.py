@@ -39,7 +39,7 @@ def check_exists(file_path: str) -> bool:
 def get_metadata_file(path: str, shard_shuffle_seed: int | None = None) -> list[dict[str, Any]]:
     """Return the lines of a manifest.jsonl as dicts, in file order or shuffled with a seed."""
     entries, problems = [], []
-    for number, line in enumerate(storage.read_text(path).splitlines(), start=1):
+    for number, line in enumerate(storage.read_lines(path), start=1):
         if not line.strip():
             continue
         try:

@@ -216,7 +216,7 @@ def format_timing(name: str, timing: Timing, size: int, peaks: list[float]) -> s
 
 def memory_gb(kind: str) -> float:
     """Return this process's current (VmRSS) or peak (VmHWM) resident memory."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text().split("\n")
     line = next(line for line in lines if line.startswith(kind))
     return int(line.split()[1]) * 1024 / 1e9
 

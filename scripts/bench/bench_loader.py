@@ -66,7 +66,7 @@ def corpus_tokens(shared: Path, count: int) -> np.ndarray:
     tokenizer = Tokenizer.from_file(str(shared / "data" / "tokenizers" / "gpt-neox-20b.json"))
     ids: list[int] = []
     for path in sorted((shared / "data" / "raw").glob("*.jsonl.zst")):
-        lines = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read().splitlines()
+        lines = zstandard.ZstdDecompressor().stream_reader(path.read_bytes()).read().strip().split(b"\n")
         for start in range(0, len(lines), 64):
             for encoding in tokenizer.encode_batch([orjson.loads(line)["text"] for line in lines[start : start + 64]]):
                 ids += [*encoding.ids, END_OF_TEXT]
@@ -131,7 +131,7 @@ def loader_commands(args: argparse.Namespace, folder: Path) -> dict[tuple[str, i
             if make is not None:
                 subprocess.run([python, peers, "make", name, str(folder)], check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+            reason = (getattr(error, "stderr", None) or str(error)).strip().rpartition("\n")[2]
             print(f"MISSING {name}: {reason}; `make install-bench` installs it into .venv-bench")
             continue
         for workers in args.workers:
@@ -144,7 +144,7 @@ def run_once(command: Sequence[str]) -> float:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.strip().rpartition("\n")[2])
     return float(result["tokens"] / result["seconds"])
 
 

@@ -136,7 +136,7 @@ class Bench:
 
 
 def _resident_bytes(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    line = next(x for x in Path("/proc/self/status").read_text().split("\n") if x.startswith(field))
     return int(line.split()[1]) * 1024
 
 

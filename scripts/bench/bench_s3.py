@@ -259,7 +259,7 @@ def run(args: argparse.Namespace, local: Path) -> None:
                 done = subprocess.run(command, check=False, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-                results[name].append(json.loads(done.stdout.splitlines()[-1]))
+                results[name].append(json.loads(done.stdout.strip().rpartition("\n")[2]))
     size = results["download only"][0]["bytes"]
     print(
         f"{args.shards} shards of {size / args.shards / 1e6:.1f} MB from the server {args.server} (limit "

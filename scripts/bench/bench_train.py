@@ -186,11 +186,12 @@ def run_once(command: Sequence[str], args: argparse.Namespace) -> dict[str, Any]
     if args.device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=env)
-    if done.returncode == 0 and done.stdout.strip():
+    last_line = done.stdout.strip().rpartition("\n")[2]
+    if done.returncode == 0 and last_line:
         try:
-            return dict(json.loads(done.stdout.splitlines()[-1]))
+            return dict(json.loads(last_line))
         except (ValueError, TypeError):
-            done.stderr += f"the last printed line is not a JSON object: {done.stdout.splitlines()[-1][:200]}"
+            done.stderr += f"the last printed line is not a JSON object: {last_line[:200]}"
     output = done.stderr.strip()[-4000:] or "no output"
     raise ConfigError(f"{' '.join(command[:2])} ... ended with exit status {done.returncode}:\n{output}")
 

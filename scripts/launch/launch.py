@@ -34,7 +34,8 @@ from typing import Any
 
 from launch_run import Nodes
 
-from open_lm.errors import ConfigError, join_problems, run_cli
+from open_lm import storage
+from open_lm.errors import ConfigError, UserError, join_problems, run_cli
 
 NODE_PROGRAM = Path(__file__).resolve().with_name("launch_node.py")
 FORWARDED_VARIABLES = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_NUM_THREADS", "AWS_*", "HF_*", "WANDB_*")
@@ -59,9 +60,9 @@ class Host:
 def read_hosts(path: Path) -> list[Host]:
     """Read a hosts file. Raise ConfigError with all its problems."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        lines = storage.read_lines(path)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
         raise ConfigError(
             f"--hosts {path}: cannot read the file ({reason}); expected a text file with one host per line"
         ) from error

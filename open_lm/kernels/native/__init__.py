@@ -32,7 +32,7 @@ class NativeError(Exception):
 def processor_features() -> frozenset[str]:
     """Return the processor features by their names in Linux on x86-64; empty on other systems."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
     except OSError:
         return frozenset()
     flags = next((line for line in lines if line.startswith("flags")), "")
@@ -110,6 +110,6 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f"the C++ compiler cannot be run ({error})") from error
     if result.returncode:
-        message = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr.strip()[-200:])
+        message = next((line for line in result.stderr.split("\n") if "error" in line), result.stderr.strip()[-200:])
         raise NativeError(f"{command[0]} failed ({message.strip()})")
     return result.stdout
