@@ -30,6 +30,7 @@ from open_lm.distributed.param_names import clean_name
 from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError, join_problems
 
 LATEST = "latest"
+_FORMATS, _SHOWN_BYTES = (b"PK\x03\x04", b"\x80"), 32  # a zip archive, or a pickle in the older format
 _NUMBERED = re.compile(r"^epoch_(\d+)\.pt$")
 _COMPANION = re.compile(r"^(optimizer|stats|(poly|ema|none)(_[^_]+){0,2})_(\d+)\.pt$")  # averagers: by their names
 # Keys of a checkpoint file that hold model weights.
@@ -76,16 +77,33 @@ def _load(source: str | IO[bytes], url: str, map_location: Any = "cpu", mmap: bo
         with torch.serialization.safe_globals(_numpy_scalars()):
             return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
+        _check_format(source, url)
         match = re.search(r"(?:GLOBAL|class) '?([A-Za-z_][\w.]*\.\w+)", str(error))
         found = f"an object of type {match.group(1)}" if match else "another object"
         raise CheckpointError(f"{url}: expected only tensors and plain values, found {found}") from error
     except StorageError:
         raise
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        _check_format(source, url)
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise BrokenCheckpoint(
             f"{url}: the file is broken or not a checkpoint ({reason}); copy it again, or use an earlier checkpoint"
         ) from error
+
+
+def _check_format(source: str | IO[bytes], url: str) -> None:
+    """Raise BrokenCheckpoint if the file does not start like one of torch.save."""
+    try:
+        with open(source, "rb") if isinstance(source, str) else contextlib.nullcontext(source) as file:
+            file.seek(0)
+            start = file.read(_SHOWN_BYTES)
+    except OSError:  # the caller reports it
+        return
+    if not start.startswith(_FORMATS):
+        found = f"one that starts with {start!r}" if start else "an empty file"
+        raise BrokenCheckpoint(
+            f"{url}: not a checkpoint; expected a file of torch.save such as epoch_N.pt, found {found}"
+        )
 
 
 def _numpy_scalars() -> list[Any]:

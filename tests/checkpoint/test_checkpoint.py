@@ -28,10 +28,10 @@ from open_lm.checkpoint import (
     load_weights,
     read_model_state,
 )
-from open_lm.checkpoint.files import clean_name, companion_path, read_file, write_file
+from open_lm.checkpoint.files import clean_name, companion_path, read_file, read_meta, write_file
 from open_lm.distributed.processes import gather_objects
 from open_lm.distributed.rng import rng_state
-from open_lm.errors import CheckpointError
+from open_lm.errors import BrokenCheckpoint, CheckpointError
 from open_lm.optim.averaging import ModelAverager
 
 METRICS = [{"loss": np.float64(2.5), "tokens": np.int64(7), "val_data": ["a.tar"]}]
@@ -280,14 +280,34 @@ def test_broken_unsafe_and_missing_files(tmp_path: Path, monkeypatch: pytest.Mon
     Path("truncated.pt").write_bytes(Path("complete.pt").read_bytes()[:-100])
     Path("text.pt").write_text("hello")
     Path("empty.pt").touch()
-    for name in ("truncated.pt", "text.pt", "empty.pt"):
-        with pytest.raises(CheckpointError, match=f"{name}: the file is broken or not a checkpoint"):
-            read_file(name)
+    with pytest.raises(BrokenCheckpoint, match=r"truncated\.pt: the file is broken or not a checkpoint"):
+        read_file("truncated.pt")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         read_file("epoch_7.pt")
     write_file("stats.pt", {"epoch": 1})
     with pytest.raises(CheckpointError, match="contains no weights, only epoch"):
         read_model_state("stats.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"# OpenLM\n\nTrain", "one that starts with b'# OpenLM"),
+        (b"version https://git-lfs.github.com/spec/v1", "one that starts with b'version https://git-lfs"),
+        (b"{}", "one that starts with b'{}'"),
+        (bytes(100), "one that starts with"),
+        (b"", "an empty file"),
+    ],
+)
+def test_file_that_is_not_a_checkpoint_is_named_so(content: bytes, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_bytes(content)
+    for read in (read_file, read_meta):
+        with pytest.raises(BrokenCheckpoint) as caught:
+            read(str(path))
+        assert f"{path}: not a checkpoint; expected a file of torch.save such as epoch_N.pt, found {found}" in str(
+            caught.value
+        )
 
 
 def test_the_optimizer_of_another_model_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,50 @@
+"""Find settings that are valid but probably not meant. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from open_lm.config.sections import Config
+
+_PATTERN_CHARACTERS = frozenset("*?[{")
+
+
+def doubtful_settings(config: Config, architecture: Mapping[str, Any]) -> list[str]:
+    """Return one sentence for each doubtful setting. `architecture` holds the contents of the model's JSON file."""
+    data, validation = config.data, config.validation
+    doubts = []
+    if data.train_data_mix_weights is None:  # else each shard is meant to be a source
+        doubts.append(_doubtful_sources("--train-data", data.train_data or [], "source"))
+    doubts.append(_doubtful_sources("--val-data", validation.val_data or [], "validation set"))
+    doubts.append(_doubtful_heads(config.model.model, architecture))
+    return [doubt for doubt in doubts if doubt]
+
+
+def _doubtful_sources(flag: str, values: Sequence[str], kind: str) -> str:
+    """Describe values that are single shards of one data set, as a shell makes them from an unquoted glob."""
+    groups: dict[str, list[str]] = {}
+    for value in values:
+        if value.endswith(".tar") and "::" not in value and not _PATTERN_CHARACTERS & set(value):
+            folder, slash, name = value.rpartition("/")
+            groups.setdefault(folder + slash + re.sub(r"\d+", "*", name), []).append(value)
+    pattern, shards = max(groups.items(), key=lambda item: len(item[1]), default=("", []))
+    if len(shards) < 2:
+        return ""
+    names = ", ".join(shard.rpartition("/")[2] for shard in shards[:3]) + (", …" if len(shards) > 3 else "")
+    return (
+        f"{flag}: {len(shards)} of {len(values)} values are shards that differ only in their number ({names}), and each "
+        f"is a {kind} of its own; to read them as one {kind}, quote the pattern: {flag} '{pattern}'"
+    )
+
+
+def _doubtful_heads(model: str, architecture: Mapping[str, Any]) -> str:
+    width, heads = architecture.get("hidden_dim", 0), architecture.get("n_heads", 1)
+    if width % heads == 0:
+        return ""
+    head_width = width // heads
+    return (
+        f"--model {model}: hidden_dim {width} is not divisible by n_heads {heads}: a head is {head_width} wide, so "
+        f"attention is {heads * head_width} wide, not {width}"
+    )
