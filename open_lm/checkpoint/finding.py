@@ -169,7 +169,8 @@ def saved_progress(url: str, sharded: bool) -> Progress:
 
 
 def _check_new_name(remote: str, paths: RunPaths) -> None:
-    if not os.path.exists(paths.log) and storage.exists(storage.join(remote, "out.log")):
+    has_metrics = storage.exists(storage.join(remote, os.path.basename(paths.metrics)))  # else a start that failed
+    if has_metrics or storage.list_files(storage.join(remote, "checkpoints")):
         raise ConfigError(
             f"--remote-sync: a run of this name already exists at {remote}; "
             "continue it with --resume latest, or choose another --name"

@@ -242,6 +242,8 @@ def load_optimizer(args: Any, model: nn.Module, optimizer: Optimizer | None, sca
 
     saved = run_on_master(read)
     if saved is None:
+        if optimizer is not None:
+            optimizer.state.clear()  # of a checkpoint that turned out to be broken
         return False
     if optimizer is not None:
         set_moments(model, optimizer, loaded.get("state", {}))
@@ -274,7 +276,9 @@ def load_averagers(path: str, averagers: ModelAverager) -> None:
             return {key: value for key, value in state.items() if key != "av_model_sd"}
 
         counters = run_on_master(read)
-        if counters is not None:
+        if counters is None:
+            averager.reset()
+        else:
             averager.load_state_dict({**counters, "av_model_sd": weights})
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from open_lm import storage
-from open_lm.checkpoint.files import epoch_files, remove_checkpoint
+from open_lm.checkpoint.files import LATEST, epoch_files, file_name, remove_checkpoint
 from open_lm.checkpoint.finding import Candidate
 from open_lm.checkpoint.folders import (
     INCOMPLETE,
@@ -67,6 +67,16 @@ class CheckpointManager:
         if self.paths.enabled and (self._is_kept(progress) or self.cfg.save_most_recent):
             self._save(progress, state, partial(self._write_files, progress), wait=False)
 
+    def epoch_checkpoint(self, progress: Progress) -> str | None:
+        """Return the path that `save_epoch` saves to, None if no checkpoint is due."""
+        is_kept = self._is_kept(progress)
+        if not self.paths.enabled or not (is_kept or self.cfg.save_most_recent):
+            return None
+        name = step_folder(progress.step or 0)
+        if self._only_interchange:
+            name = file_name("epoch", progress.epoch if is_kept else LATEST)
+        return storage.join(self.paths.checkpoints, name)
+
     def write_missing_files(self, resumed: str | None, progress: Progress) -> None:
         """Write the interchange files of the end-of-epoch checkpoint that the run resumed from, in the background.
 
@@ -105,12 +115,12 @@ class CheckpointManager:
         """Wait for the background save, and raise its error."""
         self.writer.wait()
 
-    def newest(self) -> Candidate | None:
-        """Return the newest complete sharded checkpoint of this run. Call `finish` first."""
+    def newest(self, up_to_step: int) -> Candidate | None:
+        """Return the newest complete sharded checkpoint of this run up to a step. Call `finish` first."""
 
         def find() -> Candidate | None:
             for step, url in reversed(step_folders(self.paths.checkpoints).items()):
-                if incomplete_reason(url) is None:
+                if step <= up_to_step and incomplete_reason(url) is None:
                     return Candidate(url, step, epoch=-1, sharded=True, remote=storage.is_remote(url))
             return None
 

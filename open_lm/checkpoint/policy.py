@@ -21,13 +21,14 @@ def superseded(cfg: CheckpointConfig, steps: Iterable[int], newest: int) -> list
     """Return the steps whose sharded checkpoints to remove once that of step `newest` is complete, in this order.
 
     Keep --keep-last checkpoints (0: all; one with --delete-previous-checkpoint) and all milestones. Steps after
-    `newest` exist if the run rolled back to an earlier step; they are obsolete and removed first.
+    `newest` exist if the run went back to an earlier step, because they are broken: they are removed first, except
+    milestones, which the run replaces when it reaches their step again.
     """
     num_kept = 1 if cfg.delete_previous_checkpoint else cfg.keep_last
-    known = sorted({*steps, newest})
-    stale = [step for step in known if step > newest]
-    ordinary = [step for step in known if step <= newest and not _is_milestone(cfg, step)]
-    return stale + (ordinary[:-num_kept] if num_kept else [])
+    removable = [step for step in sorted({*steps, newest}) if not _is_milestone(cfg, step)]
+    stale = [step for step in removable if step > newest]
+    current = [step for step in removable if step <= newest]
+    return stale + (current[:-num_kept] if num_kept else [])
 
 
 def _is_milestone(cfg: CheckpointConfig, step: int) -> bool:

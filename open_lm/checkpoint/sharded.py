@@ -41,6 +41,7 @@ from open_lm.distributed.sharded_tensor import fused_weight_parts, local_blocks
 from open_lm.errors import CheckpointError, StorageError, UserError, join_problems
 from open_lm.optim.averaging import ModelAverager
 from open_lm.parallel.parallelize import unwrap
+from open_lm.storage.strict_json import to_json
 
 __all__ = [
     "ShardedWriter", "StoredTensors", "TrainingState", "incomplete_reason", "load", "load_weights",
@@ -242,7 +243,7 @@ def _extra(state: TrainingState) -> dict[str, Any]:
         extra["scaler"] = state.scaler.state_dict()
     if state.averagers is not None:
         extra["averagers"] = {name: averager.counters() for name, averager in state.averagers.avgs_dict.items()}
-    copy: dict[str, Any] = json.loads(json.dumps(extra, default=lambda value: value.item()))
+    copy: dict[str, Any] = json.loads(to_json(extra))
     return copy
 
 
@@ -302,14 +303,15 @@ def _targets(state: TrainingState, index: Index, folder: str) -> dict[str, Tenso
     if state.averagers is not None:
         for averager_name, averager in state.averagers.avgs_dict.items():
             prefix = f"averager/{averager_name}/"
-            averages = {name: value for name, value in averager.tensors().items() if prefix + name in index.tensors}
+            averages = averager.tensors() if averager_name in index.extra.get("averagers", {}) else {}
+            stored = {name: index.tensors.get(prefix + name) for name in averages}
             problems = [
-                f"{prefix}{name}: found {index.tensors[prefix + name].shape}, the model has {tuple(value.shape)}"
-                for name, value in averages.items()
-                if index.tensors[prefix + name].shape != tuple(value.shape)
+                f"{prefix}{name}: found {tensor.shape if tensor else 'nothing'}, the model has {tuple(value.shape)}"
+                for (name, value), tensor in zip(averages.items(), stored.values(), strict=True)
+                if tensor is None or tensor.shape != tuple(value.shape)
             ]
             if problems:
-                raise CheckpointError(join_problems(problems, f"{folder}: does not fit the model"))
+                raise CheckpointError(join_problems(problems[:8], f"{folder}: does not fit the model"))
             targets.update({prefix + name: value for name, value in averages.items()})
     if state.optimizer is not None:
         targets.update(_moments(state.model, state.optimizer, index, folder))

@@ -89,7 +89,7 @@ class Index:
             for name, tensor in self.tensors.items()
         }
         content = {"format": FORMAT, "step": self.step, "files": self.files, "tensors": tensors, "extra": self.extra}
-        text = json.dumps(content, separators=(",", ":")).encode()
+        text = json.dumps(content, separators=(",", ":"), allow_nan=False).encode()
         body = text[:-1]  # without the closing brace, so that the checksum of the text becomes the last entry
         return body + _CHECKSUM_KEY + hashlib.sha256(body).hexdigest().encode() + b'"}'
 

@@ -32,10 +32,9 @@ from torch.utils.data import DataLoader
 
 from open_lm import errors
 from open_lm.config.sections import DataConfig
-from open_lm.data.epochs import check_run_length
+from open_lm.data.epochs import check_enough_data, check_run_length
 from open_lm.data.fetch import FetchFolder
 from open_lm.data.masking import IGNORE_INDEX, mask_targets
-from open_lm.data.mixture import samples_per_source
 from open_lm.data.order import DataOrder, OrderSettings, Samples, Source
 from open_lm.data.shard_format import PAD_ID
 from open_lm.data.sources import check_data_key, find_sources
@@ -289,7 +288,7 @@ class TrainLoader:
         self.sources: tuple[Source, ...] = spec.stream.sources
         self.state = self._order_from(spec.state).state()
 
-    def _order_from(self, state: dict[str, Any] | None) -> DataOrder:
+    def _order_from(self, state: dict[str, Any] | None, allow_changed: bool = False) -> DataOrder:
         spec = self._spec
         order = DataOrder(
             self.sources,
@@ -297,7 +296,7 @@ class TrainLoader:
             spec.order,
             size_of=lazy_size_of(spec.stream),
             state=state,
-            allow_changed=self._allow_changed,
+            allow_changed=allow_changed or self._allow_changed,
         )
         if order.change_warning and spec.rank == 0:
             logger.warning(order.change_warning)
@@ -331,22 +330,20 @@ class TrainLoader:
             if after["pass"] > before["pass"] and self._spec.rank == 0:
                 logger.info(f"starting pass {after['pass'] + 1} over {source.name}")
 
-    def has_batches(self, state: dict[str, Any], num_batches: int) -> bool:
-        """Return whether the data has `num_batches` batches after `state`; assume so for sources of unknown size."""
-        if self._spec.order.max_passes is None:
-            return True
-        taken = sum(source["samples"] for source in state["sources"])
-        count = taken + num_batches * self._spec.global_batch_size
-        needed = samples_per_source([source.weight for source in self.sources], count)
-        sizes = [source.num_sequences for source in self.sources]
-        return all(size is None or number <= size for size, number in zip(sizes, needed, strict=True))
+    def check_has_batches(self, state: dict[str, Any], num_batches: int) -> None:
+        """Raise DataError if the data lack `num_batches` batches after `state`; unknown sizes count as enough."""
+        if self._spec.order.max_passes is not None:
+            taken = sum(source["samples"] for source in state["sources"])
+            count = taken + num_batches * self._spec.global_batch_size
+            check_enough_data(self.sources, count, self._spec.stream.seq_len)
 
-    def rewind(self, state: dict[str, Any], skip_batches: int = 0) -> None:
-        """Move to `skip_batches` global batches after `state`."""
+    def rewind(self, state: dict[str, Any], skip_batches: int = 0, allow_changed: bool = False) -> bool:
+        """Move to `skip_batches` global batches after `state`, even (on request) one of other data; return if it is."""
         self.close()
-        order = self._order_from(state)
+        order = self._order_from(state, allow_changed)
         order.take(skip_batches * self._spec.global_batch_size)
         self.state = order.state()
+        return bool(order.change_warning)
 
     def close(self) -> None:
         """Stop the workers; `batches` would start new ones from the state."""
@@ -363,21 +360,24 @@ def build_train_loader(
     world_size: int = 1,
     seed: int = 0,
     state: dict[str, Any] | None = None,
+    reads_whole_run: bool = True,
 ) -> TrainLoader:
     """Build the loader of one rank's training batches.
 
     `batch_size` is the rank's number of sequences per optimizer step, over all accumulated micro-batches. `state` is
     the one that `batches` yielded with the last step to keep; its seed replaces `seed`. Raises ConfigError, DataError
     or StorageError at once for missing shards, weights that do not fit the sources, too little data for the run in one
-    pass, or a state of other data (without --allow-changed-data).
+    pass, or a state of other data (without --allow-changed-data). With `reads_whole_run` false, earlier steps may have
+    read other data: `TrainLoader.check_has_batches` then checks the length.
     """
     data = DataConfig.from_object(data)
     check_data_key(data.data_key, "--data-key")
     sources = find_sources(data)
     one_pass = bool(data.dataset_manifest) and not data.multiple_data_passes
     global_batch_size = batch_size * world_size
+    is_checked = one_pass and reads_whole_run
     check_run_length(
-        data, sources, one_pass=one_pass, seq_len=seq_len, global_batch_size=global_batch_size, log=rank == 0
+        data, sources, one_pass=is_checked, seq_len=seq_len, global_batch_size=global_batch_size, log=rank == 0
     )
     folder = FetchFolder.if_needed(sources)
     spec = BatchSpec(

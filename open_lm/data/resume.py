@@ -128,7 +128,7 @@ def _weight_changes(before: Sequence[State], after: Sequence[State]) -> list[str
 def _warning(
     changes: Sequence[str], names: Sequence[str], sources: Sequence[State], matches: Sequence[int | None]
 ) -> str:
-    heading = "The training data differs from that of the checkpoint; resuming because of --allow-changed-data"
+    heading = "The training data differs from that of the checkpoint; continuing on the current data"
     lines = [join_problems(changes, heading)]
     for name, source, match in zip(names, sources, matches, strict=True):
         if match is None:

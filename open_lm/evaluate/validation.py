@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import PurePath
 from typing import Any
 
@@ -23,15 +24,18 @@ from open_lm.config.sections import LoggingConfig, ValidationConfig
 from open_lm.data.device import on_device
 from open_lm.data.masking import IGNORE_INDEX
 from open_lm.data.validation_loader import ValLoader
+from open_lm.distributed.param_names import clean_name
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime, broadcast_object, gather_objects, sum_over_ranks
 from open_lm.errors import ConfigError
 from open_lm.model.losses import ForwardOptions, TokenLoss, batch_loss
 from open_lm.monitor.metrics import bootstrap_interval
 from open_lm.monitor.watchdog import heartbeat
-from open_lm.parallel.parallelize import evaluation_mode
+from open_lm.optim.adamw import local_tensor
+from open_lm.parallel.parallelize import evaluation_mode, unwrap
 
 NO_INTERVAL = (-1.0, -1.0)
+_PROGRESS_S = 30.0  # log the progress after this time, also between two lines of --log-every-n-steps
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,27 @@ def validation_metrics(results: Sequence[dict[str, Any]]) -> dict[str, float]:
         values = {key: value for key, value in result.items() if isinstance(value, int | float) and value != -1.0}
         metrics |= {f"{prefix}/{key}": value for key, value in values.items() if key != "train_tokens"}
     return metrics
+
+
+def loss_problems(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Describe the validation sets whose loss is not a finite number."""
+    problems = []
+    for result in results:
+        name = f"validation on {' '.join(result['val_data'])}"
+        if not result["tokens"]:
+            problems.append(f"{name}: no token has a loss, because all targets are masked, padded or unreadable")
+        elif not math.isfinite(result["loss"]):
+            problems.append(f"{name}: the loss is {result['loss']}, not a finite number")
+    return problems
+
+
+def non_finite_weights(model: nn.Module) -> list[str]:
+    """Describe the weights that have values which are not finite, on any rank. Collective."""
+    params = dict(unwrap(model).named_parameters())
+    flags = [~local_tensor(param).detach().isfinite().all() for param in params.values()]
+    counts = sum_over_ranks(torch.stack(flags).to(torch.float64)).tolist()
+    names = [clean_name(name) for name, count in zip(params, counts, strict=True) if count]
+    return [f"{len(names)} of {len(params)} weights are not finite, such as {names[0]}"] if names else []
 
 
 def evaluate_loop(
@@ -153,7 +178,7 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # loss, tokens, sequences
     samples = _LossSamples()
     data_s, steps, positions, start = 0.0, 0, 0, time.perf_counter()
-    waiting_since = start
+    waiting_since = logged_at = start
     for index, (batch, _) in enumerate(on_device(((batch, None) for batch in loader), runtime.device)):
         data_s += time.perf_counter() - waiting_since
         heartbeat("validating")
@@ -164,8 +189,10 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         totals += torch.stack([value.to(torch.float64) for value in sums])
         samples.add(losses, valid, cfg)
         steps, positions = steps + 1, positions + targets.numel() * options.layout.data_size
-        if runtime.is_master and index % options.log_every == 0:
-            _log_progress(index, data_s / steps, (time.perf_counter() - start) / steps, positions / steps, runtime)
+        now = time.perf_counter()
+        if runtime.is_master and (index % options.log_every == 0 or now - logged_at >= _PROGRESS_S):
+            logged_at, num_batches = now, getattr(loader, "num_batches", None)
+            _log_progress(index, num_batches, data_s / steps, (now - start) / steps, positions / steps, runtime)
         waiting_since = time.perf_counter()
     loss_sum, tokens, sequences = sum_over_ranks(totals).tolist()
     batch_s = max(time.perf_counter() - start, 1e-9) / max(steps, 1)
@@ -182,11 +209,7 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         "tokens": round(tokens),
     }
     if runtime.is_master:
-        perplexity = math.inf
-        with suppress(OverflowError):
-            perplexity = math.exp(loss)
-        name = " ".join(loader.val_data)
-        logging.info(f"Validation on {name}: loss {loss:.6f}, perplexity {perplexity:.4g}, {round(tokens)} tokens")
+        logging.info(_summary(" ".join(loader.val_data), result))
     # Times differ between ranks; all ranks return rank 0's.
     return broadcast_object(runtime, result)
 
@@ -206,14 +229,38 @@ def _intervals(samples: _LossSamples, cfg: ValidationConfig) -> dict[str, float]
             by_rank = gather_objects(np.concatenate(local) if local else np.empty(0, np.float32))
             population = np.concatenate(by_rank) if by_rank else np.empty(0, np.float32)
             if len(population):
+                size = min(len(population), cfg.val_max_pop_ci or len(population))
+                logging.info(f"Drawing {cfg.val_iter_ci} bootstrap resamples of {size} {name}")
                 bounds = bootstrap_interval(population, cfg.val_iter_ci, cfg.val_max_pop_ci)
         intervals[f"loss_{name}_lower_95"], intervals[f"loss_{name}_upper_95"] = bounds
     return intervals
 
 
-def _log_progress(index: int, data_s: float, batch_s: float, step_tokens: float, runtime: Runtime) -> None:
-    speed = step_tokens / batch_s
+def _summary(name: str, result: Mapping[str, Any]) -> str:
+    """Describe the result of a validation set in one line."""
+    perplexity = math.inf
+    with suppress(OverflowError):
+        perplexity = math.exp(result["loss"])
+    intervals = ""
+    for kind in ("sequences", "tokens"):
+        lower, upper = (result[f"loss_{kind}_{bound}_95"] for bound in ("lower", "upper"))
+        if (lower, upper) != NO_INTERVAL:
+            intervals += f", 95 % interval over {kind} {lower:.6f} to {upper:.6f}"
+    return (
+        f"Validation on {name}: loss {result['loss']:.6f}, perplexity {perplexity:.4g}, {result['tokens']} tokens"
+        f"{intervals}"
+    )
+
+
+def _log_progress(  # noqa: PLR0917 - the values of one line
+    index: int, num_batches: int | None, data_s: float, batch_s: float, step_tokens: float, runtime: Runtime
+) -> None:
+    speed, done = step_tokens / batch_s, index + 1
+    progress = f" [{done} batches done]"
+    if num_batches:
+        remaining = timedelta(seconds=round(max(num_batches - done, 0) * batch_s))
+        progress = f" [{done}/{num_batches} ({100 * done / num_batches:.0f}%)] ETA: {remaining}"
     logging.info(
         f"Validation batch {index} Data (t): {data_s:.3f} Batch (t): {batch_s:.3f}, {speed:#g}/s, "
-        f"{speed / runtime.world_size:#g}/s/gpu"
+        f"{speed / runtime.world_size:#g}/s/gpu{progress}"
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import netrc
 import os
 import re
@@ -23,9 +22,11 @@ from open_lm.config.sections import LoggingConfig
 from open_lm.errors import ConfigError, StorageError
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.storage.redaction import redact, redacted
+from open_lm.storage.strict_json import json_value, to_json
 
 _LINE_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 _TIME_FORMAT = "%Y-%m-%d,%H:%M:%S"
+_FILE_ONLY = "file_only"  # attribute of the records of `log_to_file`
 # At level INFO these loggers report every request or credential lookup.
 _VERBOSE_LOGGERS = (
     "botocore",
@@ -51,6 +52,10 @@ class _RunHandler:
 
 
 class _Console(logging.StreamHandler, _RunHandler):  # Python 3.10 does not accept a type argument here
+    def filter(self, record: logging.LogRecord) -> Any:
+        """Accept all records but those of `log_to_file`."""
+        return not getattr(record, _FILE_ONLY, False) and super().filter(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore a closed console: the run and its log file continue."""
         if not isinstance(sys.exc_info()[1], BrokenPipeError):
@@ -83,6 +88,11 @@ def setup_logging(log_file: str | None = None, level: int = logging.INFO, consol
         root.addHandler(handler)
     for name in _VERBOSE_LOGGERS:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+def log_to_file(message: str) -> None:
+    """Log a message of level INFO that is too long for the console."""
+    logging.info(message, extra={_FILE_ONLY: True})
 
 
 def write_to_log_file(records: Iterable[logging.LogRecord]) -> None:
@@ -125,8 +135,7 @@ class JsonLinesLogger:
         filter_lines(self._path, lambda line: isinstance(line["step"], int) and line["step"] <= step)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        numbers = {key: _json_value(value) for key, value in values.items()}
-        append_line(self._path, json.dumps({"step": step, "time": round(time.time(), 3), **numbers}, allow_nan=False))
+        append_line(self._path, to_json({"step": step, "time": round(time.time(), 3), **values}))
 
     def close(self) -> None:
         """Do nothing: the file is opened separately for each line."""
@@ -158,10 +167,10 @@ def filter_lines(path: str, predicate: Callable[[Any], bool]) -> None:
     """Keep only the lines of a JSON lines file that satisfy `predicate`; incomplete or invalid lines are removed."""
     if not os.path.exists(path):
         return
-    lines = storage.read_bytes(path).decode("utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _satisfies(line, predicate)]
-    if len(kept) < len(lines):
-        storage.write_text(path, "".join(kept))
+    *lines, incomplete = storage.read_bytes(path).decode("utf-8", errors="replace").split("\n")
+    kept = [line for line in lines if _satisfies(line, predicate)]
+    if len(kept) < len(lines) or incomplete:
+        storage.write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _satisfies(line: str, predicate: Callable[[Any], bool]) -> bool:
@@ -169,17 +178,6 @@ def _satisfies(line: str, predicate: Callable[[Any], bool]) -> bool:
         return predicate(json.loads(line))
     except (ValueError, KeyError, IndexError, TypeError):
         return False
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, str | bool | int) or value is None:
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
-    number = value.item() if hasattr(value, "item") else float(value)
-    return None if isinstance(number, float) and not math.isfinite(number) else number
 
 
 class TensorBoardLogger:
@@ -278,7 +276,7 @@ def _has_wandb_key() -> bool:
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {
         key: value
-        for key, value in ((key, _json_value(value)) for key, value in values.items())
+        for key, value in ((key, json_value(value)) for key, value in values.items())
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
 

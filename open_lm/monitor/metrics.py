@@ -59,8 +59,9 @@ class DeviceMeans:
         }
 
     def restore(self, state: Mapping[str, Mapping[str, float]], device: torch.device) -> None:
-        """Restore a state that `state` returned."""
-        self._sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        """Restore a state that `state` returned; JSON has null in place of a sum that is not finite."""
+        sums = {name: math.nan if value is None else value for name, value in state["sums"].items()}
+        self._sums = {name: torch.tensor(value, device=device) for name, value in sums.items()}
         self._counts = {name: torch.tensor(int(value), device=device) for name, value in state["counts"].items()}
 
 

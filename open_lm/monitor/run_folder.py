@@ -9,11 +9,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,7 @@ from open_lm import storage
 from open_lm.errors import ConfigError
 from open_lm.storage.redaction import redact, redacted
 
+_CHECKPOINT_NAME = re.compile(r"(step_\d+|epoch_(\d+|latest)\.pt)")
 _LOCK_WAIT_S, _LOCK_POLL_S = 30.0, 0.2  # ranks that have lost their launcher end within this time
 
 
@@ -96,8 +98,29 @@ class RunPaths:
         roots = [self.root, self._checkpoint_root]
         return [root for root in dict.fromkeys(roots) if not storage.is_remote(root)]
 
+    @contextmanager
+    def claim(self, resume: str | None) -> Iterator[None]:
+        """Create the run's folder and lock it until the block or the process ends.
+
+        If the block fails before the run has results, the folder is removed, so that its name remains free. See
+        `prepare` and `lock` for the errors.
+        """
+        self.prepare(resume)
+        with self.lock():
+            self.prepare(resume)  # again: another process may have used the folder until now
+            try:
+                yield
+            except BaseException:
+                if self.enabled and not self.has_results():
+                    self._remove_start()
+                raise
+
     def prepare(self, resume: str | None) -> None:
-        """Create the run's folders; raise ConfigError if the run exists and is not resumed with `--resume latest`."""
+        """Create the run's folders.
+
+        Raises:
+            ConfigError: the run has results and is not resumed with `--resume latest`.
+        """
         if not self.enabled:
             return
         if storage.is_remote(self.logs):
@@ -105,7 +128,7 @@ class RunPaths:
                 f"--logs {self.logs}: expected a local folder; set one, and --remote-sync {self.logs} to copy the run "
                 "there"
             )
-        if os.path.exists(self.log) and resume != "latest":
+        if resume != "latest" and self.has_results():
             raise ConfigError(
                 f"--name {self.name}: the run already exists at {self.root}; resume its training with --resume latest, "
                 "or choose another --name (an evaluation and --resume PATH need a new name)"
@@ -113,12 +136,36 @@ class RunPaths:
         for folder in (self.root, os.path.dirname(self.results), self.checkpoints, self.failed):
             storage.makedirs(folder)
 
+    def has_results(self) -> bool:
+        """Return whether the run has trained a step or evaluated. Reads local files only."""
+        if any(os.path.isfile(path) and os.path.getsize(path) for path in (self.metrics, self.results)):
+            return True
+        for folder in {os.path.dirname(self.results), self.checkpoints, self.failed}:
+            if os.path.isdir(folder) and any(_CHECKPOINT_NAME.match(name) for name in os.listdir(folder)):
+                return True
+        if not os.path.isfile(self.log):
+            return False
+        with open(self.log, encoding="utf-8", errors="replace") as log:  # the original OpenLM has no metrics.jsonl
+            return any("| Train Epoch: " in line for line in log)
+
+    def _remove_start(self) -> None:
+        """Remove what a start writes before its first step, and the folders that are empty then."""
+        files = [self.log, self.params, self.model, self.data, self._lock_file]
+        files += [entry.path for entry in os.scandir(self.root) if re.fullmatch(r"out-\d+", entry.name)]
+        for path in files:
+            Path(path).unlink(missing_ok=True)
+        for folder in (self.tensorboard, self.code, storage.join(self.root, "wandb")):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in (self.stacks, os.path.dirname(self.results), self.checkpoints, self.failed, *self.local_roots()):
+            with suppress(OSError):  # not empty, or already removed
+                os.rmdir(folder)
+
     def check_checkpoint_dir(self) -> None:
         """Raise ConfigError if the existing run was started with another --checkpoint-dir, whose checkpoints would be
         missed."""
         if not self.enabled or not os.path.exists(self.params):
             return
-        saved = dict(line.partition(": ")[::2] for line in storage.read_text(self.params).splitlines())
+        saved = dict(line.partition(": ")[::2] for line in storage.read_lines(self.params))
         expected, current = saved.get("checkpoint_dir", "None"), redact(str(self.checkpoint_dir))
         if expected != current:
             raise ConfigError(
@@ -136,21 +183,36 @@ class RunPaths:
         if not self.enabled:
             yield
             return
-        with open(storage.temporary_name(storage.join(self.root, "run"), "lock"), "a+", encoding="utf-8") as file:
-            deadline = time.monotonic() + _LOCK_WAIT_S
-            while not _try_lock(file):
-                file.seek(0)
-                holder = file.read().strip()
-                if time.monotonic() >= deadline:
-                    raise ConfigError(
-                        f"--name {self.name}: {holder} is using {self.root}; wait until it has ended, stop it, or "
-                        "choose another --name"
-                    )
-                time.sleep(_LOCK_POLL_S)
+        with self._open_locked() as file:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
             yield
+
+    def _open_locked(self) -> IO[str]:
+        """Return the lock file, locked by this process."""
+        deadline = time.monotonic() + _LOCK_WAIT_S
+        while True:
+            storage.makedirs(self.root)
+            file = open(self._lock_file, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller, or below
+            if _try_lock(file):
+                if _is_at(file, self._lock_file):
+                    return file
+                file.close()  # the process that held the lock has removed the file
+                continue
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"--name {self.name}: {holder} is using {self.root}; wait until it has ended, stop it, or "
+                    "choose another --name"
+                )
+            time.sleep(_LOCK_POLL_S)
+
+    @property
+    def _lock_file(self) -> str:
+        return storage.temporary_name(storage.join(self.root, "run"), "lock")
 
 
 def _try_lock(file: IO[str]) -> bool:
@@ -160,6 +222,14 @@ def _try_lock(file: IO[str]) -> bool:
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
+
+
+def _is_at(file: IO[str], path: str) -> bool:
+    """Return whether an open file is (still) the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_params(path: str, params: Mapping[str, Any] | object) -> None:

@@ -74,13 +74,20 @@ def _parse_one(name: str) -> AveragerSpec:
 
 
 class Averager:
-    """A running average. Weights of less than 32 bits are averaged in float32, so that small updates are not lost."""
+    """A running average. Weights of less than 32 bits are averaged in float32, so that small updates are not lost.
+
+    Whoever changes the model's weights other than by an optimizer step loads the average too, or calls `reset`.
+
+    Attributes:
+        is_loaded: whether the average comes from a checkpoint.
+    """
 
     def __init__(self, model: nn.Module, spec: AveragerSpec) -> None:
         self.spec = spec
         self.model = model
         self.update_counter = 1
         self.step_counter = 1
+        self.is_loaded = False
         params = list(model.parameters()) if spec.method != "none" else []
         self._params = [param for param in params if param.is_floating_point()]
         self._averages = [_float_copy(param) for param in self._params]
@@ -123,6 +130,7 @@ class Averager:
     def reset(self) -> None:
         """Restart the average from the current weights."""
         self.update_counter = self.step_counter = 1
+        self.is_loaded = False
         for _, param, average in self._named():
             _local(average).copy_(_local(param))
 
@@ -145,6 +153,7 @@ class Averager:
         """Load the counters of `counters`; method and value remain those of this run's flags."""
         self.update_counter = int(state["update_counter"])
         self.step_counter = int(state["step_counter"])
+        self.is_loaded = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters and the full averaged weights, by the model's clean names. Collective.
@@ -200,6 +209,11 @@ class ModelAverager:
         """Update all averagers; call it after each optimizer step."""
         for averager in self.avgs_dict.values():
             averager.step()
+
+    def reset(self) -> None:
+        """Restart all averagers from the current weights."""
+        for averager in self.avgs_dict.values():
+            averager.reset()
 
 
 def _float_copy(param: Tensor) -> Tensor:

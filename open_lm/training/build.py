@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +24,7 @@ from open_lm.distributed.precision import build_scaler, compute_dtype, get_autoc
 from open_lm.distributed.processes import Runtime, build_layout, run_on_all_ranks, run_on_master
 from open_lm.distributed.rng import make_deterministic, seed_everything
 from open_lm.errors import ConfigError
-from open_lm.evaluate.validation import EvaluationOptions, evaluate_sets, validation_metrics
+from open_lm.evaluate.validation import EvaluationOptions, evaluate_sets, loss_problems, validation_metrics
 from open_lm.kernels.cpu_memory import keep_freed_memory
 from open_lm.model.initialization import init_weights
 from open_lm.monitor.loggers import MetricLoggers, append_line
@@ -35,6 +35,7 @@ from open_lm.optim.build import build_optimizer
 from open_lm.optim.schedules import build_scheduler
 from open_lm.parallel.float8 import check_micro_batch_tokens
 from open_lm.parallel.parallelize import parallelize, unwrap
+from open_lm.storage.strict_json import to_json
 from open_lm.training.control import RunControl
 from open_lm.training.step import StepOptions
 from open_lm.training.trainer import Trainer
@@ -152,8 +153,11 @@ def build_trainer(parts: RunParts, control: RunControl) -> Trainer:
     )
 
 
-def evaluation_options(parts: RunParts, samples_seen: int | None) -> EvaluationOptions:
-    """Return the options of a validation after `samples_seen` training sequences (None: unknown)."""
+def evaluation_options(parts: RunParts, samples_seen: int | None, checkpoint_path: str | None) -> EvaluationOptions:
+    """Return the options of a validation after `samples_seen` training sequences (None: unknown).
+
+    checkpoint_path: where the evaluated weights are stored.
+    """
     config = parts.config
     return EvaluationOptions(
         runtime=parts.runtime,
@@ -161,7 +165,7 @@ def evaluation_options(parts: RunParts, samples_seen: int | None) -> EvaluationO
         autocast=get_autocast(config.precision.precision, parts.runtime.device.type),
         cfg=config.validation,
         model_name=config.model.hf_model or config.model.model,
-        checkpoint_path=parts.resume,
+        checkpoint_path=checkpoint_path,
         train_tokens=None if samples_seen is None else samples_seen * parts.params.seq_len,
         log_every=config.logging.log_every_n_steps,
         end_of_text_id=end_of_text_id(config, [source for loader in parts.val_loaders for source in loader.sources]),
@@ -196,7 +200,9 @@ def validate(
         for result in results:
             result["average"] = average
     if parts.paths.enabled:
-        run_on_master(lambda: append_line(parts.paths.results, json.dumps(results)))
+        run_on_master(lambda: append_line(parts.paths.results, to_json(results)))
+    for problem in loss_problems(results):
+        logging.error(problem)
     tokens = {} if options.train_tokens is None else {"tokens": options.train_tokens}
     loggers.log({**tokens, **validation_metrics(results)}, step)
     return results
@@ -230,7 +236,10 @@ def _build_loaders(config: Config, layout: MeshLayout, params: Any) -> tuple[Tra
     train_loader = None
     if wants_training(data):
         batch_size = data.global_batch_size // layout.data_size
-        train_loader = build_train_loader(data, batch_size=batch_size, seed=config.run.seed, **shared)
+        starts_anew = config.checkpoint.resume is None and not config.checkpoint.load_pretrained_state
+        train_loader = build_train_loader(
+            data, batch_size=batch_size, seed=config.run.seed, reads_whole_run=starts_anew, **shared
+        )
     batch_size = (validation.global_val_batch_size or data.global_batch_size) // layout.data_size
     return train_loader, build_val_loaders(validation, data, batch_size=batch_size, **shared)
 

@@ -1,4 +1,4 @@
-"""Requests to a running training: stop (signals) and save (clock).
+"""Requests to a running training: stop (signals, Ctrl-C) and save (clock).
 
 Ranks notice a request at different moments. Each rank adds its requests to the sum over ranks that every step makes
 anyway; all ranks see the same result and act at the same step.
@@ -18,6 +18,8 @@ from typing import Any
 
 from open_lm.errors import STOP_SIGNALS
 
+_INTERRUPTED = b"interrupted: saving and stopping after this step; interrupt again (Ctrl-C) to end without saving\n"
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -34,6 +36,8 @@ class RunControl:
     Installs signal handlers only in the main thread and restores the previous ones at exit. The end of the torchrun
     process that started this rank counts as a stop signal: torchrun would have ended the rank.
 
+    A first interrupt (Ctrl-C) is a stop signal too; a second one ends the process at once.
+
     Args:
         save_every_minutes: 0 for never. Only the master's clock counts.
         clock: monotonic time in seconds.
@@ -42,6 +46,7 @@ class RunControl:
     def __init__(
         self, is_master: bool = True, save_every_minutes: float = 0.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self._is_master = is_master
         self._interval_s = 60 * save_every_minutes if is_master else 0.0
         self._clock, self._last_save = clock, clock()
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -51,7 +56,7 @@ class RunControl:
 
     def __enter__(self) -> RunControl:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
+            self._previous = {number: signal.signal(number, self._receive) for number in (*STOP_SIGNALS, signal.SIGINT)}
         return self
 
     def __exit__(
@@ -65,6 +70,10 @@ class RunControl:
         # Only set a flag: the handler interrupts the main thread anywhere, even while it writes to the log.
         if self._received is None:
             self._received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # also ends a process that waits for other ranks
+            if self._is_master:
+                os.write(2, _INTERRUPTED)  # not through the log or a buffered stream, which this may interrupt
 
     def requests(self) -> tuple[int, int]:
         """Return this rank's requests before a step: (stop, save), each 0 or 1.

@@ -125,6 +125,10 @@ class Guard:
         losses = self._losses[self._losses.isfinite()].tolist()
         return {"counts": self._counts.tolist(), "recent": self._recent.tolist(), "losses": losses}
 
+    def forget_losses(self) -> None:
+        """Reset the loss statistics: no step counts as a spike until new ones are known."""
+        self._losses = torch.full_like(self._losses, float("nan"))
+
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from the result of `state`, or start from zero if it is empty."""
         device = self._runtime.device

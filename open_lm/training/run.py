@@ -8,21 +8,23 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from open_lm.checkpoint import CheckpointManager, Progress, find_candidates
+from open_lm.checkpoint import CheckpointManager, Progress, candidates_at, find_candidates
 from open_lm.checkpoint.sharded import TrainingState
 from open_lm.config.checks import wants_training
 from open_lm.distributed.processes import Runtime, run_on_master
-from open_lm.errors import UserError
-from open_lm.monitor.loggers import MetricLoggers, filter_lines
+from open_lm.errors import CheckpointError, DataError, UserError, join_problems
+from open_lm.evaluate.validation import loss_problems, non_finite_weights
+from open_lm.monitor.loggers import MetricLoggers, filter_lines, log_to_file
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.monitor.watchdog import Watchdog, long_operation
 from open_lm.training.build import RunParts, build_parts, build_trainer, evaluation_options, validate
 from open_lm.training.control import Decision, RunControl
 from open_lm.training.restore import load_state, restore_from
+from open_lm.training.run_length import run_length_problems
 from open_lm.training.setup import check_device, open_run, resolve_settings, start_logging, warn_changed_flags
 from open_lm.training.trainer import Trainer, TrainingDiverged
 
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
 
     Adds to `args` what the run resolves (name, batch sizes, paths, ...). `architecture` is the model's JSON file.
     """
+    first_resume = args.resume  # restarted ranks continue their own run, if it has a checkpoint
     config, layout = resolve_settings(args, runtime)
     trains = wants_training(config.data)
     control = RunControl(runtime.is_master, config.checkpoint.save_every_minutes)
@@ -43,11 +46,12 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
     start_log_file = start_logging(args, config, runtime, stack)
     check_device(config, architecture, runtime, layout)
     paths = RunPaths(config.logging.logs, args.name, config.checkpoint.checkpoint_dir)
-    run_on_master(lambda: paths.prepare(config.checkpoint.resume))
-    run_on_master(lambda: stack.enter_context(paths.lock()))
+    run_on_master(lambda: stack.enter_context(paths.claim(config.checkpoint.resume)))
     saved = find_candidates(config.checkpoint, config.logging, paths)
     if config.checkpoint.resume == "latest" and not saved:
         run_on_master(paths.check_checkpoint_dir)
+        if first_resume not in (None, "latest"):
+            saved = run_on_master(lambda: candidates_at(first_resume))
     parts = build_parts(config, runtime, paths)
     trainer = build_trainer(parts, control) if trains else None
     load_state(parts, trainer, saved)
@@ -55,6 +59,8 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
     loggers, flags = open_run(args, architecture, parts, stack)
     if runtime.is_master:
         warn_changed_flags(parts.saved_flags, flags)
+        for problem in run_length_problems(config, trainer.scheduler, parts.total_steps) if trainer is not None else ():
+            logging.warning(problem)
     start_log_file(paths)
     # Entered last, so that it exits first: a failing rank reports before it waits for anything.
     stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.stacks if paths.enabled else None))
@@ -66,16 +72,29 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
 
 
 def evaluate(parts: RunParts, loggers: MetricLoggers) -> None:
-    """Validate the loaded weights or, with --averagers, the first averaged model."""
+    """Validate the loaded weights or, with --averagers, the first averaged model.
+
+    Raises:
+        CheckpointError: there is no such average, or a loss is not finite.
+    """
     logging.info("No training required, evaluating instead.")
-    options, step = evaluation_options(parts, parts.progress.samples_seen), parts.progress.step or 0
-    if parts.averagers is None:
-        validate(parts, loggers, options, step)
-        return
-    name, averager = next(iter(parts.averagers.avgs_dict.items()))
-    logging.info(f"=> evaluation avg {name}")
-    with averager.applied():
-        validate(parts, loggers, options, step, average=name)
+    step, weights = parts.progress.step or 0, parts.resume or " + ".join(parts.config.checkpoint.average or [])
+    options = evaluation_options(parts, parts.progress.samples_seen, weights or None)
+    name, averager = next(iter(parts.averagers.avgs_dict.items())) if parts.averagers else (None, None)
+    if averager is not None and not averager.is_loaded:
+        raise CheckpointError(
+            f"--averagers {name}: {weights or 'the model'} has no such average; evaluate its weights without "
+            "--averagers, or give a checkpoint of a run with this averager"
+        )
+    if averager is not None:
+        logging.info(f"=> evaluation avg {name}")
+    with nullcontext() if averager is None else averager.applied():
+        results = validate(parts, loggers, options, step, average=name)
+        if problems := loss_problems(results):
+            problems += non_finite_weights(parts.model)
+            error = CheckpointError(join_problems(problems, f"{weights or 'the model'} cannot be evaluated"))
+            error.on_every_rank = True
+            raise error
 
 
 class _Stopped(Exception):
@@ -153,7 +172,7 @@ class Training:
         failure: UserError | None = None
         if parts.val_loaders and (epoch % parts.config.validation.val_frequency == 0 or progress.is_final):
             try:
-                options = evaluation_options(parts, trainer.samples_seen)
+                options = evaluation_options(parts, trainer.samples_seen, self.manager.epoch_checkpoint(progress))
                 progress = replace(progress, evaluation_metrics=validate(parts, self.loggers, options, trainer.step))
             except UserError as error:
                 failure = error
@@ -195,12 +214,14 @@ class Training:
         with long_operation("saving", SAVE_TIMEOUT_S):
             self.manager.finish()
         trainer, step, data_state = self.trainer, self.trainer.step, self.trainer.data_state
-        newest = self.manager.newest()
+        newest = self.manager.newest(step)
         if newest is None:
             logging.warning("loss spike before the first checkpoint: the step is skipped, no checkpoint to go back to")
             return
         assert data_state is not None
-        if not trainer.loader.has_batches(data_state, self.parts.total_steps - newest.step):
+        try:
+            trainer.loader.check_has_batches(data_state, self.parts.total_steps - newest.step)
+        except DataError:
             logging.warning(
                 f"loss spike: the step is skipped without going back to step {newest.step}, because the remaining data "
                 "do not suffice to skip those seen since (give --multiple-data-passes or more data)"
@@ -268,9 +289,10 @@ class Training:
         if self.trainer.peak_flops:
             peak = self.trainer.peak_flops / 1e9
             logging.info(f"MFU is relative to {peak:.0f} GFLOP/s of matrix products per device.")
-        logging.info("Precounting number of steps / tokens seen per checkpoint:")
         step_tokens = config.data.global_batch_size * parts.params.seq_len
+        logging.info(f"{parts.total_steps} steps of {step_tokens} tokens, {parts.total_steps * step_tokens} in total.")
+        log_to_file("Precounting number of steps / tokens seen per checkpoint:")
         for epoch in range(1, config.data.epochs + 1):
             steps = parts.end_step(epoch)
-            logging.info(f"==> Checkpoint {epoch}, steps {steps}, tokens seen {steps * step_tokens}")
+            log_to_file(f"==> Checkpoint {epoch}, steps {steps}, tokens seen {steps * step_tokens}")
         logging.info(f"Number of checkpoints to be made: {config.data.epochs}.")

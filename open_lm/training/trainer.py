@@ -141,6 +141,10 @@ class Trainer:
         self._window.restore(state["window"], self.options.runtime.device)
         self._guard.restore(state["guard"])
 
+    def forget_losses(self) -> None:
+        """Reset the loss statistics of the spike detection, because other data follow."""
+        self._guard.forget_losses()
+
     def _run_steps(self, epoch: _Epoch) -> None:
         """Train to the end of the epoch, or until `after_step` moves to another position in the data."""
         for batch, state in self._batches(epoch):

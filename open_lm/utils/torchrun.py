@@ -11,9 +11,9 @@ It accepts exactly torchrun's arguments. `make install` installs it as the envir
 With --node-rank, ranks are assigned in the order of the node ranks under every rendezvous: node 0 has rank 0. torchrun
 itself orders the nodes of a c10d rendezvous by name.
 
-It forwards the signals with which a scheduler asks a run to stop, SIGTERM and SIGUSR1, to the workers and waits until
-they have saved and exited. The exit code is 0 if theirs is. torchrun itself kills the workers after 30 seconds and
-reports a failure, or is terminated by SIGUSR1 without stopping them.
+It forwards the signals that ask a run to stop, SIGTERM, SIGUSR1 and interrupts (Ctrl-C), to the workers and waits until
+they have saved and exited; a second interrupt ends them at once. The exit code is 0 if theirs is. torchrun itself kills
+the workers after 30 seconds and reports a failure, or is terminated by SIGUSR1 without stopping them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from open_lm.errors import STOP_SIGNALS, WATCHDOG_EXIT_CODE
+from open_lm.errors import STOP_SIGNALS, WATCHDOG_EXIT_CODE, UserError, run_cli
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -78,7 +78,7 @@ def agent_class(node_rank: int = 0) -> type[LocalElasticAgent]:
                     with suppress(ProcessLookupError):  # the worker has already exited
                         os.kill(pid, number)
 
-            for number in STOP_SIGNALS:  # replaces the handlers that torch has just installed
+            for number in (*STOP_SIGNALS, signal.SIGINT):  # replaces the handlers that torch has just installed
                 signal.signal(number, forward_signal)
             return pids
 
@@ -97,7 +97,14 @@ def main(argv: Sequence[str]) -> int:
     Omit torchrun's traceback if a rank exited after its own error message (exit code 2), an interrupt, its watchdog, or
     a stop signal before it installed its handlers.
     """
+    codes: list[int] = []
+    return run_cli(lambda words: codes.append(_launch(words)), argv) or codes[0]
+
+
+def _launch(argv: Sequence[str]) -> int:
+    """Launch the ranks and return the exit code. Raise UserError for flags that cannot work on this machine."""
     import torch
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousConnectionError
@@ -108,8 +115,7 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(torchrun_args)
     args.training_script_args = script_args
     if args.nproc_per_node == "gpu" and not torch.cuda.is_available():
-        print("error: --nproc-per-node gpu: torch finds no CUDA device; pass a number of ranks", file=sys.stderr)
-        return 2
+        raise UserError("--nproc-per-node gpu: torch finds no CUDA device; pass a number of ranks")
     api.LocalElasticAgent = agent_class(args.node_rank)  # type: ignore[misc]
     if args.rdzv_backend != "static":
         args.node_rank = 0  # otherwise torch warns that it ignores the flag
@@ -120,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
         if FAILURE_FILE in os.environ:
             Path(os.environ[FAILURE_FILE]).write_text(str(failure.timestamp))
         code = failure.exitcode
-        if -code in STOP_SIGNALS:
+        if -code in (*STOP_SIGNALS, signal.SIGINT):
             return 128 - code
         if code not in REPORTED_EXIT_CODES:
             raise
@@ -134,6 +140,13 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"--master-port {args.master_port}: another process uses this port; choose a free one, or --standalone if "
+            "all ranks are on this machine"
+        ) from error
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0

@@ -45,7 +45,7 @@ def test_due_epochs() -> None:
         ({"keep_last": 0}, [10, 20, 30, 40], 40, []),
         ({"keep_last": 3, "delete_previous_checkpoint": True}, [10, 20, 30], 30, [10, 20]),
         ({"keep_last": 3}, [10, 20, 50, 60], 20, [50, 60]),  # the run rolled back from 60 to 10
-        ({"keep_last": 3, "save_milestone_every": 50}, [10, 50], 20, [50]),
+        ({"keep_last": 3, "save_milestone_every": 50}, [10, 50, 60], 20, [60]),  # a milestone is kept for good
     ],
 )
 def test_superseded_steps(flags: dict[str, int], steps: list[int], newest: int, removed: list[int]) -> None:
@@ -59,7 +59,9 @@ def test_the_newest_is_never_superseded(steps: set[int], newest: int, keep: int,
     assert newest not in removed
     assert set(removed) <= steps
     remaining = {step for step in steps | {newest} if step not in removed}
-    assert max(remaining) == newest
+    milestones = {step for step in steps if milestone and step % milestone == 0}
+    assert max(remaining - milestones | {newest}) == newest
+    assert milestones <= remaining
     assert not keep or delete or len(remaining) >= min(keep, sum(step <= newest for step in steps | {newest}))
 
 

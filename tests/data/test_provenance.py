@@ -260,7 +260,7 @@ def test_a_run_on_changed_shards_is_rejected_or_resumes_if_allowed(
         allowed = loader_of(replace(data, allow_changed_data=True), state=state)
         loader_of(replace(data, allow_changed_data=True), state=state, rank=1, world_size=2)
     (warning,) = [record.message for record in caplog.records]
-    assert "resuming because of --allow-changed-data" in warning and "starts from the beginning" in warning
+    assert "continuing on the current data" in warning and "starts from the beginning" in warning
     taken = [place for batch, _ in allowed.batches(2) for place in places(batch.inputs.numpy()) if place[0] == 0]
     assert taken == expected
     allowed.rewind(state)  # type: ignore[arg-type]

@@ -247,7 +247,7 @@ def test_only_values_of_secret_environment_variables_are_redacted() -> None:
 
 def test_an_existing_run_needs_resume_latest(tmp_path: Path) -> None:
     paths = paths_in(tmp_path)
-    Path(paths.log).write_text("x")
+    Path(paths.metrics).write_text("{}\n")
     with pytest.raises(ConfigError, match=r"--name run: the run already exists.*--resume latest"):
         paths.prepare(None)
     with pytest.raises(ConfigError, match="already exists"):

@@ -319,7 +319,7 @@ def test_stop_logs_what_is_saved_and_an_evaluation_stops_immediately(
     assert "nothing is saved" in caplog.text
     before, handlers = signal.getsignal(signal.SIGTERM), []
     monkeypatch.setattr(
-        "open_lm.training.build.evaluate_sets", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM))
+        "open_lm.training.build.evaluate_sets", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)) or []
     )
     monkeypatch.setattr("open_lm.training.build.validation_metrics", lambda _: {})
     weights = str(tmp_path / "run/checkpoints/epoch_1.pt")
