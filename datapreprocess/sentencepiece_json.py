@@ -60,7 +60,8 @@ def convert(model: bytes) -> str:
             "post_processor": None,
             "decoder": None,
             "model": bpe,
-        }
+        },
+        allow_nan=False,
     )
 
 

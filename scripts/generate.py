@@ -215,7 +215,10 @@ def main(argv: list[str]) -> None:
         return
     for number, (prompt, completion) in enumerate(_completions(model, tokenizer, prompts, sampling, args.batch_size)):
         if args.json:
-            print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False), flush=True)
+            print(
+                json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False, allow_nan=False),
+                flush=True,
+            )
             continue
         if number:
             print(SEPARATOR)

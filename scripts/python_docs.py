@@ -111,7 +111,7 @@ def gather(output_dir: str, max_mb: float, files: int = 4) -> dict[str, int]:
     counts = {"train_bytes": 0, "train_documents": 0, "valid_bytes": 0, "valid_documents": 0}
     for name, items in outputs.items():
         split = name.partition("-")[0].partition(".")[0]
-        text = "".join(json.dumps(item) + "\n" for item in items)
+        text = "".join(json.dumps(item, allow_nan=False) + "\n" for item in items)
         with atomic_write(f"{output_dir}/{name}", "wb") as file:
             file.write(zstandard.compress(text.encode()))
         counts[f"{split}_bytes"] += sum(len(str(item["text"]).encode()) for item in items)
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-mb", type=float, default=4, help="maximum megabytes of text (default: %(default)s)")
     args = parser.parse_args(argv)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    print(json.dumps(gather(args.output_dir, args.max_mb)))
+    print(json.dumps(gather(args.output_dir, args.max_mb), allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from python_docs import gather
 
 from open_lm.errors import ConfigError, UserError, run_cli
 from open_lm.storage import atomic_write, read_lines, split_lines, write_text
+from open_lm.storage.strict_json import to_json
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 END_OF_TEXT = "<|endoftext|>"
@@ -99,7 +100,7 @@ def run(command: list[str], show: str = "") -> list[str]:
 
 def gather_text(settings: Settings) -> None:
     counts = gather(str(settings.folder / "raw"), settings.text_mb)
-    write_text(settings.result("text"), json.dumps(counts))
+    write_text(settings.result("text"), to_json(counts))
     print(f"  {counts['train_bytes'] / 1e6:.1f} MB for training, {counts['valid_bytes'] / 1e6:.1f} MB for validation")
 
 
@@ -144,7 +145,7 @@ def create_untrained(settings: Settings) -> None:
     config: dict[str, Any] = {"hidden_dim": 128, "n_layers": 4, "n_heads": 4, "seq_len": settings.seq_len}
     config |= {"vocab_size": settings.vocab_size, "post_embed_norm": False, "weight_tying": False}
     config |= {"model_norm": "gain_only_lp_layer_norm", "qk_norm": True}
-    write_text(settings.model, json.dumps(config, indent=2) + "\n")
+    write_text(settings.model, to_json(config, indent=2) + "\n")
     model = create_model(parse_args(["--model", settings.model]))
     model.reset_parameters(seed=0)
     write_file(
@@ -167,7 +168,7 @@ def evaluate(settings: Settings, name: str, checkpoint: Path) -> None:
     outcome = json.loads(results[-1])[0]
     valid_bytes = json.loads(settings.result("text").read_text())["valid_bytes"]
     outcome["bits_per_byte"] = outcome["loss"] * outcome["tokens"] / math.log(2) / valid_bytes
-    write_text(settings.result(f"evaluation-{name}"), json.dumps(outcome))
+    write_text(settings.result(f"evaluation-{name}"), to_json(outcome))
     low, high = outcome["loss_sequences_lower_95"], outcome["loss_sequences_upper_95"]
     interval = f"95 % confidence interval {low:.3f} to {high:.3f}"
     print(f"  validation loss {outcome['loss']:.3f} ({interval}) on {outcome['tokens']:,} tokens")
@@ -180,7 +181,7 @@ def sample(settings: Settings, name: str, checkpoint: Path) -> None:
     for prompt in PROMPTS:
         command += ["--prompt", prompt]
     lines = run(command)
-    write_text(settings.result(f"samples-{name}"), json.dumps([json.loads(line) for line in lines]))
+    write_text(settings.result(f"samples-{name}"), to_json([json.loads(line) for line in lines]))
     for line in lines:
         item = json.loads(line)
         print(f"  {item['prompt']!r} -> {item['completion']!r}")
@@ -209,7 +210,7 @@ def check_settings(settings: Settings) -> None:
             f"--dir {settings.folder}: contains results of other settings ({', '.join(changed)}); use another --dir, "
             "or the same settings to continue"
         )
-    write_text(path, json.dumps(current))
+    write_text(path, to_json(current))
 
 
 def steps(settings: Settings) -> list[tuple[str, Path, Callable[[], None]]]:

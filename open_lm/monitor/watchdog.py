@@ -139,7 +139,7 @@ class Watchdog:
         """Publish this rank's status; return the report of the hang if the run hangs."""
         if self._store is None:
             return None
-        self._store.set(f"status/{self._runtime.rank}", json.dumps(asdict(status)))
+        self._store.set(f"status/{self._runtime.rank}", json.dumps(asdict(status), allow_nan=False))
         if self._store.check(["failed"]):
             self._end_after_failure(self._store.get("failed").decode())
         if not self._store.check(["hung"]) and status.remaining_s <= self._timeout_s / 2:

@@ -25,6 +25,7 @@ from open_lm.planner.report import Plan, format_plan, plan_values
 from open_lm.planner.strategies import STRATEGIES, Machine, Option, Requirements, evaluate_options, fastest
 from open_lm.planner.traffic import Rates
 from open_lm.storage import parse_bytes
+from open_lm.storage.strict_json import to_json
 
 T = TypeVar("T")
 
@@ -136,7 +137,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
 def main(argv: list[str]) -> None:
     """Print the plan for a command line."""
     plan = make_plan(argv)
-    print(json.dumps(plan_values(plan), indent=1) if "--json" in argv else format_plan(plan))
+    print(to_json(plan_values(plan), indent=1) if "--json" in argv else format_plan(plan))
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------

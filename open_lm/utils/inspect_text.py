@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from open_lm.storage.strict_json import to_json
 
 WIDTH = 100
 _BAR, _NAME, _LABEL = 30, 36, 18
@@ -111,7 +112,7 @@ def _data_set(item: Mapping[str, Any]) -> str:
     if tail:
         lines.append(labeled_line("tail", _tail(tail)))
     if item["mixture"]:
-        lines.append(labeled_line("mixture", json.dumps(item["mixture"], ensure_ascii=False)))
+        lines.append(labeled_line("mixture", to_json(item["mixture"], ensure_ascii=False)))
     lines.append(labeled_line("bad documents", _kinds(item["bad_documents"])))
     lines += [labeled_line("", f"- {_place(bad)}") for bad in item["bad_documents_first"][:_MAX_LISTED]]
     if item["rejects"]:

@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.measure:
-        print(json.dumps(our_speed(args)), flush=True)
+        print(json.dumps(our_speed(args), allow_nan=False), flush=True)
         return
     with tempfile.TemporaryDirectory(prefix="bench-loader-") as temporary:
         run(args, args.work_dir or Path(temporary))

@@ -160,7 +160,10 @@ def main() -> None:
             make(args.folder)
         return
     batches = open_peer(args.folder, args.workers, args.batch_size)
-    print(json.dumps(measure(batches, args.workers, args.seconds, lambda batch: batch.numel())), flush=True)
+    print(
+        json.dumps(measure(batches, args.workers, args.seconds, lambda batch: batch.numel()), allow_nan=False),
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

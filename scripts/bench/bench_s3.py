@@ -238,7 +238,12 @@ def _measurement(num_bytes: int) -> Iterator[None]:
     started, processor_s = time.perf_counter(), _processor_s()
     yield
     seconds = time.perf_counter() - started
-    print(json.dumps({"bytes": num_bytes, "seconds": seconds, "processor_s": _processor_s() - processor_s}), flush=True)
+    print(
+        json.dumps(
+            {"bytes": num_bytes, "seconds": seconds, "processor_s": _processor_s() - processor_s}, allow_nan=False
+        ),
+        flush=True,
+    )
 
 
 def _processor_s() -> float:

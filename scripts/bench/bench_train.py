@@ -52,6 +52,7 @@ from open_lm.errors import ConfigError, run_cli
 from open_lm.model.transformer import create_model
 from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
 from open_lm.storage import write_text
+from open_lm.storage.strict_json import to_json
 
 PEERS = {"original": "original_recipe:build", "torchtitan": "torchtitan_recipe:build"}
 
@@ -126,7 +127,7 @@ def plan_comparison(args: argparse.Namespace, flags: list[str], model: str, fold
     flags = ["--precision", args.precision, *flags]
     config = Config.from_namespace(parse_args(trainer_flags(model, args.batch_size, flags)))
     path = folder / f"{Path(model).stem}.json"
-    write_text(path, json.dumps({**changed_architecture(config.model), **shape, "seq_len": seq_len}))
+    write_text(path, to_json({**changed_architecture(config.model), **shape, "seq_len": seq_len}))
     dtype = str(compute_dtype(args.precision, args.device)).removeprefix("torch.")
     ours = BenchmarkRun(
         kind=OURS,
@@ -345,7 +346,7 @@ def main(argv: Sequence[str]) -> None:
             numbers = {"flops_per_token": comparison.flops_per_token, "tokens_per_step": comparison.tokens}
             output["models"][model] = {**numbers, **asdict(measured)}
     if args.json is not None:
-        write_text(args.json, json.dumps(output, indent=1))
+        write_text(args.json, to_json(output, indent=1))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from open_lm.config.sections import Config, ModelConfig
 from open_lm.errors import ConfigError, run_cli
 from open_lm.model.transformer import create_model
 from open_lm.monitor.metrics import peak_memory_bytes
+from open_lm.storage.strict_json import to_json
 
 OURS, CEILING = "ours", "ceiling"
 Step = Callable[[Tensor, Tensor], Any]
@@ -71,7 +72,7 @@ class BenchmarkRun:
 
     def command(self) -> list[str]:
         """Return the command that runs this measurement in a separate process."""
-        return [self.python, __file__, json.dumps(asdict(self))]
+        return [self.python, __file__, to_json(asdict(self))]
 
 
 @dataclass(frozen=True)
@@ -215,10 +216,10 @@ def measure_ceilings(run: BenchmarkRun) -> dict[str, dict[str, float]]:
 def main(argv: Sequence[str]) -> None:
     run = BenchmarkRun(**json.loads(argv[0]))
     if run.check:
-        print(json.dumps(check_builder(run)), flush=True)
+        print(to_json(check_builder(run)), flush=True)
         return
     result = measure_ceilings(run) if run.kind == CEILING else asdict(measure(run))
-    print(json.dumps(result), flush=True)
+    print(to_json(result), flush=True)
 
 
 if __name__ == "__main__":

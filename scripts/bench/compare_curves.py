@@ -14,7 +14,6 @@ recipe from weights that differ by one part in ten million. Differences of that 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ from open_lm.data.device import on_device
 from open_lm.errors import ConfigError, run_cli
 from open_lm.parallel.parallelize import unwrap
 from open_lm.storage import write_text
+from open_lm.storage.strict_json import to_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PERTURBATION = 1e-7  # relative perturbation of the twins' weights; about the rounding of float32
@@ -193,7 +193,7 @@ def main(argv: Sequence[str]) -> None:
         print(format_summary(precision, args.steps, summary(all_curves[precision])), flush=True)
     if args.json is not None:
         output = {name: {"summary": summary(curves), "curves": curves} for name, curves in all_curves.items()}
-        write_text(args.json, json.dumps(output))
+        write_text(args.json, to_json(output))
     if args.svg is not None:
         write_text(args.svg, draw(all_curves))
 

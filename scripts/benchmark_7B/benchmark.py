@@ -15,7 +15,6 @@ ranks measure at the same time. Memory is the peak of a rank: of the allocator o
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from open_lm.distributed.processes import Runtime, gather_objects, init_runtime,
 from open_lm.errors import ConfigError, end_process, run_cli
 from open_lm.monitor.metrics import peak_memory_bytes
 from open_lm.storage import write_text
+from open_lm.storage.strict_json import to_json
 
 SMALL = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 512}
 FULL_SIZES = {"seq_length": 4096, "batch_size": 16, "steps": 10, "warmup_steps": 3}
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace, flags: Sequence[str], runtime: Runtime) ->
     local_batch = sizes.batch_size * settings.accum_freq
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         model = Path(folder) / f"{Path(args.model).stem}.json"
-        write_text(model, json.dumps(shape))
+        write_text(model, to_json(shape))
         step = OurStep(trainer_flags(str(model), local_batch * layout.data_size, [*RECIPE, *flags]))
     batch = random_batch(layout, local_batch, sizes, shape["vocab_size"], runtime.device)
     _, first_loss = time_steps(step, [batch])
@@ -193,7 +193,7 @@ def main(argv: Sequence[str]) -> None:
     finally:
         shutdown(runtime)
     if result is not None:
-        print(f"{format_table(result)}\n{json.dumps(result)}", flush=True)
+        print(f"{format_table(result)}\n{to_json(result)}", flush=True)
 
 
 if __name__ == "__main__":

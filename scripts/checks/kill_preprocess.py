@@ -118,7 +118,7 @@ def kill_many(command: Sequence[str], folder: Path, kills: int, seed: int) -> in
         run_s = trial.start(None)
         assert run_s is not None, "started without a kill time"
         outputs, differing = outputs + 1, differing + finish(trial, expected, run_s)
-    print(json.dumps({"kills": kills, "outputs": outputs, "differing": differing}))
+    print(json.dumps({"kills": kills, "outputs": outputs, "differing": differing}, allow_nan=False))
     return differing
 
 

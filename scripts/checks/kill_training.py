@@ -58,7 +58,7 @@ MODEL = {
 def make_inputs(folder: Path, steps: int) -> list[str]:
     """Write a model config and two sources of random sequences; return the flags that train `steps` steps on them."""
     generator = np.random.default_rng(0)
-    (folder / "model.json").write_text(json.dumps(MODEL))
+    (folder / "model.json").write_text(json.dumps(MODEL, allow_nan=False))
     manifests = []
     for source, sizes in enumerate(([300, 500, 200], [100, 250, 400, 170])):
         source_folder = folder / f"source-{source}"
@@ -276,7 +276,7 @@ def kill_many(args: argparse.Namespace, folder: Path, remote: str | None) -> int
         result = differences or "identical to the uninterrupted run"
         print(f"  finished after {len(run.kills)} kills: {result}", flush=True)
         run = Run(flags, folder / f"run-{finished}", remote and f"{remote}/run-{finished}")
-    print(json.dumps({"kills": number, "finished": finished, "differing": differing}))
+    print(json.dumps({"kills": number, "finished": finished, "differing": differing}, allow_nan=False))
     return differing
 
 

@@ -48,6 +48,7 @@ from open_lm.optim.build import build_optimizer
 from open_lm.optim.muon import Muon
 from open_lm.optim.schedules import build_scheduler
 from open_lm.parallel.parallelize import evaluation_mode, parallelize
+from open_lm.storage.strict_json import to_json
 from open_lm.training.step import StepOptions, train_step
 
 BATCH_SIZE, END_OF_TEXT, TOLERANCE = 16, 3, 1e-4
@@ -327,7 +328,7 @@ def _rank(rank: int, ranks: int, folder: str, jobs: list[tuple[Any, ...]]) -> No
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks)
     results = [function(*arguments) for function, *arguments in jobs]
     if rank == 0:
-        (Path(folder) / "results.json").write_text(json.dumps(results))
+        (Path(folder) / "results.json").write_text(to_json(results))
     dist.destroy_process_group()
     end_process(0)
 
@@ -347,7 +348,7 @@ def main(argv: list[str]) -> int:
             (result, case) for result, case in zip(results, chosen, strict=True) if case["layout"] == layout
         ]
         worst, case = max(layout_results, key=lambda item: item[0])
-        details = "" if worst < TOLERANCE else f"  {json.dumps(case)}"
+        details = "" if worst < TOLERANCE else f"  {to_json(case)}"
         print(f"{layout:22} {LAYOUTS[layout][0]:5} {len(layout_results):5}  {worst:.1e}{details}")
     return int(max(results) >= TOLERANCE)
 

@@ -42,7 +42,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 def send_to_launcher(**values: Any) -> None:
     """Write a line for the launcher. MARK separates it from an unfinished line of the run."""
-    os.write(1, f"{MARK}{json.dumps(values)}\n".encode())
+    os.write(1, f"{MARK}{json.dumps(values, allow_nan=False)}\n".encode())
 
 
 class CommandReader:

@@ -153,7 +153,7 @@ class Nodes:
         """Send each node its job and wait for all. Return the exit code of the node that failed first, or 0."""
         self._started = True
         for node, job in zip(self._nodes, jobs, strict=True):
-            node.send(json.dumps(dict(job)))
+            node.send(json.dumps(dict(job), allow_nan=False))
         next_heartbeat = time.monotonic() + _HEARTBEAT_S
         while not all(node.gone for node in self._nodes):
             self._handle_event(0.5)
