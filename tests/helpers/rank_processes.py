@@ -117,6 +117,7 @@ def _run_module(
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # as in a new process; the server's children use "forkserver"
     torch.set_num_threads(1)
     sys.argv[1:] = args
     runpy.run_module(module, run_name="__main__", alter_sys=True)
