@@ -237,6 +237,15 @@ def steps(settings: Settings) -> list[tuple[str, Path, Callable[[], None]]]:
     ]
 
 
+def average_speed(training: list[dict[str, Any]]) -> float:
+    """Return the tokens per second of all steps, from the training lines of metrics.jsonl; without validations."""
+    first_steps = [0, *(row["step"] for row in training[:-1])]
+    seconds = sum(
+        (row["step"] - first) * row["train/batch_time"] for first, row in zip(first_steps, training, strict=True)
+    )
+    return float(training[-1]["tokens"] / seconds)
+
+
 def summary(settings: Settings) -> str:
     """Return a table of the results."""
 
@@ -254,7 +263,7 @@ def summary(settings: Settings) -> str:
         ("trained tokens", f"{training[-1]['tokens']:,}"),
         (
             "training speed",
-            f"{training[-1]['train/tokens_per_second']:,.0f} tokens/s on {settings.processes} processes",
+            f"{average_speed(training):,.0f} tokens/s on average, on {settings.processes} processes",
         ),
         ("validation loss", f"{before['loss']:.3f} before, {after['loss']:.3f} after training"),
         ("bits per byte", f"{before['bits_per_byte']:.3f} before, {after['bits_per_byte']:.3f} after training"),

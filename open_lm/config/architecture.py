@@ -70,7 +70,22 @@ def read_run_settings(checkpoint: str) -> dict[str, Any]:
     Returns:
         the fields of ModelConfig (model, model_norm, qk_norm, ...) by name; empty if there is no params.txt.
     """
-    folder = checkpoint.rstrip("/").rpartition("/")[0] or "."
+    written = read_written_params(checkpoint)
+    specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelConfig.specs())}
+    settings = {
+        name: _parse_setting(written[name], spec)
+        for name, spec in specs.items()
+        if name in written and not (written[name] == "None" and not spec.optional)
+    }
+    model, copy = settings.get("model", ""), Path(_folder_of(checkpoint)).parent / "model.json"
+    if model.endswith(".json") and not Path(model).exists() and copy.exists():
+        settings["model"] = str(copy)
+    return settings
+
+
+def read_written_params(checkpoint: str) -> dict[str, str]:
+    """Return the lines of the params.txt of the run that wrote a checkpoint, by key; empty if there is none."""
+    folder = _folder_of(checkpoint)
     url = (
         storage.join(folder, "..", "params.txt")
         if not storage.is_remote(folder)
@@ -79,17 +94,11 @@ def read_run_settings(checkpoint: str) -> dict[str, Any]:
     if not storage.exists(url):
         return {}
     lines = (line.partition(": ") for line in storage.read_lines(url))
-    written = {key: value for key, _, value in lines}
-    specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelConfig.specs())}
-    settings = {
-        name: _parse_setting(written[name], spec)
-        for name, spec in specs.items()
-        if name in written and not (written[name] == "None" and not spec.optional)
-    }
-    model, copy = settings.get("model", ""), Path(folder).parent / "model.json"
-    if model.endswith(".json") and not Path(model).exists() and copy.exists():
-        settings["model"] = str(copy)
-    return settings
+    return {key: value for key, _, value in lines}
+
+
+def _folder_of(checkpoint: str) -> str:
+    return checkpoint.rstrip("/").rpartition("/")[0] or "."
 
 
 def _parent_url(url: str) -> str:

@@ -34,8 +34,8 @@ def _doubtful_sources(flag: str, values: Sequence[str], kind: str) -> str:
         return ""
     names = ", ".join(shard.rpartition("/")[2] for shard in shards[:3]) + (", …" if len(shards) > 3 else "")
     return (
-        f"{flag}: {len(shards)} of {len(values)} values are shards that differ only in their number ({names}), and each "
-        f"is a {kind} of its own; to read them as one {kind}, quote the pattern: {flag} '{pattern}'"
+        f"{flag}: {len(shards)} of {len(values)} values are shards that differ only in their number ({names}), and "
+        f"each is a {kind} of its own; to read them as one {kind}, quote a pattern such as {flag} '{pattern}'"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,20 @@ def test_quickstart_trains_a_model_and_skips_finished_steps(tmp_path: Path) -> N
     assert abs(first["train/loss"] - before["loss"]) < 0.1
     assert list((folder / "logs" / "run" / "tensorboard").iterdir())
     assert len(json.loads((folder / "samples-after.json").read_text())) == 3
+    assert " tokens/s on average" in printed
 
     (folder / "evaluation-after.json").unlink()  # simulate an interruption before this step
     again = quickstart(tmp_path, *SMALL)
     assert again.count("already done") == 8 and "Evaluate the trained model\n" in again
     assert json.loads((folder / "evaluation-after.json").read_text())["loss"] == after["loss"]
     assert "vocab_size 512 -> 600" in quickstart(tmp_path, *SMALL[:-1], "600", code=2)
+
+
+def test_training_speed_is_the_average_of_all_steps() -> None:
+    quickstart_module = runpy.run_path(str(ROOT / "scripts" / "quickstart.py"))
+    slow = {"step": 1, "tokens": 100, "train/batch_time": 7.0, "train/tokens_per_second": 100 / 7}
+    fast = {"step": 4, "tokens": 400, "train/batch_time": 1.0, "train/tokens_per_second": 100.0}
+    assert quickstart_module["average_speed"]([slow, fast]) == 400 / (7 + 3 * 1)
 
 
 def test_python_docs_writes_disjoint_splits_of_the_requested_size(tmp_path: Path) -> None:

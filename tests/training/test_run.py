@@ -340,6 +340,21 @@ def test_changed_settings_are_logged(flags: list[str], tmp_path: Path, caplog: p
     assert "--workers" not in message
 
 
+@pytest.mark.parametrize("has_checkpoint_dir", [False, True])
+def test_changed_settings_are_logged_when_resuming_from_interchange_files(
+    has_checkpoint_dir: bool, flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_source(tmp_path / "data", [40, 40])
+    more = ["--name", "run", "--lr-scheduler", "const", "--checkpoint-format", "interchange"]
+    more += ["--checkpoint-dir", str(tmp_path / "elsewhere")] if has_checkpoint_dir else []
+    train(flags, data, 4, *more)
+    train(flags, data, 4, *more, "--resume", "latest")
+    assert "continues with other settings" not in caplog.text
+    train(flags, data, 4, *more, "--resume", "latest", "--lr", "1e-3", "--grad-clip-norm", "0.5", epochs=2)
+    message = next(record.message for record in caplog.records if "continues with other settings" in record.message)
+    assert "--lr was 0.03, now it is 0.001" in message and "--grad-clip-norm was" in message
+
+
 def test_interchange_file_records_its_batch_size(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 6, "--name", "run", "--checkpoint-format", "interchange")
