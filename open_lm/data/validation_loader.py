@@ -17,7 +17,8 @@ class ValLoader:
     """One validation set; every iteration yields all its sequences once, in file order.
 
     Filler sequences complete the last batch, so that all ranks have the same number of batches of the same shape.
-    `val_data` is the name of the set in results. `num_sequences` is None if shards must be read to know.
+    `val_data` is the name of the set in results. `num_sequences` and `num_batches` are None if shards must be read to
+    know.
     """
 
     def __init__(self, spec: BatchSpec, workers: int, folder: FetchFolder | None) -> None:
@@ -29,6 +30,8 @@ class ValLoader:
         self.batch_size = spec.batch_size
         known, limit = spec.stream.sources[0].num_sequences, spec.max_sequences
         self.num_sequences = known if known is None or limit is None else min(known, limit)
+        total_batch = spec.batch_size * spec.world_size
+        self.num_batches = None if self.num_sequences is None else -(-self.num_sequences // total_batch)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches. DataError for a set without a usable sequence, or from reading the data."""

@@ -95,7 +95,7 @@ def restore_from(parts: RunParts, trainer: Trainer | None, candidate: Candidate,
     if trainer is None:
         return
     progress = parts.progress
-    parts.saved_flags = extra.get("flags") or run_on_master(lambda: read_written_params(candidate.url))
+    parts.saved_flags = extra.get("flags") or run_on_master(lambda: _written_settings(parts, candidate.url))
     batch = trainer.global_batch_size
     trainer.step = progress.step or 0
     trainer.samples_seen = trainer.step * batch if progress.samples_seen is None else progress.samples_seen
@@ -163,6 +163,12 @@ def _rewind(parts: RunParts, loader: TrainLoader, data_state: dict[str, Any]) ->
         changes = provenance.differences(before, provenance.describe(loader.sources)) if before else []
         details = [f"  - {change}" for change in changes if "shard" in change or provenance.DATASET_NAME in change]
         raise DataError("\n".join([str(error), *details])) from error
+
+
+def _written_settings(parts: RunParts, url: str) -> dict[str, str]:
+    """Return the params.txt of the run that wrote an interchange checkpoint, which does not contain its settings."""
+    is_own = parts.config.checkpoint.resume == "latest" and parts.paths.enabled
+    return read_written_params(url) or (read_written_params(parts.paths.results) if is_own else {})
 
 
 def _load_sharded(parts: RunParts, trainer: Trainer | None, url: str) -> tuple[Progress, dict[str, Any]]:

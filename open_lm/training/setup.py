@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 from open_lm.config.checks import only_evaluates, wants_training
+from open_lm.config.doubts import doubtful_settings
 from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.no_effect import flags_without_effect
 from open_lm.config.sections import (
@@ -28,13 +29,21 @@ from open_lm.config.sections import (
 from open_lm.data import provenance
 from open_lm.distributed.processes import Runtime, agree_on_name, broadcast_object, restart_count, run_on_master
 from open_lm.errors import ConfigError, join_problems
-from open_lm.monitor.loggers import MetricLoggers, build_loggers, parse_report_to, setup_logging, write_to_log_file
+from open_lm.monitor.loggers import (
+    MetricLoggers,
+    build_loggers,
+    log_to_file,
+    parse_report_to,
+    setup_logging,
+    write_to_log_file,
+)
 from open_lm.monitor.run_folder import RunPaths, copy_codebase, write_params
 from open_lm.parallel.parallelize import ineffective_settings, unwrap
 from open_lm.storage import write_text
 from open_lm.storage.redaction import redacted
 from open_lm.storage.remote_sync import RemoteSync, remote_folder
 from open_lm.training.build import RunParts
+from open_lm.training.summary import summarize_settings
 
 EVALUATION_BATCH_SIZE = 8  # sequences per device of an evaluation without --global-val-batch-size
 
@@ -136,7 +145,7 @@ def log_file(config: Config, runtime: Runtime, paths: RunPaths) -> str | None:
 
 
 def check_device(config: Config, architecture: dict[str, Any], runtime: Runtime, layout: MeshLayout) -> None:
-    """Log the device and the flags without effect.
+    """Log the device, the flags without effect and doubtful settings.
 
     Raises:
         ConfigError: the device does not support the settings.
@@ -161,19 +170,23 @@ def check_device(config: Config, architecture: dict[str, Any], runtime: Runtime,
             logging.warning("--precision fp16 trains in float16 without loss scaling; amp or amp_bfloat16 is safer")
         for note in [
             *flags_without_effect(config, architecture),
+            *doubtful_settings(config, architecture),
             *ineffective_settings(config.parallel, runtime.device),
         ]:
             logging.warning(note)
 
 
 def warn_changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Warn of flags that differ from those of the resumed checkpoint and may change the numbers."""
+    """Warn of flags that differ from those of the resumed checkpoint and may change the numbers.
+
+    Values are compared as text: interchange checkpoints have those of params.txt.
+    """
     sections = (DataConfig, ModelConfig, OptimConfig, PrecisionConfig, FaultConfig)
     changed = [
         f"{spec.flag} was {saved[spec.name]}, now it is {current[spec.name]}"
         for section in sections
         for spec in section.specs()
-        if spec.name in saved and spec.name not in _HARMLESS_FLAGS and saved[spec.name] != current[spec.name]
+        if spec.name in saved and spec.name not in _HARMLESS_FLAGS and str(saved[spec.name]) != str(current[spec.name])
     ]
     if changed:
         logging.warning(join_problems(changed, "the run continues with other settings than its checkpoint's"))
@@ -202,7 +215,7 @@ def open_run(
     def write() -> None:
         write_params(paths.params, params)
         if architecture:
-            write_text(paths.model, json.dumps(architecture, indent=2) + "\n")
+            write_text(paths.model, json.dumps(architecture, indent=2, allow_nan=False) + "\n")
         if parts.train_loader is not None:
             provenance.write(paths.data, provenance.describe(parts.train_loader.sources))
         if config.logging.copy_codebase:
@@ -217,13 +230,20 @@ def open_run(
 
 
 def _log_model_and_params(parts: RunParts, params: dict[str, Any]) -> None:
+    """Log the main settings, and all details to out.log only."""
     model = unwrap(parts.model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logging.info(f"Model (has {trained} parameters):")
-    logging.info(str(model))
-    logging.info("Params:")
+    logging.info(
+        f"{trained:,} trained parameters, sequences of {parts.params.seq_len} tokens, a vocabulary of "
+        f"{parts.params.vocab_size}"
+    )
+    for message in summarize_settings(parts.config, parts.paths.params if parts.paths.enabled else None):
+        logging.info(message)
+    log_to_file(f"Model (has {trained} parameters):")
+    log_to_file(str(model))
+    log_to_file("Params:")
     for key, value in sorted(params.items()):
-        logging.info(f"  {key}: {value}")
+        log_to_file(f"  {key}: {value}")
 
 
 def _start_remote_sync(config: Config, runtime: Runtime, paths: RunPaths, stack: ExitStack) -> None:

@@ -199,3 +199,29 @@ def test_a_set_without_targets_has_no_loss() -> None:
     inputs, targets = trainer_worker.batch(0)
     _, (result,) = evaluate([Batches([(inputs, torch.full_like(targets, IGNORE_INDEX))])], val_tok_ci=True)
     assert math.isnan(result["loss"]) and result["tokens"] == 0 and result["loss_tokens_upper_95"] == -1.0
+
+
+def test_validation_logs_its_interval_its_progress_and_the_remaining_time(
+    shared_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = str(shared_dir / GOLDEN / "epoch_2.pt")
+    flags = ["--resume", checkpoint, "--precision", "fp32", "--logs", str(tmp_path), "--val-iter-ci", "100"]
+
+    def log(name: str, *extra: str) -> str:
+        shards = [str(shared_dir / f"compat/run/data/0000000{number}.tar") for number in (6, 8)]  # 8: not in manifest
+        main([*golden_flags(shared_dir), "--val-data", *shards, *flags, "--name", name, *extra])
+        return (tmp_path / name / "out.log").read_text()
+
+    text = log("every", "--val-seq-ci", "--val-tok-ci", "--global-val-batch-size", "64", "--log-every-n-steps", "1")
+    (results,) = [json.loads(line) for line in (tmp_path / "every/checkpoints/results.jsonl").read_text().splitlines()]
+    for result in results:
+        for kind in ("sequences", "tokens"):
+            bounds = [result[f"loss_{kind}_{bound}_95"] for bound in ("lower", "upper")]
+            assert f", 95 % interval over {kind} {bounds[0]:.6f} to {bounds[1]:.6f}" in text
+    total = -(-results[0]["sequences"] // 64)
+    assert total > 1 and f" [1/{total} (" in text and f"/s/gpu [{total}/{total} (100%)] ETA: 0:00:00" in text
+    assert text.count(f" [{total} batches done]") == 1, "the number of batches is not known"
+    without = log("without", "--global-val-batch-size", "64")
+    assert "interval" not in without and f" [{total}/{total} " not in without
+    monkeypatch.setattr("open_lm.evaluate.validation._PROGRESS_S", 0.0)
+    assert f" [{total}/{total} " in log("slow", "--global-val-batch-size", "64"), "a slow validation logs more often"

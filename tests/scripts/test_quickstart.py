@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import zstandard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,8 @@ def test_quickstart_trains_a_model_and_skips_finished_steps(tmp_path: Path) -> N
     assert "vocab_size 512 -> 600" in quickstart(tmp_path, *SMALL[:-1], "600", code=2)
 
 
-def test_training_speed_is_the_average_of_all_steps() -> None:
+def test_training_speed_is_the_average_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
     quickstart_module = runpy.run_path(str(ROOT / "scripts" / "quickstart.py"))
     slow = {"step": 1, "tokens": 100, "train/batch_time": 7.0, "train/tokens_per_second": 100 / 7}
     fast = {"step": 4, "tokens": 400, "train/batch_time": 1.0, "train/tokens_per_second": 100.0}
