@@ -1,4 +1,4 @@
-"""Test that lines, arrays, objects and tar members accept the same JSON: strict, or accepted by Python's parser only."""
+"""Test that lines, arrays, objects and tar members accept the same JSON: strict, or what Python also accepts."""
 
 from __future__ import annotations
 

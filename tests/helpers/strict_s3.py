@@ -10,13 +10,18 @@ files, also in parts. It does not check signatures.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import ipaddress
+import os
 import re
+import ssl
 import threading
 import uuid
 from base64 import b64encode
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -38,10 +43,11 @@ class StrictS3:
 
     Counters: `requests` by method, `refused` by error code, `checksum_headers` by name, `md5_headers`. The server
     changes the first byte of the next `corrupt` uploads after it has checked them, as a faulty disk would, and loses
-    the objects of the next `lose_completions` multipart uploads.
+    the objects of the next `lose_completions` multipart uploads. With a `certificate` (see `write_certificate`) it is
+    an https server, for which clients send checksums as trailers; no kind accepts these.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, certificate: str | os.PathLike[str] | None = None) -> None:
         if kind not in KINDS:
             raise ValueError(f"unknown kind of store {kind!r}; expected one of {', '.join(KINDS)}")
         self.kind = kind
@@ -56,12 +62,17 @@ class StrictS3:
         self.lose_completions = 0
         self.lock = threading.Lock()
         self._server = _Server(self)
+        self._scheme = "https" if certificate else "http"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
         return self
@@ -78,6 +89,24 @@ class StrictS3:
                 return data
             self.corrupt -= 1
         return bytes([data[0] ^ 1]) + data[1:]
+
+
+def write_certificate(path: Path) -> None:
+    """Write a key and a certificate for 127.0.0.1 that is its own authority."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    certificate = builder.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    path.write_bytes(private + certificate.public_bytes(pem))
 
 
 class _Server(ThreadingHTTPServer):

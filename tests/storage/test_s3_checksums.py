@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from datapreprocess_helpers import documents, small_tokenizer, write_jsonl
 from faulty_proxy import FaultyProxy, Rule
-from strict_s3 import StrictS3
+from strict_s3 import StrictS3, write_certificate
 
 from open_lm import storage
 from open_lm.errors import StorageError
@@ -34,6 +34,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_checksums, "_refusing_stores", set())
 
 
+two_kinds = pytest.mark.parametrize("strict_s3", ["swift", "minio"], indirect=True)
 only_swift = pytest.mark.parametrize("strict_s3", ["swift"], indirect=True)
 
 
@@ -65,6 +66,21 @@ def test_uploads_to_a_store_without_checksum_fields(
     assert caplog.text.count("does not support checksum fields") == (bool(refused) if prefix else 1)
     if not prefix:
         assert strict_s3.md5_headers == 2 * max(1, -(-num_bytes // (5 << 20)))
+
+
+@pytest.mark.parametrize("prefix", ["", storage.FSSPEC_PREFIX])
+def test_uploads_over_https_to_a_store_without_trailers(
+    tmp_path: Path, prefix: str, strict_s3: StrictS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over https, s3fs sends the checksum as a trailer of the body."""
+    write_certificate(tmp_path / "certificate.pem")
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "certificate.pem"))
+    with StrictS3(strict_s3.kind, tmp_path / "certificate.pem") as store:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+        path, data = source(tmp_path, LARGE)
+        storage.upload(path, f"{prefix}s3://bucket/name")
+        assert store.objects["bucket/name"] == data == storage.read_bytes(f"{prefix}s3://bucket/name")
+        assert store.refused["NotImplemented"] == (1 if prefix or strict_s3.kind == "minio" else 0)
 
 
 @only_swift
@@ -158,6 +174,7 @@ def run_flags(shared_dir: Path, tmp_path: Path) -> Iterator[list[str]]:
     ]  # fmt: skip
 
 
+@two_kinds
 def test_a_run_is_copied_to_a_store_without_checksum_fields(
     strict_s3: StrictS3, run_flags: list[str], tmp_path: Path
 ) -> None:
@@ -171,6 +188,7 @@ def test_a_run_is_copied_to_a_store_without_checksum_fields(
     assert strict_s3.uploads == {}
 
 
+@two_kinds
 def test_a_run_resumes_from_checkpoints_in_a_store_without_checksum_fields(
     strict_s3: StrictS3, run_flags: list[str], tmp_path: Path
 ) -> None:
