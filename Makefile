@@ -88,11 +88,13 @@ unit: install  ## run all tests
 docs: install  ## build the documentation site into site/
 	$(VENV)/bin/zensical build --strict
 
-lock: install  ## pin requirements/*.txt from requirements/*.in
+lock: install  ## pin requirements/*.txt from requirements/*.in; existing pins that still fit are kept
 	for name in dev train preprocess; do \
+		cp requirements/$$name.txt requirements/$$name.txt.new && \
 		$(UV) pip compile --quiet --universal --python-version 3.10 --no-annotate --no-header \
-			-c requirements/known_good.in requirements/core.in requirements/$$name.in \
-			| grep -vE '^(nvidia-|cuda-|triton)' > requirements/$$name.txt.new && mv requirements/$$name.txt.new requirements/$$name.txt || exit 1; \
+			-c requirements/known_good.in requirements/core.in requirements/$$name.in -o requirements/$$name.txt.new && \
+		sed -i -E '/^(nvidia-|cuda-|triton)/d' requirements/$$name.txt.new && \
+		mv requirements/$$name.txt.new requirements/$$name.txt || exit 1; \
 	done
 	for name in eval bench; do \
 		$(UV) pip compile --quiet --universal --python-version 3.10 --custom-compile-command "make lock" \

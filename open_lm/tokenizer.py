@@ -86,6 +86,8 @@ class JsonTokenizer(Tokenizer):
         self.name = name
         try:
             self._native = self._load()
+        except ModuleNotFoundError:
+            raise
         except Exception as error:
             raise ConfigError(
                 f"--tokenizer {name}: not a tokenizer.json of the tokenizers library ({error})"
@@ -129,6 +131,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.name = name
         try:
             self._native = self._load()
+        except ModuleNotFoundError:
+            raise
         except Exception as error:
             raise ConfigError(f"--tokenizer {name}: not a sentencepiece model ({error})") from error
         self.fingerprint = hashlib.sha256(source).hexdigest()
@@ -213,6 +217,8 @@ def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
     try:
         file = _download(name, "tokenizer.json") or _download(name, "tokenizer.model")
         config = _download(name, "tokenizer_config.json") if file is not None else None
+    except ModuleNotFoundError:
+        raise
     except Exception as error:
         # The hub's client raises many types of errors: no network, unknown name, no permission.
         reason = str(error).strip().partition("\n")[0]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,15 +18,27 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+CORE_MODULES = (
+    "numpy", "numpy.libs", "yaml", "_yaml", "braceexpand", "fsspec", "orjson", "boto3", "botocore", "s3transfer",
+    "jmespath", "dateutil", "six.py", "urllib3",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build a wheel from a copy of the packaged files."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy the packaged files."""
     source = tmp_path_factory.mktemp("source")
     for name in ("open_lm", "datapreprocess", "model_configs", "requirements", "eval", "tests", "scripts"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> Path:
+    """Build a wheel from a copy of the packaged files."""
     command = [
         sys.executable,
         "-m",
@@ -38,8 +54,108 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def core_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return the variables of a Python (with -S) that has the wheel and its core requirements, without extras."""
+    site = tmp_path_factory.mktemp("core")
+    zipfile.ZipFile(wheel).extractall(site)
+    spec = importlib.util.find_spec("numpy")
+    assert spec is not None and spec.origin is not None
+    installed = Path(spec.origin).parents[1]
+    for name in CORE_MODULES:
+        if (installed / name).exists():
+            (site / name).symlink_to(installed / name)
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
 def test_distribution_name_and_version() -> None:
-    assert version("open_lm") == "1.0.0"
+    import open_lm
+
+    assert version("open_lm") == open_lm.__version__ == "1.0.0"
+
+
+def test_version_flag(core_environment: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-S", "-m", "open_lm.main", "--version"]
+    result = subprocess.run(command, env=core_environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == "open_lm 1.0.0\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        ("open_lm.main --dataset-type synthetic --train-num-samples 100 --model open_lm_test_tiny", "torch", "train"),
+        ("open_lm.utils.torchrun --nproc-per-node 1 x.py", "torch", "train"),
+        ("open_lm.utils.convert_checkpoint step_1 --output out", "torch", "train"),
+        ("open_lm.datapreprocess.make_2048 --input-files a.jsonl --output-dir o --tok t.json", "tokenizers", ""),
+        ("open_lm.datapreprocess.ray.tokenize_shuffle --input . --output o --tok t.json", "tokenizers", ""),
+        (
+            "open_lm.datapreprocess.make_2048 --input-files a.jsonl --output-dir o --tok a/b",
+            "huggingface-hub",
+            "",
+        ),
+        (
+            "open_lm.datapreprocess.make_2048 --input-files a.jsonl --output-dir o --tok t.model",
+            "sentencepiece",
+            "",
+        ),
+        ("open_lm.utils.inspect_shards fsspec+s3://bucket/data", "s3fs", "s3fs"),
+    ],
+)
+def test_missing_optional_package_is_one_line_with_the_extra(
+    command: str, package: str, extra: str, core_environment: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for name in ("t.json", "t.model"):
+        (tmp_path / name).write_text("{}")
+    result = subprocess.run(
+        [sys.executable, "-S", "-m", *command.split()],
+        env=core_environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    message = re.escape(f"the package {package} is not installed; install it with: pip install ")
+    assert result.returncode == 2, result.stderr
+    assert re.search(rf'{message}"open_lm\[{extra or "(train|preprocess)"}\]"', result.stderr.splitlines()[-1])
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_package_that_is_no_requirement_is_a_bug() -> None:
+    from open_lm.errors import missing_package
+
+    assert missing_package("no_such_package") is None
+    assert missing_package("huggingface_hub") is not None  # the distribution's name has a dash
+
+
+def test_all_extra_resolves_with_plain_pip(source: Path, tmp_path: Path) -> None:
+    """Plain pip must find the versions without backtracking, within two minutes of processor time."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    limit = tmp_path / "constraints.txt"
+    limit.write_text("torch==2.13.0\n")  # the release of a build for CPUs, which needs no CUDA packages
+
+    def limit_time() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+
+    pip = [str(tmp_path / "venv/bin/python"), "-m", "pip", "install", "--dry-run", "-c", str(limit)]
+    result = subprocess.run(
+        [*pip, "-e", f"{source}[all]"], capture_output=True, text=True, check=False, preexec_fn=limit_time
+    )
+    output = result.stdout + result.stderr
+    if result.returncode == 1 and "Failed to establish a new connection" in output:
+        pytest.skip("no connection to a package registry")
+    assert result.returncode == 0, output[-3000:]
+    assert "looking at multiple versions" not in output, output[-3000:]
+    assert "Would install" in output
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "requirements").iterdir()), ids=lambda path: path.name)
+def test_requirements_name_no_registry(path: Path) -> None:
+    assert not re.search(r"://(?!…)|--(extra-)?index-url|--find-links|^-[if] ", path.read_text(), re.MULTILINE)
+
+
+def test_make_help_lists_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert targets is not None
+    assert [line.split()[0] for line in result.stdout.splitlines()] == targets.group(1).split()
 
 
 def test_wheel_contains_only_the_open_lm_package(wheel: Path) -> None:

@@ -22,6 +22,7 @@ import ast
 import importlib
 import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -34,6 +35,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+EVAL_PYTHON = os.environ.get("OPEN_LM_EVAL_PYTHON") or str(ROOT / ".venv-eval" / "bin" / "python")
 
 # Parameters by import path. "_" is a parameter that callers pass only by position, so that its name may change.
 # A callable may have further parameters if they are optional and follow the listed ones.
@@ -264,6 +266,16 @@ def test_composer_wrapper() -> None:
     )
     (init,) = (node for node in wrapper.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     assert [argument.arg for argument in init.args.args] == ["self", "model", "tokenizer"]
+
+
+@pytest.mark.skipif(not os.access(EVAL_PYTHON, os.X_OK), reason="no .venv-eval; create it with `make install-eval`")
+def test_public_names_import_in_the_evaluation_environment() -> None:
+    names = [*SIGNATURES, "open_lm.attention.ATTN_ACTIVATIONS", "open_lm.attention.ATTN_SEQ_SCALARS"]
+    names += ["open_lm.model.Params", "open_lm.utils.llm_foundry_wrapper.SimpleComposerOpenLMCausalLM"]
+    names += ["open_lm.utils.make_wds_manifest.main"]
+    code = "import pkgutil, sys\nfor name in sys.argv[1:]: pkgutil.resolve_name(name)"
+    result = subprocess.run([EVAL_PYTHON, "-c", code, *names], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_imports_in_the_documentation() -> None:

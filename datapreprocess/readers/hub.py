@@ -17,7 +17,7 @@ import orjson
 from open_lm import storage
 from open_lm.datapreprocess.readers.pieces import count_rows, stores_row_count
 from open_lm.datapreprocess.readers.registry import formats, is_supported
-from open_lm.errors import ConfigError, DataError, StorageError
+from open_lm.errors import ConfigError, DataError, StorageError, missing_package
 from open_lm.storage import FileInfo
 
 HUB_PREFIX = "hf-dataset://"
@@ -136,7 +136,7 @@ def _import_datasets(url: str) -> Any:
         import datasets
         import datasets.exceptions
     except ImportError as error:
-        raise ConfigError(f"{url}: needs the package datasets; install it with: pip install datasets") from error
+        raise ConfigError(f"{url}: {missing_package('datasets') or error}") from error
     return datasets
 
 

@@ -53,6 +53,16 @@ class _Switch(argparse.Action):
         return self.option_strings[0]
 
 
+class _Version(argparse.Action):
+    """Print the version of the package and exit. It is read only then, because that takes longer than all flags."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        import open_lm
+
+        print(f"open_lm {open_lm.__version__}")
+        parser.exit()
+
+
 def _is_negation(action: argparse.Action, option_string: str | None) -> bool:
     return isinstance(action, _Switch) and option_string != action.option_strings[0]
 
@@ -139,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         formatter_class=_HelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version of the package and exit")
     for section in sections():
         group = parser.add_argument_group(section.title)
         for spec in section.specs():
@@ -222,7 +233,7 @@ def _expected(spec: FieldSpec) -> str:
 def load_config_file(path: str) -> dict[str, Any]:
     """Read a YAML or JSON file. Return its values by key, with underscores in place of dashes."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"--config: cannot read {path} ({error.strerror}); use a YAML or JSON file") from error
     import yaml

@@ -257,21 +257,39 @@ def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, wo
             os.environ.setdefault(name, value)
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
-            raise ConfigError(
-                f"{world_size} ranks were started without {' and '.join(missing)}: set them to the address and a free "
-                "port of rank 0's node, set --dist-url tcp://HOST:PORT, or start with torchrun"
-            )
+            raise ConfigError(_missing_master(world_size, missing))
     agent_store = _agent_store(timeout) if cfg.dist_url == "env://" else None
     if agent_store is not None:
         # After a restart the store still holds the addresses of the previous workers, so each start gets a prefix.
         store = dist.PrefixStore(f"restart_{restart_count()}", agent_store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return
-    dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        where = f"MASTER_PORT={os.environ['MASTER_PORT']}" if cfg.dist_url == "env://" else f"--dist-url {cfg.dist_url}"
+        raise ConfigError(
+            f"{where}: another process uses this port of rank 0's node; choose a free one, the same on all ranks"
+        ) from error
+
+
+def _missing_master(world_size: int, missing: list[str]) -> str:
+    """Return the message for ranks that cannot find rank 0, with the variable that announces so many of them."""
+    names = " and ".join(missing)
+    if world_size == 1:
+        return f"MASTER_ADDR is set without {names}: set both or none of MASTER_ADDR and MASTER_PORT"
+    name = next(name for name in WORLD_SIZE_NAMES if name in os.environ)
+    return (
+        f"{name}={os.environ[name]} announces {world_size} ranks without {names}: start them with torchrun or srun, "
+        "set the variables to the address and a free port of rank 0's node, or set --dist-url tcp://HOST:PORT; for a "
+        f"single process, unset {name}"
+    )
 
 
 def _slurm_master(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return MASTER_ADDR and MASTER_PORT for ranks started by srun; an empty dict outside of Slurm.
+    """Return MASTER_ADDR and MASTER_PORT for ranks started by srun; an empty dict outside of Slurm's job steps.
 
     The address is the first node of the step, where rank 0 runs; the port is derived from the job id. Node lists look
     like gpu[003-010,12],cpu1.
@@ -279,7 +297,7 @@ def _slurm_master(environment: Mapping[str, str]) -> dict[str, str]:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "")
     first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
     job, step = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_STEP_ID", "0")
-    if first is None or not (job.isdecimal() and step.isdecimal()):
+    if first is None or not (job.isdecimal() and step.isdecimal()) or "SLURM_PROCID" not in environment:
         return {}
     port = 20000 + (int(job) + int(step)) % 10000
     return {"MASTER_ADDR": re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group()), "MASTER_PORT": str(port)}

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from open_lm import storage
 from open_lm.config.registry import LOGGERS
 from open_lm.config.sections import LoggingConfig
-from open_lm.errors import ConfigError, StorageError
+from open_lm.errors import ConfigError, StorageError, missing_package
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.storage.redaction import redact, redacted
 from open_lm.storage.strict_json import json_value, to_json
@@ -188,8 +188,8 @@ class TensorBoardLogger:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
-                f"--report-to tensorboard: the package tensorboard is not installed ({error}); "
-                "install it with `pip install tensorboard`, or remove tensorboard from --report-to"
+                f"--report-to tensorboard: {missing_package('tensorboard') or error}, or remove tensorboard "
+                "from --report-to"
             ) from error
         is_resumed = os.path.isdir(folder) and bool(os.listdir(folder))
         self._folder, self._open = folder, SummaryWriter
@@ -219,8 +219,7 @@ class WandbLogger:
             import wandb
         except ImportError as error:
             raise ConfigError(
-                f"--report-to wandb: the package wandb is not installed ({error}); "
-                "install it with `pip install wandb`, or remove wandb from --report-to"
+                f"--report-to wandb: {missing_package('wandb') or error}, or remove wandb from --report-to"
             ) from error
         self._wandb, self._owns_wandb = wandb, wandb.run is None
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")

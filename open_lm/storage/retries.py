@@ -15,7 +15,7 @@ from concurrent.futures import Future, wait
 from typing import TypeVar
 from urllib.error import HTTPError, URLError
 
-from open_lm.errors import StorageError
+from open_lm.errors import StorageError, missing_package
 
 T = TypeVar("T")
 # Ten attempts take at least half a minute. An unreachable service usually means a wrong address: fail sooner.
@@ -204,7 +204,9 @@ def _reason(error: Exception) -> str:
     if isinstance(error, URLError) and not isinstance(error, HTTPError):
         return f"the server cannot be reached ({error.reason}); check the network and the address"
     if isinstance(error, ModuleNotFoundError | ImportError):
-        return f"this URL scheme needs a package that is not installed ({error})"
+        cause = error.__cause__ if isinstance(error.__cause__, ModuleNotFoundError) else error  # fsspec hides the name
+        missing = missing_package(cause.name) if cause.name else None
+        return missing or f"this URL scheme needs a package that is not installed ({error})"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror} (errno {error.errno})"
     return f"{kind}: {error}"

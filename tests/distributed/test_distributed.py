@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -118,8 +119,30 @@ def test_contradicting_launcher_environments_are_rejected(monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match="--preset-world-size 4: the launcher started 1 ranks"):
         distributed.init_runtime(ParallelConfig(preset_world_size=4))
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(ConfigError, match="without MASTER_ADDR and MASTER_PORT"):
+    with pytest.raises(
+        ConfigError, match=r"SLURM_NTASKS=2 announces 2 ranks without MASTER_ADDR and MASTER_PORT"
+    ):
         distributed.init_runtime(ParallelConfig())
+
+
+def test_plain_process_in_a_slurm_shell_does_not_wait_for_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's shell has the variables of the job, but not those of a task that srun starts."""
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "12", "SLURM_NODELIST": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="SLURM_NTASKS=4 announces 4 ranks"):
+        distributed.init_runtime(ParallelConfig())
+
+
+def test_used_master_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in names.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port}: another process uses this port"):
+            distributed.init_runtime(ParallelConfig())
+        with pytest.raises(ConfigError, match=f"--dist-url tcp://127.0.0.1:{port}: another process uses this port"):
+            distributed.init_runtime(ParallelConfig(dist_url=f"tcp://127.0.0.1:{port}"))
 
 
 def test_hybrid_sharding_needs_equal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

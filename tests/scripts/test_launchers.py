@@ -99,6 +99,7 @@ def test_ranks_connect_to_each_other(tools: Path, launcher: str) -> None:
 )
 def test_the_first_slurm_node_is_the_master(nodes: str, first: str) -> None:
     job = {"SLURM_NODELIST": "other[1-9]", "SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "123456", "SLURM_STEP_ID": "2"}
+    job["SLURM_PROCID"] = "0"
     assert _slurm_master(job) == {"MASTER_ADDR": first, "MASTER_PORT": "23458"}
     assert _slurm_master({"SLURM_STEP_NODELIST": nodes}) == {}
     assert _slurm_master({"SLURM_JOB_ID": "1"}) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,15 +51,16 @@ def test_no_traceback_after_a_rank_reported_its_error(tmp_path: Path, code: int,
     assert (result.returncode, "Traceback" in result.stderr) == (code, traceback)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 @pytest.mark.parametrize("code", [0, 7])
 def test_stop_signals_are_forwarded_to_the_workers(tmp_path: Path, number: signal.Signals, code: int) -> None:
     script = tmp_path / "train.py"
     script.write_text(
         "import os, signal, sys\n"
-        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])\n"
+        "signals = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signals)\n"
         "os.write(1, b'ready\\n')\n"
-        "os.write(1, signal.sigwait([signal.SIGTERM, signal.SIGUSR1]).name.encode() + b'\\n')\n"
+        "os.write(1, signal.sigwait(signals).name.encode() + b'\\n')\n"
         f"sys.exit({code})\n"
     )
     command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone", "--nproc-per-node", "2"]
@@ -77,6 +79,17 @@ def test_install_script_creates_torchrun(tmp_path: Path) -> None:
     install_script(tmp_path)
     result = subprocess.run([tmp_path / "torchrun", "--help"], capture_output=True, text=True, check=True)
     assert "--nproc-per-node" in result.stdout
+
+
+def test_used_master_port_is_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "nothing.py"
+    script.write_text("")
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        command = [sys.executable, "-m", "open_lm.utils.torchrun", "--nproc-per-node", "1", "--master-port", port]
+        result = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"error: --master-port {port}: another process uses this port" in result.stderr
 
 
 def test_help_is_that_of_torchrun(capsys: pytest.CaptureFixture[str]) -> None:
