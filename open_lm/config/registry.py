@@ -141,6 +141,8 @@ def _declarations(package: str) -> dict[str, dict[str, Entry]]:
     found: dict[str, dict[str, Entry]] = {}
     for path in sorted(Path(folder).rglob("*.py")):
         parts = path.relative_to(folder).with_suffix("").parts
+        if not all(part.isidentifier() for part in parts):
+            continue  # not a module, such as an editor's backup copy
         module = ".".join([package, *parts]).removesuffix(".__init__")
         for symbol, entry in _entries_in(path, module):
             others = found.setdefault(symbol, {})

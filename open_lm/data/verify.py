@@ -88,7 +88,7 @@ def _record_name(file: IO[bytes], sha256: str) -> str:
 
 
 def _record_path(folder: str, name: str) -> str:
-    records = os.path.join(folder, "verified")
+    records = os.path.join(folder, "whole")  # existing caches have this name
     os.makedirs(records, exist_ok=True)
     return os.path.join(records, name)
 
