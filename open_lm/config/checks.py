@@ -219,6 +219,9 @@ def _registry_problems(config: Config, off: Set[str]) -> list[str]:
     return problems
 
 
+_COEFFICIENT_TOLERANCE = 0.01  # accepts rounded thirds
+
+
 def _checkpoint_problems(config: Config, off: Set[str]) -> list[str]:
     checkpoint, problems = config.checkpoint, []
     coefficients = None if "average_coefficients" in off else checkpoint.average_coefficients
@@ -227,8 +230,13 @@ def _checkpoint_problems(config: Config, off: Set[str]) -> list[str]:
             f"--average-coefficients: found {len(coefficients)} values for {len(checkpoint.average or [])} checkpoints "
             "of --average; set one for each"
         )
+    if coefficients is not None and not abs(sum(coefficients) - 1) <= _COEFFICIENT_TOLERANCE:
+        problems.append(
+            f"--average-coefficients: {', '.join(map(str, coefficients))} add up to {sum(coefficients):g}, expected 1; "
+            "divide each by their sum"
+        )
     if checkpoint.load_pretrained_state and "pretrained" not in off and not checkpoint.pretrained:
-        problems.append("--load-pretrained-state requires --pretrained, whose optimizer state it loads")
+        problems.append("--load-pretrained-state requires --pretrained, the checkpoint whose state it continues")
     if checkpoint.average and checkpoint.pretrained and "pretrained" not in off:
         problems.append("--average and --pretrained both define the initial weights: set one of them")
     if checkpoint.checkpoint_format == "interchange" and checkpoint.save_milestone_every:

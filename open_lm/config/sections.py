@@ -270,13 +270,12 @@ class CheckpointConfig(Section):
         None, "checkpoint to resume from: a path, or 'latest' for the newest checkpoint of this run"
     )
     pretrained: str | None = flag(None, "checkpoint with the initial weights of a new run")
-    load_pretrained_state: bool = flag(False, "with --pretrained, also load the optimizer state")
-    average: list[str] | None = flag(
-        None, "checkpoints whose average is the initial weights of a new run, or the weights to evaluate"
+    load_pretrained_state: bool = flag(
+        False,
+        "with --pretrained, continue its epoch, step, optimizer and schedule; new data start at their beginning",
     )
-    average_coefficients: list[float] | None = flag(
-        None, "coefficients of the checkpoints of --average; default: equal coefficients"
-    )
+    average: list[str] | None = flag(None, "checkpoints whose average to start a new run from, or to evaluate")
+    average_coefficients: list[float] | None = flag(None, "coefficients of --average, of sum 1; default: equal ones")
     save_frequency: int = flag(
         1, "keep the checkpoint of every N-th epoch, and that of the last one; 0: only that of the last one"
     )

@@ -13,7 +13,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from open_lm.errors import ConfigError
 from open_lm.storage.redaction import redact, redacted
 
 _CHECKPOINT_NAME = re.compile(r"(step_\d+|epoch_(\d+|latest)\.pt)")
+# What a start writes to the run's folder before its first step.
+_START_FILE = re.compile(r"out\.log|out-\d+|params\.txt|model\.json|data\.json|tensorboard|wandb|code|\.run.*")
 _LOCK_WAIT_S, _LOCK_POLL_S = 30.0, 0.2  # ranks that have lost their launcher end within this time
 
 
@@ -102,17 +104,23 @@ class RunPaths:
     def claim(self, resume: str | None) -> Iterator[None]:
         """Create the run's folder and lock it until the block or the process ends.
 
-        If the block fails before the run has results, the folder is removed, so that its name remains free. See
-        `prepare` and `lock` for the errors.
+        If the block fails before the run has results, what it has added to the folder is removed, so that its name
+        remains free. See `prepare` and `lock` for the errors.
         """
-        self.prepare(resume)
+        existing = set(os.listdir(self.root)) if self.enabled and os.path.isdir(self.root) else set()
+        try:
+            self.prepare(resume)
+        except BaseException:
+            if self.enabled and not storage.is_remote(self.logs) and not self.has_results():
+                self._remove_empty_folders()
+            raise
         with self.lock():
             self.prepare(resume)  # again: another process may have used the folder until now
             try:
                 yield
             except BaseException:
                 if self.enabled and not self.has_results():
-                    self._remove_start()
+                    self._remove_start(existing)
                 raise
 
     def prepare(self, resume: str | None) -> None:
@@ -148,14 +156,15 @@ class RunPaths:
         with open(self.log, encoding="utf-8", errors="replace") as log:  # the original OpenLM has no metrics.jsonl
             return any("| Train Epoch: " in line for line in log)
 
-    def _remove_start(self) -> None:
-        """Remove what a start writes before its first step, and the folders that are empty then."""
-        files = [self.log, self.params, self.model, self.data, self._lock_file]
-        files += [entry.path for entry in os.scandir(self.root) if re.fullmatch(r"out-\d+", entry.name)]
-        for path in files:
-            Path(path).unlink(missing_ok=True)
-        for folder in (self.tensorboard, self.code, storage.join(self.root, "wandb")):
-            shutil.rmtree(folder, ignore_errors=True)
+    def _remove_start(self, existing: Set[str]) -> None:
+        """Remove what a start writes before its first step, except what `existing` names, and empty folders."""
+        for name in set(os.listdir(self.root)) - existing:
+            if _START_FILE.fullmatch(name):
+                path = Path(self.root, name)
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        self._remove_empty_folders()
+
+    def _remove_empty_folders(self) -> None:
         for folder in (self.stacks, os.path.dirname(self.results), self.checkpoints, self.failed, *self.local_roots()):
             with suppress(OSError):  # not empty, or already removed
                 os.rmdir(folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -57,3 +59,19 @@ def test_master_clock_requests_saves() -> None:
         assert other.requests() == (0, 0)
     assert saves == [0, 0, 1, 0, 0, 1, 1]
     assert RunControl(clock=lambda: 1e9).requests() == (0, 0), "0 minutes means never"
+
+
+def test_first_interrupt_requests_a_stop_and_the_second_ends_the_process() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with RunControl() as control:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert control.requests() == (1, 0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "ends a process even while it waits for other ranks"
+    assert signal.getsignal(signal.SIGINT) == before
+    program = (
+        "import os, signal\nfrom open_lm.training.control import RunControl\n"
+        "with RunControl():\n    os.kill(os.getpid(), 2)\n    os.write(1, b'saving')\n    os.kill(os.getpid(), 2)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (-signal.SIGINT, "saving")
+    assert "interrupted: saving and stopping after this step" in result.stderr

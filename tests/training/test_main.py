@@ -178,7 +178,7 @@ def test_log_ends_with_the_error_that_ended_the_run(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("open_lm.training.trainer.Trainer.run_epoch", interrupted)
+    monkeypatch.setattr("open_lm.training.run.Training._end_epoch", interrupted)
     copy = ["--remote-sync", str(tmp_path / "copy"), "--remote-sync-protocol", "fsspec"]
     with pytest.raises(KeyboardInterrupt):
         main([*golden, *copy, "--logs", str(tmp_path), "--name", "run"])
