@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from open_lm.errors import StorageError
-from open_lm.storage.checksums import negotiate, plain_config
+from open_lm.storage.checksums import negotiate
 from open_lm.storage.paths import (
     BLOCK_BYTES,
     READ_TIMEOUT_S,
@@ -38,7 +38,7 @@ from open_lm.storage.retries import (
     run_with_stall_timeout,
     with_retries,
 )
-from open_lm.storage.s3 import S3Backend
+from open_lm.storage.s3 import S3Backend, plain_config
 from open_lm.storage.web import WebBackend
 
 # Prefix of a scheme: use fsspec even if the scheme has its own backend (s3, https).

@@ -20,7 +20,8 @@ from open_lm.storage.paths import strip_etag
 from open_lm.storage.retries import IncompleteTransfer, error_code, status_code
 
 T = TypeVar("T")
-_OPTIONS = ("request_checksum_calculation", "response_checksum_validation")
+# Options of a botocore Config; older versions have none of them.
+CONFIG_OPTIONS = ("request_checksum_calculation", "response_checksum_validation")
 _refusing_stores: set[tuple[str, str]] = set()
 
 
@@ -38,14 +39,7 @@ def store_key() -> tuple[str, str]:
 
 def environment_settings() -> tuple[str | None, ...]:
     """Return the environment's settings of botocore's checksums; they also exist in its configuration file."""
-    return tuple(os.environ.get(f"AWS_{name.upper()}") for name in _OPTIONS)
-
-
-def plain_config() -> dict[str, str]:
-    """Return the options of a botocore Config without checksum fields; older versions have none of these options."""
-    from botocore.config import Config
-
-    return {name: "when_required" for name in _OPTIONS if name in Config.OPTION_DEFAULTS}
+    return tuple(os.environ.get(f"AWS_{name.upper()}") for name in CONFIG_OPTIONS)
 
 
 def negotiate(action: Callable[[bool], T]) -> T:

@@ -18,13 +18,13 @@ from typing import IO, Any, TypeVar
 
 from open_lm.errors import StorageError
 from open_lm.storage.checksums import (
+    CONFIG_OPTIONS,
     ChecksumsIgnored,
     check_etag,
     content_md5,
     environment_settings,
     multipart_etag,
     negotiate,
-    plain_config,
     store_key,
 )
 from open_lm.storage.paths import (
@@ -315,11 +315,17 @@ def _connect(timeout_s: float = READ_TIMEOUT_S, plain: bool = False) -> _Connect
             client = boto3.session.Session().client("s3", config=config)
             # botocore has read these from the environment or its configuration file; older versions have neither.
             calculates, validates = (
-                not plain and getattr(client.meta.config, name, None) != "when_required"
-                for name in ("request_checksum_calculation", "response_checksum_validation")
+                not plain and getattr(client.meta.config, name, None) != "when_required" for name in CONFIG_OPTIONS
             )
             _connections[key] = _Connection(client, calculates, validates)
         return _connections[key]
+
+
+def plain_config() -> dict[str, str]:
+    """Return the options of a botocore Config that leave out checksum fields."""
+    from botocore.config import Config
+
+    return {name: "when_required" for name in CONFIG_OPTIONS if name in Config.OPTION_DEFAULTS}
 
 
 def _location(url: str) -> dict[str, Any]:
