@@ -261,7 +261,7 @@ def test_hub_names_that_cannot_be_read(tmp_path: Path, hub_cache: None, monkeypa
     with pytest.raises(ConfigError, match=r"builder 'csv'.*save_to_disk"):
         expand_folder(f"hf-dataset://{tmp_path}/csv")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install \"open_lm\[hub\]\""):
+    with pytest.raises(ConfigError, match=r'pip install "open_lm\[hub\]"'):
         expand_folder("hf-dataset://cerebras/SlimPajama-627B?split=train[:10%]")
 
 

@@ -119,9 +119,7 @@ def test_contradicting_launcher_environments_are_rejected(monkeypatch: pytest.Mo
     with pytest.raises(ConfigError, match="--preset-world-size 4: the launcher started 1 ranks"):
         distributed.init_runtime(ParallelConfig(preset_world_size=4))
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    with pytest.raises(
-        ConfigError, match=r"SLURM_NTASKS=2 announces 2 ranks without MASTER_ADDR and MASTER_PORT"
-    ):
+    with pytest.raises(ConfigError, match=r"SLURM_NTASKS=2 announces 2 ranks without MASTER_ADDR and MASTER_PORT"):
         distributed.init_runtime(ParallelConfig())
 
 
