@@ -74,6 +74,26 @@ def end_of_text_id(sources: Sequence[Source]) -> int | None:
     return next(iter(ids), None)
 
 
+def check_vocabulary(sources: Sequence[Source], vocab_size: int) -> None:
+    """Raise DataError if a dataset.json states a vocabulary with more ids than the model's `vocab_size`."""
+    found = {
+        (source.name, dataset["settings"]["vocab_size"])
+        for source in sources
+        for dataset in source.datasets
+        if isinstance(dataset["settings"].get("vocab_size"), int)
+    }
+    problems = [
+        f"{name}: its {DATASET_NAME} has vocab_size {size}" for name, size in sorted(found) if size > vocab_size
+    ]
+    if problems:
+        largest = max(size for _, size in found)
+        heading = (
+            f"The model's vocabulary has {vocab_size} ids, fewer than that of the data; set vocab_size in the model's "
+            f"JSON file to at least {largest}, or tokenize the data with a smaller vocabulary"
+        )
+        raise DataError(join_problems(problems, heading))
+
+
 # --- data.json -------------------------------------------------------------------------------------------------------
 def describe(sources: Sequence[Source]) -> Description:
     """Describe the data of a run for JSON: everything known about the shards of each source."""

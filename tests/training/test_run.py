@@ -214,6 +214,22 @@ def test_document_mask_needs_the_end_of_text_id(flags: list[str], tmp_path: Path
     assert json.loads(results[0])[0]["loss"] != json.loads(results[1])[0]["loss"]
 
 
+@pytest.mark.parametrize("role", ["training", "validation"])
+def test_a_vocabulary_smaller_than_that_of_dataset_json_is_an_error_at_the_start(
+    flags: list[str], tmp_path: Path, role: str
+) -> None:
+    data, large = write_source(tmp_path / "data", [40]), write_source(tmp_path / "large", [40])
+    dataset = tmp_path / "large" / "dataset.json"
+    dataset.write_text(json.dumps({"settings": {"vocab_size": VOCAB_SIZE}, "inputs": []}))
+    more = ["--val-data", str(tmp_path / "large" / "00000.tar")] if role == "validation" else []
+    source = data if role == "validation" else large
+    train(flags, source, 2, "--name", "equal", *more)
+    dataset.write_text(json.dumps({"settings": {"vocab_size": VOCAB_SIZE + 1}, "inputs": []}))
+    with pytest.raises(DataError, match=rf"has {VOCAB_SIZE} ids(.|\n)*large/.*vocab_size {VOCAB_SIZE + 1}"):
+        train(flags, source, 2, "--name", "larger", *more)
+    assert not (tmp_path / "larger").exists()
+
+
 def test_validations_after_the_restored_state_are_repeated(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     more = ["--name", "run", "--val-data", str(tmp_path / "data/00000.tar"), "--lr-scheduler", "const"]
