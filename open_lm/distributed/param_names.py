@@ -1,13 +1,12 @@
-"""Parameter names without the prefixes that DDP, torch.compile and activation checkpointing add."""
+"""Parameter names without the prefixes that DDP, FSDP1, torch.compile and activation checkpointing add."""
 
 from __future__ import annotations
 
-WRAPPER_PREFIXES = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+WRAPPER_NAMES = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def clean_name(name: str) -> str:
-    """Strip wrapper prefixes: `module._orig_mod.layers.0._checkpoint_wrapped_module.norm.weight` ->
+    """Strip wrapper names: `module._orig_mod.layers.0._checkpoint_wrapped_module.norm.weight` ->
     `layers.0.norm.weight`."""
-    for prefix in WRAPPER_PREFIXES:
-        name = name.removeprefix(prefix).replace("." + prefix, ".")
-    return name
+    *modules, last = name.split(".")
+    return ".".join([*(module for module in modules if module not in WRAPPER_NAMES), last])

@@ -201,7 +201,16 @@ def test_files_of_weights_only_and_prefixed_names(tmp_path: Path) -> None:
     write_file(str(tmp_path / "bare.pt"), bare)
     assert load_model(resume_args(tmp_path / "bare.pt"), target) == (0, 0, None)
     assert torch.equal(target.layers[1].in_proj.weight, source.layers[1].in_proj.weight)
-    assert clean_name("module.layers.0._checkpoint_wrapped_module.w") == "layers.0.w"
+
+
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+def test_wrapper_names_such_as_fsdp_wrapped_module_are_stripped_from_checkpoints(tmp_path: Path, wrapper: str) -> None:
+    source, target = build(1)[0], build(2)[0]
+    weights = {f"{wrapper}.{wrapper}.{n.replace('.', f'.{wrapper}.', 1)}": v for n, v in source.state_dict().items()}
+    write_file(str(tmp_path / "epoch_1.pt"), {"epoch": 1, "state_dict": weights})
+    load_weights(str(tmp_path / "epoch_1.pt"), target)
+    assert torch.equal(target.layers[1].in_proj.weight, source.layers[1].in_proj.weight)
+    assert clean_name(f"layers.0.{wrapper}.w") == "layers.0.w"
 
 
 def test_computed_frequencies_and_tied_names_may_be_missing(tmp_path: Path) -> None:
