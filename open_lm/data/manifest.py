@@ -16,6 +16,7 @@ from open_lm.errors import DataError, join_problems
 
 MANIFEST_NAME, DATASET_NAME, REJECTS_NAME = "manifest.jsonl", "dataset.json", "rejects.jsonl"
 _COUNT_KEYS = ("num_sequences", "num_chunks")
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _MAX_LISTED = 20
 
 
@@ -185,7 +186,8 @@ def expand_shards(pattern: str) -> list[str]:
             found = _expand_one(url)
             urls += found
             if not found:
-                problems.append(f"{url} (of {pattern!r})" if url != pattern else url)
+                name = f"{url} (of {pattern!r})" if url != pattern else url
+                problems.append(name + compressed_note(_files_like(url)))
     if problems:
         raise DataError(join_limited(problems, "No shard found for the pattern"))
     return urls
@@ -209,3 +211,21 @@ def _expand_one(url: str) -> list[str]:
     if os.path.isdir(local):
         return storage.glob(storage.join(local, "*.tar"))
     return [url] if os.path.exists(local) else []
+
+
+def _files_like(url: str) -> list[str]:
+    """Return the files of any name that a pattern without shards selects, with or without more suffixes."""
+    if url.endswith("/") or os.path.isdir(url.removeprefix("file://")):
+        return storage.glob(storage.join(url, "*"))
+    return storage.glob(url if url.endswith("*") else f"{url}*")
+
+
+def compressed_note(files: Sequence[str]) -> str:
+    """Return a note for an error about missing shards if there are compressed ones among `files`, else ""."""
+    compressed = [name for name in files if name.lower().endswith(_COMPRESSED_TARS)]
+    if not compressed:
+        return ""
+    return (
+        f": found {len(compressed)} compressed tar files, such as {compressed[0]}, but shards are .tar files that are "
+        "read at any position; decompress them first"
+    )

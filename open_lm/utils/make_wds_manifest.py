@@ -101,12 +101,14 @@ def make_manifest(data_dir: str, filename: str = "manifest.jsonl", workers: int 
         DataError: lists all unusable shards.
     """
     from open_lm import storage
+    from open_lm.data.manifest import compressed_note
     from open_lm.utils.data_sets import find_data_sets, folders_in
     from open_lm.utils.shard_survey import survey_shards
 
     folder = next(iter(folders_in(data_dir, recursive=False)), None)
     if folder is None or not folder.shards:
-        raise DataError(f"--data-dir {data_dir}: no .tar file in this folder")
+        note = compressed_note(storage.glob(storage.join(data_dir, "*")))
+        raise DataError(f"--data-dir {data_dir}: no .tar file in this folder{note}")
     data_sets, problems = find_data_sets([folder])
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr, flush=True)

@@ -32,6 +32,7 @@ from open_lm.data.shard_format import (
     write_manifest,
 )
 from open_lm.errors import DataError
+from open_lm.utils.make_wds_manifest import make_manifest
 
 
 @pytest.mark.parametrize("kind", MEMBER_KINDS)
@@ -272,6 +273,19 @@ def test_patterns(tmp_path: Path) -> None:
     assert "x/2.tar" in str(caught.value) and "x/3.tar" in str(caught.value) and "z*.tar" in str(caught.value)
     with pytest.raises(DataError, match="braces"):
         expand_shards("a{0..1.tar")
+
+
+@pytest.mark.parametrize("pattern", ["*.tar.gz", "*", "*.tar", "0.tar", "{0..1}.tar", "", "/"])
+def test_a_tar_gz_shard_for_a_pattern_is_named_as_compressed(tmp_path: Path, pattern: str) -> None:
+    folder = tmp_path / "packed"
+    for number in range(2):
+        packed = gzip.compress(make_shard(folder / f"{number}.tar").read_bytes())
+        (folder / f"{number}.tar").unlink()
+        (folder / f"{number}.tar.gz").write_bytes(packed)
+    with pytest.raises(DataError, match=r"found [12] compressed tar files, such as .*0\.tar\.gz(.|\n)*decompress"):
+        expand_shards(f"{folder}/{pattern}" if pattern.strip("/") else f"{folder}{pattern}")
+    with pytest.raises(DataError, match=r"found 2 compressed tar files"):
+        make_manifest(str(folder))
 
 
 def test_shards_and_manifests_in_s3(s3_bucket: str) -> None:
