@@ -242,7 +242,7 @@ def _build_loaders(config: Config, layout: MeshLayout, params: Any) -> tuple[Tra
         )
     batch_size = (validation.global_val_batch_size or data.global_batch_size) // layout.data_size
     val_loaders = build_val_loaders(validation, data, batch_size=batch_size, **shared)
-    loaders = [*([train_loader] if train_loader is not None else []), *val_loaders]
+    loaders: list[TrainLoader | ValLoader] = [*([train_loader] if train_loader is not None else []), *val_loaders]
     provenance.check_vocabulary([source for loader in loaders for source in loader.sources], params.vocab_size)
     return train_loader, val_loaders
 
