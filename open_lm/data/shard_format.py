@@ -25,7 +25,7 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import IO, Any
@@ -222,17 +222,27 @@ def index_shard(source: TarInput, name: str) -> list[Member]:
     DataError as in `iter_files`, and for a shard without a member of a known kind.
     """
     members: list[Member] = []
-    other_kinds: set[str] = set()
+    other_kinds: dict[str, str] = {}  # kind -> the first member's name
     for file_name, offset, size in iter_files(source, name):
         key, kind = split_name(file_name)
         if kind in MEMBER_KINDS:
             members.append(Member(key, kind, offset, size))
         else:
-            other_kinds.add(kind or "(no suffix)")
+            other_kinds.setdefault(kind, file_name)
     if not members:
-        found = f"found {', '.join(sorted(other_kinds)[:5])}" if other_kinds else "it is empty"
-        raise DataError(f"{name}: no member of a known kind ({', '.join(MEMBER_KINDS)}); {found}")
+        known = ", ".join(MEMBER_KINDS)
+        raise DataError(f"{name}: no member of a known kind ({known}); {_describe_unknown(other_kinds)}")
     return members
+
+
+def _describe_unknown(names: Mapping[str, str]) -> str:
+    """Describe the unknown kinds of members, each with a member's name; explain a dot before a known kind."""
+    if not names:
+        return "it is empty"
+    found = f"found {', '.join(sorted(kind or '(no suffix)' for kind in names)[:5])}"
+    dotted = next((n for kind, n in names.items() if kind.endswith(tuple(f".{k}" for k in MEMBER_KINDS))), None)
+    hint = f". The kind of {dotted} begins at the first dot of its name; write the shard again without dots in keys"
+    return found + (hint if dotted else "")
 
 
 def iter_files(source: TarInput, name: str) -> Iterator[tuple[str, int, int]]:

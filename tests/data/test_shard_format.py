@@ -183,6 +183,15 @@ def test_garbage_compressed_and_foreign_tars(tmp_path: Path) -> None:
         index_shard((tmp_path / "f.tar").read_bytes(), "f.tar")
 
 
+@pytest.mark.parametrize(("name", "kind"), [("doc/a.1.npy", "1.npy"), ("v1.0.json.GZ", "0.json.gz")])
+def test_a_member_name_with_dots_is_refused_with_the_reason(name: str, kind: str) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(DataError, match=rf"found {kind}\. The kind of {name} begins at the first dot of its name"):
+        index_shard(buffer.getvalue(), "s.tar")
+
+
 @pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tars_of_other_writers_with_long_names_and_folders(tmp_path: Path, format_: int) -> None:
     stem = "deep/" + "folder-é/" * 20 + "key"
