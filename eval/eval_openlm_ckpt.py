@@ -82,7 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", help="labels of the tasks to run; default: all")
     parser.add_argument("--max-examples", type=int, help="use only the first N examples of a task (of each category)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--output", help="path of the JSON result; default: {checkpoint}_{YAML names}.json")
+    parser.add_argument(
+        "--output",
+        help="path of the JSON result; default: {checkpoint}_{YAML names}.json, "
+        "or {checkpoint}_{YAML names}_partial.json with --tasks or --max-examples",
+    )
     add_model_args(parser)
     return parser
 
@@ -103,7 +107,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     args.model = args.model_config or args.model
     if not args.output:
         stem = args.checkpoint[:-3] if args.checkpoint.endswith(".pt") else args.checkpoint
-        args.output = "_".join([stem, *(Path(file).stem for file in args.eval_yaml)]) + ".json"
+        is_partial = bool(args.tasks) or args.max_examples is not None
+        names = [*(Path(file).stem for file in args.eval_yaml), *(["partial"] if is_partial else [])]
+        args.output = "_".join([stem, *names]) + ".json"
 
 
 def main(argv: list[str]) -> list[Outcome]:

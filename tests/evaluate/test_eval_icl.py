@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ EVAL = ROOT / "eval"
 EXAMPLES = 23  # odd, so that two processes get different numbers of examples
 CONFIG = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "seq_len": 160, "vocab_size": 640}
 CONFIG |= {"post_embed_norm": False, "weight_tying": False}
+FULL_RESULT = '{"from": "an evaluation of all tasks and examples"}'
 
 EVAL_PYTHON = os.environ.get("OPEN_LM_EVAL_PYTHON", str(ROOT / ".venv-eval" / "bin" / "python"))
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -144,12 +146,13 @@ def outputs(trained: Trained, data: Path) -> Outputs:
     (trained.folder / "two.yaml").write_text(yaml.safe_dump(tasks_of_two_processes(data)))
     two = trained.arguments("--eval-yaml", str(trained.folder / "two.yaml"), "--max-examples", str(EXAMPLES))
     two += ["--output", str(trained.folder / "two.json")]
+    (trained.folder / "epoch_2_in_memory_hf_eval.json").write_text(FULL_RESULT)
     command = [EVAL_PYTHON, str(ROOT / "tests/helpers/icl_runs.py"), json.dumps([(1, single), (2, two)])]
     result = subprocess.run(command, cwd=EVAL, env=ENV, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     contents = []
     printed = json.loads(result.stdout.splitlines()[-1])
-    for text, name in zip(printed, ("epoch_2_in_memory_hf_eval.json", "two.json"), strict=True):
+    for text, name in zip(printed, ("epoch_2_in_memory_hf_eval_partial.json", "two.json"), strict=True):
         content = json.loads((trained.folder / name).read_text())
         content["printed"] = text
         content["by_name"] = {task["task"]: task for task in content["tasks"]}
@@ -207,6 +210,32 @@ def test_table_and_json_contain_baselines_counts_and_averages(results: dict[str,
     lines = [line.split() for line in results["printed"].splitlines()]
     assert ["copa", "0", "accuracy", f"{scores['copa']:.4f}", "0.5000", str(EXAMPLES)] in lines
     assert ["average", f"{results['average']:.4f}"] in lines
+
+
+@needs_eval_environment
+def test_a_partial_evaluation_keeps_the_file_of_the_full_result(outputs: Outputs, trained: Trained) -> None:
+    assert "_partial.json" in outputs.single["printed"]
+    assert (trained.folder / "epoch_2_in_memory_hf_eval.json").read_text() == FULL_RESULT
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ([], "epoch_2_a_b.json"),
+        (["--tasks", "copa"], "epoch_2_a_b_partial.json"),
+        (["--max-examples", "3"], "epoch_2_a_b_partial.json"),
+        (["--tasks", "copa", "--output", "given.json"], "given.json"),
+    ],
+)
+def test_the_default_output_of_a_partial_evaluation_has_a_name_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, flags: list[str], name: str
+) -> None:
+    monkeypatch.syspath_prepend(str(EVAL))
+    program = importlib.import_module("eval_openlm_ckpt")
+    yaml_files = ["--eval-yaml", "x/a.yaml", "b.yaml"]
+    args = program.build_parser().parse_args(["--checkpoint", "epoch_2.pt", *yaml_files, "--model", "m", *flags])
+    program.check_arguments(args)
+    assert args.output == name
 
 
 @needs_eval_environment
