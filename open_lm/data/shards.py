@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property, partial
@@ -31,6 +31,17 @@ _AHEAD_BYTES = 256 << 20
 _UNKNOWN = Expected()
 
 
+def sequence_members(members: Sequence[Member], data_key: str | None = None) -> list[Member]:
+    """Return the members of a shard that are its sequences, in file order: those of one kind.
+
+    The kind is `data_key` if the shard has it, else the most frequent one, and the first of MEMBER_KINDS among equally
+    frequent ones. Other members, such as a single meta.json or a second format of each sample, are no sequences.
+    """
+    counts = Counter(member.kind for member in members)
+    kind = data_key if data_key in counts else max(MEMBER_KINDS, key=lambda kind: counts[kind])
+    return [member for member in members if member.kind == kind]
+
+
 class Shard:
     """An open shard: its members of one kind, in file order, and their bytes."""
 
@@ -43,10 +54,8 @@ class Shard:
         if os.fstat(file.fileno()).st_size == 0:
             raise DataError(f"{url}: the file is empty; create or copy the shard again")
         self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        members = index_shard(self.data, url)
-        kinds = {member.kind for member in members}
-        self.kind = data_key if data_key in kinds else next(kind for kind in MEMBER_KINDS if kind in kinds)
-        self.members: list[Member] = [member for member in members if member.kind == self.kind]
+        self.members = sequence_members(index_shard(self.data, url), data_key)
+        self.kind = self.members[0].kind
 
     def __len__(self) -> int:
         return len(self.members)

@@ -114,6 +114,9 @@ def make_manifest(data_dir: str, filename: str = "manifest.jsonl", workers: int 
         print(f"warning: {problem}", file=sys.stderr, flush=True)
     surveys = survey_shards(list(folder.shards), list(folder.shards.values()), workers=workers, tmp_dir=tmp_dir)
     for survey in surveys:
+        if survey.num_ignored:
+            note = f"{survey.num_ignored:,} members are not of the kind of its sequences ({', '.join(survey.kinds)})"
+            print(f"warning: {survey.url}: {note} and are not counted", file=sys.stderr, flush=True)
         if survey.bad_members:
             examples = "; ".join(survey.bad_examples)
             print(f"warning: {survey.bad_members:,} members cannot be read: {examples}", file=sys.stderr, flush=True)

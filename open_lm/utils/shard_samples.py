@@ -12,9 +12,9 @@ import numpy as np
 
 from open_lm import storage
 from open_lm.data.shard_format import PAD_ID, decode_member, index_shard
+from open_lm.data.shards import sequence_members
 from open_lm.errors import DataError, UserError
 from open_lm.tokenizer import Tokenizer
-from open_lm.utils.shard_survey import sample_members
 
 
 def choose_positions(counts: Mapping[str, int], number: int, seed: int) -> dict[str, list[int]]:
@@ -45,7 +45,7 @@ def read_samples(
                 path = os.path.join(folder, "shard.tar")
                 storage.download(url, path)
             with open(path, "rb") as file:
-                members = sample_members(index_shard(file, url))
+                members = sequence_members(index_shard(file, url))
                 for position in positions:
                     if position >= len(members):
                         raise DataError(f"{url}: contains {len(members):,} sequences, fewer than its manifest says")

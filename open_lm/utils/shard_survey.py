@@ -18,7 +18,8 @@ from functools import partial
 import numpy as np
 
 from open_lm import storage
-from open_lm.data.shard_format import MEMBER_KINDS, PAD_ID, Member, decode_member, index_shard
+from open_lm.data.shard_format import PAD_ID, Member, decode_member, index_shard
+from open_lm.data.shards import sequence_members
 from open_lm.errors import ConfigError, DataError, UserError
 
 _BLOCK_MEMBERS = 256  # members that are counted together
@@ -39,6 +40,7 @@ class ShardSurvey:
     sha256: str = ""
     fault: str = ""
     num_sequences: int = 0
+    num_ignored: int = 0  # members of other kinds than the sequences
     num_tokens: int = 0
     num_pads: int = 0
     kinds: Counter[str] = field(default_factory=Counter)
@@ -80,8 +82,10 @@ def _read_file(survey: ShardSurvey, path: str, eot_id: int | None) -> None:
         raise DataError(f"{survey.url}: the file is empty; create or copy the shard again")
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         survey.sha256 = hashlib.sha256(data).hexdigest()
-        members = sample_members(index_shard(data, survey.url))
+        indexed = index_shard(data, survey.url)
+        members = sequence_members(indexed)
         survey.num_sequences = len(members)
+        survey.num_ignored = len(indexed) - len(members)
         survey.kinds.update(member.kind for member in members)
         used = np.zeros(_MAX_ID + 1, dtype=bool)
         for start in range(0, len(members), _BLOCK_MEMBERS):
@@ -89,16 +93,6 @@ def _read_file(survey: ShardSurvey, path: str, eot_id: int | None) -> None:
             if sum(map(len, block)):
                 _count(survey, block, used, eot_id)
         survey.used_ids = np.flatnonzero(used)
-
-
-def sample_members(members: Sequence[Member]) -> list[Member]:
-    """Return one member per sample: of a sample that is stored in several formats, the first of MEMBER_KINDS."""
-    if len({member.kind for member in members}) < 2:
-        return list(members)
-    chosen: dict[str, Member] = {}
-    for member in sorted(members, key=lambda member: MEMBER_KINDS.index(member.kind)):
-        chosen.setdefault(member.key, member)
-    return sorted(chosen.values(), key=lambda member: member.offset)
 
 
 def _decode(

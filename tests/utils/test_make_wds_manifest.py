@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from open_lm import storage
-from open_lm.data.shard_format import ShardWriter, read_manifest
+from open_lm.data.shard_format import ShardWriter, index_shard, read_manifest
+from open_lm.data.shards import Shard, sequence_members
 from open_lm.errors import ConfigError, DataError
 from open_lm.utils.make_wds_manifest import main, make_manifest
+from open_lm.utils.shard_samples import read_samples
 
 
 def make_shards(folder: Path | str, counts: dict[str, int]) -> None:
@@ -75,6 +77,29 @@ def test_sample_in_several_formats_counts_once(tmp_path: Path) -> None:
     assert make_manifest(str(tmp_path), "other.jsonl") == 2
     (entry,) = read_manifest(str(tmp_path / "other.jsonl"))
     assert (entry.shard, entry.num_sequences, entry.extra["num_tokens"]) == ("a", 2, 2)
+
+
+@pytest.mark.parametrize("kind", ["npy", "json.gz", "txt"])
+def test_the_manifest_of_a_shard_with_a_lone_meta_json_counts_the_sequences_of_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path = str(tmp_path / "a.tar")
+    with ShardWriter(path, kind) as writer:
+        for number in range(64):
+            writer.write(f"{number:04d}", np.arange(5))
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("meta.json")
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b"{}"))
+    assert make_manifest(str(tmp_path)) == 64
+    assert f"1 members are not of the kind of its sequences ({kind})" in capsys.readouterr().err
+    for data_key in (kind, None):
+        with open(path, "rb") as file:
+            assert len(Shard(path, file, data_key)) == 64
+    (sample,) = read_samples(path, [63], None, None)
+    assert (sample["key"], sample["tokens"]) == ("0063", 5)
+    with open(path, "rb") as file:
+        assert len(sequence_members(index_shard(file, path), "json")) == 1
 
 
 def test_broken_members_count_as_sequences_and_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
