@@ -12,7 +12,8 @@ from open_lm.data.shard_format import PAD_ID, member_key
 from open_lm.datapreprocess.inputs import InputFile, Unit
 from open_lm.datapreprocess.job import PreprocessJob, input_records
 from open_lm.datapreprocess.readers import BadDocument
-from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport
+from open_lm.datapreprocess.readers.base import CUT_SHORT
+from open_lm.datapreprocess.units import MAX_SHOWN, BrokenInput, UnitReport
 from open_lm.datapreprocess.writer import ShardPlan, Tail, WrittenShard
 from open_lm.errors import join_problems
 
@@ -203,18 +204,25 @@ def bad_input_message(units: Sequence[Unit], reports: Sequence[UnitReport], *, l
     ]
     hidden = bad + len(all_broken) - len(lines)
     lines += [f"and {hidden} more in the input read so far"] if hidden > 0 else []
-    lost = sum(broken.lost_bytes for broken in all_broken)
-    total_bytes = sum(unit.num_bytes for unit in units)
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in bad_counts(reports).items())
     files = plural(len({piece.url for unit in units for piece in unit.pieces}), "file")
     facts = [f"{bad:,} of {plural(bad + seen, 'document')} ({kinds})"] if bad else []
-    facts += [f"{len(all_broken)} of {files} broken, {lost:,} of {total_bytes:,} bytes lost"] if all_broken else []
+    facts += [f"{len(all_broken)} of {files} broken, {_losses(units, all_broken)}"] if all_broken else []
     return join_problems(
         lines,
         f"Some of the input cannot be used: {'; '.join(facts)}; --max-bad-fraction allows {limit:g}. Fix the input, or "
         "increase --max-bad-fraction (1 skips and counts all bad input); finished work is kept. All rejected documents "
         f"are listed in {rejects}. First problems",
     )
+
+
+def _losses(units: Sequence[Unit], all_broken: Sequence[BrokenInput]) -> str:
+    """Describe what broken files lose: bytes that were not read, and the unknown rest of truncated files."""
+    lost = sum(broken.lost_bytes for broken in all_broken)
+    truncated = sum(broken.kind == CUT_SHORT for broken in all_broken)
+    facts = [f"{lost:,} of {sum(unit.num_bytes for unit in units):,} bytes lost"] if lost or not truncated else []
+    facts += [f"an unknown number of bytes missing from {plural(truncated, 'truncated file')}"] if truncated else []
+    return ", ".join(facts)
 
 
 def line_bases(units: Sequence[Unit], reports: Sequence[UnitReport]) -> dict[tuple[str, int], int]:

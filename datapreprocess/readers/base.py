@@ -74,6 +74,9 @@ class ReadOptions:
     separator: str | None = None
 
 
+CUT_SHORT = "cut short"  # kind of a broken file whose end is missing
+
+
 class BrokenFile(DataError):
     """A file that cannot be read any further; raised after the documents before the break were yielded."""
 

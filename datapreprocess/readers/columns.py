@@ -13,7 +13,16 @@ from itertools import islice, pairwise
 from typing import Any
 
 from open_lm import storage
-from open_lm.datapreprocess.readers.base import TO_END, BadDocument, Block, BrokenFile, Document, Piece, ReadOptions
+from open_lm.datapreprocess.readers.base import (
+    CUT_SHORT,
+    TO_END,
+    BadDocument,
+    Block,
+    BrokenFile,
+    Document,
+    Piece,
+    ReadOptions,
+)
 from open_lm.datapreprocess.readers.registry import Format, register_format
 from open_lm.datapreprocess.readers.source import Source
 from open_lm.errors import StorageError
@@ -86,7 +95,7 @@ def read_arrow(source: Source, options: ReadOptions) -> Iterator[Block]:
         yield from _blocks(source, ((batch, batch.nbytes) for batch in selected), path)
         if is_truncated and source.piece.end == TO_END:
             message = f"{source.path}: truncated: the Arrow stream has no end marker; save or download the file again"
-            raise BrokenFile("cut short", message)
+            raise BrokenFile(CUT_SHORT, message)
 
 
 def split_arrow(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:

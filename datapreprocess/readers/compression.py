@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from open_lm.datapreprocess.readers.base import BrokenFile
+from open_lm.datapreprocess.readers.base import CUT_SHORT, BrokenFile
 
 
 def _zstandard() -> Any:
@@ -59,4 +59,4 @@ def decompress(blocks: Iterator[bytes], suffix: str, url: str) -> Iterator[bytes
                 data, engine = engine.unused_data + data, None
     if engine is not None:
         message = f"{url}: truncated: the compressed data ends inside a frame; download the file again"
-        raise BrokenFile("cut short", message)
+        raise BrokenFile(CUT_SHORT, message)

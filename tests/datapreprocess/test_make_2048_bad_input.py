@@ -84,6 +84,18 @@ def test_lines_of_a_split_file_are_counted_from_the_start_of_the_file(tmp_path: 
 
 
 @pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("suffix", ["zst", "gz"])
+def test_a_truncated_zst_loses_an_unknown_number_of_bytes_and_not_0(
+    tmp_path: Path, small_tokenizer: str, suffix: str
+) -> None:
+    path = write_jsonl(tmp_path / f"a.jsonl.{suffix}", documents(6000))
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(DataError, match=r"1 of 1 file broken, an unknown number of bytes missing") as caught:
+        make(path, tmp_path / "out", small_tokenizer)
+    assert "bytes lost" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_errors_for_empty_and_broken_inputs(tmp_path: Path, small_tokenizer: str) -> None:
     for name in ("a.jsonl.zst", "b.jsonl.gz"):
         path = write_jsonl(tmp_path / "raw" / name, documents(300))
