@@ -26,6 +26,28 @@ multiprocessing.set_forkserver_preload([
 ])  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 
+_started_processes: list[str] = []  # by the current test; `make test-fast` omits the tests that start any
+
+
+def _record_process(event: str, args: tuple[Any, ...]) -> None:
+    if event == "subprocess.Popen" and Path(str(args[0])).name.startswith(("python", "bash", "torchrun")):
+        _started_processes.append(str(args[0]))
+    elif event == "os.fork":
+        _started_processes.append("os.fork")
+
+
+sys.addaudithook(_record_process)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that starts a process without the mark `processes`."""
+    _started_processes.clear()
+    result = yield
+    if _started_processes and item.get_closest_marker("processes") is None:
+        pytest.fail(f"starts a process ({_started_processes[0]}): mark the test with @pytest.mark.processes")
+    return result
+
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)\s]*\)")
 MAX_FILES, MAX_LINES = 14, 4000
@@ -45,6 +47,7 @@ def test_path_of_a_batch_is_short_and_connected() -> None:
         reached |= imported_modules(path)
 
 
+@pytest.mark.processes
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in ("docs", "open_lm", "datapreprocess", "zensical.toml"):
         source, target = ROOT / name, tmp_path / name

@@ -12,6 +12,8 @@ import pytest
 
 from open_lm.errors import CLOSED_OUTPUT_EXIT_CODE, join_problems
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

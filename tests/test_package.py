@@ -74,12 +74,14 @@ def test_distribution_name_and_version() -> None:
     assert version("open_lm") == open_lm.__version__ == "1.0.0"
 
 
+@pytest.mark.processes
 def test_version_flag(core_environment: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-S", "-m", "open_lm.main", "--version"]
     result = subprocess.run(command, env=core_environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout == "open_lm 1.0.0\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [
@@ -124,6 +126,7 @@ def test_missing_package_that_is_no_requirement_is_a_bug() -> None:
     assert missing_package("huggingface_hub") is not None  # the distribution's name has a dash
 
 
+@pytest.mark.processes
 def test_all_extra_resolves_with_plain_pip(source: Path, tmp_path: Path) -> None:
     """Plain pip must find the versions without backtracking, within two minutes of processor time."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -150,6 +153,7 @@ def test_requirements_name_no_registry(path: Path) -> None:
     assert not re.search(r"://(?!…)|--(extra-)?index-url|--find-links|^-[if] ", path.read_text(), re.MULTILINE)
 
 
+@pytest.mark.processes
 def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
@@ -167,6 +171,7 @@ def test_wheel_contains_only_the_open_lm_package(wheel: Path) -> None:
         assert f"open_lm/datapreprocess/{name}" in names
 
 
+@pytest.mark.processes
 def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

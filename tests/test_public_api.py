@@ -268,6 +268,7 @@ def test_composer_wrapper() -> None:
     assert [argument.arg for argument in init.args.args] == ["self", "model", "tokenizer"]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not os.access(EVAL_PYTHON, os.X_OK), reason="no .venv-eval; create it with `make install-eval`")
 def test_public_names_import_in_the_evaluation_environment() -> None:
     names = [*SIGNATURES, "open_lm.attention.ATTN_ACTIVATIONS", "open_lm.attention.ATTN_SEQ_SCALARS"]
@@ -305,6 +306,7 @@ def help_codes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[i
             for (_, target), output in zip(commands, outputs, strict=True)}  # fmt: skip
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", [*MODULES, *SCRIPTS])
 def test_help(command: str, help_codes: Mapping[str, tuple[int, str]]) -> None:
     code, output = help_codes[command]
@@ -324,6 +326,7 @@ def test_documented_commands_are_tested() -> None:
     assert {name for name in scripts if (ROOT / name).resolve() not in tested} == set()
 
 
+@pytest.mark.processes
 def test_flags_of_preprocessing_and_manifest_commands(help_codes: Mapping[str, tuple[int, str]]) -> None:
     """The trainer's flags are frozen in tests/config/test_command_line.py."""
     flags = {

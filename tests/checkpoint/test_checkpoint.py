@@ -411,6 +411,7 @@ def sharded_and_back(rank: int, folder: Path) -> None:
         dist.barrier()
 
 
+@pytest.mark.processes
 def test_sharded_checkpoint_loads_sharded_replicated_and_in_one_process(tmp_path: Path) -> None:
     on_ranks(sharded_and_back, tmp_path)
 

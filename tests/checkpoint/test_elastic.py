@@ -22,6 +22,8 @@ from open_lm.data.order import DataOrder
 from open_lm.data.sources import find_sources
 from open_lm.main import main
 
+pytestmark = pytest.mark.processes
+
 BATCH, STEPS, SEED = 4, 10, 11
 Batches = dict[int, list[tuple[int, ...]]]
 

@@ -111,6 +111,7 @@ def four_ranks(rank: int, folder: Path) -> None:
     assert len(stored._index.files) == 4
 
 
+@pytest.mark.processes
 def test_one_process_to_two_ranks_to_four_and_back_bit_for_bit(tmp_path: Path) -> None:
     state = trained()
     state.extra = {"saved_by": "single"}

@@ -140,6 +140,7 @@ def test_an_earlier_attempt_and_an_earlier_checkpoint_of_the_step_are_replaced(t
         assert files == ["checkpoint.json", "rank_00000_000.bin"]
 
 
+@pytest.mark.processes
 def test_killed_at_every_moment_of_a_save(tmp_path: Path) -> None:
     worker = HELPERS / "sharded_kill_worker.py"
     result = subprocess.run(

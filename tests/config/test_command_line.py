@@ -293,6 +293,7 @@ def test_add_model_args_to_the_parser_of_another_program() -> None:
     assert vars(parser.parse_args([])) == {spec.name: spec.default for spec in ArchitectureConfig.specs()}
 
 
+@pytest.mark.processes
 def test_help_imports_no_large_library() -> None:
     code = (
         "import sys; from open_lm.config.command_line import build_parser; build_parser().format_help();"

@@ -225,6 +225,7 @@ TRAINING = (
 )
 
 
+@pytest.mark.processes
 def test_new_names_are_in_the_help_text(extended: Path) -> None:
     text = " ".join(run(extended, "open_lm.main", "--help").split())
     for expected in (
@@ -237,6 +238,7 @@ def test_new_names_are_in_the_help_text(extended: Path) -> None:
         assert expected in text
 
 
+@pytest.mark.processes
 def test_the_planner_accepts_a_new_norm_and_optimizer(extended: Path) -> None:
     def optimizer_bytes(optimizer: str) -> int:
         flags = ["--model", "open_lm_160m", "--model-norm", "only_gain", "--optimizer", optimizer]
@@ -247,6 +249,7 @@ def test_the_planner_accepts_a_new_norm_and_optimizer(extended: Path) -> None:
     assert optimizer_bytes("adamw") == 2 * optimizer_bytes("sign_descent") > 0
 
 
+@pytest.mark.processes
 def test_a_training_uses_the_new_norm_optimizer_schedule_and_logger(extended: Path) -> None:
     run(extended, "open_lm.main", *FLAGS.split(), *TRAINING.split(), "--epochs", "1", "--report-to", "notes")
     folder = extended / "logs" / "run"

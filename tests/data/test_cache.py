@@ -229,6 +229,7 @@ def locked_total(folder: Path) -> int:
         return used_bytes(folder)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("killed_share", [0.0, 0.02])
 def test_many_processes_never_exceed_the_limit_or_lose_open_files(tmp_path: Path, killed_share: float) -> None:
     running = processes(tmp_path, 4, killed_share)
@@ -243,6 +244,7 @@ def test_many_processes_never_exceed_the_limit_or_lose_open_files(tmp_path: Path
     assert [path.suffix for path in tmp_path.iterdir() if path.name != ".lock"] == [".tar"]
 
 
+@pytest.mark.processes
 def test_a_killed_download_releases_its_space_and_its_lock(tmp_path: Path) -> None:
     code = f"""
 import os, sys

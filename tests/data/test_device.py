@@ -77,6 +77,7 @@ def test_masks_are_applied_on_the_device(device: torch.device) -> None:
     assert device_batch.targets.tolist() == [[IGNORE_INDEX, 3, 4, IGNORE_INDEX, IGNORE_INDEX]]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("device", DEVICES)
 def test_device_batches_equal_those_of_the_loader(tmp_path: Path, device: torch.device) -> None:
     padded = sequence(0, 9, 0)

@@ -75,6 +75,7 @@ def test_every_fault_of_a_store_is_retried(
     assert faulty_s3.injected == {kind: 3}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("scheme", ["s3", "fsspec+s3", "pipe"])
 def test_a_flipped_bit_is_detected_and_downloaded_again(
     s3_bucket: str, tmp_path: Path, shard: bytes, caplog: pytest.LogCaptureFixture, scheme: str
@@ -124,12 +125,14 @@ def test_known_shards_need_one_request_and_a_wrong_length_is_an_error(
             fetched(url, tmp_path, Expected(length, sha256(shard)))
 
 
+@pytest.mark.processes
 def test_a_longer_failed_attempt_leaves_no_bytes_behind(tmp_path: Path, shard: bytes) -> None:
     (tmp_path / "long").write_bytes(shard + b"x" * 5000)
     url = f"pipe:cat {tmp_path}/long && cp {tmp_path}/shard.tar {tmp_path}/long"
     assert fetched(url, tmp_path, Expected(len(shard), "")) == shard
 
 
+@pytest.mark.processes
 def test_the_output_of_a_command_must_be_a_complete_tar(tmp_path: Path, shard: bytes) -> None:
     with pytest.raises(DataError, match=r"^pipe:head.*cut short.*in the last of 3 attempts; see the command's own"):
         fetched(f"pipe:head -c {len(shard) // 2} {tmp_path}/shard.tar", tmp_path)
@@ -137,6 +140,7 @@ def test_the_output_of_a_command_must_be_a_complete_tar(tmp_path: Path, shard: b
         fetched("pipe:true", tmp_path)
 
 
+@pytest.mark.processes
 def test_commands_are_retried(tmp_path: Path, pauses: list[float]) -> None:
     counter = tmp_path / "count"
     with pytest.raises(DataError, match=r"exit status 7, in the last of 3 attempts"):
@@ -208,6 +212,7 @@ def ends(pid: int) -> bool:
     return bool(select.select([handle], [], [], 10)[0])
 
 
+@pytest.mark.processes
 def test_a_stalled_command_is_killed_with_its_child_processes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     url = f"pipe:echo start; sleep 600 & echo $! >> {tmp_path}/pids; wait"
     with pytest.raises(DataError, match=r"no data received for 0\.3 s, in the last of 3 attempts"):
@@ -218,6 +223,7 @@ def test_a_stalled_command_is_killed_with_its_child_processes(tmp_path: Path, ca
     assert all(map(ends, pids))
 
 
+@pytest.mark.processes
 def test_a_slow_command_is_not_a_stall(tmp_path: Path, shard: bytes) -> None:
     half = len(shard) // 2
     path = f"{tmp_path}/shard.tar"
@@ -271,6 +277,7 @@ if sys.argv[1] == "kill":
 """
 
 
+@pytest.mark.processes
 def test_folders_are_removed_when_a_process_ends_or_by_the_next_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +299,7 @@ def test_folders_are_removed_when_a_process_ends_or_by_the_next_run(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.processes
 def test_a_folder_stays_while_a_forked_child_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = KILLED.replace("print(", "os.fork() or (os.close(1), os.close(2), sys.stdin.read(), os._exit(0))\nprint(")

@@ -15,6 +15,8 @@ import open_lm.data
 from open_lm.data import get_data, get_wds_dataset, sample_chunk
 from open_lm.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.processes
+
 
 def args_of(**options: object) -> Namespace:
     """Return the args that the original's trainer passes to its loaders; train_num_samples counts sequences."""

@@ -115,6 +115,7 @@ def test_short_sequences_are_filler_without_targets(tmp_path: Path) -> None:
     assert (batch.targets[batch.filled] != IGNORE_INDEX).all()
 
 
+@pytest.mark.processes
 def test_synthetic_data_needs_no_files() -> None:
     loaders = [loader_of(DataConfig(dataset_type="synthetic", workers=workers), seed=5) for workers in (0, 2)]
     for (first, _), (second, _) in zip(*(loader.batches(5) for loader in loaders), strict=True):
@@ -124,6 +125,7 @@ def test_synthetic_data_needs_no_files() -> None:
 
 
 # --- the same for any split ------------------------------------------------------------------------------------------
+@pytest.mark.processes
 @pytest.mark.parametrize("resampled", [False, True])
 def test_workers_change_nothing(two_sources: list[str], resampled: bool) -> None:
     sources = [manifest.replace("manifest.jsonl", "*.tar") for manifest in two_sources]
@@ -165,6 +167,7 @@ def test_resuming_from_any_state_gives_the_remaining_batches(
     assert [list(chain(*batches)) for batches in rest] == expected[stop:]
 
 
+@pytest.mark.processes
 def test_stopping_loses_no_batch_that_workers_had_prepared(two_sources: list[str]) -> None:
     data = config(*two_sources, multiple_data_passes=True, workers=2)
     expected = [places_of(batch) for batch, _ in loader_of(data).batches(20)]
@@ -177,12 +180,14 @@ def test_stopping_loses_no_batch_that_workers_had_prepared(two_sources: list[str
     assert taken + [places_of(batch) for batch, _ in resumed.batches(7)] == expected
 
 
+@pytest.mark.processes
 def test_the_global_random_state_does_not_change(two_sources: list[str]) -> None:
     before = torch.get_rng_state()
     list(loader_of(config(two_sources[0], workers=2)).batches(2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.processes
 def test_workers_can_be_spawned(two_sources: list[str]) -> None:
     """Workers receive plain values, so a platform that spawns its processes gives the same batches."""
     data = config(two_sources[0], workers=1)
@@ -208,6 +213,7 @@ def failure(loader: TrainLoader, batches: int = 20) -> Exception:
     return caught.value
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_error_of_a_worker_is_raised_with_its_message(tmp_path: Path, workers: int) -> None:
     pattern = write_source(tmp_path, [8, 8], manifest=False)
@@ -219,6 +225,7 @@ def test_the_error_of_a_worker_is_raised_with_its_message(tmp_path: Path, worker
     assert str(failure(loader)) == str(error)
 
 
+@pytest.mark.processes
 def test_batches_before_a_broken_shard_are_returned(tmp_path: Path) -> None:
     data = config(write_source(tmp_path, [8, 8]), workers=2)
     order = [places_of(batch)[0][1] for batch, _ in loader_of(data).batches(4)]
@@ -253,12 +260,14 @@ def test_shards_of_a_wrong_size_are_reported_together_before_the_run(tmp_path: P
         )
 
 
+@pytest.mark.processes
 def test_a_manifest_with_a_wrong_count(tmp_path: Path) -> None:
     manifest = write_source(tmp_path, [8, 8])
     write_manifest(tmp_path / "manifest.jsonl", [ManifestEntry("00000", 8), ManifestEntry("00001", 9)])
     assert "holds 8 sequences, but its manifest lists 9" in str(failure(loader_of(config(manifest, workers=2)), 4))
 
 
+@pytest.mark.processes
 def test_tolerated_errors_are_filler_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     manifest = write_source(tmp_path, [8, 8])
     (tmp_path / "00001.tar").write_bytes(b"x" * 5000)
@@ -271,6 +280,7 @@ def test_tolerated_errors_are_filler_and_counted(tmp_path: Path, caplog: pytest.
     ]
 
 
+@pytest.mark.processes
 def test_another_data_key_is_reported_once_and_by_one_rank(
     two_sources: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -288,6 +298,7 @@ def test_unknown_data_key_lists_the_known_ones(two_sources: list[str]) -> None:
         loader_of(DataConfig(dataset_manifest=two_sources, data_key="jsonl"))
 
 
+@pytest.mark.processes
 def test_sequences_too_short_everywhere(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "a.tar", [sequence(0, 0, m, 5) for m in range(9)])
     assert "the longest has 5 ids, but the model's seq_len 8 needs 9" in str(
@@ -310,6 +321,7 @@ def test_less_than_one_batch_is_an_error(two_sources: list[str]) -> None:
         loader_of(config(two_sources[0], train_num_samples=100, epochs=1), batch_size=8, world_size=2)
 
 
+@pytest.mark.processes
 def test_unreachable_s3_from_a_worker(two_sources: list[str], tmp_path: Path, s3_bucket: str) -> None:
     url = f"s3://{s3_bucket}/a"
     folder = Path(two_sources[0]).parent
@@ -327,6 +339,7 @@ def test_unreachable_s3_from_a_worker(two_sources: list[str], tmp_path: Path, s3
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_reads_every_sequence_once_in_file_order(tmp_path: Path, workers: int) -> None:
     pattern = write_source(tmp_path, [5, 4, 2], manifest=False)
@@ -395,6 +408,7 @@ def test_missing_validation_sets_are_reported_together(tmp_path: Path) -> None:
         val_loaders(DataConfig(), val_data=[f"{tmp_path}/one.tar", f"{tmp_path}/two.tar"])
 
 
+@pytest.mark.processes
 def test_golden_run_data(shared_dir: Path) -> None:
     """Shards of an original run: json.gz, and a manifest without the validation shards."""
     folder = shared_dir / "compat" / "run" / "data"

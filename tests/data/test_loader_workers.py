@@ -18,6 +18,8 @@ from open_lm.config.sections import DataConfig
 from open_lm.data.loader import TrainLoader, build_train_loader
 from open_lm.errors import DataError
 
+pytestmark = pytest.mark.processes
+
 
 def loader_of(manifest: str, workers: int, batch_size: int = 4, **options: object) -> TrainLoader:
     data = DataConfig(dataset_manifest=[manifest], data_key="npy", workers=workers, **options)  # type: ignore[arg-type]

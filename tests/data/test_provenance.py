@@ -49,6 +49,7 @@ def loader_of(data: DataConfig, **options: Any) -> TrainLoader:
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
+@pytest.mark.processes
 @pytest.mark.parametrize("pattern", ["manifest.jsonl", "*.tar", "{00000..00001}.tar"])
 def test_a_source_has_the_fields_of_manifest_and_dataset_json(tmp_path: Path, pattern: str) -> None:
     with_manifest(tmp_path, [3, 4])
@@ -70,6 +71,7 @@ def test_fields_without_a_manifest_are_unknown(tmp_path: Path) -> None:
     assert end_of_text_id([source]) is None
 
 
+@pytest.mark.processes
 def test_the_same_data_elsewhere_has_the_same_fingerprint(tmp_path: Path, s3_bucket: str) -> None:
     with_manifest(tmp_path / "here", [3, 4])
     inputs = ({"url": "/raw/a", "etag": "1", "num_bytes": 5, "sha256": "ab"},)
@@ -149,6 +151,7 @@ def test_sources_with_different_end_of_text_ids(tmp_path: Path) -> None:
 
 
 # --- data.json -------------------------------------------------------------------------------------------------------
+@pytest.mark.processes
 def test_a_description_is_written_and_read_again(tmp_path: Path) -> None:
     described = describe(sources_of(with_manifest(tmp_path / "a", [3, 4])))
     write(str(tmp_path / "data.json"), described)
@@ -238,6 +241,7 @@ def test_changes_of_order_factors_and_sources() -> None:
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
+@pytest.mark.processes
 def test_a_run_on_changed_shards_is_rejected_or_resumes_if_allowed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -267,6 +271,7 @@ def test_a_run_on_changed_shards_is_rejected_or_resumes_if_allowed(
     assert [p for batch, _ in allowed.batches(2) for p in places(batch.inputs.numpy()) if p[0] == 0] == expected
 
 
+@pytest.mark.processes
 def test_new_manifest_fields_do_not_change_the_data(tmp_path: Path) -> None:
     manifest = write_source(tmp_path, [8, 8])
     data = DataConfig(dataset_manifest=[manifest], data_key="npy", workers=0)

@@ -279,6 +279,7 @@ def test_a_tolerated_broken_shard_is_not_downloaded_for_each_of_its_sequences(
 
 
 # --- end to end ----------------------------------------------------------------------------------------------------
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_share_downloads_over_a_stalling_connection(
     faulty_s3: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int

@@ -230,6 +230,7 @@ def test_unreachable_s3_names_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> N
         find_validation_source("s3://nowhere/data/{00000..00003}.tar")
 
 
+@pytest.mark.processes
 def test_pipe_commands(tmp_path: Path) -> None:
     write_source(tmp_path / "data", [2, 3])
     source = find_validation_source(f"pipe:cat {tmp_path}/data/{{00000..00001}}.tar")
@@ -260,6 +261,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
         """Log nothing."""
 
 
+@pytest.mark.processes
 def test_the_error_for_a_failing_pipe_command_names_it(tmp_path: Path) -> None:
     source = Source("s", (f"pipe:cat {tmp_path}/none.tar",), (None,))
     with pytest.raises(

@@ -39,6 +39,7 @@ __all__ = ["local_ray", "raw", "small_tokenizer"]
 EOT_ID = 3
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("local_ray")
 def test_every_token_is_written_once_and_counted(
     raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str
@@ -197,6 +198,7 @@ make_2048.main(sys.argv[1:])
 """
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("local_ray")
 def test_the_same_command_completes_a_killed_run(
     tmp_path: Path, small_tokenizer: str, caplog: pytest.LogCaptureFixture

@@ -15,6 +15,8 @@ from open_lm.data.shard_format import expand_shards, read_manifest
 from open_lm.datapreprocess.make_2048 import s3_base
 from open_lm.errors import ConfigError
 
+pytestmark = pytest.mark.processes
+
 __all__ = ["local_ray", "raw", "small_tokenizer"]
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "datapreprocess" / "make_2048.py"

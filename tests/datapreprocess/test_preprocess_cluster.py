@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from datapreprocess_helpers import documents, small_tokenizer, tree, write_jsonl
 
+pytestmark = pytest.mark.processes
+
 __all__ = ["small_tokenizer"]
 
 # Runs the command with small units and chunks. The first argument is the id of the node for the feeds of streamed

@@ -23,6 +23,8 @@ from faulty_proxy import FaultyProxy, Rule
 
 from open_lm import storage
 
+pytestmark = pytest.mark.processes
+
 __all__ = ["small_tokenizer"]
 EOT_ID = 3
 

@@ -29,6 +29,8 @@ from open_lm.datapreprocess.make_2048 import main
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.storage import files
 
+pytestmark = pytest.mark.processes
+
 __all__ = ["small_tokenizer"]
 EOT_ID = 3
 NEVER = ""

@@ -120,6 +120,7 @@ def test_split_documents_never_continues_a_document(
         assert entry.extra["num_tokens"] == sum(LENGTH - ids.count(-1) for ids in shard)
 
 
+@pytest.mark.processes
 def test_trainer_masks_padding(raw: tuple[Path, list[str]], tmp_path: Path, small_tokenizer: str) -> None:
     import torch
 

@@ -138,6 +138,7 @@ def test_one_source_from_several_patterns(sources: Texts, tmp_path: Path, small_
     assert record_of(out_folder)["sources"]["w"]["documents"] == len(sources["wiki"])
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("more", [[], ["--num-consumers", "2"], ["--output-per-source"]])
 def test_inspection_reports_the_rejects_file(
     sources: Texts, tmp_path: Path, small_tokenizer: str, more: list[str]

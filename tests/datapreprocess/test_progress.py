@@ -216,6 +216,7 @@ def test_a_closed_stream_is_not_an_error() -> None:
         display.show(SNAPSHOT, final=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("source", ["kernel", "psutil"])
 def test_memory_of_a_process_and_its_descendants(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if source == "psutil":

@@ -58,6 +58,7 @@ def pipe_lines(texts: list[str]) -> bytes:
     return "".join(f"name {number}|{text}\n" for number, text in enumerate(texts)).encode()
 
 
+@pytest.mark.processes
 def test_a_new_format_needs_only_one_new_file(tmp_path: Path, repository: Path, small_tokenizer: str) -> None:
     texts = documents(300)
     raw = tmp_path / "raw"
@@ -81,6 +82,7 @@ def test_a_new_format_needs_only_one_new_file(tmp_path: Path, repository: Path, 
         assert result.returncode == 2 and ".parquet, .pipe, .tar" in result.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", ["make_2048.py", "ray/tokenize_shuffle.py"])
 def test_help_lists_the_new_format(repository: Path, script: str) -> None:
     result = run_command(repository, script, "--help")
@@ -89,6 +91,7 @@ def test_help_lists_the_new_format(repository: Path, script: str) -> None:
     assert original.returncode == 0 and ".parquet, .tar" in original.stdout and ".pipe" not in original.stdout
 
 
+@pytest.mark.processes
 def test_registering_formats_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"

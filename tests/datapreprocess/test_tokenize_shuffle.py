@@ -164,6 +164,7 @@ def test_subsets_depend_only_on_the_seed() -> None:
             choose(files, 42, subset, part)
 
 
+@pytest.mark.processes
 def test_the_script_from_s3_to_s3_with_a_new_local_ray(tmp_path: Path, small_tokenizer: str, s3_bucket: str) -> None:
     texts = documents(50)
     path = write_jsonl(tmp_path / "a.jsonl.zst", texts)

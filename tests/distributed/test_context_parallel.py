@@ -89,6 +89,7 @@ def test_document_masks_are_built_once_for_all_layers() -> None:
     torch.testing.assert_close(logits, model(ids, document_ids=document_ids)[0])
 
 
+@pytest.mark.processes
 def test_losses_and_gradients_equal_those_of_one_process(ranks: Callable[..., object], tmp_path: Path) -> None:
     ranks(3, "context_worker", str(tmp_path / "out.json"))
     results = json.loads((tmp_path / "out.json").read_text())

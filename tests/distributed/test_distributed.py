@@ -166,6 +166,7 @@ def differences(steps: list[list[float]], expected: list[list[float]]) -> float:
     )
 
 
+@pytest.mark.processes
 def test_settings_of_fsdp_on_two_ranks(ranks: Callable[..., object], tmp_path: Path) -> None:
     """Losses and gradient norms equal those of one process within 1e-5, and approximately in half precision.
 
@@ -191,6 +192,7 @@ def test_settings_of_fsdp_on_two_ranks(ranks: Callable[..., object], tmp_path: P
             assert difference < 1e-5, job
 
 
+@pytest.mark.processes
 def test_hybrid_sharding_over_two_nodes_of_two(ranks: Callable[..., object], tmp_path: Path) -> None:
     """The variable LOCAL_WORLD_SIZE makes four ranks look like two nodes of two."""
     jobs = [{"layout": "hybrid", "accum_freq": 2}, {"layout": "hybrid_o2", "tied": True}]

@@ -220,5 +220,6 @@ def ranks(rank: int, folder: Path) -> None:
     check_initialisation_and_averages(rank, folder)
 
 
+@pytest.mark.processes
 def test_every_layout_of_four_ranks(tmp_path: Path) -> None:
     on_ranks(ranks, tmp_path, 4)

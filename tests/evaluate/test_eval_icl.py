@@ -20,6 +20,8 @@ import yaml
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Transformer, create_model, create_params
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 EVAL = ROOT / "eval"
 EXAMPLES = 23  # odd, so that two processes get different numbers of examples

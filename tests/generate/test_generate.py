@@ -281,6 +281,7 @@ def test_command_reads_files(
     assert [json.loads(line)["prompt"] for line in whole_file] == ["one\ntwo"]
 
 
+@pytest.mark.processes
 def test_command_streams_to_a_terminal(trained: Path, tokenizer_file: Path, byte_model: Transformer) -> None:
     tokenizer = load_tokenizer(str(tokenizer_file))
     (expected,) = complete_texts(byte_model, tokenizer, ["hello"], GREEDY)
@@ -334,6 +335,7 @@ def test_command_with_a_checkpoint_of_another_model(
     assert "tok_embeddings.weight: found (260, 32), the model has (16, 16)" in result.stderr
 
 
+@pytest.mark.processes
 def test_command_help_imports_no_torch() -> None:
     code = "import sys, runpy; sys.argv = ['generate.py', '--help']\n"
     code += f"try: runpy.run_path({str(ROOT / 'scripts' / 'generate.py')!r}, run_name='__main__')\n"

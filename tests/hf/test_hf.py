@@ -47,6 +47,7 @@ def test_golden_models(shared_dir: Path, variant: str) -> None:
     assert_equivalent(check(shared_dir / "compat" / "models" / variant))
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not os.access(EVAL_PYTHON, os.X_OK), reason="no .venv-eval; create it with `make install-eval`")
 def test_golden_models_with_transformers_of_the_evaluation_environment(shared_dir: Path) -> None:
     program = str(ROOT / "tests" / "helpers" / "hf_golden_check.py")
@@ -214,6 +215,7 @@ def test_invalid_transformers_models_raise(tmp_path: Path, monkeypatch: pytest.M
         create_hf_model(ModelSettings("", str(tmp_path / "model")))
 
 
+@pytest.mark.processes
 def test_importing_the_trainer_does_not_import_transformers() -> None:
     program = (
         "import sys, open_lm.model.transformer, open_lm.generate.sampling; sys.exit('transformers' in sys.modules)"

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 _CODE = """
 import json, resource, sys, torch
 from open_lm.kernels.cpu_memory import keep_freed_memory

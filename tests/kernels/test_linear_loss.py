@@ -255,6 +255,7 @@ def unsupported_shardings_raise(mesh: torch.distributed.DeviceMesh) -> None:
         chunked(hidden, distribute_tensor(weight.detach(), mesh, [Replicate()]), targets)
 
 
+@pytest.mark.processes
 def test_sharded_vocabulary(tmp_path: Path) -> None:
     on_ranks(sharded_loss_equals_full_loss, tmp_path, 3)
 

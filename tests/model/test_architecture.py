@@ -106,6 +106,7 @@ def test_run_settings_use_the_copied_model_file_if_the_original_is_deleted(tmp_p
     assert read_architecture(read_run_settings(checkpoint)["model"]) == read_architecture(write(tmp_path, GOOD))
 
 
+@pytest.mark.processes
 def test_no_torch_is_imported() -> None:
     code = "import sys, open_lm.config.architecture, open_lm.tokenizer; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -275,6 +275,7 @@ def test_compiled_blocks_are_compiled_once(representation: str, monkeypatch: pyt
     assert counter.frame_count == compiled_after_first == 1
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_loss_of_one_process(tmp_path: Path, ranks: Callable[..., object]) -> None:
     ranks(2, "document_worker", "out.json")
     expected = document_worker.loss_and_norm("ddp")

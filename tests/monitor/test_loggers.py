@@ -64,6 +64,7 @@ def test_console_and_log_file_have_the_documented_format(tmp_path: Path, capsys:
     assert capsys.readouterr().out.splitlines() == lines
 
 
+@pytest.mark.processes
 def test_the_log_file_continues_after_the_console_is_closed(tmp_path: Path) -> None:
     log = tmp_path / "out.log"
     code = (
@@ -149,6 +150,7 @@ def test_tensorboard_files_can_be_read_and_resumed(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.processes
 def test_offline_wandb_stores_the_run_in_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

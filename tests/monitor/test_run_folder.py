@@ -13,6 +13,8 @@ from open_lm.errors import ConfigError
 from open_lm.monitor import run_folder
 from open_lm.monitor.run_folder import RunPaths
 
+pytestmark = pytest.mark.processes
+
 HOLD_LOCK = """
 import sys
 from open_lm.monitor.run_folder import RunPaths

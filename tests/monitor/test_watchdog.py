@@ -15,6 +15,8 @@ from open_lm.errors import WATCHDOG_EXIT_CODE
 from open_lm.monitor import watchdog
 from open_lm.monitor.watchdog import RankStatus, Watchdog
 
+pytestmark = pytest.mark.processes
+
 SINGLE_PROCESS = """
 import sys, threading
 from open_lm.monitor import watchdog

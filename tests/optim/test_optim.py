@@ -211,6 +211,7 @@ def test_moments_of_another_program_are_rejected() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- ranks
+@pytest.mark.processes
 def test_every_layout_updates_like_a_single_process(tmp_path: Path, ranks: Callable[..., object]) -> None:
     """Parameters, moments and gradient norms are equal for replicas, uneven shards, hybrids and tensor parallelism.
 

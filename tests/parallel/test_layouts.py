@@ -51,6 +51,7 @@ def covered_values(case: dict[str, Any]) -> set[tuple[Any, ...]]:
     return {(kind, option, case[option]) for kind in kinds for option in parity.OPTIONS}
 
 
+@pytest.mark.processes
 def test_every_layout_trains_like_a_single_process() -> None:
     """Train 2 steps, on more than 2 ranks with one set of options per layout that covers most new values.
 
@@ -84,6 +85,7 @@ def test_the_offload_layout_offloads_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -
     assert [type(options["offload_policy"]) for options in policies] == [CPUOffloadPolicy, OffloadPolicy]
 
 
+@pytest.mark.processes
 def test_initial_weights_are_independent_of_the_layout_and_never_unsharded() -> None:
     small, large = layout_worker.SMALL, layout_worker.LARGE
     # Peak memory never decreases, so the memory of the large model is measured first, after a warm-up.
@@ -100,6 +102,7 @@ def test_initial_weights_are_independent_of_the_layout_and_never_unsharded() -> 
     assert sharded["growth_bytes"] < 0.75 * full_bytes  # the shards and one full tensor at a time
 
 
+@pytest.mark.processes
 def test_evaluation_returns_full_logits_for_every_kind_of_call() -> None:
     expected = layout_worker.logits({})
     # --fsdp-pure-bf16 has no effect without --fsdp, so all layouts compute in float32.
@@ -115,6 +118,7 @@ def test_equal_blocks_with_checkpointing_are_compiled_once() -> None:
     assert result["compiled"] == pytest.approx(result["eager"], rel=1e-5)
 
 
+@pytest.mark.processes
 def test_equal_blocks_with_tensor_parallelism_are_compiled_once() -> None:
     (result,) = on_ranks(2, [(layout_worker.compiled, TENSOR_PARALLEL, "none")])
     assert result["graphs"] == 1 and result["graph_breaks"] == 0

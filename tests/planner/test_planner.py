@@ -63,6 +63,7 @@ COMPARED = ("single amp op", "gemma_geglu", "ddp accum full", "fsdp muon full", 
             "offload full")  # fmt: skip
 
 
+@pytest.mark.processes
 def test_memory_is_within_a_tenth_of_the_tracked_memory(tmp_path: Path) -> None:
     contents = {"hidden_dim": 256, "n_layers": 2, "n_heads": 4, "seq_len": 512, "vocab_size": 8000}
     path = tmp_path / "small.json"
@@ -351,6 +352,7 @@ def test_speeds_are_read_from_a_benchmark_file(tmp_path: Path) -> None:
         planned(f"--model open_lm_1b --bench {path}")
 
 
+@pytest.mark.processes
 def test_planner_does_not_import_torch() -> None:
     argv = ["--model", "open_lm_1b", "--most-devices", "0", "--json"]
     code = f"import sys, open_lm.planner.command as p; p.main({argv}); assert 'torch' not in sys.modules"

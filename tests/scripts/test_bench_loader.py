@@ -7,6 +7,8 @@ from pathlib import Path
 import bench_loader
 import pytest
 
+pytestmark = pytest.mark.processes
+
 
 def test_ours_and_a_peer_are_measured_and_a_missing_peer_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -7,6 +7,8 @@ from pathlib import Path
 import bench_s3
 import pytest
 
+pytestmark = pytest.mark.processes
+
 
 def test_ours_is_compared_with_a_plain_client(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

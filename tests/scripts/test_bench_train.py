@@ -145,6 +145,7 @@ def runs_in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return kinds
 
 
+@pytest.mark.processes
 def test_benchmark_of_ours_the_original_and_a_command(
     tmp_path: Path,
     runs_in_process: list[str],
@@ -195,6 +196,7 @@ def test_invalid_command_lines_fail_before_any_measurement(arguments: list[str],
         bench_train.main(["--device", "cpu", "--threads", "1", *arguments])
 
 
+@pytest.mark.processes
 def test_error_of_a_failing_command(tmp_path: Path) -> None:
     args = bench_train.make_parser().parse_args(["--device", "cpu", "--threads", "1"])
     with pytest.raises(ConfigError, match=r"(?s)ended with exit status 3.*lost"):

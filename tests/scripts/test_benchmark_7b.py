@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 FOLDER = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_7B"
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 ENV = {"PYTHON": sys.executable, "NPROC": "2", "TENSOR": "2", "OMP_NUM_THREADS": "1"}

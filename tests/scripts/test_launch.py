@@ -103,6 +103,7 @@ def test_parse_host_rejects_a_host_that_ssh_would_parse_as_an_option() -> None:
 
 
 # --- nodes on this machine ------------------------------------------------------------------------------------------
+@pytest.mark.processes
 def test_all_unreachable_hosts_are_reported(tmp_path: Path) -> None:
     shell = program(tmp_path / "shell", 'echo "shell: no route to $1" >&2; exit 255')
     (tmp_path / "hosts.txt").write_text("node1\nnode2\n")
@@ -112,6 +113,7 @@ def test_all_unreachable_hosts_are_reported(tmp_path: Path) -> None:
     assert "1. node1: shell: no route to node1" in done.stderr and "2. node2: shell: no route to node2" in done.stderr
 
 
+@pytest.mark.processes
 def test_the_error_of_ssh_is_reported(tmp_path: Path) -> None:
     (tmp_path / "hosts.txt").write_text("127.0.0.1:1\n")
     options = ["--hosts", str(tmp_path / "hosts.txt"), "--ssh", "ssh -o BatchMode=yes"]
@@ -168,6 +170,7 @@ time.sleep(1000)
 """
 
 
+@pytest.mark.processes
 def test_the_node_that_failed_first_is_reported(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(FAILING)
     options = ["--nodes", "2", "--nproc-per-node", "2", "--env", "GIVEN"]
@@ -189,6 +192,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.processes
 def test_a_node_exits_after_its_launcher_is_killed(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     options = ["--nproc-per-node", "1", "--grace", "1", str(tmp_path / "worker.py")]
@@ -203,6 +207,7 @@ def test_a_node_exits_after_its_launcher_is_killed(tmp_path: Path) -> None:
         os.close(descriptor)
 
 
+@pytest.mark.processes
 def test_a_second_signal_kills_a_run_that_does_not_stop(tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{WORKER}")
     with start(["--nproc-per-node", "1", str(tmp_path / "worker.py")], tmp_path) as process:
@@ -331,6 +336,7 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
+@pytest.mark.processes
 def test_two_machines_stop_resume_and_train_like_one(machines: Machines, tmp_path: Path) -> None:
     command = [*options(machines), *training(tmp_path, 10**6, "--name", "two")]
     with start(command, tmp_path) as process:
@@ -350,6 +356,7 @@ def test_two_machines_stop_resume_and_train_like_one(machines: Machines, tmp_pat
     assert losses(tmp_path / "two") == losses(tmp_path / "one") and len(losses(tmp_path / "one")) == stopped + 5
 
 
+@pytest.mark.processes
 def test_the_other_nodes_stop_after_a_machine_dies(machines: Machines, tmp_path: Path) -> None:
     command = [*options(machines), "--output", "first", *training(tmp_path, 10**6, "--name", "dies")]
     with start(command, tmp_path) as process:
@@ -365,6 +372,7 @@ def test_the_other_nodes_stop_after_a_machine_dies(machines: Machines, tmp_path:
     assert not any(machines.processes(address) for address in ADDRESSES)
 
 
+@pytest.mark.processes
 def test_an_invalid_flag_is_reported_once(machines: Machines, tmp_path: Path) -> None:
     command = [*options(machines), *training(tmp_path, 5, "--name", "mistake", "--global-batch-size", "3")]
     done = finished(command, tmp_path)

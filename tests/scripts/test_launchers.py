@@ -105,6 +105,7 @@ def test_the_first_slurm_node_is_the_master(nodes: str, first: str) -> None:
     assert _slurm_master({"SLURM_JOB_ID": "1"}) == {}
 
 
+@pytest.mark.processes
 def test_a_slurm_job_saves_before_its_time_limit_and_is_requeued(tools: Path, tmp_path: Path) -> None:
     env = environment(tools)
     flags = training(tmp_path, 10**6)[2:]

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--text-mb", "0.4", "--tokens", "20000", "--epochs", "2", "--vocab-size", "512"]
 

@@ -48,6 +48,7 @@ def test_prefetch_errors_are_raised_when_the_block_is_read(monkeypatch: pytest.M
             reader.read(1)
 
 
+@pytest.mark.processes
 def test_a_reader_works_in_a_forked_child(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage_files, "BLOCK_BYTES", 1000)
     url, data = f"s3://{s3_bucket}/x", os.urandom(5000)

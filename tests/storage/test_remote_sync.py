@@ -331,6 +331,7 @@ def test_a_bucket_that_disappears_and_comes_back(
     assert set(content(address)) == {*FILES, *in_step(STEP)}, "all files are uploaded again"
 
 
+@pytest.mark.processes
 def test_a_killed_upload_leaves_nothing_that_looks_complete(run: Path, step: Path, faulty_s3: FaultyProxy) -> None:
     arrived, end = threading.Event(), threading.Event()
 

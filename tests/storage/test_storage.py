@@ -247,6 +247,7 @@ def test_s3_errors_say_what_to_do(s3_bucket: str, monkeypatch: pytest.MonkeyPatc
         storage.read_bytes(f"s3://{s3_bucket}/x")
 
 
+@pytest.mark.processes
 def test_forked_workers_read_s3(s3_bucket: str) -> None:
     """Data workers are forked and must not share the parent's connections."""
     url = f"s3://{s3_bucket}/shared"
@@ -261,6 +262,7 @@ def test_forked_workers_read_s3(s3_bucket: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- imports and ranges
+@pytest.mark.processes
 def test_importing_loads_no_heavy_library() -> None:
     modules = ("storage", "storage.remote_sync", "monitor.loggers", "monitor.run_folder", "utils.file_utils")
     code = f"import sys, {', '.join(f'open_lm.{name}' for name in modules)}\n"

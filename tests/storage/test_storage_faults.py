@@ -181,6 +181,7 @@ def test_slow_transfers_do_not_stall_but_silent_ones_do(pauses: list[float]) -> 
     finished.set()
 
 
+@pytest.mark.processes
 def test_other_processes_recover_from_faults(faulty_s3: FaultyProxy) -> None:
     """Run a subprocess with the real pauses; the first ones are short."""
     url = f"s3://{faulty_s3.bucket}/x"
@@ -311,6 +312,7 @@ except StorageError as error:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", ["write_bytes", "small writes", "download"])
 def test_a_file_size_limit_is_reported_and_keeps_the_old_file(tmp_path: Path, how: str) -> None:
     target, source = tmp_path / "folder" / "file", tmp_path / "source"

@@ -18,6 +18,8 @@ from open_lm.config.sections import Config
 from open_lm.model import attention
 from open_lm.training.build import _create_model
 
+pytestmark = pytest.mark.processes
+
 FLAGS = (
     *("--model", "open_lm_test_tiny", "--dataset-type", "synthetic", "--train-num-samples", "8192", "--epochs", "1"),
     *("--global-batch-size", "4", "--workers", "0", "--precision", "amp_bfloat16", "--log-every-n-steps", "1"),

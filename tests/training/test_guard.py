@@ -92,6 +92,7 @@ def test_state_survives_json() -> None:
     assert first.state() == second.state() and first.counts() == {"skipped_steps": 2, "spikes": 2}
 
 
+@pytest.mark.processes
 def test_all_ranks_skip_and_stop_together(tmp_path: Path) -> None:
     """A NaN loss on rank 1 only, replicated and sharded; a signal to rank 1; the clock of rank 0."""
     code, output = fault_helpers.run(tmp_path, "agree")

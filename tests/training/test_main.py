@@ -122,6 +122,7 @@ def test_interrupted_run_equals_an_uninterrupted_one(sharded: bool, golden: list
     assert losses(tmp_path / "interrupted") == expected, "a finished run does nothing"
 
 
+@pytest.mark.processes
 def test_layouts_and_resuming_in_another_layout(
     golden: list[str], shared_dir: Path, tmp_path: Path, ranks: Callable[..., object]
 ) -> None:
@@ -293,6 +294,7 @@ def test_flags_work_together(flags: list[str], tmp_path: Path) -> None:
         assert "epoch_latest.pt" in names and "epoch_2.pt" in names and "epoch_1.pt" not in names
 
 
+@pytest.mark.processes
 def test_compiled_training_gives_the_same_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("compiling for CPU needs a C++ compiler")
@@ -318,6 +320,7 @@ def test_run_folder_is_copied_to_a_bucket(golden: list[str], tmp_path: Path, s3_
     assert storage.exists(f"s3://{s3_bucket}/runs/run/params.txt")
 
 
+@pytest.mark.processes
 def test_readme_command_on_two_processes(
     shared_dir: Path, tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -394,6 +397,7 @@ def test_evaluation_without_a_model_is_an_error(shared_dir: Path, tmp_path: Path
         main(["--model", model, *validation(shared_dir), "--logs", str(tmp_path), "--name", "run"])
 
 
+@pytest.mark.processes
 def test_mistakes_exit_with_one_message_and_write_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "open_lm.main", "--model", "open_lm_11n", "--dataset-type", "synthetic"]
     command += ["--train-num-samples", "4096", "--logs", str(tmp_path / "logs"), "--global-batch-size", "1"]
@@ -403,6 +407,7 @@ def test_mistakes_exit_with_one_message_and_write_nothing(tmp_path: Path) -> Non
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.processes
 def test_common_mistake_of_all_ranks_is_printed_once(
     shared_dir: Path, tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -413,6 +418,7 @@ def test_common_mistake_of_all_ranks_is_printed_once(
     assert result.stderr.count("missing-2.tar (of") == 1
 
 
+@pytest.mark.processes
 def test_help_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     code = (
         "import sys, open_lm.main\n"

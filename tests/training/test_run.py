@@ -344,6 +344,7 @@ def test_stop_logs_what_is_saved_and_an_evaluation_stops_immediately(
 
 
 # --- changed settings -------------------------------------------------------------------------------------------------
+@pytest.mark.processes
 def test_changed_settings_are_logged(flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     more = ["--name", "run", "--lr-scheduler", "const"]

@@ -129,6 +129,7 @@ def test_invalid_arguments(tmp_path: Path) -> None:
         assert flag in str(config_error.value)
 
 
+@pytest.mark.processes
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_set(tmp_path)
     assert command([str(tmp_path), "--verify"]) == 0  # two shards, read by two processes on two cores

@@ -98,6 +98,7 @@ def test_dataset_json_in_the_parent_folder(tmp_path: Path, capsys: pytest.Captur
     assert any("other: no dataset.json" in note for note in found["verified"]["unchecked"])
 
 
+@pytest.mark.processes
 def test_folders_of_several_sources_are_separate_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("web", "wiki"):
         make_folder(tmp_path / name, {"s0": SEQUENCES[: 1 if name == "web" else 3]}, name)
@@ -180,6 +181,7 @@ def test_samples_are_drawn_from_all_sequences_with_the_seed() -> None:
 # --- --make-manifest ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_make_manifest_reports_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_set(tmp_path)
     expected = read_manifest(str(tmp_path / "manifest.jsonl"))
@@ -264,6 +266,7 @@ def test_progress_line() -> None:
     assert progress_line(1, 2, 50_000_000, 0, 3700.0).endswith("1:01:40 left")
 
 
+@pytest.mark.processes
 def test_help_imports_no_numpy_and_the_command_no_torch(tmp_path: Path) -> None:
     make_set(tmp_path)
     code = "import sys; from open_lm.utils.inspect_shards import main, make_parser; make_parser().format_help(); "

@@ -29,6 +29,7 @@ def make_shards(folder: Path | str, counts: dict[str, int]) -> None:
                 writer.write(f"{number:04d}", np.arange(5))
 
 
+@pytest.mark.processes
 def test_command_on_the_golden_shards(shared_dir: Path, tmp_path: Path) -> None:
     for source in (shared_dir / "compat" / "run" / "data").glob("*.tar"):
         (tmp_path / source.name).write_bytes(source.read_bytes())
@@ -53,6 +54,7 @@ def test_command_on_the_golden_shards(shared_dir: Path, tmp_path: Path) -> None:
         assert entry.extra["num_tokens"] == sum(map(len, members))
 
 
+@pytest.mark.processes
 def test_broken_shards_are_reported_together_and_nothing_is_written(tmp_path: Path) -> None:
     make_shards(tmp_path, {"a": 3, "b": 2, "c": 1})
     for name in ("a", "c"):
@@ -128,6 +130,7 @@ def test_additional_keys_of_unchanged_shards_are_kept(tmp_path: Path, capsys: py
     assert again == first and changed.num_sequences == 1 and "sources" not in changed.extra
 
 
+@pytest.mark.processes
 def test_make_manifest_in_s3(s3_bucket: str, tmp_path: Path) -> None:
     folder = f"s3://{s3_bucket}/set"
     make_shards(folder, {"00000001": 4, "00000002": 2})

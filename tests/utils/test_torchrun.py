@@ -13,6 +13,8 @@ import pytest
 
 from open_lm.utils.torchrun import install_script, main, split_command
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
