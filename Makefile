@@ -34,7 +34,7 @@ $(UV):
 $(VENV)/.installed: $(UV) requirements/dev.txt setup.py pyproject.toml
 	$(UV) pip install --quiet --compile-bytecode --python $(VENV)/bin/python -r requirements/dev.txt
 	$(UV) pip install --quiet --python $(VENV)/bin/python --no-deps --editable .
-	@$(VENV)/bin/python -c "import sys; from pathlib import Path; from open_lm.utils.torchrun import replace_script; replace_script(Path(sys.executable).parent)"
+	@$(VENV)/bin/python -c "import sys; from pathlib import Path; from open_lm.utils.torchrun import install_script; install_script(Path(sys.executable).parent)"
 	@$(VENV)/bin/python -m compileall -q open_lm
 	@touch $@
 
