@@ -157,7 +157,9 @@ def test_requirements_name_no_registry(path: Path) -> None:
 def test_make_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    # Under `make test` this is a nested make, which would print the directory.
+    command = ["make", "--no-print-directory", "help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert targets is not None
     assert [line.split()[0] for line in result.stdout.splitlines()] == targets.group(1).split()
 

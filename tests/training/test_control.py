@@ -61,6 +61,7 @@ def test_master_clock_requests_saves() -> None:
     assert RunControl(clock=lambda: 1e9).requests() == (0, 0), "0 minutes means never"
 
 
+@pytest.mark.processes
 def test_first_interrupt_requests_a_stop_and_the_second_ends_the_process() -> None:
     before = signal.getsignal(signal.SIGINT)
     with RunControl() as control:
