@@ -74,7 +74,7 @@ def add_common_options(parser: Parser) -> None:
         help="never continue a document in another sequence: pack complete documents into sequences and pad them; cut "
         "only documents longer than a sequence",
     )  # fmt: skip
-    documents("--drop-tail", action="store_true", help="drop the last tokens that do not fill a sequence")
+    documents("--drop-tail", action="store_true", help="drop the leftover tokens that do not fill a sequence")
     bad = parser.add_argument_group("bad input").add_argument
     bad(
         "--max-bad-fraction", type=float,
@@ -88,7 +88,9 @@ def add_common_options(parser: Parser) -> None:
     )  # fmt: skip
     mixing("--mixture", help="a built-in mixture of sources and rates, or a YAML file (see docs/preprocessing.md)")
     mixing("--output-per-source", action="store_true", help="write one data set per source, to mix them in training")
-    mixing("--mixture-tokens", type=int, help="tokens of the mixture; repeats documents if necessary")
+    mixing(
+        "--mixture-tokens", type=int, help="total number of tokens of the mixture; documents are repeated if necessary"
+    )
     running = parser.add_argument_group("running").add_argument
     running("--memory-limit", help="for all processes on one machine, for example 8GB (default: half of its memory)")
     running(

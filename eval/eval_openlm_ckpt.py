@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on in-context-learning tasks with llm-foundry.
 
-    python eval_openlm_ckpt.py --eval-yaml in_memory_hf_eval.yaml --model-config ../model_configs/open_lm_1b.json \
+    python eval_openlm_ckpt.py --eval-yaml in_memory_hf_eval.yaml --model-config ../model_configs/open_lm_1b.json \\
         --checkpoint ../logs/NAME/checkpoints/epoch_2.pt --data-dir FOLDER
 
 Several devices: torchrun --nproc-per-node N eval_openlm_ckpt.py … (every process has the full model and evaluates a
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", help="folder of the tasks' .jsonl files; overrides data_dir of the YAML files")
     parser.add_argument("--tasks", nargs="+", help="labels of the tasks to run; default: all")
     parser.add_argument("--max-examples", type=int, help="use only the first N examples of a task (of each category)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if available")
     parser.add_argument(
         "--output",
         help="path of the JSON result; default: {checkpoint}_{YAML names}.json, "

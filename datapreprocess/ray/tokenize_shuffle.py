@@ -73,9 +73,9 @@ def make_parser() -> Parser:
     add("--ray_dashboard_host", help="host on which a locally started Ray serves its dashboard")
     add("--force_parallelism", type=int, help="number of parallel tasks (default: one per processor)")
     add("--force_num_cores", type=int, help="number of processors of this machine to use")
-    add("--num_writers_per_node", type=int, help="without effect: every processor writes shards")
-    add("--presort", action="store_true", help="without effect: --seed determines the order")
-    add("--allow_imbalanced_write", action="store_true", help="without effect: shards are always balanced")
+    add("--num_writers_per_node", type=int, help="no effect: every processor writes shards")
+    add("--presort", action="store_true", help="no effect: --seed determines the order")
+    add("--allow_imbalanced_write", action="store_true", help="no effect: shards are always balanced")
     add_common_options(parser)
     return parser
 

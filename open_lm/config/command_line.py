@@ -145,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = FlagParser(
         prog="open_lm.main",
         description="Train or evaluate a language model on shards of tokens. Use torchrun for several processes. "
-        "--no-FLAG switches off a flag without a value, such as --no-fsdp, also if --config switches it on.",
+        "--no-FLAG (such as --no-fsdp) turns off a flag that takes no value, even if --config turns it on.",
         argument_default=argparse.SUPPRESS,
         formatter_class=_HelpFormatter,
     )

@@ -62,7 +62,7 @@ class DataConfig(Section):
         False, "start another pass when the sources of --dataset-manifest are exhausted, instead of failing"
     )
     data_key: str = flag(
-        "txt", "expected format of the samples in a shard: npy, json.gz, json or txt; other formats are detected"
+        "txt", "format of the samples in a shard: npy, json.gz, json or txt; another of these in a shard is detected"
     )
     train_num_samples: int | None = flag(None, "number of tokens per epoch, that is, per checkpoint interval")
     epochs: int = flag(32, "number of epochs of --train-num-samples tokens")
@@ -82,10 +82,10 @@ class DataConfig(Section):
         None, "token id that is never a target, such as a padding token; default: no such mask"
     )
     document_mask: bool = flag(
-        False, "restrict attention to the document of the token, and count positions from the start of the document"
+        False, "let each token attend to its own document only, and restart positions at each document"
     )
     end_of_text_id: int | None = flag(
-        None, "with --document-mask, id of the token that ends a document; default: read from dataset.json of the data"
+        None, "with --document-mask, id that ends a document; default: that of the shards' dataset.json"
     )
     cache_dir: str | None = flag(None, "local folder in which to cache remote shards; default: no cache")
     cache_limit: str = flag("100GB", "maximum size of --cache-dir, such as 500MB or 2TB")
@@ -134,7 +134,7 @@ class ArchitectureConfig(Section):
     attn_seq_scalar: str | None = flag(
         None, "with custom_attn, length by which the attention weights are divided", choices=registry.ATTENTION_LENGTHS
     )
-    attn_seq_scalar_alpha: float | None = flag(None, "with custom_attn, exponent of the length --attn-seq-scalar")
+    attn_seq_scalar_alpha: float | None = flag(None, "with custom_attn, exponent of the --attn-seq-scalar length")
 
 
 @dataclass(frozen=True)
@@ -272,10 +272,12 @@ class CheckpointConfig(Section):
     pretrained: str | None = flag(None, "checkpoint with the initial weights of a new run")
     load_pretrained_state: bool = flag(
         False,
-        "with --pretrained, continue its epoch, step, optimizer and schedule; new data start at their beginning",
+        "with --pretrained, also restore epoch, step, optimizer and schedule; new data start from the beginning",
     )
-    average: list[str] | None = flag(None, "checkpoints whose average to start a new run from, or to evaluate")
-    average_coefficients: list[float] | None = flag(None, "coefficients of --average, of sum 1; default: equal ones")
+    average: list[str] | None = flag(None, "checkpoints to average, to start a new run from or to evaluate")
+    average_coefficients: list[float] | None = flag(
+        None, "a weight per --average checkpoint, with sum 1; default: equal"
+    )
     save_frequency: int = flag(
         1, "keep the checkpoint of every N-th epoch, and that of the last one; 0: only that of the last one"
     )
@@ -292,12 +294,10 @@ class CheckpointConfig(Section):
         "folder or s3:// URL for checkpoints, which are stored in its subfolder {name}/checkpoints; default: the run's "
         "folder in --logs",
     )
-    save_every_n_steps: int = flag(0, "steps between two sharded checkpoints; 0: only at the end of an epoch")
-    save_every_minutes: float = flag(0.0, "minutes between two sharded checkpoints; 0: only at the end of an epoch")
+    save_every_n_steps: int = flag(0, "write a sharded checkpoint every N steps; 0: only at the end of an epoch")
+    save_every_minutes: float = flag(0.0, "write a sharded checkpoint every N minutes; 0: only at the end of an epoch")
     keep_last: int = flag(2, "number of sharded checkpoints to keep; 0: all")
-    save_milestone_every: int = flag(
-        0, "steps between two sharded checkpoints that are never deleted; 0: no such checkpoints"
-    )
+    save_milestone_every: int = flag(0, "keep a sharded checkpoint permanently every N steps; 0: none")
     distill_model: str | None = no_effect(None, "distillation is not supported")
     distill_pretrained: str | None = no_effect(None, "distillation is not supported")
 
@@ -330,7 +330,7 @@ class LoggingConfig(Section):
 
     logs: str = flag("./logs/", "parent folder of all run folders; 'none': write no files")
     log_local: bool = flag(False, "log on the first rank of each node instead of on rank 0 only")
-    log_every_n_steps: int = flag(100, "steps between two log lines")
+    log_every_n_steps: int = flag(100, "log every N steps")
     log_logit_mean: bool = flag(False, "log the mean of the logits")
     report_to: str = flag(
         "",
@@ -343,7 +343,7 @@ class LoggingConfig(Section):
     remote_sync: str | None = flag(
         None, "s3:// or other URL to which the run's folder is copied periodically; default: no copy"
     )
-    remote_sync_frequency: int = flag(300, "seconds between two copies to --remote-sync")
+    remote_sync_frequency: int = flag(300, "copy to --remote-sync every N seconds")
     remote_sync_protocol: str = flag("s3", "protocol of --remote-sync", choices=("s3", "fsspec"))
 
 
@@ -356,9 +356,9 @@ class ValidationConfig(Section):
         None, "format of the samples, one value per validation set or one for all; default: --data-key"
     )
     val_num_samples: int | None = flag(None, "number of tokens to use per validation set; default: all")
-    val_frequency: int = flag(1, "epochs between two validations")
+    val_frequency: int = flag(1, "validate every N epochs")
     global_val_batch_size: int | None = flag(
-        None, "sequences per validation batch, over all devices; default: as in training, or 8 per device without it"
+        None, "sequences per validation batch, over all devices; default: as in training, or else 8 per device"
     )
     val_seq_ci: bool = flag(
         False, "estimate a 95 % confidence interval of the validation loss by bootstrapping over sequences"

@@ -48,9 +48,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--strategies", help=f"comma-separated strategies to evaluate (default: all): {', '.join(STRATEGIES)}")
     add("--matmul-tflops", help="TFLOP/s of a device's matrix products (default: from its data sheet)")
     add("--mfu", help=f"share of --matmul-tflops that a step on one device reaches, such as 0.5 (default: {MFU})")
-    add("--bench", metavar="FILE", help="read both from the measurement of scripts/bench_train.py --json FILE")
-    add("--bandwidth-intra", help="GB/s of a device within its node (default: by --device)")
-    add("--bandwidth-inter", help="GB/s of a node to other nodes (default: by --device)")
+    add(
+        "--bench",
+        metavar="FILE",
+        help="read --matmul-tflops and --mfu from FILE, written by scripts/bench_train.py --json FILE",
+    )
+    add("--bandwidth-intra", help="bandwidth between devices in a node, in GB/s per device (default: by --device)")
+    add("--bandwidth-inter", help="bandwidth between nodes, in GB/s per node (default: by --device)")
     add("--train-tokens", help="total number of training tokens, such as 140e9")
     add(
         "--most-devices",
