@@ -62,7 +62,7 @@ class StorageError(UserError, OSError):
 
 
 def join_problems(problems: Sequence[str], heading: str = "") -> str:
-    """Return one message for several problems: a single problem as it is, several as a numbered list."""
+    """Return one message for several problems: a single problem unchanged, several as a numbered list."""
     if len(problems) == 1:
         return f"{heading}: {problems[0]}" if heading else problems[0]
     lines = [f"{heading or 'There are problems'} ({len(problems)}):"]

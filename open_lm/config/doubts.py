@@ -35,7 +35,7 @@ def _doubtful_sources(flag: str, values: Sequence[str], kind: str) -> str:
     names = ", ".join(shard.rpartition("/")[2] for shard in shards[:3]) + (", …" if len(shards) > 3 else "")
     return (
         f"{flag}: {len(shards)} of {len(values)} values are shards that differ only in their number ({names}), and "
-        f"each is a {kind} of its own; to read them as one {kind}, quote a pattern such as {flag} '{pattern}'"
+        f"each is a separate {kind}; to read them as one {kind}, quote a pattern such as {flag} '{pattern}'"
     )
 
 

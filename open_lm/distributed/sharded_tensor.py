@@ -140,7 +140,7 @@ def copy_from_rank0(tensor: Tensor, full: Tensor | None, parts: int = 1) -> None
 
 @torch.no_grad()
 def full_tensor(tensor: Tensor, parts: int = 1) -> Tensor:
-    """Gather the full tensor in stored order on every rank; a plain tensor is returned as it is. Collective.
+    """Gather the full tensor in stored order on every rank; return a plain tensor unchanged. Collective.
 
     DTensor.full_tensor does not restore rank-major order, and misplaces rows if both FSDP2 and tensor parallelism split
     them unevenly.

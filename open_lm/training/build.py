@@ -236,9 +236,9 @@ def _build_loaders(config: Config, layout: MeshLayout, params: Any) -> tuple[Tra
     train_loader = None
     if wants_training(data):
         batch_size = data.global_batch_size // layout.data_size
-        starts_anew = config.checkpoint.resume is None and not config.checkpoint.load_pretrained_state
+        is_new_run = config.checkpoint.resume is None and not config.checkpoint.load_pretrained_state
         train_loader = build_train_loader(
-            data, batch_size=batch_size, seed=config.run.seed, reads_whole_run=starts_anew, **shared
+            data, batch_size=batch_size, seed=config.run.seed, reads_whole_run=is_new_run, **shared
         )
     batch_size = (validation.global_val_batch_size or data.global_batch_size) // layout.data_size
     val_loaders = build_val_loaders(validation, data, batch_size=batch_size, **shared)

@@ -1,4 +1,4 @@
-"""Load the state that a run starts from: a checkpoint of its own, another run's, or weights only.
+"""Load the state that a run starts from: its own checkpoint, another run's, or weights only.
 
 A way of loading must leave no part of the run's state behind: tests/training/test_state_table.py lists the parts of the
 state and the ways to start, with what each way does to each part.

@@ -19,7 +19,7 @@ def test_unquoted_glob_that_makes_each_shard_a_source_is_reported(flag: str, kin
     shards = " ".join(f"data/0/shard-{number:07}.tar" for number in range(4))
     (found,) = doubts(f"{flag} {shards} other/a.tar")
     assert found.startswith(f"{flag}: 4 of 5 values are shards that differ only in their number (shard-0000000.tar, ")
-    assert f"each is a {kind} of its own" in found and found.endswith(f"{flag} 'data/0/shard-*.tar'")
+    assert f"each is a separate {kind}" in found and found.endswith(f"{flag} 'data/0/shard-*.tar'")
     (remote,) = doubts(f"{flag} s3://b/x/1.tar s3://b/x/2.tar")
     assert remote.endswith("'s3://b/x/*.tar'")
 
