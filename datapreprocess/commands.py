@@ -71,8 +71,8 @@ def add_common_options(parser: Parser) -> None:
     )
     documents(
         "--split-documents", action="store_true",
-        help="never continue a document in another sequence: pack complete documents into sequences and pad them; cut "
-        "only documents longer than a sequence",
+        help="keep each document in one sequence: pack complete documents and pad the rest of the sequence; cut only "
+        "documents longer than a sequence",
     )  # fmt: skip
     documents("--drop-tail", action="store_true", help="drop the leftover tokens that do not fill a sequence")
     bad = parser.add_argument_group("bad input").add_argument
@@ -92,7 +92,7 @@ def add_common_options(parser: Parser) -> None:
         "--mixture-tokens", type=int, help="total number of tokens of the mixture; documents are repeated if necessary"
     )
     running = parser.add_argument_group("running").add_argument
-    running("--memory-limit", help="for all processes on one machine, for example 8GB (default: half of its memory)")
+    running("--memory-limit", help="memory for all processes on a machine, such as 8GB (default: half of its memory)")
     running(
         "--work-dir",
         help="folder for intermediate files, removed when the run finishes; on several nodes a shared folder (default: "

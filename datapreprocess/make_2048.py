@@ -44,14 +44,14 @@ def make_parser() -> Parser:
     )  # fmt: skip
     parser.add_argument(
         "--seqlen", type=int, default=2048,
-        help="sequence length of the model; a shard member has one id more (default: 2048)",
+        help="sequence length of the model; each stored sequence has one more token id (default: 2048)",
     )  # fmt: skip
     parser.add_argument("--num-workers", type=int, help="worker processes (default and maximum: one per processor)")
     parser.add_argument("--num-consumers", type=int, default=1, help="number of output folders (default: 1)")
     parser.add_argument(
         "--upload-to-s3", action="store_true",
         help="write to the S3 prefix in the environment variable S3_BASE (s3://bucket/prefix or bucket/prefix); "
-        "--output-dir is then the folder for intermediate files",
+        "--output-dir then holds only intermediate files",
     )  # fmt: skip
     parser.add_argument(
         "--format", default="npy", choices=["npy", "json.gz", "json", "txt"],
@@ -60,7 +60,7 @@ def make_parser() -> Parser:
     parser.add_argument("--shard-size", type=int, help="sequences per shard (default: 8192, fewer for small data)")
     parser.add_argument(
         "--content-key", default="text",
-        help="key or column of the text, for tar files text, txt, npy or json:KEY (default: text)",
+        help="JSON key or column with the text (default: text); for tar files text, txt, npy or json:KEY",
     )  # fmt: skip
     parser.add_argument("--vocab-size", type=int, help="vocabulary size (default: the tokenizer's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the global shuffle (default: 0)")

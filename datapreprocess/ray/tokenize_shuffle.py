@@ -52,7 +52,12 @@ def make_parser() -> Parser:
     add("--output", required=True, help="local folder or s3:// prefix of the shards")
     add("--content_key", default="text", help="key or column of the text; for tar files text, txt, npy or json:KEY")
     add("--no_shuffle", action="store_true", help="keep the order of the input")
-    add("--seqlen", type=int, default=2048, help="sequence length of the model; a shard member has one id more")
+    add(
+        "--seqlen",
+        type=int,
+        default=2048,
+        help="sequence length of the model; each stored sequence has one more token id",
+    )
     add("--tokenizer", help=f"hub name, folder, .json or .model file (default: {DEFAULT_TOKENIZER})")
     add("--vocab_size", type=int, help="vocabulary size; required if the documents are token ids (no --tokenizer)")
     add("--wds_chunk_size", type=int, default=8192, help="sequences per shard (default: 8192)")

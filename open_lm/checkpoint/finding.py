@@ -85,7 +85,7 @@ def candidates_at(path: str) -> list[Candidate]:
     path = path.rstrip("/")
     if step_number(path) is not None:
         if problem := incomplete_reason(path):
-            raise CheckpointError(f"{path} cannot be resumed from: {problem}")
+            raise CheckpointError(f"cannot resume from {path}: {problem}")
         return [_sharded_candidate(path)]
     if storage.info(path) is not None:
         return [_interchange_candidate(path)]

@@ -70,8 +70,8 @@ def check_moments(stored: Mapping[str, Set[str]], model: nn.Module, optimizer: O
     first = wrong[0]
     has, lacks = (", ".join(sorted(names)) for names in (stored[first], expected[params[first]] - stored[first]))
     raise CheckpointError(
-        f"{path}: was saved by {saved_by}, but this run has --optimizer {run_optimizer}, which needs other moments for "
-        f"{len(wrong)} parameters (e.g. {first} has {has} but lacks {lacks}); "
+        f"{path}: was saved by {saved_by}, but this run has --optimizer {run_optimizer}, which needs different state "
+        f"for {len(wrong)} parameters (e.g. {first} has {has} but not {lacks}); "
         f"{f'continue with {saved_by}, or ' if saved_optimizer else ''}start a new run from its weights with "
         "--pretrained"
     )

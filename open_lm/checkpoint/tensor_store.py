@@ -178,9 +178,7 @@ def _publish(incomplete: str, folder: str) -> None:
         os.rename(incomplete, folder)
         storage.sync_folder(os.path.dirname(os.path.abspath(folder)))
     except OSError as error:
-        raise StorageError(
-            f"{folder}: the complete checkpoint could not be renamed from {incomplete} ({error})"
-        ) from error
+        raise StorageError(f"could not rename the complete checkpoint {incomplete} to {folder} ({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------- reading

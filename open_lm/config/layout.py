@@ -92,7 +92,7 @@ def resolve_layout(cfg: ParallelConfig, world_size: int, ranks_per_node: int, ra
     )
     if world_size % group_size:
         raise ConfigError(
-            f"{flags}: found {world_size} ranks, expected a multiple of {group_size}; start another number of ranks"
+            f"{flags}: found {world_size} ranks, expected a multiple of {group_size}; start a different number of ranks"
         )
     if not cfg.fsdp:
         return MeshLayout(world_size // group_size, 1, context, tensor, rank)

@@ -69,8 +69,8 @@ class DataConfig(Section):
     global_batch_size: int = flag(64, "sequences per optimizer step, over all devices")
     batch_size: int | None = flag(
         None,
-        "sequences per micro-batch and device, in place of --global-batch-size (which is then this number x devices x "
-        "--accum-freq)",
+        "sequences per device and micro-batch; replaces --global-batch-size, which becomes --batch-size x devices x "
+        "--accum-freq",
     )
     workers: int = flag(1, "data-loading worker processes per device; 0: load in the training process")
     disable_buffer: bool = flag(False, "read the sequences of each shard in stored order, without shuffling")
@@ -311,13 +311,12 @@ class FaultConfig(Section):
     )
     skip_loss_spikes: float | None = flag(
         None,
-        "skip steps whose loss exceeds the mean of the last 128 by more than this many standard deviations; default: "
-        "skip none",
+        "skip steps with a loss this many standard deviations above the mean of the last 128; default: skip none",
     )
     rollback_loss_spikes: float | None = flag(
         None,
-        "after a step whose loss exceeds the mean of the last 128 by more than this many standard deviations, return "
-        "to the newest checkpoint and skip the data since then; default: never",
+        "return to the newest checkpoint and skip the data since then, after a step with a loss this many standard "
+        "deviations above the mean of the last 128; default: never",
     )
     hang_timeout: float = flag(
         1800.0, "seconds without progress after which the run logs the stacks of all ranks and fails; 0: never"

@@ -115,7 +115,7 @@ def get_wds_dataset(  # noqa: PLR0917 (existing callers pass these by position)
     """
     if not is_train:
         if len(getattr(args, "val_data", None) or []) != 1:
-            raise ConfigError("get_wds_dataset reads one validation set; use one --val-data, or get_data")
+            raise ConfigError("get_wds_dataset supports one validation set only; give one --val-data, or call get_data")
         return _val_info(_val_loaders(args, data_key)[0])
     flags = replace(DataConfig.from_object(args), train_num_samples=None)
     if data_key is not None:

@@ -82,7 +82,7 @@ def sample_chunk(chunk: Tensor, args: Any) -> tuple[Tensor, Tensor]:
     spare = chunk.shape[1] - (args.seq_len + 1)
     if spare < 0:
         raise DataError(
-            f"the chunk holds {chunk.shape[1]} ids per sequence, but seq_len {args.seq_len} needs {args.seq_len + 1}; "
+            f"the chunk has {chunk.shape[1]} ids per sequence, but seq_len {args.seq_len} needs {args.seq_len + 1}; "
             "use a model with a smaller seq_len or tokenize the data again"
         )
     start = int(torch.randint(0, spare + 1, (1,))) if spare else 0

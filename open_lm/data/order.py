@@ -227,7 +227,7 @@ class _Cursor:
             order = self._order_of_visit(shard)
             empty_visits = 0 if len(order) else empty_visits + 1
             if empty_visits > max(_MAX_EMPTY_VISITS, len(self.source.shards)):
-                raise DataError(f"{self.source.name}: none of its shards holds a sequence")
+                raise DataError(f"{self.source.name}: all of its shards are empty")
             step = min(count - done, len(order) - self.offset)
             shards[done : done + step] = shard
             members[done : done + step] = order[self.offset : self.offset + step]

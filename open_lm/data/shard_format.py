@@ -112,7 +112,7 @@ def encode_member(ids: np.ndarray, kind: str, dtype: np.dtype[Any] | None = None
     """
     ids = np.ascontiguousarray(ids)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise DataError(f"a member holds a 1-D array of integers, got {ids.dtype} of shape {ids.shape}")
+        raise DataError(f"a member must be a 1-D array of integers, found {ids.dtype} of shape {ids.shape}")
     if kind == "npy":
         buffer = io.BytesIO()
         np.save(buffer, _cast(ids, dtype or ids.dtype), allow_pickle=False)

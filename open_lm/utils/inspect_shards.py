@@ -64,9 +64,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--num-workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="number of shards to read in parallel (default: the number of CPU cores, %(default)s)",
+        help="number of shards to read in parallel (default: the number of CPU cores, here %(default)s)",
     )
-    add("--tmp-dir", help="folder for temporary copies of remote shards (default: the system's)")
+    add("--tmp-dir", help="folder for temporary copies of remote shards (default: the system's temporary folder)")
     add("--json", action="store_true", help="print the report as one JSON object")
     return parser  # fmt: skip
 

@@ -23,7 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", required=True, help="folder of shards, local or s3://…")
     parser.add_argument("--manifest-filename", default="manifest.jsonl", help="name of the manifest in that folder")
     parser.add_argument("--num-workers", type=int, default=2, help="number of shards to read in parallel (default: 2)")
-    parser.add_argument("--tmp-dir", help="folder for temporary copies of remote shards (default: the system's)")
+    parser.add_argument(
+        "--tmp-dir", help="folder for temporary copies of remote shards (default: the system's temporary folder)"
+    )
     return parser
 
 

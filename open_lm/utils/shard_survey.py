@@ -58,7 +58,8 @@ class ShardSurvey:
 def survey_shard(url: str, eot_id: int | None = None, tmp_dir: str | None = None) -> ShardSurvey:
     """Scan one shard. An unusable shard sets `fault` and raises nothing.
 
-    Without `eot_id`, pieces are full sequences. A remote shard is first copied to `tmp_dir` (default: the system's).
+    Without `eot_id`, pieces are full sequences. A remote shard is first copied to `tmp_dir`
+    (default: the system's temporary folder).
     """
     survey = ShardSurvey(url)
     try:

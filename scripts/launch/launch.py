@@ -4,16 +4,16 @@
     python scripts/launch.py --nproc-per-node 2 -m open_lm.main --model open_lm_160m …     (no hosts: this machine)
 
 Each line of the hosts file is [user@]host[:port] [slots=N] [address=A]. slots is the number of ranks on this host.
-address is the name or IP address that the other hosts use, if it differs from the name for ssh. # starts a comment.
-The first host runs rank 0 and the rendezvous.
+address is the name or IP address at which the other hosts reach it, if it differs from its ssh name. # starts a
+comment. The first host runs rank 0 and the rendezvous.
 
 Every host needs the same working directory and Python, ssh without a password, and open ports between the hosts. The
 hosts receive the environment variables in --env and NCCL_*, GLOO_*, TORCH_*, OMP_NUM_THREADS, AWS_*, HF_* and WANDB_*.
 Their values are sent over the connection. They do not appear on a command line and are not printed.
 
 SIGTERM, SIGUSR1 and an interrupt (Ctrl-C) ask all ranks to save and stop; a second signal kills them. If a node fails
-or its connection is lost, the other nodes have --grace seconds to stop. The exit code is that of the node that failed
-first: 2 for invalid flags or files, 255 for a lost connection.
+or its connection is lost, the other nodes have --grace seconds to stop. The exit code is that of the first node to
+fail, for example 2 for invalid flags or files, or 255 for a lost connection.
 """
 
 from __future__ import annotations

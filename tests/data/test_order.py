@@ -189,9 +189,9 @@ def test_the_last_pass_ends_with_an_error_or_a_partial_result() -> None:
 
 
 def test_a_source_without_sequences_is_an_error() -> None:
-    with pytest.raises(DataError, match="none of its shards holds a sequence"):
+    with pytest.raises(DataError, match="all of its shards are empty"):
         DataOrder([source([0, 0])], 0).take(1)
-    with pytest.raises(DataError, match="none of its shards holds a sequence"):
+    with pytest.raises(DataError, match="all of its shards are empty"):
         DataOrder([source([0, 0])], 0, OrderSettings(resampled=True)).take(1)
 
 
