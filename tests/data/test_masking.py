@@ -98,7 +98,7 @@ def test_longer_chunks_are_cropped_at_random() -> None:
 
 
 def test_a_shorter_chunk_is_an_error() -> None:
-    with pytest.raises(DataError, match="holds 3 ids per sequence, but seq_len 3 needs 4"):
+    with pytest.raises(DataError, match="has 3 ids per sequence, but seq_len 3 needs 4"):
         sample_chunk(torch.zeros(1, 3, dtype=torch.int64), flags())
 
 

@@ -203,7 +203,7 @@ def test_moments_of_another_program_are_rejected() -> None:
     model = optim_worker.Model()
     stored = {"output.weight": {"momentum_buffer"}}
     with pytest.raises(
-        CheckpointError, match=r"saved by another program.* has momentum_buffer but lacks exp_avg"
+        CheckpointError, match=r"saved by another program.* has momentum_buffer but not exp_avg"
     ) as error:
         check_moments(stored, model, build_optimizer(model, OptimConfig()), "epoch_1.pt")
     assert str(error.value).endswith("; start a new run from its weights with --pretrained")
