@@ -68,7 +68,7 @@ quickstart: install  ## the full pipeline, offline, in minutes: text -> shards -
 
 test: lint check-types layers unit  ## install, then run linters, type checks, layer contracts and all tests
 
-test-fast: install  ## run the tests that start no other process (under two minutes)
+test-fast: install  ## run the tests that start no other process or server (under two minutes)
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not processes"
 
 lint: install  ## run ruff

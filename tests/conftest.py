@@ -26,6 +26,8 @@ multiprocessing.set_forkserver_preload([
 ])  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 
+# Fixtures that start a process or a server: the tests that use them have the mark `processes`.
+PROCESS_FIXTURES = frozenset({"torchrun", "ranks", "local_ray", "s3_endpoint", "strict_s3", "wheel"})
 _started_processes: list[str] = []  # by the current test; `make test-fast` omits the tests that start any
 
 
@@ -37,6 +39,13 @@ def _record_process(event: str, args: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_record_process)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("processes")
 
 
 @pytest.hookimpl(wrapper=True)
