@@ -207,15 +207,14 @@ def _hf_model_problems(config: Config) -> list[str]:
 def _registry_problems(config: Config, off: Set[str]) -> list[str]:
     """Return the problems of the selected optimizer, schedule and so on that require settings which are missing."""
     problems = []
-    for section in vars(config).values():
-        for spec in section.specs():
-            value = getattr(section, spec.name)
-            if spec.registry is None or value not in spec.registry or spec.name in off:
-                continue
-            required = spec.registry.fact(value, "requires", ())
-            missing = ["--" + name.replace("_", "-") for name in required if getattr(section, name) is None]
-            if missing:
-                problems.append(f"{spec.flag} {value} requires {', '.join(missing)}")
+    values = {spec.name: value for spec, value in config.settings()}
+    for spec, value in config.settings():
+        if spec.registry is None or value not in spec.registry or spec.name in off:
+            continue
+        required = spec.registry.fact(value, "requires", ())
+        missing = ["--" + name.replace("_", "-") for name in required if values[name] is None]
+        if missing:
+            problems.append(f"{spec.flag} {value} requires {', '.join(missing)}")
     return problems
 
 
@@ -303,19 +302,17 @@ _AT_LEAST_ZERO = (
 
 def _range_problems(config: Config) -> list[str]:
     problems = []
-    for section in vars(config).values():
-        for spec in section.specs():
-            value, name = getattr(section, spec.name), spec.name
-            if value is None:
-                continue
-            if name in _AT_LEAST_ONE and value < 1:
-                problems.append(f"{spec.flag}: found {value}, expected 1 or more")
-            if name in _AT_LEAST_ZERO and not value >= 0:
-                problems.append(f"{spec.flag}: found {value}, expected 0 or more")
-            if name in ("beta1", "beta2", "muon_momentum") and not 0 <= value < 1:
-                problems.append(f"{spec.flag}: found {value}, expected at least 0 and less than 1")
-            if name in ("data_tolerate_error_p", "lr_decay_fraction") and not 0 <= value <= 1:
-                problems.append(f"{spec.flag}: found {value}, expected a fraction from 0 to 1")
-            if name in _ABOVE_ZERO and not value > 0:
-                problems.append(f"{spec.flag}: found {value}, expected a number above 0")
+    for spec, value in config.settings():
+        if value is None:
+            continue
+        if spec.name in _AT_LEAST_ONE and value < 1:
+            problems.append(f"{spec.flag}: found {value}, expected 1 or more")
+        if spec.name in _AT_LEAST_ZERO and not value >= 0:
+            problems.append(f"{spec.flag}: found {value}, expected 0 or more")
+        if spec.name in ("beta1", "beta2", "muon_momentum") and not 0 <= value < 1:
+            problems.append(f"{spec.flag}: found {value}, expected at least 0 and less than 1")
+        if spec.name in ("data_tolerate_error_p", "lr_decay_fraction") and not 0 <= value <= 1:
+            problems.append(f"{spec.flag}: found {value}, expected a fraction from 0 to 1")
+        if spec.name in _ABOVE_ZERO and not value > 0:
+            problems.append(f"{spec.flag}: found {value}, expected a number above 0")
     return problems

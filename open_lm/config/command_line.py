@@ -150,7 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version of the package and exit")
-    for section in sections():
+    for section in sections().values():
         group = parser.add_argument_group(section.title)
         for spec in section.specs():
             _add_flag(group, spec)
@@ -170,7 +170,7 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
 
 def all_specs() -> dict[str, FieldSpec]:
     """Return all flags by field name, in the order of the sections."""
-    return {spec.name: spec for section in sections() for spec in section.specs()}
+    return {spec.name: spec for section in sections().values() for spec in section.specs()}
 
 
 def _add_flag(group: Any, spec: FieldSpec) -> None:

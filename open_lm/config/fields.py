@@ -6,9 +6,10 @@ metadata hold the help text and the choices.
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
@@ -44,15 +45,35 @@ class FieldSpec:
     kind: type  # str, int, float or bool
     many: bool  # takes one or more values
     optional: bool  # None is a legal value
-    choices: tuple[str, ...] | None
-    registry: Registry | None  # that the choices come from
     default: Any
-    help: str
-    no_effect: str | None  # the reason why it has no effect
+    metadata: Mapping[str, Any]  # the arguments of `flag` or `no_effect`
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def no_effect(self) -> str | None:
+        """The reason why the flag has no effect."""
+        return self.metadata.get("no_effect")
+
+    @property
+    def registry(self) -> Registry | None:
+        """The registry that the choices come from."""
+        choices = self.metadata.get("choices")
+        return choices if isinstance(choices, Registry) else None
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        choices = self.metadata.get("choices")
+        return None if choices is None else tuple(choices)
+
+    @property
+    def help(self) -> str:
+        text: str = self.metadata["help"]
+        registry = self.metadata.get("entries") if self.registry is None else self.registry
+        summary = "" if registry is None else registry.summary()
+        return f"{text}: {summary}" if summary else text
 
 
 @dataclass(frozen=True)
@@ -62,11 +83,9 @@ class Section:
     title: ClassVar[str] = ""
 
     @classmethod
-    def specs(cls) -> Iterator[FieldSpec]:
-        """Yield the flags of the section, in the order of its fields."""
-        hints = typing.get_type_hints(cls)
-        for item in fields(cls):
-            yield _field_spec(item, hints[item.name])
+    def specs(cls) -> tuple[FieldSpec, ...]:
+        """Return the flags of the section, in the order of its fields."""
+        return _specs(cls)
 
     @classmethod
     def from_object(cls: type[S], obj: object) -> S:
@@ -74,6 +93,12 @@ class Section:
         if isinstance(obj, cls):
             return obj
         return cls(**{item.name: getattr(obj, item.name) for item in fields(cls) if hasattr(obj, item.name)})
+
+
+@functools.cache
+def _specs(section: type[Section]) -> tuple[FieldSpec, ...]:
+    hints = typing.get_type_hints(section)
+    return tuple(_field_spec(item, hints[item.name]) for item in fields(section))
 
 
 def _field_spec(item: Field[Any], annotation: Any) -> FieldSpec:
@@ -84,18 +109,5 @@ def _field_spec(item: Field[Any], annotation: Any) -> FieldSpec:
     many = get_origin(annotation) is list
     if many:
         (annotation,) = get_args(annotation)
-    choices, help_text = item.metadata.get("choices"), item.metadata["help"]
-    registry = choices if isinstance(choices, Registry) else item.metadata.get("entries")
-    if registry is not None and registry.summary():
-        help_text += f": {registry.summary()}"
-    return FieldSpec(
-        name=item.name,
-        kind=annotation,
-        many=many,
-        optional=optional,
-        choices=None if choices is None else tuple(choices),
-        registry=choices if isinstance(choices, Registry) else None,
-        default=None if item.default is MISSING else item.default,
-        help=help_text,
-        no_effect=item.metadata.get("no_effect"),
-    )
+    default = None if item.default is MISSING else item.default
+    return FieldSpec(item.name, annotation, many, optional, default, item.metadata)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from open_lm.config.fields import FieldSpec, Section
+from open_lm.config.registry import Registry
 from open_lm.config.sections import ArchitectureConfig, Config, ParallelConfig, ValidationConfig
 
 
@@ -18,20 +18,18 @@ def flags_without_effect(config: Config, architecture: Mapping[str, Any] | None 
     file = dict(architecture or {})
     reasons = settings_without_effect(config, file)
     sentences = []
-    for section in vars(config).values():
-        for spec in section.specs():
-            value = getattr(section, spec.name)
-            if value == spec.default:
-                continue
-            if spec.no_effect:
-                sentences.append(f"{spec.flag} has no effect: {spec.no_effect}")
-            elif spec.name in reasons:
-                sentences.append(f"{spec.flag} has no effect {reasons[spec.name]}")
-            elif spec.name in file and file[spec.name] != value:
-                sentences.append(
-                    f"{spec.flag} has no effect: the --model file sets {spec.name} to {file[spec.name]} and takes "
-                    "precedence"
-                )
+    for spec, value in config.settings():
+        if value == spec.default:
+            continue
+        if spec.no_effect:
+            sentences.append(f"{spec.flag} has no effect: {spec.no_effect}")
+        elif spec.name in reasons:
+            sentences.append(f"{spec.flag} has no effect {reasons[spec.name]}")
+        elif spec.name in file and file[spec.name] != value:
+            sentences.append(
+                f"{spec.flag} has no effect: the --model file sets {spec.name} to {file[spec.name]} and takes "
+                "precedence"
+            )
     return sentences
 
 
@@ -45,23 +43,20 @@ def settings_without_effect(config: Config, architecture: Mapping[str, Any] | No
         reasons |= dict.fromkeys(
             ("moe_num_experts", "moe_top_k", "moe_capacity_factor", "moe_loss_weight"), _NO_EXPERTS
         )
-    for section in vars(config).values():
-        for spec in section.specs():
-            reasons = {**_unused_settings(section, spec), **reasons}
+    for spec, value in config.settings():
+        if spec.registry is not None:
+            reasons = {**_unused_settings(spec.flag, value, spec.registry), **reasons}
     return reasons
 
 
-def _unused_settings(section: Section, spec: FieldSpec) -> dict[str, str]:
+def _unused_settings(flag: str, value: str, registry: Registry) -> dict[str, str]:
     """Return the settings that only other entries of a flag's registry use, with the reason."""
-    if spec.registry is None:
-        return {}
     users: dict[str, list[str]] = {}
-    for entry in spec.registry.entries().values():
+    for entry in registry.entries().values():
         for setting in (*entry.facts.get("requires", ()), *entry.facts.get("uses", ())):
             users.setdefault(setting, []).append(entry.name)
-    value = getattr(section, spec.name)
     return {
-        setting: f"without {spec.flag} {names[0]}" if len(names) == 1 else f"with {spec.flag} {value}"
+        setting: f"without {flag} {names[0]}" if len(names) == 1 else f"with {flag} {value}"
         for setting, names in users.items()
         if value not in names
     }

@@ -7,12 +7,14 @@ Functions that build a part of a run take its section, or any object with the sa
 
 from __future__ import annotations
 
+import functools
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from open_lm.config import registry
-from open_lm.config.fields import Section, flag, no_effect
+from open_lm.config.fields import FieldSpec, Section, flag, no_effect
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 CHECKPOINTING_POLICIES = ("none", "full", "op")  # of --activation-checkpointing, in addition to a number
@@ -389,10 +391,16 @@ class Config:
     @classmethod
     def from_namespace(cls, args: object) -> Config:
         """Return the sections of a flat object, such as the result of `parse_args`."""
-        sections = typing.get_type_hints(cls)
-        return cls(**{name: section.from_object(args) for name, section in sections.items()})
+        return cls(**{name: section.from_object(args) for name, section in sections().items()})
+
+    def settings(self) -> Iterator[tuple[FieldSpec, Any]]:
+        """Yield the flag and the value of each setting."""
+        for section in vars(self).values():
+            for spec in section.specs():
+                yield spec, getattr(section, spec.name)
 
 
-def sections() -> list[type[Section]]:
-    """Return the sections in the order of `Config`."""
-    return list(typing.get_type_hints(Config).values())
+@functools.cache
+def sections() -> dict[str, type[Any]]:
+    """Return the sections by their names in `Config`, in its order."""
+    return typing.get_type_hints(Config)

@@ -131,7 +131,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
         rates_from=source,
         options=options,
         recommended=recommended,
-        growth=_growth(requirements, machine, rates, names, max_devices),
+        growth=_growth(options, requirements, rates, names, max_devices),
         max_exposed=max_exposed,
         train_tokens=int(tokens) or None,
         checkpoints=_checkpoints(recommended, int(tokens)),
@@ -227,12 +227,14 @@ def _benchmarked_speed(path: str, requirements: Requirements) -> tuple[float, fl
 
 # --- results --------------------------------------------------------------------------------------------------------
 def _growth(
-    requirements: Requirements, machine: Machine, rates: Rates, names: Sequence[str], max_devices: int
+    options: Sequence[Option], requirements: Requirements, rates: Rates, names: Sequence[str], max_devices: int
 ) -> dict[int, dict[str, Option]]:
-    """Return the fastest option of each strategy on 1, 2, 4, … times as many devices, up to `max_devices`."""
+    """Return the fastest option of each strategy on 1, 2, 4, … times the devices of `options`, up to `max_devices`."""
     growth: dict[int, dict[str, Option]] = {}
+    machine = options[0].machine
     while machine.devices <= max_devices:
-        options = evaluate_options(requirements, machine, rates, names)
+        if growth:
+            options = evaluate_options(requirements, machine, rates, names)
         by_strategy: dict[str, list[Option]] = {}
         for option in options:
             by_strategy.setdefault(option.strategy, []).append(option)

@@ -30,6 +30,7 @@ STRATEGIES: dict[str, str] = {
 }
 SIMILAR_SPEED = 0.995  # options at least this fast compared with the fastest count as equally fast
 CHECKPOINTING = ("none", "op", "2", "full")
+_BATCH_FLAGS = {"batch_size", "global_batch_size"}
 _STRATEGY_FLAGS = {"fsdp", "tensor_parallel", "context_parallel", "mesh_dim"}
 SINGLE_DEVICE_STRATEGIES = ("single", "offload")
 
@@ -162,11 +163,15 @@ def evaluate_option(
         config = Config.from_namespace(parse_args(flags))
         layout = resolve_layout(config.parallel, machine.devices, min(machine.per_node, machine.devices))
         _check(requirements.shape, layout, strategy, machine)
-        setup = _with_batch(requirements, TrainingSetup(requirements.shape, config, layout, 1), machine.memory_bytes)
+        setup = _with_given_batch(
+            requirements, TrainingSetup(requirements.shape, config, layout, 1), machine.memory_bytes
+        )
         if (count := setup.config.optim.accum_freq) != config.optim.accum_freq:
             flags += ("--accum-freq", str(count))
             context = f"with --accum-freq {count}, to fit into memory: "
-        if not requirements.given_flags & {"batch_size", "global_batch_size"}:
+        largest = largest_batch(lambda batch: _fits(replace(setup, batch=batch), machine.memory_bytes))
+        if not requirements.given_flags & _BATCH_FLAGS:
+            setup = replace(setup, batch=max(largest, 1))
             flags += ("--batch-size", str(setup.batch))
         setup = replace(setup, config=Config.from_namespace(parse_args(flags)))  # as the trainer will parse them
     except ConfigError as error:
@@ -175,7 +180,7 @@ def evaluate_option(
         unevaluated,
         flags=flags,
         batch=setup.batch,
-        largest=largest_batch(lambda batch: _fits(replace(setup, batch=batch), machine.memory_bytes)),
+        largest=largest,
         setup=setup,
         memory=add_reserve(peak(setup), setup),
         time=step_time(setup, rates),
@@ -207,16 +212,15 @@ def _fits(setup: TrainingSetup, memory_bytes: int) -> bool:
     return add_reserve(peak(setup), setup).total <= memory_bytes
 
 
-def _with_batch(requirements: Requirements, setup: TrainingSetup, memory_bytes: int) -> TrainingSetup:
-    """Return the setup with its micro-batch size.
+def _with_given_batch(requirements: Requirements, setup: TrainingSetup, memory_bytes: int) -> TrainingSetup:
+    """Return the setup with the micro-batch size that the flags set; unchanged if they set none.
 
-    A global batch is divided into the fewest micro-batches that fit. Without a batch size in the flags, the micro-batch
-    is the largest that fits.
+    A global batch is divided into the fewest micro-batches that fit.
     """
     if "batch_size" in requirements.given_flags:
         return replace(setup, batch=setup.config.data.batch_size or 1)
     if "global_batch_size" not in requirements.given_flags:
-        return replace(setup, batch=largest_batch(lambda batch: _fits(replace(setup, batch=batch), memory_bytes)) or 1)
+        return setup
     total, parts, count = setup.config.data.global_batch_size, setup.layout.data_size, setup.config.optim.accum_freq
     fixed = "accum_freq" in requirements.given_flags
     if total % parts or (fixed and total % (parts * count)):

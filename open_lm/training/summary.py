@@ -22,8 +22,8 @@ def summarize_settings(config: Config, params_file: str | None) -> list[str]:
     Numbers are those that were given, so --train-num-samples counts tokens, unlike in params.txt. `params_file` has the
     complete list.
     """
-    specs = {spec.name: spec for section in vars(config).values() for spec in section.specs()}
-    values = {name: value for section in vars(config).values() for name, value in vars(section).items()}
+    specs = {spec.name: spec for spec, _ in config.settings()}
+    values = {spec.name: value for spec, value in config.settings()}
     if values["hf_model"] is not None:
         values["model"] = f"{values['hf_model']} (transformers)"
     main = _TRAINING if wants_training(config.data) else _EVALUATION
