@@ -122,9 +122,8 @@ class Assembler:
 
     def _spill(self, name: str, stream: int, source: int, sequences: np.ndarray, buckets: int) -> list[Run]:
         """Spill the sequences made of joined tails, and return their runs."""
-        template = storage.join(self.work, f"tails-{name or 'all'}-{stream:06d}-{{:04d}}.run")
         writer = ShuffledRunWriter(
-            template,
+            storage.join(self.work, f"tails-{name or 'all'}-{stream:06d}"),
             stream=_TAIL_STREAM + stream,
             seed=self.job.seed,
             source=source,

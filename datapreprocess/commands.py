@@ -360,14 +360,14 @@ def _verify_tokenizer(job: PreprocessJob, encoder: DocumentEncoder, count: int) 
     """Compare the tokenizers on the first `count` documents and on as many random texts; DataError if they differ."""
     from itertools import islice
 
-    from open_lm.datapreprocess.readers import TO_END, Piece, PieceReader
+    from open_lm.datapreprocess.readers import Piece, PieceReader
     from open_lm.datapreprocess.tokenizer_check import verify
     from open_lm.errors import ConfigError, DataError
 
     if count < 1:
         raise ConfigError(f"--verify-tokenizer must be at least 1, found {count}")
 
-    pieces = (Piece(item.url, 0, TO_END, item.num_bytes) for item in job.inputs)
+    pieces = (Piece(item.url, num_bytes=item.num_bytes) for item in job.inputs)
     blocks = (block for piece in pieces for block in PieceReader(piece, job.options))
     texts = (document for block in blocks for document in block.documents if isinstance(document, str))
     result = verify(encoder, count, islice(texts, count))

@@ -16,7 +16,7 @@ from open_lm import storage
 from open_lm.datapreprocess.cluster import local_workers
 from open_lm.datapreprocess.inputs import InputFile
 from open_lm.datapreprocess.job import PreprocessJob, shard_size
-from open_lm.datapreprocess.memory import SPILLED_BYTES_PER_INPUT_BYTE, plan_budget
+from open_lm.datapreprocess.memory import BUFFERS_PER_WORKER, SPILLED_BYTES_PER_INPUT_BYTE, plan_budget
 from open_lm.datapreprocess.probe import Probe, probe_files
 from open_lm.datapreprocess.progress import format_bytes, format_duration, memory_in_use
 from open_lm.datapreprocess.tokenization import DocumentEncoder
@@ -24,10 +24,9 @@ from open_lm.errors import DataError, join_problems
 
 _SAMPLE_BYTES = 8 << 20
 _SMALL_BYTES = 1 << 20  # always allowed to read this much; of larger inputs at most a quarter
-# Assumptions that are not measured: disk speed, memory of Ray and of worker buffers, sizes of storage requests.
+# Assumptions that are not measured: disk speed, memory of Ray, sizes of storage requests.
 _DISK_BYTES_PER_S = 200e6
 _RAY_BYTES = 512 << 20
-_BUFFERS_PER_WORKER = 4  # buffers that a worker holds in memory at the same time
 _GET_BYTES, _PUT_BYTES = 8 << 20, 16 << 20
 _KEY_BYTES = 8  # shuffle key of a sequence in the work folder, in addition to its ids
 
@@ -84,7 +83,9 @@ class Estimate:
 
 
 @dataclass
-class _Source:
+class _SampledSource:
+    """A source, its input files and the measurements of its sample."""
+
     name: str
     factor: float
     files: list[InputFile] = field(default_factory=list)
@@ -125,18 +126,18 @@ def estimate(job: PreprocessJob, encoder: DocumentEncoder, sample_bytes: int = _
     return _predict(job, encoder, sources)
 
 
-def _sources(job: PreprocessJob) -> list[_Source]:
-    sources: dict[str, _Source] = {}
+def _sources(job: PreprocessJob) -> list[_SampledSource]:
+    sources: dict[str, _SampledSource] = {}
     for item in job.inputs:
         name = job.sampling.source_of(item.url)
-        sources.setdefault(name, _Source(name, job.sampling.factor(name))).files.append(item)
+        sources.setdefault(name, _SampledSource(name, job.sampling.factor(name))).files.append(item)
     return [sources[name] for name in sorted(sources)]
 
 
 # --- prediction --------------------------------------------------------------------------------------------------
 
 
-def _predict(job: PreprocessJob, encoder: DocumentEncoder, sources: Sequence[_Source]) -> Estimate:
+def _predict(job: PreprocessJob, encoder: DocumentEncoder, sources: Sequence[_SampledSource]) -> Estimate:
     document_errors = _errors(sources, lambda probe: probe.documents)
     token_errors = _errors(sources, lambda probe: probe.tokens)
     parts = [
@@ -163,7 +164,7 @@ def _predict(job: PreprocessJob, encoder: DocumentEncoder, sources: Sequence[_So
     work_bytes = sequences * (job.length * encoder.dtype.itemsize + _KEY_BYTES)
     workers = local_workers(job.workers) if job.ray_address is None else job.workers or 1
     budget = plan_budget(job.memory_limit, workers, job.num_bytes * SPILLED_BYTES_PER_INPUT_BYTE)
-    worker_bytes = _BUFFERS_PER_WORKER * min(budget.buffer_bytes, work_bytes)
+    worker_bytes = BUFFERS_PER_WORKER * min(budget.buffer_bytes, work_bytes)
     seconds = sum(source.density(lambda probe: probe.seconds) * source.num_bytes * source.factor for source in sources)
     pass_bytes = sum(source.num_bytes * source.factor for source in sources)
     return Estimate(
@@ -185,7 +186,7 @@ def _predict(job: PreprocessJob, encoder: DocumentEncoder, sources: Sequence[_So
     )
 
 
-def _errors(sources: Sequence[_Source], count: Callable[[Probe], float]) -> list[float | None]:
+def _errors(sources: Sequence[_SampledSource], count: Callable[[Probe], float]) -> list[float | None]:
     """Return twice the standard error of each source's density, as a fraction of it; None if no source has two probes.
 
     Assumes that the variance between probes is the same in all sources, so that sources with one probe get an error,
@@ -243,7 +244,7 @@ def _num_shards(job: PreprocessJob, parts: Sequence[SourceEstimate], sequences: 
     return shards
 
 
-def _num_gets(sources: Sequence[_Source]) -> int:
+def _num_gets(sources: Sequence[_SampledSource]) -> int:
     """Return the number of requests that read the remote inputs, including repeated passes."""
     return sum(
         math.ceil(source.factor) * max(1, math.ceil(item.num_bytes / _GET_BYTES))
@@ -254,10 +255,11 @@ def _num_gets(sources: Sequence[_Source]) -> int:
 
 
 def _num_puts(job: PreprocessJob, shards: int, output_bytes: int) -> int:
-    """Return the number of requests that write the shards; large shards are uploaded in parts."""
+    """Return the number of requests that write the shards: one each, or for large ones start, parts and completion."""
     if not storage.is_remote(job.layout.root):
         return 0
-    return shards * max(1, math.ceil(output_bytes / max(1, shards) / _PUT_BYTES))
+    num_parts = math.ceil(output_bytes / max(1, shards) / _PUT_BYTES)
+    return shards * (num_parts + 2 if num_parts > 2 else 1)
 
 
 # --- report ------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def run(job: PreprocessJob, encoder: DocumentEncoder) -> dict[str, Any]:
     started = time.monotonic()
     work = open_work(job, settings)
     try:
-        threads_only = _threads_are_faster(job, encoder, work)
+        threads_only = job.ray_address is None and _threads_are_faster(job, encoder, work)
         with Cluster(job.workers, job.ray_address, job.ray_options, threads_only=threads_only) as cluster:
             record = _make_dataset(job, settings, encoder, cluster, work)
     except UserError:
@@ -262,9 +262,9 @@ def _tokenize(
 
 def _check_inputs(job: PreprocessJob, tasks: Sequence[UnitTask], reports: Sequence[UnitReport], work: str) -> None:
     """Raise DataError if more of the input is bad than the job allows, or if it contains no documents."""
-    if exceeds_bad_fraction([task.unit for task in tasks], reports, job.max_bad_fraction):
+    units = [task.unit for task in tasks]
+    if exceeds_bad_fraction(units, reports, job.max_bad_fraction):
         rejects = storage.join(job.layout.root, REJECTS_NAME)
-        units = [task.unit for task in tasks]
         collect_rejects(tasks, work, rejects, line_bases(units, reports))
         if not sum(report.documents for report in reports):
             remove_work(work)  # it contains nothing to resume

@@ -12,7 +12,7 @@ _WORKER_BYTES, _DRIVER_BYTES = 400 << 20, 400 << 20
 _MIN_BUFFER_BYTES, _DEFAULT_BUFFER_BYTES = 8 << 20, 32 << 20
 _TARGET_RUNS = 2000
 SPILLED_BYTES_PER_INPUT_BYTE = 2  # bytes of token ids per byte of compressed input
-_BUFFERS_PER_WORKER = 4  # in memory at the same time: sequences, their sorted copy, documents, the ids of documents
+BUFFERS_PER_WORKER = 4  # in memory at the same time: sequences, their sorted copy, documents, the ids of documents
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def plan_budget(limit: int | None, workers: int, spill_bytes: int = 0, *, thread
     threads_too: threads of the driver run tasks at the same time as the workers, so buffers exist twice.
     """
     total = limit if limit is not None else machine_memory_bytes() // 2
-    num_buffers = _BUFFERS_PER_WORKER * (1 + threads_too)
+    num_buffers = BUFFERS_PER_WORKER * (1 + threads_too)
     min_worker_bytes = _WORKER_BYTES + num_buffers * _MIN_BUFFER_BYTES
     affordable = min(workers, (total - _DRIVER_BYTES) // min_worker_bytes)
     if affordable < 1:

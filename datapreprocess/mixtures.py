@@ -33,7 +33,7 @@ _SOURCE_KEYS = ("source", "rate", "markers", "inputs")
 
 
 @dataclass(frozen=True)
-class Source:
+class MixtureSource:
     """A source of a mixture.
 
     Attributes:
@@ -56,7 +56,7 @@ class Mixture:
     """
 
     name: str
-    sources: tuple[Source, ...]
+    sources: tuple[MixtureSource, ...]
     factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -113,7 +113,7 @@ _RED_PAJAMA_MARKERS = {  # folders of https://huggingface.co/datasets/togetherco
 
 
 def _named(name: str, markers: Mapping[str, tuple[str, ...]], **rates: float) -> Mixture:
-    return Mixture(name, tuple(Source(source, rate, markers[source]) for source, rate in rates.items()))
+    return Mixture(name, tuple(MixtureSource(source, rate, markers[source]) for source, rate in rates.items()))
 
 
 MIXTURES: dict[str, Mixture] = {
@@ -156,7 +156,8 @@ def choose_mixture(name: str | None, source_flags: Sequence[str]) -> Mixture | N
     inputs = parse_sources(source_flags)
     if name is not None:
         return find_mixture(name).with_inputs(inputs)
-    return Mixture("--source", tuple(Source(key, inputs=value) for key, value in inputs.items())) if inputs else None
+    sources = tuple(MixtureSource(key, inputs=value) for key, value in inputs.items())
+    return Mixture("--source", sources) if sources else None
 
 
 def parse_sources(values: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -204,7 +205,7 @@ def load_mixture(path: str) -> Mixture:
     return Mixture(path, tuple(sources), factors)
 
 
-def _read_source(entry: Any, problems: list[str]) -> Source | None:
+def _read_source(entry: Any, problems: list[str]) -> MixtureSource | None:
     """Return a source and append its problems to `problems`; None for an entry without a name."""
     if not isinstance(entry, dict) or not isinstance(entry.get("source"), str):
         problems.append(f"expected {{source: NAME, markers: [text, …]}}, found {entry!r}")
@@ -221,10 +222,10 @@ def _read_source(entry: Any, problems: list[str]) -> Source | None:
         source_problems.append(f"rate must be a number of at least 0, found {rate!r}")
         rate = 0
     problems += [f"source {name}: {problem}" for problem in source_problems]
-    return Source(name, rate, **lists)
+    return MixtureSource(name, rate, **lists)
 
 
-def _rate_problems(sources: Sequence[Source]) -> list[str]:
+def _rate_problems(sources: Sequence[MixtureSource]) -> list[str]:
     without = [source.name for source in sources if source.rate is None]
     if len(without) == len(sources):
         return []

@@ -32,6 +32,7 @@ from open_lm.datapreprocess.readers import (
     split,
     split_suffixes,
 )
+from open_lm.datapreprocess.readers.base import CUT_SHORT
 from open_lm.datapreprocess.readers.compression import decompress
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.errors import DataError
@@ -190,7 +191,7 @@ def _decompress_head(item: InputFile, compression: str, separator: bytes, limit:
             parts.append(part)
             marks.append((position, marks[-1][1] + len(part)))
     except BrokenFile as error:
-        if error.kind != "cut short" or position >= item.num_bytes:  # otherwise reading stopped at the limit
+        if error.kind != CUT_SHORT or position >= item.num_bytes:  # otherwise reading stopped at the limit
             raise
     (end, length), (start, length_before) = marks[-1], marks[(len(marks) - 1) // 2]
     return b"".join(parts), position, (length - length_before) / max(1, end - start)

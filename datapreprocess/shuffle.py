@@ -46,6 +46,11 @@ class Run:
     source: int
 
 
+def run_url(prefix: str, number: int) -> str:
+    """Return the path of run number `number` of a writer."""
+    return f"{prefix}-{number:04d}.run"
+
+
 @dataclass(frozen=True)
 class SequenceBlock:
     """Consecutive sequences of the output.
@@ -91,13 +96,12 @@ def record_dtype(length: int, dtype: np.dtype[Any]) -> np.dtype[Any]:
 class ShuffledRunWriter:
     """A writer that buffers the sequences of one unit and spills them as sorted runs of about `run_bytes` each.
 
-    `name` is a template with one field for the number of the run. Each run is one file, written atomically. It starts
-    with the index of the first record of every bucket and the number of records, int64 (buckets + 1,), followed by the
-    records.
+    `prefix` is the beginning of the paths of the runs. Each run is one file, written atomically. It starts with the
+    index of the first record of every bucket and the number of records, int64 (buckets + 1,), followed by the records.
     """
 
-    def __init__(self, name: str, *, stream: int, seed: int, source: int, buckets: int, run_bytes: int) -> None:
-        self._name, self._stream, self._seed, self._source = name, stream, seed, source
+    def __init__(self, prefix: str, *, stream: int, seed: int, source: int, buckets: int, run_bytes: int) -> None:
+        self._prefix, self._stream, self._seed, self._source = prefix, stream, seed, source
         self._edges = bucket_edges(buckets)
         self._run_bytes = run_bytes
         self._blocks: list[np.ndarray] = []
@@ -129,7 +133,7 @@ class ShuffledRunWriter:
             records["ids"][targets[start : start + len(block)]] = block
             start += len(block)
         self._blocks, self._bytes = [], 0
-        run = Run(self._name.format(len(self.runs)), count, self._source)
+        run = Run(run_url(self._prefix, len(self.runs)), count, self._source)
         offsets = np.append(np.searchsorted(records["key"], self._edges, side="left"), count).astype(np.int64)
         with storage.atomic_write(run.url, "wb") as file:
             file.write(offsets.data)
@@ -223,8 +227,8 @@ class ShuffledRuns:
 class OrderedRunWriter:
     """A writer that buffers the ids of one unit in their order and spills them as runs of about `run_bytes` each."""
 
-    def __init__(self, name: str, *, source: int, run_bytes: int) -> None:
-        self._name, self._source, self._run_bytes = name, source, run_bytes
+    def __init__(self, prefix: str, *, source: int, run_bytes: int) -> None:
+        self._prefix, self._source, self._run_bytes = prefix, source, run_bytes
         self._blocks: list[np.ndarray] = []
         self._bytes = 0
         self.runs: list[Run] = []
@@ -240,7 +244,7 @@ class OrderedRunWriter:
         """Spill the buffered ids."""
         if not self._bytes:
             return
-        run = Run(self._name.format(len(self.runs)), sum(map(len, self._blocks)), self._source)
+        run = Run(run_url(self._prefix, len(self.runs)), sum(map(len, self._blocks)), self._source)
         with storage.atomic_write(run.url, "wb") as file:
             for block in self._blocks:
                 file.write(np.ascontiguousarray(block).view(np.uint8).data)

@@ -17,18 +17,17 @@ import orjson
 from open_lm import storage
 from open_lm.data.shard_format import DATASET_NAME, MANIFEST_NAME
 from open_lm.datapreprocess.job import Layout, PreprocessJob, input_records, work_folder_name
+from open_lm.datapreprocess.readers.base import UNREADABLE
 from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
 from open_lm.datapreprocess.writer import read_dataset, read_record
 from open_lm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
 PLAN_NAME = "plan.json"
-UNREADABLE = "unreadable"  # kind of a broken file that storage could not read
 _METADATA_FILES = (MANIFEST_NAME, DATASET_NAME)
 _FALLBACK_MARKER = "reference-tokenizer"
 _SHARD_ORIGIN = "shards-of"  # file with a digest of the reports from which the shards were written
-_REPORT = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.json")
-_REJECTS = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.rejects")
+_UNIT_FILE = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.(json|rejects)")
 
 
 def finished_dataset(job: PreprocessJob, settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -57,9 +56,11 @@ def finished_dataset(job: PreprocessJob, settings: Mapping[str, Any]) -> dict[st
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Describe the differences between the settings of two runs; tokenizers are compared by fingerprint, not path."""
-    return [
+    before, now = old.get("version"), new.get("version")
+    versions = f"it was started by version {before} of the preprocessor; this is version {now} and writes other shards"
+    return [versions] * (before != now) + [
         f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
-        for name in sorted({*old, *new} - {"tokenizer"})
+        for name in sorted({*old, *new} - {"tokenizer", "version"})
         if old.get(name) != new.get(name)
     ]
 
@@ -105,7 +106,7 @@ def open_work(job: PreprocessJob, settings: dict[str, Any]) -> str:
         if changes and not job.restart:
             raise ConfigError(
                 f"{work}: contains unfinished work with other settings: {'; '.join(changes)}. Use the previous "
-                "settings to finish it, choose another output folder, or pass --restart to discard it"
+                "settings and version to finish it, choose another output folder, or pass --restart to discard it"
             )
         input_changes = changed_inputs(old["inputs"], inputs)
         if changes:
@@ -140,8 +141,13 @@ def _remove_shards(job: PreprocessJob, work: str, settings: Mapping[str, Any]) -
     ]
     for url in [*_shards_in(job.layout, settings["folders"]), *metadata]:
         storage.remove(url)
+    _remove_files(work, "shard-")
+
+
+def _remove_files(work: str, prefix: str) -> None:
+    """Remove the files of the work folder whose names start with `prefix`."""
     for url in storage.list_files(work):
-        if url.rpartition("/")[2].startswith("shard-"):
+        if url.rpartition("/")[2].startswith(prefix):
             storage.remove(url)
 
 
@@ -181,9 +187,7 @@ def _require_no_shards(job: PreprocessJob, folders: Iterable[str]) -> None:
 
 def record_fallback(work: str) -> None:
     """Discard all units encoded with the fast tokenizer, and record that later runs must not use it."""
-    for url in storage.list_files(work):
-        if url.rpartition("/")[2].startswith("unit-"):
-            storage.remove(url)
+    _remove_files(work, "unit-")
     storage.write_bytes(storage.join(work, _FALLBACK_MARKER), b"")
 
 
@@ -192,25 +196,35 @@ def has_fallen_back(work: str) -> bool:
     return storage.exists(storage.join(work, _FALLBACK_MARKER))
 
 
-def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], UnitReport]:
-    """Return the reports of earlier runs by (unit, chunk). A single listing of the folder finds them all."""
-    current = {(task.unit.index, task.digest) for task in tasks}
-    reports: dict[tuple[int, int], UnitReport] = {}
+def _unit_files(work: str, kind: str, tasks: Iterable[UnitTask] | None = None) -> list[tuple[int, int, str]]:
+    """Return (unit, chunk, url) of the "json" or "rejects" files of these tasks, or of all, in input order.
+
+    A single listing of the folder finds them all.
+    """
+    current = None if tasks is None else {(task.unit.index, task.digest) for task in tasks}
+    files = []
     for url in storage.list_files(work):
-        match = _REPORT.fullmatch(url.rpartition("/")[2])
-        if match and (int(match[1]), match[2]) in current:
-            report = load_report(url)
-            if any(broken.kind == UNREADABLE for broken in report.broken):  # the file may have become readable
-                storage.remove(f"{url.removesuffix('.json')}.rejects")
-            else:
-                reports[int(match[1]), int(match[3])] = report
+        match = _UNIT_FILE.fullmatch(url.rpartition("/")[2])
+        if match and match[4] == kind and (current is None or (int(match[1]), match[2]) in current):
+            files.append((int(match[1]), int(match[3]), url))
+    return sorted(files)
+
+
+def load_reports(tasks: Iterable[UnitTask], work: str) -> dict[tuple[int, int], UnitReport]:
+    """Return the reports of earlier runs by (unit, chunk)."""
+    reports: dict[tuple[int, int], UnitReport] = {}
+    for index, number, url in _unit_files(work, "json", tasks):
+        report = load_report(url)
+        if any(broken.kind == UNREADABLE for broken in report.broken):  # the file may have become readable
+            storage.remove(f"{url.removesuffix('.json')}.rejects")
+        else:
+            reports[index, number] = report
     return reports
 
 
 def finished_bytes(work: str) -> int:
     """Return the approximate number of input bytes that earlier runs have encoded."""
-    urls = [url for url in storage.list_files(work) if _REPORT.fullmatch(url.rpartition("/")[2])]
-    return sum(load_report(url).num_bytes for url in urls)
+    return sum(load_report(url).num_bytes for _, _, url in _unit_files(work, "json"))
 
 
 def collect_rejects(
@@ -221,16 +235,12 @@ def collect_rejects(
     Line numbers are counted from the start of the file if `line_bases` has an entry for (url, start) of the piece.
     Otherwise they are counted from the start of the piece, and the record keeps its `start`.
     """
-    current = {(task.unit.index, task.digest) for task in tasks}
-    matches = [
-        (match, url) for url in storage.list_files(work) if (match := _REJECTS.fullmatch(url.rpartition("/")[2]))
-    ]
-    urls = sorted(url for match, url in matches if (int(match[1]), match[2]) in current)
-    if not urls:
+    files = _unit_files(work, "rejects", tasks)
+    if not files:
         storage.remove(target)  # an earlier run may have written it before the inputs were fixed
         return
     with storage.atomic_write(target, "wb") as file:
-        for url in urls:
+        for _, _, url in files:
             for line in storage.read_lines(url):
                 record = orjson.loads(line)
                 base = 0 if record["start"] == 0 else line_bases.get((record["url"], record["start"]))

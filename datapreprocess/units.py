@@ -31,7 +31,7 @@ from open_lm.datapreprocess.readers import (
     ReadOptions,
 )
 from open_lm.datapreprocess.sampling import selection_mask
-from open_lm.datapreprocess.shuffle import OrderedRunWriter, Run, ShuffledRunWriter
+from open_lm.datapreprocess.shuffle import OrderedRunWriter, Run, ShuffledRunWriter, run_url
 from open_lm.datapreprocess.tasks import raise_if_abandoned
 from open_lm.datapreprocess.tokenization import DocumentEncoder
 
@@ -81,13 +81,9 @@ class UnitTask:
         cut_at = self.chunk_bytes if self.unit.streamed else None
         return hashlib.sha256(repr((self.unit.digest, self.buckets, self.encoder, cut_at)).encode()).hexdigest()[:12]
 
-    def path(self, suffix: str) -> str:
-        """Return the path of a file of this task in the work folder."""
+    def path(self, suffix: str = "") -> str:
+        """Return the path of a file of this task in the work folder; without a suffix, the prefix of its runs."""
         return storage.join(self.work, f"unit-{self.unit.index:06d}-{self.digest}-{self.number:06d}{suffix}")
-
-    def run_name(self) -> str:
-        """Return the template of the paths of this task's runs, with one field for the number of the run."""
-        return self.path("-{:04d}.run")
 
 
 @dataclass
@@ -136,8 +132,8 @@ class UnitReport:
 
     def runs_of(self, task: UnitTask) -> list[Run]:
         """Return the spilled runs of this report; `task` is the task of its unit."""
-        name = replace(task, number=self.number).run_name()
-        return [Run(name.format(number), count, task.source) for number, count in enumerate(self.runs)]
+        prefix = replace(task, number=self.number).path()
+        return [Run(run_url(prefix, number), count, task.source) for number, count in enumerate(self.runs)]
 
     def tail_ids(self, dtype: np.dtype[Any]) -> np.ndarray:
         """Return the ids of the tail."""
@@ -169,18 +165,18 @@ def feed_unit(task: UnitTask, done: frozenset[int]) -> Iterator[tuple[Chunk, int
     """
     piece = task.unit.pieces[0]
     report = UnitReport(task.unit.index)
-    source = FileChunks(piece, task.chunk_bytes, task.options)
+    chunks = FileChunks(piece, task.chunk_bytes, task.options)
     bytes_before = 0
     try:
-        for chunk in source:
+        for chunk in chunks:
             report.number = chunk.number + 1
             if chunk.number not in done:
-                yield chunk, source.bytes_read - bytes_before
-            bytes_before = source.bytes_read
+                yield chunk, chunks.bytes_read - bytes_before
+            bytes_before = chunks.bytes_read
     except BrokenFile as error:
         report.broken.append(BrokenInput(piece.url, error.kind, str(error), max(0, piece.num_bytes - bytes_before)))
     report.num_bytes = max(0, piece.num_bytes - bytes_before)
-    report.digests.append(source.digest)
+    report.digests.append(chunks.digest)
     yield report
 
 
@@ -215,7 +211,7 @@ class _UnitProcessor:
     def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
         self._task, self._encoder = task, encoder
         self._report = UnitReport(task.unit.index, task.number)
-        self._sequences = _sequence_builder(task, encoder)
+        self._sequences = _SequenceSink(task, encoder)
         self._rejects: list[bytes] = []
         self._batch: list[Document] = []  # sampled documents that are not encoded yet
         self._batch_chars = 0
@@ -327,71 +323,49 @@ class _UnitProcessor:
         return report
 
 
-# --- sequences ---------------------------------------------------------------------------------------------------
+class _SequenceSink:
+    """A sink that cuts ids into sequences and spills them as shuffled runs; the remaining ids are the tail.
 
-
-def _sequence_builder(task: UnitTask, encoder: DocumentEncoder) -> _ShuffledSequences | _OrderedSequences:
-    return _ShuffledSequences(task, encoder) if task.shuffle else _OrderedSequences(task, encoder)
-
-
-class _ShuffledSequences:
-    """A sink that cuts ids into sequences and spills them as shuffled runs; the remaining ids are the tail."""
+    Without shuffling it spills the ids in input order and has no tail: the ids are cut into sequences after the runs of
+    all units are concatenated.
+    """
 
     def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
-        self._length = task.length
-        self._packer = DocumentPacker(task.length, encoder.dtype) if task.split_documents else None
+        self._length, self._shuffle = task.length, task.shuffle
+        self._packer: DocumentPacker | None = None
+        if task.split_documents:
+            self._packer = DocumentPacker(task.length, encoder.dtype, keep_order=not task.shuffle)
         self._tail = np.zeros(0, encoder.dtype)
         self._pads = 0
-        self._writer = ShuffledRunWriter(
-            task.run_name(),
-            stream=task.stream,
-            seed=task.seed,
-            source=task.source,
-            buckets=task.buckets,
-            run_bytes=task.run_bytes,
-        )
+        self._writer: ShuffledRunWriter | OrderedRunWriter
+        if task.shuffle:
+            self._writer = ShuffledRunWriter(
+                task.path(),
+                stream=task.stream,
+                seed=task.seed,
+                source=task.source,
+                buckets=task.buckets,
+                run_bytes=task.run_bytes,
+            )
+        else:
+            self._writer = OrderedRunWriter(task.path(), source=task.source, run_bytes=task.run_bytes)
 
     def add(self, ids: np.ndarray, ends: np.ndarray) -> None:
         """Add the documents ids[ends[i - 1] : ends[i]]."""
-        if self._packer is None:
-            sequences, self._tail = cut([self._tail, ids] if len(self._tail) else [ids], self._length)
-            self._writer.add(sequences)
-        else:
-            self._add_padded(self._packer.add(ids, ends))
+        if self._packer is not None:
+            self._add_packed(self._packer.add(ids, ends))
+            return
+        if self._shuffle:
+            ids, self._tail = cut([self._tail, ids] if len(self._tail) else [ids], self._length)
+        self._writer.add(ids)
 
-    def _add_padded(self, sequences: np.ndarray) -> None:
+    def _add_packed(self, sequences: np.ndarray) -> None:
         self._pads += int(np.count_nonzero(sequences == PAD_ID))
         self._writer.add(sequences)
 
     def finish(self) -> tuple[list[int], np.ndarray, int]:
-        """Spill the remaining sequences; return the sizes of the runs, the tail and the number of pads."""
+        """Spill the remaining sequences or ids; return the sizes of the runs, the tail and the number of pads."""
         if self._packer is not None:
-            self._add_padded(self._packer.finish())
-        self._writer.flush()
-        return [run.count for run in self._writer.runs], self._tail, self._pads
-
-
-class _OrderedSequences:
-    """A sink that spills ids in input order, to be cut into sequences after the runs of all units are concatenated."""
-
-    def __init__(self, task: UnitTask, encoder: DocumentEncoder) -> None:
-        self._packer = DocumentPacker(task.length, encoder.dtype, keep_order=True) if task.split_documents else None
-        self._tail = np.zeros(0, encoder.dtype)
-        self._writer = OrderedRunWriter(task.run_name(), source=task.source, run_bytes=task.run_bytes)
-        self._pads = 0
-
-    def add(self, ids: np.ndarray, ends: np.ndarray) -> None:
-        """Add the documents ids[ends[i - 1] : ends[i]]."""
-        self._write(ids if self._packer is None else self._packer.add(ids, ends))
-
-    def _write(self, ids: np.ndarray) -> None:
-        if self._packer is not None:
-            self._pads += int(np.count_nonzero(ids == PAD_ID))
-        self._writer.add(ids)
-
-    def finish(self) -> tuple[list[int], np.ndarray, int]:
-        """Spill the remaining ids; return the sizes of the runs, an empty tail and the number of pads."""
-        if self._packer is not None:
-            self._write(self._packer.finish())
+            self._add_packed(self._packer.finish())
         self._writer.flush()
         return [run.count for run in self._writer.runs], self._tail, self._pads

@@ -27,9 +27,9 @@ class Piece:
     """
 
     url: str
-    start: int
-    end: int
-    num_bytes: int
+    start: int = 0
+    end: int = TO_END
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class ReadOptions:
 
 
 CUT_SHORT = "cut short"  # kind of a broken file whose end is missing
+UNREADABLE = "unreadable"  # kind of a broken file that storage could not read
 
 
 class BrokenFile(DataError):
@@ -86,6 +87,11 @@ class BrokenFile(DataError):
 
     def __reduce__(self) -> tuple[type[BrokenFile], tuple[str, str]]:
         return BrokenFile, (self.kind, str(self))
+
+
+def describe_invalid_utf8(error: UnicodeDecodeError, place: str = "text") -> str:
+    """Return the detail of a BadDocument whose bytes cannot be decoded."""
+    return f"byte 0x{error.object[error.start]:02x} at position {error.start} of the {place} is not valid UTF-8"
 
 
 def excerpt(content: bytes | str) -> str:

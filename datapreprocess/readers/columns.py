@@ -22,9 +22,10 @@ from open_lm.datapreprocess.readers.base import (
     Document,
     Piece,
     ReadOptions,
+    describe_invalid_utf8,
 )
+from open_lm.datapreprocess.readers.input_stream import InputStream
 from open_lm.datapreprocess.readers.registry import Format, register_format
-from open_lm.datapreprocess.readers.source import Source
 from open_lm.errors import StorageError
 
 _BLOCK_BYTES, _BLOCK_ROWS = 1 << 20, 1024
@@ -32,40 +33,40 @@ _BATCH_BYTES = 8 << 20  # size of the rows (all columns) that are read from Parq
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-def read_parquet(source: Source, options: ReadOptions) -> Iterator[Block]:
+def read_parquet(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
     """Read the texts of the row groups [start, end), one batch of rows at a time."""
     import pyarrow.parquet
 
-    with source.open_seekable() as file, _pyarrow_errors(source):
+    with stream.open_seekable() as file, _pyarrow_errors(stream):
         if not file.seek(0, os.SEEK_END):
-            yield source.block([], [source.empty_file()])
+            yield stream.block([], [stream.empty_file()])
             return
         table = pyarrow.parquet.ParquetFile(file)
-        path = _column_path(source, table.schema_arrow, options.content_key)
-        end = table.num_row_groups if source.piece.end == TO_END else source.piece.end
-        numbers = list(range(source.piece.start, end))
+        path = _column_path(stream, table.schema_arrow, options.content_key)
+        end = table.num_row_groups if stream.piece.end == TO_END else stream.piece.end
+        numbers = list(range(stream.piece.start, end))
         groups = [table.metadata.row_group(number) for number in numbers]
         num_rows = sum(group.num_rows for group in groups)
         row_bytes = sum(group.total_byte_size for group in groups) // max(num_rows, 1) + 1
         batch_rows = min(max(_BATCH_BYTES // row_bytes, 1), _BLOCK_ROWS)
         batches = table.iter_batches(batch_rows, numbers, columns=[".".join(path)])
-        sized = ((batch, source.piece.num_bytes * len(batch) // num_rows) for batch in batches)
-        yield from _blocks(source, sized, path)
+        sized = ((batch, stream.piece.num_bytes * len(batch) // num_rows) for batch in batches)
+        yield from _blocks(stream, sized, path)
 
 
 def count_parquet(url: str) -> int:
     """Read the number of rows from the footer."""
     import pyarrow.parquet
 
-    source = Source(Piece(url, 0, TO_END, 0), "")
-    with source.open() as file, _pyarrow_errors(source):
+    stream = InputStream(Piece(url))
+    with stream.open() as file, _pyarrow_errors(stream):
         return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
 
 
 def count_arrow(url: str) -> int:
     """Sum the row numbers of the record batch headers."""
-    source = Source(Piece(url, 0, TO_END, 0), "")
-    with _open_arrow(source) as file, _pyarrow_errors(source):
+    stream = InputStream(Piece(url))
+    with _open_arrow(stream) as file, _pyarrow_errors(stream):
         return sum(map(len, _arrow_batches(file)[1]))
 
 
@@ -73,28 +74,28 @@ def split_parquet(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
     """Split a file into groups of row groups of about `unit_bytes` each."""
     import pyarrow.parquet
 
-    source = Source(Piece(url, 0, TO_END, num_bytes), "")
+    stream = InputStream(Piece(url, num_bytes=num_bytes))
     try:
-        with source.open() as file, _pyarrow_errors(source):
+        with stream.open() as file, _pyarrow_errors(stream):
             metadata = pyarrow.parquet.ParquetFile(file).metadata
             sizes = [metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups)]
     except BrokenFile:
-        return [source.piece]  # its reader reports the error
+        return [stream.piece]  # its reader reports the error
     return _group(url, sizes, num_bytes, unit_bytes)
 
 
-def read_arrow(source: Source, options: ReadOptions) -> Iterator[Block]:
+def read_arrow(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
     """Read the texts of the record batches [start, end) of an Arrow stream or file."""
-    with _open_arrow(source) as file, _pyarrow_errors(source):
+    with _open_arrow(stream) as file, _pyarrow_errors(stream):
         if not file.size():
-            yield source.block([], [source.empty_file()])
+            yield stream.block([], [stream.empty_file()])
             return
         schema, batches, is_truncated = _arrow_batches(file)
-        path = _column_path(source, schema, options.content_key)
-        selected = islice(batches, source.piece.start, None if source.piece.end == TO_END else source.piece.end)
-        yield from _blocks(source, ((batch, batch.nbytes) for batch in selected), path)
-        if is_truncated and source.piece.end == TO_END:
-            message = f"{source.path}: truncated: the Arrow stream has no end marker; save or download the file again"
+        path = _column_path(stream, schema, options.content_key)
+        selected = islice(batches, stream.piece.start, None if stream.piece.end == TO_END else stream.piece.end)
+        yield from _blocks(stream, ((batch, batch.nbytes) for batch in selected), path)
+        if is_truncated and stream.piece.end == TO_END:
+            message = f"{stream.path}: truncated: the Arrow stream has no end marker; save or download the file again"
             raise BrokenFile(CUT_SHORT, message)
 
 
@@ -103,29 +104,29 @@ def split_arrow(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
 
     A remote file is one piece: its record batches have no index, so finding them would mean reading the file.
     """
-    source = Source(Piece(url, 0, TO_END, num_bytes), "")
+    stream = InputStream(Piece(url, num_bytes=num_bytes))
     if storage.is_remote(url):
-        return [source.piece]
+        return [stream.piece]
     try:
-        with _open_arrow(source) as file, _pyarrow_errors(source):
+        with _open_arrow(stream) as file, _pyarrow_errors(stream):
             sizes = [batch.nbytes for batch in _arrow_batches(file)[1]]
     except BrokenFile:
-        return [source.piece]  # its reader reports the error
+        return [stream.piece]  # its reader reports the error
     return _group(url, sizes, num_bytes, unit_bytes)
 
 
 @contextlib.contextmanager
-def _open_arrow(source: Source) -> Iterator[Any]:
+def _open_arrow(stream: InputStream) -> Iterator[Any]:
     """Open the file with pyarrow; memory-map a local uncompressed one, so that skipping batches costs nothing."""
     import pyarrow
 
-    if source.compression or storage.is_remote(source.path):
-        with source.open_seekable() as file:
+    if stream.compression or storage.is_remote(stream.path):
+        with stream.open_seekable() as file:
             yield pyarrow.PythonFile(file, mode="r")
         return
-    with source.open() as file:
+    with stream.open() as file:
         is_empty = not file.seek(0, os.SEEK_END)
-    with pyarrow.BufferReader(b"") if is_empty else pyarrow.memory_map(storage.local_path(source.path)) as mapped:
+    with pyarrow.BufferReader(b"") if is_empty else pyarrow.memory_map(storage.local_path(stream.path)) as mapped:
         yield mapped
 
 
@@ -140,8 +141,8 @@ def _arrow_batches(file: Any) -> tuple[Any, Iterator[Any], bool]:
     file.seek(max(file.size() - len(_STREAM_END), 0))
     is_truncated = file.read() != _STREAM_END
     file.seek(0)
-    stream = pyarrow.ipc.open_stream(file)
-    return stream.schema, iter(stream), is_truncated
+    reader = pyarrow.ipc.open_stream(file)
+    return reader.schema, iter(reader), is_truncated
 
 
 def _group(url: str, sizes: list[int], num_bytes: int, unit_bytes: int) -> list[Piece]:
@@ -158,7 +159,7 @@ def _group(url: str, sizes: list[int], num_bytes: int, unit_bytes: int) -> list[
     return [Piece(url, a, b, size) for (a, b), size in zip(pairwise(ends), piece_bytes, strict=True)]
 
 
-def _column_path(source: Source, schema: Any, key: str) -> list[str]:
+def _column_path(stream: InputStream, schema: Any, key: str) -> list[str]:
     """Return the path of the text: the column named `key`, or the field that its dots lead to.
 
     Raises BrokenFile if there is no such column or if it does not hold text.
@@ -173,32 +174,32 @@ def _column_path(source: Source, schema: Any, key: str) -> list[str]:
         index = kind.get_field_index(part) if is_container else -1
         if index < 0:
             names = ", ".join(schema.names[:20])
-            message = f'{source.path}: found no column "{key}"; the columns are {names}; check --content_key'
+            message = f'{stream.path}: found no column "{key}"; the columns are {names}; check --content_key'
             raise BrokenFile("missing key", message)
         kind = kind.field(index).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
     if not any(test(value) for test in tests):
-        message = f'{source.path}: column "{key}" has type {kind}, expected text; check --content_key'
+        message = f'{stream.path}: column "{key}" has type {kind}, expected text; check --content_key'
         raise BrokenFile("wrong type", message)
     return path
 
 
-def _blocks(source: Source, batches: Iterator[tuple[Any, int]], path: list[str]) -> Iterator[Block]:
+def _blocks(stream: InputStream, batches: Iterator[tuple[Any, int]], path: list[str]) -> Iterator[Block]:
     """Yield the texts of (record batch, input bytes that it accounts for) pairs."""
     num_seen = 0
     for batch, num_bytes in batches:
         rows = batch
-        if source.row_range:
-            first, last = source.row_range
+        if stream.row_range:
+            first, last = stream.row_range
             rows = batch.slice(max(first - num_seen, 0), max(last - max(num_seen, first), 0))
         num_seen += len(batch)
         column = _column(rows, path)
         step = min(max(_BLOCK_BYTES * len(column) // (column.nbytes + 1), 1), _BLOCK_ROWS)
         for first_row in range(0, len(column), step):
-            yield _text_block(source, column.slice(first_row, step))
-        source.bytes_read += num_bytes
-        if source.row_range and num_seen >= source.row_range[1]:
+            yield _text_block(stream, column.slice(first_row, step))
+        stream.bytes_read += num_bytes
+        if stream.row_range and num_seen >= stream.row_range[1]:
             return
 
 
@@ -211,15 +212,15 @@ def _column(batch: Any, path: list[str]) -> Any:
     return column
 
 
-def _text_block(source: Source, column: Any) -> Block:
+def _text_block(stream: InputStream, column: Any) -> Block:
     import pyarrow
 
-    first = source.lines + 1
-    source.lines += len(column)
+    first = stream.lines + 1
+    stream.lines += len(column)
     try:
         values = column.to_pylist()
         if set(map(type, values)) <= {str}:
-            return source.block(values)
+            return stream.block(values)
     except UnicodeDecodeError:
         values = column.cast(pyarrow.large_binary()).to_pylist()
     documents: list[Document] = []
@@ -227,17 +228,16 @@ def _text_block(source: Source, column: Any) -> Block:
     for row, value in enumerate(values, first):
         try:
             if value is None:
-                bad.append(source.bad_document("null", row, "the row has no text"))
+                bad.append(stream.bad_document("null", row, "the row has no text"))
             else:
                 documents.append(value if isinstance(value, str) else value.decode("utf-8"))
         except UnicodeDecodeError as error:
-            detail = f"byte 0x{value[error.start]:02x} at position {error.start} of the text is not valid UTF-8"
-            bad.append(source.bad_document("invalid UTF-8", row, detail, value))
-    return source.block(documents, bad)
+            bad.append(stream.bad_document("invalid UTF-8", row, describe_invalid_utf8(error), value))
+    return stream.block(documents, bad)
 
 
 @contextlib.contextmanager
-def _pyarrow_errors(source: Source) -> Iterator[None]:
+def _pyarrow_errors(stream: InputStream) -> Iterator[None]:
     """Convert errors of pyarrow to BrokenFile."""
     from pyarrow import ArrowException
 
@@ -246,7 +246,7 @@ def _pyarrow_errors(source: Source) -> Iterator[None]:
     except (StorageError, BrokenFile):
         raise
     except (ArrowException, OSError) as error:
-        raise BrokenFile("damaged", f"{source.path}: cannot be read as Parquet or Arrow ({error})") from error
+        raise BrokenFile("damaged", f"{stream.path}: cannot be read as Parquet or Arrow ({error})") from error
 
 
 register_format(Format(read_parquet, split=split_parquet, count=count_parquet, hub_builder="parquet"), ".parquet")

@@ -19,6 +19,7 @@ from open_lm.datapreprocess.readers.base import (
     Piece,
     ReadOptions,
 )
+from open_lm.datapreprocess.readers.input_stream import InputStream
 from open_lm.datapreprocess.readers.json_lines import (
     byte_ranges,
     get_text,
@@ -30,24 +31,23 @@ from open_lm.datapreprocess.readers.json_lines import (
     value_getter,
 )
 from open_lm.datapreprocess.readers.registry import Format, register_format
-from open_lm.datapreprocess.readers.source import Source
 
 _ARRAY_OR_INDENTED = re.compile(rb"[ \t\r\n]*(\[|\{[ \t\r]*\n)")
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MAX_TOKEN_CHARACTERS = 16  # a JSON token may be incomplete this close to the end of a block without being invalid
 
 
-def read_json(source: Source, options: ReadOptions) -> Iterator[Block]:
+def read_json(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
     """Read the elements of an array, the indented objects of a file, or its lines, as documents."""
-    if source.piece.end != TO_END:
-        yield from read_lines(source, options)
+    if stream.piece.end != TO_END:
+        yield from read_lines(stream, options)
         return
-    blocks = source.blocks()
+    blocks = stream.blocks()
     head = next(blocks, b"")
     if is_document(head):
-        yield from source.group_blocks(_documents(source, chain([head], blocks), options.content_key))
+        yield from stream.group_blocks(_documents(stream, chain([head], blocks), options.content_key))
     else:
-        yield from read_lines(source, options, chain([head], blocks))
+        yield from read_lines(stream, options, chain([head], blocks))
 
 
 def is_document(head: bytes) -> bool:
@@ -57,7 +57,7 @@ def is_document(head: bytes) -> bool:
 
 def split_json(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
     """Split a file of lines into byte ranges; keep other files in one piece."""
-    return byte_ranges(url, num_bytes, unit_bytes) if has_lines(url, "") else [Piece(url, 0, TO_END, num_bytes)]
+    return byte_ranges(url, num_bytes, unit_bytes) if has_lines(url, "") else [Piece(url, num_bytes=num_bytes)]
 
 
 def has_lines(url: str, compression: str) -> bool:
@@ -66,27 +66,27 @@ def has_lines(url: str, compression: str) -> bool:
     Also True for an unreadable file: its reader reports the error.
     """
     try:
-        return not is_document(next(Source(Piece(url, 0, TO_END, 0), compression).blocks(), b""))
+        return not is_document(next(InputStream(Piece(url), compression).blocks(), b""))
     except BrokenFile:
         return True
 
 
-def _documents(source: Source, blocks: Iterator[bytes], key: str) -> Iterator[Document | BadDocument]:
+def _documents(stream: InputStream, blocks: Iterator[bytes], key: str) -> Iterator[Document | BadDocument]:
     key = key.removeprefix("json:")
     pick = value_getter(key)
-    values = _values(_decode_blocks(blocks), source.path)
-    for value, data in islice(values, *source.row_range) if source.row_range else values:
-        source.lines += 1
-        number = source.lines
+    values = _values(_decode_blocks(blocks), stream.path)
+    for value, data in islice(values, *stream.row_range) if stream.row_range else values:
+        stream.lines += 1
+        number = stream.lines
         text = get_text(value, pick, key)
         if not isinstance(text, str):
             kind, detail = text
-            yield source.bad_document(kind, number, f"element {number}: {detail}", repr(value)[:1000])
+            yield stream.bad_document(kind, number, f"element {number}: {detail}", repr(value)[:1000])
         elif problem := text_problem(text):
             kind, detail = problem
-            yield source.bad_document(kind, number, f"element {number}: {detail}", text)
+            yield stream.bad_document(kind, number, f"element {number}: {detail}", text)
         else:
-            source.lenient += not is_strict(data.encode("utf-8", "surrogateescape"), key)
+            stream.lenient += not is_strict(data.encode("utf-8", "surrogateescape"), key)
             yield text
 
 

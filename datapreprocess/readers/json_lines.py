@@ -14,10 +14,19 @@ from typing import Any
 
 import orjson
 
-from open_lm.datapreprocess.readers.base import BOM, TO_END, BadDocument, Block, Document, Piece, ReadOptions
+from open_lm.datapreprocess.readers.base import (
+    BOM,
+    TO_END,
+    BadDocument,
+    Block,
+    Document,
+    Piece,
+    ReadOptions,
+    describe_invalid_utf8,
+)
+from open_lm.datapreprocess.readers.input_stream import InputStream
 from open_lm.datapreprocess.readers.parts import split_parts
 from open_lm.datapreprocess.readers.registry import Format, register_format
-from open_lm.datapreprocess.readers.source import Source
 
 LINE_END = b"\n"
 Problem = tuple[str, str]  # kind and detail
@@ -41,15 +50,15 @@ def line_separator(_options: ReadOptions) -> bytes:
     return LINE_END
 
 
-def read_lines(source: Source, options: ReadOptions, blocks: Iterator[bytes] | None = None) -> Iterator[Block]:
+def read_lines(stream: InputStream, options: ReadOptions, blocks: Iterator[bytes] | None = None) -> Iterator[Block]:
     """Read the documents of a file (or of its given `blocks`), or of the lines that begin in a byte range."""
     if blocks is None:
-        blocks = source.blocks() if source.piece.end == TO_END else source.line_blocks()
+        blocks = stream.blocks() if stream.piece.end == TO_END else stream.line_blocks()
     parts = split_parts(blocks, LINE_END)
-    for lines in _select_lines(parts, *source.row_range) if source.row_range else parts:
-        yield parse_lines(source, lines, options)
-    if not source.lines and source.piece.end == TO_END and not source.row_range:
-        yield source.block([], [source.empty_file()])
+    for lines in _select_lines(parts, *stream.row_range) if stream.row_range else parts:
+        yield parse_lines(stream, lines, options)
+    if not stream.lines and stream.piece.end == TO_END and not stream.row_range:
+        yield stream.block([], [stream.empty_file()])
 
 
 def _select_lines(parts: Iterator[list[bytes]], first: int, last: int) -> Iterator[list[bytes]]:
@@ -63,16 +72,16 @@ def _select_lines(parts: Iterator[list[bytes]], first: int, last: int) -> Iterat
             return
 
 
-def parse_lines(source: Source, lines: list[bytes], options: ReadOptions) -> Block:
-    """Parse the next lines of a source."""
+def parse_lines(stream: InputStream, lines: list[bytes], options: ReadOptions) -> Block:
+    """Parse the next lines of a stream."""
     key = options.content_key.removeprefix("json:")
-    if source.at_start and lines:
+    if stream.at_start and lines:
         lines[0] = lines[0].removeprefix(BOM)
-    first = source.lines + 1
-    source.lines += len(lines)
+    first = stream.lines + 1
+    stream.lines += len(lines)
     decode = text_decoder(key)
     try:
-        return source.block(decode(lines))
+        return stream.block(decode(lines))
     except _decode_errors():
         pass  # some line is bad or blank: parse them one by one
     documents: list[Document] = []
@@ -80,13 +89,13 @@ def parse_lines(source: Source, lines: list[bytes], options: ReadOptions) -> Blo
     for number, line in enumerate(lines, first):
         if not line or line.isspace():
             continue
-        text = parse_json(source, line, key)
+        text = parse_json(stream, line, key)
         if isinstance(text, str):
             documents.append(text)
         else:
             kind, detail = text
-            bad.append(source.bad_document(kind, number, detail, line))
-    return source.block(documents, bad)
+            bad.append(stream.bad_document(kind, number, detail, line))
+    return stream.block(documents, bad)
 
 
 @functools.lru_cache
@@ -133,7 +142,7 @@ def value_getter(key: str) -> Callable[[Any], Any]:
     return pick
 
 
-def parse_json(source: Source, data: bytes, key: str) -> str | Problem:
+def parse_json(stream: InputStream, data: bytes, key: str) -> str | Problem:
     """Return the text of one JSON object, or the problem with it."""
     try:
         return text_decoder(key)([data])[0]
@@ -142,7 +151,7 @@ def parse_json(source: Source, data: bytes, key: str) -> str | Problem:
     try:
         record = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        return _parse_lenient(source, data, key, error)
+        return _parse_lenient(stream, data, key, error)
     return get_text(record, value_getter(key), key)
 
 
@@ -158,7 +167,7 @@ def is_strict(data: bytes, key: str) -> bool:
     return True
 
 
-def _parse_lenient(source: Source, data: bytes, key: str, strict_error: orjson.JSONDecodeError) -> str | Problem:
+def _parse_lenient(stream: InputStream, data: bytes, key: str, strict_error: orjson.JSONDecodeError) -> str | Problem:
     """Return what `parse_json` does, for an object that the strict parser refuses; count a text that is found."""
     try:
         record = json.loads(data.decode("utf-8", "surrogateescape"))
@@ -169,7 +178,7 @@ def _parse_lenient(source: Source, data: bytes, key: str, strict_error: orjson.J
         return text
     problem = text_problem(text)
     if problem is None:
-        source.lenient += 1
+        stream.lenient += 1
         return text
     return _decode_problem(data, strict_error) if problem[0] == "invalid UTF-8" else problem
 
@@ -205,8 +214,7 @@ def _decode_problem(data: bytes, error: orjson.JSONDecodeError) -> Problem:
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as fault:
-        byte = data[fault.start]
-        return "invalid UTF-8", f"byte 0x{byte:02x} at position {fault.start} of the line is not valid UTF-8"
+        return "invalid UTF-8", describe_invalid_utf8(fault, "line")
     return "invalid JSON", str(error)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from open_lm.datapreprocess.readers.base import TO_END, Block, Piece, ReadOptions
+from open_lm.datapreprocess.readers.base import Block, Piece, ReadOptions
+from open_lm.datapreprocess.readers.input_stream import InputStream, split_rows
 from open_lm.datapreprocess.readers.parts import Chunk, cut_chunks, split_parts
 from open_lm.datapreprocess.readers.registry import format_of, split_suffixes
-from open_lm.datapreprocess.readers.source import Source, split_rows
 
 _DEFAULTS = ReadOptions()
 _BLOCK_BYTES = 1 << 20
@@ -21,7 +21,7 @@ def split(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:
     compression, _ = split_suffixes(url)
     split_format = format_of(url).split
     if compression or split_format is None or split_rows(url)[1] or num_bytes <= 2 * unit_bytes:
-        return [Piece(url, 0, TO_END, max(num_bytes, 0))]
+        return [Piece(url, num_bytes=max(num_bytes, 0))]
     return split_format(url, num_bytes, unit_bytes)
 
 
@@ -35,40 +35,47 @@ def count_rows(url: str) -> int:
     count = format_of(url).count
     if count is not None and stores_row_count(url):
         return count(url)
-    reader = PieceReader(Piece(url, 0, TO_END, 0))
+    reader = PieceReader(Piece(url))
     return sum(len(block.documents) + sum(bad.line > 0 for bad in block.bad) for block in reader)
 
 
-class PieceReader:
-    """An iterable of the documents of a piece, in blocks of about a MiB and with bounded memory.
-
-    Raises BrokenFile for a truncated or unreadable file, after the documents before the break.
+class _StreamReader:
+    """A reader of the input stream of a piece.
 
     Attributes:
-        lines: lines or rows read so far.
         bytes_read: input bytes read so far.
-        digest: sha256 of the bytes of the piece, set after the last block; None if the format cannot compute it.
+        digest: sha256 of the bytes of the piece, set after all of them were read; None if the format cannot compute it.
     """
 
-    def __init__(self, piece: Piece, options: ReadOptions = _DEFAULTS) -> None:
-        self.piece, self.options = piece, options
-        self._format = format_of(piece.url)
-        self._source = Source(piece, split_suffixes(piece.url)[0])
-
-    def __iter__(self) -> Iterator[Block]:
-        return self._format.read(self._source, self.options)
-
-    @property
-    def lines(self) -> int:
-        return self._source.lines
+    def __init__(self, piece: Piece) -> None:
+        self._stream = InputStream(piece, split_suffixes(piece.url)[0])
 
     @property
     def bytes_read(self) -> int:
-        return self._source.bytes_read
+        return self._stream.bytes_read
 
     @property
     def digest(self) -> str | None:
-        return self._source.digest
+        return self._stream.digest
+
+
+class PieceReader(_StreamReader):
+    """An iterable of the documents of a piece, in blocks of about a MiB and with bounded memory.
+
+    Raises BrokenFile for a truncated or unreadable file, after the documents before the break. `lines` is the number
+    of lines or rows read so far.
+    """
+
+    def __init__(self, piece: Piece, options: ReadOptions = _DEFAULTS) -> None:
+        super().__init__(piece)
+        self.piece, self.options = piece, options
+
+    def __iter__(self) -> Iterator[Block]:
+        return format_of(self.piece.url).read(self._stream, self.options)
+
+    @property
+    def lines(self) -> int:
+        return self._stream.lines
 
 
 # --- chunks ------------------------------------------------------------------------------------------------------
@@ -93,34 +100,22 @@ def separator_of(url: str, options: ReadOptions) -> bytes | None:
     return separator(options) if separator else None
 
 
-class FileChunks:
+class FileChunks(_StreamReader):
     """An iterable of the `Chunk`s of a file: decompressed, cut between lines or texts, not parsed.
 
     Every chunk but the last has at least `chunk_bytes`. Raises ValueError for a file that `can_stream` rejects because
     it has no separators.
-
-    Attributes:
-        bytes_read: input bytes read so far.
-        digest: sha256 of the file, set after the last chunk.
     """
 
     def __init__(self, piece: Piece, chunk_bytes: int, options: ReadOptions = _DEFAULTS) -> None:
         separator = separator_of(piece.url, options)
         if separator is None:
             raise ValueError(f"{piece.url} cannot be cut into chunks")
+        super().__init__(piece)
         self._separator, self._chunk_bytes = separator, chunk_bytes
-        self._source = Source(piece, split_suffixes(piece.url)[0])
 
     def __iter__(self) -> Iterator[Chunk]:
-        return cut_chunks(self._source.blocks(), self._separator, self._chunk_bytes)
-
-    @property
-    def bytes_read(self) -> int:
-        return self._source.bytes_read
-
-    @property
-    def digest(self) -> str | None:
-        return self._source.digest
+        return cut_chunks(self._stream.blocks(), self._separator, self._chunk_bytes)
 
 
 class ChunkReader:
@@ -131,15 +126,15 @@ class ChunkReader:
         self.lines = 0
 
     def __iter__(self) -> Iterator[Block]:
-        source = Source(Piece(self.url, 0, TO_END, 0), "")
-        source.lines = self.chunk.first_line - 1
+        stream = InputStream(Piece(self.url))
+        stream.lines = self.chunk.first_line - 1
         parse = format_of(self.url).parse
         separator = separator_of(self.url, self.options)
         assert parse is not None and separator is not None, "chunks are cut only from files with separators"
         data = self.chunk.data
         if not data:
-            yield source.block([], [source.empty_file()])
+            yield stream.block([], [stream.empty_file()])
         blocks = (data[start : start + _BLOCK_BYTES] for start in range(0, len(data), _BLOCK_BYTES))
         for parts in split_parts(blocks, separator):
             self.lines += len(parts)
-            yield parse(source, parts, self.options)
+            yield parse(stream, parts, self.options)

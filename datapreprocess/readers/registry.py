@@ -21,7 +21,7 @@ from types import MappingProxyType
 
 from open_lm.datapreprocess.readers.base import Block, Piece, ReadOptions
 from open_lm.datapreprocess.readers.compression import COMPRESSIONS
-from open_lm.datapreprocess.readers.source import Source, split_rows
+from open_lm.datapreprocess.readers.input_stream import InputStream, split_rows
 from open_lm.errors import DataError
 
 # Names (in lower case) of files that accompany the data of a folder and hold none themselves.
@@ -37,12 +37,12 @@ class Format:
     """The reader functions and properties of one format. Only `read` is required.
 
     Attributes:
-        read: yields the blocks of a source.
+        read: yields the blocks of a stream.
         split: cuts an uncompressed file into pieces, given its url, its size and the requested piece size in bytes.
             Without it a file is one piece.
         separator: returns the bytes that separate the parts (lines or texts) of a file, or None if the options set
             none. Together with `parse` it allows several workers to parse one compressed file.
-        parse: makes documents from the next parts of a source.
+        parse: makes documents from the next parts of a stream.
         is_separated: returns whether a file, given its url and compression suffix, has separated parts; for formats
             whose suffix does not decide this.
         count: returns the number of rows of a file from its metadata.
@@ -50,10 +50,10 @@ class Format:
         hub_builder: name of the Hugging Face `datasets` builder for plain files of this format.
     """
 
-    read: Callable[[Source, ReadOptions], Iterator[Block]]
+    read: Callable[[InputStream, ReadOptions], Iterator[Block]]
     split: Callable[[str, int, int], list[Piece]] | None = None
     separator: Callable[[ReadOptions], bytes | None] | None = None
-    parse: Callable[[Source, list[bytes], ReadOptions], Block] | None = None
+    parse: Callable[[InputStream, list[bytes], ReadOptions], Block] | None = None
     is_separated: Callable[[str, str], bool] | None = None
     count: Callable[[str], int] | None = None
     uses_separator: bool = False

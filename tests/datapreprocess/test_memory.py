@@ -12,7 +12,7 @@ from open_lm.errors import ConfigError
 from open_lm.storage import parse_bytes
 
 GIB = 1 << 30
-MIN_LIMIT = memory._DRIVER_BYTES + memory._WORKER_BYTES + memory._BUFFERS_PER_WORKER * memory._MIN_BUFFER_BYTES
+MIN_LIMIT = memory._DRIVER_BYTES + memory._WORKER_BYTES + memory.BUFFERS_PER_WORKER * memory._MIN_BUFFER_BYTES
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_parse_bytes_rejects_invalid_sizes(text: str) -> None:
 
 def total_bytes(budget: Budget) -> int:
     """Return the maximum memory of a run with this budget."""
-    per_worker = memory._WORKER_BYTES + memory._BUFFERS_PER_WORKER * budget.buffer_bytes
+    per_worker = memory._WORKER_BYTES + memory.BUFFERS_PER_WORKER * budget.buffer_bytes
     return memory._DRIVER_BYTES + budget.workers * per_worker
 
 

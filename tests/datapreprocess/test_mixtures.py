@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from open_lm.config.command_line import parse_args
 from open_lm.datapreprocess.mixtures import (
     MIXTURES,
-    Source,
+    MixtureSource,
     choose_mixture,
     factors_for_rates,
     find_mixture,
@@ -74,8 +74,8 @@ def test_mixture_from_a_yaml_file(tmp_path: Path) -> None:
     )
     mixture = find_mixture(str(path))
     assert mixture.sources == (
-        Source("wiki", 90.91, ("wikipedia",)),
-        Source("web", 9, inputs=("s3://bucket/web/*.jsonl.zst",)),
+        MixtureSource("wiki", 90.91, ("wikipedia",)),
+        MixtureSource("web", 9, inputs=("s3://bucket/web/*.jsonl.zst",)),
     )
     assert mixture.inputs == {"web": ("s3://bucket/web/*.jsonl.zst",)}
     sampling = mixture.sampling({"web": ["s3://bucket/web/0.jsonl.zst"]})

@@ -75,7 +75,7 @@ def spill(folder: Path, units: list[int], *, seed: int, run_bytes: int, buckets:
     runs: list[Run] = []
     number = 0
     for stream, count in enumerate(units):
-        writer = ShuffledRunWriter(str(folder / f"{stream}-{{:04d}}"), stream=stream, seed=seed, source=stream % 3,
+        writer = ShuffledRunWriter(str(folder / f"{stream}"), stream=stream, seed=seed, source=stream % 3,
                            buckets=buckets, run_bytes=run_bytes)  # fmt: skip
         for start in range(0, count, 7):
             numbers = np.arange(number + start, number + min(start + 7, count), dtype=np.uint32)
@@ -130,7 +130,7 @@ def test_ordered_runs_keep_the_order_and_count_tokens_by_source(
     runs: list[Run] = []
     start = 0
     for number, count in enumerate(units):
-        writer = OrderedRunWriter(str(folder / f"{number}-{{}}"), source=number, run_bytes=run_bytes)
+        writer = OrderedRunWriter(str(folder / f"{number}"), source=number, run_bytes=run_bytes)
         for block in np.split(ids[start : start + count], [count // 3, count // 2]):
             writer.add(block)
         writer.flush()

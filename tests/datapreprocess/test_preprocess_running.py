@@ -27,6 +27,7 @@ from open_lm import storage
 from open_lm.datapreprocess import engine
 from open_lm.datapreprocess.ray import tokenize_shuffle
 from open_lm.datapreprocess.readers import Block, BrokenFile, PieceReader
+from open_lm.datapreprocess.readers.base import UNREADABLE
 from open_lm.datapreprocess.tasks import Call, Queue, Threads, raise_if_abandoned
 from open_lm.errors import ConfigError
 
@@ -165,7 +166,7 @@ def test_shards_are_rewritten_if_the_units_have_other_results(
 
     def read_or_fail(self: PieceReader) -> Iterator[Block]:
         if self.piece.url.endswith(name):
-            raise BrokenFile("unreadable", f"{name}: the store does not answer")
+            raise BrokenFile(UNREADABLE, f"{name}: the store does not answer")
         return read(self)
 
     def stop(*_: object) -> None:

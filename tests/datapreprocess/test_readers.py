@@ -28,11 +28,11 @@ from open_lm.datapreprocess.readers import (
     PieceReader,
     ReadOptions,
     can_stream,
+    input_stream,
     is_data_name,
     split,
     split_suffixes,
 )
-from open_lm.datapreprocess.readers import source as source_module
 from open_lm.datapreprocess.readers.parts import split_parts
 from open_lm.errors import ConfigError, DataError
 
@@ -196,7 +196,7 @@ MIXED_LINES = b'\n{"text": "a"}\r\n\n{"text": "\xc3\xa4"}\n \n{"no": 1}\n{"text"
 
 @pytest.mark.parametrize("block_bytes", [1, 3, 8, 1 << 20])
 def test_pieces_with_any_byte_boundaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    monkeypatch.setattr(source_module, "_PLAIN_BYTES", block_bytes)
+    monkeypatch.setattr(input_stream, "_PLAIN_BYTES", block_bytes)
     path = tmp_path / "a.jsonl"
     for data in (MIXED_LINES, MIXED_LINES + b"\n"):
         path.write_bytes(data)
@@ -227,7 +227,7 @@ def test_byte_ranges_yield_every_line_exactly_once(
 
 
 def test_lines_longer_than_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_module, "_PLAIN_BYTES", 1000)
+    monkeypatch.setattr(input_stream, "_PLAIN_BYTES", 1000)
     texts = ["a", "x" * 50_000, "b", "y" * 999, "z" * 20_000]
     path = tmp_path / "a.jsonl"
     path.write_bytes(json_lines(texts))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from open_lm.datapreprocess.readers import TO_END, BadDocument, Block, BrokenFile, Piece, PieceReader, ReadOptions
+from open_lm.datapreprocess.readers import BadDocument, Block, BrokenFile, Piece, PieceReader, ReadOptions
 
 COMPRESS = {
     "": lambda data: data,
@@ -27,7 +27,7 @@ COMPRESS = {
 
 
 def full_piece(path: Path | str) -> Piece:
-    return Piece(str(path), 0, TO_END, 0)
+    return Piece(str(path))
 
 
 def collect(blocks: Iterable[Block]) -> tuple[list[Any], list[BadDocument]]:

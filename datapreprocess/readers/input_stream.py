@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, cast
 
 from open_lm import storage
-from open_lm.datapreprocess.readers.base import BadDocument, Block, BrokenFile, Document, Piece, excerpt
+from open_lm.datapreprocess.readers.base import (
+    UNREADABLE,
+    BadDocument,
+    Block,
+    BrokenFile,
+    Document,
+    Piece,
+    excerpt,
+)
 from open_lm.datapreprocess.readers.compression import decompress
 
 _COMPRESSED_BYTES, _PLAIN_BYTES = 256 << 10, 1 << 20
@@ -26,7 +34,7 @@ def split_rows(url: str) -> tuple[str, tuple[int, int] | None]:
     return (match[1], (int(match[2]), int(match[3]))) if match else (url, None)
 
 
-class Source:
+class InputStream:
     """The input of one piece, which counts and hashes the bytes while they are read.
 
     Attributes:
@@ -38,7 +46,7 @@ class Source:
         digest: sha256 of the bytes of the piece, set when all of them were read.
     """
 
-    def __init__(self, piece: Piece, compression: str) -> None:
+    def __init__(self, piece: Piece, compression: str = "") -> None:
         self.piece, self.compression = piece, compression
         self.path, self.row_range = split_rows(piece.url)
         self.bytes_read = self.lines = self.lenient = 0
@@ -54,7 +62,7 @@ class Source:
         except OSError as error:
             text = str(error)
             message = text if self.path in text else f"{self.path}: cannot be read ({text})"
-            raise BrokenFile("unreadable", message) from error
+            raise BrokenFile(UNREADABLE, message) from error
 
     def blocks(self) -> Iterator[bytes]:
         """Yield the decompressed content of the full file in blocks."""
