@@ -54,6 +54,12 @@ def read_architecture(model: str) -> dict[str, Any]:
     return _check_contents(contents, f"--model {model} ({path.name})")
 
 
+def resolve_architecture(cfg: ModelConfig) -> dict[str, Any]:
+    """Return the result of `read_architecture`, completed by the settings of `cfg` that the file does not contain."""
+    settings = {spec.name: getattr(cfg, spec.name) for spec in ArchitectureConfig.specs()}
+    return {**settings, **read_architecture(cfg.model)}
+
+
 def gated_width(dim: int) -> int:
     """Return the hidden width of a gated feed-forward network: 8/3 of `dim`, rounded up to a multiple of 256."""
     return 256 * -(-int(8 * dim / 3) // 256)

@@ -276,7 +276,7 @@ def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, wo
 
 
 def _missing_master(world_size: int, missing: list[str]) -> str:
-    """Return the message for ranks that cannot find rank 0, with the variable that announces so many of them."""
+    """Return the message for ranks that cannot find rank 0. It names the variable that sets the number of ranks."""
     names = " and ".join(missing)
     if world_size == 1:
         return f"MASTER_ADDR is set without {names}: set both or none of MASTER_ADDR and MASTER_PORT"

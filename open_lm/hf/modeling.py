@@ -15,6 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from open_lm.errors import CheckpointError, join_problems
 from open_lm.hf.cache import read_cache, write_cache
 from open_lm.hf.configuration import OpenLMConfig
+from open_lm.model.initialization import reset_buffers
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Transformer
 
@@ -65,10 +66,7 @@ class OpenLMPreTrainedModel(PreTrainedModel):
             shown = ", ".join(missing[:MAX_LISTED_KEYS]) + (", …" if len(missing) > MAX_LISTED_KEYS else "")
             source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise CheckpointError(join_problems([f"{len(missing)} weights are missing: {shown}"], str(source)))
-        for module in model.modules():
-            reset_buffers = getattr(module, "reset_buffers", None)
-            if callable(reset_buffers):
-                reset_buffers()  # loading in half precision rounds the rotary frequencies
+        reset_buffers(model)  # loading in half precision rounds the rotary frequencies
         return (model, info) if return_info else model
 
     def _init_weights(self, module: nn.Module) -> None:

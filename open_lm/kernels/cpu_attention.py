@@ -27,7 +27,9 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, document_sta
     """Compute causal attention within documents, with scores scaled by 1/sqrt(K).
 
     Args:
-        queries, keys, values: (B,T,H,K) float on a CPU; under autocast they are converted to its dtype.
+        queries: (B,T,H,K) float on a CPU; under autocast all three tensors are converted to its dtype.
+        keys: like the queries.
+        values: like the queries.
         document_starts: (B,T) of any integer type, the index at which each token's document begins; None if each
             sequence is one document.
 

@@ -254,12 +254,16 @@ def custom_attn(  # noqa: PLR0917 (callers pass these by position)
     See Wortsman et al. 2023, https://arxiv.org/abs/2309.08586.
 
     Args:
-        queries, keys, values, is_causal, attention_mask: see the module docstring.
+        queries: (B,Tq,H,K) float.
+        keys: (B,Tk,H,K) float.
+        values: (B,Tk,H,K) float.
         attn_activation: name in ATTN_ACTIVATIONS. Masked keys get weight 0 with every activation.
         attn_seq_scalar: name in ATTN_SEQ_SCALARS. With an attention_mask the length of a sequence is its number of
             nonzero columns, so that padding has no effect. With a DocumentMask it is the number of keys of the
             sequence, because the document's length would reveal to its first tokens where it ends.
         alpha: exponent of the length.
+        is_causal: whether each query attends only to keys up to its own position.
+        attention_mask: (B,Tk), nonzero where a key may be attended to, or a `DocumentMask`.
 
     Returns:
         (B,Tq,H,K) in the dtype of the queries.
@@ -318,8 +322,10 @@ def get_attn_func(
 
     Args:
         attn_name: an entry of ATTENTION. "auto" is xformers on CUDA if it can be loaded, else torch_attn.
-        attn_activation, attn_seq_scalar, alpha: --attn-activation, --attn-seq-scalar, --attn-seq-scalar-alpha; only
-            custom_attn uses them, and it requires all three.
+        attn_activation: --attn-activation; custom_attn requires this and the following settings, no other function
+            uses them.
+        attn_seq_scalar: --attn-seq-scalar.
+        alpha: --attn-seq-scalar-alpha.
 
     Raises:
         ConfigError: an unknown name, kernels that are not available on this machine, or missing custom_attn settings.

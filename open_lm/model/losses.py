@@ -62,9 +62,6 @@ class TokenLoss:
         """Return the loss of logits (B,T,V) of any floating type."""
         if self.logit_means is not None:
             self.logit_means.append(logits.detach().float().mean())
-        return self._from_logits(logits)
-
-    def _from_logits(self, logits: Tensor) -> Tensor:
         if not self.per_token:
             return token_loss(logits, self.targets, self.z_loss_coefficient)[0]
         flat_logits, flat_targets = logits.flatten(0, -2).float(), self.targets.flatten()

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from open_lm.config.architecture import read_architecture
+from open_lm.config.architecture import resolve_architecture
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError, join_problems
 from open_lm.model.attention import AttnFunc, get_attn_func
@@ -26,36 +25,8 @@ def create_params(cfg: object) -> Params:
     Raises:
         ConfigError: an unknown model name, a missing or invalid file, or invalid settings.
     """
-    section = ModelConfig.from_object(cfg)
-    file = read_architecture(section.model)
-
-    def pick(name: str) -> Any:
-        return file.get(name, getattr(section, name))
-
-    return Params(
-        dim=file["hidden_dim"],
-        n_layers=file["n_layers"],
-        n_heads=file["n_heads"],
-        vocab_size=file["vocab_size"],
-        seq_len=file["seq_len"],
-        post_embed_norm=file["post_embed_norm"],
-        weight_tying=file["weight_tying"],
-        model_norm=pick("model_norm"),
-        attn_name=section.attn_name,
-        attn_activation=section.attn_activation,
-        attn_seq_scalar=section.attn_seq_scalar,
-        attn_seq_scalar_alpha=section.attn_seq_scalar_alpha,
-        apply_qk_norm=pick("qk_norm"),
-        positional_embedding_type=pick("positional_embedding_type"),
-        ffn_type=pick("ffn_type"),
-        moe_freq=pick("moe_freq"),
-        moe_num_experts=pick("moe_num_experts"),
-        moe_top_k=pick("moe_top_k"),
-        moe_capacity_factor=pick("moe_capacity_factor"),
-        moe_loss_weight=pick("moe_loss_weight"),
-        moe_weight_parallelism=pick("moe_weight_parallelism"),
-        moe_expert_model_parallelism=pick("moe_expert_model_parallelism"),
-    )
+    settings = resolve_architecture(ModelConfig.from_object(cfg))
+    return Params(dim=settings.pop("hidden_dim"), apply_qk_norm=settings.pop("qk_norm"), **settings)
 
 
 @dataclass

@@ -76,7 +76,7 @@ def _parse_one(name: str) -> AveragerSpec:
 class Averager:
     """A running average. Weights of less than 32 bits are averaged in float32, so that small updates are not lost.
 
-    Whoever changes the model's weights other than by an optimizer step loads the average too, or calls `reset`.
+    Code that changes the model's weights other than by an optimizer step must also load the average or call `reset`.
 
     Attributes:
         is_loaded: whether the average comes from a checkpoint.

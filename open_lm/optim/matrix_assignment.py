@@ -43,7 +43,8 @@ class MatrixAssignment:
     Args:
         shard_group: the ranks that together hold this rank's copy of each tensor; empty if it holds full tensors.
         indices: the positions of the tensors in the list that is passed to `apply`.
-        tensors, parts: see `assign_matrices`.
+        tensors: these tensors, see `assign_matrices`.
+        parts: the number of matrices fused in each of them.
     """
 
     def __init__(
@@ -137,23 +138,15 @@ class MatrixAssignment:
         return [[next(values).view(shape) for shape in of_rank] for of_rank in shapes]
 
 
-def _sharded_mesh_dims(tensor: Tensor) -> list[int]:
-    """Return the dimensions of its mesh along which a tensor is split over several ranks."""
-    if not isinstance(tensor, DTensor):
-        return []
-    sizes = tensor.device_mesh.shape
-    return [dim for dim, placement in enumerate(tensor.placements) if sizes[dim] > 1 and not placement.is_replicate()]
-
-
 def _shard_group(tensor: Tensor) -> tuple[int, ...]:
     """Return the ranks that together hold this rank's copy of a tensor, ascending; empty if this rank holds it all."""
-    sharded_dims = _sharded_mesh_dims(tensor)
-    if not isinstance(tensor, DTensor) or not sharded_dims:
+    if not isinstance(tensor, DTensor):
         return ()
-    coordinate = tensor.device_mesh.get_coordinate()
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     assert coordinate is not None
-    index = tuple(slice(None) if dim in sharded_dims else at for dim, at in enumerate(coordinate))
-    return tuple(tensor.device_mesh.mesh[index].flatten().tolist())
+    is_split = [size > 1 and not p.is_replicate() for size, p in zip(mesh.shape, tensor.placements, strict=True)]
+    index = tuple(slice(None) if split else at for split, at in zip(is_split, coordinate, strict=True))
+    return tuple(mesh.mesh[index].flatten().tolist()) if any(is_split) else ()
 
 
 def _balance(costs: list[int], ranks: int) -> list[int]:

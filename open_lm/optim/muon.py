@@ -39,8 +39,12 @@ class Muon(torch.optim.Optimizer):
         matrices: parameters (m, n), or (U, m, n) for U matrices, unsharded or sharded.
         others: parameter groups of a torch optimizer, for AdamW.
         parts: U for each parameter (U m, n) that fuses U matrices along dimension 0; each is treated separately.
+        lr: --lr.
+        momentum: --muon-momentum.
+        betas: --beta1 and --beta2.
+        eps: --eps.
+        weight_decay: --wd.
         dtype: the dtype of the orthogonalization (default: `orthogonalization_dtype`).
-        The others are --lr, --muon-momentum, --beta1 and --beta2, --eps and --wd.
 
     If the attribute `found_inf`, a float scalar on the device, is 1, a step changes neither parameters nor momenta nor
     step counts, regardless of the gradients. (It sets the gradients of matrices to 0.)

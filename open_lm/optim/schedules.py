@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from open_lm.config.registry import DECAY_SHAPES, SCHEDULES
@@ -46,11 +47,7 @@ def decayed_value(base_lr: float, min_lr: float, progress: float, shape: str) ->
 
 def const_lr(optimizer: Optimizer, base_lr: float, warmup_length: int) -> Schedule:
     """Return a schedule with warmup, then base_lr. Calling it with a step sets the optimizer's rate and returns it."""
-
-    def value(step: int) -> float:
-        return warmup_value(base_lr, warmup_length, step) if step < warmup_length else base_lr
-
-    return _setting(optimizer, value)
+    return _with_warmup(optimizer, base_lr, warmup_length, lambda progress: base_lr, 0, 0, force_min_lr=0.0)
 
 
 def cosine_lr(  # noqa: PLR0917 - callers pass these by position
@@ -65,11 +62,8 @@ def cosine_lr(  # noqa: PLR0917 - callers pass these by position
 
     After the warmup the rate is at least `force_min_lr`.
     """
-
-    def decay(progress: float) -> float:
-        return max(cosine_value(base_lr, min_lr, progress), force_min_lr)
-
-    return _setting(optimizer, _after_warmup(base_lr, warmup_length, decay, warmup_length, steps))
+    decay = partial(cosine_value, base_lr, min_lr)
+    return _with_warmup(optimizer, base_lr, warmup_length, decay, warmup_length, steps, force_min_lr)
 
 
 def const_lr_cooldown(  # noqa: PLR0917 - callers pass these by position
@@ -86,11 +80,8 @@ def const_lr_cooldown(  # noqa: PLR0917 - callers pass these by position
 
     The decay ends at step `steps`. After the warmup the rate is at least `force_min_lr`.
     """
-
-    def decay(progress: float) -> float:
-        return max(polynomial_value(base_lr, cooldown_end_lr, progress, cooldown_power), force_min_lr)
-
-    return _setting(optimizer, _after_warmup(base_lr, warmup_length, decay, steps - cooldown_steps, steps))
+    decay = partial(polynomial_value, base_lr, cooldown_end_lr, power=cooldown_power)
+    return _with_warmup(optimizer, base_lr, warmup_length, decay, steps - cooldown_steps, steps, force_min_lr)
 
 
 def wsd_lr(  # noqa: PLR0917 - same interface as the schedules above
@@ -108,11 +99,8 @@ def wsd_lr(  # noqa: PLR0917 - same interface as the schedules above
     Warmup, stable, decay (Hägele et al. 2024, https://arxiv.org/abs/2405.18392; there, 1-sqrt over a fifth of the steps
     matches a cosine of the same length). Until the decay the rate does not depend on `steps`, so a run can be extended.
     """
-
-    def decay(progress: float) -> float:
-        return max(decayed_value(base_lr, end_lr, progress, decay_shape), force_min_lr)
-
-    return _setting(optimizer, _after_warmup(base_lr, warmup_length, decay, steps - decay_steps, steps))
+    decay = partial(decayed_value, base_lr, end_lr, shape=decay_shape)
+    return _with_warmup(optimizer, base_lr, warmup_length, decay, steps - decay_steps, steps, force_min_lr)
 
 
 def build_scheduler(cfg: OptimConfig, optimizer: Optimizer, total_steps: int, cooldown_start: int | None) -> Schedule:
@@ -170,17 +158,30 @@ DECAY_SHAPES.register("linear")(lambda progress: 1 - progress)
 DECAY_SHAPES.register("cosine")(_half_cosine)
 
 
-def _after_warmup(
-    base_lr: float, warmup_length: int, decay: Callable[[float], float], start: int, end: int
+def _with_warmup(  # noqa: PLR0917 - the order of the schedules above
+    optimizer: Optimizer,
+    base_lr: float,
+    warmup_length: int,
+    decay: Callable[[float], float],
+    start: int,
+    end: int,
+    force_min_lr: float,
 ) -> Schedule:
-    """Return a schedule with warmup, then `decay` of a step's progress from `start` to `end`."""
+    """Return a schedule with warmup, then `decay` of a step's progress from `start` to `end`, at least `force_min_lr`.
 
-    def value(step: int) -> float:
+    Calling it with a step sets the optimizer's learning rate and returns it.
+    """
+
+    def adjust(step: int) -> float:
         if step < warmup_length:
-            return warmup_value(base_lr, warmup_length, step)
-        return decay(_progress(step, start, end))
+            lr = warmup_value(base_lr, warmup_length, step)
+        else:
+            lr = max(decay(_progress(step, start, end)), force_min_lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return lr
 
-    return value
+    return adjust
 
 
 def _progress(step: int, start: int, end: int) -> float:
@@ -188,15 +189,3 @@ def _progress(step: int, start: int, end: int) -> float:
     if step >= end:
         return 1.0
     return (step - start) / (end - start) if step > start else 0.0
-
-
-def _setting(optimizer: Optimizer, value: Schedule) -> Schedule:
-    """Return a schedule that also sets the optimizer's learning rate."""
-
-    def adjust(step: int) -> float:
-        lr = value(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        return lr
-
-    return adjust

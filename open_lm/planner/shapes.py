@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-from open_lm.config.architecture import gated_width, read_architecture
+from open_lm.config.architecture import gated_width, resolve_architecture
 from open_lm.config.registry import FEED_FORWARDS, NORMS
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError
@@ -193,29 +193,10 @@ def shape_of(cfg: ModelConfig) -> ModelShape:
             f"--hf-model {cfg.hf_model}: the planner supports only OpenLM models; pass --model with a configuration "
             "of the same size"
         )
-    file = read_architecture(cfg.model)
-
-    def pick(name: str) -> Any:
-        return file.get(name, getattr(cfg, name))
-
-    moe_freq = pick("moe_freq")
-    if moe_freq and not pick("moe_num_experts"):
+    settings = resolve_architecture(cfg)
+    if not settings["moe_freq"]:
+        settings["moe_num_experts"] = 0
+    elif not settings["moe_num_experts"]:
         raise ConfigError("--moe-num-experts is missing: expected at least 1 because --moe-freq is set")
-    return ModelShape(
-        name=cfg.model,
-        dim=file["hidden_dim"],
-        n_layers=file["n_layers"],
-        n_heads=file["n_heads"],
-        vocab_size=file["vocab_size"],
-        seq_len=file["seq_len"],
-        weight_tying=file["weight_tying"],
-        post_embed_norm=file["post_embed_norm"],
-        model_norm=pick("model_norm"),
-        qk_norm=pick("qk_norm"),
-        positional_embedding_type=pick("positional_embedding_type"),
-        ffn_type=pick("ffn_type"),
-        moe_freq=moe_freq,
-        moe_num_experts=pick("moe_num_experts") if moe_freq else 0,
-        moe_top_k=pick("moe_top_k"),
-        moe_capacity_factor=pick("moe_capacity_factor"),
-    )
+    settings |= {"name": cfg.model, "dim": settings["hidden_dim"]}
+    return ModelShape(**{field.name: settings[field.name] for field in fields(ModelShape)})

@@ -16,6 +16,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from torch import Tensor
+
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
 _COMPILE_TIMEOUT_S = 300
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -75,6 +77,11 @@ def load(source: str, required: frozenset[str], *defines: str) -> ctypes.CDLL:
     except (OSError, RuntimeError) as error:  # RuntimeError if there is no home folder
         problem = f"its library cannot be cached or loaded ({error}); set XDG_CACHE_HOME to a writable folder"
         raise NativeError(problem) from error
+
+
+def address(x: Tensor | None) -> ctypes.c_void_p:
+    """Return the address of a tensor's first element, or a null pointer for None."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def _compile(command: list[str], library: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_lm.kernels.native import MATRICES, NativeError, load
+from open_lm.kernels.native import MATRICES, NativeError, address, load
 
 _MAX_HEAD_WIDTH = 256  # wider heads do not fit the first-level cache, and torch's kernels are as fast
 
@@ -24,17 +24,13 @@ _MAX_HEAD_WIDTH = 256  # wider heads do not fit the first-level cache, and torch
 class _View(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("token_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
+        ("strides", ctypes.c_int64 * 3),  # of batch, tokens and heads
     ]
 
 
 class _Shape(ctypes.Structure):
     _fields_ = [
-        ("batch", ctypes.c_int64),
-        ("length", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
+        ("sizes", ctypes.c_int64 * 3),  # batch, length, heads
         ("threads", ctypes.c_int32),
         ("scale", ctypes.c_float),
     ]
@@ -49,7 +45,9 @@ def forward(queries: Tensor, keys: Tensor, values: Tensor, document_starts: Tens
     """Compute causal attention within documents, with scores scaled by 1/sqrt(K).
 
     Args:
-        queries, keys, values: (B,T,H,K) bfloat16 with a contiguous last dimension.
+        queries: (B,T,H,K) bfloat16 with a contiguous last dimension.
+        keys: like the queries.
+        values: like the queries.
         document_starts: (B,T) int32, the index at which each token's document begins; None if each sequence is one
             document.
 
@@ -60,8 +58,8 @@ def forward(queries: Tensor, keys: Tensor, values: Tensor, document_starts: Tens
     batch, length, heads, _ = queries.shape
     out = queries.new_empty(queries.shape)
     log_sums = queries.new_empty(batch, heads, length, dtype=torch.float32)
-    operands = (_view(queries), _view(keys), _view(values), _address(document_starts))
-    _library(queries.shape[-1]).forward(_shape(queries), *operands, _view(out), _address(log_sums))
+    operands = (_view(queries), _view(keys), _view(values), address(document_starts))
+    _library(queries.shape[-1]).forward(_shape(queries), *operands, _view(out), address(log_sums))
     return out, log_sums
 
 
@@ -77,8 +75,8 @@ def backward(  # noqa: PLR0917 (the order of the operator)
     """Return the gradients of queries, keys and values, from the gradient of the result of `forward`, its arguments and
     its results."""
     grads = tuple(queries.new_empty(queries.shape) for _ in range(3))
-    operands = (_view(queries), _view(keys), _view(values), _address(document_starts), _view(out), _view(grad))
-    _library(queries.shape[-1]).backward(_shape(queries), *operands, _address(log_sums), *map(_view, grads))
+    operands = (_view(queries), _view(keys), _view(values), address(document_starts), _view(out), _view(grad))
+    _library(queries.shape[-1]).backward(_shape(queries), *operands, address(log_sums), *map(_view, grads))
     return grads[0], grads[1], grads[2]
 
 
@@ -104,13 +102,9 @@ def _library(width: int) -> ctypes.CDLL:
 
 
 def _shape(queries: Tensor) -> Any:
-    batch, length, heads, width = queries.shape
-    return ctypes.byref(_Shape(batch, length, heads, torch.get_num_threads(), width**-0.5))
+    *sizes, width = queries.shape
+    return ctypes.byref(_Shape((ctypes.c_int64 * 3)(*sizes), torch.get_num_threads(), width**-0.5))
 
 
 def _view(x: Tensor) -> Any:
-    return ctypes.byref(_View(x.data_ptr(), *x.stride()[:3]))
-
-
-def _address(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+    return ctypes.byref(_View(x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3])))

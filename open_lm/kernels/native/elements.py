@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from open_lm.kernels.native import VECTORS, NativeError, load
+from open_lm.kernels.native import VECTORS, NativeError, address, load
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -53,7 +53,7 @@ def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     precision if the denominator is dominated by one logit.
     """
     maxima, log_sums = logits.new_empty(2, len(logits), dtype=torch.float32)
-    _library().log_sum_exp(_address(logits), *_sizes(logits), _address(maxima), _address(log_sums), _threads())
+    _library().log_sum_exp(address(logits), *_sizes(logits), address(maxima), address(log_sums), _threads())
     return maxima, log_sums
 
 
@@ -61,20 +61,20 @@ def to_probs_(logits: Tensor, log_sums: Tensor, factors: Tensor | None) -> None:
     """Replace logits (N,V) by exp(logits - log_sums) * factors; log_sums and factors (N,) float32."""
     if factors is not None:
         factors = factors.contiguous()  # the gradient of a sum is one number, expanded
-    _library().to_probs(_address(logits), *_sizes(logits), _address(log_sums), _address(factors), _threads())
+    _library().to_probs(address(logits), *_sizes(logits), address(log_sums), address(factors), _threads())
 
 
 def gate(gate_up: Tensor) -> Tensor:
     """Return silu(first half) * second half of gate_up (…,2F) -> (…,F)."""
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    _library().gate(_address(gate_up), *_sizes(out), _address(out), _threads())
+    _library().gate(address(gate_up), *_sizes(out), address(out), _threads())
     return out
 
 
 def gate_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """Return the gradient (…,2F) of the argument of `gate`, from the gradient (…,F) of its result."""
     gate_up_grad = torch.empty_like(gate_up)
-    _library().gate_backward(_address(grad), _address(gate_up), *_sizes(grad), _address(gate_up_grad), _threads())
+    _library().gate_backward(address(grad), address(gate_up), *_sizes(grad), address(gate_up_grad), _threads())
     return gate_up_grad
 
 
@@ -92,7 +92,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool, interleaved: b
     """Rotate pairs of features of x (B,T,H,K), for which `supports_rows` must hold.
 
     Args:
-        cos, sin: of the angles, float32 with equal strides, broadcasting to (B,T,H,K/2).
+        x: bfloat16.
+        cos: of the angles, float32, broadcasting to (B,T,H,K/2).
+        sin: like cos, with equal strides.
         inverse: rotate in the opposite direction.
         interleaved: pairs are (2i, 2i + 1), else (i, i + K/2).
     """
@@ -100,7 +102,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool, interleaved: b
     angle_strides = cos.expand(*x.shape[:3], cos.shape[-1]).stride()[:3]
     sizes, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 3)(*x.stride()[:3])
     rotation = _Rotation(sizes, strides, (ctypes.c_int64 * 3)(*angle_strides), -1.0 if inverse else 1.0, interleaved)
-    _library().rotate(ctypes.byref(rotation), _address(x), _address(cos), _address(sin), _address(out), _threads())
+    _library().rotate(ctypes.byref(rotation), address(x), address(cos), address(sin), address(out), _threads())
     return out
 
 
@@ -109,17 +111,13 @@ def transposed(matrix: Tensor) -> Tensor:
     out = matrix.new_empty(matrix.shape[1], matrix.shape[0])
     library = _library()
     transpose = library.transpose if matrix.dtype == torch.float32 else library.transpose_bfloat16
-    transpose(_address(matrix), *_sizes(matrix), _address(out), _threads())
+    transpose(address(matrix), *_sizes(matrix), address(out), _threads())
     return out
 
 
 def add_(total: Tensor, addend: Tensor) -> None:
     """Compute total += addend, float32 and bfloat16 of the same shape, both contiguous."""
-    _library().add(_address(total), _address(addend), ctypes.c_int64(total.numel()), _threads())
-
-
-def _address(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+    _library().add(address(total), address(addend), ctypes.c_int64(total.numel()), _threads())
 
 
 def _sizes(x: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:

@@ -160,7 +160,9 @@ class Rotary(nn.Module):
         """Rotate queries and keys.
 
         Args:
-            q, k, v: (B,T,H,K) float.
+            q: queries (B,T,H,K) float.
+            k: keys (B,T,H,K) float.
+            v: values (B,T,H,K) float, returned unchanged.
             angles: the result of `self.angles`.
 
         Returns:
