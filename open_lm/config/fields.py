@@ -83,9 +83,11 @@ class Section:
     title: ClassVar[str] = ""
 
     @classmethod
+    @functools.cache
     def specs(cls) -> tuple[FieldSpec, ...]:
         """Return the flags of the section, in the order of its fields."""
-        return _specs(cls)
+        hints = typing.get_type_hints(cls)
+        return tuple(_field_spec(item, hints[item.name]) for item in fields(cls))
 
     @classmethod
     def from_object(cls: type[S], obj: object) -> S:
@@ -93,12 +95,6 @@ class Section:
         if isinstance(obj, cls):
             return obj
         return cls(**{item.name: getattr(obj, item.name) for item in fields(cls) if hasattr(obj, item.name)})
-
-
-@functools.cache
-def _specs(section: type[Section]) -> tuple[FieldSpec, ...]:
-    hints = typing.get_type_hints(section)
-    return tuple(_field_spec(item, hints[item.name]) for item in fields(section))
 
 
 def _field_spec(item: Field[Any], annotation: Any) -> FieldSpec:
