@@ -38,8 +38,12 @@ class CacheEntry(NamedTuple):
     is_new: bool
 
 
-class _CacheFullError(Exception):
+class CacheFullError(Exception):
     """A cache whose files in use leave too little space within the limit."""
+
+
+class StalledDownloadError(Exception):
+    """A file that another process downloads without making progress."""
 
 
 class Cache:
@@ -52,22 +56,19 @@ class Cache:
         self.folder, self._limit_bytes, self._stall_timeout_s = folder, limit_bytes, stall_timeout_s
         self._is_trimmed = False
 
-    def get(self, identity: str, num_bytes: int, fill: Fill) -> CacheEntry | None:
+    def get(self, identity: str, num_bytes: int, fill: Fill) -> CacheEntry:
         """Return the file of this identity; if it is missing, download it with `fill(file, grow)`.
 
         `num_bytes` is its length, -1 if unknown. `fill` calls `grow(length)` before the file becomes that long, and
-        returns the sha256. None: there is no space, or the process that downloads the file makes no progress. OSError
-        from the folder, and any error of `fill`.
+        returns the sha256. CacheFullError, StalledDownloadError, OSError from the folder, and any error of `fill`.
         """
         key = hashlib.sha256(identity.encode()).hexdigest()[:32]
         os.makedirs(self.folder, exist_ok=True)
         if not self._is_trimmed:
             self.trim()
-        entry = self._find(key)
-        part = None if entry else self._lock_partial(key)
-        return entry if part is None else self._fill(key, part, num_bytes, fill)
+        return self._find(key) or self._fill(key, self._lock_partial(key), num_bytes, fill)
 
-    def _fill(self, key: str, part: IO[bytes], num_bytes: int, fill: Fill) -> CacheEntry | None:
+    def _fill(self, key: str, part: IO[bytes], num_bytes: int, fill: Fill) -> CacheEntry:
         is_done = False
         try:
             entry = self._find(key)
@@ -80,8 +81,6 @@ class Cache:
                 fcntl.flock(part, fcntl.LOCK_SH)
             is_done = True
             return CacheEntry(part, sha256, True)
-        except _CacheFullError:
-            return None
         finally:
             if not is_done:
                 with contextlib.suppress(FileNotFoundError), self._locked():
@@ -132,8 +131,8 @@ class Cache:
                     return CacheEntry(file, entry.name.removesuffix(_COMPLETE).rpartition("-")[2], False)
         return None
 
-    def _lock_partial(self, key: str) -> IO[bytes] | None:
-        """Open and lock the file to download to; None if another process has it locked and makes no progress."""
+    def _lock_partial(self, key: str) -> IO[bytes]:
+        """Open and lock the file to download to; wait for a process that has it locked as long as it progresses."""
         path = self._path(key + _PARTIAL)
         progress, since_s = (0, 0), time.monotonic()
         wait_s = _MIN_WAIT_S
@@ -149,7 +148,7 @@ class Cache:
                     progress, since_s = (now.st_ino, now.st_mtime_ns), time.monotonic()
                 elif time.monotonic() > since_s + self._stall_timeout_s:
                     file.close()
-                    return None
+                    raise StalledDownloadError(f"received nothing for {self._stall_timeout_s:g} s") from None
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, _MAX_WAIT_S)
             file.close()
@@ -160,7 +159,7 @@ class Cache:
         if self._limit_bytes is not None and length > os.fstat(part.fileno()).st_size:
             try:
                 self._reserve(part, length + _RESERVE_BYTES)
-            except _CacheFullError:
+            except CacheFullError:
                 self._reserve(part, length)
 
     def _reserve(self, part: IO[bytes], num_bytes: int) -> None:
@@ -168,7 +167,7 @@ class Cache:
             return
         with self._locked():
             if not self._free_space(_on_disk(num_bytes) - _on_disk(os.fstat(part.fileno()).st_size)):
-                raise _CacheFullError
+                raise CacheFullError
             os.ftruncate(part.fileno(), max(0, num_bytes))
 
     def _free_space(self, num_bytes: int) -> bool:

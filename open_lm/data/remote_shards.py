@@ -7,7 +7,7 @@ import os
 from functools import partial
 from typing import IO
 
-from open_lm.data.cache import Cache, Fill
+from open_lm.data.cache import Cache, CacheFullError, Fill, StalledDownloadError
 from open_lm.data.fetch import FetchSettings, fetch, look_up
 from open_lm.data.verify import Expected, record_verified, verify
 from open_lm.errors import StorageError
@@ -37,26 +37,28 @@ class RemoteShards:
         if self._cache is not None:
             places.insert(0, (self._cache, origin.identity))
         for cache, identity in places:
-            file = self._open_in(cache, identity, origin.num_bytes, fill, url)
-            if file is not None:
-                return file
-            if cache is self._cache:
+            try:
+                return self._open_in(cache, identity, origin.num_bytes, fill, url)
+            except CacheFullError:
                 self._warn_cache_full(url)
-        raise StorageError(f"{url}: another process downloads it but makes no progress; look for a stopped process")
+            except StalledDownloadError as error:
+                logger.warning(
+                    f"{url}: another process downloads it to {cache.folder} but {error}; look for a stopped process. "
+                    "This process downloads the shard separately"
+                )
+        raise StorageError(f"{url}: other processes download it but make no progress; look for stopped processes")
 
     def trim(self) -> None:
         """Remove temporary files that are no longer read."""
         if self._temporary and self._has_temporary:
             self._temporary.trim()
 
-    def _open_in(self, cache: Cache, identity: str, num_bytes: int, fill: Fill, url: str) -> IO[bytes] | None:
-        """Open the file in a cache, and download it again if the copy is damaged. None if the cache has no space."""
+    def _open_in(self, cache: Cache, identity: str, num_bytes: int, fill: Fill, url: str) -> IO[bytes]:
+        """Open the file in a cache, and download it again if the copy is damaged."""
         self._has_temporary |= cache is self._temporary
         for _ in range(_MAX_DAMAGED_COPIES):
             try:
                 entry = cache.get(identity, num_bytes, fill)
-                if entry is None:
-                    return None
                 if entry.is_new:
                     record_verified(entry.file, entry.sha256, self._settings.folder)
                     return entry.file

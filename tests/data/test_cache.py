@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import mmap
@@ -17,7 +18,7 @@ from typing import IO
 import pytest
 
 from open_lm.data import cache as cache_module
-from open_lm.data.cache import Cache, CacheEntry, Fill
+from open_lm.data.cache import Cache, CacheEntry, CacheFullError, Fill, StalledDownloadError
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 
@@ -42,8 +43,11 @@ def content(name: str, blocks: int = 1) -> bytes:
 
 
 def get(cache: Cache, name: str, blocks: int = 1, log: list[bytes] | None = None) -> CacheEntry | None:
+    """Get a file; None if the cache has no space for it."""
     data = content(name, blocks)
-    return cache.get(name, len(data), filling(data, log))
+    with contextlib.suppress(CacheFullError):
+        return cache.get(name, len(data), filling(data, log))
+    return None
 
 
 def use(cache: Cache, name: str, blocks: int = 1, log: list[bytes] | None = None) -> bool:
@@ -108,9 +112,10 @@ def test_a_file_of_unknown_length_reserves_space_as_it_grows(tmp_path: Path, mon
             lengths.append(used_bytes(tmp_path) // BLOCK)
         return "0" * 64
 
-    assert cache.get("fits", -1, lambda file, grow: fill(file, grow, 4)) is not None
+    assert cache.get("fits", -1, lambda file, grow: fill(file, grow, 4)).is_new
     assert max(lengths) == 4
-    assert cache.get("does not", -1, lambda file, grow: fill(file, grow, 5)) is None
+    with pytest.raises(CacheFullError):
+        cache.get("does not", -1, lambda file, grow: fill(file, grow, 5))
     assert max(lengths) == 4 and not list(tmp_path.glob("*.part"))
 
 
@@ -181,7 +186,8 @@ def test_waiting_for_a_stalled_download_times_out(tmp_path: Path) -> None:
     thread = threading.Thread(target=cache_of(tmp_path, 3).get, args=("a", BLOCK, stuck))
     thread.start()
     started.wait(30)
-    assert Cache(str(tmp_path), 3 * BLOCK, stall_timeout_s=0.2).get("a", BLOCK, filling(content("a"))) is None
+    with pytest.raises(StalledDownloadError):
+        Cache(str(tmp_path), 3 * BLOCK, stall_timeout_s=0.2).get("a", BLOCK, filling(content("a")))
     go.set()
     thread.join()
 

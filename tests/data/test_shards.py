@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from concurrent.futures import wait
@@ -16,7 +17,7 @@ from open_lm import storage
 from open_lm.config.sections import DataConfig
 from open_lm.data import shards
 from open_lm.data import verify as verify_module
-from open_lm.data.fetch import FetchSettings
+from open_lm.data.fetch import FetchSettings, look_up
 from open_lm.data.loader import build_train_loader
 from open_lm.data.manifest import ManifestEntry, write_manifest
 from open_lm.data.order import DataOrder, OrderSettings, Source
@@ -237,6 +238,23 @@ def test_a_limit_smaller_than_a_shard_disables_the_cache_with_a_warning(
     assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0], [0, 2, 0]]
     assert caplog.text.count("has no space for it: the shards in use fill --cache-limit 1000 bytes") == 1
     assert names(str(tmp_path / "cache")) == [] and len(names(folder)) == 2
+
+
+def test_a_shard_that_a_stopped_process_downloads_is_downloaded_separately_with_a_warning_that_says_so(
+    faulty_s3: FaultyProxy, tmp_path: Path, cached: FetchSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    ((url, known),) = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 1).items()
+    store = ShardStore(2, cached, {url: known})
+    cache = store._remote._cache
+    assert cache is not None
+    cache._stall_timeout_s = 0.1
+    key = hashlib.sha256(look_up(url, known, 30).identity.encode()).hexdigest()[:32]
+    os.makedirs(cache.folder)
+    with open(os.path.join(cache.folder, f"{key}.part"), "wb") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)
+        assert first_ids(store, url) == [0, 0, 0]
+    assert f"{url}: another process downloads it to {cache.folder} but received nothing for 0.1 s" in caplog.text
+    assert "no space" not in caplog.text
 
 
 def test_a_cache_folder_that_cannot_be_created_is_an_error(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
