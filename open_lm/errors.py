@@ -16,10 +16,8 @@ from typing import NoReturn, TextIO
 
 # Environment variables that hold the rank under different launchers; the first one set is used.
 RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-STOP_SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGUSR1,
-)  # ask a run to save and stop: end of a job, early warning of a scheduler
+# Ask a run to save and stop: end of a job, early warning of a scheduler, Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WATCHDOG_EXIT_CODE = 124  # exit code of a run that the watchdog ends
 CLOSED_OUTPUT_EXIT_CODE = 128 + signal.SIGPIPE  # a command stopped because the reader of its output had ended
 _EXIT_DELAY_S = 2  # delay of ranks without a message of their own, so that the rank with the cause can print it

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
-from open_lm.errors import DataError
+from open_lm.errors import STOP_SIGNALS, DataError
 
 _PARENT_POLL_S = 2
 T = TypeVar("T")
@@ -49,12 +49,12 @@ def iterate_workers(loader: DataLoader[T]) -> Iterator[T]:
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """Start processes that ignore interrupts and the signals that ask a run to save and stop.
+    """Start processes that ignore the signals that ask a run to save and stop.
 
     A scheduler may send those signals to every process of the job, but only the main process handles them. Its own
     signals are delivered when the block ends.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

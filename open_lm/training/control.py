@@ -56,7 +56,7 @@ class RunControl:
 
     def __enter__(self) -> RunControl:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in (*STOP_SIGNALS, signal.SIGINT)}
+            self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(

@@ -78,7 +78,7 @@ def agent_class(node_rank: int = 0) -> type[LocalElasticAgent]:
                     with suppress(ProcessLookupError):  # the worker has already exited
                         os.kill(pid, number)
 
-            for number in (*STOP_SIGNALS, signal.SIGINT):  # replaces the handlers that torch has just installed
+            for number in STOP_SIGNALS:  # replaces the handlers that torch has just installed
                 signal.signal(number, forward_signal)
             return pids
 
@@ -126,7 +126,7 @@ def _launch(argv: Sequence[str]) -> int:
         if FAILURE_FILE in os.environ:
             Path(os.environ[FAILURE_FILE]).write_text(str(failure.timestamp))
         code = failure.exitcode
-        if -code in (*STOP_SIGNALS, signal.SIGINT):
+        if -code in STOP_SIGNALS:
             return 128 - code
         if code not in REPORTED_EXIT_CODES:
             raise

@@ -18,10 +18,9 @@ from typing import IO, Any, Literal
 
 from launch_node import MARK, SILENCE_S
 
-from open_lm.errors import ConfigError, join_problems
+from open_lm.errors import STOP_SIGNALS, ConfigError, join_problems
 
 LOST = 255  # exit code for a lost connection, like that of ssh
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 Output = Literal["all", "first"]
 _CONNECT_S = 60.0
 _HEARTBEAT_S = SILENCE_S / 10
