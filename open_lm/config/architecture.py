@@ -1,20 +1,23 @@
-"""Find model configuration files by name or path, and check their contents. Imports no torch."""
+"""Find model configuration files by name or path, and check their contents. Imports no torch.
+
+The keys of a file are COUNTS, SWITCHES, the fields of ArchitectureConfig (which are flags too) and those of ModelKeys.
+docs/model_configs.md describes them.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
-import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from open_lm import storage
 from open_lm.config.fields import FieldSpec
+from open_lm.config.model_keys import ModelKeys, relation_problems
 from open_lm.config.sections import ArchitectureConfig, ModelConfig
 from open_lm.errors import ConfigError, join_problems
-
-log = logging.getLogger(__name__)
+from open_lm.names import unescape
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "model_configs"
 COUNTS = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")
@@ -36,7 +39,7 @@ def read_architecture(model: str) -> dict[str, Any]:
 
     Returns:
         hidden_dim, n_layers, n_heads, seq_len, vocab_size, post_embed_norm, weight_tying, and the fields of
-        ArchitectureConfig that the file contains.
+        ArchitectureConfig and ModelKeys that the file contains.
 
     Raises:
         ConfigError: an unknown name (the message lists similar names), a missing file, or invalid contents (the
@@ -55,9 +58,10 @@ def read_architecture(model: str) -> dict[str, Any]:
 
 
 def resolve_architecture(cfg: ModelConfig) -> dict[str, Any]:
-    """Return the result of `read_architecture`, completed by the settings of `cfg` that the file does not contain."""
+    """Return the result of `read_architecture`, completed by the settings of `cfg` and the defaults of ModelKeys."""
     settings = {spec.name: getattr(cfg, spec.name) for spec in ArchitectureConfig.specs()}
-    return {**settings, **read_architecture(cfg.model)}
+    defaults = {spec.name: spec.default for spec in ModelKeys.specs()}
+    return {**defaults, **settings, **read_architecture(cfg.model)}
 
 
 def gated_width(dim: int) -> int:
@@ -100,7 +104,7 @@ def read_written_params(checkpoint: str) -> dict[str, str]:
     if not storage.exists(url):
         return {}
     lines = (line.partition(": ") for line in storage.read_lines(url))
-    return {key: value for key, _, value in lines}
+    return {key: unescape(value) for key, _, value in lines}
 
 
 def _folder_of(checkpoint: str) -> str:
@@ -130,7 +134,7 @@ def _not_found(model: str) -> str:
 
 
 def _check_contents(contents: dict[str, Any], label: str) -> dict[str, Any]:
-    specs = {spec.name: spec for spec in ArchitectureConfig.specs()}
+    specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelKeys.specs())}
     problems = [f"{key} is missing" for key in COUNTS if key not in contents]
     problems += [_count_problem(key, contents[key]) for key in COUNTS if key in contents]
     checked: dict[str, Any] = dict.fromkeys(SWITCHES, False)
@@ -142,8 +146,10 @@ def _check_contents(contents: dict[str, Any], label: str) -> dict[str, Any]:
         if key in (*specs, *SWITCHES, *COUNTS):
             checked[key] = value
         elif key not in LEGACY_KEYS:
-            log.warning("%s: the key %s is unknown and has no effect", label, key)
-    problems = [problem for problem in problems if problem]
+            similar = difflib.get_close_matches(key, (*specs, *SWITCHES, *COUNTS), n=2, cutoff=0.7)
+            hint = f"did you mean {' or '.join(similar)}?" if similar else "remove it"
+            problems.append(f"the key {key} is unknown; {hint}")
+    problems = [problem for problem in problems if problem] or relation_problems(checked)
     if problems:
         raise ConfigError(join_problems(problems, label))
     return checked
@@ -160,6 +166,10 @@ def _field_problem(spec: FieldSpec, value: object) -> str:
     if spec.choices and value not in spec.choices:
         return f"{spec.name} is {value!r}, expected one of {', '.join(spec.choices)}"
     kinds = (int, float) if spec.kind is float else (spec.kind,)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and spec.kind is not bool):
-        return f"{spec.name} is {value!r}, expected {spec.kind.__name__}"
+    values = value if spec.many and isinstance(value, list) else [value]
+    if any(not isinstance(v, kinds) or (isinstance(v, bool) and spec.kind is not bool) for v in values) or (
+        spec.many and not isinstance(value, list)
+    ):
+        expected = "an object" if spec.kind is dict else spec.kind.__name__
+        return f"{spec.name} is {value!r}, expected {f'a list of {expected}' if spec.many else expected}"
     return ""

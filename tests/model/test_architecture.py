@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from open_lm.config.architecture import model_names, read_architecture, read_run_settings
+from open_lm.config.architecture import COUNTS, SWITCHES, model_names, read_architecture, read_run_settings
+from open_lm.config.model_keys import ModelKeys
+from open_lm.config.sections import ArchitectureConfig
 from open_lm.errors import ConfigError
 
 GOOD = {"hidden_dim": 8, "n_layers": 1, "n_heads": 2, "seq_len": 4, "vocab_size": 5}
@@ -81,12 +83,47 @@ def test_invalid_files_are_errors(tmp_path: Path, content: str, message: str) ->
         read_architecture(write(tmp_path, content))
 
 
-def test_unknown_keys_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        read_architecture(write(tmp_path, {**GOOD, "n_layer": 3, "norm_type": "rms_norm"}))
-    assert [record.getMessage() for record in caplog.records] == [
-        f"--model {tmp_path / 'mine.json'} (mine.json): the key n_layer is unknown and has no effect"
-    ]
+def test_unknown_keys_are_errors(tmp_path: Path) -> None:
+    assert read_architecture(write(tmp_path, {**GOOD, "norm_type": "rms_norm", "name": "mine"}))["n_layers"] == 1
+    with pytest.raises(ConfigError, match=r"the key n_layer is unknown; did you mean n_layers\?") as caught:
+        read_architecture(write(tmp_path, {**GOOD, "n_layer": 3, "zzz": 1}))
+    assert "the key zzz is unknown; remove it" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"n_heads": 4, "n_kv_heads": 3}, "n_kv_heads is 3, expected a divisor of n_heads 4"),
+        ({"n_kv_heads": 1.0}, "n_kv_heads is 1.0, expected int"),
+        ({"head_dim": 0}, "head_dim is 0, expected at least 1"),
+        ({"attn_soft_cap": 0}, "attn_soft_cap is 0, expected a number above 0"),
+        ({"residual_dropout": 1.0}, "residual_dropout is 1.0, expected a number from 0 to below 1"),
+        ({"sliding_window_pattern": [True]}, "no effect without sliding_window"),
+        ({"sliding_window": 4, "sliding_window_pattern": True}, r"is True, expected a list of bool"),
+        ({"sliding_window": 4, "sliding_window_pattern": []}, "sliding_window_pattern is empty"),
+        ({"qk_norm_per_head": True}, "no effect without qk_norm"),
+        ({"rope_fraction": 1.5}, "rope_fraction is 1.5, expected at most 1"),
+        ({"unpadded_vocab_size": 9}, "unpadded_vocab_size is 9, above vocab_size 5"),
+        ({"norm_position": "around"}, "norm_position is 'around', expected one of pre, post, both"),
+        ({"rope_scaling": 2}, "rope_scaling is 2, expected an object"),
+        ({"rope_scaling": {"type": "yarn"}}, "type 'yarn', expected one of linear, llama3; others are not supported"),
+        ({"rope_scaling": {"type": "linear", "factr": 2}}, r"(?s)factor is missing.*the key factr is unknown"),
+        ({"rope_scaling": {"type": "linear", "factor": -1}}, "factor is -1, expected a number above 0"),
+    ],
+)
+def test_invalid_values_of_keys(tmp_path: Path, keys: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_architecture(write(tmp_path, {**GOOD, **keys}))
+
+
+def test_every_key_is_documented() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "model_configs.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|", page, flags=re.MULTILINE))
+    specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelKeys.specs())}
+    assert set(rows) == {*COUNTS, *SWITCHES, *specs}
+    for name, spec in specs.items():
+        default = "—" if spec.default is None else json.dumps(spec.default).strip('"')
+        assert rows[name].strip().strip("`") == default, name
 
 
 def test_read_run_settings(shared_dir: Path, tmp_path: Path) -> None:

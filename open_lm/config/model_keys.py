@@ -1,0 +1,162 @@
+"""The keys of a model's JSON file that have no flag: each is a field with its type, default and meaning. No torch.
+
+docs/model_configs.md describes all keys of a file. D model width, H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from open_lm.config.fields import Section
+
+NORM_POSITIONS = ("pre", "post", "both")
+EXPERT_TYPES = ("gelu_tanh", "swiglu")
+MOE_LOSS_SCOPES = ("layer", "model")
+# The parameters of each type of rope_scaling.
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_seq_len"),
+}
+
+
+def key(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    """Declare a key with its default and meaning."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelKeys(Section):
+    """The keys of a model's JSON file that have no flag."""
+
+    # attention
+    n_kv_heads: int | None = key(
+        None, "number of key and value heads, each shared by n_heads / n_kv_heads query heads; default: n_heads"
+    )
+    head_dim: int | None = key(None, "width K of a head; default: hidden_dim // n_heads")
+    qkv_bias: bool = key(False, "add biases to queries, keys and values")
+    attn_out_bias: bool = key(False, "add a bias to the output projection of attention")
+    qk_norm_per_head: bool = key(
+        False, "qk_norm normalizes each head separately, with one gain of width K for all heads of a layer"
+    )
+    attn_scale: float | None = key(None, "factor of the attention scores; default: 1/sqrt(K)")
+    attn_soft_cap: float | None = key(None, "limit c of the attention scores s: c tanh(s / c); default: no limit")
+    sliding_window: int | None = key(
+        None, "number of latest positions, including its own, that a query attends to; default: all"
+    )
+    sliding_window_pattern: list[bool] | None = key(
+        None, "which layers use sliding_window; repeated until the last layer; default: all layers"
+    )
+    # rotary embeddings
+    rope_base: float = key(10000.0, "base b of the rotary angles: pair i of K features turns by b^(-2i/K) per position")
+    rope_local_base: float | None = key(
+        None, "base in layers with a sliding window, where rope_scaling then does not apply; default: as in all layers"
+    )
+    rope_fraction: float = key(1.0, "share of a head's features, from the first on, that is rotated")
+    rope_scaling: dict | None = key(  # type: ignore[type-arg]  # a plain class, for isinstance
+        None, "scaling of the rotary frequencies, an object with `type` (linear, llama3) and its parameters"
+    )
+    rope_pattern: list[bool] | None = key(
+        None, "which layers have rotary embeddings; repeated until the last layer; default: all layers"
+    )
+    # feed-forward networks
+    ffn_dim: int | None = key(None, "hidden width of the feed-forward networks; default: depends on ffn_type")
+    ffn_bias: bool | None = key(None, "whether feed-forward networks have biases; default: depends on ffn_type")
+    moe_ffn_type: str = key("gelu_tanh", "network of an expert", choices=EXPERT_TYPES)
+    moe_ffn_dim: int | None = key(None, "hidden width of an expert; default: 4 hidden_dim")
+    moe_normalize_scores: bool = key(False, "divide the scores of a token's experts by their sum")
+    moe_loss_scope: str = key(
+        "layer",
+        "load-balancing loss: the mean of the layers' losses (layer), or one loss of the tokens of all layers (model)",
+        choices=MOE_LOSS_SCOPES,
+    )
+    # blocks
+    norm_eps: float = key(1e-5, "number that norms add to the variance or mean square")
+    norm_position: str = key(
+        "pre",
+        "norms of the inputs of attention and feed-forward network (pre), of their outputs (post), or of both",
+        choices=NORM_POSITIONS,
+    )
+    parallel_block: bool = key(False, "feed attention and feed-forward network with the output of one norm")
+    # embeddings and head
+    embedding_scale: float = key(1.0, "factor of the token embeddings, rounded to their dtype")
+    head_bias: bool = key(False, "add a bias to the logits")
+    logit_soft_cap: float | None = key(None, "limit c of the logits l: c tanh(l / c); default: no limit")
+    unpadded_vocab_size: int | None = key(
+        None, "number of token ids; further rows of vocab_size are padding with probability 0; default: vocab_size"
+    )
+    # dropout
+    embedding_dropout: float = key(0.0, "in training, share of the embeddings' features that is set to 0")
+    attn_dropout: float = key(0.0, "in training, share of the attention weights that is set to 0")
+    residual_dropout: float = key(
+        0.0, "in training, share of the outputs of attention and feed-forward network that is set to 0"
+    )
+
+
+def relation_problems(values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with values of the right types, whose keys are names in a model's JSON file.
+
+    Keys that are missing have their defaults.
+    """
+    defaults = {spec.name: spec.default for spec in ModelKeys.specs()}
+    get = {**defaults, "qk_norm": False, **values}.get
+    problems = [
+        f"{name} is {get(name)}, expected at least 1"
+        for name in ("n_kv_heads", "head_dim", "ffn_dim", "moe_ffn_dim", "sliding_window", "unpadded_vocab_size")
+        if get(name) is not None and get(name) < 1
+    ]
+    problems += [
+        f"{name} is {get(name)}, expected a number above 0"
+        for name in (
+            *("norm_eps", "attn_scale", "attn_soft_cap", "logit_soft_cap", "rope_base", "rope_local_base"),
+            *("rope_fraction", "embedding_scale"),
+        )
+        if get(name) is not None and not get(name) > 0
+    ]
+    problems += [
+        f"{name} is {get(name)}, expected a number from 0 to below 1"
+        for name in ("embedding_dropout", "attn_dropout", "residual_dropout")
+        if not 0 <= get(name) < 1
+    ]
+    problems += [
+        f"{name} is empty, expected true or false for each layer of the pattern"
+        for name in ("sliding_window_pattern", "rope_pattern")
+        if get(name) == []
+    ]
+    heads, kv_heads = get("n_heads"), get("n_kv_heads")
+    if heads and kv_heads and kv_heads > 0 and heads % kv_heads:
+        problems.append(f"n_kv_heads is {kv_heads}, expected a divisor of n_heads {heads}")
+    if get("rope_fraction") > 1:
+        problems.append(f"rope_fraction is {get('rope_fraction')}, expected at most 1")
+    if get("unpadded_vocab_size") and "vocab_size" in values and get("unpadded_vocab_size") > values["vocab_size"]:
+        problems.append(f"unpadded_vocab_size is {get('unpadded_vocab_size')}, above vocab_size {values['vocab_size']}")
+    for name, required in (
+        ("sliding_window_pattern", "sliding_window"),
+        ("rope_local_base", "sliding_window"),
+        ("qk_norm_per_head", "qk_norm"),
+    ):
+        if get(name) and not get(required):
+            problems.append(f"{name} has no effect without {required}; set {required} or remove {name}")
+    return [*problems, *_rope_scaling_problems(get("rope_scaling"))]
+
+
+def _rope_scaling_problems(scaling: Mapping[str, Any] | None) -> list[str]:
+    if scaling is None:
+        return []
+    kind = scaling.get("type")
+    if kind not in ROPE_SCALINGS:
+        return [f"rope_scaling has type {kind!r}, expected one of {', '.join(ROPE_SCALINGS)}; others are not supported"]
+    expected = {"type", *ROPE_SCALINGS[kind]}
+    problems = [f"rope_scaling of type {kind}: {name} is missing" for name in sorted(expected - set(scaling))]
+    problems += [f"rope_scaling of type {kind}: the key {name} is unknown" for name in sorted(set(scaling) - expected)]
+    for name in ROPE_SCALINGS[kind]:
+        value = scaling.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            problems.append(f"rope_scaling of type {kind}: {name} is {value!r}, expected a number above 0")
+    return problems
+
+
+def in_layer(pattern: list[bool] | None, layer: int) -> bool:
+    """Return the entry of a pattern for a layer, counted from 0. Patterns repeat; None is true for all layers."""
+    return pattern is None or pattern[layer % len(pattern)]
