@@ -213,7 +213,7 @@ def _create_model(config: Config, layout: MeshLayout) -> nn.Module:
     if config.model.hf_model:
         from open_lm.hf.trainable import create_hf_model
 
-        return create_hf_model(config.model)
+        return create_hf_model(config.model, for_training=wants_training(config.data))
     from open_lm.model.transformer import create_model
 
     cfg = config.model
