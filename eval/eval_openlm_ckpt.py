@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from icl_run import Outcome
-    from icl_tasks import Settings
+    from icl_tasks import EvalSettings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON_VARIABLE = "OPEN_LM_EVAL_PYTHON"
@@ -157,7 +157,7 @@ def _evaluate(args: argparse.Namespace) -> list[Outcome]:
     return outcomes
 
 
-def load_tokenizer_and_model(args: argparse.Namespace, settings: Settings) -> tuple[Any, Any]:
+def load_tokenizer_and_model(args: argparse.Namespace, settings: EvalSettings) -> tuple[Any, Any]:
     """Return the tokenizer and the checkpoint's model as transformers objects.
 
     Raises:
@@ -190,7 +190,7 @@ def load_tokenizer_and_model(args: argparse.Namespace, settings: Settings) -> tu
 
 
 def run_metadata(
-    args: argparse.Namespace, settings: Settings, model: Any, device: str, seconds: float
+    args: argparse.Namespace, settings: EvalSettings, model: Any, device: str, seconds: float
 ) -> dict[str, Any]:
     """Return the settings and versions of the evaluation for the JSON result."""
     from importlib.metadata import version

@@ -12,7 +12,7 @@ from open_lm import storage
 if TYPE_CHECKING:
     from icl_run import Outcome
 
-METRICS = {
+METRIC_LABELS = {
     "InContextLearningMultipleChoiceAccuracy": "accuracy",
     "InContextLearningLMAccuracy": "exact continuation",
     "InContextLearningGenerationExactMatchAccuracy": "exact match",
@@ -37,7 +37,7 @@ def format_table(outcomes: Sequence[Outcome]) -> str:
         (
             o.task,
             str(o.shots),
-            METRICS.get(o.metric, o.metric),
+            METRIC_LABELS.get(o.metric, o.metric),
             "-" if o.score is None else f"{o.score:.4f}",
             "-" if o.score is None else f"{o.baseline:.4f}",
             "-" if o.score is None else str(o.n),

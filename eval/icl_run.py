@@ -22,7 +22,7 @@ from composer.core import Evaluator
 from composer.trainer import Trainer
 from composer.utils import dist, get_device, reproducibility
 from datasets import disable_caching, disable_progress_bars
-from icl_tasks import Settings, Task, first_examples
+from icl_tasks import EvalSettings, Task, first_examples
 from llmfoundry.eval.datasets import in_context_learning_evaluation as icl
 from llmfoundry.utils.builders import build_icl_evaluators
 
@@ -91,7 +91,7 @@ class SequenceTooLong(Exception):
     """An answer that is so long that no context fits into the model's sequence length."""
 
 
-def start_processes(device: str, settings: Settings) -> str:
+def start_processes(device: str, settings: EvalSettings) -> str:
     """Initialize Composer's process group, also for a single process, and return Composer's name of the device.
 
     Args:
@@ -116,7 +116,7 @@ def start_processes(device: str, settings: Settings) -> str:
 def run_tasks(
     model: Any,
     tokenizer: Any,
-    settings: Settings,
+    settings: EvalSettings,
     device: str,
     *,
     max_examples: int | None = None,

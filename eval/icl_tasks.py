@@ -25,14 +25,14 @@ HOW_TO_GET_DATA = (
     "(data_dir in the YAML, or --data-dir). --tasks NAME… runs only some of the tasks."
 )
 EXTRA_KEYS = ("random_baseline",)  # keys of a task's entry that llm-foundry does not support
-METRICS = (
+KNOWN_METRICS = (
     "InContextLearningLMAccuracy",
     "InContextLearningMultipleChoiceAccuracy",
     "InContextLearningGenerationExactMatchAccuracy",
     "InContextLearningLMExpectedCalibrationError",
     "InContextLearningMCExpectedCalibrationError",
 )
-PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
+COMPOSER_PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 KNOWN_SETTINGS = ("data_dir", "max_seq_len", "device_eval_batch_size", "precision", "seed", "icl_tasks")
 
 
@@ -62,7 +62,7 @@ class Task:
 
 
 @dataclass
-class Settings:
+class EvalSettings:
     """The settings of the YAML files. Settings other than tasks come from the first file."""
 
     tasks: list[Task]
@@ -73,7 +73,7 @@ class Settings:
     ignored: list[str] = field(default_factory=list)  # settings of the first file that have no effect
 
 
-def read_settings(files: Sequence[str], data_dir: str | None = None, only: Sequence[str] | None = None) -> Settings:
+def read_settings(files: Sequence[str], data_dir: str | None = None, only: Sequence[str] | None = None) -> EvalSettings:
     """Read evaluation YAML files without loading models or downloading data.
 
     Args:
@@ -94,7 +94,7 @@ def read_settings(files: Sequence[str], data_dir: str | None = None, only: Seque
     if unknown:
         problems.append(f"--tasks {' '.join(unknown)}: expected some of {', '.join(labels) or 'the tasks'}")
     first = contents[0]
-    settings = Settings(
+    settings = EvalSettings(
         [task for task in tasks if not only or task.label in only],
         max_seq_len=_number(first, "max_seq_len", None, files[0], problems),
         batch_size=_number(first, "device_eval_batch_size", 8, files[0], problems) or 8,
@@ -102,8 +102,10 @@ def read_settings(files: Sequence[str], data_dir: str | None = None, only: Seque
         seed=_number(first, "seed", 1, files[0], problems) or 0,
         ignored=[key for key, value in first.items() if key not in KNOWN_SETTINGS and value],
     )
-    if settings.precision not in PRECISIONS:
-        problems.append(f"{files[0]}: precision is {settings.precision}, expected one of {', '.join(PRECISIONS)}")
+    if settings.precision not in COMPOSER_PRECISIONS:
+        problems.append(
+            f"{files[0]}: precision is {settings.precision}, expected one of {', '.join(COMPOSER_PRECISIONS)}"
+        )
     if problems:
         raise ConfigError(join_problems(problems, "invalid evaluation settings"))
     missing = [problem for task in settings.tasks for problem in _data_problems(task)]
@@ -154,9 +156,9 @@ def _task(entry: Any, file: str, problems: list[str]) -> Task | None:
     baseline = entry.get("random_baseline")
     if baseline is not None and not (isinstance(baseline, (int, float)) and 0 <= baseline < 1):
         task_problems.append(f"random_baseline is {baseline!r}, expected a number of at least 0 and below 1")
-    unknown = [str(name) for name in entry.get("metric_names") or [] if name not in METRICS]
+    unknown = [str(name) for name in entry.get("metric_names") or [] if name not in KNOWN_METRICS]
     if unknown:
-        task_problems.append(f"metric_names has {', '.join(unknown)}, expected some of {', '.join(METRICS)}")
+        task_problems.append(f"metric_names has {', '.join(unknown)}, expected some of {', '.join(KNOWN_METRICS)}")
     problems += [f"{file}: task {label}: {problem}" for problem in task_problems]
     if task_problems or kind is None or data is None or shots is None:
         return None

@@ -37,7 +37,7 @@ TRAINING_LINES = "Train Epoch|Validation on|saved|WARNING|ERROR|--resume latest"
 
 
 @dataclass(frozen=True)
-class Settings:
+class QuickstartSettings:
     """The folder and the sizes of the quickstart."""
 
     folder: Path
@@ -98,13 +98,13 @@ def run(command: list[str], show: str = "") -> list[str]:
     return lines
 
 
-def gather_text(settings: Settings) -> None:
+def gather_text(settings: QuickstartSettings) -> None:
     counts = gather(str(settings.folder / "raw"), settings.text_mb)
     write_text(settings.result("text"), to_json(counts))
     print(f"  {counts['train_bytes'] / 1e6:.1f} MB for training, {counts['valid_bytes'] / 1e6:.1f} MB for validation")
 
 
-def train_tokenizer(settings: Settings) -> None:
+def train_tokenizer(settings: QuickstartSettings) -> None:
     import zstandard
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -128,7 +128,7 @@ def train_tokenizer(settings: Settings) -> None:
     print(f"  vocabulary of {tokenizer.get_vocab_size():,} tokens")
 
 
-def make_shards(settings: Settings) -> None:
+def make_shards(settings: QuickstartSettings) -> None:
     for split, pattern in (("valid", "valid.jsonl.zst"), ("train", "train-*.jsonl.zst")):
         command = [sys.executable, str(ROOT / "datapreprocess" / "make_2048.py")]
         command += ["--input-files", str(settings.folder / "raw" / pattern)]
@@ -136,7 +136,7 @@ def make_shards(settings: Settings) -> None:
         run([*command, "--seqlen", str(settings.seq_len), "--num-workers", "2"], show=".")
 
 
-def create_untrained(settings: Settings) -> None:
+def create_untrained(settings: QuickstartSettings) -> None:
     """Save the model with the initial weights of the training run, for comparison."""
     from open_lm.checkpoint.files import write_file
     from open_lm.config.command_line import parse_args
@@ -154,14 +154,14 @@ def create_untrained(settings: Settings) -> None:
     print(f"  {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
-def evaluation_command(checkpoint: Path, settings: Settings) -> list[str]:
+def evaluation_command(checkpoint: Path, settings: QuickstartSettings) -> list[str]:
     command = [sys.executable, "-m", "open_lm.main", "--model", settings.model, "--pretrained", str(checkpoint)]
     command += ["--val-data", settings.valid_shards]
     command += ["--data-key", "npy", "--val-seq-ci", "--precision", "fp32", "--global-val-batch-size", "8"]
     return [*command, "--workers", "0", "--logs", str(settings.logs)]
 
 
-def evaluate(settings: Settings, name: str, checkpoint: Path) -> None:
+def evaluate(settings: QuickstartSettings, name: str, checkpoint: Path) -> None:
     shutil.rmtree(settings.logs / f"evaluate-{name}", ignore_errors=True)  # left by an interrupted evaluation
     run([*evaluation_command(checkpoint, settings), "--name", f"evaluate-{name}"])
     results = read_lines(settings.logs / f"evaluate-{name}" / "checkpoints" / "results.jsonl")
@@ -174,7 +174,7 @@ def evaluate(settings: Settings, name: str, checkpoint: Path) -> None:
     print(f"  validation loss {outcome['loss']:.3f} ({interval}) on {outcome['tokens']:,} tokens")
 
 
-def sample(settings: Settings, name: str, checkpoint: Path) -> None:
+def sample(settings: QuickstartSettings, name: str, checkpoint: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--model", settings.model]
     command += ["--checkpoint", str(checkpoint), "--tokenizer", settings.tokenizer, "--max-new-tokens", "24"]
     command += ["--temperature", "0.7", "--seed", "1", "--json"]
@@ -187,7 +187,7 @@ def sample(settings: Settings, name: str, checkpoint: Path) -> None:
         print(f"  {item['prompt']!r} -> {item['completion']!r}")
 
 
-def train(settings: Settings) -> None:
+def train(settings: QuickstartSettings) -> None:
     command = [sys.executable, "-m", "open_lm.utils.torchrun", "--standalone"]
     command += ["--nproc-per-node", str(settings.processes), "-m", "open_lm.main", "--model", settings.model]
     command += ["--dataset-manifest", str(settings.manifest("train"))]
@@ -199,7 +199,7 @@ def train(settings: Settings) -> None:
     run([*command, "--logs", str(settings.logs), "--name", RUN_NAME, "--resume", "latest"], show=TRAINING_LINES)
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: QuickstartSettings) -> None:
     """Save the settings. Raise ConfigError if the folder contains results of other settings."""
     path = settings.result("settings")
     current = {name: value for name, value in asdict(settings).items() if name not in ("folder", "processes")}
@@ -213,7 +213,7 @@ def check_settings(settings: Settings) -> None:
     write_text(path, to_json(current))
 
 
-def steps(settings: Settings) -> list[tuple[str, Path, Callable[[], None]]]:
+def steps(settings: QuickstartSettings) -> list[tuple[str, Path, Callable[[], None]]]:
     """Return (title, file that exists once the step is done, function) of each step, in order."""
     result, untrained, final = settings.result, settings.untrained_checkpoint, settings.final_checkpoint
     return [
@@ -246,7 +246,7 @@ def average_speed(training: list[dict[str, Any]]) -> float:
     return float(training[-1]["tokens"] / seconds)
 
 
-def summary(settings: Settings) -> str:
+def summary(settings: QuickstartSettings) -> str:
     """Return a table of the results."""
 
     def load(name: str) -> Any:
@@ -275,7 +275,7 @@ def summary(settings: Settings) -> str:
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
 
 
-def next_commands(settings: Settings) -> str:
+def next_commands(settings: QuickstartSettings) -> str:
     return (
         "Next:\n"
         f"  python {ROOT / 'scripts' / 'generate.py'} --checkpoint {settings.final_checkpoint} \\\n"
@@ -300,7 +300,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     folder = Path(os.path.relpath(args.dir))
     folder.mkdir(parents=True, exist_ok=True)
-    settings = Settings(folder, args.text_mb, args.tokens, args.epochs, args.vocab_size, 256, args.processes)
+    settings = QuickstartSettings(folder, args.text_mb, args.tokens, args.epochs, args.vocab_size, 256, args.processes)
 
     check_settings(settings)
     plan = steps(settings)

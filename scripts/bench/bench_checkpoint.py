@@ -21,12 +21,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from resident_memory import peak_resident_bytes, reset_peak, resident_bytes
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -183,42 +183,35 @@ def measure(rank: int, args: argparse.Namespace, folder: str, port: int) -> None
         methods["ours, in the background"] = lambda to: save_ours_async(state, writer, to)
     for name, save in methods.items():
         for number in range(args.rounds):
-            before, target = memory_gb("VmRSS"), os.path.join(folder, f"{name}, {number}")
-            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+            before, target = resident_bytes(), os.path.join(folder, f"{name}, {number}")
+            reset_peak()
             dist.barrier()
             timing = save(target)
-            peaks = gather_objects(max(0.0, memory_gb("VmHWM") - before))
+            peaks = gather_objects(max(0, peak_resident_bytes() - before))
             log(format_timing(f"{name}, save {number + 1}", timing, size, peaks))
             if name.startswith("ours") and number == args.rounds - 1:
-                before = memory_gb("VmRSS")
-                Path("/proc/self/clear_refs").write_text("5")
+                before = resident_bytes()
+                reset_peak()
                 started = time.perf_counter()
                 load(state, target)
                 seconds = time.perf_counter() - started
-                peaks = gather_objects(max(0.0, memory_gb("VmHWM") - before))
+                peaks = gather_objects(max(0, peak_resident_bytes() - before))
                 rate = size / seconds / 1e6
-                log(f"{'  load':34} {seconds:.2f} s ({rate:.0f} MB/s), peak +{max(peaks, default=0.0):.2f} GB")
+                log(f"{'  load':34} {seconds:.2f} s ({rate:.0f} MB/s), peak +{max(peaks, default=0) / 1e9:.2f} GB")
             dist.barrier()
             if rank == 0:
                 shutil.rmtree(target)
     dist.destroy_process_group()
 
 
-def format_timing(name: str, timing: Timing, size: int, peaks: list[float]) -> str:
+def format_timing(name: str, timing: Timing, size: int, peaks: list[int]) -> str:
     if not peaks:
         return ""  # not rank 0
     step = "" if timing.slowdown is None else f", step time x {timing.slowdown:.2f}"
     return (
         f"{name:34} pause {timing.pause_s:7.3f} s, written after {timing.total_s:7.2f} s "
-        f"({size / timing.total_s / 1e6:5.0f} MB/s), peak +{max(peaks):.2f} GB{step}"
+        f"({size / timing.total_s / 1e6:5.0f} MB/s), peak +{max(peaks) / 1e9:.2f} GB{step}"
     )
-
-
-def memory_gb(kind: str) -> float:
-    """Return this process's current (VmRSS) or peak (VmHWM) resident memory."""
-    lines = Path("/proc/self/status").read_text().split("\n")
-    line = next(line for line in lines if line.startswith(kind))
-    return int(line.split()[1]) * 1024 / 1e9
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,7 +32,7 @@ from open_lm.model.positional_embedding.rotary import rotate_halves
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """A differentiable function, computed by our kernels and by torch's.
 
     inputs: returns the function's tensor arguments for (batch, length) tokens; all of them need gradients.
@@ -44,30 +44,32 @@ class Case:
     inputs: Callable[[int, int], list[Tensor]]
 
 
-def cases(heads: int, width: int) -> Iterator[Case]:
+def cases(heads: int, width: int) -> Iterator[KernelCase]:
     dim = heads * width
     hidden = gated_width(dim)
 
     def qkv(batch: int, length: int) -> list[Tensor]:
         return list(torch.randn(batch, length, 3 * heads, width).split(heads, dim=2))
 
-    yield Case("attention", causal_attention, sdpa, qkv)
+    yield KernelCase("attention", causal_attention, sdpa, qkv)
     for count in (4, 32):
-        yield Case(f"attention, {count} documents", partial(documents_ours, count), partial(documents_sdpa, count), qkv)
-    yield Case(
+        yield KernelCase(
+            f"attention, {count} documents", partial(documents_ours, count), partial(documents_sdpa, count), qkv
+        )
+    yield KernelCase(
         "rotation",
         lambda x: rotate_halves(x, *cos_sin(x), dtype=x.dtype),
         torch_rotation,
         lambda batch, length: qkv(batch, length)[:1],
     )
-    yield Case(
+    yield KernelCase(
         "silu(gate) * up",
         gated_silu,
         lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
         lambda batch, length: [torch.randn(batch, length, 2 * hidden)],
     )
     for name, fan_in, fan_out in (("qkv", dim, 3 * dim), ("gate, up", dim, 2 * hidden), ("down", hidden, dim)):
-        yield Case(f"linear, {name}", linear, F.linear, partial(linear_inputs, fan_in, fan_out))
+        yield KernelCase(f"linear, {name}", linear, F.linear, partial(linear_inputs, fan_in, fan_out))
 
 
 def linear_inputs(in_features: int, out_features: int, batch: int, length: int) -> list[Tensor]:
@@ -114,7 +116,7 @@ def run(function: Callable[..., Tensor], inputs: list[Tensor], weights: Tensor) 
     return [out.detach(), *gradients], 1e3 * (middle - start), 1e3 * (end - middle)
 
 
-def max_error(function: Callable[..., Tensor], case: Case, length: int) -> float:
+def max_error(function: Callable[..., Tensor], case: KernelCase, length: int) -> float:
     """Return the maximum relative error of result and gradients in bfloat16, compared with torch in float64."""
     torch.manual_seed(0)
     inputs = [x.bfloat16() for x in case.inputs(1, length)]

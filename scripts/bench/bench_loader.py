@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from bench_loader_peers import PEERS, SEQUENCES_IN_SHARD, measure
+from bench_loader_peers import PEER_LOADERS, SEQUENCES_IN_SHARD, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, VOCAB_SIZE, END_OF_TEXT = 2049, 50432, 0
@@ -123,7 +123,7 @@ def loader_commands(args: argparse.Namespace, folder: Path) -> dict[tuple[str, i
         for label, name in OURS.items():
             data = str(folder / name / "manifest.jsonl")
             commands[f"ours, {label}", workers] = [*this_script, "--measure", "--data", data, *common, str(workers)]
-    for name, (_, make) in PEERS.items():
+    for name, (_, make) in PEER_LOADERS.items():
         if args.only and name not in args.only:
             continue
         python = sys.executable if make is None else str(args.peer_python)

@@ -5,8 +5,8 @@
 
 FOLDER contains tokens.npy (sequences, T), the shards txt/*.tar and npy/*.tar, and the data that `make` writes in a
 library's own format. `speed` prints one line of JSON with tokens and seconds, after some warm-up batches. NAME is one
-of `PEERS`. Each is configured as its documentation recommends for training: shuffled, endless, in batches of torch
-tensors.
+of `PEER_LOADERS`. Each is configured as its documentation recommends for training: shuffled, endless, in batches of
+torch tensors.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def mosaicml(folder: Path, workers: int, batch_size: int) -> Iterator[torch.Tens
 
 # --- measurement ----------------------------------------------------------------------------------------------------
 Open = Callable[[Path, int, int], Iterator[torch.Tensor]]
-PEERS: dict[str, tuple[Open, Callable[[Path], None] | None]] = {
+PEER_LOADERS: dict[str, tuple[Open, Callable[[Path], None] | None]] = {
     "literal lists (original)": (literal_lists, None),
     "webdataset npy": (webdataset_npy, None),
     "litdata": (litdata, make_litdata),
@@ -148,13 +148,13 @@ def measure(batches: Iterator[Any], workers: int, seconds: float, count: Callabl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["make", "speed"])
-    parser.add_argument("name", choices=PEERS)
+    parser.add_argument("name", choices=PEER_LOADERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=5)
     args = parser.parse_args()
-    open_peer, make = PEERS[args.name]
+    open_peer, make = PEER_LOADERS[args.name]
     if args.task == "make":
         if make is not None:
             make(args.folder)

@@ -18,11 +18,11 @@ import importlib
 import importlib.util
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from resident_memory import peak_resident_bytes, reset_peak, resident_bytes
 from torch import Tensor
 
 from open_lm.data.masking import IGNORE_INDEX
@@ -108,10 +108,10 @@ class Bench:
             before = torch.cuda.memory_allocated(self.device)
             self.forward_backward(loss)
             return torch.cuda.max_memory_allocated(self.device) - before
-        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-        before = _resident_bytes("VmRSS")
+        reset_peak()
+        before = resident_bytes()
         self.forward_backward(loss)
-        return _resident_bytes("VmHWM") - before
+        return peak_resident_bytes() - before
 
     def errors(self, loss: Loss) -> tuple[float, float, float]:
         """Return the errors of the mean loss, of the gradient of the hidden states and of that of the weight."""
@@ -133,11 +133,6 @@ class Bench:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _resident_bytes(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().split("\n") if x.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def main() -> None:

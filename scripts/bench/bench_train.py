@@ -54,7 +54,7 @@ from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
 
-PEERS = {"original": "original_recipe:build", "torchtitan": "torchtitan_recipe:build"}
+PEER_STEPS = {"original": "original_recipe:build", "torchtitan": "torchtitan_recipe:build"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="measure matrix products in these types, in addition to that of --precision (default: both)",
     )  # fmt: skip
     parser.add_argument(
-        "--against", metavar="NAME", help=f"step to compare with: {', '.join(PEERS)} or MODULE:FUNCTION"
+        "--against", metavar="NAME", help=f"step to compare with: {', '.join(PEER_STEPS)} or MODULE:FUNCTION"
     )
     parser.add_argument(
         "--peer-python", type=Path, default=Path(sys.executable), metavar="PYTHON",
@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 # --- settings of the measurements -----------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonPlan:
     """The measurements of a model.
 
     runs: the settings of each measurement by name, or its command.
@@ -117,7 +117,7 @@ class Comparison:
         return self.ours.batch_size * self.ours.seq_len
 
 
-def plan_comparison(args: argparse.Namespace, flags: list[str], model: str, folder: Path) -> Comparison:
+def plan_comparison(args: argparse.Namespace, flags: list[str], model: str, folder: Path) -> ComparisonPlan:
     """Return the planned measurements of a model and write its configuration to `folder`.
 
     Raise ConfigError if the trainer rejects the settings.
@@ -147,12 +147,14 @@ def plan_comparison(args: argparse.Namespace, flags: list[str], model: str, fold
         meta_model = create_model(ModelConfig.from_object(replace(config.model, model=str(path))))
     runs: dict[str, BenchmarkRun | list[str]] = {CEILING: replace(ours, kind=CEILING), OURS: ours}
     if args.against:
-        runs[args.against] = replace(ours, kind=PEERS.get(args.against, args.against), python=str(args.peer_python))
+        runs[args.against] = replace(
+            ours, kind=PEER_STEPS.get(args.against, args.against), python=str(args.peer_python)
+        )
     if args.against_command:
         values = {name: str(getattr(ours, name)) for name in ("model", "precision", "device", "batch_size", "seq_len")}
         runs["the command"] = [fill_placeholders(word, values) for word in shlex.split(args.against_command)]
     num_params = sum(p.numel() for p in meta_model.parameters())
-    return Comparison(runs, ours, dtype, model_flops_per_token(meta_model), num_params)
+    return ComparisonPlan(runs, ours, dtype, model_flops_per_token(meta_model), num_params)
 
 
 def changed_architecture(model: ModelConfig) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def changed_architecture(model: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != getattr(ArchitectureConfig, name)}
 
 
-def check_peer(comparison: Comparison, args: argparse.Namespace) -> None:
+def check_peer(comparison: ComparisonPlan, args: argparse.Namespace) -> None:
     """Raise ConfigError if the step of --against cannot be built. Print its version of torch if it differs."""
     peer = comparison.runs.get(args.against)
     if not isinstance(peer, BenchmarkRun):
@@ -241,7 +243,7 @@ class ModelResults:
     profiles: dict[str, StepMeasurement]
 
 
-def measure(comparison: Comparison, args: argparse.Namespace) -> ModelResults:
+def measure(comparison: ComparisonPlan, args: argparse.Namespace) -> ModelResults:
     """Run all rounds. With --profile, the processes of the last round profile one more step."""
     measured = ModelResults({name: Results([], [], [], []) for name in comparison.runs if name != CEILING}, {}, {})
     for number in range(1, args.rounds + 1):
@@ -268,7 +270,7 @@ def build_command(run: BenchmarkRun | list[str], args: argparse.Namespace, is_la
 
 
 # --- report ---------------------------------------------------------------------------------------------------------
-def format_report(comparison: Comparison, measured: ModelResults) -> str:
+def format_report(comparison: ComparisonPlan, measured: ModelResults) -> str:
     """Return the tables of matrix products and of steps, and the speedups of our step."""
     ours, rates, results = comparison.ours, measured.ceilings[comparison.dtype], measured.results
     lines = [

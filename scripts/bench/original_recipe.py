@@ -26,7 +26,7 @@ from open_lm.config.sections import OptimConfig
 from open_lm.errors import ConfigError
 
 NORM_EPS = 1e-5
-PRECISIONS = ("fp32", "amp_bf16", "amp_bfloat16")
+SUPPORTED_PRECISIONS = ("fp32", "amp_bf16", "amp_bfloat16")
 SUPPORTED = {"ffn_type": ("swiglu", "swiglu_torch"), "positional_embedding_type": ("rotary",), "moe_freq": (0,)}
 
 
@@ -251,8 +251,10 @@ def check(model: str, precision: str, device: torch.device) -> None:
                 f"--model {model}: {key} is {shape[key]!r}, but the original's recipe supports only "
                 f"{', '.join(map(str, values))}"
             )
-    if precision not in PRECISIONS:
-        raise ConfigError(f"--precision {precision}: the original's recipe supports only {', '.join(PRECISIONS)}")
+    if precision not in SUPPORTED_PRECISIONS:
+        raise ConfigError(
+            f"--precision {precision}: the original's recipe supports only {', '.join(SUPPORTED_PRECISIONS)}"
+        )
 
 
 def _shape(model: str) -> dict[str, Any]:

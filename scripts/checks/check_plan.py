@@ -34,7 +34,7 @@ HOST = "host"  # simulated device for host memory, because the CPU simulates the
 
 
 @dataclass(frozen=True)
-class Case:
+class PlanCase:
     """A step to compare: trainer flags, number of ranks, and micro-batches of `batch` sequences."""
 
     name: str
@@ -52,54 +52,54 @@ class Case:
         return TrainingSetup(shape_of(config.model), config, layout, self.batch, device_type="cpu")
 
 
-def cases(model: str) -> list[Case]:
+def cases(model: str) -> list[PlanCase]:
     """Return all cases for one model."""
     amp, mixed = "--precision amp_bfloat16", "--precision amp_bfloat16 --fsdp --fsdp-amp"
     full = "--activation-checkpointing full"
     compared = [
-        Case("single fp32", "--precision fp32"),
-        Case("single bf16", "--precision bf16"),
-        Case("single amp", amp),
-        Case("single amp full", f"{amp} {full}"),
-        Case("single amp op", f"{amp} --activation-checkpointing op"),
-        Case("single amp every 2", f"{amp} --activation-checkpointing 2"),
-        Case("single accum", f"{amp} --accum-freq 2"),
-        Case("single muon full", f"{amp} --optimizer muon {full}"),
-        Case("rms_norm", f"{amp} --model-norm rms_norm"),
-        Case("gain_only_lp_layer_norm", f"{amp} --model-norm gain_only_lp_layer_norm"),
-        Case("qk-norm", f"{amp} --qk-norm"),
-        Case("gelu", f"{amp} --ffn-type gelu"),
-        Case("gemma_geglu", f"{amp} --ffn-type gemma_geglu"),
-        Case("experts", f"{amp} --moe-freq 2 --moe-num-experts 8"),
-        Case("ddp amp", amp, 8),
-        Case("ddp accum full", f"{amp} --accum-freq 2 {full}", 8),
-        Case("ddp muon full", f"{amp} --optimizer muon {full}", 8),
-        Case("fsdp fp32", "--precision fp32 --fsdp", 8),
-        Case("fsdp amp", f"{amp} --fsdp", 8),
-        Case("fsdp pure bf16", f"{amp} --fsdp --fsdp-pure-bf16", 8),
-        Case("fsdp", mixed, 8),
-        Case("fsdp full", f"{mixed} {full}", 8),
-        Case("fsdp accum full", f"{mixed} --accum-freq 2 {full}", 8),
-        Case("fsdp muon full", f"{mixed} --optimizer muon {full}", 8),
-        Case("fsdp experts", f"{mixed} --moe-freq 2 --moe-num-experts 8", 8),
-        Case("zero2", f"{mixed} --fsdp-zero2", 8),
-        Case("zero2 accum full", f"{mixed} --fsdp-zero2 --accum-freq 2 {full}", 8),
-        Case("hybrid", f"{mixed} --fsdp-hybrid", 16),
-        Case("tensor", f"{amp} --tensor-parallel 4", 8),
-        Case("tensor+fsdp", f"{mixed} --tensor-parallel 4", 8),
-        Case("tensor+fsdp full", f"{mixed} --tensor-parallel 4 {full}", 8),
-        Case("tensor+fsdp muon full", f"{mixed} --tensor-parallel 4 --optimizer muon {full}", 8),
-        Case("context", f"{mixed} --context-parallel 4", 8),
-        Case("context full", f"{mixed} --context-parallel 4 {full}", 8),
-        Case("offload", f"{mixed} --fsdp-cpu-offload", 8),
-        Case("offload full", f"{mixed} --fsdp-cpu-offload {full}", 8),
-        Case("offload full, one rank", f"{mixed} --fsdp-cpu-offload {full}"),
+        PlanCase("single fp32", "--precision fp32"),
+        PlanCase("single bf16", "--precision bf16"),
+        PlanCase("single amp", amp),
+        PlanCase("single amp full", f"{amp} {full}"),
+        PlanCase("single amp op", f"{amp} --activation-checkpointing op"),
+        PlanCase("single amp every 2", f"{amp} --activation-checkpointing 2"),
+        PlanCase("single accum", f"{amp} --accum-freq 2"),
+        PlanCase("single muon full", f"{amp} --optimizer muon {full}"),
+        PlanCase("rms_norm", f"{amp} --model-norm rms_norm"),
+        PlanCase("gain_only_lp_layer_norm", f"{amp} --model-norm gain_only_lp_layer_norm"),
+        PlanCase("qk-norm", f"{amp} --qk-norm"),
+        PlanCase("gelu", f"{amp} --ffn-type gelu"),
+        PlanCase("gemma_geglu", f"{amp} --ffn-type gemma_geglu"),
+        PlanCase("experts", f"{amp} --moe-freq 2 --moe-num-experts 8"),
+        PlanCase("ddp amp", amp, 8),
+        PlanCase("ddp accum full", f"{amp} --accum-freq 2 {full}", 8),
+        PlanCase("ddp muon full", f"{amp} --optimizer muon {full}", 8),
+        PlanCase("fsdp fp32", "--precision fp32 --fsdp", 8),
+        PlanCase("fsdp amp", f"{amp} --fsdp", 8),
+        PlanCase("fsdp pure bf16", f"{amp} --fsdp --fsdp-pure-bf16", 8),
+        PlanCase("fsdp", mixed, 8),
+        PlanCase("fsdp full", f"{mixed} {full}", 8),
+        PlanCase("fsdp accum full", f"{mixed} --accum-freq 2 {full}", 8),
+        PlanCase("fsdp muon full", f"{mixed} --optimizer muon {full}", 8),
+        PlanCase("fsdp experts", f"{mixed} --moe-freq 2 --moe-num-experts 8", 8),
+        PlanCase("zero2", f"{mixed} --fsdp-zero2", 8),
+        PlanCase("zero2 accum full", f"{mixed} --fsdp-zero2 --accum-freq 2 {full}", 8),
+        PlanCase("hybrid", f"{mixed} --fsdp-hybrid", 16),
+        PlanCase("tensor", f"{amp} --tensor-parallel 4", 8),
+        PlanCase("tensor+fsdp", f"{mixed} --tensor-parallel 4", 8),
+        PlanCase("tensor+fsdp full", f"{mixed} --tensor-parallel 4 {full}", 8),
+        PlanCase("tensor+fsdp muon full", f"{mixed} --tensor-parallel 4 --optimizer muon {full}", 8),
+        PlanCase("context", f"{mixed} --context-parallel 4", 8),
+        PlanCase("context full", f"{mixed} --context-parallel 4 {full}", 8),
+        PlanCase("offload", f"{mixed} --fsdp-cpu-offload", 8),
+        PlanCase("offload full", f"{mixed} --fsdp-cpu-offload {full}", 8),
+        PlanCase("offload full, one rank", f"{mixed} --fsdp-cpu-offload {full}"),
     ]
-    return [Case(case.name, f"--model {model} {case.flags}", case.ranks, case.batch) for case in compared]
+    return [PlanCase(case.name, f"--model {model} {case.flags}", case.ranks, case.batch) for case in compared]
 
 
 # --- tracking -------------------------------------------------------------------------------------------------------
-def tracked(case: Case) -> dict[str, int]:
+def tracked(case: PlanCase) -> dict[str, int]:
     """Return the bytes of each tracker category at the peak of the second step.
 
     "Total" is the sum of the categories. "Host" is the part of --fsdp-cpu-offload in host memory.
@@ -324,7 +324,7 @@ def _host_memory() -> Iterator[None]:
 
 
 # --- output ---------------------------------------------------------------------------------------------------------
-def compare(case: Case, detail: bool) -> float:
+def compare(case: PlanCase, detail: bool) -> float:
     """Print a case, and return the relative error of the planner's total."""
     setup = case.setup()
     memory, measured = peak(setup), tracked(case)

@@ -84,7 +84,7 @@ def make_inputs(folder: Path, steps: int) -> list[str]:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A training run in its own folder, which may be started several times."""
 
     flags: Sequence[str]
@@ -131,7 +131,7 @@ class Start:
     mark: str
 
     @classmethod
-    def of(cls, run: Run, ranks: int, restarts: int = 0) -> Start:
+    def of(cls, run: TrainingRun, ranks: int, restarts: int = 0) -> Start:
         log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with this object)
         mark = uuid.uuid4().hex
         environment = {**os.environ, "OMP_NUM_THREADS": "1", MARK: mark}
@@ -181,7 +181,7 @@ def _parent(pid: int) -> int:
         return -1
 
 
-def interrupt(run: Run, way: str, ranks: int, steps: int, rng: random.Random) -> str:
+def interrupt(run: TrainingRun, way: str, ranks: int, steps: int, rng: random.Random) -> str:
     """Start the run and kill it in the given way; return a description, or "" if the run finished first."""
     start = Start.of(run, ranks, restarts=1 if way == "restart" else 0)
     before = run.last_step()
@@ -217,7 +217,7 @@ def _expect(start: Start, condition: bool, problem: str) -> None:
         raise DataError(f"the training run {problem}:\n{start.output()}")
 
 
-def difference(run: Run, expected: Run, tolerance: float) -> str:
+def difference(run: TrainingRun, expected: TrainingRun, tolerance: float) -> str:
     """Describe how the log and the final weights differ from the uninterrupted run; return "" if they are equal."""
     rows, expected_rows = run.rows(), expected.rows()
     steps = [row["step"] for row in rows]
@@ -250,13 +250,13 @@ def kill_many(args: argparse.Namespace, folder: Path, remote: str | None) -> int
     """Print one line per start, and return the number of finished runs that differ from the uninterrupted one."""
     rng = random.Random(args.seed)
     flags = [*make_inputs(folder, args.steps), *args.train_args]
-    expected = Run(flags, folder / "uninterrupted")
+    expected = TrainingRun(flags, folder / "uninterrupted")
     start = Start.of(expected, args.ranks)
     _expect(start, start.wait() == 0, "failed without being killed")
     print(f"uninterrupted: {expected.last_step()} steps, loss {expected.rows()[-1]['train/loss']:.4f}", flush=True)
     ways = [way for way in args.ways if way != "upload" or remote]
     number, finished, differing = 0, 0, 0
-    run = Run(flags, folder / "run-0", remote and f"{remote}/run-0")
+    run = TrainingRun(flags, folder / "run-0", remote and f"{remote}/run-0")
     while number < args.kills or run.kills:
         ranks = rng.choice((1, 2, 4)) if args.elastic else args.ranks
         way = ways[number % len(ways)]
@@ -275,7 +275,7 @@ def kill_many(args: argparse.Namespace, folder: Path, remote: str | None) -> int
         finished, differing = finished + 1, differing + bool(differences)
         result = differences or "identical to the uninterrupted run"
         print(f"  finished after {len(run.kills)} kills: {result}", flush=True)
-        run = Run(flags, folder / f"run-{finished}", remote and f"{remote}/run-{finished}")
+        run = TrainingRun(flags, folder / f"run-{finished}", remote and f"{remote}/run-{finished}")
     print(json.dumps({"kills": number, "finished": finished, "differing": differing}, allow_nan=False))
     return differing
 

@@ -68,7 +68,7 @@ class CommandReader:
         return [line.decode() for line in lines if line]
 
 
-class Run:
+class RunningCommand:
     """The running command and all its descendants."""
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ def main() -> int:
     if problem is not None:
         send_to_launcher(problem=problem)
         return 2
-    run = Run(job)
+    run = RunningCommand(job)
     was_lost = False
     while (code := run.code()) is None:
         for line in lines:

@@ -38,7 +38,7 @@ MIXED = "--precision amp_bfloat16 --fsdp --fsdp-amp"
 
 
 def setup(flags: str, ranks: int = 1, batch: int = 2) -> TrainingSetup:
-    return check_plan.Case("", flags, ranks, batch).setup()
+    return check_plan.PlanCase("", flags, ranks, batch).setup()
 
 
 def planned(flags: str) -> plan.Plan:
