@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Set
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from open_lm.kernels.linear import FusedLinear
 from open_lm.optim.adamw import AdamW, compute_device, local_tensor
 from open_lm.optim.muon import Muon
 
+_names: WeakKeyDictionary[Optimizer, str] = WeakKeyDictionary()  # of the optimizers that `build_optimizer` has built
 _CPU_NORM_CHUNK = 1 << 16  # elements whose squares are summed sequentially on a CPU
 
 
@@ -58,7 +60,7 @@ def build_muon(model: nn.Module, cfg: OptimConfig) -> Optimizer:
 def build_optimizer(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """Build the optimizer of --optimizer for the model's trainable parameters, unsharded or sharded."""
     optimizer: Optimizer = OPTIMIZERS.get(cfg.optimizer)(model, cfg)
-    optimizer.registered_name = cfg.optimizer  # type: ignore[attr-defined]
+    _names[optimizer] = cfg.optimizer
     return optimizer
 
 
@@ -67,7 +69,7 @@ def optimizer_moments(optimizer: Optimizer) -> dict[Tensor, Set[str]]:
 
     Empty for an optimizer that `build_optimizer` did not build, or whose entry does not declare its moments.
     """
-    name = getattr(optimizer, "registered_name", None)
+    name = _names.get(optimizer)
     if name is None or "moments" not in OPTIMIZERS.entry(name).facts:
         return {}
     vectors, matrices = _state_names(name)
