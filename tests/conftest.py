@@ -15,6 +15,7 @@ import pytest
 from faulty_proxy import FaultyProxy
 from strict_s3 import KINDS, StrictS3
 
+pytest_plugins = ["datapreprocess_helpers"]
 # Two test processes share two cores. OpenMP threads of torch that wait for each other would waste their time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The fork server of a test process imports these modules once, for all tests that fork processes from it.

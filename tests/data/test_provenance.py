@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from data_helpers import SEQ_LEN, VOCAB_SIZE, jsonable, places, sequence, write_shard, write_source
-from datapreprocess_helpers import in_process, make, raw, small_tokenizer
+from datapreprocess_helpers import make
 
 from open_lm import storage
 from open_lm.config.sections import DataConfig
@@ -24,7 +24,6 @@ from open_lm.data.sources import find_sources, find_validation_source
 from open_lm.errors import DataError
 from open_lm.utils.make_wds_manifest import main as make_manifest
 
-__all__ = ["in_process", "raw", "small_tokenizer"]
 SETTINGS = {"tokenizer": "/here/t.json", "tokenizer_fingerprint": "f" * 8, "eot_id": 3, "seq_len": SEQ_LEN, "seed": 42}
 
 

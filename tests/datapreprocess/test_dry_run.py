@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from datapreprocess_helpers import documents, small_tokenizer, write_jsonl
+from datapreprocess_helpers import documents, write_jsonl
 
 from open_lm import storage
 from open_lm.datapreprocess.dry_run import Estimate, describe, estimate
@@ -28,7 +28,6 @@ from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.errors import DataError
 from open_lm.tokenizer import load_tokenizer
 
-__all__ = ["small_tokenizer"]
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,

@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datapreprocess_helpers import (
+    EOT_ID,
     documents,
     expected_tokens,
-    in_process,
     make,
     read_shards,
     record_of,
-    small_tokenizer,
     tokens_of,
     write_jsonl,
 )
@@ -33,9 +32,7 @@ from open_lm import storage
 from open_lm.datapreprocess import inputs
 from open_lm.errors import ConfigError
 
-__all__ = ["in_process", "small_tokenizer"]
 pytestmark = pytest.mark.usefixtures("in_process")
-EOT_ID = 3
 TEXTS = [text for text in documents(60, seed=11) if text]
 
 

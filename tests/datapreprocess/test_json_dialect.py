@@ -8,12 +8,11 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from datapreprocess_helpers import in_process, make, record_of, rejects_of, small_tokenizer
+from datapreprocess_helpers import make, record_of, rejects_of
 from readers_helpers import COMPRESS, full_piece
 
 from open_lm.datapreprocess.readers import ChunkReader, FileChunks, PieceReader, ReadOptions
 
-__all__ = ["in_process", "small_tokenizer"]
 STRICT = [b'{"text": "plain", "score": 1.5}', b'{"text": "unchecked", "x": "\xff"}']
 LENIENT = [
     b'{"text": "not a number", "score": NaN}',

@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 from datapreprocess_helpers import (
     EOT,
+    EOT_ID,
     documents,
     expected_tokens,
-    local_ray,
     make,
-    raw,
     read_shards,
     record_of,
-    small_tokenizer,
     tokens_of,
     tree,
     write_jsonl,
@@ -34,9 +32,6 @@ from open_lm.datapreprocess import engine
 from open_lm.datapreprocess.make_2048 import main
 from open_lm.datapreprocess.memory import Budget
 from open_lm.errors import ConfigError, DataError
-
-__all__ = ["local_ray", "raw", "small_tokenizer"]
-EOT_ID = 3
 
 
 @pytest.mark.processes

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 from datapreprocess_helpers import (
+    EOT_ID,
     documents,
     expected_tokens,
-    local_ray,
     make,
-    raw,
     read_shards,
     record_of,
-    small_tokenizer,
     tokens_of,
     tree,
     write_jsonl,
@@ -22,9 +20,6 @@ from datapreprocess_helpers import (
 
 from open_lm.datapreprocess import engine
 from open_lm.errors import ConfigError, DataError
-
-__all__ = ["local_ray", "raw", "small_tokenizer"]
-EOT_ID = 3
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datapreprocess_helpers import expected_tokens, local_ray, raw, read_shards, small_tokenizer, tokens_of, write_jsonl
+from datapreprocess_helpers import EOT_ID, expected_tokens, read_shards, tokens_of, write_jsonl
 
 from open_lm import storage
 from open_lm.data.shard_format import expand_shards, read_manifest
@@ -17,10 +17,8 @@ from open_lm.errors import ConfigError
 
 pytestmark = pytest.mark.processes
 
-__all__ = ["local_ray", "raw", "small_tokenizer"]
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "datapreprocess" / "make_2048.py"
-EOT_ID = 3
 
 
 def run_script(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

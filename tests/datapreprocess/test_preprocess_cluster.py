@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datapreprocess_helpers import documents, small_tokenizer, tree, write_jsonl
+from datapreprocess_helpers import documents, tree, write_jsonl
 
 pytestmark = pytest.mark.processes
 
-__all__ = ["small_tokenizer"]
 
 # Runs the command with small units and chunks. The first argument is the id of the node for the feeds of streamed
 # files. The second is the number of results after which the command prints "waiting" and waits for a line of input;

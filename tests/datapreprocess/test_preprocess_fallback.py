@@ -10,23 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datapreprocess_helpers import (
-    documents,
-    in_process,
-    make,
-    raw,
-    record_of,
-    small_tokenizer,
-    small_units,
-    tree,
-    write_jsonl,
-)
+from datapreprocess_helpers import documents, make, record_of, tree, write_jsonl
 
 from open_lm.datapreprocess import engine, make_2048, tokenization, units
 from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer
 from open_lm.errors import ConfigError
 
-__all__ = ["in_process", "raw", "small_tokenizer", "small_units"]
 pytestmark = pytest.mark.usefixtures("in_process")
 MARK = "QUAGGA"
 

@@ -10,23 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datapreprocess_helpers import (
-    documents,
-    expected_tokens,
-    read_shards,
-    small_tokenizer,
-    tokens_of,
-    tree,
-    write_jsonl,
-)
+from datapreprocess_helpers import EOT_ID, documents, expected_tokens, read_shards, tokens_of, tree, write_jsonl
 from faulty_proxy import FaultyProxy, Rule
 
 from open_lm import storage
 
 pytestmark = pytest.mark.processes
 
-__all__ = ["small_tokenizer"]
-EOT_ID = 3
 
 # Runs the command without pauses between retries. The first argument limits the size of a file in bytes (0: no limit).
 COMMAND = """

@@ -12,15 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from datapreprocess_helpers import (
-    documents,
-    expected_tokens,
-    read_shards,
-    small_tokenizer,
-    tokens_of,
-    tree,
-    write_jsonl,
-)
+from datapreprocess_helpers import EOT_ID, documents, expected_tokens, read_shards, tokens_of, tree, write_jsonl
 
 from open_lm import storage
 from open_lm.data.shard_format import read_manifest
@@ -31,8 +23,6 @@ from open_lm.storage import files
 
 pytestmark = pytest.mark.processes
 
-__all__ = ["small_tokenizer"]
-EOT_ID = 3
 NEVER = ""
 WORK = ".work"
 

@@ -11,16 +11,13 @@ from typing import Any
 
 import pytest
 from datapreprocess_helpers import (
+    EOT_ID,
     documents,
     expected_tokens,
-    in_process,
     make,
-    raw,
     read_shards,
     record_of,
     rejects_of,
-    small_tokenizer,
-    small_units,
     tokens_of,
     tree,
     write_bad_jsonl,
@@ -33,9 +30,8 @@ from open_lm.datapreprocess import make_2048
 from open_lm.datapreprocess.ray import tokenize_shuffle
 from open_lm.errors import ConfigError, DataError
 
-__all__ = ["in_process", "raw", "small_tokenizer", "small_units"]
 pytestmark = pytest.mark.usefixtures("in_process")
-EOT_ID, LENGTH = 3, 33
+LENGTH = 33
 
 
 def ids_of(tokenizer: str, texts: Iterable[str], bos: Sequence[int] = ()) -> list[list[int]]:

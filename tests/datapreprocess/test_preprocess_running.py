@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 from datapreprocess_helpers import (
+    EOT_ID,
     expected_tokens,
-    in_process,
     make,
-    raw,
     read_shards,
     record_of,
     rejects_of,
-    small_tokenizer,
     tokens_of,
     tree,
     write_bad_jsonl,
@@ -31,9 +29,8 @@ from open_lm.datapreprocess.readers.base import UNREADABLE
 from open_lm.datapreprocess.tasks import Call, Queue, Threads, raise_if_abandoned
 from open_lm.errors import ConfigError
 
-__all__ = ["in_process", "raw", "small_tokenizer"]
 pytestmark = pytest.mark.usefixtures("in_process")
-EOT_ID, LENGTH = 3, 33
+LENGTH = 33
 
 
 def test_a_dry_run_writes_nothing(

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 from datapreprocess_helpers import (
+    EOT_ID,
     documents,
     expected_tokens,
-    in_process,
     make,
     read_shards,
     record_of,
-    small_tokenizer,
-    small_units,
     tokens_of,
     tree,
     write_jsonl,
@@ -28,9 +26,8 @@ from open_lm.datapreprocess.ray import tokenize_shuffle
 from open_lm.errors import ConfigError, DataError
 from open_lm.utils import inspect_shards
 
-__all__ = ["in_process", "small_tokenizer", "small_units"]
 pytestmark = pytest.mark.usefixtures("in_process")
-EOT_ID, LENGTH = 3, 33
+LENGTH = 33
 Texts = dict[str, list[str]]
 
 

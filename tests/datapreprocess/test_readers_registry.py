@@ -11,15 +11,13 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from datapreprocess_helpers import documents, expected_tokens, read_shards, record_of, small_tokenizer, tokens_of
+from datapreprocess_helpers import EOT_ID, documents, expected_tokens, read_shards, record_of, tokens_of
 
 from open_lm.datapreprocess.readers import Format, describe_suffixes, formats, register_format, separator_suffixes
 from open_lm.datapreprocess.readers.json_lines import line_separator, read_lines
 from open_lm.datapreprocess.readers.texts import parse_texts
 
-__all__ = ["small_tokenizer"]
 ROOT = Path(__file__).resolve().parents[2]
-EOT_ID = 3
 INTERNALS = ROOT / "docs" / "internals" / "preprocessing.md"
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datapreprocess_helpers import (
+    EOT_ID,
     documents,
     expected_tokens,
-    local_ray,
     read_shards,
-    small_tokenizer,
     tokens_of,
     tree,
     write_corpus,
@@ -29,9 +28,7 @@ from open_lm.datapreprocess.inputs import InputFile
 from open_lm.datapreprocess.ray.tokenize_shuffle import choose, main
 from open_lm.errors import ConfigError, DataError
 
-__all__ = ["local_ray", "small_tokenizer"]
 ROOT = Path(__file__).resolve().parents[2]
-EOT_ID = 3
 
 
 def shuffle(source: object, out: Path, *flags: str) -> list[tuple[str, str, list[int]]]:

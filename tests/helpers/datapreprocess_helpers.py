@@ -1,4 +1,4 @@
-"""Helpers of the preprocessing tests: a local Ray, a small tokenizer, corpora, independent readers of the output."""
+"""Helpers and fixtures of the preprocessing tests: Ray, a tokenizer, corpora, independent readers of the output."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import zstandard
 
-EOT = "<|endoftext|>"
+EOT, EOT_ID = "<|endoftext|>", 3  # of `small_tokenizer`
 WORDS = ["the", "a", "of", "model", "token", "shard", "river", "stone", "quick", "brown", "fox", "jumps"]
 WORDS += ["über", "naïve", "数据", "🙂", "def", "return", "42", "3.14"]
 
@@ -26,9 +26,6 @@ def local_ray() -> Iterator[None]:
     """Start one Ray session with four workers for all tests of a process; the commands join it and do not stop it."""
     import ray
 
-    if ray.is_initialized():  # the fixture of another test module started it
-        yield
-        return
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20,
         logging_level="ERROR",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from datapreprocess_helpers import documents, small_tokenizer, write_jsonl
+from datapreprocess_helpers import documents, write_jsonl
 from faulty_proxy import FaultyProxy, Rule
 from strict_s3 import StrictS3, write_certificate
 
@@ -22,7 +22,6 @@ from open_lm.storage import checksums as storage_checksums
 from open_lm.storage import retries as storage_errors
 from open_lm.storage import s3 as storage_s3
 
-__all__ = ["small_tokenizer"]
 SMALL, LARGE = 1000, 12 << 20
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import orjson
 import pytest
 from data_set_helpers import EOT, HISTOGRAM, SEQUENCES, edit_manifest, facts, make_folder, make_set, problems, record
-from datapreprocess_helpers import small_tokenizer
 
 from open_lm import storage
 from open_lm.data.shard_format import ManifestEntry, read_manifest, write_manifest
@@ -19,8 +18,6 @@ from open_lm.errors import ConfigError
 from open_lm.utils.inspect_shards import BrokenDataSet, main
 from open_lm.utils.shard_samples import choose_positions
 from open_lm.utils.shard_survey import progress_line, survey_shard
-
-__all__ = ["small_tokenizer"]
 
 
 def test_text_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
