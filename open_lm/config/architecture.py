@@ -15,6 +15,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.config.fields import FieldSpec
 from open_lm.config.model_keys import ModelKeys, relation_problems
+from open_lm.config.registry import FEED_FORWARDS
 from open_lm.config.sections import ArchitectureConfig, ModelConfig
 from open_lm.errors import ConfigError, join_problems
 from open_lm.names import unescape
@@ -62,6 +63,11 @@ def resolve_architecture(cfg: ModelConfig) -> dict[str, Any]:
     settings = {spec.name: getattr(cfg, spec.name) for spec in ArchitectureConfig.specs()}
     defaults = {spec.name: spec.default for spec in ModelKeys.specs()}
     return {**defaults, **settings, **read_architecture(cfg.model)}
+
+
+def feed_forward_width(ffn_type: str, dim: int) -> int:
+    """Return the default hidden width of a feed-forward network, an entry of FEED_FORWARDS."""
+    return 4 * dim if FEED_FORWARDS.required_fact(ffn_type, "hidden") == "4x" else gated_width(dim)
 
 
 def gated_width(dim: int) -> int:

@@ -188,21 +188,24 @@ def _registry_symbol(call: ast.Call) -> str | None:
 #   uses: further settings that this entry uses. With an entry that neither requires nor uses a setting that another
 #   entry of its registry does, the setting is reported as having no effect.
 
-# Factories `norm(width, eps=...) -> Module`. Facts, for the planner: parameters (names of the vectors of size `width`),
+# Factories `norm(width, eps=...) -> Module`, whose attribute `initial_gain` is the first value of the weight (1).
+# Facts, for the planner: parameters (names of the vectors of size `width`),
 # computes_in ("float32": always, and the output is multiplied by the gain separately; "autocast": in the type of
 # autocast; default: in the type that torch's layer norm has).
 NORMS = Registry("NORMS", "--model-norm", "open_lm.model", default="default_layer_norm")
-# Factories `feed_forward(dim) -> Module`. Facts, for the planner: hidden ("gated": the width `gated_width(dim)`, "4x":
-# 4 dim), inputs (matrices D -> F, by name, with the number of hidden widths that each returns), outputs (names of the
-# matrices F -> D), bias (default: no bias).
+# Factories `feed_forward(dim, hidden_dim, bias) -> Module`. Facts: hidden (the default of hidden_dim: "gated" for
+# `gated_width(dim)`, "4x" for 4 dim), inputs (matrices D -> F, by name, with the number of hidden widths that each
+# returns), outputs (names of the matrices F -> D), bias (the default of bias; without the fact: no bias).
 FEED_FORWARDS = Registry("FEED_FORWARDS", "--ffn-type", "open_lm.model", default="swiglu")
-# Factories `embedding(head_width) -> Module`. Facts: rotates (whether features are rotated in pairs, so that the head
-# width must be even; default for the planner: yes).
+# Factories `embedding(head_width, rope: RopeSettings) -> Module`. Facts: rotates (whether features are rotated in
+# pairs, so that their number must be even; default for the planner: yes), by_head (whether angles depend on the head,
+# so that queries and keys must have the same heads; default: no).
 POSITIONAL_EMBEDDINGS = Registry(
     "POSITIONAL_EMBEDDINGS", "--positional-embedding-type", "open_lm.model", default="rotary"
 )
 # Attention functions with the interface of model/attention.py. Facts: deterministic (default: yes), whole_sequences
-# (whether sequences cannot be split over ranks; default: no).
+# (whether sequences cannot be split over ranks; default: no), options (whether torch's kernels may replace the function
+# in layers with a window, soft cap, other scale or dropout; default: yes).
 ATTENTION = Registry("ATTENTION", "--attn-name", "open_lm.model", default="auto")
 # Functions `activation(scores) -> weights` for --attn-name custom_attn.
 ATTENTION_ACTIVATIONS = Registry("ATTENTION_ACTIVATIONS", "--attn-activation", "open_lm.model")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from open_lm.kernels import operators
+from open_lm.kernels.general_attention import repeat_heads
 from open_lm.kernels.native import attention as native
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -23,15 +24,22 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _MAX_FLOAT32_BACKWARD_WIDTH = 16
 
 
-def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, document_starts: Tensor | None = None) -> Tensor:
-    """Compute causal attention within documents, with scores scaled by 1/sqrt(K).
+def causal_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    document_starts: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Compute causal attention within documents.
 
     Args:
         queries: (B,T,H,K) float on a CPU; under autocast all three tensors are converted to its dtype.
-        keys: like the queries.
-        values: like the queries.
+        keys: like the queries, with H or, for grouped heads, a divisor of H heads.
+        values: like the keys.
         document_starts: (B,T) of any integer type, the index at which each token's document begins; None if each
             sequence is one document.
+        scale: factor of the scores; None for 1/sqrt(K).
 
     Returns:
         (B,T,H,K) in the dtype of the queries. The result and the gradients are bit-identical in every run.
@@ -42,6 +50,10 @@ def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, document_sta
     if torch.is_autocast_enabled("cpu") and queries.dtype != torch.float64:
         dtype = torch.get_autocast_dtype("cpu")
         queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
+    if scale is not None:
+        queries = queries * (scale * queries.shape[-1] ** 0.5)
+    if keys.shape[2] != queries.shape[2]:
+        keys, values = (repeat_heads(x, queries.shape[2]) for x in (keys, values))
     types_and_shapes = [(x.dtype, tuple(x.shape)) for x in (queries, keys, values)]
     if types_and_shapes != types_and_shapes[:1] * 3:
         raise ValueError(f"queries, keys and values must have one dtype and shape, found {types_and_shapes}")

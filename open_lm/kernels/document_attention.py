@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_lm.kernels.cpu_attention import causal_attention
+from open_lm.kernels.general_attention import PLAIN, AttentionOptions, general_attention, repeat_heads
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # its import takes seconds in older versions of torch
@@ -43,8 +44,9 @@ class DocumentMask:
         block_mask: the blocks of queries and keys that share a document, for flex attention.
         xformers_bias: the document lengths as xformers' BlockDiagonalCausalMask.
         context_shard: this rank's shard of the sequences, with context parallelism (context_parallel.ContextShard).
-        attn_func: (queries, keys, values, documents) -> attention with xformers_bias or context_shard; excluded from
-            compilation by `disable_compilation`.
+        attn_func: (queries, keys, values, documents) -> attention with xformers_bias, or (queries, keys, values,
+            documents, options) with context_shard; excluded from compilation by `disable_compilation`.
+        for_options: returns the mask of the same documents for layers with other options.
     """
 
     positions: Tensor
@@ -54,6 +56,7 @@ class DocumentMask:
     xformers_bias: Any = None
     context_shard: Any = None
     attn_func: Callable[..., Tensor] | None = None
+    for_options: Callable[[AttentionOptions], DocumentMask] | None = None
 
 
 def disable_compilation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -94,18 +97,20 @@ def document_lengths(is_start: Tensor) -> tuple[int, ...]:
     return tuple(starts.diff(append=starts.new_tensor([is_start.numel()])).tolist())
 
 
-def dense_document_mask(is_start: Tensor) -> Tensor:
-    """Return `DocumentMask.dense`: is_start (B,T) bool -> (B,1,T,T) bool."""
+def dense_document_mask(is_start: Tensor, window: int | None = None) -> Tensor:
+    """Return `DocumentMask.dense`: is_start (B,T) bool -> (B,1,T,T) bool; `window`: as in AttentionOptions."""
     index = is_start.cumsum(1, dtype=torch.int32)
-    return (index[:, :, None] == index[:, None, :]).tril()[:, None]
+    mask = (index[:, :, None] == index[:, None, :]).tril()
+    return (mask if window is None else mask.triu(1 - window))[:, None]
 
 
-def flex_block_mask(is_start: Tensor) -> BlockMask:
+def flex_block_mask(is_start: Tensor, window: int | None = None) -> BlockMask:
     """Return `DocumentMask.block_mask` from is_start (B,T) bool, without allocating a T x T tensor.
 
     Documents are contiguous. A block of queries therefore shares a document with an earlier block of keys if its first
     query and the last key are in the same document. The two blocks need no mask if the last query and the first key
-    are in the same document.
+    are in the same document. A window needs the blocks whose first query and last key are less than `window` apart, and
+    needs no mask where this is true of the last query and the first key.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -120,15 +125,24 @@ def flex_block_mask(is_start: Tensor) -> BlockMask:
         full[:, -1] = False  # only the mask excludes queries beyond the end of the sequence
     partial = (first_index[:, :, None] == last_index[:, None, :]).tril() & ~full
     partial |= torch.eye(num_blocks, dtype=torch.bool, device=is_start.device)
+    if window is not None:
+        starts = torch.arange(num_blocks, device=is_start.device) * BLOCK_TOKENS
+        distance = starts[:, None] - starts[None, :]  # of the blocks' first tokens
+        inside = distance + BLOCK_TOKENS - 1 < window
+        partial = (partial | (full & ~inside)) & (distance - BLOCK_TOKENS + 1 < window)
+        full = full & inside
 
     def same_document(b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (index[b, query] == index[b, key])
+
+    def same_document_in_window(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return same_document(b, h, query, key) & (query - key < window)
 
     return BlockMask.from_kv_blocks(
         *_kv_block_indices(partial),
         *_kv_block_indices(full),
         BLOCK_SIZE=BLOCK_TOKENS,
-        mask_mod=same_document,
+        mask_mod=same_document if window is None else same_document_in_window,
         seq_lengths=(length, length),
     )
 
@@ -140,23 +154,34 @@ def _kv_block_indices(needed: Tensor) -> tuple[Tensor, Tensor]:
     return needed.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
 
 
-def document_attention(queries: Tensor, keys: Tensor, values: Tensor, documents: DocumentMask) -> Tensor:
+def document_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    documents: DocumentMask,
+    options: AttentionOptions = PLAIN,
+) -> Tensor:
     """Compute softmax attention within documents, with whichever representation `documents` holds.
 
-    queries, keys and values (B,T,H,K) float -> (B,T,H,K).
+    queries (B,T,H,K) float, keys and values (B,T,G,K) with G a divisor of H -> (B,T,H,K). `documents` is the mask for
+    these options.
     """
     if documents.block_mask is not None:
-        return _flex_attention(queries, keys, values, documents.block_mask)
+        return _flex_attention(queries, keys, values, documents.block_mask, options)
     if documents.starts is not None:
-        return causal_attention(queries, keys, values, documents.starts)
+        return causal_attention(queries, keys, values, documents.starts, options.scale)
+    if documents.context_shard is not None:
+        assert documents.attn_func is not None
+        return documents.attn_func(queries, keys, values, documents, options)
     if documents.attn_func is not None:
+        keys, values = (repeat_heads(x, queries.shape[2]) for x in (keys, values))
         return documents.attn_func(queries, keys, values, documents)
-    q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=documents.dense)
-    return out.transpose(1, 2).contiguous()
+    return general_attention(queries, keys, values, documents.dense, options=options)
 
 
-def _flex_attention(queries: Tensor, keys: Tensor, values: Tensor, block_mask: BlockMask) -> Tensor:
+def _flex_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, block_mask: BlockMask, options: AttentionOptions
+) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     width = queries.shape[-1]
@@ -165,8 +190,19 @@ def _flex_attention(queries: Tensor, keys: Tensor, values: Tensor, block_mask: B
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     # A compiled block compiles the kernel with itself; on a CPU the kernel runs uncompiled.
     kernel = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex_attention()
-    out: Tensor = kernel(q, k, v, block_mask=block_mask, scale=width**-0.5)
+    settings: dict[str, Any] = {"score_mod": _soft_cap(options.soft_cap)} if options.soft_cap is not None else {}
+    settings |= {"enable_gqa": True} if k.shape[1] < q.shape[1] else {}
+    scale = width**-0.5 if options.scale is None else options.scale
+    out: Tensor = kernel(q, k, v, block_mask=block_mask, scale=scale, **settings)
     return out.transpose(1, 2)[..., :width].contiguous()
+
+
+@functools.cache  # a compiled kernel recognizes the function
+def _soft_cap(limit: float) -> Callable[..., Tensor]:
+    def cap(score: Tensor, _b: Tensor, _h: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return limit * torch.tanh(score / limit)
+
+    return cap
 
 
 @functools.cache

@@ -28,10 +28,10 @@ class Linear(nn.Linear):
 
 
 class FusedLinear(Linear):
-    """A linear layer without bias whose weight concatenates the weights of `parts` layers of equal width."""
+    """A linear layer whose weight concatenates the weights of `parts` layers of equal width."""
 
-    def __init__(self, in_features: int, out_features: int, parts: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, parts: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features, bias=bias)
         self.parts = parts
 
 

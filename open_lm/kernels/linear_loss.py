@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from open_lm.config.memory_limits import LOSS_CHUNK_TOKENS
 from open_lm.kernels.document_attention import disable_compilation
+from open_lm.kernels.logits import finish_logits_, with_bias_column
 from open_lm.kernels.native import elements
 from open_lm.kernels.vocab_shard import VocabShard
 
@@ -43,6 +44,9 @@ def linear_cross_entropy(
     ignore_index: int,
     z_loss_coefficient: float = 0.0,
     per_token: bool = False,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
+    num_ids: int | None = None,
 ) -> Tensor:
     """Compute the cross entropy of the logits hidden @ weight.T, with the z-loss of `losses.token_loss`.
 
@@ -58,6 +62,10 @@ def linear_cross_entropy(
         targets: (N,) int64; ignore_index marks a token without a target.
         z_loss_coefficient: weight of the z-loss; 0 turns it off.
         per_token: return the loss of each token (N,), 0 without a target, instead of the sum.
+        bias: (V,) to add to the logits, with the sharding of the weight. It is computed as a further column of the
+            weight, for hidden states that end in 1.
+        soft_cap: limit c of the logits l: c tanh(l / c).
+        num_ids: number of token ids; further rows of the weight are padding with probability 0. None for V.
 
     Returns:
         float32, or float64 for float64 inputs.
@@ -69,6 +77,10 @@ def linear_cross_entropy(
     if isinstance(weight, DTensor):
         vocab_shard = VocabShard.of(weight)
         weight = weight.to_local()
+        bias = bias.to_local() if isinstance(bias, DTensor) else bias
+    if bias is not None:
+        hidden, weight = with_bias_column(hidden, weight, bias)
+    first_row = 0 if vocab_shard is None else vocab_shard.first
     device_type, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -81,6 +93,8 @@ def linear_cross_entropy(
         needs_hidden_grad=grad_enabled and hidden.requires_grad,
         needs_weight_grad=grad_enabled and weight.requires_grad,
         vocab_shard=vocab_shard,
+        soft_cap=soft_cap,
+        num_rows=len(weight) if num_ids is None else min(len(weight), max(0, num_ids - first_row)),
     )
     loss: Tensor = disable_compilation(_LinearCrossEntropy.apply)(hidden, weight, targets, settings)
     return loss
@@ -88,7 +102,7 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True)
 class _Settings:
-    """The settings of the loss. `dtype` is the dtype of matrix products."""
+    """The settings of the loss. `dtype` is the dtype of matrix products, num_rows the number of V without padding."""
 
     dtype: torch.dtype
     ignore_index: int
@@ -97,6 +111,8 @@ class _Settings:
     needs_hidden_grad: bool
     needs_weight_grad: bool
     vocab_shard: VocabShard | None
+    soft_cap: float | None
+    num_rows: int
 
     @property
     def needs_grad(self) -> bool:
@@ -227,7 +243,10 @@ def _loop_over_chunks(
         logits = logits_buffer[: tokens - start]
         torch.mm(hidden[rows], weight.t(), out=logits)
         chunk_loss_grads = None if loss_grads is None else loss_grads[rows]
+        slopes = finish_logits_(logits, settings.soft_cap, settings.num_rows)
         losses[rows] = _replace_logits_by_gradient_(logits, targets[rows], settings, chunk_loss_grads)
+        if slopes is not None and settings.needs_grad:
+            logits.mul_(slopes)
         if hidden_grad is not None:
             _matmul_into(logits, weight, hidden_grad[rows])
         if weight_grad is not None:

@@ -4,8 +4,9 @@ All functions share one interface: `attn(queries, keys, values, is_causal, atten
 (B,Tq,H,K), keys and values (B,Tk,H,K) float, and attention_mask (B,Tk), nonzero where a key may be attended to. Scores
 are scaled by 1/sqrt(K). Queries are aligned to the END of longer keys: query i has the position of key Tk - Tq + i, as
 in a chunk that is appended to a KV cache. In place of an attention_mask the functions accept a `DocumentMask` (see
-`create_document_mask`) if there are as many keys as queries: attention is then causal within each document.
-Legend: B batch, T sequence (Tq of queries, Tk of keys), H heads, K head width.
+`create_document_mask`) if there are as many keys as queries: attention is then causal within each document. `attend`
+adds the options of a layer and grouped heads.
+Legend: B batch, T sequence (Tq of queries, Tk of keys), H heads, G key heads, K head width.
 """
 
 from __future__ import annotations
@@ -14,15 +15,13 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from open_lm.config.registry import ATTENTION, ATTENTION_ACTIVATIONS, ATTENTION_LENGTHS
-from open_lm.errors import ConfigError, join_problems
+from open_lm.config.registry import ATTENTION
+from open_lm.errors import ConfigError
 from open_lm.kernels.cpu_attention import causal_attention
 from open_lm.kernels.document_attention import (
     BLOCK_TOKENS,
@@ -37,64 +36,119 @@ from open_lm.kernels.document_attention import (
     is_document_start,
     supports_flex_attention,
 )
+from open_lm.kernels.general_attention import PLAIN, AttentionOptions, general_attention, repeat_heads
+from open_lm.model.attention_masks import Mask, allowed_keys
+from open_lm.model.custom_attention import ATTN_ACTIVATIONS, ATTN_SEQ_SCALARS, bound_custom_attn, custom_attn
+
+__all__ = [
+    "ATTN_ACTIVATIONS",
+    "ATTN_SEQ_SCALARS",
+    "AttentionOptions",
+    "AttnFunc",
+    "Mask",
+    "allowed_keys",
+    "attend",
+    "create_document_mask",
+    "custom_attn",
+    "get_attn_func",
+    "prepare_mask",
+    "torch_attn",
+    "xformers_attn",
+]
 
 AttnFunc = Callable[..., Tensor]
-Mask = Tensor | DocumentMask
 
 
-def create_document_mask(document_ids: Tensor, attn_func: AttnFunc) -> DocumentMask:
+def attend(  # noqa: PLR0917 (as the attention functions)
+    attn_func: AttnFunc, queries: Tensor, keys: Tensor, values: Tensor, mask: Mask | None, options: AttentionOptions
+) -> Tensor:
+    """Compute the causal attention of a layer.
+
+    Args:
+        attn_func: an attention function of this module. Options other than the default need torch's kernels, which
+            then replace it.
+        queries: (B,Tq,H,K) float.
+        keys: (B,Tk,G,K) float, cached keys included.
+        values: (B,Tk,G,K) float.
+        mask: the result of `prepare_mask`.
+        options: the layer's options.
+
+    Returns:
+        (B,Tq,H,K).
+    """
+    if options.is_plain:
+        if attn_func not in _SDPA:
+            keys, values = (repeat_heads(x, queries.shape[2]) for x in (keys, values))
+        return attn_func(queries, keys, values, is_causal=True, attention_mask=mask)
+    if isinstance(mask, DocumentMask):
+        return document_attention(queries, keys, values, mask, options)
+    is_square = 1 < queries.shape[1] == keys.shape[1]
+    is_full = mask is None and is_square and not options.is_limiting(keys.shape[1])
+    if is_full and queries.device.type == "cpu" and options.soft_cap is None and not options.dropout:
+        return causal_attention(queries, keys, values, scale=options.scale)
+    allowed = None if is_full else allowed_keys(queries, keys, True, mask, options.window)
+    return general_attention(queries, keys, values, allowed, is_full, options)
+
+
+def check_attention_options(attn_name: str, options: AttentionOptions) -> None:
+    """Raise ConfigError if an attention function by that name does not support the options."""
+    changed = {
+        "attn_scale": options.scale is not None,
+        "attn_soft_cap": options.soft_cap is not None,
+        "sliding_window": options.window is not None,
+        "attn_dropout": options.dropout > 0,
+    }
+    if any(changed.values()) and not ATTENTION.fact(attn_name, "options", True):
+        names = ", ".join(name for name, is_set in changed.items() if is_set)
+        raise ConfigError(f"--attn-name {attn_name} does not support {names}; use --attn-name auto")
+
+
+def prepare_mask(
+    mask: Mask | None, options: AttentionOptions, attn_func: AttnFunc, x: Tensor, has_cache: bool
+) -> Mask | None:
+    """Return the mask for layers with these options, to be computed once for all of them.
+
+    mask: that of the model's forward pass, for layers without a window. x (B,T,…) has the sequences without cached
+    positions. Flex attention needs a mask for a window or a soft cap even if nothing else is masked.
+    """
+    if isinstance(mask, DocumentMask):
+        return mask.for_options(options) if mask.for_options is not None and not options.is_plain else mask
+    needs_flex = options.soft_cap is not None or options.is_limiting(x.shape[1])
+    if mask is None and needs_flex and x.is_cuda and not has_cache:
+        one_document = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+        return create_document_mask(one_document, attn_func, options)
+    return mask
+
+
+def create_document_mask(document_ids: Tensor, attn_func: AttnFunc, options: AttentionOptions = PLAIN) -> DocumentMask:
     """Return the block-diagonal causal mask of document_ids (B,T), runs of equal integers, for an attention function.
 
     The representation depends on the device and the function: document starts for the CPU kernels; flex attention's
     block mask on CUDA, the only one that does not wait for the device; xformers' bias if `attn_func` uses xformers and
-    flex attention is not available; otherwise, and for short sequences on CUDA, a dense mask (B,1,T,T).
+    flex attention is not available; otherwise, and for short sequences on CUDA, a dense mask (B,1,T,T). Layers with
+    options other than the default use torch's kernels, and with a limiting window, soft cap or dropout no CPU kernel.
     """
     is_start = is_document_start(document_ids)
     positions = document_positions(is_start)
-    if attn_func in _SDPA and not is_start.is_cuda:
-        return DocumentMask(positions, starts=document_starts(is_start))
-    if attn_func in _SDPA and is_start.shape[1] <= BLOCK_TOKENS:
-        return DocumentMask(positions, dense=dense_document_mask(is_start))
+    mask = partial(
+        DocumentMask, positions, for_options=lambda other: create_document_mask(document_ids, attn_func, other)
+    )
+    length, window = is_start.shape[1], options.window
+    if not options.is_plain:
+        attn_func = torch_attn
+    has_kernel = not options.is_limiting(length) and options.soft_cap is None and not options.dropout
+    if attn_func in _SDPA and not is_start.is_cuda and has_kernel:
+        return mask(starts=document_starts(is_start))
+    if attn_func in _SDPA and (length <= BLOCK_TOKENS or options.dropout or not is_start.is_cuda):
+        return mask(dense=dense_document_mask(is_start, window))
     if attn_func in _SDPA and supports_flex_attention(is_start.device):
-        return DocumentMask(positions, block_mask=flex_block_mask(is_start))
-    if attn_func in (xformers_attn, auto_attn):
+        return mask(block_mask=flex_block_mask(is_start, window))
+    if attn_func in (xformers_attn, auto_attn) and options.is_plain:
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
         bias = BlockDiagonalCausalMask.from_seqlens(list(document_lengths(is_start)), device=is_start.device)
-        attn = disable_compilation(_xformers_document_attention)
-        return DocumentMask(positions, xformers_bias=bias, attn_func=attn)
-    return DocumentMask(positions, dense=dense_document_mask(is_start))
-
-
-def allowed_keys(queries: Tensor, keys: Tensor, is_causal: bool, attention_mask: Mask | None = None) -> Tensor | None:
-    """Return which keys each query may attend to: bool, broadcasting to (B,H,Tq,Tk); None if nothing is masked.
-
-    A query whose keys are all masked (left padding) may attend to its own key, so that no softmax row is empty.
-
-    Raises:
-        ValueError: more queries than keys, or an attention_mask that is not (B,Tk).
-    """
-    if isinstance(attention_mask, DocumentMask):
-        return attention_mask.dense
-    q_len, k_len = queries.shape[1], keys.shape[1]
-    if q_len > k_len:
-        raise ValueError(f"{q_len} queries for {k_len} keys: expected at most as many queries as keys")
-    if attention_mask is not None and attention_mask.shape != (keys.shape[0], k_len):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(keys.shape[0], k_len)}: one column "
-            "for every key, including cached keys"
-        )
-    allowed = None
-    if is_causal and q_len > 1:
-        all_pairs = torch.ones(q_len, k_len, dtype=torch.bool, device=queries.device)
-        allowed = all_pairs.tril(diagonal=k_len - q_len)
-    if attention_mask is not None:
-        not_padding = attention_mask.to(torch.bool)[:, None, None, :]
-        allowed = not_padding if allowed is None else allowed & not_padding
-        diagonal = torch.ones(q_len, k_len, dtype=torch.bool, device=queries.device)
-        diagonal = diagonal.tril(k_len - q_len).triu(k_len - q_len)
-        allowed = allowed | (diagonal & ~allowed.any(-1, keepdim=True))
-    return allowed
+        return mask(xformers_bias=bias, attn_func=disable_compilation(_xformers_document_attention))
+    return mask(dense=dense_document_mask(is_start, window))
 
 
 @ATTENTION.register("torch_attn", help="torch's scaled_dot_product_attention")
@@ -103,25 +157,21 @@ def torch_attn(
 ) -> Tensor:
     """Compute softmax attention with torch's kernels, or with `cpu_attention` for full sequences on a CPU.
 
-    Document masks are passed to `document_attention`. -> (B,Tq,H,K).
+    Keys may have fewer heads than queries. Document masks are passed to `document_attention`. -> (B,Tq,H,K).
     """
     if isinstance(attention_mask, DocumentMask):
         return document_attention(queries, keys, values, attention_mask)
     plain_causal = is_causal and attention_mask is None and 1 < queries.shape[1] == keys.shape[1]
-    if plain_causal and queries.device.type == "cpu" and queries.shape == keys.shape == values.shape:
+    if plain_causal and queries.device.type == "cpu":
         return causal_attention(queries, keys, values)
     mask = None if plain_causal else allowed_keys(queries, keys, is_causal, attention_mask)
-    return _scaled_dot_product(queries, keys, values, mask, is_causal=plain_causal)
+    return general_attention(queries, keys, values, mask, is_causal=plain_causal)
 
 
-def _scaled_dot_product(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-    q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    return out.transpose(1, 2).contiguous()
-
-
-@ATTENTION.register("xformers_attn", help="xformers' kernels, on CUDA", deterministic=False)
-@ATTENTION.register("xformers_attn_variable_length", help="xformers' kernels, on CUDA", deterministic=False)
+@ATTENTION.register("xformers_attn", help="xformers' kernels, on CUDA", deterministic=False, options=False)
+@ATTENTION.register(
+    "xformers_attn_variable_length", help="xformers' kernels, on CUDA", deterministic=False, options=False
+)
 def xformers_attn(
     queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
 ) -> Tensor:
@@ -200,92 +250,11 @@ def _sdpa_with_backend(  # noqa: PLR0917 (the order of the interface)
             "--precision or --attn-name auto"
         )
     with sdpa_kernel(getattr(SDPBackend, name)):
-        return _scaled_dot_product(queries, keys, values, None, is_causal and queries.shape[1] > 1)
+        return general_attention(queries, keys, values, None, is_causal and queries.shape[1] > 1)
 
 
 # Attention functions that accept every DocumentMask that `document_attention` accepts.
 _SDPA: tuple[AttnFunc, ...] = (torch_attn, auto_attn, sdpa_flash, sdpa_cudnn)
-
-
-@ATTENTION_ACTIVATIONS.register("relu_squared")
-def _relu_squared(scores: Tensor) -> Tensor:
-    return F.relu(scores).square()
-
-
-@ATTENTION_ACTIVATIONS.register("identity")
-def _identity(scores: Tensor) -> Tensor:
-    return scores
-
-
-ATTENTION_ACTIVATIONS.register("relu")(F.relu)
-ATTENTION_ACTIVATIONS.register("softplus")(F.softplus)
-ATTENTION_ACTIVATIONS.register("relu6")(F.relu6)
-ATTENTION_ACTIVATIONS.register("sigmoid")(torch.sigmoid)
-ATTENTION_ACTIVATIONS.register("softmax")(partial(torch.softmax, dim=-1))
-ATTN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = ATTENTION_ACTIVATIONS.objects
-
-
-# Map the number of keys (one number, or one per sequence) to the length by which weights are divided. "avg" is the mean
-# number of keys visible to the queries of a causal sequence.
-ATTENTION_LENGTHS.register("max", help="the number of keys")(lambda length: length)
-ATTENTION_LENGTHS.register("avg", help="the mean number of keys that a query sees")(lambda length: (length + 1) / 2)
-ATTENTION_LENGTHS.register("none", help="1")(lambda length: 1)
-ATTN_SEQ_SCALARS: dict[str, Callable[[Any], Any]] = ATTENTION_LENGTHS.objects
-
-
-@ATTENTION.register(
-    "custom_attn",
-    help="the activation of --attn-activation in place of softmax",
-    requires=("attn_activation", "attn_seq_scalar", "attn_seq_scalar_alpha"),
-    whole_sequences=True,
-)
-def custom_attn(  # noqa: PLR0917 (callers pass these by position)
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    attn_activation: str,
-    attn_seq_scalar: str,
-    alpha: float,
-    is_causal: bool = False,
-    attention_mask: Mask | None = None,
-) -> Tensor:
-    """Compute attention with the weights activation(scores) / length^alpha.
-
-    See Wortsman et al. 2023, https://arxiv.org/abs/2309.08586.
-
-    Args:
-        queries: (B,Tq,H,K) float.
-        keys: (B,Tk,H,K) float.
-        values: (B,Tk,H,K) float.
-        attn_activation: name in ATTN_ACTIVATIONS. Masked keys get weight 0 with every activation.
-        attn_seq_scalar: name in ATTN_SEQ_SCALARS. With an attention_mask the length of a sequence is its number of
-            nonzero columns, so that padding has no effect. With a DocumentMask it is the number of keys of the
-            sequence, because the document's length would reveal to its first tokens where it ends.
-        alpha: exponent of the length.
-        is_causal: whether each query attends only to keys up to its own position.
-        attention_mask: (B,Tk), nonzero where a key may be attended to, or a `DocumentMask`.
-
-    Returns:
-        (B,Tq,H,K) in the dtype of the queries.
-    """
-    scores = torch.einsum("bqhd,bkhd->bhqk", queries * queries.shape[-1] ** -0.5, keys)
-    allowed = allowed_keys(queries, keys, is_causal, attention_mask)
-    if attn_activation == "softmax" and allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    weights = ATTN_ACTIVATIONS[attn_activation](scores)
-    if attn_activation != "softmax" and allowed is not None:
-        weights = weights.masked_fill(~allowed, 0.0)
-    out = torch.einsum("bhqk,bkhd->bqhd", weights * _length_scale(keys, attn_seq_scalar, alpha, attention_mask), values)
-    return out.to(queries.dtype)
-
-
-def _length_scale(keys: Tensor, attn_seq_scalar: str, alpha: float, attention_mask: Mask | None) -> float | Tensor:
-    """Return length^-alpha: a number, or (B,1,1,1) in the dtype of the keys if sequences are padded."""
-    scalar = ATTN_SEQ_SCALARS[attn_seq_scalar]
-    if not isinstance(attention_mask, Tensor) or attn_seq_scalar == "none":
-        return float(scalar(keys.shape[1])) ** -alpha
-    lengths = (attention_mask != 0).sum(-1).clamp(min=1).float()
-    return (scalar(lengths) ** -alpha).to(keys.dtype)[:, None, None, None]
 
 
 def has_xformers() -> bool:
@@ -336,7 +305,7 @@ def get_attn_func(
     if attn_func is xformers_attn and not has_xformers():
         raise ConfigError(f"--attn-name {attn_name}: {xformers_problem()}; use --attn-name auto or torch_attn")
     if attn_func is custom_attn:
-        return _bound_custom_attn(attn_activation, attn_seq_scalar, alpha)
+        return bound_custom_attn(attn_activation, attn_seq_scalar, alpha)
     if attn_func in (sdpa_flash, sdpa_cudnn):
         problem = backend_problem(attn_name)
         if problem is not None:
@@ -380,18 +349,3 @@ def _flash_attn_3_problem() -> str | None:
 def _available_names() -> list[str]:
     names = ["auto", "torch_attn", *(["xformers_attn"] if has_xformers() else []), "custom_attn"]
     return names + [name for name in ("sdpa_flash", "sdpa_cudnn") if backend_problem(name) is None]
-
-
-def _bound_custom_attn(activation: str | None, seq_scalar: str | None, alpha: float | None) -> AttnFunc:
-    problems = []
-    for registry, name in ((ATTENTION_ACTIVATIONS, activation), (ATTENTION_LENGTHS, seq_scalar)):
-        try:
-            registry.get(name)
-        except ConfigError as error:
-            problems.append(str(error))
-    if alpha is None:
-        problems.append("--attn-seq-scalar-alpha: expected a number")
-    if problems:
-        raise ConfigError(join_problems(problems, "--attn-name custom_attn requires these settings"))
-    assert activation is not None and seq_scalar is not None and alpha is not None
-    return partial(custom_attn, attn_activation=activation, attn_seq_scalar=seq_scalar, alpha=alpha)

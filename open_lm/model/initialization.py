@@ -22,8 +22,11 @@ INPUT_WEIGHTS = (
     "tok_embeddings.weight",
     "output.weight",
     "in_proj.weight",
+    "q_proj.weight",
+    "kv_proj.weight",
     "router.layer.weight",
     "mlp.w1",
+    "mlp.w3",
 )
 OUTPUT_WEIGHTS = ("out_proj.weight", "mlp.w2")  # and the matrices that feed-forward networks declare in their registry
 
@@ -37,10 +40,10 @@ def init_weights(model: nn.Module, seed: int) -> None:
     | parameters                                                    | standard deviation                  |
     |---------------------------------------------------------------|-------------------------------------|
     | tok_embeddings, output                                        | 1/sqrt(D)                           |
-    | in_proj, w12, gate_proj, up_proj, first of gelu, router, w1   | 1/sqrt(D)                           |
+    | q_proj, kv_proj, in_proj, router, inputs of feed-forward      | 1/sqrt(D)                           |
     | out_proj                                                      | 1/sqrt(H K) / sqrt(2 (layer + 1))   |
-    | w3, down_proj, second of gelu, w2                             | 1/sqrt(F) / sqrt(2 (layer + 1))     |
-    | weights of norms; all biases                                  | exactly 1; exactly 0                |
+    | outputs of feed-forward networks and experts                  | 1/sqrt(F) / sqrt(2 (layer + 1))     |
+    | weights of norms; all biases                                  | exactly 1 (or initial_gain); 0      |
 
     The distribution is normal, truncated at three standard deviations. Layers count from 0. Deeper layers write less
     into the residual stream (Zhang et al. 2019, https://arxiv.org/abs/1908.11365). Each parameter has its own
@@ -53,12 +56,17 @@ def init_weights(model: nn.Module, seed: int) -> None:
         ValueError: a parameter that is not in the table, or one on the meta device.
     """
     parts = fused_weight_parts(model)
+    gains = {
+        clean_name(f"{name}.weight"): module.initial_gain
+        for name, module in model.named_modules()
+        if hasattr(module, "initial_gain")
+    }
     with torch.no_grad():
         for wrapped_name, parameter in model.named_parameters():
             name = clean_name(wrapped_name)
             if parameter.is_meta:
                 raise ValueError(f"{name} is on the meta device; call model.to_empty(device=…) first")
-            _fill(parameter, name, seed, parts.get(name, 1))
+            _fill(parameter, name, seed, parts.get(name, 1), gains.get(name, 1.0))
     reset_buffers(model)
 
 
@@ -70,11 +78,11 @@ def reset_buffers(model: nn.Module) -> None:
             reset()
 
 
-def _fill(parameter: Tensor, name: str, seed: int, parts: int) -> None:
+def _fill(parameter: Tensor, name: str, seed: int, parts: int, gain: float) -> None:
     if name.endswith(".bias"):
         parameter.zero_()
     elif name.endswith("norm.weight"):
-        parameter.fill_(1.0)
+        parameter.fill_(gain)
     else:
         copy_local_shard(parameter, _initial_values(parameter, name, seed), parts)
 

@@ -41,10 +41,19 @@ class TokenLoss:
     per_token: bool = False
     logit_means: list[Tensor] | None = None
 
-    def from_hidden(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Return the loss of hidden states (B,T,D) with the logits hidden @ weight.T, weight (V,D).
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        soft_cap: float | None = None,
+        num_ids: int | None = None,
+    ) -> Tensor:
+        """Return the loss of hidden states (B,T,D) with the logits hidden @ weight.T + bias, weight (V,D), bias (V,).
 
-        `linear_cross_entropy` computes it without holding the logits of all tokens.
+        `linear_cross_entropy` computes it without holding the logits of all tokens; soft_cap and num_ids are its
+        arguments. `logit_means` get the mean before soft caps and without bias.
         """
         if self.logit_means is not None:
             self.logit_means.append(logit_mean(hidden, weight))
@@ -55,6 +64,9 @@ class TokenLoss:
             ignore_index=IGNORE_INDEX,
             z_loss_coefficient=self.z_loss_coefficient,
             per_token=self.per_token,
+            bias=bias,
+            soft_cap=soft_cap,
+            num_ids=num_ids,
         ).float()
         return losses.view_as(self.targets) if self.per_token else losses
 

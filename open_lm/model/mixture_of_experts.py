@@ -10,6 +10,7 @@ Legend: B batch, T sequence, D model width, F hidden width, E experts, k experts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,12 +47,39 @@ class ExpertMLP(nn.Module):
         return F.gelu(tokens @ self.w1[expert], approximate="tanh") @ self.w2[expert]
 
 
-class Experts(nn.Module):
-    """A container that gives the experts the names that existing checkpoints use."""
+class ExpertSwiGLU(ExpertMLP):
+    """E networks silu(x w1) * (x w3) w2 (Shazeer 2020, https://arxiv.org/abs/2002.05202)."""
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int) -> None:
+        super().__init__(num_experts, dim, hidden_dim)
+        self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Map slots (E,C,D) -> (E,C,D)."""
+        return torch.bmm(F.silu(torch.bmm(slots, self.w1)) * torch.bmm(slots, self.w3), self.w2)
+
+    def run_expert(self, expert: int, tokens: Tensor) -> Tensor:
+        """Run one expert: tokens (n,D) -> (n,D)."""
+        return (F.silu(tokens @ self.w1[expert]) * (tokens @ self.w3[expert])) @ self.w2[expert]
+
+
+_NETWORKS: dict[str, type[ExpertMLP]] = {"gelu_tanh": ExpertMLP, "swiglu": ExpertSwiGLU}
+
+
+class Experts(nn.Module):
+    """A container that gives the experts the names that existing checkpoints use.
+
+    Args:
+        num_experts: E.
+        dim: D.
+        hidden_dim: F.
+        network: `moe_ffn_type` of the model's JSON file.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, network: str = "gelu_tanh") -> None:
         super().__init__()
-        self.mlp = ExpertMLP(num_experts, dim, hidden_dim)
+        self.num_experts = num_experts
+        self.mlp = _NETWORKS[network](num_experts, dim, hidden_dim)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Older checkpoints contain a bias that their model never used.
@@ -63,24 +91,33 @@ class MixtureOfExperts(nn.Module):
     """The router and experts of one block.
 
     Args:
-        dim: D; the experts' hidden width is 4 D.
-        num_experts: E.
+        dim: D.
+        experts: the E networks.
         top_k: k, at most E.
         capacity_factor: C = capacity_factor * k * N / E; 0 also keeps all tokens in training.
+        normalize_scores: divide the scores of a token's experts by their sum.
 
     Attributes:
-        balancing_loss: after a forward in training mode, the float32 scalar E / (N k) * sum_e count_e * mean score_e,
-            which is 1 if all experts get the same number of tokens; with its graph, on the device. None before.
+        loads: after a forward pass in training mode, the share of the choices that each expert gets, and the mean score
+            of each, both (E,) float32; with their graph, on the device. None before.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, capacity_factor: float) -> None:
+    def __init__(
+        self, dim: int, experts: Experts, top_k: int, capacity_factor: float, normalize_scores: bool = False
+    ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts = experts.num_experts
         self.top_k = top_k
         self.capacity_factor = capacity_factor
-        self.router = Router(dim, num_experts)
-        self.experts = Experts(num_experts, dim, 4 * dim)
-        self.balancing_loss: Tensor | None = None
+        self.normalize_scores = normalize_scores
+        self.router = Router(dim, self.num_experts)
+        self.experts = experts
+        self.loads: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def balancing_loss(self) -> Tensor | None:
+        """The float32 scalar E / (N k) * sum_e count_e * mean score_e, which is 1 if all experts get equally many."""
+        return None if self.loads is None else self.num_experts * (self.loads[0] * self.loads[1]).sum()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B,T,D) -> (B,T,D), 0 for tokens that were dropped by all their experts."""
@@ -90,7 +127,9 @@ class MixtureOfExperts(nn.Module):
         if self.training:
             is_chosen = F.one_hot(chosen, self.num_experts)
             fractions = is_chosen.sum((0, 1), dtype=torch.float32) / chosen.numel()
-            self.balancing_loss = self.num_experts * (fractions * scores.mean(0)).sum()
+            self.loads = fractions, scores.mean(0)
+        if self.normalize_scores:
+            weights = weights / weights.sum(-1, keepdim=True)
         run = self._with_capacity if self.training and self.capacity_factor > 0 else self._without_capacity
         mixed = run(tokens, weights, chosen)
         return mixed.to(x.dtype).view_as(x)
@@ -118,3 +157,17 @@ class MixtureOfExperts(nn.Module):
         outputs = [self.experts.mlp.run_expert(expert, group) for expert, group in enumerate(groups) if len(group)]
         out = torch.cat(outputs) * weights.reshape(-1)[order, None]
         return out.new_zeros(tokens.shape).index_add(0, rows, out)
+
+
+def balancing_loss(networks: Sequence[MixtureOfExperts], scope: str) -> Tensor | None:
+    """Return the load-balancing loss of a model's mixtures of experts, a float32 scalar; None without any.
+
+    scope "layer": the mean of `MixtureOfExperts.balancing_loss`. "model": that of the loads of all layers together.
+    """
+    loads = [network.loads for network in networks if network.loads is not None]
+    if not loads:
+        return None
+    shares, scores = (torch.stack(tensors) for tensors in zip(*loads, strict=True))  # (layers,E)
+    if scope == "model":
+        shares, scores = shares.mean(0, keepdim=True), scores.mean(0, keepdim=True)
+    return networks[0].num_experts * (shares * scores).sum(-1).mean()

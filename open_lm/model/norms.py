@@ -80,6 +80,32 @@ class RmsNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+@NORMS.register(
+    "gemma_rms_norm",
+    help="root-mean-square norm with the gain 1 + weight",
+    parameters=("weight",),
+    computes_in="float32",
+)
+class GemmaRmsNorm(nn.Module):
+    """Root-mean-square normalization whose gain is 1 + weight, computed in float32, also the product with the gain."""
+
+    initial_gain = 0.0
+
+    def __init__(self, normalized_shape: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(normalized_shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (…, D) float -> (…, D) in the dtype of x."""
+        x_float = x.float()
+        scale = torch.rsqrt(x_float.square().mean(-1, keepdim=True) + self.eps)
+        return (x_float * scale * (1.0 + self.weight.float())).type_as(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
 NormFactory = Callable[..., nn.Module]
 
 NORMS.register("default_layer_norm", help="torch's layer norm with gain and bias", parameters=("weight", "bias"))(

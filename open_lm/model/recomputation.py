@@ -26,12 +26,14 @@ _ATTENTION = (
 )
 
 
-def with_recomputation(function: Callable[..., Any], policy: str = "full") -> Callable[..., Any]:
+def with_recomputation(
+    function: Callable[..., Any], policy: str = "full", has_dropout: bool = False
+) -> Callable[..., Any]:
     """Return `function` with activation checkpointing; `policy` is one of POLICIES.
 
-    The model has no dropout, so the random state is not saved: reading it would wait for a CUDA device.
+    Without dropout the random state is not saved: reading it would wait for a CUDA device.
     """
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
     if policy == "op":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_expensive)
     return partial(checkpoint, function, **options)

@@ -1,7 +1,8 @@
 """The decoder-only Transformer.
 
 A forward pass embeds the token ids, runs the blocks and returns next-token logits or their loss.
-Legend: B batch, T sequence, P cached positions, D model width, H heads, K head width, V vocabulary, L layers.
+Legend: B batch, T sequence, P cached positions, D model width, H query heads, G key heads, K head width, V vocabulary,
+L layers.
 """
 
 from __future__ import annotations
@@ -14,32 +15,46 @@ from torch import Tensor, nn
 
 from open_lm.errors import ConfigError
 from open_lm.kernels.linear import FusedLinear, Linear
-from open_lm.model.attention import Mask, create_document_mask
+from open_lm.model.attention import AttentionOptions, Mask, attend, create_document_mask, prepare_mask
+from open_lm.model.embedding import ScaledEmbedding, dropout
 from open_lm.model.feed_forward import get_feed_forward
 from open_lm.model.initialization import init_weights
 from open_lm.model.losses import TokenLoss
-from open_lm.model.mixture_of_experts import MixtureOfExperts
-from open_lm.model.params import Params, create_params
+from open_lm.model.mixture_of_experts import Experts, MixtureOfExperts, balancing_loss
+from open_lm.model.params import LayerKind, Params, create_params
 from open_lm.model.positional_embedding import Angles, get_positional_embedding, token_positions
 from open_lm.model.recomputation import POLICIES, with_recomputation
 
-LayerCache = Sequence[Tensor]  # keys and values of a layer, both (B,P,H,K), with the position embedding applied
+LayerCache = Sequence[Tensor]  # keys and values of a layer, both (B,P,G,K), with the position embedding applied
 
 
 class Attention(nn.Module):
-    """Causal self-attention of one block."""
+    """Causal self-attention of one block.
 
-    def __init__(self, params: Params) -> None:
+    One matrix computes queries, keys and values if all have H heads. Grouped heads (Ainslie et al. 2023,
+    https://arxiv.org/abs/2305.13245) have one matrix for queries, and one for keys and values.
+    """
+
+    def __init__(self, params: Params, kind: LayerKind) -> None:
         super().__init__()
         assert params.attn_func is not None
         self.n_heads, self.head_dim = params.n_heads, params.head_dim
-        width = self.n_heads * self.head_dim
-        self.in_proj = FusedLinear(params.dim, 3 * width, parts=3)
-        self.out_proj = Linear(width, params.dim, bias=False)
-        self.pos_embed: Any = get_positional_embedding(params.positional_embedding_type, self.head_dim)
+        width, kv_width = self.n_heads * self.head_dim, params.n_kv_heads * self.head_dim
+        self.is_grouped = kv_width < width
+        if self.is_grouped:
+            self.q_proj = Linear(params.dim, width, bias=params.qkv_bias)
+            self.kv_proj = FusedLinear(params.dim, 2 * kv_width, parts=2, bias=params.qkv_bias)
+        else:
+            self.in_proj = FusedLinear(params.dim, 3 * width, parts=3, bias=params.qkv_bias)
+        self.out_proj = Linear(width, params.dim, bias=params.attn_out_bias)
+        embedding = params.positional_embedding_type if kind.is_rotated else "none"
+        self.pos_embed: Any = get_positional_embedding(embedding, self.head_dim, params.rope(kind))
         self.attn_func = params.attn_func
-        self.q_norm = params.norm(width) if params.apply_qk_norm else nn.Identity()
-        self.k_norm = params.norm(width) if params.apply_qk_norm else nn.Identity()
+        self.options = params.attention_options(kind)
+        self.norms_heads = params.qk_norm_per_head
+        norm_widths = (self.head_dim, self.head_dim) if self.norms_heads else (width, kv_width)
+        self.q_norm, self.k_norm = (params.norm(w) if params.apply_qk_norm else nn.Identity() for w in norm_widths)
+        self.local_key_heads: list[int] | None = None  # those that a tensor-parallel rank uses; None for all
 
     def forward(
         self,
@@ -52,35 +67,53 @@ class Attention(nn.Module):
 
         Args:
             x: (B,T,D).
-            cache: keys and values 2 x (B,P,H,K) of earlier positions.
-            attention_mask: (B,P+T), or a `DocumentMask`.
+            cache: keys and values 2 x (B,P,G,K) of earlier positions.
+            attention_mask: (B,P+T), or a `DocumentMask`; the result of `prepare_mask` for this layer.
             angles: the result of `self.angles`; computed here if None.
 
         Returns:
-            (B,T,D), and keys and values 2 x (B,P+T,H,K).
+            (B,T,D), and keys and values 2 x (B,P+T,G,K).
         """
-        queries, keys, values = self.in_proj(x).chunk(3, dim=-1)
-        head_shape = (-1, self.head_dim)  # -1: with tensor parallelism a rank has only some of the n_heads heads
-        queries = self.q_norm(queries).unflatten(-1, head_shape)
-        keys = self.k_norm(keys).unflatten(-1, head_shape)
-        values = values.unflatten(-1, head_shape)
+        queries, keys, values = self._heads(x)
         angles = self.angles(x, cache, attention_mask) if angles is None else angles
         queries, keys, values = self.pos_embed(queries, keys, values, angles)
         if cache is not None:
             keys = torch.cat((cache[0], keys), dim=1)
             values = torch.cat((cache[1], values), dim=1)
-        mixed = self.attn_func(queries, keys, values, is_causal=True, attention_mask=attention_mask)
+        mixed = attend(self.attn_func, queries, keys, values, attention_mask, self.current_options())
         return self.out_proj(mixed.flatten(-2)), [keys, values]
 
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return normalized queries (B,T,H,K) and keys, and values (B,T,G,K), without positions; x (B,T,D)."""
+        if self.is_grouped:
+            queries, (keys, values) = self.q_proj(x), self.kv_proj(x).chunk(2, dim=-1)
+        else:
+            queries, keys, values = self.in_proj(x).chunk(3, dim=-1)
+        head_shape = (-1, self.head_dim)  # -1: with tensor parallelism a rank has only some of the heads
+        if self.norms_heads:
+            queries, keys = self.q_norm(queries.unflatten(-1, head_shape)), self.k_norm(keys.unflatten(-1, head_shape))
+        else:
+            queries, keys = self.q_norm(queries).unflatten(-1, head_shape), self.k_norm(keys).unflatten(-1, head_shape)
+        values = values.unflatten(-1, head_shape)
+        if self.local_key_heads is not None:
+            keys, values = keys[:, :, self.local_key_heads], values[:, :, self.local_key_heads]
+        return queries, keys, values
+
+    def current_options(self) -> AttentionOptions:
+        """Return the options of attention, without dropout in evaluation mode."""
+        return self.options if self.training else self.options.without_dropout()
+
     def angles(self, x: Tensor, cache: LayerCache | None, attention_mask: Mask | None) -> Angles | None:
-        """Return the rotation angles of queries and keys, which are the same in all layers."""
+        """Return the rotation angles of queries and keys, which are the same in all layers of a kind."""
         positions = token_positions(x, 0 if cache is None else cache[0].shape[1], attention_mask)
         angles: Angles | None = self.pos_embed.angles(positions, self.n_heads)
         return angles
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward network, each added to the residual stream.
+    """Attention and feed-forward network, each added to the residual stream.
+
+    Norms of their inputs and outputs, where the architecture has them, are modules, else nn.Identity.
 
     Args:
         layer_id: the index of the block, from 0.
@@ -90,13 +123,22 @@ class Block(nn.Module):
     def __init__(self, layer_id: int, params: Params) -> None:
         super().__init__()
         self.layer_id = layer_id
-        self.attention = Attention(params)
+        self.kind = params.layer_kind(layer_id)
+        self.is_parallel = params.parallel_block
+        self.attention = Attention(params, self.kind)
         self.feed_forward = _create_feed_forward(layer_id, params)
         if isinstance(self.feed_forward, nn.Sequential):
             # Existing checkpoints also store these two weights under a second name.
             self._ff_w1, self._ff_w2 = self.feed_forward[0], self.feed_forward[2]
-        self.attention_norm = params.norm(params.dim)
-        self.ffn_norm = params.norm(params.dim)
+
+        def norm(*positions: str) -> nn.Module:
+            return params.norm(params.dim) if params.norm_position in positions else nn.Identity()
+
+        self.attention_norm = norm("pre", "both")
+        self.attention_post_norm = norm("post", "both")
+        self.ffn_norm = nn.Identity() if self.is_parallel else norm("pre", "both")
+        self.ffn_post_norm = norm("post", "both")
+        self.dropout = dropout(params.residual_dropout)
 
     def forward(
         self,
@@ -109,11 +151,13 @@ class Block(nn.Module):
         """Run the block on x (B,T,D); the arguments are those of `Attention.forward`.
 
         Returns:
-            (B,T,D), and with use_cache keys and values 2 x (B,P+T,H,K), else None.
+            (B,T,D), and with use_cache keys and values 2 x (B,P+T,G,K), else None.
         """
-        mixed, cache = self.attention(self.attention_norm(x), past_key_value, attention_mask, angles)
-        x = x + mixed
-        x = x + self.feed_forward(self.ffn_norm(x))
+        normed = self.attention_norm(x)
+        mixed, cache = self.attention(normed, past_key_value, attention_mask, angles)
+        x = x + self.dropout(self.attention_post_norm(mixed))
+        normed = normed if self.is_parallel else self.ffn_norm(x)
+        x = x + self.dropout(self.ffn_post_norm(self.feed_forward(normed)))
         return x, cache if use_cache else None
 
 
@@ -121,8 +165,12 @@ def _create_feed_forward(layer_id: int, params: Params) -> nn.Module:
     """Create the block's feed-forward network; with moe_freq n, blocks 0, n, 2n, … get a mixture of experts."""
     if params.moe_freq > 0 and layer_id % params.moe_freq == 0:
         assert params.moe_num_experts is not None
-        return MixtureOfExperts(params.dim, params.moe_num_experts, params.moe_top_k, params.moe_capacity_factor)
-    return get_feed_forward(params.ffn_type, params.dim)
+        experts = Experts(params.moe_num_experts, params.dim, params.moe_ffn_dim, params.moe_ffn_type)
+        return MixtureOfExperts(
+            params.dim, experts, params.moe_top_k, params.moe_capacity_factor, params.moe_normalize_scores
+        )
+    assert params.ffn_bias is not None
+    return get_feed_forward(params.ffn_type, params.dim, params.ffn_dim, params.ffn_bias)
 
 
 class Transformer(nn.Module):
@@ -141,11 +189,12 @@ class Transformer(nn.Module):
         self.weight_tying = params.weight_tying
         self.grad_checkpointing = False
         self._recomputation = ("full", 1)
-        self.tok_embeddings = nn.Embedding(params.vocab_size, params.dim)
+        self.tok_embeddings = ScaledEmbedding(params.vocab_size, params.dim, params.embedding_scale)
+        self.embedding_dropout = dropout(params.embedding_dropout)
         self.post_embed_norm = params.norm(params.dim) if params.post_embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(layer_id, params) for layer_id in range(params.n_layers))
         self.norm = params.norm(params.dim)
-        self.output = nn.Linear(params.dim, params.vocab_size, bias=False)
+        self.output = nn.Linear(params.dim, params.vocab_size, bias=params.head_bias)
         self._tie_weights()
         if not self.output.weight.is_meta:
             self.reset_parameters()
@@ -206,7 +255,7 @@ class Transformer(nn.Module):
         Args:
             input_ids: (B,T) int64 token ids; or
             inputs_embeds: (B,T,D) float token embeddings.
-            past_key_values: KV cache of an earlier call, L pairs of keys and values (B,P,H,K); not modified.
+            past_key_values: KV cache of an earlier call, L pairs of keys and values (B,P,G,K); not modified.
             use_cache: return the KV cache.
             attention_mask: (B,P+T), nonzero for real tokens, 0 for padding; left-padded sequences get the logits of the
                 unpadded sequences. Logits at padding are meaningless. Or a `DocumentMask`.
@@ -217,7 +266,7 @@ class Transformer(nn.Module):
 
         Returns:
             logits (B,T,V) float32, or the loss; the normalized hidden states (B,T,D); with use_cache the KV cache, L
-            pairs (B,P+T,H,K), else None.
+            pairs (B,P+T,G,K), else None.
 
         Raises:
             ValueError: neither or both of the inputs, a mask or document_ids of another shape, or document_ids with an
@@ -233,36 +282,69 @@ class Transformer(nn.Module):
             assert self.params.attn_func is not None
             attention_mask = create_document_mask(document_ids, self.params.attn_func)
         caches: Sequence[LayerCache | None] = past_key_values or [None] * len(self.layers)
-        first_block: Any = self.layers[0]
-        angles = first_block.attention.angles(x, caches[0], attention_mask)
-        x = self.post_embed_norm(x)  # after `angles`: tensor parallelism splits the sequences here
+        shared = self._shared_by_kind(x, caches[0], attention_mask)
+        # After `_shared_by_kind`: tensor parallelism splits the sequences here.
+        x = self.embedding_dropout(self.post_embed_norm(x))
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and not use_cache
         policy, every = self._recomputation
         new_caches: list[list[Tensor]] = []
         for i, block in enumerate(self.layers):
-            run = with_recomputation(block, policy) if recompute and i % every == 0 else block
-            x, new_cache = run(x, caches[i], use_cache, attention_mask, angles)
+            run = block
+            if recompute and i % every == 0:
+                run = with_recomputation(block, policy, self.params.has_dropout)
+            x, new_cache = run(x, caches[i], use_cache, *shared[block.kind])
             if new_cache is not None:
                 new_caches.append(new_cache)
         hidden = self.norm(x)
         if loss is not None:
-            return loss.from_hidden(hidden, self.output.weight), hidden, new_caches or None
-        return self.output(hidden).float(), hidden, new_caches or None
+            return self._loss(hidden, loss), hidden, new_caches or None
+        return self.logits(hidden), hidden, new_caches or None
+
+    def _shared_by_kind(
+        self, x: Tensor, cache: LayerCache | None, attention_mask: Mask | None
+    ) -> dict[LayerKind, tuple[Mask | None, Angles | None]]:
+        """Return what the layers of each kind share: the mask and the angles of x (B,T,D)."""
+        first_of_kind: dict[LayerKind, Attention] = {}
+        for block in self.layers:
+            first_of_kind.setdefault(block.kind, block.attention)
+        return {
+            kind: (
+                prepare_mask(attention_mask, layer.current_options(), layer.attn_func, x, cache is not None),
+                layer.angles(x, cache, attention_mask),
+            )
+            for kind, layer in first_of_kind.items()
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (B,T,V) float32 of normalized hidden states (B,T,D)."""
+        logits: Tensor = self.output(hidden).float()
+        cap, num_ids = self.params.logit_soft_cap, self.params.unpadded_vocab_size
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        if num_ids is not None and num_ids < self.vocab_size:
+            is_padding = torch.arange(self.vocab_size, device=logits.device) >= num_ids
+            logits = logits.masked_fill(is_padding, float("-inf"))
+        return logits
+
+    def _loss(self, hidden: Tensor, loss: TokenLoss) -> Tensor:
+        params = self.params
+        return loss.from_hidden(
+            hidden,
+            self.output.weight,
+            self.output.bias,
+            soft_cap=params.logit_soft_cap,
+            num_ids=params.unpadded_vocab_size,
+        )
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return the load-balancing loss of the last forward pass in training mode; None without experts.
 
-        Training adds it to the mean token loss. It is the mean over the mixtures of experts, times
+        Training adds it to the mean token loss. It is `balancing_loss` of the mixtures of experts times
         params.moe_loss_weight: a float32 scalar on the device, with its graph. Average it over micro-batches and ranks.
         """
-        losses = [
-            module.balancing_loss
-            for module in self.modules()
-            if isinstance(module, MixtureOfExperts) and module.balancing_loss is not None
-        ]
-        if not losses:
-            return None
-        return self.params.moe_loss_weight * torch.stack(losses).mean()
+        experts = [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+        loss = balancing_loss(experts, self.params.moe_loss_scope)
+        return None if loss is None else self.params.moe_loss_weight * loss
 
 
 def _check_document_ids(document_ids: Tensor, x: Tensor, **others: Any) -> None:

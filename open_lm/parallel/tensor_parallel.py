@@ -262,8 +262,8 @@ def _scale_balancing_loss_gradient(ranks: int) -> Callable[..., None]:
     """
 
     def scale(module: Any, args: Any, output: Any) -> None:
-        loss = module.balancing_loss
-        if loss is not None:
-            module.balancing_loss = loss.detach() + (loss - loss.detach()) / ranks
+        if module.loads is not None:
+            shares, scores = module.loads
+            module.loads = shares, scores.detach() + (scores - scores.detach()) / ranks
 
     return scale

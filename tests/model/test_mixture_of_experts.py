@@ -10,13 +10,13 @@ from torch import Tensor
 
 from open_lm.errors import ConfigError
 from open_lm.model.losses import token_loss
-from open_lm.model.mixture_of_experts import MixtureOfExperts
+from open_lm.model.mixture_of_experts import Experts, MixtureOfExperts
 from open_lm.model.transformer import Params
 
 
 def mixture(top_k: int, capacity_factor: float, num_experts: int = 4) -> MixtureOfExperts:
     torch.manual_seed(top_k)
-    module = MixtureOfExperts(8, num_experts, top_k, capacity_factor)
+    module = MixtureOfExperts(8, Experts(num_experts, 8, 32), top_k, capacity_factor)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_(std=0.5)

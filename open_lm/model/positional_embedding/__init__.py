@@ -13,23 +13,30 @@ from torch import Tensor, nn
 from open_lm.config.registry import POSITIONAL_EMBEDDINGS
 from open_lm.errors import ConfigError
 from open_lm.kernels.document_attention import DocumentMask
-from open_lm.model.positional_embedding.rotary import Angles
+from open_lm.model.positional_embedding.rotary import DEFAULT_ROPE, Angles, RopeSettings
 
-__all__ = ["POSITIONAL_EMBEDDINGS", "Angles", "get_positional_embedding", "token_positions"]
+__all__ = ["POSITIONAL_EMBEDDINGS", "Angles", "RopeSettings", "get_positional_embedding", "token_positions"]
 
 
-def get_positional_embedding(name: str, head_width: int) -> nn.Module:
+def get_positional_embedding(name: str, head_width: int, rope: RopeSettings = DEFAULT_ROPE) -> nn.Module:
     """Create a position embedding for heads of width K.
 
     Raises:
-        ConfigError: an unknown name, or an odd head width for an embedding that rotates pairs of features.
+        ConfigError: an unknown name, or an odd number of features for an embedding that rotates pairs of them.
     """
-    if POSITIONAL_EMBEDDINGS.fact(name, "rotates") and head_width % 2:
-        raise ConfigError(
-            f"--positional-embedding-type {name}: the head width hidden_dim // n_heads is {head_width}, but must be "
-            "even; change hidden_dim or n_heads, or use 'none'"
-        )
-    embedding: nn.Module = POSITIONAL_EMBEDDINGS.get(name)(head_width)
+    if POSITIONAL_EMBEDDINGS.fact(name, "rotates"):
+        if head_width % 2:
+            raise ConfigError(
+                f"--positional-embedding-type {name}: the head width hidden_dim // n_heads is {head_width}, but must "
+                "be even; change hidden_dim or n_heads, or use 'none'"
+            )
+        width = rope.width(head_width)
+        if width < 2 or width % 2:
+            raise ConfigError(
+                f"rope_fraction {rope.fraction} rotates {width} of the {head_width} features of a head, expected an "
+                "even number of them, at least 2"
+            )
+    embedding: nn.Module = POSITIONAL_EMBEDDINGS.get(name)(head_width, rope)
     return embedding
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from open_lm.config.registry import POSITIONAL_EMBEDDINGS
+from open_lm.model.positional_embedding.rotary import DEFAULT_ROPE, RopeSettings
 
 
 @POSITIONAL_EMBEDDINGS.register("none", help="no position embedding", rotates=False)
 class NoPositions(nn.Module):
     """Queries and keys without positions (Kazemnejad et al. 2023, https://arxiv.org/abs/2305.19466)."""
 
-    def __init__(self, head_width: int) -> None:
+    def __init__(self, head_width: int, rope: RopeSettings = DEFAULT_ROPE) -> None:
         super().__init__()
 
     def angles(self, positions: Tensor, heads: int) -> None:

@@ -1,13 +1,16 @@
 """Rotary position embeddings (Su et al. 2021, https://arxiv.org/abs/2104.09864) in three variants.
 
-Pair i of a head's K features is rotated by the angle position * 10000^(-2i/K). Angles and rotations are computed in
-float32 for every model dtype, because a half-precision angle is wrong by whole radians at position 2000.
+Pair i of a head's K features is rotated by the angle position * base^(-2i/K), with base 10000 by default. Angles and
+rotations are computed in float32 for every model dtype, because a half-precision angle is wrong by whole radians at
+position 2000.
 Legend: B batch, T sequence, H heads, K head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +21,50 @@ from open_lm.config.registry import POSITIONAL_EMBEDDINGS
 from open_lm.kernels.cache_blocks import row_blocks
 from open_lm.kernels.native import elements
 
-BASE = 10000.0
+
+@dataclass(frozen=True)
+class RopeSettings:
+    """The frequencies of a rotary embedding.
+
+    Attributes:
+        base: base of the angles.
+        fraction: share of a head's features, from the first on, that is rotated.
+        scaling: `rope_scaling` of the model's JSON file, or None.
+    """
+
+    base: float = 10000.0
+    fraction: float = 1.0
+    scaling: Mapping[str, Any] | None = None
+
+    def width(self, head_width: int) -> int:
+        """Return the number of rotated features of a head."""
+        return int(head_width * self.fraction)
 
 
-def inverse_frequencies(head_width: int, device: torch.device | None = None) -> Tensor:
-    """Return the rotation angle of each pair of features per position: (K/2,) float32."""
-    exponents = torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width
-    return 1.0 / (BASE**exponents)
+DEFAULT_ROPE = RopeSettings()
+
+
+def inverse_frequencies(width: int, device: torch.device | None = None, rope: RopeSettings = DEFAULT_ROPE) -> Tensor:
+    """Return the rotation angle of each pair of `width` features per position: (width/2,) float32."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+    return _scale(1.0 / (rope.base**exponents), rope.scaling)
+
+
+def _scale(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
+    """Scale frequencies (K/2,) for sequences that are longer than those of pretraining.
+
+    linear divides all by the factor (Chen et al. 2023, https://arxiv.org/abs/2306.15595). llama3 divides only those
+    with fewer than low_freq_factor turns in the original length, keeps those with more than high_freq_factor turns, and
+    interpolates in between (Llama 3.1, https://arxiv.org/abs/2407.21783).
+    """
+    if scaling is None:
+        return frequencies
+    if scaling["type"] == "linear":
+        return frequencies / scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_seq_len"] / (2 * math.pi / frequencies)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
 
 
 class Angles:
@@ -127,6 +167,14 @@ def _rotate(  # noqa: PLR0917 (as _Rotation)
     return out
 
 
+def _rotate_first(rotate: Callable[..., Tensor], x: Tensor, angles: Angles, dtype: torch.dtype) -> Tensor:
+    """Rotate the first features of x (B,T,H,K), as many as the angles cover, and return all features in dtype."""
+    width = 2 * angles.cos.shape[-1]
+    if width == x.shape[-1]:
+        return rotate(x, angles.cos, angles.sin, dtype)
+    return torch.cat((rotate(x[..., :width], angles.cos, angles.sin, dtype), x[..., width:].to(dtype)), dim=-1)
+
+
 @POSITIONAL_EMBEDDINGS.register("rotary", help="rotary embedding of the pairs (i, i + K/2)", rotates=True)
 class Rotary(nn.Module):
     """Rotation by the token's position, with pairs across the two halves of a head (as in GPT-NeoX).
@@ -136,14 +184,14 @@ class Rotary(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, head_width: int) -> None:
+    def __init__(self, head_width: int, rope: RopeSettings = DEFAULT_ROPE) -> None:
         super().__init__()
-        self.head_width = head_width
-        self.register_buffer("inv_freq", inverse_frequencies(head_width))
+        self.rope, self.width = rope, rope.width(head_width)
+        self.register_buffer("inv_freq", inverse_frequencies(self.width, rope=rope))
 
     def reset_buffers(self) -> None:
         """Recompute the frequencies after the module was created on the meta device."""
-        self.inv_freq = inverse_frequencies(self.head_width, self.inv_freq.device)
+        self.inv_freq = inverse_frequencies(self.width, self.inv_freq.device, self.rope)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         frequencies = self.inv_freq
@@ -168,12 +216,14 @@ class Rotary(nn.Module):
         Returns:
             q and k in the dtype of v, and v.
         """
-        cos, sin = angles.cos, angles.sin
-        return rotate_halves(q, cos, sin, v.dtype), rotate_halves(k, cos, sin, v.dtype), v
+        return *(_rotate_first(rotate_halves, x, angles, v.dtype) for x in (q, k)), v
 
 
 @POSITIONAL_EMBEDDINGS.register(
-    "head_rotary", help="rotary embedding whose angles depend on the head instead of the position", rotates=True
+    "head_rotary",
+    help="rotary embedding whose angles depend on the head instead of the position",
+    rotates=True,
+    by_head=True,
 )
 class HeadRotary(Rotary):
     """Rotation by the index of the head instead of the position: a bug of early models, kept for their checkpoints.
@@ -189,17 +239,15 @@ class HeadRotary(Rotary):
 class LlamaRotary(nn.Module):
     """Rotation by the token's position, with pairs of adjacent features (as in Meta's Llama weights). No state."""
 
-    def __init__(self, head_width: int) -> None:
+    def __init__(self, head_width: int, rope: RopeSettings = DEFAULT_ROPE) -> None:
         super().__init__()
-        self.head_width = head_width
+        self.rope, self.width = rope, rope.width(head_width)
 
     def angles(self, positions: Tensor, heads: int) -> Angles:
         """Return the angles; see `Rotary.angles`."""
-        return _cos_and_sin(
-            (positions[..., None] * inverse_frequencies(self.head_width, positions.device))[..., None, :]
-        )
+        frequencies = inverse_frequencies(self.width, positions.device, self.rope)
+        return _cos_and_sin((positions[..., None] * frequencies)[..., None, :])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate queries and keys; see `Rotary.forward`."""
-        cos, sin = angles.cos, angles.sin
-        return rotate_interleaved(q, cos, sin, v.dtype), rotate_interleaved(k, cos, sin, v.dtype), v
+        return *(_rotate_first(rotate_interleaved, x, angles, v.dtype) for x in (q, k)), v
