@@ -139,7 +139,8 @@ class Watchdog:
         """Publish this rank's status; return the report of the hang if the run hangs."""
         if self._store is None:
             return None
-        self._store.set(f"status/{self._runtime.rank}", json.dumps(asdict(status), allow_nan=False))
+        # Without a time limit the remaining time is infinite; only `_statuses` reads it.
+        self._store.set(f"status/{self._runtime.rank}", json.dumps(asdict(status), allow_nan=True))
         if self._store.check(["failed"]):
             self._end_after_failure(self._store.get("failed").decode())
         if not self._store.check(["hung"]) and status.remaining_s <= self._timeout_s / 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import fault_helpers
 import pytest
+import torch.distributed as dist
 
 from open_lm.distributed.processes import Runtime
 from open_lm.errors import WATCHDOG_EXIT_CODE
@@ -82,6 +84,13 @@ def test_a_rank_that_does_not_respond_runs_out_of_time(monkeypatch: pytest.Monke
     now[0] = 59.0
     assert dog._statuses()[0] == RankStatus(4, 1, "step; not responding", -9.0)
     assert dog._statuses()[1].phase == "not started; not responding"
+
+
+def test_ranks_without_a_time_limit_exchange_their_statuses() -> None:
+    dog = Watchdog(0, Runtime(world_size=2))
+    dog._store = dist.HashStore()
+    assert dog._publish(dog._local_status()) is None
+    assert dog._statuses()[0].remaining_s == math.inf
 
 
 def test_a_failed_rank_reports_its_error_first_and_a_restart_keeps_the_name(tmp_path: Path) -> None:
