@@ -6,47 +6,24 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from data_helpers import SEQ_LEN, VOCAB_SIZE, sequence, write_shard, write_source
+from run_helpers import BATCH, before_step, tiny_flags, tokens, train, train_rows
 
 from open_lm.checkpoint import manager
 from open_lm.checkpoint.files import read_file
 from open_lm.data.shard_format import ManifestEntry, write_manifest
 from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError, StorageError
 from open_lm.main import main
-from open_lm.training.trainer import Trainer
-
-BATCH = 4
 
 
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
-    """Return the flags of a tiny model; tests add the data."""
-    shape = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE}
-    (tmp_path / "model.json").write_text(json.dumps({**shape, "post_embed_norm": False, "weight_tying": False}))
-    return [
-        "--model", str(tmp_path / "model.json"), "--data-key", "npy", "--global-batch-size", str(BATCH),
-        "--warmup", "2", "--precision", "fp32", "--log-every-n-steps", "1", "--lr", "3e-2", "--workers", "0",
-        "--logs", str(tmp_path),
-    ]  # fmt: skip
-
-
-def tokens(steps: int) -> str:
-    return str(steps * BATCH * SEQ_LEN)
-
-
-def train(flags: list[str], data: str, steps: int, *more: str, epochs: int = 1) -> None:
-    main([*flags, "--dataset-manifest", data, "--train-num-samples", tokens(steps), "--epochs", str(epochs), *more])
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if "train/loss" in row]
+    return tiny_flags(tmp_path, logs=tmp_path)
 
 
 def spiky_data(folder: Path, batches: int, bad: int) -> str:
@@ -66,7 +43,7 @@ def test_loss_spike_is_skipped(flags: list[str], tmp_path: Path, caplog: pytest.
     data = spiky_data(tmp_path / "data", 60, bad=44)
     main([*spike_flags(flags, data, 50), "--name", "run", "--skip-loss-spikes", "6"])
     assert "step 44 is a spike and was skipped" in caplog.text
-    log = rows(tmp_path / "run")
+    log = train_rows(tmp_path / "run")
     assert [row["step"] for row in log] == list(range(1, 51))
     assert log[-1]["train/spikes"] == 1 and log[45]["train/loss"] < 0.5
 
@@ -77,7 +54,7 @@ def test_rollback_skips_the_data_before_the_spike(
     data = spiky_data(tmp_path / "data", 60, bad=44)
     main([*spike_flags(flags, data, 50), "--name", "run", "--rollback-loss-spikes", "6"])
     assert "loss spike at step 45: rolled back to the state of step 40; the 5 batches since" in caplog.text
-    log = rows(tmp_path / "run")
+    log = train_rows(tmp_path / "run")
     assert [row["step"] for row in log] == list(range(1, 51)), "each step once, after the rollback"
     assert all(row["train/loss"] < 0.5 for row in log[40:])
     index = json.loads((tmp_path / "run/checkpoints/step_00000050/checkpoint.json").read_bytes())
@@ -100,7 +77,7 @@ def test_spike_without_a_checkpoint_is_only_skipped(
     data = spiky_data(tmp_path / "data", 60, bad=44)
     main([*spike_flags(flags, data, 50), "--name", "run", "--rollback-loss-spikes", "6", "--save-every-n-steps", "0"])
     assert "no checkpoint to go back to" in caplog.text
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 51))
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == list(range(1, 51))
 
 
 def test_no_rollback_if_the_data_do_not_suffice(
@@ -112,7 +89,7 @@ def test_no_rollback_if_the_data_do_not_suffice(
     more = ("--name", "run", "--disable-buffer", "--save-every-n-steps", "20", "--rollback-loss-spikes", "6")
     train(flags, manifest, 50, *more)
     assert "without going back to step 40, because the remaining data" in caplog.text
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 51))
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == list(range(1, 51))
     assert "epoch_1.pt" in epoch_files(tmp_path / "run")
 
 
@@ -126,7 +103,7 @@ def flip(path: Path) -> None:
 def test_broken_checkpoint_is_skipped(flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 10, "--name", "uninterrupted", "--save-every-n-steps", "4")
-    expected = rows(tmp_path / "uninterrupted")
+    expected = train_rows(tmp_path / "uninterrupted")
     train(flags, data, 10, "--name", "run", "--save-every-n-steps", "4", "--checkpoint-format", "sharded")
     folder = tmp_path / "run/checkpoints"
     assert {path.name for path in folder.glob("step_*")} == {"step_00000008", "step_00000010"}
@@ -134,7 +111,7 @@ def test_broken_checkpoint_is_skipped(flags: list[str], tmp_path: Path, caplog: 
     caplog.clear()
     train(flags, data, 10, "--name", "run", "--resume", "latest")
     assert "step_00000010" in caplog.text
-    found = rows(tmp_path / "run")
+    found = train_rows(tmp_path / "run")
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours["step"], ours["train/loss"]) == (theirs["step"], theirs["train/loss"])
     for path in folder.glob("step_*/*.bin"):
@@ -156,7 +133,7 @@ def test_all_checkpoint_formats_and_locations_resume_alike(flags: list[str], tmp
     """From a bucket, from interchange files only, and from the latest file: the losses of an uninterrupted run."""
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 5, "--name", "uninterrupted", epochs=2)
-    expected = [(row["step"], row["train/loss"]) for row in rows(tmp_path / "uninterrupted")]
+    expected = [(row["step"], row["train/loss"]) for row in train_rows(tmp_path / "uninterrupted")]
     ways = {
         "bucket": ["--checkpoint-dir", f"s3://{s3_bucket}/all"],
         "files": ["--checkpoint-format", "interchange"],
@@ -167,11 +144,11 @@ def test_all_checkpoint_formats_and_locations_resume_alike(flags: list[str], tmp
         first = [*way, "--name", name, "--lr-scheduler", "const"]
         train(flags, data, 5, *first, epochs=1)
         train(flags, data, 5, *first, "--resume", "latest", epochs=2)
-        assert [step for step, _ in expected] == [row["step"] for row in rows(tmp_path / name)], name
+        assert [step for step, _ in expected] == [row["step"] for row in train_rows(tmp_path / name)], name
     train(flags, data, 5, "--name", "const", "--lr-scheduler", "const", epochs=2)
-    constant = [row["train/loss"] for row in rows(tmp_path / "const")]
+    constant = [row["train/loss"] for row in train_rows(tmp_path / "const")]
     for name in ways:
-        assert [row["train/loss"] for row in rows(tmp_path / name)] == constant, name
+        assert [row["train/loss"] for row in train_rows(tmp_path / name)] == constant, name
     assert not list((tmp_path / "bucket").rglob("*.bin"))
 
 
@@ -196,7 +173,7 @@ def test_changed_data_are_refused_with_a_list_of_changes(
         train(flags, data, 4, *resumed, epochs=2)
     train(flags, data, 4, *resumed, "--allow-changed-data", epochs=2)
     assert "starts from the beginning" in caplog.text
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == list(range(1, 9))
 
 
 def test_document_mask_needs_the_end_of_text_id(flags: list[str], tmp_path: Path) -> None:
@@ -208,7 +185,7 @@ def test_document_mask_needs_the_end_of_text_id(flags: list[str], tmp_path: Path
     train(flags, data, 4, "--name", "masked", "--document-mask", *validation)
     train(flags, data, 4, "--name", "given", "--document-mask", "--end-of-text-id", "4", *validation)
     train(flags, data, 4, "--name", "plain", *validation)
-    losses = {name: [row["train/loss"] for row in rows(tmp_path / name)] for name in ("masked", "given", "plain")}
+    losses = {name: [row["train/loss"] for row in train_rows(tmp_path / name)] for name in ("masked", "given", "plain")}
     assert losses["masked"] == losses["given"] != losses["plain"]
     results = [(tmp_path / name / "checkpoints/results.jsonl").read_text() for name in ("masked", "plain")]
     assert json.loads(results[0])[0]["loss"] != json.loads(results[1])[0]["loss"]
@@ -250,17 +227,6 @@ def _all_levels(caplog: pytest.LogCaptureFixture) -> None:
 
 
 # --- badly timed stops ---------------------------------------------------------------------------------------------
-def before_step(step: int, do: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Trainer._train_step
-
-    def train_step(trainer: Trainer, batch: Any) -> Any:
-        if trainer.step == step:
-            do()
-        return original(trainer, batch)
-
-    monkeypatch.setattr(Trainer, "_train_step", train_step)
-
-
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -301,14 +267,14 @@ def test_interchange_files_missing_after_a_kill_are_written_on_resume(
     train(flags, data, 4, "--name", "run", "--resume", "latest", epochs=2)
     assert epoch_files(tmp_path / "run") == {"epoch_1.pt", "epoch_2.pt"}
     assert read_file(tmp_path / f"run/checkpoints/epoch_{epoch}.pt")["step"] == 4 * epoch
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 9))
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == list(range(1, 9))
 
 
 def test_resuming_with_another_epoch_length_keeps_the_step(flags: list[str], tmp_path: Path) -> None:
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 4, "--name", "run")
     train(flags, data, 6, "--name", "run", "--resume", "latest", epochs=2)
-    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == list(range(1, 13))
 
 
 def test_interchange_files_keep_all_counts(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,7 +285,7 @@ def test_interchange_files_keep_all_counts(flags: list[str], tmp_path: Path, mon
         train(flags, data, 8, *more)
     assert read_file(tmp_path / "run/checkpoints/epoch_latest.pt")["samples_seen"] == 3 * BATCH
     train(flags, data, 8, *more, "--resume", "latest")
-    last = rows(tmp_path / "run")[-1]
+    last = train_rows(tmp_path / "run")[-1]
     by_source = [value for name, value in last.items() if name.startswith("train/tokens/")]
     assert (last["tokens"], by_source) == (8 * BATCH * SEQ_LEN, [8 * BATCH * SEQ_LEN])
 

@@ -7,20 +7,17 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from data_helpers import SEQ_LEN, VOCAB_SIZE, write_source
+from data_helpers import SEQ_LEN, write_source
+from run_helpers import BATCH, before_step, tiny_flags, train, train_rows
 
 from open_lm.checkpoint.files import read_file, write_file
 from open_lm.errors import CheckpointError, ConfigError, DataError, StorageError
 from open_lm.main import main
-from open_lm.training.trainer import Trainer
-
-BATCH = 4
 
 
 @pytest.fixture(autouse=True)
@@ -30,35 +27,7 @@ def _all_levels(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.fixture
 def flags(tmp_path: Path) -> list[str]:
-    """Return the flags of a tiny model in the folder `runs`; tests add the data."""
-    shape = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE}
-    (tmp_path / "model.json").write_text(json.dumps({**shape, "post_embed_norm": False, "weight_tying": False}))
-    return [
-        "--model", str(tmp_path / "model.json"), "--data-key", "npy", "--global-batch-size", str(BATCH), "--lr", "3e-2",
-        "--warmup", "2", "--precision", "fp32", "--log-every-n-steps", "1", "--workers", "0",
-        "--logs", str(tmp_path / "runs"),
-    ]  # fmt: skip
-
-
-def train(flags: list[str], data: str, steps: int, *more: str, epochs: int = 1) -> None:
-    tokens = str(steps * BATCH * SEQ_LEN)
-    main([*flags, "--dataset-manifest", data, "--train-num-samples", tokens, "--epochs", str(epochs), *more])
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in found if "train/loss" in row]
-
-
-def before_step(step: int, do: Callable[[], None], patches: pytest.MonkeyPatch) -> None:
-    original = Trainer._train_step
-
-    def train_step(trainer: Trainer, batch: Any) -> Any:
-        if trainer.step == step:
-            do()
-        return original(trainer, batch)
-
-    patches.setattr(Trainer, "_train_step", train_step)
+    return tiny_flags(tmp_path, logs=tmp_path / "runs")
 
 
 # --- --load-pretrained-state -----------------------------------------------------------------------------------------
@@ -71,7 +40,7 @@ def test_load_pretrained_state_continues_on_other_data_with_another_seed(
     other = write_source(tmp_path / "other", [12, 12])
     more = ("--name", "second", "--pretrained", checkpoint, "--load-pretrained-state", "--seed", "7")
     train(flags, other, 5, *more, epochs=3)
-    found = rows(tmp_path / "runs/second")
+    found = train_rows(tmp_path / "runs/second")
     assert [row["step"] for row in found] == list(range(11, 16))
     rate = 0.5 * (1 + math.cos(math.pi * (10 - 2) / (15 - 2))) * 3e-2
     assert found[0]["train/lr"] == pytest.approx(rate), "the schedule of this run, at the checkpoint's step"
@@ -81,7 +50,7 @@ def test_load_pretrained_state_continues_on_other_data_with_another_seed(
     message = next(record.message for record in caplog.records if "this run continues" in record.message)
     assert "from epoch 1, step 10" in message and f"{other} from its beginning (--seed was 0, now it is 7)" in message
     train(flags, other, 5, *more, "--resume", "latest", epochs=3)
-    assert [row["step"] for row in rows(tmp_path / "runs/second")] == list(range(11, 16)), (
+    assert [row["step"] for row in train_rows(tmp_path / "runs/second")] == list(range(11, 16)), (
         "the same command restarts it"
     )
 
@@ -95,8 +64,8 @@ def test_load_pretrained_state_continues_unchanged_data_where_the_checkpoint_was
     checkpoint = str(tmp_path / "runs/first/checkpoints/epoch_1.pt")
     more = ("--lr-scheduler", "const", "--pretrained", checkpoint, "--load-pretrained-state")
     train(flags, data, 5, "--name", "second", *more, epochs=2)
-    expected = [(row["step"], row["train/loss"]) for row in rows(tmp_path / "runs/whole")][5:]
-    assert [(row["step"], row["train/loss"]) for row in rows(tmp_path / "runs/second")] == expected
+    expected = [(row["step"], row["train/loss"]) for row in train_rows(tmp_path / "runs/whole")][5:]
+    assert [(row["step"], row["train/loss"]) for row in train_rows(tmp_path / "runs/second")] == expected
     assert f"data: {data} from pass 1" in caplog.text
 
 
@@ -114,7 +83,7 @@ def test_a_start_without_steps_left_names_the_flags_to_raise(way: str, flags: li
     with pytest.raises(ConfigError, match=rf"--epochs to 3 or more, or --train-num-samples to {tokens} or more$"):
         train(flags, data, 2, *more, epochs=2)
     train(flags, data, 3, *more, epochs=2)
-    assert [row["step"] for row in rows(tmp_path / "runs/second")] == [6]
+    assert [row["step"] for row in train_rows(tmp_path / "runs/second")] == [6]
 
 
 def test_load_pretrained_state_checks_that_the_data_suffice_for_the_remaining_steps(
@@ -246,7 +215,7 @@ def test_a_folder_of_a_killed_start_is_reused(flags: list[str], tmp_path: Path) 
     (run / "params.txt").write_text("accum_freq: 1\n")
     data = write_source(tmp_path / "data", [40, 40])
     train(flags, data, 2, "--name", "run")
-    assert [row["step"] for row in rows(run)] == [1, 2]
+    assert [row["step"] for row in train_rows(run)] == [1, 2]
 
 
 @pytest.mark.parametrize("file", ["checkpoints/epoch_1.pt", "checkpoints/results.jsonl", "metrics.jsonl", "out.log"])
@@ -270,4 +239,4 @@ def test_first_interrupt_saves_and_ends_the_run(
         train(flags, data, 5, "--name", "run")
     assert (tmp_path / "runs/run/checkpoints/step_00000003/checkpoint.json").exists()
     train(flags, data, 5, "--name", "run", "--resume", "latest")
-    assert [row["step"] for row in rows(tmp_path / "runs/run")] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in train_rows(tmp_path / "runs/run")] == [1, 2, 3, 4, 5]
