@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from open_lm import storage
+from open_lm.storage.strict_json import to_json
 
 if TYPE_CHECKING:
     from icl_run import Outcome
@@ -82,4 +82,4 @@ def write_json(path: str, outcomes: Sequence[Outcome], run_metadata: dict[str, A
         for o in outcomes
     ]
     content = {**run_metadata, **averages(outcomes), "tasks": tasks}
-    storage.write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    storage.write_text(path, to_json(content, indent=2) + "\n")
