@@ -14,8 +14,8 @@ from open_lm.config.fields import Section
 NORM_POSITIONS = ("pre", "post", "both")
 EXPERT_TYPES = ("gelu_tanh", "swiglu")
 MOE_LOSS_SCOPES = ("layer", "model")
-# The parameters of each type of rope_scaling.
-ROPE_SCALINGS = {
+# The parameters of each type of rope_frequency_scaling.
+FREQUENCY_SCALINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_seq_len"),
 }
@@ -42,19 +42,20 @@ class ModelKeys(Section):
     )
     attn_scale: float | None = key(None, "factor of the attention scores; default: 1/sqrt(K)")
     attn_soft_cap: float | None = key(None, "limit c of the attention scores s: c tanh(s / c); default: no limit")
-    sliding_window: int | None = key(
+    attn_window: int | None = key(
         None, "number of latest positions, including its own, that a query attends to; default: all"
     )
-    sliding_window_pattern: list[bool] | None = key(
-        None, "which layers use sliding_window; repeated until the last layer; default: all layers"
+    attn_window_pattern: list[bool] | None = key(
+        None, "which layers use attn_window; repeated until the last layer; default: all layers"
     )
     # rotary embeddings
     rope_base: float = key(10000.0, "base b of the rotary angles: pair i of K features turns by b^(-2i/K) per position")
     rope_local_base: float | None = key(
-        None, "base in layers with a sliding window, where rope_scaling then does not apply; default: as in all layers"
+        None,
+        "base in layers with a window, where rope_frequency_scaling then does not apply; default: as in all layers",
     )
     rope_fraction: float = key(1.0, "share of a head's features, from the first on, that is rotated")
-    rope_scaling: dict | None = key(  # type: ignore[type-arg]  # a plain class, for isinstance
+    rope_frequency_scaling: dict | None = key(  # type: ignore[type-arg]  # a plain class, for isinstance
         None, "scaling of the rotary frequencies, an object with `type` (linear, llama3) and its parameters"
     )
     rope_pattern: list[bool] | None = key(
@@ -103,7 +104,7 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
     get = {**defaults, "qk_norm": False, **values}.get
     problems = [
         f"{name} is {get(name)}, expected at least 1"
-        for name in ("n_kv_heads", "head_dim", "ffn_dim", "moe_ffn_dim", "sliding_window", "unpadded_vocab_size")
+        for name in ("n_kv_heads", "head_dim", "ffn_dim", "moe_ffn_dim", "attn_window", "unpadded_vocab_size")
         if get(name) is not None and get(name) < 1
     ]
     problems += [
@@ -121,7 +122,7 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
     ]
     problems += [
         f"{name} is empty, expected true or false for each layer of the pattern"
-        for name in ("sliding_window_pattern", "rope_pattern")
+        for name in ("attn_window_pattern", "rope_pattern")
         if get(name) == []
     ]
     heads, kv_heads = get("n_heads"), get("n_kv_heads")
@@ -132,28 +133,31 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
     if get("unpadded_vocab_size") and "vocab_size" in values and get("unpadded_vocab_size") > values["vocab_size"]:
         problems.append(f"unpadded_vocab_size is {get('unpadded_vocab_size')}, above vocab_size {values['vocab_size']}")
     for name, required in (
-        ("sliding_window_pattern", "sliding_window"),
-        ("rope_local_base", "sliding_window"),
+        ("attn_window_pattern", "attn_window"),
+        ("rope_local_base", "attn_window"),
         ("qk_norm_per_head", "qk_norm"),
     ):
         if get(name) and not get(required):
             problems.append(f"{name} has no effect without {required}; set {required} or remove {name}")
-    return [*problems, *_rope_scaling_problems(get("rope_scaling"))]
+    return [*problems, *_rope_frequency_scaling_problems(get("rope_frequency_scaling"))]
 
 
-def _rope_scaling_problems(scaling: Mapping[str, Any] | None) -> list[str]:
+def _rope_frequency_scaling_problems(scaling: Mapping[str, Any] | None) -> list[str]:
     if scaling is None:
         return []
     kind = scaling.get("type")
-    if kind not in ROPE_SCALINGS:
-        return [f"rope_scaling has type {kind!r}, expected one of {', '.join(ROPE_SCALINGS)}; others are not supported"]
-    expected = {"type", *ROPE_SCALINGS[kind]}
-    problems = [f"rope_scaling of type {kind}: {name} is missing" for name in sorted(expected - set(scaling))]
-    problems += [f"rope_scaling of type {kind}: the key {name} is unknown" for name in sorted(set(scaling) - expected)]
-    for name in ROPE_SCALINGS[kind]:
+    if kind not in FREQUENCY_SCALINGS:
+        types = ", ".join(FREQUENCY_SCALINGS)
+        return [f"rope_frequency_scaling has type {kind!r}, expected one of {types}; others are not supported"]
+    expected = {"type", *FREQUENCY_SCALINGS[kind]}
+    problems = [f"rope_frequency_scaling of type {kind}: {name} is missing" for name in sorted(expected - set(scaling))]
+    problems += [
+        f"rope_frequency_scaling of type {kind}: the key {name} is unknown" for name in sorted(set(scaling) - expected)
+    ]
+    for name in FREQUENCY_SCALINGS[kind]:
         value = scaling.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            problems.append(f"rope_scaling of type {kind}: {name} is {value!r}, expected a number above 0")
+            problems.append(f"rope_frequency_scaling of type {kind}: {name} is {value!r}, expected a number above 0")
     return problems
 
 

@@ -95,7 +95,7 @@ def check_attention_options(attn_name: str, options: AttentionOptions) -> None:
     changed = {
         "attn_scale": options.scale is not None,
         "attn_soft_cap": options.soft_cap is not None,
-        "sliding_window": options.window is not None,
+        "attn_window": options.window is not None,
         "attn_dropout": options.dropout > 0,
     }
     if any(changed.values()) and not ATTENTION.fact(attn_name, "options", True):

@@ -81,12 +81,12 @@ class Params:
     qk_norm_per_head: bool = False
     attn_scale: float | None = None
     attn_soft_cap: float | None = None
-    sliding_window: int | None = None
-    sliding_window_pattern: list[bool] | None = None
+    attn_window: int | None = None
+    attn_window_pattern: list[bool] | None = None
     rope_base: float = 10000.0
     rope_local_base: float | None = None
     rope_fraction: float = 1.0
-    rope_scaling: dict[str, Any] | None = None
+    rope_frequency_scaling: dict[str, Any] | None = None
     rope_pattern: list[bool] | None = None
     ffn_dim: int = 0
     ffn_bias: bool | None = None
@@ -171,7 +171,7 @@ class Params:
 
     def layer_kind(self, layer: int) -> LayerKind:
         """Return the kind of a layer, counted from 0."""
-        has_window = self.sliding_window is not None and in_layer(self.sliding_window_pattern, layer)
+        has_window = self.attn_window is not None and in_layer(self.attn_window_pattern, layer)
         return LayerKind(has_window, in_layer(self.rope_pattern, layer))
 
     def attention_options(self, kind: LayerKind) -> AttentionOptions:
@@ -179,7 +179,7 @@ class Params:
         return AttentionOptions(
             scale=self.attn_scale,
             soft_cap=self.attn_soft_cap,
-            window=self.sliding_window if kind.has_window else None,
+            window=self.attn_window if kind.has_window else None,
             dropout=self.attn_dropout,
         )
 
@@ -187,4 +187,4 @@ class Params:
         """Return the settings of rotary embeddings in layers of a kind."""
         if kind.has_window and self.rope_local_base is not None:
             return RopeSettings(self.rope_local_base, self.rope_fraction)
-        return RopeSettings(self.rope_base, self.rope_fraction, self.rope_scaling)
+        return RopeSettings(self.rope_base, self.rope_fraction, self.rope_frequency_scaling)

@@ -29,7 +29,7 @@ class RopeSettings:
     Attributes:
         base: base of the angles.
         fraction: share of a head's features, from the first on, that is rotated.
-        scaling: `rope_scaling` of the model's JSON file, or None.
+        scaling: `rope_frequency_scaling` of the model's JSON file, or None.
     """
 
     base: float = 10000.0
