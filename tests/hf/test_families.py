@@ -1,0 +1,190 @@
+"""The native model computes the logits and gradients of each family of transformers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_models import CASES, TINY, checkpoint_tensors, hf_model, native_model, packed
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from open_lm.errors import ConfigError
+from open_lm.hf.families import FAMILIES, architecture, tensor_sources
+from open_lm.model.losses import TokenLoss
+
+TOLERANCE = 1e-5  # relative to the largest value
+
+
+def random_ids(rows: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randint(61, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_equal(actual: Tensor, expected: Tensor, label: str = "", tolerance: float = TOLERANCE) -> None:
+    difference = (actual - expected).abs().max().item()
+    limit = tolerance * expected.abs().max().item()
+    assert difference <= limit, f"{label}: {difference:.2e}, expected at most {limit:.2e}"
+
+
+def test_every_family_is_tested() -> None:
+    assert {model_type for model_type, _ in CASES.values()} == set(FAMILIES)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case: str, tmp_path: Path) -> None:
+    hf = hf_model(case)
+    native, ids = native_model(hf), random_ids(2, 40)
+    expected = hf(ids).logits
+    assert_equal(native(ids)[0], expected, "all positions")
+    chunks, cache, start = [], None, 0
+    for length in (5, 1, 17, 1, 16):
+        logits, _, cache = native(ids[:, start : start + length], past_key_values=cache, use_cache=True)
+        chunks.append(logits)
+        start += length
+    assert_equal(torch.cat(chunks, 1), expected, "KV cache")
+    hf.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        sources = tensor_sources(hf.config.to_dict(), [name for name, _ in native.named_parameters()])
+        assert {name for source in sources.values() for name in source.names} == set(file.keys())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_left_padding(case: str) -> None:
+    hf = hf_model(case)
+    native, ids = native_model(hf), random_ids(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :11] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    expected = hf(ids, attention_mask=mask, position_ids=positions).logits
+    logits, _, cache = native(ids[:, :24], attention_mask=mask[:, :24], use_cache=True)
+    rest, _, _ = native(ids[:, 24:], attention_mask=mask, past_key_values=cache)
+    assert_equal(torch.cat((logits, rest), 1)[mask == 1], expected[mask == 1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES)
+def test_documents_equal_separate_sequences(case: str) -> None:
+    native, ids = native_model(hf_model(case)), random_ids(1, 40)
+    lengths = (12, 3, 25)
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    expected = torch.cat([native(part)[0] for part in ids.split(lengths, dim=1)], dim=1)
+    assert_equal(native(ids, document_ids=documents)[0], expected)
+
+
+def step(model: torch.nn.Module, loss: Tensor) -> None:
+    """Compute gradients of the loss, and update the parameters with AdamW.
+
+    Its eps is larger than the rounding errors of gradients, whose sign would otherwise determine an update.
+    """
+    loss.backward()
+    torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1).step()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_and_a_step(case: str) -> None:
+    hf = hf_model(case).train()
+    native, ids = native_model(hf).train(), random_ids(2, 41)
+    has_experts = native.params.moe_freq > 0
+    output = hf(ids[:, :-1], **({"output_router_logits": True} if has_experts else {}))
+    expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss = native(ids[:, :-1], loss=TokenLoss(ids[:, 1:]))[0] / 80
+    if has_experts:
+        auxiliary = native.auxiliary_loss()
+        assert auxiliary is not None
+        expected = expected + hf.config.router_aux_loss_coef * output.aux_loss
+        loss = loss + auxiliary
+    assert_equal(loss, expected, "loss")
+    step(hf, expected)
+    step(native, loss)
+    parameters = dict(hf.named_parameters(remove_duplicate=False))
+    gradients = ((name, parameter.grad) for name, parameter in parameters.items())
+    expected_grads = packed(hf.config, native, checkpoint_tensors(gradients))
+    updated = packed(hf.config, native, checkpoint_tensors(iter(parameters.items())))
+    for name, parameter in native.named_parameters():
+        assert parameter.grad is not None
+        assert_equal(parameter.grad, expected_grads[name], f"gradient of {name}")
+        assert_equal(parameter.detach(), updated[name], f"updated {name}")
+
+
+def test_a_padded_vocabulary_gives_the_loss_and_gradients_of_the_unpadded_model() -> None:
+    hf = hf_model("llama_2")
+    plain, ids = native_model(hf).train(), random_ids(2, 41)
+    padded = native_model(hf, vocab_size=64, unpadded_vocab_size=61).train()
+    with torch.no_grad():
+        padded.output.weight[61:] = 1.0  # padding rows have no effect, whatever they contain
+        logits = padded(ids)[0]
+    assert_equal(logits[..., :61], plain(ids)[0])
+    assert (logits[..., 61:] == -torch.inf).all()
+    losses = [model(ids[:, :-1], loss=TokenLoss(ids[:, 1:], 1e-3))[0] for model in (plain, padded)]
+    assert_equal(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    for (name, one), other in zip(plain.named_parameters(), padded.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None
+        assert_equal(other.grad[: len(one)], one.grad, name)
+        assert (other.grad[len(one) :] == 0).all()
+
+
+@pytest.mark.parametrize("case", ["gemma_2", "phi_2", "llama_2"])
+def test_half_precision_is_within_the_rounding_noise(case: str) -> None:
+    """The error of bfloat16 logits is at most 1.5 times that of transformers' bfloat16 logits."""
+    hf = hf_model(case)
+    native, ids = native_model(hf), random_ids(2, 40)
+    with torch.no_grad():
+        exact = native(ids)[0]
+        error = (native.bfloat16()(ids)[0] - exact).square().mean().sqrt()
+        reference = (hf.bfloat16()(ids).logits.float() - exact).square().mean().sqrt()
+    assert 0 < error < 1.5 * reference
+
+
+def version_4(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the rotary settings of version 4 of transformers."""
+    parameters = copy.deepcopy(config.pop("rope_parameters"))
+    if "full_attention" in parameters:
+        config["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        parameters = parameters["full_attention"]
+    theta, fraction = parameters.pop("rope_theta"), parameters.pop("partial_rotary_factor", None)
+    scaling = parameters if parameters["rope_type"] != "default" else None
+    config.pop("layer_types", None)
+    pattern = {"sliding_window_pattern": config.pop("_sliding_window_pattern", 2)}
+    return {**config, **pattern, "rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": fraction}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("olmo_3",)])  # version 4 has no olmo3
+def test_configurations_of_version_4_give_the_same_architecture(case: str) -> None:
+    model_type, fields = CASES[case]
+    config = AutoConfig.for_model(model_type, **{**TINY, **fields}).to_dict()
+    assert architecture(version_4(dict(config))) == architecture(config)
+
+
+def test_unsupported_configurations_are_errors() -> None:
+    with pytest.raises(
+        ConfigError, match=r"model_type 'bert' is not supported, expected one of gemma, gemma2, .*qwen3"
+    ):
+        architecture({"model_type": "bert"})
+    config = AutoConfig.for_model("olmoe", **TINY, clip_qkv=3.0, hidden_act="relu").to_dict()
+    config["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ConfigError) as caught:
+        architecture({**config, "quantization_config": {"bits": 4}})
+    for part in ("hidden_act is 'relu'", "clip_qkv is 3.0", "the rope_type is 'yarn'", "quantization_config is {"):
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match=r"llama has no weights for the parameter layers\.0\.ffn_post_norm\.weight"):
+        tensor_sources({"model_type": "llama"}, ["layers.0.ffn_post_norm.weight"])
+
+
+@pytest.mark.parametrize("case", ["tinyllama", "olmo_2", "mixtral"])
+def test_unpacked_tensors_are_those_of_the_checkpoint(case: str) -> None:
+    hf = hf_model(case)
+    native = native_model(hf)
+    names = [name for name, _ in native.named_parameters()]
+    tensors = checkpoint_tensors(hf.named_parameters(remove_duplicate=False))
+    for name, source in tensor_sources(hf.config.to_dict(), names).items():
+        parts = source.unpack(native.get_parameter(name))
+        for part, tensor in zip(source.names, parts, strict=True):
+            assert torch.equal(tensor, tensors[part])
