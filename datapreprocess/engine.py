@@ -55,6 +55,7 @@ from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_chunk, run_unit
 from open_lm.datapreprocess.writer import WrittenShard, dataset_url, write_dataset, write_manifests, write_shards
 from open_lm.errors import DataError, UserError
+from open_lm.tokenizer import COPY_FOLDER
 
 _logger = logging.getLogger(__name__)
 _BUCKET_BYTES = 4 << 20  # input bytes per bucket of the shuffle
@@ -153,19 +154,25 @@ def _make_dataset(
     for output in outputs if job.layout.per_source else []:
         source_tasks = [task for task in tasks if task.unit.source == output.source]
         collect_rejects(source_tasks, work, storage.join(job.layout.root, output.source, REJECTS_NAME), bases)
-    return _write_records(job, settings, encoder.name, outputs)
+    return _write_records(job, settings, encoder, outputs)
 
 
 def _write_records(
-    job: PreprocessJob, settings: dict[str, Any], encoder: str, outputs: Sequence[Output]
+    job: PreprocessJob, settings: dict[str, Any], encoder: DocumentEncoder, outputs: Sequence[Output]
 ) -> dict[str, Any]:
-    """Write a dataset.json to every folder, and last the one that marks the output as finished."""
-    full_record = dataset_record(job, settings, encoder, outputs)
+    """Write a dataset.json and the tokenizer to every folder; the dataset.json that marks the output as finished last.
+
+    Every folder has its own copy of the tokenizer, so that it can be moved and trained on separately.
+    """
+    full_record = dataset_record(job, settings, encoder.name, outputs)
+    files = encoder.tokenizer_files()
     for output in outputs:
         folders = job.layout.folders_of(output.source)
         output_settings = settings | {"folders": list(folders)}
-        record = dataset_record(job, output_settings, encoder, [output]) if job.layout.per_source else full_record
+        record = dataset_record(job, output_settings, encoder.name, [output]) if job.layout.per_source else full_record
         for folder in folders:
+            for name, content in files.items():
+                storage.write_bytes(storage.join(job.layout.folder(folder), COPY_FOLDER, name), content)
             url = storage.join(job.layout.folder(folder), DATASET_NAME)
             if url != dataset_url(job.layout):
                 write_dataset(url, record)

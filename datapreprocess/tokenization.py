@@ -6,7 +6,7 @@ tokenizer. The tokenizer's own library is the reference: both must give the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from open_lm.datapreprocess.adversarial_texts import fixed_sample
 from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer, fast_tokenizer
 from open_lm.datapreprocess.readers.base import Document
 from open_lm.errors import ConfigError, DataError
+from open_lm.tokenizer import NO_TOKENIZER
 
 
 class BatchTokenizer(Protocol):
@@ -26,6 +27,8 @@ class BatchTokenizer(Protocol):
     fingerprint: str
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def files(self) -> Mapping[str, bytes]: ...
 
 
 class Encoded(NamedTuple):
@@ -60,7 +63,7 @@ class DocumentEncoder:
         self.vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else 0)
         self.eot_id = tokenizer.eot_id if tokenizer else eot_id
         self.bos_id: int | None = getattr(tokenizer, "bos_id", None) if add_bos else None
-        self.fingerprint = tokenizer.fingerprint if tokenizer else "none: documents come as ids"
+        self.fingerprint = tokenizer.fingerprint if tokenizer else NO_TOKENIZER
         self.dtype: np.dtype[Any] = token_dtype(self.vocab_size)
         if add_bos and self.bos_id is None:
             raise ConfigError("--add-bos: there is no begin-of-text token; use a tokenizer that has one")
@@ -85,6 +88,10 @@ class DocumentEncoder:
         if self._fast is not None:
             return self._fast.library
         return str(getattr(self._tokenizer, "library", type(self._tokenizer).__name__))
+
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        """Return the files by name that `open_lm.tokenizer.Tokenizer.files` describes; empty without a tokenizer."""
+        return {} if self._tokenizer is None else self._tokenizer.files()
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
         """Encode documents in order; add `bos_id` (if any) before and `eot_id` after each.

@@ -58,32 +58,36 @@ def _print_error(message: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from open_lm.config.command_line import add_model_args
-    from open_lm.tokenizer import DEFAULT_TOKENIZER
+    from open_lm.data.tokenizers import add_tokenizer_args
+    from open_lm.names import user_path
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--checkpoint", required=True, help="epoch_N.pt, step_N folder, averager file or file with only weights"
+        "--checkpoint",
+        type=user_path,
+        required=True,
+        help="epoch_N.pt, step_N folder, averager file or file with only weights",
     )
-    parser.add_argument("--eval-yaml", required=True, nargs="+", help="YAML files with the tasks")
-    parser.add_argument("--model", help="name of a model configuration, or the path of its .json file")
-    parser.add_argument("--model-config", help="the same as --model")
-    parser.add_argument(
-        "--tokenizer", default=DEFAULT_TOKENIZER, help="hub name, folder, tokenizer .json or sentencepiece .model file"
-    )
-    parser.add_argument("--eot-token", help="end-of-text token, if it cannot be determined from the tokenizer")
+    parser.add_argument("--eval-yaml", type=user_path, required=True, nargs="+", help="YAML files with the tasks")
+    parser.add_argument("--model", type=user_path, help="name of a model configuration, or the path of its .json file")
+    parser.add_argument("--model-config", type=user_path, help="the same as --model")
+    add_tokenizer_args(parser)
     parser.add_argument(
         "--add-special-tokens",
         action="store_true",
         help="let the tokenizer add special tokens such as Llama's <s>; OpenLM training data contains none",
     )
-    parser.add_argument("--data-dir", help="folder of the tasks' .jsonl files; overrides data_dir of the YAML files")
+    parser.add_argument(
+        "--data-dir", type=user_path, help="folder of the tasks' .jsonl files; overrides data_dir of the YAML files"
+    )
     parser.add_argument("--tasks", nargs="+", help="labels of the tasks to run; default: all")
     parser.add_argument("--max-examples", type=int, help="use only the first N examples of a task (of each category)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if available")
     parser.add_argument(
         "--output",
+        type=user_path,
         help="path of the JSON result; default: {checkpoint}_{YAML names}.json, "
         "or {checkpoint}_{YAML names}_partial.json with --tasks or --max-examples",
     )
@@ -158,17 +162,20 @@ def _evaluate(args: argparse.Namespace) -> list[Outcome]:
 
 
 def load_tokenizer_and_model(args: argparse.Namespace, settings: EvalSettings) -> tuple[Any, Any]:
-    """Return the tokenizer and the checkpoint's model as transformers objects.
+    """Return the tokenizer and the checkpoint's model as transformers objects; set `args.tokenizer` to its name.
 
     Raises:
         ConfigError: the tokenizer or the YAML settings do not match the model.
     """
+    from open_lm.data.tokenizers import choose_tokenizer
     from open_lm.errors import ConfigError, join_problems
     from open_lm.model.transformer import create_params
-    from open_lm.tokenizer import load_tokenizer
 
     params = create_params(args)
-    ids = load_tokenizer(args.tokenizer, args.eot_token).vocab_size
+    tokenizer = choose_tokenizer(
+        args.checkpoint, args.tokenizer, args.eot_token, allow_other=args.allow_other_tokenizer
+    )
+    args.tokenizer, ids = tokenizer.name, tokenizer.vocab_size
     problems = []
     if ids > params.vocab_size:
         problems.append(
@@ -186,7 +193,7 @@ def load_tokenizer_and_model(args: argparse.Namespace, settings: EvalSettings) -
     from open_lm.hf import OpenLMForCausalLM, load_hf_tokenizer
 
     model = OpenLMForCausalLM.from_open_lm(load_model_for_generation(args.checkpoint, args))
-    return load_hf_tokenizer(args.tokenizer, args.eot_token, args.add_special_tokens), model.eval()
+    return load_hf_tokenizer(tokenizer, add_special_tokens=args.add_special_tokens), model.eval()
 
 
 def run_metadata(

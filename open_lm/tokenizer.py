@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from open_lm.errors import ConfigError
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
+COPY_FOLDER = "tokenizer"  # of a data set or a run: the files of its tokenizer, see `Tokenizer.files`
+JSON_NAME, MODEL_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+FILE_NAMES = (CONFIG_NAME, JSON_NAME, MODEL_NAME)  # the configuration first: a copy with the other file is complete
+NO_TOKENIZER = "none: documents come as ids"  # in place of the fingerprint of data without a tokenizer
 # Common names of the token that ends a document, in order of preference.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endofdocument|>")
 # Common names of the token that begins a document.
@@ -29,6 +34,7 @@ class Tokenizer(ABC):
         eot_id: id of the end-of-text token that ends a document.
         bos_id: id of the token that begins a document, for tokenizers that have one.
         vocab_size: largest id + 1.
+        config: content of its tokenizer_config.json; empty without one.
         fingerprint: sha256 (hex) of the tokenizer's file; equal fingerprints mean equal ids for equal text.
     """
 
@@ -38,6 +44,8 @@ class Tokenizer(ABC):
     bos_id: int | None
     vocab_size: int
     fingerprint: str
+    config: Mapping[str, Any]
+    source: Any  # the content of its file: text for JsonTokenizer, bytes for SentencePieceTokenizer
     _native: Any  # the library's object; None between unpickling and first use
 
     @abstractmethod
@@ -57,8 +65,30 @@ class Tokenizer(ABC):
         """Return the added tokens, which are matched in a text before the text is split into other tokens."""
 
     @abstractmethod
+    def token(self, token_id: int) -> str:
+        """Return the name of a token in the vocabulary, such as "<|endoftext|>"."""
+
+    @abstractmethod
+    def _source_file(self) -> tuple[str, bytes]:
+        """Return the name and the content of the file that holds the tokenizer."""
+
+    @abstractmethod
     def _load(self) -> Any:
         """Create the library's object from the source."""
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files, by name, of a folder from which `load_tokenizer` loads the same tokenizer.
+
+        They include a tokenizer_config.json that names the tokens that begin and end a document.
+        """
+        tokens = {"eos_token": self.eot_id} | ({} if self.bos_id is None else {"bos_token": self.bos_id})
+        config = dict(self.config)
+        for key, token_id in tokens.items():
+            if _configured_token(config, key) != self.token(token_id):
+                config[key] = self.token(token_id)
+        name, content = self._source_file()
+        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
+        return {CONFIG_NAME: f"{text}\n".encode(), name: content}
 
     @property
     def _loaded(self) -> Any:
@@ -81,9 +111,14 @@ class JsonTokenizer(Tokenizer):
 
     library = "tokenizers"
 
-    def __init__(self, source: str, name: str, eot_token: str | None = None, bos_token: str | None = None) -> None:
+    def __init__(
+        self, source: str, name: str, eot_token: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         self.source = source
         self.name = name
+        self.config = config or {}
+        bos_token = _configured_token(self.config, "bos_token")
+        eot_token = eot_token or _configured_token(self.config, "eos_token")
         try:
             self._native = self._load()
         except ModuleNotFoundError:
@@ -120,15 +155,26 @@ class JsonTokenizer(Tokenizer):
     def added_tokens(self) -> list[str]:
         return [token.content for token in self._loaded.get_added_tokens_decoder().values()]
 
+    def token(self, token_id: int) -> str:
+        return str(self._loaded.id_to_token(token_id))
+
+    def _source_file(self) -> tuple[str, bytes]:
+        return JSON_NAME, self.source.encode()
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A tokenizer of the sentencepiece library, from a model file such as those of Llama 2 and Mistral."""
 
     library = "sentencepiece"
 
-    def __init__(self, source: bytes, name: str, eot_token: str | None = None, bos_token: str | None = None) -> None:
+    def __init__(
+        self, source: bytes, name: str, eot_token: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         self.source = source
         self.name = name
+        self.config = config or {}
+        bos_token = _configured_token(self.config, "bos_token")
+        eot_token = eot_token or _configured_token(self.config, "eos_token")
         try:
             self._native = self._load()
         except ModuleNotFoundError:
@@ -167,6 +213,12 @@ class SentencePieceTokenizer(Tokenizer):
     def added_tokens(self) -> list[str]:
         return [self._loaded.id_to_piece(i) for i in range(self.vocab_size) if self._loaded.is_control(i)]
 
+    def token(self, token_id: int) -> str:
+        return str(self._loaded.id_to_piece(token_id))
+
+    def _source_file(self) -> tuple[str, bytes]:
+        return MODEL_NAME, self.source
+
 
 def load_tokenizer(spec: str, eot_token: str | None = None) -> Tokenizer:
     """Load a tokenizer from a file, a folder or the hub.
@@ -192,31 +244,70 @@ def load_tokenizer(spec: str, eot_token: str | None = None) -> Tokenizer:
     return _load_from_hub(spec, eot_token)
 
 
-def _load_file(path: Path, name: str, eot_token: str | None, bos_token: str | None = None) -> Tokenizer:
-    if path.suffix == ".model":
-        return SentencePieceTokenizer(path.read_bytes(), name, eot_token, bos_token)
+def tokenizer_from_files(files: Mapping[str, bytes], name: str, eot_token: str | None = None) -> Tokenizer:
+    """Create a tokenizer from the contents of tokenizer.json or tokenizer.model, and of tokenizer_config.json.
+
+    Args:
+        files: contents by file name; only the configuration is optional. tokenizer.json takes precedence.
+        name: where the files come from, for messages.
+        eot_token: the token that ends a document; by default that of the configuration, or a known special token.
+
+    Raises:
+        ConfigError: unusable content, or no known end-of-text token.
+    """
+    config = _parse_config(files[CONFIG_NAME], name) if CONFIG_NAME in files else {}
+    if JSON_NAME not in files:
+        return SentencePieceTokenizer(files[MODEL_NAME], name, eot_token, config)
     try:
-        return JsonTokenizer(path.read_text(encoding="utf-8"), name, eot_token, bos_token)
+        text = files[JSON_NAME].decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"--tokenizer {name}: neither JSON text nor a file ending in .model; pass a tokenizer.json or a "
             "sentencepiece .model file"
         ) from error
+    # Fingerprints do not depend on how the lines of a file end.
+    return JsonTokenizer(text.replace("\r\n", "\n").replace("\r", "\n"), name, eot_token, config)
+
+
+def same_ids(first: Tokenizer, second: Tokenizer) -> bool:
+    """Return whether two tokenizers give the same ids, as far as a sample of texts shows.
+
+    Equal files do. Others are compared by the number of their ids, and by the ids that they give to the text of each
+    token, to texts of several tokens in random order, and to their added tokens. The latter are not compared between
+    libraries: sentencepiece, unlike tokenizers, does not look for them in a text.
+    """
+    if first.fingerprint == second.fingerprint:
+        return True
+    if first.vocab_size != second.vocab_size:
+        return False
+    tokens = list(dict.fromkeys(first.decode([i]) for i in range(first.vocab_size)))
+    shuffled = random.Random(0).sample(tokens, len(tokens))
+    joined = ["".join(shuffled[start : start + 8]) for start in range(0, len(shuffled), 8)]
+    texts = [*tokens, *joined]
+    if first.library == second.library:
+        texts += [*first.added_tokens(), *second.added_tokens()]
+    return first.encode_batch(texts) == second.encode_batch(texts)
+
+
+def _load_file(path: Path, name: str, eot_token: str | None, config: Path | None = None) -> Tokenizer:
+    files = {MODEL_NAME if path.suffix == ".model" else JSON_NAME: path.read_bytes()}
+    if config is not None and config.is_file():
+        files[CONFIG_NAME] = config.read_bytes()
+    return tokenizer_from_files(files, name, eot_token)
 
 
 def _load_folder(folder: Path, eot_token: str | None) -> Tokenizer:
-    configured_eot, bos_token = _configured_tokens(folder / "tokenizer_config.json")
-    for name in ("tokenizer.json", "tokenizer.model"):
+    for name in (JSON_NAME, MODEL_NAME):
         if (folder / name).is_file():
-            return _load_file(folder / name, str(folder), eot_token or configured_eot, bos_token)
+            return _load_file(folder / name, str(folder), eot_token, folder / CONFIG_NAME)
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
     raise ConfigError(f"--tokenizer {folder}: expected tokenizer.json or tokenizer.model in this folder; found {found}")
 
 
 def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
     try:
-        file = _download(name, "tokenizer.json") or _download(name, "tokenizer.model")
-        config = _download(name, "tokenizer_config.json") if file is not None else None
+        file = _download(name, JSON_NAME) or _download(name, MODEL_NAME)
+        config = _download(name, CONFIG_NAME) if file is not None else None
     except ModuleNotFoundError:
         raise
     except Exception as error:
@@ -229,8 +320,7 @@ def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
         ) from error
     if file is None:
         raise ConfigError(f"--tokenizer {name}: the hub has neither tokenizer.json nor tokenizer.model under this name")
-    configured_eot, bos_token = _configured_tokens(config) if config is not None else (None, None)
-    return _load_file(file, name, eot_token or configured_eot, bos_token)
+    return _load_file(file, name, eot_token, config)
 
 
 def _download(name: str, filename: str) -> Path | None:
@@ -255,22 +345,20 @@ def _download(name: str, filename: str) -> Path | None:
         return None
 
 
-def _configured_tokens(path: Path) -> tuple[str | None, str | None]:
-    """Return the (end, begin) tokens of a tokenizer_config.json; None for those that it does not define."""
-    if not path.is_file():
-        return None, None
+def _parse_config(content: bytes, name: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(content)
     except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
+        raise ConfigError(f"--tokenizer {name}: {CONFIG_NAME} is not valid JSON ({error})") from error
+    return config if isinstance(config, dict) else {}
 
-    def configured(key: str) -> str | None:
-        token = config.get(key) if isinstance(config, dict) else None
-        if isinstance(token, dict):
-            token = token.get("content")
-        return token if isinstance(token, str) else None
 
-    return configured("eos_token"), configured("bos_token")
+def _configured_token(config: Mapping[str, Any], key: str) -> str | None:
+    """Return the token that a tokenizer_config.json has under `key`; None if it does not define one."""
+    token = config.get(key)
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
 
 
 def _eot_from_vocab(vocab: dict[str, int], special: set[str], name: str, eot_token: str | None) -> int:

@@ -4,8 +4,8 @@
     python scripts/generate.py --checkpoint logs/ex/checkpoints/epoch_2.pt --prompt "Once upon a time"
     python scripts/generate.py --checkpoint model.pt --model open_lm_1b --tokenizer tokenizer.json < prompts.txt
 
-On a terminal, the continuation of a single prompt is printed token by token. The architecture flags default to those of
-the run that wrote the checkpoint.
+On a terminal, the continuation of a single prompt is printed token by token. The architecture flags and the tokenizer
+default to those of the run that wrote the checkpoint.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from open_lm import storage
 from open_lm.config.architecture import read_run_settings
 from open_lm.config.command_line import FlagParser, add_model_args
 from open_lm.config.sections import ModelConfig
+from open_lm.data.tokenizers import add_tokenizer_args, choose_tokenizer
 from open_lm.errors import ConfigError, UserError, join_problems, run_cli
-from open_lm.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from open_lm.generate.sampling import Sampling
     from open_lm.model.transformer import Transformer
+    from open_lm.tokenizer import Tokenizer
 
 SEPARATOR = "-" * 8
 
@@ -47,12 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="path or URL of epoch_N.pt, step_N, a run folder (its newest checkpoint), or a file with only weights",
     )
     source.add_argument("--model", help="name of a model config, or a .json file (default: the model of the run)")
-    source.add_argument(
-        "--tokenizer",
-        default=DEFAULT_TOKENIZER,
-        help="Hugging Face name, folder, tokenizer.json or sentencepiece .model file (default: %(default)s)",
-    )
-    source.add_argument("--eot-token", help="end-of-text token (default: that of the tokenizer)")
+    add_tokenizer_args(source)
     source.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
     source.add_argument(
         "--precision",
@@ -145,15 +141,21 @@ def read_prompts(prompts: list[str], files: list[str], whole_file: bool) -> list
     return texts
 
 
-def _load_model(args: argparse.Namespace) -> Transformer:
+def _find_checkpoint(path: str) -> str:
+    """Return the checkpoint at a path, which may be a run folder."""
+    from open_lm.checkpoint import candidates_at
+
+    checkpoint = candidates_at(path)[0].url
+    if checkpoint != path.rstrip("/"):
+        print(f"using the newest checkpoint: {checkpoint}", file=sys.stderr)
+    return checkpoint
+
+
+def _load_model(args: argparse.Namespace, checkpoint: str) -> Transformer:
     import torch
 
-    from open_lm.checkpoint import candidates_at
     from open_lm.generate.sampling import load_model_for_generation
 
-    checkpoint = candidates_at(args.checkpoint)[0].url
-    if checkpoint != args.checkpoint.rstrip("/"):
-        print(f"using the newest checkpoint: {checkpoint}", file=sys.stderr)
     settings: dict[str, Any] = read_run_settings(checkpoint)
     settings |= {key: value for key, value in vars(args).items() if value is not None}
     if "model" not in settings:
@@ -208,8 +210,9 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     prompts = read_prompts(args.prompt, args.prompt_file, args.whole_file)
     sampling = _sampling(args)
-    tokenizer = load_tokenizer(args.tokenizer, args.eot_token)
-    model = _load_model(args)
+    checkpoint = _find_checkpoint(args.checkpoint)
+    tokenizer = choose_tokenizer(checkpoint, args.tokenizer, args.eot_token, allow_other=args.allow_other_tokenizer)
+    model = _load_model(args, checkpoint)
     if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
         _stream(model, tokenizer, prompts[0], sampling)
         return

@@ -29,6 +29,7 @@ _COMPANION_PREFIXES = (
     ".", "readme.", "license.", "changelog.", "dataset_info.", "dataset_infos.", "dataset_dict.", "state.json",
     "manifest.", "dataset.json", "rejects.",
 )  # fmt: skip
+_COMPANION_NAMES = ("tokenizer.json", "tokenizer_config.json")
 _DEFAULT_SUFFIX = ".jsonl"  # of a compressed file without a format suffix, such as 00.zst
 
 
@@ -134,7 +135,8 @@ def is_supported(url: str) -> bool:
 
 def is_data_name(url: str) -> bool:
     """Return whether a file found in a folder is input data: supported, and no readme, licence or description."""
-    return is_supported(url) and not url.rpartition("/")[2].lower().startswith(_COMPANION_PREFIXES)
+    name = url.rpartition("/")[2].lower()
+    return is_supported(url) and not name.startswith(_COMPANION_PREFIXES) and name not in _COMPANION_NAMES
 
 
 def uses_separator(url: str) -> bool:

@@ -18,9 +18,9 @@ from open_lm.errors import ConfigError, join_problems
 # Flags that were added later must not make existing abbreviations ambiguous.
 LATER_FLAGS = frozenset({
     "batch_size", "document_mask", "end_of_text_id", "cache_dir", "cache_limit", "read_timeout", "allow_changed_data",
-    "checkpoint_format", "checkpoint_dir", "save_every_n_steps", "save_every_minutes", "keep_last",
-    "save_milestone_every", "max_skipped_steps", "skip_loss_spikes", "rollback_loss_spikes", "hang_timeout",
-    "deterministic", "activation_checkpointing", "torchcompile_mode", "no_decay_norms", "muon_momentum",
+    "allow_other_tokenizer", "checkpoint_format", "checkpoint_dir", "save_every_n_steps", "save_every_minutes",
+    "keep_last", "save_milestone_every", "max_skipped_steps", "skip_loss_spikes", "rollback_loss_spikes",
+    "hang_timeout", "deterministic", "activation_checkpointing", "torchcompile_mode", "no_decay_norms", "muon_momentum",
     "lr_decay_fraction", "lr_decay_shape", "fsdp_zero2", "tensor_parallel", "context_parallel", "mesh_dim",
     "dist_timeout", "fp8",
 })  # fmt: skip

@@ -95,6 +95,9 @@ class DataConfig(Section):
     allow_changed_data: bool = flag(
         False, "resume even if the training data differ from those that the checkpoint was trained on"
     )
+    allow_other_tokenizer: bool = flag(
+        False, "accept data whose tokenizers, or that of the loaded checkpoint's run, give different ids"
+    )
     ignore_parse_errors: bool = flag(
         False, "skip and count corrupt samples and shards, up to the fraction --data-tolerate-error-p"
     )

@@ -32,6 +32,7 @@ Description = dict[str, Any]
 def read_dataset(folder: str) -> dict[str, Any] | None:
     """Return the `settings` of a folder's dataset.json, the digest of its `inputs`, and the `digest` of both.
 
+    The name of a tokenizer with a fingerprint is returned as `tokenizer`, not in the settings, since it is only a path.
     None if the folder has no such file, or one from another tool. DataError if it is damaged.
     """
     url = storage.join(folder, DATASET_NAME)
@@ -44,11 +45,13 @@ def read_dataset(folder: str) -> dict[str, Any] | None:
     settings = record.get("settings") if isinstance(record, dict) else None
     if not isinstance(settings, dict):
         return None
+    names = {}
     if settings.get("tokenizer_fingerprint"):  # identifies the tokenizer better than the path of its file
+        names = {"tokenizer": redact(str(settings.get("tokenizer") or ""))}
         settings = {name: value for name, value in settings.items() if name != "tokenizer"}
     inputs = [{k: v for k, v in item.items() if k not in _LOCATION_KEYS} for item in record.get("inputs") or []]
     content = {"settings": settings, "inputs": _digest(inputs)}
-    return {"digest": _digest(content), **content}
+    return {"digest": _digest(content), **content, **names}
 
 
 def _digest(value: Any) -> str:

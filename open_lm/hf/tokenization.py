@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from open_lm.errors import ConfigError
-from open_lm.tokenizer import load_tokenizer
+from open_lm.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 
 # Texts that check a converted sentencepiece model: spaces, lines, digits, accents, scripts, bytes without a piece.
 _CHECK_TEXTS = ("Hello world", " two  spaces\n\ttabs", "naïve 1234 x_y(z) {}", "日本語 и русский", "🙂\x07", "a")
@@ -22,13 +21,18 @@ class OpenLMTokenizerFast(PreTrainedTokenizerFast):
 
 
 def load_hf_tokenizer(
-    spec: str, eot_token: str | None = None, add_special_tokens: bool = False, max_length: int | None = None
+    spec: str | Tokenizer,
+    eot_token: str | None = None,
+    add_special_tokens: bool = False,
+    max_length: int | None = None,
 ) -> OpenLMTokenizerFast:
-    """Return a transformers tokenizer for any `spec` that `open_lm.tokenizer.load_tokenizer` accepts.
+    """Return a transformers tokenizer for any `spec` that `open_lm.tokenizer.load_tokenizer` accepts, or its result.
+
+    For the tokenizer of a run, pass the result of `open_lm.data.tokenizers.choose_tokenizer`.
 
     Args:
-        spec: hub name, folder, tokenizer .json file or sentencepiece .model file.
-        eot_token: the end-of-text token; if None, it is determined from the special tokens.
+        spec: hub name, folder, tokenizer .json file, sentencepiece .model file, or a loaded tokenizer.
+        eot_token: the end-of-text token, if `spec` is not loaded; if None, it is determined from the special tokens.
         add_special_tokens: keep the special tokens that the tokenizer adds to a text, such as Llama's <s>. Off by
             default because the package's training data has none.
         max_length: `model_max_length` of the result, in tokens.
@@ -36,46 +40,30 @@ def load_hf_tokenizer(
     Raises:
         ConfigError: no tokenizer at `spec`, or a sentencepiece model that cannot be converted exactly.
     """
-    tokenizer = load_tokenizer(spec, eot_token)
-    file = _tokenizer_file(spec)
-    if file.suffix == ".model":
-        backend = _from_sentencepiece(file, spec)
+    tokenizer = load_tokenizer(spec, eot_token) if isinstance(spec, str) else spec
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        backend = _from_sentencepiece(tokenizer)
         if add_special_tokens:
             _prepend_bos(backend)
     else:
-        backend = _from_json(file)
+        backend = _from_json(tokenizer.source)
         if not add_special_tokens:
             _remove_special_tokens(backend)
     eos = backend.id_to_token(tokenizer.eot_id)
     settings: dict[str, Any] = {} if max_length is None else {"model_max_length": max_length}
     return OpenLMTokenizerFast(
-        tokenizer_object=backend, eos_token=eos, clean_up_tokenization_spaces=False, name_or_path=spec, **settings
+        tokenizer_object=backend,
+        eos_token=eos,
+        clean_up_tokenization_spaces=False,
+        name_or_path=tokenizer.name,
+        **settings,
     )
 
 
-def _tokenizer_file(spec: str) -> Path:
-    """Return the file that a successful `load_tokenizer(spec)` has read."""
-    path = Path(spec)
-    if path.is_file():
-        return path
-    names = ("tokenizer.json", "tokenizer.model")
-    if path.is_dir():
-        return next(path / name for name in names if (path / name).is_file())
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+def _from_json(source: str) -> Any:
+    from tokenizers import Tokenizer as FastTokenizer
 
-    for name in names:
-        try:
-            return Path(hf_hub_download(spec, name))
-        except EntryNotFoundError:
-            continue
-    raise ConfigError(f"--tokenizer {spec}: the hub repository contains neither {' nor '.join(names)}")
-
-
-def _from_json(file: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    backend = FastTokenizer.from_str(source)
     backend.no_padding()
     backend.no_truncation()
     return backend
@@ -96,18 +84,19 @@ def _prepend_bos(backend: Any) -> None:
     )
 
 
-def _from_sentencepiece(file: Path, spec: str) -> Any:
+def _from_sentencepiece(tokenizer: SentencePieceTokenizer) -> Any:
     """Convert a sentencepiece model to a byte-fallback BPE of the `tokenizers` library, and check its ids on texts."""
     from sentencepiece import SentencePieceProcessor
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as FastTokenizer
 
     processor = SentencePieceProcessor()
-    processor.LoadFromSerializedProto(file.read_bytes())
+    processor.LoadFromSerializedProto(tokenizer.source)
     names = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     vocab = {name: i for i, name in enumerate(names)}
     unk = names[processor.unk_id()]
     model = models.BPE(vocab, _merges(processor, vocab), unk_token=unk, fuse_unk=True, byte_fallback=True)
-    backend = Tokenizer(model)
+    backend = FastTokenizer(model)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -117,8 +106,8 @@ def _from_sentencepiece(file: Path, spec: str) -> Any:
     for text in _CHECK_TEXTS:
         if backend.encode(text, add_special_tokens=False).ids != list(processor.encode(text)):
             raise ConfigError(
-                f"--tokenizer {spec}: this sentencepiece model is not a plain byte-fallback BPE and cannot be "
-                "converted exactly; give the tokenizer.json of the same tokenizer"
+                f"--tokenizer {tokenizer.name}: this sentencepiece model is not a plain byte-fallback BPE and cannot "
+                "be converted exactly; give the tokenizer.json of the same tokenizer"
             )
     return backend
 

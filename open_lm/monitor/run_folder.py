@@ -1,7 +1,8 @@
 """The files of a run: their paths, the lock of the run folder, params.txt and the copy of the source.
 
-{logs}/{name}/out.log params.txt data.json metrics.jsonl tensorboard/ wandb/ code/ stacks/ checkpoints/
-checkpoints_failed/. With --checkpoint-dir, which may be remote, the last two are in {checkpoint_dir}/{name}/.
+{logs}/{name}/out.log params.txt data.json tokenizer/ metrics.jsonl tensorboard/ wandb/ code/ stacks/ checkpoints/
+checkpoints_failed/. With --checkpoint-dir, which may be remote, the last two are in {checkpoint_dir}/{name}/, with
+copies of data.json and tokenizer/.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from open_lm.storage.redaction import redact, redacted
 
 _CHECKPOINT_NAME = re.compile(r"(step_\d+|epoch_(\d+|latest)\.pt)")
 # What a start writes to the run's folder before its first step.
-_START_FILE = re.compile(r"out\.log|out-\d+|params\.txt|model\.json|data\.json|tensorboard|wandb|code|\.run.*")
+_START_FILE = re.compile(r"out\.log|out-\d+|params\.txt|model\.json|data\.json|tokenizer|tensorboard|wandb|code|\.run.*")
 _LOCK_WAIT_S, _LOCK_POLL_S = 30.0, 0.2  # ranks that have lost their launcher end within this time
 
 
@@ -95,10 +96,14 @@ class RunPaths:
         """results.jsonl; always local, because lines are appended to it."""
         return storage.join(self.root, "checkpoints", "results.jsonl")
 
+    @property
+    def roots(self) -> list[str]:
+        """The folders of the run: its folder, and the one in --checkpoint-dir, which may be remote."""
+        return list(dict.fromkeys([self.root, self._checkpoint_root]))
+
     def local_roots(self) -> list[str]:
         """Return the local folders of the run: its folder, and the one in --checkpoint-dir if it is local too."""
-        roots = [self.root, self._checkpoint_root]
-        return [root for root in dict.fromkeys(roots) if not storage.is_remote(root)]
+        return [root for root in self.roots if not storage.is_remote(root)]
 
     @contextmanager
     def claim(self, resume: str | None) -> Iterator[None]:
@@ -107,7 +112,7 @@ class RunPaths:
         If the block fails before the run has results, what it has added to the folder is removed, so that its name
         remains free. See `prepare` and `lock` for the errors.
         """
-        existing = set(os.listdir(self.root)) if self.enabled and os.path.isdir(self.root) else set()
+        existing = set(self._entries()) if self.enabled else set()
         try:
             self.prepare(resume)
         except BaseException:
@@ -156,11 +161,14 @@ class RunPaths:
         with open(self.log, encoding="utf-8", errors="replace") as log:  # the original OpenLM has no metrics.jsonl
             return any("| Train Epoch: " in line for line in log)
 
-    def _remove_start(self, existing: Set[str]) -> None:
-        """Remove what a start writes before its first step, except what `existing` names, and empty folders."""
-        for name in set(os.listdir(self.root)) - existing:
-            if _START_FILE.fullmatch(name):
-                path = Path(self.root, name)
+    def _entries(self) -> list[Path]:
+        """Return the files and folders directly in the local folders of the run."""
+        return [path for root in map(Path, self.local_roots()) if root.is_dir() for path in root.iterdir()]
+
+    def _remove_start(self, existing: Set[Path]) -> None:
+        """Remove what a start writes before its first step, except the `existing` files, and empty folders."""
+        for path in set(self._entries()) - existing:
+            if _START_FILE.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         self._remove_empty_folders()
 

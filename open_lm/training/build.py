@@ -79,6 +79,12 @@ class RunParts:
         )
 
     @property
+    def sources(self) -> list[Source]:
+        """The sources of the training and validation data."""
+        train = [] if self.train_loader is None else self.train_loader.sources
+        return [*train, *(source for loader in self.val_loaders for source in loader.sources)]
+
+    @property
     def total_steps(self) -> int:
         return self.end_step(self.config.data.epochs)
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from open_lm.checkpoint import CheckpointManager, Progress, candidates_at, find_candidates
+from open_lm.checkpoint import Candidate, CheckpointManager, Progress, candidates_at, find_candidates
 from open_lm.checkpoint.sharded import TrainingState
 from open_lm.config.checks import wants_training
+from open_lm.data.tokenizers import check_tokenizers
 from open_lm.distributed.processes import Runtime, run_on_master
 from open_lm.errors import CheckpointError, DataError, UserError, join_problems
 from open_lm.evaluate.validation import loss_problems, non_finite_weights
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
         if first_resume not in (None, "latest"):
             saved = run_on_master(lambda: candidates_at(first_resume))
     parts = build_parts(config, runtime, paths)
+    run_on_master(lambda: _check_tokenizers(parts, saved))
     trainer = build_trainer(parts, control) if trains else None
     load_state(parts, trainer, saved)
     args.resume = parts.resume
@@ -69,6 +71,13 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
     else:
         trainer.report = loggers.log
         Training(parts, trainer, loggers, flags).run()
+
+
+def _check_tokenizers(parts: RunParts, saved: Sequence[Candidate]) -> None:
+    """Compare the tokenizers of the data and of the run whose checkpoint is loaded, see check_tokenizers."""
+    cfg = parts.config.checkpoint
+    weights = [saved[0].url] if saved else [cfg.pretrained] if cfg.pretrained else cfg.average or []
+    check_tokenizers(parts.sources, weights, parts.config.data.allow_other_tokenizer)
 
 
 def evaluate(parts: RunParts, loggers: MetricLoggers) -> None:

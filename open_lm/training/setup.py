@@ -7,12 +7,13 @@ import json
 import logging
 import logging.handlers
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import PurePath
 from typing import Any
 
+from open_lm import storage
 from open_lm.config.checks import only_evaluates, wants_training
 from open_lm.config.doubts import doubtful_settings
 from open_lm.config.layout import MeshLayout, resolve_layout
@@ -27,6 +28,8 @@ from open_lm.config.sections import (
     PrecisionConfig,
 )
 from open_lm.data import provenance
+from open_lm.data.order import Source
+from open_lm.data.tokenizers import record_in_run
 from open_lm.distributed.processes import Runtime, agree_on_name, broadcast_object, restart_count, run_on_master
 from open_lm.errors import ConfigError, join_problems
 from open_lm.monitor.loggers import (
@@ -195,7 +198,7 @@ def warn_changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> None:
 # Flags of these sections that do not change the numbers, or that the checks of resuming compare themselves.
 _HARMLESS_FLAGS = frozenset({
     "train_data", "dataset_manifest", "workers", "cache_dir", "cache_limit", "read_timeout", "allow_changed_data",
-    "batch_size", "accum_freq", "hang_timeout",
+    "allow_other_tokenizer", "batch_size", "accum_freq", "hang_timeout",
 })  # fmt: skip
 
 
@@ -217,7 +220,7 @@ def open_run(
         if architecture:
             write_text(paths.model, json.dumps(architecture, indent=2, allow_nan=False) + "\n")
         if parts.train_loader is not None:
-            provenance.write(paths.data, provenance.describe(parts.train_loader.sources))
+            _record_data(paths, parts.train_loader.sources)
         if config.logging.copy_codebase:
             logging.info(f"copied the program's source to {copy_codebase(paths)}")
 
@@ -227,6 +230,14 @@ def open_run(
     loggers = build_loggers(config.logging, paths, params, parts.progress.step or 0, runtime.is_master)
     stack.callback(loggers.close)
     return loggers, redacted(params)
+
+
+def _record_data(paths: RunPaths, sources: Sequence[Source]) -> None:
+    """Write data.json and the tokenizer to the folders of the run, so that each records them for its checkpoints."""
+    description = provenance.describe(sources)
+    for root in paths.roots:
+        provenance.write(storage.join(root, provenance.FILE_NAME), description)
+    record_in_run(sources, paths.roots)
 
 
 def _log_model_and_params(parts: RunParts, params: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ python -m open_lm.utils.convert_checkpoint logs/NAME/checkpoints/step_00001000 -
 python -m open_lm.utils.convert_checkpoint s3://bucket/NAME/checkpoints/step_00001000 --output s3://bucket/exported
 
 Runs in one process, tensor by tensor: the model is never completely in memory, and neither a GPU nor a process group is
-needed. N is the number of epochs completed at that step.
+needed. N is the number of epochs completed at that step. The run's data.json and tokenizer/ are copied as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import sys
 
 from open_lm.errors import CheckpointError, run_cli
+from open_lm.names import user_path
 
 
 def main(argv: list[str]) -> str:
@@ -25,14 +26,17 @@ def main(argv: list[str]) -> str:
     parser = argparse.ArgumentParser(
         prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", metavar="STEP_FOLDER", help="step_N folder, local or s3://…")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="output folder, local or s3://…")
+    parser.add_argument("checkpoint", type=user_path, metavar="STEP_FOLDER", help="step_N folder, local or s3://…")
+    parser.add_argument(
+        "--output", type=user_path, required=True, metavar="FOLDER", help="output folder, local or s3://…"
+    )
     parser.add_argument("--weights-only", action="store_true", help="do not write optimizer_N.pt, the largest file")
     args = parser.parse_args(argv)
 
     from open_lm.checkpoint.folders import step_number
     from open_lm.checkpoint.interchange import write_interchange
     from open_lm.checkpoint.tensor_index import StoredTensors, incomplete_reason
+    from open_lm.data.tokenizers import copy_record
 
     if step_number(args.checkpoint) is None:
         raise CheckpointError(f"{args.checkpoint}: expected the step_N folder of a sharded checkpoint")
@@ -40,6 +44,7 @@ def main(argv: list[str]) -> str:
         raise CheckpointError(f"{args.checkpoint} cannot be converted: {problem}")
     stored = StoredTensors(args.checkpoint)
     path = write_interchange(stored, args.output, str(stored.extra.get("name", "")), not args.weights_only)
+    copy_record(args.checkpoint, args.output)
     print(f"{path}: the model after {stored.step} steps")
     return path
 
