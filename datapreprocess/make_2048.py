@@ -46,7 +46,7 @@ def make_parser() -> Parser:
         "--seqlen", type=int, default=2048,
         help="sequence length of the model; each stored sequence has one more token id (default: 2048)",
     )  # fmt: skip
-    parser.add_argument("--num-workers", type=int, help="worker processes (default and maximum: one per processor)")
+    parser.add_argument("--num-workers", type=int, help="worker processes (default and maximum: one per CPU core)")
     parser.add_argument("--num-consumers", type=int, default=1, help="number of output folders (default: 1)")
     parser.add_argument(
         "--upload-to-s3", action="store_true",

@@ -51,7 +51,7 @@ class Probe:
         documents, tokens, bad: counts of documents, of tokens, and of bad documents.
         read: input bytes read.
         represents: input bytes that the counts account for. Readers read ahead, so this may be less than `read`.
-        seconds: processor time for reading and encoding.
+        seconds: CPU time for reading and encoding.
         is_beginning: whether the file continues, but could only be read from its start.
         member_bytes: sizes of sample sequences as members of a shard.
         problem: why the input could not be read further.

@@ -128,7 +128,7 @@ def test_missing_package_that_is_no_requirement_is_a_bug() -> None:
 
 @pytest.mark.processes
 def test_all_extra_resolves_with_plain_pip(source: Path, tmp_path: Path) -> None:
-    """Plain pip must find the versions without backtracking, within two minutes of processor time."""
+    """Plain pip must find the versions without backtracking, within two minutes of CPU time."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     limit = tmp_path / "constraints.txt"
     limit.write_text("torch==2.13.0\n")  # the release of a build for CPUs, which needs no CUDA packages

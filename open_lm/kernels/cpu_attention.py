@@ -1,6 +1,6 @@
 """Causal softmax attention on a CPU, as one custom operator that selects the kernel.
 
-Bfloat16 on a processor with matrix units uses native kernels (native/attention.py), everything else torch's.
+Bfloat16 on a CPU with matrix units uses native kernels (native/attention.py), everything else torch's.
 Legend: B batch, T sequence, H heads, K head width, N documents in the batch.
 """
 

@@ -166,7 +166,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     origin = make_data(folder, args.sequences)
     print(
         f"{args.sequences * LENGTH / 1e6:.1f} million tokens of {origin}; sequences of {LENGTH}, batches of "
-        f"{args.batch_size}, {len(os.sched_getaffinity(0))} processors, warm page cache, {args.rounds} rounds; million "
+        f"{args.batch_size}, {len(os.sched_getaffinity(0))} CPU cores, warm page cache, {args.rounds} rounds; million "
         "tokens per second and worker (0 workers: in the main process)",
         flush=True,
     )

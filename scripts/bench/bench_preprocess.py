@@ -4,7 +4,7 @@
 
 The corpus is repeated until it contains --megabytes of text. Speeds are in MB of text (UTF-8) per second:
 
-- tokenizers: only encode_batch_fast of the tokenizers library, on all processors, for some of the texts, in memory;
+- tokenizers: only encode_batch_fast of the tokenizers library, on all CPU cores, for some of the texts, in memory;
 - ceiling: decompress, parse JSON and tokenize with the preprocessor's tokenizer in one process per worker, without
   packing, shuffle and output;
 - ours, with Ray: the full command make_2048, including the start of Ray and the check of the tokenizer;
@@ -76,7 +76,7 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def bench_tokenizers(files: Sequence[Path], tokenizer: str, seconds: float = 20.0) -> float:
-    """Return the MB/s of encode_batch_fast on all processors, measured for about `seconds`."""
+    """Return the MB/s of encode_batch_fast on all CPU cores, measured for about `seconds`."""
     from tokenizers import Tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"

@@ -4,12 +4,12 @@
     python scripts/bench_s3.py --sequences-in-shard 8192 --shards 16
 
 The server `lean` is part of this script and runs in a separate process. It serves objects or ranges of them from the
-page cache without copying, so it needs little processor time. `moto` implements all of S3 and copies every object
+page cache without copying, so it needs little CPU time. `moto` implements all of S3 and copies every object
 several times, so the result is mostly its speed. With s3://… the shards are uploaded to that folder and not deleted.
 The plain client is boto3 with as many connections as the loader has parallel downloads in one process; it neither
 stores nor verifies the data. The loader makes one pass over shards that were never read before, as in training: it
 verifies them and fetches every batch from the worker. Every measurement runs in a separate process, and rounds
-alternate. The time runs from the first request to the last batch and includes the start of the workers. Processor time
+alternate. The time runs from the first request to the last batch and includes the start of the workers. CPU time
 is that of the client and its workers, without the server.
 """
 
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *args: object) -> None:
-        """Disable logging, which costs processor time."""
+        """Disable logging, which costs CPU time."""
 
 
 def serve(folder: Path, line_mb: float) -> None:
@@ -234,7 +234,7 @@ def raw(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def _measurement(num_bytes: int) -> Iterator[None]:
-    """Print bytes, seconds and processor seconds of the block, including child processes that ended in it."""
+    """Print bytes, seconds and CPU seconds of the block, including child processes that ended in it."""
     started, processor_s = time.perf_counter(), _processor_s()
     yield
     seconds = time.perf_counter() - started
@@ -268,15 +268,15 @@ def run(args: argparse.Namespace, local: Path) -> None:
     size = results["download only"][0]["bytes"]
     print(
         f"{args.shards} shards of {size / args.shards / 1e6:.1f} MB from the server {args.server} (limit "
-        f"{args.line_mb:g} MB/s), {CONNECTIONS} connections, {len(os.sched_getaffinity(0))} processors, medians of "
+        f"{args.line_mb:g} MB/s), {CONNECTIONS} connections, {len(os.sched_getaffinity(0))} CPU cores, medians of "
         f"{args.rounds} rounds"
     )
     print(table(results))
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
-    """Return a line per client: MB/s, the ratio to the plain client's speed, and processor seconds per GB."""
-    lines = [f"{'':20}{'MB/s':>8}{'min':>8}{'max':>10}{'ratio':>8}{'processor s/GB':>16}"]
+    """Return a line per client: MB/s, the ratio to the plain client's speed, and CPU seconds per GB."""
+    lines = [f"{'':20}{'MB/s':>8}{'min':>8}{'max':>10}{'ratio':>8}{'CPU s/GB':>16}"]
     baseline = 0.0
     for name, rounds in results.items():
         speeds = [result["bytes"] / result["seconds"] / 1e6 for result in rounds]

@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="measured steps per round (default: 3, on CUDA 20)")
     parser.add_argument("--warmup", type=int, help="steps before the measured ones (default: 1, on CUDA 5)")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each step (default: 2)")
-    parser.add_argument("--threads", type=int, help="CPU threads per process (default: one per processor)")
+    parser.add_argument("--threads", type=int, help="CPU threads per process (default: one per CPU core)")
     parser.add_argument(
         "--ceiling", nargs="*", choices=["bfloat16", "float32"], default=["bfloat16", "float32"],
         help="measure matrix products in these types, in addition to that of --precision (default: both)",

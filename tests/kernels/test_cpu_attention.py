@@ -17,14 +17,14 @@ from open_lm.kernels.cpu_attention import causal_attention
 from open_lm.kernels.native import attention as native_attention
 
 needs_matrix_units = pytest.mark.skipif(
-    not {"amx_tile", "amx_bf16"} <= native.processor_features(), reason="this processor has no matrix units (AMX)"
+    not {"amx_tile", "amx_bf16"} <= native.processor_features(), reason="this CPU has no matrix units (AMX)"
 )
 KERNELS = [pytest.param("native", marks=needs_matrix_units), "torch"]
 
 
 @pytest.fixture
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Select the native kernels or torch's for bfloat16. The native ones must be available if the processor has AMX."""
+    """Select the native kernels or torch's for bfloat16. The native ones must be available if the CPU has AMX."""
     name: str = request.param
     if name == "torch":
         monkeypatch.setattr(native_attention, "supports", lambda queries: False)
@@ -282,5 +282,5 @@ def test_missing_requirements_are_reported(fresh: Path, monkeypatch: pytest.Monk
 
 def test_a_processor_without_matrix_units_is_reported(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "processor_features", lambda: frozenset({"avx512f"}))
-    assert "this processor has no amx_bf16, amx_tile, avx512_bf16" in str(native_attention.problem(8))
+    assert "this CPU has no amx_bf16, amx_tile, avx512_bf16" in str(native_attention.problem(8))
     assert "the head width is 10000, expected at most 256" in str(native_attention.problem(10_000))

@@ -73,7 +73,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     if request.param != "native":
         monkeypatch.setattr(elements, "supports", lambda *tensors: False)
     elif not native.processor_features() >= native.VECTORS:
-        pytest.skip("this processor has no AVX-512 with bfloat16")
+        pytest.skip("this CPU has no AVX-512 with bfloat16")
     if request.param == "gpu":
         monkeypatch.setattr(linear_loss, "_on_cpu", lambda tensor: False)
 

@@ -16,7 +16,7 @@ from open_lm.kernels.native import elements
 from open_lm.model.positional_embedding.rotary import rotate_halves, rotate_interleaved
 
 needs_vectors = pytest.mark.skipif(
-    not native.processor_features() >= native.VECTORS, reason="this processor has no AVX-512 with bfloat16"
+    not native.processor_features() >= native.VECTORS, reason="this CPU has no AVX-512 with bfloat16"
 )
 ROUNDING = 2.0**-8  # relative rounding error of bfloat16: half a unit in the last place of its 8-bit significand
 

@@ -22,7 +22,7 @@ _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
 _COMPILE_TIMEOUT_S = 300
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
-# Processor features that kernels need, by their names in Linux: bfloat16 in 512-bit vectors, and also in matrix units.
+# CPU features that kernels need, by their names in Linux: bfloat16 in 512-bit vectors, and also in matrix units.
 VECTORS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
 MATRICES = VECTORS | {"amx_tile", "amx_bf16"}
 
@@ -32,7 +32,7 @@ class NativeError(Exception):
 
 
 def processor_features() -> frozenset[str]:
-    """Return the processor features by their names in Linux on x86-64; empty on other systems."""
+    """Return the CPU features by their names in Linux on x86-64; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n")
     except OSError:
@@ -51,12 +51,12 @@ def load(source: str, required: frozenset[str], *defines: str) -> ctypes.CDLL:
         defines: NAME=VALUE definitions for the preprocessor.
 
     Raises:
-        NativeError: the processor lacks a feature, there is no compiler, compilation fails, or the library cannot be
+        NativeError: the CPU lacks a feature, there is no compiler, compilation fails, or the library cannot be
             loaded.
     """
     missing = sorted(required - processor_features())
     if missing:
-        raise NativeError(f"this processor has no {', '.join(missing)}")
+        raise NativeError(f"this CPU has no {', '.join(missing)}")
     path = Path(__file__).with_name(source)
     sources = (path, *sorted(path.parent.glob("*.h")))
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
