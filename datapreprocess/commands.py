@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from open_lm.names import source_pattern, user_path
+
 if TYPE_CHECKING:
     from open_lm.datapreprocess.inputs import InputFile
     from open_lm.datapreprocess.job import Layout, PreprocessJob
@@ -83,10 +85,14 @@ def add_common_options(parser: Parser) -> None:
     bad("--skip-bad-lines", action="store_true", help="same as --max-bad-fraction 1")
     mixing = parser.add_argument_group("mixtures").add_argument
     mixing(
-        "--source", action="append", default=[], metavar="NAME=PATTERN",
+        "--source", type=source_pattern, action="append", default=[], metavar="NAME=PATTERN",
         help="name the files of a source by path, glob or folder; may be repeated, also for the same source",
     )  # fmt: skip
-    mixing("--mixture", help="a built-in mixture of sources and rates, or a YAML file (see docs/preprocessing.md)")
+    mixing(
+        "--mixture",
+        type=user_path,
+        help="a built-in mixture of sources and rates, or a YAML file (see docs/preprocessing.md)",
+    )
     mixing("--output-per-source", action="store_true", help="write one data set per source, to mix them in training")
     mixing(
         "--mixture-tokens", type=int, help="total number of tokens of the mixture; documents are repeated if necessary"
@@ -95,6 +101,7 @@ def add_common_options(parser: Parser) -> None:
     running("--memory-limit", help="memory for all processes on a machine, such as 8GB (default: half of its memory)")
     running(
         "--work-dir",
+        type=user_path,
         help="folder for intermediate files, removed when the run finishes; on several nodes a shared folder (default: "
         "in the output folder, or in the temporary folder of this machine if the output is remote)",
     )

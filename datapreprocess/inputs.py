@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob as local_glob
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,11 +21,11 @@ from open_lm.datapreprocess.readers import (
 )
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import DataError, UserError, join_problems
+from open_lm.names import glob_paths, input_pattern, is_glob, is_list, list_file, user_path
 
 _TARGET_UNITS = 1024  # many per worker, so that all workers finish at about the same time
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 1 << 20, 256 << 20
 _MIN_FILE_BYTES = 16 << 10  # cost of a small file: opening it takes time too
-_LIST_PREFIX = "@"
 
 
 @dataclass(frozen=True)
@@ -105,16 +103,16 @@ def find_inputs(patterns: Sequence[str], suffixes: Sequence[str] | None = None) 
 
 def _expand_lists(patterns: Iterable[str], errors: list[UserError]) -> Iterator[str]:
     """Yield the patterns with every @list replaced by its lines; append an error for each unusable list."""
-    for pattern in patterns:
-        if not pattern.startswith(_LIST_PREFIX):
+    for pattern in map(input_pattern, patterns):
+        if not is_list(pattern):
             yield pattern
             continue
         try:
-            lines = [line.strip() for line in storage.read_lines(pattern.removeprefix(_LIST_PREFIX))]
+            lines = [line.strip() for line in storage.read_lines(list_file(pattern))]
         except UserError as error:
             errors.append(error)
             continue
-        names = [line for line in lines if line and not line.startswith("#")]
+        names = [user_path(line) for line in lines if line and not line.startswith("#")]
         if not names:
             errors.append(DataError(f"{pattern}: this list contains no inputs"))
         yield from names
@@ -129,13 +127,15 @@ def _match(pattern: str, suffixes: Sequence[str] | None) -> dict[str, InputFile]
     data_set = expand_folder(pattern)
     if data_set is not None:
         return _by_url(data_set)
-    if not re.search(r"[*?\[]", pattern):
+    if not is_glob(pattern):
         return _in_folder(pattern, suffixes)
     files = _by_url(storage.glob_infos(pattern))
     for url in files:
         split_suffixes(url)
-    if not storage.is_remote(pattern):
-        for folder in filter(os.path.isdir, local_glob.glob(storage.local_path(pattern), recursive=True)):
+    if storage.is_remote(pattern):
+        files = files or _in_folder(pattern, suffixes)
+    else:
+        for folder in filter(os.path.isdir, glob_paths(storage.local_path(pattern))):
             files |= _in_folder(folder, suffixes)
     return files
 

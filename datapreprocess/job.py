@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -144,7 +145,7 @@ def shard_size(num_sequences: int, requested: int | None) -> int:
 
 def work_folder_name(root: str) -> str:
     """Return the name of the work folder for an output at `root`, used when it is outside the output folder."""
-    return f"open_lm-{hashlib.sha256(root.encode()).hexdigest()[:16]}"
+    return f"open_lm-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}"
 
 
 def input_records(inputs: Sequence[InputFile]) -> list[dict[str, Any]]:

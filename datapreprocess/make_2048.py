@@ -25,6 +25,7 @@ from open_lm.datapreprocess.commands import (
     execute,
     start_logging,
 )
+from open_lm.names import input_pattern, user_path
 from open_lm.tokenizer import DEFAULT_TOKENIZER
 
 
@@ -34,12 +35,14 @@ def make_parser() -> Parser:
 
     parser = Parser(prog="make_2048.py", description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument(
-        "--input-files", nargs="+", default=[], metavar="PATH",
+        "--input-files", type=input_pattern, nargs="+", default=[], metavar="PATH",
         help="files, globs, folders, or @lists of them, local or s3://…; supported suffixes: " + describe_suffixes(),
     )  # fmt: skip
-    parser.add_argument("--output-dir", required=True, help="local folder or s3:// prefix; shards go to {seqlen}-v1/…")
     parser.add_argument(
-        "--tokenizer", default=DEFAULT_TOKENIZER,
+        "--output-dir", type=user_path, required=True, help="local folder or s3:// prefix; shards go to {seqlen}-v1/…"
+    )
+    parser.add_argument(
+        "--tokenizer", type=user_path, default=DEFAULT_TOKENIZER,
         help="hub name, folder, tokenizer .json file or sentencepiece .model file (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -82,7 +82,7 @@ class Sampling:
             "markers": {name: list(markers) for name, markers in self.markers.items()},
             "factors": dict(self.factors),
             "files": {
-                name: {"count": len(urls), "sha256": hashlib.sha256("\n".join(urls).encode()).hexdigest()}
+                name: {"count": len(urls), "sha256": hashlib.sha256(os.fsencode("\n".join(urls))).hexdigest()}
                 for name, urls in listing.items()
             },
         }

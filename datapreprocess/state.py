@@ -19,8 +19,9 @@ from open_lm.data.shard_format import DATASET_NAME, MANIFEST_NAME
 from open_lm.datapreprocess.job import Layout, PreprocessJob, input_records, work_folder_name
 from open_lm.datapreprocess.readers.base import UNREADABLE
 from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
-from open_lm.datapreprocess.writer import read_dataset, read_record
+from open_lm.datapreprocess.writer import read_dataset, read_record, write_record
 from open_lm.errors import ConfigError
+from open_lm.names import unescape
 
 _logger = logging.getLogger(__name__)
 PLAN_NAME = "plan.json"
@@ -125,7 +126,7 @@ def open_work(job: PreprocessJob, settings: dict[str, Any]) -> str:
         _require_no_shards(job, settings["folders"])
         remove_work(work)  # a folder without a plan remains from an interrupted removal
     storage.makedirs(work)
-    storage.write_bytes(path, orjson.dumps({"settings": settings, "inputs": inputs}))
+    write_record(path, {"settings": settings, "inputs": inputs})
     return work
 
 
@@ -243,7 +244,7 @@ def collect_rejects(
         for _, _, url in files:
             for line in storage.read_lines(url):
                 record = orjson.loads(line)
-                base = 0 if record["start"] == 0 else line_bases.get((record["url"], record["start"]))
+                base = 0 if record["start"] == 0 else line_bases.get((unescape(record["url"]), record["start"]))
                 if base is not None:
                     record["line"] += base if record["line"] else 0
                     del record["start"]

@@ -34,6 +34,7 @@ from open_lm.datapreprocess.sampling import selection_mask
 from open_lm.datapreprocess.shuffle import OrderedRunWriter, Run, ShuffledRunWriter, run_url
 from open_lm.datapreprocess.tasks import raise_if_abandoned
 from open_lm.datapreprocess.tokenization import DocumentEncoder
+from open_lm.names import escape, escaped, printable, unescaped
 
 MAX_SHOWN = 20
 _STREAM_BITS = 20  # a streamed unit has fewer than 2^20 chunks
@@ -142,7 +143,7 @@ class UnitReport:
 
 def load_report(path: str) -> UnitReport:
     """Read a report that `_save` wrote."""
-    record: dict[str, Any] = orjson.loads(storage.read_bytes(path))
+    record: dict[str, Any] = unescaped(orjson.loads(storage.read_bytes(path)))
     record["bad_shown"] = [BadDocument(**bad) for bad in record["bad_shown"]]
     record["broken"] = [BrokenInput(**broken) for broken in record["broken"]]
     return UnitReport(**record)
@@ -198,11 +199,12 @@ def run_chunk(task: UnitTask, encoder: DocumentEncoder, item: tuple[Chunk, int] 
 def _reject_line(item: BadDocument | BrokenInput) -> bytes:
     """Return a line of the rejects file; the lost bytes of a broken file are only in the report."""
     record = asdict(item) if isinstance(item, BadDocument) else asdict(BadDocument(item.kind, item.url, 0, item.detail))
+    record |= {"url": escape(item.url), "detail": printable(item.detail)}
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _save(task: UnitTask, report: UnitReport) -> None:
-    storage.write_bytes(task.path(".json"), orjson.dumps(asdict(report)))
+    storage.write_bytes(task.path(".json"), orjson.dumps(escaped(asdict(report))))
 
 
 class _UnitProcessor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from open_lm.datapreprocess.cluster import Shared
 from open_lm.datapreprocess.job import Layout, shard_size
 from open_lm.datapreprocess.shuffle import MIXED, Runs, SequenceBlock
 from open_lm.errors import ConfigError
+from open_lm.names import escaped, unescaped
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _write_shard(
                 tokens[source] += count
     sources = {name: count for name, count in zip(task.sources, tokens.tolist(), strict=True) if count}
     written = WrittenShard(shard.url, writer.info, sources)
-    storage.write_bytes(_record_path(task.work, shard), orjson.dumps(asdict(written)))
+    write_record(_record_path(task.work, shard), asdict(written))
     return written
 
 
@@ -218,7 +219,7 @@ def dataset_url(layout: Layout) -> str:
 
 def write_dataset(url: str, record: dict[str, Any]) -> None:
     """Write a dataset.json."""
-    storage.write_bytes(url, orjson.dumps(record, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+    write_record(url, record, orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def read_dataset(layout: Layout) -> dict[str, Any] | None:
@@ -229,8 +230,16 @@ def read_dataset(layout: Layout) -> dict[str, Any] | None:
     return read_record(path)
 
 
+def write_record(url: str, record: Mapping[str, Any], option: int = 0) -> None:
+    """Write a JSON object with escaped names; `option` is that of orjson."""
+    storage.write_bytes(url, orjson.dumps(escaped(record), option=option))
+
+
 def read_record(url: str) -> dict[str, Any]:
-    """Return a JSON object that a run wrote; raise ConfigError if it is damaged, since runs write files atomically."""
+    """Return a JSON object that `write_record` wrote.
+
+    Raise ConfigError if it is damaged, since runs write files atomically.
+    """
     try:
         record = orjson.loads(storage.read_bytes(url))
     except orjson.JSONDecodeError as error:
@@ -242,4 +251,4 @@ def read_record(url: str) -> dict[str, Any]:
             f"{url}: expected a JSON object, found {type(record).__name__}; this file was not written by a "
             "preprocessing run"
         )
-    return record
+    return dict(unescaped(record))

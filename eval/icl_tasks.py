@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError, join_problems
+from open_lm.names import user_path
 
 # Required keys of a line of task data, by llm-foundry's icl_task_type.
 COLUMNS = {
@@ -130,7 +132,9 @@ def _load(file: str, data_dir: str | None, problems: list[str]) -> dict[str, Any
                 if data_dir is not None:
                     content["data_dir"] = data_dir
                 elif content.get("data_dir"):
-                    content["data_dir"] = storage.join(str(Path(file).resolve().parent), str(content["data_dir"]))
+                    content["data_dir"] = storage.join(
+                        str(Path(file).resolve().parent), user_path(str(content["data_dir"]))
+                    )
                 resolved = OmegaConf.to_container(content, resolve=True)
         except (YAMLError, ValueError, AttributeError) as error:  # OmegaConf raises the last two
             file_problems.append(f"cannot be read ({' '.join(str(error).split())})")
@@ -163,7 +167,7 @@ def _task(entry: Any, file: str, problems: list[str]) -> Task | None:
     if task_problems or kind is None or data is None or shots is None:
         return None
     config = {key: value for key, value in entry.items() if key not in EXTRA_KEYS}
-    return Task(label, kind, shots, _find_data(data), config, baseline)
+    return Task(label, kind, shots, _find_data(user_path(data)), config, baseline)
 
 
 def _find_data(data: str) -> str:
@@ -171,7 +175,7 @@ def _find_data(data: str) -> str:
     if storage.is_remote(data) or data.startswith("hf://") or Path(data).is_file():
         return data
     path = Path(data)
-    matches = list(path.parent.glob(f"*/{path.name}")) if path.parent.is_dir() else []
+    matches = list(path.parent.glob(f"*/{glob.escape(path.name)}")) if path.parent.is_dir() else []
     return str(matches[0]) if len(matches) == 1 else data
 
 

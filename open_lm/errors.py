@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import os
 import re
 import select
@@ -13,6 +14,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn, TextIO
+
+from open_lm.names import ESCAPE_ERRORS
 
 # Environment variables that hold the rank under different launchers; the first one set is used.
 RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
@@ -110,6 +113,9 @@ def run_cli(main: Callable[[list[str]], object], argv: Sequence[str] | None = No
     connection to an exited rank waits for the same reason.
     """
     rank = next((os.environ[name] for name in RANK_NAMES if name in os.environ), None)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ESCAPE_ERRORS)
     try:
         main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:

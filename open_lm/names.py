@@ -1,8 +1,8 @@
 r"""Names of files as users give them: read from flags and settings, matched with files, printed and written.
 
 Flags and settings that hold a path have one of the types `user_path`, `user_file`, `shard_pattern`, `input_pattern`,
-`input_list` and `source_pattern`. They replace a leading `~` by the home folder, as a shell does. URLs, names on the hub and
-`pipe:` commands are returned unchanged.
+`input_list` and `source_pattern`. They replace a leading `~` by the home folder, as a shell does. URLs, names on the
+hub and `pipe:` commands are returned unchanged.
 
 A name may hold the characters of patterns (`* ? [ ] { }`). What exists under the literal name is used before the name
 is taken for a pattern (`literal_prefix`).
@@ -22,8 +22,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-PATTERN_CHARACTERS = frozenset("*?[{")
 ESCAPE_ERRORS = "open_lm_escape"  # error handler of encodings: writes the escape of `escape`
+_GLOB_CHARACTERS = frozenset("*?[")
 _JOIN, _LIST = "::", "@"
 _UNDECODABLE = "[\udc80-\udcff]"  # bytes 0x80 to 0xff after os.fsdecode
 _ESCAPED_TEXT = r"\\(?=x[0-9a-f]{2})"  # a backslash that would read as the start of an escape
@@ -50,7 +50,7 @@ def shard_pattern(text: str) -> str:
 
 def input_pattern(text: str) -> str:
     """Return a path or pattern, or `@FILE`, with a `user_path`."""
-    return _LIST + user_path(text.removeprefix(_LIST)) if is_list(text) else user_path(text)
+    return _LIST + user_path(list_file(text)) if is_list(text) else user_path(text)
 
 
 def input_list(text: str) -> list[str]:
@@ -82,20 +82,30 @@ def is_list(text: str) -> bool:
     return text.startswith(_LIST) and not exists(text)
 
 
+def list_file(text: str) -> str:
+    """Return the file of `@FILE`."""
+    return text.removeprefix(_LIST)
+
+
 def split_joined(text: str) -> list[str]:
     """Return the patterns that `::` joins; a single one for an existing name."""
     return [text] if exists(text) else text.split(_JOIN)
 
 
+def is_glob(text: str) -> bool:
+    """Return whether a text holds `*`, `?` or `[` and is no existing name."""
+    return not _GLOB_CHARACTERS.isdisjoint(text) and not exists(text)
+
+
 def is_pattern(text: str) -> bool:
-    """Return whether a text holds characters of patterns and is no existing name."""
-    return not PATTERN_CHARACTERS.isdisjoint(text) and not exists(text)
+    """Return whether a text is a glob or holds braces, and is no existing name."""
+    return is_glob(text) or ("{" in text and not exists(text))
 
 
 def literal_prefix(path: str) -> str:
     """Return the longest leading part of a local path that exists, up to a `/` or the end; the rest is a pattern."""
     end = len(path)
-    while end > 0 and not os.path.exists(path[:end]):
+    while end > 0 and not exists(path[:end]):
         end = path.rfind("/", 0, end)
     return path[: max(end, 0)]
 

@@ -23,6 +23,7 @@ from open_lm.config.command_line import FlagParser, add_model_args
 from open_lm.config.sections import ModelConfig
 from open_lm.data.tokenizers import add_tokenizer_args, choose_tokenizer
 from open_lm.errors import ConfigError, UserError, join_problems, run_cli
+from open_lm.names import user_path
 
 if TYPE_CHECKING:
     from open_lm.generate.sampling import Sampling
@@ -44,10 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     source = parser.add_argument_group("model")
     source.add_argument(
         "--checkpoint",
+        type=user_path,
         required=True,
         help="path or URL of epoch_N.pt, step_N, a run folder (its newest checkpoint), or a file with only weights",
     )
-    source.add_argument("--model", help="name of a model config, or a .json file (default: the model of the run)")
+    source.add_argument(
+        "--model", type=user_path, help="name of a model config, or a .json file (default: the model of the run)"
+    )
     add_tokenizer_args(source)
     source.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
     source.add_argument(
@@ -60,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--prompt", "--input-text", action="append", default=[], help="text to continue; repeatable")
     text.add_argument(
         "--prompt-file",
+        type=user_path,
         action="append",
         default=[],
         help="file with one prompt per line, '-' for standard input; repeatable",

@@ -20,6 +20,7 @@ from pathlib import Path
 import zstandard
 
 from open_lm.errors import DataError, run_cli
+from open_lm.names import user_path
 from open_lm.storage import atomic_write
 
 VALID_FRACTION = 0.05
@@ -121,7 +122,7 @@ def gather(output_dir: str, max_mb: float, files: int = 4) -> dict[str, int]:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", required=True, help="folder for the .jsonl.zst files")
+    parser.add_argument("--output-dir", type=user_path, required=True, help="folder for the .jsonl.zst files")
     parser.add_argument("--max-mb", type=float, default=4, help="maximum megabytes of text (default: %(default)s)")
     args = parser.parse_args(argv)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)

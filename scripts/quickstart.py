@@ -26,6 +26,7 @@ from typing import Any
 from python_docs import gather
 
 from open_lm.errors import ConfigError, UserError, run_cli
+from open_lm.names import user_path
 from open_lm.storage import atomic_write, read_lines, split_lines, write_text
 from open_lm.storage.strict_json import to_json
 
@@ -287,7 +288,9 @@ def next_commands(settings: QuickstartSettings) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", default="quickstart", help="folder for all files (default: %(default)s)")
+    parser.add_argument(
+        "--dir", type=user_path, default="quickstart", help="folder for all files (default: %(default)s)"
+    )
     parser.add_argument("--text-mb", type=float, default=4, help="maximum megabytes of text (default: %(default)s)")
     parser.add_argument(
         "--tokens", type=int, default=1_200_000, help="number of training tokens (default: %(default)s)"

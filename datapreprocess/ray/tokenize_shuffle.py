@@ -25,6 +25,7 @@ from open_lm.datapreprocess.commands import (
     start_logging,
     warn_without_effect,
 )
+from open_lm.names import input_list, user_path
 from open_lm.tokenizer import DEFAULT_TOKENIZER
 
 if TYPE_CHECKING:
@@ -46,10 +47,11 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add(
         "--input",
+        type=input_list,
         default="",
         help="comma-separated folders, globs or files, local or s3://…; supported suffixes: " + describe_suffixes(),
     )
-    add("--output", required=True, help="local folder or s3:// prefix of the shards")
+    add("--output", type=user_path, required=True, help="local folder or s3:// prefix of the shards")
     add("--content_key", default="text", help="key or column of the text; for tar files text, txt, npy or json:KEY")
     add("--no_shuffle", action="store_true", help="keep the order of the input")
     add(
@@ -58,7 +60,7 @@ def make_parser() -> Parser:
         default=2048,
         help="sequence length of the model; each stored sequence has one more token id",
     )
-    add("--tokenizer", help=f"hub name, folder, .json or .model file (default: {DEFAULT_TOKENIZER})")
+    add("--tokenizer", type=user_path, help=f"hub name, folder, .json or .model file (default: {DEFAULT_TOKENIZER})")
     add("--vocab_size", type=int, help="vocabulary size; required if the documents are token ids (no --tokenizer)")
     add("--wds_chunk_size", type=int, default=8192, help="sequences per shard (default: 8192)")
     add("--seed", type=int, default=42, help="seed of the shuffle, of --subset and of sampling (default: 42)")
@@ -71,10 +73,15 @@ def make_parser() -> Parser:
         help=f"read only files with these suffixes from input folders (default: {' '.join(SUFFIXES)})",
     )
     add("--do_sample", action="store_true", help="repeat or drop documents by source")
-    add("--default_dataset_yaml", default=str(DEFAULT_SAMPLING), help="sources and sampling factors for --do_sample")
+    add(
+        "--default_dataset_yaml",
+        type=user_path,
+        default=str(DEFAULT_SAMPLING),
+        help="sources and sampling factors for --do_sample",
+    )
     add("--format", default="json.gz", choices=["npy", "json.gz", "json", "txt"], help="format of the shard members")
     add("--ray_address", help="address of a running Ray cluster, or `local` to start Ray")
-    add("--ray_spill_location", help="folder for intermediate files; same as --work-dir")
+    add("--ray_spill_location", type=user_path, help="folder for intermediate files; same as --work-dir")
     add("--ray_dashboard_host", help="host on which a locally started Ray serves its dashboard")
     add("--force_parallelism", type=int, help="number of parallel tasks (default: one per CPU core)")
     add("--force_num_cores", type=int, help="number of CPU cores of this machine to use")
@@ -107,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Request(
             args,
             "--input",
-            [part.strip() for part in args.input.split(",") if part.strip()],
+            args.input,
             Layout(args.output, template="{:08d}", first=1, shard_sequences=args.wds_chunk_size),
             args.tokenizer or (None if _inputs_are_ids(args) else DEFAULT_TOKENIZER),
             args.vocab_size,

@@ -18,6 +18,7 @@ from open_lm import storage
 from open_lm.datapreprocess.readers.pieces import count_rows, stores_row_count
 from open_lm.datapreprocess.readers.registry import formats, is_supported
 from open_lm.errors import ConfigError, DataError, StorageError, missing_package
+from open_lm.names import exists, is_glob
 from open_lm.storage import FileInfo
 
 HUB_PREFIX = "hf-dataset://"
@@ -39,8 +40,8 @@ def expand_folder(url: str) -> list[FileInfo] | None:
     path, query = _split_query(url)
     if url.startswith(HUB_PREFIX):
         files, counts = _hub_files(url, path.removeprefix(HUB_PREFIX), query)
-    elif not query and re.search(r"[*?\[]", url):
-        return None  # a glob pattern
+    elif not query and is_glob(url):
+        return None
     elif saved := _saved_files(path):
         files, counts = saved, {}
     else:
@@ -56,7 +57,7 @@ def _split_query(url: str) -> tuple[str, dict[str, str]]:
     path, mark, text = url.partition("?")
     pairs = [part.partition("=") for part in text.split("&")] if "=" in text else []
     query = {key: value for key, _, value in pairs}
-    if not mark or (not url.startswith(HUB_PREFIX) and "split" not in query):
+    if not mark or (not url.startswith(HUB_PREFIX) and ("split" not in query or exists(url))):
         return url, {}
     supported = _QUERY_KEYS if url.startswith(HUB_PREFIX) else ("split",)
     unknown = sorted(set(query) - set(supported))

@@ -15,7 +15,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import torch
@@ -28,6 +28,7 @@ from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.distributed.param_names import clean_name
 from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError, join_problems
+from open_lm.names import printable
 
 LATEST = "latest"
 _FORMATS, _SHOWN_BYTES = (b"PK\x03\x04", b"\x80"), 32  # a zip archive, or a pickle in the older format
@@ -74,8 +75,8 @@ def read_file(path: str | os.PathLike[str], map_location: Any = "cpu") -> Any:
 
 def _load(source: str | IO[bytes], url: str, map_location: Any = "cpu", mmap: bool = False) -> Any:
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
-            return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
+        with torch.serialization.safe_globals(_numpy_scalars()), _named_in_utf8(source) as file:
+            return torch.load(file, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         _check_format(source, url)
         match = re.search(r"(?:GLOBAL|class) '?([A-Za-z_][\w.]*\.\w+)", str(error))
@@ -89,6 +90,16 @@ def _load(source: str | IO[bytes], url: str, map_location: Any = "cpu", mmap: bo
         raise BrokenCheckpoint(
             f"{url}: the file is broken or not a checkpoint ({reason}); copy it again, or use an earlier checkpoint"
         ) from error
+
+
+@contextlib.contextmanager
+def _named_in_utf8(source: str | IO[bytes]) -> Iterator[str | IO[bytes]]:
+    """Yield the file, under the name of its descriptor if its own name is not UTF-8, which torch's reader requires."""
+    if not isinstance(source, str) or printable(source) == source:
+        yield source
+        return
+    with open(source, "rb") as file:
+        yield f"/proc/self/fd/{file.fileno()}"
 
 
 def _check_format(source: str | IO[bytes], url: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from open_lm.config.checks import contradictions, missing_for_a_run
@@ -14,6 +13,7 @@ from open_lm.config.layout import parse_mesh_dim
 from open_lm.config.sections import ArchitectureConfig, Config, sections
 from open_lm.config.suggestions import suggest
 from open_lm.errors import ConfigError, join_problems
+from open_lm.names import user_file
 
 # Flags that were added later must not make existing abbreviations ambiguous.
 LATER_FLAGS = frozenset({
@@ -209,7 +209,7 @@ def _convert_one(raw: Any, spec: FieldSpec) -> Any:
         raise ConfigError(f"{spec.flag}: found {raw!r}, expected {_expected(spec)}")
     if spec.choices and value not in spec.choices:
         raise ConfigError(f"{spec.flag}: found {value!r}, expected one of {', '.join(spec.choices)}")
-    return value
+    return value if spec.path is None else spec.path(value)
 
 
 def _typed(raw: Any, kind: type) -> Any:
@@ -233,7 +233,7 @@ def _expected(spec: FieldSpec) -> str:
 def load_config_file(path: str) -> dict[str, Any]:
     """Read a YAML or JSON file. Return its values by key, with underscores in place of dashes."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = user_file(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"--config: cannot read {path} ({error.strerror}); use a YAML or JSON file") from error
     import yaml

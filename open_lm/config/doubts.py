@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from open_lm.config.sections import Config
-
-_PATTERN_CHARACTERS = frozenset("*?[{")
+from open_lm.names import is_pattern, split_joined
 
 
 def doubtful_settings(config: Config, architecture: Mapping[str, Any]) -> list[str]:
@@ -26,7 +25,7 @@ def _doubtful_sources(flag: str, values: Sequence[str], kind: str) -> str:
     """Describe values that are single shards of one data set, as a shell makes them from an unquoted glob."""
     groups: dict[str, list[str]] = {}
     for value in values:
-        if value.endswith(".tar") and "::" not in value and not _PATTERN_CHARACTERS & set(value):
+        if value.endswith(".tar") and len(split_joined(value)) == 1 and not is_pattern(value):
             folder, slash, name = value.rpartition("/")
             groups.setdefault(folder + slash + re.sub(r"\d+", "*", name), []).append(value)
     pattern, shards = max(groups.items(), key=lambda item: len(item[1]), default=("", []))

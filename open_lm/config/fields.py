@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
@@ -19,7 +19,12 @@ S = TypeVar("S", bound="Section")
 
 
 def flag(
-    default: Any, help: str, *, choices: Sequence[str] | Registry | None = None, entries: Registry | None = None
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | Registry | None = None,
+    entries: Registry | None = None,
+    path: Callable[[str], str] | None = None,
 ) -> Any:
     """Declare a field with its default and help text.
 
@@ -28,8 +33,9 @@ def flag(
         help: the help text. The entries of a registry, with their own help texts, are appended.
         choices: the accepted values, or the registry that names them.
         entries: a registry that the help text lists, for values that combine several of its names.
+        path: for a flag that takes paths, its type in open_lm/names.py, such as `user_path`.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "entries": entries})
+    return field(default=default, metadata={"help": help, "choices": choices, "entries": entries, "path": path})
 
 
 def no_effect(default: Any, reason: str) -> Any:
@@ -56,6 +62,11 @@ class FieldSpec:
     def no_effect(self) -> str | None:
         """The reason why the flag has no effect."""
         return self.metadata.get("no_effect")
+
+    @property
+    def path(self) -> Callable[[str], str] | None:
+        """The function of open_lm/names.py that reads a value of a flag that takes paths."""
+        return self.metadata.get("path")
 
     @property
     def registry(self) -> Registry | None:

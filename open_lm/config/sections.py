@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from open_lm.config import registry
 from open_lm.config.fields import FieldSpec, Section, flag, no_effect
+from open_lm.names import shard_pattern, user_path
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 CHECKPOINTING_POLICIES = ("none", "full", "op")  # of --activation-checkpointing, in addition to a number
@@ -25,7 +26,7 @@ class RunConfig(Section):
     title: ClassVar[str] = "run"
 
     config: str | None = flag(
-        None, "YAML or JSON file with flags as keys; flags on the command line take precedence over it"
+        None, "YAML or JSON file with flags as keys; flags on the command line take precedence over it", path=user_path
     )
     name: str | None = flag(
         None, "name of the run and of its folder in --logs; default: made of date, model, learning rate and batch size"
@@ -42,10 +43,11 @@ class DataConfig(Section):
     train_data: list[str] | None = flag(
         None,
         "training shards, one value per source: a path, an s3:// URL, a brace range, a glob, several of these joined "
-        "by '::', or a 'pipe:' command",
+        "by '::', or a 'pipe:' command; an existing name is no pattern",
+        path=shard_pattern,
     )
     dataset_manifest: list[str] | None = flag(
-        None, "manifest.jsonl files, one per source; each pass reads every sequence exactly once"
+        None, "manifest.jsonl files, one per source; each pass reads every sequence exactly once", path=user_path
     )
     train_data_mix_weights: list[float] | None = flag(
         None, "sampling weight of each source, on any scale; default: equal weights"
@@ -89,7 +91,9 @@ class DataConfig(Section):
     end_of_text_id: int | None = flag(
         None, "with --document-mask, id that ends a document; default: that of the shards' dataset.json"
     )
-    cache_dir: str | None = flag(None, "local folder in which to cache remote shards; default: no cache")
+    cache_dir: str | None = flag(
+        None, "local folder in which to cache remote shards; default: no cache", path=user_path
+    )
     cache_limit: str = flag("100GB", "maximum size of --cache-dir, such as 500MB or 2TB")
     read_timeout: float = flag(60.0, "seconds without any data after which the read of a shard is retried")
     allow_changed_data: bool = flag(
@@ -146,9 +150,12 @@ class ArchitectureConfig(Section):
 class ModelConfig(ArchitectureConfig):
     title: ClassVar[str] = "model"
 
-    model: str = flag("open_lm_1b", "name of a model configuration, or path of its .json file")
+    model: str = flag("open_lm_1b", "name of a model configuration, or path of its .json file", path=user_path)
     hf_model: str | None = flag(
-        None, "train this causal language model of transformers, a hub name or a local folder, in place of --model"
+        None,
+        "train this causal language model of transformers, a hub name or a local folder, in place of --model; experts "
+        "train with the router loss of its configuration",
+        path=user_path,
     )
     hf_seq_len: int | None = flag(None, "sequence length in tokens; required with --hf-model")
     hf_fsdp_block: str | None = flag(
@@ -272,14 +279,16 @@ class CheckpointConfig(Section):
     title: ClassVar[str] = "checkpoints"
 
     resume: str | None = flag(
-        None, "checkpoint to resume from: a path, or 'latest' for the newest checkpoint of this run"
+        None, "checkpoint to resume from: a path, or 'latest' for the newest checkpoint of this run", path=user_path
     )
-    pretrained: str | None = flag(None, "checkpoint with the initial weights of a new run")
+    pretrained: str | None = flag(None, "checkpoint with the initial weights of a new run", path=user_path)
     load_pretrained_state: bool = flag(
         False,
         "with --pretrained, also restore epoch, step, optimizer and schedule; new data start from the beginning",
     )
-    average: list[str] | None = flag(None, "checkpoints to average, to start a new run from or to evaluate")
+    average: list[str] | None = flag(
+        None, "checkpoints to average, to start a new run from or to evaluate", path=user_path
+    )
     average_coefficients: list[float] | None = flag(
         None, "a weight per --average checkpoint, with sum 1; default: equal"
     )
@@ -298,6 +307,7 @@ class CheckpointConfig(Section):
         None,
         "folder or s3:// URL for checkpoints, which are stored in its subfolder {name}/checkpoints; default: the run's "
         "folder in --logs",
+        path=user_path,
     )
     save_every_n_steps: int = flag(0, "write a sharded checkpoint every N steps; 0: only at the end of an epoch")
     save_every_minutes: float = flag(0.0, "write a sharded checkpoint every N minutes; 0: only at the end of an epoch")
@@ -332,7 +342,7 @@ class FaultConfig(Section):
 class LoggingConfig(Section):
     title: ClassVar[str] = "logging"
 
-    logs: str = flag("./logs/", "parent folder of all run folders; 'none': write no files")
+    logs: str = flag("./logs/", "parent folder of all run folders; 'none': write no files", path=user_path)
     log_local: bool = flag(False, "log on the first rank of each node instead of on rank 0 only")
     log_every_n_steps: int = flag(100, "log every N steps")
     log_logit_mean: bool = flag(False, "log the mean of the logits")
@@ -345,7 +355,7 @@ class LoggingConfig(Section):
     wandb_notes: str = flag("", "Weights & Biases notes")
     copy_codebase: bool = flag(False, "copy the source code of the program to the run's folder")
     remote_sync: str | None = flag(
-        None, "s3:// or other URL to which the run's folder is copied periodically; default: no copy"
+        None, "s3:// or other URL to which the run's folder is copied periodically; default: no copy", path=user_path
     )
     remote_sync_frequency: int = flag(300, "copy to --remote-sync every N seconds")
     remote_sync_protocol: str = flag("s3", "protocol of --remote-sync", choices=("s3", "fsspec"))
@@ -355,7 +365,9 @@ class LoggingConfig(Section):
 class ValidationConfig(Section):
     title: ClassVar[str] = "validation"
 
-    val_data: list[str] | None = flag(None, "validation shards, one value per validation set; default: no validation")
+    val_data: list[str] | None = flag(
+        None, "validation shards, one value per validation set; default: no validation", path=shard_pattern
+    )
     val_data_key: list[str] | None = flag(
         None, "format of the samples, one value per validation set or one for all; default: --data-key"
     )

@@ -62,7 +62,7 @@ class Cache:
         `num_bytes` is its length, -1 if unknown. `fill` calls `grow(length)` before the file becomes that long, and
         returns the sha256. CacheFullError, StalledDownloadError, OSError from the folder, and any error of `fill`.
         """
-        key = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        key = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
         os.makedirs(self.folder, exist_ok=True)
         if not self._is_trimmed:
             self.trim()

@@ -29,6 +29,7 @@ from open_lm.config.sections import DataConfig
 from open_lm.data.shard_format import iter_files
 from open_lm.data.verify import Expected
 from open_lm.errors import ConfigError, DataError, StorageError
+from open_lm.names import user_path
 
 if TYPE_CHECKING:
     from open_lm.data.order import Source
@@ -65,7 +66,7 @@ class FetchSettings:
             limit = storage.parse_bytes(data.cache_limit)
         except ValueError as error:
             raise ConfigError(f"--cache-limit: {error}") from error
-        path = os.path.abspath(os.path.expanduser(storage.local_path(data.cache_dir)))
+        path = os.path.abspath(user_path(storage.local_path(data.cache_dir)))
         return cls(folder, path, limit, data.read_timeout)
 
 

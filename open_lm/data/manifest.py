@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ import orjson
 
 from open_lm import storage
 from open_lm.errors import DataError, join_problems
+from open_lm.names import escape, exists, is_glob, literal_prefix, split_joined, unescape
 
 MANIFEST_NAME, DATASET_NAME, REJECTS_NAME = "manifest.jsonl", "dataset.json", "rejects.jsonl"
 _COUNT_KEYS = ("num_sequences", "num_chunks")
@@ -91,14 +91,14 @@ def _parse_line(line: str) -> ManifestEntry:
     count = next((record.pop(key) for key in _COUNT_KEYS if key in record), None)
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f'"num_sequences" of shard {shard!r} must be a count, found {count!r}')
-    return ManifestEntry(shard.removesuffix(".tar"), count, record)
+    return ManifestEntry(unescape(shard).removesuffix(".tar"), count, record)
 
 
 def write_manifest(path: str | os.PathLike[str], entries: Sequence[ManifestEntry]) -> None:
     """Write all entries in order, atomically; `path` is local or remote."""
     with storage.atomic_write(os.fspath(path), "wb") as file:
         for entry in entries:
-            record = {"shard": entry.shard, "num_sequences": entry.num_sequences, **entry.extra}
+            record = {"shard": escape(entry.shard), "num_sequences": entry.num_sequences, **entry.extra}
             file.write(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
 
 
@@ -176,12 +176,13 @@ def expand_shards(pattern: str) -> list[str]:
     """Return the shards of a pattern, in its order.
 
     `::` joins patterns. Each may hold brace ranges ({00000..00009}, {a,b}) and globs (local or remote), or be a folder
-    of tars. Only braces are expanded in `pipe:` commands. A DataError lists every missing local shard and every pattern
-    without a match; remote shards without a glob are not looked up here.
+    of tars. Only braces are expanded in `pipe:` commands. Leading folders, or the complete pattern, that exist locally
+    under their literal name are no pattern. A DataError lists every missing local shard and every pattern without a
+    match; remote shards without a glob are not looked up here.
     """
     urls: list[str] = []
     problems: list[str] = []
-    for part in pattern.split("::"):
+    for part in split_joined(pattern):
         for url in _expand_braces(part):
             found = _expand_one(url)
             urls += found
@@ -194,7 +195,13 @@ def expand_shards(pattern: str) -> list[str]:
 
 
 def _expand_braces(part: str) -> list[str]:
+    prefix = literal_prefix(part)
     try:
+        if prefix == part:
+            return [part]
+        names = [prefix + name for name in braceexpand.braceexpand(part[len(prefix) :])]
+        if "{" not in prefix or any(map(_expand_one, names)):
+            return names
         return list(braceexpand.braceexpand(part))
     except ValueError as error:
         raise DataError(f"shard pattern {part!r}: unbalanced braces") from error
@@ -203,20 +210,20 @@ def _expand_braces(part: str) -> list[str]:
 def _expand_one(url: str) -> list[str]:
     if url.startswith("pipe:"):
         return [url]
-    if re.search(r"[*?\[]", url):
-        return [found for found in storage.glob(url) if found.endswith(".tar")]
-    if storage.is_remote(url):
-        return storage.glob(url + "*.tar") if url.endswith("/") else [url]
-    local = url.removeprefix("file://")
-    if os.path.isdir(local):
-        return storage.glob(storage.join(local, "*.tar"))
-    return [url] if os.path.exists(local) else []
+    is_remote = storage.is_remote(url)
+    if is_remote and url.endswith("/"):
+        return [name for name in storage.list_files(url) if name.endswith(".tar")]
+    if not is_remote and os.path.isdir(storage.local_path(url)):
+        return storage.glob(storage.join(url, "*.tar"))
+    if is_glob(url) and not (is_remote and storage.info(url)):
+        return [name for name in storage.glob(url) if name.endswith(".tar")]
+    return [url] if is_remote or exists(url) else []
 
 
 def _files_like(url: str) -> list[str]:
     """Return the files of any name that a pattern without shards selects, with or without more suffixes."""
-    if url.endswith("/") or os.path.isdir(url.removeprefix("file://")):
-        return storage.glob(storage.join(url, "*"))
+    if url.endswith("/") or os.path.isdir(storage.local_path(url)):
+        return storage.list_files(url)
     return storage.glob(url if url.endswith("*") else f"{url}*")
 
 

@@ -7,6 +7,7 @@ compared: the same data in another folder is the same data.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -19,6 +20,7 @@ from open_lm.data.manifest import DATASET_NAME, shard_stem
 from open_lm.data.mixture import integer_weights
 from open_lm.data.order import Source
 from open_lm.errors import DataError, join_problems
+from open_lm.names import escape
 from open_lm.storage.redaction import redact
 
 FILE_NAME = "data.json"
@@ -112,7 +114,7 @@ def _describe(source: Source) -> dict[str, Any]:
         row = {"shard": _stem(url), **{name: value for name, value in known.items() if value is not None}}
         shards.append(row if factor == 1 else {**row, "factor": str(factor)})
     return {
-        "name": redact(source.name),
+        "name": escape(redact(source.name)),
         "fingerprint": source.fingerprint,
         "weight": str(source.weight),
         "data_key": source.data_key,
@@ -125,8 +127,8 @@ def _describe(source: Source) -> dict[str, Any]:
 def _stem(url: str) -> str:
     """Return the shard's name without its folder, and without secrets in a web address or a command."""
     if url.startswith("pipe:"):
-        return f"pipe:{hashlib.sha256(url.encode()).hexdigest()[:16]}"
-    return shard_stem(url.partition("?")[0])
+        return f"pipe:{hashlib.sha256(os.fsencode(url)).hexdigest()[:16]}"
+    return escape(shard_stem(url.partition("?")[0] if storage.is_remote(url) else url))
 
 
 def write(url: str, description: Description) -> None:

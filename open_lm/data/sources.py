@@ -27,6 +27,7 @@ from open_lm.data.shard_format import (
     shard_folder,
 )
 from open_lm.errors import ConfigError, DataError, StorageError, UserError, join_problems
+from open_lm.names import split_joined
 
 logger = logging.getLogger(__name__)
 SYNTHETIC_URL = "synthetic:"
@@ -98,8 +99,9 @@ def read_all(items: Iterable[str], read: Callable[[str], T]) -> list[T]:
 # --- shards and sizes ------------------------------------------------------------------------------------------------
 def _read_pattern(pattern: str, check_sizes: bool) -> list[ShardGroup]:
     """Return one group of shards for each pattern between `::`."""
-    urls = read_all(pattern.split("::"), expand_shards)
-    empty = [part for part, found in zip(pattern.split("::"), urls, strict=True) if not found]
+    parts = split_joined(pattern)
+    urls = read_all(parts, expand_shards)
+    empty = [part for part, found in zip(parts, urls, strict=True) if not found]
     if empty:
         raise DataError(join_problems(empty, "No shard found for the pattern"))
     entries = [shard_entries(part) or {} for part in urls]

@@ -21,6 +21,7 @@ from open_lm.config.registry import LOGGERS
 from open_lm.config.sections import LoggingConfig
 from open_lm.errors import ConfigError, StorageError, missing_package
 from open_lm.monitor.run_folder import RunPaths
+from open_lm.names import printable
 from open_lm.storage.redaction import redact, redacted
 from open_lm.storage.strict_json import json_value, to_json
 
@@ -44,7 +45,7 @@ _VERBOSE_LOGGERS = (
 # ---------------------------------------------------------------------------------------------- messages
 class _RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return printable(redact(super().format(record)))
 
 
 class _RunHandler:

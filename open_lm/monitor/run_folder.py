@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError
+from open_lm.names import escape_line
 from open_lm.storage.redaction import redact, redacted
 
 _CHECKPOINT_NAME = re.compile(r"(step_\d+|epoch_(\d+|latest)\.pt)")
@@ -183,7 +184,7 @@ class RunPaths:
         if not self.enabled or not os.path.exists(self.params):
             return
         saved = dict(line.partition(": ")[::2] for line in storage.read_lines(self.params))
-        expected, current = saved.get("checkpoint_dir", "None"), redact(str(self.checkpoint_dir))
+        expected, current = saved.get("checkpoint_dir", "None"), escape_line(redact(str(self.checkpoint_dir)))
         if expected != current:
             raise ConfigError(
                 f"--resume latest finds no checkpoint: the run in {self.root} was started with --checkpoint-dir "
@@ -250,9 +251,12 @@ def _is_at(file: IO[str], path: str) -> bool:
 
 
 def write_params(path: str, params: Mapping[str, Any] | object) -> None:
-    """Write params.txt: one "key: value" line per parameter, sorted, with secrets redacted."""
+    """Write params.txt: one "key: value" line per parameter, sorted, with secrets redacted.
+
+    Control characters and bytes that are not UTF-8 are escaped (`names.escape_line`).
+    """
     mapping = params if isinstance(params, Mapping) else vars(params)
-    lines = [f"{key}: {value}" for key, value in sorted(redacted(mapping).items())]
+    lines = [escape_line(f"{key}: {value}") for key, value in sorted(redacted(mapping).items())]
     storage.write_text(path, "\n".join(lines) + "\n")
 
 

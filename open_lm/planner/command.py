@@ -20,6 +20,7 @@ from typing import TypeVar
 from open_lm.config.command_line import build_parser, load_config_file, parse_args
 from open_lm.config.devices import PEAK_16_BIT_FLOPS, links_of, peak_16_bit_flops
 from open_lm.errors import ConfigError, join_problems
+from open_lm.names import user_path
 from open_lm.planner.checkpoints import Checkpoints, plan_checkpoints
 from open_lm.planner.report import Plan, format_plan, plan_values
 from open_lm.planner.strategies import STRATEGIES, Machine, Option, Requirements, evaluate_options, fastest
@@ -50,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--mfu", help=f"share of --matmul-tflops that a step on one device reaches, such as 0.5 (default: {MFU})")
     add(
         "--bench",
+        type=user_path,
         metavar="FILE",
         help="read --matmul-tflops and --mfu from FILE, written by scripts/bench_train.py --json FILE",
     )

@@ -6,7 +6,6 @@ Only this module imports fsspec, and only `open_lm.storage` calls it. Every back
 from __future__ import annotations
 
 import contextlib
-import glob as local_glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from open_lm.errors import StorageError
+from open_lm.names import glob_paths, local_path
 from open_lm.storage.checksums import negotiate
 from open_lm.storage.paths import (
     BLOCK_BYTES,
@@ -26,7 +26,6 @@ from open_lm.storage.paths import (
     RangeReader,
     is_temporary,
     is_web,
-    local_path,
     read_in_parts,
     strip_etag,
 )
@@ -113,7 +112,7 @@ class _LocalBackend:
                     yield file_info
 
     def glob(self, pattern: str) -> Iterator[FileInfo]:
-        for path in local_glob.iglob(local_path(pattern), recursive=True):
+        for path in glob_paths(local_path(pattern)):
             with contextlib.suppress(FileNotFoundError):  # removed during the walk
                 file_info = self.info(path)
                 if file_info is not None:

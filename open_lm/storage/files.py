@@ -20,6 +20,7 @@ from functools import partial
 from typing import IO, Any
 
 from open_lm.errors import StorageError
+from open_lm.names import ESCAPE_ERRORS, local_path
 from open_lm.storage.backends import FSSPEC_PREFIX, find_backend, has_backend
 from open_lm.storage.paths import (
     READ_TIMEOUT_S,
@@ -27,7 +28,6 @@ from open_lm.storage.paths import (
     FileInfo,
     is_temporary,
     is_web,
-    local_path,
     parse_bytes,
     split_lines,
     temporary_name,
@@ -172,7 +172,10 @@ def list_files(url: str | os.PathLike[str], recursive: bool = False) -> list[str
 
 
 def glob(pattern: str | os.PathLike[str]) -> list[str]:
-    """Return the URLs of the files that match a pattern with `*`, `?`, `[…]` and `**`, sorted; possibly empty."""
+    """Return the URLs of the files that match a pattern with `*`, `?`, `[…]` and `**`, sorted; possibly empty.
+
+    Leading folders, or the complete pattern, that exist locally under their literal name are no pattern.
+    """
     return [item.url for item in glob_infos(pattern)]
 
 
@@ -190,7 +193,8 @@ def atomic_write(url: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
     """Write a file atomically: it appears when the `with` block ends, and not at all if the block raises.
 
     Local: a temporary file in the target's folder is synced to disk and renamed. Remote: a local temporary file is
-    uploaded and verified. Missing folders are created. `mode` is "wb" or "w" (UTF-8, newlines unchanged).
+    uploaded and verified. Missing folders are created. `mode` is "wb" or "w" (UTF-8, newlines unchanged,
+    bytes of names that are not UTF-8 escaped).
     """
     if mode not in ("wb", "w", "wt"):
         raise ValueError(f"atomic_write: expected mode 'wb' or 'w', found {mode!r}")
@@ -201,7 +205,7 @@ def atomic_write(url: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[A
             os.makedirs(folder, exist_ok=True)
         temporary = _temporary_file(target, folder)
     try:
-        text_options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+        text_options = {} if "b" in mode else {"encoding": "utf-8", "errors": ESCAPE_ERRORS, "newline": ""}
         check_disk = partial(wrap_disk_full_errors, target, os.path.dirname(temporary))
         with check_disk(), open(temporary, mode, **text_options) as file:  # type: ignore[call-overload]
             yield file
@@ -226,8 +230,8 @@ def write_bytes(url: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_text(url: str | os.PathLike[str], text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    write_bytes(url, text.encode("utf-8"))
+    r"""Write a UTF-8 text file atomically. Bytes of names that are not UTF-8 are written as `\xNN`."""
+    write_bytes(url, text.encode("utf-8", ESCAPE_ERRORS))
 
 
 def makedirs(url: str | os.PathLike[str]) -> None:

@@ -16,6 +16,7 @@ from open_lm.storage.retries import wrap_errors
 T = TypeVar("T")
 SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 TEMP_MARK = ".open-lm-part-"
+_MAX_NAME_BYTES = 255  # of local file systems
 BLOCK_BYTES = 8 << 20
 READ_TIMEOUT_S = 30.0
 # Socket timeout as a multiple of the read timeout: it ends the thread of a request that was abandoned.
@@ -39,12 +40,6 @@ class FileInfo:
     etag: str = ""
 
 
-def local_path(url: str | os.PathLike[str]) -> str:
-    """Return a local path without `file://`."""
-    text = os.fspath(url)
-    return text[len("file://") :] if text.lower().startswith("file://") else text
-
-
 def is_web(url: str) -> bool:
     """Return whether the URL is an http or https URL."""
     return url.lower().startswith(("http://", "https://"))
@@ -58,7 +53,9 @@ def is_temporary(name: str | os.PathLike[str]) -> bool:
 def temporary_name(target: str, tag: str) -> str:
     """Return a name in the folder of `target` for a temporary file that `is_temporary` recognizes."""
     folder, name = os.path.split(target)
-    return os.path.join(folder, f".{name}{TEMP_MARK}{tag}")
+    end = f"{TEMP_MARK}{tag}"
+    start = os.fsdecode(os.fsencode(f".{name}")[: _MAX_NAME_BYTES - len(end)])
+    return os.path.join(folder, start + end)
 
 
 def strip_etag(tag: str | None) -> str:

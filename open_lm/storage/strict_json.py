@@ -1,4 +1,4 @@
-"""Write JSON that every parser reads: no NaN, no infinities."""
+"""Write JSON that every parser reads: no NaN, no infinities, no lone surrogates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from open_lm.names import printable
+
 
 def to_json(value: Any, **options: Any) -> str:
     """Return `value` as strict JSON; `options` are those of json.dumps."""
@@ -14,13 +16,15 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """Return `value` with NaN and infinities as None, and scalars of numpy and torch as numbers."""
+    """Return `value` with NaN and infinities as None, scalars of numpy and torch as numbers, and printable names."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, str | bool | int | float) or value is None:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, bool | int | float) or value is None:
         return value
     if isinstance(value, Mapping):
-        return {key: json_value(item) for key, item in value.items()}
+        return {printable(key) if isinstance(key, str) else key: json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [json_value(item) for item in value]
     return json_value(value.item()) if hasattr(value, "item") else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from open_lm import storage
 from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME, REJECTS_NAME
 from open_lm.data.shard_format import ManifestEntry, expand_shards, read_manifest, shard_folder, shard_stem
 from open_lm.errors import DataError, UserError, join_problems
+from open_lm.names import is_pattern
 
 
 @dataclass
@@ -113,7 +113,8 @@ def _find(argument: str) -> list[Folder]:
         if storage.info(argument) is None:
             raise DataError(f"{argument}: no such manifest")
         return folders_in(shard_folder(argument), recursive=False)
-    if not (re.search(r"[*?\[{]", argument) or "::" in argument or argument.endswith(".tar")):
+    is_folder = os.path.isdir(storage.local_path(argument))
+    if is_folder or not (is_pattern(argument) or "::" in argument or argument.endswith(".tar")):
         folders = folders_in(argument, recursive=True)
         if not folders:
             raise DataError(f"{argument}: neither .tar files nor a {MANIFEST_NAME} in this folder or below; "

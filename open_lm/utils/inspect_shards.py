@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from open_lm.errors import ConfigError, DataError, join_problems, run_cli
+from open_lm.names import shard_pattern, unescape, user_path
 
 if TYPE_CHECKING:
     from open_lm.tokenizer import Tokenizer
@@ -37,13 +38,18 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "paths",
+        type=shard_pattern,
         nargs="+",
         metavar="FOLDER_OR_PATTERN",
         help="folders (searched recursively), manifests or shard patterns such as 'FOLDER/*.tar', local or s3://…",
     )
     add("--samples", type=int, default=0, metavar="N", help="show N random sequences (default: 0)")
     add("--seed", type=int, default=0, help="seed of the random sequences and shards (default: 0)")
-    add("--tokenizer", help="tokenizer to decode samples (default: the one in dataset.json; without one, show ids)")
+    add(
+        "--tokenizer",
+        type=user_path,
+        help="tokenizer to decode samples (default: the one in dataset.json; without one, show ids)",
+    )
     add(
         "--sample-shards",
         default=str(DEFAULT_SAMPLE_SHARDS),
@@ -66,7 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=len(os.sched_getaffinity(0)),
         help="number of shards to read in parallel (default: the number of CPU cores, here %(default)s)",
     )
-    add("--tmp-dir", help="folder for temporary copies of remote shards (default: the system's temporary folder)")
+    add(
+        "--tmp-dir",
+        type=user_path,
+        help="folder for temporary copies of remote shards (default: the system's temporary folder)",
+    )
     add("--json", action="store_true", help="print the report as one JSON object")
     return parser  # fmt: skip
 
@@ -142,7 +152,7 @@ def _shards_to_read(args: argparse.Namespace) -> int | None:
 def _find_tokenizer(args: argparse.Namespace, data_sets: Sequence[DataSet]) -> tuple[Tokenizer | None, list[str]]:
     """Return the tokenizer and notes about it. Only a tokenizer from dataset.json may be missing."""
     named = [data_set.settings for data_set in data_sets if data_set.settings.get("tokenizer")]
-    specs = {str(settings["tokenizer"]) for settings in named}
+    specs = {unescape(str(settings["tokenizer"])) for settings in named}
     if not (args.tokenizer or args.samples):
         return None, []
     if not args.tokenizer and len(specs) != 1:
@@ -350,12 +360,11 @@ def _document_facts(surveys: Sequence[ShardSurvey], shards: int) -> dict[str, An
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the report. Raise BrokenDataSet with all problems of the data."""
     args = make_parser().parse_args(argv)
-    import orjson
-
+    from open_lm.storage.strict_json import to_json
     from open_lm.utils.inspect_text import render
 
     facts = inspect(args)
-    print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode() if args.json else render(facts), flush=True)
+    print(to_json(facts, indent=2, ensure_ascii=False) if args.json else render(facts), flush=True)
     if facts["problems"]:
         raise BrokenDataSet(join_problems(facts["problems"], "The data set has problems"))
 

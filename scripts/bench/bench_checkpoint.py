@@ -36,6 +36,7 @@ from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.distributed.processes import build_layout, gather_objects, init_runtime
 from open_lm.model.initialization import init_weights
 from open_lm.model.transformer import create_model
+from open_lm.names import user_path
 from open_lm.parallel.parallelize import parallelize, unwrap
 
 _IDLE_STEPS = 300  # steps that are timed without a save in the background
@@ -57,7 +58,9 @@ class Timing:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="open_lm_11m", help="name of a model configuration (default: open_lm_11m)")
+    parser.add_argument(
+        "--model", type=user_path, default="open_lm_11m", help="name of a model configuration (default: open_lm_11m)"
+    )
     parser.add_argument("--ranks", type=int, default=1, help="processes that the model is sharded over (default: 1)")
     parser.add_argument(
         "--layout", choices=["fsdp", "tensor"], default="fsdp", help="how the model is sharded (default: fsdp)"
@@ -66,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--format", choices=["all", "sharded", "torch"], default="all", help="which methods to measure (default: all)"
     )
     parser.add_argument("--rounds", type=int, default=2, help="saves per method (default: 2)")
-    parser.add_argument("--work-dir", help="folder for the files (default: a temporary one)")
+    parser.add_argument("--work-dir", type=user_path, help="folder for the files (default: a temporary one)")
     return parser
 
 

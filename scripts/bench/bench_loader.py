@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 from bench_loader_peers import PEER_LOADERS, SEQUENCES_IN_SHARD, measure
 
+from open_lm.names import user_file, user_path
+
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, VOCAB_SIZE, END_OF_TEXT = 2049, 50432, 0
 OURS = {"npy": "npy", "npy of 4 bytes": "npy-uint32", "json.gz": "json.gz", "txt": "txt"}
@@ -40,10 +42,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32, help="sequences per batch (default: 32)")
     parser.add_argument("--seconds", type=float, default=4, help="duration of a measurement (default: 4)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each loader (default: 3)")
-    parser.add_argument("--work-dir", type=Path, help="folder for the shards (default: a temporary one)")
+    parser.add_argument("--work-dir", type=user_file, help="folder for the shards (default: a temporary one)")
     parser.add_argument(
         "--peer-python",
-        type=Path,
+        type=user_file,
         default=ROOT / ".venv-bench" / "bin" / "python",
         metavar="PYTHON",
         help="interpreter that runs the other libraries (default: .venv-bench/bin/python)",
@@ -52,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--only", nargs="+", metavar="NAME", help="measure only the loaders with these names, as printed"
     )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # runs in a separate process
-    parser.add_argument("--data", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=user_path, help=argparse.SUPPRESS)
     return parser
 
 

@@ -31,6 +31,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from open_lm.names import user_path
+
 MEMORY_SAMPLE_S = 1.0
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -38,12 +40,12 @@ sys.path.insert(0, str(ROOT))
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input-files", nargs="+", required=True, help="JSON lines, compressed or not")
-    parser.add_argument("--tokenizer", required=True, help="path of a tokenizer.json file")
+    parser.add_argument("--input-files", type=user_path, nargs="+", required=True, help="JSON lines, compressed or not")
+    parser.add_argument("--tokenizer", type=user_path, required=True, help="path of a tokenizer.json file")
     parser.add_argument("--megabytes", type=float, default=500, help="MB of text; inputs are repeated (default: 500)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--memory-limit", help="--memory-limit of the full commands, such as 1300MiB")
-    parser.add_argument("--work-dir", help="folder for corpus and output (default: a temporary one)")
+    parser.add_argument("--work-dir", type=user_path, help="folder for corpus and output (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=1, help="measurements of ceiling and ours (default: 1)")
     return parser
 

@@ -39,6 +39,8 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
+from open_lm.names import user_file, user_path
+
 LENGTH, VOCAB_SIZE, BATCH_SIZE = 2049, 50432, 32
 CONNECTIONS = 4
 CHUNK_BYTES = 1 << 20
@@ -47,7 +49,9 @@ _SEND_BYTES = 256 << 10
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", default="lean", help="lean, moto or a folder s3://bucket/folder (default: lean)")
+    parser.add_argument(
+        "--server", type=user_path, default="lean", help="lean, moto or a folder s3://bucket/folder (default: lean)"
+    )
     parser.add_argument(
         "--workers", type=int, nargs="+", default=[0, 1, 2], help="worker processes of the loader (default: 0 1 2)"
     )
@@ -57,9 +61,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--line-mb", type=float, default=math.inf, help="limit the lean server to this many MB/s")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each client (default: 5)")
-    parser.add_argument("--work-dir", type=Path, help="folder for the shards (default: a temporary one)")
+    parser.add_argument("--work-dir", type=user_file, help="folder for the shards (default: a temporary one)")
     parser.add_argument("--part", choices=["serve", "raw", "ours"], help=argparse.SUPPRESS)  # in a separate process
-    parser.add_argument("--data", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=user_path, help=argparse.SUPPRESS)
     return parser
 
 

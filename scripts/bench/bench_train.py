@@ -51,6 +51,7 @@ from open_lm.distributed.precision import compute_dtype
 from open_lm.errors import ConfigError, run_cli
 from open_lm.model.transformer import create_model
 from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
+from open_lm.names import user_file, user_path
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
 
@@ -62,7 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--model", nargs="+", default=["open_lm_11m"], help="names of model configurations, or .json files"
+        "--model",
+        type=user_path,
+        nargs="+",
+        default=["open_lm_11m"],
+        help="names of model configurations, or .json files",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if available")
     parser.add_argument(
@@ -82,15 +87,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--against", metavar="NAME", help=f"step to compare with: {', '.join(PEER_STEPS)} or MODULE:FUNCTION"
     )
     parser.add_argument(
-        "--peer-python", type=Path, default=Path(sys.executable), metavar="PYTHON",
+        "--peer-python", type=user_file, default=Path(sys.executable), metavar="PYTHON",
         help="interpreter that runs the step of --against (default: this one)",
     )  # fmt: skip
     parser.add_argument("--against-command", metavar="COMMAND", help="command to compare with")
     parser.add_argument("--profile", action="store_true", help="profile one more step and show its time by category")
     parser.add_argument(
-        "--trace", type=Path, metavar="FILE", help="write the profile of our step to this file (.json or .json.gz)"
+        "--trace", type=user_file, metavar="FILE", help="write the profile of our step to this file (.json or .json.gz)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
+    parser.add_argument("--json", type=user_file, metavar="FILE", help="write all measurements to this file")
     return parser
 
 

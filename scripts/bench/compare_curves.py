@@ -28,6 +28,7 @@ from torch import Tensor
 from open_lm.config.architecture import read_architecture
 from open_lm.data.device import on_device
 from open_lm.errors import ConfigError, run_cli
+from open_lm.names import shard_pattern, user_file, user_path
 from open_lm.parallel.parallelize import unwrap
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
@@ -48,8 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", help="name of a model configuration, or a .json file (default: the golden run's)")
-    parser.add_argument("--train-data", nargs="+", help="shards (default: the golden run's)")
+    parser.add_argument(
+        "--model", type=user_path, help="name of a model configuration, or a .json file (default: the golden run's)"
+    )
+    parser.add_argument("--train-data", type=shard_pattern, nargs="+", help="shards (default: the golden run's)")
     parser.add_argument(
         "--precision",
         nargs="+",
@@ -59,8 +62,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=300, help="(default: 300)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per step (default: 8)")
     parser.add_argument("--twins", type=int, default=2, help="number of perturbed runs of the original (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all curves to this file")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the curves to this file")
+    parser.add_argument("--json", type=user_file, metavar="FILE", help="write all curves to this file")
+    parser.add_argument("--svg", type=user_file, metavar="FILE", help="draw the curves to this file")
     return parser
 
 

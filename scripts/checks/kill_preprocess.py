@@ -27,6 +27,7 @@ from pathlib import Path
 from marked_processes import MARK, end_all
 
 from open_lm.errors import DataError, run_cli
+from open_lm.names import input_pattern, user_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,8 +136,8 @@ def finish(trial: Trial, expected: dict[str, bytes], run_s: float) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input-files", nargs="+", required=True, help="input files of make_2048")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer of make_2048")
+    parser.add_argument("--input-files", type=input_pattern, nargs="+", required=True, help="input files of make_2048")
+    parser.add_argument("--tokenizer", type=user_path, required=True, help="tokenizer of make_2048")
     parser.add_argument("--kills", type=int, default=20, help="number of kills (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the kill times (default: 0)")
     parser.add_argument("make_2048_args", nargs="*", help="after `--`: further arguments of make_2048")

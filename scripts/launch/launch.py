@@ -36,6 +36,7 @@ from launch_run import Nodes
 
 from open_lm import storage
 from open_lm.errors import ConfigError, UserError, join_problems, run_cli
+from open_lm.names import user_file, user_path
 
 NODE_PROGRAM = Path(__file__).resolve().with_name("launch_node.py")
 FORWARDED_VARIABLES = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_NUM_THREADS", "AWS_*", "HF_*", "WANDB_*")
@@ -202,7 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--hosts", type=Path, metavar="FILE", help="file with one host per line (default: this machine)")
+    add("--hosts", type=user_file, metavar="FILE", help="file with one host per line (default: this machine)")
     add(
         "--nodes",
         type=int,
@@ -216,8 +217,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="number of ranks on hosts without slots; gpu: one rank per GPU (default)",
     )
     add("--ssh", metavar="COMMAND", help=f"remote shell (default: {SSH!r}); the host is appended, or replaces {{host}}")
-    add("--python", default=sys.executable, help="Python interpreter on the hosts (default: the current one)")
-    add("--directory", type=Path, default=Path.cwd(), help="working directory on the hosts (default: the current one)")
+    add(
+        "--python",
+        type=user_path,
+        default=sys.executable,
+        help="Python interpreter on the hosts (default: the current one)",
+    )
+    add(
+        "--directory",
+        type=user_file,
+        default=Path.cwd(),
+        help="working directory on the hosts (default: the current one)",
+    )
     add("--env", default="", metavar="NAMES", help="comma-separated names or patterns (*) of further variables to send")
     add("--port", type=int, help="rendezvous port on the first host (default: a free port)")
     add("--grace", type=float, default=60.0, metavar="S", help="seconds to stop after a failure (default: 60)")
