@@ -290,7 +290,7 @@ def _logging_problems(config: Config) -> list[str]:
 _AT_LEAST_ONE = (
     *("train_num_samples", "epochs", "global_batch_size", "batch_size", "accum_freq", "log_every_n_steps"),
     *("val_num_samples", "val_frequency", "global_val_batch_size", "val_iter_ci", "moe_top_k", "remote_sync_frequency"),
-    *("tensor_parallel", "context_parallel"),
+    *("tensor_parallel", "context_parallel", "val_max_batches"),
 )
 _ABOVE_ZERO = ("grad_clip_norm", "read_timeout", "skip_loss_spikes", "rollback_loss_spikes", "dist_timeout")
 _AT_LEAST_ZERO = (

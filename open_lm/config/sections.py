@@ -372,6 +372,9 @@ class ValidationConfig(Section):
         None, "format of the samples, one value per validation set or one for all; default: --data-key"
     )
     val_num_samples: int | None = flag(None, "number of tokens to use per validation set; default: all")
+    val_max_batches: int | None = flag(
+        None, "evaluate at most the first N batches (of --global-val-batch-size) of each validation set; default: all"
+    )
     val_frequency: int = flag(1, "validate every N epochs")
     global_val_batch_size: int | None = flag(
         None, "sequences per validation batch, over all devices; default: as in training, or else 8 per device"

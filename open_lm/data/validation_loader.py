@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from open_lm.config.sections import DataConfig, ValidationConfig
 from open_lm.data.fetch import FetchFolder
@@ -17,30 +19,60 @@ class ValLoader:
     """One validation set; every iteration yields all its sequences once, in file order.
 
     Filler sequences complete the last batch, so that all ranks have the same number of batches of the same shape.
-    `val_data` is the name of the set in results. `num_sequences` and `num_batches` are None if shards must be read to
-    know.
+
+    Attributes:
+        val_data: name of the set in results.
+        total_sequences: sequences of the set; None if shards must be read to know.
+        num_sequences: sequences that are read, which --val-num-samples and --val-max-batches limit; None if unknown.
+        num_batches: batches that are read; None if unknown before the first complete iteration.
+        max_batches: --val-max-batches.
+        is_bounded: whether `max_batches` ends the iteration before the other limits do, as far as known.
     """
 
-    def __init__(self, spec: BatchSpec, workers: int, folder: FetchFolder | None) -> None:
+    def __init__(
+        self, spec: BatchSpec, workers: int, folder: FetchFolder | None, max_batches: int | None = None
+    ) -> None:
         self._spec, self._workers, self._folder = spec, workers, folder
         self._logged: set[str] = set()
+        self._source_state: dict[str, Any] = {}  # the position in the set after the last batch
+        self.max_batches = max_batches
         self.sources = spec.stream.sources
         self.val_data = [spec.stream.sources[0].name]
         self.data_key = spec.stream.data_key
         self.batch_size = spec.batch_size
-        known, limit = spec.stream.sources[0].num_sequences, spec.max_sequences
-        self.num_sequences = known if known is None or limit is None else min(known, limit)
-        total_batch = spec.batch_size * spec.world_size
-        self.num_batches = None if self.num_sequences is None else -(-self.num_sequences // total_batch)
+        self.total_sequences = known = spec.stream.sources[0].num_sequences
+        limits = [limit for limit in (known, spec.max_sequences) if limit is not None]
+        bound = None if max_batches is None else max_batches * spec.global_batch_size
+        self._bounds_first = bound is not None and all(bound < limit for limit in limits)
+        self.is_bounded = self._bounds_first and known is not None
+        if bound is not None:
+            limits.append(bound)
+            self._spec = replace(spec, max_sequences=min(bound, spec.max_sequences or bound))
+        self.num_sequences = None if known is None else min(limits)
+        self.num_batches = None if self.num_sequences is None else -(-self.num_sequences // spec.global_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this rank's batches. DataError for a set without a usable sequence, or from reading the data."""
-        is_empty = True
-        for batch, _ in load_batches(self._spec, self._workers, self._logged):
-            is_empty = False
+        count = 0
+        for batch, state in load_batches(self._spec, self._workers, self._logged):
+            count += 1
+            self._source_state = state["sources"][0]
+            if self.num_sequences is None:
+                self.is_bounded = self._bounds_first and count == self.max_batches
             yield batch
-        if is_empty:
+        if not count:
             raise DataError(f"--val-data {self.val_data[0]}: its shards hold no sequence")
+        self.num_batches = count
+
+    def estimate_batches(self) -> int | None:
+        """Estimate `num_batches` from the mean size of the shards read so far, None before the first is complete."""
+        visit, offset, samples = (self._source_state.get(name, 0) for name in ("visit", "offset", "samples"))
+        if self.num_batches is not None or not visit:
+            return self.num_batches
+        sequences = round((samples - offset) / visit * len(self.sources[0].shards))
+        if self._spec.max_sequences is not None:
+            sequences = min(sequences, self._spec.max_sequences)
+        return -(-sequences // self._spec.global_batch_size)
 
 
 def build_val_loaders(
@@ -85,5 +117,5 @@ def build_val_loaders(
             pad_last_batch=True,
             max_sequences=limit,
         )
-        loaders.append(ValLoader(spec, data.workers, folder))
+        loaders.append(ValLoader(spec, data.workers, folder, validation.val_max_batches))
     return loaders

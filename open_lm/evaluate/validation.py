@@ -10,12 +10,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import PurePath
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,10 +25,10 @@ from open_lm.data.masking import IGNORE_INDEX
 from open_lm.data.validation_loader import ValLoader
 from open_lm.distributed.param_names import clean_name
 from open_lm.distributed.precision import get_autocast
-from open_lm.distributed.processes import Runtime, broadcast_object, gather_objects, sum_over_ranks
+from open_lm.distributed.processes import Runtime, broadcast_object, sum_over_ranks
 from open_lm.errors import ConfigError
+from open_lm.evaluate.intervals import LossHistogram, bootstrap_interval
 from open_lm.model.losses import ForwardOptions, TokenLoss, batch_loss
-from open_lm.monitor.metrics import bootstrap_interval
 from open_lm.monitor.watchdog import heartbeat
 from open_lm.optim.adamw import local_tensor
 from open_lm.parallel.parallelize import evaluation_mode, unwrap
@@ -62,10 +61,12 @@ def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: Evalu
 
     A result is an entry of a line of results.jsonl. `loss` is the mean over the valid tokens of all ranks, without
     filler sequences and masked targets; `tokens` and `sequences` are the numbers of valid ones. `samples_per_second`
-    counts tokens, as in existing results.
+    counts tokens, as in existing results. `max_batches` is in the result of a set that --val-max-batches has cut.
     """
     results = []
-    for loader in loaders:
+    for number, loader in enumerate(loaders, start=1):
+        if options.runtime.is_master:
+            logging.info(_announcement(loader, number, len(loaders)))
         with evaluation_mode(model):
             result = _evaluate_set(model, loader, options)
         if options.train_tokens is not None:
@@ -156,27 +157,26 @@ def evaluate_loop(
     return results
 
 
-@dataclass
 class _LossSamples:
-    """The losses of this rank's sequences and tokens, for the intervals."""
+    """The losses of this rank's sequences and tokens, for the intervals that the settings request."""
 
-    sequences: list[np.ndarray] = field(default_factory=list)
-    tokens: list[np.ndarray] = field(default_factory=list)
+    def __init__(self, cfg: ValidationConfig, device: torch.device) -> None:
+        self.sequences = LossHistogram(device) if cfg.val_seq_ci else None
+        self.tokens = LossHistogram(device) if cfg.val_tok_ci else None
 
-    def add(self, losses: Tensor, valid: Tensor, cfg: ValidationConfig) -> None:
+    def add(self, losses: Tensor, valid: Tensor) -> None:
         """Add the losses (B,T) float32 of a batch and their validity (B,T) bool."""
-        if cfg.val_seq_ci:
+        if self.sequences is not None:
             counts = valid.sum(1)
-            means = losses.sum(1) / counts.clamp(min=1)
-            self.sequences.append(means[counts > 0].cpu().numpy())
-        if cfg.val_tok_ci:
-            self.tokens.append(losses[valid].cpu().numpy())
+            self.sequences.add((losses * valid).sum(1) / counts.clamp(min=1), counts > 0)
+        if self.tokens is not None:
+            self.tokens.add(losses, valid)
 
 
 def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOptions) -> dict[str, Any]:
     runtime, cfg = options.runtime, options.cfg
     totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # loss, tokens, sequences
-    samples = _LossSamples()
+    samples = _LossSamples(cfg, runtime.device)
     data_s, steps, positions, start = 0.0, 0, 0, time.perf_counter()
     waiting_since = logged_at = start
     for index, (batch, _) in enumerate(on_device(((batch, None) for batch in loader), runtime.device)):
@@ -187,12 +187,12 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         valid = (targets != IGNORE_INDEX) & options.layout.contributes_sequences
         sums = ((losses * valid).sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
         totals += torch.stack([value.to(torch.float64) for value in sums])
-        samples.add(losses, valid, cfg)
+        samples.add(losses, valid)
         steps, positions = steps + 1, positions + targets.numel() * options.layout.data_size
         now = time.perf_counter()
         if runtime.is_master and (index % options.log_every == 0 or now - logged_at >= _PROGRESS_S):
-            logged_at, num_batches = now, getattr(loader, "num_batches", None)
-            _log_progress(index, num_batches, data_s / steps, (now - start) / steps, positions / steps, runtime)
+            logged_at = now
+            _log_progress(index, loader, data_s / steps, (now - start) / steps, positions / steps, runtime)
         waiting_since = time.perf_counter()
     loss_sum, tokens, sequences = sum_over_ranks(totals).tolist()
     batch_s = max(time.perf_counter() - start, 1e-9) / max(steps, 1)
@@ -204,10 +204,12 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         "batch_time": batch_s,
         "samples_per_second": speed,
         "samples_per_second_per_gpu": speed / runtime.world_size,
-        **_intervals(samples, cfg),
+        **_intervals(samples, cfg, runtime),
         "sequences": round(sequences),
         "tokens": round(tokens),
     }
+    if getattr(loader, "is_bounded", False):
+        result["max_batches"] = steps
     if runtime.is_master:
         logging.info(_summary(" ".join(loader.val_data), result))
     # Times differ between ranks; all ranks return rank 0's.
@@ -219,21 +221,31 @@ def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, options: For
     return batch_loss(model, inputs, TokenLoss(targets, per_token=True), options)
 
 
-def _intervals(samples: _LossSamples, cfg: ValidationConfig) -> dict[str, float]:
-    """Return 95 % intervals of the mean loss over the samples of all ranks, computed on rank 0. Collective."""
+def _intervals(samples: _LossSamples, cfg: ValidationConfig, runtime: Runtime) -> dict[str, float]:
+    """Return 95 % intervals of the mean loss over the samples of all ranks. Collective."""
     intervals = {}
-    kinds = (("sequences", cfg.val_seq_ci, samples.sequences), ("tokens", cfg.val_tok_ci, samples.tokens))
-    for name, is_enabled, local in kinds:
-        bounds = NO_INTERVAL
-        if is_enabled:
-            by_rank = gather_objects(np.concatenate(local) if local else np.empty(0, np.float32))
-            population = np.concatenate(by_rank) if by_rank else np.empty(0, np.float32)
-            if len(population):
-                size = min(len(population), cfg.val_max_pop_ci or len(population))
-                logging.info(f"Drawing {cfg.val_iter_ci} bootstrap resamples of {size} {name}")
-                bounds = bootstrap_interval(population, cfg.val_iter_ci, cfg.val_max_pop_ci)
-        intervals[f"loss_{name}_lower_95"], intervals[f"loss_{name}_upper_95"] = bounds
+    for name, histogram in (("sequences", samples.sequences), ("tokens", samples.tokens)):
+        bounds = None
+        if histogram is not None:
+            start = time.perf_counter()
+            bounds = bootstrap_interval(histogram, cfg.val_iter_ci, cfg.val_max_pop_ci, runtime=runtime)
+            if runtime.is_master:
+                spent_s = time.perf_counter() - start
+                logging.info(f"Interval over {name}: {cfg.val_iter_ci} bootstrap resamples in {spent_s:.1f} s")
+        intervals[f"loss_{name}_lower_95"], intervals[f"loss_{name}_upper_95"] = bounds or NO_INTERVAL
     return intervals
+
+
+def _announcement(loader: ValLoader, number: int, sets: int) -> str:
+    """Describe the validation set that is evaluated next, in one line."""
+    size, known = "", getattr(loader, "num_sequences", None)
+    if known is None and getattr(loader, "max_batches", None) is not None:
+        size = f", at most {loader.max_batches} batches (--val-max-batches)"
+    elif known is not None:
+        size = f", {known} sequences in {loader.num_batches} batches"
+        if loader.is_bounded:
+            size += f" (--val-max-batches; the set has {loader.total_sequences} sequences)"
+    return f"Validating on {' '.join(loader.val_data)} (set {number} of {sets}){size}"
 
 
 def _summary(name: str, result: Mapping[str, Any]) -> str:
@@ -246,20 +258,25 @@ def _summary(name: str, result: Mapping[str, Any]) -> str:
         lower, upper = (result[f"loss_{kind}_{bound}_95"] for bound in ("lower", "upper"))
         if (lower, upper) != NO_INTERVAL:
             intervals += f", 95 % interval over {kind} {lower:.6f} to {upper:.6f}"
+    bounded = f" of the first {result['max_batches']} batches (--val-max-batches)" if "max_batches" in result else ""
     return (
         f"Validation on {name}: loss {result['loss']:.6f}, perplexity {perplexity:.4g}, {result['tokens']} tokens"
-        f"{intervals}"
+        f"{bounded}{intervals}"
     )
 
 
 def _log_progress(  # noqa: PLR0917 - the values of one line
-    index: int, num_batches: int | None, data_s: float, batch_s: float, step_tokens: float, runtime: Runtime
+    index: int, loader: ValLoader, data_s: float, batch_s: float, step_tokens: float, runtime: Runtime
 ) -> None:
+    """Log the batches done and the remaining time, estimated ("about") until the sizes of all shards are known."""
     speed, done = step_tokens / batch_s, index + 1
+    known = getattr(loader, "num_batches", None)
+    total = known or (loader.estimate_batches() if isinstance(loader, ValLoader) else None)
     progress = f" [{done} batches done]"
-    if num_batches:
-        remaining = timedelta(seconds=round(max(num_batches - done, 0) * batch_s))
-        progress = f" [{done}/{num_batches} ({100 * done / num_batches:.0f}%)] ETA: {remaining}"
+    if total:
+        remaining = timedelta(seconds=round(max(total - done, 0) * batch_s))
+        about = "" if known else "about "
+        progress = f" [{done}/{about}{total} ({min(100 * done / total, 100):.0f}%)] ETA: {about}{remaining}"
     logging.info(
         f"Validation batch {index} Data (t): {data_s:.3f} Batch (t): {batch_s:.3f}, {speed:#g}/s, "
         f"{speed / runtime.world_size:#g}/s/gpu{progress}"

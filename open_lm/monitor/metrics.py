@@ -1,4 +1,4 @@
-"""Metrics of a run: means on the device, model FLOPs, peak memory, log lines and bootstrap intervals.
+"""Metrics of a run: means on the device, model FLOPs, peak memory and log lines.
 
 Legend: D model width, H heads, K head width, L layers, T sequence.
 """
@@ -17,7 +17,6 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -244,33 +243,3 @@ def short_labels(names: Sequence[str]) -> dict[str, str]:
         choices += [f"{words[-1]}-{number}" for number in range(2, len(folders) + 2)]
         labels[name] = next(choice for choice in choices if choice not in labels.values())
     return labels
-
-
-# ------------------------------------------------------------------------------------------------ intervals
-def bootstrap_interval(
-    points: np.ndarray,
-    iterations: int = 10_000,
-    max_population: int | None = None,
-    level: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Return the interval (lower, upper) of the mean of points (n,) by the percentile bootstrap (Efron 1979).
-
-    With `max_population` m below n, resamples have m points and their spread is scaled by sqrt(m / n) (m-out-of-n
-    bootstrap, Bickel et al. 1997), so the interval is that of all n points. The cost is iterations * min(n, m).
-    """
-    points = np.asarray(points, dtype=np.float64)
-    population = len(points)
-    size = min(population, max_population or population)
-    generator = np.random.default_rng(seed)
-    chunk = max(1, 2**22 // size)
-    means = np.concatenate(
-        [
-            points[generator.integers(population, size=(min(chunk, iterations - done), size))].mean(axis=1)
-            for done in range(0, iterations, chunk)
-        ]
-    )
-    center = points.mean()
-    means = center + (means - center) * np.sqrt(size / population)
-    lower, upper = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(lower), float(upper)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,10 +18,11 @@ import torch
 import trainer_worker
 
 from open_lm.config.layout import MeshLayout
-from open_lm.config.sections import ValidationConfig
+from open_lm.config.sections import DataConfig, ValidationConfig
 from open_lm.data import get_data
 from open_lm.data.device import DeviceBatch
 from open_lm.data.masking import IGNORE_INDEX
+from open_lm.data.validation_loader import build_val_loaders
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime
 from open_lm.errors import ConfigError
@@ -220,8 +225,82 @@ def test_validation_logs_its_interval_its_progress_and_the_remaining_time(
             assert f", 95 % interval over {kind} {bounds[0]:.6f} to {bounds[1]:.6f}" in text
     total = -(-results[0]["sequences"] // 64)
     assert total > 1 and f" [1/{total} (" in text and f"/s/gpu [{total}/{total} (100%)] ETA: 0:00:00" in text
-    assert text.count(f" [{total} batches done]") == 1, "the number of batches is not known"
+    assert text.count(" [1 batches done]") == 1, "the number of batches is not known"
+    assert re.search(rf" \[\d+/about {total} \(\d+%\)\] ETA: about 0:00:0", text), "the shard's end is in sight"
+    assert "Validating on " in text and f" (set 1 of 2), {results[0]['sequences']} sequences in {total} batches" in text
     without = log("without", "--global-val-batch-size", "64")
     assert "interval" not in without and f" [{total}/{total} " not in without
     monkeypatch.setattr("open_lm.evaluate.validation._PROGRESS_S", 0.0)
     assert f" [{total}/{total} " in log("slow", "--global-val-batch-size", "64"), "a slow validation logs more often"
+
+
+BOUND = ["--global-val-batch-size", "8", "--val-max-batches", "3"]
+TOKENS = 3 * 8 * 64  # of these batches
+
+
+def bounded_results(folder: Path) -> list[dict[str, Any]]:
+    (results,) = [json.loads(line) for line in (folder / "checkpoints/results.jsonl").read_text().splitlines()]
+    assert [result["tokens"] for result in results] == [TOKENS] * 2 and {r["max_batches"] for r in results} == {3}
+    text = (folder / "out.log").read_text()
+    assert text.count(f"{TOKENS} tokens of the first 3 batches (--val-max-batches)") == 2
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    assert metrics["val/tokens"] == 2 * TOKENS and metrics["val/00000007/max_batches"] == 3
+    return results
+
+
+def test_max_batches_bounds_every_set(shared_dir: Path, tmp_path: Path) -> None:
+    flags = [*golden_flags(shared_dir), "--precision", "fp32", "--logs", str(tmp_path)]
+    flags += ["--resume", str(shared_dir / GOLDEN / "epoch_2.pt")]
+    main([*flags, *BOUND, "--name", "bounded"])
+    bounded = bounded_results(tmp_path / "bounded")
+    text = (tmp_path / "bounded/out.log").read_text()
+    assert text.count(", at most 3 batches (--val-max-batches)") == 2, "the manifest does not list these shards"
+    listed = ["--val-data", str(shared_dir / "compat/run/data/00000006.tar"), *BOUND, "--name", "listed"]
+    main([*flags, *listed])
+    text = (tmp_path / "listed/out.log").read_text()
+    assert "(set 1 of 1), 24 sequences in 3 batches (--val-max-batches; the set has 256 sequences)" in text
+    main([*flags, "--val-num-samples", str(TOKENS), "--name", "same"])
+    (same,) = [json.loads(line) for line in (tmp_path / "same/checkpoints/results.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in bounded] == pytest.approx([r["loss"] for r in same], rel=1e-6)
+    main([*flags, "--val-max-batches", "1000000", "--name", "loose"])
+    (loose,) = [json.loads(line) for line in (tmp_path / "loose/checkpoints/results.jsonl").read_text().splitlines()]
+    assert loose[0]["loss"] == pytest.approx(golden_results(shared_dir)[0]["loss"], abs=1e-4)
+    assert "max_batches" not in loose[0]
+
+
+@pytest.mark.processes
+def test_max_batches_bounds_context_parallel_ranks_and_validation_in_training(
+    ranks: Callable[..., Any], shared_dir: Path, tmp_path: Path
+) -> None:
+    run = shared_dir / "compat/run"
+    flags = [*golden_flags(shared_dir), *BOUND, "--precision", "fp32", "--log-every-n-steps", "1"]
+    main([*flags, "--resume", str(shared_dir / GOLDEN / "epoch_2.pt"), "--logs", str(tmp_path), "--name", "single"])
+    common = [*flags, "--logs", str(tmp_path), "--context-parallel", "2"]
+    ranks(2, "open_lm.main", *common, "--resume", str(shared_dir / GOLDEN / "epoch_2.pt"), "--name", "context")
+    for one, other in zip(*(bounded_results(tmp_path / name) for name in ("single", "context")), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    train = ["--train-data", str(run / "data/0000000[1-3].tar"), "--train-num-samples", "2048", "--seed", "1"]
+    train += ["--averagers", "poly_8_1", "--global-batch-size", "8", "--val-seq-ci", "--val-iter-ci", "50"]
+    ranks(2, "open_lm.main", *flags, "--logs", str(tmp_path), *train, "--name", "train")
+    (result, _) = bounded_results(tmp_path / "train")
+    assert result["loss_sequences_lower_95"] < result["loss"] < result["loss_sequences_upper_95"]
+    average = ["--resume", str(tmp_path / "train/checkpoints/epoch_1.pt"), "--averagers", "poly_8_1"]
+    main([*flags, "--logs", str(tmp_path), "--name", "average", *average])
+    assert bounded_results(tmp_path / "average")[0]["average"] == "poly_8_1"
+
+
+def test_the_number_of_batches_of_unlisted_shards_is_estimated_then_known(shared_dir: Path, tmp_path: Path) -> None:
+    for number in (6, 7, 8):  # shards without a manifest
+        shutil.copy(shared_dir / f"compat/run/data/0000000{number}.tar", tmp_path)
+    validation = ValidationConfig(val_data=[str(tmp_path / "*.tar")], val_data_key=["json.gz"])
+    options = {"seq_len": 64, "vocab_size": 256, "batch_size": 32}
+    (loader,) = build_val_loaders(validation, DataConfig(workers=0), **options)
+    estimates = [loader.estimate_batches() for _ in loader]
+    assert loader.num_sequences is None and loader.num_batches == len(estimates) and not loader.is_bounded
+    assert estimates[0] is None and estimates[-1] == loader.num_batches
+    assert {e for e in estimates if e is not None} <= set(range(len(estimates) - 2, len(estimates) + 3))
+    bounded = replace(validation, val_max_batches=2)
+    (loader,) = build_val_loaders(bounded, DataConfig(workers=0), **options)
+    assert len(list(loader)) == 2 and loader.is_bounded and loader.num_batches == 2
+    (loader,) = build_val_loaders(replace(bounded, val_max_batches=1000), DataConfig(workers=0), **options)
+    assert len(list(loader)) == len(estimates) and not loader.is_bounded

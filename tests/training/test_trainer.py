@@ -24,7 +24,6 @@ from open_lm.model.transformer import Params, Transformer
 from open_lm.monitor.metrics import (
     DeviceMeans,
     TrainLogEntry,
-    bootstrap_interval,
     device_peak_flops,
     model_flops_per_token,
     peak_memory_bytes,
@@ -362,14 +361,3 @@ def test_model_flops_count_matrix_products_only() -> None:
     one, two = (model_flops_per_token(small_model(**experts, moe_top_k=k)) for k in (1, 2))
     assert two - one == 6 * 3 * 2 * 4 * 24 * 24, "each block's further expert has two matrices of 4 D x D"
     assert device_peak_flops(torch.device("cpu"), torch.float32) > 1e8  # type: ignore[operator]
-
-
-def test_bootstrap_interval_matches_the_normal_interval() -> None:
-    points = np.random.default_rng(1).exponential(size=4000)
-    half = 1.96 * points.std() / math.sqrt(len(points))
-    lower, upper = bootstrap_interval(points, iterations=2000)
-    assert (lower, upper) == pytest.approx((points.mean() - half, points.mean() + half), abs=0.1 * half)
-    assert bootstrap_interval(points, iterations=2000) == (lower, upper), "equal points give equal intervals"
-    small = bootstrap_interval(points, iterations=2000, max_population=500)
-    assert small == pytest.approx((lower, upper), abs=0.15 * half), "fewer resamples, the same population"
-    assert bootstrap_interval(np.array([2.0]), iterations=10) == (2.0, 2.0)
