@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import open_lm
 from open_lm.datapreprocess.tasks import Call, Feed, Queue, Session, Threads, ready_results
 from open_lm.errors import ConfigError
+from open_lm.system import available_cpus
 
 _logger = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 << 20  # only for feed items and shared values; sequences are exchanged in the work folder
@@ -292,11 +293,6 @@ def _environment(**values: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def available_cpus() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def local_workers(requested: int | None) -> int:

@@ -30,7 +30,7 @@ from open_lm.datapreprocess.accounting import (
     summary,
 )
 from open_lm.datapreprocess.assembly import Assembler, CountBuckets
-from open_lm.datapreprocess.cluster import Cluster, Shared, available_cpus
+from open_lm.datapreprocess.cluster import Cluster, Shared
 from open_lm.datapreprocess.inputs import plan_units, unit_size
 from open_lm.datapreprocess.job import PreprocessJob
 from open_lm.datapreprocess.memory import SPILLED_BYTES_PER_INPUT_BYTE, Budget, plan_budget
@@ -55,6 +55,7 @@ from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_chunk, run_unit
 from open_lm.datapreprocess.writer import WrittenShard, dataset_url, write_dataset, write_manifests, write_shards
 from open_lm.errors import DataError, UserError
+from open_lm.system import available_cpus
 from open_lm.tokenizer import COPY_FOLDER
 
 _logger = logging.getLogger(__name__)

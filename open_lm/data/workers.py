@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -14,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from open_lm.errors import STOP_SIGNALS, DataError
 
-_PARENT_POLL_S = 2
+_PARENT_POLL_S = 2.0
+_UNKNOWN_SENDER_GRACE_S = 60.0  # time for the main process to save and end after a signal to all processes
 T = TypeVar("T")
 
 
@@ -67,14 +70,31 @@ def exit_with_parent(_worker: int) -> None:
     The worker's signals are blocked, and without a main process it would wait forever to send its next batch.
     """
     main = multiprocessing.parent_process()
-    assert main is not None
-    parent = main.pid
+    assert main is not None and main.pid is not None
+    wait = _wait_for_sigterm if hasattr(signal, "sigtimedwait") else _poll_for_sigterm
 
-    def wait_for_parent() -> None:
-        while os.getppid() == parent:
-            received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_POLL_S)
-            if received is not None and received.si_pid == parent:
-                break
+    def exit_after(parent: int) -> None:
+        wait(parent)
         os._exit(0)
 
-    threading.Thread(target=wait_for_parent, daemon=True).start()
+    threading.Thread(target=exit_after, args=(main.pid,), daemon=True).start()
+
+
+def _wait_for_sigterm(parent: int) -> None:
+    """Return after a SIGTERM from the parent, or when it has died; ignore those of other processes."""
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, _PARENT_POLL_S)
+        if received is not None and received.si_pid == parent:
+            return
+
+
+def _poll_for_sigterm(parent: int) -> None:
+    """Do the same on macOS, which does not tell the sender of a blocked signal.
+
+    If it is not the parent, the parent received the signal too. It then ends by itself, usually within the grace time.
+    """
+    end = math.inf
+    while os.getppid() == parent and time.monotonic() < end:
+        time.sleep(_PARENT_POLL_S)
+        if signal.SIGTERM in signal.sigpending():
+            end = min(end, time.monotonic() + _UNKNOWN_SENDER_GRACE_S)

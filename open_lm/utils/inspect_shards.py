@@ -9,7 +9,6 @@ The exit code is 1 for problems with the data, and 2 for an invalid command line
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_lm.errors import ConfigError, DataError, join_problems, run_cli
 from open_lm.names import shard_pattern, unescape, user_path
+from open_lm.system import available_cpus
 
 if TYPE_CHECKING:
     from open_lm.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--num-workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=available_cpus(),
         help="number of shards to read in parallel (default: the number of CPU cores, here %(default)s)",
     )
     add(

@@ -26,6 +26,7 @@ import numpy as np
 from bench_loader_peers import PEER_LOADERS, SEQUENCES_IN_SHARD, measure
 
 from open_lm.names import user_file, user_path
+from open_lm.system import available_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, VOCAB_SIZE, END_OF_TEXT = 2049, 50432, 0
@@ -168,7 +169,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
     origin = make_data(folder, args.sequences)
     print(
         f"{args.sequences * LENGTH / 1e6:.1f} million tokens of {origin}; sequences of {LENGTH}, batches of "
-        f"{args.batch_size}, {len(os.sched_getaffinity(0))} CPU cores, warm page cache, {args.rounds} rounds; million "
+        f"{args.batch_size}, {available_cpus()} CPU cores, warm page cache, {args.rounds} rounds; million "
         "tokens per second and worker (0 workers: in the main process)",
         flush=True,
     )

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm.names import user_path
+from open_lm.system import available_cpus
 
 MEMORY_SAMPLE_S = 1.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input-files", type=user_path, nargs="+", required=True, help="JSON lines, compressed or not")
     parser.add_argument("--tokenizer", type=user_path, required=True, help="path of a tokenizer.json file")
     parser.add_argument("--megabytes", type=float, default=500, help="MB of text; inputs are repeated (default: 500)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=available_cpus())
     parser.add_argument("--memory-limit", help="--memory-limit of the full commands, such as 1300MiB")
     parser.add_argument("--work-dir", type=user_path, help="folder for corpus and output (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=1, help="measurements of ceiling and ours (default: 1)")

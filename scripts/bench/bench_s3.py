@@ -40,6 +40,7 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 
 from open_lm.names import user_file, user_path
+from open_lm.system import available_cpus
 
 LENGTH, VOCAB_SIZE, BATCH_SIZE = 2049, 50432, 32
 CONNECTIONS = 4
@@ -272,7 +273,7 @@ def run(args: argparse.Namespace, local: Path) -> None:
     size = results["download only"][0]["bytes"]
     print(
         f"{args.shards} shards of {size / args.shards / 1e6:.1f} MB from the server {args.server} (limit "
-        f"{args.line_mb:g} MB/s), {CONNECTIONS} connections, {len(os.sched_getaffinity(0))} CPU cores, medians of "
+        f"{args.line_mb:g} MB/s), {CONNECTIONS} connections, {available_cpus()} CPU cores, medians of "
         f"{args.rounds} rounds"
     )
     print(table(results))

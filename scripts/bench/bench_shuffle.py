@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from open_lm.names import user_path
+from open_lm.system import available_cpus
 
 LENGTH = 2049
 
@@ -32,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--units", type=int, default=64, help="units of 1,000 sequences of 4 kB (default: 64)")
     parser.add_argument("--partitions", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--workers", type=int, default=available_cpus())
     parser.add_argument("--work-dir", type=user_path, help="folder for the files (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=3)
     return parser

@@ -54,6 +54,7 @@ from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
 from open_lm.names import user_file, user_path
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
+from open_lm.system import available_cpus
 
 PEER_STEPS = {"original": "original_recipe:build", "torchtitan": "torchtitan_recipe:build"}
 
@@ -329,7 +330,7 @@ def set_defaults(args: argparse.Namespace) -> None:
         raise ConfigError("--steps, --rounds and --batch-size: expected at least 1; --warmup: at least 0")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no CUDA device")
-    args.threads = args.threads or len(os.sched_getaffinity(0))
+    args.threads = args.threads or available_cpus()
 
 
 def main(argv: Sequence[str]) -> None:

@@ -15,14 +15,15 @@ import torch
 from data_helpers import SEQ_LEN, VOCAB_SIZE, write_source
 
 from open_lm.config.sections import DataConfig
+from open_lm.data import workers
 from open_lm.data.loader import TrainLoader, build_train_loader
 from open_lm.errors import DataError
 
 pytestmark = pytest.mark.processes
 
 
-def loader_of(manifest: str, workers: int, batch_size: int = 4, **options: object) -> TrainLoader:
-    data = DataConfig(dataset_manifest=[manifest], data_key="npy", workers=workers, **options)  # type: ignore[arg-type]
+def loader_of(manifest: str, count: int, batch_size: int = 4, **options: object) -> TrainLoader:
+    data = DataConfig(dataset_manifest=[manifest], data_key="npy", workers=count, **options)  # type: ignore[arg-type]
     return build_train_loader(data, seq_len=SEQ_LEN, vocab_size=VOCAB_SIZE, batch_size=batch_size)
 
 
@@ -43,7 +44,13 @@ def test_the_error_for_a_killed_worker_names_it(tmp_path: Path) -> None:
     assert next(loader.batches(1))[1] != state
 
 
-def test_workers_ignore_signals_to_all_processes_of_the_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_sigtimedwait", [True, False])  # False: macOS
+def test_workers_ignore_signals_to_all_processes_of_the_job(
+    has_sigtimedwait: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_sigtimedwait:
+        monkeypatch.delattr(signal, "sigtimedwait")
+        monkeypatch.setattr(workers, "_PARENT_POLL_S", 0.01)
     manifest = write_source(tmp_path, [40, 40])
     expected = [batch.inputs for batch, _ in loader_of(manifest, 0, multiple_data_passes=True).batches(100)]
     steps = loader_of(manifest, 2, multiple_data_passes=True).batches(100)
@@ -53,6 +60,11 @@ def test_workers_ignore_signals_to_all_processes_of_the_job(tmp_path: Path) -> N
         subprocess.run(["kill", f"-{name}", *(str(child.pid) for child in children)], check=True)
     found += [batch.inputs for batch, _ in steps]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    if not has_sigtimedwait:  # the sender is unknown, so the workers end after the grace time
+        monkeypatch.setattr(workers, "_UNKNOWN_SENDER_GRACE_S", 0.0)
+        more = loader_of(manifest, 2, multiple_data_passes=True).batches(100)
+        next(more)
+        children = [child for child in multiprocessing.active_children() if child not in children]
     for child in children:
         child.terminate()
         child.join(60)
@@ -60,7 +72,9 @@ def test_workers_ignore_signals_to_all_processes_of_the_job(tmp_path: Path) -> N
 
 
 RUN_THAT_IS_KILLED = """
-import multiprocessing, sys
+import multiprocessing, signal, sys
+if len(sys.argv) > 2:
+    del signal.sigtimedwait
 from test_loader_workers import loader_of
 steps = loader_of(sys.argv[1], 2, 4000, multiple_data_passes=True).batches(10_000)
 next(steps)
@@ -69,20 +83,21 @@ sys.stdin.read()
 """
 
 
-def test_workers_end_with_a_killed_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [[], ["without sigtimedwait"]])
+def test_workers_end_with_a_killed_run(arguments: list[str], tmp_path: Path) -> None:
     """They wait to send batches larger than a pipe holds, and would keep the run's output open."""
-    command = [sys.executable, "-c", RUN_THAT_IS_KILLED, write_source(tmp_path, [900] * 9)]
+    command = [sys.executable, "-c", RUN_THAT_IS_KILLED, write_source(tmp_path, [900] * 9), *arguments]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert run.stdout is not None
-    workers = [int(pid) for pid in run.stdout.readline().split()]
-    assert len(workers) == 2
+    pids = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(pids) == 2
     run.kill()
     try:
         run.communicate(timeout=60)  # the output ends when the workers do
     except subprocess.TimeoutExpired:
-        for worker in workers:
-            os.kill(worker, signal.SIGKILL)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
         raise
 
 

@@ -1,0 +1,12 @@
+"""Facts about this machine that each operating system provides in another way."""
+
+from __future__ import annotations
+
+import os
+
+
+def available_cpus() -> int:
+    """Return the number of CPUs that this process may use; of all CPUs where the system has no such limit (macOS)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
