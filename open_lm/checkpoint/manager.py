@@ -23,9 +23,9 @@ from open_lm.checkpoint.folders import (
     unfinished_folders,
 )
 from open_lm.checkpoint.interchange import write_interchange, write_latest
-from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingState, incomplete_reason
+from open_lm.config.checkpoint_policy import due_after_epoch, due_after_step, superseded
 from open_lm.config.sections import CheckpointConfig
 from open_lm.distributed.processes import run_on_all_ranks, run_on_master
 from open_lm.errors import StorageError

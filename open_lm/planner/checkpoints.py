@@ -1,13 +1,13 @@
 """Predict the number and size of a run's checkpoints, and the disk space of those that are kept.
 
-Mirrors checkpoint/policy.py and the two checkpoint formats of docs/checkpoints.md.
+The formats are those of docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from open_lm.config.sections import CheckpointConfig
+from open_lm.config.checkpoint_policy import due_after_epoch, is_milestone
 from open_lm.planner.memory import TrainingSetup, optimizer_bytes
 
 
@@ -41,12 +41,12 @@ class Checkpoints:
 def plan_checkpoints(setup: TrainingSetup, steps: int, epochs: int) -> Checkpoints:
     """Return the checkpoints of a run with `steps` steps in `epochs` epochs."""
     cfg = setup.config.checkpoint
-    ends = _epoch_ends(steps, epochs)
-    saved_epochs = [end for number, end in enumerate(ends, 1) if _is_saved(cfg, number, epochs)]
+    ends = [steps * number // epochs for number in range(1, epochs + 1)]
+    saved_epochs = [end for number, end in enumerate(ends, 1) if due_after_epoch(cfg, number, number == epochs)]
     saved = set(saved_epochs)
     for every in (cfg.save_every_n_steps, cfg.save_milestone_every):
         saved |= set(range(every, steps + 1, every)) if every else set()
-    milestones = {step for step in saved if cfg.save_milestone_every and step % cfg.save_milestone_every == 0}
+    milestones = {step for step in saved if is_milestone(cfg, step)}
     keep = 1 if cfg.delete_previous_checkpoint else cfg.keep_last
     ordinary = len(saved) - len(milestones)
     size = _checkpoint_bytes(setup)
@@ -67,11 +67,3 @@ def _checkpoint_bytes(setup: TrainingSetup) -> int:
     local_numel = setup.local_numel(setup.shape.weights)
     local_bytes = local_numel * setup.sizes.stored + optimizer_bytes(setup)
     return round(local_bytes * setup.shape.num_params / local_numel)
-
-
-def _epoch_ends(steps: int, epochs: int) -> list[int]:
-    return [steps * number // epochs for number in range(1, epochs + 1)]
-
-
-def _is_saved(cfg: CheckpointConfig, number: int, epochs: int) -> bool:
-    return number == epochs or (cfg.save_frequency > 0 and number % cfg.save_frequency == 0)

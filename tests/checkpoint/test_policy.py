@@ -18,7 +18,7 @@ from open_lm.checkpoint.folders import (
     step_number,
     unfinished_folders,
 )
-from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
+from open_lm.config.checkpoint_policy import due_after_epoch, due_after_step, superseded
 from open_lm.config.sections import CheckpointConfig
 
 

@@ -13,8 +13,8 @@ import check_plan
 import pytest
 import torch
 
-from open_lm.checkpoint.policy import due_after_epoch, due_after_step, superseded
 from open_lm.config.architecture import model_names
+from open_lm.config.checkpoint_policy import due_after_epoch, due_after_step, superseded
 from open_lm.config.command_line import parse_args
 from open_lm.config.layout import resolve_layout
 from open_lm.config.sections import Config, ModelConfig

@@ -1,4 +1,4 @@
-"""Decide when to save and which sharded checkpoints to keep. Pure functions of numbers."""
+"""Decide when to save and which sharded checkpoints to keep: pure functions of numbers, also for the planner."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def superseded(cfg: CheckpointConfig, steps: Iterable[int], newest: int) -> list
     milestones, which the run replaces when it reaches their step again.
     """
     num_kept = 1 if cfg.delete_previous_checkpoint else cfg.keep_last
-    removable = [step for step in sorted({*steps, newest}) if not _is_milestone(cfg, step)]
+    removable = [step for step in sorted({*steps, newest}) if not is_milestone(cfg, step)]
     stale = [step for step in removable if step > newest]
     current = [step for step in removable if step <= newest]
     return stale + (current[:-num_kept] if num_kept else [])
 
 
-def _is_milestone(cfg: CheckpointConfig, step: int) -> bool:
+def is_milestone(cfg: CheckpointConfig, step: int) -> bool:
+    """Return whether the checkpoint of a step is never removed (--save-milestone-every)."""
     return cfg.save_milestone_every > 0 and step % cfg.save_milestone_every == 0
