@@ -23,7 +23,7 @@ from open_lm.errors import DataError, run_cli
 from open_lm.names import user_path
 from open_lm.storage import atomic_write
 
-VALID_FRACTION = 0.05
+TRAIN_FILES, VALID_FRACTION = 4, 0.05
 MIN_DOCUMENT_CHARS = 400
 MIN_COMMENT_LINES = 3
 
@@ -97,18 +97,18 @@ def _close_block(pieces: list[tuple[int, str]], block: list[str], last_line: int
         pieces.append((last_line - len(block) + 1, "\n".join(block)))
 
 
-def gather(output_dir: str, max_mb: float, files: int = 4) -> dict[str, int]:
+def gather(output_dir: str, max_mb: float) -> dict[str, int]:
     """Write the shuffled documents, and return the number of text bytes and of documents in each split."""
     by_hash = sorted(documents(int(max_mb * 1e6)), key=lambda item: hashlib.sha256(str(item["meta"]).encode()).digest())
     num_valid = max(1, int(len(by_hash) * VALID_FRACTION))
-    if len(by_hash) < 2 * files:
+    if len(by_hash) < 2 * TRAIN_FILES:
         raise DataError(
-            f"found only {len(by_hash)} documents in the Python installation, expected at least {2 * files}; "
+            f"found only {len(by_hash)} documents in the Python installation, expected at least {2 * TRAIN_FILES}; "
             "install the standard library's source files"
         )
     outputs = {"valid.jsonl.zst": by_hash[:num_valid]}
-    for index in range(files):
-        outputs[f"train-{index:02d}.jsonl.zst"] = by_hash[num_valid + index :: files]
+    for index in range(TRAIN_FILES):
+        outputs[f"train-{index:02d}.jsonl.zst"] = by_hash[num_valid + index :: TRAIN_FILES]
     counts = {"train_bytes": 0, "train_documents": 0, "valid_bytes": 0, "valid_documents": 0}
     for name, items in outputs.items():
         split = name.partition("-")[0].partition(".")[0]

@@ -31,6 +31,7 @@ from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError, join
 from open_lm.names import printable
 
 LATEST = "latest"
+_MAX_LISTED = 6
 _FORMATS, _SHOWN_BYTES = (b"PK\x03\x04", b"\x80"), 32  # a zip archive, or a pickle in the older format
 _NUMBERED = re.compile(r"^epoch_(\d+)\.pt$")
 _COMPANION = re.compile(r"^(optimizer|stats|(poly|ema|none)(_[^_]+){0,2})_(\d+)\.pt$")  # averagers: by their names
@@ -253,9 +254,9 @@ def shape_problems(state: Mapping[str, Tensor], expected: Mapping[str, torch.Siz
     return [f"{title} ({len(names)}): {_shortened(names)}" for title, names in problems if names]
 
 
-def _shortened(names: list[str], limit: int = 6) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown}, … and {len(names) - limit} more"
+def _shortened(names: list[str]) -> str:
+    hidden = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f", … and {hidden} more" if hidden > 0 else "")
 
 
 # ---------------------------------------------------------------------------------------------- writing

@@ -114,7 +114,10 @@ def _lazy_tensors(stored: StoredTensors, prefix: str) -> dict[str, LazyTensor]:
     """Return the tensors with a name prefix, by the rest of their names; all names of a tied weight share one."""
     lazy: dict[str, LazyTensor] = {}
     return {
-        name.removeprefix(prefix): lazy.setdefault(stored.stored_name(name), _lazy(stored, name))
+        name.removeprefix(prefix): lazy.setdefault(
+            stored.stored_name(name),
+            LazyTensor(tuple(stored.shape(name)), stored.dtype(name), partial(_chunks_in_order, stored, name)),
+        )
         for name in stored.names(prefix)
     }
 
@@ -156,10 +159,6 @@ def _moments(stored: StoredTensors) -> dict[str, dict[str, LazyTensor]]:
 def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
     """Return a parameter group with pairs such as betas as tuples again, which JSON stores as lists."""
     return {key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()}
-
-
-def _lazy(stored: StoredTensors, name: str) -> LazyTensor:
-    return LazyTensor(tuple(stored.shape(name)), stored.dtype(name), partial(_chunks_in_order, stored, name))
 
 
 def _chunks_in_order(stored: StoredTensors, name: str) -> Iterator[Tensor]:

@@ -102,11 +102,7 @@ def read_run_settings(checkpoint: str) -> dict[str, Any]:
 def read_written_params(checkpoint: str) -> dict[str, str]:
     """Return the lines of the params.txt of the run that wrote a checkpoint, by key; empty if there is none."""
     folder = _folder_of(checkpoint)
-    url = (
-        storage.join(folder, "..", "params.txt")
-        if not storage.is_remote(folder)
-        else _parent_url(folder) + "/params.txt"
-    )
+    url = storage.join(_folder_of(folder) if storage.is_remote(folder) else f"{folder}/..", "params.txt")
     if not storage.exists(url):
         return {}
     lines = (line.partition(": ") for line in storage.read_lines(url))
@@ -115,10 +111,6 @@ def read_written_params(checkpoint: str) -> dict[str, str]:
 
 def _folder_of(checkpoint: str) -> str:
     return checkpoint.rstrip("/").rpartition("/")[0] or "."
-
-
-def _parent_url(url: str) -> str:
-    return url.rstrip("/").rpartition("/")[0]
 
 
 def _parse_setting(text: str, spec: FieldSpec) -> Any:

@@ -101,9 +101,6 @@ def _read_pattern(pattern: str, check_sizes: bool) -> list[ShardGroup]:
     """Return one group of shards for each pattern between `::`."""
     parts = split_joined(pattern)
     urls = read_all(parts, expand_shards)
-    empty = [part for part, found in zip(parts, urls, strict=True) if not found]
-    if empty:
-        raise DataError(join_problems(empty, "No shard found for the pattern"))
     entries = [shard_entries(part) or {} for part in urls]
     groups = [[(url, table.get(url)) for url in part] for part, table in zip(urls, entries, strict=True)]
     _check_files(dict(shard for group in groups for shard in group), check_sizes)

@@ -30,6 +30,7 @@ STRATEGIES: dict[str, str] = {
 }
 SIMILAR_SPEED = 0.995  # options at least this fast compared with the fastest count as equally fast
 CHECKPOINTING = ("none", "op", "2", "full")
+_MAX_BATCH = 1 << 14
 _BATCH_FLAGS = {"batch_size", "global_batch_size"}
 _STRATEGY_FLAGS = {"fsdp", "tensor_parallel", "context_parallel", "mesh_dim"}
 SINGLE_DEVICE_STRATEGIES = ("single", "offload")
@@ -195,12 +196,12 @@ def fastest(options: Sequence[Option]) -> Option | None:
     return min(candidates, key=lambda item: item.memory.total, default=None)
 
 
-def largest_batch(fits: Callable[[int], bool], limit: int = 1 << 14) -> int:
-    """Return the largest batch up to `limit` that fits, 0 for none. A batch smaller than one that fits must fit too."""
+def largest_batch(fits: Callable[[int], bool]) -> int:
+    """Return the largest batch up to _MAX_BATCH that fits, 0 for none. A batch smaller than one that fits must fit too."""
     if not fits(1):
         return 0
     low, high = 1, 2
-    while high <= limit and fits(high):
+    while high <= _MAX_BATCH and fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -84,13 +84,9 @@ class RunControl:
         stop = orphaned or self._received is not None
         if stop and not self._announced:
             self._announced = True
-            reason = "the launcher has exited" if self._received is None else f"received {_name(self._received)}"
+            reason = "the launcher has exited" if self._received is None else f"received {signal.Signals(self._received).name}"
             logging.info(f"{reason}: saving and stopping after this step")
         save = self._interval_s > 0 and self._clock() - self._last_save >= self._interval_s
         if save:
             self._last_save = self._clock()
         return int(stop), int(save)
-
-
-def _name(number: int) -> str:
-    return signal.Signals(number).name
