@@ -197,7 +197,7 @@ def fastest(options: Sequence[Option]) -> Option | None:
 
 
 def largest_batch(fits: Callable[[int], bool]) -> int:
-    """Return the largest batch up to _MAX_BATCH that fits, 0 for none. A batch smaller than one that fits must fit too."""
+    """Return the largest batch up to _MAX_BATCH that fits, 0 for none. Smaller ones than one that fits must fit too."""
     if not fits(1):
         return 0
     low, high = 1, 2

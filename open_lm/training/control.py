@@ -84,7 +84,8 @@ class RunControl:
         stop = orphaned or self._received is not None
         if stop and not self._announced:
             self._announced = True
-            reason = "the launcher has exited" if self._received is None else f"received {signal.Signals(self._received).name}"
+            name = None if self._received is None else signal.Signals(self._received).name
+            reason = "the launcher has exited" if name is None else f"received {name}"
             logging.info(f"{reason}: saving and stopping after this step")
         save = self._interval_s > 0 and self._clock() - self._last_save >= self._interval_s
         if save:
