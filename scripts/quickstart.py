@@ -280,7 +280,7 @@ def next_commands(settings: QuickstartSettings) -> str:
     return (
         "Next:\n"
         f"  python {ROOT / 'scripts' / 'generate.py'} --checkpoint {settings.final_checkpoint} \\\n"
-        f"      --tokenizer {settings.tokenizer} --prompt 'Return the'     # generate more text\n"
+        "      --prompt 'Return the'     # generate more text, with the run's tokenizer\n"
         "  python -m open_lm.main --help     # all training flags; README.md shows how to train on your own text\n"
         "  make install-eval                 # install the in-context-learning evaluation"
     )

@@ -18,7 +18,7 @@ from open_lm import storage
 from open_lm.data import provenance
 from open_lm.data.shard_format import shard_folder
 from open_lm.errors import ConfigError, DataError, StorageError, join_problems
-from open_lm.names import user_path
+from open_lm.names import unescape, user_path
 from open_lm.tokenizer import (
     COPY_FOLDER,
     DEFAULT_TOKENIZER,
@@ -176,7 +176,6 @@ def _fingerprint(files: Mapping[str, bytes]) -> str:
 
 def _copies(sources: Sequence[Source], records: Sequence[TokenizerRecord]) -> dict[str, Tokenizer]:
     """Return the tokenizers of these records, by fingerprint, that have a copy next to shards of the sources."""
-    missing = {record.fingerprint: record for record in records}
     folders = dict.fromkeys(
         shard_folder(url)
         for source in sources
@@ -184,6 +183,15 @@ def _copies(sources: Sequence[Source], records: Sequence[TokenizerRecord]) -> di
         for url in source.shards
         if not url.startswith("pipe:")
     )
+    return find_copies(folders, [record.fingerprint for record in records])
+
+
+def find_copies(folders: Iterable[str], fingerprints: Iterable[str]) -> dict[str, Tokenizer]:
+    """Return the tokenizers with these fingerprints that have a copy in a folder of shards, by fingerprint.
+
+    A copy that is damaged or has another fingerprint is not used, with a warning.
+    """
+    missing = set(fingerprints)
     found: dict[str, Tokenizer] = {}
     for folder in folders:
         if not missing:
@@ -197,7 +205,8 @@ def _copies(sources: Sequence[Source], records: Sequence[TokenizerRecord]) -> di
         except ConfigError as error:
             logging.warning(f"the copy of the tokenizer next to the data is not used: {error}")
             continue
-        if missing.pop(tokenizer.fingerprint, None) is not None:
+        if tokenizer.fingerprint in missing:
+            missing.remove(tokenizer.fingerprint)
             found[tokenizer.fingerprint] = tokenizer
         elif tokenizer.fingerprint not in found:
             logging.warning(
@@ -257,7 +266,7 @@ class RunTokenizer:
         if len(self.records) > 1:
             raise ConfigError(f"{self.root}: the run was trained with {self._recorded}, {advice}")
         (record,) = self.records
-        name = record.name or DEFAULT_TOKENIZER
+        name = unescape(record.name) or DEFAULT_TOKENIZER
         try:
             tokenizer = load_tokenizer(name, eot_token)
         except ConfigError as error:

@@ -27,7 +27,9 @@ from open_lm.storage.redaction import redact, redacted
 
 _CHECKPOINT_NAME = re.compile(r"(step_\d+|epoch_(\d+|latest)\.pt)")
 # What a start writes to the run's folder before its first step.
-_START_FILE = re.compile(r"out\.log|out-\d+|params\.txt|model\.json|data\.json|tokenizer|tensorboard|wandb|code|\.run.*")
+_START_FILE = re.compile(
+    r"out\.log|out-\d+|params\.txt|model\.json|data\.json|tokenizer|tensorboard|wandb|code|\.run.*"
+)
 _LOCK_WAIT_S, _LOCK_POLL_S = 30.0, 0.2  # ranks that have lost their launcher end within this time
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -14,6 +14,9 @@ from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME, REJECTS_NAME
 from open_lm.data.shard_format import ManifestEntry, expand_shards, read_manifest, shard_folder, shard_stem
 from open_lm.errors import DataError, UserError, join_problems
 from open_lm.names import is_pattern
+
+if TYPE_CHECKING:
+    from open_lm.tokenizer import Tokenizer
 
 
 @dataclass
@@ -179,6 +182,17 @@ def find_data_sets(folders: Sequence[Folder]) -> tuple[list[DataSet], list[str]]
     for data_set in data_sets.values():
         data_set.complete = _is_complete(data_set)
     return list(data_sets.values()), problems
+
+
+def copied_tokenizer(data_sets: Sequence[DataSet]) -> Tokenizer | None:
+    """Return the copy of the tokenizer next to the shards; None if there is none, or the data sets have several."""
+    from open_lm.data.tokenizers import find_copies
+
+    fingerprints = {data_set.settings.get("tokenizer_fingerprint") for data_set in data_sets}
+    if len(fingerprints) != 1:
+        return None
+    folders = [folder.url for data_set in data_sets for folder in data_set.folders]
+    return next(iter(find_copies(folders, map(str, fingerprints)).values()), None)
 
 
 def _read_record(url: str, records: dict[bytes, dict[str, Any]], problems: list[str]) -> bytes | None:

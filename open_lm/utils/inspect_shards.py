@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--tokenizer",
         type=user_path,
-        help="tokenizer to decode samples (default: the one in dataset.json; without one, show ids)",
+        help="tokenizer to decode samples (default: the one of the data set; without one, show ids)",
     )
     add(
         "--sample-shards",
@@ -155,6 +155,10 @@ def _find_tokenizer(args: argparse.Namespace, data_sets: Sequence[DataSet]) -> t
     specs = {unescape(str(settings["tokenizer"])) for settings in named}
     if not (args.tokenizer or args.samples):
         return None, []
+    from open_lm.utils.data_sets import copied_tokenizer
+
+    if not args.tokenizer and (copy := copied_tokenizer(data_sets)) is not None:
+        return copy, []
     if not args.tokenizer and len(specs) != 1:
         reason = f"the data sets have several ({', '.join(sorted(specs))})" if specs else "no dataset.json names one"
         return None, [f"samples are shown as token ids, because the tokenizer is unknown: {reason}; pass --tokenizer"]

@@ -165,6 +165,16 @@ def test_a_copy_of_another_tokenizer_is_not_used(
     assert not (tmp_path / "runs/run/tokenizer").exists()
 
 
+def test_samples_are_decoded_with_the_copy(own: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from open_lm.utils.inspect_shards import main
+
+    write_data(tmp_path / "data", own)
+    Path(own.name).unlink()
+    main([str(tmp_path / "data"), "--samples", "1", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"] == [] and "text" in found["samples"][0]["pieces"][0]
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 def test_a_run_keeps_its_tokenizer(own: Tokenizer, flags: list[str], tmp_path: Path) -> None:
     manifest = write_data(tmp_path / "data", load_tokenizer(own.name, "<|end|>"))
