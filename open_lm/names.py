@@ -88,8 +88,15 @@ def list_file(text: str) -> str:
 
 
 def split_joined(text: str) -> list[str]:
-    """Return the patterns that `::` joins; a single one for an existing name."""
-    return [text] if exists(text) else text.split(_JOIN)
+    """Return the patterns that `::` joins. The name of an existing folder or file may hold `::` itself."""
+    first, *others = text.split(_JOIN)
+    parts = [first]
+    for part in others:
+        if exists(parts[-1] + _JOIN + part.partition("/")[0]):
+            parts[-1] += _JOIN + part
+        else:
+            parts.append(part)
+    return parts
 
 
 def is_glob(text: str) -> bool:
