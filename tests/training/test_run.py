@@ -16,6 +16,7 @@ from run_helpers import BATCH, before_step, tiny_flags, tokens, train, train_row
 
 from open_lm.checkpoint import manager
 from open_lm.checkpoint.files import read_file
+from open_lm.checkpoint.folders import step_folders
 from open_lm.data.shard_format import ManifestEntry, write_manifest
 from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError, StorageError
 from open_lm.main import main
@@ -264,6 +265,8 @@ def test_interchange_files_missing_after_a_kill_are_written_on_resume(
     with monkeypatch.context() as patches, pytest.raises(StorageError, match="as if killed"):
         patches.setattr(manager, "write_interchange", write)
         train(flags, data, 4, "--name", "run", epochs=2)
+    assert epoch_files(tmp_path / "run") == {f"epoch_{number}.pt" for number in range(1, epoch)}
+    assert list(step_folders(str(tmp_path / "run/checkpoints"))) == [4, 8][:epoch]
     train(flags, data, 4, "--name", "run", "--resume", "latest", epochs=2)
     assert epoch_files(tmp_path / "run") == {"epoch_1.pt", "epoch_2.pt"}
     assert read_file(tmp_path / f"run/checkpoints/epoch_{epoch}.pt")["step"] == 4 * epoch
