@@ -188,8 +188,8 @@ def _registry_symbol(call: ast.Call) -> str | None:
 #   uses: further settings that this entry uses. With an entry that neither requires nor uses a setting that another
 #   entry of its registry does, the setting is reported as having no effect.
 
-# Factories `norm(width, eps=...) -> Module`, whose attribute `initial_gain` is the first value of the weight (1).
-# Facts, for the planner: parameters (names of the vectors of size `width`),
+# Factories `norm(width, eps=...) -> Module`, whose gain is its weight, or its sum with the attribute `gain_offset`, and
+# starts at 1. Facts, for the planner: parameters (names of the vectors of size `width`),
 # computes_in ("float32": always, and the output is multiplied by the gain separately; "autocast": in the type of
 # autocast; default: in the type that torch's layer norm has).
 NORMS = Registry("NORMS", "--model-norm", "open_lm.model", default="default_layer_norm")

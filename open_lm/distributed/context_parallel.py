@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from open_lm.config.layout import MeshLayout
 from open_lm.errors import ConfigError
 from open_lm.kernels.document_attention import DocumentMask, disable_compilation, document_positions, is_document_start
+from open_lm.kernels.general_attention import PLAIN, AttentionOptions, general_attention
 
 # torch 2.13 renamed these functions and warns about the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -66,33 +66,42 @@ class ContextShard:
 
 
 def context_parallel_mask(
-    layout: MeshLayout, length: int, device: torch.device, document_ids: Tensor | None = None
+    layout: MeshLayout,
+    length: int,
+    device: torch.device,
+    document_ids: Tensor | None = None,
+    options: AttentionOptions = PLAIN,
 ) -> DocumentMask:
     """Return the positions and the attention masks of this rank's shard of sequences of `length` tokens.
 
-    With document_ids (B,T), attention stays inside documents; the masks then take T/(2 C) * T bytes per sequence.
+    With document_ids (B,T), attention stays inside documents; the masks then take T/(2 C) * T bytes per sequence. With
+    a limiting window or a soft cap in `options` they take as much for one sequence.
     """
     chunk = length // (2 * layout.context)
     ends = [(index + 1) * chunk for index in _chunk_indices(layout)]
-    if document_ids is None:
+    needs_dense = document_ids is None and (options.is_limiting(length) or options.soft_cap is not None)
+    ids = torch.zeros(1, length, dtype=torch.int32, device=device) if needs_dense else document_ids
+    if ids is None:
         from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes seconds
 
         positions = torch.arange(length, device=device)[None]
         masks: list[Tensor] = [causal_lower_right(chunk, end) for end in ends]
     else:
-        positions = document_positions(is_document_start(document_ids))
-        masks = [_chunk_mask(document_ids[:, :end], chunk) for end in ends]
+        positions = document_positions(is_document_start(ids))
+        masks = [_chunk_mask(ids[:, :end], chunk, options.window) for end in ends]
     return DocumentMask(
         shard_sequences(positions, layout),
         context_shard=ContextShard(layout, tuple(masks)),
         attn_func=disable_compilation(_attend),
+        for_options=lambda other: context_parallel_mask(layout, length, device, document_ids, other),
     )
 
 
-def _chunk_mask(document_ids: Tensor, num_queries: int) -> Tensor:
+def _chunk_mask(document_ids: Tensor, num_queries: int, window: int | None) -> Tensor:
     """Return the causal document mask (B,1,num_queries,S) bool of the last queries; document_ids are (B,S)."""
     offset = document_ids.shape[1] - num_queries
-    return (document_ids[:, offset:, None] == document_ids[:, None, :]).tril(diagonal=offset)[:, None]
+    mask = (document_ids[:, offset:, None] == document_ids[:, None, :]).tril(diagonal=offset)
+    return (mask if window is None else mask.triu(offset - window + 1))[:, None]
 
 
 def _chunk_indices(layout: MeshLayout) -> tuple[int, int]:
@@ -100,20 +109,24 @@ def _chunk_indices(layout: MeshLayout) -> tuple[int, int]:
     return layout.context_rank, 2 * layout.context - 1 - layout.context_rank
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, documents: DocumentMask) -> Tensor:
-    """Compute causal attention of the local queries to all ranks' keys and values: 3 x (B,T/C,H,K) -> (B,T/C,H,K)."""
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, documents: DocumentMask, options: AttentionOptions = PLAIN
+) -> Tensor:
+    """Compute causal attention of the local queries to all ranks' keys and values.
+
+    queries (B,T/C,H,K), keys and values (B,T/C,G,K) with G a divisor of H -> (B,T/C,H,K).
+    """
     shard: ContextShard = documents.context_shard
     device_type = queries.device.type
     # The q and k norms return float32, and autocast does not cast inputs when the mask is a tensor subclass.
     if torch.is_autocast_enabled(device_type):
         queries, keys, values = (x.to(torch.get_autocast_dtype(device_type)) for x in (queries, keys, values))
     keys_values = gather_sequences(torch.stack((keys, values), dim=2), shard.layout)
-    k, v = (x.transpose(1, 2) for x in keys_values.unbind(2))  # fused kernels need contiguous head elements
+    k, v = keys_values.unbind(2)
     outs = []
     for index, chunk, mask in zip(_chunk_indices(shard.layout), queries.chunk(2, dim=1), shard.masks, strict=True):
         end = (index + 1) * chunk.shape[1]  # the mask is aligned to the last key
-        out = F.scaled_dot_product_attention(chunk.transpose(1, 2), k[:, :, :end], v[:, :, :end], attn_mask=mask)
-        outs.append(out.transpose(1, 2))
+        outs.append(general_attention(chunk, k[:, :end], v[:, :end], mask, options=options))
     return torch.cat(outs, dim=1)
 
 

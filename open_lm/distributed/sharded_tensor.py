@@ -82,11 +82,14 @@ def stored_row_runs(first: int, num_rows: int, total_rows: int, parts: int, rank
 
 # ---------------------------------------------------------------------------------------------- tensors
 def fused_weight_parts(model: nn.Module) -> dict[str, int]:
-    """Return the clean names of the weights that are in rank-major order, with the number of matrices fused in each."""
+    """Return the clean names of the weights and biases that are in rank-major order, with the number of matrices fused
+    in each."""
     return {
-        clean_name(f"{name}.weight"): module.parts
+        clean_name(f"{name}.{parameter}"): module.parts
         for name, module in model.named_modules()
-        if isinstance(module, FusedLinear) and _tensor_parallel_ranks(next(module.parameters())) > 1
+        if isinstance(module, FusedLinear)
+        for parameter, value in module.named_parameters(recurse=False)
+        if _tensor_parallel_ranks(value) > 1
     }
 
 

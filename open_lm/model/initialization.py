@@ -43,7 +43,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
     | q_proj, kv_proj, in_proj, router, inputs of feed-forward      | 1/sqrt(D)                           |
     | out_proj                                                      | 1/sqrt(H K) / sqrt(2 (layer + 1))   |
     | outputs of feed-forward networks and experts                  | 1/sqrt(F) / sqrt(2 (layer + 1))     |
-    | weights of norms; all biases                                  | exactly 1 (or initial_gain); 0      |
+    | weights of norms; all biases                                  | a gain of exactly 1; exactly 0      |
 
     The distribution is normal, truncated at three standard deviations. Layers count from 0. Deeper layers write less
     into the residual stream (Zhang et al. 2019, https://arxiv.org/abs/1908.11365). Each parameter has its own
@@ -57,9 +57,9 @@ def init_weights(model: nn.Module, seed: int) -> None:
     """
     parts = fused_weight_parts(model)
     gains = {
-        clean_name(f"{name}.weight"): module.initial_gain
+        clean_name(f"{name}.weight"): 1.0 - module.gain_offset
         for name, module in model.named_modules()
-        if hasattr(module, "initial_gain")
+        if hasattr(module, "gain_offset")
     }
     with torch.no_grad():
         for wrapped_name, parameter in model.named_parameters():

@@ -89,7 +89,7 @@ class RmsNorm(nn.Module):
 class GemmaRmsNorm(nn.Module):
     """Root-mean-square normalization whose gain is 1 + weight, computed in float32, also the product with the gain."""
 
-    initial_gain = 0.0
+    gain_offset = 1.0
 
     def __init__(self, normalized_shape: int, eps: float = 1e-5) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class Attention(nn.Module):
     def __init__(self, params: Params, kind: LayerKind) -> None:
         super().__init__()
         assert params.attn_func is not None
-        self.n_heads, self.head_dim = params.n_heads, params.head_dim
+        self.n_heads, self.num_key_heads, self.head_dim = params.n_heads, params.n_kv_heads, params.head_dim
         width, kv_width = self.n_heads * self.head_dim, params.n_kv_heads * self.head_dim
         self.is_grouped = kv_width < width
         if self.is_grouped:
@@ -249,6 +249,7 @@ class Transformer(nn.Module):
         *,
         document_ids: Tensor | None = None,
         loss: TokenLoss | None = None,
+        logits_to_keep: int = 0,
     ) -> tuple[Tensor, Tensor, list[list[Tensor]] | None]:
         """Compute next-token logits, or their loss.
 
@@ -263,6 +264,7 @@ class Transformer(nn.Module):
                 stays within documents and positions start at 0 in each, so that a packed sequence gets the logits of
                 its separate documents. Not allowed with past_key_values, use_cache or attention_mask.
             loss: return this loss instead of logits, without holding the logits of all tokens.
+            logits_to_keep: compute the logits of only this number of last positions; 0 for all T.
 
         Returns:
             logits (B,T,V) float32, or the loss; the normalized hidden states (B,T,D); with use_cache the KV cache, L
@@ -298,7 +300,7 @@ class Transformer(nn.Module):
         hidden = self.norm(x)
         if loss is not None:
             return self._loss(hidden, loss), hidden, new_caches or None
-        return self.logits(hidden), hidden, new_caches or None
+        return self.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden), hidden, new_caches or None
 
     def _shared_by_kind(
         self, x: Tensor, cache: LayerCache | None, attention_mask: Mask | None

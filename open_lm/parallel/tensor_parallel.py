@@ -32,20 +32,25 @@ from open_lm.config.registry import FEED_FORWARDS
 from open_lm.distributed.sharded_tensor import copy_local_shard
 from open_lm.errors import ConfigError, join_problems
 from open_lm.model.mixture_of_experts import MixtureOfExperts
-from open_lm.model.norms import LayerNorm, LPLayerNorm, RmsNorm
+from open_lm.model.norms import GemmaRmsNorm, LayerNorm, LPLayerNorm, RmsNorm
 from open_lm.model.positional_embedding.rotary import Angles, HeadRotary
 
 # The dimension along which a block's parameter is split, by its name pattern; None means replicated. The matrices of
 # feed-forward networks are declared in their registry. Other parameters are replicated if they have one dimension, and
 # an error otherwise.
 SPLIT_DIMS: tuple[tuple[str, int | None], ...] = (
-    ("attention.in_proj.weight", 0),
+    ("attention.in_proj.*", 0),
+    ("attention.q_proj.*", 0),
+    ("attention.kv_proj.*", 0),
     ("attention.[qk]_norm.*", 0),
     ("attention.out_proj.weight", 1),
     ("feed_forward.router.layer.weight", None),
-    ("feed_forward.experts.mlp.w1", 2),
+    ("feed_forward.experts.mlp.w[13]", 2),
     ("feed_forward.experts.mlp.w2", 1),
 )
+# Of the above, those that are replicated if the key heads cannot be divided among the ranks, and those that are
+# replicated if the norms of queries and keys normalize each head.
+_KEY_HEADS, _HEAD_NORMS = ("attention.kv_proj.*", "attention.k_norm.*"), ("attention.[qk]_norm.*",)
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -54,6 +59,9 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     hooks = _ActivationHooks(mesh)
     tied = root.output.weight is root.tok_embeddings.weight
     parallelize_module(root.tok_embeddings, mesh, RowwiseParallel(input_layouts=Replicate()))
+    # `ScaledEmbedding.forward` would multiply a DTensor, so scale the sum over ranks instead.
+    _override(root.tok_embeddings, forward=nn.Embedding.forward)
+    root.tok_embeddings.register_forward_hook(lambda embedding, args, output: embedding.scaled(output))
     parallelize_module(root.output, mesh, ColwiseParallel(output_layouts=Replicate()))
     if tied:
         root.tok_embeddings.weight = root.output.weight
@@ -84,8 +92,10 @@ def check_tensor_parallel(model: nn.Module, ranks: int) -> None:
     vocab_size = root.vocab_size
     if (ranks - 1) * -(-vocab_size // ranks) >= vocab_size:
         problems.append(f"a vocabulary of {vocab_size} tokens leaves a rank without a row of the embedding matrix")
-    norm = root.layers[0].attention.q_norm
-    if not isinstance(norm, (nn.Identity, nn.LayerNorm, LayerNorm, RmsNorm)):
+    attention = root.layers[0].attention
+    norm = attention.q_norm
+    divisible_norms = (nn.Identity, nn.LayerNorm, LayerNorm, RmsNorm, GemmaRmsNorm)
+    if not attention.norms_heads and not isinstance(norm, divisible_norms):
         problems.append(
             f"--qk-norm with {type(norm).__name__} needs all heads on one rank; choose another --model-norm"
         )
@@ -110,16 +120,27 @@ def _feed_forward_dims() -> Iterator[tuple[str, int]]:
 
 
 def _split_block(block: nn.Module, mesh: DeviceMesh, hooks: _ActivationHooks) -> None:
-    attention, feed_forward = block.get_submodule("attention"), block.get_submodule("feed_forward")
+    attention: Any = block.get_submodule("attention")
+    feed_forward = block.get_submodule("feed_forward")
+    replicated = _HEAD_NORMS if attention.norms_heads else ()
+    if attention.num_key_heads % mesh.size():
+        replicated += _KEY_HEADS
+        attention.local_key_heads = local_key_heads(
+            attention.n_heads, attention.num_key_heads, mesh.size(), mesh.get_local_rank()
+        )
     for prefix, module in block.named_modules():
-        dims = {name: _split_dim(f"{prefix}.{name}", p) for name, p in module.named_parameters(recurse=False)}
+        dims: dict[str, int | None] = {}
+        for name, parameter in module.named_parameters(recurse=False):
+            path = f"{prefix}.{name}"
+            is_replicated = any(fnmatch(path, pattern) for pattern in replicated)
+            dims[name] = None if is_replicated else _split_dim(path, parameter)
         _split_parameters(module, mesh, dims)
     for network in (attention, feed_forward):
         network.register_forward_pre_hook(hooks.gather)
         network.register_forward_hook(hooks.reduce_scatter)
     for name in ("q_norm", "k_norm"):
         norm: Any = attention.get_submodule(name)
-        if not isinstance(norm, nn.Identity):
+        if not isinstance(norm, nn.Identity) and not any(fnmatch(f"attention.{name}.weight", p) for p in replicated):
             norm.tensor_mesh = mesh
             _override(norm, forward=_norm_over_ranks)
     positions: Any = attention.pos_embed
@@ -128,6 +149,18 @@ def _split_block(block: nn.Module, mesh: DeviceMesh, hooks: _ActivationHooks) ->
         _override(positions, angles=_local_head_angles)
     if isinstance(feed_forward, MixtureOfExperts):
         feed_forward.register_forward_hook(_scale_balancing_loss_gradient(mesh.size()))
+
+
+def local_key_heads(heads: int, key_heads: int, ranks: int, rank: int) -> list[int]:
+    """Return the key heads that the query heads of a rank use, each for equally many query heads.
+
+    If the groups of query heads are not divided evenly, the result has one key head for each query head.
+    """
+    local = heads // ranks
+    used = [head // (heads // key_heads) for head in range(rank * local, (rank + 1) * local)]
+    distinct = sorted(set(used))
+    is_even = used == [head for head in distinct for _ in range(local // len(distinct))]
+    return distinct if is_even else used
 
 
 def _split_parameters(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int | None]) -> None:
@@ -230,7 +263,7 @@ def _norm_over_ranks(norm: Any, x: Tensor) -> Tensor:
     The ranks all-gather the mean and variance of their features and combine them.
     """
     wide = x.float()
-    is_centred = not isinstance(norm, RmsNorm)
+    is_centred = not isinstance(norm, (RmsNorm, GemmaRmsNorm))
     mean = wide.mean(-1, keepdim=True) if is_centred else torch.zeros_like(wide[..., :1])
     local = torch.stack((mean, (wide - mean).square().mean(-1, keepdim=True)))
     sharded = DTensor.from_local(local, norm.tensor_mesh, [Shard(3)], run_check=False)
@@ -240,7 +273,7 @@ def _norm_over_ranks(norm: Any, x: Tensor) -> Tensor:
     variance = (variances + (means - mean).square()).mean(-1, keepdim=True)
     result = (wide - mean) * torch.rsqrt(variance + norm.eps)
     if norm.weight is not None:
-        result = result * norm.weight.float()
+        result = result * (getattr(norm, "gain_offset", 0.0) + norm.weight.float())
     bias = getattr(norm, "bias", None)
     if bias is not None:
         result = result + bias.float()

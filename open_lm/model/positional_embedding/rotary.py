@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from open_lm.config.registry import POSITIONAL_EMBEDDINGS
-from open_lm.kernels.cache_blocks import row_blocks
+from open_lm.kernels.cache_blocks import fits_block, row_blocks
 from open_lm.kernels.native import elements
 
 
@@ -104,8 +104,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None
         first, second = _halves(_widen(x))
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return rotated if dtype is None else rotated.to(dtype)
-    out: Tensor = _Rotation.apply(x, cos, sin, _halves, dtype)
-    return out
+    return _rotate_eagerly(x, cos, sin, _halves, dtype)
 
 
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -114,12 +113,19 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype |
         first, second = _interleaved(_widen(x))
         rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
         return rotated if dtype is None else rotated.to(dtype)
-    out: Tensor = _Rotation.apply(x, cos, sin, _interleaved, dtype)
-    return out
+    return _rotate_eagerly(x, cos, sin, _interleaved, dtype)
 
 
 def _widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _rotate_eagerly(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype | None) -> Tensor:
+    dtype = _widen(x[:0]).dtype if dtype is None else dtype
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return _rotate(x, cos, sin, pairs, dtype, inverse=False)
+    out: Tensor = _Rotation.apply(x, cos, sin, pairs, dtype)
+    return out
 
 
 class _Rotation(torch.autograd.Function):
@@ -131,11 +137,11 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 (autograd passes no keyword arguments)
-        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype | None
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.pairs, ctx.dtype = pairs, x.dtype
-        return _rotate(x, cos, sin, pairs, dtype or _widen(x[:0]).dtype, inverse=False)
+        return _rotate(x, cos, sin, pairs, dtype, inverse=False)
 
     @staticmethod
     @once_differentiable
@@ -152,19 +158,26 @@ def _rotate(  # noqa: PLR0917 (as _Rotation)
         return elements.rotate(x, cos, sin, inverse=inverse, interleaved=pairs is _interleaved)
     sin = -sin if inverse else sin
     batch, length, heads, width = x.shape
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     compute_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.device.type != "cpu" or fits_block(x.numel() * compute_dtype.itemsize):
+        return _rotate_block(x, cos, sin, pairs, compute_dtype).to(dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     cos, sin = (table.expand(batch, length, heads, width // 2) for table in (cos, sin))
-    for row in range(batch) if x.device.type == "cpu" else (slice(None),):
+    for row in range(batch):
         for tokens in row_blocks(length, heads * width * compute_dtype.itemsize, x.device):
             index = (row, tokens)
-            source = x[index].to(compute_dtype)
-            rotated = torch.empty_like(source)
-            (first, second), (out_first, out_second) = pairs(source), pairs(rotated)
-            torch.mul(first, cos[index], out=out_first).addcmul_(second, sin[index], value=-1)
-            torch.mul(second, cos[index], out=out_second).addcmul_(first, sin[index])
-            out[index] = rotated
+            out[index] = _rotate_block(x[index], cos[index], sin[index], pairs, compute_dtype)
     return out
+
+
+def _rotate_block(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype) -> Tensor:
+    """Return x (…,H,K) rotated by angles that broadcast to (…,H,K/2), computed in dtype and contiguous."""
+    x = x.to(dtype)
+    rotated = torch.empty(x.shape, dtype=dtype, device=x.device)
+    (first, second), (out_first, out_second) = pairs(x), pairs(rotated)
+    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    return rotated
 
 
 def _rotate_first(rotate: Callable[..., Tensor], x: Tensor, angles: Angles, dtype: torch.dtype) -> Tensor:

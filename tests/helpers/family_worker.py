@@ -1,0 +1,55 @@
+"""Training of tiny models on several ranks, for test_family_layouts.py; results can be serialized as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from open_lm.config.sections import ParallelConfig
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import build_layout, init_runtime, shutdown
+from open_lm.model.initialization import init_weights
+from open_lm.model.transformer import Params, Transformer
+from open_lm.parallel.parallelize import evaluation_mode, parallelize
+from open_lm.training.step import StepOptions, train_step
+
+STEPS, SEQUENCES, LENGTH, END_OF_TEXT = 5, 4, 24, 3
+
+
+def train(keys: dict[str, Any], settings: dict[str, Any], documents: bool) -> list[list[float]]:
+    """Train a model for STEPS steps in a layout and return [loss, gradient norm] of each, and moments of its logits.
+
+    keys: arguments of Params. settings: arguments of ParallelConfig; {} for a single process.
+    """
+    cfg = ParallelConfig(**settings)
+    runtime = init_runtime(cfg)
+    layout = build_layout(runtime, cfg)
+    with torch.device("meta"):
+        model = Transformer(Params(**keys))
+    trained = parallelize(
+        model, layout, cfg, device=runtime.device, initialise=lambda sharded: init_weights(sharded, seed=5)
+    )
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1)
+    options = StepOptions(
+        runtime,
+        layout,
+        get_autocast("fp32"),
+        accum_freq=1,
+        z_loss_coefficient=1e-3,
+        grad_clip_norm=1.0,
+        end_of_text_id=END_OF_TEXT if documents else None,
+    )
+    ids = torch.randint(61, (STEPS, SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    size = SEQUENCES // layout.data_size
+    local = slice(layout.data_rank * size, (layout.data_rank + 1) * size)
+    numbers = []
+    for batch in ids[:, local]:
+        result = train_step(trained, batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), optimizer, options)
+        numbers.append([result.values["loss"].item(), result.grad_norm.item()])
+    if layout.context == 1:  # a model receives only its shard of a sequence otherwise
+        with evaluation_mode(trained):
+            logits = trained(ids[0, :, :-1])[0][..., :61]
+        numbers.append([logits.mean().item(), logits.square().mean().item()])
+    shutdown(runtime)
+    return numbers
