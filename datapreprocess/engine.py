@@ -12,7 +12,7 @@ import os
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +56,7 @@ from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_u
 from open_lm.datapreprocess.writer import WrittenShard, dataset_url, write_dataset, write_manifests, write_shards
 from open_lm.errors import DataError, UserError
 from open_lm.system import available_cpus
-from open_lm.tokenizer import COPY_FOLDER
+from open_lm.tokenizer import COPY_FOLDER, FILE_NAMES
 
 _logger = logging.getLogger(__name__)
 _BUCKET_BYTES = 4 << 20  # input bytes per bucket of the shuffle
@@ -172,13 +172,21 @@ def _write_records(
         output_settings = settings | {"folders": list(folders)}
         record = dataset_record(job, output_settings, encoder.name, [output]) if job.layout.per_source else full_record
         for folder in folders:
-            for name, content in files.items():
-                storage.write_bytes(storage.join(job.layout.folder(folder), COPY_FOLDER, name), content)
+            _write_tokenizer(storage.join(job.layout.folder(folder), COPY_FOLDER), files)
             url = storage.join(job.layout.folder(folder), DATASET_NAME)
             if url != dataset_url(job.layout):
                 write_dataset(url, record)
     write_dataset(dataset_url(job.layout), full_record)
     return full_record
+
+
+def _write_tokenizer(folder: str, files: Mapping[str, bytes]) -> None:
+    """Write the files of the tokenizer; remove those that an interrupted run with another tokenizer has left."""
+    for name in FILE_NAMES:
+        if name in files:
+            storage.write_bytes(storage.join(folder, name), files[name])
+        else:
+            storage.remove(storage.join(folder, name))
 
 
 def _plan_tasks(job: PreprocessJob, budget: Budget, encoder: str, work: str) -> list[UnitTask]:

@@ -102,14 +102,17 @@ def add_tokenizer_args(parser: Any) -> None:
 
 
 # --- data sets -------------------------------------------------------------------------------------------------------
-def record_in_run(sources: Sequence[Source], roots: Iterable[str]) -> None:
-    """Copy the tokenizer of the training data to folders of the run, if it is next to the shards.
+def record_in_run(sources: Sequence[Source], roots: Iterable[str], weights: str | None = None) -> None:
+    """Copy the tokenizer of the training data to folders of the run, if there is a copy to take.
 
-    An existing copy stays if the data have no copy, unless data.json now records another tokenizer. Sources with
-    tokenizers that give different ids leave no copy.
+    It is next to the shards, or in the run that trained `weights` (path or URL of a checkpoint), if that run has the
+    same tokenizer. Otherwise an existing copy stays, unless the data record another tokenizer. Sources with tokenizers
+    that give different ids leave no copy.
     """
     records = _records(sources)
     copies = list(_copies(sources, records).values())
+    if not copies and weights is not None and (run := find_run_tokenizer(weights)) is not None and run.copy is not None:
+        copies = [run.copy] if run.copy.fingerprint in {record.fingerprint for record in records} else []
     is_one = len(copies) == len(records) and all(same_ids(copies[0], other) for other in copies[1:])
     files = copies[0].files() if copies and is_one else {}
     for root in roots:

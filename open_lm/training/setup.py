@@ -223,7 +223,7 @@ def open_run(
         if architecture:
             write_text(paths.model, json.dumps(architecture, indent=2, allow_nan=False) + "\n")
         if parts.train_loader is not None:
-            _record_data(paths, parts.train_loader.sources)
+            _record_data(parts, parts.train_loader.sources)
         if config.logging.copy_codebase:
             logging.info(f"copied the program's source to {copy_codebase(paths)}")
 
@@ -235,12 +235,12 @@ def open_run(
     return loggers, redacted(params)
 
 
-def _record_data(paths: RunPaths, sources: Sequence[Source]) -> None:
+def _record_data(parts: RunParts, sources: Sequence[Source]) -> None:
     """Write data.json and the tokenizer to the folders of the run, so that each records them for its checkpoints."""
+    record_in_run(sources, parts.paths.roots, parts.resume or parts.config.checkpoint.pretrained)
     description = provenance.describe(sources)
-    for root in paths.roots:
+    for root in parts.paths.roots:
         provenance.write(storage.join(root, provenance.FILE_NAME), description)
-    record_in_run(sources, paths.roots)
 
 
 def _log_model_and_params(parts: RunParts, params: dict[str, Any]) -> None:

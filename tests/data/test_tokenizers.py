@@ -218,6 +218,15 @@ def test_a_run_on_other_data_follows_their_tokenizer(
     assert choose_tokenizer(str(tmp_path / "runs/run")).fingerprint == other.fingerprint
 
 
+def test_a_new_run_gets_the_tokenizer_of_its_initial_weights(own: Tokenizer, flags: list[str], tmp_path: Path) -> None:
+    train(flags, write_data(tmp_path / "data", own), 1)
+    shutil.rmtree(tmp_path / "data/tokenizer")
+    pretrained = ("--pretrained", str(tmp_path / "runs/run/checkpoints/epoch_1.pt"), "--name", "second")
+    train(flags, str(tmp_path / "data/manifest.jsonl"), 1, *pretrained)
+    found = find_run_tokenizer(str(tmp_path / "runs/second"))
+    assert found is not None and found.copy is not None and found.copy.fingerprint == own.fingerprint
+
+
 def test_a_failed_start_leaves_no_tokenizer(
     own: Tokenizer, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
