@@ -38,6 +38,7 @@ from open_lm.config.sections import ParallelConfig
 from open_lm.distributed.processes import Runtime, gather_objects, init_runtime, shutdown
 from open_lm.errors import ConfigError, end_process, run_cli
 from open_lm.monitor.metrics import peak_memory_bytes
+from open_lm.names import user_path
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
 
@@ -52,7 +53,12 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model", default="llama2_7b", help="name of a model configuration, or a .json file (default: llama2_7b)")
+    add(
+        "--model",
+        type=user_path,
+        default="llama2_7b",
+        help="name of a model configuration, or a .json file (default: llama2_7b)",
+    )
     add("--seq-length", type=int, metavar="N", help="tokens per sequence (default: 4096)")
     add("--batch-size", type=int, metavar="N", help="sequences per micro-batch and rank (default: 16)")
     add("--steps", type=int, metavar="N", help="measured steps (default: 10)")
