@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from open_lm.config.sections import DataConfig, ValidationConfig
-from open_lm.data.loader import Batch, TrainLoader, build_train_loader
+from open_lm.data.batch import Batch
+from open_lm.data.loader import TrainLoader, build_train_loader
 from open_lm.data.validation_loader import ValLoader, build_val_loaders
 from open_lm.errors import ConfigError
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from open_lm.data.loader import Batch
+from open_lm.data.batch import Batch
 
 State = TypeVar("State")
 

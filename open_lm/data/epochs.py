@@ -42,11 +42,19 @@ def run_remainder(epochs: int, *, epoch_tokens: int, seq_len: int, global_batch_
 
 
 def check_run_length(
-    data: DataConfig, sources: Sequence[Source], *, one_pass: bool, seq_len: int, global_batch_size: int, log: bool
+    data: DataConfig,
+    sources: Sequence[Source],
+    *,
+    one_pass: bool,
+    seq_len: int,
+    global_batch_size: int,
+    lanes: int,
+    log: bool,
 ) -> None:
     """Check that the run has at least one step, and with `one_pass` that one pass over the data is long enough.
 
-    With `log`, log what the run does not train on. Runs without --train-num-samples are not checked.
+    `lanes` is that of the data order. With `log`, log what the run does not train on. Runs without --train-num-samples
+    are not checked.
     """
     if data.train_num_samples is None:
         return
@@ -59,17 +67,17 @@ def check_run_length(
             f"global batch of {global_batch_size}; use more tokens or a smaller batch"
         )
     if one_pass:
-        check_enough_data(sources, steps * global_batch_size, seq_len)
+        check_enough_data(sources, steps * global_batch_size, seq_len, lanes)
     if log:
         _log_remainder(run_remainder(data.epochs, **run), seq_len, global_batch_size)
         if one_pass:
-            _log_unused_sequences(sources, steps * global_batch_size)
+            _log_unused_sequences(sources, steps * global_batch_size, lanes)
 
 
-def check_enough_data(sources: Sequence[Source], count: int, seq_len: int) -> None:
+def check_enough_data(sources: Sequence[Source], count: int, seq_len: int, lanes: int = 1) -> None:
     """Raise DataError that lists every source whose first pass is too short for `count` samples of the mixture."""
     problems = []
-    for source, needed in zip(sources, samples_per_source([s.weight for s in sources], count), strict=True):
+    for source, needed in zip(sources, samples_per_source([s.weight for s in sources], count, lanes), strict=True):
         available = source.num_sequences
         if available is not None and needed > available:
             problems.append(
@@ -93,9 +101,9 @@ def _log_remainder(remainder: Remainder, seq_len: int, global_batch_size: int) -
         )
 
 
-def _log_unused_sequences(sources: Sequence[Source], count: int) -> None:
+def _log_unused_sequences(sources: Sequence[Source], count: int, lanes: int) -> None:
     """Log how many sequences of each source a run of `count` samples in one pass does not use."""
-    for source, used in zip(sources, samples_per_source([s.weight for s in sources], count), strict=True):
+    for source, used in zip(sources, samples_per_source([s.weight for s in sources], count, lanes), strict=True):
         if source.num_sequences is not None and source.num_sequences > used:
             unused = source.num_sequences - used
             logger.info(f"{source.name}: this run does not use {unused} of its {source.num_sequences} sequences")

@@ -10,7 +10,7 @@ Worker w of W prepares the rank's batches w, w + W, … and torch's DataLoader r
 workers does not change the batches. `state` is the position after the batch: resuming from it continues with the next
 sequence, on any number of ranks and workers. A user error in a worker is raised in the main process.
 
-webdataset composes the stages and splits them among the workers. Its tar reading and shuffle buffers are not used: they
+webdataset composes the stages. Its tar reading and shuffle buffers are not used: they
 read a shard from front to back, so a few integers could not name a position in the order, a worker could not read only
 its own samples, and every member would cost a Python object (here, ids are gathered from the mapped file at once). Its
 error handlers drop samples; here an unusable sequence keeps its place in the batch. torchdata's StatefulDataLoader
@@ -19,121 +19,42 @@ keeps a state for each worker, which only the same number of workers can restore
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from open_lm import errors
 from open_lm.config.sections import DataConfig
+from open_lm.data.batch import Batch, TargetMask
 from open_lm.data.epochs import check_enough_data, check_run_length
 from open_lm.data.fetch import FetchFolder
-from open_lm.data.masking import IGNORE_INDEX, mask_targets
-from open_lm.data.order import DataOrder, OrderSettings, Samples, Source
-from open_lm.data.shard_format import PAD_ID
+from open_lm.data.order import (
+    DataOrder,
+    FormerOrder,
+    OrderSettings,
+    Piece,
+    Samples,
+    Source,
+    choose_lanes,
+    make_order,
+    rows_of_rank,
+)
 from open_lm.data.sources import check_data_key, find_sources
 from open_lm.data.stream import Notice, Reader, StreamSpec, lazy_size_of, make_reader
 from open_lm.data.workers import exit_with_parent, iterate_workers
 from open_lm.errors import DataError, UserError
 
 _PREFETCHED_BATCHES = 4  # by each worker
-_VISITS_AHEAD = 16  # whose shards may be fetched before they are read
+_PIECES_AHEAD = 16  # of shards, which may be fetched before they are read
+_ROWS_SKIPPED = 1 << 20  # at a time
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TargetMask:
-    """The --target-mask-left, --target-mask-individual and --squash-mask-left of a run."""
-
-    left: int | None = None
-    individual: int | None = None
-    squash: bool = False
-
-    @classmethod
-    def from_config(cls, data: DataConfig) -> TargetMask:
-        return cls(data.target_mask_left, data.target_mask_individual, data.squash_mask_left)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's sequences of a global batch in their stored dtype; inputs and targets are computed on their device.
-
-    stored_ids (B, T + 1) of `stream.stored_dtype`; only signed ids hold PAD_ID. `filled` (B,) bool marks the sequences
-    that hold data, `num_samples` is their number, `per_source` their number by source. `skipped` counts the filler
-    sequences in place of samples that were too short or (if tolerated) broken.
-    """
-
-    stored_ids: Tensor
-    filled: Tensor
-    num_samples: int
-    per_source: tuple[int, ...]
-    skipped: int
-    vocab_size: int
-    mask: TargetMask
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Send batches from a worker as plain bytes through its pipe.
-
-        torch would send a shared-memory descriptor for each tensor. That is slower for so few bytes and fails where
-        /dev/shm is small, as in containers.
-        """
-        others = (getattr(self, field.name) for field in fields(self)[2:])
-        return _from_arrays, (self.stored_ids.numpy(), self.filled.numpy(), *others)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """All ids (B, T + 1) int64; padding becomes the last id of the vocabulary, like any negative id."""
-        tokens = self.stored_ids.to(torch.int64)
-        return tokens.masked_fill(tokens == PAD_ID, self.vocab_size + PAD_ID) if self._may_be_padded else tokens
-
-    @property
-    def inputs(self) -> Tensor:
-        """(B, T) int64."""
-        return self._split[0]
-
-    @property
-    def targets(self) -> Tensor:
-        """(B, T) int64; IGNORE_INDEX where masked, padded or filler."""
-        return self._split[1]
-
-    @cached_property
-    def _split(self) -> tuple[Tensor, Tensor]:
-        targets = self.tokens[:, 1:]
-        if self._may_be_padded:
-            targets = targets.masked_fill(self.stored_ids[:, 1:] == PAD_ID, IGNORE_INDEX)
-        inputs, targets = mask_targets(
-            self.tokens[:, :-1],
-            targets,
-            mask_left=self.mask.left,
-            mask_individual=self.mask.individual,
-            squash=self.mask.squash,
-        )
-        if self.num_samples < len(self.stored_ids):
-            targets = targets.masked_fill(~self.filled[:, None], IGNORE_INDEX)
-        return inputs.contiguous(), targets.contiguous()
-
-    @property
-    def _may_be_padded(self) -> bool:
-        return self.stored_ids.dtype.is_signed
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on `device`; the copy from page-locked memory is asynchronous."""
-        stored_ids, filled = (tensor.to(device, non_blocking=True) for tensor in (self.stored_ids, self.filled))
-        return replace(self, stored_ids=stored_ids, filled=filled)
-
-    def pin_memory(self) -> Batch:
-        """Return the batch in page-locked memory."""
-        return replace(self, stored_ids=self.stored_ids.pin_memory(), filled=self.filled.pin_memory())
-
-
-def _from_arrays(stored_ids: np.ndarray, filled: np.ndarray, *others: Any) -> Batch:
-    return Batch(torch.from_numpy(stored_ids), torch.from_numpy(filled), *others)
 
 
 @dataclass(frozen=True)
@@ -169,12 +90,12 @@ class BatchSpec:
         return self.batch_size * self.world_size
 
 
-class _GlobalBatch(NamedTuple):
-    """The samples of a global batch, not yet read."""
+class _LocalBatch(NamedTuple):
+    """The rank's samples of a global batch, not yet read."""
 
     samples: Samples
     state: dict[str, Any]  # the position after it
-    upcoming: list[tuple[int, int]]  # (source, shard) to fetch ahead
+    upcoming: list[Piece]  # to fetch ahead
 
 
 class BatchPipeline:
@@ -187,26 +108,29 @@ class BatchPipeline:
     def _reader(self) -> Reader:
         return make_reader(self.spec.stream)
 
-    def global_batches(self) -> Iterator[_GlobalBatch]:
-        """Yield the global batches in order. Every worker computes all of them, which is cheap, and reads its own."""
-        spec = self.spec
-        order = DataOrder(spec.stream.sources, spec.seed, spec.order, size_of=self._reader.size_of, state=spec.state)
+    def local_batches(self) -> Iterator[_LocalBatch]:
+        """Yield the batches of this worker. It advances through all global batches, and looks up its own samples."""
+        spec, info = self.spec, get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        order = make_order(spec.stream.sources, spec.seed, spec.order, size_of=self._reader.size_of, state=spec.state)
+        rows = rows_of_rank(order.lanes, spec.global_batch_size, spec.rank, spec.world_size)
         first = order.position
-        while True:
-            count = spec.global_batch_size
+        for number in itertools.count():
+            count, before = spec.global_batch_size, order.position
             if spec.max_sequences is not None:
-                count = min(count, spec.max_sequences - (order.position - first))
-            samples = order.take(count, partial=spec.pad_last_batch)
-            if not len(samples.source):
+                count = min(count, spec.max_sequences - (before - first))
+            is_own = number % num_workers == worker
+            samples = order.take(count, rows[rows < count] if is_own else rows[:0], partial=spec.pad_last_batch)
+            if order.position == before:
                 return
-            yield _GlobalBatch(samples, order.state(), order.upcoming(_VISITS_AHEAD))
+            if is_own:
+                yield _LocalBatch(samples, order.state(), order.entered() + order.upcoming(_PIECES_AHEAD))
 
-    def read(self, global_batches: Iterable[_GlobalBatch]) -> Iterator[WorkerResult]:
-        """Read this rank's samples of each global batch."""
-        for samples, state, upcoming in global_batches:
-            local = samples.slice(self.spec.rank * self.spec.batch_size, (self.spec.rank + 1) * self.spec.batch_size)
-            self._reader.prefetch(local, upcoming)
-            batch = self._batch(local)
+    def read(self, batches: Iterable[_LocalBatch]) -> Iterator[WorkerResult]:
+        """Read the samples of each batch."""
+        for samples, state, upcoming in batches:
+            self._reader.prefetch(samples, upcoming)
+            batch = self._batch(samples)
             notices, self._reader.notices = tuple(self._reader.notices), []
             yield WorkerResult(batch, state, notices)
 
@@ -240,10 +164,10 @@ class BatchPipeline:
 
 def build_pipeline(spec: BatchSpec) -> Any:
     """Return a rank's batches as a webdataset pipeline, an IterableDataset of `WorkerResult`."""
-    from webdataset import DataPipeline, split_by_worker
+    from webdataset import DataPipeline
 
     stages = BatchPipeline(spec)
-    return DataPipeline(stages.global_batches, split_by_worker, stages.read, stages.catch_errors)
+    return DataPipeline(stages.local_batches, stages.read, stages.catch_errors)
 
 
 def load_batches(spec: BatchSpec, workers: int, logged: set[str]) -> Iterator[tuple[Batch, dict[str, Any]]]:
@@ -288,9 +212,9 @@ class TrainLoader:
         self.sources: tuple[Source, ...] = spec.stream.sources
         self.state = self._order_from(spec.state).state()
 
-    def _order_from(self, state: dict[str, Any] | None, allow_changed: bool = False) -> DataOrder:
+    def _order_from(self, state: dict[str, Any] | None, allow_changed: bool = False) -> DataOrder | FormerOrder:
         spec = self._spec
-        order = DataOrder(
+        order = make_order(
             self.sources,
             spec.seed,
             spec.order,
@@ -335,13 +259,16 @@ class TrainLoader:
         if self._spec.order.max_passes is not None:
             taken = sum(source["samples"] for source in state["sources"])
             count = taken + num_batches * self._spec.global_batch_size
-            check_enough_data(self.sources, count, self._spec.stream.seq_len)
+            lanes = int(state.get("lanes", 1))
+            check_enough_data(self.sources, count, self._spec.stream.seq_len, lanes)
 
     def rewind(self, state: dict[str, Any], skip_batches: int = 0, allow_changed: bool = False) -> bool:
         """Move to `skip_batches` global batches after `state`, even (on request) one of other data; return if it is."""
         self.close()
         order = self._order_from(state, allow_changed)
-        order.take(skip_batches * self._spec.global_batch_size)
+        skip = skip_batches * self._spec.global_batch_size
+        for first in range(0, skip, _ROWS_SKIPPED):
+            order.take(min(_ROWS_SKIPPED, skip - first), np.zeros(0, np.int64))
         self.state = order.state()
         return bool(order.change_warning)
 
@@ -376,8 +303,15 @@ def build_train_loader(
     one_pass = bool(data.dataset_manifest) and not data.multiple_data_passes
     global_batch_size = batch_size * world_size
     is_checked = one_pass and reads_whole_run
+    lanes = choose_lanes(global_batch_size)
     check_run_length(
-        data, sources, one_pass=is_checked, seq_len=seq_len, global_batch_size=global_batch_size, log=rank == 0
+        data,
+        sources,
+        one_pass=is_checked,
+        seq_len=seq_len,
+        global_batch_size=global_batch_size,
+        lanes=lanes,
+        log=rank == 0,
     )
     folder = FetchFolder.if_needed(sources)
     spec = BatchSpec(
@@ -386,6 +320,7 @@ def build_train_loader(
             resampled=data.dataset_resampled,
             shuffle_samples=not data.disable_buffer,
             max_passes=1 if one_pass else None,
+            lanes=lanes,
         ),
         seed=seed,
         batch_size=batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heapify, heappop, heappush
 from math import gcd, lcm
@@ -67,15 +68,58 @@ class Interleaving:
         return np.array(chosen, dtype=np.int64)
 
 
-def samples_per_source(weights: Sequence[Fraction], count: int) -> list[int]:
-    """Return how many of the first `count` samples come from each source.
+@dataclass(frozen=True)
+class SourceLayout:
+    """The rows of a source in a round: `lanes` of them, and `shared` (less than 1) more on average."""
+
+    lanes: int
+    shared: Fraction
+
+
+class Slots:
+    """The slots of a round: `fixed` (lanes,) int64 holds the source of each fixed slot, then -1 for the shared ones.
+
+    `num_fixed` are the fixed slots of each source, `shared_weights` the integer weights of the sources in the shared
+    slots, `layouts` both together.
+    """
+
+    def __init__(self, weights: Sequence[int], lanes: int) -> None:
+        total = sum(weights)
+        self.num_fixed = [lanes * weight // total for weight in weights]
+        self.shared_weights = [lanes * weight % total for weight in weights]
+        fixed = Interleaving(self.num_fixed, [0] * len(weights)).take(sum(self.num_fixed))
+        self.fixed: np.ndarray = np.concatenate([fixed, np.full(lanes - len(fixed), -1, np.int64)])
+        self.layouts = [
+            SourceLayout(count, Fraction(rest, total))
+            for count, rest in zip(self.num_fixed, self.shared_weights, strict=True)
+        ]
+
+    def shared_counts(self, samples: Sequence[int]) -> list[int]:
+        """Return how many of the samples of each source were in shared slots."""
+        rounds, rest = divmod(sum(samples), len(self.fixed))
+        in_part = [int(np.count_nonzero(self.fixed[:rest] == source)) for source in range(len(samples))]
+        return [
+            count - rounds * layout.lanes - part
+            for count, layout, part in zip(samples, self.layouts, in_part, strict=True)
+        ]
+
+
+def samples_per_source(weights: Sequence[Fraction], count: int, lanes: int = 1) -> list[int]:
+    """Return how many of the first `count` samples come from each source, in rounds of `lanes` samples.
 
     Exact, except where counting would take too long: then it may be one too many.
     """
-    numbers = integer_weights(weights)
-    total = sum(numbers)
-    periods, rest = divmod(count, total)
+    slots = Slots(integer_weights(weights), lanes)
+    rounds, rest = divmod(count, lanes)
+    in_part = np.bincount(slots.fixed[:rest] + 1, minlength=len(weights) + 1)
+    numbers = integer_weights([Fraction(weight) for weight in slots.shared_weights])
+    periods, rest = divmod(rounds * (lanes - sum(slots.num_fixed)) + int(in_part[0]), max(1, sum(numbers)))
     if rest > _MAX_SIMULATED_SAMPLES:
-        return [-(-count * number // total) for number in numbers]
-    partial = np.bincount(Interleaving(numbers, [0] * len(numbers)).take(rest), minlength=len(numbers)).tolist()
-    return [periods * number + extra for number, extra in zip(numbers, partial, strict=True)]
+        partial = [-(-rest * number // sum(numbers)) for number in numbers]
+    else:
+        shared = Interleaving(numbers, [0] * len(numbers)).take(rest)
+        partial = np.bincount(shared, minlength=len(numbers)).tolist()
+    return [
+        rounds * fixed + part + periods * number + extra
+        for fixed, part, number, extra in zip(slots.num_fixed, in_part[1:].tolist(), numbers, partial, strict=True)
+    ]

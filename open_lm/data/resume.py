@@ -12,7 +12,7 @@ from typing import Any
 from open_lm.errors import DataError, join_problems
 
 State = dict[str, Any]
-_POSITION_KEYS = ("pass", "visit", "offset", "samples")
+_IDENTITY_KEYS = ("fingerprint", "num_sequences", "data_key", "weight", "stream")  # all others are the position
 _FINGERPRINT_PARTS = (
     "the names, order or upsampling factors of its shards",
     "the numbers of sequences of its shards",
@@ -41,12 +41,29 @@ def resume_state(saved: State, fresh: State, names: Sequence[str], allow_changed
             sources.append({**source, "stream": unused})
             unused += 1
         else:
-            position = {name: int(saved["sources"][match][name]) for name in _POSITION_KEYS}
-            sources.append({**source, **position, "stream": streams[match]})
+            identity = {name: source[name] for name in _IDENTITY_KEYS}
+            position = {name: value for name, value in saved["sources"][match].items() if name not in _IDENTITY_KEYS}
+            sources.append({**identity, **position, "stream": streams[match]})
         if changes:
             sources[-1]["samples"] = 0
     warning = _warning(changes, names, sources, matches) if changes else ""
     return {**fresh, "seed": int(saved["seed"]), "sources": sources}, warning
+
+
+def position_text(source: State) -> str:
+    """Describe the position in a source for the user."""
+    if "visit" in source:
+        progress = f"after {source['visit']} of its shards"
+    elif "queue" in source:
+        progress = f"after {source['next_visit'] - len(source['queue'])} of its shards"
+    else:
+        progress = f"after {source['fixed'] + source['shared']} of its sequences"
+    return f"pass {source['pass'] + 1}, {progress}"
+
+
+def is_started(source: State) -> bool:
+    """Return whether the position in a source is not its beginning."""
+    return any(source.get(name) for name in ("pass", "visit", "offset", "fixed", "shared", "next_visit"))
 
 
 def match_sources(saved: State, fresh: State) -> list[int | None]:
@@ -134,5 +151,5 @@ def _warning(
         if match is None:
             lines.append(f"  {name} starts from the beginning")
         else:
-            lines.append(f"  {name} resumes in pass {source['pass'] + 1}, after {source['visit']} of its shards")
+            lines.append(f"  {name} resumes in {position_text(source)}")
     return "\n".join([*lines, "  the shares of the sources are counted from here"])

@@ -92,6 +92,10 @@ class ShardStore:
         self._largest_bytes = 0  # of the shards so far: the estimate for a shard of unknown size
         self._remote = RemoteShards(settings)
 
+    def keep_open(self, count: int) -> None:
+        """Keep at least this many shards open, as a batch has sequences of so many."""
+        self._capacity = max(self._capacity, count)
+
     def get(self, url: str, data_key: str | None) -> Shard:
         """Return the open shard; DataError or StorageError if it cannot be read or differs from its manifest."""
         key = (url, data_key)

@@ -19,7 +19,7 @@ import numpy as np
 from open_lm.config.sections import DataConfig
 from open_lm.data.fetch import FetchFolder, FetchSettings
 from open_lm.data.hashing import hash_key, hash_range
-from open_lm.data.order import Samples, SizeOf, Source
+from open_lm.data.order import Piece, Samples, SizeOf, Source
 from open_lm.data.shard_format import PAD_ID, token_dtype
 from open_lm.data.shards import Shard, ShardStore
 from open_lm.data.sources import SYNTHETIC_URL
@@ -85,7 +85,8 @@ class SampleReader:
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
         self.notices: list[Notice] = []  # each text once; the caller of `read` logs and clears them
-        self._store = ShardStore(2 * len(spec.sources) + 2, spec.fetch, expected_files(spec.sources))
+        self._spare_shards = 2 * len(spec.sources) + 2
+        self._store = ShardStore(self._spare_shards, spec.fetch, expected_files(spec.sources))
         self._counts = Counter[str]()  # sequences: "read", "usable", "broken"
         self._searched_long_sequence = False
         self._last_size = 1
@@ -101,10 +102,11 @@ class SampleReader:
         self._last_size = len(opened)
         return len(opened)
 
-    def prefetch(self, samples: Samples, upcoming: Sequence[tuple[int, int]]) -> None:
-        """Start to fetch the shards of these samples, then the upcoming (source, shard), the nearest first."""
-        current = [(source, shard) for source, shard, _ in _by_shard(samples)]
-        urls = (self.spec.sources[source].shards[shard] for source, shard in (*current, *upcoming))
+    def prefetch(self, samples: Samples, upcoming: Sequence[Piece]) -> None:
+        """Start to fetch the shards of these samples, then the upcoming pieces, the nearest first."""
+        current = [Piece(source, shard) for source, shard, _ in _by_shard(samples)]
+        self._store.keep_open(len(current) + self._spare_shards)
+        urls = (self.spec.sources[piece.source].shards[piece.shard] for piece in (*current, *upcoming))
         self._store.prefetch([url for url in urls if url not in self._broken_shards])
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
@@ -283,7 +285,7 @@ class SyntheticReader:
     def size_of(self, source: int, shard: int) -> int:
         raise AssertionError("the size of synthetic data is always known")
 
-    def prefetch(self, samples: Samples, upcoming: Sequence[tuple[int, int]]) -> None:
+    def prefetch(self, samples: Samples, upcoming: Sequence[Piece]) -> None:
         """Do nothing: there is nothing to fetch."""
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from open_lm.config.sections import DataConfig, ValidationConfig
+from open_lm.data.batch import Batch, TargetMask
 from open_lm.data.fetch import FetchFolder
-from open_lm.data.loader import Batch, BatchSpec, TargetMask, load_batches
+from open_lm.data.loader import BatchSpec, load_batches
 from open_lm.data.order import OrderSettings
 from open_lm.data.sources import check_data_key, find_validation_source, read_all
 from open_lm.data.stream import StreamSpec

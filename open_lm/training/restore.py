@@ -17,6 +17,7 @@ from open_lm.config.sections import Config
 from open_lm.data import provenance
 from open_lm.data.epochs import epoch_sequences
 from open_lm.data.loader import TrainLoader
+from open_lm.data.resume import is_started, position_text
 from open_lm.distributed.processes import run_on_master
 from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError
 from open_lm.training.build import RunParts
@@ -139,12 +140,7 @@ def _continue_in_new_run(parts: RunParts, trainer: Trainer) -> bool:
         has_other_data = loader.rewind(state, allow_changed=True)
     if parts.runtime.is_master:
         data = ", ".join(
-            f"{source.name} from "
-            + (
-                f"pass {position['pass'] + 1}, after {position['visit']} of its shards"
-                if position["pass"] or position["visit"] or position["offset"]
-                else "its beginning"
-            )
+            f"{source.name} from " + (position_text(position) if is_started(position) else "its beginning")
             for source, position in zip(loader.sources, loader.state["sources"], strict=True)
         )
         logging.info(

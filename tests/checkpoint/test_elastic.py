@@ -18,7 +18,7 @@ from rank_processes import on_ranks
 from recording_worker import recording
 
 from open_lm.config.sections import DataConfig
-from open_lm.data.order import DataOrder
+from open_lm.data.order import DataOrder, OrderSettings, choose_lanes
 from open_lm.data.sources import find_sources
 from open_lm.main import main
 
@@ -44,7 +44,7 @@ def expected_batches(flags: list[str]) -> Batches:
     """Return the sequences of each step from the data order."""
     start = flags.index("--dataset-manifest")
     sources = find_sources(DataConfig(dataset_manifest=flags[start + 1 : start + 3]))
-    samples = DataOrder(sources, SEED).take(STEPS * BATCH)
+    samples = DataOrder(sources, SEED, OrderSettings(lanes=choose_lanes(BATCH))).take(STEPS * BATCH)
     ids = [sequence(*place) for place in zip(*(a.tolist() for a in samples[:3]), strict=True)]
     rows = places(np.stack(ids))
     return {step: sorted(rows[step * BATCH : (step + 1) * BATCH]) for step in range(STEPS)}

@@ -11,8 +11,9 @@ import torch
 from data_helpers import SEQ_LEN, VOCAB_SIZE, sequence, write_shard, write_source
 
 from open_lm.config.sections import DataConfig
+from open_lm.data.batch import Batch, TargetMask
 from open_lm.data.device import DeviceBatch, on_device
-from open_lm.data.loader import Batch, TargetMask, build_train_loader
+from open_lm.data.loader import build_train_loader
 from open_lm.data.masking import IGNORE_INDEX
 from open_lm.data.shard_format import PAD_ID
 from open_lm.errors import DataError

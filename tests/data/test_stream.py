@@ -197,7 +197,7 @@ def test_s3_shards_are_downloaded_once_and_removed_again(
     folder = tmp_path / "fetched"
     folder.mkdir()
     reader = reader_of(source, folder=str(folder))
-    order = DataOrder([source], 0, OrderSettings(shuffle_shards=False), size_of=reader.size_of)
+    order = DataOrder([source], 0, OrderSettings(shuffle_shards=False, max_passes=1), size_of=reader.size_of)
     taken = []
     for _batch in range(18):
         samples = order.take(2)

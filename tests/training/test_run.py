@@ -27,11 +27,15 @@ def flags(tmp_path: Path) -> list[str]:
     return tiny_flags(tmp_path, logs=tmp_path)
 
 
-def spiky_data(folder: Path, batches: int, bad: int) -> str:
-    """Write a shard of equal sequences with one batch of noise."""
+def spiky_data(folder: Path, batches: int, bad: int, has_manifest: bool = False) -> str:
+    """Write a shard of equal sequences with one batch of noise.
+
+    If a manifest has the size of the shard, a batch has a sequence of each quarter of it, else consecutive sequences.
+    """
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, VOCAB_SIZE, (BATCH, SEQ_LEN + 1))
-    sequences = [noise[n % BATCH] if n // BATCH == bad else sequence(1, 2, 3) for n in range(batches * BATCH)]
+    batch_of = [n % batches if has_manifest else n // BATCH for n in range(batches * BATCH)]
+    sequences = [noise[n % BATCH] if batch == bad else sequence(1, 2, 3) for n, batch in enumerate(batch_of)]
     return write_shard(folder / "00000.tar", sequences)
 
 
@@ -84,7 +88,7 @@ def test_spike_without_a_checkpoint_is_only_skipped(
 def test_no_rollback_if_the_data_do_not_suffice(
     flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spiky_data(tmp_path / "data", 52, bad=44)
+    spiky_data(tmp_path / "data", 52, bad=44, has_manifest=True)
     manifest = str(tmp_path / "data/manifest.jsonl")
     write_manifest(manifest, [ManifestEntry("00000", 52 * BATCH)])
     more = ("--name", "run", "--disable-buffer", "--save-every-n-steps", "20", "--rollback-loss-spikes", "6")

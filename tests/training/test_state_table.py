@@ -279,7 +279,7 @@ def test_each_way_to_start_restores_each_part_of_the_state(way: str, part: str, 
     if cell == "start":
         (source,) = found["data"]["sources"]
         assert source["num_sequences"] == 120 and found["data"]["seed"] == saved["data"]["seed"]
-        assert [source[name] for name in ("pass", "visit", "offset", "samples")] == [0, 0, 0, 0]
+        assert [source[name] for name in ("pass", "fixed", "shared", "samples")] == [0, 0, 0, 0]
         return
     if cell == "no losses":
         assert saved["guard"]["losses"]
