@@ -89,5 +89,5 @@ def test_trainer_replaces_the_home_folder_and_passes_urls_on(
         file = tmp_path / "config.json"
         file.write_text(json.dumps({spec.name: [value] if spec.many else value}))
         for words in (["--config", str(file)], [spec.flag, value]):
-            settings = parse_args([*words, "--hf-seq-len", "8"])
+            settings = parse_args([*words, "--hf-seq-len", "8", "--remote-sync-protocol", "fsspec"])
             assert getattr(settings, spec.name) in (expected, [expected]), words
