@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from pathlib import PurePath
 
 from open_lm.config.layout import parse_mesh_dim
@@ -300,19 +300,20 @@ _AT_LEAST_ZERO = (
 )
 
 
+# Names of settings, the condition on their values (which NaN never satisfies), and its description.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (_AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
+    (_AT_LEAST_ZERO, lambda value: value >= 0, "0 or more"),
+    (("beta1", "beta2", "muon_momentum"), lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+    (("data_tolerate_error_p", "lr_decay_fraction"), lambda value: 0 <= value <= 1, "a fraction from 0 to 1"),
+    (_ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
+)
+
+
 def _range_problems(config: Config) -> list[str]:
-    problems = []
-    for spec, value in config.settings():
-        if value is None:
-            continue
-        if spec.name in _AT_LEAST_ONE and value < 1:
-            problems.append(f"{spec.flag}: found {value}, expected 1 or more")
-        if spec.name in _AT_LEAST_ZERO and not value >= 0:
-            problems.append(f"{spec.flag}: found {value}, expected 0 or more")
-        if spec.name in ("beta1", "beta2", "muon_momentum") and not 0 <= value < 1:
-            problems.append(f"{spec.flag}: found {value}, expected at least 0 and less than 1")
-        if spec.name in ("data_tolerate_error_p", "lr_decay_fraction") and not 0 <= value <= 1:
-            problems.append(f"{spec.flag}: found {value}, expected a fraction from 0 to 1")
-        if spec.name in _ABOVE_ZERO and not value > 0:
-            problems.append(f"{spec.flag}: found {value}, expected a number above 0")
-    return problems
+    return [
+        f"{spec.flag}: found {value}, expected {expected}"
+        for spec, value in config.settings()
+        for names, is_valid, expected in _RANGES
+        if value is not None and spec.name in names and not is_valid(value)
+    ]

@@ -71,6 +71,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "--fsdp-amp reduces gradients in float32",
         "--beta1: found 1.5",
         "--workers: found -1, expected 0 or more",
+        "--remote-sync-frequency: found nan, expected 1 or more",
     ):
         assert expected in message
 
