@@ -59,7 +59,7 @@ def test_unique_abbreviations_of_original_flags_stay_unique(original_flags: list
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    argv = "--tran-data x --lr abc --precision fp8 --epochs 2.5 --fsdp-amp --fsdp-pure-bf16 --beta1 1.5 --workers -1"
+    argv = "--tran-data x --lr abc --precision fp8 --epochs 2.5 --fsdp-amp --fsdp-pure-bf16 --beta1 1.5 --workers -1 --eps nan"
     with pytest.raises(ConfigError) as caught:
         parse_args(argv.split())
     message = str(caught.value)
@@ -71,7 +71,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "--fsdp-amp reduces gradients in float32",
         "--beta1: found 1.5",
         "--workers: found -1, expected 0 or more",
-        "--remote-sync-frequency: found nan, expected 1 or more",
+        "--eps: found nan, expected 0 or more",
     ):
         assert expected in message
 
