@@ -141,11 +141,12 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 @lru_cache
-def measured_matmul_flops(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
+def measured_matmul_flops(dtype: torch.dtype) -> float:
     """Measure the FLOP/s of the fastest of several square matrix products on this process's CPU threads."""
+    size = 768
     left, right = (torch.rand(size, size).to(dtype) for _ in range(2))
     times = []
-    for _ in range(repeats):
+    for _ in range(5):
         start = time.perf_counter()
         torch.mm(left, right)
         times.append(time.perf_counter() - start)

@@ -137,20 +137,17 @@ def saved_by_head(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivatio
     ]
 
 
-def _norm(
-    name: str, shape: ModelShape, sizes: ElementSizes, width: int = 0, split: Split = "tokens"
-) -> list[SavedActivations]:
+def _norm(name: str, shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
     """Return what a norm saves: its input, or a copy in the dtype that it computes in. Mirrors model/norms.py."""
-    width = width or shape.dim
     if NORMS.fact(shape.model_norm, "computes_in") == "float32":
         return [
-            SavedActivations(f"{name} in float32", width, 4, split),
-            SavedActivations(f"{name} before the gain", width, sizes.residual, split),
-            SavedActivations(f"{name} scale", 1, 4, split),
+            SavedActivations(f"{name} in float32", shape.dim, 4, "tokens"),
+            SavedActivations(f"{name} before the gain", shape.dim, sizes.residual, "tokens"),
+            SavedActivations(f"{name} scale", 1, 4, "tokens"),
         ]
     return [
-        SavedActivations(f"{name} input", width, sizes.norms or sizes.residual, split),
-        SavedActivations(f"{name} statistics", 2, 4, split),
+        SavedActivations(f"{name} input", shape.dim, sizes.norms or sizes.residual, "tokens"),
+        SavedActivations(f"{name} statistics", 2, 4, "tokens"),
     ]
 
 
