@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from open_lm.errors import ConfigError, DataError, join_problems
+from open_lm.kernels.threads import limit_threads
 from open_lm.model.initialization import reset_buffers
 from open_lm.model.transformer import Transformer, create_model
 from open_lm.tokenizer import Tokenizer
 
-# Prompts are prefilled in chunks of this many tokens, because the logits of a long prompt would not fit into memory.
+# Prompts are prefilled in chunks of this many tokens, which limits the memory of activations.
 PREFILL_TOKENS = 512
 
 
@@ -124,6 +125,11 @@ class _Batch:
 
     @torch.no_grad()
     def _step(self) -> list[int]:
+        num_tokens = self.ids.numel() if self.cache is None else len(self.ids)
+        with limit_threads(self.model, num_tokens, self.ids.device):
+            return self._choose_and_append()
+
+    def _choose_and_append(self) -> list[int]:
         chosen = choose(self._next_logits(), self.seen, self.sampling, self.generators)
         column = torch.tensor(chosen, device=self.ids.device)[:, None]
         self.ids = torch.cat((self.ids, column), dim=1)
@@ -142,6 +148,7 @@ class _Batch:
                 past_key_values=self.cache,
                 use_cache=self.sampling.use_cache,
                 attention_mask=self.mask[:, :end] if self.has_padding else None,
+                logits_to_keep=1,
             )
             start = end
         last: Tensor = logits[:, -1]

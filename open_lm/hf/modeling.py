@@ -5,6 +5,7 @@ Legend: B batch, T sequence, P cached positions, D model width, V vocabulary, L 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from open_lm.errors import CheckpointError, join_problems
 from open_lm.hf.cache import read_cache, write_cache
 from open_lm.hf.configuration import OpenLMConfig
+from open_lm.kernels.threads import limit_threads
 from open_lm.model.initialization import reset_buffers
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Transformer
@@ -123,6 +125,7 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Compute next-token logits and, with labels, the loss.
@@ -136,6 +139,7 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
             use_cache: return past_key_values.
             output_hidden_states: return the final normalized states (B,T,D) as the only element of hidden_states.
             num_items_in_batch: divide the summed loss by this number instead of the number of targets.
+            logits_to_keep: compute the logits of only this number of last positions; 0 for all T, which labels need.
 
         Returns:
             loss float32 scalar or None, logits (B,T,V) float32, past_key_values, hidden_states.
@@ -147,18 +151,22 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
             raise ValueError("output_attentions: the fused attention kernels do not return attention weights")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected 2 dimensions (B,P+T)")
-        logits, hidden, native_cache = self.model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values=read_cache(past_key_values),
-            use_cache=bool(use_cache),
-            attention_mask=attention_mask,
-        )
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        is_step = use_cache and inputs is not None
+        with limit_threads(self.model, inputs.shape[:2].numel(), inputs.device) if is_step else nullcontext():
+            logits, hidden, native_cache = self.model(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                past_key_values=read_cache(past_key_values),
+                use_cache=bool(use_cache),
+                attention_mask=attention_mask,
+                logits_to_keep=0 if labels is not None else logits_to_keep,
+            )
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=write_cache(past_key_values, native_cache, logits.shape[1]),
+            past_key_values=write_cache(past_key_values, native_cache, hidden.shape[1]),
             hidden_states=(hidden,) if output_hidden_states else None,
         )
         return_as_dict = self.config.return_dict if return_dict is None else return_dict

@@ -9,6 +9,11 @@ import torch
 _BLOCK_BYTES = 2**19  # of one buffer, per thread; a core's second-level cache holds three or four of them
 
 
+def fits_block(num_bytes: int) -> bool:
+    """Return whether a buffer of this size needs no splitting on a CPU."""
+    return num_bytes <= _BLOCK_BYTES * torch.get_num_threads()
+
+
 def row_blocks(rows: int, row_bytes: int, device: torch.device) -> Iterator[slice]:
     """Yield consecutive slices of `rows` rows of `row_bytes` bytes each; on other devices, one slice of all rows.
 

@@ -34,7 +34,7 @@ class AttentionOptions:
         return self == PLAIN
 
     def without_dropout(self) -> AttentionOptions:
-        return replace(self, dropout=0.0)
+        return replace(self, dropout=0.0) if self.dropout else self
 
     def is_limiting(self, num_keys: int) -> bool:
         """Return whether the window excludes any of `num_keys` keys."""

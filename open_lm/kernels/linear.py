@@ -37,8 +37,10 @@ class FusedLinear(Linear):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute torch.nn.functional.linear: x (…,I), weight (O,I), bias (O,) or None -> (…,O)."""
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
     is_candidate = bias is None and x.device.type == "cpu" and weight.numel() >= _MIN_WEIGHTS
-    if is_candidate and weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if is_candidate and weight.requires_grad and not torch.compiler.is_compiling():
         if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
             x, weight = (operand.to(torch.get_autocast_dtype("cpu")) for operand in (x, weight))
         if elements.supports(x, weight):

@@ -136,6 +136,16 @@ def test_unsupported_arguments_raise() -> None:
         model(random_ids(1, 4), attention_mask=torch.ones(1, 1, 4, 4))
 
 
+def test_logits_of_the_last_positions_only() -> None:
+    native = small_model()
+    model, ids = OpenLMForCausalLM.from_open_lm(native), random_ids(2, 9)
+    full, kept = native(ids)[0], native(ids, logits_to_keep=2)[0]
+    assert kept.shape == (2, 2, 61)
+    torch.testing.assert_close(kept, full[:, -2:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, kept, rtol=0, atol=0)
+    assert model(ids, labels=ids, logits_to_keep=2).logits.shape == (2, 9, 61)
+
+
 def test_resized_vocabulary() -> None:
     model = OpenLMForCausalLM.from_open_lm(small_model())
     before = model(random_ids(1, 5)).logits
