@@ -161,6 +161,19 @@ def _rope_frequency_scaling_problems(scaling: Mapping[str, Any] | None) -> list[
     return problems
 
 
+def attended_tokens(settings: Any) -> float:
+    """Return twice the mean number of keys that a query of a full sequence attends to, summed over the layers.
+
+    It is seq_len for a layer without a window, by convention of the FLOPs of attention (which ignores the causal mask).
+    `settings` has the attributes n_layers, seq_len, attn_window and attn_window_pattern.
+    """
+    length, window = settings.seq_len, settings.attn_window
+    if window is None or window >= length:
+        return float(settings.n_layers * length)
+    layers = sum(in_layer(settings.attn_window_pattern, layer) for layer in range(settings.n_layers))
+    return layers * window * (2 - window / length) + (settings.n_layers - layers) * length
+
+
 def in_layer(pattern: list[bool] | None, layer: int) -> bool:
     """Return the entry of a pattern for a layer, counted from 0. Patterns repeat; None is true for all layers."""
     return pattern is None or pattern[layer % len(pattern)]

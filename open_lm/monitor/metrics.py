@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from open_lm.config.devices import peak_16_bit_flops
+from open_lm.config.model_keys import attended_tokens
 
 # On CUDA, results are read this many steps late: the host then never waits for the device, but still stops in time.
 _READBACK_DELAY_STEPS = 4
@@ -110,7 +111,8 @@ def model_flops_per_token(model: nn.Module) -> float:
     """Return the FLOPs of a forward and backward pass per token, without recomputation.
 
     6 per parameter of a matrix product plus 12 L H K T for the attention (Chowdhery et al. 2022, appendix B,
-    arXiv:2204.02311). An untied input embedding does not count, and only the experts that process a token count.
+    arXiv:2204.02311), less in layers with a window (`attended_tokens`). An untied input embedding does not count, and
+    only the experts that process a token count.
     """
     params: Any = model.params
     num_params = sum(p.numel() for p in model.parameters())
@@ -122,8 +124,9 @@ def model_flops_per_token(model: nn.Module) -> float:
         if hasattr(module, "num_experts") and hasattr(module, "experts"):
             inactive = 1 - module.top_k / module.num_experts
             num_params -= round(inactive * sum(p.numel() for p in module.experts.parameters()))
-    width = params.n_heads * params.head_dim if hasattr(params, "n_heads") else params.dim
-    return 6.0 * num_params + 12.0 * params.n_layers * width * params.seq_len
+    if not hasattr(params, "n_heads"):
+        return 6.0 * num_params + 12.0 * params.n_layers * params.dim * params.seq_len
+    return 6.0 * num_params + 12.0 * params.n_heads * params.head_dim * attended_tokens(params)
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -78,10 +78,12 @@ def total_bytes(saved: Iterable[SavedActivations], tokens: int, tensor: int = 1)
 
 def saved_by_block(shape: ModelShape, sizes: ElementSizes, block: int, context: int = 1) -> list[SavedActivations]:
     """Return what block number `block` saves with `context` context-parallel ranks. Mirrors model/transformer.py."""
+    saved = [tensor for name in shape.block_norms for tensor in _norm(name, shape, sizes)]
+    if shape.residual_dropout:
+        saved.append(SavedActivations("dropout masks", 2 * shape.dim, 1, "tokens"))
     return [
-        *_norm("attention_norm", shape, sizes),
+        *saved,
         *_attention(shape, sizes, context),
-        *_norm("ffn_norm", shape, sizes),
         *(_experts(shape, sizes) if shape.has_experts(block) else _feed_forward(shape, sizes)),
     ]
 
@@ -92,7 +94,7 @@ def saved_with_op_checkpointing(shape: ModelShape, sizes: ElementSizes, block: i
     width, hidden, c = shape.width, shape.hidden, sizes.compute
     saved = [
         SavedActivations("input", shape.dim, sizes.residual, "tokens"),
-        SavedActivations("in_proj", 3 * width, c),
+        SavedActivations("queries, keys, values", width + 2 * shape.kv_width, c),
         SavedActivations("attention", width, c),
         SavedActivations("logsumexp", shape.n_heads, 4),
         SavedActivations("out_proj", shape.dim, c, "tokens"),
@@ -102,7 +104,7 @@ def saved_with_op_checkpointing(shape: ModelShape, sizes: ElementSizes, block: i
         return [
             *saved,
             SavedActivations("router", shape.moe_num_experts, c),
-            SavedActivations("experts", slots * 5 * shape.dim, c),
+            SavedActivations("experts", slots * (shape.expert_inputs * shape.moe_ffn_dim + shape.dim), c),
         ]
     into = sum(shape.ffn_inputs.values()) * hidden
     return [
@@ -118,7 +120,7 @@ def backward_transients(shape: ModelShape, sizes: ElementSizes, block: int) -> l
     if shape.has_experts(block):
         slots = shape.moe_capacity_factor * shape.moe_top_k
         return [
-            SavedActivations("experts", slots * 4 * shape.dim, c),
+            SavedActivations("experts", slots * shape.expert_inputs * shape.moe_ffn_dim, c),
             SavedActivations("gradients", shape.moe_top_k * shape.dim, c),
         ]
     return [
@@ -157,21 +159,23 @@ def _attention(shape: ModelShape, sizes: ElementSizes, context: int) -> list[Sav
     Mirrors model/transformer.py with a kernel that does not materialize the scores, positional_embedding/rotary.py, and
     context_parallel.py, which gathers the keys and values of all ranks.
     """
-    width, c = shape.width, sizes.compute
+    width, kv_width, c = shape.width, shape.kv_width, sizes.compute
     saved = [
         SavedActivations("in_proj input", shape.dim, c, "replicated"),
-        SavedActivations("queries, keys, values", 3 * width, c),
+        SavedActivations("queries, keys, values", width + 2 * kv_width, c),
     ]
+    if kv_width < width and c == 4:  # the fused kernels for grouped heads need half precision
+        saved.append(SavedActivations("repeated keys, values", 2 * width, c))
     if context > 1:
-        saved.append(SavedActivations("gathered keys, values", 2 * width * context, c))
+        saved.append(SavedActivations("gathered keys, values", 2 * kv_width * context, c))
     if shape.qk_norm:
         # Norms of queries and keys read the output of in_proj, which is saved already. A norm that computes in another
         # dtype saves a copy.
         if sizes.norms not in (0, c):
-            saved += [SavedActivations("queries, keys for their norms", 2 * width, sizes.norms)]
+            saved += [SavedActivations("queries, keys for their norms", width + kv_width, sizes.norms)]
         saved += [SavedActivations("statistics", 4, 4)]
     if POSITIONAL_EMBEDDINGS.fact(shape.positional_embedding_type, "rotates", True) or shape.qk_norm:
-        saved.append(SavedActivations("rotated queries, keys", 2 * width, c))
+        saved.append(SavedActivations("rotated queries, keys", width + kv_width, c))
     return [*saved, SavedActivations("attention", width, c), SavedActivations("logsumexp", shape.n_heads, 4)]
 
 
@@ -203,6 +207,7 @@ def _experts(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
         SavedActivations("scores", shape.moe_num_experts, 4, "replicated"),
         SavedActivations("tokens, one copy per selected expert", k * dim, sizes.residual, "replicated"),
         SavedActivations("slots", slots * dim, c, "replicated"),
-        SavedActivations("hidden, before and after gelu", 2 * slots * 4 * dim, c, "replicated"),
+        # Before and after the activation; with a gate also the second input and the product.
+        SavedActivations("hidden", 2 * shape.expert_inputs * slots * shape.moe_ffn_dim, c, "replicated"),
         SavedActivations("expert outputs", k * dim, c, "replicated"),
     ]

@@ -67,6 +67,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "model": plan.shape.name,
         "parameters": plan.shape.num_params,
         "flops_per_token": plan.shape.flops_per_token,
+        "kv_cache_bytes_per_token": 2 * plan.shape.kv_cache_values,  # in bfloat16
         "machine": vars(plan.machine),
         "rates": vars(plan.rates),
         "options": [_option_values(option) for option in plan.options],

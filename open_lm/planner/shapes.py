@@ -1,7 +1,8 @@
 """Compute the weights of a model by name and size, and its FLOPs, from its configuration only.
 
 Mirrors the modules of open_lm.model; tests compare the result with the parameters of real models.
-Legend: D model width, W width of all heads, F hidden width of a feed-forward network, E experts, V vocabulary.
+Legend: D model width, K head width, W width of all heads, F hidden width of a feed-forward network, E experts,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
-from open_lm.config.architecture import gated_width, resolve_architecture
+from open_lm.config.architecture import feed_forward_width, resolve_architecture
+from open_lm.config.model_keys import attended_tokens
 from open_lm.config.registry import FEED_FORWARDS, NORMS
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError
@@ -22,13 +24,17 @@ Role = Literal["embedding", "head", "norm", "in", "out", "expert", "router"]
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter. Tensor parallelism shards the rows of role "in" and the columns of role "out"."""
+    """A parameter. Tensor parallelism shards the rows of role "in" and the columns of role "out".
+
+    A weight with key_heads is sharded only if the ranks divide this number, and replicated otherwise.
+    """
 
     name: str
     shape: tuple[int, ...]
     role: Role
     block: int | None = None
     parts: int = 1  # matrices that a fused weight holds, one below the other
+    key_heads: int = 0
 
     @property
     def size(self) -> int:
@@ -46,12 +52,14 @@ class Weight:
 
     def local_shape(self, tensor: int) -> tuple[int, ...]:
         """Return the shape of the largest local shard with `tensor` tensor-parallel ranks."""
+        if self.key_heads % tensor:
+            return self.shape
         if self.role in ("in", "embedding", "head"):
             return (-(-self.shape[0] // tensor), *self.shape[1:])
         if self.role == "out" and len(self.shape) == 2:
             return (self.shape[0], -(-self.shape[1] // tensor))
         if self.role == "expert":
-            divided = 2 if self.name.endswith("w1") else 1
+            divided = 1 if self.name.endswith("w2") else 2
             return tuple(-(-size // tensor) if dim == divided else size for dim, size in enumerate(self.shape))
         return self.shape
 
@@ -76,16 +84,53 @@ class ModelShape:
     moe_num_experts: int
     moe_top_k: int
     moe_capacity_factor: float
+    n_kv_heads: int
+    head_dim: int
+    qkv_bias: bool
+    attn_out_bias: bool
+    qk_norm_per_head: bool
+    attn_window: int | None
+    attn_window_pattern: list[bool] | None
+    ffn_dim: int
+    ffn_bias: bool
+    moe_ffn_type: str
+    moe_ffn_dim: int
+    norm_position: str
+    parallel_block: bool
+    head_bias: bool
+    residual_dropout: float
 
     @property
     def width(self) -> int:
-        """W, the width of all heads together."""
-        return self.n_heads * (self.dim // self.n_heads)
+        """W, the width of all query heads together."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """The width of all key heads together, and of all value heads."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def kv_cache_values(self) -> int:
+        """The number of values that a KV cache holds per token."""
+        return 2 * self.n_layers * self.kv_width
 
     @property
     def hidden(self) -> int:
         """F, the hidden width of a feed-forward network."""
-        return 4 * self.dim if FEED_FORWARDS.required_fact(self.ffn_type, "hidden") == "4x" else gated_width(self.dim)
+        return self.ffn_dim
+
+    @property
+    def expert_inputs(self) -> int:
+        """The number of matrices D -> F of an expert."""
+        return 2 if self.moe_ffn_type == "swiglu" else 1
+
+    @property
+    def block_norms(self) -> tuple[str, ...]:
+        """The norms of a block, of width D."""
+        before = ("attention_norm",) if self.parallel_block else ("attention_norm", "ffn_norm")
+        after = ("attention_post_norm", "ffn_post_norm")
+        return {"pre": before, "post": after, "both": (*before, *after)}[self.norm_position]
 
     @property
     def ffn_inputs(self) -> dict[str, int]:
@@ -136,7 +181,7 @@ class ModelShape:
             active -= self.vocab_size * self.dim
         unused = 1 - self.moe_top_k / self.moe_num_experts if self.moe_num_experts else 0.0
         active -= sum(round(unused * weight.size) for weight in self.weights if weight.role == "expert")
-        return 6.0 * active + 12.0 * self.n_layers * self.width * self.seq_len
+        return 6.0 * active + 12.0 * self.width * attended_tokens(self)
 
     def _weights(self) -> Iterator[Weight]:
         yield Weight("tok_embeddings.weight", (self.vocab_size, self.dim), "embedding")
@@ -147,31 +192,47 @@ class ModelShape:
         yield from self._norm("norm", self.dim)
         if not self.weight_tying:
             yield Weight("output.weight", (self.vocab_size, self.dim), "head")
+        if self.head_bias:
+            yield Weight("output.bias", (self.vocab_size,), "head")
 
     def _norm(self, name: str, width: int, block: int | None = None) -> Iterator[Weight]:
         for part in NORMS.required_fact(self.model_norm, "parameters"):
             yield Weight(f"{name}.{part}", (width,), "norm", block)
 
     def _block(self, block: int) -> Iterator[Weight]:
-        prefix, dim, width = f"layers.{block}.", self.dim, self.width
-        yield Weight(prefix + "attention.in_proj.weight", (3 * width, dim), "in", block, parts=3)
-        yield Weight(prefix + "attention.out_proj.weight", (dim, width), "out", block)
-        if self.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                yield from self._norm(f"{prefix}attention.{name}", width, block)
+        prefix = f"layers.{block}."
+        yield from self._attention(prefix + "attention.", block)
         yield from self._feed_forward(prefix + "feed_forward.", block)
-        for name in ("attention_norm", "ffn_norm"):
-            yield from self._norm(prefix + name, dim, block)
+        for name in self.block_norms:
+            yield from self._norm(prefix + name, self.dim, block)
+
+    def _attention(self, prefix: str, block: int) -> Iterator[Weight]:
+        dim, width, kv_width = self.dim, self.width, self.kv_width
+        projections = [("in_proj", 3 * width, 3, 0)]
+        if kv_width < width:
+            projections = [("q_proj", width, 1, 0), ("kv_proj", 2 * kv_width, 2, self.n_kv_heads)]
+        for name, rows, parts, key_heads in projections:
+            yield Weight(f"{prefix}{name}.weight", (rows, dim), "in", block, parts, key_heads)
+            if self.qkv_bias:
+                yield Weight(f"{prefix}{name}.bias", (rows,), "in", block, key_heads=key_heads)
+        yield Weight(prefix + "out_proj.weight", (dim, width), "out", block)
+        if self.attn_out_bias:
+            yield Weight(prefix + "out_proj.bias", (dim,), "out", block)
+        if self.qk_norm:
+            for name, norm_width in (("q_norm", width), ("k_norm", kv_width)):
+                yield from self._norm(prefix + name, self.head_dim if self.qk_norm_per_head else norm_width, block)
 
     def _feed_forward(self, prefix: str, block: int) -> Iterator[Weight]:
         dim, hidden = self.dim, self.hidden
         if self.has_experts(block):
-            experts = self.moe_num_experts
+            experts, width = self.moe_num_experts, self.moe_ffn_dim
             yield Weight(prefix + "router.layer.weight", (experts, dim), "router", block)
-            yield Weight(prefix + "experts.mlp.w1", (experts, dim, 4 * dim), "expert", block)
-            yield Weight(prefix + "experts.mlp.w2", (experts, 4 * dim, dim), "expert", block)
+            yield Weight(prefix + "experts.mlp.w1", (experts, dim, width), "expert", block)
+            yield Weight(prefix + "experts.mlp.w2", (experts, width, dim), "expert", block)
+            if self.expert_inputs == 2:
+                yield Weight(prefix + "experts.mlp.w3", (experts, dim, width), "expert", block)
             return
-        has_bias = FEED_FORWARDS.fact(self.ffn_type, "bias", False)
+        has_bias = self.ffn_bias
         for name, parts in self.ffn_inputs.items():
             yield Weight(f"{prefix}{name}.weight", (parts * hidden, dim), "in", block, parts)
             if has_bias:
@@ -198,5 +259,14 @@ def shape_of(cfg: ModelConfig) -> ModelShape:
         settings["moe_num_experts"] = 0
     elif not settings["moe_num_experts"]:
         raise ConfigError("--moe-num-experts is missing: expected at least 1 because --moe-freq is set")
-    settings |= {"name": cfg.model, "dim": settings["hidden_dim"]}
+    dim, heads, ffn_type = settings["hidden_dim"], settings["n_heads"], settings["ffn_type"]
+    derived = {
+        "n_kv_heads": heads,
+        "head_dim": dim // heads,
+        "ffn_dim": feed_forward_width(ffn_type, dim),
+        "ffn_bias": bool(FEED_FORWARDS.fact(ffn_type, "bias", False)),
+        "moe_ffn_dim": 4 * dim,
+    }
+    settings |= {name: value for name, value in derived.items() if settings[name] is None}
+    settings |= {"name": cfg.model, "dim": dim}
     return ModelShape(**{field.name: settings[field.name] for field in fields(ModelShape)})

@@ -267,7 +267,7 @@ def _tensor_problem(shape: ModelShape, size: int) -> str:
     """Return what `size` does not divide, "" if nothing. Mirrors parallel.tensor_parallel."""
     widths = {"heads": shape.n_heads, "hidden features of the feed-forward network": shape.hidden}
     if shape.moe_freq:
-        widths["hidden features of the experts"] = 4 * shape.dim
+        widths["hidden features of the experts"] = shape.moe_ffn_dim
     return " and ".join(f"{width} {name}" for name, width in widths.items() if width % size)
 
 

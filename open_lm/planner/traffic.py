@@ -214,7 +214,7 @@ def _activation_collectives(setup: TrainingSetup) -> list[Collective]:
     recomputed = sum(setup.checkpointing(block) != "none" for block in range(blocks))
     passes = (2 * blocks + recomputed) * micro_batches
     tokens = setup.tokens * setup.shape.dim * c * _ring_fraction(layout.tensor)
-    keys = setup.tokens * 2 * setup.shape.width // layout.tensor * c * (layout.context - 1)
+    keys = setup.tokens * 2 * setup.shape.kv_width // layout.tensor * c * (layout.context - 1)
     return [
         Collective("tokens (tensor)", 4 * tokens * passes, 4 * passes, layout.tensor, 1, "none"),
         Collective("keys, values (context)", keys * passes, passes, layout.context, layout.tensor, "none"),

@@ -18,6 +18,7 @@ from open_lm.config.layout import MeshLayout
 from open_lm.distributed import context_parallel
 from open_lm.distributed.context_parallel import check_sequence_length, context_parallel_mask, shard_sequences
 from open_lm.errors import ConfigError
+from open_lm.kernels import general_attention
 
 
 def test_tokens_are_partitioned_and_work_is_balanced() -> None:
@@ -57,13 +58,13 @@ def test_ranks_communicate_and_attend_in_the_autocast_dtype(monkeypatch: pytest.
 def test_heads_passed_to_kernels_are_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise CUDA falls back from the fused kernels to one that materializes all scores."""
     strides = []
-    kernel = context_parallel.F.scaled_dot_product_attention
+    kernel = general_attention.F.scaled_dot_product_attention
 
     def record(*heads: Tensor, **options: Any) -> Tensor:
         strides.extend(x.stride(-1) for x in heads)
         return kernel(*heads, **options)
 
-    monkeypatch.setattr(context_parallel.F, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(general_attention.F, "scaled_dot_product_attention", record)
     x = torch.randn(1, 8, 2, 4)
     context_parallel._attend(x, x, x, context_parallel_mask(MeshLayout(), 8, torch.device("cpu")))
     assert strides and set(strides) == {1}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import check_plan
 import pytest
@@ -56,6 +57,52 @@ def test_shapes_and_flops_match_the_models(variant: str) -> None:
         found = {weight.name: weight.shape for weight in shape.weights}
         assert found == {key: tuple(value.shape) for key, value in model.named_parameters()}
         assert shape.flops_per_token == pytest.approx(model_flops_per_token(model))
+
+
+FAMILY_KEYS: dict[str, dict[str, Any]] = {
+    "mistral": {"n_kv_heads": 2, "attn_window": 8, "ffn_dim": 96, "model_norm": "rms_norm"},
+    "gemma_2": {
+        **{"n_kv_heads": 1, "head_dim": 24, "norm_position": "both", "ffn_type": "geglu_tanh", "weight_tying": True},
+        **{"attn_window": 8, "attn_window_pattern": [True, False], "model_norm": "gemma_rms_norm"},
+    },
+    "phi": {
+        **{"parallel_block": True, "qkv_bias": True, "attn_out_bias": True, "ffn_bias": True, "head_bias": True},
+        "ffn_type": "gelu_tanh",
+    },
+    "olmo": {"norm_position": "post", "qk_norm": True, "n_kv_heads": 2},
+    "qwen": {"qk_norm": True, "qk_norm_per_head": True, "n_kv_heads": 2, "qkv_bias": True},
+    "mixtral": {"moe_freq": 1, "moe_num_experts": 4, "moe_ffn_type": "swiglu", "moe_ffn_dim": 40, "n_kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_KEYS)
+def test_shapes_and_flops_of_families(family: str, tmp_path: Path) -> None:
+    contents = {"hidden_dim": 64, "n_layers": 3, "n_heads": 4, "seq_len": 32, "vocab_size": 50}
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**contents, **FAMILY_KEYS[family]}))
+    cfg = ModelConfig(model=str(path))
+    with torch.device("meta"):
+        model = create_model(cfg)
+    shape = shape_of(cfg)
+    assert {weight.name: weight.shape for weight in shape.weights} == {
+        key: tuple(value.shape) for key, value in model.named_parameters()
+    }
+    assert shape.flops_per_token == pytest.approx(model_flops_per_token(model))
+    _, _, cache = create_model(cfg)(torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
+    assert shape.kv_cache_values == sum(tensor.numel() for layer in cache for tensor in layer)
+
+
+def test_windows_reduce_the_flops_of_attention(tmp_path: Path) -> None:
+    contents = {"hidden_dim": 64, "n_layers": 3, "n_heads": 4, "seq_len": 32, "vocab_size": 50}
+    flops = {}
+    for window in (None, 32, 8):
+        path = tmp_path / "model.json"
+        keys = {} if window is None else {"attn_window": window, "attn_window_pattern": [True, True, False]}
+        path.write_text(json.dumps({**contents, **keys}))
+        flops[window] = shape_of(ModelConfig(model=str(path))).flops_per_token
+    assert flops[None] == flops[32]
+    visible = torch.ones(32, 32).tril().triu(-7)  # the keys of each query
+    assert flops[None] - flops[8] == pytest.approx(12 * 64 * 2 * (32 - 2 * visible.sum().item() / 32), rel=0.05)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
