@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple
 
+from open_lm.storage.paths import is_open_at
+
 _PARTIAL, _COMPLETE = ".part", ".tar"
 _CACHE_NAME = re.compile(r"[0-9a-f]{32}(-[0-9a-f]{64}\.tar|\.part)")  # other files in the folder are not touched
 _RESERVE_BYTES = 64 << 20  # reserved at a time for a file of unknown length
@@ -140,7 +142,7 @@ class Cache:
             file = open(path, "r+b", opener=_open_or_create)  # noqa: SIM115  (returned)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_at(file, path):
+                if is_open_at(file, path):
                     return file
             except BlockingIOError:
                 now = os.fstat(file.fileno())
@@ -197,13 +199,6 @@ def _open_or_create(path: str, flags: int) -> int:
 
 def _on_disk(num_bytes: int) -> int:
     return -(-max(0, num_bytes) // _BLOCK_BYTES) * _BLOCK_BYTES
-
-
-def _is_at(file: IO[bytes], path: str) -> bool:
-    """Return whether `path` still names this open file."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    return False
 
 
 def _remove_unused(path: str) -> bool:

@@ -23,6 +23,7 @@ from typing import IO, Any
 from open_lm import storage
 from open_lm.errors import ConfigError
 from open_lm.names import escape_line
+from open_lm.storage.paths import is_open_at
 from open_lm.storage.redaction import redact, redacted
 
 _CHECKPOINT_NAME = re.compile(r"(step_\d+|epoch_(\d+|latest)\.pt)")
@@ -216,7 +217,7 @@ class RunPaths:
             storage.makedirs(self.root)
             file = open(self._lock_file, "a+", encoding="utf-8")  # noqa: SIM115 - closed by the caller, or below
             if _try_lock(file):
-                if _is_at(file, self._lock_file):
+                if is_open_at(file, self._lock_file):
                     return file
                 file.close()  # the process that held the lock has removed the file
                 continue
@@ -242,14 +243,6 @@ def _try_lock(file: IO[str]) -> bool:
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)
     return True
-
-
-def _is_at(file: IO[str], path: str) -> bool:
-    """Return whether an open file is (still) the one at `path`."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def write_params(path: str, params: Mapping[str, Any] | object) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from open_lm.storage.retries import wrap_errors
 
@@ -56,6 +56,14 @@ def temporary_name(target: str, tag: str) -> str:
     end = f"{TEMP_MARK}{tag}"
     start = os.fsdecode(os.fsencode(f".{name}")[: _MAX_NAME_BYTES - len(end)])
     return os.path.join(folder, start + end)
+
+
+def is_open_at(file: IO[Any], path: str) -> bool:
+    """Return whether a local path still names this open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def strip_etag(tag: str | None) -> str:
