@@ -179,12 +179,20 @@ def test_samples_are_decoded_with_the_copy(own: Tokenizer, tmp_path: Path, capsy
 def test_a_run_keeps_its_tokenizer(own: Tokenizer, flags: list[str], tmp_path: Path) -> None:
     manifest = write_data(tmp_path / "data", load_tokenizer(own.name, "<|end|>"))
     flags += ["--checkpoint-dir", str(tmp_path / "saved")]
+    flags += ["--remote-sync", str(tmp_path / "copy"), "--remote-sync-protocol", "fsspec"]
     train(flags, manifest, 1)
     shutil.rmtree(tmp_path / "data/tokenizer")
     Path(own.name).unlink()
     train(flags, manifest, 1, "--resume", "latest", epochs=2)
     run, saved = tmp_path / "runs/run", tmp_path / "saved/run"
-    places = [run, saved, saved / "checkpoints", saved / "checkpoints/epoch_2.pt", saved / "checkpoints/step_00000002"]
+    places = [
+        run,
+        tmp_path / "copy/run",
+        saved,
+        saved / "checkpoints",
+        saved / "checkpoints/epoch_2.pt",
+        saved / "checkpoints/step_00000002",
+    ]
     for place in places:
         tokenizer = choose_tokenizer(str(place))
         assert (tokenizer.fingerprint, tokenizer.eot_id) == (own.fingerprint, 257), place
