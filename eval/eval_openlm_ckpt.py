@@ -1,11 +1,15 @@
-"""Evaluate a checkpoint on in-context-learning tasks with llm-foundry.
+"""Evaluate checkpoints on in-context-learning tasks.
 
-    python eval_openlm_ckpt.py --eval-yaml in_memory_hf_eval.yaml --model-config ../model_configs/open_lm_1b.json \\
+    python eval_openlm_ckpt.py --engine native --eval-yaml in_memory_hf_eval.yaml \\
         --checkpoint ../logs/NAME/checkpoints/epoch_2.pt --data-dir FOLDER
 
+Two engines compute the same scores. `--engine native` is the package's own and needs no other environment.
+`--engine llm-foundry`, the default, uses llm-foundry, which needs a separate environment, .venv-eval
+(`make install-eval`); the program restarts itself there if it is started in another environment, and needs
+--model-config.
+
 Several devices: torchrun --nproc-per-node N eval_openlm_ckpt.py … (every process has the full model and evaluates a
-share of the examples). llm-foundry needs a separate environment, .venv-eval (`make install-eval`). The program restarts
-itself there if it is started in another environment.
+share of the examples).
 """
 
 from __future__ import annotations
@@ -21,11 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icl_run import Outcome
-    from icl_tasks import EvalSettings
+    from open_lm.evaluate.icl import EvalSettings, Outcome
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON_VARIABLE = "OPEN_LM_EVAL_PYTHON"
+ENGINES = ("llm-foundry", "native")
 RESTARTED_VARIABLE = "OPEN_LM_EVAL_SENT"  # set after the restart in the other environment
 
 
@@ -40,12 +44,20 @@ def restart_in_eval_environment(argv: list[str]) -> None:
     if not os.access(python, os.X_OK):
         sys.exit(
             _print_error(
-                f"evaluation needs llm-foundry, but {python} does not exist; run `make install-eval` in {REPOSITORY} "
-                f"(about 6.5 GB), or set {PYTHON_VARIABLE} to the python of an environment with requirements/eval.txt"
+                f"--engine llm-foundry, but {python} does not exist; pass --engine native, which needs no other "
+                f"environment, or run `make install-eval` in {REPOSITORY} (about 6.5 GB), or set {PYTHON_VARIABLE} to "
+                "the python of an environment with requirements/eval.txt"
             )
         )
     sys.stdout.flush()
     os.execve(python, [python, __file__, *argv], {**os.environ, RESTARTED_VARIABLE: "1"})
+
+
+def chosen_engine(argv: list[str]) -> str:
+    """Return the value of --engine, which decides in which environment the program runs."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--engine", default=ENGINES[0])
+    return str(parser.parse_known_args(argv)[0].engine)
 
 
 def _print_error(message: str) -> int:
@@ -68,7 +80,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint",
         type=user_path,
         required=True,
-        help="epoch_N.pt, step_N folder, averager file or file with only weights",
+        nargs="+",
+        help="epoch_N.pt, step_N folder, averager file or file with only weights; with --engine native also a run "
+        "folder (its newest checkpoint, or see --every), and several of them",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="native: the package's own engine, faster and without other packages (default: llm-foundry)",
     )
     parser.add_argument("--eval-yaml", type=user_path, required=True, nargs="+", help="YAML files with the tasks")
     parser.add_argument("--model", type=user_path, help="name of a model configuration, or the path of its .json file")
@@ -88,11 +108,32 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=user_path,
-        help="path of the JSON result; default: {checkpoint}_{YAML names}.json, "
-        "or {checkpoint}_{YAML names}_partial.json with --tasks or --max-examples",
+        help="path of the JSON result; default: {checkpoint}_{YAML names}.json (with --engine native in the folder "
+        "evals next to the checkpoint), or {checkpoint}_{YAML names}_partial.json with --tasks or --max-examples",
+    )
+    native = parser.add_argument_group("only with --engine native")
+    native.add_argument("--every", type=int, metavar="N", help="evaluate every N-th checkpoint of a run folder")
+    native.add_argument(
+        "--precision",
+        choices=("fp32", "amp_bf16", "amp_fp16"),
+        help="precision of the computation; overrides precision of the YAML files",
+    )
+    native.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="neither read nor write the results of examples (by default in evals/examples next to the checkpoint), "
+        "with which an evaluation that was stopped continues",
     )
     add_model_args(parser)
     return parser
+
+
+def given_flags(argv: list[str]) -> set[str]:
+    """Return the names of the flags that the command line sets."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_args(argv)))
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -102,18 +143,31 @@ def check_arguments(args: argparse.Namespace) -> None:
     problems = []
     if args.model and args.model_config and args.model != args.model_config:
         problems.append("--model and --model-config differ; pass only one of them")
-    if not (args.model or args.model_config):
+    is_native = args.engine == "native"
+    if not (args.model or args.model_config or is_native):
         problems.append("--model-config is missing: pass the .json file or the name of the checkpoint's configuration")
+    native_flags = {"--every": args.every, "--precision": args.precision, "--no-cache": args.no_cache}
+    for flag in [flag for flag, value in native_flags.items() if value] if not is_native else []:
+        problems.append(f"{flag} needs --engine native")
+    if len(args.checkpoint) > 1 and not is_native:
+        problems.append(f"--checkpoint: found {len(args.checkpoint)} checkpoints, expected one; use --engine native")
+    if args.output and (len(args.checkpoint) > 1 or args.every):
+        problems.append("--output is one file, but there are several checkpoints; remove the flag")
+    if args.every is not None and args.every < 1:
+        problems.append(f"--every {args.every}: expected at least 1")
     if args.max_examples is not None and args.max_examples < 1:
         problems.append(f"--max-examples {args.max_examples}: expected at least 1")
     if problems:
         raise ConfigError(join_problems(problems))
     args.model = args.model_config or args.model
+    args.yaml_names = [Path(file).stem for file in args.eval_yaml]
+    args.is_partial = bool(args.tasks) or args.max_examples is not None
+    if is_native:
+        return
+    (args.checkpoint,) = args.checkpoint
     if not args.output:
-        stem = args.checkpoint[:-3] if args.checkpoint.endswith(".pt") else args.checkpoint
-        is_partial = bool(args.tasks) or args.max_examples is not None
-        names = [*(Path(file).stem for file in args.eval_yaml), *(["partial"] if is_partial else [])]
-        args.output = "_".join([stem, *names]) + ".json"
+        names = [*args.yaml_names, *(["partial"] if args.is_partial else [])]
+        args.output = "_".join([args.checkpoint.removesuffix(".pt"), *names]) + ".json"
 
 
 def main(argv: list[str]) -> list[Outcome]:
@@ -124,6 +178,9 @@ def main(argv: list[str]) -> list[Outcome]:
     """
     args = build_parser().parse_args(argv)
     check_arguments(args)
+    if args.engine == "native":
+        args.given_flags = given_flags(argv)
+        return _evaluate_native(args)
     for module in ("composer", "llmfoundry"):
         # Their warnings concern training and their own dependencies.
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
@@ -132,32 +189,67 @@ def main(argv: list[str]) -> list[Outcome]:
         return _evaluate(args)
 
 
-def _evaluate(args: argparse.Namespace) -> list[Outcome]:
-    from icl_tasks import read_settings
+def _read_settings(args: argparse.Namespace) -> EvalSettings:
+    """Read the YAML files and print which of their settings have no effect."""
+    from open_lm.evaluate.icl import read_settings
 
     settings = read_settings(args.eval_yaml, args.data_dir, args.tasks)
-    is_main = os.environ.get("RANK", "0") == "0"
-    for key in settings.ignored if is_main else []:
+    for key in settings.ignored if _is_main() else []:
         print(f"note: {args.eval_yaml[0]}: {key} has no effect", flush=True)
+    return settings
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _report(outcome: Outcome) -> None:
+    """Print the outcome of a task on rank 0."""
+    if _is_main():
+        score = "did not run" if outcome.score is None else f"{outcome.score:.4f} ({outcome.seconds:.0f} s)"
+        print(f"{outcome.task} {outcome.shots}-shot: {score}", flush=True)
+
+
+def _write_results(path: str, outcomes: list[Outcome], metadata: dict[str, Any]) -> None:
+    """Print the table and write the JSON result on rank 0."""
+    from open_lm.evaluate.icl.report import format_table, write_json
+
+    if _is_main():
+        print(f"\n{format_table(outcomes)}\n", flush=True)
+        write_json(path, outcomes, metadata)
+        print(f"results written to {path}", flush=True)
+
+
+def _evaluate(args: argparse.Namespace) -> list[Outcome]:
+    settings = _read_settings(args)
     tokenizer, model = load_tokenizer_and_model(args, settings)
-
-    if is_main:
+    if _is_main():
         print("loading llm-foundry (this takes a while)", flush=True)
-    from icl_report import format_table, write_json
     from icl_run import run_tasks, start_processes
-
-    def report(outcome: Outcome) -> None:
-        if is_main:
-            score = "did not run" if outcome.score is None else f"{outcome.score:.4f} ({outcome.seconds:.0f} s)"
-            print(f"{outcome.task} {outcome.shots}-shot: {score}", flush=True)
 
     device = start_processes(args.device, settings)
     start = time.monotonic()
-    outcomes = run_tasks(model, tokenizer, settings, device, max_examples=args.max_examples, report=report)
-    if is_main:
-        print(f"\n{format_table(outcomes)}\n", flush=True)
-        write_json(args.output, outcomes, run_metadata(args, settings, model, device, time.monotonic() - start))
-        print(f"results written to {args.output}", flush=True)
+    outcomes = run_tasks(model, tokenizer, settings, device, max_examples=args.max_examples, report=_report)
+    _write_results(args.output, outcomes, run_metadata(args, settings, model, device, time.monotonic() - start))
+    return outcomes
+
+
+def _evaluate_native(args: argparse.Namespace) -> list[Outcome]:
+    """Evaluate all checkpoints with the native engine, and return the outcomes of the last one."""
+    settings = _read_settings(args)
+    import icl_native
+
+    from open_lm.distributed.processes import shutdown
+
+    runtime = icl_native.start_ranks(args.device)
+    outcomes: list[Outcome] = []
+    for checkpoint in icl_native.find_checkpoints(args.checkpoint, args.every):
+        if _is_main():
+            print(f"checkpoint {checkpoint}", flush=True)
+        outcomes, metadata = icl_native.evaluate_checkpoint(args, settings, checkpoint, runtime, _report)
+        output = args.output or icl_native.default_output(checkpoint, args.yaml_names, args.is_partial)
+        _write_results(output, outcomes, metadata)
+    shutdown(runtime)
     return outcomes
 
 
@@ -205,6 +297,7 @@ def run_metadata(
     from composer.utils import dist
 
     return {
+        "engine": "llm-foundry",
         "checkpoint": args.checkpoint,
         "model": args.model,
         "num_params": sum(p.numel() for p in model.parameters()),
@@ -224,7 +317,7 @@ def run_metadata(
 if __name__ == "__main__":
     if importlib.util.find_spec("open_lm") is None:
         sys.path.insert(0, str(REPOSITORY))
-    if not {"-h", "--help"} & set(sys.argv[1:]):
+    if not {"-h", "--help"} & set(sys.argv[1:]) and chosen_engine(sys.argv[1:]) == ENGINES[0]:
         restart_in_eval_environment(sys.argv[1:])
     from open_lm.errors import run_cli
 

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +22,17 @@ from composer.core import Evaluator
 from composer.trainer import Trainer
 from composer.utils import dist, get_device, reproducibility
 from datasets import disable_caching, disable_progress_bars
-from icl_tasks import EvalSettings, Task, first_examples
 from llmfoundry.eval.datasets import in_context_learning_evaluation as icl
 from llmfoundry.utils.builders import build_icl_evaluators
 
 from open_lm import storage
 from open_lm.errors import ConfigError
+from open_lm.evaluate.icl import EvalSettings, Outcome, Task
+from open_lm.evaluate.icl.metrics import accuracy_interval
+from open_lm.evaluate.icl.tasks import first_examples
 from open_lm.utils.llm_foundry_wrapper import SimpleComposerOpenLMCausalLM
 
 CHOICES_KEYS = {"multiple_choice": "choices", "schema": "context_options"}
-
-
-@dataclass
-class Outcome:
-    """The result of a task with one number of examples in the prompt.
-
-    Attributes:
-        task: label of the task.
-        shots: examples in the prompt.
-        kind: llm-foundry's icl_task_type.
-        metric: llm-foundry's name of the metric that is the score.
-        score: from 0 to 1, for tasks with categories the mean over them; None if the task could not run.
-        baseline: expected score of random guessing.
-        n: number of scored examples.
-        truncated: prompts (one per choice) with a context that was truncated on the left to fit the model.
-        sequences: all prompts.
-        seconds: duration.
-        metrics: all metrics of the task by llm-foundry's name, including the score.
-        categories: score by category.
-        problem: why the task could not run.
-    """
-
-    task: str
-    shots: int
-    kind: str
-    metric: str = ""
-    score: float | None = None
-    baseline: float = 0.0
-    n: int = 0
-    truncated: int = 0
-    sequences: int = 0
-    seconds: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    categories: dict[str, float] = field(default_factory=dict)
-    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +150,9 @@ def _run_task(context: EvalContext, task: Task, data: str, shots: int) -> Outcom
         task.baseline if task.baseline is not None else _mean([_random_baseline(e, task) for e in evaluators])
     )
     outcome.n = sum(count for _, count in scores)
+    if outcome.metric.endswith("Accuracy"):
+        counts = [(round(metrics[outcome.metric] * count), count) for metrics, count in scores]
+        outcome.interval, outcome.interval_method = accuracy_interval(counts)
     outcome.truncated, outcome.sequences = truncation
     outcome.seconds = time.monotonic() - start
     return outcome

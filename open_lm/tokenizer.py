@@ -57,6 +57,13 @@ class Tokenizer(ABC):
         """Return the token ids of several texts, in their order. May use several threads."""
 
     @abstractmethod
+    def encode_with_special_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of texts with the special tokens that the tokenizer's library adds, such as Llama's <s>.
+
+        Training data contains none of them. Raise ConfigError if the tokenizer has no such token.
+        """
+
+    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, without special tokens. Raise ValueError for ids outside the vocabulary."""
 
@@ -149,6 +156,9 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(e.ids) for e in self._loaded.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def encode_with_special_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(e.ids) for e in self._loaded.encode_batch_fast(list(texts), add_special_tokens=True)]
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._loaded.decode(self._check_ids(ids), skip_special_tokens=True))
 
@@ -206,6 +216,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(ids) for ids in self._loaded.encode(list(texts), out_type=int)]
+
+    def encode_with_special_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.bos_id is None:
+            raise ConfigError(f"--tokenizer {self.name}: has no token that begins a text; omit --add-special-tokens")
+        return [[self.bos_id, *ids] for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._loaded.decode(self._check_ids(ids)))

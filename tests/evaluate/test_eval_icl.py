@@ -210,7 +210,11 @@ def test_table_and_json_contain_baselines_counts_and_averages(results: dict[str,
     centered = [2 * scores["copa"] - 1, 2 * scores["winograd"] - 1, scores["lambada_openai"]]
     assert results["centered_average"] == pytest.approx(sum(centered) / 3)
     lines = [line.split() for line in results["printed"].splitlines()]
-    assert ["copa", "0", "accuracy", f"{scores['copa']:.4f}", "0.5000", str(EXAMPLES)] in lines
+    copa = next(line for line in lines if line[:2] == ["copa", "0"])
+    lower, upper = results["by_name"]["copa"]["interval"]
+    interval = [f"{lower:.4f}", "to", f"{upper:.4f}"]
+    assert copa == ["copa", "0", "accuracy", f"{scores['copa']:.4f}", "0.5000", str(EXAMPLES), *interval]
+    assert 0 <= lower < scores["copa"] < upper <= 1
     assert ["average", f"{results['average']:.4f}"] in lines
 
 

@@ -10,7 +10,6 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -22,6 +21,7 @@ from open_lm.config.architecture import read_architecture
 from open_lm.config.command_line import parse_args
 from open_lm.data.manifest import read_manifest
 from open_lm.datapreprocess.inputs import find_inputs
+from open_lm.evaluate.icl.tasks import Task, first_examples
 from open_lm.file_utils import get_metadata_file
 from open_lm.monitor.loggers import filter_lines
 
@@ -84,13 +84,11 @@ def test_a_prompt_of_a_whole_file_has_no_byte_order_mark(tmp_path: Path) -> None
     assert read_prompts([], [str(tmp_path / "prompts")], True) == ["one\u2028more\ntwo"]
 
 
-def test_examples_of_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "eval"))
-    first_examples = from_script("eval/icl_tasks.py", "first_examples")
+def test_examples_of_an_evaluation(tmp_path: Path) -> None:
     rows = [{"context": f"a\u2028b\x85{number}", "category": "xy"[number % 2]} for number in range(10)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "data.jsonl").write_bytes((BOM + "\n".join([*lines[:3], "", *lines[3:]])).encode())
-    task = SimpleNamespace(data=str(tmp_path / "data.jsonl"), config={})
+    task = Task("t", "language_modeling", [0], str(tmp_path / "data.jsonl"), {})
     assert first_examples(task, 6) == lines[:6] and first_examples(task, None) == lines
     task.config["has_categories"] = True
     assert first_examples(task, 3) == lines[:6], "three of each category"

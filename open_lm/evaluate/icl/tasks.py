@@ -1,9 +1,14 @@
-"""Read the YAML files of an evaluation, find the data of their tasks, and report all problems together."""
+"""Read the YAML files of an evaluation, find the data of their tasks, and report all problems together.
+
+The files have llm-foundry's format, so that both engines read the same ones.
+"""
 
 from __future__ import annotations
 
 import glob
 import json
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +39,10 @@ KNOWN_METRICS = (
     "InContextLearningLMExpectedCalibrationError",
     "InContextLearningMCExpectedCalibrationError",
 )
-COMPOSER_PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
+_REFERENCE = re.compile(r"\$\{\s*([^{}]+?)\s*\}")
+_ENVIRONMENT = "oc.env:"  # before the name of an environment variable, and a default after a comma
+_MAX_REFERENCES = 16  # depth of settings that refer to other settings
+PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 KNOWN_SETTINGS = ("data_dir", "max_seq_len", "device_eval_batch_size", "precision", "seed", "icl_tasks")
 
 
@@ -104,10 +112,8 @@ def read_settings(files: Sequence[str], data_dir: str | None = None, only: Seque
         seed=_number(first, "seed", 1, files[0], problems) or 0,
         ignored=[key for key, value in first.items() if key not in KNOWN_SETTINGS and value],
     )
-    if settings.precision not in COMPOSER_PRECISIONS:
-        problems.append(
-            f"{files[0]}: precision is {settings.precision}, expected one of {', '.join(COMPOSER_PRECISIONS)}"
-        )
+    if settings.precision not in PRECISIONS:
+        problems.append(f"{files[0]}: precision is {settings.precision}, expected one of {', '.join(PRECISIONS)}")
     if problems:
         raise ConfigError(join_problems(problems, "invalid evaluation settings"))
     missing = [problem for task in settings.tasks for problem in _data_problems(task)]
@@ -118,30 +124,66 @@ def read_settings(files: Sequence[str], data_dir: str | None = None, only: Seque
 
 def _load(file: str, data_dir: str | None, problems: list[str]) -> dict[str, Any]:
     """Return the settings of a YAML file with resolved ${…}. icl_tasks is always a list."""
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
+    import yaml
 
     file_problems: list[str] = []
     resolved: Any = None
-    if not Path(file).is_file():
+    if not storage.exists(file):
         file_problems.append("no such file")
     else:
         try:
-            content: Any = OmegaConf.load(file)
-            if OmegaConf.is_dict(content):
+            content = yaml.safe_load(storage.read_text(file))
+            if isinstance(content, dict):
                 if data_dir is not None:
                     content["data_dir"] = data_dir
                 elif content.get("data_dir"):
-                    content["data_dir"] = storage.join(
-                        str(Path(file).resolve().parent), user_path(str(content["data_dir"]))
-                    )
-                resolved = OmegaConf.to_container(content, resolve=True)
-        except (YAMLError, ValueError, AttributeError) as error:  # OmegaConf raises the last two
+                    folder = file.rpartition("/")[0] if storage.is_remote(file) else str(Path(file).resolve().parent)
+                    content["data_dir"] = storage.join(folder, user_path(str(content["data_dir"])))
+                resolved = _resolve(content, content)
+        except (yaml.YAMLError, ValueError) as error:
             file_problems.append(f"cannot be read ({' '.join(str(error).split())})")
     if not file_problems and not (isinstance(resolved, dict) and isinstance(resolved.get("icl_tasks"), list)):
         file_problems.append("expected settings with a list icl_tasks")
     problems += [f"--eval-yaml {file}: {problem}" for problem in file_problems]
     return {"icl_tasks": []} if file_problems else dict(resolved)
+
+
+def _resolve(value: Any, settings: dict[str, Any], depth: int = 0) -> Any:
+    """Return a value of a YAML file with each ${name} and ${name.key} replaced by that setting.
+
+    ${oc.env:NAME} and ${oc.env:NAME,default} are environment variables, as in OmegaConf.
+
+    Raises:
+        ValueError: a name that does not exist, or names that refer to each other in a circle.
+    """
+    if isinstance(value, dict):
+        return {key: _resolve(item, settings, depth) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolve(item, settings, depth) for item in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    if depth > _MAX_REFERENCES:
+        raise ValueError(f"{value} refers to itself")
+
+    def lookup(name: str) -> Any:
+        if name.startswith(_ENVIRONMENT):
+            return _environment_value(name.removeprefix(_ENVIRONMENT))
+        found: Any = settings
+        for key in name.split("."):
+            if not isinstance(found, dict) or key not in found:
+                raise ValueError(f"${{{name}}} is not a setting of the file")
+            found = found[key]
+        return _resolve(found, settings, depth + 1)
+
+    whole = _REFERENCE.fullmatch(value)
+    return lookup(whole[1]) if whole else _REFERENCE.sub(lambda match: str(lookup(match[1])), value)
+
+
+def _environment_value(text: str) -> str:
+    name, has_default, default = (part.strip() for part in text.partition(","))
+    if name not in os.environ and not has_default:
+        raise ValueError(f"the environment variable {name} is not set")
+    return os.environ.get(name, default)
 
 
 def _task(entry: Any, file: str, problems: list[str]) -> Task | None:

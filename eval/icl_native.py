@@ -1,0 +1,178 @@
+"""Run tasks with the package's own engine, open_lm.evaluate.icl: no llm-foundry, and several times as fast."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from open_lm import storage
+from open_lm.checkpoint import candidates_at
+from open_lm.checkpoint.files import epoch_files
+from open_lm.checkpoint.folders import step_folders
+from open_lm.checkpoint.tensor_index import incomplete_reason
+from open_lm.config.architecture import read_run_settings
+from open_lm.config.sections import ModelConfig, ParallelConfig
+from open_lm.data.tokenizers import choose_tokenizer
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import Runtime, init_runtime, run_on_master
+from open_lm.errors import ConfigError, join_problems
+from open_lm.evaluate.icl import (
+    EvalSettings,
+    EvaluatorOptions,
+    IclEvaluator,
+    Outcome,
+    Ranks,
+    ResultStore,
+    evaluate_tasks,
+)
+from open_lm.evaluate.icl.store import stored_facts, weights_hash
+from open_lm.generate import load_model_for_generation
+from open_lm.model.transformer import Transformer
+from open_lm.tokenizer import Tokenizer
+
+RESULTS_FOLDER, EXAMPLES_FOLDER = "evals", "examples"
+
+
+def start_ranks(device: str) -> Runtime:
+    """Join the process group, if several processes were started, and select this rank's device.
+
+    Raises:
+        ConfigError: cuda without a CUDA device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device; use --device cpu")
+    runtime = init_runtime(ParallelConfig())
+    is_master = runtime.is_master
+    logging.basicConfig(level=logging.INFO if is_master else logging.WARNING, format="%(message)s", force=True)
+    return replace(runtime, device=torch.device("cpu")) if device == "cpu" else runtime
+
+
+def find_checkpoints(paths: list[str], every: int | None) -> list[str]:
+    """Return the checkpoints to evaluate.
+
+    Args:
+        paths: checkpoints, or run folders.
+        every: evaluate every N-th checkpoint of a run folder, the newest included; None for the newest one only.
+
+    Raises:
+        CheckpointError: a path without a checkpoint.
+    """
+    checkpoints: list[str] = []
+    for path in paths:
+        found = _all_checkpoints(path) if every else []
+        checkpoints += found[::-1][::every][::-1] if found else [candidates_at(path)[0].url]
+    return list(dict.fromkeys(checkpoints))
+
+
+def _all_checkpoints(path: str) -> list[str]:
+    """Return the complete checkpoints of a run folder, oldest first; empty if the path is a checkpoint.
+
+    If a run has both kinds, the sharded ones, which are more.
+    """
+    for folder in (storage.join(path, "checkpoints"), path):
+        sharded = [url for url in step_folders(folder).values() if incomplete_reason(url) is None]
+        if found := sharded or list(epoch_files(folder).values()):
+            return found
+    return []
+
+
+def default_output(checkpoint: str, yaml_names: list[str], is_partial: bool) -> str:
+    """Return the path of the results: evals/ next to the checkpoint; partial results have a file of their own."""
+    folder, _, name = checkpoint.rstrip("/").rpartition("/")
+    name = name.removesuffix(".pt")
+    file = "_".join([name, *yaml_names, *(["partial"] if is_partial else [])]) + ".json"
+    return storage.join(folder or ".", RESULTS_FOLDER, file)
+
+
+def load_model(args: argparse.Namespace, checkpoint: str, device: torch.device) -> Transformer:
+    """Load a checkpoint. Settings of its run that no flag sets are read from the run folder.
+
+    Raises:
+        ConfigError: neither --model-config nor a run folder says which model it is.
+    """
+    settings = read_run_settings(checkpoint)
+    settings |= {key: value for key, value in vars(args).items() if key in args.given_flags and value is not None}
+    if args.model:
+        settings["model"] = args.model
+    if not settings.get("model"):
+        raise ConfigError(
+            f"--model-config is missing, and the run folder of {checkpoint} has no params.txt; pass the .json file or "
+            "the name of the checkpoint's configuration"
+        )
+    section = ModelConfig.from_object(argparse.Namespace(**settings))
+    return load_model_for_generation(checkpoint, section, str(device))
+
+
+def check_fit(model: Transformer, tokenizer: Tokenizer, settings: EvalSettings, args: argparse.Namespace) -> None:
+    """Raise ConfigError if the tokenizer or the YAML settings do not match the model."""
+    problems = []
+    if tokenizer.vocab_size > model.vocab_size:
+        problems.append(
+            f"--tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but the model accepts only ids "
+            f"below {model.vocab_size}; pass the tokenizer of the model's training data"
+        )
+    if settings.max_seq_len and settings.max_seq_len > model.seq_len:
+        problems.append(
+            f"{args.eval_yaml[0]}: max_seq_len is {settings.max_seq_len}, but the sequence length of the model is "
+            f"{model.seq_len}; lower it or leave it empty"
+        )
+    hub = [task.label for task in settings.tasks if task.is_hub]
+    if hub:
+        problems.append(
+            f"task {', '.join(hub)}: the native engine reads .jsonl files; use --engine llm-foundry for hf://"
+        )
+    if problems:
+        raise ConfigError(join_problems(problems))
+
+
+def evaluate_checkpoint(
+    args: argparse.Namespace,
+    settings: EvalSettings,
+    checkpoint: str,
+    runtime: Runtime,
+    report: Callable[[Outcome], None],
+) -> tuple[list[Outcome], dict[str, Any]]:
+    """Evaluate a checkpoint; return the outcomes and what the JSON result says about the evaluation. Collective."""
+    start = time.monotonic()
+    tokenizer = choose_tokenizer(checkpoint, args.tokenizer, args.eot_token, allow_other=args.allow_other_tokenizer)
+    model = load_model(args, checkpoint, runtime.device)
+    check_fit(model, tokenizer, settings, args)
+    precision = args.precision or settings.precision
+    if precision == "amp_fp16" and runtime.device.type == "cpu":
+        raise ConfigError("precision amp_fp16 needs a CUDA device; use --precision amp_bf16 or fp32 on a CPU")
+    weights = run_on_master(lambda: weights_hash(model))
+    options = EvaluatorOptions(
+        device=runtime.device,
+        autocast=get_autocast("amp" if precision == "amp_fp16" else precision, runtime.device.type),
+        ranks=Ranks(runtime.rank, runtime.world_size),
+        max_examples=args.max_examples,
+        special_tokens=args.add_special_tokens,
+    )
+    folder = storage.join(checkpoint.rstrip("/").rpartition("/")[0] or ".", RESULTS_FOLDER, EXAMPLES_FOLDER)
+    store = None if args.no_cache else ResultStore(folder, stored_facts(model, weights, precision))
+    evaluator = IclEvaluator(tokenizer, options, store)
+    seq_len = settings.max_seq_len or model.seq_len
+    outcomes = evaluate_tasks(evaluator, model, settings.tasks, seq_len, report)
+    return outcomes, {
+        "engine": "native",
+        "checkpoint": checkpoint,
+        "weights_sha256": weights,
+        "model": args.model or str(read_run_settings(checkpoint).get("model")),
+        "num_params": sum(p.numel() for p in model.parameters()),
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "eval_yaml": args.eval_yaml,
+        "seq_len": seq_len,
+        "max_examples": args.max_examples,
+        "precision": precision,
+        "device": str(runtime.device),
+        "processes": runtime.world_size,
+        "seconds": round(time.monotonic() - start, 1),
+        "versions": {"torch": torch.__version__},
+    }

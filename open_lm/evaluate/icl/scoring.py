@@ -1,0 +1,158 @@
+"""Compute the log-probabilities of the continuations of a batch of examples in one forward pass.
+
+Logits are computed only where a scored token is predicted.
+Legend: B sequences of the batch, T length of the longest one, N scored tokens of the batch, D model width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from open_lm.evaluate.icl.packing import SHARED, PackedSequence, Unit
+from open_lm.kernels.document_attention import DocumentMask
+from open_lm.kernels.general_attention import AttentionOptions
+from open_lm.kernels.token_scores import TokenScores, logits_scores, token_scores
+from open_lm.model.attention import xformers_attn
+from open_lm.model.transformer import Transformer
+from open_lm.parallel.parallelize import unwrap
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """The scores of the continuations of an example.
+
+    Attributes:
+        log_probs: by choice, (n,) float32 log-probabilities of its tokens.
+        max_log_probs: by choice, those of the most likely tokens.
+        is_greedy: by choice, (n,) bool, whether each token is the most likely one.
+    """
+
+    log_probs: dict[int, np.ndarray]
+    max_log_probs: dict[int, np.ndarray]
+    is_greedy: dict[int, np.ndarray]
+
+
+class ScoredTokens:
+    """The `loss` with which a model returns the scores of N tokens instead of logits.
+
+    Args:
+        rows: (N,) int64, index in the flattened batch (B*T,) of the token that predicts each scored token.
+        targets: (N,) int64, the scored tokens.
+    """
+
+    per_token = False
+    logit_means = None
+
+    def __init__(self, rows: Tensor, targets: Tensor) -> None:
+        self.rows, self.targets = rows, targets
+
+    def from_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any) -> Tensor:
+        """Return `TokenScores` as (3,N) float32 from hidden states (B,T,D); the others are those of `token_scores`."""
+        return _stacked(token_scores(hidden.flatten(0, 1)[self.rows], weight, self.targets, bias, **settings))
+
+    def from_logits(self, logits: Tensor) -> Tensor:
+        """Return `TokenScores` as (3,N) float32 from logits (B,T,V)."""
+        return _stacked(logits_scores(logits.flatten(0, 1)[self.rows].float(), self.targets))
+
+
+def _stacked(scores: TokenScores) -> Tensor:
+    return torch.stack([value.float() for value in scores])
+
+
+def packed_width(model: nn.Module) -> int | None:
+    """Return the width D of a model that accepts packed sequences, or None.
+
+    Models of transformers and attention functions other than torch's do not accept an arbitrary mask.
+    """
+    inner = unwrap(model)
+    if not isinstance(inner, Transformer):
+        return None
+    function = inner.params.attn_func
+    return None if function is xformers_attn or isinstance(function, functools.partial) else inner.params.dim
+
+
+def score_units(
+    model: nn.Module,
+    units: Sequence[Unit],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Iterator[ChoiceScores]:
+    """Yield the scores of each unit of a batch, in order. One forward pass."""
+    sequences = [sequence for unit in units for sequence in unit.sequences]
+    length = max(len(sequence.ids) for sequence in sequences)
+    ids = _padded([sequence.ids for sequence in sequences], length)
+    offsets = [row * length for row in range(len(sequences))]
+    rows = np.concatenate([sequence.sources + start for sequence, start in zip(sequences, offsets, strict=True)])
+    targets = np.concatenate([sequence.targets for sequence in sequences]).astype(np.int64)
+    loss = ScoredTokens(torch.from_numpy(rows).to(device), torch.from_numpy(targets).to(device))
+    mask = _mask(model, sequences, length, device)
+    with autocast():
+        scores = model(torch.from_numpy(ids).to(device), attention_mask=mask, loss=loss)[0]
+    log_probs, max_log_probs, is_greedy = scores.cpu().numpy()
+    start = 0
+    for unit in units:
+        choices = np.concatenate([sequence.choices for sequence in unit.sequences])
+        part = slice(start, start + len(choices))
+        yield ChoiceScores(*(_by_choice(x[part], choices) for x in (log_probs, max_log_probs, is_greedy > 0)))
+        start = part.stop
+
+
+def _by_choice(values: np.ndarray, choices: np.ndarray) -> dict[int, np.ndarray]:
+    return {int(choice): values[choices == choice] for choice in np.unique(choices)}
+
+
+def _padded(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
+    """Return the rows as one array (B,T) int64, with zeros after each."""
+    out = np.zeros((len(rows), length), dtype=np.int64)
+    for row, values in enumerate(rows):
+        out[row, : len(values)] = values
+    return out
+
+
+def _mask(
+    model: nn.Module, sequences: Sequence[PackedSequence], length: int, device: torch.device
+) -> DocumentMask | Tensor | None:
+    """Return the attention mask of a batch; None if it is causal.
+
+    Padding is on the right, so causal attention needs no mask for it. Only functions whose weights depend on the
+    length of a sequence do.
+    """
+    if sequences[0].segments is not None:
+        return packed_mask(sequences, length, device)
+    inner = unwrap(model)
+    if isinstance(inner, Transformer) and isinstance(inner.params.attn_func, functools.partial):
+        return torch.from_numpy(_padded([np.ones(len(s.ids)) for s in sequences], length)).to(device)
+    return None
+
+
+def packed_mask(
+    sequences: Sequence[PackedSequence], length: int, device: torch.device, window: int | None = None
+) -> DocumentMask:
+    """Return the mask of packed sequences: a token attends to earlier tokens of its segment and of the prefix.
+
+    Padding tokens have the segment after the last one. A window limits the distance in positions.
+    """
+    positions = torch.from_numpy(_padded([sequence.positions for sequence in sequences], length)).to(device)
+    numbers = np.full((len(sequences), length), np.iinfo(np.int32).max, dtype=np.int32)
+    for row, sequence in enumerate(sequences):
+        assert sequence.segments is not None
+        numbers[row, : len(sequence.ids)] = sequence.segments
+    segments = torch.from_numpy(numbers).to(device)
+    is_visible = (segments[:, None, :] == SHARED) | (segments[:, None, :] == segments[:, :, None])
+    is_visible = is_visible.tril()
+    if window is not None:
+        is_visible &= positions[:, :, None] - positions[:, None, :] < window
+
+    def for_options(options: AttentionOptions) -> DocumentMask:
+        return packed_mask(sequences, length, device, options.window)
+
+    return DocumentMask(positions, dense=is_visible[:, None], for_options=for_options)
