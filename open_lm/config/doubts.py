@@ -40,7 +40,7 @@ def _doubtful_sources(flag: str, values: Sequence[str], kind: str) -> str:
 
 def _doubtful_heads(model: str, architecture: Mapping[str, Any]) -> str:
     width, heads = architecture.get("hidden_dim", 0), architecture.get("n_heads", 1)
-    if width % heads == 0:
+    if width % heads == 0 or architecture.get("head_dim") is not None:
         return ""
     head_width = width // heads
     return (
