@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def model_names() -> list[str]:
 
 
 def read_architecture(model: str) -> dict[str, Any]:
-    """Read and check the configuration of --model: one of `model_names`, or the path of a .json file.
+    """Read and check the configuration of --model: one of `model_names`, or the path or URL of a .json file.
 
     Returns:
         hidden_dim, n_layers, n_heads, seq_len, vocab_size, post_embed_norm, weight_tying, and the fields of
@@ -46,16 +47,16 @@ def read_architecture(model: str) -> dict[str, Any]:
         ConfigError: an unknown name (the message lists similar names), a missing file, or invalid contents (the
             message lists all problems).
     """
-    path = Path(model) if model.endswith(".json") else CONFIG_DIR / f"{model}.json"
-    if not path.is_file():
+    url = model if model.endswith(".json") else str(CONFIG_DIR / f"{model}.json")
+    if storage.info(url) is None:
         raise ConfigError(_not_found(model))
     try:
-        contents = json.loads(path.read_text(encoding="utf-8-sig"))
+        contents = json.loads(storage.read_text(url))
     except ValueError as error:
-        raise ConfigError(f"--model {model}: {path} is not valid JSON ({error})") from error
+        raise ConfigError(f"--model {model}: {url} is not valid JSON ({error})") from error
     if not isinstance(contents, dict):
-        raise ConfigError(f"--model {model}: {path} contains a {type(contents).__name__}, expected a JSON object")
-    return _check_contents(contents, f"--model {model} ({path.name})")
+        raise ConfigError(f"--model {model}: {url} contains a {type(contents).__name__}, expected a JSON object")
+    return _check_contents(contents, f"--model {model} ({url.rpartition('/')[2]})")
 
 
 def resolve_architecture(cfg: ModelConfig) -> dict[str, Any]:
@@ -93,24 +94,26 @@ def read_run_settings(checkpoint: str) -> dict[str, Any]:
         for name, spec in specs.items()
         if name in written and not (written[name] == "None" and not spec.optional)
     }
-    model, copy = settings.get("model", ""), Path(_folder_of(checkpoint)).parent / "model.json"
-    if model.endswith(".json") and not Path(model).exists() and copy.exists():
-        settings["model"] = str(copy)
+    model, copy = settings.get("model", ""), storage.join(_run_folder(checkpoint), "model.json")
+    if model.endswith(".json") and not storage.exists(model) and storage.exists(copy):
+        settings["model"] = copy
     return settings
 
 
 def read_written_params(checkpoint: str) -> dict[str, str]:
     """Return the lines of the params.txt of the run that wrote a checkpoint, by key; empty if there is none."""
-    folder = _folder_of(checkpoint)
-    url = storage.join(_folder_of(folder) if storage.is_remote(folder) else f"{folder}/..", "params.txt")
+    url = storage.join(_run_folder(checkpoint), "params.txt")
     if not storage.exists(url):
         return {}
     lines = (line.partition(": ") for line in storage.read_lines(url))
     return {key: unescape(value) for key, _, value in lines}
 
 
-def _folder_of(checkpoint: str) -> str:
-    return checkpoint.rstrip("/").rpartition("/")[0] or "."
+def _run_folder(checkpoint: str) -> str:
+    """Return the folder of the run that contains {run}/checkpoints/epoch_N.pt or step_N/."""
+    if storage.is_remote(checkpoint):
+        return checkpoint.rstrip("/").rsplit("/", 2)[0]
+    return os.path.normpath(os.path.join(storage.local_path(checkpoint), "..", ".."))
 
 
 def _parse_setting(text: str, spec: FieldSpec) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from open_lm import storage
 from open_lm.config.architecture import COUNTS, SWITCHES, model_names, read_architecture, read_run_settings
 from open_lm.config.model_keys import ModelKeys
 from open_lm.config.sections import ArchitectureConfig
@@ -147,6 +148,20 @@ def test_run_settings_use_the_copied_model_file_if_the_original_is_deleted(tmp_p
     assert read_run_settings(checkpoint)["model"] == "gone/mine.json"
     (tmp_path / "model.json").write_text(json.dumps(GOOD))
     assert read_architecture(read_run_settings(checkpoint)["model"]) == read_architecture(write(tmp_path, GOOD))
+
+
+@pytest.mark.parametrize("run", ["relative", "remote"])
+def test_run_settings_use_the_copied_model_file_of_a_remote_run_or_from_within_the_run_folder(
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    root = str(tmp_path) if run == "relative" else f"s3://{request.getfixturevalue('s3_bucket')}/run"
+    storage.write_text(f"{root}/params.txt", "model: gone/mine.json\nqk_norm: True\n")
+    storage.write_text(f"{root}/model.json", json.dumps(GOOD))
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path / "checkpoints")
+    settings = read_run_settings("epoch_1.pt" if run == "relative" else f"{root}/checkpoints/step_00000010")
+    assert settings["qk_norm"] is True
+    assert read_architecture(settings["model"]) == read_architecture(write(tmp_path, GOOD))
 
 
 @pytest.mark.processes
