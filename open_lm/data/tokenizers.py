@@ -70,9 +70,16 @@ def records_of(datasets: Iterable[Mapping[str, Any]]) -> list[TokenizerRecord]:
 
 
 def read_copy(folder: str) -> dict[str, bytes]:
-    """Return the files of the tokenizer in a folder of shards or of a run, by name; empty if there is no copy."""
+    """Return the files of the tokenizer in a folder of shards or of a run, by name; empty if there is no copy.
+
+    Only warn if the copy cannot be read: some stores answer so for a file that does not exist.
+    """
     urls = {name: storage.join(folder, COPY_FOLDER, name) for name in FILE_NAMES}
-    files = {name: storage.read_bytes(url) for name, url in urls.items() if storage.info(url) is not None}
+    try:
+        files = {name: storage.read_bytes(url) for name, url in urls.items() if storage.info(url) is not None}
+    except StorageError as error:
+        logging.warning(f"{folder}: cannot read the copy of the tokenizer, which is not used: {error}")
+        return {}
     return {} if set(files) <= {FILE_NAMES[0]} else files
 
 
@@ -234,6 +241,10 @@ class RunTokenizer:
     records: tuple[TokenizerRecord, ...]
     files: Mapping[str, bytes]
 
+    def is_in(self, folder: str) -> bool:
+        """Return whether `folder`, and not one of its parents, has the record."""
+        return _absolute(folder) == self.root
+
     @cached_property
     def copy(self) -> Tokenizer | None:
         """The copy in the run's folder; None if there is none.
@@ -313,8 +324,7 @@ def find_run_tokenizer(checkpoint: str) -> RunTokenizer | None:
 
     checkpoint: path or URL of a run folder, of a step_N folder or an epoch_N.pt or another file in its checkpoints/.
     """
-    is_remote = storage.is_remote(checkpoint)
-    folder = checkpoint.rstrip("/") if is_remote else os.path.abspath(storage.local_path(checkpoint))
+    folder = _absolute(checkpoint)
     for _ in range(3):
         description = _read_description(folder)
         if description is not None:
@@ -342,8 +352,9 @@ def copy_record(checkpoint: str, folder: str) -> None:
 
     Nothing is copied if the run has none, or if the folder is in a run that has one.
     """
-    run = find_run_tokenizer(checkpoint)
-    if run is None or find_run_tokenizer(folder) is not None:
+    run, existing = find_run_tokenizer(checkpoint), find_run_tokenizer(folder)
+    is_inside_run = existing is not None and not existing.is_in(folder)
+    if run is None or is_inside_run:
         return
     write_copy(folder, run.files)
     storage.copy(storage.join(run.root, provenance.FILE_NAME), storage.join(folder, provenance.FILE_NAME))
@@ -368,6 +379,10 @@ def choose_tokenizer(
     if run is None:
         return load_tokenizer(spec or DEFAULT_TOKENIZER, eot_token)
     return run.load(eot_token) if spec is None else run.check(load_tokenizer(spec, eot_token), eot_token)
+
+
+def _absolute(path: str) -> str:
+    return path.rstrip("/") if storage.is_remote(path) else os.path.abspath(storage.local_path(path))
 
 
 def _short(fingerprint: str) -> str:

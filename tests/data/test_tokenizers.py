@@ -175,6 +175,21 @@ def test_samples_are_decoded_with_the_copy(own: Tokenizer, tmp_path: Path, capsy
     assert found["notes"] == [] and "text" in found["samples"][0]["pieces"][0]
 
 
+def test_a_copy_that_cannot_be_read_does_not_stop_a_run(
+    own: Tokenizer,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    manifest = write_data(tmp_path / "data", own, copy=False)
+    (tmp_path / "data/tokenizer/tokenizer.json").mkdir(parents=True)
+    info = storage.info
+    monkeypatch.setattr(storage, "info", lambda url, *more: url if "tokenizer" in str(url) else info(url, *more))
+    train(flags, manifest, 1)
+    assert "cannot read the copy of the tokenizer" in caplog.text
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 def test_a_run_keeps_its_tokenizer(own: Tokenizer, flags: list[str], tmp_path: Path) -> None:
     manifest = write_data(tmp_path / "data", load_tokenizer(own.name, "<|end|>"))
@@ -199,13 +214,19 @@ def test_a_run_keeps_its_tokenizer(own: Tokenizer, flags: list[str], tmp_path: P
     assert json.loads((run / "data.json").read_text())["sources"][0]["datasets"][0]["tokenizer"] == own.name
 
 
-def test_exported_checkpoints_keep_the_tokenizer(own: Tokenizer, flags: list[str], tmp_path: Path) -> None:
+def test_exported_checkpoints_keep_the_tokenizer(
+    own: Tokenizer, other: Tokenizer, flags: list[str], tmp_path: Path
+) -> None:
     from open_lm.utils.convert_checkpoint import main as convert
 
     train(flags, write_data(tmp_path / "data", own), 1)
-    path = convert([str(tmp_path / "runs/run/checkpoints/step_00000001"), "--output", str(tmp_path / "exported")])
+    step = str(tmp_path / "runs/run/checkpoints/step_00000001")
+    write_run(tmp_path / "exported", write_data(tmp_path / "b", other), other)
+    path = convert([step, "--output", str(tmp_path / "exported")])
+    convert([step, "--output", str(tmp_path / "runs/run/checkpoints")])
+    assert not (tmp_path / "runs/run/checkpoints/data.json").exists(), "the run has it"
     shutil.rmtree(tmp_path / "runs")
-    assert choose_tokenizer(path).fingerprint == own.fingerprint
+    assert choose_tokenizer(path).fingerprint == own.fingerprint, "of the last export"
 
 
 def test_a_run_on_other_data_follows_their_tokenizer(
