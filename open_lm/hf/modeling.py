@@ -5,7 +5,7 @@ Legend: B batch, T sequence, P cached positions, D model width, V vocabulary, L 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -152,8 +152,10 @@ class OpenLMForCausalLM(OpenLMPreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected 2 dimensions (B,P+T)")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
-        is_step = use_cache and inputs is not None
-        with limit_threads(self.model, inputs.shape[:2].numel(), inputs.device) if is_step else nullcontext():
+        threads: AbstractContextManager[None] = nullcontext()
+        if use_cache and inputs is not None:
+            threads = limit_threads(self.model, inputs.shape[:2].numel(), inputs.device)
+        with threads:
             logits, hidden, native_cache = self.model(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
