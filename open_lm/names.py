@@ -54,8 +54,8 @@ def input_pattern(text: str) -> str:
 
 
 def input_list(text: str) -> list[str]:
-    """Return the comma-separated paths or patterns of a text; an existing name may hold a comma."""
-    parts = [text] if exists(user_path(text)) else [part.strip() for part in text.split(",")]
+    """Return the comma-separated paths or patterns of a text, each as an `input_pattern`."""
+    parts = (part if exists(user_path(part)) else part.strip() for part in _split(text, ","))
     return [input_pattern(part) for part in parts if part]
 
 
@@ -88,12 +88,17 @@ def list_file(text: str) -> str:
 
 
 def split_joined(text: str) -> list[str]:
-    """Return the patterns that `::` joins. The name of an existing folder or file may hold `::` itself."""
-    first, *others = text.split(_JOIN)
+    """Return the patterns that `::` joins."""
+    return _split(text, _JOIN)
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Return the parts of a text between separators. The name of an existing folder or file may hold a separator."""
+    first, *others = text.split(separator)
     parts = [first]
     for part in others:
-        if exists(parts[-1] + _JOIN + part.partition("/")[0]):
-            parts[-1] += _JOIN + part
+        if exists(user_path(parts[-1] + separator + part.partition("/")[0])):
+            parts[-1] += separator + part
         else:
             parts.append(part)
     return parts
