@@ -10,7 +10,7 @@ from typing import Any
 
 from open_lm.data.shard_format import PAD_ID, member_key
 from open_lm.datapreprocess.inputs import InputFile, Unit
-from open_lm.datapreprocess.job import PreprocessJob, input_records
+from open_lm.datapreprocess.job import SPECIAL_TOKENS, PreprocessJob, input_records
 from open_lm.datapreprocess.readers import BadDocument
 from open_lm.datapreprocess.readers.base import CUT_SHORT
 from open_lm.datapreprocess.units import MAX_SHOWN, BrokenInput, UnitReport
@@ -66,6 +66,7 @@ def dataset_record(
             "bytes": sum(info.num_bytes for info in infos),
             "bad_documents": sum(bad_counts(reports).values()),
             "lenient_json": sum(report.lenient for report in reports),
+            "special_token_documents": sum(report.special for report in reports),
         },
         "sources": _source_records(inputs, units, reports),
         "mixture": job.mixture,
@@ -161,6 +162,9 @@ def summary(record: Mapping[str, Any]) -> str:
         text += f"; rejected documents: {kinds}"
     if counts.get("lenient_json"):  # older records have no such count
         text += f"; {plural(counts['lenient_json'], 'document')} from JSON that is not strict (NaN or the like)"
+    if number := counts.get("special_token_documents"):
+        kept = "ids, which end documents" if record["settings"].get(SPECIAL_TOKENS) == "ids" else "plain text"
+        text += f"; {plural(number, 'document')} with the text of special tokens, encoded as {kept}"
     if record["broken_files"]:
         text += f"; broken files: {len(record['broken_files']):,}"
     return text

@@ -67,6 +67,11 @@ def add_common_options(parser: Parser) -> None:
     documents("--eot-token", help="token that ends every document (default: the tokenizer's end-of-text token)")
     documents("--add-bos", action="store_true", help="start every document with the tokenizer's begin-of-text token")
     documents(
+        "--allow-special-tokens-in-text", action="store_true",
+        help="give special tokens in the text of documents, such as <|endoftext|>, their ids, which split documents "
+        "(default: encode them as plain text)",
+    )  # fmt: skip
+    documents(
         "--separator",
         help=rf"text between the documents of {', '.join(separator_suffixes())} files, for example '\n\n' "
         "(default: one document per file)",
@@ -144,15 +149,20 @@ class Request:
 def execute(request: Request) -> None:
     """Run a command: make the data set, predict it (--dry-run) or verify the tokenizer."""
     from open_lm.datapreprocess.engine import run
+    from open_lm.datapreprocess.tokenization import make_encoder
 
     common = request.common
     mixture = request.mixture = _choose_mixture(request)
     _check_flags(common, mixture)
     job = _make_job(request)
     flags = _training_flags(job, mixture) if mixture and mixture.rates and job.layout.per_source else []
-    encoder = make_encoder(request.tokenizer, common.eot_token, request.vocab_size, common.add_bos)
+    allows_special = common.allow_special_tokens_in_text
+    encoder = make_encoder(request.tokenizer, common.eot_token, request.vocab_size, common.add_bos, allows_special)
+    _check_special_tokens(encoder, allows_special)
     if common.verify_tokenizer is not None:
-        _verify_tokenizer(job, encoder, common.verify_tokenizer)
+        from open_lm.datapreprocess.tokenizer_check import verify_job
+
+        verify_job(encoder, job, common.verify_tokenizer)
         return
     job = _sample_by_rate(job, request, encoder)
     if common.dry_run:
@@ -165,24 +175,16 @@ def execute(request: Request) -> None:
         _logger.info("training flags for the rates of the mixture: %s", shlex.join(flags))
 
 
-def make_encoder(
-    tokenizer: str | None, eot_token: str | None, vocab_size: int | None, add_bos: bool = False
-) -> DocumentEncoder:
-    """Return the encoder of a tokenizer; without a tokenizer, documents are token ids and end with id 0."""
-    from open_lm.datapreprocess.tokenization import DocumentEncoder
-    from open_lm.errors import ConfigError
-
-    if vocab_size is not None and vocab_size < 1:
-        raise ConfigError(f"--vocab-size must be at least 1, found {vocab_size}")
-    if tokenizer is None:
-        if eot_token is not None:
-            raise ConfigError(
-                f"--eot-token {eot_token}: needs a --tokenizer; without one, documents are token ids and end with id 0"
-            )
-        return DocumentEncoder(None, vocab_size, add_bos=add_bos)
-    from open_lm.tokenizer import load_tokenizer
-
-    return DocumentEncoder(load_tokenizer(tokenizer, eot_token), vocab_size, add_bos=add_bos)
+def _check_special_tokens(encoder: DocumentEncoder, allows_special: bool) -> None:
+    """Warn if the flag has no effect, or if the tokenizer cannot encode its end-of-text token as text."""
+    if allows_special and encoder.special_tokens_in_text is None:
+        warn_without_effect(["--allow-special-tokens-in-text"], "the tokenizer finds no special tokens in texts")
+    if tokens := encoder.unsplittable_tokens():
+        _logger.warning(
+            "documents that contain %s: the tokenizer's own vocabulary gives this text the id that begins or ends a "
+            "document, so it splits them",
+            " or ".join(tokens),
+        )
 
 
 def _make_job(request: Request) -> PreprocessJob:
@@ -358,29 +360,6 @@ def _training_flags(job: PreprocessJob, mixture: Mixture) -> list[str]:
     return training_flags(
         {name: storage.join(job.layout.root, name, MANIFEST_NAME) for name in job.sources}, mixture.rates
     )
-
-
-# --- tokenizer ---------------------------------------------------------------------------------------------------
-
-
-def _verify_tokenizer(job: PreprocessJob, encoder: DocumentEncoder, count: int) -> None:
-    """Compare the tokenizers on the first `count` documents and on as many random texts; DataError if they differ."""
-    from itertools import islice
-
-    from open_lm.datapreprocess.readers import Piece, PieceReader
-    from open_lm.datapreprocess.tokenizer_check import verify
-    from open_lm.errors import ConfigError, DataError
-
-    if count < 1:
-        raise ConfigError(f"--verify-tokenizer must be at least 1, found {count}")
-
-    pieces = (Piece(item.url, num_bytes=item.num_bytes) for item in job.inputs)
-    blocks = (block for piece in pieces for block in PieceReader(piece, job.options))
-    texts = (document for block in blocks for document in block.documents if isinstance(document, str))
-    result = verify(encoder, count, islice(texts, count))
-    print(result.summary())
-    if result.differing:
-        raise DataError(f"the fast tokenizer differs from the reference in {result.differing} texts")
 
 
 # --- logging -----------------------------------------------------------------------------------------------------

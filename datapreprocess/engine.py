@@ -32,7 +32,7 @@ from open_lm.datapreprocess.accounting import (
 from open_lm.datapreprocess.assembly import Assembler, CountBuckets
 from open_lm.datapreprocess.cluster import Cluster, Shared
 from open_lm.datapreprocess.inputs import plan_units, unit_size
-from open_lm.datapreprocess.job import PreprocessJob
+from open_lm.datapreprocess.job import SPECIAL_TOKENS, PreprocessJob
 from open_lm.datapreprocess.memory import SPILLED_BYTES_PER_INPUT_BYTE, Budget, plan_budget
 from open_lm.datapreprocess.monitor import Monitor
 from open_lm.datapreprocess.shuffle import Run, bucket_counts
@@ -97,11 +97,13 @@ def run(job: PreprocessJob, encoder: DocumentEncoder) -> dict[str, Any]:
 
 
 def _tokenizer_settings(encoder: DocumentEncoder) -> dict[str, Any]:
+    special = encoder.special_tokens_in_text
     return {
         "tokenizer_fingerprint": encoder.fingerprint,
         "eot_id": encoder.eot_id,
         "bos_id": encoder.bos_id,
         "vocab_size": encoder.vocab_size,
+        **({} if special is None else {SPECIAL_TOKENS: special}),
     }
 
 

@@ -18,6 +18,7 @@ from open_lm.errors import ConfigError, join_problems
 
 TOOL_VERSION = 3  # version of the output content: incremented when the same inputs and settings give different bytes
 DEFAULT_BAD_FRACTION = 0.001
+SPECIAL_TOKENS = "special_tokens_in_text"  # the setting of that name, see DocumentEncoder
 
 
 @dataclass(frozen=True)

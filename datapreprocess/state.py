@@ -16,7 +16,7 @@ import orjson
 
 from open_lm import storage
 from open_lm.data.shard_format import DATASET_NAME, MANIFEST_NAME
-from open_lm.datapreprocess.job import Layout, PreprocessJob, input_records, work_folder_name
+from open_lm.datapreprocess.job import SPECIAL_TOKENS, Layout, PreprocessJob, input_records, work_folder_name
 from open_lm.datapreprocess.readers.base import UNREADABLE
 from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
 from open_lm.datapreprocess.writer import read_dataset, read_record, write_record
@@ -28,6 +28,7 @@ PLAN_NAME = "plan.json"
 _METADATA_FILES = (MANIFEST_NAME, DATASET_NAME)
 _FALLBACK_MARKER = "reference-tokenizer"
 _SHARD_ORIGIN = "shards-of"  # file with a digest of the reports from which the shards were written
+_FORMER_SPECIAL_TOKENS = "ids"  # of records without this setting, and of tokenizers that find no special tokens
 _UNIT_FILE = re.compile(r"unit-(\d+)-([0-9a-f]+)-(\d+)\.(json|rejects)")
 
 
@@ -58,12 +59,21 @@ def finished_dataset(job: PreprocessJob, settings: Mapping[str, Any]) -> dict[st
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Describe the differences between the settings of two runs; tokenizers are compared by fingerprint, not path."""
     before, now = old.get("version"), new.get("version")
+    old, new = ({SPECIAL_TOKENS: _FORMER_SPECIAL_TOKENS, **settings} for settings in (old, new))
+    special = (
+        f"{SPECIAL_TOKENS} was {old[SPECIAL_TOKENS]!r}, is now {new[SPECIAL_TOKENS]!r} "
+        "(--allow-special-tokens-in-text selects 'ids')"
+    )
     versions = f"it was started by version {before} of the preprocessor; this is version {now} and writes other shards"
-    return [versions] * (before != now) + [
-        f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
-        for name in sorted({*old, *new} - {"tokenizer", "version"})
-        if old.get(name) != new.get(name)
-    ]
+    return (
+        [versions] * (before != now)
+        + [special] * (old[SPECIAL_TOKENS] != new[SPECIAL_TOKENS])
+        + [
+            f"{name} was {old.get(name)!r}, is now {new.get(name)!r}"
+            for name in sorted({*old, *new} - {"tokenizer", "version", SPECIAL_TOKENS})
+            if old.get(name) != new.get(name)
+        ]
+    )
 
 
 def changed_inputs(old: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[str]:

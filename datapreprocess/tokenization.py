@@ -6,7 +6,7 @@ tokenizer. The tokenizer's own library is the reference: both must give the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,8 +15,9 @@ from open_lm.data.shard_format import token_dtype
 from open_lm.datapreprocess.adversarial_texts import fixed_sample
 from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer, fast_tokenizer
 from open_lm.datapreprocess.readers.base import Document
+from open_lm.datapreprocess.special_tokens import SubstringFinder
 from open_lm.errors import ConfigError, DataError
-from open_lm.tokenizer import NO_TOKENIZER
+from open_lm.tokenizer import NO_TOKENIZER, Tokenizer, load_tokenizer
 
 
 class BatchTokenizer(Protocol):
@@ -52,13 +53,27 @@ class DocumentEncoder:
         dtype: dtype of the encoded ids, the smallest unsigned type that holds them.
         name: library that encodes texts: "fastokens", "tokenizers", "sentencepiece", or "ids" without a tokenizer.
         fallback_reason: why the fast tokenizer is not used; None if it is used, or if there is no tokenizer.
+        special_tokens: tokens such as "<|endoftext|>" that the tokenizer would find in a text.
+        special_tokens_in_text: how documents that contain their text are encoded: with plain "text" or, if allowed,
+            with their "ids". None if the tokenizer never finds special tokens in a text.
     """
 
     def __init__(
-        self, tokenizer: BatchTokenizer | None, vocab_size: int | None = None, eot_id: int = 0, add_bos: bool = False
+        self,
+        tokenizer: BatchTokenizer | None,
+        vocab_size: int | None = None,
+        eot_id: int = 0,
+        add_bos: bool = False,
+        allow_special_tokens: bool = False,
     ) -> None:
         if tokenizer is None and vocab_size is None:
             raise ConfigError("without a --tokenizer, --vocab_size is required")
+        self.special_tokens = tokenizer.special_tokens() if isinstance(tokenizer, Tokenizer) else []
+        self.special_tokens_in_text: str | None = None
+        if isinstance(tokenizer, Tokenizer) and self.special_tokens:
+            self.special_tokens_in_text = "ids" if allow_special_tokens else "text"
+            tokenizer = tokenizer if allow_special_tokens else tokenizer.with_split_special_tokens()
+        self._contains_special = SubstringFinder(self.special_tokens)
         self._tokenizer = tokenizer
         self.vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else 0)
         self.eot_id = tokenizer.eot_id if tokenizer else eot_id
@@ -137,6 +152,17 @@ class DocumentEncoder:
             return None
         return self.difference(fixed_sample(self.added_tokens))
 
+    def count_special(self, documents: Iterable[Document]) -> int:
+        """Return the number of documents that contain the text of a special token."""
+        return sum(isinstance(document, str) and self._contains_special(document) for document in documents)
+
+    def unsplittable_tokens(self) -> list[str]:
+        """Return the begin and end tokens whose text gets their id although special tokens are encoded as text."""
+        if not isinstance(self._tokenizer, Tokenizer) or self.special_tokens_in_text == "ids":
+            return []
+        names = {i: self._tokenizer.token(i) for i in (self.eot_id, self._tokenizer.bos_id) if i is not None}
+        return [name for token_id, name in names.items() if token_id in self._tokenizer.encode(name)]
+
     @property
     def added_tokens(self) -> tuple[str, ...]:
         """Tokens that the tokenizer matches before splitting the text; empty without a fast tokenizer."""
@@ -201,6 +227,27 @@ class DocumentEncoder:
             f"{self.name} differs from {self.reference().name} at token {first} of the text {excerpt!r}: "
             f"found {ids[first : first + 5]}, expected {expected[first : first + 5]}"
         )
+
+
+def make_encoder(
+    tokenizer: str | None,
+    eot_token: str | None,
+    vocab_size: int | None,
+    add_bos: bool = False,
+    allow_special_tokens: bool = False,
+) -> DocumentEncoder:
+    """Return the encoder of a tokenizer; without a tokenizer, documents are token ids and end with id 0."""
+    if vocab_size is not None and vocab_size < 1:
+        raise ConfigError(f"--vocab-size must be at least 1, found {vocab_size}")
+    if tokenizer is None:
+        if eot_token is not None:
+            raise ConfigError(
+                f"--eot-token {eot_token}: needs a --tokenizer; without one, documents are token ids and end with id 0"
+            )
+        return DocumentEncoder(None, vocab_size, add_bos=add_bos)
+    return DocumentEncoder(
+        load_tokenizer(tokenizer, eot_token), vocab_size, add_bos=add_bos, allow_special_tokens=allow_special_tokens
+    )
 
 
 def _split_ids(ids: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 
 from open_lm.datapreprocess.adversarial_texts import random_texts
+from open_lm.datapreprocess.job import PreprocessJob
+from open_lm.datapreprocess.readers import Piece, PieceReader
 from open_lm.datapreprocess.tokenization import DocumentEncoder
-from open_lm.errors import ConfigError
+from open_lm.errors import ConfigError, DataError
 
 _BATCH_TEXTS = 1000
 _BATCH_CHARACTERS = 1 << 20
@@ -67,6 +69,22 @@ def verify(encoder: DocumentEncoder, count: int, documents: Iterable[str] = (), 
             result.differing += len(differences)
             result.examples += differences[: _MAX_EXAMPLES - len(result.examples)]
     return result
+
+
+def verify_job(encoder: DocumentEncoder, job: PreprocessJob, count: int) -> None:
+    """Print the comparison for the first `count` documents of a job and as many random texts.
+
+    Raise DataError if the tokenizers differ, and ConfigError if there is nothing to compare.
+    """
+    if count < 1:
+        raise ConfigError(f"--verify-tokenizer must be at least 1, found {count}")
+    pieces = (Piece(item.url, num_bytes=item.num_bytes) for item in job.inputs)
+    blocks = (block for piece in pieces for block in PieceReader(piece, job.options))
+    texts = (document for block in blocks for document in block.documents if isinstance(document, str))
+    result = verify(encoder, count, islice(texts, count))
+    print(result.summary())
+    if result.differing:
+        raise DataError(f"the fast tokenizer differs from the reference in {result.differing} texts")
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -104,6 +104,7 @@ class UnitReport:
     documents, characters, tokens, pads: totals of the sampled documents; tokens include end-of-text ids.
     seen: documents read, sampled or not.
     lenient: how many of them come from JSON that only Python's parser accepts.
+    special: sampled documents that contain the text of a special token.
     runs: sequences (shuffled) or ids (in order) in each run.
     tail: base64 of the ids that do not fill a sequence.
     lines, digests: number of lines and SHA-256 of each piece.
@@ -130,6 +131,7 @@ class UnitReport:
     last: bool = True
     mismatch: str = ""
     lenient: int = 0
+    special: int = 0
 
     def runs_of(self, task: UnitTask) -> list[Run]:
         """Return the spilled runs of this report; `task` is the task of its unit."""
@@ -281,6 +283,7 @@ class _UnitProcessor:
         encoded = self._encoder.encode(batch)
         self._sequences.add(encoded.ids, encoded.ends)
         report.documents += len(batch)
+        report.special += self._encoder.count_special(batch)
         report.characters += sum(len(document) for document in batch if isinstance(document, str))
         report.tokens += len(encoded.ids)
 

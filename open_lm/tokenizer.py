@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +36,8 @@ class Tokenizer(ABC):
         vocab_size: largest id + 1.
         config: content of its tokenizer_config.json; empty without one.
         fingerprint: sha256 (hex) of the tokenizer's file; equal fingerprints mean equal ids for equal text.
+        splits_special_tokens: whether `encode` gives the text of a special token, such as "<|endoftext|>", the ids of
+            plain text instead of the token's id (`with_split_special_tokens`).
     """
 
     library: str
@@ -46,6 +48,7 @@ class Tokenizer(ABC):
     fingerprint: str
     config: Mapping[str, Any]
     source: Any  # the content of its file: text for JsonTokenizer, bytes for SentencePieceTokenizer
+    splits_special_tokens: bool = False
     _native: Any  # the library's object; None between unpickling and first use
 
     @abstractmethod
@@ -70,6 +73,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def added_tokens(self) -> list[str]:
         """Return the added tokens, which are matched in a text before the text is split into other tokens."""
+
+    def special_tokens(self) -> list[str]:
+        """Return the special tokens that `encode` finds in a text unless it splits them."""
+        return []  # sentencepiece never finds control pieces in a text
+
+    def with_split_special_tokens(self) -> Tokenizer:
+        """Return this tokenizer with `splits_special_tokens` set. Documents that quote a special token need this."""
+        return self
 
     @abstractmethod
     def token(self, token_id: int) -> str:
@@ -114,14 +125,18 @@ class Tokenizer(ABC):
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer of the tokenizers library, from a `tokenizer.json` file."""
+    """A tokenizer of the tokenizers library, from a `tokenizer.json` file.
+
+    `encoding_source` is the tokenizer.json to encode with. It differs from `source` if special tokens are split, but
+    the file does not mark the tokens that begin and end a document as special.
+    """
 
     library = "tokenizers"
 
     def __init__(
         self, source: str, name: str, eot_token: str | None = None, config: Mapping[str, Any] | None = None
     ) -> None:
-        self.source = source
+        self.source = self.encoding_source = source
         self.name = name
         self.config = config or {}
         bos_token = _configured_token(self.config, "bos_token")
@@ -145,10 +160,30 @@ class JsonTokenizer(Tokenizer):
     def _load(self) -> Any:
         from tokenizers import Tokenizer as FastTokenizer
 
-        native = FastTokenizer.from_str(self.source)
+        native = FastTokenizer.from_str(self.encoding_source)
         native.no_padding()
         native.no_truncation()
+        native.encode_special_tokens = self.splits_special_tokens
         return native
+
+    def special_tokens(self) -> list[str]:
+        added = self._loaded.get_added_tokens_decoder()
+        return [token.content for i, token in added.items() if token.special or i in (self.eot_id, self.bos_id)]
+
+    def with_split_special_tokens(self) -> JsonTokenizer:
+        other = copy.copy(self)
+        other.splits_special_tokens = True
+        added = self._loaded.get_added_tokens_decoder()
+        unmarked = {i for i in (self.eot_id, self.bos_id) if i in added and not added[i].special}
+        if unmarked:
+            content = json.loads(self.source)
+            for token in content["added_tokens"]:
+                token["special"] = token["special"] or token["id"] in unmarked
+            other.encoding_source, other._native = json.dumps(content, allow_nan=False), None
+        else:  # take the library's object, because loading another takes long; this one loads again if it is used
+            other._native, self._native = self._native, None
+            other._native.encode_special_tokens = True
+        return other
 
     def encode(self, text: str) -> list[int]:
         return list(self._loaded.encode(text, add_special_tokens=False).ids)
@@ -282,26 +317,6 @@ def tokenizer_from_files(files: Mapping[str, bytes], name: str, eot_token: str |
         ) from error
     # Fingerprints do not depend on how the lines of a file end.
     return JsonTokenizer(text.replace("\r\n", "\n").replace("\r", "\n"), name, eot_token, config)
-
-
-def same_ids(first: Tokenizer, second: Tokenizer) -> bool:
-    """Return whether two tokenizers give the same ids, as far as a sample of texts shows.
-
-    Equal files do. Others are compared by the number of their ids, and by the ids that they give to the text of each
-    token, to texts of several tokens in random order, and to their added tokens. The latter are not compared between
-    libraries: sentencepiece, unlike tokenizers, does not look for them in a text.
-    """
-    if first.fingerprint == second.fingerprint:
-        return True
-    if first.vocab_size != second.vocab_size:
-        return False
-    tokens = list(dict.fromkeys(first.decode([i]) for i in range(first.vocab_size)))
-    shuffled = random.Random(0).sample(tokens, len(tokens))
-    joined = ["".join(shuffled[start : start + 8]) for start in range(0, len(shuffled), 8)]
-    texts = [*tokens, *joined]
-    if first.library == second.library:
-        texts += [*first.added_tokens(), *second.added_tokens()]
-    return first.encode_batch(texts) == second.encode_batch(texts)
 
 
 def _load_file(path: Path, name: str, eot_token: str | None, config: Path | None = None) -> Tokenizer:

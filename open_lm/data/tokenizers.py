@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,6 @@ from open_lm.tokenizer import (
     NO_TOKENIZER,
     Tokenizer,
     load_tokenizer,
-    same_ids,
     tokenizer_from_files,
 )
 
@@ -387,3 +387,23 @@ def _absolute(path: str) -> str:
 
 def _short(fingerprint: str) -> str:
     return f"{fingerprint[:_SHOWN_DIGITS]}…"
+
+
+def same_ids(first: Tokenizer, second: Tokenizer) -> bool:
+    """Return whether two tokenizers give the same ids, as far as a sample of texts shows.
+
+    Equal files do. Others are compared by the number of their ids, and by the ids that they give to the text of each
+    token, to texts of several tokens in random order, and to their added tokens. The latter are not compared between
+    libraries: sentencepiece, unlike tokenizers, does not look for them in a text.
+    """
+    if first.fingerprint == second.fingerprint:
+        return True
+    if first.vocab_size != second.vocab_size:
+        return False
+    tokens = list(dict.fromkeys(first.decode([i]) for i in range(first.vocab_size)))
+    shuffled = random.Random(0).sample(tokens, len(tokens))
+    joined = ["".join(shuffled[start : start + 8]) for start in range(0, len(shuffled), 8)]
+    texts = [*tokens, *joined]
+    if first.library == second.library:
+        texts += [*first.added_tokens(), *second.added_tokens()]
+    return first.encode_batch(texts) == second.encode_batch(texts)

@@ -98,7 +98,7 @@ def bench_tokenizers(files: Sequence[Path], tokenizer: str, seconds: float = 20.
 
 def _encode_files(paths: Sequence[str], tokenizer: str) -> int:
     """Tokenize the documents of the files in a separate process, discard the ids, and return their number."""
-    from open_lm.datapreprocess.commands import make_encoder
+    from open_lm.datapreprocess.tokenization import make_encoder
 
     os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     encoder = make_encoder(tokenizer, None, None)

@@ -18,9 +18,9 @@ from open_lm import storage
 from open_lm.config.sections import DataConfig
 from open_lm.data.provenance import describe
 from open_lm.data.sources import find_sources
-from open_lm.data.tokenizers import check_tokenizers, choose_tokenizer, find_run_tokenizer
+from open_lm.data.tokenizers import check_tokenizers, choose_tokenizer, find_run_tokenizer, same_ids
 from open_lm.errors import ConfigError, DataError
-from open_lm.tokenizer import Tokenizer, load_tokenizer, same_ids
+from open_lm.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "The ids of a text"

@@ -313,10 +313,14 @@ def test_real_text_with_real_tokenizers(shared_dir: Path, tmp_path: Path) -> Non
     assert tokens_of(read_shards(tmp_path / "llama")) == expected
 
 
-def test_special_tokens_inside_documents_match_the_tokenizers_library(
+def test_special_tokens_inside_documents_match_the_tokenizers_library_on_ray(
     tmp_path: Path, small_tokenizer: str, local_ray: None
 ) -> None:
     texts = [f"before {EOT} after", EOT, "", "  "]
-    make(write_jsonl(tmp_path / "a.jsonl", texts), tmp_path / "out", small_tokenizer)
-    tokens = tokens_of(read_shards(tmp_path / "out"))
+    source = write_jsonl(tmp_path / "a.jsonl", texts)
+    make(source, tmp_path / "text", small_tokenizer)
+    tokens = tokens_of(read_shards(tmp_path / "text"))
+    assert tokens == expected_tokens(texts, small_tokenizer, EOT_ID, split_special=True) and tokens[EOT_ID] == 4
+    make(source, tmp_path / "ids", small_tokenizer, "--allow-special-tokens-in-text")
+    tokens = tokens_of(read_shards(tmp_path / "ids"))
     assert tokens == expected_tokens(texts, small_tokenizer, EOT_ID) and tokens[EOT_ID] == 6

@@ -128,11 +128,12 @@ def write_corpus(folder: Path) -> list[str]:
     return [text for part in texts for text in part]
 
 
-def expected_tokens(texts: Sequence[str], tokenizer: str, eot_id: int) -> Counter[int]:
+def expected_tokens(texts: Sequence[str], tokenizer: str, eot_id: int, split_special: bool = False) -> Counter[int]:
     """Return the count of each id in all texts, encoded with `tokenizers`, and in one end-of-text id per text."""
     from tokenizers import Tokenizer
 
     fast = Tokenizer.from_file(tokenizer)
+    fast.encode_special_tokens = split_special
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(fast.encode(text, add_special_tokens=False).ids)
