@@ -49,6 +49,12 @@ NUM_PARAMETERS = {
     "open_lm_411m_v2": 411_666_432,
     "open_lm_test_tiny": 27_296,
     "llama2_7b": 6_738_415_616,
+    "open_llama_3b": 3_426_473_600,
+    "tinyllama_1b": 1_100_048_384,
+    "mistral_7b": 7_241_732_096,
+    "gemma_2b": 2_506_172_416,
+    "phi_2": 2_779_683_840,
+    "lf_llm_269m": 320_145_408,  # of which 268,682,240 are not in the embedding
 }
 POSITIONS = ("rotary", "head_rotary", "llama_rotary", "none")
 

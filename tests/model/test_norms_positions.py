@@ -27,9 +27,10 @@ def test_norms_match_their_definition(name: str) -> None:
         for parameter in norm.parameters():
             parameter.uniform_(0.5, 2.0)
     x = torch.randn(3, 5, 6, dtype=torch.float64).float()
-    centered = x if name == "rms_norm" else x - x.mean(-1, keepdim=True)
+    centered = x if "rms_norm" in name else x - x.mean(-1, keepdim=True)
     expected = centered / (centered.square().mean(-1, keepdim=True) + 1e-2).sqrt()
-    expected = expected * (1 if weight is None else weight) + (0 if bias is None else bias)
+    gain = getattr(norm, "gain_offset", 0) + (1 if weight is None else weight)
+    expected = expected * gain + (0 if bias is None else bias)
     torch.testing.assert_close(norm(x), expected)
 
 
