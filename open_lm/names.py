@@ -18,13 +18,14 @@ import codecs
 import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ESCAPE_ERRORS = "open_lm_escape"  # error handler of encodings: writes the escape of `escape`
 _GLOB_CHARACTERS = frozenset("*?[")
 _JOIN, _LIST = "::", "@"
+_MAX_NAME_BYTES = 255  # of local file systems
 _UNDECODABLE = "[\udc80-\udcff]"  # bytes 0x80 to 0xff after os.fsdecode
 _ESCAPED_TEXT = r"\\(?=x[0-9a-f]{2})"  # a backslash that would read as the start of an escape
 _ESCAPABLE = re.compile(f"{_UNDECODABLE}|{_ESCAPED_TEXT}")
@@ -94,14 +95,26 @@ def split_joined(text: str) -> list[str]:
 
 def _split(text: str, separator: str) -> list[str]:
     """Return the parts of a text between separators. The name of an existing folder or file may hold a separator."""
-    first, *others = text.split(separator)
-    parts = [first]
-    for part in others:
-        if exists(user_path(parts[-1] + separator + part.partition("/")[0])):
-            parts[-1] += separator + part
-        else:
-            parts.append(part)
+    words, parts, start = text.split(separator), [], 0
+    while start < len(words):
+        part, start = words[start], start + 1
+        while end := _end_of_name(part, words, start, separator):
+            part, start = separator.join([part, *words[start:end]]), end
+        parts.append(part)
     return parts
+
+
+def _end_of_name(part: str, words: Sequence[str], start: int, separator: str) -> int:
+    """Return the end of the words, from `start` on, that complete `part` to an existing name; 0 if none do."""
+    name = part
+    for number in range(start, len(words)):
+        head, slash, _ = words[number].partition("/")
+        name += separator + head
+        if exists(user_path(name)):
+            return number + 1
+        if slash or len(name) - name.rfind("/") > _MAX_NAME_BYTES:
+            break
+    return 0
 
 
 def is_glob(text: str) -> bool:
