@@ -1,4 +1,4 @@
-"""Choose the CPU threads of a short forward pass, such as a step of text generation, by its work.
+"""Choose the CPU threads of a short pass by its work: a step of text generation, or a small micro-batch of training.
 
 The threads of an operator wait for each other when it ends. If other processes use the cores, a wait lasts until the
 scheduler runs the slowest thread, which is milliseconds. A step of a small model has hundreds of operators of a few
@@ -31,7 +31,7 @@ def threads_for_work(work: int, max_threads: int) -> int:
 
 @contextmanager
 def limit_threads(model: nn.Module, num_tokens: int, device: torch.device) -> Iterator[None]:
-    """Run the `with` block, a forward pass of `num_tokens` tokens, with the threads that its work needs.
+    """Run the `with` block, passes over `num_tokens` tokens at a time, with the threads that their work needs.
 
     The previous number is restored afterwards. Nothing changes on another device than a CPU, nor if the user has chosen
     a number: by OMP_NUM_THREADS, MKL_NUM_THREADS, or torch.set_num_threads after this module was imported. A number

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from open_lm.config.layout import MeshLayout
 from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.processes import Runtime, sum_over_ranks
+from open_lm.kernels.threads import limit_threads
 from open_lm.model.losses import TokenLoss, batch_loss
 from open_lm.monitor.metrics import to_device
 from open_lm.optim.build import clip_gradients, step_unless_skipped
@@ -95,7 +96,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
     for micro_inputs, micro_targets, is_last in micro_batches(inputs, targets, options.accum_freq):
-        with gradient_sync(model, is_last):
+        threads = limit_threads(unwrap(model), micro_inputs.numel(), inputs.device)
+        with gradient_sync(model, is_last), threads:
             enter_phase("forward")
             objective, values = _objective(model, micro_inputs, micro_targets, valid_tokens, options)
             enter_phase("backward")

@@ -8,11 +8,17 @@ import pytest
 import torch
 from model_helpers import random_ids, small_model
 
+from open_lm.config.layout import MeshLayout
+from open_lm.config.sections import OptimConfig
+from open_lm.distributed.precision import get_autocast
+from open_lm.distributed.processes import Runtime
 from open_lm.generate import Sampling, generate_ids
 from open_lm.hf import OpenLMForCausalLM
 from open_lm.kernels import threads
 from open_lm.kernels.threads import MIN_WORK_PER_THREAD, limit_threads, threads_for_work
 from open_lm.model.transformer import Transformer
+from open_lm.optim.build import build_optimizer
+from open_lm.training.step import StepOptions, train_step
 
 CPU = torch.device("cpu")
 
@@ -83,6 +89,15 @@ def test_generation_uses_one_thread_per_step_and_restores_the_number_between_ste
     wrapper.generate(random_ids(1, 3), max_new_tokens=4, do_sample=False)
     assert used == [1] * 4
     assert torch.get_num_threads() == 4
+
+
+def test_training_uses_one_thread_for_small_micro_batches(four_threads: None) -> None:
+    model = small_model().train()
+    used = used_threads(model)
+    options = StepOptions(Runtime(), MeshLayout(), get_autocast("fp32"), accum_freq=2)
+    ids = random_ids(4, 8)
+    train_step(model, ids, ids, build_optimizer(model, OptimConfig()), options)
+    assert (used, torch.get_num_threads()) == ([1, 1], 4)
 
 
 def test_generation_is_identical_with_any_number_of_threads() -> None:
