@@ -68,14 +68,12 @@ class ValLoader:
     def estimate_batches(self) -> int | None:
         """Estimate `num_batches` from the mean size of the shards read so far, None before the first is complete."""
         state = self._source_state
-        if "queue" in state:  # [visit, offset] of the shards that are being read
-            visits = state["next_visit"] - len(state["queue"])
-            offset = sum(offset for _, offset in state["queue"])
-        else:
-            visits, offset = state.get("visit", 0), state.get("offset", 0)
-        if self.num_batches is not None or not visits:
+        queue = state.get("queue", [])  # [visit, offset] of the shards that are being read
+        visits = state.get("next_visit", 0) - len(queue)
+        if self.num_batches is not None or visits <= 0:
             return self.num_batches
-        sequences = round((state["samples"] - offset) / visits * len(self.sources[0].shards))
+        done = state["samples"] - sum(offset for _, offset in queue)
+        sequences = round(done / visits * len(self.sources[0].shards))
         if self._spec.max_sequences is not None:
             sequences = min(sequences, self._spec.max_sequences)
         return -(-sequences // self._spec.global_batch_size)

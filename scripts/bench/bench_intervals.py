@@ -11,6 +11,7 @@ every resample, on the first --former-tokens of the same losses, next to the int
 from __future__ import annotations
 
 import argparse
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -105,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{args.former_tokens:,} tokens, one process\n{'method':<8} interval s  95 % interval")
         for name, method in methods.items():
             start = time.perf_counter()
-            interval = method()
-            print(f"{name:<8} {time.perf_counter() - start:>10.2f}  {interval[0]:.6f} {interval[1]:.6f}", flush=True)
+            lower, upper = method() or (math.nan, math.nan)
+            print(f"{name:<8} {time.perf_counter() - start:>10.2f}  {lower:.6f} {upper:.6f}", flush=True)
 
 
 if __name__ == "__main__":
