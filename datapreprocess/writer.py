@@ -204,6 +204,7 @@ def write_manifests(layout: Layout, shards: Sequence[ShardPlan], written: Sequen
                     "num_bytes": result.info.num_bytes,
                     "sha256": result.info.sha256,
                     "sources": result.sources,
+                    **result.info.block_sums,
                 },
             )
             for shard, result in zip(shards, written, strict=True)

@@ -86,12 +86,16 @@ class FetchFolder:
     @classmethod
     def if_needed(cls, sources: Sequence[Source]) -> FetchFolder | None:
         """Return a new folder if any shard must be downloaded or verified."""
-        is_needed = any(
+        return cls() if cls.is_needed(sources) else None
+
+    @staticmethod
+    def is_needed(sources: Sequence[Source]) -> bool:
+        """Return whether any shard must be downloaded or verified."""
+        return any(
             sha256 or needs_fetch(url)
             for source in sources
             for url, sha256 in zip(source.shards, source.sha256, strict=True)
         )
-        return cls() if is_needed else None
 
     def __init__(self) -> None:
         _remove_abandoned()

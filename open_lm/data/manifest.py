@@ -11,6 +11,7 @@ import braceexpand
 import orjson
 
 from open_lm import storage
+from open_lm.data.block_sums import BlockSums
 from open_lm.errors import DataError, join_problems
 from open_lm.names import escape, exists, is_glob, literal_prefix, split_joined, unescape
 
@@ -39,6 +40,11 @@ class ManifestEntry:
         """The sha256 (hex) of the shard's file, "" if its line has none."""
         value = self.extra.get("sha256")
         return value.lower() if isinstance(value, str) else ""
+
+    @property
+    def block_sums(self) -> BlockSums | None:
+        """The checksums of the shard's blocks, None if its line has none or they do not fit the shard."""
+        return BlockSums.from_json(self.extra, self.num_sequences, self.num_bytes)
 
 
 def shard_stem(url: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from open_lm.data.block_sums import BlockSums
 from open_lm.data.hashing import hash_each, hash_key, hash_range, permutation
 from open_lm.data.mixture import integer_weights
 from open_lm.errors import DataError
@@ -24,9 +25,9 @@ class Source:
     """One data set of a mixture: its shards and its share of the samples.
 
     `sizes` are the numbers of sequences of the shards, None if unknown until the shard is read. `repeats` are the
-    upsampling factors of the shards (relative chances when shards are drawn); empty means 1 for all. `num_bytes` and
-    `sha256` (hex) come from a manifest; None and "" without one. `data_key` is the requested member kind. `datasets`
-    holds the dataset.json of each folder of shards (provenance.read_dataset).
+    upsampling factors of the shards (relative chances when shards are drawn); empty means 1 for all. `num_bytes`,
+    `sha256` (hex) and `block_sums` come from a manifest; None and "" without one. `data_key` is the requested member
+    kind. `datasets` holds the dataset.json of each folder of shards (provenance.read_dataset).
     """
 
     name: str
@@ -36,12 +37,14 @@ class Source:
     repeats: tuple[Fraction, ...] = ()
     num_bytes: tuple[int | None, ...] = ()
     sha256: tuple[str, ...] = ()
+    block_sums: tuple[BlockSums | None, ...] = ()
     data_key: str = ""
     datasets: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_bytes", self.num_bytes or (None,) * len(self.shards))
         object.__setattr__(self, "sha256", self.sha256 or ("",) * len(self.shards))
+        object.__setattr__(self, "block_sums", self.block_sums or (None,) * len(self.shards))
 
     @cached_property
     def has_sizes(self) -> bool:

@@ -26,7 +26,7 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Any
 
@@ -34,6 +34,7 @@ import numpy as np
 import orjson
 
 from open_lm import storage
+from open_lm.data.block_sums import BlockHasher
 from open_lm.data.hashing import GOLDEN_GAMMA, splitmix64
 from open_lm.data.manifest import (
     DATASET_NAME,
@@ -53,35 +54,11 @@ from open_lm.data.npy_block import Buffer, matching_names, npy_members, tar_head
 from open_lm.errors import DataError
 
 __all__ = [
-    "DATASET_NAME",
-    "END_OF_TEXT_STRING",
-    "GOLDEN_GAMMA",
-    "KEY_DIGITS",
-    "MANIFEST_NAME",
-    "MEMBER_KINDS",
-    "PAD_ID",
-    "REJECTS_NAME",
-    "ManifestEntry",
-    "Member",
-    "ShardInfo",
-    "ShardWriter",
-    "decode_member",
-    "encode_member",
-    "expand_shards",
-    "index_shard",
-    "iter_files",
-    "member_key",
-    "read_manifest",
-    "shard_entries",
-    "shard_folder",
-    "shard_sizes",
-    "shard_stem",
-    "split_name",
-    "splitmix64",
-    "token_dtype",
-    "total_sequences",
-    "write_manifest",
-]
+    "DATASET_NAME", "END_OF_TEXT_STRING", "GOLDEN_GAMMA", "KEY_DIGITS", "MANIFEST_NAME", "MEMBER_KINDS", "PAD_ID",
+    "REJECTS_NAME", "ManifestEntry", "Member", "ShardInfo", "ShardWriter", "decode_member", "encode_member",
+    "expand_shards", "index_shard", "iter_files", "member_key", "read_manifest", "shard_entries", "shard_folder",
+    "shard_sizes", "shard_stem", "split_name", "splitmix64", "token_dtype", "total_sequences", "write_manifest",
+]  # fmt: skip
 
 MEMBER_KINDS = ("npy", "json.gz", "json", "txt")
 PAD_ID = -1
@@ -323,13 +300,17 @@ def member_key(number: int) -> str:
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A written shard: its sequences, tokens (without pads), and the size and SHA-256 of the file."""
+    """A written shard: its sequences, tokens (without pads), and the size and SHA-256 of the file.
+
+    `block_sums` are the keys of `BlockSums.to_json`; empty if the members differ in size or npy header.
+    """
 
     stem: str
     num_sequences: int
     num_tokens: int
     num_bytes: int
     sha256: str
+    block_sums: dict[str, Any] = field(default_factory=dict)
 
 
 class ShardWriter:
@@ -347,7 +328,9 @@ class ShardWriter:
             raise DataError(f"unknown member kind {kind!r}; known: {', '.join(MEMBER_KINDS)}")
         self.path, self.kind, self.dtype = os.fspath(path), kind, dtype
         self._num_sequences = self._num_tokens = self._num_bytes = 0
-        self._hash = hashlib.sha256()
+        self._hash, self._blocks = hashlib.sha256(), BlockHasher()
+        self._block_sums: dict[str, Any] = {}
+        self._heads: set[tuple[int, bytes]] = set()  # bytes and npy header of the members
         self._closing = storage.atomic_write(self.path, "wb")
         self._file: IO[bytes] = self._closing.__enter__()
 
@@ -356,6 +339,7 @@ class ShardWriter:
         if not key or "." in key:
             raise ValueError(f"a member key must be non-empty and without a dot, got {key!r}")
         data = encode_member(ids, self.kind, self.dtype)
+        self._note_head(len(data), data)
         self._put(tar_header(f"{key}.{self.kind}", len(data)) + data + bytes(-len(data) % _BLOCK))
         self._num_sequences += 1
         self._num_tokens += int(np.count_nonzero(ids != PAD_ID))
@@ -372,20 +356,28 @@ class ShardWriter:
         step = max(1, _BATCH_BYTES // rows[0].nbytes)
         for start in range(0, len(rows), step):
             batch = rows[start : start + step]
-            self._put(npy_members(first + start, KEY_DIGITS, batch).reshape(-1).data)
+            members = npy_members(first + start, KEY_DIGITS, batch)
+            self._note_head(members.shape[1] - _BLOCK, members[0, _BLOCK : 2 * _BLOCK].tobytes())
+            self._put(members.reshape(-1).data)
             self._num_sequences += len(batch)
             self._num_tokens += batch.size
+
+    def _note_head(self, num_bytes: int, data: bytes) -> None:
+        blocks = -(-num_bytes // _BLOCK)
+        self._heads.add((blocks, data[: data.find(b"\n") + 1] if self.kind == "npy" else b""))
 
     def _put(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._hash.update(data)
+        self._blocks.update(data)
         self._num_bytes += len(data)
 
     @property
     def info(self) -> ShardInfo:
         """The counts so far; final, with the checksum of the complete file, after the `with`."""
         stem = shard_stem(self.path)
-        return ShardInfo(stem, self._num_sequences, self._num_tokens, self._num_bytes, self._hash.hexdigest())
+        digest = self._hash.hexdigest()
+        return ShardInfo(stem, self._num_sequences, self._num_tokens, self._num_bytes, digest, self._block_sums)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -396,4 +388,7 @@ class ShardWriter:
         if kind is None:
             end = self._num_bytes + 2 * _BLOCK
             self._put(bytes(2 * _BLOCK + -end % tarfile.RECORDSIZE))
+            if self.kind == "npy" and len(self._heads) == 1:
+                ((blocks, _),) = self._heads
+                self._block_sums = self._blocks.finish((blocks + 1) * _BLOCK).to_json()
         self._closing.__exit__(kind, error, trace)

@@ -18,6 +18,7 @@ from typing import IO
 import numpy as np
 
 from open_lm import storage
+from open_lm.data.block_shards import BlockFiller, BlockShard, ShardPiece, allow_open_files
 from open_lm.data.fetch import FetchSettings, needs_fetch
 from open_lm.data.npy_block import NpyRows
 from open_lm.data.remote_shards import RemoteShards
@@ -28,6 +29,7 @@ from open_lm.errors import DataError, UserError
 END_OF_TEXT_ID = 0  # of the string "<|endoftext|>" in old txt members: gpt-neox-20b's end of text
 _MAX_DOWNLOADS = 4
 _AHEAD_BYTES = 256 << 20
+_FILES_PER_SHARD = 3
 _UNKNOWN = Expected()
 
 
@@ -68,6 +70,13 @@ class Shard:
                 return NpyRows(self.data, self.members)
         return None
 
+    def close(self) -> None:
+        """Do nothing: the mapping ends with the last reference to it."""
+
+    def member_name(self, number: int) -> str:
+        """Return the name of a member."""
+        return f"{self.members[number].key}.{self.kind}"
+
     def ids(self, number: int) -> np.ndarray:
         """Return the ids of a member as stored, int64 (any length,); DataError that names shard and member."""
         member = self.members[number]
@@ -75,49 +84,95 @@ class Shard:
         try:
             return decode_member(data, member.kind, eot_id=END_OF_TEXT_ID)
         except DataError as error:
-            raise DataError(f"{self.url}, member {member.key}.{member.kind}: {error}") from error
+            raise DataError(f"{self.url}, member {self.member_name(number)}: {error}") from error
 
 
 class ShardStore:
     """The shards in use: the last `capacity` ones stay open, which also keeps their downloaded files.
 
-    `expected` holds the manifests' sizes and checksums by address. `get` checks them before it returns a shard.
+    `expected` holds the manifests' sizes and checksums by address. `get` checks them before it returns a shard, or with
+    checksums of blocks, `make_readable` checks those of the requested members.
     """
 
     def __init__(self, capacity: int, settings: FetchSettings, expected: Mapping[str, Expected]) -> None:
         self._capacity, self._settings, self._expected = capacity, settings, expected
-        self._open: OrderedDict[tuple[str, str | None], Shard] = OrderedDict()
+        self._open: OrderedDict[tuple[str, str | None], Shard | BlockShard] = OrderedDict()
         self._ahead: dict[str, Future[IO[bytes]]] = {}
         self._ahead_bytes = min(_AHEAD_BYTES, settings.cache_limit_bytes // 4) if settings.cache_dir else _AHEAD_BYTES
         self._largest_bytes = 0  # of the shards so far: the estimate for a shard of unknown size
         self._remote = RemoteShards(settings)
+        self._filler = BlockFiller(settings.read_timeout_s)
 
     def keep_open(self, count: int) -> None:
         """Keep at least this many shards open, as a batch has sequences of so many."""
-        self._capacity = max(self._capacity, count)
+        if count > self._capacity:
+            self._capacity = count
+            allow_open_files(_FILES_PER_SHARD * count)
 
-    def get(self, url: str, data_key: str | None) -> Shard:
+    def get(self, url: str, data_key: str | None) -> Shard | BlockShard:
         """Return the open shard; DataError or StorageError if it cannot be read or differs from its manifest."""
         key = (url, data_key)
         if key in self._open:
             self._open.move_to_end(key)
             return self._open[key]
-        started = self._ahead.pop(url, None)
-        with self._file(url) if started is None else started.result() as file:
-            shard = Shard(url, file, data_key)
+        shard = self._open_blocks(url) if self._has_blocks(url) else self._open_whole(url, data_key)
         self._open[key] = shard
-        self._largest_bytes = max(self._largest_bytes, len(shard.data))
         if len(self._open) > self._capacity:
-            self._open.popitem(last=False)
+            self._open.popitem(last=False)[1].close()
             self._remote.trim()
         return shard
 
-    def prefetch(self, urls: Sequence[str]) -> None:
+    def _open_whole(self, url: str, data_key: str | None) -> Shard:
+        started = self._ahead.pop(url, None)
+        with self._file(url) if started is None else started.result() as file:
+            shard = Shard(url, file, data_key)
+        self._largest_bytes = max(self._largest_bytes, len(shard.data))
+        return shard
+
+    def _has_blocks(self, url: str) -> bool:
+        """Return whether parts of a shard can be fetched and verified, and no cache needs the whole shard."""
+        expected = self._expected.get(url, _UNKNOWN)
+        if expected.block_sums is None or self._settings.folder is None:
+            return False
+        return not needs_fetch(url) or (url.startswith("s3://") and self._settings.cache_dir is None)
+
+    def _open_blocks(self, url: str) -> BlockShard:
+        assert self._settings.folder is not None
+        path = None if needs_fetch(url) else storage.local_path(url)
+        try:
+            return BlockShard(url, self._expected[url], self._settings.folder, path)
+        except OSError as error:
+            raise DataError(f"{url}: cannot be read ({error.strerror or error}); copy the shard there again") from error
+
+    def make_readable(self, shard: Shard | BlockShard, members: np.ndarray) -> None:
+        """Fetch and verify some members (n,) of a shard. DataError, StorageError as in `get`."""
+        if isinstance(shard, BlockShard) and len(members):
+            shard.ensure(shard.missing_of(members), self._settings.read_timeout_s)
+            shard.prepare(int(members[0]))
+
+    def prefetch(
+        self, current: Sequence[tuple[str, np.ndarray]], pieces: Sequence[ShardPiece], data_key: str | None
+    ) -> None:
         """Start to fetch remote shards and to verify local ones; errors are raised when the shard is requested.
 
-        `urls` are in the order of their use. The number of downloads at a time and their bytes are limited, but each
-        source gets at least one; the caller asks again for the others. Finished downloads that are not among `urls` are
-        released: other workers read those shards.
+        `current` are addresses and members that are read next. If they are parts of shards, wait for them, as they are
+        fetched in parallel here. `pieces` are those to be read after them, in the order of their use.
+        """
+        parts = [(url, members) for url, members in current if self._has_blocks(url)]
+        ahead = [piece for piece in pieces if self._has_blocks(piece.url)]
+        if len(parts) < len(current) or len(ahead) < len(pieces):
+            urls = (*(url for url, _ in current), *(piece.url for piece in pieces))
+            self._prefetch_whole([url for url in urls if not self._has_blocks(url)])
+        if parts or ahead:
+            with contextlib.suppress(UserError):
+                self._filler.fetch([(self.get(url, data_key), members) for url, members in parts])
+                self._filler.fill([(self.get(piece.url, data_key), piece) for piece in ahead])
+
+    def _prefetch_whole(self, urls: Sequence[str]) -> None:
+        """Start to fetch or verify whole shards, the nearest first.
+
+        The number of downloads at a time and their bytes are limited, but each source gets at least one; the caller
+        asks again for the others. Finished downloads that are not among `urls` are released.
         """
         for url in self._ahead.keys() - set(urls):
             if self._ahead[url].done():

@@ -177,6 +177,7 @@ def _join_groups(
         repeats=tuple(f for group, f in zip(groups, factors, strict=True) for _ in group) if factors else (),
         num_bytes=tuple(entry and entry.num_bytes for entry in entries),
         sha256=tuple(entry.sha256 if entry else "" for entry in entries),
+        block_sums=tuple(entry and entry.block_sums for entry in entries),
     )
 
 

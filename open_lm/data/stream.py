@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from open_lm.config.sections import DataConfig
+from open_lm.data.block_shards import BlockShard, ShardPiece
 from open_lm.data.fetch import FetchFolder, FetchSettings
 from open_lm.data.hashing import hash_key, hash_range
 from open_lm.data.order import Piece, Samples, SizeOf, Source
@@ -85,6 +86,7 @@ class SampleReader:
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
         self.notices: list[Notice] = []  # each text once; the caller of `read` logs and clears them
+        self._needs_prefetch = FetchFolder.is_needed(spec.sources)
         self._spare_shards = 2 * len(spec.sources) + 2
         self._store = ShardStore(self._spare_shards, spec.fetch, expected_files(spec.sources))
         self._counts = Counter[str]()  # sequences: "read", "usable", "broken"
@@ -104,10 +106,17 @@ class SampleReader:
 
     def prefetch(self, samples: Samples, upcoming: Sequence[Piece]) -> None:
         """Start to fetch the shards of these samples, then the upcoming pieces, the nearest first."""
-        current = [Piece(source, shard) for source, shard, _ in _by_shard(samples)]
-        self._store.keep_open(len(current) + self._spare_shards)
-        urls = (self.spec.sources[piece.source].shards[piece.shard] for piece in (*current, *upcoming))
-        self._store.prefetch([url for url in urls if url not in self._broken_shards])
+        if not self._needs_prefetch:
+            return
+        groups = [(self._url(source, shard), samples.member[rows]) for source, shard, rows in _by_shard(samples)]
+        pieces = [ShardPiece(self._url(piece.source, piece.shard), piece.start, piece.stop) for piece in upcoming]
+        self._store.keep_open(len(groups) + len(pieces) + self._spare_shards)
+        current = [group for group in groups if group[0] not in self._broken_shards]
+        ahead = [piece for piece in pieces if piece.url not in self._broken_shards]
+        self._store.prefetch(current, ahead, self.spec.data_key)
+
+    def _url(self, source: int, shard: int) -> str:
+        return self.spec.sources[source].shards[shard]
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
         """Return ids (n, seq_len + 1) of the samples, and which rows hold data, bool (n,); the others are all zeros.
@@ -118,7 +127,9 @@ class SampleReader:
         """
         ids = np.zeros((len(samples.source), self.spec.seq_len + 1), stored_dtype(self.spec.vocab_size))
         filled = np.zeros(len(ids), bool)
-        for source, shard, rows in _by_shard(samples):
+        groups = list(_by_shard(samples))
+        self._store.keep_open(len(groups) + self._spare_shards)
+        for source, shard, rows in groups:
             done = self._read_npy(ids, source, shard, samples, rows)
             filled[rows[done]] = True
             self._count_usable(int(done.sum()))
@@ -137,7 +148,7 @@ class SampleReader:
         skipped; `_read_one` handles them.
         """
         done = np.zeros(len(rows), bool)
-        opened = self._open(source, shard)
+        opened = self._open(source, shard, samples.member[rows])
         npy = None if opened is None else opened.npy
         width = ids.shape[1]
         if npy is None or npy.length < width:
@@ -175,7 +186,7 @@ class SampleReader:
 
     def _ids(self, source: int, shard: int, member: int) -> np.ndarray | None:
         """Return the checked ids of a sample; None for a tolerated broken one."""
-        opened = self._open(source, shard)
+        opened = self._open(source, shard, np.array([member]))
         if opened is None:
             return None
         try:
@@ -187,7 +198,7 @@ class SampleReader:
             return None
         return self._checked(ids, opened, member)
 
-    def _checked(self, ids: np.ndarray, shard: Shard, member: int) -> np.ndarray:
+    def _checked(self, ids: np.ndarray, shard: Shard | BlockShard, member: int) -> np.ndarray:
         """Check the ids against the vocabulary. Negative ids count from its end; PAD_ID stays, for the loss mask."""
         vocab_size = self.spec.vocab_size
         if not len(ids):
@@ -195,15 +206,15 @@ class SampleReader:
         smallest, largest = int(ids.min()), int(ids.max())
         if largest >= vocab_size or smallest < -vocab_size:
             raise DataError(
-                f"{shard.url}, member {shard.members[member].key}.{shard.kind}: found the id "
+                f"{shard.url}, member {shard.member_name(member)}: found the id "
                 f"{largest if largest >= vocab_size else smallest}, but the model's vocabulary has {vocab_size} ids; "
                 "use a model with the vocabulary of the data's tokenizer, or tokenize the data again"
             )
         return np.where((ids < 0) & (ids != PAD_ID), ids + vocab_size, ids) if smallest < 0 else ids
 
-    def _open(self, source: int, shard: int) -> Shard | None:
-        """Return the open shard of a source; None for a tolerated broken one."""
-        url = self.spec.sources[source].shards[shard]
+    def _open(self, source: int, shard: int, members: np.ndarray | None = None) -> Shard | BlockShard | None:
+        """Return the open shard of a source, with some members (n,) readable; None for a tolerated broken one."""
+        url = self._url(source, shard)
         if url in self._broken_shards:
             return None
         data_key = self.spec.data_key
@@ -215,6 +226,8 @@ class SampleReader:
                     f"{url}: holds {len(opened)} sequences, but its manifest lists {expected}; recreate the manifest "
                     "with python -m open_lm.utils.make_wds_manifest --data-dir FOLDER, or copy the shard again"
                 )
+            if members is not None:
+                self._store.make_readable(opened, members)
         except (DataError, StorageError) as error:
             if self.spec.max_broken_fraction is None:
                 raise

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
+from open_lm.data.block_sums import BlockSums
+
 if TYPE_CHECKING:
     from open_lm.data.order import Source
 
@@ -22,10 +24,15 @@ _verified: set[str] = set()  # record names that this process need not check aga
 
 @dataclass(frozen=True)
 class Expected:
-    """A manifest's values for a shard's file: size in bytes, or None, and sha256 in hex, or ""."""
+    """A manifest's values for a shard's file: size in bytes, or None, and sha256 in hex, or "".
+
+    `block_sums` and `num_sequences` are known together.
+    """
 
     num_bytes: int | None = None
     sha256: str = ""
+    block_sums: BlockSums | None = None
+    num_sequences: int = 0
 
     def problem(self, num_bytes: int, sha256: str) -> str:
         """Describe how a file of this size and sha256 (in hex) differs; "" if it does not."""
@@ -39,9 +46,11 @@ class Expected:
 def expected_files(sources: Sequence[Source]) -> dict[str, Expected]:
     """Return what manifests list for the shards' files, by address."""
     return {
-        url: Expected(num_bytes, sha256)
+        url: Expected(num_bytes, sha256, sums, (size or 0) if sums else 0)
         for source in sources
-        for url, num_bytes, sha256 in zip(source.shards, source.num_bytes, source.sha256, strict=True)
+        for url, num_bytes, sha256, sums, size in zip(
+            source.shards, source.num_bytes, source.sha256, source.block_sums, source.sizes, strict=True
+        )
         if sha256 or num_bytes is not None
     }
 

@@ -88,11 +88,14 @@ def read_bytes(url: str | os.PathLike[str]) -> bytes:
         return file.read()
 
 
-def read_range(url: str | os.PathLike[str], start: int, length: int) -> bytes:
-    """Return `length` bytes from offset `start` (on S3 with one request); raise StorageError if the file is shorter."""
+def read_range(url: str | os.PathLike[str], start: int, length: int, timeout_s: float = READ_TIMEOUT_S) -> bytes:
+    """Return `length` bytes from offset `start` (on S3 with one request); raise StorageError if the file is shorter.
+
+    A read that receives no byte for `timeout_s` seconds is logged and retried.
+    """
     text = os.fspath(url)
     with wrap_errors(text):
-        data = find_backend(text).read_range(text, start, length)
+        data = find_backend(text, timeout_s).read_range(text, start, length)
     if len(data) != length:
         raise StorageError(f"{text}: truncated: expected {length} bytes at offset {start}, found {len(data)}")
     return data

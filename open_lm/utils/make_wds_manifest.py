@@ -40,7 +40,7 @@ def manifest_entry(survey: ShardSurvey, old: ManifestEntry | None = None, source
     """
     from open_lm.data.shard_format import ManifestEntry, shard_stem
 
-    measured: dict[str, Any] = {"num_bytes": survey.num_bytes, "sha256": survey.sha256}
+    measured: dict[str, Any] = {"num_bytes": survey.num_bytes, "sha256": survey.sha256, **survey.block_sums}
     if not survey.bad_members:
         measured = {"num_tokens": survey.num_tokens, **measured}
     sources = {"sources": {source: survey.num_tokens}} if source is not None and not survey.bad_members else {}

@@ -14,10 +14,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from tarfile import BLOCKSIZE
+from typing import Any
 
 import numpy as np
 
 from open_lm import storage
+from open_lm.data.block_sums import BlockHasher
+from open_lm.data.npy_block import NpyRows
 from open_lm.data.shard_format import PAD_ID, Member, decode_member, index_shard
 from open_lm.data.shards import sequence_members
 from open_lm.errors import ConfigError, DataError, UserError
@@ -39,6 +43,7 @@ class ShardSurvey:
     num_bytes: int = 0
     sha256: str = ""
     fault: str = ""
+    block_sums: dict[str, Any] = field(default_factory=dict)  # of a manifest's line (see open_lm.data.block_sums)
     num_sequences: int = 0
     num_ignored: int = 0  # members of other kinds than the sequences
     num_tokens: int = 0
@@ -86,6 +91,7 @@ def _read_file(survey: ShardSurvey, path: str, eot_id: int | None) -> None:
         indexed = index_shard(data, survey.url)
         members = sequence_members(indexed)
         survey.num_sequences = len(members)
+        survey.block_sums = _block_sums(data, members, len(indexed))
         survey.num_ignored = len(indexed) - len(members)
         survey.kinds.update(member.kind for member in members)
         used = np.zeros(_MAX_ID + 1, dtype=bool)
@@ -94,6 +100,23 @@ def _read_file(survey: ShardSurvey, path: str, eot_id: int | None) -> None:
             if sum(map(len, block)):
                 _count(survey, block, used, eot_id)
         survey.used_ids = np.flatnonzero(used)
+
+
+def _block_sums(data: mmap.mmap, members: Sequence[Member], num_files: int) -> dict[str, Any]:
+    """Return the checksums of a shard's blocks for its manifest; empty if its members are not evenly spaced npy."""
+    stride = BLOCKSIZE * (1 + -(-members[0].size // BLOCKSIZE))
+    expected = range(BLOCKSIZE, BLOCKSIZE + len(members) * stride, stride)
+    if members[0].kind != "npy" or num_files != len(members) or [m.offset for m in members] != list(expected):
+        return {}
+    try:
+        is_row = NpyRows(data, members).is_row
+    except ValueError:
+        return {}
+    if not is_row.all():
+        return {}
+    hasher = BlockHasher()
+    hasher.update(memoryview(data))
+    return hasher.finish(stride).to_json()
 
 
 def _decode(

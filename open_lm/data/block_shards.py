@@ -1,0 +1,285 @@
+"""Shards of which only the needed blocks are fetched or verified, with the block checksums of a manifest.
+
+A remote shard is a sparse local file. A map of one byte per block marks the blocks that were fetched and verified. All
+processes that pass the same private folder share both files, so each block is fetched once and hashed once. A lock on
+the map is held while blocks are added. The files are removed by the last process that closes the shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import mmap
+import os
+import resource
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+from itertools import chain
+from tarfile import BLOCKSIZE
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from open_lm import storage
+from open_lm.data.shard_format import decode_member, split_name
+from open_lm.data.verify import Expected
+from open_lm.errors import DataError, StorageError
+
+_MAX_ATTEMPTS = 3
+_MAX_REQUEST_BYTES = 8 << 20
+_MAX_NPY_HEADER = 4096
+_NUM_PARALLEL = 16  # requests for blocks that are needed now
+_NUM_FILLING = 4  # pieces that are fetched ahead at a time
+_MAX_PIECES_SEEN = 1 << 14
+_OTHER_OPEN_FILES = 256
+
+
+class BlockShard:
+    """An open shard of npy members of one size, whose blocks `ensure` makes readable. Its interface is `Shard`'s.
+
+    `path` is the file of a local shard; None for a remote one, which is stored in `folder` while it is open.
+    """
+
+    kind = "npy"
+
+    def __init__(self, url: str, expected: Expected, folder: str, path: str | None) -> None:
+        assert expected.block_sums is not None and expected.num_bytes is not None
+        self.url, self._sums, self._size = url, expected.block_sums, expected.num_bytes
+        self._count, self._is_remote = expected.num_sequences, path is None
+        identity = f"{url}\n{self._size} {expected.sha256} {self._sums.sums.hex()}"
+        if path is not None:
+            status = os.stat(path)
+            if status.st_size != self._size:
+                problem = expected.problem(status.st_size, "")
+                raise DataError(f"{url}: {problem} from its manifest; copy the shard again, or recreate the manifest")
+            identity += f"\n{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+        base = os.path.join(folder, "blocks-" + hashlib.sha256(identity.encode()).hexdigest()[:32])
+        self._map_path, self._path = f"{base}.map", path or f"{base}.tar"
+        self._open()
+        self.npy: BlockRows | None = None
+
+    def _open(self) -> None:
+        """Open both files; the shared lock of the map keeps them from being removed."""
+        while True:
+            lock = os.open(self._map_path, os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(self._map_path)):
+                    break
+            os.close(lock)
+        os.ftruncate(lock, self._sums.num_blocks)
+        self._lock = lock
+        self._map = np.memmap(self._map_path, np.uint8, "r+", shape=(self._sums.num_blocks,))
+        flags = os.O_RDWR | os.O_CREAT if self._is_remote else os.O_RDONLY
+        with open(self._path, "rb", opener=lambda name, _: os.open(name, flags, 0o600)) as file:
+            if self._is_remote:
+                os.ftruncate(file.fileno(), self._size)
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def close(self) -> None:
+        """Remove the files unless another process has the shard open; arrays of its data stay valid."""
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_remote:
+                os.unlink(self._path)
+            os.unlink(self._map_path)
+            os.unlink(f"{self._map_path}.lock")
+        os.close(self._lock)
+
+    # --- blocks ------------------------------------------------------------------------------------------------------
+    def missing(self, start: int, stop: int) -> list[int]:
+        """Return the blocks of members `start` to `stop` that are not readable yet."""
+        first = start * self._sums.member_bytes // self._sums.block_bytes
+        last = (stop * self._sums.member_bytes - 1) // self._sums.block_bytes
+        return (np.flatnonzero(self._map[first : last + 1] == 0) + first).tolist()
+
+    def missing_of(self, members: np.ndarray) -> list[int]:
+        """Return the blocks of some members (n,) that are not readable yet."""
+        offsets = members * self._sums.member_bytes
+        first = offsets // self._sums.block_bytes
+        last = (offsets + (self._sums.member_bytes - 1)) // self._sums.block_bytes
+        if self._map[first].all() and self._map[last].all():
+            return []
+        ranges = (range(start, stop + 1) for start, stop in zip(first.tolist(), last.tolist(), strict=True))
+        return [block for block in sorted(set(chain.from_iterable(ranges))) if not self._map[block]]
+
+    def ensure(self, blocks: list[int], timeout_s: float, wait: bool = True) -> bool:
+        """Fetch and verify blocks. Return False if another process is adding blocks, unless told to `wait` for it.
+
+        DataError if a block differs from the manifest, StorageError if it cannot be read.
+        """
+        for run in _runs(blocks, max(1, _MAX_REQUEST_BYTES // self._sums.block_bytes)):
+            with _exclusive(self._map_path, wait) as has_lock:
+                if not has_lock:
+                    return False
+                needed = [block for block in run if not self._map[block]]
+                for part in _runs(needed, len(run)):
+                    self._add(part, timeout_s)
+        return True
+
+    def _add(self, blocks: range, timeout_s: float) -> None:
+        start = blocks.start * self._sums.block_bytes
+        stop = min(blocks.stop * self._sums.block_bytes, self._size)
+        for attempt in range(1, _MAX_ATTEMPTS + 1):
+            data = self._read(start, stop, timeout_s)
+            view, size = memoryview(data), self._sums.block_bytes
+            bad = [n for n in blocks if not self._sums.matches(n, view[n * size - start : (n + 1) * size - start])]
+            if not bad:
+                break
+            if attempt == _MAX_ATTEMPTS or not self._is_remote:
+                raise DataError(
+                    f"{self.url}: the bytes {bad[0] * size} to {min((bad[0] + 1) * size, self._size)} differ from the "
+                    "checksum in its manifest; copy the shard again, or recreate the manifest"
+                )
+            storage.back_off(attempt)
+        if self._is_remote:
+            self._write(start, data)
+        self._map[blocks.start : blocks.stop] = 1
+
+    def _read(self, start: int, stop: int, timeout_s: float) -> bytes:
+        return (
+            storage.read_range(self.url, start, stop - start, timeout_s) if self._is_remote else self.data[start:stop]
+        )
+
+    def _write(self, start: int, data: bytes) -> None:
+        try:
+            with open(self._path, "r+b", buffering=0) as file:
+                file.seek(start)
+                view = memoryview(data)
+                while view:
+                    view = view[file.write(view) :]
+        except OSError as error:
+            message = f"{os.path.dirname(self._path)}: cannot store shards there ({error.strerror or error})"
+            raise StorageError(f"{message}; choose another folder (TMPDIR)") from error
+
+    # --- members -----------------------------------------------------------------------------------------------------
+    def prepare(self, member: int) -> None:
+        """Read the npy header, from a member that is readable; all others have the same."""
+        if self.npy is None:
+            start = member * self._sums.member_bytes + BLOCKSIZE
+            with io.BytesIO(self.data[start : start + _MAX_NPY_HEADER]) as header:
+                if np.lib.format.read_magic(header) != (1, 0):
+                    raise DataError(f"{self.url}: member {member} is not in version 1.0 of the npy format")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(header)
+                offset = BLOCKSIZE + header.tell()
+            self.npy = BlockRows(self.data, self._count, self._sums.member_bytes, offset, shape[0], dtype)
+
+    def ids(self, number: int) -> np.ndarray:
+        """Return the ids of a readable member as stored, int64 (any length,)."""
+        start = number * self._sums.member_bytes
+        try:
+            return decode_member(self.data[start + BLOCKSIZE : start + self._sums.member_bytes], self.kind)
+        except DataError as error:
+            raise DataError(f"{self.url}, member {self.member_name(number)}: {error}") from error
+
+    def member_name(self, number: int) -> str:
+        """Return the name of a readable member."""
+        start = number * self._sums.member_bytes
+        key, kind = split_name(self.data[start : start + 100].partition(b"\0")[0].decode("utf-8", "surrogateescape"))
+        return f"{key}.{kind}"
+
+
+class BlockRows:
+    """The members of a `BlockShard` as rows of one array on its bytes, like `NpyRows`: each is a row."""
+
+    def __init__(self, data: mmap.mmap, count: int, stride: int, offset: int, length: int, dtype: np.dtype) -> None:  # noqa: PLR0917
+        self.length = length
+        self.is_row = np.ones(count, bool)
+        self._ids: np.ndarray = np.ndarray((count, length), dtype, data, offset, (stride, dtype.itemsize))
+
+    def gather(self, numbers: np.ndarray) -> np.ndarray:
+        """Return a copy of the ids of readable members `numbers` (n,): (n, length) in the stored type."""
+        ids: np.ndarray = self._ids[numbers]
+        return ids
+
+
+class ShardPiece(NamedTuple):
+    """Members `start` to `stop` of the shard at an address, all if `stop` is None."""
+
+    url: str
+    start: int
+    stop: int | None
+
+
+class BlockFiller:
+    """Fetches blocks in background threads: those that are needed now in parallel, others one piece after the other."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._seen: OrderedDict[ShardPiece, None] = OrderedDict()
+        self._queue: deque[tuple[BlockShard, ShardPiece]] = deque()
+        self._running: list[Future[None]] = []
+
+    def fetch(self, parts: Sequence[tuple[object, np.ndarray]]) -> None:
+        """Return when the members of the shards are readable; an error is raised when they are requested again."""
+        jobs = [(shard, blocks) for shard, members in parts
+                if isinstance(shard, BlockShard) and (blocks := shard.missing_of(members))]  # fmt: skip
+        if len(jobs) > 1:
+            wait(
+                [storage.run_in_background(partial(self._fetch, jobs[n::_NUM_PARALLEL])) for n in range(_NUM_PARALLEL)]
+            )
+
+    def _fetch(self, jobs: Sequence[tuple[BlockShard, list[int]]]) -> None:
+        for shard, blocks in jobs:
+            shard.ensure(blocks, self._timeout_s)
+
+    def fill(self, pieces: Sequence[tuple[object, ShardPiece]]) -> None:
+        """Fetch pieces in the background, in this order after those of earlier calls."""
+        for shard, piece in pieces:
+            if isinstance(shard, BlockShard) and piece not in self._seen:
+                self._queue.append((shard, piece))
+            self._seen[piece] = None
+            self._seen.move_to_end(piece)
+        while len(self._seen) > _MAX_PIECES_SEEN:
+            self._seen.popitem(last=False)
+        self._running = [job for job in self._running if not job.done()]
+        while self._queue and len(self._running) < _NUM_FILLING:
+            self._running.append(storage.run_in_background(partial(self._fill, *self._queue.popleft())))
+
+    def _fill(self, shard: BlockShard, piece: ShardPiece) -> None:
+        blocks = shard.missing(piece.start, len(shard) if piece.stop is None else piece.stop)
+        if not shard.ensure(blocks, self._timeout_s, wait=False):
+            self._queue.append((shard, piece))  # another worker is fetching it; look again later
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files if the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_OPEN_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(
+                resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard)
+            )
+
+
+def _runs(blocks: list[int], limit: int) -> Iterator[range]:
+    """Yield ranges of consecutive blocks, of at most `limit` blocks each."""
+    start = 0
+    for end in range(1, len(blocks) + 1):
+        if end == len(blocks) or blocks[end] != blocks[end - 1] + 1 or end - start == limit:
+            yield range(blocks[start], blocks[end - 1] + 1)
+            start = end
+
+
+@contextlib.contextmanager
+def _exclusive(map_path: str, wait: bool) -> Iterator[bool]:
+    """Lock the blocks of a shard against other threads and processes; yield whether the lock was acquired."""
+    lock: IO[bytes]
+    with open(f"{map_path}.lock", "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a child forked in the meantime has the file open too
