@@ -22,10 +22,11 @@ from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
 from open_lm.datapreprocess.writer import read_dataset, read_record, write_record
 from open_lm.errors import ConfigError
 from open_lm.names import unescape
+from open_lm.tokenizer import COPY_FOLDER, FILE_NAMES
 
 _logger = logging.getLogger(__name__)
 PLAN_NAME = "plan.json"
-_METADATA_FILES = (MANIFEST_NAME, DATASET_NAME)
+_METADATA_FILES = (MANIFEST_NAME, DATASET_NAME, *(f"{COPY_FOLDER}/{name}" for name in FILE_NAMES))
 _FALLBACK_MARKER = "reference-tokenizer"
 _SHARD_ORIGIN = "shards-of"  # file with a digest of the reports from which the shards were written
 _FORMER_SPECIAL_TOKENS = "ids"  # of records without this setting, and of tokenizers that find no special tokens
@@ -179,7 +180,8 @@ def remove_stale_shards(
 
 def _remove_temporary_files(layout: Layout, settings: Mapping[str, Any]) -> None:
     """Remove the partially written files of a killed run from a local output."""
-    for folder in {layout.root, *map(layout.folder, settings["folders"])}:
+    folders = {layout.root, *map(layout.folder, settings["folders"])}
+    for folder in [*folders, *(storage.join(folder, COPY_FOLDER) for folder in folders)]:
         if not storage.is_remote(folder) and os.path.isdir(folder):
             for name in filter(storage.is_temporary, os.listdir(folder)):
                 storage.remove(storage.join(folder, name))

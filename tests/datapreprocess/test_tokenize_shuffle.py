@@ -54,7 +54,7 @@ def test_layout_and_exactness(tmp_path: Path, small_tokenizer: str) -> None:
     assert pads[-1] == -sum(expected_tokens([*texts, *extra], small_tokenizer, EOT_ID).values()) % 33
     assert not any(pads[:-1])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        [*counts, "manifest.jsonl", "dataset.json"]
+        [*counts, "manifest.jsonl", "dataset.json", "tokenizer"]
     )
 
 
