@@ -130,7 +130,7 @@ def test_input_and_output_on_s3(
     for url in storage.list_files(output, recursive=True):
         storage.download(url, tmp_path / "copy" / url.removeprefix(f"{output}/"))
     names = {path.name for path in (tmp_path / "copy").rglob("*.json*")}
-    assert names == {"manifest.jsonl", "dataset.json", "rejects.jsonl"}
+    assert names == {"manifest.jsonl", "dataset.json", "rejects.jsonl", "tokenizer.json", "tokenizer_config.json"}
     expected = expected_tokens([*texts, "the 0"], small_tokenizer, EOT_ID)
     assert tokens_of(read_shards(tmp_path / "copy")) == expected
     assert rejects_of(tmp_path / "copy") == [("a.jsonl", 1, "invalid JSON")]
