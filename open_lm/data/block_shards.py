@@ -57,7 +57,7 @@ class BlockShard:
                 problem = expected.problem(status.st_size, "")
                 raise DataError(f"{url}: {problem} from its manifest; copy the shard again, or recreate the manifest")
             identity += f"\n{status.st_ino} {status.st_size} {status.st_mtime_ns}"
-        base = os.path.join(folder, "blocks-" + hashlib.sha256(identity.encode()).hexdigest()[:32])
+        base = os.path.join(folder, "blocks-" + hashlib.sha256(os.fsencode(identity)).hexdigest()[:32])
         self._map_path, self._path = f"{base}.map", path or f"{base}.tar"
         self._open()
         self.npy: BlockRows | None = None

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from open_lm import storage
 from open_lm.distributed.processes import Runtime, restart_count
 from open_lm.errors import WATCHDOG_EXIT_CODE
+from open_lm.names import ESCAPE_ERRORS
 
 _POLL_S = 1.0
 _STORE_TIMEOUT = timedelta(seconds=10)
@@ -195,7 +196,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             stacks = f"rank {self._runtime.rank}, {_progress.phase}, step {_progress.step}\n{file.read().decode()}"
-        os.write(2, f"{stacks}error: {report}\n".encode())
+        os.write(2, f"{stacks}error: {report}\n".encode("utf-8", ESCAPE_ERRORS))
         writer = threading.Thread(target=self._write_stacks, args=(f"{report}\n\n{stacks}",), daemon=True)
         writer.start()
         writer.join(_GRACE_S)
@@ -214,7 +215,7 @@ class Watchdog:
     def _end_after_failure(self, failure: str) -> None:
         """Exit after another rank has failed, unless this rank ends on its own or by its launcher in time."""
         if not self._done.wait(_GRACE_S):
-            os.write(2, f"error: {failure}; rank {self._runtime.rank} ends too\n".encode())
+            os.write(2, f"error: {failure}; rank {self._runtime.rank} ends too\n".encode("utf-8", ESCAPE_ERRORS))
             os._exit(1)
 
 
