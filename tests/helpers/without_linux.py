@@ -1,8 +1,6 @@
-"""Run tests, or import all modules, as on a system without Linux's own functions and without /proc and /sys (macOS).
+"""Import all modules and run tests as on a system without Linux's own functions and without /proc and /sys (macOS).
 
-python without_linux.py imports
-python without_linux.py pytest ARGUMENTS...
-python without_linux.py loader MANIFEST
+Use: `python without_linux.py pytest ARGUMENTS...`, or `python without_linux.py loader MANIFEST` to load batches.
 """
 
 from __future__ import annotations
@@ -97,11 +95,10 @@ def load(manifest: str) -> None:
 remove_linux()
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), *(str(path) for path in (ROOT / "tests").iterdir() if path.is_dir())]
-    if sys.argv[1] == "imports":
-        import_all()
-    elif sys.argv[1] == "loader":
+    if sys.argv[1] == "loader":
         load(sys.argv[2])
     else:
         import pytest
 
+        import_all()
         raise SystemExit(pytest.main(sys.argv[2:]))
