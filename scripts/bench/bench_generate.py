@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from open_lm.config.sections import ModelConfig
 from open_lm.generate import Sampling, generate_ids
 from open_lm.model.transformer import Transformer, create_model
+from open_lm.names import user_path
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]  # prompts and number of new tokens -> new tokens
 
@@ -134,7 +135,9 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="open_lm_11m", help="name or .json file that gives the shape")
+    parser.add_argument(
+        "--model", type=user_path, default="open_lm_11m", help="name or .json file that gives the shape"
+    )
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1], help="numbers of busy processes next to it")
     parser.add_argument("--prompt-tokens", type=int, default=16)
