@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm.errors import ConfigError
+from open_lm.hub import hub_file
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 COPY_FOLDER = "tokenizer"  # of a data set or a run: the files of its tokenizer, see `Tokenizer.files`
@@ -336,8 +337,8 @@ def _load_folder(folder: Path, eot_token: str | None) -> Tokenizer:
 
 def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
     try:
-        file = _download(name, JSON_NAME) or _download(name, MODEL_NAME)
-        config = _download(name, CONFIG_NAME) if file is not None else None
+        file = hub_file(name, JSON_NAME) or hub_file(name, MODEL_NAME)
+        config = hub_file(name, CONFIG_NAME) if file is not None else None
     except ModuleNotFoundError:
         raise
     except Exception as error:
@@ -351,28 +352,6 @@ def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
     if file is None:
         raise ConfigError(f"--tokenizer {name}: the hub has neither tokenizer.json nor tokenizer.model under this name")
     return _load_file(file, name, eot_token, config)
-
-
-def _download(name: str, filename: str) -> Path | None:
-    """Return a file of the hub, or of its local cache if the hub is unreachable. None if the file does not exist."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:  # check with one short request first: without a network, a download retries for half a minute
-        get_hf_file_metadata(hf_hub_url(name, filename))
-    except EntryNotFoundError:
-        pass  # the download below fails with the same error and records it in the cache
-    except Exception:
-        cached = try_to_load_from_cache(name, filename)
-        if cached is None:
-            raise
-        return Path(cached) if isinstance(cached, str) else None  # the cache may record that the file does not exist
-    try:
-        return Path(hf_hub_download(name, filename))
-    except LocalEntryNotFoundError:
-        raise
-    except EntryNotFoundError:
-        return None
 
 
 def _parse_config(content: bytes, name: str) -> dict[str, Any]:
