@@ -25,6 +25,8 @@ CONFIG_DIR = Path(__file__).resolve().parents[1] / "model_configs"
 COUNTS = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")
 SWITCHES = ("post_embed_norm", "weight_tying")
 LEGACY_KEYS = ("model", "name", "norm_type")  # written by earlier tools and redundant
+FAMILY_KEY = "family"  # the model_type of transformers that a model was imported from; only an export reads it
+MODEL_FILE = "model.json"
 
 
 def model_names() -> list[str]:
@@ -47,7 +49,21 @@ def read_architecture(model: str) -> dict[str, Any]:
         ConfigError: an unknown name (the message lists similar names), a missing file, or invalid contents (the
             message lists all problems).
     """
-    url = model if model.endswith(".json") else str(CONFIG_DIR / f"{model}.json")
+    url = _url_of(model)
+    return _check_contents(_read_file(model, url), f"--model {model} ({url.rpartition('/')[2]})")
+
+
+def read_family(model: str) -> str | None:
+    """Return the model_type of transformers that the configuration of --model states; None if it states none."""
+    family = _read_file(model, _url_of(model)).get(FAMILY_KEY)
+    return family if isinstance(family, str) else None
+
+
+def _url_of(model: str) -> str:
+    return model if model.endswith(".json") else str(CONFIG_DIR / f"{model}.json")
+
+
+def _read_file(model: str, url: str) -> dict[str, Any]:
     if storage.info(url) is None:
         raise ConfigError(_not_found(model))
     try:
@@ -56,7 +72,7 @@ def read_architecture(model: str) -> dict[str, Any]:
         raise ConfigError(f"--model {model}: {url} is not valid JSON ({error})") from error
     if not isinstance(contents, dict):
         raise ConfigError(f"--model {model}: {url} contains a {type(contents).__name__}, expected a JSON object")
-    return _check_contents(contents, f"--model {model} ({url.rpartition('/')[2]})")
+    return contents
 
 
 def resolve_architecture(cfg: ModelConfig) -> dict[str, Any]:
@@ -79,14 +95,18 @@ def gated_width(dim: int) -> int:
 def read_run_settings(checkpoint: str) -> dict[str, Any]:
     """Read the model settings from the params.txt of the run that wrote a checkpoint.
 
-    If the file of --model no longer exists, `model` is the path of the copy in the run folder, {run}/model.json.
+    If the file of --model no longer exists, `model` is the path of the copy in the run folder, {run}/model.json. A
+    model.json in the folder `checkpoint` or next to it, as imported and exported models have one, takes precedence.
 
     Args:
-        checkpoint: path or URL of {run}/checkpoints/epoch_N.pt or step_N/.
+        checkpoint: path or URL of {run}/checkpoints/epoch_N.pt or step_N/, or an exported folder.
 
     Returns:
         the fields of ModelConfig (model, model_norm, qk_norm, ...) by name; empty if there is no params.txt.
     """
+    for folder in (checkpoint, _parent(checkpoint)):
+        if storage.info(storage.join(folder, MODEL_FILE)) is not None:
+            return {"model": storage.join(folder, MODEL_FILE)}
     written = read_written_params(checkpoint)
     specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelConfig.specs())}
     settings = {
@@ -94,7 +114,7 @@ def read_run_settings(checkpoint: str) -> dict[str, Any]:
         for name, spec in specs.items()
         if name in written and not (written[name] == "None" and not spec.optional)
     }
-    model, copy = settings.get("model", ""), storage.join(_run_folder(checkpoint), "model.json")
+    model, copy = settings.get("model", ""), storage.join(_run_folder(checkpoint), MODEL_FILE)
     if model.endswith(".json") and not storage.exists(model) and storage.exists(copy):
         settings["model"] = copy
     return settings
@@ -111,9 +131,13 @@ def read_written_params(checkpoint: str) -> dict[str, str]:
 
 def _run_folder(checkpoint: str) -> str:
     """Return the folder of the run that contains {run}/checkpoints/epoch_N.pt or step_N/."""
-    if storage.is_remote(checkpoint):
-        return checkpoint.rstrip("/").rsplit("/", 2)[0]
-    return os.path.normpath(os.path.join(storage.local_path(checkpoint), "..", ".."))
+    return _parent(_parent(checkpoint))
+
+
+def _parent(path: str) -> str:
+    if storage.is_remote(path):
+        return path.rstrip("/").rpartition("/")[0]
+    return os.path.normpath(os.path.join(storage.local_path(path), ".."))
 
 
 def _parse_setting(text: str, spec: FieldSpec) -> Any:
@@ -146,7 +170,9 @@ def _check_contents(contents: dict[str, Any], label: str) -> dict[str, Any]:
             problems.append(f"{key} is {value!r}, expected true or false")
         if key in (*specs, *SWITCHES, *COUNTS):
             checked[key] = value
-        elif key not in LEGACY_KEYS:
+        elif key == FAMILY_KEY and not isinstance(value, str):
+            problems.append(f"{key} is {value!r}, expected a model_type of transformers")
+        elif key not in (*LEGACY_KEYS, FAMILY_KEY):
             similar = difflib.get_close_matches(key, (*specs, *SWITCHES, *COUNTS), n=2, cutoff=0.7)
             hint = f"did you mean {' or '.join(similar)}?" if similar else "remove it"
             problems.append(f"the key {key} is unknown; {hint}")

@@ -1,0 +1,1 @@
+"""Source files of model_type openlm, which need torch and transformers only; an export copies them."""
