@@ -73,7 +73,8 @@ class BlockShard:
             os.close(lock)
         os.ftruncate(lock, self._sums.num_blocks)
         self._lock = lock
-        self._map = np.memmap(self._map_path, np.uint8, "r+", shape=(self._sums.num_blocks,))
+        self._map_bytes = mmap.mmap(lock, self._sums.num_blocks)
+        self._map = np.frombuffer(self._map_bytes, np.uint8)
         flags = os.O_RDWR | os.O_CREAT if self._is_remote else os.O_RDONLY
         with open(self._path, "rb", opener=lambda name, _: os.open(name, flags, 0o600)) as file:
             if self._is_remote:
@@ -100,13 +101,17 @@ class BlockShard:
         last = (stop * self._sums.member_bytes - 1) // self._sums.block_bytes
         return (np.flatnonzero(self._map[first : last + 1] == 0) + first).tolist()
 
+    def is_readable(self, member: int) -> bool:
+        """Return whether a member is readable; False also for one that is larger than a block."""
+        start = member * self._sums.member_bytes
+        first, last = start // self._sums.block_bytes, (start + self._sums.member_bytes - 1) // self._sums.block_bytes
+        return bool(self._map_bytes[first] and self._map_bytes[last] and last - first < 2)
+
     def missing_of(self, members: np.ndarray) -> list[int]:
         """Return the blocks of some members (n,) that are not readable yet."""
         offsets = members * self._sums.member_bytes
         first = offsets // self._sums.block_bytes
         last = (offsets + (self._sums.member_bytes - 1)) // self._sums.block_bytes
-        if self._map[first].all() and self._map[last].all():
-            return []
         ranges = (range(start, stop + 1) for start, stop in zip(first.tolist(), last.tolist(), strict=True))
         return [block for block in sorted(set(chain.from_iterable(ranges))) if not self._map[block]]
 
@@ -192,11 +197,11 @@ class BlockRows:
     def __init__(self, data: mmap.mmap, count: int, stride: int, offset: int, length: int, dtype: np.dtype) -> None:  # noqa: PLR0917
         self.length = length
         self.is_row = np.ones(count, bool)
-        self._ids: np.ndarray = np.ndarray((count, length), dtype, data, offset, (stride, dtype.itemsize))
+        self.rows: np.ndarray = np.ndarray((count, length), dtype, data, offset, (stride, dtype.itemsize))
 
     def gather(self, numbers: np.ndarray) -> np.ndarray:
         """Return a copy of the ids of readable members `numbers` (n,): (n, length) in the stored type."""
-        ids: np.ndarray = self._ids[numbers]
+        ids: np.ndarray = self.rows[numbers]
         return ids
 
 

@@ -14,6 +14,7 @@ queued_lanes.py.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ from open_lm.data.order_types import OrderSettings, Piece, SizeOf, Source, visit
 from open_lm.errors import DataError
 
 MAX_EMPTY_PASSES = 1000
+_MAX_NEXT_PIECES = 64
 _SPARE_SHARED_ROWS = 2  # the number of shared rows of a pass differs by less from its share
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # shard int64 (n,), member int64 (n,), key uint64 (n,)
 
@@ -81,34 +83,34 @@ class Pass:
     def lanes_size(self) -> int:
         return self.total - self.shared_size
 
-    def start(self, lane: np.ndarray | int) -> Any:
-        """Return the first place of a lane on the line of sequences."""
-        if not self.lanes:
-            return lane * 0
-        return lane * (self.lanes_size // self.lanes) + np.minimum(lane, self.lanes_size % self.lanes)
+    def start(self, lane: int) -> int:
+        """Return the first place of a lane on the line of sequences; the shared lane follows the others."""
+        size, rest = divmod(self.lanes_size, self.lanes or 1)
+        return lane * size + min(lane, rest)
+
+    def end(self, lane: int) -> int:
+        return self.total if lane == self.lanes else self.start(lane + 1)
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return lane and place on the line, int64 (n,), of sequences by number: first all of the lanes, then shared.
 
         The lanes' sequences are numbered in the order of their use: 0 is the first of lane 0, 1 the first of lane 1.
         """
+        size, rest = divmod(self.lanes_size, self.lanes or 1)
+        index, lane = np.divmod(numbers, self.lanes or 1)
+        place = lane * size + np.minimum(lane, rest) + index
         if not self.shared_size:
-            lane = numbers % self.lanes
-            return lane, self.start(lane) + numbers // self.lanes
+            return lane, place
         is_shared = numbers >= self.lanes_size
-        lane = np.where(is_shared, self.lanes, numbers % max(1, self.lanes))
-        return lane, np.where(is_shared, numbers, self.start(lane) + numbers // max(1, self.lanes))
+        return np.where(is_shared, self.lanes, lane), np.where(is_shared, numbers, place)
 
     def piece_at(self, lane: int, place: int) -> tuple[int, int, int, int]:
         """Return the piece of a lane at a place: visit, and first place, end and first member of the piece."""
-        visit = int(np.searchsorted(self.ends, place, side="right"))
+        visit = int(self.ends.searchsorted(place, side="right"))
         visit_start = int(self.ends[visit - 1]) if visit else 0
-        start = max(visit_start, int(self.start(lane)))
+        start = max(visit_start, self.start(lane))
         stop = min(int(self.ends[visit]), self.end(lane))
         return visit, start, stop, start - visit_start
-
-    def end(self, lane: int) -> int:
-        return self.total if lane == self.lanes else int(self.start(lane + 1))
 
 
 class _OpenPiece(NamedTuple):
@@ -136,6 +138,7 @@ class LaneCursor:
         self._saved_division: tuple[int, int] | None = None
         self._passes: dict[int, Pass] = {}
         self._open: dict[int, _OpenPiece] = {}  # by lane
+        self._next: dict[tuple[int, int, int], Piece | None] = {}  # after the piece of a pass and lane that ends there
         self._entered: list[Piece] = []
 
     def take(self, is_shared: np.ndarray, selected: np.ndarray, partial: bool = False) -> tuple[int, Rows]:
@@ -253,23 +256,38 @@ class LaneCursor:
         entered, self._entered = self._entered, []
         return entered
 
-    def upcoming(self) -> Iterator[tuple[int, Piece]]:
-        """Yield the next piece of each lane that rows were selected from, and the rounds until then at the most."""
+    def upcoming(self, count: int) -> Iterator[tuple[int, Piece]]:
+        """Yield the next pieces of the lanes that rows were selected from, and the rounds until then at the most.
+
+        Those of the `count` lanes whose present piece ends first.
+        """
         current = self._pass(self.pass_number)
-        done = self.fixed // max(1, current.lanes)
+        done = self.fixed // (current.lanes or 1)
+        waits = []
         for lane, opened in self._open.items():
-            if opened.pass_number != current.number:
-                continue
-            place = int(current.start(lane)) + done if lane < current.lanes else current.lanes_size + self.shared
-            rounds = max(0, opened.stop - place)
-            if opened.stop < current.end(lane):
-                yield rounds, self._piece_from(current, lane, opened.stop)
-            elif not (self._is_last_pass or current.shared_size):  # else the slots of the next lanes are not known yet
+            if opened.pass_number == current.number:
+                place = current.start(lane) + (done if lane < current.lanes else self.shared)
+                waits.append((max(0, opened.stop - place), lane))
+        for rounds, lane in heapq.nsmallest(count, waits):
+            piece = self._following(current, lane, self._open[lane].stop)
+            if piece is not None:
+                yield rounds, piece
+
+    def _following(self, current: Pass, lane: int, place: int) -> Piece | None:
+        """Return the piece that a slot reads after the one of its lane that ends at a place; None if not known yet."""
+        key = (current.number, lane, place)
+        if key not in self._next:
+            self._next[key] = None
+            if place < current.end(lane):
+                self._next[key] = self._piece_from(current, lane, place)
+            elif not (self._is_last_pass or current.shared_size):  # else the lanes of the slots shift by a few rows
                 following = self._pass(current.number + 1)
                 next_lane = (lane - current.lanes_size) % current.lanes
-                start = int(following.start(next_lane))
-                if following.lanes == current.lanes and start < following.end(next_lane):
-                    yield rounds, self._piece_from(following, next_lane, start)
+                if following.lanes == current.lanes and following.start(next_lane) < following.end(next_lane):
+                    self._next[key] = self._piece_from(following, next_lane, following.start(next_lane))
+            while len(self._next) > 2 * len(self._open) + _MAX_NEXT_PIECES:
+                self._next.pop(next(iter(self._next)))
+        return self._next[key]
 
     def _piece_from(self, pass_: Pass, lane: int, place: int) -> Piece:
         visit, start, stop, first = pass_.piece_at(lane, place)
@@ -291,7 +309,7 @@ class LaneCursor:
         self.pass_number, self.fixed, self.shared, self.samples = (
             int(position[name]) for name in ("pass", "fixed", "shared", "samples")
         )
-        self._passes, self._open, self._entered = {}, {}, []
+        self._passes, self._open, self._next, self._entered = {}, {}, {}, []
         self._saved_division = (
             (int(position["division"][0]), int(position["division"][1])) if position["division"] else None
         )

@@ -124,7 +124,8 @@ class BatchPipeline:
             if order.position == before:
                 return
             if is_own:
-                yield _LocalBatch(samples, order.state(), order.entered() + order.upcoming(_PIECES_AHEAD))
+                ahead = order.entered() + order.upcoming(_PIECES_AHEAD) if self._reader.needs_prefetch else []
+                yield _LocalBatch(samples, order.state(), ahead)
 
     def read(self, batches: Iterable[_LocalBatch]) -> Iterator[WorkerResult]:
         """Read the samples of each batch."""

@@ -12,6 +12,7 @@ import io
 import mmap
 import tarfile
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -129,6 +130,14 @@ class NpyRows:
             self.is_row &= (found == part).all(axis=1)
         rows = (len(data) - size) // _BLOCK + 1
         self._ids = np.ndarray((rows, self.length), dtype, data, len(header), (_BLOCK, dtype.itemsize))
+
+    @cached_property
+    def rows(self) -> np.ndarray | None:
+        """The ids (n, length) of all members without copying them; None if they are not evenly spaced."""
+        steps = np.diff(self._row)
+        if not self.is_row.all() or len(set(steps.tolist())) > 1:
+            return None
+        return self._ids[int(self._row[0]) :: int(steps[0]) if len(steps) else 1][: len(self._row)]
 
     def gather(self, numbers: np.ndarray) -> np.ndarray:
         """Return a copy of the ids of members `numbers` (n,), all of them rows: (n, length) in the stored type."""

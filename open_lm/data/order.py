@@ -146,7 +146,7 @@ class DataOrder:
     def upcoming(self, count: int = 1) -> list[Piece]:
         """Return the next pieces, to fetch ahead: those of the lanes that rows were taken from, the nearest first."""
         pieces = sorted(
-            item for cursor in self._cursors for item in cursor.upcoming() if self._weights[cursor.inputs.number]
+            item for cursor in self._cursors for item in cursor.upcoming(count) if self._weights[cursor.inputs.number]
         )
         return [piece for _, piece in islice(pieces, count)]
 

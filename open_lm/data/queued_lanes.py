@@ -113,12 +113,13 @@ class QueueCursor:
         """Return the shards that must be opened next, in addition to those of selected rows: none."""
         return []
 
-    def upcoming(self) -> Iterator[tuple[int, Piece]]:
-        """Yield the next visits of the pass, and the rounds until they start at the earliest."""
+    def upcoming(self, count: int) -> Iterator[tuple[int, Piece]]:
+        """Yield the next `count` visits of the pass, and the rounds until they start at the earliest."""
         offsets = (self._size(visit) - offset for visit, offset in self._lanes)
-        rounds = sorted(offsets) + [0] * (self._num_lanes - len(self._lanes))
-        for wait, shard in zip(rounds, self._shards[self._next_visit : self._next_visit + len(rounds)], strict=False):
-            yield wait, Piece(self.inputs.number, int(shard))
+        rounds = [0] * (self._num_lanes - len(self._lanes)) + sorted(offsets)
+        visits = self._shards[self._next_visit : self._next_visit + count].tolist()
+        for wait, shard in zip(rounds, visits, strict=False):
+            yield wait, Piece(self.inputs.number, shard)
 
     def position(self) -> dict[str, Any]:
         """Return the position as integers, ready for JSON."""

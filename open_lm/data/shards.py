@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property, partial
 from typing import IO
@@ -70,6 +70,10 @@ class Shard:
                 return NpyRows(self.data, self.members)
         return None
 
+    def is_readable(self, member: int) -> bool:
+        """Return True: the whole file is verified."""
+        return True
+
     def close(self) -> None:
         """Do nothing: the mapping ends with the last reference to it."""
 
@@ -101,6 +105,7 @@ class ShardStore:
         self._ahead_bytes = min(_AHEAD_BYTES, settings.cache_limit_bytes // 4) if settings.cache_dir else _AHEAD_BYTES
         self._largest_bytes = 0  # of the shards so far: the estimate for a shard of unknown size
         self._remote = RemoteShards(settings)
+        self.on_close: Callable[[str], object] = lambda url: None  # called with the address of a shard that is closed
         self._filler = BlockFiller(settings.read_timeout_s)
 
     def keep_open(self, count: int) -> None:
@@ -118,9 +123,18 @@ class ShardStore:
         shard = self._open_blocks(url) if self._has_blocks(url) else self._open_whole(url, data_key)
         self._open[key] = shard
         if len(self._open) > self._capacity:
-            self._open.popitem(last=False)[1].close()
-            self._remote.trim()
+            self._close_oldest()
+            self._remote.trim()  # removes the file, since nothing refers to the shard any more
         return shard
+
+    def _close_oldest(self) -> None:
+        (url, _), shard = self._open.popitem(last=False)
+        shard.close()
+        self.on_close(url)
+
+    def mark_used(self, url: str, data_key: str | None) -> None:
+        """Keep an open shard as if `get` had returned it."""
+        self._open.move_to_end((url, data_key))
 
     def _open_whole(self, url: str, data_key: str | None) -> Shard:
         started = self._ahead.pop(url, None)
@@ -151,7 +165,10 @@ class ShardStore:
             shard.prepare(int(members[0]))
 
     def prefetch(
-        self, current: Sequence[tuple[str, np.ndarray]], pieces: Sequence[ShardPiece], data_key: str | None
+        self,
+        pieces: Sequence[ShardPiece],
+        data_key: str | None = None,
+        current: Sequence[tuple[str, np.ndarray]] = (),
     ) -> None:
         """Start to fetch remote shards and to verify local ones; errors are raised when the shard is requested.
 

@@ -80,15 +80,24 @@ class Notice(NamedTuple):
     same_on_all_ranks: bool
 
 
+class _ReadyShard(NamedTuple):
+    """An open shard, and the ids (n, seq_len + 1) of all its members, without copying them."""
+
+    shard: Shard | BlockShard
+    rows: np.ndarray
+
+
 class SampleReader:
     """A reader of seq_len + 1 ids for each sample, and of the sizes of shards that have no manifest."""
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec
         self.notices: list[Notice] = []  # each text once; the caller of `read` logs and clears them
-        self._needs_prefetch = FetchFolder.is_needed(spec.sources)
+        self.needs_prefetch = FetchFolder.is_needed(spec.sources)
         self._spare_shards = 2 * len(spec.sources) + 2
         self._store = ShardStore(self._spare_shards, spec.fetch, expected_files(spec.sources))
+        self._ready: dict[int, _ReadyShard] = {}  # by source << 40 | shard
+        self._store.on_close = self._forget
         self._counts = Counter[str]()  # sequences: "read", "usable", "broken"
         self._searched_long_sequence = False
         self._last_size = 1
@@ -106,14 +115,21 @@ class SampleReader:
 
     def prefetch(self, samples: Samples, upcoming: Sequence[Piece]) -> None:
         """Start to fetch the shards of these samples, then the upcoming pieces, the nearest first."""
-        if not self._needs_prefetch:
+        if not self.needs_prefetch:
             return
-        groups = [(self._url(source, shard), samples.member[rows]) for source, shard, rows in _by_shard(samples)]
+        codes = _codes(samples)
+        missing = [
+            row
+            for row, (code, member) in enumerate(zip(codes, samples.member.tolist(), strict=True))
+            if (ready := self._ready.get(code)) is None or not ready.shard.is_readable(member)
+        ]
+        waiting = Samples(*(column[missing] for column in samples))
+        groups = [(self._url(source, shard), waiting.member[rows]) for source, shard, rows in _by_shard(waiting)]
         pieces = [ShardPiece(self._url(piece.source, piece.shard), piece.start, piece.stop) for piece in upcoming]
-        self._store.keep_open(len(groups) + len(pieces) + self._spare_shards)
+        self._store.keep_open(len(set(codes)) + len(pieces) + self._spare_shards)
         current = [group for group in groups if group[0] not in self._broken_shards]
         ahead = [piece for piece in pieces if piece.url not in self._broken_shards]
-        self._store.prefetch(current, ahead, self.spec.data_key)
+        self._store.prefetch(ahead, self.spec.data_key, current)
 
     def _url(self, source: int, shard: int) -> str:
         return self.spec.sources[source].shards[shard]
@@ -126,9 +142,17 @@ class SampleReader:
         DataError for everything else.
         """
         ids = np.zeros((len(samples.source), self.spec.seq_len + 1), stored_dtype(self.spec.vocab_size))
-        filled = np.zeros(len(ids), bool)
-        groups = list(_by_shard(samples))
-        self._store.keep_open(len(groups) + self._spare_shards)
+        codes = _codes(samples)
+        self._store.keep_open(len(set(codes)) + self._spare_shards)
+        filled = self._copy_ready(ids, codes, samples.member.tolist())
+        self._count_usable(int(filled.sum()))
+        remaining = np.flatnonzero(~filled)
+        if not len(remaining):
+            return ids, filled
+        groups = [
+            (source, shard, remaining[rows])
+            for source, shard, rows in _by_shard(Samples(*(column[remaining] for column in samples)))
+        ]
         for source, shard, rows in groups:
             done = self._read_npy(ids, source, shard, samples, rows)
             filled[rows[done]] = True
@@ -141,6 +165,35 @@ class SampleReader:
                     ids[row], filled[row] = sequence, True
         return ids, filled
 
+    def _copy_ready(self, ids: np.ndarray, codes: list[int], members: list[int]) -> np.ndarray:
+        """Fill the rows of `ids` whose shards were read before and hold nothing but such rows; return which, bool (n,).
+
+        A batch has few rows of each shard, so this takes the least time for each row.
+        """
+        filled = np.zeros(len(ids), bool)
+        if not self._ready:
+            return filled
+        for row, (code, member) in enumerate(zip(codes, members, strict=True)):
+            ready = self._ready.get(code)
+            if ready is not None and ready.shard.is_readable(member):
+                ids[row] = ready.rows[member]
+                filled[row] = True
+                self._store.mark_used(ready.shard.url, self.spec.data_key)
+        if ids.size and (ids.max() >= self.spec.vocab_size or (ids.dtype.kind == "i" and ids.min() < 0)):
+            filled &= ((ids >= 0) & (ids < self.spec.vocab_size)).all(axis=1)
+            ids[~filled] = 0
+        return filled
+
+    def _note_ready(self, code: int, shard: Shard | BlockShard, ids: np.ndarray) -> None:
+        rows = None if shard.npy is None else shard.npy.rows
+        if rows is None or rows.shape[1] != ids.shape[1]:
+            return
+        if rows.dtype.kind == "u" and rows.itemsize == ids.itemsize:  # else copying could change an invalid id
+            self._ready[code] = _ReadyShard(shard, rows)
+
+    def _forget(self, url: str) -> None:
+        self._ready = {code: ready for code, ready in self._ready.items() if ready.shard.url != url}
+
     def _read_npy(self, ids: np.ndarray, source: int, shard: int, samples: Samples, rows: np.ndarray) -> np.ndarray:
         """Fill the `rows` (n,) of `ids` whose members are plain npy, all at once; return which were filled, bool (n,).
 
@@ -151,8 +204,9 @@ class SampleReader:
         opened = self._open(source, shard, samples.member[rows])
         npy = None if opened is None else opened.npy
         width = ids.shape[1]
-        if npy is None or npy.length < width:
+        if opened is None or npy is None or npy.length < width:
             return done
+        self._note_ready(source << 40 | shard, opened, ids)
         done = npy.is_row[samples.member[rows]]
         rows = rows[done]
         found = npy.gather(samples.member[rows])
@@ -279,6 +333,11 @@ class SampleReader:
         )
 
 
+def _codes(samples: Samples) -> list[int]:
+    """Return a number for the shard of each sample."""
+    return (samples.source << 40 | samples.shard).tolist()
+
+
 def _by_shard(samples: Samples) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yield source, shard and row numbers (n,) of the samples of each shard, by first appearance of the shard."""
     shards = samples.source << 40 | samples.shard
@@ -290,6 +349,8 @@ def _by_shard(samples: Samples) -> Iterator[tuple[int, int, np.ndarray]]:
 
 class SyntheticReader:
     """Random ids of the vocabulary that depend only on the sample's key, for speed measurements and tests."""
+
+    needs_prefetch = False
 
     def __init__(self, spec: StreamSpec) -> None:
         self.spec = spec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import wait
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from open_lm import storage
 from open_lm.config.sections import DataConfig
 from open_lm.data import shards
 from open_lm.data import verify as verify_module
+from open_lm.data.block_shards import ShardPiece
 from open_lm.data.fetch import FetchSettings, look_up
 from open_lm.data.loader import build_train_loader
 from open_lm.data.manifest import ManifestEntry, write_manifest
@@ -28,6 +30,10 @@ from open_lm.errors import DataError, StorageError
 from open_lm.storage import retries as storage_errors
 
 MEMBERS = 20
+
+
+def whole(urls: Iterable[str]) -> list[ShardPiece]:
+    return [ShardPiece(url, 0, None) for url in urls]
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +108,7 @@ def test_a_local_shard_is_hashed_ahead_and_once(tmp_path: Path, folder: str, mon
     known = put(tmp_path, str(tmp_path / "data"), 2)
     for _worker in range(2):
         store = ShardStore(2, FetchSettings(folder), known)
-        store.prefetch(list(known))
+        store.prefetch(whole(list(known)))
         assert [first_ids(store, url) for url in known] == [[0, 0, 0], [0, 1, 0]]
         verify_module._verified.clear()
     assert sorted(hashed) == sorted(known)
@@ -115,7 +121,7 @@ def test_remote_shards_are_removed_after_use(faulty_s3: FaultyProxy, tmp_path: P
     store = ShardStore(2, FetchSettings(folder), known)
     urls = list(known)
     for number, url in enumerate(urls):
-        store.prefetch(urls[number + 1 : number + 3])
+        store.prefetch(whole(urls[number + 1 : number + 3]))
         assert first_ids(store, url) == [0, number, 0]
         assert len(names(folder)) <= 2 + 3, "the open ones and those being downloaded"
     assert faulty_s3.requests["GET"] == 8, "each is downloaded once"
@@ -126,7 +132,7 @@ def test_shards_fetched_ahead_for_other_workers_are_released(s3_bucket: str, tmp
     known = put(tmp_path, f"s3://{s3_bucket}/d", 8)
     store, urls = ShardStore(2, FetchSettings(folder), known), list(known)
     for number in range(6):
-        store.prefetch(urls[number : number + 2])
+        store.prefetch(whole(urls[number : number + 2]))
         wait(store._ahead.values())
     assert list(store._ahead) == urls[5:7]
     first_ids(store, urls[7])
@@ -152,7 +158,7 @@ def test_fetching_ahead_is_limited_in_bytes_but_includes_each_source(
             store = ShardStore(capacity, settings, known_files)
             first_ids(store, urls[7])  # gives the estimate for shards of unknown size
             for _ in urls:
-                store.prefetch(urls)
+                store.prefetch(whole(urls))
                 wait(store._ahead.values())
             assert list(store._ahead) == urls[:ahead]
 
@@ -162,7 +168,7 @@ def test_the_number_of_downloads_is_limited(faulty_s3: FaultyProxy, tmp_path: Pa
     faulty_s3.rules = [Rule("delay", method="GET", seconds=60)]
     store = ShardStore(2, FetchSettings(folder), known)
     for _ in range(3):
-        store.prefetch(list(known))
+        store.prefetch(whole(list(known)))
     assert list(store._ahead) == list(known)[:4]
 
 
@@ -173,7 +179,7 @@ def test_an_error_of_fetching_ahead_is_raised_when_the_shard_is_requested(
     (url,) = known
     faulty_s3.rules = [Rule("500", method="GET")]
     store = ShardStore(2, FetchSettings(folder), known)
-    store.prefetch([url])
+    store.prefetch(whole([url]))
     with pytest.raises(StorageError, match=r"0\.tar: .*InternalError"):
         store.get(url, "npy")
     assert faulty_s3.injected["500"] == storage_errors._MAX_ATTEMPTS, "no second round of attempts"
