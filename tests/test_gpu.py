@@ -139,6 +139,44 @@ def test_packed_sequences_equal_the_cpu(name: str, compiled: bool) -> None:
 
 
 # ------------------------------------------------------------------------------------- evaluation and generation
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"n_kv_heads": 2},
+        {"n_kv_heads": 2, "attn_window": 150, "attn_window_pattern": [True, False]},
+        {"n_kv_heads": 1, "attn_soft_cap": 2.0, "attn_scale": 0.2, "attn_window": 40},
+        {"head_dim": 24, "logit_soft_cap": 3.0, "head_bias": True, "norm_position": "both"},
+    ],
+)
+def test_keys_of_configurations_equal_the_cpu(keys: dict[str, Any], packed: bool, compiled: bool) -> None:
+    host = small_model(seq_len=300, **keys).train()
+    device = copy.deepcopy(host).cuda()
+    if compiled:
+        for block in device.layers:
+            block.compile()
+    ids = random_ids(2, 300)
+    documents = document_ids(ids, 5) if packed else None
+    results = []
+    for model, where in ((host, "cpu"), (device, "cuda")):
+        masks = {} if documents is None else {"document_ids": documents.to(where)}
+        loss = model(ids.to(where), loss=TokenLoss(ids.to(where)), **masks)[0]
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        results.append([loss.detach().cpu(), *(gradient.cpu() for gradient in gradients)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-3 * expected.abs().max().item(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_heads_equal_repeated_heads(dtype: torch.dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(2, 256, 8, 64, device="cuda", dtype=dtype, generator=generator)
+    k, v = torch.randn(2, 2, 256, 2, 64, device="cuda", dtype=dtype, generator=generator)
+    expected = torch_attn(q, *(x.repeat_interleave(4, 2) for x in (k, v)), is_causal=True)
+    torch.testing.assert_close(torch_attn(q, k, v, is_causal=True), expected, atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("end_of_text_id", [None, 0])
 def test_token_losses_equal_the_cpu(end_of_text_id: int | None) -> None:
     model, ids = small_model(seq_len=300), packed_ids(2, 300)

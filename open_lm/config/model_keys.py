@@ -5,7 +5,7 @@ docs/model_configs.md describes all keys of a file. D model width, H heads, K he
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +55,7 @@ class ModelKeys(Section):
         "base in layers with a window, where rope_frequency_scaling then does not apply; default: as in all layers",
     )
     rope_fraction: float = key(1.0, "share of a head's features, from the first on, that is rotated")
-    rope_frequency_scaling: dict | None = key(  # type: ignore[type-arg]  # a plain class, for isinstance
+    rope_frequency_scaling: dict | None = key(  # a plain class, for isinstance
         None, "scaling of the rotary frequencies, an object with `type` (linear, llama3) and its parameters"
     )
     rope_pattern: list[bool] | None = key(
@@ -101,7 +101,8 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
     Keys that are missing have their defaults.
     """
     defaults = {spec.name: spec.default for spec in ModelKeys.specs()}
-    get = {**defaults, "qk_norm": False, **values}.get
+    all_values: dict[str, Any] = {**defaults, "qk_norm": False, **values}
+    get: Callable[[str], Any] = all_values.get
     problems = [
         f"{name} is {get(name)}, expected at least 1"
         for name in ("n_kv_heads", "head_dim", "ffn_dim", "moe_ffn_dim", "attn_window", "unpadded_vocab_size")

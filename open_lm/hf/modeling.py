@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
@@ -17,6 +18,7 @@ from open_lm.errors import CheckpointError, join_problems
 from open_lm.hf.cache import read_cache, write_cache
 from open_lm.hf.configuration import OpenLMConfig
 from open_lm.kernels.threads import limit_threads
+from open_lm.model.embedding import ScaledEmbedding
 from open_lm.model.initialization import reset_buffers
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Transformer
@@ -87,7 +89,10 @@ class OpenLMPreTrainedModel(PreTrainedModel):
         return self.model.tok_embeddings
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.model.tok_embeddings = value
+        with torch.device("meta"):
+            embeddings = ScaledEmbedding(value.num_embeddings, value.embedding_dim, self.model.params.embedding_scale)
+        embeddings.weight = value.weight
+        self.model.tok_embeddings = embeddings
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.model.output

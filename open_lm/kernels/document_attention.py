@@ -136,6 +136,7 @@ def flex_block_mask(is_start: Tensor, window: int | None = None) -> BlockMask:
         return (query >= key) & (index[b, query] == index[b, key])
 
     def same_document_in_window(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert window is not None
         return same_document(b, h, query, key) & (query - key < window)
 
     return BlockMask.from_kv_blocks(

@@ -7,7 +7,7 @@ L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -290,8 +290,8 @@ class Transformer(nn.Module):
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and not use_cache
         policy, every = self._recomputation
         new_caches: list[list[Tensor]] = []
-        for i, block in enumerate(self.layers):
-            run = block
+        for i, block in enumerate(self.blocks()):
+            run: Callable[..., Any] = block
             if recompute and i % every == 0:
                 run = with_recomputation(block, policy, self.params.has_dropout)
             x, new_cache = run(x, caches[i], use_cache, *shared[block.kind])
@@ -307,7 +307,7 @@ class Transformer(nn.Module):
     ) -> dict[LayerKind, tuple[Mask | None, Angles | None]]:
         """Return what the layers of each kind share: the mask and the angles of x (B,T,D)."""
         first_of_kind: dict[LayerKind, Attention] = {}
-        for block in self.layers:
+        for block in self.blocks():
             first_of_kind.setdefault(block.kind, block.attention)
         return {
             kind: (
@@ -316,6 +316,12 @@ class Transformer(nn.Module):
             )
             for kind, layer in first_of_kind.items()
         }
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield the blocks, in order."""
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (B,T,V) float32 of normalized hidden states (B,T,D)."""

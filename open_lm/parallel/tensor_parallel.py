@@ -122,7 +122,7 @@ def _feed_forward_dims() -> Iterator[tuple[str, int]]:
 def _split_block(block: nn.Module, mesh: DeviceMesh, hooks: _ActivationHooks) -> None:
     attention: Any = block.get_submodule("attention")
     feed_forward = block.get_submodule("feed_forward")
-    replicated = _HEAD_NORMS if attention.norms_heads else ()
+    replicated: tuple[str, ...] = _HEAD_NORMS if attention.norms_heads else ()
     if attention.num_key_heads % mesh.size():
         replicated += _KEY_HEADS
         attention.local_key_heads = local_key_heads(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,7 +230,8 @@ class Rotary(nn.Module):
         Returns:
             q and k in the dtype of v, and v.
         """
-        return *(_rotate_first(rotate_halves, x, angles, v.dtype) for x in (q, k)), v
+        rotate = partial(_rotate_first, rotate_halves, angles=angles, dtype=v.dtype)
+        return rotate(q), rotate(k), v
 
 
 @POSITIONAL_EMBEDDINGS.register(
@@ -263,4 +265,5 @@ class LlamaRotary(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate queries and keys; see `Rotary.forward`."""
-        return *(_rotate_first(rotate_interleaved, x, angles, v.dtype) for x in (q, k)), v
+        rotate = partial(_rotate_first, rotate_interleaved, angles=angles, dtype=v.dtype)
+        return rotate(q), rotate(k), v
