@@ -9,6 +9,7 @@ import torch
 from open_lm.config.sections import ParallelConfig
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import build_layout, init_runtime, shutdown
+from open_lm.distributed.sharded_tensor import full_tensor, fused_weight_parts
 from open_lm.model.initialization import init_weights
 from open_lm.model.transformer import Params, Transformer
 from open_lm.parallel.parallelize import evaluation_mode, parallelize
@@ -18,7 +19,10 @@ STEPS, SEQUENCES, LENGTH, END_OF_TEXT = 5, 4, 24, 3
 
 
 def train(keys: dict[str, Any], settings: dict[str, Any], documents: bool) -> list[list[float]]:
-    """Train a model for STEPS steps in a layout and return [loss, gradient norm] of each, and moments of its logits.
+    """Train a model for STEPS steps in a layout.
+
+    Return [loss, gradient norm] of each step, two sums of each trained parameter, which depend on the order of its
+    rows, and without context parallelism two moments of the logits.
 
     keys: arguments of Params. settings: arguments of ParallelConfig; {} for a single process.
     """
@@ -47,6 +51,10 @@ def train(keys: dict[str, Any], settings: dict[str, Any], documents: bool) -> li
     for batch in ids[:, local]:
         result = train_step(trained, batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), optimizer, options)
         numbers.append([result.values["loss"].item(), result.grad_norm.item()])
+    parts = fused_weight_parts(trained)
+    for name, parameter in sorted(trained.named_parameters()):
+        values = full_tensor(parameter, parts.get(name, 1)).double().flatten()
+        numbers.append([values.mean().item(), (values * torch.linspace(0, 1, len(values))).mean().item()])
     if layout.context == 1:  # a model receives only its shard of a sequence otherwise
         with evaluation_mode(trained):
             logits = trained(ids[0, :, :-1])[0][..., :61]
