@@ -22,6 +22,7 @@ def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
     return [
         *_data_problems(config.data, given, off),
         *_validation_problems(config, off),
+        *_live_evaluation_problems(config),
         *_optimization_problems(config, off),
         *_parallel_problems(config, off),
         *_model_problems(config, off),
@@ -36,10 +37,10 @@ def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
 def missing_for_a_run(config: Config) -> list[str]:
     """Return the settings that a training or evaluation run requires and that are missing, one message each."""
     problems = []
-    if not wants_training(config.data) and not config.validation.val_data:
+    if not wants_training(config.data) and not wants_evaluation(config):
         problems.append(
             "there is nothing to do: set --train-data, --dataset-manifest or --dataset-type synthetic to train, or "
-            "--val-data to evaluate"
+            "--val-data, --icl-yaml or --sample-prompts to evaluate"
         )
     if wants_training(config.data) and config.data.train_num_samples is None:
         problems.append("--train-num-samples is missing: set the number of tokens per epoch")
@@ -51,9 +52,15 @@ def wants_training(data: DataConfig) -> bool:
     return bool(data.train_data or data.dataset_manifest or data.dataset_type == "synthetic")
 
 
+def wants_evaluation(config: Config) -> bool:
+    """Return whether there is something to evaluate: validation data, tasks or prompts."""
+    live = config.live_evaluation
+    return bool(config.validation.val_data or live.icl_yaml or live.sample_prompts)
+
+
 def only_evaluates(config: Config) -> bool:
-    """Return whether there are validation data but no training data, so that settings of the training are not used."""
-    return bool(config.validation.val_data) and not wants_training(config.data)
+    """Return whether the run evaluates and has no training data, so that settings of the training are not used."""
+    return wants_evaluation(config) and not wants_training(config.data)
 
 
 def _data_problems(data: DataConfig, given: Set[str], off: Set[str]) -> list[str]:
@@ -101,6 +108,13 @@ def _validation_problems(config: Config, off: Set[str]) -> list[str]:
             f"--val-data-key: found {len(keys)} values for {len(sets)} validation sets; set one for each, or one for "
             "all"
         ]
+    return []
+
+
+def _live_evaluation_problems(config: Config) -> list[str]:
+    invalid = [value for value in config.live_evaluation.sample_temperature or [] if not 0 <= value < float("inf")]
+    if invalid:
+        return [f"--sample-temperature: found {', '.join(map(str, invalid))}, expected numbers of 0 or more"]
     return []
 
 
@@ -290,13 +304,13 @@ def _logging_problems(config: Config) -> list[str]:
 _AT_LEAST_ONE = (
     *("train_num_samples", "epochs", "global_batch_size", "batch_size", "accum_freq", "log_every_n_steps"),
     *("val_num_samples", "val_frequency", "global_val_batch_size", "val_iter_ci", "moe_top_k", "remote_sync_frequency"),
-    *("tensor_parallel", "context_parallel", "val_max_batches"),
+    *("tensor_parallel", "context_parallel", "val_max_batches", "icl_max_examples", "sample_max_tokens"),
 )
 _ABOVE_ZERO = ("grad_clip_norm", "read_timeout", "skip_loss_spikes", "rollback_loss_spikes", "dist_timeout")
 _AT_LEAST_ZERO = (
     *("workers", "warmup", "wd", "eps", "z_loss_coefficient", "save_frequency", "moe_freq", "lr", "force_min_lr"),
     *("end_of_text_id", "save_every_n_steps", "save_every_minutes", "keep_last", "save_milestone_every"),
-    *("max_skipped_steps", "hang_timeout"),
+    *("max_skipped_steps", "hang_timeout", "icl_every_n_steps", "sample_every_n_steps"),
 )
 
 
@@ -307,6 +321,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("beta1", "beta2", "muon_momentum"), lambda value: 0 <= value < 1, "at least 0 and less than 1"),
     (("data_tolerate_error_p", "lr_decay_fraction"), lambda value: 0 <= value <= 1, "a fraction from 0 to 1"),
     (_ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
+    (("icl_max_time_share",), lambda value: 0 < value < 1, "a share above 0 and below 1"),
 )
 
 

@@ -124,6 +124,26 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         "without --val-seq-ci or --val-tok-ci",
     ),
     (
+        ("icl_every_n_steps", "icl_max_examples", "icl_data_dir", "icl_max_time_share"),
+        lambda c: c.live_evaluation.icl_yaml is not None,
+        "without --icl-yaml",
+    ),
+    (
+        ("sample_every_n_steps", "sample_temperature", "sample_max_tokens"),
+        lambda c: c.live_evaluation.sample_prompts is not None,
+        "without --sample-prompts",
+    ),
+    (
+        ("icl_every_n_steps", "icl_max_time_share", "sample_every_n_steps"),
+        lambda c: bool(c.data.train_data or c.data.dataset_manifest) or c.data.dataset_type == "synthetic",
+        "without training data",
+    ),
+    (
+        ("tokenizer",),
+        lambda c: c.live_evaluation.icl_yaml is not None or c.live_evaluation.sample_prompts is not None,
+        "without --icl-yaml or --sample-prompts",
+    ),
+    (
         ("remote_sync_frequency", "remote_sync_protocol"),
         lambda c: c.logging.remote_sync is not None,
         "without --remote-sync",

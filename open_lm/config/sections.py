@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from open_lm.config import registry
 from open_lm.config.fields import FieldSpec, Section, flag, no_effect
+from open_lm.config.live_evaluation import LiveEvaluationConfig
 from open_lm.names import shard_pattern, user_path
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
@@ -405,6 +406,7 @@ class Config:
     faults: FaultConfig
     logging: LoggingConfig
     validation: ValidationConfig
+    live_evaluation: LiveEvaluationConfig
 
     @classmethod
     def from_namespace(cls, args: object) -> Config:

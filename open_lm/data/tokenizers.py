@@ -116,17 +116,30 @@ def record_in_run(sources: Sequence[Source], roots: Iterable[str], weights: str 
     same tokenizer. Otherwise an existing copy stays, unless the data record another tokenizer. Sources with tokenizers
     that give different ids leave no copy.
     """
-    records = _records(sources)
-    copies = list(_copies(sources, records).values())
-    if not copies and weights is not None and (run := find_run_tokenizer(weights)) is not None and run.copy is not None:
-        copies = [run.copy] if run.copy.fingerprint in {record.fingerprint for record in records} else []
-    is_one = len(copies) == len(records) and all(same_ids(copies[0], other) for other in copies[1:])
-    files = copies[0].files() if copies and is_one else {}
+    records, tokenizer = _records(sources), find_data_tokenizer(sources, weights)
+    files = {} if tokenizer is None else tokenizer.files
     for root in roots:
         existing = read_copy(root)
         is_stale = bool(records) and _fingerprint(existing) not in {record.fingerprint for record in records}
         if existing != files and (files or is_stale):
             write_copy(root, files)
+
+
+def find_data_tokenizer(sources: Sequence[Source], weights: str | None = None) -> RunTokenizer | None:
+    """Return the tokenizer of training data; None if they record none.
+
+    It has a copy if there is one next to the shards, or in the run that trained `weights` (path or URL of a
+    checkpoint), if that run has the same tokenizer. Sources with tokenizers that give different ids have no copy.
+    """
+    records = _records(sources)
+    if not records:
+        return None
+    copies = list(_copies(sources, records).values())
+    if not copies and weights is not None and (run := find_run_tokenizer(weights)) is not None and run.copy is not None:
+        copies = [run.copy] if run.copy.fingerprint in {record.fingerprint for record in records} else []
+    is_one = len(copies) == len(records) and all(same_ids(copies[0], other) for other in copies[1:])
+    folder = next(shard_folder(source.shards[0]) for source in sources if source.datasets)
+    return RunTokenizer(folder, tuple(records), copies[0].files() if copies and is_one else {})
 
 
 def check_tokenizers(sources: Sequence[Source], weights: Sequence[str] = (), allow_other: bool = False) -> None:

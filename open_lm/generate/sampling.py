@@ -6,7 +6,7 @@ Legend: B batch (one sequence per prompt), T sequence, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,7 +67,11 @@ class Sampling:
 
 
 def generate_ids(
-    model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, first_row: int = 0
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    first_row: int = 0,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue prompts token by token.
 
@@ -76,6 +80,8 @@ def generate_ids(
         prompts: B non-empty lists of token ids, of any lengths.
         sampling: the sampling settings.
         first_row: index of the first prompt among all prompts that share a seed, if they are split into batches.
+        agree: maps the B ids that this rank has chosen to those that all ranks take, if several ranks compute each
+            forward pass together.
 
     Yields:
         B entries per step: the id of the new token, or None for a sequence that has ended. Ids in stop_ids end their
@@ -89,7 +95,7 @@ def generate_ids(
     was_training = model.training
     model.eval()
     try:
-        yield from _Batch(model, prompts, sampling, first_row).steps()
+        yield from _Batch(model, prompts, sampling, first_row, agree).steps()
     finally:
         model.train(was_training)
 
@@ -98,9 +104,14 @@ class _Batch:
     """The state of a batch of sequences during generation."""
 
     def __init__(
-        self, model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling, first_row: int
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        first_row: int,
+        agree: Callable[[list[int]], list[int]] | None,
     ) -> None:
-        self.model, self.sampling = model, sampling
+        self.model, self.sampling, self.agree = model, sampling, agree
         device = model.get_input_embeddings().weight.device
         width = max(len(prompt) for prompt in prompts)
         self.ids = torch.zeros(len(prompts), width, dtype=torch.int64, device=device)
@@ -114,6 +125,7 @@ class _Batch:
         self.num_remaining = _tokens_to_generate(model, prompts, sampling)
         self.generators = [_generator(sampling.seed, first_row + row) for row in range(len(prompts))]
         self.cache: list[list[Tensor]] | None = None
+        self.num_cached = 0  # positions in the cache
 
     def steps(self) -> Iterator[list[int | None]]:
         while any(self.num_remaining):
@@ -131,6 +143,8 @@ class _Batch:
 
     def _choose_and_append(self) -> list[int]:
         chosen = choose(self._next_logits(), self.seen, self.sampling, self.generators)
+        if self.agree is not None:
+            chosen = self.agree(chosen)
         column = torch.tensor(chosen, device=self.ids.device)[:, None]
         self.ids = torch.cat((self.ids, column), dim=1)
         self.mask = torch.cat((self.mask, torch.ones_like(column)), dim=1)
@@ -139,8 +153,7 @@ class _Batch:
 
     def _next_logits(self) -> Tensor:
         """Return the logits of the next token of each sequence: (B,V) float32."""
-        start = 0 if self.cache is None else self.cache[0][0].shape[1]
-        total = self.ids.shape[1]
+        start, total = self.num_cached, self.ids.shape[1]
         ends = [*range(start + PREFILL_TOKENS, total, PREFILL_TOKENS), total] if self.sampling.use_cache else [total]
         for end in ends:
             logits, _, self.cache = self.model(
@@ -151,6 +164,7 @@ class _Batch:
                 logits_to_keep=1,
             )
             start = end
+        self.num_cached = total if self.sampling.use_cache else 0
         last: Tensor = logits[:, -1]
         return last
 
@@ -241,8 +255,13 @@ class TextStream:
         return after[len(before) :]
 
 
-def stream_texts(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, first_row: int = 0
+def stream_texts(  # noqa: PLR0917 (existing callers pass first_row by position)
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    first_row: int = 0,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> Iterator[list[str]]:
     """Continue texts. Each step yields B strings, "" for sequences that have ended or have an incomplete character.
 
@@ -256,18 +275,23 @@ def stream_texts(
     )
     streams = [TextStream(tokenizer, prompt) for prompt in ids]
     limits = _tokens_to_generate(model, ids, sampling)
-    for count, step in enumerate(generate_ids(model, ids, sampling, first_row), start=1):
+    for count, step in enumerate(generate_ids(model, ids, sampling, first_row, agree), start=1):
         yield [
             "" if token is None else stream.push(token, final=count == limit or token in sampling.stop_ids)
             for token, stream, limit in zip(step, streams, limits, strict=True)
         ]
 
 
-def complete_texts(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, first_row: int = 0
+def complete_texts(  # noqa: PLR0917 (existing callers pass first_row by position)
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    first_row: int = 0,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> list[str]:
     """Return the continuations of B texts, without the texts. See `stream_texts`."""
-    steps = list(stream_texts(model, tokenizer, prompts, sampling, first_row))
+    steps = list(stream_texts(model, tokenizer, prompts, sampling, first_row, agree))
     return ["".join(step[row] for step in steps) for row in range(len(prompts))]
 
 

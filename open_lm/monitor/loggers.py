@@ -114,7 +114,7 @@ def close_logging() -> None:
 
 # ---------------------------------------------------------------------------------------------- metrics
 class MetricLogger(Protocol):
-    """A destination for metrics."""
+    """A destination for metrics. `log_texts` is optional."""
 
     def log(self, values: Mapping[str, Any], step: int) -> None: ...
     def rewind(self, step: int) -> None: ...
@@ -205,6 +205,11 @@ class TensorBoardLogger:
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        for key, text in texts.items():
+            self._writer.add_text(key, _as_markdown(text), step)
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
@@ -250,6 +255,10 @@ class WandbLogger:
     def log(self, values: Mapping[str, Any], step: int) -> None:
         self._run.log({**_numbers(values), "step": step})
 
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        table = self._wandb.Table(columns=["name", "text"], data=[list(item) for item in texts.items()])
+        self._run.log({"texts": table, "step": step})
+
     def rewind(self, step: int) -> None:
         """Do nothing: W&B cannot delete values. Repeated steps add values to the earlier ones."""
 
@@ -273,6 +282,11 @@ def _has_wandb_key() -> bool:
     return False
 
 
+def _as_markdown(text: str) -> str:
+    """Return a text as a code block of Markdown, in which TensorBoard shows it unchanged."""
+    return "".join(f"    {line}\n" for line in text.split("\n"))
+
+
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {
         key: value
@@ -291,6 +305,12 @@ class MetricLoggers:
         """Log `values` (numbers or 0-dimensional tensors, by names such as "train/loss") at an optimizer step."""
         for logger in self._loggers:
             logger.log(values, step)
+
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Log texts, by name, at an optimizer step, to the loggers that show texts."""
+        for logger in self._loggers if texts else ():
+            if hasattr(logger, "log_texts"):
+                logger.log_texts(texts, step)
 
     def rewind(self, step: int) -> None:
         """Remove the values of later steps, because the run continues from `step`."""

@@ -147,7 +147,8 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def measured_matmul_flops(dtype: torch.dtype) -> float:
     """Measure the FLOP/s of the fastest of several square matrix products on this process's CPU threads."""
     size = 768
-    left, right = (torch.rand(size, size).to(dtype) for _ in range(2))
+    generator = torch.Generator()  # torch's own one belongs to the training
+    left, right = (torch.rand(size, size, generator=generator).to(dtype) for _ in range(2))
     times = []
     for _ in range(5):
         start = time.perf_counter()

@@ -1,8 +1,8 @@
 """The files of a run: their paths, the lock of the run folder, params.txt and the copy of the source.
 
-{logs}/{name}/out.log params.txt data.json tokenizer/ metrics.jsonl tensorboard/ wandb/ code/ stacks/ checkpoints/
-checkpoints_failed/. With --checkpoint-dir, which may be remote, the last two are in {checkpoint_dir}/{name}/, with
-copies of data.json and tokenizer/.
+{logs}/{name}/out.log params.txt data.json tokenizer/ metrics.jsonl icl.jsonl samples.jsonl tensorboard/ wandb/ code/
+stacks/ checkpoints/ checkpoints_failed/. With --checkpoint-dir, which may be remote, the last two are in
+{checkpoint_dir}/{name}/, with copies of data.json and tokenizer/.
 """
 
 from __future__ import annotations
@@ -66,6 +66,14 @@ class RunPaths:
     @property
     def metrics(self) -> str:
         return storage.join(self.root, "metrics.jsonl")
+
+    @property
+    def icl(self) -> str:
+        return storage.join(self.root, "icl.jsonl")
+
+    @property
+    def samples(self) -> str:
+        return storage.join(self.root, "samples.jsonl")
 
     @property
     def tensorboard(self) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,6 +21,15 @@ class Stopwatch:
         """Count one step that waited `waited_s` for its batch."""
         self._data_s += waited_s
         self._steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time of the `with` block."""
+        before = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - before
 
     def pop(self) -> tuple[float, float]:
         """Return (data_s, step_s), means over the steps since the last call. Read the device's results first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,13 +20,11 @@ from open_lm.data.order import Source
 from open_lm.data.validation_loader import ValLoader, build_val_loaders
 from open_lm.distributed.context_parallel import check_sequence_length
 from open_lm.distributed.precision import build_scaler, compute_dtype, get_autocast, parameter_dtype
-from open_lm.distributed.processes import Runtime, build_layout, run_on_all_ranks, run_on_master
+from open_lm.distributed.processes import Runtime, build_layout, run_on_all_ranks
 from open_lm.distributed.rng import make_deterministic, seed_everything
 from open_lm.errors import ConfigError
-from open_lm.evaluate.validation import EvaluationOptions, evaluate_sets, loss_problems, validation_metrics
 from open_lm.kernels.cpu_memory import keep_freed_memory
 from open_lm.model.initialization import init_weights
-from open_lm.monitor.loggers import MetricLoggers, append_line
 from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.optim.averaging import ModelAverager
@@ -35,7 +32,6 @@ from open_lm.optim.build import build_optimizer
 from open_lm.optim.schedules import build_scheduler
 from open_lm.parallel.float8 import check_micro_batch_tokens
 from open_lm.parallel.parallelize import parallelize, unwrap
-from open_lm.storage.strict_json import to_json
 from open_lm.training.control import RunControl
 from open_lm.training.step import StepOptions
 from open_lm.training.trainer import Trainer
@@ -77,6 +73,10 @@ class RunParts:
             seq_len=self.params.seq_len,
             global_batch_size=data.global_batch_size,
         )
+
+    def tokens(self, samples: int | None) -> int | None:
+        """Return the tokens of training sequences; None if their number is unknown."""
+        return None if samples is None else samples * self.params.seq_len
 
     @property
     def sources(self) -> list[Source]:
@@ -159,25 +159,6 @@ def build_trainer(parts: RunParts, control: RunControl) -> Trainer:
     )
 
 
-def evaluation_options(parts: RunParts, samples_seen: int | None, checkpoint_path: str | None) -> EvaluationOptions:
-    """Return the options of a validation after `samples_seen` training sequences (None: unknown).
-
-    checkpoint_path: where the evaluated weights are stored.
-    """
-    config = parts.config
-    return EvaluationOptions(
-        runtime=parts.runtime,
-        layout=parts.layout,
-        autocast=get_autocast(config.precision.precision, parts.runtime.device.type),
-        cfg=config.validation,
-        model_name=config.model.hf_model or config.model.model,
-        checkpoint_path=checkpoint_path,
-        train_tokens=None if samples_seen is None else samples_seen * parts.params.seq_len,
-        log_every=config.logging.log_every_n_steps,
-        end_of_text_id=end_of_text_id(config, [source for loader in parts.val_loaders for source in loader.sources]),
-    )
-
-
 def end_of_text_id(config: Config, sources: Sequence[Source]) -> int | None:
     """Return the token id that ends a document for --document-mask, or None without that flag.
 
@@ -195,23 +176,6 @@ def end_of_text_id(config: Config, sources: Sequence[Source]) -> int | None:
             "give --end-of-text-id"
         )
     return token_id
-
-
-def validate(
-    parts: RunParts, loggers: MetricLoggers, options: EvaluationOptions, step: int, average: str | None = None
-) -> list[dict[str, Any]]:
-    """Run the validation; append its results to results.jsonl and log them. Returns one dict per validation set."""
-    results = evaluate_sets(parts.model, parts.val_loaders, options)
-    if average is not None:
-        for result in results:
-            result["average"] = average
-    if parts.paths.enabled:
-        run_on_master(lambda: append_line(parts.paths.results, to_json(results)))
-    for problem in loss_problems(results):
-        logging.error(problem)
-    tokens = {} if options.train_tokens is None else {"tokens": options.train_tokens}
-    loggers.log({**tokens, **validation_metrics(results)}, step)
-    return results
 
 
 def _create_model(config: Config, layout: MeshLayout) -> nn.Module:

@@ -17,13 +17,15 @@ from open_lm.checkpoint.sharded import TrainingState
 from open_lm.config.checks import wants_training
 from open_lm.data.tokenizers import check_tokenizers
 from open_lm.distributed.processes import Runtime, run_on_master
-from open_lm.errors import CheckpointError, DataError, UserError, join_problems
+from open_lm.errors import CheckpointError, DataError, join_problems
 from open_lm.evaluate.validation import loss_problems, non_finite_weights
-from open_lm.monitor.loggers import MetricLoggers, filter_lines, log_to_file
+from open_lm.monitor.loggers import MetricLoggers, log_to_file
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.monitor.watchdog import Watchdog, long_operation
-from open_lm.training.build import RunParts, build_parts, build_trainer, evaluation_options, validate
+from open_lm.training.build import RunParts, build_parts, build_trainer
 from open_lm.training.control import Decision, RunControl
+from open_lm.training.evaluations.moment import Moment
+from open_lm.training.evaluations.runner import Evaluations
 from open_lm.training.restore import load_state, restore_from
 from open_lm.training.run_length import run_length_problems
 from open_lm.training.setup import check_device, open_run, resolve_settings, start_logging, warn_changed_flags
@@ -54,7 +56,9 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
         if first_resume not in (None, "latest"):
             saved = run_on_master(lambda: candidates_at(first_resume))
     parts = build_parts(config, runtime, paths)
-    run_on_master(lambda: _check_tokenizers(parts, saved))
+    weights = _loaded_weights(parts, saved)
+    run_on_master(lambda: check_tokenizers(parts.sources, weights, config.data.allow_other_tokenizer))
+    evaluations = Evaluations(parts, weights[0] if weights else None)
     trainer = build_trainer(parts, control) if trains else None
     load_state(parts, trainer, saved)
     args.resume = parts.resume
@@ -67,28 +71,26 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
     # Entered last, so that it exits first: a failing rank reports before it waits for anything.
     stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.stacks if paths.enabled else None))
     if trainer is None:
-        evaluate(parts, loggers)
+        evaluate(parts, evaluations, loggers)
     else:
         trainer.report = loggers.log
-        Training(parts, trainer, loggers, flags).run()
+        Training(parts, trainer, evaluations, loggers, flags).run()
 
 
-def _check_tokenizers(parts: RunParts, saved: Sequence[Candidate]) -> None:
-    """Compare the tokenizers of the data and of the run whose checkpoint is loaded, see check_tokenizers."""
+def _loaded_weights(parts: RunParts, saved: Sequence[Candidate]) -> list[str]:
+    """Return the checkpoints that the run loads: the newest of `saved`, or those of --pretrained or --average."""
     cfg = parts.config.checkpoint
-    weights = [saved[0].url] if saved else [cfg.pretrained] if cfg.pretrained else cfg.average or []
-    check_tokenizers(parts.sources, weights, parts.config.data.allow_other_tokenizer)
+    return [saved[0].url] if saved else [cfg.pretrained] if cfg.pretrained else cfg.average or []
 
 
-def evaluate(parts: RunParts, loggers: MetricLoggers) -> None:
-    """Validate the loaded weights or, with --averagers, the first averaged model.
+def evaluate(parts: RunParts, evaluations: Evaluations, loggers: MetricLoggers) -> None:
+    """Evaluate the loaded weights or, with --averagers, the first averaged model.
 
     Raises:
         CheckpointError: there is no such average, or a loss is not finite.
     """
     logging.info("No training required, evaluating instead.")
     step, weights = parts.progress.step or 0, parts.resume or " + ".join(parts.config.checkpoint.average or [])
-    options = evaluation_options(parts, parts.progress.samples_seen, weights or None)
     name, averager = next(iter(parts.averagers.avgs_dict.items())) if parts.averagers else (None, None)
     if averager is not None and not averager.is_loaded:
         raise CheckpointError(
@@ -98,12 +100,16 @@ def evaluate(parts: RunParts, loggers: MetricLoggers) -> None:
     if averager is not None:
         logging.info(f"=> evaluation avg {name}")
     with nullcontext() if averager is None else averager.applied():
-        results = validate(parts, loggers, options, step, average=name)
-        if problems := loss_problems(results):
+        evaluations.start(loggers, step)
+        moment = Moment(step, parts.tokens(parts.progress.samples_seen), weights or None, average=name)
+        failure = evaluations.run(moment, all_kinds=True)
+        if problems := loss_problems(evaluations.validation_results(step) or []):
             problems += non_finite_weights(parts.model)
             error = CheckpointError(join_problems(problems, f"{weights or 'the model'} cannot be evaluated"))
             error.on_every_rank = True
             raise error
+        if failure is not None:
+            raise failure
 
 
 class _Stopped(Exception):
@@ -116,8 +122,16 @@ class Training:
     flags: the run's settings, which its checkpoints record.
     """
 
-    def __init__(self, parts: RunParts, trainer: Trainer, loggers: MetricLoggers, flags: Mapping[str, Any]) -> None:
-        self.parts, self.trainer, self.loggers, self.flags = parts, trainer, loggers, flags
+    def __init__(
+        self,
+        parts: RunParts,
+        trainer: Trainer,
+        evaluations: Evaluations,
+        loggers: MetricLoggers,
+        flags: Mapping[str, Any],
+    ) -> None:
+        self.parts, self.trainer, self.evaluations = parts, trainer, evaluations
+        self.loggers, self.flags = loggers, flags
         self.manager = CheckpointManager(parts.paths, parts.config.checkpoint, parts.config.data.epochs)
         self._rollbacks: dict[int, int] = {}  # step of a checkpoint -> number of rollbacks to it
         trainer.after_step = self._after_step
@@ -131,9 +145,9 @@ class Training:
         """
         self.manager.start()
         self._finish_interrupted_epoch()
-        self._drop_later_results()
         self._log_schedule()
         try:
+            self._evaluate_start()
             self._run_epochs()
             logging.info("Model has seen the desired number of tokens. Ending training.")
         except _Stopped:
@@ -150,6 +164,7 @@ class Training:
             raise
         with long_operation("saving", SAVE_TIMEOUT_S):
             self.manager.finish()
+        self.evaluations.log_times()
 
     def _finish_interrupted_epoch(self) -> None:
         """Complete the end of an epoch after which the previous process was killed."""
@@ -178,14 +193,12 @@ class Training:
         if progress.is_final and parts.runtime.is_master:
             total = parts.total_steps
             logging.info(f"step: {trainer.step} has reached/exceeded total_steps: {total}. ending training.")
-        failure: UserError | None = None
-        if parts.val_loaders and (epoch % parts.config.validation.val_frequency == 0 or progress.is_final):
-            try:
-                options = evaluation_options(parts, trainer.samples_seen, self.manager.epoch_checkpoint(progress))
-                progress = replace(progress, evaluation_metrics=validate(parts, self.loggers, options, trainer.step))
-            except UserError as error:
-                failure = error
-                logging.error(f"validation failed; saving the checkpoint before ending: {error}")
+        failure = self.evaluations.run(self._moment(epoch, self.manager.epoch_checkpoint(progress)))
+        if failure is not None:
+            logging.error(f"an evaluation failed; saving the checkpoint before ending: {failure}")
+        results = self.evaluations.validation_results(trainer.step)
+        if results is not None:
+            progress = replace(progress, evaluation_metrics=results)
         values = {
             "tokens": trainer.samples_seen * parts.params.seq_len,
             "train/epochs_done": progress.epoch,
@@ -210,10 +223,47 @@ class Training:
         if decision.rollback:
             self._roll_back()
             return
-        at_epoch_end = self.trainer.step >= self.parts.end_step(self.parts.progress.epoch + 1)
-        if not at_epoch_end and self.manager.is_due(self.trainer.step, decision.save):
+        if self.trainer.step >= self.parts.end_step(self.parts.progress.epoch + 1):
+            return  # `_end_epoch` evaluates and saves
+        moment = Moment(self.trainer.step)
+        if self.evaluations.is_due(moment):
+            with self.trainer.stopwatch.paused():
+                self._evaluate_step()
+        if self.manager.is_due(self.trainer.step, decision.save):
             self._save_step()
 
+    # ------------------------------------------------------------------------------------------ evaluations
+    def _evaluate_start(self) -> None:
+        """Evaluate the state that training starts from, unless the run has done so; drop results of later states."""
+        is_new_run = self.parts.config.checkpoint.resume != "latest" or self.parts.resume is None
+        moment = replace(self._moment(), is_start=True, is_new_run=is_new_run)
+        # A run without a checkpoint starts again, with other weights perhaps.
+        self.evaluations.rewind(moment if self.parts.resume is not None else replace(moment, step=-1, tokens=-1))
+        self.evaluations.start(self.loggers, self.trainer.step)
+        failure = self.evaluations.run(moment)
+        if failure is not None:
+            raise failure
+
+    def _evaluate_step(self) -> None:
+        """Run the evaluations that are due after a step inside an epoch. A failure is raised after saving."""
+        self.trainer.state()  # updates its counts and waits for the device
+        failure = self.evaluations.run(self._moment())
+        if failure is not None:
+            logging.error(f"an evaluation failed; saving the checkpoint before ending: {failure}")
+            self._save_step(wait=True)
+            raise failure
+
+    def _moment(self, epochs_done: int | None = None, checkpoint: str | None = None) -> Moment:
+        trainer = self.trainer
+        return Moment(
+            trainer.step,
+            self.parts.tokens(trainer.samples_seen),
+            checkpoint,
+            epochs_done,
+            is_last=trainer.step >= self.parts.total_steps,
+        )
+
+    # ------------------------------------------------------------------------------------------ saving
     def _save_step(self, wait: bool = False) -> None:
         with long_operation("saving", SAVE_TIMEOUT_S):  # may have to wait for the previous save
             self.manager.save_step(*self._snapshot(self.parts.progress.epoch), wait=wait)
@@ -245,7 +295,7 @@ class Training:
         with long_operation("loading", SAVE_TIMEOUT_S):
             restore_from(self.parts, trainer, newest)
         self.loggers.rewind(newest.step)
-        self._drop_later_results()
+        self.evaluations.rewind(self._moment())
         trainer.loader.rewind(data_state)
         trainer.data_state = trainer.loader.state  # a new object, which makes the trainer restart its batches
         logging.warning(
@@ -284,12 +334,6 @@ class Training:
             "samples_before": self.parts.samples_before,
             "flags": dict(self.flags),
         }
-
-    def _drop_later_results(self) -> None:
-        """Remove results of validations that come after the current state; the run will repeat them."""
-        paths, seen = self.parts.paths, self.trainer.samples_seen * self.parts.params.seq_len
-        if paths.enabled:
-            run_on_master(lambda: filter_lines(paths.results, lambda line: (line[0].get("train_tokens") or 0) <= seen))
 
     def _log_schedule(self) -> None:
         config, parts = self.parts.config, self.parts

@@ -230,7 +230,8 @@ def open_run(
     if paths.enabled:
         run_on_master(write)
     _start_remote_sync(config, runtime, paths, stack)
-    loggers = build_loggers(config.logging, paths, params, parts.progress.step or 0, runtime.is_master)
+    start_step = -1 if parts.resume is None else parts.progress.step or 0  # without a checkpoint, no line is valid
+    loggers = build_loggers(config.logging, paths, params, start_step, runtime.is_master)
     stack.callback(loggers.close)
     return loggers, redacted(params)
 

@@ -40,7 +40,6 @@ class _Epoch:
     number: int
     first_step: int
     end_step: int
-    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
 
 @dataclass
@@ -63,6 +62,7 @@ class Trainer:
             steps; without filler sequences.
         samples_skipped: filler sequences in place of unusable ones.
         data_state: position of the loader after the last step.
+        stopwatch: measures the steps of the epoch.
     """
 
     model: nn.Module
@@ -88,6 +88,7 @@ class Trainer:
     samples_skipped: int = 0
     samples_per_source: dict[str, int] = field(default_factory=dict)
     data_state: dict[str, Any] | None = None
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     def __post_init__(self) -> None:
         device = self.options.runtime.device
@@ -110,6 +111,7 @@ class Trainer:
                 data_state match them. On CUDA some good steps may follow the last bad one.
         """
         current = _Epoch(epoch, self.step if first_step is None else first_step, end_step)
+        self.stopwatch = Stopwatch()
         self.model.train()
         try:
             while current.first_step <= self.step < end_step:
@@ -178,7 +180,7 @@ class Trainer:
                 item = next(batches)
             except StopIteration:
                 return
-            epoch.stopwatch.record_step(time.perf_counter() - start)
+            self.stopwatch.record_step(time.perf_counter() - start)
             yield item
 
     def _train_step(self, batch: DeviceBatch) -> StepResult:
@@ -232,7 +234,7 @@ class Trainer:
         means = self._window.pop()
         self._read_counts()
         phases = {f"{name}_time": seconds for name, seconds in self._phases.pop().items()}
-        data_s, batch_s = epoch.stopwatch.pop()
+        data_s, batch_s = self.stopwatch.pop()
         step_tokens = self.global_batch_size * self.seq_len
         mfu = None
         if self.flops_per_token and self.peak_flops:

@@ -308,9 +308,10 @@ def test_stop_logs_what_is_saved_and_an_evaluation_stops_immediately(
     assert "nothing is saved" in caplog.text
     before, handlers = signal.getsignal(signal.SIGTERM), []
     monkeypatch.setattr(
-        "open_lm.training.build.evaluate_sets", lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)) or []
+        "open_lm.training.evaluations.validation.evaluate_sets",
+        lambda *_: handlers.append(signal.getsignal(signal.SIGTERM)) or [],
     )
-    monkeypatch.setattr("open_lm.training.build.validation_metrics", lambda _: {})
+    monkeypatch.setattr("open_lm.training.evaluations.validation.validation_metrics", lambda _: {})
     weights = str(tmp_path / "run/checkpoints/epoch_1.pt")
     main([*flags, "--val-data", data, "--pretrained", weights, "--name", "evaluation"])
     assert handlers == [before]

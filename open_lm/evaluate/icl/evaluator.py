@@ -62,9 +62,10 @@ class Ranks:
     @staticmethod
     def of_layout(layout: MeshLayout) -> Ranks:
         """Return the division for a live model. The ranks of a tensor-parallel group compute the same examples; those
-        of a context-parallel group compute different ones, because prompts are short."""
+        of a context-parallel group compute different ones, because prompts are short. Replicas are independent."""
         size = layout.replicate * layout.shard * layout.context
-        return Ranks(layout.rank // layout.tensor, size, in_lockstep=size * layout.tensor > 1)
+        is_split = layout.shard * layout.context * layout.tensor > 1
+        return Ranks(layout.rank // layout.tensor, size, in_lockstep=is_split)
 
 
 @dataclass(frozen=True)

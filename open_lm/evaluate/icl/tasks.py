@@ -29,8 +29,9 @@ HOW_TO_GET_DATA = (
     "llm-foundry's repository contains the task data in scripts/eval/local_data:\n"
     "    git clone --depth 1 --branch v0.22.0 https://github.com/mosaicml/llm-foundry\n"
     "  Then pass --data-dir llm-foundry/scripts/eval/local_data, or copy the files into one folder and pass its path "
-    "(data_dir in the YAML, or --data-dir). --tasks NAME… runs only some of the tasks."
+    "(data_dir in the YAML, or --data-dir)."
 )
+_HOW_TO_SELECT = " --tasks NAME… runs only some of the tasks."
 EXTRA_KEYS = ("random_baseline",)  # keys of a task's entry that llm-foundry does not support
 KNOWN_METRICS = (
     "InContextLearningLMAccuracy",
@@ -83,19 +84,27 @@ class EvalSettings:
     ignored: list[str] = field(default_factory=list)  # settings of the first file that have no effect
 
 
-def read_settings(files: Sequence[str], data_dir: str | None = None, only: Sequence[str] | None = None) -> EvalSettings:
+def read_settings(
+    files: Sequence[str],
+    data_dir: str | None = None,
+    only: Sequence[str] | None = None,
+    *,
+    yaml_flag: str = "--eval-yaml",
+    data_flag: str = "--data-dir",
+) -> EvalSettings:
     """Read evaluation YAML files without loading models or downloading data.
 
     Args:
         files: YAML files; their tasks are combined.
         data_dir: folder of the tasks' data; overrides the `data_dir` of each file.
         only: labels of the tasks to run; default: all.
+        yaml_flag, data_flag: the flags of `files` and `data_dir`, for messages.
 
     Raises:
         ConfigError: lists all missing or invalid files, entries and data.
     """
     problems: list[str] = []
-    contents = [_load(file, data_dir, problems) for file in files]
+    contents = [_load(file, data_dir, problems, yaml_flag) for file in files]
     entries = [(file, item) for file, content in zip(files, contents, strict=True) for item in content["icl_tasks"]]
     tasks = [task for file, entry in entries if (task := _task(entry, file, problems)) is not None]
     labels = [str(entry["label"]) for _, entry in entries if isinstance(entry, dict) and entry.get("label")]
@@ -118,11 +127,13 @@ def read_settings(files: Sequence[str], data_dir: str | None = None, only: Seque
         raise ConfigError(join_problems(problems, "invalid evaluation settings"))
     missing = [problem for task in settings.tasks for problem in _data_problems(task)]
     if missing:
-        raise ConfigError(join_problems(missing, "task data") + f"\n  {HOW_TO_GET_DATA}")
+        advice = HOW_TO_GET_DATA.replace("--data-dir", data_flag)
+        advice += _HOW_TO_SELECT if yaml_flag == "--eval-yaml" else ""
+        raise ConfigError(join_problems(missing, "task data") + f"\n  {advice}")
     return settings
 
 
-def _load(file: str, data_dir: str | None, problems: list[str]) -> dict[str, Any]:
+def _load(file: str, data_dir: str | None, problems: list[str], flag: str) -> dict[str, Any]:
     """Return the settings of a YAML file with resolved ${…}. icl_tasks is always a list."""
     import yaml
 
@@ -144,7 +155,7 @@ def _load(file: str, data_dir: str | None, problems: list[str]) -> dict[str, Any
             file_problems.append(f"cannot be read ({' '.join(str(error).split())})")
     if not file_problems and not (isinstance(resolved, dict) and isinstance(resolved.get("icl_tasks"), list)):
         file_problems.append("expected settings with a list icl_tasks")
-    problems += [f"--eval-yaml {file}: {problem}" for problem in file_problems]
+    problems += [f"{flag} {file}: {problem}" for problem in file_problems]
     return {"icl_tasks": []} if file_problems else dict(resolved)
 
 

@@ -1,0 +1,50 @@
+"""The settings of evaluations of the live model: tasks of in-context learning and text samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from open_lm.config.fields import Section, flag
+from open_lm.names import user_path
+
+
+@dataclass(frozen=True)
+class LiveEvaluationConfig(Section):
+    title: ClassVar[str] = "tasks and text samples"
+
+    icl_yaml: list[str] | None = flag(
+        None,
+        "YAML files with tasks of in-context learning to evaluate before the first step, every --icl-every-n-steps "
+        "steps and after the last one; default: none",
+        path=user_path,
+    )
+    icl_every_n_steps: int = flag(0, "evaluate the tasks every N steps; 0: only before the first and after the last")
+    icl_max_examples: int | None = flag(
+        None, "use only the first N examples of each task, of each category if it has categories; default: all"
+    )
+    icl_data_dir: str | None = flag(
+        None, "folder of the task data; default: data_dir of the --icl-yaml files", path=user_path
+    )
+    icl_max_time_share: float | None = flag(
+        None, "use fewer examples where the tasks would take more than this share of the time; default: no limit"
+    )
+    sample_prompts: str | None = flag(
+        None,
+        "file with one prompt per line; their continuations are logged before the first step, every "
+        "--sample-every-n-steps steps and after the last one; default: none",
+        path=user_path,
+    )
+    sample_every_n_steps: int = flag(
+        0, "continue the prompts every N steps; 0: only before the first and after the last"
+    )
+    sample_temperature: list[float] | None = flag(
+        None, "temperatures of the samples, one sample of each prompt per value; default: 0, the most likely tokens"
+    )
+    sample_max_tokens: int = flag(64, "maximum number of new tokens of a sample")
+    tokenizer: str | None = flag(
+        None,
+        "tokenizer of the tasks and prompts: hub name, folder, tokenizer.json or sentencepiece .model file; default: "
+        "the tokenizer of the training data, or else of the checkpoint's run",
+        path=user_path,
+    )
