@@ -241,6 +241,7 @@ def _evaluate_native(args: argparse.Namespace) -> list[Outcome]:
 
     from open_lm.distributed.processes import shutdown
 
+    icl_native.check_tasks(settings)
     runtime = icl_native.start_ranks(args.device)
     outcomes: list[Outcome] = []
     for checkpoint in icl_native.find_checkpoints(args.checkpoint, args.every):

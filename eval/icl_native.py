@@ -32,6 +32,7 @@ from open_lm.evaluate.icl import (
     evaluate_tasks,
 )
 from open_lm.evaluate.icl.store import stored_facts, weights_hash
+from open_lm.evaluate.icl.task_types import parse_options
 from open_lm.generate import load_model_for_generation
 from open_lm.model.transformer import Transformer
 from open_lm.tokenizer import Tokenizer
@@ -51,6 +52,22 @@ def start_ranks(device: str) -> Runtime:
     is_master = runtime.is_master
     logging.basicConfig(level=logging.INFO if is_master else logging.WARNING, format="%(message)s", force=True)
     return replace(runtime, device=torch.device("cpu")) if device == "cpu" else runtime
+
+
+def check_tasks(settings: EvalSettings) -> None:
+    """Raise ConfigError for tasks that this engine does not support, all together."""
+    problems = []
+    for task in settings.tasks:
+        if task.is_hub:
+            problems.append(
+                f"task {task.label}: the native engine reads .jsonl files, not hf://; use --engine llm-foundry"
+            )
+        try:
+            parse_options(task.label, task.kind, task.config)
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(join_problems(problems))
 
 
 def find_checkpoints(paths: list[str], every: int | None) -> list[str]:
@@ -121,11 +138,6 @@ def check_fit(model: Transformer, tokenizer: Tokenizer, settings: EvalSettings, 
         problems.append(
             f"{args.eval_yaml[0]}: max_seq_len is {settings.max_seq_len}, but the sequence length of the model is "
             f"{model.seq_len}; lower it or leave it empty"
-        )
-    hub = [task.label for task in settings.tasks if task.is_hub]
-    if hub:
-        problems.append(
-            f"task {', '.join(hub)}: the native engine reads .jsonl files; use --engine llm-foundry for hf://"
         )
     if problems:
         raise ConfigError(join_problems(problems))

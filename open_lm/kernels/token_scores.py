@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from open_lm.kernels.vocab_shard import VocabShard
 
-_CHUNK_BYTES = 2**25  # float32 logits of a chunk
+_CHUNK_BYTES = 2**26  # float32 logits of a chunk
+_BLOCK_BYTES = 2**20  # float32 probabilities per thread on a CPU, which stay in a core's cache
 _MIN_PROBABILITY = 1e-30  # smaller probabilities are too close to underflow to take their logarithm
 _TIE = 1 - 1e-5  # probabilities closer than this may be ordered otherwise than their logits
 
@@ -59,9 +60,10 @@ def token_scores(
         num_ids: number of ids that have a token; the softmax excludes the others. None for all.
     """
     head = _Head(weight, bias, soft_cap, num_ids, hidden)
-    rows = max(1, _CHUNK_BYTES // (4 * head.size))
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    parts = [logits_scores(head.logits(part), ids, head.shard) for part, ids in chunks]
+    rows = min(max(1, _CHUNK_BYTES // (4 * head.size)), len(hidden))
+    buffer = hidden.new_empty(rows, head.size) if head.dtype == torch.float32 == hidden.dtype else None
+    chunks = zip(hidden.split(rows or 1), targets.split(rows or 1), strict=True)
+    parts = [logits_scores(head.logits(part, buffer), ids, head.shard) for part, ids in chunks]
     return TokenScores(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
@@ -84,15 +86,23 @@ class _Head:
         dtype, self.device_type = hidden.dtype, hidden.device.type
         if torch.is_autocast_enabled(self.device_type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(self.device_type)
+        self.dtype = dtype
         self.weight, self.bias = local.to(dtype), None if local_bias is None else local_bias.to(dtype)
         self.soft_cap, self.size = soft_cap, len(local)
         first = 0 if self.shard is None else self.shard.first
         self.num_ids = self.size if num_ids is None else min(max(num_ids - first, 0), self.size)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits (R,V) float32 of hidden states (R,D)."""
+    def logits(self, hidden: Tensor, buffer: Tensor | None = None) -> Tensor:
+        """Return the logits (R,V) float32 of hidden states (R,D), in the buffer (at least R,V) if there is one.
+
+        New memory for every chunk costs a CPU as much time as the softmax.
+        """
         with torch.autocast(self.device_type, enabled=False):
-            logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+            if buffer is None:
+                logits = F.linear(hidden.to(self.dtype), self.weight, self.bias).float()
+            else:
+                logits = torch.mm(hidden, self.weight.t(), out=buffer[: len(hidden)])
+                logits = logits if self.bias is None else logits.add_(self.bias)
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         if self.num_ids < self.size:
@@ -112,12 +122,21 @@ def logits_scores(logits: Tensor, targets: Tensor, shard: VocabShard | None = No
 
 
 def _cpu_scores(logits: Tensor, targets: Tensor) -> TokenScores:
-    """Compute `logits_scores` with softmax, which takes a quarter of the time of logsumexp on a CPU."""
-    probs = torch.softmax(logits, -1)
-    target_probs, max_probs = _at(probs, targets), probs.amax(-1)
+    """Compute `logits_scores` with softmax, which takes a quarter of the time of logsumexp on a CPU.
+
+    The probabilities of a block of rows stay in the cache.
+    """
+    rows = max(1, torch.get_num_threads() * _BLOCK_BYTES // (4 * logits.shape[1]))
+    buffer = torch.empty(min(rows, len(logits)), logits.shape[1])
+    parts = []
+    for block, ids in zip(logits.split(rows), targets.split(rows), strict=True):
+        probs = torch.softmax(block, -1, out=buffer[: len(block)])
+        parts.append(torch.stack((_at(probs, ids), probs.amax(-1))))
+    target_probs, max_probs = torch.cat(parts, dim=1)
     log_probs = target_probs.log()
-    if len(targets) and target_probs.min() < _MIN_PROBABILITY:
-        log_probs = _at(logits, targets) - torch.logsumexp(logits, -1)
+    small = (target_probs < _MIN_PROBABILITY).nonzero()[:, 0]
+    if len(small):
+        log_probs[small] = _at(logits[small], targets[small]) - torch.logsumexp(logits[small], -1)
     is_greedy = target_probs >= max_probs * _TIE
     candidates = is_greedy.nonzero()[:, 0]
     is_greedy[candidates] = logits[candidates].argmax(-1) == targets[candidates]

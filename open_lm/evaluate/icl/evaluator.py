@@ -32,14 +32,14 @@ from open_lm.evaluate.icl.generation import AnswerDecoder, generate_answers
 from open_lm.evaluate.icl.metrics import Outcome, Record, choice_record, task_outcome, text_record
 from open_lm.evaluate.icl.packing import Unit, form_batches, pack_example
 from open_lm.evaluate.icl.prompts import Example, Prompts, PromptTooLong, build_prompts
-from open_lm.evaluate.icl.scoring import packed_width, score_units
+from open_lm.evaluate.icl.scoring import BatchLayout, score_units
 from open_lm.evaluate.icl.store import ResultStore
 from open_lm.evaluate.icl.tasks import Task
 from open_lm.monitor.watchdog import heartbeat
 from open_lm.parallel.parallelize import evaluation_mode
 from open_lm.tokenizer import Tokenizer
 
-CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 8192, 32768  # padded tokens of a batch
+CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS = 4096, 32768  # padded tokens of a batch
 _STORE_S = 10.0  # seconds between two writes of results
 _PROGRESS_S = 15.0  # seconds between two lines about the progress
 T = TypeVar("T")
@@ -171,9 +171,10 @@ class IclEvaluator:
             batches: list[Any] = _generation_batches(examples, self.options.max_batch_tokens)
             costs = [max(len(e.choices[0].context) + e.max_new_tokens for e in batch) * len(batch) for batch in batches]
         else:
-            width = packed_width(model)
-            batches = form_batches([pack_example(e, width) for e in examples], self.options.max_batch_tokens)
-            costs = [_num_tokens(batch) for batch in batches]
+            layout = BatchLayout.of_model(model, self.options.device)
+            units = [pack_example(example, layout.width) for example in examples]
+            batches = form_batches(units, self.options.max_batch_tokens, padded=not layout.is_flat)
+            costs = [sum(unit.num_tokens for unit in batch) for batch in batches]
         progress = _Progress(f"{prompts.task.label} {prompts.shots}-shot", len(prompts.examples), len(examples))
         records: list[Record] = []
         unsaved: list[Record] = []
@@ -193,7 +194,8 @@ class IclEvaluator:
         return records
 
     def _score(self, model: nn.Module, prompts: Prompts, batch: Sequence[Unit]) -> Iterator[Record]:
-        scores = score_units(model, batch, self.options.device, self.options.autocast)
+        layout = BatchLayout.of_model(model, self.options.device)
+        scores = score_units(model, batch, layout, self.options.device, self.options.autocast)
         return (choice_record(unit.example, score) for unit, score in zip(batch, scores, strict=True))
 
     def _generate(self, model: nn.Module, prompts: Prompts, batch: Sequence[Example]) -> Iterator[Record]:
@@ -237,10 +239,6 @@ class _Progress:
 def _log(message: str) -> None:
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         logging.info(message)
-
-
-def _num_tokens(batch: Sequence[Unit]) -> int:
-    return max(unit.length for unit in batch) * sum(len(unit.sequences) for unit in batch)
 
 
 def _generation_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:

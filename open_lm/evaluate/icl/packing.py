@@ -9,16 +9,16 @@ Legend: B sequences of a batch, T tokens of a sequence, N scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from open_lm.evaluate.icl.prompts import Choice, Example, Ids
+from open_lm.kernels.prefix_attention import Span
 
 SHARED = 0  # segment of the shared prefix; the rests of the choices have 1, 2, …
-# Attention to all T * T pairs of a packed sequence of width D costs as much as the remaining work for this number times
-# T * T / D tokens; the causal attention of a separate prompt costs half of that.
+# Attention to T * T pairs of tokens costs about as much as the remaining work for this number times T * T / D tokens.
 _PAIR_COST = 0.5
 _MAX_MASK_BYTES = 2**26  # of the mask of a batch of packed sequences
 
@@ -30,7 +30,8 @@ class PackedSequence:
     Attributes:
         ids: (T,) int32 tokens.
         positions: (T,) int32, the position of each token in its prompt.
-        segments: (T,) int32, SHARED or the number of the rest; None if each token attends to all earlier ones.
+        span: number of tokens of the shared prefix and of the rest of each choice; without rests, each token attends
+            to all earlier ones.
         sources: (N,) int64, index of the token that predicts each scored token.
         targets: (N,) int32, the scored tokens.
         choices: (N,) int64, the choice to which each scored token belongs.
@@ -38,10 +39,16 @@ class PackedSequence:
 
     ids: Ids
     positions: np.ndarray
-    segments: np.ndarray | None
+    span: Span
     sources: np.ndarray
     targets: Ids
     choices: np.ndarray
+
+    @property
+    def segments(self) -> np.ndarray:
+        """(T,) int32: SHARED, or the number of the rest, from 1."""
+        shared, rests = self.span
+        return np.repeat(np.arange(1 + len(rests), dtype=np.int32), (shared, *rests))
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,13 @@ class Unit:
         return max(len(sequence.ids) for sequence in self.sequences)
 
     @property
+    def num_tokens(self) -> int:
+        return sum(len(sequence.ids) for sequence in self.sequences)
+
+    @property
     def is_packed(self) -> bool:
-        return self.sequences[0].segments is not None
+        """Whether a sequence has rests that follow a shared prefix."""
+        return bool(self.sequences[0].span[1])
 
 
 def pack_example(example: Example, width: int | None) -> Unit:
@@ -113,14 +125,13 @@ def _saves(inputs: Sequence[Ids], shared: int, total: int, width: int) -> bool:
 
 def _packed(example: Example, members: Sequence[int], inputs: Sequence[Ids], shared: int) -> PackedSequence:
     """Return the packed sequence of some choices, whose inputs share their first tokens."""
-    parts, positions, segments = [inputs[0][:shared]], [np.arange(shared)], [np.zeros(shared, dtype=np.int32)]
+    parts, positions = [inputs[0][:shared]], [np.arange(shared)]
     sources, targets, choices = [], [], []
     offset = shared
-    for segment, (index, ids) in enumerate(zip(members, inputs, strict=True), start=1):
+    for index, ids in zip(members, inputs, strict=True):
         choice = example.choices[index]
         parts.append(ids[shared:])
         positions.append(np.arange(shared, len(ids)))
-        segments.append(np.full(len(ids) - shared, segment, dtype=np.int32))
         predicting = np.arange(len(choice.context) - 1, len(ids))  # positions of the predicting tokens
         sources.append(np.where(predicting < shared, predicting, predicting - shared + offset))
         targets.append(choice.continuation)
@@ -129,39 +140,42 @@ def _packed(example: Example, members: Sequence[int], inputs: Sequence[Ids], sha
     return PackedSequence(
         ids=np.concatenate(parts),
         positions=np.concatenate(positions).astype(np.int32),
-        segments=np.concatenate(segments) if offset > shared else None,
+        span=(shared, tuple(len(ids) - shared for ids in inputs) if offset > shared else ()),
         sources=np.concatenate(sources),
         targets=np.concatenate(targets),
         choices=np.concatenate(choices),
     )
 
 
-def form_batches(units: Sequence[Unit], max_tokens: int) -> list[list[Unit]]:
-    """Return batches of units of similar length, the longest first, of at most `max_tokens` padded tokens each.
+def form_batches(units: Sequence[Unit], max_tokens: int, padded: bool) -> list[list[Unit]]:
+    """Return batches of units of similar length, the longest first, of at most `max_tokens` tokens each.
 
-    A unit that is larger is a batch of its own. Packed and other sequences are in separate batches.
+    A unit that is larger is a batch of its own.
+
+    Args:
+        units: the units of all examples.
+        max_tokens: limit of a batch.
+        padded: whether all sequences of a batch get the length of the longest one. Packed sequences, which then need a
+            mask, and others are in separate batches.
     """
-    return [
-        batch
-        for packed in (True, False)
-        for batch in _fill(sorted((u for u in units if u.is_packed is packed), key=_by_length), max_tokens, packed)
-    ]
+    ordered = sorted(units, key=lambda unit: (-unit.length, unit.example.index))
+    if not padded:
+        return list(_fill(ordered, lambda batch: sum(unit.num_tokens for unit in batch) > max_tokens))
+
+    def is_full(batch: Sequence[Unit]) -> bool:
+        count, length = sum(len(unit.sequences) for unit in batch), batch[0].length
+        return count * length > max_tokens or (batch[0].is_packed and count * length**2 > _MAX_MASK_BYTES)
+
+    groups = ([unit for unit in ordered if unit.is_packed is packed] for packed in (True, False))
+    return [batch for group in groups for batch in _fill(group, is_full)]
 
 
-def _by_length(unit: Unit) -> tuple[int, int]:
-    return -unit.length, unit.example.index
-
-
-def _fill(units: Sequence[Unit], max_tokens: int, packed: bool) -> Iterator[list[Unit]]:
+def _fill(units: Sequence[Unit], is_full: Callable[[Sequence[Unit]], bool]) -> Iterator[list[Unit]]:
     batch: list[Unit] = []
-    rows = length = 0
     for unit in units:
-        length = length or unit.length
-        count = rows + len(unit.sequences)
-        if batch and (count * length > max_tokens or (packed and count * length**2 > _MAX_MASK_BYTES)):
+        if batch and is_full([*batch, unit]):
             yield batch
-            batch, count, length = [], len(unit.sequences), unit.length
+            batch = []
         batch.append(unit)
-        rows = count
     if batch:
         yield batch

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from open_lm.evaluate.icl.packing import SHARED, PackedSequence, Unit
 from open_lm.kernels.document_attention import DocumentMask
 from open_lm.kernels.general_attention import AttentionOptions
+from open_lm.kernels.prefix_attention import PrefixAttention
 from open_lm.kernels.token_scores import TokenScores, logits_scores, token_scores
 from open_lm.model.attention import xformers_attn
 from open_lm.model.transformer import Transformer
@@ -68,33 +69,55 @@ def _stacked(scores: TokenScores) -> Tensor:
     return torch.stack([value.float() for value in scores])
 
 
-def packed_width(model: nn.Module) -> int | None:
-    """Return the width D of a model that accepts packed sequences, or None.
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the sequences of a batch are stored for a model.
 
-    Models of transformers and attention functions other than torch's do not accept an arbitrary mask.
+    Attributes:
+        width: D of a model that accepts packed sequences; None for a model that does not.
+        is_flat: store all sequences in one row without padding, for the CPU kernels of `PrefixAttention`. Otherwise
+            each sequence is a padded row.
     """
-    inner = unwrap(model)
-    if not isinstance(inner, Transformer):
-        return None
-    function = inner.params.attn_func
-    return None if function is xformers_attn or isinstance(function, functools.partial) else inner.params.dim
+
+    width: int | None
+    is_flat: bool
+
+    @staticmethod
+    def of_model(model: nn.Module, device: torch.device) -> BatchLayout:
+        """Return the layout for a model.
+
+        Models of transformers, and attention functions that are not torch's, do not accept an arbitrary mask.
+        """
+        inner = unwrap(model)
+        if not isinstance(inner, Transformer):
+            return BatchLayout(None, False)
+        function = inner.params.attn_func
+        if function is xformers_attn or isinstance(function, functools.partial):
+            return BatchLayout(None, False)
+        is_plain = all(block.attention.current_options().is_plain for block in inner.layers)
+        return BatchLayout(inner.params.dim, is_flat=is_plain and device.type == "cpu")
 
 
 def score_units(
     model: nn.Module,
     units: Sequence[Unit],
+    layout: BatchLayout,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Iterator[ChoiceScores]:
     """Yield the scores of each unit of a batch, in order. One forward pass."""
     sequences = [sequence for unit in units for sequence in unit.sequences]
     length = max(len(sequence.ids) for sequence in sequences)
-    ids = _padded([sequence.ids for sequence in sequences], length)
-    offsets = [row * length for row in range(len(sequences))]
+    if layout.is_flat:
+        ids = np.concatenate([sequence.ids for sequence in sequences]).astype(np.int64)[None]
+        offsets = np.cumsum([0, *(len(sequence.ids) for sequence in sequences[:-1])])
+        mask: DocumentMask | Tensor | None = flat_mask(sequences)
+    else:
+        ids, offsets = _padded([sequence.ids for sequence in sequences], length), np.arange(len(sequences)) * length
+        mask = _mask(model, sequences, length, device)
     rows = np.concatenate([sequence.sources + start for sequence, start in zip(sequences, offsets, strict=True)])
     targets = np.concatenate([sequence.targets for sequence in sequences]).astype(np.int64)
     loss = ScoredTokens(torch.from_numpy(rows).to(device), torch.from_numpy(targets).to(device))
-    mask = _mask(model, sequences, length, device)
     with autocast():
         scores = model(torch.from_numpy(ids).to(device), attention_mask=mask, loss=loss)[0]
     log_probs, max_log_probs, is_greedy = scores.cpu().numpy()
@@ -126,12 +149,23 @@ def _mask(
     Padding is on the right, so causal attention needs no mask for it. Only functions whose weights depend on the
     length of a sequence do.
     """
-    if sequences[0].segments is not None:
+    if sequences[0].span[1]:
         return packed_mask(sequences, length, device)
     inner = unwrap(model)
     if isinstance(inner, Transformer) and isinstance(inner.params.attn_func, functools.partial):
         return torch.from_numpy(_padded([np.ones(len(s.ids)) for s in sequences], length)).to(device)
     return None
+
+
+def flat_mask(sequences: Sequence[PackedSequence]) -> DocumentMask:
+    """Return the mask of sequences that are stored one after another, on a CPU."""
+    positions = torch.from_numpy(np.concatenate([sequence.positions for sequence in sequences]).astype(np.int64))
+    attention = PrefixAttention([sequence.span for sequence in sequences])
+
+    def attend(queries: Tensor, keys: Tensor, values: Tensor, _mask: DocumentMask) -> Tensor:
+        return attention(queries, keys, values)
+
+    return DocumentMask(positions[None], attn_func=attend)
 
 
 def packed_mask(
@@ -144,7 +178,6 @@ def packed_mask(
     positions = torch.from_numpy(_padded([sequence.positions for sequence in sequences], length)).to(device)
     numbers = np.full((len(sequences), length), np.iinfo(np.int32).max, dtype=np.int32)
     for row, sequence in enumerate(sequences):
-        assert sequence.segments is not None
         numbers[row, : len(sequence.ids)] = sequence.segments
     segments = torch.from_numpy(numbers).to(device)
     is_visible = (segments[:, None, :] == SHARED) | (segments[:, None, :] == segments[:, :, None])

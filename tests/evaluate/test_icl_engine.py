@@ -1,0 +1,275 @@
+"""The native engine for in-context learning: scores, packing, ranks, stored results, options and intervals."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import icl_worker
+import numpy as np
+import pytest
+import torch
+import yaml
+from icl_worker import byte_tokenizer, new_model, write_tasks
+from parity import on_ranks
+
+from open_lm.errors import ConfigError, DataError
+from open_lm.evaluate.icl import EvaluatorOptions, IclEvaluator, ResultStore, Task, read_settings
+from open_lm.evaluate.icl.metrics import accuracy_interval, binomial_interval, normalize_answer
+from open_lm.evaluate.icl.packing import form_batches, pack_example
+from open_lm.evaluate.icl.prompts import Choice, Example, Prompts, PromptTooLong, build_prompts, few_shot_indices
+from open_lm.evaluate.icl.scoring import BatchLayout, score_units
+from open_lm.evaluate.icl.store import stored_facts, weights_hash
+from open_lm.evaluate.icl.task_types import parse_options
+from open_lm.kernels.token_scores import token_scores
+from open_lm.model.transformer import Transformer
+
+CPU = torch.device("cpu")
+CUSTOM = {"attn_name": "custom_attn", "attn_activation": "softmax", "attn_seq_scalar": "none"}
+MODELS = {
+    "plain": {},
+    "position_none": {"positional_embedding_type": "none"},
+    "grouped_heads": {"n_kv_heads": 2},
+    "window": {"attn_window": 9},
+    "custom_attention": {**CUSTOM, "attn_seq_scalar_alpha": 0.0},
+    "soft_cap_and_padding": {"logit_soft_cap": 3.0, "unpadded_vocab_size": 280},
+}
+
+
+def ids(length: int, generator: np.random.Generator) -> np.ndarray:
+    return generator.integers(1, 257, size=length).astype(np.int32)
+
+
+def examples() -> list[Example]:
+    """Return examples with shared contexts of different lengths, equal choices and no shared token at all."""
+    generator = np.random.default_rng(0)
+    result = []
+    for index, (context, lengths) in enumerate(
+        [(3, (1, 1)), (70, (5, 1, 9)), (20, (4, 4)), (9, (2,)), (12, (3, 1, 3))]
+    ):
+        shared = ids(context, generator)
+        choices = [Choice(shared, ids(length, generator)) for length in lengths]
+        if index == 2:
+            choices.append(choices[0])
+        result.append(Example(index, "", tuple(choices)))
+    result.append(
+        Example(5, "", (Choice(ids(4, generator), ids(2, generator)), Choice(ids(6, generator), ids(3, generator))))
+    )
+    return result
+
+
+def reference(model: Transformer, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log-probabilities of a continuation and whether its tokens are the most likely ones, unpacked."""
+    tokens = torch.from_numpy(np.concatenate((choice.context, choice.continuation))).long()
+    with torch.no_grad():
+        logits = model(tokens[None, :-1])[0][0, len(choice.context) - 1 :]
+    targets = tokens[len(choice.context) :]
+    return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], logits.argmax(-1) == targets
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
+def test_packed_batches_give_the_scores_of_separate_prompts(name: str, max_tokens: int) -> None:
+    model = new_model(**MODELS[name])
+    layout = BatchLayout.of_model(model, CPU)
+    assert layout == BatchLayout(*{"custom_attention": (None, False), "window": (32, False)}.get(name, (32, True)))
+    for is_flat in {layout.is_flat, False}:
+        units = [pack_example(example, layout.width) for example in examples()]
+        assert any(unit.is_packed for unit in units) is (layout.width is not None)
+        batches = form_batches(units, max_tokens, padded=not is_flat)
+        assert sorted(unit.example.index for batch in batches for unit in batch) == list(range(6))
+        for batch in batches:
+            with torch.no_grad():
+                scores = list(score_units(model, batch, BatchLayout(layout.width, is_flat), CPU, torch.no_grad))
+            for unit, score in zip(batch, scores, strict=True):
+                assert len(score.log_probs) == len({c.continuation.tobytes() for c in unit.example.choices})
+                for index in score.log_probs:
+                    expected, is_greedy = reference(model, unit.example.choices[index])
+                    np.testing.assert_allclose(score.log_probs[index], expected.numpy(), atol=2e-5)
+                    assert score.is_greedy[index].tolist() == is_greedy.tolist()
+
+
+def test_shared_tokens_are_computed_once() -> None:
+    shared = np.arange(1, 41, dtype=np.int32)
+    choices = tuple(Choice(shared, np.array(tail, dtype=np.int32)) for tail in ([1, 2, 3], [1, 2, 4], [7], [7]))
+    unit = pack_example(Example(0, "", choices), width=32)
+    # The prefix (40), and [1, 2] of the first two choices: their last tokens and single tokens are only predicted.
+    assert unit.num_tokens == 40 + 2 + 2
+    assert pack_example(Example(0, "", choices[2:]), width=32).num_tokens == 40
+
+
+def test_scores_of_tokens_do_not_underflow_and_resolve_ties() -> None:
+    hidden, weight = torch.eye(3, 4) * 200, torch.zeros(5, 4)
+    weight[1, 0] = weight[2, 0] = 1  # tokens 1 and 2 are equally likely after the first state
+    weight[0, 1] = -1
+    scores = token_scores(hidden, weight, torch.tensor([2, 0, 3]))
+    assert scores.is_greedy.tolist() == [False, False, False]
+    assert scores.log_probs.tolist() == pytest.approx([-0.693147, -201.386294, -1.609438], rel=1e-5)
+    assert token_scores(hidden, weight, torch.tensor([1, 1, 0])).is_greedy.tolist() == [True, True, True]
+
+
+# ------------------------------------------------------------------------------------------------------ ranks
+@pytest.mark.processes
+def test_live_models_of_every_layout_get_the_scores_of_one_process(tmp_path: Path) -> None:
+    write_tasks(tmp_path)
+    expected = icl_worker.evaluate_live_model({}, str(tmp_path))
+    assert len({score for _, _, score, _, _ in expected}) > 3, "all scores are alike; the comparison would be weak"
+    layouts: list[dict[str, Any]] = [{}, {"fsdp": True}, {"tensor_parallel": 2}, {"fsdp": True, "context_parallel": 2}]
+    for result in on_ranks(2, [(icl_worker.evaluate_live_model, layout, str(tmp_path)) for layout in layouts]):
+        for found, wanted in zip(result, expected, strict=True):
+            assert found[:2] == wanted[:2] and found[4] == wanted[4]
+            assert found[2] == pytest.approx(wanted[2]) and found[3] == pytest.approx(wanted[3])
+
+
+# ------------------------------------------------------------------------------------------------------ store
+class Killed(Exception):
+    pass
+
+
+class CountingStore(ResultStore):
+    """A store whose process is killed when it has stored some batches."""
+
+    def __init__(self, *args: Any, batches: int) -> None:
+        super().__init__(*args)
+        self.batches = batches
+
+    def append(self, path: str, rank: int, records: Any) -> None:
+        super().append(path, rank, records)
+        self.batches -= 1
+        if not self.batches:
+            with open(f"{path}.rank{rank}", "a", encoding="utf-8") as file:
+                file.write('{"index": 0, "corr')  # a line that was being written
+            raise Killed
+
+
+def test_a_killed_evaluation_continues_with_the_remaining_examples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("open_lm.evaluate.icl.evaluator._STORE_S", -1.0)  # store every batch
+    task, model, folder = write_tasks(tmp_path, count=40)[0], new_model(), str(tmp_path / "results")
+    facts = stored_facts(model, weights_hash(model), "fp32")
+    options = EvaluatorOptions(batch_tokens=200)
+    expected = IclEvaluator(byte_tokenizer(), options).evaluate_task(model, task, 0, 96)
+    with pytest.raises(Killed):
+        killed = IclEvaluator(byte_tokenizer(), options, CountingStore(folder, facts, batches=2))
+        killed.evaluate_task(model, task, 0, 96)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda _module, args: calls.append(args[0].shape[1]))
+    num_calls = []
+    for _ in range(2):
+        found = IclEvaluator(byte_tokenizer(), options, ResultStore(folder, facts)).evaluate_task(model, task, 0, 96)
+        assert found.metrics == expected.metrics and found.categories == expected.categories and found.n == 40
+        num_calls.append(len(calls))
+    assert 0 < num_calls[0] == num_calls[1], "the second evaluation finds all results"
+    lines = [json.loads(line) for line in Path(found.examples_file).read_text().splitlines()]
+    assert lines[0]["weights"] == weights_hash(model) and lines[0]["task"] == "multiple_choice"
+    assert [line["index"] for line in lines[1:]] == list(range(40))
+    assert [path.name for path in Path(folder).iterdir()] == [Path(found.examples_file).name]
+
+
+def test_stored_results_belong_to_weights_prompts_and_precision(tmp_path: Path) -> None:
+    model, other = new_model(), new_model()
+    with torch.no_grad():
+        other.norm.weight[0] += 1e-3
+    task = write_tasks(tmp_path)[2]
+    prompts = [build_prompts(task, shots, byte_tokenizer(), 96) for shots in (0, 1)]
+    facts = [stored_facts(model, weights_hash(m), p) for m in (model, other) for p in ("fp32", "amp_bf16")]
+    paths = {ResultStore("x", f).path("t", p.shots, p.digest()) for f in facts for p in prompts}
+    assert len(paths) == 8
+    assert stored_facts(new_model(), weights_hash(new_model()), "fp32") == facts[0]
+
+
+# ------------------------------------------------------------------------------------------------ prompts, options
+def prompts_of(tmp_path: Path, rows: list[Any], kind: str, seq_len: int = 96, **options: Any) -> Prompts:
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    task = Task("t", kind, [0], str(tmp_path / "data.jsonl"), {"label": "t", **options})
+    return build_prompts(task, options.pop("shots", 0), byte_tokenizer(), seq_len)
+
+
+def test_long_contexts_are_truncated_on_the_left_and_counted(tmp_path: Path) -> None:
+    rows = [{"query": "abcdefghij" * 3, "choices": ["xyz", "w"], "gold": 0}]
+    prompts = prompts_of(tmp_path, rows, "multiple_choice", seq_len=20)
+    lengths = [(len(choice.context), len(choice.continuation)) for choice in prompts.examples[0].choices]
+    assert lengths == [(17, 3), (19, 1)] and prompts.num_truncated == prompts.num_sequences == 2
+    text = byte_tokenizer().decode(prompts.examples[0].choices[0].context.tolist())
+    assert text == ("abcdefghij" * 3)[-17:]
+    with pytest.raises(PromptTooLong, match="no context fits"):
+        prompts_of(tmp_path, rows, "multiple_choice", seq_len=3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "words"),
+    [
+        ("multiple_choice", {"query": "a", "choices": ["b", "c"], "gold": 2}, "gold is 2"),
+        ("multiple_choice", {"query": "a", "choices": "b", "gold": 0}, "expected a list of texts"),
+        ("language_modeling", {"context": 3, "continuation": "b"}, "context is 3"),
+        ("language_modeling", {"context": "", "continuation": "b"}, "empty context"),
+        ("generation_task_with_answers", {"context": "a", "answer": "b", "aliases": [1]}, "aliases"),
+    ],
+)
+def test_unusable_lines_name_the_file_and_the_example(tmp_path: Path, kind: str, row: Any, words: str) -> None:
+    options = {"continuation_delimiter": ""} if row.get("context") == "" else {}
+    with pytest.raises(DataError, match=words) as error:
+        prompts_of(tmp_path, [row], kind, **options)
+    assert "data.jsonl" in str(error.value)
+
+
+def test_options_that_would_change_results_are_rejected() -> None:
+    entry = {"fewshot_random_seed": "x", "cot_delimiter": "#", "wrong": 1}
+    with pytest.raises(ConfigError) as error:
+        parse_options("t", "multiple_choice", entry)
+    for words in ("fewshot_random_seed is 'x'", "cot_delimiter is not supported", "wrong"):
+        assert words in str(error.value)
+    with pytest.raises(ConfigError, match="num_beams is 4, but only greedy search"):
+        parse_options("t", "generation_task_with_answers", {"generation_kwargs": {"num_beams": 4}})
+    options = parse_options("t", "schema", {"question_prelimiter": "Q: ", "prompt_string": None})
+    assert options.prelimiter == "Q: " and options.prompt_string == ""
+
+
+def test_few_shot_examples_exclude_the_example() -> None:
+    generator = random.Random(1)
+    for index in range(6):
+        for shots in (0, 1, 3, 5, 9):
+            drawn = few_shot_indices(6, shots, index, generator)
+            assert index not in drawn and drawn <= set(range(6))
+            assert len(drawn) == min(shots, 5) or (len(drawn) == 4 and shots >= 5)  # as llm-foundry draws
+
+
+def test_settings_refer_to_each_other_and_to_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICL_NAME", "t")
+    write_tasks(tmp_path)
+    task = {"label": "${oc.env:ICL_NAME}", "icl_task_type": "schema", "num_fewshot": [1]}
+    content = {"names": {"file": "schema"}, "icl_tasks": [{**task, "dataset_uri": "${data_dir}/${names.file}.jsonl"}]}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({**content, "data_dir": "."}))
+    (found,) = read_settings([str(tmp_path / "tasks.yaml")]).tasks
+    assert found.label == "t" and Path(found.data).samefile(tmp_path / "schema.jsonl")
+    for reference_to, words in (("missing", "not a setting"), ("oc.env:NO_SUCH", "not set"), ("data_dir", "itself")):
+        content["data_dir"] = f"${{{reference_to}}}/x"
+        (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(content))
+        with pytest.raises(ConfigError, match=words):
+            read_settings([str(tmp_path / "tasks.yaml")])
+
+
+def test_answers_are_normalized() -> None:
+    assert normalize_answer(" The  Quick_brown, fox's a\u2019 tail.") == "quick brown fox s tail"
+
+
+# -------------------------------------------------------------------------------------------------- intervals
+def test_intervals() -> None:
+    assert binomial_interval(5, 10) == pytest.approx((0.187086, 0.812914), abs=1e-6)
+    assert binomial_interval(0, 20) == pytest.approx((0.0, 0.168433), abs=1e-6)
+    assert binomial_interval(58_000, 58_492) == pytest.approx((0.990815012, 0.992312785), abs=1e-8)
+    (lower, upper), method = accuracy_interval([(30, 60), (45, 60)])
+    assert method.startswith("bootstrap") and 0.53 < lower < 0.56 and 0.69 < upper < 0.72
+    assert accuracy_interval([(0, 5), (0, 5)])[0] == pytest.approx(binomial_interval(0, 10))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
