@@ -34,11 +34,19 @@ def test_devices_without_fp8_are_rejected() -> None:
         check_float8(torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("ffn_type", "layers"), [("swiglu", 4), ("gelu", 4), ("gemma_geglu", 5)])
-def test_layers_keep_their_names_and_parts(ffn_type: str, layers: int) -> None:
+@pytest.mark.parametrize(
+    ("keys", "layers"),
+    [
+        ({"ffn_type": "swiglu"}, 4),
+        ({"ffn_type": "gelu"}, 4),
+        ({"ffn_type": "gemma_geglu"}, 5),
+        ({"n_kv_heads": 2, "qkv_bias": True, "ffn_bias": True, "ffn_type": "geglu_tanh"}, 5),
+    ],
+)
+def test_layers_keep_their_names_and_parts(keys: dict[str, object], layers: int) -> None:
     """On a CPU torchao emulates fp8 products in float32."""
     pytest.importorskip("torchao")
-    plain, converted = model(ffn_type=ffn_type), model(ffn_type=ffn_type)
+    plain, converted = model(**keys), model(**keys)
     assert convert_to_float8(converted.layers, emulate=True) == 2 * layers
     assert converted.state_dict().keys() == plain.state_dict().keys()
     parts = [each.parts for each in plain.modules() if isinstance(each, FusedLinear)]
