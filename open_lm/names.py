@@ -1,8 +1,8 @@
 r"""Names of files as users give them: read from flags and settings, matched with files, printed and written.
 
-Flags and settings that hold a path have one of the types `user_path`, `user_file`, `shard_pattern`, `input_pattern`,
-`input_list` and `source_pattern`. They replace a leading `~` by the home folder, as a shell does. URLs, names on the
-hub and `pipe:` commands are returned unchanged.
+Flags and settings that hold a path have one of the types `user_path`, `weights_path`, `user_file`, `shard_pattern`,
+`input_pattern`, `input_list` and `source_pattern`. They replace a leading `~` by the home folder, as a shell does.
+URLs, names on the hub and `pipe:` commands are returned unchanged.
 
 A name may hold the characters of patterns (`* ? [ ] { }`). What exists under the literal name is used before the name
 is taken for a pattern (`literal_prefix`).
@@ -37,6 +37,11 @@ _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
 def user_path(text: str) -> str:
     """Return a path with the home folder in place of a leading `~` or `~user`; other text unchanged."""
     return os.path.expanduser(text) if text.startswith("~") else text
+
+
+def weights_path(text: str) -> str:
+    """Return a `user_path` without the prefix `params::`, by which some programs mark a checkpoint of weights only."""
+    return user_path(text.removeprefix("params::"))
 
 
 def user_file(text: str) -> Path:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from open_lm import storage
-from open_lm.checkpoint.folders import step_number
+from open_lm.checkpoint.folders import is_transformers_folder, step_number
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.distributed.param_names import clean_name
@@ -138,10 +138,14 @@ def existing_hint(url: str) -> str:
 def read_model_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a model's weights by clean name, and the checkpoint's other small values (epoch, step, …).
 
-    Accepts a checkpoint of a run (epoch_N.pt or a step_N folder), an averager's file, or a file of weights only (the
-    second result is then empty).
+    Accepts a checkpoint of a run (epoch_N.pt or a step_N folder), an averager's file, a file of weights only or a
+    folder in the format of transformers (the second result is then empty).
     """
     url = os.fspath(path)
+    if is_transformers_folder(url):
+        from open_lm.hf.native_weights import read_native_weights
+
+        return read_native_weights(url), {}
     if step_number(url) is not None:
         stored = StoredTensors(url)
         return stored_weights(stored), _stored_meta(stored)
@@ -160,6 +164,8 @@ def read_meta(url: str) -> dict[str, Any]:
     """Return the second result of `read_model_state`, without reading or downloading the weights."""
     if step_number(url) is not None:
         return _stored_meta(StoredTensors(url))
+    if is_transformers_folder(url):
+        return {}
     stats = companion_path(url, "stats")
     if stats != url and storage.info(stats) is not None:
         with contextlib.suppress(CheckpointError):  # epoch_N.pt has the same values

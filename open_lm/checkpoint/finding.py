@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from open_lm import storage
 from open_lm.checkpoint import files
-from open_lm.checkpoint.folders import INDEX, step_folders, step_number
+from open_lm.checkpoint.folders import INDEX, is_transformers_folder, step_folders, step_number
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors, incomplete_reason
 from open_lm.config.sections import CheckpointConfig, LoggingConfig
@@ -87,7 +87,7 @@ def candidates_at(path: str) -> list[Candidate]:
         if problem := incomplete_reason(path):
             raise CheckpointError(f"cannot resume from {path}: {problem}")
         return [_sharded_candidate(path)]
-    if storage.info(path) is not None:
+    if storage.info(path) is not None or is_transformers_folder(path):
         return [_interchange_candidate(path)]
     candidates = newest_candidates([path, storage.join(path, "checkpoints")])
     if not candidates:

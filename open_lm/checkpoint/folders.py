@@ -12,6 +12,7 @@ from open_lm import storage
 
 INDEX = "checkpoint.json"  # written last and removed first: if it exists, the checkpoint is complete
 INCOMPLETE = ".incomplete"
+TRANSFORMERS_CONFIG = "config.json"  # of a model in the format of transformers
 _STEP_FOLDER = re.compile(r"^step_(\d+)$")
 _DIGITS = 8  # zero-padded, so that names sort in the order of their steps
 
@@ -25,6 +26,11 @@ def step_number(url: str) -> int | None:
     """Return N for .../step_N, with or without a trailing slash, and None for any other name."""
     match = _STEP_FOLDER.match(url.rstrip("/").rpartition("/")[2])
     return int(match.group(1)) if match else None
+
+
+def is_transformers_folder(url: str) -> bool:
+    """Return whether a folder is a model in the format of transformers, such as an exported one."""
+    return storage.info(storage.join(url, TRANSFORMERS_CONFIG)) is not None
 
 
 def step_folders(root: str) -> dict[int, str]:

@@ -27,7 +27,7 @@ from open_lm.checkpoint.files import (
     read_file,
     read_model_state,
 )
-from open_lm.checkpoint.folders import step_number
+from open_lm.checkpoint.folders import is_transformers_folder, step_number
 from open_lm.checkpoint.model_state import (
     moments_by_name,
     select_weights,
@@ -40,6 +40,7 @@ from open_lm.distributed.processes import run_on_master
 from open_lm.distributed.rng import rng_state_from_tensors, set_rng_state
 from open_lm.errors import BrokenCheckpoint, CheckpointError
 from open_lm.optim.averaging import ModelAverager
+from open_lm.parallel.parallelize import unwrap
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -194,7 +195,10 @@ def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tup
 
 
 def load_weights(path: str, model: nn.Module) -> Progress:
-    """Load the weights of an epoch_N.pt or a step_N folder into a (sharded) model in place; return its progress."""
+    """Load weights into a (sharded) model in place, and return the progress of their checkpoint.
+
+    path: an epoch_N.pt, a step_N folder or a folder in the format of transformers.
+    """
     if step_number(path) is not None:
         progress = Progress.from_json(sharded.load_weights(model, path)["progress"])
         logging.info(f"loaded {path} (epoch {progress.epoch}, step {progress.step})")
@@ -202,6 +206,11 @@ def load_weights(path: str, model: nn.Module) -> Progress:
     state: dict[str, Tensor] = {}
 
     def read() -> Progress:
+        if is_transformers_folder(path):
+            from open_lm.hf.native_weights import read_native_weights
+
+            state.update(read_native_weights(path, unwrap(model).params))
+            return Progress.from_meta({})
         weights, meta = read_model_state(path)
         state.update(select_weights(weights, model, path))
         return Progress.from_meta(meta)
@@ -227,6 +236,11 @@ def load_optimizer(args: Any, model: nn.Module, optimizer: Optimizer | None, sca
     The stored states may have parameter names as keys, or numbers (as single processes used to write them).
     """
     path = args.resume
+    if is_transformers_folder(path):
+        raise CheckpointError(
+            f"{path}: is an exported model without the state of the optimizer, so that training cannot resume from it; "
+            "start a new run from its weights with --pretrained"
+        )
     loaded: dict[str, Any] = {}
 
     def read() -> dict[str, Any] | None:

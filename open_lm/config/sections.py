@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from open_lm.config import registry
 from open_lm.config.fields import FieldSpec, Section, flag, no_effect
 from open_lm.config.live_evaluation import LiveEvaluationConfig
-from open_lm.names import shard_pattern, user_path
+from open_lm.names import shard_pattern, user_path, weights_path
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 CHECKPOINTING_POLICIES = ("none", "full", "op")  # of --activation-checkpointing, in addition to a number
@@ -282,7 +282,9 @@ class CheckpointConfig(Section):
     resume: str | None = flag(
         None, "checkpoint to resume from: a path, or 'latest' for the newest checkpoint of this run", path=user_path
     )
-    pretrained: str | None = flag(None, "checkpoint with the initial weights of a new run", path=user_path)
+    pretrained: str | None = flag(
+        None, "checkpoint or exported folder with the initial weights of a new run", path=weights_path
+    )
     load_pretrained_state: bool = flag(
         False,
         "with --pretrained, also restore epoch, step, optimizer and schedule; new data start from the beginning",

@@ -335,9 +335,12 @@ class RunTokenizer:
 def find_run_tokenizer(checkpoint: str) -> RunTokenizer | None:
     """Return the tokenizer of the run that wrote a checkpoint; None if the run does not record any.
 
-    checkpoint: path or URL of a run folder, of a step_N folder or an epoch_N.pt or another file in its checkpoints/.
+    checkpoint: path or URL of a run folder, of a step_N folder or an epoch_N.pt or another file in its checkpoints/; or
+        a folder in the format of transformers.
     """
     folder = _absolute(checkpoint)
+    if (exported := _find_exported(folder)) is not None:
+        return exported
     for _ in range(3):
         description = _read_description(folder)
         if description is not None:
@@ -349,6 +352,18 @@ def find_run_tokenizer(checkpoint: str) -> RunTokenizer | None:
             return RunTokenizer(folder, tuple(records), files) if records else None
         folder = os.path.dirname(folder)
     return None
+
+
+def _find_exported(folder: str) -> RunTokenizer | None:
+    """Return the tokenizer of a folder in the format of transformers; None for any other folder, or without one."""
+    if storage.info(storage.join(folder, "config.json")) is None:
+        return None
+    urls = {name: storage.join(folder, name) for name in FILE_NAMES}
+    files = {name: storage.read_bytes(url) for name, url in urls.items() if storage.info(url) is not None}
+    if set(files) <= {FILE_NAMES[0]}:
+        return None
+    tokenizer = tokenizer_from_files(files, folder)
+    return RunTokenizer(folder, (TokenizerRecord(tokenizer.fingerprint, eot_id=tokenizer.eot_id),), files)
 
 
 def _read_description(folder: str) -> provenance.Description | None:

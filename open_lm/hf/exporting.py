@@ -125,6 +125,7 @@ def _openlm_fields(params: Params) -> dict[str, Any]:
         "model_type": "openlm",
         "auto_map": _AUTO_MAP,
         **{name: getattr(params, name) for name in FIELDS},
+        "attn_name": params.attn_name if params.attn_name == "custom_attn" else "auto",
         "tie_word_embeddings": params.weight_tying,
     }
 

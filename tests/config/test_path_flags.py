@@ -13,7 +13,7 @@ import pytest
 from open_lm.config.command_line import all_specs, parse_args
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPES = {"user_path", "user_file", "shard_pattern", "input_pattern", "input_list", "source_pattern"}
+TYPES = {"user_path", "weights_path", "user_file", "shard_pattern", "input_pattern", "input_list", "source_pattern"}
 LOOKS_LIKE_PATH = re.compile(
     r"path|folder|\bfiles?\b|url|\bcheckpoints?\b|\bshards?\b|manifest|\btokenizer\b|directory|\.json|\.yaml|s3://|"
     r"\bconfig\b|\bdir\b|\bdata\b|glob|python|output|\blogs\b|script",

@@ -42,13 +42,15 @@ class OpenLMConfig(PretrainedConfig):
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
-        for name, default in DEFAULTS.items():
-            setattr(self, name, kwargs.pop(name, default))
-        self.n_kv_heads = self.n_kv_heads or self.n_heads
-        self.head_dim = self.head_dim or self.dim // self.n_heads
-        if not self.ffn_dim:
-            is_gated = self.ffn_type not in ("gelu", "gelu_tanh")
-            self.ffn_dim = 256 * -(-int(8 * self.dim / 3) // 256) if is_gated else 4 * self.dim
-        self.moe_ffn_dim = self.moe_ffn_dim or 4 * self.dim
-        self.ffn_bias = self.ffn_type == "gemma_geglu" if self.ffn_bias is None else self.ffn_bias
-        super().__init__(**{**kwargs, "tie_word_embeddings": self.weight_tying})
+        values = {name: kwargs.pop(name, default) for name, default in DEFAULTS.items()}
+        values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
+        values["head_dim"] = values["head_dim"] or values["dim"] // values["n_heads"]
+        is_gated = values["ffn_type"] not in ("gelu", "gelu_tanh")
+        default_width = 256 * -(-int(8 * values["dim"] / 3) // 256) if is_gated else 4 * values["dim"]
+        values["ffn_dim"] = values["ffn_dim"] or default_width
+        values["moe_ffn_dim"] = values["moe_ffn_dim"] or 4 * values["dim"]
+        if values["ffn_bias"] is None:
+            values["ffn_bias"] = values["ffn_type"] == "gemma_geglu"
+        for name, value in values.items():
+            setattr(self, name, value)
+        super().__init__(**{**kwargs, "tie_word_embeddings": values["weight_tying"]})

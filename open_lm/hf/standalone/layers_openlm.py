@@ -37,6 +37,9 @@ class RmsNorm(nn.Module):
 class LayerNorm(nn.Module):
     """Layer norm with optional gain and bias."""
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, width: int, eps: float, has_gain: bool = True, has_bias: bool = True) -> None:
         super().__init__()
         self.width, self.eps = width, eps

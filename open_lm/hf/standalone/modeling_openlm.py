@@ -87,6 +87,7 @@ class Transformer(nn.Module):
         allowed = {window: self._allowed(x, total, window, attention_mask) for window in (False, True)}
         angles = {window: self._angles(positions, window) for window in (False, True)}
         x = self.embedding_dropout(self.post_embed_norm(x))
+        block: Any
         for block in self.layers:
             window = block.has_window
             x = block(x, angles[window] if block.is_rotated else None, allowed[window], attention_mask, cache)
@@ -160,13 +161,13 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.tok_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.model.tok_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.output
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.model.output = new_embeddings
 
     def forward(  # noqa: PLR0917 (the order in transformers)
