@@ -34,7 +34,8 @@ def model_keys(case: str, layout: str) -> dict[str, Any]:
     model_type, fields = CASES[case]
     keys = architecture(AutoConfig.for_model(model_type, **{**TINY, **fields}).to_dict())
     renamed = {"dim": keys.pop("hidden_dim"), "apply_qk_norm": keys.pop("qk_norm", False)}
-    keys = {**keys, **renamed, **VARIANTS.get(case, {})}
+    patterns = {name: [True, False] for name in ("attn_window_pattern", "rope_pattern") if name in keys}
+    keys = {**keys, **renamed, **patterns, "n_layers": 2, **VARIANTS.get(case, {})}
     if "moe_freq" in keys and layout != "tensor":
         keys["moe_loss_weight"] = 0.0  # the loss of each rank's tokens
     return keys
