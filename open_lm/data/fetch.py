@@ -16,6 +16,7 @@ import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import tempfile
 import weakref
@@ -45,9 +46,9 @@ logger = logging.getLogger(__name__)
 class FetchSettings:
     """Settings for reading shards, as plain values that can be sent to a worker.
 
-    `folder` is the path of a `FetchFolder`, which all workers of a rank share: it records which files are verified, and
-    stores remote shards while they are read. A `cache_dir` stores them instead, for later passes and runs, up to
-    `cache_limit_bytes`. A read without a byte for `read_timeout_s` seconds is retried.
+    `folder` is the path of a `FetchFolder`, which the ranks and workers of a node share: it records which files are
+    verified, and stores remote shards while they are read. A `cache_dir` stores them instead, for later passes and
+    runs, up to `cache_limit_bytes`. A read without a byte for `read_timeout_s` seconds is retried.
     """
 
     folder: str | None = None
@@ -77,7 +78,7 @@ def needs_fetch(url: str) -> bool:
 
 # --- the temporary folder of a run -----------------------------------------------------------------------------------
 class FetchFolder:
-    """A temporary folder of one rank, removed with this object or when the process ends.
+    """A temporary folder that all ranks of a node share, removed when the last of them ends or drops this object.
 
     A lock shows that the folder is in use; forked workers hold it too. Creating a new folder removes those whose
     processes were all killed.
@@ -85,7 +86,7 @@ class FetchFolder:
 
     @classmethod
     def if_needed(cls, sources: Sequence[Source]) -> FetchFolder | None:
-        """Return a new folder if any shard must be downloaded or verified."""
+        """Return the folder, new or of another rank, if any shard must be downloaded or verified."""
         return cls() if cls.is_needed(sources) else None
 
     @staticmethod
@@ -100,22 +101,41 @@ class FetchFolder:
     def __init__(self) -> None:
         _remove_abandoned()
         while True:
-            self.name = tempfile.mkdtemp(prefix=_FOLDER_PREFIX)
-            lock = os.open(os.path.join(self.name, _LOCK_NAME), os.O_CREAT | os.O_RDWR, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if os.fstat(lock).st_nlink:  # else another process removed it as abandoned before it was locked
-                break
-            os.close(lock)
+            self.name = _shared_folder() or tempfile.mkdtemp(prefix=_FOLDER_PREFIX)
+            with contextlib.suppress(FileNotFoundError):  # another process removed it as abandoned
+                lock = os.open(os.path.join(self.name, _LOCK_NAME), os.O_CREAT | os.O_RDWR, 0o600)
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if os.fstat(lock).st_nlink:
+                    break
+                os.close(lock)
         self._remove = weakref.finalize(self, _remove_folder, self.name, lock, os.getpid())
 
     def cleanup(self) -> None:
-        """Remove the folder now."""
+        """Remove the folder now, unless other ranks use it."""
         self._remove()
+
+
+def _shared_folder() -> str | None:
+    """Create a folder with a name that only the ranks of this run on this node derive; None for a single rank."""
+    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID")
+    run = "\n".join(os.environ.get(name, "") for name in names)
+    if int(os.environ.get("LOCAL_WORLD_SIZE") or 1) < 2 or "MASTER_PORT" not in os.environ:
+        return None
+    folder = os.path.join(tempfile.gettempdir(), _FOLDER_PREFIX + hashlib.sha256(run.encode()).hexdigest()[:16])
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        status = os.lstat(folder)
+    except OSError:
+        return None
+    is_ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    return folder if is_ours else None
 
 
 def _remove_folder(name: str, lock: int, owner: int) -> None:
     if os.getpid() == owner:  # not in a forked child
-        shutil.rmtree(name, ignore_errors=True)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(name, ignore_errors=True)
         os.close(lock)
 
 

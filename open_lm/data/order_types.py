@@ -37,9 +37,9 @@ class Source:
     repeats: tuple[Fraction, ...] = ()
     num_bytes: tuple[int | None, ...] = ()
     sha256: tuple[str, ...] = ()
-    block_sums: tuple[BlockSums | None, ...] = ()
     data_key: str = ""
     datasets: tuple[dict[str, Any], ...] = ()
+    block_sums: tuple[BlockSums | None, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_bytes", self.num_bytes or (None,) * len(self.shards))
