@@ -134,32 +134,50 @@ def choice_accuracy(trained: Trained, questions: list[tuple[list[tuple[str, str]
 
 @dataclass
 class Outputs:
-    """The JSON files of a run with in_memory_hf_eval.yaml and of a run of two processes with other tasks."""
+    """The JSON files of a run with in_memory_hf_eval.yaml and of a run of two processes with other tasks.
+
+    `native` and `native_two` are those of the native engine, and `agreement` is the output of check_icl_agreement.py.
+    """
 
     single: dict[str, Any]
     two: dict[str, Any]
+    native: dict[str, Any]
+    native_two: dict[str, Any]
+    agreement: str
 
 
 @pytest.fixture(scope="module")
 def outputs(trained: Trained, data: Path) -> Outputs:
-    """Run both evaluations, and add to each JSON its printed output and its tasks by name."""
+    """Run the evaluations with both engines, and add to each JSON its printed output and its tasks by name."""
     tasks = ("--tasks", "copa", "lambada_openai", "winograd", "--max-examples", str(EXAMPLES))
     single = trained.arguments("--eval-yaml", "in_memory_hf_eval.yaml", "--data-dir", str(data), *tasks)
     (trained.folder / "two.yaml").write_text(yaml.safe_dump(tasks_of_two_processes(data)))
     two = trained.arguments("--eval-yaml", str(trained.folder / "two.yaml"), "--max-examples", str(EXAMPLES))
-    two += ["--output", str(trained.folder / "two.json")]
     (trained.folder / "epoch_2_in_memory_hf_eval.json").write_text(FULL_RESULT)
-    command = [EVAL_PYTHON, str(ROOT / "tests/helpers/icl_runs.py"), json.dumps([(1, single), (2, two)])]
+    tokenizers = [str(data.parent / "tokenizers" / name) for name in ("gpt-neox-20b.json", "llama2.model")]
+    agreement = ["../scripts/checks/check_icl_agreement.py", "--data-dir", str(data), "--tokenizer", *tokenizers]
+    agreement += ["--max-examples", "2", "--max-generated", "1", "--shots", "0", "3"]
+    program, native = "eval_openlm_ckpt.py", ["--engine", "native"]
+    runs: list[tuple[int, list[str]]] = [
+        (1, [program, *single]),
+        (2, [program, *two, "--output", str(trained.folder / "two.json")]),
+        (1, [program, *native, *single]),
+        (2, [program, *native, *two]),
+        (1, agreement),
+    ]
+    command = [EVAL_PYTHON, str(ROOT / "tests/helpers/icl_runs.py"), json.dumps(runs)]
     result = subprocess.run(command, cwd=EVAL, env=ENV, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     contents = []
-    printed = json.loads(result.stdout.splitlines()[-1])
-    for text, name in zip(printed, ("epoch_2_in_memory_hf_eval_partial.json", "two.json"), strict=True):
+    *printed, comparison = json.loads(result.stdout.splitlines()[-1])
+    names = ("epoch_2_in_memory_hf_eval_partial.json", "two.json")
+    names += ("evals/epoch_2_in_memory_hf_eval_partial.json", "evals/epoch_2_two_partial.json")
+    for text, name in zip(printed, names, strict=True):
         content = json.loads((trained.folder / name).read_text())
         content["printed"] = text
         content["by_name"] = {task["task"]: task for task in content["tasks"]}
         contents.append(content)
-    return Outputs(*contents)
+    return Outputs(*contents, comparison)
 
 
 @pytest.fixture
@@ -257,6 +275,30 @@ def test_two_processes_get_equal_scores_and_report_truncation(outputs: Outputs) 
     assert found["triviaqa"]["n"] == EXAMPLES and found["triviaqa"]["metric"].endswith("ExactMatchAccuracy")
     assert "boolq 0-shot" in printed and "truncated on the left" in printed
     assert printed.count("hellaswag 0-shot did not run") == 1
+
+
+@needs_eval_environment
+def test_both_engines_give_the_same_results(outputs: Outputs) -> None:
+    for ours, theirs in ((outputs.native, outputs.single), (outputs.native_two, outputs.two)):
+        assert ours["engine"] == "native" and theirs["engine"] == "llm-foundry"
+        assert ours["by_name"].keys() == theirs["by_name"].keys()
+        for name, task in theirs["by_name"].items():
+            found = ours["by_name"][name]
+            for key in ("metric", "baseline", "n", "truncated", "sequences", "problem", "interval", "shots", "kind"):
+                assert found[key] == task[key], (name, key)
+            for key in ("score", "centered"):
+                assert found[key] == (None if task[key] is None else pytest.approx(task[key], abs=1e-6)), (name, key)
+            assert found["metrics"] == pytest.approx(task["metrics"], abs=1e-6), name
+
+
+@needs_eval_environment
+def test_prompts_and_answers_agree_with_llm_foundry_in_all_task_files(outputs: Outputs, data: Path) -> None:
+    lines = [line for line in outputs.agreement.splitlines() if "-shot " in line or line.startswith("total: ")]
+    files = len(list(data.glob("*.jsonl")))
+    assert len(lines) >= 4 * files + 1  # two tokenizers, zero- and few-shot; a file may have several tasks
+    for line in lines:
+        assert "0 with other ids, 0 other answers" in line and " 0 examples" not in line
+    assert int(lines[-1].split()[1]) > 6 * files
 
 
 @needs_eval_environment

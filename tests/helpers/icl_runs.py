@@ -1,7 +1,8 @@
-"""Run eval/eval_openlm_ckpt.py several times with one import of llm-foundry, which takes longer than the runs.
+"""Run programs several times with one import of llm-foundry, which takes longer than the runs.
 
-`python icl_runs.py RUNS` in eval/, with the Python of .venv-eval. RUNS is JSON: [[processes, arguments], ...]. The
-processes of a run are forked with the variables that torchrun sets. Writes the output of each run as JSON.
+`python icl_runs.py RUNS` in eval/, with the Python of .venv-eval. RUNS is JSON: [[processes, words], ...], where words
+are a program and its arguments. The processes of a run are forked with the variables that torchrun sets. Writes the
+output of each run as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run(num_processes: int, arguments: list[str]) -> str:
+def run(num_processes: int, words: list[str]) -> str:
     """Return the output of a run; exit with its output if it fails."""
     port = free_port()
     with tempfile.TemporaryFile() as output:
@@ -35,7 +36,7 @@ def run(num_processes: int, arguments: list[str]) -> str:
                 os.dup2(output.fileno(), 2)
                 if num_processes > 1:
                     start_rank(rank, num_processes, port)
-                sys.argv = ["eval_openlm_ckpt.py", *arguments]
+                sys.argv = words
                 runpy.run_path(sys.argv[0], run_name="__main__")
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
@@ -55,4 +56,4 @@ def start_rank(rank: int, num_processes: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps([run(num_processes, arguments) for num_processes, arguments in json.loads(sys.argv[1])]))
+    print(json.dumps([run(num_processes, words) for num_processes, words in json.loads(sys.argv[1])]))
