@@ -29,6 +29,27 @@ _OF_ONE_VERSION = (
     *("layer_types", "sliding_window_pattern"),
 )
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # classes have defaults for them
+# Fields that the rules of families read.
+_OF_RULES = (
+    *("sliding_window", "use_sliding_window", "max_window_layers", "no_rope_layers", "no_rope_layer_interval"),
+    *("query_pre_attn_scalar", "router_aux_loss_coef", "num_experts_per_tok", "quantization_config"),
+)
+# Fields of all classes that do not change the logits, or that only describe the file.
+_NEUTRAL = (
+    *(
+        "model_type",
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "tokenizer_class",
+        "task_specific_params",
+    ),
+    *("initializer_range", "use_cache", "cache_implementation", "pretraining_tp", "output_router_logits"),
+    *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
+    *("chunk_size_feed_forward", "hidden_act", "hidden_activation"),
+    *("do_sample", "max_length", "min_length", "temperature", "top_k", "top_p", "num_beams", "return_dict_in_generate"),
+)
 # Names of the same function: the weights of llama_rotary differ from those of rotary only in the order of their rows.
 _SAME = {"llama_rotary": "rotary", "swiglu_torch": "swiglu"}
 
@@ -56,6 +77,21 @@ def full_config(fields: Mapping[str, Any]) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise ConfigError(f"transformers refuses the configuration ({reason})") from error
     return config
+
+
+def unimplemented(config: Mapping[str, Any]) -> list[str]:
+    """Return the fields of a family's class that have no mapping and not their default value, with both values.
+
+    Classes of newer versions of transformers may have fields that change the result.
+    """
+    model_type = config["model_type"]
+    family = FAMILIES[model_type]
+    known = {*FIELDS, *family.fields, *family.allowed, *_OF_RULES, *_OF_ONE_VERSION, *SPECIAL_IDS, *_NEUTRAL}
+    return [
+        f"{name} is {config[name]!r}, expected {default!r}; other values are not implemented"
+        for name, default in _class_fields(model_type).items()
+        if name not in known and not name.startswith("_") and config.get(name) != default
+    ]
 
 
 def config_of(params: Params, preferred: str | None = None) -> dict[str, Any] | None:
@@ -129,6 +165,8 @@ def _fields(params: Params, model_type: str) -> dict[str, Any]:
     names = {**FIELDS, **family.fields}
     known = _class_fields(model_type)
     fields |= {name: keys[targets[0]] for name, targets in names.items() if name in known}
+    if fields.get("head_dim") == params.dim // params.n_heads and known["head_dim"] is None:
+        del fields["head_dim"]
     fields |= {name: v[0] for name, v in family.allowed.items() if name in known and known[name] not in v}
     for rule in family.rules:
         found = _INVERSES[rule](params, model_type)

@@ -29,7 +29,7 @@ from open_lm.config.architecture import FAMILY_KEY, read_architecture
 from open_lm.data import provenance
 from open_lm.errors import ConfigError, join_problems
 from open_lm.hf.families import FAMILIES, architecture
-from open_lm.hf.family_configs import SPECIAL_IDS, differences, full_config, params_from_keys
+from open_lm.hf.family_configs import SPECIAL_IDS, differences, full_config, params_from_keys, unimplemented
 from open_lm.hf.folders import (
     CONFIG,
     GENERATION_CONFIG,
@@ -107,9 +107,15 @@ def read_model(fields: Mapping[str, Any], label: str) -> tuple[dict[str, Any], d
         )
     try:
         config = full_config(fields)
-        return architecture(config), config
+        keys = architecture(config)
+        problems = unimplemented(config)
+        if fields.get("auto_map"):
+            problems.append("auto_map names own code of the model, which may compute something else; remove it if not")
+        if problems:
+            raise ConfigError(join_problems(problems, CONFIG))
     except ConfigError as error:
         raise ConfigError(f"{label}: {error}") from error
+    return keys, config
 
 
 def _openlm_keys(fields: Mapping[str, Any]) -> dict[str, Any]:
