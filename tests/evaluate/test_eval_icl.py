@@ -359,3 +359,53 @@ def test_both_paths_of_the_model_configurations_are_equal() -> None:
     paths = [ROOT / "model_configs" / "open_lm_11m.json", ROOT / "open_lm" / "model_configs" / "open_lm_11m.json"]
     shapes = [create_params(Shape(str(path))) for path in paths]
     assert shapes[0].dim == shapes[1].dim == 96
+
+
+def test_the_native_engine_evaluates_the_checkpoints_of_a_run_without_another_environment(
+    trained: Trained, data: Path, tmp_path: Path
+) -> None:
+    """The architecture comes from the run's params.txt."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    content = torch.load(trained.folder / "epoch_2.pt", weights_only=True)
+    for epoch in (1, 2, 3):
+        scale = 1.0 if epoch == 3 else 0.5
+        state = {name: value * scale for name, value in content["state_dict"].items()}
+        torch.save({**content, "epoch": epoch, "state_dict": state}, checkpoints / f"epoch_{epoch}.pt")
+    (tmp_path / "run" / "params.txt").write_text(f"model: {trained.folder / 'small.json'}\n")
+    arguments = ["--engine", "native", "--checkpoint", str(tmp_path / "run"), "--every", "2", "--device", "cpu"]
+    arguments += ["--tokenizer", str(trained.folder / "tokenizer.json"), "--data-dir", str(data)]
+    arguments += ["--eval-yaml", "in_memory_hf_eval.yaml", "--max-examples", str(EXAMPLES), "--tasks", "copa"]
+    result = evaluate([*arguments, "lambada_openai"], OPEN_LM_EVAL_PYTHON=str(tmp_path / "missing"))
+    assert result.returncode == 0, result.stderr
+    written = sorted(path.name for path in (checkpoints / "evals").glob("*.json"))
+    assert written == [f"epoch_{epoch}_in_memory_hf_eval_partial.json" for epoch in (1, 3)]
+    last = json.loads((checkpoints / "evals" / written[-1]).read_text())
+    scores = {task["task"]: task["score"] for task in last["tasks"]}
+    exact = 0
+    for row in rows(data, "lambada_openai"):
+        ids, log_probs = log_probabilities(trained, row["context"], f" {row['continuation']}")
+        exact += bool((log_probs.argmax(-1) == ids).all())
+    copa = [([(row["query"], f" {choice}") for choice in row["choices"]], row["gold"]) for row in rows(data, "copa")]
+    assert scores == pytest.approx({"copa": choice_accuracy(trained, copa), "lambada_openai": exact / EXAMPLES})
+    assert last["schema"] == "open_lm.icl/1" and last["checkpoint"].endswith("epoch_3.pt")
+    for task in last["tasks"]:
+        lines = Path(task["examples_file"]).read_text().splitlines()
+        assert len(lines) == EXAMPLES + 1 and json.loads(lines[0])["weights"] == last["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--every", "2"], "--every needs --engine native"),
+        (["--checkpoint", "a.pt", "b.pt"], "found 2 checkpoints, expected one"),
+        (["--engine", "native", "--checkpoint", "a", "b", "--output", "x.json"], "--output is one file"),
+        (["--engine", "native", "--every", "0"], "expected at least 1"),
+    ],
+)
+def test_contradicting_flags_are_reported(monkeypatch: pytest.MonkeyPatch, flags: list[str], words: str) -> None:
+    monkeypatch.syspath_prepend(str(EVAL))
+    program = importlib.import_module("eval_openlm_ckpt")
+    args = program.build_parser().parse_args(["--checkpoint", "c.pt", "--eval-yaml", "a.yaml", "--model", "m", *flags])
+    with pytest.raises(ValueError, match=words):
+        program.check_arguments(args)
