@@ -61,6 +61,7 @@ class TrainableHFModel(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         loss: TokenLoss | None = None,
+        logits_to_keep: int = 0,
     ) -> tuple[Tensor, None, Any]:
         """Compute next-token logits, or their loss.
 
@@ -70,6 +71,7 @@ class TrainableHFModel(nn.Module):
             use_cache: return a cache for the next call.
             attention_mask: (B,P+T), nonzero for real tokens.
             loss: return this loss instead of logits.
+            logits_to_keep: return the logits of only this number of last positions; 0 for all T.
 
         Returns:
             logits (B,T,V) float32, or the loss; None instead of hidden states; the cache or None.
@@ -89,7 +91,7 @@ class TrainableHFModel(nn.Module):
         cache = output.past_key_values if use_cache else None
         if loss is not None:
             return loss.from_logits(output.logits), None, cache
-        return output.logits.float(), None, cache
+        return output.logits[:, -logits_to_keep:].float(), None, cache
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return the routers' loss of the last forward pass in training mode, as `Transformer.auxiliary_loss` does.
