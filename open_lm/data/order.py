@@ -40,16 +40,27 @@ __all__ = [
 ORDER_NAME = "lanes"
 _MAX_LANES = 1024
 _MIN_LANES = 64
+_MAX_WHOLE_BYTES = 64 << 30  # of one shard of each lane
+_UNKNOWN_SHARD_BYTES = 64 << 20
 
 
-def choose_lanes(global_batch_size: int) -> int:
+def choose_lanes(global_batch_size: int, sources: Sequence[Source] = ()) -> int:
     """Return the number of lanes of a new run: the largest divisor of the global batch that is at most 1,024.
 
-    If that is less than 64, the global batch size itself.
+    If that is less than 64, the global batch size itself. Fewer, but at least 64, if the `sources` have remote shards
+    that can only be fetched whole, and one of each lane would take more than 64 GiB.
     """
-    divisors = (lanes for lanes in range(min(_MAX_LANES, global_batch_size), 0, -1) if global_batch_size % lanes == 0)
-    lanes = next(divisors)
+    largest = max((_whole_shard_bytes(source) for source in sources), default=0)
+    limit = min(_MAX_LANES, max(_MIN_LANES, _MAX_WHOLE_BYTES // largest)) if largest else _MAX_LANES
+    lanes = next(lanes for lanes in range(min(limit, global_batch_size), 0, -1) if global_batch_size % lanes == 0)
     return lanes if lanes >= _MIN_LANES else global_batch_size
+
+
+def _whole_shard_bytes(source: Source) -> int:
+    """Return the mean size of the remote shards of a source that have no checksums of blocks; 0 without any."""
+    columns = zip(source.shards, source.num_bytes, source.block_sums, strict=True)
+    sizes = [num_bytes or _UNKNOWN_SHARD_BYTES for url, num_bytes, sums in columns if "://" in url and sums is None]
+    return sum(sizes) // len(sizes) if sizes else 0
 
 
 def rows_of_rank(lanes: int, global_batch_size: int, rank: int, world_size: int) -> np.ndarray:

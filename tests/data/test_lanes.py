@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from open_lm.data.block_sums import BlockSums
 from open_lm.data.mixture import Interleaving, Slots
 from open_lm.data.order import DataOrder, OrderSettings, Source, choose_lanes, rows_of_rank
 
@@ -26,6 +27,16 @@ def make_source(sizes: list[int], name: str = "s", known: bool = True, **options
 )
 def test_number_of_lanes(batch: int, lanes: int) -> None:
     assert choose_lanes(batch) == lanes
+
+
+def test_large_shards_that_are_fetched_whole_get_fewer_lanes() -> None:
+    def lanes(num_bytes: int | None, url: str = "s3://b/0.tar", sums: BlockSums | None = None) -> int:
+        source = Source("s", (url,), (1,), num_bytes=(num_bytes,), block_sums=(sums,))
+        return choose_lanes(512, [source])
+
+    assert lanes(None) == lanes(70_000_000) == 512
+    assert (lanes(500_000_000), lanes(1 << 40)) == (128, 64)
+    assert lanes(1 << 40, "/data/0.tar") == lanes(1 << 40, sums=BlockSums(1, 1 << 40, bytes(16))) == 512
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 3, 4, 6, 12]))
