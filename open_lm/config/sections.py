@@ -1,6 +1,7 @@
 """All settings of a run, in frozen sections. Each field defines one flag (see fields.py).
 
-The command line, configuration files and `params.txt` are derived from these sections (see command_line.py).
+The command line, configuration files and `params.txt` are derived from these sections (see command_line.py). The
+sections of training data and evaluations have modules of their own.
 Functions that build a part of a run take its section, or any object with the same attributes
 (`Section.from_object`).
 """
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from open_lm.config import registry
+from open_lm.config.data_section import DataConfig
+from open_lm.config.evaluation_sections import LiveEvaluationConfig, ValidationConfig
 from open_lm.config.fields import FieldSpec, Section, flag, no_effect
-from open_lm.config.live_evaluation import LiveEvaluationConfig
-from open_lm.names import shard_pattern, user_path, weights_path
+from open_lm.names import user_path, weights_path
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 CHECKPOINTING_POLICIES = ("none", "full", "op")  # of --activation-checkpointing, in addition to a number
@@ -35,83 +37,6 @@ class RunConfig(Section):
     seed: int = flag(0, "random seed for weight initialization, data order and shuffling")
     deterministic: bool = flag(False, "make results bitwise reproducible, at some cost in speed")
     debug: bool = flag(False, "log messages of level DEBUG too")
-
-
-@dataclass(frozen=True)
-class DataConfig(Section):
-    title: ClassVar[str] = "training data"
-
-    train_data: list[str] | None = flag(
-        None,
-        "training shards, one value per source: a path, an s3:// URL, a brace range, a glob, several of these joined "
-        "by '::', or a 'pipe:' command; an existing name is no pattern",
-        path=shard_pattern,
-    )
-    dataset_manifest: list[str] | None = flag(
-        None, "manifest.jsonl files, one per source; each pass reads every sequence exactly once", path=user_path
-    )
-    train_data_mix_weights: list[float] | None = flag(
-        None, "sampling weight of each source, on any scale; default: equal weights"
-    )
-    train_data_upsampling_factors: str | None = flag(
-        None, "number of visits to each shard per pass, one factor per source, joined by '::'; default: 1"
-    )
-    dataset_type: str = flag(
-        "auto",
-        "type of the training data: synthetic generates random tokens and needs no data; auto and webdataset read "
-        "shards",
-        choices=("webdataset", "auto", "synthetic"),
-    )
-    dataset_resampled: bool = flag(False, "sample the shards of --train-data with replacement")
-    multiple_data_passes: bool = flag(
-        False, "start another pass when the sources of --dataset-manifest are exhausted, instead of failing"
-    )
-    data_key: str = flag(
-        "txt", "format of the samples in a shard: npy, json.gz, json or txt; another of these in a shard is detected"
-    )
-    train_num_samples: int | None = flag(None, "number of tokens per epoch, that is, per checkpoint interval")
-    epochs: int = flag(32, "number of epochs of --train-num-samples tokens")
-    global_batch_size: int = flag(64, "sequences per optimizer step, over all devices")
-    batch_size: int | None = flag(
-        None,
-        "sequences per device and micro-batch; replaces --global-batch-size, which becomes --batch-size x devices x "
-        "--accum-freq",
-    )
-    workers: int = flag(1, "data-loading worker processes per device; 0: load in the training process")
-    disable_buffer: bool = flag(False, "read the sequences of each shard in stored order, without shuffling")
-    target_mask_left: int | None = flag(
-        None, "token id; only the tokens after its last occurrence in a sequence are targets; default: no such mask"
-    )
-    squash_mask_left: bool = flag(False, "with --target-mask-left, also remove that token from the sequence")
-    target_mask_individual: int | None = flag(
-        None, "token id that is never a target, such as a padding token; default: no such mask"
-    )
-    document_mask: bool = flag(
-        False, "let each token attend to its own document only, and restart positions at each document"
-    )
-    end_of_text_id: int | None = flag(
-        None, "with --document-mask, id that ends a document; default: that of the shards' dataset.json"
-    )
-    cache_dir: str | None = flag(
-        None, "local folder in which to cache remote shards; default: no cache", path=user_path
-    )
-    cache_limit: str = flag("100GB", "maximum size of --cache-dir, such as 500MB or 2TB")
-    read_timeout: float = flag(60.0, "seconds without any data after which the read of a shard is retried")
-    allow_changed_data: bool = flag(
-        False, "resume even if the training data differ from those that the checkpoint was trained on"
-    )
-    allow_other_tokenizer: bool = flag(
-        False, "accept data whose tokenizers, or that of the loaded checkpoint's run, give different ids"
-    )
-    ignore_parse_errors: bool = flag(
-        False, "skip and count corrupt samples and shards, up to the fraction --data-tolerate-error-p"
-    )
-    data_tolerate_error_p: float = flag(
-        0.09, "with --ignore-parse-errors, maximum fraction of corrupt sequences, from 0 to 1"
-    )
-    data_tolerate_num_ckpts: int = no_effect(
-        0, "every epoch has exactly its number of tokens, so there are no missing tokens to tolerate"
-    )
 
 
 @dataclass(frozen=True)
@@ -362,36 +287,6 @@ class LoggingConfig(Section):
     )
     remote_sync_frequency: int = flag(300, "copy to --remote-sync every N seconds")
     remote_sync_protocol: str = flag("s3", "protocol of --remote-sync", choices=("s3", "fsspec"))
-
-
-@dataclass(frozen=True)
-class ValidationConfig(Section):
-    title: ClassVar[str] = "validation"
-
-    val_data: list[str] | None = flag(
-        None, "validation shards, one value per validation set; default: no validation", path=shard_pattern
-    )
-    val_data_key: list[str] | None = flag(
-        None, "format of the samples, one value per validation set or one for all; default: --data-key"
-    )
-    val_num_samples: int | None = flag(None, "number of tokens to use per validation set; default: all")
-    val_max_batches: int | None = flag(
-        None, "evaluate at most the first N batches (of --global-val-batch-size) of each validation set; default: all"
-    )
-    val_frequency: int = flag(1, "validate every N epochs")
-    global_val_batch_size: int | None = flag(
-        None, "sequences per validation batch, over all devices; default: as in training, or else 8 per device"
-    )
-    val_seq_ci: bool = flag(
-        False, "estimate a 95 % confidence interval of the validation loss by bootstrapping over sequences"
-    )
-    val_tok_ci: bool = flag(
-        False, "estimate a 95 % confidence interval of the validation loss by bootstrapping over tokens"
-    )
-    val_max_pop_ci: int | None = flag(
-        None, "maximum number of sequences or tokens per bootstrap resample; default: unlimited"
-    )
-    val_iter_ci: int = flag(10000, "number of bootstrap resamples")
 
 
 @dataclass(frozen=True)

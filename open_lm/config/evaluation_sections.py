@@ -1,4 +1,4 @@
-"""The settings of evaluations of the live model: tasks of in-context learning and text samples."""
+"""The settings of validation, and of the evaluations while training: tasks of in-context learning and text samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,37 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from open_lm.config.fields import Section, flag
-from open_lm.names import user_path
+from open_lm.names import shard_pattern, user_path
+
+
+@dataclass(frozen=True)
+class ValidationConfig(Section):
+    title: ClassVar[str] = "validation"
+
+    val_data: list[str] | None = flag(
+        None, "validation shards, one value per validation set; default: no validation", path=shard_pattern
+    )
+    val_data_key: list[str] | None = flag(
+        None, "format of the samples, one value per validation set or one for all; default: --data-key"
+    )
+    val_num_samples: int | None = flag(None, "number of tokens to use per validation set; default: all")
+    val_max_batches: int | None = flag(
+        None, "evaluate at most the first N batches (of --global-val-batch-size) of each validation set; default: all"
+    )
+    val_frequency: int = flag(1, "validate every N epochs")
+    global_val_batch_size: int | None = flag(
+        None, "sequences per validation batch, over all devices; default: as in training, or else 8 per device"
+    )
+    val_seq_ci: bool = flag(
+        False, "estimate a 95 % confidence interval of the validation loss by bootstrapping over sequences"
+    )
+    val_tok_ci: bool = flag(
+        False, "estimate a 95 % confidence interval of the validation loss by bootstrapping over tokens"
+    )
+    val_max_pop_ci: int | None = flag(
+        None, "maximum number of sequences or tokens per bootstrap resample; default: unlimited"
+    )
+    val_iter_ci: int = flag(10000, "number of bootstrap resamples")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""The settings of the training data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from open_lm.config.fields import Section, flag, no_effect
+from open_lm.names import shard_pattern, user_path
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    title: ClassVar[str] = "training data"
+
+    train_data: list[str] | None = flag(
+        None,
+        "training shards, one value per source: a path, an s3:// URL, a brace range, a glob, several of these joined "
+        "by '::', or a 'pipe:' command; an existing name is no pattern",
+        path=shard_pattern,
+    )
+    dataset_manifest: list[str] | None = flag(
+        None, "manifest.jsonl files, one per source; each pass reads every sequence exactly once", path=user_path
+    )
+    train_data_mix_weights: list[float] | None = flag(
+        None, "sampling weight of each source, on any scale; default: equal weights"
+    )
+    train_data_upsampling_factors: str | None = flag(
+        None, "number of visits to each shard per pass, one factor per source, joined by '::'; default: 1"
+    )
+    dataset_type: str = flag(
+        "auto",
+        "type of the training data: synthetic generates random tokens and needs no data; auto and webdataset read "
+        "shards",
+        choices=("webdataset", "auto", "synthetic"),
+    )
+    dataset_resampled: bool = flag(False, "sample the shards of --train-data with replacement")
+    multiple_data_passes: bool = flag(
+        False, "start another pass when the sources of --dataset-manifest are exhausted, instead of failing"
+    )
+    data_key: str = flag(
+        "txt", "format of the samples in a shard: npy, json.gz, json or txt; another of these in a shard is detected"
+    )
+    train_num_samples: int | None = flag(None, "number of tokens per epoch, that is, per checkpoint interval")
+    epochs: int = flag(32, "number of epochs of --train-num-samples tokens")
+    global_batch_size: int = flag(64, "sequences per optimizer step, over all devices")
+    batch_size: int | None = flag(
+        None,
+        "sequences per device and micro-batch; replaces --global-batch-size, which becomes --batch-size x devices x "
+        "--accum-freq",
+    )
+    workers: int = flag(1, "data-loading worker processes per device; 0: load in the training process")
+    disable_buffer: bool = flag(False, "read the sequences of each shard in stored order, without shuffling")
+    target_mask_left: int | None = flag(
+        None, "token id; only the tokens after its last occurrence in a sequence are targets; default: no such mask"
+    )
+    squash_mask_left: bool = flag(False, "with --target-mask-left, also remove that token from the sequence")
+    target_mask_individual: int | None = flag(
+        None, "token id that is never a target, such as a padding token; default: no such mask"
+    )
+    document_mask: bool = flag(
+        False, "let each token attend to its own document only, and restart positions at each document"
+    )
+    end_of_text_id: int | None = flag(
+        None, "with --document-mask, id that ends a document; default: that of the shards' dataset.json"
+    )
+    cache_dir: str | None = flag(
+        None, "local folder in which to cache remote shards; default: no cache", path=user_path
+    )
+    cache_limit: str = flag("100GB", "maximum size of --cache-dir, such as 500MB or 2TB")
+    read_timeout: float = flag(60.0, "seconds without any data after which the read of a shard is retried")
+    allow_changed_data: bool = flag(
+        False, "resume even if the training data differ from those that the checkpoint was trained on"
+    )
+    allow_other_tokenizer: bool = flag(
+        False, "accept data whose tokenizers, or that of the loaded checkpoint's run, give different ids"
+    )
+    ignore_parse_errors: bool = flag(
+        False, "skip and count corrupt samples and shards, up to the fraction --data-tolerate-error-p"
+    )
+    data_tolerate_error_p: float = flag(
+        0.09, "with --ignore-parse-errors, maximum fraction of corrupt sequences, from 0 to 1"
+    )
+    data_tolerate_num_ckpts: int = no_effect(
+        0, "every epoch has exactly its number of tokens, so there are no missing tokens to tolerate"
+    )
