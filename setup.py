@@ -30,6 +30,7 @@ setup(
         "open_lm.datapreprocess": ["**/*.yaml"],
         "open_lm": ["py.typed"],
         "open_lm.kernels.native": ["*.cpp", "*.h"],
+        "open_lm.evaluate.icl": ["*.yaml"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=requirements("core"),

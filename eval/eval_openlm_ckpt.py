@@ -104,6 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tasks", nargs="+", help="labels of the tasks to run; default: all")
     parser.add_argument("--max-examples", type=int, help="use only the first N examples of a task (of each category)")
+    parser.add_argument(
+        "--baselines",
+        choices=("v1", "v2"),
+        default="v2",
+        help="version of the scores of random guessing in DCLM's aggregates (default: %(default)s)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if available")
     parser.add_argument(
         "--output",
@@ -210,13 +216,17 @@ def _report(outcome: Outcome) -> None:
         print(f"{outcome.task} {outcome.shots}-shot: {score}", flush=True)
 
 
-def _write_results(path: str, outcomes: list[Outcome], metadata: dict[str, Any]) -> None:
-    """Print the table and write the JSON result on rank 0."""
+def _write_results(
+    path: str, outcomes: list[Outcome], metadata: dict[str, Any], settings: EvalSettings, baselines: str
+) -> None:
+    """Print the table and the aggregates, and write the JSON result, on rank 0."""
+    from open_lm.evaluate.icl.aggregates import dclm_aggregate
     from open_lm.evaluate.icl.report import format_table, write_json
 
     if _is_main():
-        print(f"\n{format_table(outcomes)}\n", flush=True)
-        write_json(path, outcomes, metadata)
+        aggregates = [dclm_aggregate(outcomes, name, baselines) for name in settings.aggregates]
+        print("\n".join(["", format_table(outcomes), *map(str, aggregates), ""]), flush=True)
+        write_json(path, outcomes, metadata, aggregates)
         print(f"results written to {path}", flush=True)
 
 
@@ -230,7 +240,8 @@ def _evaluate(args: argparse.Namespace) -> list[Outcome]:
     device = start_processes(args.device, settings)
     start = time.monotonic()
     outcomes = run_tasks(model, tokenizer, settings, device, max_examples=args.max_examples, report=_report)
-    _write_results(args.output, outcomes, run_metadata(args, settings, model, device, time.monotonic() - start))
+    metadata = run_metadata(args, settings, model, device, time.monotonic() - start)
+    _write_results(args.output, outcomes, metadata, settings, args.baselines)
     return outcomes
 
 
@@ -249,7 +260,7 @@ def _evaluate_native(args: argparse.Namespace) -> list[Outcome]:
             print(f"checkpoint {checkpoint}", flush=True)
         outcomes, metadata = icl_native.evaluate_checkpoint(args, settings, checkpoint, runtime, _report)
         output = args.output or icl_native.default_output(checkpoint, args.yaml_names, args.is_partial)
-        _write_results(output, outcomes, metadata)
+        _write_results(output, outcomes, metadata, settings, args.baselines)
     shutdown(runtime)
     return outcomes
 

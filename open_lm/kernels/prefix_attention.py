@@ -65,17 +65,19 @@ class PrefixAttention:
         q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
         for prefix, rests, mask in self._long:
             if prefix.stop > prefix.start:
-                parts = (x[:, :, prefix] for x in (q, k, v))
-                heads_first[:, :, prefix] = F.scaled_dot_product_attention(*parts, is_causal=True)
+                heads_first[:, :, prefix] = F.scaled_dot_product_attention(
+                    q[:, :, prefix], k[:, :, prefix], v[:, :, prefix], is_causal=True
+                )
             if mask is not None:
                 tokens = slice(prefix.start, rests.stop)
                 heads_first[:, :, rests] = F.scaled_dot_product_attention(
                     q[:, :, rests], k[:, :, tokens], v[:, :, tokens], attn_mask=mask.to(q.dtype)
                 )
         for indices, mask in self._short:
-            parts = (x[0][indices].transpose(1, 2) for x in (queries, keys, values))
+            rows, sources, contents = (x[0][indices].transpose(1, 2) for x in (queries, keys, values))
+            mixed = F.scaled_dot_product_attention(rows, sources, contents, attn_mask=mask.to(q.dtype))
             # Padding repeats a sequence's last token, whose result is then written several times with equal values.
-            out[0, indices] = F.scaled_dot_product_attention(*parts, attn_mask=mask.to(q.dtype)).transpose(1, 2)
+            out[0, indices] = mixed.transpose(1, 2)
         return out
 
 

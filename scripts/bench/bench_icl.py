@@ -130,7 +130,7 @@ def run_native(model: Any, tokenizer: Any, tasks: list[Any], folder: str) -> Tim
         timing.cpu_seconds[task.label] = time.process_time() - cpu_start
         records = store.read(outcome.examples_file)
         ordered = [records[index] for index in sorted(records)]
-        timing.predictions[task.label] = [int(r.get("prediction", r["correct"])) for r in ordered]
+        timing.predictions[task.label] = [int(r["prediction"] if "prediction" in r else r["correct"]) for r in ordered]
     timing.peak_gib = peak_gib()
     return timing
 

@@ -17,7 +17,8 @@ from icl_worker import byte_tokenizer, new_model, write_tasks
 from parity import on_ranks
 
 from open_lm.errors import ConfigError, DataError
-from open_lm.evaluate.icl import EvaluatorOptions, IclEvaluator, ResultStore, Task, read_settings
+from open_lm.evaluate.icl import EvaluatorOptions, IclEvaluator, Outcome, ResultStore, Task, read_settings
+from open_lm.evaluate.icl.aggregates import dclm_aggregate, dclm_tasks
 from open_lm.evaluate.icl.metrics import accuracy_interval, binomial_interval, normalize_answer
 from open_lm.evaluate.icl.packing import form_batches, pack_example
 from open_lm.evaluate.icl.prompts import Choice, Example, Prompts, PromptTooLong, build_prompts, few_shot_indices
@@ -273,3 +274,33 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------- aggregates
+def test_core_is_the_mean_centered_accuracy_of_its_tasks() -> None:
+    members = {label: facts for label, facts in dclm_tasks().items() if facts[1]}
+    assert len(members) == 22 and len(dclm_tasks()) == 53
+    outcomes = [Outcome(label, facts[0], "multiple_choice", score=0.7) for label, facts in members.items()]
+    outcomes.append(Outcome("boolq", 0, "multiple_choice", score=0.0))  # another number of shots
+    for version, column in (("v1", 2), ("v2", 3)):
+        baselines = [facts[column] / 100 for facts in members.values()]
+        expected = np.mean([(0.7 - baseline) / (1 - baseline) for baseline in baselines])
+        found = dclm_aggregate(outcomes, "core", version)
+        assert found.score == pytest.approx(expected) and f"baselines {version}" in str(found)
+    incomplete = dclm_aggregate([o for o in outcomes if o.task not in ("squad", "coqa")], "core")
+    assert incomplete.score is None and str(incomplete).endswith("not available, 2 tasks are missing: squad, coqa")
+    assert len(dclm_aggregate(outcomes, "extended").missing) == 31
+
+
+def test_core_yaml_has_the_tasks_of_core(shared_dir: Path) -> None:
+    content = yaml.safe_load((Path(__file__).resolve().parents[2] / "eval" / "core.yaml").read_text())
+    shots = {task["label"]: task["num_fewshot"] for task in content["icl_tasks"]}
+    assert shots == {label: [facts[0]] for label, facts in dclm_tasks().items() if facts[1]}
+    for entry in json.loads((shared_dir / "data" / "eval" / "dclm_tasks.json").read_text()):
+        baselines = entry["random_baseline_percent"]
+        expected = (entry["shots"][0], entry["core"], baselines["v1"], baselines["v2"])
+        assert dclm_tasks()[entry["label"]] == expected
+        for task in content["icl_tasks"]:
+            if task["label"] == entry["label"]:
+                assert task["icl_task_type"] == entry["type"] and Path(task["dataset_uri"]).name == entry["file"]
+                assert {key: task.get(key) for key in entry["options"]} == entry["options"]

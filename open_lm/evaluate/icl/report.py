@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from open_lm import storage
+from open_lm.evaluate.icl.aggregates import Aggregate
 from open_lm.evaluate.icl.metrics import Outcome
 from open_lm.storage.strict_json import to_json
 
@@ -86,8 +87,11 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
     return ["", *notes] if notes else []
 
 
-def write_json(path: str, outcomes: Sequence[Outcome], run_metadata: Mapping[str, Any]) -> None:
+def write_json(
+    path: str, outcomes: Sequence[Outcome], run_metadata: Mapping[str, Any], aggregates: Sequence[Aggregate] = ()
+) -> None:
     """Write all results of an evaluation as strict JSON; a value that is not finite is null. The write is atomic."""
     tasks = [{**asdict(outcome), "centered": centered(outcome)} for outcome in outcomes]
-    content = {"schema": SCHEMA, **run_metadata, **averages(outcomes), "tasks": tasks}
+    content = {"schema": SCHEMA, **run_metadata, **averages(outcomes)}
+    content |= {"aggregates": [asdict(aggregate) for aggregate in aggregates], "tasks": tasks}
     storage.write_text(path, to_json(content, indent=2) + "\n")

@@ -94,7 +94,8 @@ class BatchLayout:
         function = inner.params.attn_func
         if function is xformers_attn or isinstance(function, functools.partial):
             return BatchLayout(None, False)
-        is_plain = all(block.attention.current_options().is_plain for block in inner.layers)
+        blocks: Any = inner.layers
+        is_plain = all(block.attention.current_options().is_plain for block in blocks)
         return BatchLayout(inner.params.dim, is_flat=is_plain and device.type == "cpu")
 
 

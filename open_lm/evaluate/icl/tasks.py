@@ -43,8 +43,11 @@ KNOWN_METRICS = (
 _REFERENCE = re.compile(r"\$\{\s*([^{}]+?)\s*\}")
 _ENVIRONMENT = "oc.env:"  # before the name of an environment variable, and a default after a comma
 _MAX_REFERENCES = 16  # depth of settings that refer to other settings
+AGGREGATES = ("core", "extended")  # DCLM's scores over several tasks, see aggregates.py
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
-KNOWN_SETTINGS = ("data_dir", "max_seq_len", "device_eval_batch_size", "precision", "seed", "icl_tasks")
+KNOWN_SETTINGS = (
+    "data_dir", "max_seq_len", "device_eval_batch_size", "precision", "seed", "icl_tasks", "aggregates",
+)  # fmt: skip
 
 
 @dataclass
@@ -81,6 +84,7 @@ class EvalSettings:
     batch_size: int = 8
     precision: str = "fp32"
     seed: int = 1
+    aggregates: list[str] = field(default_factory=list)  # names in aggregates.AGGREGATES, of all files
     ignored: list[str] = field(default_factory=list)  # settings of the first file that have no effect
 
 
@@ -119,8 +123,12 @@ def read_settings(
         batch_size=_number(first, "device_eval_batch_size", 8, files[0], problems) or 8,
         precision=str(first.get("precision") or "fp32"),
         seed=_number(first, "seed", 1, files[0], problems) or 0,
+        aggregates=list(dict.fromkeys(name for content in contents for name in content.get("aggregates") or [])),
         ignored=[key for key, value in first.items() if key not in KNOWN_SETTINGS and value],
     )
+    unknown = [str(name) for name in settings.aggregates if name not in AGGREGATES]
+    if unknown:
+        problems.append(f"aggregates has {', '.join(unknown)}, expected some of {', '.join(AGGREGATES)}")
     if settings.precision not in PRECISIONS:
         problems.append(f"{files[0]}: precision is {settings.precision}, expected one of {', '.join(PRECISIONS)}")
     if problems:
