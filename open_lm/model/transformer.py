@@ -124,7 +124,7 @@ class Block(nn.Module):
         super().__init__()
         self.layer_id = layer_id
         self.kind = params.layer_kind(layer_id)
-        self.is_parallel = params.parallel_block
+        self.is_parallel, self.has_dropout = params.parallel_block, params.has_dropout
         self.attention = Attention(params, self.kind)
         self.feed_forward = _create_feed_forward(layer_id, params)
         if isinstance(self.feed_forward, nn.Sequential):

@@ -180,17 +180,17 @@ def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module], cfg: Mode
         # A policy cannot see the operators of a compiled block, so the block is compiled with its checkpointing.
         for block in blocks:
             base: Any = type(block)
-            block.__class__ = _checkpointed_class(base, policy)
+            block.__class__ = _checkpointed_class(base, policy, getattr(block, "has_dropout", False))
     else:
         set_grad_checkpointing(policy=policy)
 
 
 @functools.cache  # torch.compile reuses the graph of a block only for blocks of the same class
-def _checkpointed_class(base: Any, policy: str) -> type:
+def _checkpointed_class(base: Any, policy: str, has_dropout: bool) -> type:
     """Return a subclass of a block's class whose forward pass is checkpointed by `policy`."""
 
     def forward(block: nn.Module, *args: Any) -> Any:
-        return with_recomputation(base.forward, policy)(block, *args)
+        return with_recomputation(base.forward, policy, has_dropout)(block, *args)
 
     return type(base.__name__, (base,), {"forward": forward})
 

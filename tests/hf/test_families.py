@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from open_lm.errors import ConfigError
+from open_lm.generate.sampling import Sampling, generate_ids
 from open_lm.hf.families import FAMILIES, architecture, tensor_sources
 from open_lm.model.losses import TokenLoss
 
@@ -188,3 +189,14 @@ def test_unpacked_tensors_are_those_of_the_checkpoint(case: str) -> None:
         parts = source.unpack(native.get_parameter(name))
         for part, tensor in zip(source.names, parts, strict=True):
             assert torch.equal(tensor, tensors[part])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["gemma_2", "gemma_3", "mistral", "phi_2", "smollm_3", "mixtral"])
+def test_greedy_generation_equals_that_of_transformers(case: str) -> None:
+    hf = hf_model(case)
+    native, prompts = native_model(hf), random_ids(3, 12)
+    settings = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(prompts)}
+    expected = hf.generate(prompts, max_new_tokens=15, **settings)
+    steps = generate_ids(native, prompts.tolist(), Sampling(max_new_tokens=15, temperature=0))
+    assert [list(row) for row in zip(*steps, strict=True)] == expected[:, 12:].tolist()
