@@ -25,7 +25,7 @@ class Budget:
         """Return the number of examples of each task: `limit`, or a power of two, at least 1.
 
         The evaluation may take its share of the time since the previous one, and all evaluations together their share
-        of the time since the start of the run. Powers of two change rarely, so that most evaluations of a run have the
+        of the time since the first one. Powers of two change rarely, so that most evaluations of a run have the
         same examples.
 
         Args:
@@ -36,11 +36,11 @@ class Budget:
         """
         if not records or not self.step_s:
             return min(FIRST_EXAMPLES, limit)
-        last = records[-1]
+        first, last = records[0], records[-1]
         ratio = self.max_share / (1 - self.max_share)
         since_last = ratio * self.step_s * (step - last["step"])
-        remaining = ratio * self.step_s * step - sum(record["seconds"] for record in records)
-        affordable = min(since_last, remaining) / last["seconds"] * last["examples"]
+        remaining = ratio * self.step_s * (step - first["step"]) - sum(record["seconds"] for record in records)
+        affordable = min(since_last, remaining) / max(last["seconds"], 1e-9) * last["examples"]
         if count(limit) <= affordable:
             return limit
         number = 1
