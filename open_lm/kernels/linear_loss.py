@@ -80,7 +80,7 @@ def linear_cross_entropy(
         bias = bias.to_local() if isinstance(bias, DTensor) else bias
     if bias is not None:
         hidden, weight = with_bias_column(hidden, weight, bias)
-    first_row = 0 if vocab_shard is None else vocab_shard.first
+    vocab_size = len(weight) if vocab_shard is None else vocab_shard.vocab_size
     device_type, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
@@ -94,7 +94,7 @@ def linear_cross_entropy(
         needs_weight_grad=grad_enabled and weight.requires_grad,
         vocab_shard=vocab_shard,
         soft_cap=soft_cap,
-        num_rows=len(weight) if num_ids is None else min(len(weight), max(0, num_ids - first_row)),
+        num_ids=vocab_size if num_ids is None else num_ids,
     )
     loss: Tensor = disable_compilation(_LinearCrossEntropy.apply)(hidden, weight, targets, settings)
     return loss
@@ -102,7 +102,7 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True)
 class _Settings:
-    """The settings of the loss. `dtype` is the dtype of matrix products, num_rows the number of V without padding."""
+    """The settings of the loss: dtype is that of matrix products, num_ids the size of the vocabulary without padding."""
 
     dtype: torch.dtype
     ignore_index: int
@@ -112,7 +112,7 @@ class _Settings:
     needs_weight_grad: bool
     vocab_shard: VocabShard | None
     soft_cap: float | None
-    num_rows: int
+    num_ids: int
 
     @property
     def needs_grad(self) -> bool:
@@ -178,9 +178,9 @@ def _select_valid_tokens(  # noqa: PLR0917 (as `_losses_and_gradients`)
     if len(rows) < len(valid):
         hidden, targets, loss_grads = hidden[rows], targets[rows], None if loss_grads is None else loss_grads[rows]
     hidden = hidden.to(settings.dtype)
-    vocab_size = len(weight) if settings.vocab_shard is None else settings.vocab_shard.vocab_size
-    if len(rows) and not 0 <= targets.min() <= targets.max() < vocab_size:
-        raise IndexError(f"targets range from {targets.min()} to {targets.max()}, expected 0 to {vocab_size - 1}")
+    if len(rows) and not 0 <= targets.min() <= targets.max() < settings.num_ids:
+        limits = f"{targets.min()} to {targets.max()}"
+        raise IndexError(f"targets range from {limits}, expected 0 to {settings.num_ids - 1}")
     losses, hidden_grad, weight_grad = _loop_over_chunks(
         hidden, weight, targets, settings, loss_grads=loss_grads, weight_grad_input=hidden
     )
@@ -223,6 +223,7 @@ def _loop_over_chunks(
     """
     tokens, device, acc_dtype = len(hidden), hidden.device, _accumulation_dtype(settings.dtype)
     float32_output = _supports_float32_output(device)
+    first_row = 0 if settings.vocab_shard is None else settings.vocab_shard.first
     weight = weight.to(settings.dtype)
     losses = torch.empty(tokens, dtype=acc_dtype, device=device)
     hidden_grad = None
@@ -243,7 +244,7 @@ def _loop_over_chunks(
         logits = logits_buffer[: tokens - start]
         torch.mm(hidden[rows], weight.t(), out=logits)
         chunk_loss_grads = None if loss_grads is None else loss_grads[rows]
-        slopes = finish_logits_(logits, settings.soft_cap, settings.num_rows)
+        slopes = finish_logits_(logits, settings.soft_cap, settings.num_ids - first_row)
         losses[rows] = _replace_logits_by_gradient_(logits, targets[rows], settings, chunk_loss_grads)
         if slopes is not None and settings.needs_grad:
             logits.mul_(slopes)

@@ -24,6 +24,8 @@ def with_bias_column(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tens
 def finish_logits_(logits: Tensor, soft_cap: float | None, num_rows: int) -> Tensor | None:
     """Apply a soft cap c to logits l (R,V), c tanh(l / c), and mask padding, the columns from num_rows on, in place.
 
+    num_rows below 0 or above V masks all columns or none.
+
     Returns:
         the derivative of the soft cap (R,V), or None without one.
     """
@@ -34,5 +36,5 @@ def finish_logits_(logits: Tensor, soft_cap: float | None, num_rows: int) -> Ten
         slopes = shares.square_().neg_().add_(1)
     if num_rows < logits.shape[1]:
         # A finite value: infinities would give nan on a rank whose rows are all padding.
-        logits[:, num_rows:] = torch.finfo(logits.dtype).min / 4
+        logits[:, max(0, num_rows) :] = torch.finfo(logits.dtype).min / 4
     return slopes

@@ -122,6 +122,8 @@ def test_a_padded_vocabulary_gives_the_loss_and_gradients_of_the_unpadded_model(
         logits = padded(ids)[0]
     assert_equal(logits[..., :61], plain(ids)[0])
     assert (logits[..., 61:] == -torch.inf).all()
+    with pytest.raises(IndexError, match="targets range from 1 to 61, expected 0 to 60"):
+        padded(ids[:1, :2], loss=TokenLoss(torch.tensor([[1, 61]])))
     losses = [model(ids[:, :-1], loss=TokenLoss(ids[:, 1:], 1e-3))[0] for model in (plain, padded)]
     assert_equal(losses[1], losses[0])
     for loss in losses:
