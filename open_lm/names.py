@@ -189,6 +189,17 @@ def printable(text: str) -> str:
     return text.encode("utf-8", ESCAPE_ERRORS).decode("utf-8")
 
 
+def setting_text(value: Any) -> str:
+    """Return str(value). Names in a list keep their bytes that are not UTF-8, so that `escape` finds them."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_quoted, value))}]"
+    return str(value)
+
+
+def _quoted(value: Any) -> str:
+    return f"'{value}'" if isinstance(value, str) and re.search(_UNDECODABLE, value) else repr(value)
+
+
 def _escape_character(match: re.Match[str]) -> str:
     return f"\\x{ord(match[0]) & 0xFF:02x}"
 

@@ -87,6 +87,14 @@ def test_params_txt_keeps_names(name: str) -> None:
         assert len(storage.read_lines(os.path.join(run, "params.txt"))) == 3
 
 
+def test_params_txt_escapes_the_names_in_a_list(tmp_path: Path) -> None:
+    train_data = [os.fsdecode(b"a\xff/x.tar"), "it's \\udcff.tar", "b.tar"]
+    write_params(str(tmp_path / "params.txt"), {"train_data": train_data})
+    expected = r"""train_data: ['a\xff/x.tar', "it's \\udcff.tar", 'b.tar']"""
+    assert storage.read_lines(str(tmp_path / "params.txt")) == [expected]
+    assert read_written_params(f"{tmp_path}/checkpoints/epoch_1.pt")["train_data"] == names.setting_text(train_data)
+
+
 def test_patterns_select_what_no_literal_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("000.tar", "001.tar", "002.tar", "d[12]/x.tar", "d1/y.tar"):
         storage.write_bytes(tmp_path / name, bytes(1024))

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError
-from open_lm.names import escape_line
+from open_lm.names import escape_line, setting_text
 from open_lm.storage.paths import is_open_at
 from open_lm.storage.redaction import redact, redacted
 
@@ -259,7 +259,7 @@ def write_params(path: str, params: Mapping[str, Any] | object) -> None:
     Control characters and bytes that are not UTF-8 are escaped (`names.escape_line`).
     """
     mapping = params if isinstance(params, Mapping) else vars(params)
-    lines = [escape_line(f"{key}: {value}") for key, value in sorted(redacted(mapping).items())]
+    lines = [escape_line(f"{key}: {setting_text(value)}") for key, value in sorted(redacted(mapping).items())]
     storage.write_text(path, "\n".join(lines) + "\n")
 
 

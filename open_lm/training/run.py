@@ -22,6 +22,7 @@ from open_lm.evaluate.validation import loss_problems, non_finite_weights
 from open_lm.monitor.loggers import MetricLoggers, log_to_file
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.monitor.watchdog import Watchdog, long_operation
+from open_lm.names import setting_text
 from open_lm.training.build import RunParts, build_parts, build_trainer
 from open_lm.training.control import Decision, RunControl
 from open_lm.training.evaluations.moment import Moment
@@ -179,7 +180,8 @@ class Training:
         while parts.end_step(parts.progress.epoch) < parts.total_steps:
             epoch = parts.progress.epoch
             logging.info(f"Start epoch {epoch}")
-            logging.info(f"=> epoch {epoch}, training on {[source.name for source in trainer.loader.sources]}")
+            names = setting_text([source.name for source in trainer.loader.sources])
+            logging.info(f"=> epoch {epoch}, training on {names}")
             end_step = parts.end_step(epoch + 1)
             # A checkpoint with other epochs, such as one of the original OpenLM, may be behind this epoch's first step.
             trainer.run_epoch(epoch, end_step, min(parts.end_step(epoch), trainer.step))

@@ -41,7 +41,7 @@ from open_lm.monitor.loggers import (
     write_to_log_file,
 )
 from open_lm.monitor.run_folder import RunPaths, copy_codebase, write_params
-from open_lm.names import printable
+from open_lm.names import printable, setting_text
 from open_lm.parallel.parallelize import ineffective_settings, unwrap
 from open_lm.storage import write_text
 from open_lm.storage.redaction import redacted
@@ -192,7 +192,7 @@ def warn_changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> None:
         for spec in section.specs()
         if spec.name in saved
         and spec.name not in _HARMLESS_FLAGS
-        and printable(str(saved[spec.name])) != printable(str(current[spec.name]))
+        and printable(setting_text(saved[spec.name])) != printable(setting_text(current[spec.name]))
     ]
     if changed:
         logging.warning(join_problems(changed, "the run continues with other settings than its checkpoint's"))
