@@ -75,7 +75,10 @@ def take_rows(sources: Sequence[Source], batch: int, lanes: int, steps: int, see
 def steps_of_pass(sources: Sequence[Source], batch: int) -> int:
     """Return the steps after which no source has ended its first pass."""
     total = sum(source.weight for source in sources)
-    lengths = (int(np.dot(source.sizes, copies_in_pass(source, 0))) * total / source.weight for source in sources)
+    lengths = (
+        int(np.dot(np.array(source.sizes, np.int64), copies_in_pass(source, 0))) * total / source.weight
+        for source in sources
+    )
     return int(min(lengths) / batch)
 
 
