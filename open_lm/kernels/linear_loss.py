@@ -102,7 +102,7 @@ def linear_cross_entropy(
 
 @dataclass(frozen=True)
 class _Settings:
-    """The settings of the loss: dtype is that of matrix products, num_ids the size of the vocabulary without padding."""
+    """The settings of the loss: dtype is that of matrix products, num_ids the size of V without padding."""
 
     dtype: torch.dtype
     ignore_index: int
