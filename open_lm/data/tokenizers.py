@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +17,22 @@ from typing import TYPE_CHECKING, Any
 from open_lm import storage
 from open_lm.data import provenance
 from open_lm.data.shard_format import shard_folder
+from open_lm.data.tokenizer_copies import (
+    TokenizerRecord,
+    find_copies,
+    fingerprint_of,
+    read_copy,
+    read_files,
+    records_of,
+    same_ids,
+    short,
+    write_copy,
+)
 from open_lm.errors import ConfigError, DataError, StorageError, join_problems
 from open_lm.names import unescape, user_path
 from open_lm.tokenizer import (
     COPY_FOLDER,
     DEFAULT_TOKENIZER,
-    FILE_NAMES,
-    NO_TOKENIZER,
     Tokenizer,
     load_tokenizer,
     tokenizer_from_files,
@@ -34,62 +42,6 @@ if TYPE_CHECKING:
     from open_lm.data.order import Source
 
 OVERRIDE_FLAG = "--allow-other-tokenizer"
-_SHOWN_DIGITS = 12
-
-
-@dataclass(frozen=True)
-class TokenizerRecord:
-    """What dataset.json says about a tokenizer.
-
-    Attributes:
-        fingerprint: sha256 (hex) of its file.
-        name: what it was loaded from: a path or a hub name; "" if unknown.
-        eot_id: the id that ends a document; None if unknown.
-    """
-
-    fingerprint: str
-    name: str = ""
-    eot_id: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name or 'a tokenizer of unknown name'} (fingerprint {_short(self.fingerprint)})"
-
-
-def records_of(datasets: Iterable[Mapping[str, Any]]) -> list[TokenizerRecord]:
-    """Return the different tokenizers of data sets (see provenance.read_dataset), by fingerprint."""
-    records: dict[str, TokenizerRecord] = {}
-    for dataset in datasets:
-        settings = dataset["settings"]
-        fingerprint, eot_id = settings.get("tokenizer_fingerprint"), settings.get("eot_id")
-        if isinstance(fingerprint, str) and fingerprint not in ("", NO_TOKENIZER):
-            record = TokenizerRecord(
-                fingerprint, str(dataset.get("tokenizer") or ""), eot_id if isinstance(eot_id, int) else None
-            )
-            records.setdefault(fingerprint, record)
-    return list(records.values())
-
-
-def read_copy(folder: str) -> dict[str, bytes]:
-    """Return the files of the tokenizer in a folder of shards or of a run, by name; empty if there is no copy.
-
-    Only warn if the copy cannot be read: some stores answer so for a file that does not exist.
-    """
-    urls = {name: storage.join(folder, COPY_FOLDER, name) for name in FILE_NAMES}
-    try:
-        files = {name: storage.read_bytes(url) for name, url in urls.items() if storage.info(url) is not None}
-    except StorageError as error:
-        logging.warning(f"{folder}: cannot read the copy of the tokenizer, which is not used: {error}")
-        return {}
-    return {} if set(files) <= {FILE_NAMES[0]} else files
-
-
-def write_copy(folder: str, files: Mapping[str, bytes]) -> None:
-    """Write the files of a tokenizer to the folder of a run; files of another tokenizer there are removed."""
-    for name in FILE_NAMES:
-        if name in files:
-            storage.write_bytes(storage.join(folder, COPY_FOLDER, name), files[name])
-        else:
-            storage.remove(storage.join(folder, COPY_FOLDER, name))
 
 
 def add_tokenizer_args(parser: Any) -> None:
@@ -120,7 +72,7 @@ def record_in_run(sources: Sequence[Source], roots: Iterable[str], weights: str 
     files = {} if tokenizer is None else tokenizer.files
     for root in roots:
         existing = read_copy(root)
-        is_stale = bool(records) and _fingerprint(existing) not in {record.fingerprint for record in records}
+        is_stale = bool(records) and fingerprint_of(existing) not in {record.fingerprint for record in records}
         if existing != files and (files or is_stale):
             write_copy(root, files)
 
@@ -189,14 +141,6 @@ def _records(sources: Iterable[Source]) -> list[TokenizerRecord]:
     return records_of(dataset for source in sources for dataset in source.datasets)
 
 
-def _fingerprint(files: Mapping[str, bytes]) -> str:
-    """Return the fingerprint of a tokenizer's files; "" if there are none, or damaged ones."""
-    try:
-        return tokenizer_from_files(files, COPY_FOLDER).fingerprint if files else ""
-    except ConfigError:
-        return ""
-
-
 def _copies(sources: Sequence[Source], records: Sequence[TokenizerRecord]) -> dict[str, Tokenizer]:
     """Return the tokenizers of these records, by fingerprint, that have a copy next to shards of the sources."""
     folders = dict.fromkeys(
@@ -207,36 +151,6 @@ def _copies(sources: Sequence[Source], records: Sequence[TokenizerRecord]) -> di
         if not url.startswith("pipe:")
     )
     return find_copies(folders, [record.fingerprint for record in records])
-
-
-def find_copies(folders: Iterable[str], fingerprints: Iterable[str]) -> dict[str, Tokenizer]:
-    """Return the tokenizers with these fingerprints that have a copy in a folder of shards, by fingerprint.
-
-    A copy that is damaged or has another fingerprint is not used, with a warning.
-    """
-    missing = set(fingerprints)
-    found: dict[str, Tokenizer] = {}
-    for folder in folders:
-        if not missing:
-            break
-        files = read_copy(folder)
-        if not files:
-            continue
-        copy = storage.join(folder, COPY_FOLDER)
-        try:
-            tokenizer = tokenizer_from_files(files, copy)
-        except ConfigError as error:
-            logging.warning(f"the copy of the tokenizer next to the data is not used: {error}")
-            continue
-        if tokenizer.fingerprint in missing:
-            missing.remove(tokenizer.fingerprint)
-            found[tokenizer.fingerprint] = tokenizer
-        elif tokenizer.fingerprint not in found:
-            logging.warning(
-                f"{copy}: not used, because its fingerprint {_short(tokenizer.fingerprint)} is not that of "
-                f"{provenance.DATASET_NAME}; copy the folder again from the original data set"
-            )
-    return found
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -269,10 +183,18 @@ class RunTokenizer:
 
     def _load_copy(self, eot_token: str | None) -> Tokenizer:
         name = storage.join(self.root, COPY_FOLDER)
-        tokenizer = tokenizer_from_files(self.files, name, eot_token)
+        try:
+            tokenizer = tokenizer_from_files(self.files, name, eot_token)
+        except ConfigError as error:
+            if eot_token is not None:  # the tokenizer may only lack this token
+                raise
+            raise ConfigError(
+                f"{name}: the copy of the run's tokenizer is damaged ({error}); restore it, or remove it and pass "
+                "--tokenizer"
+            ) from error
         if tokenizer.fingerprint not in {record.fingerprint for record in self.records}:
             raise ConfigError(
-                f"{name}: its fingerprint is {_short(tokenizer.fingerprint)}, but {provenance.FILE_NAME} of the run "
+                f"{name}: its fingerprint is {short(tokenizer.fingerprint)}, but {provenance.FILE_NAME} of the run "
                 f"records {self._recorded}; restore the copy, or remove it and pass --tokenizer"
             )
         return tokenizer
@@ -291,7 +213,10 @@ class RunTokenizer:
             return self._load_copy(eot_token)
         advice = "and there is no copy in the run's folder; pass that tokenizer with --tokenizer"
         if len(self.records) > 1:
-            raise ConfigError(f"{self.root}: the run was trained with {self._recorded}, {advice}")
+            raise ConfigError(
+                f"{self.root}: the run was trained with {self._recorded}, which may give different ids; pass one of "
+                "them with --tokenizer"
+            )
         (record,) = self.records
         name = unescape(record.name) or DEFAULT_TOKENIZER
         try:
@@ -303,7 +228,7 @@ class RunTokenizer:
         if tokenizer.fingerprint != record.fingerprint:
             raise ConfigError(
                 f"{self.root}: the run was trained with {record}, but {name} has the fingerprint "
-                f"{_short(tokenizer.fingerprint)}, {advice}"
+                f"{short(tokenizer.fingerprint)}, {advice}"
             )
         return self._with_recorded_end(tokenizer, eot_token)
 
@@ -319,7 +244,7 @@ class RunTokenizer:
             is_found = bool(self.files or (len(self.records) == 1 and self.records[0].name))
             advice = "leave out --tokenizer to use the run's" if is_found else "pass the run's"
             raise ConfigError(
-                f"--tokenizer {tokenizer.name} (fingerprint {_short(tokenizer.fingerprint)}) {difference} the one that "
+                f"--tokenizer {tokenizer.name} (fingerprint {short(tokenizer.fingerprint)}) {difference} the one that "
                 f"the run in {self.root} was trained with, {self._recorded}; {advice}, or add {OVERRIDE_FLAG} to use "
                 "this one"
             )
@@ -358,9 +283,8 @@ def _find_exported(folder: str) -> RunTokenizer | None:
     """Return the tokenizer of a folder in the format of transformers; None for any other folder, or without one."""
     if storage.info(storage.join(folder, "config.json")) is None:
         return None
-    urls = {name: storage.join(folder, name) for name in FILE_NAMES}
-    files = {name: storage.read_bytes(url) for name, url in urls.items() if storage.info(url) is not None}
-    if set(files) <= {FILE_NAMES[0]}:
+    files = read_files(folder)
+    if not files:
         return None
     tokenizer = tokenizer_from_files(files, folder)
     return RunTokenizer(folder, (TokenizerRecord(tokenizer.fingerprint, eot_id=tokenizer.eot_id),), files)
@@ -411,27 +335,3 @@ def choose_tokenizer(
 
 def _absolute(path: str) -> str:
     return path.rstrip("/") if storage.is_remote(path) else os.path.abspath(storage.local_path(path))
-
-
-def _short(fingerprint: str) -> str:
-    return f"{fingerprint[:_SHOWN_DIGITS]}…"
-
-
-def same_ids(first: Tokenizer, second: Tokenizer) -> bool:
-    """Return whether two tokenizers give the same ids, as far as a sample of texts shows.
-
-    Equal files do. Others are compared by the number of their ids, and by the ids that they give to the text of each
-    token, to texts of several tokens in random order, and to their added tokens. The latter are not compared between
-    libraries: sentencepiece, unlike tokenizers, does not look for them in a text.
-    """
-    if first.fingerprint == second.fingerprint:
-        return True
-    if first.vocab_size != second.vocab_size:
-        return False
-    tokens = list(dict.fromkeys(first.decode([i]) for i in range(first.vocab_size)))
-    shuffled = random.Random(0).sample(tokens, len(tokens))
-    joined = ["".join(shuffled[start : start + 8]) for start in range(0, len(shuffled), 8)]
-    texts = [*tokens, *joined]
-    if first.library == second.library:
-        texts += [*first.added_tokens(), *second.added_tokens()]
-    return first.encode_batch(texts) == second.encode_batch(texts)

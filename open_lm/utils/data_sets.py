@@ -186,7 +186,7 @@ def find_data_sets(folders: Sequence[Folder]) -> tuple[list[DataSet], list[str]]
 
 def copied_tokenizer(data_sets: Sequence[DataSet]) -> Tokenizer | None:
     """Return the copy of the tokenizer next to the shards; None if there is none, or the data sets have several."""
-    from open_lm.data.tokenizers import find_copies
+    from open_lm.data.tokenizer_copies import find_copies
 
     fingerprints = {data_set.settings.get("tokenizer_fingerprint") for data_set in data_sets}
     if len(fingerprints) != 1:

@@ -18,7 +18,8 @@ from open_lm import storage
 from open_lm.config.sections import DataConfig
 from open_lm.data.provenance import describe
 from open_lm.data.sources import find_sources
-from open_lm.data.tokenizers import check_tokenizers, choose_tokenizer, find_run_tokenizer, same_ids
+from open_lm.data.tokenizer_copies import same_ids
+from open_lm.data.tokenizers import check_tokenizers, choose_tokenizer, find_run_tokenizer
 from open_lm.errors import ConfigError, DataError
 from open_lm.tokenizer import Tokenizer, load_tokenizer
 
@@ -304,8 +305,18 @@ def test_a_damaged_copy_of_a_run_is_an_error(own: Tokenizer, other: Tokenizer, t
     with pytest.raises(ConfigError, match=f"{tmp_path}/run/tokenizer: its fingerprint is {other.fingerprint[:12]}"):
         choose_tokenizer(checkpoint)
     (tmp_path / "run/tokenizer/tokenizer.json").write_text("{")
-    with pytest.raises(ConfigError, match=f"{tmp_path}/run/tokenizer: not a tokenizer.json"):
+    advice = "not a tokenizer.json .*; restore it, or remove it and pass --tokenizer"
+    with pytest.raises(ConfigError, match=f"{tmp_path}/run/tokenizer: the copy of the run's .*{advice}"):
         choose_tokenizer(checkpoint)
+
+
+def test_a_run_of_several_tokenizers_asks_for_one_of_them(own: Tokenizer, other: Tokenizer, tmp_path: Path) -> None:
+    manifests = [write_data(tmp_path / "a", own), write_data(tmp_path / "b", other)]
+    checkpoint = write_run(tmp_path / "run", manifests[0], None)
+    (tmp_path / "run/data.json").write_text(json.dumps(describe(find_sources(DataConfig(dataset_manifest=manifests)))))
+    with pytest.raises(ConfigError, match=f"{other.fingerprint[:12]}….*pass one of them with --tokenizer"):
+        choose_tokenizer(checkpoint)
+    assert choose_tokenizer(checkpoint, other.name).fingerprint == other.fingerprint
 
 
 def test_a_run_without_a_record_accepts_any_tokenizer(other: Tokenizer, shared_dir: Path, tmp_path: Path) -> None:
