@@ -34,17 +34,33 @@ def find_source(name: str) -> str:
         return name
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or os.path.exists(name):
         raise ConfigError(f"{name}: expected a folder with {CONFIG}, a URL, or a name on the hub such as org/model")
+    return download_model(name)
+
+
+def download_model(name: str, folder: str | None = None, token: str | None = None) -> str:
+    """Download a model from the hub, and return its folder: `folder`, or one in the hub's cache.
+
+    Complete files of an earlier download are kept. `token` is by default that of the environment.
+
+    Raises:
+        ConfigError: the download failed, or the cache is incomplete without a network.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return str(snapshot_download(name, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        found = snapshot_download(
+            name, local_dir=folder, token=token, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
     except Exception as error:
         # The hub's client raises many types of errors: no network, unknown name, no permission.
         reason = str(error).strip().partition("\n")[0]
+        if token:
+            reason = reason.replace(token, "…")
         raise ConfigError(
             f"{name}: no such folder, and the download from the hub failed ({type(error).__name__}: {reason}); check "
             "the name and the network, and set HF_TOKEN for models that need permission"
-        ) from error
+        ) from None
+    return str(found)
 
 
 def read_json(url: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ A causal language model of {parameters:,} parameters, trained with OpenLM and ex
 
     folder = "path/to/this/folder"
     model = AutoModelForCausalLM.from_pretrained(folder{argument})
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder{argument})
     inputs = tokenizer("Once upon a time", return_tensors="pt")
     print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 
