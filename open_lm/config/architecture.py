@@ -187,6 +187,9 @@ def _count_problem(key: str, value: object) -> str:
     return "" if valid else f"{key} is {value!r}, expected an integer above 0"
 
 
+_JSON_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "an object"}
+
+
 def _field_problem(spec: FieldSpec, value: object) -> str:
     if value is None and spec.optional:
         return ""
@@ -197,6 +200,6 @@ def _field_problem(spec: FieldSpec, value: object) -> str:
     if any(not isinstance(v, kinds) or (isinstance(v, bool) and spec.kind is not bool) for v in values) or (
         spec.many and not isinstance(value, list)
     ):
-        expected = "an object" if spec.kind is dict else spec.kind.__name__
-        return f"{spec.name} is {value!r}, expected {f'a list of {expected}' if spec.many else expected}"
+        expected = f"a list, each {_JSON_KINDS[spec.kind]}" if spec.many else _JSON_KINDS[spec.kind]
+        return f"{spec.name} is {value!r}, expected {expected}"
     return ""

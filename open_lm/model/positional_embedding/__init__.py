@@ -27,8 +27,8 @@ def get_positional_embedding(name: str, head_width: int, rope: RopeSettings = DE
     if POSITIONAL_EMBEDDINGS.fact(name, "rotates"):
         if head_width % 2:
             raise ConfigError(
-                f"--positional-embedding-type {name}: the head width hidden_dim // n_heads is {head_width}, but must "
-                "be even; change hidden_dim or n_heads, or use 'none'"
+                f"--positional-embedding-type {name}: the head width (head_dim, or else hidden_dim // n_heads) is "
+                f"{head_width}, but must be even; change it, or use 'none'"
             )
         width = rope.width(head_width)
         if width < 2 or width % 2:
