@@ -230,7 +230,8 @@ class Comparison:
             ids = ours.choices[0].context.tolist()
             same = padded[len(padded) - len(ids) :] == ids
             same = same and set(padded[: len(padded) - len(ids)]) <= {dataset.pad_tok_id}
-            same = same and set(example["aliases"]) == set(ours.answers)
+            # The metric strips the accepted answers, with and without normalization.
+            same = same and {text.strip() for text in example["aliases"]} == {text.strip() for text in ours.answers}
             same = same and dataset.base_batch["generation_kwargs"]["max_new_tokens"] == ours.max_new_tokens
             self.count_ids(same)
             return
