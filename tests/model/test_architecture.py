@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from open_lm import storage
-from open_lm.config.architecture import COUNTS, SWITCHES, model_names, read_architecture, read_run_settings
+from open_lm.config.architecture import COUNTS, FAMILY_KEY, SWITCHES, model_names, read_architecture, read_run_settings
 from open_lm.config.model_keys import ModelKeys
 from open_lm.config.sections import ArchitectureConfig
 from open_lm.errors import ConfigError
@@ -125,9 +125,10 @@ def test_invalid_values_of_keys(tmp_path: Path, keys: dict[str, object], message
 
 def test_every_key_is_documented() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "model_configs.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|", page, flags=re.MULTILINE))
+    keys = page.partition("\n## Keys\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \|", keys, flags=re.MULTILINE))
     specs = {spec.name: spec for spec in (*ArchitectureConfig.specs(), *ModelKeys.specs())}
-    assert set(rows) == {*COUNTS, *SWITCHES, *specs}
+    assert set(rows) == {*COUNTS, *SWITCHES, *specs, FAMILY_KEY}
     for name, spec in specs.items():
         default = "—" if spec.default is None else json.dumps(spec.default).strip('"')
         assert rows[name].strip().strip("`") == default, name
