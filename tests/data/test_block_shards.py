@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import SEQ_LEN, VOCAB_SIZE, places, sequence, write_shard
+from data_helpers import BLOCK_BYTES, SEQ_LEN, VOCAB_SIZE, places, sequence, write_block_source
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,23 +25,6 @@ from open_lm.data.sources import find_sources
 from open_lm.data.stream import SampleReader, StreamSpec
 from open_lm.errors import DataError
 from open_lm.utils.make_wds_manifest import make_manifest
-
-BLOCK_BYTES = 4096  # four members of 1,024 bytes
-
-
-def write_data(folder: Path, sizes: list[int], block_bytes: int = BLOCK_BYTES) -> str:
-    """Write npy shards and their manifest with checksums of small blocks; return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for shard, size in enumerate(sizes):
-        path = folder / f"{shard:05d}.tar"
-        write_shard(path, [sequence(0, shard, member) for member in range(size)])
-        hasher = BlockHasher(block_bytes)
-        hasher.update(path.read_bytes())
-        sums = hasher.finish(1024).to_json()
-        entries.append(ManifestEntry(path.stem, size, {"num_bytes": path.stat().st_size, "sha256": "0" * 64, **sums}))
-    write_manifest(folder / "manifest.jsonl", entries)
-    return str(folder / "manifest.jsonl")
 
 
 def reader_of(source: Source, folder: Path, **options: object) -> SampleReader:
@@ -118,7 +101,7 @@ def test_writer_and_make_manifest_give_equal_checksums_to_shards_of_equal_member
 def test_only_the_blocks_of_requested_members_are_fetched_and_each_once(
     tmp_path: Path, s3_bucket: str, ranges: list[tuple[str, int, int]]
 ) -> None:
-    write_data(tmp_path / "data", [40] * 8)
+    write_block_source(tmp_path / "data", [40] * 8)
     upload(tmp_path / "data", f"s3://{s3_bucket}/d")
     (source,) = find_sources(DataConfig(dataset_manifest=[f"s3://{s3_bucket}/d/manifest.jsonl"], data_key="npy"))
     reader = reader_of(source, tmp_path / "fetched")
@@ -148,7 +131,7 @@ def test_only_the_blocks_of_requested_members_are_fetched_and_each_once(
 def test_readers_that_share_a_folder_fetch_a_block_once(
     tmp_path: Path, ranges: list[tuple[str, int, int]], s3_bucket: str
 ) -> None:
-    write_data(tmp_path / "data", [16])
+    write_block_source(tmp_path / "data", [16])
     upload(tmp_path / "data", f"s3://{s3_bucket}/d")
     (source,) = find_sources(DataConfig(dataset_manifest=[f"s3://{s3_bucket}/d/manifest.jsonl"], data_key="npy"))
     samples = DataOrder([source], 0, OrderSettings()).take(16)
@@ -166,7 +149,7 @@ def test_a_damaged_block_is_an_error_when_it_is_needed_and_not_before(
     tmp_path: Path, s3_bucket: str, is_remote: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "back_off", lambda _: None)
-    write_data(tmp_path / "data", [40])
+    write_block_source(tmp_path / "data", [40])
     path = tmp_path / "data" / "00000.tar"
     data = bytearray(path.read_bytes())
     data[5 * BLOCK_BYTES + 700] ^= 1  # member 20
@@ -187,7 +170,7 @@ def test_a_damaged_block_is_an_error_when_it_is_needed_and_not_before(
 
 
 def test_a_local_shard_of_another_size_is_an_error(tmp_path: Path) -> None:
-    manifest = write_data(tmp_path / "data", [40])
+    manifest = write_block_source(tmp_path / "data", [40])
     (source,) = find_sources(DataConfig(dataset_manifest=[manifest], data_key="npy"))
     source = replace(source, num_bytes=(99,), block_sums=(BlockSums(1, 99, bytes(16)),))
     with pytest.raises(DataError, match=r"bytes, expected 99 from its manifest"):
@@ -196,7 +179,7 @@ def test_a_local_shard_of_another_size_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_local_shards_are_verified_block_by_block_with_the_same_batches(tmp_path: Path) -> None:
-    manifest = write_data(tmp_path / "data", [40, 30, 20])
+    manifest = write_block_source(tmp_path / "data", [40, 30, 20])
     plain = tmp_path / "data" / "plain.jsonl"
     write_manifest(plain, [ManifestEntry(f"{n:05d}", size) for n, size in enumerate([40, 30, 20])])
     rows = []

@@ -12,8 +12,7 @@ from typing import Any
 
 import bench_s3
 import pytest
-from data_helpers import write_source
-from test_block_shards import write_data
+from data_helpers import write_block_source, write_source
 
 pytestmark = pytest.mark.processes
 
@@ -76,7 +75,7 @@ def test_all_ranks_together_fetch_each_byte_about_once(
     folder = tmp_path / "store/bucket/d"
     sizes = [40] * 30 if has_blocks else [12] * 100
     if has_blocks:
-        write_data(folder, sizes)
+        write_block_source(folder, sizes)
     else:
         write_source(folder, sizes)
     stored = 1200 * 1024 if has_blocks else 100 * (folder / "00000.tar").stat().st_size
@@ -97,7 +96,7 @@ def test_ranks_that_do_not_divide_the_lanes_and_ranks_of_one_node(
 ) -> None:
     """513 lanes on 2 ranks: one lane belongs to both. On one node, they fetch their common blocks once."""
     folder = tmp_path / "store/bucket/d"
-    write_data(folder, [342] * 12)
+    write_block_source(folder, [342] * 12)
     found = []
     for nodes, limit in ((2, 1.5), (1, 1.05)):
         server.sent.clear()

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from open_lm.data.block_sums import BlockHasher
 from open_lm.data.shard_format import ManifestEntry, ShardWriter, token_dtype, write_manifest
 
 SEQ_LEN = 8
 VOCAB_SIZE = 1000
+BLOCK_BYTES = 4096  # four npy members of 1,024 bytes
 
 
 def sequence(source: int, shard: int, member: int, length: int = SEQ_LEN + 1) -> np.ndarray:
@@ -38,6 +40,21 @@ def write_source(folder: Path, sizes: Sequence[int], source: int = 0, kind: str 
     if not manifest:
         return f"{folder}/{{00000..{len(sizes) - 1:05d}}}.tar"
     entries = [ManifestEntry(f"{shard:05d}", size) for shard, size in enumerate(sizes)]
+    write_manifest(folder / "manifest.jsonl", entries)
+    return str(folder / "manifest.jsonl")
+
+
+def write_block_source(folder: Path, sizes: Sequence[int]) -> str:
+    """Write npy shards and their manifest with checksums of small blocks; return its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for shard, size in enumerate(sizes):
+        path = folder / f"{shard:05d}.tar"
+        write_shard(path, [sequence(0, shard, member) for member in range(size)])
+        hasher = BlockHasher(BLOCK_BYTES)
+        hasher.update(path.read_bytes())
+        sums = hasher.finish(1024).to_json()
+        entries.append(ManifestEntry(path.stem, size, {"num_bytes": path.stat().st_size, "sha256": "0" * 64, **sums}))
     write_manifest(folder / "manifest.jsonl", entries)
     return str(folder / "manifest.jsonl")
 
