@@ -16,7 +16,7 @@ class DataConfig(Section):
     train_data: list[str] | None = flag(
         None,
         "training shards, one value per source: a path, an s3:// URL, a brace range, a glob, several of these joined "
-        "by '::', or a 'pipe:' command; an existing name is no pattern",
+        "by '::', or a 'pipe:' command; a name that exists is used literally",
         path=shard_pattern,
     )
     dataset_manifest: list[str] | None = flag(

@@ -65,7 +65,7 @@ def read_files(folder: str) -> dict[str, bytes]:
 def read_copy(folder: str) -> dict[str, bytes]:
     """Return the `read_files` of the copy of the tokenizer in a folder of shards or of a run.
 
-    Only warn if the copy cannot be read: some stores answer so for a file that does not exist.
+    Only warn if the copy cannot be read: some stores report an error for a file that does not exist.
     """
     try:
         return read_files(storage.join(folder, COPY_FOLDER))

@@ -204,10 +204,10 @@ class RunTokenizer:
         return " and ".join(map(str, self.records))
 
     def load(self, eot_token: str | None = None) -> Tokenizer:
-        """Return the run's tokenizer: its copy, or else what the recorded name (or DEFAULT_TOKENIZER) leads to.
+        """Return the run's tokenizer: its copy, or else the one with the recorded name (or DEFAULT_TOKENIZER).
 
         Raises:
-            ConfigError: there is no copy, and the name leads to no tokenizer or to another one.
+            ConfigError: there is no copy, and no tokenizer has the recorded name, or it has another fingerprint.
         """
         if self.files:
             return self._load_copy(eot_token)
@@ -294,7 +294,7 @@ def _read_description(folder: str) -> provenance.Description | None:
     url = storage.join(folder, provenance.FILE_NAME)
     try:
         return provenance.read(url)
-    except StorageError as error:  # a store may answer so for a file that does not exist
+    except StorageError as error:  # some stores report an error for a file that does not exist
         logging.warning(f"the run's record of its tokenizer was not read: {error}")
         return None
 

@@ -31,7 +31,7 @@ def threads_for_work(work: int, max_threads: int) -> int:
 
 @contextmanager
 def limit_threads(model: nn.Module, num_tokens: int, device: torch.device) -> Iterator[None]:
-    """Run the `with` block, passes over `num_tokens` tokens at a time, with the threads that their work needs.
+    """Limit the threads of the `with` block to those that passes over `num_tokens` tokens at a time need.
 
     The previous number is restored afterwards. Nothing changes on another device than a CPU, nor if the user has chosen
     a number: by OMP_NUM_THREADS, MKL_NUM_THREADS, or torch.set_num_threads after this module was imported. A number
