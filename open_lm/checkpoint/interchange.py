@@ -36,6 +36,7 @@ from open_lm.checkpoint.model_state import (
 )
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
+from open_lm.config.architecture import MODEL_FILE, read_architecture, read_family
 from open_lm.distributed.processes import run_on_master
 from open_lm.distributed.rng import rng_state_from_tensors, set_rng_state
 from open_lm.errors import BrokenCheckpoint, CheckpointError
@@ -199,6 +200,7 @@ def load_weights(path: str, model: nn.Module) -> Progress:
 
     path: an epoch_N.pt, a step_N folder or a folder in the format of transformers.
     """
+    run_on_master(lambda: _check_imported(path, model))
     if step_number(path) is not None:
         progress = Progress.from_json(sharded.load_weights(model, path)["progress"])
         logging.info(f"loaded {path} (epoch {progress.epoch}, step {progress.step})")
@@ -219,6 +221,23 @@ def load_weights(path: str, model: nn.Module) -> Progress:
     set_weights(model, state)
     logging.info(f"loaded {path} (epoch {progress.epoch}, step {progress.step})")
     return progress
+
+
+def _check_imported(path: str, model: nn.Module) -> None:
+    """Raise CheckpointError if an imported model's rows are in the order of another position embedding.
+
+    The weights of rotary and llama_rotary have the same names and shapes.
+    """
+    url = storage.join(path.rstrip("/").rpartition("/")[0] or ".", MODEL_FILE)
+    if storage.info(url) is None or read_family(url) is None:
+        return
+    expected = read_architecture(url).get("positional_embedding_type")
+    found = getattr(unwrap(model).params, "positional_embedding_type", None)
+    if expected is not None and found != expected:
+        raise CheckpointError(
+            f"{path}: was imported for {expected}, but --model has {found}, whose weights have another order; use "
+            f"--model {url}, or import the weights again with --model"
+        )
 
 
 def load_average(paths: list[str], coefficients: list[float] | None, model: nn.Module) -> None:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import pickle
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from family_models import CASES, hf_model
+from family_models import CASES, TINY, hf_model
 from safetensors.torch import load_file, save_file
+from tokenizer_helpers import write_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from open_lm import storage
-from open_lm.checkpoint import read_model_state
+from open_lm.checkpoint import load_weights, read_model_state
 from open_lm.config.architecture import read_architecture
+from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.hf.convert import main
+from open_lm.hf.family_configs import params_from_keys
 from open_lm.hf.weight_files import WeightFiles
+from open_lm.model.transformer import Transformer
 
+ROOT = Path(__file__).resolve().parents[2]
 # Fields of a config.json that do not change what a model computes, or that only one of its spellings has.
 NEUTRAL = {"_name_or_path", "dtype", "transformers_version", "architectures", "use_sliding_window", "max_window_layers"}
 PADDED = {"llama_2", "phi_2", "qwen_2", "gemma_3"}
@@ -117,6 +123,9 @@ def test_the_order_of_rows_follows_the_position_embedding_of_model(tmp_path: Pat
     keys = read_architecture(str(tmp_path / "other" / "model.json"))
     assert (keys["positional_embedding_type"], keys["seq_len"]) == ("llama_rotary", 32)
     name = "layers.0.attention.q_proj.weight"
+    for folder, file in (("own", "step_00000000"), ("own", "epoch_0.pt")):
+        with pytest.raises(CheckpointError, match="was imported for rotary, but --model has llama_rotary"):
+            load_weights(str(tmp_path / folder / file), Transformer(params_from_keys(keys)))
     rows = [read_model_state(tmp_path / folder / "epoch_0.pt")[0][name] for folder in ("own", "other")]
     assert not torch.equal(*rows) and torch.equal(*(row.sort(0).values for row in rows))
     main(["export", str(tmp_path / "other"), str(tmp_path / "back"), "--verify"])
@@ -141,6 +150,35 @@ def test_buckets(s3_bucket: str, tmp_path: Path) -> None:
         main(["import", f"{root}/hf", f"{root}/own"])
 
 
+def test_the_tokenizer_and_special_ids_are_those_of_the_source(tmp_path: Path) -> None:
+    source, mirror = tmp_path / "hf", tmp_path / "mirror" / "org" / "model"
+    config = AutoConfig.for_model("llama", **{**TINY, "vocab_size": 300})
+    AutoModelForCausalLM.from_config(config).save_pretrained(mirror)
+    write_tokenizer(mirror / "tokenizer.json")
+    settings = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ messages }}"}
+    (mirror / "tokenizer_config.json").write_text(json.dumps(settings))
+    generation = {"eos_token_id": [256, 257], "bos_token_id": 1, "temperature": 0.6, "do_sample": True}
+    (mirror / "generation_config.json").write_text(json.dumps(generation))
+    download = runpy.run_path(str(ROOT / "scripts" / "download.py"))["main"]
+    for _ in range(2):
+        flags = ["--repo_id", "org/model", "--local-mirror", str(tmp_path / "mirror"), "--output", str(source)]
+        download([*flags, "--access_token", "secret"])
+    main(["import", str(source), str(tmp_path / "own")])
+    assert choose_tokenizer(str(tmp_path / "own" / "epoch_0.pt")).eot_id == 257
+    main(["export", str(tmp_path / "own"), str(tmp_path / "back")])
+    assert json.loads((tmp_path / "back" / "tokenizer_config.json").read_text()) == settings
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (mirror / "tokenizer.json").read_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert (loaded.generation_config.eos_token_id, loaded.generation_config.temperature) == ([256, 257], 0.6)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "vocab_size": 250}))
+    tensors = load_file(source / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:250].clone()
+    save_file(tensors, source / "model.safetensors")
+    assert_refused(source, tmp_path / "none", ConfigError, "has 258 ids, but the embedding only 250 rows, 8 too few")
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -158,6 +196,7 @@ def changed(llama: Path, tmp_path: Path, **fields: Any) -> Path:
 
 
 def assert_refused(folder: Path, tmp_path: Path, error: type[Exception], *patterns: str) -> None:
+    tmp_path.mkdir(exist_ok=True)
     with pytest.raises(error) as found:
         main(["import", str(folder), str(tmp_path / "own")])
     assert [pattern for pattern in patterns if pattern not in str(found.value)] == [], str(found.value)
