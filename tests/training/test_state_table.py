@@ -117,7 +117,7 @@ def observe(flags: list[str], patches: pytest.MonkeyPatch) -> State:
         states.append(live_state(training.parts, training.trainer))
         raise Observed
 
-    def at_evaluation(parts: RunParts, _loggers: object) -> None:
+    def at_evaluation(parts: RunParts, *_: object) -> None:
         states.append(live_state(parts, None))
         raise Observed
 
