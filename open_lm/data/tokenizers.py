@@ -130,7 +130,7 @@ def check_tokenizers(sources: Sequence[Source], weights: Sequence[str] = (), all
     message = join_problems(
         listed,
         "The tokenizers give different ids to the same text; use data that was tokenized with one of them, or add "
-        f"{OVERRIDE_FLAG}",
+        f"{OVERRIDE_FLAG}. The tokenizers",
     )
     if not allow_other:
         raise DataError(message)
