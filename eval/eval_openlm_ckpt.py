@@ -308,9 +308,12 @@ def run_metadata(
 
     from composer.utils import dist
 
+    from open_lm.evaluate.icl.report import training_position
+
     return {
         "engine": "llm-foundry",
         "checkpoint": args.checkpoint,
+        **training_position(args.checkpoint, model.config.seq_len),
         "model": args.model,
         "num_params": sum(p.numel() for p in model.parameters()),
         "tokenizer": args.tokenizer,

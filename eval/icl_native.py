@@ -31,6 +31,7 @@ from open_lm.evaluate.icl import (
     ResultStore,
     evaluate_tasks,
 )
+from open_lm.evaluate.icl.report import training_position
 from open_lm.evaluate.icl.store import stored_facts, weights_hash
 from open_lm.evaluate.icl.task_types import parse_options
 from open_lm.generate import load_model_for_generation
@@ -174,6 +175,7 @@ def evaluate_checkpoint(
     return outcomes, {
         "engine": "native",
         "checkpoint": checkpoint,
+        **run_on_master(lambda: training_position(checkpoint, model.seq_len)),
         "weights_sha256": weights,
         "model": args.model or str(read_run_settings(checkpoint).get("model")),
         "num_params": sum(p.numel() for p in model.parameters()),

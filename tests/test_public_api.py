@@ -92,6 +92,7 @@ SIGNATURES = {
 # Commands with --help, by the way in which users start them.
 MODULES = (
     "open_lm.main",
+    "open_lm.evaluate.compare",
     "open_lm.hf.convert",
     "open_lm.plan",
     "open_lm.datapreprocess.make_2048",
@@ -114,6 +115,7 @@ SCRIPTS = (
     "scripts/bench_shuffle.py",
     "scripts/bench_train.py",
     "scripts/check_plan.py",
+    "scripts/checks/check_icl_agreement.py",
     "scripts/compare_curves.py",
     "scripts/download.py",
     "scripts/generate.py",

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from open_lm.evaluate import compare
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Transformer, create_model, create_params
 
@@ -371,7 +372,8 @@ def test_the_native_engine_evaluates_the_checkpoints_of_a_run_without_another_en
     for epoch in (1, 2, 3):
         scale = 1.0 if epoch == 3 else 0.5
         state = {name: value * scale for name, value in content["state_dict"].items()}
-        torch.save({**content, "epoch": epoch, "state_dict": state}, checkpoints / f"epoch_{epoch}.pt")
+        progress = {"epoch": epoch, "step": 10 * epoch, "samples_seen": 40 * epoch}
+        torch.save({**content, **progress, "state_dict": state}, checkpoints / f"epoch_{epoch}.pt")
     (tmp_path / "run" / "params.txt").write_text(f"model: {trained.folder / 'small.json'}\n")
     arguments = ["--engine", "native", "--checkpoint", str(tmp_path / "run"), "--every", "2", "--device", "cpu"]
     arguments += ["--tokenizer", str(trained.folder / "tokenizer.json"), "--data-dir", str(data)]
@@ -392,6 +394,9 @@ def test_the_native_engine_evaluates_the_checkpoints_of_a_run_without_another_en
     for task in last["tasks"]:
         lines = Path(task["examples_file"]).read_text().splitlines()
         assert len(lines) == EXAMPLES + 1 and json.loads(lines[0])["weights"] == last["weights_sha256"]
+    assert (last["step"], last["tokens"]) == (30, 120 * 160)
+    (report,) = compare.main([str(checkpoints / "evals" / name) for name in written])
+    assert [(row.scores[1], row.difference.test) for row in report.tasks] == [(scores[t], "McNemar") for t in scores]
 
 
 @pytest.mark.parametrize(

@@ -79,12 +79,12 @@ def choice_record(example: Example, scores: ChoiceScores) -> Record:
     """Return the result of an example whose continuations were scored.
 
     Its keys: index; correct; for each choice nll, the mean loss per token, and tokens, their number; with several
-    choices prediction and gold; confidence, from 0 to 1, for the calibration error.
+    choices prediction and gold; confidence, from 0 to 1, for the calibration error; category, if the task has them.
     """
     order = equal_choices(example)
     log_probs = [scores.log_probs[index] for index in order]
     nll = [float(-values.mean(dtype=np.float64)) for values in log_probs]
-    record: Record = {"index": example.index, "nll": nll, "tokens": [len(values) for values in log_probs]}
+    record: Record = {**_position(example), "nll": nll, "tokens": [len(values) for values in log_probs]}
     if len(order) == 1:
         confidence = float(np.exp(scores.max_log_probs[0].min()))
         return {**record, "correct": bool(scores.is_greedy[0].all()), "confidence": confidence}
@@ -97,7 +97,7 @@ def choice_record(example: Example, scores: ChoiceScores) -> Record:
 
 
 def text_record(example: Example, text: str, options: PromptOptions) -> Record:
-    """Return the result of an example with a generated text: index, correct and text."""
+    """Return the result of an example with a generated text: index, correct, text, and category if there is one."""
     answer = text
     if options.early_stopping_criteria:
         answer = re.split("|".join(options.early_stopping_criteria), answer)[0]
@@ -106,10 +106,15 @@ def text_record(example: Example, text: str, options: PromptOptions) -> Record:
     clean: Callable[[str], str] = normalize_answer if options.do_normalization else str.strip
     answer = clean(answer)
     return {
-        "index": example.index,
+        **_position(example),
         "correct": any(answer.startswith(clean(accepted)) for accepted in example.answers),
         "text": text,
     }
+
+
+def _position(example: Example) -> Record:
+    """Return the index of an example and, if the task has categories, its category."""
+    return {"index": example.index, **({"category": example.category} if example.category else {})}
 
 
 def normalize_answer(text: str) -> str:
@@ -196,8 +201,8 @@ def accuracy_interval(counts: Sequence[tuple[int, int]]) -> tuple[tuple[float, f
 def binomial_interval(correct: int, n: int) -> tuple[float, float]:
     """Return the exact 95 % interval of a proportion (Clopper and Pearson 1934)."""
     tail = (1 - LEVEL) / 2
-    lower = 0.0 if correct == 0 else _solve(lambda p: 1 - _binomial_cdf(correct - 1, n, p), tail)
-    upper = 1.0 if correct == n else _solve(lambda p: 1 - _binomial_cdf(correct, n, p), 1 - tail)
+    lower = 0.0 if correct == 0 else _solve(lambda p: 1 - binomial_cdf(correct - 1, n, p), tail)
+    upper = 1.0 if correct == n else _solve(lambda p: 1 - binomial_cdf(correct, n, p), 1 - tail)
     return lower, upper
 
 
@@ -210,7 +215,7 @@ def _solve(increasing: Callable[[float], float], value: float) -> float:
     return (low + high) / 2
 
 
-def _binomial_cdf(k: int, n: int, p: float) -> float:
+def binomial_cdf(k: int, n: int, p: float) -> float:
     """Return the probability of at most k successes in n trials."""
     i = np.arange(k + 1)
     log_factorials = _log_factorials(n)

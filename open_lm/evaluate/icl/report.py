@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 from open_lm import storage
+from open_lm.checkpoint import saved_progress
+from open_lm.checkpoint.folders import step_number
+from open_lm.errors import DataError
 from open_lm.evaluate.icl.aggregates import Aggregate
 from open_lm.evaluate.icl.metrics import Outcome
 from open_lm.storage.strict_json import to_json
@@ -62,15 +66,17 @@ def _row(outcome: Outcome) -> tuple[str, ...]:
     )
 
 
-def align(rows: Sequence[Sequence[str]], rules: Sequence[int]) -> list[str]:
-    """Return rows of 7 texts as lines with aligned columns, with a rule before the rows of the given indices."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_ALIGNMENTS))]
+def align(
+    rows: Sequence[Sequence[str]], rules: Sequence[int], alignments: Sequence[Callable[[str, int], str]] = _ALIGNMENTS
+) -> list[str]:
+    """Return rows of texts as lines with aligned columns, with a rule before the rows of the given indices."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(alignments))]
     rule = "  ".join("-" * width for width in widths)
     lines = []
     for index, row in enumerate(rows):
         if index in rules:
             lines.append(rule)
-        cells = zip(_ALIGNMENTS, row, widths, strict=True)
+        cells = zip(alignments, row, widths, strict=True)
         lines.append("  ".join(alignment(text, width) for alignment, text, width in cells).rstrip())
     return lines
 
@@ -95,3 +101,39 @@ def write_json(
     content = {"schema": SCHEMA, **run_metadata, **averages(outcomes)}
     content |= {"aggregates": [asdict(aggregate) for aggregate in aggregates], "tasks": tasks}
     storage.write_text(path, to_json(content, indent=2) + "\n")
+
+
+def read_json(path: str) -> tuple[dict[str, Any], list[Outcome]]:
+    """Return the content of a file of `write_json`, and its outcomes.
+
+    Raises:
+        DataError: the file is no result of an evaluation, or one of another schema.
+        StorageError: the file cannot be read.
+    """
+    try:
+        content = json.loads(storage.read_text(path))
+    except ValueError as error:
+        raise DataError(f"{path}: expected the JSON results of an evaluation, found no JSON ({error})") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise DataError(
+            f"{path}: expected the results of eval_openlm_ckpt.py with the schema {SCHEMA}, found {schema or 'none'}; "
+            "evaluate the checkpoint with this version"
+        )
+    names = {item.name for item in fields(Outcome)}
+    try:
+        outcomes = [Outcome(**{key: value for key, value in task.items() if key in names}) for task in content["tasks"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: the list of tasks is damaged ({error}); evaluate the checkpoint again") from error
+    return content, outcomes
+
+
+def training_position(checkpoint: str, seq_len: int) -> dict[str, int | None]:
+    """Return the optimizer steps and the tokens of a checkpoint's training; None where the checkpoint lacks them.
+
+    `seq_len` is that of the training.
+    """
+    progress = saved_progress(checkpoint, sharded=step_number(checkpoint) is not None)
+    samples = progress.samples_seen
+    step = progress.step if progress.step or samples is not None else None  # 0 for files of weights only
+    return {"step": step, "tokens": None if samples is None else samples * seq_len}

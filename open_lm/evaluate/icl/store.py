@@ -71,6 +71,18 @@ class ResultStore:
             storage.remove(part)
 
 
+def read_finished(path: str) -> tuple[dict[str, Any], list[Record]]:
+    """Return the first line of a file of results, which describes them, and the results in order.
+
+    Raises:
+        ValueError: the first line is not such a description.
+    """
+    header = json.loads(next(iter(storage.read_lines(path)), ""))
+    if not isinstance(header, dict):
+        raise ValueError("the first line does not describe the results")
+    return header, sorted(_complete_lines(path), key=lambda record: int(record["index"]))
+
+
 def _parts(path: str) -> list[str]:
     """Return the files of ranks next to `path`."""
     if storage.is_remote(path):

@@ -1,0 +1,199 @@
+"""Draw the scores of several checkpoints over their training as SVG, which browsers and office programs open."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from open_lm import storage
+from open_lm.checkpoint.files import epoch_number
+from open_lm.checkpoint.folders import step_number
+from open_lm.errors import ConfigError, DataError
+from open_lm.evaluate.icl.metrics import Outcome
+from open_lm.evaluate.icl.report import averages
+from open_lm.names import printable
+
+_WIDTH, _HEIGHT, _MARGIN, _COLUMNS = 320, 200, 45, 3  # pixels of a panel, panels of a row
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # distinct for color-blind readers
+_SUFFIXES = (".svg", ".html")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The results of one checkpoint: path of the file, its content and its outcomes."""
+
+    path: str
+    content: Mapping[str, Any]
+    outcomes: Sequence[Outcome]
+
+    @property
+    def run(self) -> str:
+        """The folder of the checkpoint and the engine: points with the same values are connected."""
+        folder = str(self.content.get("checkpoint", "")).rstrip("/").rpartition("/")[0]
+        return f"{folder or '.'} ({self.content.get('engine')})"
+
+    def position(self, axis: str) -> int | None:
+        """Return the tokens, steps or epochs of the checkpoint, None if the results do not have them."""
+        value = self.content.get(axis)
+        checkpoint = str(self.content.get("checkpoint", ""))
+        if axis == "step" and value is None:
+            value = step_number(checkpoint)
+        if axis == "epoch" and value is None:
+            value = epoch_number(checkpoint)
+        return value if isinstance(value, int) else None
+
+
+@dataclass(frozen=True)
+class Value:
+    """A point of a panel: position, score, its interval, and a text for the tooltip."""
+
+    x: float
+    y: float
+    interval: tuple[float, float] | None
+    label: str
+
+
+Panel = tuple[str, float | None, dict[str, list[Value]]]  # title, baseline, values by run
+
+
+def check_plot(path: str) -> None:
+    """Raise ConfigError if the suffix of --plot has no format."""
+    if not path.lower().endswith(_SUFFIXES):
+        raise ConfigError(f"--plot {path}: expected a name that ends in {' or '.join(_SUFFIXES)}")
+
+
+def write_plot(path: str, points: Sequence[Point]) -> None:
+    """Draw a panel per task, and one for the average of the tasks that all results have.
+
+    Raises:
+        DataError: the results have no common axis (tokens, steps or epochs).
+    """
+    axis = _axis(points)
+    panels = _panels(points, axis)
+    svg = _draw(panels, axis)
+    if path.lower().endswith(".html"):
+        svg = (
+            f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>Scores</title>\n<body>{svg}</body></html>\n'
+        )
+    storage.write_text(path, svg)
+
+
+def _axis(points: Sequence[Point]) -> str:
+    for axis in ("tokens", "step", "epoch"):
+        if all(point.position(axis) is not None for point in points):
+            return axis
+    unknown = [point.path for point in points if all(point.position(axis) is None for axis in ("tokens", "step"))]
+    raise DataError(
+        "--plot: the results have neither tokens nor steps nor epochs in common; evaluate these checkpoints with this "
+        f"version: {', '.join(unknown or [point.path for point in points])}"
+    )
+
+
+def _panels(points: Sequence[Point], axis: str) -> list[Panel]:
+    ordered = sorted(points, key=lambda point: point.position(axis) or 0)
+    tasks = [{(o.task, o.shots): o for o in reversed(point.outcomes) if o.score is not None} for point in ordered]
+    common = [key for key in tasks[0] if all(key in known for known in tasks)]
+    keys = dict.fromkeys(key for point in points for key in [(o.task, o.shots) for o in point.outcomes])
+    panels: list[Panel] = []
+    if len(common) > 1:
+        curves: dict[str, list[Value]] = {}
+        for point, known in zip(ordered, tasks, strict=True):
+            mean = averages([known[key] for key in common])["average"]
+            if mean is not None:
+                curves.setdefault(point.run, []).append(_value(point, axis, mean, None))
+        panels.append((f"average of {len(common)} tasks", None, curves))
+    for key in keys:
+        curves, baseline = {}, None
+        for point, known in zip(ordered, tasks, strict=True):
+            outcome = known.get(key)
+            if outcome is not None and outcome.score is not None:
+                baseline = outcome.baseline
+                curves.setdefault(point.run, []).append(_value(point, axis, outcome.score, outcome.interval))
+        if curves:
+            panels.append((f"{key[0]} {key[1]}-shot", baseline, curves))
+    return panels
+
+
+def _value(point: Point, axis: str, score: float, interval: tuple[float, float] | None) -> Value:
+    x = point.position(axis) or 0
+    span = "" if interval is None else " ({:.4f} to {:.4f})".format(*interval)
+    return Value(x, score, interval, f"{point.content.get('checkpoint')}: {score:.4f}{span}, {axis} {x:,}")
+
+
+# ------------------------------------------------------------------------------------------------------ drawing
+def _draw(panels: Sequence[Panel], axis: str) -> str:
+    """Return all panels in a grid, with a legend of the runs above them."""
+    runs = list(dict.fromkeys(run for _, _, curves in panels for run in curves))
+    colors = {run: _COLORS[index % len(_COLORS)] for index, run in enumerate(runs)}
+    top = 20 + 18 * len(runs)
+    rows = -(-len(panels) // _COLUMNS)
+    width, height = min(len(panels), _COLUMNS) * _WIDTH, top + rows * _HEIGHT
+    body = [_text(10, 18 * (i + 1), run, fill=colors[run]) for i, run in enumerate(runs)]
+    for index, panel in enumerate(panels):
+        x, y = index % _COLUMNS * _WIDTH, top + index // _COLUMNS * _HEIGHT
+        body.append(f'<g transform="translate({x},{y})">{_panel(panel, axis, colors)}</g>')
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">\n'
+        f'<rect width="{width}" height="{height}" fill="white"/>\n' + "\n".join(body) + "\n</svg>\n"
+    )
+
+
+def _panel(panel: Panel, axis: str, colors: Mapping[str, str]) -> str:
+    title, baseline, curves = panel
+    values = [value for curve in curves.values() for value in curve]
+    heights = [bound for value in values for bound in (value.y, *(value.interval or ()))]
+    low_x, high_x = _range([value.x for value in values])
+    low_y, high_y = _range([*heights, *([] if baseline is None else [baseline])])
+    right, bottom = _WIDTH - 15, _HEIGHT - 35
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        share_x, share_y = (x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)
+        return _MARGIN + share_x * (right - _MARGIN), bottom - share_y * (bottom - 25)
+
+    parts = [_text(_MARGIN, 15, title, weight="bold"), _text((_MARGIN + right) / 2, _HEIGHT - 5, axis, anchor="middle")]
+    parts.append(f'<path d="M{_MARGIN},25V{bottom}H{right}" fill="none" stroke="black"/>')
+    for share in (0.0, 0.5, 1.0):
+        x, y = low_x + share * (high_x - low_x), low_y + share * (high_y - low_y)
+        parts.append(_text(_MARGIN - 4, at(x, y)[1] + 4, f"{y:.3f}", anchor="end"))
+        parts.append(_text(at(x, y)[0], bottom + 14, _short(x), anchor="middle"))
+    if baseline is not None:
+        y = at(low_x, baseline)[1]
+        parts.append(f'<path d="M{_MARGIN},{y:.1f}H{right}" stroke="gray" stroke-dasharray="4"/>')
+    for run, curve in curves.items():
+        parts += _curve([(value, *at(value.x, value.y)) for value in curve], colors[run], at)
+    return "".join(parts)
+
+
+def _curve(points: Sequence[tuple[Value, float, float]], color: str, at: Any) -> list[str]:
+    """Return a line, its points with tooltips, and their intervals."""
+    line = " ".join(f"{x:.1f},{y:.1f}" for _, x, y in points)
+    parts = [f'<polyline points="{line}" fill="none" stroke="{color}"/>']
+    for value, x, y in points:
+        if value.interval is not None:
+            lower, upper = (at(value.x, bound)[1] for bound in value.interval)
+            parts.append(f'<path d="M{x:.1f},{lower:.1f}V{upper:.1f}" stroke="{color}" opacity="0.5"/>')
+        tooltip = html.escape(printable(value.label))
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"><title>{tooltip}</title></circle>')
+    return parts
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """Return the smallest and the largest value, or a range around a single value."""
+    low, high = min(values), max(values)
+    margin = 0.0 if high > low else max(abs(low), 1.0) * 0.05
+    return low - margin, high + margin
+
+
+def _short(value: float) -> str:
+    """Return a number with a suffix for thousands: 1.5M."""
+    power = min(int(math.log10(value) // 3), 4) if value >= 1 else 0
+    return f"{value / 1000**power:.3g}{('', 'k', 'M', 'B', 'T')[power]}"
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal", fill: str = "black") -> str:
+    content = html.escape(printable(text))
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{fill}">{content}</text>'
