@@ -29,6 +29,8 @@ from pathlib import Path
 import bench_s3
 import numpy as np
 
+from open_lm.names import user_file
+
 LENGTH, VOCAB_SIZE = 2049, 50432
 
 
@@ -40,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=64, help="global batches that are read (default: 64)")
     parser.add_argument("--line-mb", type=float, default=100, help="limit of the S3 server in MB/s (default: 100)")
-    parser.add_argument("--work-dir", type=Path, help="folder for the shards (default: a temporary one)")
+    parser.add_argument("--work-dir", type=user_file, help="folder for the shards (default: a temporary one)")
     parser.add_argument("--read", help=argparse.SUPPRESS)  # in a separate process
     return parser
 
