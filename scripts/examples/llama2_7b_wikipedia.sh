@@ -48,7 +48,7 @@ stage() { # stage TITLE RESULT COMMAND…: run a command unless its result exist
 model=$DIR/model data=$DIR/data/$SEQLEN-v1 name=run
 final=$DIR/logs/$name/checkpoints/epoch_1.pt
 if [[ -n $tiny ]]; then
-    stage 'Gather text' "$DIR/text/valid.jsonl.zst" \
+    stage 'Gather text' "$DIR/text/train-03.jsonl.zst" \
         "$python" "$here/../python_docs.py" --output-dir "$DIR/text" --max-mb 0.1
     stage 'Create a model' "$DIR/llama" "$python" "$here/tiny_llama.py" "$DIR/llama" --seq-len "$SEQLEN"
 fi
