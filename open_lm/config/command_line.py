@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -33,6 +34,9 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help for all flags")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return super().parse_known_args(_join_mesh_dim(sys.argv[1:] if args is None else args), namespace)
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         matches = super()._get_option_tuples(option_string)
@@ -87,7 +91,7 @@ def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace
         ConfigError: with all problems.
     """
     parser = build_parser()
-    parsed, unknown = parser.parse_known_args(_join_mesh_dim(args))
+    parsed, unknown = parser.parse_known_args(args)
     specs = all_specs()
     problems = [_unknown_flag(word, specs) for word in unknown if word.startswith("-")]
     if not problems:  # otherwise these words are the values of the unknown flags

@@ -334,7 +334,7 @@ def test_strategy_flags_limit_the_plan_to_that_strategy() -> None:
     assert (option.strategy, option.checkpointing, option.batch) == ("given", "op", 2)
 
 
-@pytest.mark.parametrize("flags", ["--fsdp", "--mesh-dim 2,-1,2", "--strategies fsdp"])
+@pytest.mark.parametrize("flags", ["--fsdp", "--mesh-dim 2,-1,2", "--mesh-dim -1,4,2", "--strategies fsdp"])
 def test_sharded_strategies_default_to_fsdp_amp(flags: str) -> None:
     given = f"--model open_lm_160m --devices 8 --batch-size 1 --most-devices 0 {flags}"
     assert all("--fsdp-amp" in option.flags for option in planned(given).options)
