@@ -30,6 +30,7 @@ import bench_s3
 import numpy as np
 
 from open_lm.names import user_file
+from open_lm.storage.strict_json import to_json
 
 LENGTH, VOCAB_SIZE = 2049, 50432
 
@@ -89,7 +90,7 @@ def read(manifest: str, batch: int, steps: int) -> None:
     for _ in batches:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    print(json.dumps({"seconds": time.perf_counter() - started, "peak_bytes": peak}), flush=True)
+    print(to_json({"seconds": time.perf_counter() - started, "peak_bytes": peak}), flush=True)
 
 
 class _Handler(bench_s3._Handler):

@@ -26,6 +26,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from open_lm.storage.strict_json import to_json
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-4  # of a mean log-likelihood
 NEAR_TIE = 1e-5
@@ -151,7 +153,7 @@ def small_model() -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.json"
-        path.write_text(json.dumps(SMALL_MODEL))
+        path.write_text(to_json(SMALL_MODEL))
         model = create_model(SimpleNamespace(model=str(path)))
     model.reset_parameters(seed=0)
     with torch.no_grad():

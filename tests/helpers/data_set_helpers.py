@@ -38,6 +38,7 @@ def make_folder(
             "num_tokens": info.num_tokens,
             "num_bytes": info.num_bytes,
             "sha256": info.sha256,
+            **info.block_sums,
         }
         if source:
             extra["sources"] = {source: info.num_tokens}

@@ -26,6 +26,7 @@ from open_lm.evaluate.icl.task_types import (
     parse_options,
 )
 from open_lm.evaluate.icl.tasks import Task, first_examples
+from open_lm.storage.strict_json import to_json
 from open_lm.tokenizer import Tokenizer
 
 _EXTRA_ANSWER_TOKENS = 10  # more than the longest answer has, for chains of thought
@@ -106,11 +107,11 @@ class Prompts:
         digest = hashlib.sha256()
         options = [self.task.kind, self.options.cot_delimiter, self.options.do_normalization]
         options += [list(self.options.early_stopping_criteria), sorted(self.task.config.get("metric_names") or [])]
-        digest.update(json.dumps(options).encode())
+        digest.update(to_json(options).encode())
         for example in self.examples:
             sizes = [[len(choice.context), len(choice.continuation)] for choice in example.choices]
             facts = [example.category, example.gold, example.answers, example.max_new_tokens, sizes]
-            digest.update(json.dumps(facts).encode())
+            digest.update(to_json(facts).encode())
             for choice in example.choices:
                 digest.update(choice.context.tobytes())
                 digest.update(choice.continuation.tobytes())

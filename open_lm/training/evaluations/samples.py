@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from open_lm.evaluate.icl.evaluator import Ranks, without_compilation
 from open_lm.generate import Sampling, complete_texts
 from open_lm.monitor.watchdog import heartbeat
 from open_lm.parallel.parallelize import evaluation_mode, unwrap
+from open_lm.storage.strict_json import to_json
 from open_lm.tokenizer import Tokenizer
 from open_lm.training.build import RunParts
 from open_lm.training.evaluations.moment import Moment, Results, StepFile, StepSchedule
@@ -69,8 +69,8 @@ class TextSamples:
         self._file.append([{"step": moment.step, "tokens": moment.tokens, **sample} for sample in samples])
         if self._parts.runtime.is_master:
             for sample in samples:
-                text = json.dumps(sample["text"], ensure_ascii=False)
-                prompt = json.dumps(sample["prompt"], ensure_ascii=False)
+                text = to_json(sample["text"], ensure_ascii=False)
+                prompt = to_json(sample["prompt"], ensure_ascii=False)
                 logging.info(f"Sample at step {moment.step}, temperature {sample['temperature']:g}: {prompt} -> {text}")
         return Results(texts={_title(sample): sample["prompt"] + sample["text"] for sample in samples})
 
