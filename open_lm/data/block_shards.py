@@ -116,7 +116,7 @@ class BlockShard:
         return [block for block in sorted(set(chain.from_iterable(ranges))) if not self._map[block]]
 
     def ensure(self, blocks: list[int], timeout_s: float, wait: bool = True) -> bool:
-        """Fetch and verify blocks. Return False if another process is adding blocks, unless told to `wait` for it.
+        """Fetch and verify blocks. Without `wait`, return False if another process is adding blocks.
 
         DataError if a block differs from the manifest, StorageError if it cannot be read.
         """
