@@ -272,27 +272,16 @@ def load_tokenizer_and_model(args: argparse.Namespace, settings: EvalSettings) -
         ConfigError: the tokenizer or the YAML settings do not match the model.
     """
     from open_lm.data.tokenizers import choose_tokenizer
-    from open_lm.errors import ConfigError, join_problems
     from open_lm.model.transformer import create_params
 
     params = create_params(args)
     tokenizer = choose_tokenizer(
         args.checkpoint, args.tokenizer, args.eot_token, allow_other=args.allow_other_tokenizer
     )
-    args.tokenizer, ids = tokenizer.name, tokenizer.vocab_size
-    problems = []
-    if ids > params.vocab_size:
-        problems.append(
-            f"--tokenizer {args.tokenizer} has ids up to {ids - 1}, but --model {args.model} accepts only ids below "
-            f"{params.vocab_size}; pass the tokenizer of the model's training data"
-        )
-    if settings.max_seq_len and settings.max_seq_len > params.seq_len:
-        problems.append(
-            f"{args.eval_yaml[0]}: max_seq_len is {settings.max_seq_len}, but the sequence length of --model "
-            f"{args.model} is {params.seq_len}; lower it or leave it empty"
-        )
-    if problems:
-        raise ConfigError(join_problems(problems))
+    args.tokenizer = tokenizer.name
+    settings.check_fit(
+        tokenizer, params.vocab_size, params.seq_len, model=f"--model {args.model}", file=args.eval_yaml[0]
+    )
     from open_lm.generate import load_model_for_generation
     from open_lm.hf import OpenLMForCausalLM, load_hf_tokenizer
 

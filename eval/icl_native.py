@@ -36,7 +36,6 @@ from open_lm.evaluate.icl.store import stored_facts, weights_hash
 from open_lm.evaluate.icl.task_types import parse_options
 from open_lm.generate import load_model_for_generation
 from open_lm.model.transformer import Transformer
-from open_lm.tokenizer import Tokenizer
 
 RESULTS_FOLDER, EXAMPLES_FOLDER = "evals", "examples"
 
@@ -101,7 +100,7 @@ def _all_checkpoints(path: str) -> list[str]:
 
 
 def default_output(checkpoint: str, yaml_names: list[str], is_partial: bool) -> str:
-    """Return the path of the results: evals/ next to the checkpoint; partial results have a file of their own."""
+    """Return the path of the results: evals/ next to the checkpoint; partial results have a separate file."""
     folder, _, name = checkpoint.rstrip("/").rpartition("/")
     name = name.removesuffix(".pt")
     file = "_".join([name, *yaml_names, *(["partial"] if is_partial else [])]) + ".json"
@@ -127,23 +126,6 @@ def load_model(args: argparse.Namespace, checkpoint: str, device: torch.device) 
     return load_model_for_generation(checkpoint, section, str(device))
 
 
-def check_fit(model: Transformer, tokenizer: Tokenizer, settings: EvalSettings, args: argparse.Namespace) -> None:
-    """Raise ConfigError if the tokenizer or the YAML settings do not match the model."""
-    problems = []
-    if tokenizer.vocab_size > model.vocab_size:
-        problems.append(
-            f"--tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but the model accepts only ids "
-            f"below {model.vocab_size}; pass the tokenizer of the model's training data"
-        )
-    if settings.max_seq_len and settings.max_seq_len > model.seq_len:
-        problems.append(
-            f"{args.eval_yaml[0]}: max_seq_len is {settings.max_seq_len}, but the sequence length of the model is "
-            f"{model.seq_len}; lower it or leave it empty"
-        )
-    if problems:
-        raise ConfigError(join_problems(problems))
-
-
 def evaluate_checkpoint(
     args: argparse.Namespace,
     settings: EvalSettings,
@@ -155,7 +137,7 @@ def evaluate_checkpoint(
     start = time.monotonic()
     tokenizer = choose_tokenizer(checkpoint, args.tokenizer, args.eot_token, allow_other=args.allow_other_tokenizer)
     model = load_model(args, checkpoint, runtime.device)
-    check_fit(model, tokenizer, settings, args)
+    settings.check_fit(tokenizer, model.vocab_size, model.seq_len, model="the model", file=args.eval_yaml[0])
     precision = args.precision or settings.precision
     if precision == "amp_fp16" and runtime.device.type == "cpu":
         raise ConfigError("precision amp_fp16 needs a CUDA device; use --precision amp_bf16 or fp32 on a CPU")

@@ -123,12 +123,12 @@ def _end_of_name(part: str, words: Sequence[str], start: int, separator: str) ->
 
 
 def is_glob(text: str) -> bool:
-    """Return whether a text holds `*`, `?` or `[` and is no existing name."""
+    """Return whether a text holds `*`, `?` or `[` and is not an existing name."""
     return not _GLOB_CHARACTERS.isdisjoint(text) and not exists(text)
 
 
 def is_pattern(text: str) -> bool:
-    """Return whether a text is a glob or holds braces, and is no existing name."""
+    """Return whether a text is a glob or holds braces, and is not an existing name."""
     return is_glob(text) or ("{" in text and not exists(text))
 
 

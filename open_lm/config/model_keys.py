@@ -96,7 +96,7 @@ class ModelKeys(Section):
 
 
 def relation_problems(values: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with values of the right types, whose keys are names in a model's JSON file.
+    """Return the problems of values of the right types; their keys are names in a model's JSON file.
 
     Keys that are missing have their defaults.
     """

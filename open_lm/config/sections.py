@@ -1,7 +1,7 @@
 """All settings of a run, in frozen sections. Each field defines one flag (see fields.py).
 
 The command line, configuration files and `params.txt` are derived from these sections (see command_line.py). The
-sections of training data and evaluations have modules of their own.
+sections of training data and evaluations have separate modules.
 Functions that build a part of a run take its section, or any object with the same attributes
 (`Section.from_object`).
 """

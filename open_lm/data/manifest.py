@@ -183,7 +183,7 @@ def expand_shards(pattern: str) -> list[str]:
 
     `::` joins patterns. Each may hold brace ranges ({00000..00009}, {a,b}) and globs (local or remote), or be a folder
     of tars. Only braces are expanded in `pipe:` commands. Leading folders, or the complete pattern, that exist locally
-    under their literal name are no pattern. A DataError lists every missing local shard and every pattern without a
+    under their literal name are not a pattern. A DataError lists every missing local shard and every pattern without a
     match; remote shards without a glob are not looked up here.
     """
     urls: list[str] = []

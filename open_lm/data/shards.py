@@ -37,7 +37,7 @@ def sequence_members(members: Sequence[Member], data_key: str | None = None) -> 
     """Return the members of a shard that are its sequences, in file order: those of one kind.
 
     The kind is `data_key` if the shard has it, else the most frequent one, and the first of MEMBER_KINDS among equally
-    frequent ones. Other members, such as a single meta.json or a second format of each sample, are no sequences.
+    frequent ones. Other members, such as a single meta.json or a second format of each sample, are not sequences.
     """
     counts = Counter(member.kind for member in members)
     kind = data_key if data_key in counts else max(MEMBER_KINDS, key=lambda kind: counts[kind])
@@ -172,8 +172,8 @@ class ShardStore:
     ) -> None:
         """Start to fetch remote shards and to verify local ones; errors are raised when the shard is requested.
 
-        `current` are addresses and members that are read next. If they are parts of shards, wait for them, as they are
-        fetched in parallel here. `pieces` are those to be read after them, in the order of their use.
+        `current` holds the addresses and members to read next. Parts of shards are fetched in parallel, and this waits
+        for them. `pieces` are read after them, in the order given.
         """
         parts = [(url, members) for url, members in current if self._has_blocks(url)]
         ahead = [piece for piece in pieces if self._has_blocks(piece.url)]

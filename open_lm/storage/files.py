@@ -177,7 +177,7 @@ def list_files(url: str | os.PathLike[str], recursive: bool = False) -> list[str
 def glob(pattern: str | os.PathLike[str]) -> list[str]:
     """Return the URLs of the files that match a pattern with `*`, `?`, `[…]` and `**`, sorted; possibly empty.
 
-    Leading folders, or the complete pattern, that exist locally under their literal name are no pattern.
+    Leading folders, or the complete pattern, that exist locally under their literal name are not a pattern.
     """
     return [item.url for item in glob_infos(pattern)]
 

@@ -58,7 +58,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counting
 def read_pass(
     ranks: Callable[..., Any], tmp_path: Path, world_size: int, workers: int, *args: str, nodes: int = 1
 ) -> list[list[tuple[int, ...]]]:
-    """Read all batches on `world_size` ranks, each in a node of its own if `nodes` > 1; return the rows by step."""
+    """Read all batches on `world_size` ranks, each in its own node if `nodes` > 1; return the rows by step."""
     folder = tmp_path / "rows"
     folder.mkdir(exist_ok=True)
     env = {"LOCAL_WORLD_SIZE": "1"} if nodes > 1 else {}
@@ -71,7 +71,7 @@ def read_pass(
 def test_all_ranks_together_fetch_each_byte_about_once(
     server: CountingServer, tmp_path: Path, ranks: Callable[..., Any], has_blocks: bool
 ) -> None:
-    """Each rank is a node of its own. Whole shards are cut at 11 places, so they are fetched more than once there."""
+    """Each rank is its own node. Whole shards are cut at 11 places, so they are fetched more than once there."""
     folder = tmp_path / "store/bucket/d"
     sizes = [40] * 30 if has_blocks else [12] * 100
     if has_blocks:

@@ -48,7 +48,7 @@ def test_mcnemar_is_the_exact_sign_test_of_the_discordant_pairs(gained: int, los
     assert found.value == pytest.approx((gained - lost) / (n + 50))
     assert found.interval[0] < found.value < found.interval[1] or not n
     assert found.interval[0] < 0 < found.interval[1] or (n and found.p_value < 0.1)
-    assert found.interval[1] > found.interval[0], "no discordant pair is no proof that there is no difference"
+    assert found.interval[1] > found.interval[0], "without discordant pairs, a difference is still possible"
 
 
 def test_intervals_of_differences_contain_the_truth_in_95_percent_of_samples() -> None:

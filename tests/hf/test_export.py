@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5  # relative to the largest value
 SIZES: dict[str, Any] = {"dim": 32, "n_layers": 3, "n_heads": 4, "vocab_size": 61, "seq_len": 48}
 CUSTOM = {"attn_name": "custom_attn", "attn_activation": "relu_squared", "attn_seq_scalar": "avg"}
-# Architectures that are no family's; together they have every value of every setting.
+# Architectures of no family; together they have every value of every setting.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "lp_norms": {"model_norm": "gain_only_lp_layer_norm", "apply_qk_norm": True, "qkv_bias": True},

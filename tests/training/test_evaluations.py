@@ -174,7 +174,7 @@ def test_examples_are_thinned_to_the_share_of_the_time() -> None:
     assert choose(0, []) == FIRST_EXAMPLES and choose(0, [], limit=3) == 3
     assert choose(100, [(0, 8.0, 80)]) == 16
     assert choose(100, [(0, 0.8, 8)], limit=20) == 20
-    assert choose(200, [(0, 8.0, 80), (100, 16.0, 160)]) == 16, "unspent time is no reason for other examples"
+    assert choose(200, [(0, 8.0, 80), (100, 16.0, 160)]) == 16, "unspent time does not change the examples"
     assert choose(200, [(0, 40.0, 400), (100, 1.0, 10)]) == 8, "the time of earlier evaluations counts"
     assert choose(100, [(0, 500.0, 80)]) == 1, "the least"
 

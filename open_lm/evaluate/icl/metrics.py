@@ -26,7 +26,7 @@ _BUCKETS = 10  # of the calibration error
 _RESAMPLES = 10_000
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4`", " "))
 
-Record = dict[str, Any]  # the result of an example, as it is stored: see `choice_record` and `text_record`
+Record = dict[str, Any]  # the stored result of an example: see `choice_record` and `text_record`
 
 
 @dataclass

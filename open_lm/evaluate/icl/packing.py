@@ -150,7 +150,7 @@ def _packed(example: Example, members: Sequence[int], inputs: Sequence[Ids], sha
 def form_batches(units: Sequence[Unit], max_tokens: int, padded: bool) -> list[list[Unit]]:
     """Return batches of units of similar length, the longest first, of at most `max_tokens` tokens each.
 
-    A unit that is larger is a batch of its own.
+    A larger unit is a separate batch.
 
     Args:
         units: the units of all examples.

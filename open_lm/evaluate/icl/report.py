@@ -107,7 +107,7 @@ def read_json(path: str) -> tuple[dict[str, Any], list[Outcome]]:
     """Return the content of a file of `write_json`, and its outcomes.
 
     Raises:
-        DataError: the file is no result of an evaluation, or one of another schema.
+        DataError: the file is not a result of an evaluation, or one of another schema.
         StorageError: the file cannot be read.
     """
     try:

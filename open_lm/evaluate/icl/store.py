@@ -2,7 +2,7 @@
 
 A file belongs to one set of weights, one set of prompts and one set of settings: its name contains their hash. Its
 first line describes them, and every other line is the result of an example. While an evaluation runs, every rank
-appends to a file of its own. At the end rank 0 writes the results of all ranks to one file and removes the others.
+appends to its own file. At the end rank 0 writes the results of all ranks to one file and removes the others.
 """
 
 from __future__ import annotations

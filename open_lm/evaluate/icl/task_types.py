@@ -98,7 +98,7 @@ class TaskType(ABC):
 
     @abstractmethod
     def check(self, row: Row) -> str | None:
-        """Return what is wrong with a line of data, or None."""
+        """Return the problem of a line of data, or None."""
 
     @abstractmethod
     def answer(self, row: Row) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError, join_problems
 from open_lm.names import user_path
+from open_lm.tokenizer import Tokenizer
 
 # Required keys of a line of task data, by llm-foundry's icl_task_type.
 COLUMNS = {
@@ -86,6 +87,30 @@ class EvalSettings:
     seed: int = 1
     aggregates: list[str] = field(default_factory=list)  # names in aggregates.AGGREGATES, of all files
     ignored: list[str] = field(default_factory=list)  # settings of the first file that have no effect
+
+    def check_fit(self, tokenizer: Tokenizer, vocab_size: int, seq_len: int, *, model: str, file: str) -> None:
+        """Raise ConfigError if the tokenizer or these settings do not match a model.
+
+        Args:
+            tokenizer: the tokenizer of the evaluation.
+            vocab_size: number of ids that the model accepts.
+            seq_len: sequence length of the model.
+            model: the model's name, for messages.
+            file: the YAML file of these settings, for messages.
+        """
+        problems = []
+        if tokenizer.vocab_size > vocab_size:
+            problems.append(
+                f"--tokenizer {tokenizer.name} has ids up to {tokenizer.vocab_size - 1}, but {model} accepts only ids "
+                f"below {vocab_size}; pass the tokenizer of the model's training data"
+            )
+        if self.max_seq_len and self.max_seq_len > seq_len:
+            problems.append(
+                f"{file}: max_seq_len is {self.max_seq_len}, but the sequence length of {model} is {seq_len}; lower it "
+                "or leave it empty"
+            )
+        if problems:
+            raise ConfigError(join_problems(problems))
 
 
 def read_settings(

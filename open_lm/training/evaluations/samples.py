@@ -75,7 +75,7 @@ class TextSamples:
         return Results(texts={_title(sample): sample["prompt"] + sample["text"] for sample in samples})
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        """Yield the samples as they are recorded, equal on all ranks. Collective."""
+        """Yield the records of samples.jsonl, without step and tokens; the same on all ranks. Collective."""
         for temperature in self._cfg.sample_temperature or [0.0]:
             sampling = Sampling(
                 max_new_tokens=self._cfg.sample_max_tokens,
