@@ -52,6 +52,7 @@ def test_names_without_escapes_are_written_unchanged() -> None:
 @example("run [1]", "{a,b}")
 @example("cur{ly}", LONG)
 @example("a::b", "c::d")
+@example("a", "*")
 def test_existing_names_are_no_patterns(folder: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as parent:
         root = os.path.join(parent, folder)

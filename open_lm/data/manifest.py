@@ -219,8 +219,9 @@ def _expand_one(url: str) -> list[str]:
     is_remote = storage.is_remote(url)
     if is_remote and url.endswith("/"):
         return [name for name in storage.list_files(url) if name.endswith(".tar")]
-    if not is_remote and os.path.isdir(storage.local_path(url)):
-        return storage.glob(storage.join(url, "*.tar"))
+    if not is_remote and os.path.isdir(folder := storage.local_path(url)):
+        paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)) if not name.startswith("."))
+        return [path for path in paths if path.endswith(".tar") and os.path.isfile(path)]
     if is_glob(url) and not (is_remote and storage.info(url)):
         return [name for name in storage.glob(url) if name.endswith(".tar")]
     return [url] if is_remote or exists(url) else []
