@@ -13,8 +13,9 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
 
-extras = {name: requirements(name) for name in ("train", "preprocess", "hf", "hub", "s3fs", "cuda", "dev", "eval")}
-extras["all"] = sorted({line for name in ("train", "preprocess", "hf", "hub") for line in extras[name]})
+FEATURES = ("train", "preprocess", "hf", "hub", "finetune", "lm-eval", "report")
+extras = {name: requirements(name) for name in (*FEATURES, "s3fs", "cuda", "dev", "eval")}
+extras["all"] = sorted({line for name in FEATURES for line in extras[name]})
 
 setup(
     name="open_lm",

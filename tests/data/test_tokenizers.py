@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from open_lm.data.sources import find_sources
 from open_lm.data.tokenizer_copies import same_ids
 from open_lm.data.tokenizers import check_tokenizers, choose_tokenizer, find_run_tokenizer
 from open_lm.errors import ConfigError, DataError
+from open_lm.evaluate.icl.tasks import EvalSettings
 from open_lm.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -356,7 +356,7 @@ def test_an_in_context_evaluation_refuses_another_tokenizer_than_the_run_was_tra
         words = ["--checkpoint", checkpoint, "--model", str(tmp_path / "model.json"), "--eval-yaml", "x.yaml", *more]
         args = program["build_parser"]().parse_args(words)
         program["check_arguments"](args)
-        return program["load_tokenizer_and_model"](args, Namespace(max_seq_len=None))[0]
+        return program["load_tokenizer_and_model"](args, EvalSettings([]))[0]
 
     assert load()(TEXT)["input_ids"] == load("--tokenizer", own.name)(TEXT)["input_ids"] == own.encode(TEXT)
     with pytest.raises(ConfigError, match="gives other ids"):
