@@ -28,10 +28,10 @@ from open_lm.config.memory_limits import LOSS_CHUNK_TOKENS
 from open_lm.kernels.document_attention import disable_compilation
 from open_lm.kernels.logits import finish_logits_, with_bias_column
 from open_lm.kernels.native import elements
+from open_lm.kernels.products import accumulation_dtype, add_matmul_, matmul_into, supports_float32_output
 from open_lm.kernels.vocab_shard import VocabShard
 
 _BLOCK_BYTES = 2**20  # float32 logits per thread on a CPU; with their source they fill half of a core's cache
-_CAST_ROWS = 2048  # rows of a weight gradient whose float32 copy stays in the cache while it is added
 _MIN_PROBABILITY = 1e-30  # smaller probabilities are too close to underflow to take their logarithm
 _FLOAT16_GRAD_SCALE = 1024.0  # float16 gradients of logits are scaled up by this factor against underflow
 
@@ -129,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, targets)
             no_grad = replace(settings, needs_hidden_grad=False, needs_weight_grad=False)
             return _losses_and_gradients(hidden, weight, targets, no_grad)[0]
-        scaled = settings.dtype == torch.float16 and _supports_float32_output(hidden.device)
+        scaled = settings.dtype == torch.float16 and supports_float32_output(hidden.device)
         ctx.grad_scale = _FLOAT16_GRAD_SCALE if scaled else 1.0
         loss_grads = torch.full(targets.shape, ctx.grad_scale, device=hidden.device) if scaled else None
         losses, *ctx.gradients = _losses_and_gradients(hidden, weight, targets, settings, loss_grads)
@@ -221,8 +221,8 @@ def _loop_over_chunks(
 
     hidden (N,D) is in the compute dtype. weight_grad_input (N,D) replaces hidden in the gradient of the weight.
     """
-    tokens, device, acc_dtype = len(hidden), hidden.device, _accumulation_dtype(settings.dtype)
-    float32_output = _supports_float32_output(device)
+    tokens, device, acc_dtype = len(hidden), hidden.device, accumulation_dtype(settings.dtype)
+    float32_output = supports_float32_output(device)
     first_row = 0 if settings.vocab_shard is None else settings.vocab_shard.first
     weight = weight.to(settings.dtype)
     losses = torch.empty(tokens, dtype=acc_dtype, device=device)
@@ -249,11 +249,11 @@ def _loop_over_chunks(
         if slopes is not None and settings.needs_grad:
             logits.mul_(slopes)
         if hidden_grad is not None:
-            _matmul_into(logits, weight, hidden_grad[rows])
+            matmul_into(logits, weight, hidden_grad[rows])
         if weight_grad is not None:
             inputs = weight_grad_input[rows]
             factors = (inputs.t().contiguous(), logits) if transposed else (logits.t(), inputs)
-            _add_matmul_(weight_grad, *factors, product_buffer)
+            add_matmul_(weight_grad, *factors, product_buffer)
     if hidden_grad is not None and settings.vocab_shard is not None:
         hidden_grad = hidden_grad.to(acc_dtype)
         dist.all_reduce(hidden_grad, group=settings.vocab_shard.group)
@@ -267,7 +267,7 @@ def _replace_logits_by_gradient_(
 ) -> Tensor:
     """Return the losses (R,) of logits (R,V). If needed, overwrite the logits with the gradient of the sum of losses
     weighted by loss_grads (R,)."""
-    acc_dtype, z, shard = _accumulation_dtype(settings.dtype), settings.z_loss_coefficient, settings.vocab_shard
+    acc_dtype, z, shard = accumulation_dtype(settings.dtype), settings.z_loss_coefficient, settings.vocab_shard
     columns, owned = (targets, None) if shard is None else shard.locate(targets, logits.shape[1])
     row_indices = torch.arange(len(logits), device=logits.device)
     target_logits = logits[row_indices, columns].to(acc_dtype)
@@ -353,29 +353,6 @@ def _write_probs(buffer: Tensor, factor: Tensor | None, out: Tensor) -> None:
     out.copy_(buffer if factor is None else buffer.mul_(factor[:, None]))
 
 
-# ------------------------------------------------------------------------------------------------- matrix products
-def _matmul_into(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Write a @ b to out, which may be float32 if `_supports_float32_output`."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
-def _add_matmul_(total: Tensor, a: Tensor, b: Tensor, product_buffer: Tensor | None) -> None:
-    """Add a @ b to total. product_buffer has the shape of total and the dtype of a; it is needed if total is wider and
-    the device does not support float32 output."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif product_buffer is None:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    elif elements.supports(torch.mm(a, b, out=product_buffer)):
-        elements.add_(total, product_buffer)
-    else:
-        for target, product in zip(total.split(_CAST_ROWS), product_buffer.split(_CAST_ROWS), strict=True):
-            target.add_(product)
-
-
 def _chunk_rows(hidden: Tensor) -> int:
     """Return R. Larger chunks add to the weight's gradient less often; smaller ones keep more of it in a CPU's cache,
     which matters when matrix products are small."""
@@ -387,12 +364,3 @@ def _chunk_rows(hidden: Tensor) -> int:
 def _on_cpu(tensor: Tensor) -> bool:
     """Return whether reading values is free, and the cache is smaller than a chunk."""
     return tensor.device.type == "cpu"
-
-
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _supports_float32_output(device: torch.device) -> bool:
-    """Return whether half-precision products can be accumulated in a float32 output: CUDA with torch 2.10 or newer."""
-    return device.type == "cuda" and torch.torch_version.TorchVersion(torch.__version__) >= "2.10"

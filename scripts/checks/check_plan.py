@@ -235,7 +235,7 @@ def _simulated_ranks() -> Iterator[None]:
         mock.patch.object(matrix_assignment, "_shard_group", _with_real_tensors(matrix_assignment._shard_group)),
         # Take the branches of CUDA, independently of this CPU's cache size and instruction set.
         mock.patch.object(linear_loss, "_on_cpu", lambda tensor: False),
-        mock.patch.object(linear_loss, "_supports_float32_output", lambda device: True),
+        mock.patch.object(linear_loss, "supports_float32_output", lambda device: True),
         mock.patch.object(feed_forward, "gated_silu", gated_silu),
         mock.patch.object(attention, "supports", lambda *tensors: False),
         mock.patch.object(muon, "orthogonalization_dtype", lambda device: torch.bfloat16),

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from open_lm.data.masking import IGNORE_INDEX
-from open_lm.kernels import linear_loss, native
+from open_lm.kernels import linear_loss, native, products
 from open_lm.kernels.linear_loss import linear_cross_entropy
 from open_lm.kernels.native import elements
 from open_lm.model.losses import TokenLoss, logit_mean
@@ -53,7 +53,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use chunks of 32 tokens and small blocks, so that the last chunk and the last block are not full."""
     monkeypatch.setattr(linear_loss, "_chunk_rows", lambda hidden: 32)
     monkeypatch.setattr(linear_loss, "_BLOCK_BYTES", 4 * 53 * 5)
-    monkeypatch.setattr(linear_loss, "_CAST_ROWS", 10)
+    monkeypatch.setattr(products, "_CAST_ROWS", 10)
 
 
 @pytest.mark.usefixtures("small_chunks")
