@@ -115,6 +115,28 @@ def test_the_source_files_of_an_export_compute_the_native_logits_and_gradients(n
         assert_close(tensor.grad, gradients[parameter.removeprefix("model.")].grad)
 
 
+@pytest.mark.parametrize("name", ["window", "gated_experts", "head_rotary"])
+def test_the_source_files_of_an_export_serve_trainers_that_read_hidden_states_and_recompute_blocks(name: str) -> None:
+    model, ids = standalone(random_model(**VARIANTS[name])), random_ids(2, 12)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits, cap = model.get_output_embeddings()(hidden), model.config.final_logit_softcapping
+    assert_close(logits if cap is None else cap * torch.tanh(logits / cap), model(ids).logits)
+    assert model.base_model(input_ids=ids, use_cache=True).past_key_values.get_seq_length() == 12
+    with pytest.raises(ValueError, match="exactly one of"):
+        model.base_model(input_ids=ids, inputs_embeds=hidden)
+
+    calls: list[int] = []
+    model.train().model.layers[0].feed_forward.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(ids, labels=ids).loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(ids, labels=ids).loss.backward()
+    assert len(calls) == 1 + 2  # the block is computed again in the backward pass
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert_close(parameter.grad, gradient)
+
+
 def test_every_setting_of_an_architecture_is_part_of_an_export() -> None:
     assert set(open_lm.hf.standalone.configuration_openlm.DEFAULTS) == set(FIELDS)
     assert config_of(random_model().params) is None

@@ -38,6 +38,7 @@ class OpenLMConfig(PretrainedConfig):
         "num_attention_heads": "n_heads",
         "num_key_value_heads": "n_kv_heads",
         "max_position_embeddings": "seq_len",
+        "final_logit_softcapping": "logit_soft_cap",
     }
 
     def __init__(self, **kwargs: Any) -> None:

@@ -5,7 +5,7 @@ An exported model has copies of these files next to its weights:
     AutoModelForCausalLM.from_pretrained("folder", trust_remote_code=True)
 
 The logits are those of the trainer's model.
-Legend: B batch, T sequence, P cached positions and T, D model width, H query heads, R rotated features of a head, V
+Legend: B batch, T sequence, P cached positions and T, D model width, H query heads, V
 vocabulary.
 """
 
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_openlm import OpenLMConfig
-from .layers_openlm import FEED_FORWARDS, Attention, MixtureOfExperts, create_norm, rotary_frequencies
+from .layers_openlm import FEED_FORWARDS, Attention, MixtureOfExperts, create_norm
+from .rotary_openlm import rotary_table
 
 
 def _in_layer(pattern: list[bool] | None, layer: int) -> bool:
@@ -58,7 +59,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The model without the wrapper of transformers."""
+    """The model up to its final norm, with the interface of a backbone of transformers, and the output layer.
+
+    `gradient_checkpointing` and `_gradient_checkpointing_func` are set by transformers.
+    """
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Any = None
 
     def __init__(self, config: OpenLMConfig) -> None:
         super().__init__()
@@ -76,33 +83,39 @@ class Transformer(nn.Module):
         scale = self.config.embedding_scale
         return embeddings if scale == 1.0 else embeddings * embeddings.new_full((), scale)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Map embeddings x (B,T,D) -> normalized hidden states (B,T,D)."""
-        start = 0 if cache is None else int(cache.get_seq_length())
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return the normalized hidden states (B,T,D) and the cache; see `OpenLMForCausalLM.forward`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        x: Any = self.embed(input_ids) if input_ids is not None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        start = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         total = start + x.shape[1]
         if attention_mask is None:
             positions = torch.arange(start, total, device=x.device)
         else:  # padding does not count
             positions = ((attention_mask != 0).cumsum(-1) - 1).clamp(min=0)[:, -x.shape[1] :]
         allowed = {window: self._allowed(x, total, window, attention_mask) for window in (False, True)}
-        angles = {window: self._angles(positions, window) for window in (False, True)}
+        angles = {window: rotary_table(self.config, positions, window) for window in (False, True)}
         x = self.embedding_dropout(self.post_embed_norm(x))
         block: Any
         for block in self.layers:
             window = block.has_window
-            x = block(x, angles[window] if block.is_rotated else None, allowed[window], attention_mask, cache)
-        return self.norm(x)
-
-    def _angles(self, positions: Tensor, has_window: bool) -> Tensor:
-        """Return the angles of positions (T,) or (B,T), broadcasting to (B,T,H,R/2)."""
-        config = self.config
-        base, scaling = config.rope_base, config.rope_frequency_scaling
-        if has_window and config.rope_local_base is not None:
-            base, scaling = config.rope_local_base, None
-        frequencies = rotary_frequencies(config, base, scaling, positions.device)
-        if config.positional_embedding_type == "head_rotary":
-            return torch.arange(config.n_heads, device=positions.device)[:, None] * frequencies
-        return (positions[..., None] * frequencies)[..., None, :]
+            inputs = angles[window] if block.is_rotated else None, allowed[window], attention_mask, past_key_values
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(block.__call__, x, *inputs)
+            else:
+                x = block(x, *inputs)
+        return BaseModelOutputWithPast(self.norm(x), past_key_values)
 
     def _allowed(self, x: Tensor, total: int, has_window: bool, attention_mask: Tensor | None) -> Tensor:
         """Return the keys that each query attends to, bool, broadcasting to (B,H,T,P)."""
@@ -143,6 +156,7 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = OpenLMConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_cache_class = True
     _no_split_modules = ["Block"]  # noqa: RUF012 - transformers reads a plain class attribute
@@ -198,17 +212,14 @@ class OpenLMForCausalLM(PreTrainedModel, GenerationMixin):
         Returns:
             loss or None, logits (B,T,V) float32, past_key_values, hidden_states.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
-        x = self.model.embed(input_ids) if input_ids is not None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        hidden = self.model(x, attention_mask, past_key_values)
+        states = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache)
+        hidden = states.last_hidden_state
         kept = logits_to_keep if labels is None else 0
         logits = self.model.logits(hidden[:, -kept:] if kept else hidden)
         loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
-        states = (hidden,) if output_hidden_states else None
-        output = CausalLMOutputWithPast(loss, logits, past_key_values, states)
+        output = CausalLMOutputWithPast(
+            loss, logits, states.past_key_values, (hidden,) if output_hidden_states else None
+        )
         return output if return_dict in (None, True) else output.to_tuple()
 
     def _loss(self, logits: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
