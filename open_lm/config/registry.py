@@ -203,6 +203,10 @@ FEED_FORWARDS = Registry("FEED_FORWARDS", "--ffn-type", "open_lm.model", default
 POSITIONAL_EMBEDDINGS = Registry(
     "POSITIONAL_EMBEDDINGS", "--positional-embedding-type", "open_lm.model", default="rotary"
 )
+# Functions `scale(frequencies, base, parameters, lengths) -> (frequencies, factor of cos and sin)`, the types of
+# `rope_frequency_scaling`. Facts: required and optional (names of the parameters), by_length (whether the frequencies
+# depend on the length of a sequence; default: no).
+ROPE_SCALINGS = Registry("ROPE_SCALINGS", "rope_frequency_scaling", "open_lm.model")
 # Attention functions with the interface of model/attention.py. Facts: deterministic (default: yes), whole_sequences
 # (whether sequences cannot be split over ranks; default: no), options (whether torch's kernels may replace the function
 # in layers with a window, soft cap, other scale or dropout; default: yes).
@@ -221,5 +225,8 @@ OPTIMIZERS = Registry("OPTIMIZERS", "--optimizer", "open_lm.optim", default="ada
 SCHEDULES = Registry("SCHEDULES", "--lr-scheduler", "open_lm.optim", default="cosine")
 # Functions `shape(progress) -> remaining fraction` for --lr-scheduler wsd.
 DECAY_SHAPES = Registry("DECAY_SHAPES", "--lr-decay-shape", "open_lm.optim", default="1-sqrt")
+# Functions `divergence(chunk: Chunk) -> (values, gradient)`, see kernels/divergences.py. Facts: cached (whether the
+# loss can be computed from stored samples of the teacher's distribution; default: no).
+DISTILL_LOSSES = Registry("DISTILL_LOSSES", "--distill-loss", "open_lm.kernels", default="forward-kl")
 # Functions `open(cfg: LoggingConfig, paths: RunPaths, params, start_step) -> MetricLogger`.
 LOGGERS = Registry("LOGGERS", "--report-to", "open_lm.monitor")
