@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from open_lm.config.sections import DataConfig
-from open_lm.data.masking import IGNORE_INDEX, mask_targets
+from open_lm.data.masking import IGNORE_INDEX, document_ids, mask_targets
 from open_lm.data.shard_format import PAD_ID
+from open_lm.data.token_flags import ID_BITS, ID_MASK
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class TargetMask:
 class Batch:
     """One rank's sequences of a global batch in their stored dtype; inputs and targets are computed on their device.
 
-    stored_ids (B, T + 1) of `stream.stored_dtype`; only signed ids hold PAD_ID. `filled` (B,) bool marks the sequences
-    that hold data, `num_samples` is their number, `per_source` their number by source. `skipped` counts the filler
-    sequences in place of samples that were too short or (if tolerated) broken.
+    stored_ids (B, T + 1) of `token_flags.stored_dtype`; only signed ids hold PAD_ID or flags. `filled` (B,) bool marks
+    the sequences that hold data, `num_samples` is their number, `per_source` their number by source. `skipped` counts
+    the filler sequences in place of samples that were too short or (if tolerated) broken.
     """
 
     stored_ids: Tensor
@@ -57,8 +58,9 @@ class Batch:
     @cached_property
     def tokens(self) -> Tensor:
         """All ids (B, T + 1) int64; padding becomes the last id of the vocabulary, like any negative id."""
-        tokens = self.stored_ids.to(torch.int64)
-        return tokens.masked_fill(tokens == PAD_ID, self.vocab_size + PAD_ID) if self._may_be_padded else tokens
+        stored = self.stored_ids
+        tokens = (stored & ID_MASK if self._may_have_flags else stored).to(torch.int64)
+        return tokens.masked_fill(stored == PAD_ID, self.vocab_size + PAD_ID) if self._may_be_padded else tokens
 
     @property
     def inputs(self) -> Tensor:
@@ -74,7 +76,7 @@ class Batch:
     def _split(self) -> tuple[Tensor, Tensor]:
         targets = self.tokens[:, 1:]
         if self._may_be_padded:
-            targets = targets.masked_fill(self.stored_ids[:, 1:] == PAD_ID, IGNORE_INDEX)
+            targets = targets.masked_fill(self.stored_ids[:, 1:] < 0, IGNORE_INDEX)
         inputs, targets = mask_targets(
             self.tokens[:, :-1],
             targets,
@@ -86,9 +88,26 @@ class Batch:
             targets = targets.masked_fill(~self.filled[:, None], IGNORE_INDEX)
         return inputs.contiguous(), targets.contiguous()
 
+    def documents(self, end_of_text_id: int) -> Tensor | None:
+        """Return the number of each input's document in its sequence, (B, T) int32; None if no stored id has flags.
+
+        A sequence without flags has the documents that `end_of_text_id` ends (`masking.document_ids`).
+        """
+        if not self._may_have_flags:
+            return None
+        stored = self.stored_ids[:, :-1]
+        starts = ((stored >> ID_BITS & 1) * (stored != PAD_ID)).to(torch.int32)
+        numbers = starts.cumsum(-1, dtype=torch.int32)
+        has_flags = numbers[:, -1:] > 0
+        return torch.where(has_flags, numbers, document_ids(self.inputs, end_of_text_id))
+
     @property
     def _may_be_padded(self) -> bool:
         return self.stored_ids.dtype.is_signed
+
+    @property
+    def _may_have_flags(self) -> bool:
+        return self.stored_ids.dtype == torch.int32 and self.vocab_size <= ID_MASK
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`; the copy from page-locked memory is asynchronous."""

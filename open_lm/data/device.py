@@ -24,7 +24,8 @@ State = TypeVar("State")
 class DeviceBatch:
     """A rank's sequences of a global batch on the device; fields as in `Batch`.
 
-    inputs, targets (B, T) int64; filled (B,) bool.
+    inputs, targets (B, T) int64; filled (B,) bool. documents (B, T) int32 are the documents that stored flags mark
+    (`Batch.documents`); None without flags, or if attention is not limited to documents.
     """
 
     inputs: Tensor
@@ -33,10 +34,15 @@ class DeviceBatch:
     num_samples: int
     per_source: tuple[int, ...]
     skipped: int
+    documents: Tensor | None = None
 
 
-def on_device(batches: Iterable[tuple[Batch, State]], device: torch.device) -> Iterator[tuple[DeviceBatch, State]]:
+def on_device(
+    batches: Iterable[tuple[Batch, State]], device: torch.device, end_of_text_id: int | None = None
+) -> Iterator[tuple[DeviceBatch, State]]:
     """Yield the batches on `device`, each with its state, and load and copy the next one ahead.
+
+    With `end_of_text_id`, attention is limited to documents.
 
     The yielded state belongs to the yielded batch, although the loader is already one batch further. A caller that
     stops early continues with `loader.rewind(state)`. An error while loading a batch is raised after the batch before
@@ -47,7 +53,7 @@ def on_device(batches: Iterable[tuple[Batch, State]], device: torch.device) -> I
     failure: Exception | None = None
     try:
         for batch, state in batches:
-            ahead.append((_PendingCopy(batch, device, stream), state))
+            ahead.append((_PendingCopy(batch, device, stream, end_of_text_id), state))
             if len(ahead) == 2:
                 copy, copy_state = ahead.pop(0)
                 yield copy.result(), copy_state
@@ -62,7 +68,9 @@ def on_device(batches: Iterable[tuple[Batch, State]], device: torch.device) -> I
 class _PendingCopy:
     """A batch that is being copied to the device, on `stream` if there is one."""
 
-    def __init__(self, batch: Batch, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+    def __init__(
+        self, batch: Batch, device: torch.device, stream: torch.cuda.Stream | None, end_of_text_id: int | None
+    ) -> None:
         self._device = device
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             moved = batch.to(device)
@@ -73,6 +81,7 @@ class _PendingCopy:
                 num_samples=batch.num_samples,
                 per_source=batch.per_source,
                 skipped=batch.skipped,
+                documents=None if end_of_text_id is None else moved.documents(end_of_text_id),
             )
         self._event = None if stream is None else stream.record_event()
 
@@ -81,6 +90,7 @@ class _PendingCopy:
         if self._event is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._event)
-            for tensor in (self._batch.inputs, self._batch.targets, self._batch.filled):
-                tensor.record_stream(current)  # the copy stream owns the memory and must not reuse it too early
+            for tensor in (self._batch.inputs, self._batch.targets, self._batch.filled, self._batch.documents):
+                if tensor is not None:
+                    tensor.record_stream(current)  # the copy stream owns the memory and must not reuse it too early
         return self._batch

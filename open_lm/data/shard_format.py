@@ -9,7 +9,7 @@ A shard is a tar file; each member holds the seq_len + 1 ids of one sequence in 
 The folder of the shards has a `manifest.jsonl` with one line per shard: {"shard": "<stem>", "num_sequences": n, …}.
 A sequence that documents could not fill ends in `PAD_ID`: -1 in every kind. Negative ids count from the end of the
 vocabulary, so that readers without support for padding still get a valid id. An npy member with pads is signed, all
-others are unsigned.
+others are unsigned. Unsigned ids of 32 bits may have flags (see token_flags); all bits set is padding there.
 
 Ids are 1-D numpy arrays everywhere: int64 when decoded, any integer type when encoded.
 
@@ -18,20 +18,15 @@ datapreprocess imports no other module of this package, so the names it needs fr
 
 from __future__ import annotations
 
-import ast
-import gzip
 import hashlib
-import io
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
-import orjson
 
 from open_lm import storage
 from open_lm.data.block_sums import BlockHasher
@@ -50,127 +45,31 @@ from open_lm.data.manifest import (
     total_sequences,
     write_manifest,
 )
+from open_lm.data.members import (
+    END_OF_TEXT_STRING,
+    MEMBER_KINDS,
+    PAD_ID,
+    decode_member,
+    encode_member,
+    token_dtype,
+)
 from open_lm.data.npy_block import Buffer, matching_names, npy_members, tar_header
+from open_lm.data.token_flags import FLAGGED_DTYPE, count_tokens, flag_document
 from open_lm.errors import DataError
 
 __all__ = [
-    "DATASET_NAME", "END_OF_TEXT_STRING", "GOLDEN_GAMMA", "KEY_DIGITS", "MANIFEST_NAME", "MEMBER_KINDS", "PAD_ID",
-    "REJECTS_NAME", "ManifestEntry", "Member", "ShardInfo", "ShardWriter", "decode_member", "encode_member",
-    "expand_shards", "index_shard", "iter_files", "member_key", "read_manifest", "shard_entries", "shard_folder",
-    "shard_sizes", "shard_stem", "split_name", "splitmix64", "token_dtype", "total_sequences", "write_manifest",
+    "DATASET_NAME", "END_OF_TEXT_STRING", "FLAGGED_DTYPE", "GOLDEN_GAMMA", "KEY_DIGITS", "MANIFEST_NAME",
+    "MEMBER_KINDS", "PAD_ID", "REJECTS_NAME", "ManifestEntry", "Member", "ShardInfo", "ShardWriter", "decode_member",
+    "encode_member", "expand_shards", "flag_document", "index_shard", "iter_files", "member_key", "read_manifest",
+    "shard_entries", "shard_folder", "shard_sizes", "shard_stem", "split_name", "splitmix64", "token_dtype",
+    "total_sequences", "write_manifest",
 ]  # fmt: skip
 
-MEMBER_KINDS = ("npy", "json.gz", "json", "txt")
-PAD_ID = -1
-END_OF_TEXT_STRING = "<|endoftext|>"
 _BLOCK = tarfile.BLOCKSIZE
-_GZIP_WBITS = 31
 KEY_DIGITS = 12
 _BATCH_BYTES = 4 << 20  # of members built at a time, so that they stay in the CPU cache until they are written
 
 TarInput = Buffer | IO[bytes]
-
-
-# --- members -----------------------------------------------------------------------------------------------------
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest unsigned numpy type that holds the ids 0 … vocab_size - 1."""
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size must be positive, got {vocab_size}")
-    return np.min_scalar_type(vocab_size - 1)
-
-
-def encode_member(ids: np.ndarray, kind: str, dtype: np.dtype[Any] | None = None) -> bytes:
-    """Encode ids (T,) of an integer type as a member of `kind`.
-
-    `dtype` (npy only) defaults to that of the ids. With pads, an unsigned type becomes the next larger signed one. An
-    id that does not fit the type is a DataError.
-    """
-    ids = np.ascontiguousarray(ids)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise DataError(f"a member must be a 1-D array of integers, found {ids.dtype} of shape {ids.shape}")
-    if kind == "npy":
-        buffer = io.BytesIO()
-        np.save(buffer, _cast(ids, dtype or ids.dtype), allow_pickle=False)
-        return buffer.getvalue()
-    text = orjson.dumps(ids, option=orjson.OPT_SERIALIZE_NUMPY)
-    if kind in ("json", "txt"):
-        return text
-    if kind == "json.gz":
-        # zlib directly: the header has no time and no name in every Python version.
-        compressor = zlib.compressobj(6, zlib.DEFLATED, _GZIP_WBITS)
-        return compressor.compress(text) + compressor.flush()
-    raise DataError(f"unknown member kind {kind!r}; known: {', '.join(MEMBER_KINDS)}")
-
-
-def _cast(ids: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    if ids.size and dtype.kind == "u" and ids.min() < 0:
-        dtype = np.promote_types(dtype, np.int8)
-    if ids.size and (ids.max() > np.iinfo(dtype).max or ids.min() < np.iinfo(dtype).min):
-        raise DataError(f"ids from {ids.min()} to {ids.max()} do not fit {dtype}; check the vocabulary size")
-    return ids.astype(dtype, copy=False)
-
-
-def decode_member(data: bytes, kind: str, *, eot_id: int | None = None) -> np.ndarray:
-    """Decode the ids of one member, int64 (T,). Invalid data of any kind is a DataError.
-
-    `eot_id` replaces the string "<|endoftext|>", which old txt and json members may hold.
-    """
-    try:
-        if kind == "npy":
-            array = _load_npy(data)
-        elif kind in ("json", "txt"):
-            array = _parse_list(data, eot_id)
-        elif kind == "json.gz":
-            array = _parse_list(gzip.decompress(data), eot_id)
-        else:
-            raise DataError(f"unknown member kind {kind!r}; known: {', '.join(MEMBER_KINDS)}")
-    except DataError:
-        raise
-    except (ValueError, TypeError, OverflowError, EOFError, OSError, SyntaxError, zlib.error) as error:
-        raise DataError(f"not a valid {kind} member: {type(error).__name__}: {error}") from error
-    except (MemoryError, RecursionError) as error:
-        raise DataError(f"not a valid {kind} member: too deeply nested or too large") from error
-    if not isinstance(array, np.ndarray) or array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise DataError(f"not a valid {kind} member: expected a 1-D list of integers, found {found}")
-    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise DataError(f"not a valid {kind} member: id {array.max()} does not fit 64 bits")
-    return array.astype(np.int64, copy=False)
-
-
-def _load_npy(data: bytes) -> np.ndarray:
-    if not data.startswith(np.lib.format.MAGIC_PREFIX):  # numpy would suggest to unpickle it
-        raise DataError(f"not a valid npy member: it starts with {data[:8]!r}; create or copy the shard again")
-    array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
-    return array
-
-
-def _parse_list(data: bytes, eot_id: int | None) -> np.ndarray:
-    """Parse a JSON list, or a Python list literal with the same content, as an integer array."""
-    try:
-        values = orjson.loads(data.replace(b"'", b'"'))
-    except orjson.JSONDecodeError:
-        values = ast.literal_eval(data.decode().strip())
-    if isinstance(values, tuple):
-        values = list(values)
-    if not isinstance(values, list):
-        raise DataError(f"expected a list of integers, found {type(values).__name__}")
-    types = set(map(type, values))
-    if str in types:
-        others = {value for value in values if isinstance(value, str) and value != END_OF_TEXT_STRING}
-        if others:
-            raise DataError(f"the list of ids holds the text {sorted(others)[0]!r}")
-        if eot_id is None:
-            raise DataError(
-                f'holds the text "{END_OF_TEXT_STRING}" in place of an id, but the end-of-text id is not known'
-            )
-        values = [eot_id if isinstance(value, str) else value for value in values]
-        types.discard(str)
-    if types - {int}:
-        raise DataError(f"the list of ids holds values of type {sorted(kind.__name__ for kind in types - {int})[0]}")
-    return np.array(values, dtype=np.int64)
 
 
 # --- tar files ---------------------------------------------------------------------------------------------------
@@ -302,7 +201,8 @@ def member_key(number: int) -> str:
 class ShardInfo:
     """A written shard: its sequences, tokens (without pads), and the size and SHA-256 of the file.
 
-    `block_sums` are the keys of `BlockSums.to_json`; empty if the members differ in size or npy header.
+    `num_masked` of the tokens are no targets (token_flags; 0 without flags). `block_sums` are the keys of
+    `BlockSums.to_json`; empty if the members differ in size or npy header.
     """
 
     stem: str
@@ -311,6 +211,7 @@ class ShardInfo:
     num_bytes: int
     sha256: str
     block_sums: dict[str, Any] = field(default_factory=dict)
+    num_masked: int = 0
 
 
 class ShardWriter:
@@ -327,7 +228,7 @@ class ShardWriter:
         if kind not in MEMBER_KINDS:
             raise DataError(f"unknown member kind {kind!r}; known: {', '.join(MEMBER_KINDS)}")
         self.path, self.kind, self.dtype = os.fspath(path), kind, dtype
-        self._num_sequences = self._num_tokens = self._num_bytes = 0
+        self._num_sequences = self._num_tokens = self._num_masked = self._num_bytes = 0
         self._hash, self._blocks = hashlib.sha256(), BlockHasher()
         self._block_sums: dict[str, Any] = {}
         self._heads: set[tuple[int, bytes]] = set()  # bytes and npy header of the members
@@ -341,8 +242,7 @@ class ShardWriter:
         data = encode_member(ids, self.kind, self.dtype)
         self._note_head(len(data), data)
         self._put(tar_header(f"{key}.{self.kind}", len(data)) + data + bytes(-len(data) % _BLOCK))
-        self._num_sequences += 1
-        self._num_tokens += int(np.count_nonzero(ids != PAD_ID))
+        self._count(ids[None])
 
     def write_numbered(self, first: int, rows: np.ndarray) -> None:
         """Append sequences (n, T), with keys from the number `first` on (see `member_key`).
@@ -359,8 +259,16 @@ class ShardWriter:
             members = npy_members(first + start, KEY_DIGITS, batch)
             self._note_head(members.shape[1] - _BLOCK, members[0, _BLOCK : 2 * _BLOCK].tobytes())
             self._put(members.reshape(-1).data)
-            self._num_sequences += len(batch)
-            self._num_tokens += batch.size
+            self._count(batch)
+
+    def _count(self, rows: np.ndarray) -> None:
+        self._num_sequences += len(rows)
+        if rows.dtype == FLAGGED_DTYPE:
+            tokens, trained = count_tokens(rows)
+            self._num_masked += tokens - trained
+        else:
+            tokens = rows.size if rows.dtype.kind == "u" else int(np.count_nonzero(rows != PAD_ID))
+        self._num_tokens += tokens
 
     def _note_head(self, num_bytes: int, data: bytes) -> None:
         blocks = -(-num_bytes // _BLOCK)
@@ -377,7 +285,8 @@ class ShardWriter:
         """The counts so far; final, with the checksum of the complete file, after the `with`."""
         stem = shard_stem(self.path)
         digest = self._hash.hexdigest()
-        return ShardInfo(stem, self._num_sequences, self._num_tokens, self._num_bytes, digest, self._block_sums)
+        counts = (self._num_sequences, self._num_tokens, self._num_bytes)
+        return ShardInfo(stem, *counts, digest, self._block_sums, self._num_masked)
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -19,11 +19,13 @@ import numpy as np
 from open_lm.config.sections import DataConfig
 from open_lm.data.block_shards import BlockShard, ShardPiece
 from open_lm.data.fetch import FetchFolder, FetchSettings
-from open_lm.data.hashing import hash_key, hash_range
+from open_lm.data.hashing import hash_key
 from open_lm.data.order import Piece, Samples, SizeOf, Source
-from open_lm.data.shard_format import PAD_ID, token_dtype
+from open_lm.data.shard_format import PAD_ID
 from open_lm.data.shards import Shard, ShardStore
 from open_lm.data.sources import SYNTHETIC_URL
+from open_lm.data.synthetic import SyntheticReader
+from open_lm.data.token_flags import ID_MASK, are_valid, as_signed, may_have_flags, stored_dtype
 from open_lm.data.verify import expected_files
 from open_lm.errors import DataError, StorageError
 
@@ -62,17 +64,6 @@ class StreamSpec:
         return cls(sources, seq_len, vocab_size, data_key, max_broken_fraction, fetch)
 
 
-def stored_dtype(vocab_size: int, padded: bool = False) -> np.dtype[np.generic]:
-    """Return the dtype of ids on their way to the device: the smallest that torch can convert to int64 on any device.
-
-    Ids that are `padded` or need more than 16 bits get a signed type, which can hold PAD_ID.
-    """
-    stored = token_dtype(vocab_size)
-    if stored.itemsize <= 2 and not padded:
-        return stored
-    return np.dtype(np.int32 if vocab_size <= 2**31 else np.int64)
-
-
 class Notice(NamedTuple):
     """A warning for the user; log it on one rank only if every rank finds the same."""
 
@@ -100,6 +91,7 @@ class SampleReader:
         self._store.on_close = self._forget
         self._counts = Counter[str]()  # sequences: "read", "usable", "broken"
         self._searched_long_sequence = False
+        self._has_flags = False  # whether an id read so far has flags (token_flags)
         self._last_size = 1
         self._broken_shards: set[str] = set()
         self._noticed: set[str] = set()
@@ -137,11 +129,12 @@ class SampleReader:
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
         """Return ids (n, seq_len + 1) of the samples, and which rows hold data, bool (n,); the others are all zeros.
 
-        The ids have `stored_dtype`, the padded one if an id is PAD_ID. A longer sequence is cropped at a random
-        position that the sample's key fixes. A shorter one becomes filler, and so does a broken one if it is tolerated.
-        DataError for everything else.
+        The ids have `stored_dtype`, the signed one if an id is PAD_ID or has flags. A longer sequence is cropped at a
+        random position that the sample's key fixes. A shorter one becomes filler, and so does a broken one if it is
+        tolerated. DataError for everything else.
         """
-        ids = np.zeros((len(samples.source), self.spec.seq_len + 1), stored_dtype(self.spec.vocab_size))
+        dtype = stored_dtype(self.spec.vocab_size, signed=self._has_flags)
+        ids = np.zeros((len(samples.source), self.spec.seq_len + 1), dtype)
         codes = _codes(samples)
         self._store.keep_open(len(set(codes)) + self._spare_shards)
         filled = self._copy_ready(ids, codes, samples.member.tolist())
@@ -154,16 +147,20 @@ class SampleReader:
             for source, shard, rows in _by_shard(Samples(*(column[remaining] for column in samples)))
         ]
         for source, shard, rows in groups:
+            ids = self._signed(ids) if self._has_flags else ids
             done = self._read_npy(ids, source, shard, samples, rows)
             filled[rows[done]] = True
             self._count_usable(int(done.sum()))
             for row in rows[~done].tolist():
                 sequence = self._read_one(source, shard, int(samples.member[row]), int(samples.key[row]))
                 if sequence is not None:
-                    if ids.dtype.kind == "u" and sequence.min() < 0:
-                        ids = ids.astype(stored_dtype(self.spec.vocab_size, padded=True))
+                    ids = self._signed(ids) if self._has_flags or sequence.min() < 0 else ids
                     ids[row], filled[row] = sequence, True
         return ids, filled
+
+    def _signed(self, ids: np.ndarray) -> np.ndarray:
+        """Return ids in the type that holds padding and flags."""
+        return ids.astype(stored_dtype(self.spec.vocab_size, signed=True)) if ids.dtype.kind == "u" else ids
 
     def _copy_ready(self, ids: np.ndarray, codes: list[int], members: list[int]) -> np.ndarray:
         """Fill the rows of `ids` whose shards were read before and hold nothing but such rows; return which, bool (n,).
@@ -175,20 +172,28 @@ class SampleReader:
             return filled
         for row, (code, member) in enumerate(zip(codes, members, strict=True)):
             ready = self._ready.get(code)
-            if ready is not None and ready.shard.is_readable(member):
+            # A larger type is not copied: that could change an invalid id.
+            if ready is not None and ready.rows.itemsize <= ids.itemsize and ready.shard.is_readable(member):
                 ids[row] = ready.rows[member]
                 filled[row] = True
                 self._store.mark_used(ready.shard.url, self.spec.data_key)
         if ids.size and (ids.max() >= self.spec.vocab_size or (ids.dtype.kind == "i" and ids.min() < 0)):
-            filled &= ((ids >= 0) & (ids < self.spec.vocab_size)).all(axis=1)
+            filled &= self._are_usable(ids).all(axis=1)
             ids[~filled] = 0
         return filled
+
+    def _are_usable(self, ids: np.ndarray) -> np.ndarray:
+        """Return which ids (n, T), stored without a sign, are in the vocabulary, with their flags, if any; bool."""
+        if self._has_flags and ids.dtype.itemsize == 4:
+            return are_valid(ids, self.spec.vocab_size)
+        usable: np.ndarray = (ids >= 0) & (ids < self.spec.vocab_size)
+        return usable
 
     def _note_ready(self, code: int, shard: Shard | BlockShard, ids: np.ndarray) -> None:
         rows = None if shard.npy is None else shard.npy.rows
         if rows is None or rows.shape[1] != ids.shape[1]:
             return
-        if rows.dtype.kind == "u" and rows.itemsize == ids.itemsize:  # else copying could change an invalid id
+        if rows.dtype.kind == "u" and rows.itemsize <= ids.itemsize:
             self._ready[code] = _ReadyShard(shard, rows)
 
     def _forget(self, url: str) -> None:
@@ -211,7 +216,7 @@ class SampleReader:
         rows = rows[done]
         found = npy.gather(samples.member[rows])
         if found.size and (found.max() >= self.spec.vocab_size or found.dtype.kind == "i"):
-            usable = ((found >= 0) & (found < self.spec.vocab_size)).all(axis=1)
+            usable = self._are_usable(found).all(axis=1)
             done[done], rows, found = usable, rows[usable], found[usable]
         if npy.length == width:
             ids[rows] = found
@@ -253,10 +258,20 @@ class SampleReader:
         return self._checked(ids, opened, member)
 
     def _checked(self, ids: np.ndarray, shard: Shard | BlockShard, member: int) -> np.ndarray:
-        """Check the ids against the vocabulary. Negative ids count from its end; PAD_ID stays, for the loss mask."""
+        """Check the ids against the vocabulary. Negative ids count from its end; PAD_ID stays, for the loss mask.
+
+        Ids with flags (token_flags) become signed ones.
+        """
         vocab_size = self.spec.vocab_size
         if not len(ids):
             return ids
+        if vocab_size <= ID_MASK and may_have_flags(ids):
+            flagged = as_signed(ids)
+            invalid = flagged[~are_valid(flagged, vocab_size)]
+            if not len(invalid):
+                self._has_flags = True
+                return flagged
+            ids = invalid & ID_MASK
         smallest, largest = int(ids.min()), int(ids.max())
         if largest >= vocab_size or smallest < -vocab_size:
             raise DataError(
@@ -345,29 +360,6 @@ def _by_shard(samples: Samples) -> Iterator[tuple[int, int, np.ndarray]]:
     for number in np.argsort(first).tolist():
         value = int(values[number])
         yield value >> 40, value & (1 << 40) - 1, np.flatnonzero(inverse == number)
-
-
-class SyntheticReader:
-    """Random ids of the vocabulary that depend only on the sample's key, for speed measurements and tests."""
-
-    needs_prefetch = False
-
-    def __init__(self, spec: StreamSpec) -> None:
-        self.spec = spec
-        self.notices: list[Notice] = []
-
-    def size_of(self, source: int, shard: int) -> int:
-        raise AssertionError("the size of synthetic data is always known")
-
-    def prefetch(self, samples: Samples, upcoming: Sequence[Piece]) -> None:
-        """Do nothing: there is nothing to fetch."""
-
-    def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids (n, seq_len + 1) of `stored_dtype`, and that all rows hold data (n,) bool."""
-        ids = np.empty((len(samples.source), self.spec.seq_len + 1), stored_dtype(self.spec.vocab_size))
-        for row, (member, key) in enumerate(zip(samples.member.tolist(), samples.key.tolist(), strict=True)):
-            ids[row] = hash_range(hash_key(key, member), ids.shape[1]) % np.uint64(self.spec.vocab_size)
-        return ids, np.ones(len(ids), bool)
 
 
 Reader = SampleReader | SyntheticReader

@@ -179,11 +179,12 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
     samples = _LossSamples(cfg, runtime.device)
     data_s, steps, positions, start = 0.0, 0, 0, time.perf_counter()
     waiting_since = logged_at = start
-    for index, (batch, _) in enumerate(on_device(((batch, None) for batch in loader), runtime.device)):
+    batches = on_device(((batch, None) for batch in loader), runtime.device, options.end_of_text_id)
+    for index, (batch, _) in enumerate(batches):
         data_s += time.perf_counter() - waiting_since
         heartbeat("validating")
         targets = batch.targets
-        losses = token_losses(model, batch.inputs, targets, options)
+        losses = token_losses(model, batch.inputs, targets, options, batch.documents)
         valid = (targets != IGNORE_INDEX) & options.layout.contributes_sequences
         sums = ((losses * valid).sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
         totals += torch.stack([value.to(torch.float64) for value in sums])
@@ -216,9 +217,14 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
     return broadcast_object(runtime, result)
 
 
-def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, options: ForwardOptions) -> Tensor:
-    """Return the cross entropy of each token, 0 if it is masked: inputs, targets (B,T) int64 -> (B,T) float32."""
-    return batch_loss(model, inputs, TokenLoss(targets, per_token=True), options)
+def token_losses(
+    model: nn.Module, inputs: Tensor, targets: Tensor, options: ForwardOptions, documents: Tensor | None = None
+) -> Tensor:
+    """Return the cross entropy of each token, 0 if it is masked: inputs, targets (B,T) int64 -> (B,T) float32.
+
+    documents: see `batch_loss`.
+    """
+    return batch_loss(model, inputs, TokenLoss(targets, per_token=True), options, documents)
 
 
 def _intervals(samples: _LossSamples, cfg: ValidationConfig, runtime: Runtime) -> dict[str, float]:

@@ -101,13 +101,18 @@ class ForwardOptions(Protocol):
     def end_of_text_id(self) -> int | None: ...
 
 
-def batch_loss(model: nn.Module, ids: Tensor, loss: TokenLoss, options: ForwardOptions) -> Tensor:
+def batch_loss(
+    model: nn.Module, ids: Tensor, loss: TokenLoss, options: ForwardOptions, documents: Tensor | None = None
+) -> Tensor:
     """Return `loss` of the model's predictions for full sequences of ids (B,T).
 
+    documents (B,T) are the numbers of documents to which attention is limited; by default those that
+    `options.end_of_text_id` ends.
     With context parallelism the summed loss covers this rank's tokens only; per-token losses cover all tokens, (B,T).
     """
     layout, masks = options.layout, dict[str, Any]()
-    documents = None if options.end_of_text_id is None else document_ids(ids, options.end_of_text_id)
+    if documents is None and options.end_of_text_id is not None:
+        documents = document_ids(ids, options.end_of_text_id)
     if layout.context > 1:
         masks["attention_mask"] = context_parallel_mask(layout, ids.shape[1], ids.device, documents)
         ids, loss = shard_sequences(ids, layout), replace(loss, targets=shard_sequences(loss.targets, layout))

@@ -69,6 +69,7 @@ def train_step(
     optimizer: Optimizer,
     options: StepOptions,
     *,
+    documents: Tensor | None = None,
     num_samples: int | None = None,
     counts: Sequence[int] = (),
     scaler: torch.amp.GradScaler | None = None,
@@ -80,6 +81,7 @@ def train_step(
     Never waits for the device.
 
     Args:
+        documents: (B,T) numbers of the documents to which attention is limited, if the data mark them.
         num_samples: sequences that hold data (default: all B).
         counts: integers to sum over ranks together with the step's own counts.
         should_skip: returns whether to skip the update, given the global loss and gradient norm.
@@ -95,11 +97,12 @@ def train_step(
     valid_tokens, samples = global_counts[0], global_counts[1]
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
+    parts = micro_documents(documents, options.accum_freq)
     for micro_inputs, micro_targets, is_last in micro_batches(inputs, targets, options.accum_freq):
         threads = limit_threads(unwrap(model), micro_inputs.numel(), inputs.device)
         with gradient_sync(model, is_last), threads:
             enter_phase("forward")
-            objective, values = _objective(model, micro_inputs, micro_targets, valid_tokens, options)
+            objective, values = _objective(model, micro_inputs, micro_targets, next(parts), valid_tokens, options)
             enter_phase("backward")
             (objective if scaler is None else scaler.scale(objective)).backward()
         totals = {name: totals[name] + value if name in totals else value for name, value in values.items()}
@@ -133,13 +136,23 @@ def micro_batches(inputs: Tensor, targets: Tensor, count: int) -> Iterator[tuple
         yield micro_inputs, micro_targets, number == count
 
 
-def _objective(
-    model: nn.Module, inputs: Tensor, targets: Tensor, valid_tokens: Tensor, options: StepOptions
+def micro_documents(documents: Tensor | None, count: int) -> Iterator[Tensor | None]:
+    """Yield the documents (B,T) of each of `count` micro-batches; None if there are none."""
+    yield from [None] * count if documents is None else documents.chunk(count)
+
+
+def _objective(  # noqa: PLR0917 - the parts of a micro-batch
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    documents: Tensor | None,
+    valid_tokens: Tensor,
+    options: StepOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a micro-batch's contribution to the minimized objective and to the reported values."""
     logit_means: list[Tensor] | None = [] if options.log_logit_mean else None
     token_loss = TokenLoss(targets, options.z_loss_coefficient, logit_means=logit_means)
-    loss = batch_loss(model, inputs, token_loss, options) / valid_tokens.clamp(min=1)
+    loss = batch_loss(model, inputs, token_loss, options, documents) / valid_tokens.clamp(min=1)
     ranks = options.layout.gradient_ranks
     weight = 1 / (ranks * options.accum_freq)
     values = {"loss": loss.detach()}

@@ -27,7 +27,7 @@ from open_lm.optim.schedules import Schedule
 from open_lm.parallel.parallelize import evaluation_mode
 from open_lm.training.control import Decision, RunControl
 from open_lm.training.guard import Guard, TrainingDiverged
-from open_lm.training.step import StepOptions, StepResult, micro_batches, sum_values, train_step
+from open_lm.training.step import StepOptions, StepResult, micro_batches, micro_documents, sum_values, train_step
 
 _COMPILE_S = 1800.0  # extra time for the first step of a compiled model
 Report = Callable[[Mapping[str, Any], int], None]  # (values by name, step)
@@ -158,7 +158,7 @@ class Trainer:
             if self.averagers is not None:
                 self.averagers.step()
                 if self.average_loss_every and number % self.average_loss_every == 0:
-                    losses = self._averaged_losses(batch.inputs, batch.targets, result.valid_tokens)
+                    losses = self._averaged_losses(batch, result.valid_tokens)
                     self._window.add(sum_values(losses, self.options.layout), accepted)
             self._late.add(torch.cat([result.counts[:2].double(), self._guard.report()]), (self.step, lr))
             self.step, self.data_state = self.step + 1, state
@@ -173,7 +173,10 @@ class Trainer:
 
     def _batches(self, epoch: _Epoch) -> Iterator[tuple[DeviceBatch, dict[str, Any]]]:
         """Yield the batches to the end of the epoch with the loader's state; the stopwatch measures waiting time."""
-        batches = on_device(self.loader.batches(epoch.end_step - self.step), self.options.runtime.device)
+        options = self.options
+        batches = on_device(
+            self.loader.batches(epoch.end_step - self.step), options.runtime.device, options.end_of_text_id
+        )
         while True:
             start = time.perf_counter()
             try:
@@ -194,6 +197,7 @@ class Trainer:
             batch.targets,
             self.optimizer,
             self.options,
+            documents=batch.documents,
             num_samples=batch.num_samples,
             counts=(stop, save, *(n if self.options.layout.contributes_sequences else 0 for n in sequence_counts)),
             scaler=self.scaler,
@@ -215,16 +219,18 @@ class Trainer:
             rollback = self._guard.handle_outcome(outcome, step, lr) or rollback
         return Decision(stop, save, rollback)
 
-    def _averaged_losses(self, inputs: Tensor, targets: Tensor, valid_tokens: Tensor) -> dict[str, Tensor]:
+    def _averaged_losses(self, batch: DeviceBatch, valid_tokens: Tensor) -> dict[str, Tensor]:
         """Return this rank's share of the averaged models' losses on a batch, by "<averager>_loss"."""
         assert self.averagers is not None
-        coefficient = self.options.z_loss_coefficient
+        coefficient, count = self.options.z_loss_coefficient, self.options.accum_freq
         losses = {}
         for name, averager in self.averagers.avgs_dict.items():
-            total = torch.zeros((), device=inputs.device)
+            total = torch.zeros((), device=batch.inputs.device)
+            documents = micro_documents(batch.documents, count)
             with averager.applied(), evaluation_mode(self.model):
-                for ids, labels, _ in micro_batches(inputs, targets, self.options.accum_freq):
-                    total += batch_loss(self.model, ids, TokenLoss(labels, coefficient), self.options)
+                for ids, labels, _ in micro_batches(batch.inputs, batch.targets, count):
+                    loss = TokenLoss(labels, coefficient)
+                    total += batch_loss(self.model, ids, loss, self.options, next(documents))
             losses[f"{name}_loss"] = total / valid_tokens.clamp(min=1)
         return losses
 
