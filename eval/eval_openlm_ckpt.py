@@ -37,7 +37,7 @@ def restart_in_eval_environment(argv: list[str]) -> None:
     """Restart this program with the Python of .venv-eval, unless llm-foundry is already available."""
     if importlib.util.find_spec("llmfoundry") is not None:
         return
-    python = os.environ.get(PYTHON_VARIABLE) or str(REPOSITORY / ".venv-eval" / "bin" / "python")
+    python = os.path.expanduser(os.environ.get(PYTHON_VARIABLE) or str(REPOSITORY / ".venv-eval" / "bin" / "python"))
     if RESTARTED_VARIABLE in os.environ:
         message = f"{sys.executable} has no llm-foundry; recreate the environment with `make install-eval`"
         sys.exit(_print_error(message))
@@ -323,6 +323,6 @@ if __name__ == "__main__":
         sys.path.insert(0, str(REPOSITORY))
     if not {"-h", "--help"} & set(sys.argv[1:]) and chosen_engine(sys.argv[1:]) == ENGINES[0]:
         restart_in_eval_environment(sys.argv[1:])
-    from open_lm.errors import run_cli
+    from open_lm.errors import end_process, run_cli
 
-    sys.exit(run_cli(main))
+    end_process(run_cli(main))

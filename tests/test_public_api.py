@@ -22,7 +22,6 @@ import ast
 import importlib
 import inspect
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -33,9 +32,9 @@ from typing import Any
 
 import pytest
 import torch
+from eval_environment import EVAL_PYTHON, needs_eval_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-EVAL_PYTHON = os.environ.get("OPEN_LM_EVAL_PYTHON") or str(ROOT / ".venv-eval" / "bin" / "python")
 
 # Parameters by import path. "_" is a parameter that callers pass only by position, so that its name may change.
 # A callable may have further parameters if they are optional and follow the listed ones.
@@ -273,7 +272,7 @@ def test_composer_wrapper() -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not os.access(EVAL_PYTHON, os.X_OK), reason="no .venv-eval; create it with `make install-eval`")
+@needs_eval_environment
 def test_public_names_import_in_the_evaluation_environment() -> None:
     names = [*SIGNATURES, "open_lm.attention.ATTN_ACTIVATIONS", "open_lm.attention.ATTN_SEQ_SCALARS"]
     names += ["open_lm.model.Params", "open_lm.utils.llm_foundry_wrapper.SimpleComposerOpenLMCausalLM"]

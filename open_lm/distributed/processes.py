@@ -26,6 +26,7 @@ LOCAL_RANK_NAMES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM
 WORLD_SIZE_NAMES = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
 _STORE_TIMEOUT = timedelta(minutes=30)
+_destroyed_groups: list[Any] = []  # see shutdown
 _NAME_COUNTER = itertools.count()  # names are requested in the same order after a restart
 
 
@@ -98,6 +99,10 @@ def shutdown(runtime: Runtime) -> None:
     if sys.exc_info()[0] is not None and runtime.world_size > 1:
         return
     if runtime.owns_group and dist.is_initialized():
+        # Up to torch 2.7, the destructor of a gloo group joins its worker threads while it holds the GIL. A worker
+        # that still has to release a tensor of the last collective waits for the GIL: a deadlock. The references keep
+        # the destructors from running.
+        _destroyed_groups.extend(dist.distributed_c10d._world.pg_map)
         dist.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from eval_environment import EVAL_PYTHON, needs_eval_environment
 
 from open_lm.evaluate import compare
 from open_lm.model.losses import token_loss
@@ -30,12 +31,7 @@ CONFIG = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "seq_len": 160, "vocab_
 CONFIG |= {"post_embed_norm": False, "weight_tying": False}
 FULL_RESULT = '{"from": "an evaluation of all tasks and examples"}'
 
-EVAL_PYTHON = os.environ.get("OPEN_LM_EVAL_PYTHON", str(ROOT / ".venv-eval" / "bin" / "python"))
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-needs_eval_environment = pytest.mark.skipif(
-    not Path(EVAL_PYTHON).exists(),
-    reason="no .venv-eval with llm-foundry; `make install-eval` creates it",
-)
 
 
 @dataclass

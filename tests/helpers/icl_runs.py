@@ -7,15 +7,20 @@ output of each run as JSON.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 
 sys.path.insert(0, os.getcwd())
 import icl_run  # noqa: F401 (imports llm-foundry)
+
+TIMEOUT_S = 240  # of one run; a run takes seconds
 
 
 def free_port() -> int:
@@ -25,26 +30,42 @@ def free_port() -> int:
 
 
 def run(num_processes: int, words: list[str]) -> str:
-    """Return the output of a run; exit with its output if it fails."""
+    """Return the output of a run; exit with its output if it fails.
+
+    If a process fails, kill the others. A process that hangs prints its stack and fails.
+    """
     port = free_port()
     with tempfile.TemporaryFile() as output:
-        children = []
+        running = set()
         for rank in range(num_processes):
             child = os.fork()
             if child == 0:
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
+                faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
                 if num_processes > 1:
                     start_rank(rank, num_processes, port)
                 sys.argv = words
                 runpy.run_path(sys.argv[0], run_name="__main__")
-            children.append(child)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            running.add(child)
+        codes = []
+        while running:
+            child, status = os.wait()
+            running.remove(child)
+            codes.append(os.waitstatus_to_exitcode(status))
+            if codes[-1]:
+                kill(running)
         output.seek(0)
         text = output.read().decode(errors="replace")
     if any(codes):
         sys.exit(f"exit codes {codes}\n{text[-6000:]}")
     return text
+
+
+def kill(processes: set[int]) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def start_rank(rank: int, num_processes: int, port: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from eval_environment import EVAL_PYTHON, needs_eval_environment
 from hf_golden_check import check
 from model_helpers import random_ids, small_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +23,6 @@ from open_lm.model.transformer import Params, create_params
 from open_lm.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-EVAL_PYTHON = os.environ.get("OPEN_LM_EVAL_PYTHON") or str(ROOT / ".venv-eval" / "bin" / "python")
 VARIANTS = (
     *("default", "gain_only_qknorm", "geglu_llama_rotary", "gelu_no_wb", "head_rotary"),
     *("lp_qknorm_dclm", "nope_lp", "rms_swiglu_torch", "tied_postembed"),
@@ -48,7 +48,7 @@ def test_golden_models(shared_dir: Path, variant: str) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not os.access(EVAL_PYTHON, os.X_OK), reason="no .venv-eval; create it with `make install-eval`")
+@needs_eval_environment
 def test_golden_models_with_transformers_of_the_evaluation_environment(shared_dir: Path) -> None:
     program = str(ROOT / "tests" / "helpers" / "hf_golden_check.py")
     command = [EVAL_PYTHON, "-W", "ignore", program, str(shared_dir / "compat" / "models")]
