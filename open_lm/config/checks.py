@@ -28,6 +28,7 @@ def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
         *_model_problems(config, off),
         *_registry_problems(config, off),
         *_checkpoint_problems(config, off),
+        *([] if "distill_cache" in off else config.distillation.cache_problems(config.data.dataset_type)),
         *_fault_problems(config),
         *_logging_problems(config),
         *_range_problems(config),
@@ -306,12 +307,16 @@ _AT_LEAST_ONE = (
     *("val_num_samples", "val_frequency", "global_val_batch_size", "val_iter_ci", "moe_top_k", "remote_sync_frequency"),
     *("tensor_parallel", "context_parallel", "val_max_batches", "icl_max_examples", "sample_max_tokens"),
 )
-_ABOVE_ZERO = ("grad_clip_norm", "read_timeout", "skip_loss_spikes", "rollback_loss_spikes", "dist_timeout")
+_ABOVE_ZERO = (
+    *("grad_clip_norm", "read_timeout", "skip_loss_spikes", "rollback_loss_spikes", "dist_timeout"),
+    "distill_temperature",
+)
 _AT_LEAST_ZERO = (
     *("workers", "warmup", "wd", "eps", "z_loss_coefficient", "save_frequency", "moe_freq", "lr", "force_min_lr"),
     *("end_of_text_id", "save_every_n_steps", "save_every_minutes", "keep_last", "save_milestone_every"),
     *("max_skipped_steps", "hang_timeout", "icl_every_n_steps", "sample_every_n_steps"),
 )
+_FRACTIONS = ("data_tolerate_error_p", "lr_decay_fraction", "distill_weight")
 
 
 # Names of settings, the condition on their values (which NaN never satisfies), and its description.
@@ -319,7 +324,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (_AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
     (_AT_LEAST_ZERO, lambda value: value >= 0, "0 or more"),
     (("beta1", "beta2", "muon_momentum"), lambda value: 0 <= value < 1, "at least 0 and less than 1"),
-    (("data_tolerate_error_p", "lr_decay_fraction"), lambda value: 0 <= value <= 1, "a fraction from 0 to 1"),
+    (_FRACTIONS, lambda value: 0 <= value <= 1, "a fraction from 0 to 1"),
     (_ABOVE_ZERO, lambda value: value > 0, "a number above 0"),
     (("icl_max_time_share",), lambda value: 0 < value < 1, "a share above 0 and below 1"),
 )

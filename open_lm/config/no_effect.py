@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from open_lm.config.distill_section import DistillConfig
 from open_lm.config.registry import Registry
 from open_lm.config.sections import ArchitectureConfig, Config, ParallelConfig, ValidationConfig
 
@@ -107,6 +108,17 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
     ),
     (("cache_limit",), lambda c: c.data.cache_dir is not None, "without --cache-dir"),
     (("end_of_text_id",), lambda c: c.data.document_mask, "without --document-mask"),
+    (
+        tuple(spec.name for spec in DistillConfig.specs()),
+        lambda c: bool(c.data.train_data or c.data.dataset_manifest) or c.data.dataset_type == "synthetic",
+        "without training data",
+    ),
+    (
+        ("distill_weight", "distill_temperature", "distill_loss", "distill_precision"),
+        lambda c: c.distillation.distills,
+        "without --distill-model, --distill-pretrained or --distill-cache",
+    ),
+    (("distill_precision",), lambda c: c.distillation.loads_teacher, "with --distill-cache"),
     (("data_tolerate_error_p",), lambda c: c.data.ignore_parse_errors, "without --ignore-parse-errors"),
     (
         ("pretrained", "load_pretrained_state", "average", "average_coefficients"),

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from open_lm.config import registry
 from open_lm.config.data_section import DataConfig
+from open_lm.config.distill_section import DistillConfig
 from open_lm.config.evaluation_sections import LiveEvaluationConfig, ValidationConfig
 from open_lm.config.fields import FieldSpec, Section, flag, no_effect
 from open_lm.names import user_path, weights_path
@@ -241,8 +242,6 @@ class CheckpointConfig(Section):
     save_every_minutes: float = flag(0.0, "write a sharded checkpoint every N minutes; 0: only at the end of an epoch")
     keep_last: int = flag(2, "number of sharded checkpoints to keep; 0: all")
     save_milestone_every: int = flag(0, "keep a sharded checkpoint permanently every N steps; 0: none")
-    distill_model: str | None = no_effect(None, "distillation is not supported")
-    distill_pretrained: str | None = no_effect(None, "distillation is not supported")
 
 
 @dataclass(frozen=True)
@@ -300,6 +299,7 @@ class Config:
     parallel: ParallelConfig
     precision: PrecisionConfig
     checkpoint: CheckpointConfig
+    distillation: DistillConfig
     faults: FaultConfig
     logging: LoggingConfig
     validation: ValidationConfig

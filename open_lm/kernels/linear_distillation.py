@@ -16,6 +16,7 @@ shard of it, M stored ids of a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,9 +91,9 @@ class DenseTargets:
     def num_ids(self) -> int:
         return self.head.size
 
-    def select(self, rows: Tensor | slice) -> DenseTargets:
-        """Return the targets of some tokens."""
-        return DenseTargets(self.hidden[rows], self.head)
+    def map(self, function: Callable[[Tensor], Tensor]) -> DenseTargets:
+        """Apply a function to each tensor with a row per token."""
+        return DenseTargets(function(self.hidden), self.head)
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,9 @@ class SparseTargets:
     entropies: Tensor
     num_ids: int
 
-    def select(self, rows: Tensor | slice) -> SparseTargets:
-        """Return the targets of some tokens."""
-        return SparseTargets(self.ids[rows], self.weights[rows], self.entropies[rows], self.num_ids)
+    def map(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
+        """Apply a function to each tensor with a row per token."""
+        return SparseTargets(function(self.ids), function(self.weights), function(self.entropies), self.num_ids)
 
 
 Targets = DenseTargets | SparseTargets
@@ -237,7 +238,8 @@ def _sums_and_gradients(  # noqa: PLR0917 (as `_LinearDistillation.forward`)
     selected = None
     if device.type == "cpu":  # elsewhere, selecting the tokens would wait for the device
         selected = valid.nonzero()[:, 0]
-        hidden, targets, valid, teacher = hidden[selected], targets[selected], valid[selected], teacher.select(selected)
+        hidden, targets, valid = hidden[selected], targets[selected], valid[selected]
+        teacher = teacher.map(lambda values: values[selected])
     inputs = hidden.to(head.dtype)
     masked_inputs = inputs.masked_fill(~valid[:, None], 0)
     student_weight = weight.to(head.dtype)
@@ -256,8 +258,8 @@ def _sums_and_gradients(  # noqa: PLR0917 (as `_LinearDistillation.forward`)
         rows = slice(start, start + step)
         logits = torch.mm(inputs[rows], student_weight.t()).to(acc_dtype)
         slopes = finish_logits_(logits, head.soft_cap, head.size - head.first)
-        ids = targets[rows].masked_fill(~valid[rows], 0)
-        values, gradient = _values_and_gradient(logits, ids, teacher.select(rows), settings, head)
+        ids, chunk = targets[rows].masked_fill(~valid[rows], 0), _rows_of(teacher, rows)
+        values, gradient = _values_and_gradient(logits, ids, chunk, settings, head)
         sums += values.masked_fill(~valid[rows], 0).sum(1)
         if slopes is not None:
             gradient.mul_(slopes)
@@ -273,6 +275,10 @@ def _sums_and_gradients(  # noqa: PLR0917 (as `_LinearDistillation.forward`)
         if selected is not None:
             hidden_grad = hidden_grad.new_zeros(tokens, hidden_grad.shape[1]).index_copy_(0, selected, hidden_grad)
     return sums, (hidden_grad, None if weight_grad is None else weight_grad.div_(scale))
+
+
+def _rows_of(teacher: Targets, rows: slice) -> Targets:
+    return teacher.map(lambda values: values[rows])
 
 
 def _chunk_rows(inputs: Tensor, columns: int) -> int:
@@ -344,3 +350,45 @@ def _sparse_forward_kl(student: Tensor, teacher: SparseTargets, head: _Head) -> 
     gradient = torch.exp(student - log_sums[:, None]).mul_(weights.sum(1, keepdim=True))
     gradient.scatter_add_(1, columns, -local_weights)
     return cross_entropy - teacher.entropies.to(student.dtype), gradient
+
+
+# ------------------------------------------------------------------------------------------------- full logits
+def logits_distillation(
+    logits: Tensor, targets: Tensor, teacher: Targets, settings: DistillationSettings, *, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the loss of full logits (N,V), for models that return them; otherwise as `linear_distillation`.
+
+    Copies in float32 exist for one chunk only. The gradient of the logits has their dtype.
+    """
+    apply: Any = disable_compilation(_LogitsDistillation.apply)
+    loss, cross_entropy, divergence = apply(logits, targets, teacher, settings, ignore_index)
+    return loss, cross_entropy, divergence
+
+
+class _LogitsDistillation(torch.autograd.Function):
+    """An autograd function with the arguments and results of `logits_distillation`."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 (an autograd function takes no keywords)
+        ctx: Any, logits: Tensor, targets: Tensor, teacher: Targets, settings: DistillationSettings, ignore_index: int
+    ) -> Any:
+        acc_dtype, columns = accumulation_dtype(logits.dtype), logits.shape[1]
+        head = _Head(logits.dtype, False, False, None, None, columns)
+        valid, step = targets != ignore_index, _chunk_rows(logits, columns)
+        gradients, sums = torch.empty_like(logits), torch.zeros(3, dtype=acc_dtype, device=logits.device)
+        with torch.autocast(logits.device.type, enabled=False):
+            for start in range(0, len(logits), step):
+                rows = slice(start, start + step)
+                ids, chunk = targets[rows].masked_fill(~valid[rows], 0), _rows_of(teacher, rows)
+                values, gradient = _values_and_gradient(logits[rows].to(acc_dtype), ids, chunk, settings, head)
+                sums += values.masked_fill(~valid[rows], 0).sum(1)
+                gradients[rows] = gradient.masked_fill_(~valid[rows, None], 0)
+        ctx.save_for_backward(gradients)
+        loss, cross_entropy, divergence = sums.unbind()
+        ctx.mark_non_differentiable(cross_entropy, divergence)
+        return loss.clone(), cross_entropy, divergence
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (gradients,) = ctx.saved_tensors
+        return gradients * grads[0], None, None, None, None

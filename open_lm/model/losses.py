@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -34,12 +34,18 @@ class TokenLoss:
         per_token: return the loss of each token, (B,T) float32 with 0 for tokens without a target, instead of the sum,
             a float32 scalar.
         logit_means: a list to which each computation appends the mean of its logits, a detached float32 scalar.
+        parts: terms of the summed loss that are reported in addition to it, by name; a computation adds to them.
     """
 
     targets: Tensor
     z_loss_coefficient: float = 0.0
     per_token: bool = False
     logit_means: list[Tensor] | None = None
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def shard(self, layout: MeshLayout) -> TokenLoss:
+        """Return the loss of this rank's tokens, for context parallelism."""
+        return replace(self, targets=shard_sequences(self.targets, layout))
 
     def from_hidden(
         self,
@@ -115,7 +121,7 @@ def batch_loss(
         documents = document_ids(ids, options.end_of_text_id)
     if layout.context > 1:
         masks["attention_mask"] = context_parallel_mask(layout, ids.shape[1], ids.device, documents)
-        ids, loss = shard_sequences(ids, layout), replace(loss, targets=shard_sequences(loss.targets, layout))
+        ids, loss = shard_sequences(ids, layout), loss.shard(layout)
     elif documents is not None:
         masks["document_ids"] = documents
     with options.autocast():

@@ -40,6 +40,7 @@ def parallelize(
     dtype: torch.dtype = torch.float32,
     fp8: bool = False,
     initialise: Callable[[nn.Module], object] | None = None,
+    replicates: bool = True,
 ) -> nn.Module:
     """Move `model` to `device`, distribute it over the ranks of `layout` and return the module to train.
 
@@ -56,6 +57,7 @@ def parallelize(
         dtype: the dtype of the stored parameters.
         fp8: whether the blocks compute matrix products in 8-bit floating point.
         initialise: fills the parameters and buffers of a model on the meta device after they have been sharded.
+        replicates: use DDP for a model that is not sharded; without gradients, there is nothing to synchronize.
     """
     model_cfg = model_cfg or ModelConfig()
     blocks = find_blocks(model, model_cfg.hf_fsdp_block if model_cfg.hf_model else None)
@@ -85,7 +87,7 @@ def parallelize(
         model.to(device)
     if is_meta:
         _materialise(model, torch.device("cpu") if _offloads(cfg, device) else device, device, initialise)
-    if is_sharded or layout.mesh is None:
+    if is_sharded or layout.mesh is None or not replicates:
         return model
     return _replicate(model, cfg, device)
 

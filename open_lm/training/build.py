@@ -23,6 +23,7 @@ from open_lm.distributed.precision import build_scaler, compute_dtype, get_autoc
 from open_lm.distributed.processes import Runtime, build_layout, run_on_all_ranks
 from open_lm.distributed.rng import make_deterministic, seed_everything
 from open_lm.errors import ConfigError
+from open_lm.finetune.distillation import Distillation, build_distillation
 from open_lm.kernels.cpu_memory import keep_freed_memory
 from open_lm.model.initialization import init_weights
 from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
@@ -47,6 +48,7 @@ class RunParts:
         progress: progress that this checkpoint records.
         samples_before: sequences trained on before the current epoch.
         saved_flags: settings that the checkpoint was saved with.
+        distillation: the teacher of a training run that has one.
     """
 
     config: Config
@@ -62,6 +64,7 @@ class RunParts:
     progress: Progress = field(default_factory=lambda: Progress(step=0))
     samples_before: int = 0
     saved_flags: dict[str, Any] = field(default_factory=dict)
+    distillation: Distillation | None = None
 
     def end_step(self, epoch: int) -> int:
         """Return the number of optimizer steps in the first `epoch` epochs."""
@@ -119,7 +122,12 @@ def build_parts(config: Config, runtime: Runtime, paths: RunPaths) -> RunParts:
         initialise=lambda module: init_weights(module, config.run.seed),
     )
     averagers = ModelAverager(model, config.optim.averagers) if config.optim.averagers else None
-    return RunParts(config, runtime, layout, paths, model, params, train_loader, val_loaders, averagers)
+    parts = RunParts(config, runtime, layout, paths, model, params, train_loader, val_loaders, averagers)
+    if train_loader is not None:
+        sources = train_loader.sources
+        end_id = run_on_all_ranks(lambda: end_of_text_id(config, sources))
+        parts.distillation = build_distillation(config, runtime, layout, params, sources, end_id)
+    return parts
 
 
 def build_trainer(parts: RunParts, control: RunControl) -> Trainer:
@@ -143,6 +151,7 @@ def build_trainer(parts: RunParts, control: RunControl) -> Trainer:
             grad_clip_norm=optim.grad_clip_norm,
             log_logit_mean=config.logging.log_logit_mean,
             end_of_text_id=end_of_text_id(config, loader.sources),
+            distillation=parts.distillation,
         ),
         report=lambda values, step: None,
         seq_len=parts.params.seq_len,

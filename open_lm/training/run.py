@@ -58,7 +58,8 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
             saved = run_on_master(lambda: candidates_at(first_resume))
     parts = build_parts(config, runtime, paths)
     weights = _loaded_weights(parts, saved)
-    run_on_master(lambda: check_tokenizers(parts.sources, weights, config.data.allow_other_tokenizer))
+    compared = [*weights, *(parts.distillation.weights if parts.distillation is not None else ())]
+    run_on_master(lambda: check_tokenizers(parts.sources, compared, config.data.allow_other_tokenizer))
     evaluations = Evaluations(parts, weights[0] if weights else None)
     trainer = build_trainer(parts, control) if trains else None
     load_state(parts, trainer, saved)

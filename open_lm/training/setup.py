@@ -15,6 +15,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.config.checks import only_evaluates, wants_training
+from open_lm.config.distill_section import DistillConfig
 from open_lm.config.doubts import doubtful_settings
 from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.no_effect import flags_without_effect
@@ -185,7 +186,7 @@ def warn_changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
     Values are compared as text: interchange checkpoints have those of params.txt.
     """
-    sections = (DataConfig, ModelConfig, OptimConfig, PrecisionConfig, FaultConfig)
+    sections = (DataConfig, ModelConfig, OptimConfig, PrecisionConfig, DistillConfig, FaultConfig)
     changed = [
         f"{spec.flag} was {saved[spec.name]}, now it is {current[spec.name]}"
         for section in sections

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from open_lm.config.layout import MeshLayout
 from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.processes import Runtime, sum_over_ranks
+from open_lm.finetune.distillation import Distillation
+from open_lm.kernels.linear_distillation import SparseTargets
 from open_lm.kernels.threads import limit_threads
 from open_lm.model.losses import TokenLoss, batch_loss
 from open_lm.monitor.metrics import to_device
@@ -29,7 +31,7 @@ from open_lm.training.guard import not_finite
 @dataclass(frozen=True)
 class StepOptions:
     """Settings of a step. `accum_freq` micro-batches must divide the B sequences of a batch. With `end_of_text_id`,
-    attention stays inside the documents that this id ends."""
+    attention stays inside the documents that this id ends. `distillation` adds the divergence from a teacher."""
 
     runtime: Runtime
     layout: MeshLayout
@@ -39,6 +41,7 @@ class StepOptions:
     grad_clip_norm: float | None = None
     log_logit_mean: bool = False
     end_of_text_id: int | None = None
+    distillation: Distillation | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def train_step(
     options: StepOptions,
     *,
     documents: Tensor | None = None,
+    stored: SparseTargets | None = None,
     num_samples: int | None = None,
     counts: Sequence[int] = (),
     scaler: torch.amp.GradScaler | None = None,
@@ -82,6 +86,7 @@ def train_step(
 
     Args:
         documents: (B,T) numbers of the documents to which attention is limited, if the data mark them.
+        stored: the teacher's distributions (B,T,…) of --distill-cache.
         num_samples: sequences that hold data (default: all B).
         counts: integers to sum over ranks together with the step's own counts.
         should_skip: returns whether to skip the update, given the global loss and gradient norm.
@@ -97,12 +102,14 @@ def train_step(
     valid_tokens, samples = global_counts[0], global_counts[1]
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
-    parts = micro_documents(documents, options.accum_freq)
+    parts, teachers = micro_documents(documents, options.accum_freq), _micro_teachers(stored, options.accum_freq)
     for micro_inputs, micro_targets, is_last in micro_batches(inputs, targets, options.accum_freq):
         threads = limit_threads(unwrap(model), micro_inputs.numel(), inputs.device)
         with gradient_sync(model, is_last), threads:
             enter_phase("forward")
-            objective, values = _objective(model, micro_inputs, micro_targets, next(parts), valid_tokens, options)
+            document_numbers = next(parts)
+            token_loss = _token_loss(micro_inputs, micro_targets, document_numbers, next(teachers), options)
+            objective, values = _objective(model, micro_inputs, token_loss, document_numbers, valid_tokens, options)
             enter_phase("backward")
             (objective if scaler is None else scaler.scale(objective)).backward()
         totals = {name: totals[name] + value if name in totals else value for name, value in values.items()}
@@ -141,23 +148,37 @@ def micro_documents(documents: Tensor | None, count: int) -> Iterator[Tensor | N
     yield from [None] * count if documents is None else documents.chunk(count)
 
 
+def _micro_teachers(stored: SparseTargets | None, count: int) -> Iterator[SparseTargets | None]:
+    """Yield the teacher's distributions (B,T,…) of each of `count` micro-batches; None if there are none."""
+    for number in range(count):
+        yield None if stored is None else stored.map(lambda values, number=number: values.chunk(count)[number])
+
+
+def _token_loss(
+    inputs: Tensor, targets: Tensor, documents: Tensor | None, stored: SparseTargets | None, options: StepOptions
+) -> TokenLoss:
+    """Return the loss of a micro-batch: the cross entropy, or that of distillation."""
+    logit_means: list[Tensor] | None = [] if options.log_logit_mean else None
+    loss = TokenLoss(targets, options.z_loss_coefficient, logit_means=logit_means)
+    return loss if options.distillation is None else options.distillation.loss(loss, inputs, documents, stored)
+
+
 def _objective(  # noqa: PLR0917 - the parts of a micro-batch
     model: nn.Module,
     inputs: Tensor,
-    targets: Tensor,
+    token_loss: TokenLoss,
     documents: Tensor | None,
     valid_tokens: Tensor,
     options: StepOptions,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a micro-batch's contribution to the minimized objective and to the reported values."""
-    logit_means: list[Tensor] | None = [] if options.log_logit_mean else None
-    token_loss = TokenLoss(targets, options.z_loss_coefficient, logit_means=logit_means)
     loss = batch_loss(model, inputs, token_loss, options, documents) / valid_tokens.clamp(min=1)
     ranks = options.layout.gradient_ranks
     weight = 1 / (ranks * options.accum_freq)
     values = {"loss": loss.detach()}
-    if logit_means is not None:
-        values["logit_mean"] = logit_means[0] * weight
+    values |= {name: part / valid_tokens.clamp(min=1) for name, part in token_loss.parts.items()}
+    if token_loss.logit_means is not None:
+        values["logit_mean"] = token_loss.logit_means[0] * weight
     # DDP and FSDP average gradients over ranks; the loss needs their sum.
     objective = loss * ranks
     auxiliary_loss = getattr(unwrap(model), "auxiliary_loss", lambda: None)()

@@ -103,6 +103,19 @@ def assert_equal_losses(problem: Any, settings: DistillationSettings, tolerance:
         torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=tolerance * scale)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_full_logits_give_the_same_loss(loss: str) -> None:
+    hidden, weight, targets, teacher = problem(torch.float64, 53, 60)
+    settings = DistillationSettings(loss, 0.5, 2.0, 1e-2)
+    logits = F.linear(hidden, weight)
+    function = linear_distillation.logits_distillation
+    found = function(logits, targets, teacher, settings, ignore_index=IGNORE_INDEX)
+    expected = chunked(hidden, weight, targets, teacher, settings)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(3 * sums[0], (hidden, weight)) for sums in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
 def test_every_registered_loss_is_compared() -> None:
     assert set(DISTILL_LOSSES.names()) == set(LOSSES)
 

@@ -1,0 +1,1 @@
+"""Fine-tuning of pretrained models: supervised, with adapters, by distillation, on preferences and rewards."""
