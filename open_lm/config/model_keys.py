@@ -10,15 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from open_lm.config.fields import Section
+from open_lm.config.registry import ROPE_SCALINGS
 
 NORM_POSITIONS = ("pre", "post", "both")
 EXPERT_TYPES = ("gelu_tanh", "swiglu")
 MOE_LOSS_SCOPES = ("layer", "model")
-# The parameters of each type of rope_frequency_scaling.
-FREQUENCY_SCALINGS = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_seq_len"),
-}
+# The parameters of rope_frequency_scaling that are not numbers.
+_SWITCH, _LISTS = "truncate", ("short_factor", "long_factor")
 
 
 def key(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -56,7 +54,7 @@ class ModelKeys(Section):
     )
     rope_fraction: float = key(1.0, "share of a head's features, from the first on, that is rotated")
     rope_frequency_scaling: dict | None = key(  # a plain class, for isinstance
-        None, "scaling of the rotary frequencies, an object with `type` (linear, llama3) and its parameters"
+        None, "scaling of the rotary frequencies, an object with `type` and its parameters"
     )
     rope_pattern: list[bool] | None = key(
         None, "which layers have rotary embeddings; repeated until the last layer; default: all layers"
@@ -147,19 +145,29 @@ def _rope_frequency_scaling_problems(scaling: Mapping[str, Any] | None) -> list[
     if scaling is None:
         return []
     kind = scaling.get("type")
-    if kind not in FREQUENCY_SCALINGS:
-        types = ", ".join(FREQUENCY_SCALINGS)
+    if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
+        types = ", ".join(ROPE_SCALINGS)
         return [f"rope_frequency_scaling has type {kind!r}, expected one of {types}; others are not supported"]
-    expected = {"type", *FREQUENCY_SCALINGS[kind]}
-    problems = [f"rope_frequency_scaling of type {kind}: {name} is missing" for name in sorted(expected - set(scaling))]
-    problems += [
-        f"rope_frequency_scaling of type {kind}: the key {name} is unknown" for name in sorted(set(scaling) - expected)
-    ]
-    for name in FREQUENCY_SCALINGS[kind]:
-        value = scaling.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            problems.append(f"rope_frequency_scaling of type {kind}: {name} is {value!r}, expected a number above 0")
-    return problems
+    label = f"rope_frequency_scaling of type {kind}"
+    required, optional = (ROPE_SCALINGS.fact(kind, fact, ()) for fact in ("required", "optional"))
+    problems = [f"{label}: {name} is missing" for name in required if name not in scaling]
+    known = {"type", *required, *optional}
+    problems += [f"{label}: the key {name} is unknown" for name in sorted(set(scaling) - known)]
+    problems += [_parameter_problem(label, name, scaling[name]) for name in (*required, *optional) if name in scaling]
+    return [problem for problem in problems if problem]
+
+
+def _parameter_problem(label: str, name: str, value: object) -> str:
+    if name == _SWITCH:
+        return "" if isinstance(value, bool) else f"{label}: {name} is {value!r}, expected true or false"
+    if name in _LISTS:
+        valid = isinstance(value, list) and bool(value) and all(_is_positive(number) for number in value)
+        return "" if valid else f"{label}: {name} is {value!r}, expected a list of numbers above 0"
+    return "" if _is_positive(value) else f"{label}: {name} is {value!r}, expected a number above 0"
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
 def attended_tokens(settings: Any) -> float:

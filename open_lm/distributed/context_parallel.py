@@ -18,7 +18,13 @@ from torch import Tensor
 
 from open_lm.config.layout import MeshLayout
 from open_lm.errors import ConfigError
-from open_lm.kernels.document_attention import DocumentMask, disable_compilation, document_positions, is_document_start
+from open_lm.kernels.document_attention import (
+    DocumentMask,
+    disable_compilation,
+    document_positions,
+    is_document_start,
+    token_document_lengths,
+)
 from open_lm.kernels.general_attention import PLAIN, AttentionOptions, general_attention
 
 # torch 2.13 renamed these functions and warns about the old names.
@@ -84,16 +90,17 @@ def context_parallel_mask(
     if ids is None:
         from torch.nn.attention.bias import causal_lower_right  # imports torch's compiler, which takes seconds
 
-        positions = torch.arange(length, device=device)[None]
+        is_start = (torch.arange(length, device=device) == 0)[None]
         masks: list[Tensor] = [causal_lower_right(chunk, end) for end in ends]
     else:
-        positions = document_positions(is_document_start(ids))
+        is_start = is_document_start(ids)
         masks = [_chunk_mask(ids[:, :end], chunk, options.window) for end in ends]
     return DocumentMask(
-        shard_sequences(positions, layout),
+        shard_sequences(document_positions(is_start), layout),
         context_shard=ContextShard(layout, tuple(masks)),
         attn_func=disable_compilation(_attend),
         for_options=lambda other: context_parallel_mask(layout, length, device, document_ids, other),
+        lengths=lambda: shard_sequences(token_document_lengths(is_start), layout),
     )
 
 

@@ -21,6 +21,7 @@ _SEVERAL_BASES = ("gemma3_text", "olmo3")  # their rope_parameters are per type 
 # Fields of Params that do not change the function that a model computes in evaluation, beyond the names of kernels.
 _WITHOUT_EFFECT = (
     *("norm_type", "attn_func", "attn_name", "attn_seq_scalar", "attn_seq_scalar_alpha", "unpadded_vocab_size"),
+    "seq_len",
     *("moe_capacity_factor", "moe_loss_scope", "moe_weight_parallelism", "moe_expert_model_parallelism"),
 )
 # Fields that only version 4 or only version 5 of transformers has.
@@ -184,10 +185,12 @@ def _class_fields(model_type: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- inverse rules
 def _rope(params: Params, model_type: str) -> dict[str, Any]:
     """Return rotary settings under the names of versions 4 (rope_theta, …) and 5 (rope_parameters)."""
-    scaling = _scaling(params.rope_frequency_scaling)
+    scaling = _scaling(params)
     fraction = {} if params.rope_fraction == 1.0 else {"partial_rotary_factor": params.rope_fraction}
     common = {"rope_theta": params.rope_base, **fraction}
     fields: dict[str, Any] = {**common, "rope_scaling": scaling}
+    if scaling is not None and scaling["rope_type"] == "dynamic":
+        fields["max_position_embeddings"] = (params.rope_frequency_scaling or {})["original_seq_len"]
     parameters = {"rope_type": "default", **common, **(scaling or {})}
     if model_type not in _SEVERAL_BASES:
         return {**fields, "rope_parameters": parameters}
@@ -197,11 +200,17 @@ def _rope(params: Params, model_type: str) -> dict[str, Any]:
     return {**fields, "rope_parameters": {_FULL: parameters, _SLIDING: {"rope_type": "default", "rope_theta": local}}}
 
 
-def _scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _scaling(params: Params) -> dict[str, Any] | None:
+    scaling = params.rope_frequency_scaling
     if scaling is None:
         return None
-    names = {"type": "rope_type", "original_seq_len": "original_max_position_embeddings"}
-    return {names.get(key, key): value for key, value in scaling.items()}
+    values = {family_settings.ROPE_PARAMETERS.get(name, name): value for name, value in scaling.items()}
+    values["rope_type"] = values.pop("type")
+    if scaling["type"] == "dynamic":  # the original length is max_position_embeddings
+        del values["original_max_position_embeddings"]
+    if scaling["type"] == "longrope" and values.get("factor") == params.seq_len / scaling["original_seq_len"]:
+        del values["factor"]
+    return values
 
 
 def _window(params: Params, model_type: str) -> dict[str, Any]:

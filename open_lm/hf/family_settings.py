@@ -7,13 +7,18 @@ fields.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from open_lm.config.registry import ROPE_SCALINGS
 from open_lm.errors import ConfigError
 
 Config = Mapping[str, Any]
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+_OLD_TYPES = {"su": "longrope"}
+# Parameters of scalings in a model's JSON file that have other names in transformers.
+ROPE_PARAMETERS = {"original_seq_len": "original_max_position_embeddings", "fraction": "partial_rotary_factor"}
 
 
 def rope(config: Config) -> dict[str, Any]:
@@ -28,8 +33,11 @@ def rope(config: Config) -> dict[str, Any]:
             keys["rope_local_base"] = float(local["rope_theta"])
         return keys
     keys = _rope_keys(parameters or (config.get("rope_scaling") or {}), config)
-    if config.get("rope_local_base_freq") is not None and _uses_windows(config):
-        keys["rope_local_base"] = float(config["rope_local_base_freq"])
+    local_base = config.get("rope_local_base_freq")
+    if local_base is None and config.get("model_type") == "olmo3" and "rope_frequency_scaling" in keys:
+        local_base = keys["rope_base"]  # it scales only layers without a window
+    if local_base is not None and _uses_windows(config):
+        keys["rope_local_base"] = float(local_base)
     return keys
 
 
@@ -38,23 +46,35 @@ def _rope_keys(parameters: Mapping[str, Any], config: Config) -> dict[str, Any]:
     fraction = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     keys = {"rope_base": float(base), **({} if fraction in (None, 1.0) else {"rope_fraction": float(fraction)})}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = _OLD_TYPES.get(kind, kind)
     if kind == "default":
         return keys
-    names = {
-        "linear": {"factor": "factor"},
-        "llama3": {
-            "factor": "factor",
-            "low_freq_factor": "low_freq_factor",
-            "high_freq_factor": "high_freq_factor",
-            "original_max_position_embeddings": "original_seq_len",
-        },
-    }
-    if kind not in names:
-        raise ConfigError(f"the rope_type is {kind!r}, expected default, {' or '.join(names)}")
-    return {
-        **keys,
-        "rope_frequency_scaling": {"type": kind, **{key: parameters[name] for name, key in names[kind].items()}},
-    }
+    if kind not in ROPE_SCALINGS:
+        raise ConfigError(f"the rope_type is {kind!r}, expected one of default, {', '.join(ROPE_SCALINGS)}")
+    if kind == "proportional":
+        keys.pop("rope_fraction", None)
+    required, optional = (ROPE_SCALINGS.fact(kind, fact, ()) for fact in ("required", "optional"))
+    found = _scaling_parameters(kind, parameters, config)
+    missing = [ROPE_PARAMETERS.get(name, name) for name in required if found.get(name) is None]
+    if missing:
+        raise ConfigError(f"the rope_type is {kind!r}, but {', '.join(missing)} is missing")
+    values = {name: found[name] for name in (*required, *optional) if found.get(name) is not None}
+    return {**keys, "rope_frequency_scaling": {"type": kind, **values}}
+
+
+def _scaling_parameters(kind: str, parameters: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Return the parameters of a scaling under their names in a model's JSON file."""
+    longest = config.get("max_position_embeddings")
+    original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    found = {**parameters, "original_seq_len": longest if kind == "dynamic" else original or longest}
+    if kind in ("yarn", "longrope") and found.get("factor") is None and longest is not None:
+        found["factor"] = longest / found["original_seq_len"]
+    if kind == "proportional":
+        found["fraction"] = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    if kind == "yarn" and found.get("attention_factor") is None and found.get("mscale") and found.get("mscale_all_dim"):
+        growth = 0.1 * math.log(max(found["factor"], 1.0))
+        found["attention_factor"] = (1 + growth * found["mscale"]) / (1 + growth * found["mscale_all_dim"])
+    return found
 
 
 def window(config: Config) -> dict[str, Any]:

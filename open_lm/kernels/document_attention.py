@@ -47,6 +47,7 @@ class DocumentMask:
         attn_func: (queries, keys, values, documents) -> attention with xformers_bias, or (queries, keys, values,
             documents, options) with context_shard; excluded from compilation by `disable_compilation`.
         for_options: returns the mask of the same documents for layers with other options.
+        lengths: returns (B,T) int64, the number of tokens of each token's document.
     """
 
     positions: Tensor
@@ -57,6 +58,7 @@ class DocumentMask:
     context_shard: Any = None
     attn_func: Callable[..., Tensor] | None = None
     for_options: Callable[[AttentionOptions], DocumentMask] | None = None
+    lengths: Callable[[], Tensor] | None = None
 
 
 def disable_compilation(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -89,6 +91,13 @@ def document_starts(is_start: Tensor) -> Tensor:
     """Return the index at which each token's document begins: is_start (B,T) bool -> (B,T) int32."""
     indices = torch.arange(is_start.shape[1], device=is_start.device)
     return torch.where(is_start, indices, 0).cummax(1).values.to(torch.int32)
+
+
+def token_document_lengths(is_start: Tensor) -> Tensor:
+    """Return the number of tokens of each token's document: is_start (B,T) bool -> (B,T) int64."""
+    index = is_start.cumsum(1) - 1
+    counts = torch.zeros_like(index).scatter_add_(1, index, torch.ones_like(index))
+    return counts.gather(1, index)
 
 
 def document_lengths(is_start: Tensor) -> tuple[int, ...]:

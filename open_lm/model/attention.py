@@ -35,6 +35,7 @@ from open_lm.kernels.document_attention import (
     flex_block_mask,
     is_document_start,
     supports_flex_attention,
+    token_document_lengths,
 )
 from open_lm.kernels.general_attention import PLAIN, AttentionOptions, general_attention, repeat_heads
 from open_lm.model.attention_masks import Mask, allowed_keys
@@ -131,7 +132,10 @@ def create_document_mask(document_ids: Tensor, attn_func: AttnFunc, options: Att
     is_start = is_document_start(document_ids)
     positions = document_positions(is_start)
     mask = partial(
-        DocumentMask, positions, for_options=lambda other: create_document_mask(document_ids, attn_func, other)
+        DocumentMask,
+        positions,
+        for_options=lambda other: create_document_mask(document_ids, attn_func, other),
+        lengths=partial(token_document_lengths, is_start),
     )
     length, window = is_start.shape[1], options.window
     if not options.is_plain:

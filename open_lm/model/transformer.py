@@ -22,7 +22,7 @@ from open_lm.model.initialization import init_weights
 from open_lm.model.losses import TokenLoss
 from open_lm.model.mixture_of_experts import Experts, MixtureOfExperts, balancing_loss
 from open_lm.model.params import LayerKind, Params, create_params
-from open_lm.model.positional_embedding import Angles, get_positional_embedding, token_positions
+from open_lm.model.positional_embedding import Angles, get_positional_embedding, sequence_lengths, token_positions
 from open_lm.model.recomputation import POLICIES, with_recomputation
 
 LayerCache = Sequence[Tensor]  # keys and values of a layer, both (B,P,G,K), with the position embedding applied
@@ -48,7 +48,9 @@ class Attention(nn.Module):
             self.in_proj = FusedLinear(params.dim, 3 * width, parts=3, bias=params.qkv_bias)
         self.out_proj = Linear(width, params.dim, bias=params.attn_out_bias)
         embedding = params.positional_embedding_type if kind.is_rotated else "none"
-        self.pos_embed: Any = get_positional_embedding(embedding, self.head_dim, params.rope(kind))
+        rope = params.rope(kind)
+        self.pos_embed: Any = get_positional_embedding(embedding, self.head_dim, rope)
+        self.needs_lengths = rope.depends_on_length
         self.attn_func = params.attn_func
         self.options = params.attention_options(kind)
         self.norms_heads = params.qk_norm_per_head
@@ -106,7 +108,8 @@ class Attention(nn.Module):
     def angles(self, x: Tensor, cache: LayerCache | None, attention_mask: Mask | None) -> Angles | None:
         """Return the rotation angles of queries and keys, which are the same in all layers of a kind."""
         positions = token_positions(x, 0 if cache is None else cache[0].shape[1], attention_mask)
-        angles: Angles | None = self.pos_embed.angles(positions, self.n_heads)
+        lengths = sequence_lengths(positions, attention_mask) if self.needs_lengths else None
+        angles: Angles | None = self.pos_embed.angles(positions, self.n_heads, lengths)
         return angles
 
 

@@ -282,7 +282,7 @@ def _norm_over_ranks(norm: Any, x: Tensor) -> Tensor:
     return result.to(x.dtype) if keeps_dtype else result
 
 
-def _local_head_angles(embedding: Any, positions: Tensor, heads: int) -> Angles:
+def _local_head_angles(embedding: Any, positions: Tensor, heads: int, lengths: Tensor | None = None) -> Angles:
     """Return `HeadRotary.angles` of this rank's heads; `heads` is the number of all heads."""
     angles, mesh = HeadRotary.angles(embedding, positions, heads), embedding.tensor_mesh
     return Angles(*(table.chunk(mesh.size())[mesh.get_local_rank()] for table in (angles.cos, angles.sin)))

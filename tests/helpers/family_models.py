@@ -35,6 +35,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
         },
     ),
+    "llama_yarn": (
+        "llama",
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+                **{"beta_fast": 4.0, "beta_slow": 0.5},
+            },
+        },
+    ),
+    "llama_dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+        },
+    ),
+    "llama_longrope": (
+        "llama",
+        {
+            "num_key_value_heads": 2,
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16},
+                **{"short_factor": [1.0, 1.1, 1.2, 1.5], "long_factor": [1.0, 2.0, 4.0, 8.0]},
+            },
+        },
+    ),
     "mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
     "mistral_0.3": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}),
     "gemma_2b": ("gemma", {"num_key_value_heads": 1, "head_dim": 8}),
@@ -65,8 +92,31 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     ),
     "qwen_3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 12}),
+    "qwen_3_yarn": (
+        "qwen3",
+        {
+            **{"num_key_value_heads": 2, "head_dim": 12},
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16},
+                **{"attention_factor": 1.25, "truncate": False},
+            },
+        },
+    ),
     "olmo_2": ("olmo2", {"num_key_value_heads": 2}),
     "olmo_3": ("olmo3", {"num_key_value_heads": 4, "sliding_window": 7, "num_hidden_layers": 4}),
+    "olmo_3_yarn": (
+        "olmo3",
+        {
+            **{"num_key_value_heads": 4, "sliding_window": 7, "num_hidden_layers": 4},
+            "rope_parameters": {
+                "full_attention": {
+                    **{"rope_type": "yarn", "rope_theta": 5e5, "factor": 8.0, "attention_factor": 1.2},
+                    "original_max_position_embeddings": 16,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+    ),
     "smollm_3": ("smollm3", {"num_key_value_heads": 2, "num_hidden_layers": 5}),
     "mixtral": ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4}),
     "olmoe": ("olmoe", {"num_key_value_heads": 4, "num_experts": 5, "num_experts_per_tok": 3}),

@@ -62,7 +62,7 @@ def test_export_of_an_import_is_the_original(case: str, tmp_path: Path, capsys: 
     padding = ["--vocab-multiple", "16"] if case in PADDED else []
     main(["import", str(tmp_path / "hf"), str(tmp_path / "own"), "--verify", *padding])
     main(["export", str(tmp_path / "own"), str(tmp_path / "back"), "--verify"])
-    assert capsys.readouterr().out.count("verified: the logits of 128 tokens") == 2
+    assert capsys.readouterr().out.count("verified: the logits of") == 2
     assert_same_weights(tmp_path / "hf", tmp_path / "back")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(loaded) is type(model)
@@ -208,7 +208,7 @@ def assert_refused(folder: Path, tmp_path: Path, error: type[Exception], *patter
     [
         ({"model_type": "mamba"}, ["model_type 'mamba' is not supported", "llama", "openlm", "qwen3"]),
         ({"hidden_act": "relu"}, ["hidden_act is 'relu'", "silu"]),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, ["rope_type is 'yarn'"]),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4, "factor": 4.0}}, ["rope_type is 'spiral'"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantized (awq)"]),
         ({"is_encoder_decoder": True}, ["is_encoder_decoder is True, expected False", "not implemented"]),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, ["auto_map"]),

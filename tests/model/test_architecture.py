@@ -108,14 +108,22 @@ def test_unknown_keys_are_errors(tmp_path: Path) -> None:
         ({"norm_position": "around"}, "norm_position is 'around', expected one of pre, post, both"),
         ({"rope_frequency_scaling": 2}, "rope_frequency_scaling is 2, expected an object"),
         (
-            {"rope_frequency_scaling": {"type": "yarn"}},
-            "type 'yarn', expected one of linear, llama3; others are not supported",
+            {"rope_frequency_scaling": {"type": "spiral"}},
+            "type 'spiral', expected one of linear, llama3, yarn, dynamic, longrope, proportional; others are not",
         ),
         (
             {"rope_frequency_scaling": {"type": "linear", "factr": 2}},
             r"(?s)factor is missing.*the key factr is unknown",
         ),
         ({"rope_frequency_scaling": {"type": "linear", "factor": -1}}, "factor is -1, expected a number above 0"),
+        (
+            {"rope_frequency_scaling": {"type": "longrope", "short_factor": 1, "long_factor": [1, 0]}},
+            r"(?s)factor is missing.*original_seq_len is missing.*short_factor is 1, expected a list.*long_factor is",
+        ),
+        (
+            {"rope_frequency_scaling": {"type": "yarn", "factor": 2, "original_seq_len": 8, "truncate": 1}},
+            "truncate is 1, expected true or false",
+        ),
     ],
 )
 def test_invalid_values_of_keys(tmp_path: Path, keys: dict[str, object], message: str) -> None:

@@ -20,7 +20,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tensor": {"tensor_parallel": 2},
     "context": {"context_parallel": 2},
 }
-EQUIVALENT = ("open_llama", "mistral_0.3", "llama_biases", "gemma_2_27b", "phi_qk_norm", "qwen_2_window")  # to others
+# Cases that are equivalent to others.
+EQUIVALENT = ("open_llama", "mistral_0.3", "llama_biases", "gemma_2_27b", "phi_qk_norm", "qwen_2_window")
+EQUIVALENT += ("llama_yarn", "qwen_3_yarn", "olmo_3_yarn")
 # Further keys of the model of a case: combinations that no family has.
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama_2": {"vocab_size": 64, "unpadded_vocab_size": 61, "logit_soft_cap": 4.0, "head_bias": True},

@@ -86,7 +86,8 @@ class BatchLayout:
     def of_model(model: nn.Module, device: torch.device) -> BatchLayout:
         """Return the layout for a model.
 
-        Models of transformers, and attention functions that are not torch's, do not accept an arbitrary mask.
+        Models of transformers, and attention functions that are not torch's, do not accept an arbitrary mask. Rotary
+        frequencies that depend on the length of a sequence need separate sequences.
         """
         inner = unwrap(model)
         if not isinstance(inner, Transformer):
@@ -95,6 +96,8 @@ class BatchLayout:
         if function is xformers_attn or isinstance(function, functools.partial):
             return BatchLayout(None, False)
         blocks: Any = inner.layers
+        if any(block.attention.needs_lengths for block in blocks):
+            return BatchLayout(None, False)
         is_plain = all(block.attention.current_options().is_plain for block in blocks)
         return BatchLayout(inner.params.dim, is_flat=is_plain and device.type == "cpu")
 

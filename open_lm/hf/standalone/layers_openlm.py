@@ -1,12 +1,11 @@
 """The layers of OpenLM language models: norms, attention and feed-forward networks.
 
 Legend: B batch, T sequence, P cached positions and T, D model width, H query heads, G key heads, K head width,
-R rotated features of a head, E experts.
+E experts.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .configuration_openlm import OpenLMConfig
+from .rotary_openlm import Table, rotate
 
 
 # ---------------------------------------------------------------------------------------------- norms
@@ -65,37 +65,6 @@ def create_norm(config: OpenLMConfig, width: int) -> nn.Module:
     return _NORMS[config.model_norm](width, config.norm_eps)
 
 
-# ---------------------------------------------------------------------------------------------- positions
-def rotary_frequencies(
-    config: OpenLMConfig, base: float, scaling: dict[str, Any] | None, device: torch.device
-) -> Tensor:
-    """Return the angle per position of each rotated pair of features, float32."""
-    width = int(config.head_dim * config.rope_fraction)
-    frequencies = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
-    if scaling is None:
-        return frequencies
-    if scaling["type"] == "linear":
-        return frequencies / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_seq_len"] / (2 * math.pi / frequencies)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
-
-
-def _rotate(x: Tensor, angles: Tensor, is_interleaved: bool) -> Tensor:
-    """Rotate pairs of features of x (B,T,H,K) by angles that broadcast to (B,T,H,R/2), R <= K, in float32."""
-    width = 2 * angles.shape[-1]
-    rotated, rest = x[..., :width].float(), x[..., width:]
-    if is_interleaved:
-        first, second = rotated[..., ::2], rotated[..., 1::2]
-    else:
-        first, second = rotated.chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    halves = first * cos - second * sin, second * cos + first * sin
-    rotated = torch.stack(halves, dim=-1).flatten(-2) if is_interleaved else torch.cat(halves, dim=-1)
-    return torch.cat((rotated.type_as(x), rest), dim=-1)
-
-
 # ---------------------------------------------------------------------------------------------- attention
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu_squared": lambda scores: F.relu(scores).square(),
@@ -133,13 +102,13 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, angles: Tensor | None, allowed: Tensor, padding: Tensor | None, cache: Cache | None
+        self, x: Tensor, angles: Table | None, allowed: Tensor, padding: Tensor | None, cache: Cache | None
     ) -> Tensor:
         """Map x (B,T,D) -> (B,T,D).
 
         Args:
             x: (B,T,D).
-            angles: of the rotary embedding, broadcasting to (B,T,H,R/2), or None.
+            angles: cos and sin of the rotary embedding, or None.
             allowed: bool, broadcasting to (B,H,T,P): the keys that each query attends to.
             padding: (B,P), 0 for padding, or None.
             cache: keys and values of earlier positions, extended in place.
@@ -147,7 +116,7 @@ class Attention(nn.Module):
         queries, keys, values = self._heads(x)
         if angles is not None:
             is_interleaved = self.config.positional_embedding_type == "llama_rotary"
-            queries, keys = (_rotate(part, angles, is_interleaved) for part in (queries, keys))
+            queries, keys = (rotate(part, angles, is_interleaved) for part in (queries, keys))
         queries, keys, values = (part.type_as(values).transpose(1, 2) for part in (queries, keys, values))
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer)

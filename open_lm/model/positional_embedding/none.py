@@ -15,7 +15,7 @@ class NoPositions(nn.Module):
     def __init__(self, head_width: int, rope: RopeSettings = DEFAULT_ROPE) -> None:
         super().__init__()
 
-    def angles(self, positions: Tensor, heads: int) -> None:
+    def angles(self, positions: Tensor, heads: int, lengths: Tensor | None = None) -> None:
         """Return None: there is nothing to rotate by."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: None) -> tuple[Tensor, Tensor, Tensor]:

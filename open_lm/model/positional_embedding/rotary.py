@@ -8,7 +8,6 @@ Legend: B batch, T sequence, H heads, K head width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from open_lm.config.registry import POSITIONAL_EMBEDDINGS
+from open_lm.config.registry import POSITIONAL_EMBEDDINGS, ROPE_SCALINGS
 from open_lm.kernels.cache_blocks import fits_block, row_blocks
 from open_lm.kernels.native import elements
+from open_lm.model.positional_embedding.scalings import scale_frequencies
 
 
 @dataclass(frozen=True)
@@ -41,31 +41,27 @@ class RopeSettings:
         """Return the number of rotated features of a head."""
         return int(head_width * self.fraction)
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the frequencies depend on the length of a sequence."""
+        return self.scaling is not None and bool(ROPE_SCALINGS.fact(self.scaling["type"], "by_length", False))
+
 
 DEFAULT_ROPE = RopeSettings()
 
 
-def inverse_frequencies(width: int, device: torch.device | None = None, rope: RopeSettings = DEFAULT_ROPE) -> Tensor:
-    """Return the rotation angle of each pair of `width` features per position: (width/2,) float32."""
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    return _scale(1.0 / (rope.base**exponents), rope.scaling)
+def inverse_frequencies(
+    width: int,
+    device: torch.device | None = None,
+    rope: RopeSettings = DEFAULT_ROPE,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, float]:
+    """Return the rotation angle of each pair of `width` features per position, and the factor of cos and sin.
 
-
-def _scale(frequencies: Tensor, scaling: Mapping[str, Any] | None) -> Tensor:
-    """Scale frequencies (K/2,) for sequences that are longer than those of pretraining.
-
-    linear divides all by the factor (Chen et al. 2023, https://arxiv.org/abs/2306.15595). llama3 divides only those
-    with fewer than low_freq_factor turns in the original length, keeps those with more than high_freq_factor turns, and
-    interpolates in between (Llama 3.1, https://arxiv.org/abs/2407.21783).
+    The angles are (width/2,) float32, or (B,T,width/2) for `lengths`; see `scale_frequencies`.
     """
-    if scaling is None:
-        return frequencies
-    if scaling["type"] == "linear":
-        return frequencies / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_seq_len"] / (2 * math.pi / frequencies)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+    return scale_frequencies(1.0 / (rope.base**exponents), rope.base, rope.scaling, lengths)
 
 
 class Angles:
@@ -78,8 +74,9 @@ class Angles:
         self.cos, self.sin = cos, sin
 
 
-def _cos_and_sin(angles: Tensor) -> Angles:
-    return Angles(angles.cos(), angles.sin())
+def _cos_and_sin(angles: Tensor, factor: float = 1.0) -> Angles:
+    cos, sin = angles.cos(), angles.sin()
+    return Angles(cos, sin) if factor == 1.0 else Angles(cos * factor, sin * factor)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,11 +198,12 @@ class Rotary(nn.Module):
     def __init__(self, head_width: int, rope: RopeSettings = DEFAULT_ROPE) -> None:
         super().__init__()
         self.rope, self.width = rope, rope.width(head_width)
-        self.register_buffer("inv_freq", inverse_frequencies(self.width, rope=rope))
+        frequencies, self.factor = inverse_frequencies(self.width, rope=rope)
+        self.register_buffer("inv_freq", frequencies)
 
     def reset_buffers(self) -> None:
         """Recompute the frequencies after the module was created on the meta device."""
-        self.inv_freq = inverse_frequencies(self.width, self.inv_freq.device, self.rope)
+        self.inv_freq, _ = inverse_frequencies(self.width, self.inv_freq.device, self.rope)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Rotary:
         frequencies = self.inv_freq
@@ -214,9 +212,15 @@ class Rotary(nn.Module):
             self.inv_freq = frequencies.to(self.inv_freq.device)
         return self
 
-    def angles(self, positions: Tensor, heads: int) -> Angles:
-        """Return the angles of tokens at integer positions (T,) or (B,T), for `heads` heads."""
-        return _cos_and_sin((positions[..., None] * self.inv_freq)[..., None, :])
+    def angles(self, positions: Tensor, heads: int, lengths: Tensor | None = None) -> Angles:
+        """Return the angles of tokens at integer positions (T,) or (B,T), for `heads` heads.
+
+        lengths: of sequences, for frequencies that depend on them; see `scale_frequencies`.
+        """
+        frequencies = self.inv_freq
+        if lengths is not None:
+            frequencies, _ = inverse_frequencies(self.width, positions.device, self.rope, lengths)
+        return _cos_and_sin((positions[..., None] * frequencies)[..., None, :], self.factor)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate queries and keys.
@@ -246,8 +250,8 @@ class HeadRotary(Rotary):
     Such models see the order of tokens only through the causal mask.
     """
 
-    def angles(self, positions: Tensor, heads: int) -> Angles:
-        return _cos_and_sin(torch.arange(heads, device=positions.device)[:, None] * self.inv_freq)
+    def angles(self, positions: Tensor, heads: int, lengths: Tensor | None = None) -> Angles:
+        return _cos_and_sin(torch.arange(heads, device=positions.device)[:, None] * self.inv_freq, self.factor)
 
 
 @POSITIONAL_EMBEDDINGS.register("llama_rotary", help="rotary embedding of the pairs (2i, 2i + 1)", rotates=True)
@@ -258,10 +262,10 @@ class LlamaRotary(nn.Module):
         super().__init__()
         self.rope, self.width = rope, rope.width(head_width)
 
-    def angles(self, positions: Tensor, heads: int) -> Angles:
+    def angles(self, positions: Tensor, heads: int, lengths: Tensor | None = None) -> Angles:
         """Return the angles; see `Rotary.angles`."""
-        frequencies = inverse_frequencies(self.width, positions.device, self.rope)
-        return _cos_and_sin((positions[..., None] * frequencies)[..., None, :])
+        frequencies, factor = inverse_frequencies(self.width, positions.device, self.rope, lengths)
+        return _cos_and_sin((positions[..., None] * frequencies)[..., None, :], factor)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
         """Rotate queries and keys; see `Rotary.forward`."""
