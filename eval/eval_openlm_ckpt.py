@@ -8,6 +8,9 @@ Two engines compute the same scores. `--engine native` is the package's own and 
 (`make install-eval`); the program restarts itself there if it is started in another environment, and needs
 --model-config.
 
+`--engine lm-eval` runs the tasks of lm-eval (EleutherAI's harness), which have other prompts and metrics, on the native
+engine: --tasks names them. It needs the extra lm-eval.
+
 Several devices: torchrun --nproc-per-node N eval_openlm_ckpt.py … (every process has the full model and evaluates a
 share of the examples).
 """
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON_VARIABLE = "OPEN_LM_EVAL_PYTHON"
-ENGINES = ("llm-foundry", "native")
+ENGINES = ("llm-foundry", "native", "lm-eval")
 RESTARTED_VARIABLE = "OPEN_LM_EVAL_SENT"  # set after the restart in the other environment
 
 
@@ -81,16 +84,20 @@ def build_parser() -> argparse.ArgumentParser:
         type=user_path,
         required=True,
         nargs="+",
-        help="epoch_N.pt, step_N folder, averager file or file with only weights; with --engine native also a run "
-        "folder (its newest checkpoint, or see --every), and several of them",
+        help="epoch_N.pt, step_N folder, averager file, file with only weights, or folder in the format of "
+        "transformers; except with --engine llm-foundry also a run folder (its newest checkpoint, or see --every), "
+        "and several of them",
     )
     parser.add_argument(
         "--engine",
         choices=ENGINES,
         default=ENGINES[0],
-        help="native: the package's own engine, faster and without other packages (default: llm-foundry)",
+        help="native: the package's own engine, faster and without other packages; lm-eval: tasks of lm-eval (default: "
+        "llm-foundry)",
     )
-    parser.add_argument("--eval-yaml", type=user_path, required=True, nargs="+", help="YAML files with the tasks")
+    parser.add_argument(
+        "--eval-yaml", type=user_path, nargs="+", help="YAML files with the tasks; not with --engine lm-eval"
+    )
     parser.add_argument("--model", type=user_path, help="name of a model configuration, or the path of its .json file")
     parser.add_argument("--model-config", type=user_path, help="the same as --model")
     add_tokenizer_args(parser)
@@ -102,7 +109,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data-dir", type=user_path, help="folder of the tasks' .jsonl files; overrides data_dir of the YAML files"
     )
-    parser.add_argument("--tasks", nargs="+", help="labels of the tasks to run; default: all")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        help="labels of the tasks to run (default: all); with --engine lm-eval names of tasks, groups or tags",
+    )
     parser.add_argument("--max-examples", type=int, help="use only the first N examples of a task (of each category)")
     parser.add_argument(
         "--baselines",
@@ -114,10 +125,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=user_path,
-        help="path of the JSON result; default: {checkpoint}_{YAML names}.json (with --engine native in the folder "
-        "evals next to the checkpoint), or {checkpoint}_{YAML names}_partial.json with --tasks or --max-examples",
+        help="path of the JSON result; default: {checkpoint}_{YAML names}.json (with --engine native and lm-eval in "
+        "the folder evals next to the checkpoint), or {checkpoint}_{YAML names}_partial.json with --tasks or "
+        "--max-examples",
     )
-    native = parser.add_argument_group("only with --engine native")
+    native = parser.add_argument_group("only with --engine native or lm-eval")
     native.add_argument("--every", type=int, metavar="N", help="evaluate every N-th checkpoint of a run folder")
     native.add_argument(
         "--precision",
@@ -130,6 +142,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="neither read nor write the results of examples (by default in evals/examples next to the checkpoint), "
         "with which an evaluation that was stopped continues",
     )
+    harness = parser.add_argument_group("only with --engine lm-eval")
+    harness.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples in the prompt (default: the number of each task)"
+    )
+    harness.add_argument("--include-path", type=user_path, help="folder with the YAML files of more tasks")
     add_model_args(parser)
     return parser
 
@@ -142,33 +159,57 @@ def given_flags(argv: list[str]) -> set[str]:
     return set(vars(parser.parse_args(argv)))
 
 
+def _engine_problems(args: argparse.Namespace) -> list[str]:
+    """Return the problems of flags that not every engine has."""
+    needs_foundry, needs_harness = args.engine == "llm-foundry", args.engine == "lm-eval"
+    problems = []
+    if needs_foundry and not (args.model or args.model_config):
+        problems.append("--model-config is missing: pass the .json file or the name of the checkpoint's configuration")
+    if needs_foundry and len(args.checkpoint) > 1:
+        problems.append(f"--checkpoint: found {len(args.checkpoint)} checkpoints, expected one; use --engine native")
+    if not needs_harness and not args.eval_yaml:
+        problems.append("--eval-yaml is missing: pass the YAML files with the tasks, or use --engine lm-eval --tasks")
+    if needs_harness and not args.tasks:
+        problems.append("--tasks is missing: pass the names of tasks of lm-eval")
+    given = {
+        "--engine native or lm-eval": {
+            "--every": args.every,
+            "--precision": args.precision,
+            "--no-cache": args.no_cache,
+        },
+        "--engine lm-eval": {"--num-fewshot": args.num_fewshot, "--include-path": args.include_path},
+        "--engine native or llm-foundry": {"--eval-yaml": args.eval_yaml, "--data-dir": args.data_dir},
+    }
+    for engines, flags in given.items():
+        if not any(args.engine == name for name in engines.removeprefix("--engine ").split(" or ")):
+            problems += [f"{flag} needs {engines}" for flag, value in flags.items() if value not in (None, False)]
+    return problems
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Validate the arguments and set the defaults that depend on other arguments."""
     from open_lm.errors import ConfigError, join_problems
 
-    problems = []
+    problems = _engine_problems(args)
     if args.model and args.model_config and args.model != args.model_config:
         problems.append("--model and --model-config differ; pass only one of them")
-    is_native = args.engine == "native"
-    if not (args.model or args.model_config or is_native):
-        problems.append("--model-config is missing: pass the .json file or the name of the checkpoint's configuration")
-    native_flags = {"--every": args.every, "--precision": args.precision, "--no-cache": args.no_cache}
-    for flag in [flag for flag, value in native_flags.items() if value] if not is_native else []:
-        problems.append(f"{flag} needs --engine native")
-    if len(args.checkpoint) > 1 and not is_native:
-        problems.append(f"--checkpoint: found {len(args.checkpoint)} checkpoints, expected one; use --engine native")
     if args.output and (len(args.checkpoint) > 1 or args.every):
         problems.append("--output is one file, but there are several checkpoints; remove the flag")
     if args.every is not None and args.every < 1:
         problems.append(f"--every {args.every}: expected at least 1")
     if args.max_examples is not None and args.max_examples < 1:
         problems.append(f"--max-examples {args.max_examples}: expected at least 1")
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        problems.append(f"--num-fewshot {args.num_fewshot}: expected at least 0")
     if problems:
         raise ConfigError(join_problems(problems))
     args.model = args.model_config or args.model
+    args.is_partial = args.max_examples is not None
+    if args.engine == "lm-eval":
+        return
     args.yaml_names = [Path(file).stem for file in args.eval_yaml]
-    args.is_partial = bool(args.tasks) or args.max_examples is not None
-    if is_native:
+    args.is_partial = args.is_partial or bool(args.tasks)
+    if args.engine == "native":
         return
     (args.checkpoint,) = args.checkpoint
     if not args.output:
@@ -184,9 +225,9 @@ def main(argv: list[str]) -> list[Outcome]:
     """
     args = build_parser().parse_args(argv)
     check_arguments(args)
-    if args.engine == "native":
+    if args.engine != "llm-foundry":
         args.given_flags = given_flags(argv)
-        return _evaluate_native(args)
+        return _evaluate_native(args) if args.engine == "native" else _evaluate_lm_eval(args)
     for module in ("composer", "llmfoundry"):
         # Their warnings concern training and their own dependencies.
         warnings.filterwarnings("ignore", category=UserWarning, module=module)
@@ -251,18 +292,26 @@ def _evaluate_native(args: argparse.Namespace) -> list[Outcome]:
     import icl_native
 
     from open_lm.distributed.processes import shutdown
+    from open_lm.evaluate.checkpoints import find_checkpoints, results_file
 
     icl_native.check_tasks(settings)
     runtime = icl_native.start_ranks(args.device)
     outcomes: list[Outcome] = []
-    for checkpoint in icl_native.find_checkpoints(args.checkpoint, args.every):
+    for checkpoint in find_checkpoints(args.checkpoint, args.every):
         if _is_main():
             print(f"checkpoint {checkpoint}", flush=True)
         outcomes, metadata = icl_native.evaluate_checkpoint(args, settings, checkpoint, runtime, _report)
-        output = args.output or icl_native.default_output(checkpoint, args.yaml_names, args.is_partial)
+        output = args.output or results_file(checkpoint, args.yaml_names, args.is_partial)
         _write_results(output, outcomes, metadata, settings, args.baselines)
     shutdown(runtime)
     return outcomes
+
+
+def _evaluate_lm_eval(args: argparse.Namespace) -> list[Outcome]:
+    """Evaluate all checkpoints with lm-eval, and return the outcomes of the last one; on other ranks than 0 none."""
+    import icl_lm_eval
+
+    return icl_lm_eval.evaluate_checkpoints(args)
 
 
 def load_tokenizer_and_model(args: argparse.Namespace, settings: EvalSettings) -> tuple[Any, Any]:

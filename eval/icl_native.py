@@ -11,17 +11,12 @@ from typing import Any
 
 import torch
 
-from open_lm import storage
-from open_lm.checkpoint import candidates_at
-from open_lm.checkpoint.files import epoch_files
-from open_lm.checkpoint.folders import step_folders
-from open_lm.checkpoint.tensor_index import incomplete_reason
-from open_lm.config.architecture import read_run_settings
-from open_lm.config.sections import ModelConfig, ParallelConfig
+from open_lm.config.sections import ParallelConfig
 from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime, init_runtime, run_on_master
 from open_lm.errors import ConfigError, join_problems
+from open_lm.evaluate.checkpoints import examples_folder, load_checkpoint, model_name
 from open_lm.evaluate.icl import (
     EvalSettings,
     EvaluatorOptions,
@@ -34,10 +29,6 @@ from open_lm.evaluate.icl import (
 from open_lm.evaluate.icl.report import training_position
 from open_lm.evaluate.icl.store import stored_facts, weights_hash
 from open_lm.evaluate.icl.task_types import parse_options
-from open_lm.generate import load_model_for_generation
-from open_lm.model.transformer import Transformer
-
-RESULTS_FOLDER, EXAMPLES_FOLDER = "evals", "examples"
 
 
 def start_ranks(device: str) -> Runtime:
@@ -70,60 +61,9 @@ def check_tasks(settings: EvalSettings) -> None:
         raise ConfigError(join_problems(problems))
 
 
-def find_checkpoints(paths: list[str], every: int | None) -> list[str]:
-    """Return the checkpoints to evaluate.
-
-    Args:
-        paths: checkpoints, or run folders.
-        every: evaluate every N-th checkpoint of a run folder, the newest included; None for the newest one only.
-
-    Raises:
-        CheckpointError: a path without a checkpoint.
-    """
-    checkpoints: list[str] = []
-    for path in paths:
-        found = _all_checkpoints(path) if every else []
-        checkpoints += found[::-1][::every][::-1] if found else [candidates_at(path)[0].url]
-    return list(dict.fromkeys(checkpoints))
-
-
-def _all_checkpoints(path: str) -> list[str]:
-    """Return the complete checkpoints of a run folder, oldest first; empty if the path is a checkpoint.
-
-    If a run has both kinds, the sharded ones, which are more.
-    """
-    for folder in (storage.join(path, "checkpoints"), path):
-        sharded = [url for url in step_folders(folder).values() if incomplete_reason(url) is None]
-        if found := sharded or list(epoch_files(folder).values()):
-            return found
-    return []
-
-
-def default_output(checkpoint: str, yaml_names: list[str], is_partial: bool) -> str:
-    """Return the path of the results: evals/ next to the checkpoint; partial results have a separate file."""
-    folder, _, name = checkpoint.rstrip("/").rpartition("/")
-    name = name.removesuffix(".pt")
-    file = "_".join([name, *yaml_names, *(["partial"] if is_partial else [])]) + ".json"
-    return storage.join(folder or ".", RESULTS_FOLDER, file)
-
-
-def load_model(args: argparse.Namespace, checkpoint: str, device: torch.device) -> Transformer:
-    """Load a checkpoint. Settings of its run that no flag sets are read from the run folder.
-
-    Raises:
-        ConfigError: neither --model-config nor a run folder says which model it is.
-    """
-    settings = read_run_settings(checkpoint)
-    settings |= {key: value for key, value in vars(args).items() if key in args.given_flags and value is not None}
-    if args.model:
-        settings["model"] = args.model
-    if not settings.get("model"):
-        raise ConfigError(
-            f"--model-config is missing, and the run folder of {checkpoint} has no params.txt; pass the .json file or "
-            "the name of the checkpoint's configuration"
-        )
-    section = ModelConfig.from_object(argparse.Namespace(**settings))
-    return load_model_for_generation(checkpoint, section, str(device))
+def model_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the model that the command line sets."""
+    return {key: value for key, value in vars(args).items() if key in args.given_flags and value is not None}
 
 
 def evaluate_checkpoint(
@@ -136,7 +76,7 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint; return the outcomes and what the JSON result says about the evaluation. Collective."""
     start = time.monotonic()
     tokenizer = choose_tokenizer(checkpoint, args.tokenizer, args.eot_token, allow_other=args.allow_other_tokenizer)
-    model = load_model(args, checkpoint, runtime.device)
+    model = load_checkpoint(checkpoint, args.model, model_flags(args), runtime.device)
     settings.check_fit(tokenizer, model.vocab_size, model.seq_len, model="the model", file=args.eval_yaml[0])
     precision = args.precision or settings.precision
     if precision == "amp_fp16" and runtime.device.type == "cpu":
@@ -149,8 +89,8 @@ def evaluate_checkpoint(
         max_examples=args.max_examples,
         special_tokens=args.add_special_tokens,
     )
-    folder = storage.join(checkpoint.rstrip("/").rpartition("/")[0] or ".", RESULTS_FOLDER, EXAMPLES_FOLDER)
-    store = None if args.no_cache else ResultStore(folder, stored_facts(model, weights, precision))
+    facts = stored_facts(model, weights, precision)
+    store = None if args.no_cache else ResultStore(examples_folder(checkpoint), facts)
     evaluator = IclEvaluator(tokenizer, options, store)
     seq_len = settings.max_seq_len or model.seq_len
     outcomes = evaluate_tasks(evaluator, model, settings.tasks, seq_len, report)
@@ -159,7 +99,7 @@ def evaluate_checkpoint(
         "checkpoint": checkpoint,
         **run_on_master(lambda: training_position(checkpoint, model.seq_len)),
         "weights_sha256": weights,
-        "model": args.model or str(read_run_settings(checkpoint).get("model")),
+        "model": model_name(checkpoint, args.model),
         "num_params": sum(p.numel() for p in model.parameters()),
         "tokenizer": tokenizer.name,
         "tokenizer_sha256": tokenizer.fingerprint,

@@ -15,6 +15,7 @@ from torch import Tensor
 from open_lm.errors import ConfigError, DataError, join_problems
 from open_lm.kernels.threads import limit_threads
 from open_lm.model.initialization import reset_buffers
+from open_lm.model.params import Params
 from open_lm.model.transformer import Transformer, create_model
 from open_lm.tokenizer import Tokenizer
 
@@ -298,7 +299,13 @@ def complete_texts(  # noqa: PLR0917 (existing callers pass first_row by positio
 def load_model_for_generation(
     checkpoint: str, cfg: object, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
-    """Create the model of a ModelConfig (or an object with its attributes), load a checkpoint, and set evaluation mode.
+    """Create a model, load a checkpoint, and set evaluation mode.
+
+    Args:
+        checkpoint: see `open_lm.checkpoint.load_weights`.
+        cfg: Params, a ModelConfig, or an object with its attributes.
+        device: where the weights are placed.
+        dtype: of the weights.
 
     Raises:
         ConfigError: an unknown model.
@@ -307,7 +314,7 @@ def load_model_for_generation(
     from open_lm.checkpoint import load_weights
 
     with torch.device("meta"):
-        model = create_model(cfg)
+        model = Transformer(cfg) if isinstance(cfg, Params) else create_model(cfg)
     model.to_empty(device=device)
     reset_buffers(model)
     load_weights(checkpoint, model)

@@ -17,6 +17,15 @@ from open_lm.hf.weight_files import WeightFiles
 from open_lm.model.params import Params
 
 
+def read_params(folder: str) -> Params:
+    """Return the architecture of a folder in the format of transformers.
+
+    Raises:
+        ConfigError: a config.json that is not supported.
+    """
+    return params_from_keys(read_model(read_json(storage.join(folder, CONFIG)), folder)[0])
+
+
 def read_native_weights(folder: str, params: Any = None) -> dict[str, Tensor]:
     """Return the full weights of a local or remote folder by native name; tied weights share one tensor.
 

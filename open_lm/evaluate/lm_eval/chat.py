@@ -1,0 +1,57 @@
+"""Format conversations with the chat template of a tokenizer, in the way of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from open_lm.errors import ConfigError
+from open_lm.tokenizer import Tokenizer
+
+
+def render_chat(
+    template: str, messages: Sequence[dict[str, str]], add_generation_prompt: bool, tokenizer: Tokenizer
+) -> str:
+    """Return the text of a conversation.
+
+    Without a generation prompt, the last message is to be continued, so the text ends with it.
+
+    Args:
+        template: a Jinja template, which runs in a sandbox.
+        messages: dicts with role and content.
+        add_generation_prompt: end with the text before an answer of the model.
+        tokenizer: its tokens that begin and end a text are variables of the template.
+
+    Raises:
+        ConfigError: a template that cannot format these messages.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
+    tokens: dict[str, Any] = {"eos_token": tokenizer.token(tokenizer.eot_id)}
+    if tokenizer.bos_id is not None:
+        tokens["bos_token"] = tokenizer.token(tokenizer.bos_id)
+    compiled = environment.from_string(template)
+
+    def render(conversation: Sequence[dict[str, str]]) -> str:
+        return str(compiled.render(messages=conversation, add_generation_prompt=add_generation_prompt, **tokens))
+
+    try:
+        try:
+            text = render(messages)
+        except TemplateError:  # some templates accept no system message
+            text = render([message for message in messages if message["role"] != "system"])
+    except TemplateError as error:
+        raise ConfigError(f"the chat template of {tokenizer.name} does not accept the messages: {error}") from error
+    if add_generation_prompt or not messages:
+        return text
+    last = messages[-1]["content"].strip()
+    return text[: text.rindex(last) + len(last)]

@@ -1,0 +1,171 @@
+"""Test the model for lm-eval: equal to lm-eval's own model "hf" on the exported checkpoint, and its command lines."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from open_lm.errors import ConfigError, DataError
+from open_lm.evaluate.lm_eval.scoring import Pair, split_groups
+from open_lm.hf.exporting import export_model
+from open_lm.model.transformer import create_model
+
+ROOT = Path(__file__).resolve().parents[2]
+SEQ_LEN = 48
+TOKENIZERS = {"gpt-neox-20b.json": 50277, "llama2.model": 32000}
+
+
+@dataclass
+class Trained:
+    """A checkpoint with random weights, its tokenizer, and the folder to which it is exported."""
+
+    folder: Path
+    tokenizer: str
+    exported: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the model "open_lm"."""
+        checkpoint, model = self.folder / "epoch_1.pt", self.folder / "small.json"
+        return {"checkpoint": str(checkpoint), "model": str(model), "tokenizer": self.tokenizer, "device": "cpu"}
+
+
+def make_checkpoint(folder: Path, tokenizer: Path) -> Trained:
+    shape = {
+        "hidden_dim": 16,
+        "n_layers": 2,
+        "n_heads": 2,
+        "seq_len": SEQ_LEN,
+        "vocab_size": TOKENIZERS[tokenizer.name],
+    }
+    (folder / "small.json").write_text(json.dumps({**shape, "post_embed_norm": False, "weight_tying": False}))
+    model = create_model(SimpleNamespace(model=str(folder / "small.json")))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    torch.save({"epoch": 1, "name": "small", "state_dict": model.state_dict()}, folder / "epoch_1.pt")
+    arguments = {"model": str(folder / "small.json"), "tokenizer": str(tokenizer)}
+    export_model(str(folder / "epoch_1.pt"), str(folder / "exported"), **arguments)
+    return Trained(folder, str(tokenizer), str(folder / "exported"))
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def trained(request: pytest.FixtureRequest, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("trained")
+    return make_checkpoint(folder, shared_dir / "data" / "tokenizers" / request.param)
+
+
+@pytest.fixture(scope="module")
+def neox(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("neox")
+    return make_checkpoint(folder, shared_dir / "data" / "tokenizers" / "gpt-neox-20b.json")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def questions(shared_dir: Path) -> list[dict[str, Any]]:
+    with open(shared_dir / "data" / "eval" / "arc_easy.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line, _ in zip(file, range(12), strict=False)]
+
+
+def ours(**arguments: Any) -> Any:
+    from open_lm.evaluate.lm_eval.model import OpenLM
+
+    return OpenLM(**arguments)
+
+
+def instances(kind: str, arguments: list[tuple[Any, ...]], docs: list[int] | None = None) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    docs = docs or list(range(len(arguments)))
+    return [Instance(kind, {}, a, i, ("task", doc, 1)) for i, (a, doc) in enumerate(zip(arguments, docs, strict=True))]
+
+
+def requests(questions: list[dict[str, Any]], prefix: str) -> list[Any]:
+    """Return requests whose contexts are empty, too long, end with spaces or begin with a special token."""
+    arguments: list[tuple[str, str]] = []
+    docs: list[int] = []
+    for index, row in enumerate(questions):
+        context = ["", row["query"], f"{row['query']}  ", row["query"] * 6][index % 4]
+        for choice in row["choices"]:
+            arguments.append((context, choice if index % 3 == 0 else f" {choice}"))
+            docs.append(index)
+    arguments += [("", f"{prefix} one"), (f"{prefix}The answer", " is 4"), ("The", " é🙂"), ("no space", "between")]
+    return instances("loglikelihood", arguments, [*docs, 100, 101, 102, 103])
+
+
+def test_requests_have_the_results_of_the_exported_model(trained: Trained, questions: list[dict[str, Any]]) -> None:
+    """Native and exported checkpoints give what lm-eval's model "hf" gives: values within 1e-4, and the same texts."""
+    from lm_eval.models.huggingface import HFLM
+
+    reference = HFLM(trained.exported, trust_remote_code=True, device="cpu", dtype="float32", batch_size=4)
+    native, exported = ours(**trained.arguments), ours(checkpoint=trained.exported, device="cpu")
+    prefix = native.text_tokenizer.token(native.prefix_token_id)
+    scored = requests(questions, prefix)
+    expected = reference.loglikelihood(scored, disable_tqdm=True)
+    # lm-eval's model reuses the logits of equal windows, with wrong positions: no text here repeats itself.
+    long = [" ".join(row["query"] for row in questions[:count]) for count in (1, 4, 9)]
+    rolling = instances("loglikelihood_rolling", [(text,) for text in (*long, "", "é🙂")])
+    texts = [(row["query"], {"until": ["e", "\n"], "max_gen_toks": 12}) for row in questions[:3]]
+    texts += [(row["query"] * 4, {"until": "zzz", "max_gen_toks": 7, "do_sample": False}) for row in questions[:3]]
+    generated = instances("generate_until", texts)
+    for model in (native, exported):
+        assert (model.prefix_token_id, model.eot_token_id) == (reference.prefix_token_id, reference.eot_token_id)
+        assert model.max_length == reference.max_length == SEQ_LEN
+        actual = model.loglikelihood(scored, disable_tqdm=True)
+        assert [value for value, _ in actual] == pytest.approx([value for value, _ in expected], abs=1e-4)
+        assert [greedy for _, greedy in actual] == [greedy for _, greedy in expected]
+        values = model.loglikelihood_rolling(rolling, disable_tqdm=True)
+        assert values == pytest.approx(reference.loglikelihood_rolling(rolling, disable_tqdm=True), rel=1e-6, abs=1e-4)
+        assert model.generate_until(generated, disable_tqdm=True) == reference.generate_until(
+            generated, disable_tqdm=True
+        )
+
+
+def test_results_do_not_depend_on_groups_and_batches(neox: Trained, questions: list[dict[str, Any]]) -> None:
+    """Equal contexts are computed once, in batches of any size, and the order of requests stays."""
+    small, large = ours(**neox.arguments, batch_size=2), ours(**neox.arguments, batch_size=64)
+    scored = requests(questions, "<|endoftext|>")
+    first = small.loglikelihood(scored, disable_tqdm=True)
+    second = large.loglikelihood(scored[::-1], disable_tqdm=True)[::-1]
+    assert [value for value, _ in first] == pytest.approx([value for value, _ in second], abs=1e-4)
+    assert split_groups([Pair([1], [2])] * 70, [0] * 66 + [1] * 4) == [
+        list(range(64)), [64, 65], [66, 67, 68, 69],
+    ]  # fmt: skip
+    settings = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 5, "top_p": 0.9}
+    sampled = instances("generate_until", [(row["query"], settings) for row in questions[:5]])
+    texts = []
+    for model in (small, large, large):
+        torch.manual_seed(7)
+        texts.append(model.generate_until(sampled, disable_tqdm=True))
+    assert texts[0] == texts[1] == texts[2]
+    torch.manual_seed(8)
+    assert large.generate_until(sampled, disable_tqdm=True) != texts[0]
+
+
+def test_unusable_arguments_and_requests_are_errors(neox: Trained) -> None:
+    with pytest.raises(ConfigError, match=r"batch_sise=4 is unknown(.|\n)*precision=int8"):
+        ours(**neox.arguments, batch_sise=4, precision="int8")
+    model = ours(**neox.arguments)
+    with pytest.raises(DataError, match=r"a continuation has \d+ tokens, expected 1 to 48"):
+        model.loglikelihood(instances("loglikelihood", [("a", " word" * 60)]), disable_tqdm=True)
+    with pytest.raises(ConfigError, match=r"num_beams=4 are not supported"):
+        model.generate_until(instances("generate_until", [("a", {"num_beams": 4, "max_gen_toks": 2})]))
+    with pytest.raises(ConfigError, match=r"max_gen_toks is 48, expected less than max_length 48"):
+        model.generate_until(instances("generate_until", [("a", {"max_gen_toks": 48})]))
+    with pytest.raises(ConfigError, match=r"--apply_chat_template: the tokenizer of .* has no chat template"):
+        model.chat_template(True)
