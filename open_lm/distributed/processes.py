@@ -95,6 +95,7 @@ def shutdown(runtime: Runtime) -> None:
 
     With several ranks, do nothing while an exception is being handled. Other ranks may be inside a collective:
     destroying the group could block, or end their connection before this rank has reported its error.
+    Programs that start ranks call `end_process` afterwards.
     """
     if sys.exc_info()[0] is not None and runtime.world_size > 1:
         return

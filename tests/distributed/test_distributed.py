@@ -217,6 +217,7 @@ import faulthandler
 import torch
 import torch.distributed as dist
 from open_lm.distributed.processes import Runtime, shutdown
+from open_lm.errors import end_process
 
 faulthandler.dump_traceback_later(60, exit=True)
 for _ in range(100):
@@ -225,5 +226,6 @@ for _ in range(100):
         dist.all_reduce(torch.ones(50_000))
     shutdown(Runtime(owns_group=True))
     assert not dist.is_initialized()
+end_process(0)
 """
     subprocess.run([EVAL_PYTHON, "-c", program], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
