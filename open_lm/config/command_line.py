@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     for section in sections().values():
         group = parser.add_argument_group(section.title)
         for spec in section.specs():
-            _add_flag(group, spec)
+            add_flag(group, spec)
     return parser
 
 
@@ -180,8 +180,11 @@ def all_specs() -> dict[str, FieldSpec]:
     return {spec.name: spec for section in sections().values() for spec in section.specs()}
 
 
-def _add_flag(group: Any, spec: FieldSpec) -> None:
-    """Add a flag that accepts any string: `convert` checks the values, so that all problems are reported together."""
+def add_flag(group: Any, spec: FieldSpec) -> None:
+    """Add the flag of a field to a group of a parser.
+
+    It accepts any string: `convert` checks the values, so that all problems are reported together.
+    """
     if spec.kind is bool:
         group.add_argument(spec.flag, action=_Switch, help=_escaped(spec.help))
         return

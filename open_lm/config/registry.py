@@ -230,3 +230,5 @@ DECAY_SHAPES = Registry("DECAY_SHAPES", "--lr-decay-shape", "open_lm.optim", def
 DISTILL_LOSSES = Registry("DISTILL_LOSSES", "--distill-loss", "open_lm.kernels", default="forward-kl")
 # Functions `open(cfg: LoggingConfig, paths: RunPaths, params, start_step) -> MetricLogger`.
 LOGGERS = Registry("LOGGERS", "--report-to", "open_lm.monitor")
+# Functions `reward(prompts, completions, **columns) -> rewards`, see finetune/rewards.py.
+REWARDS = Registry("REWARDS", "--reward", "open_lm.finetune")

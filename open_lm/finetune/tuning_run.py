@@ -1,0 +1,309 @@
+"""The run of a trainer of TRL: model in, run folder, resuming, metrics, model out.
+
+{logs}/{name}/out.log params.txt metrics.jsonl base/ data/ trl/ adapter/ hf/ checkpoints/: `base` has the model to
+start from in the format of transformers, `trl` the checkpoints for --resume, `hf` the result in the format of
+transformers and `checkpoints` the same as native weights (epoch_0.pt, model.json), which --pretrained and generate.py
+accept. `adapter` has the adapters of --lora in the format of PEFT; they are merged in the other two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from open_lm import storage
+from open_lm.checkpoint.folders import is_transformers_folder
+from open_lm.config.sections import LoggingConfig
+from open_lm.distributed.processes import run_on_master, sum_over_ranks
+from open_lm.errors import STOP_SIGNALS, ConfigError, missing_package
+from open_lm.hf.exporting import export_model
+from open_lm.hf.folders import CONFIG, find_source, read_json
+from open_lm.hf.importing import import_model
+from open_lm.hf.policy import balancing_loss, load_policy, load_policy_tokenizer, save_policy
+from open_lm.monitor.loggers import MetricLoggers, build_loggers, setup_logging
+from open_lm.monitor.run_folder import RunPaths, write_params
+
+COMPLETE = "complete"  # the last file of a checkpoint for --resume
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Our names of TRL's metrics. Others get the prefix train/ or val/ only.
+_NAMES = {
+    **{"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "num_tokens": "tokens"},
+    **{"rewards/margins": "margin", "rewards/accuracies": "accuracy", "logps/chosen": "logp_chosen"},
+    **{"rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected", "logps/rejected": "logp_rejected"},
+    **{"completions/mean_length": "completion_tokens", "completions/clipped_ratio": "completions_cut"},
+}
+_REWARD_MEAN = re.compile(r"rewards/(.+)/mean")
+# Metrics that describe the machine or repeat others.
+_OMITTED = re.compile(
+    r"epoch|(train_)?runtime|.*_per_second|total_flos|model_preparation_time|train_loss|clip_ratio/.*|logits/.*"
+)
+_SHOWN = ("loss", "lr", "margin", "accuracy", "reward", "kl", "entropy", "completion_tokens")  # on the console
+
+
+def require_trl() -> None:
+    """Raise ConfigError if a package of the extra `finetune` is not installed."""
+    for module in ("trl", "peft"):
+        try:
+            __import__(module)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+            advice = missing_package(module) or str(error)
+            raise ConfigError(f"{advice} (TRL requires Python 3.11 or later)") from error
+
+
+class TuningRun:
+    """The folder of a run and the model that it starts from.
+
+    Attributes:
+        paths: the paths of the run.
+        base: folder with the model to start from, in the format of transformers.
+    """
+
+    def __init__(self, args: Namespace, command: str) -> None:
+        self.args = args
+        name = args.name or f"{command}-{os.path.basename(args.pretrained.rstrip('/'))}"
+        self.paths = RunPaths(args.logs, name.replace("/", "-"))
+        if not self.paths.enabled:
+            raise ConfigError("--logs none: the result of this command is a folder; set --logs to a local folder")
+        self.base = storage.join(self.paths.root, "base")
+        self.trl = storage.join(self.paths.root, "trl")
+        self.data = storage.join(self.paths.root, "data")
+        self.result = storage.join(self.paths.root, "hf")
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Create and lock the run's folder, start its log and write the base model. Collective."""
+        with contextlib.ExitStack() as stack:
+            run_on_master(lambda: stack.enter_context(self.paths.claim(self.args.resume)) and None)
+            if self._is_master():
+                setup_logging(self.paths.log)
+                write_params(self.paths.params, {**vars(self.args), "name": self.paths.name})
+            run_on_master(self._write_base)
+            yield
+
+    def _is_master(self) -> bool:
+        from accelerate import PartialState
+
+        return bool(PartialState().is_main_process)
+
+    def _write_base(self) -> None:
+        if storage.info(storage.join(self.base, CONFIG)) is not None:
+            return
+        source, args = self.args.pretrained, self.args
+        is_native = not is_transformers_folder(source) and (storage.exists(source) or storage.is_remote(source))
+        if is_native:
+            export_model(source, self.base, None, args.model, args.tokenizer)
+        else:
+            if args.model or args.tokenizer:
+                raise ConfigError(
+                    f"--pretrained {source}: has its own model and tokenizer; remove --model, --tokenizer"
+                )
+            _copy_folder(find_source(source), self.base)
+
+    # ------------------------------------------------------------------------------------------ model and tokenizer
+    def load_model(self, **options: Any) -> Any:
+        """Return the model to start from, with float32 weights."""
+        return load_policy(self.base, **options)
+
+    def load_tokenizer(self, has_messages: bool) -> Any:
+        """Return the tokenizer of the base model. Raise ConfigError if messages need a chat template that it lacks."""
+        tokenizer = load_policy_tokenizer(self.base)
+        if has_messages and not tokenizer.chat_template:
+            raise ConfigError(
+                f"--train-data has messages, but the tokenizer of --pretrained {self.args.pretrained} has no chat "
+                "template; start from a model that was fine-tuned with one, or write the data as text"
+            )
+        return tokenizer
+
+    def max_tokens(self) -> int:
+        """Return the longest sequence of the model in tokens."""
+        config = read_json(storage.join(self.base, CONFIG))
+        names = ("seq_len", "max_position_embeddings", "n_positions", "n_ctx")
+        return next(int(config[name]) for name in names if config.get(name))
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+    def newest_checkpoint(self) -> str | None:
+        """Return the newest complete checkpoint for --resume. Log the ones that a killed process left incomplete."""
+        if not os.path.isdir(self.trl):
+            return None
+        steps = sorted((int(m[1]) for m in map(_CHECKPOINT.fullmatch, os.listdir(self.trl)) if m), reverse=True)
+        for step in steps:
+            folder = storage.join(self.trl, f"checkpoint-{step}")
+            if os.path.exists(storage.join(folder, COMPLETE)):
+                logging.info(f"--resume latest: {folder}")
+                return folder
+            logging.warning(f"{folder}: incomplete, skipping it")
+        logging.info(f"--resume latest: no complete checkpoint in {self.trl}, starting from scratch")
+        return None
+
+    def is_finished(self) -> bool:
+        """Return whether the result is complete."""
+        return os.path.exists(storage.join(self.paths.checkpoints, "model.json"))
+
+    def save_result(self, model: Any) -> None:
+        """Write the trained model to hf/ and checkpoints/, and its adapters to adapter/."""
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            adapter = storage.join(self.paths.root, "adapter")
+            model.save_pretrained(adapter)
+            model = model.merge_and_unload()
+        shutil.rmtree(self.result, ignore_errors=True)  # of an earlier attempt to write the result
+        save_policy(model, self.base, self.result)
+        import_model(self.result, self.paths.checkpoints)
+        logging.info(f"saved {self.result} and {self.paths.checkpoints}")
+
+    def loggers(self, start_step: int) -> MetricLoggers:
+        """Return the loggers to metrics.jsonl and those of --report-to; none on other ranks."""
+        section = LoggingConfig.from_object(self.args)
+        return build_loggers(section, self.paths, vars(self.args), start_step, self._is_master())
+
+
+def _copy_folder(source: str, target: str) -> None:
+    from open_lm.hf.output_folder import whole_folder
+
+    with whole_folder(target, CONFIG) as output:
+        names = sorted((info.url.rpartition("/")[2] for info in storage.list_infos(source)), key=CONFIG.__eq__)
+        for name in names:  # config.json last: it marks a complete folder
+            storage.copy(storage.join(source, name), storage.join(output, name))
+
+
+# ---------------------------------------------------------------------------------------------- trainers
+def our_names(values: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics of TRL under our names: "loss" as "train/loss", "eval_rewards/margins" as "val/margin"."""
+    renamed = {}
+    for key, value in values.items():
+        prefix, name = ("val", key.removeprefix("eval_")) if key.startswith("eval_") else ("train", key)
+        if _OMITTED.fullmatch(name) or not isinstance(value, int | float):
+            continue
+        reward = _REWARD_MEAN.fullmatch(name)
+        renamed[f"{prefix}/{f'reward/{reward[1]}' if reward else _NAMES.get(name, name)}"] = value
+    return renamed
+
+
+def with_run(trainer_class: type, run: TuningRun) -> type:
+    """Return a subclass of a trainer of TRL that belongs to a run.
+
+    It logs to the loggers of the run, stops at a signal after saving, marks complete checkpoints, adds the
+    load-balancing loss of models of model_type openlm, and loads reference models like `load_policy`.
+    """
+
+    class RunTrainer(trainer_class):  # type: ignore[misc, valid-type]
+        metric_loggers = MetricLoggers()
+        stop_requested = False
+        round_steps = 1  # steps that share what the trainer has sampled and does not save
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            with _loading_references(trainer_class):
+                super().__init__(*args, **kwargs)
+            for callback in list(self.callback_handler.callbacks):
+                if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+                    self.remove_callback(type(callback))  # `log` prints in their place
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            super().log(logs, start_time)
+            values = our_names(logs)
+            if not values:
+                return
+            self.metric_loggers.log({**values, "epoch": self.state.epoch}, self.state.global_step)
+            shown = [f"{key} {value:.4g}" for key, value in values.items() if key.partition("/")[2] in _SHOWN]
+            logging.info(f"step {self.state.global_step} of {self.state.max_steps}: {', '.join(shown)}")
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            stop = torch.tensor(float(self.stop_requested), device=self.args.device)
+            is_round_end = (self.state.global_step + 1) % self.round_steps == 0
+            if sum_over_ranks(stop) and is_round_end:  # all ranks stop at the same step
+                self.control.should_save = self.control.should_training_stop = True
+            return super().training_step(*args, **kwargs)
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            inner = self.accelerator.unwrap_model(model)
+            balancing = balancing_loss(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
+            return loss if balancing is None or not self.model.training else loss + balancing
+
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                storage.write_text(storage.join(run.trl, f"checkpoint-{self.state.global_step}", COMPLETE), "")
+
+    RunTrainer.__name__ = trainer_class.__name__
+    return RunTrainer
+
+
+@contextlib.contextmanager
+def _loading_references(trainer_class: type) -> Iterator[None]:
+    """Let a trainer of TRL load its reference model with `load_policy`, which knows model_type openlm."""
+    module = sys.modules[trainer_class.__module__]
+    original = module.create_model_from_path  # type: ignore[attr-defined]
+
+    def load(folder: str, **options: Any) -> Any:
+        return load_policy(folder, **{key: options[key] for key in ("dtype", "attn_implementation") if key in options})
+
+    module.create_model_from_path = load  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.create_model_from_path = original  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def stopping_on_signals(trainer: Any) -> Iterator[None]:
+    """Save and stop after the current step if a stop signal arrives; a second Ctrl-C ends the process at once."""
+
+    def receive(number: int, frame: Any) -> None:
+        if trainer.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        trainer.stop_requested = True
+        logging.warning(f"received {signal.Signals(number).name}: saving and stopping after this step")
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(run: TuningRun, build: Callable[[], Any]) -> dict[str, float]:
+    """Train with the trainer that `build` returns, and save the result. Return the last evaluation's metrics.
+
+    Evaluates before the first step and after the last one if there is evaluation data.
+    """
+    checkpoint = run_on_master(run.newest_checkpoint) if run.args.resume else None
+    if run.args.resume and run_on_master(run.is_finished):
+        logging.info(f"{run.paths.root}: the run is finished already")
+        return {}
+    trainer = build()
+    start_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
+    trainer.metric_loggers = run.loggers(start_step)
+    metrics: dict[str, float] = {}
+    try:
+        if trainer.eval_dataset is not None and checkpoint is None:
+            metrics = trainer.evaluate()
+        with stopping_on_signals(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.state.global_step < trainer.state.max_steps:
+            logging.info(f"stopped at step {trainer.state.global_step}; continue with --resume latest")
+            return {}
+        if trainer.eval_dataset is not None:
+            metrics = trainer.evaluate()
+        run_on_master(lambda: run.save_result(trainer.accelerator.unwrap_model(trainer.model)))
+    finally:
+        trainer.metric_loggers.close()
+    return our_names(metrics)
