@@ -23,11 +23,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from open_lm import storage
+from open_lm.checkpoint.adapters import AdapterRecord, merged_weights, weights_sha256
 from open_lm.checkpoint.folders import is_transformers_folder, step_number
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.distributed.param_names import clean_name
-from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError, join_problems
+from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError, UserError, join_problems
 from open_lm.names import printable
 
 LATEST = "latest"
@@ -139,16 +140,65 @@ def read_model_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
     """Return a model's weights by clean name, and the checkpoint's other small values (epoch, step, …).
 
     Accepts a checkpoint of a run (epoch_N.pt or a step_N folder), an averager's file, a file of weights only or a
-    folder in the format of transformers (the second result is then empty).
+    folder in the format of transformers (the second result is then empty). The adapters of a run with --lora are merged
+    into the weights of their base.
     """
     url = os.fspath(path)
+    weights, meta, record = _read_stored(url)
+    return weights if record is None else merged_weights(read_base(record, url), weights, record), meta
+
+
+def read_adapters(path: str) -> tuple[dict[str, Tensor], AdapterRecord]:
+    """Return the adapters of a checkpoint of a run with --lora by clean name, and their record.
+
+    Raises:
+        CheckpointError: the checkpoint has no adapters.
+    """
+    adapters, _, record = _read_stored(path)
+    if record is None:
+        raise CheckpointError(f"{path}: is a checkpoint of a full model, expected one of a run with --lora")
+    return adapters, record
+
+
+def read_base(record: AdapterRecord, path: str, base: str | None = None) -> dict[str, Tensor]:
+    """Return the weights of the base of the adapters in `path`, from `base` if their base is no longer in its place.
+
+    Raises:
+        CheckpointError: the base is missing, or has other weights than in training.
+    """
+    url = record.base if base is None else base
+    try:
+        if record.is_hf:
+            from open_lm.hf.trainable import read_hf_weights
+
+            weights = read_hf_weights(url)
+        else:
+            weights = read_model_state(url)[0]
+    except UserError as error:
+        raise CheckpointError(
+            f"{path}: contains adapters for the base {url}, which cannot be read: {error}. Restore it, or merge a copy "
+            f"of it with the adapters: python -m open_lm.finetune.merge {path} DEST --base COPY"
+        ) from error
+    record.check_base(weights_sha256(weights), url, path)
+    return weights
+
+
+def adapter_record(path: str) -> AdapterRecord | None:
+    """Return the record of a checkpoint with adapters, without reading tensors; None for any other checkpoint."""
+    if step_number(path) is not None:
+        return AdapterRecord.find(StoredTensors(path).extra)
+    return AdapterRecord.find(read_meta(path, with_stats=False))
+
+
+def _read_stored(url: str) -> tuple[dict[str, Tensor], dict[str, Any], AdapterRecord | None]:
+    """Return the tensors that a checkpoint contains, its other small values, and the record of its adapters if any."""
     if is_transformers_folder(url):
         from open_lm.hf.native_weights import read_native_weights
 
-        return read_native_weights(url), {}
+        return read_native_weights(url), {}, None
     if step_number(url) is not None:
         stored = StoredTensors(url)
-        return stored_weights(stored), _stored_meta(stored)
+        return stored_weights(stored), _stored_meta(stored), AdapterRecord.find(stored.extra)
     content = read_file(url)
     weights = _weights_of(content, url)
     state = {clean_name(name): value for name, value in weights.items() if isinstance(value, Tensor)}
@@ -157,24 +207,27 @@ def read_model_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
             f"{url}: contains no weights, only {', '.join(map(str, list(content)[:8])) or 'nothing'}; "
             "expected an epoch_N.pt or a file of weights"
         )
-    return state, _meta_of(content, weights)
+    return state, _meta_of(content, weights), None if weights is content else AdapterRecord.find(content)
 
 
-def read_meta(url: str) -> dict[str, Any]:
-    """Return the second result of `read_model_state`, without reading or downloading the weights."""
+def read_meta(url: str, with_stats: bool = True) -> dict[str, Any]:
+    """Return the second result of `read_model_state`, without reading or downloading the weights.
+
+    with_stats: read the smaller file stats_N.pt in place of epoch_N.pt if it exists.
+    """
     if step_number(url) is not None:
         return _stored_meta(StoredTensors(url))
     if is_transformers_folder(url):
         return {}
     stats = companion_path(url, "stats")
-    if stats != url and storage.info(stats) is not None:
+    if with_stats and stats != url and storage.info(stats) is not None:
         with contextlib.suppress(CheckpointError):  # epoch_N.pt has the same values
             content = read_file(stats)
             if "step" in content:
                 return dict(content)
     with storage.open_file(url) as file:
         if not zipfile.is_zipfile(file):
-            return read_model_state(url)[1]  # an old format that must be read completely
+            return _read_stored(url)[1]  # an old format that must be read completely
         file.seek(0)
         with FakeTensorMode():  # do not load the tensors' data
             content = _load(file, url)

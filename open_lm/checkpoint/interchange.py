@@ -18,17 +18,22 @@ from torch.optim import Optimizer
 
 from open_lm import storage
 from open_lm.checkpoint import sharded
+from open_lm.checkpoint.adapters import KEY
 from open_lm.checkpoint.archive import LazyTensor, write_archive
 from open_lm.checkpoint.files import (
     LATEST,
+    adapter_record,
     average_states,
     companion_path,
     file_name,
+    read_adapters,
     read_file,
+    read_meta,
     read_model_state,
 )
 from open_lm.checkpoint.folders import is_transformers_folder, step_number
 from open_lm.checkpoint.model_state import (
+    check_adapters,
     moments_by_name,
     select_weights,
     set_moments,
@@ -40,6 +45,7 @@ from open_lm.config.architecture import MODEL_FILE, read_architecture, read_fami
 from open_lm.distributed.processes import run_on_master
 from open_lm.distributed.rng import rng_state_from_tensors, set_rng_state
 from open_lm.errors import BrokenCheckpoint, CheckpointError
+from open_lm.model.quantization import quantized_layers
 from open_lm.optim.averaging import ModelAverager
 from open_lm.parallel.parallelize import unwrap
 
@@ -90,6 +96,7 @@ def _contents(stored: StoredTensors, name: str) -> dict[str, dict[str, Any]]:
     progress, extra = Progress.from_json(stored.extra["progress"]), stored.extra
     common, shared = progress.common_entries(name), progress.shared_entries()
     weights = _lazy_tensors(stored, "model/")
+    record = {KEY: extra[KEY]} if extra.get(KEY) else {}  # the tensors are adapters
     contents: dict[str, dict[str, Any]] = {}
     if extra.get("param_groups"):
         optimizer = {
@@ -99,7 +106,7 @@ def _contents(stored: StoredTensors, name: str) -> dict[str, dict[str, Any]]:
         scaler = {"scaler": extra["scaler"]} if extra.get("scaler") else {}
         contents["optimizer"] = {**common, "optimizer": optimizer, "rng": _rng_states(stored), **scaler}
     for averager, counters in (extra.get("averagers") or {}).items():
-        contents[averager] = {**counters, "av_model_sd": _averages(stored, averager, weights)}
+        contents[averager] = {**counters, **record, "av_model_sd": _averages(stored, averager, weights)}
     contents["stats"] = {
         **common,
         "is_final_checkpoint": progress.is_final,
@@ -108,7 +115,7 @@ def _contents(stored: StoredTensors, name: str) -> dict[str, dict[str, Any]]:
     }
     if progress.train_data_string is not None:
         contents["stats"]["train_data_string"] = list(progress.train_data_string)
-    contents["epoch"] = {**common, "state_dict": weights, **shared}
+    contents["epoch"] = {**common, **record, "state_dict": weights, **shared}
     return contents
 
 
@@ -198,10 +205,12 @@ def load_model(args: Any, model: nn.Module, different_seed: bool = False) -> tup
 def load_weights(path: str, model: nn.Module) -> Progress:
     """Load weights into a (sharded) model in place, and return the progress of their checkpoint.
 
-    path: an epoch_N.pt, a step_N folder or a folder in the format of transformers.
+    path: an epoch_N.pt, a step_N folder or a folder in the format of transformers. Adapters in the checkpoint are
+    merged into the weights of their base. Adapters of the model do not change, see `load_adapters`.
     """
     run_on_master(lambda: _check_imported(path, model))
-    if step_number(path) is not None:
+    is_read_by_ranks = step_number(path) is not None and not quantized_layers(model)
+    if is_read_by_ranks and run_on_master(lambda: adapter_record(path)) is None:
         progress = Progress.from_json(sharded.load_weights(model, path)["progress"])
         logging.info(f"loaded {path} (epoch {progress.epoch}, step {progress.step})")
         return progress
@@ -216,6 +225,21 @@ def load_weights(path: str, model: nn.Module) -> Progress:
         weights, meta = read_model_state(path)
         state.update(select_weights(weights, model, path))
         return Progress.from_meta(meta)
+
+    progress = run_on_master(read)
+    set_weights(model, state)
+    logging.info(f"loaded {path} (epoch {progress.epoch}, step {progress.step})")
+    return progress
+
+
+def load_adapters(path: str, model: nn.Module) -> Progress:
+    """Load the adapters of a run's epoch_N.pt into a (sharded) model in place, and return the checkpoint's progress."""
+    state: dict[str, Tensor] = {}
+
+    def read() -> Progress:
+        state.update(read_adapters(path)[0])
+        check_adapters(state, model, path)
+        return Progress.from_meta(read_meta(path))
 
     progress = run_on_master(read)
     set_weights(model, state)

@@ -14,10 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from open_lm.checkpoint.files import read_model_state, shape_problems
-from open_lm.distributed.param_names import clean_name
+from open_lm.distributed.param_names import clean_name, is_adapter_name
 from open_lm.distributed.processes import run_on_master
 from open_lm.distributed.sharded_tensor import copy_from_rank0, fused_weight_parts
 from open_lm.errors import CheckpointError, join_problems
+from open_lm.model.quantization import quantized_layers
 from open_lm.optim.build import infer_optimizer_name, optimizer_moments
 from open_lm.parallel.parallelize import unwrap
 
@@ -28,7 +29,8 @@ def select_weights(weights: Mapping[str, Tensor], model: nn.Module, path: str) -
     A tied weight may be stored under only one of its names. Rotary frequencies may be missing, because the model
     computes them. Expert biases of old mixture-of-experts checkpoints are dropped, because no model used them.
     """
-    targets = named_tensors(model)
+    targets = base_tensors(model)
+    quantized = quantized_layers(model)
     state = {name: value for name, value in weights.items() if not name.endswith("experts.bias") or name in targets}
     by_tensor: dict[int, list[str]] = {}
     for name, value in targets.items():
@@ -38,6 +40,7 @@ def select_weights(weights: Mapping[str, Tensor], model: nn.Module, path: str) -
         state.update({name: state[present[0]] for name in names if present and name not in state})
     absent = {name for name in targets if name.endswith("inv_freq") and name not in state}
     expected = {name: value.shape for name, value in targets.items() if name not in absent}
+    expected |= {name: torch.Size((layer.out_features, layer.in_features)) for name, layer in quantized.items()}
     problems = shape_problems(state, expected)
     if problems:
         heading = f"{path}: does not fit the model (check --model and the flags that change the architecture)"
@@ -46,8 +49,17 @@ def select_weights(weights: Mapping[str, Tensor], model: nn.Module, path: str) -
 
 
 def set_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Distribute rank 0's full weights to the model's local shards; buffers that `state` lacks do not change."""
-    present = set(run_on_master(lambda: list(state)))
+    """Distribute rank 0's full weights to the model's local shards; tensors that `state` lacks do not change.
+
+    Quantized layers quantize their weights; see model/quantization.py.
+    """
+    shapes = run_on_master(lambda: {name: (tuple(value.shape), value.dtype) for name, value in state.items()})
+    present = set(shapes)
+    for name, layer in quantized_layers(unwrap(model)).items():
+        if name in present:
+            full = torch.empty(shapes[name][0], dtype=shapes[name][1], device=layer.nf4.device)
+            copy_from_rank0(full, state.get(name))
+            layer.set_weight(full)
     parts, filled = fused_weight_parts(unwrap(model)), set()
     for name, value in named_tensors(model).items():
         if name in present and id(value) not in filled:
@@ -158,6 +170,24 @@ def trained_params(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Param
     """Return the model's parameters that the optimizer updates, by clean name."""
     param_ids = {id(param) for group in optimizer.param_groups for param in group["params"]}
     return {clean_name(name): param for name, param in unwrap(model).named_parameters() if id(param) in param_ids}
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return `named_tensors` without adapters: the tensors that a checkpoint of a full model contains."""
+    return {name: value for name, value in named_tensors(model).items() if not is_adapter_name(name)}
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint of a run contains: those of the adapters, or all if there are none."""
+    tensors = named_tensors(model)
+    return {name: value for name, value in tensors.items() if is_adapter_name(name)} or tensors
+
+
+def check_adapters(stored: Mapping[str, Any], model: nn.Module, path: str) -> None:
+    """Raise CheckpointError if the adapters of a checkpoint, tensors by name, do not fit those of the model."""
+    problems = shape_problems(stored, {name: value.shape for name, value in stored_tensors(model).items()})
+    if problems:
+        raise CheckpointError(join_problems(problems, f"{path}: the adapters do not fit the model (check --lora)"))
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -25,7 +25,15 @@ from torch.optim import Optimizer
 from open_lm import storage
 from open_lm.checkpoint.collective import reduce_scatter
 from open_lm.checkpoint.folders import INDEX
-from open_lm.checkpoint.model_state import check_moments, empty_moment, named_tensors, select_weights, trained_params
+from open_lm.checkpoint.model_state import (
+    base_tensors,
+    check_adapters,
+    check_moments,
+    empty_moment,
+    select_weights,
+    stored_tensors,
+    trained_params,
+)
 from open_lm.checkpoint.planners import BlockPlanner, StagedPlanner
 from open_lm.checkpoint.staging import HostCopies, chunks_to_write
 from open_lm.checkpoint.tensor_index import (
@@ -39,6 +47,7 @@ from open_lm.distributed.processes import run_on_all_ranks, run_on_master
 from open_lm.distributed.rng import rng_state, rng_state_from_tensors, rng_state_to_tensors, set_rng_state
 from open_lm.distributed.sharded_tensor import fused_weight_parts, local_blocks
 from open_lm.errors import CheckpointError, StorageError, UserError, join_problems
+from open_lm.model.adapters import has_adapters
 from open_lm.optim.averaging import ModelAverager
 from open_lm.parallel.parallelize import unwrap
 from open_lm.storage.strict_json import to_json
@@ -199,7 +208,7 @@ def _tensors(state: TrainingState) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     first_name: dict[int, str] = {}
-    for name, value in named_tensors(state.model).items():
+    for name, value in stored_tensors(state.model).items():
         names[f"model/{name}"] = first = first_name.setdefault(id(value), f"model/{name}")
         tensors[first] = value
     if state.optimizer is not None:
@@ -279,7 +288,13 @@ def load(state: TrainingState, folder: str) -> dict[str, Any]:
 def load_weights(model: nn.Module, folder: str) -> dict[str, Any]:
     """Load only a checkpoint's weights, for evaluation or to start another run; return its `extra`. Collective."""
     index = _read_index(folder)
-    targets = run_on_all_ranks(lambda: _weights(model, index, folder))
+
+    def find_targets() -> dict[str, Tensor]:
+        stored = _stored_weights(index)
+        select_weights(stored, model, folder)
+        return _by_stored_name(base_tensors(model), stored)
+
+    targets = run_on_all_ranks(find_targets)
     run_on_all_ranks(lambda: _read_into(targets, _fused_parts(model, targets), index, folder))
     return index.extra
 
@@ -299,7 +314,9 @@ def _read_into(targets: dict[str, Tensor], parts: dict[str, int], index: Index, 
 
 def _targets(state: TrainingState, index: Index, folder: str) -> dict[str, Tensor]:
     """Return the tensors to fill by stored name; raise CheckpointError before anything changes."""
-    targets = _weights(state.model, index, folder)
+    stored = _stored_weights(index)
+    (check_adapters if has_adapters(state.model) else select_weights)(stored, state.model, folder)
+    targets = _by_stored_name(stored_tensors(state.model), stored)
     if state.averagers is not None:
         for averager_name, averager in state.averagers.avgs_dict.items():
             prefix = f"averager/{averager_name}/"
@@ -318,16 +335,19 @@ def _targets(state: TrainingState, index: Index, folder: str) -> dict[str, Tenso
     return targets
 
 
-def _weights(model: nn.Module, index: Index, folder: str) -> dict[str, Tensor]:
-    """Return the model's tensors to fill by stored name."""
-    stored = {
+def _stored_weights(index: Index) -> dict[str, Tensor]:
+    """Return the stored tensors of the model by name, on the meta device."""
+    return {
         name.removeprefix("model/"): torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         for name, tensor in index.tensors.items()
         if name.startswith("model/")
     }
-    select_weights(stored, model, folder)
+
+
+def _by_stored_name(tensors: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors to fill, of those of a model, by stored name."""
     targets: dict[int, tuple[str, Tensor]] = {}
-    for name, value in named_tensors(model).items():
+    for name, value in tensors.items():
         if name in stored:
             targets.setdefault(id(value), (f"model/{name}", value.detach()))
     return dict(targets.values())

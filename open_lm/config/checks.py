@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Set
 from pathlib import PurePath
 
+from open_lm.config.adapters import parse_lora
 from open_lm.config.layout import parse_mesh_dim
 from open_lm.config.no_effect import settings_without_effect
 from open_lm.config.registry import ATTENTION, LOGGERS
@@ -26,6 +27,7 @@ def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
         *_optimization_problems(config, off),
         *_parallel_problems(config, off),
         *_model_problems(config, off),
+        *_adapter_problems(config, off),
         *_registry_problems(config, off),
         *_checkpoint_problems(config, off),
         *([] if "distill_cache" in off else config.distillation.cache_problems(config.data.dataset_type)),
@@ -217,6 +219,35 @@ def _hf_model_problems(config: Config) -> list[str]:
         for flag, is_given in needing.items()
         if is_given and not model.hf_fsdp_block
     ]
+
+
+def _adapter_problems(config: Config, off: Set[str]) -> list[str]:
+    adapters, checkpoint, parallel, problems = config.adapters, config.checkpoint, config.parallel, []
+    if "lora" in off:
+        return []
+    if adapters.lora is None:
+        return ["--qlora quantizes the frozen weights of --lora: set --lora too"] if adapters.qlora else []
+    try:
+        parse_lora(adapters.lora)
+    except ConfigError as error:
+        problems.append(str(error))
+    has_base = checkpoint.pretrained or config.model.hf_model or checkpoint.resume not in (None, "latest")
+    if not has_base and not checkpoint.average:
+        problems.append("--lora requires --pretrained (or --hf-model), the weights that stay fixed")
+    if checkpoint.average:
+        problems.append("--lora does not support --average: give one checkpoint with --pretrained")
+    if checkpoint.pretrained and config.model.hf_model:
+        problems.append("--lora with --hf-model trains adapters for the weights of --hf-model: remove --pretrained")
+    if checkpoint.load_pretrained_state:
+        problems.append("--lora starts with a new optimizer: remove --load-pretrained-state")
+    if config.precision.fp8:
+        problems.append("--lora does not support --fp8: remove one of them")
+    if adapters.qlora and (parallel.fsdp or parallel.tensor_parallel > 1 or parallel.mesh_dim is not None):
+        problems.append(
+            "--qlora does not support --fsdp, --tensor-parallel and --mesh-dim, because 4-bit weights cannot be "
+            "sharded: every rank holds them all; remove these flags, or train without --qlora"
+        )
+    return problems
 
 
 def _registry_problems(config: Config, off: Set[str]) -> list[str]:

@@ -106,6 +106,11 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         lambda c: bool(c.data.train_data or c.data.dataset_manifest),
         "without --train-data or --dataset-manifest",
     ),
+    (
+        ("lora", "qlora"),
+        lambda c: bool(c.data.train_data or c.data.dataset_manifest) or c.data.dataset_type == "synthetic",
+        "without training data: the adapters of the evaluated checkpoint are merged into the weights of their base",
+    ),
     (("cache_limit",), lambda c: c.data.cache_dir is not None, "without --cache-dir"),
     (("end_of_text_id",), lambda c: c.data.document_mask, "without --document-mask"),
     (
@@ -122,7 +127,7 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
     (("data_tolerate_error_p",), lambda c: c.data.ignore_parse_errors, "without --ignore-parse-errors"),
     (
         ("pretrained", "load_pretrained_state", "average", "average_coefficients"),
-        lambda c: c.checkpoint.resume in (None, "latest"),
+        lambda c: c.checkpoint.resume in (None, "latest") or c.adapters.lora is not None,  # --pretrained is the base
         "with --resume, which names the checkpoint to load",
     ),
     (

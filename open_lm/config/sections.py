@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from open_lm.config import registry
+from open_lm.config.adapters import AdapterConfig
 from open_lm.config.data_section import DataConfig
 from open_lm.config.distill_section import DistillConfig
 from open_lm.config.evaluation_sections import LiveEvaluationConfig, ValidationConfig
@@ -295,6 +296,7 @@ class Config:
     run: RunConfig
     data: DataConfig
     model: ModelConfig
+    adapters: AdapterConfig
     optim: OptimConfig
     parallel: ParallelConfig
     precision: PrecisionConfig

@@ -10,3 +10,8 @@ def clean_name(name: str) -> str:
     `layers.0.norm.weight`."""
     *modules, last = name.split(".")
     return ".".join([*(module for module in modules if module not in WRAPPER_NAMES), last])
+
+
+def is_adapter_name(name: str) -> bool:
+    """Return whether a parameter belongs to a low-rank adapter (see model/adapters.py)."""
+    return ".adapter.lora_" in name

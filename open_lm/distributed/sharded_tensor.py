@@ -3,10 +3,11 @@
 Checkpoints and single processes hold full tensors. During training a tensor may be a DTensor: sharded along dimension 0
 by FSDP2, along dimension 0 or 1 by tensor parallelism, or along dimension 0 by tensor parallelism and then by FSDP2.
 
-A weight that fuses several matrices along dimension 0 (`linear.FusedLinear`) has another row order under tensor
-parallelism: rank t of N holds the t-th N-th of every fused matrix. The rows of the DTensor are therefore in rank-major
-order (rank, matrix, row) instead of the stored order (matrix, rank, row). The argument `parts` is the number of fused
-matrices; it has no effect on tensors that are not sharded this way.
+A weight that fuses several matrices along dimension 0 (of a module with the attribute `parts`, such as
+`linear.FusedLinear`) has another row order under tensor parallelism: rank t of N holds the t-th N-th of every fused
+matrix. The rows of the DTensor are therefore in rank-major order (rank, matrix, row) instead of the stored order
+(matrix, rank, row). The argument `parts` is the number of fused matrices; it has no effect on tensors that are not
+sharded this way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from open_lm.distributed.param_names import clean_name
-from open_lm.kernels.linear import FusedLinear
 
 _TENSOR_DIM_NAME = "tensor"  # the mesh dimension of tensor parallelism
 
@@ -81,13 +81,20 @@ def stored_row_runs(first: int, num_rows: int, total_rows: int, parts: int, rank
 
 
 # ---------------------------------------------------------------------------------------------- tensors
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return the local shard of a DTensor, sharing its memory, or the tensor itself if it is not a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def fused_weight_parts(model: nn.Module) -> dict[str, int]:
-    """Return the clean names of the weights and biases that are in rank-major order, with the number of matrices fused
-    in each."""
+    """Return the clean names of the parameters that are in rank-major order, with the number of matrices fused in each.
+
+    These are weights and biases of fused layers, and parameters of their adapters.
+    """
     return {
-        clean_name(f"{name}.{parameter}"): module.parts
+        clean_name(f"{name}.{parameter}"): parts
         for name, module in model.named_modules()
-        if isinstance(module, FusedLinear)
+        if isinstance(parts := getattr(module, "parts", None), int)
         for parameter, value in module.named_parameters(recurse=False)
         if _tensor_parallel_ranks(value) > 1
     }

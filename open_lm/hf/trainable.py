@@ -158,6 +158,11 @@ def check_router_loss(model: TrainableHFModel) -> None:
     )
 
 
+def read_hf_weights(name: str) -> dict[str, Tensor]:
+    """Return the weights of the model that --hf-model names, in float32, by their names in `TrainableHFModel`."""
+    return {f"model.{key}": value for key, value in _load_model(name).state_dict().items()}
+
+
 def create_hf_model(cfg: object, for_training: bool = False) -> TrainableHFModel:
     """Load the model that --hf-model names, with float32 weights.
 
@@ -170,20 +175,11 @@ def create_hf_model(cfg: object, for_training: bool = False) -> TrainableHFModel
         ConfigError: no such model, a model that is not a causal language model, or one with fewer positions than
             hf_seq_len; for_training also a model that `check_router_loss` refuses.
     """
-    from transformers import AutoModelForCausalLM
-
     section = ModelConfig.from_object(cfg)
     name, seq_len = section.hf_model, section.hf_seq_len
     if not name or not seq_len:
         raise ConfigError("--hf-model requires --hf-seq-len, the number of tokens of a training sequence")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name).float()
-    except (OSError, ValueError) as error:
-        # transformers raises OSError for an unknown name and ValueError for another kind of model.
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"--hf-model {name}: expected the folder or hub name of a transformers causal language model ({reason})"
-        ) from error
+    model = _load_model(name)
     text_config = model.config.get_text_config()
     max_positions = getattr(text_config, "max_position_embeddings", None)
     if max_positions is not None and seq_len > max_positions:
@@ -194,3 +190,17 @@ def create_hf_model(cfg: object, for_training: bool = False) -> TrainableHFModel
     if for_training:
         check_router_loss(trainable)
     return trainable
+
+
+def _load_model(name: str) -> Any:
+    """Load a causal language model in float32; raise ConfigError if there is none of this name."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name).float()
+    except (OSError, ValueError) as error:
+        # transformers raises OSError for an unknown name and ValueError for another kind of model.
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"--hf-model {name}: expected the folder or hub name of a transformers causal language model ({reason})"
+        ) from error

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from open_lm.config.registry import FEED_FORWARDS
-from open_lm.distributed.param_names import clean_name
+from open_lm.distributed.param_names import clean_name, is_adapter_name
 from open_lm.distributed.sharded_tensor import copy_local_shard, fused_weight_parts
+from open_lm.model.adapters import fill_adapter
 
 INPUT_WEIGHTS = (
     "tok_embeddings.weight",
@@ -44,6 +45,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
     | out_proj                                                      | 1/sqrt(H K) / sqrt(2 (layer + 1))   |
     | outputs of feed-forward networks and experts                  | 1/sqrt(F) / sqrt(2 (layer + 1))     |
     | weights of norms; all biases                                  | a gain of exactly 1; exactly 0      |
+    | low-rank adapters                                             | see `adapters.fill_adapter`         |
 
     The distribution is normal, truncated at three standard deviations. Layers count from 0. Deeper layers write less
     into the residual stream (Zhang et al. 2019, https://arxiv.org/abs/1908.11365). Each parameter has its own
@@ -79,7 +81,11 @@ def reset_buffers(model: nn.Module) -> None:
 
 
 def _fill(parameter: Tensor, name: str, seed: int, parts: int, gain: float) -> None:
-    if name.endswith(".bias"):
+    if is_adapter_name(name):
+        values = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+        fill_adapter(values, name, seed)
+        copy_local_shard(parameter, values, parts)
+    elif name.endswith(".bias"):
         parameter.zero_()
     elif name.endswith("norm.weight"):
         parameter.fill_(gain)

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from open_lm.distributed.sharded_tensor import local_tensor
+
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW (Loshchilov & Hutter, 2017) as one fused kernel per step over the local shards of the parameters.
@@ -69,11 +71,6 @@ def param_state(
     if not state:
         state.update(initial_state(param))
     return state
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor, sharing its memory, or the tensor itself if it is not a DTensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def compute_device(tensor: Tensor) -> torch.device:

@@ -89,7 +89,8 @@ class Averager:
         self.step_counter = 1
         self.is_loaded = False
         params = list(model.parameters()) if spec.method != "none" else []
-        self._params = [param for param in params if param.is_floating_point()]
+        # The average of a frozen weight, such as the base of adapters, is the weight.
+        self._params = [param for param in params if param.is_floating_point() and param.requires_grad]
         self._averages = [_float_copy(param) for param in self._params]
 
     @torch.no_grad()

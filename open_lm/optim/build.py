@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from open_lm.config.registry import OPTIMIZERS
 from open_lm.config.sections import OptimConfig
 from open_lm.distributed.processes import sum_over_ranks
-from open_lm.kernels.linear import FusedLinear
 from open_lm.optim.adamw import AdamW, compute_device, local_tensor
 from open_lm.optim.muon import Muon
 
@@ -48,7 +47,12 @@ def build_muon(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     return Muon(
         matrices,
         _decay_groups([param for param in trainable if id(param) not in matrix_ids], cfg),
-        parts={module.weight: module.parts for module in model.modules() if isinstance(module, FusedLinear)},
+        parts={
+            param: parts
+            for module in model.modules()
+            if isinstance(parts := getattr(module, "parts", None), int)
+            for param in module.parameters(recurse=False)
+        },
         lr=cfg.lr,
         momentum=cfg.muon_momentum,
         betas=(cfg.beta1, cfg.beta2),

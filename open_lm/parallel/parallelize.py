@@ -22,6 +22,7 @@ from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.distributed.processes import run_on_all_ranks
 from open_lm.errors import ConfigError
+from open_lm.model.adapters import adapters
 from open_lm.model.recomputation import with_recomputation
 from open_lm.parallel.float8 import check_float8, convert_to_float8
 from open_lm.parallel.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
@@ -79,6 +80,8 @@ def parallelize(
     is_meta = any(p.is_meta for p in model.parameters())
     if dtype != torch.float32:
         model.to(dtype)
+        for _, layer in adapters(model):
+            layer.adapter.float()  # updates of the adapters are too small for half precision
     is_sharded = layout.mesh is not None and (cfg.fsdp or layout.tensor > 1)
     if is_sharded:
         # The --fsdp-* flags have no effect without --fsdp.

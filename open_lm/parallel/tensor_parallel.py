@@ -29,8 +29,10 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from open_lm.config.registry import FEED_FORWARDS
+from open_lm.distributed.param_names import is_adapter_name
 from open_lm.distributed.sharded_tensor import copy_local_shard
 from open_lm.errors import ConfigError, join_problems
+from open_lm.model.adapters import Adapter
 from open_lm.model.mixture_of_experts import MixtureOfExperts
 from open_lm.model.norms import GemmaRmsNorm, LayerNorm, LPLayerNorm, RmsNorm
 from open_lm.model.positional_embedding.rotary import Angles, HeadRotary
@@ -105,6 +107,11 @@ def check_tensor_parallel(model: nn.Module, ranks: int) -> None:
 
 # ------------------------------------------------------------------------------------------ parameters
 def _split_dim(name: str, parameter: Tensor) -> int | None:
+    if is_adapter_name(name):
+        layer, _, parameter_name = name.partition(".adapter.")
+        dim = _split_dim(f"{layer}.weight", parameter)
+        # The columns of A are split like those of the layer's weight, the rows of the others like its rows.
+        return dim if (parameter_name == "lora_A") == (dim == 1) else None
     for pattern, dim in (*SPLIT_DIMS, *_feed_forward_dims()):
         if fnmatch(name, pattern):
             return dim
@@ -135,6 +142,8 @@ def _split_block(block: nn.Module, mesh: DeviceMesh, hooks: _ActivationHooks) ->
             is_replicated = any(fnmatch(path, pattern) for pattern in replicated)
             dims[name] = None if is_replicated else _split_dim(path, parameter)
         _split_parameters(module, mesh, dims)
+        if isinstance(module, Adapter) and dims["lora_A"] == 1:
+            module.tensor_mesh = mesh
     for network in (attention, feed_forward):
         network.register_forward_pre_hook(hooks.gather)
         network.register_forward_hook(hooks.reduce_scatter)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from open_lm.checkpoint import Progress
+from open_lm.checkpoint import AdapterRecord, Progress, weights_sha256
+from open_lm.config.adapters import parse_lora
 from open_lm.config.checks import wants_training
 from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config
@@ -25,7 +26,9 @@ from open_lm.distributed.rng import make_deterministic, seed_everything
 from open_lm.errors import ConfigError
 from open_lm.finetune.distillation import Distillation, build_distillation
 from open_lm.kernels.cpu_memory import keep_freed_memory
+from open_lm.model.adapters import add_adapters, target_layers
 from open_lm.model.initialization import init_weights
+from open_lm.model.quantization import quantize_layer
 from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.optim.averaging import ModelAverager
@@ -49,6 +52,7 @@ class RunParts:
         samples_before: sequences trained on before the current epoch.
         saved_flags: settings that the checkpoint was saved with.
         distillation: the teacher of a training run that has one.
+        adapters: with --lora, the settings and the base of the adapters; None before a native base is loaded.
     """
 
     config: Config
@@ -64,6 +68,7 @@ class RunParts:
     progress: Progress = field(default_factory=lambda: Progress(step=0))
     samples_before: int = 0
     saved_flags: dict[str, Any] = field(default_factory=dict)
+    adapters: AdapterRecord | None = None
     distillation: Distillation | None = None
 
     def end_step(self, epoch: int) -> int:
@@ -108,6 +113,9 @@ def build_parts(config: Config, runtime: Runtime, paths: RunPaths) -> RunParts:
         make_deterministic()
     model = run_on_all_ranks(lambda: _create_model(config, layout))
     params: Any = model.params
+    adapters = None
+    if config.adapters.lora is not None and wants_training(config.data):
+        adapters = run_on_all_ranks(lambda: _add_adapters(config, model))
     if config.precision.fp8 and wants_training(config.data):
         check_micro_batch_tokens(config.data.global_batch_size, config.optim.accum_freq, params.seq_len, layout)
     train_loader, val_loaders = run_on_all_ranks(lambda: _build_loaders(config, layout, params))
@@ -122,11 +130,13 @@ def build_parts(config: Config, runtime: Runtime, paths: RunPaths) -> RunParts:
         initialise=lambda module: init_weights(module, config.run.seed),
     )
     averagers = ModelAverager(model, config.optim.averagers) if config.optim.averagers else None
-    parts = RunParts(config, runtime, layout, paths, model, params, train_loader, val_loaders, averagers)
+    parts = RunParts(
+        config, runtime, layout, paths, model, params, train_loader, val_loaders, averagers, adapters=adapters
+    )
     if train_loader is not None:
         sources = train_loader.sources
         end_id = run_on_all_ranks(lambda: end_of_text_id(config, sources))
-        parts.distillation = build_distillation(config, runtime, layout, params, sources, end_id)
+        parts.distillation = build_distillation(config, runtime, layout, params, train_loader, end_id)
     return parts
 
 
@@ -204,6 +214,19 @@ def _create_model(config: Config, layout: MeshLayout) -> nn.Module:
     return model
 
 
+def _add_adapters(config: Config, model: nn.Module) -> AdapterRecord | None:
+    """Add the adapters of --lora and apply --qlora; return the record of a base that is loaded already (--hf-model)."""
+    assert config.adapters.lora is not None
+    settings, name, record = parse_lora(config.adapters.lora), config.model.hf_model, None
+    if name is not None:
+        record = AdapterRecord(settings, name, weights_sha256(model.state_dict()), True, config.adapters.qlora)
+    add_adapters(model, settings, config.run.seed)
+    if config.adapters.qlora is not None:
+        for layer in target_layers(model, "all-linear").values():
+            quantize_layer(layer)
+    return record
+
+
 def _build_loaders(config: Config, layout: MeshLayout, params: Any) -> tuple[TrainLoader | None, list[ValLoader]]:
     data, validation = config.data, config.validation
     shared: dict[str, Any] = {
@@ -217,7 +240,12 @@ def _build_loaders(config: Config, layout: MeshLayout, params: Any) -> tuple[Tra
         batch_size = data.global_batch_size // layout.data_size
         is_new_run = config.checkpoint.resume is None and not config.checkpoint.load_pretrained_state
         train_loader = build_train_loader(
-            data, batch_size=batch_size, seed=config.run.seed, reads_whole_run=is_new_run, **shared
+            data,
+            batch_size=batch_size,
+            seed=config.run.seed,
+            reads_whole_run=is_new_run,
+            caches=config.distillation.distill_cache or (),
+            **shared,
         )
     batch_size = (validation.global_val_batch_size or data.global_batch_size) // layout.data_size
     val_loaders = build_val_loaders(validation, data, batch_size=batch_size, **shared)

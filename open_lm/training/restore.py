@@ -7,11 +7,14 @@ state and the ways to start, with what each way does to each part.
 from __future__ import annotations
 
 import logging
+import os
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
-from open_lm import checkpoint
-from open_lm.checkpoint import Candidate, Progress, sharded
+from open_lm import checkpoint, storage
+from open_lm.checkpoint import AdapterRecord, Candidate, Progress, sharded
+from open_lm.config.adapters import parse_lora
 from open_lm.config.architecture import read_written_params
 from open_lm.config.sections import Config
 from open_lm.data import provenance
@@ -20,6 +23,7 @@ from open_lm.data.loader import TrainLoader
 from open_lm.data.resume import is_started, position_text
 from open_lm.distributed.processes import run_on_master
 from open_lm.errors import BrokenCheckpoint, CheckpointError, ConfigError, DataError
+from open_lm.model.adapters import reset_magnitudes
 from open_lm.training.build import RunParts
 from open_lm.training.trainer import Trainer
 
@@ -39,6 +43,8 @@ def load_state(parts: RunParts, trainer: Trainer | None, candidates: list[Candid
     is_new_run = not candidates and bool(cfg.pretrained) and (cfg.load_pretrained_state or trainer is None)
     if is_new_run:
         candidates = run_on_master(lambda: checkpoint.candidates_at(str(cfg.pretrained)))
+    if parts.config.adapters.lora is not None and trainer is not None:
+        _load_base(parts, candidates)
     if candidates:
         _restore_first(parts, trainer, candidates, is_new_run)
     else:
@@ -48,6 +54,30 @@ def load_state(parts: RunParts, trainer: Trainer | None, candidates: list[Candid
     if candidates and (is_new_run or cfg.resume != "latest"):
         _check_steps_left(parts, trainer.step)
     trainer.loader.check_has_batches(trainer.loader.state, parts.total_steps - trainer.step)
+
+
+def _load_base(parts: RunParts, candidates: list[Candidate]) -> None:
+    """Load the frozen weights of a run with --lora: those of --pretrained, or the base that the checkpoint names."""
+    if parts.adapters is not None:  # --hf-model is loaded already
+        return
+    cfg, adapters = parts.config.checkpoint, parts.config.adapters
+
+    def find() -> AdapterRecord:
+        assert adapters.lora is not None
+        if cfg.pretrained:
+            base = checkpoint.candidates_at(str(cfg.pretrained))[0].url
+            base = base if storage.is_remote(base) else os.path.abspath(storage.local_path(base))
+        else:
+            saved = checkpoint.adapter_record(candidates[0].url) if candidates else None
+            if saved is None:
+                raise ConfigError("--lora requires --pretrained, the weights that stay fixed")
+            base = saved.base
+        sha256 = checkpoint.weights_sha256(checkpoint.read_model_state(base)[0])
+        return AdapterRecord(parse_lora(adapters.lora), base, sha256, qlora=adapters.qlora)
+
+    parts.adapters = run_on_master(find)
+    checkpoint.load_weights(parts.adapters.base, parts.model)
+    reset_magnitudes(parts.model)
 
 
 def _restore_first(parts: RunParts, trainer: Trainer | None, candidates: list[Candidate], is_new_run: bool) -> None:
@@ -66,7 +96,9 @@ def _restore_first(parts: RunParts, trainer: Trainer | None, candidates: list[Ca
 def _load_weights(parts: RunParts, trainer: Trainer | None) -> None:
     """Load the weights of --pretrained or --average, if given; all other parts of the state are those of a new run."""
     cfg = parts.config.checkpoint
-    if cfg.pretrained:
+    if parts.adapters is not None:
+        logging.info(f"training adapters ({parts.adapters.settings.text()}) for {parts.adapters.base}")
+    elif cfg.pretrained:
         pretrained = str(cfg.pretrained)
         checkpoint.load_weights(run_on_master(lambda: checkpoint.candidates_at(pretrained)[0].url), parts.model)
     elif cfg.average:
@@ -90,6 +122,7 @@ def restore_from(parts: RunParts, trainer: Trainer | None, candidate: Candidate,
     if trainer is not None:  # before anything large is read
         saved = run_on_master(lambda: checkpoint.saved_progress(candidate.url, candidate.sharded))
         _check_continues(candidate.url, saved, parts.config, is_new_run)
+    _check_adapters(parts, trainer, candidate.url)
     load = _load_sharded if candidate.sharded else _load_interchange
     parts.progress, extra = load(parts, trainer, candidate.url)
     parts.resume = candidate.url
@@ -108,6 +141,29 @@ def restore_from(parts: RunParts, trainer: Trainer | None, candidate: Candidate,
     if has_other_data:
         trainer.forget_losses()
     trainer.data_state = trainer.loader.state
+
+
+def _check_adapters(parts: RunParts, trainer: Trainer | None, url: str) -> None:
+    """Raise CheckpointError if training cannot continue a checkpoint because of its adapters, or of missing ones."""
+    saved, current = run_on_master(lambda: checkpoint.adapter_record(url)), parts.adapters
+    if saved is not None and trainer is None and parts.averagers is not None:
+        raise CheckpointError(
+            f"{url}: contains only the adapters of the averages; give the file of the average, such as poly_8_1_N.pt, "
+            "with --pretrained instead of --averagers"
+        )
+    if trainer is None or saved is current is None:
+        return
+    if saved is None:
+        raise CheckpointError(f"{url}: is a checkpoint of a full model without adapters; give it as --pretrained")
+    if current is None:
+        raise CheckpointError(
+            f"{url}: contains only adapters; continue with --lora {saved.settings.text()}, or start a new run of the "
+            "full model from it with --pretrained"
+        )
+    saved.check_base(current.base_sha256, current.base, url)
+    if replace(saved.settings, dropout=0.0) != replace(current.settings, dropout=0.0) or saved.qlora != current.qlora:
+        found, expected = (f"{r.settings.text()} (--qlora {r.qlora})" for r in (current, saved))
+        raise CheckpointError(f"{url}: was trained with --lora {expected}, but this run has {found}; use the same")
 
 
 def _continue_data(parts: RunParts, trainer: Trainer) -> bool:
@@ -168,6 +224,8 @@ def _written_settings(parts: RunParts, url: str) -> dict[str, str]:
 
 
 def _load_sharded(parts: RunParts, trainer: Trainer | None, url: str) -> tuple[Progress, dict[str, Any]]:
+    if trainer is None and run_on_master(lambda: checkpoint.adapter_record(url)) is not None:
+        return checkpoint.load_weights(url, parts.model), {}  # with the adapters merged
     state = sharded.TrainingState(parts.model, averagers=parts.averagers)
     if trainer is not None:
         state.optimizer, state.scaler = trainer.optimizer, trainer.scaler
@@ -178,7 +236,8 @@ def _load_sharded(parts: RunParts, trainer: Trainer | None, url: str) -> tuple[P
 
 
 def _load_interchange(parts: RunParts, trainer: Trainer | None, url: str) -> tuple[Progress, dict[str, Any]]:
-    progress = checkpoint.load_weights(url, parts.model)
+    load = checkpoint.load_weights if parts.adapters is None else checkpoint.load_adapters
+    progress = load(url, parts.model)
     if parts.averagers is not None:
         checkpoint.load_averagers(url, parts.averagers)
     if trainer is not None:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from open_lm.checkpoint import Candidate, CheckpointManager, Progress, candidates_at, find_candidates
+from open_lm.checkpoint.adapters import KEY as ADAPTERS_KEY
 from open_lm.checkpoint.sharded import TrainingState
 from open_lm.config.checks import wants_training
 from open_lm.data.tokenizers import check_tokenizers
@@ -331,11 +332,13 @@ class Training:
         return progress, state
 
     def _extra(self, progress: Progress) -> dict[str, Any]:
+        adapters = self.parts.adapters
         return {
             "name": self.parts.paths.name,
             "progress": progress.to_json(),
             "samples_before": self.parts.samples_before,
             "flags": dict(self.flags),
+            **({} if adapters is None else {ADAPTERS_KEY: adapters.to_json()}),
         }
 
     def _log_schedule(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import Any
 
 from open_lm import storage
+from open_lm.config.adapters import AdapterConfig
 from open_lm.config.checks import only_evaluates, wants_training
 from open_lm.config.distill_section import DistillConfig
 from open_lm.config.doubts import doubtful_settings
@@ -186,7 +187,7 @@ def warn_changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
     Values are compared as text: interchange checkpoints have those of params.txt.
     """
-    sections = (DataConfig, ModelConfig, OptimConfig, PrecisionConfig, DistillConfig, FaultConfig)
+    sections = (DataConfig, ModelConfig, AdapterConfig, OptimConfig, PrecisionConfig, DistillConfig, FaultConfig)
     changed = [
         f"{spec.flag} was {saved[spec.name]}, now it is {current[spec.name]}"
         for section in sections
