@@ -13,6 +13,7 @@ import torch
 from icl_native import model_flags
 
 from open_lm.distributed.processes import shutdown
+from open_lm.errors import ConfigError
 from open_lm.evaluate.checkpoints import examples_folder, find_checkpoints, model_name, results_file
 from open_lm.evaluate.icl import Outcome, ResultStore
 from open_lm.evaluate.icl.report import training_position, write_json
@@ -25,6 +26,8 @@ _MAX_NAME = 100  # characters of the names of tasks in the name of the result fi
 
 def evaluate_checkpoints(args: argparse.Namespace) -> list[Outcome]:
     """Evaluate the checkpoints of the command line; return the outcomes of the last one, on rank 0."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: there is no CUDA device; use --device cpu")
     manager = check_task_names(args.tasks, args.include_path)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     outcomes: list[Outcome] = []

@@ -8,6 +8,7 @@ transformers has the special tokens of its tokenizer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -340,11 +341,13 @@ def _check_arguments(unknown: dict[str, Any], precision: str, batch_size: int | 
 
 
 def _start_runtime(device: str | None) -> Runtime:
+    """Join the process group, if there are several processes, and select this rank's device."""
     runtime = init_runtime(ParallelConfig())
     if device is None or (runtime.world_size > 1 and device.startswith("cuda")):
         return runtime
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={device}: there is no CUDA device; use device=cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():  # lm-eval's default is cuda:0
+        logging.warning(f"device={device}: there is no CUDA device; the model runs on the CPU")
+        return runtime
     return replace(runtime, device=torch.device(device))
 
 
