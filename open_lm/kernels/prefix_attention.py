@@ -1,50 +1,59 @@
-"""Attention on a CPU for sequences of a shared prefix and several rests, stored one after another without padding.
+"""Attention on a CPU for prompts that share prefixes, stored in one sequence in which every shared token occurs once.
 
-Each rest attends to the prefix and causally to itself, as if it followed the prefix alone. The prefix needs no mask and
-runs in the causal kernel; one call with a mask of rests x tokens computes all rests of a sequence. Short
-sequences are padded to a common length and computed together, because a call for each costs more than its work.
+The sequence consists of pieces. The tokens of a piece attend to ranges of earlier tokens, which all of them see, and
+causally to each other. Float32 with narrow heads uses a native kernel; for others, pieces of similar size are padded
+and computed together with torch's kernel, because a call for each costs more than its work.
 
-Legend: N tokens of all sequences, H heads, K head width.
+Legend: N tokens of the sequence, P pieces, M ranges, H heads, K head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Span = tuple[int, tuple[int, ...]]  # number of tokens of a prefix and of each rest
+from open_lm.kernels.native import evaluation as native
 
-_SHORT = 64  # tokens of sequences that are padded and computed together
+_MAX_NATIVE_WIDTH = 32  # torch's matrix products are faster for wider heads
+_LONG = 64  # tokens of a piece without a prefix that is computed separately, without a mask
 _PADDED_PAIRS = 2**18  # pairs of tokens of a padded group, whose scores then stay in the cache
 
 
-class PrefixAttention:
-    """Attention within sequences, for the tensors of all layers of a forward pass.
+class Piece(NamedTuple):
+    """Consecutive tokens of a sequence: from `start` on, before `stop`, after the tokens of `prefix`.
 
-    Args:
-        spans: the sequences in order; they cover all N tokens.
+    `prefix` has disjoint ranges (start, stop) of earlier tokens, in the order of their positions.
     """
 
-    def __init__(self, spans: Sequence[Span]) -> None:
-        self._long: list[tuple[slice, slice, Tensor | None]] = []  # prefix, rests, mask of the rests
-        self._short: list[tuple[Tensor, Tensor]] = []  # indices of the tokens, mask
-        short: list[tuple[int, Span]] = []
-        start = 0
-        for span in spans:
-            shared, rests = span
-            total = shared + sum(rests)
-            if total <= _SHORT:
-                short.append((start, span))
-            else:
-                split, end = start + shared, start + total
-                mask = _visible(span)[shared:] if end > split else None
-                self._long.append((slice(start, split), slice(split, end), mask))
-            start += total
-        for group in _groups(short):
-            self._short.append(_padded(group))
+    start: int
+    stop: int
+    prefix: tuple[tuple[int, int], ...]
+
+    @property
+    def keys(self) -> int:
+        """The number of tokens that the last one sees, itself included."""
+        return sum(stop - start for start, stop in self.prefix) + self.stop - self.start
+
+
+class PrefixAttention:
+    """Attention within pieces, for the tensors of all layers of a forward pass.
+
+    Args:
+        pieces: the pieces in order; they cover all N tokens.
+    """
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+        ends = np.cumsum([0, *(len(piece.prefix) for piece in pieces)])
+        rows = [(p.start, p.stop, ends[i], ends[i + 1]) for i, p in enumerate(pieces)]
+        self._table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        self._ranges = np.array([span for p in pieces for span in p.prefix], dtype=np.int64).reshape(-1, 2)
+        self._groups: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Compute attention with scores scaled by 1/sqrt(K), without gradients.
@@ -60,59 +69,62 @@ class PrefixAttention:
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
+        tensors = (queries[0], keys[0], values[0])
+        if queries.shape[-1] <= _MAX_NATIVE_WIDTH and native.supports(*tensors):
+            return native.prefix_attention(*tensors, self._table, self._ranges)[None]
+        return self._padded_attention(*tensors)[None]
+
+    def _padded_attention(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Compute attention (N,H,K) with torch's kernel."""
         out = torch.empty(queries.shape, dtype=queries.dtype)
-        heads_first = out.transpose(1, 2)
-        q, k, v = (x.transpose(1, 2) for x in (queries, keys, values))
-        for prefix, rests, mask in self._long:
-            if prefix.stop > prefix.start:
-                heads_first[:, :, prefix] = F.scaled_dot_product_attention(
-                    q[:, :, prefix], k[:, :, prefix], v[:, :, prefix], is_causal=True
-                )
-            if mask is not None:
-                tokens = slice(prefix.start, rests.stop)
-                heads_first[:, :, rests] = F.scaled_dot_product_attention(
-                    q[:, :, rests], k[:, :, tokens], v[:, :, tokens], attn_mask=mask.to(q.dtype)
-                )
-        for indices, mask in self._short:
-            rows, sources, contents = (x[0][indices].transpose(1, 2) for x in (queries, keys, values))
-            mixed = F.scaled_dot_product_attention(rows, sources, contents, attn_mask=mask.to(q.dtype))
-            # Padding repeats a sequence's last token, whose result is then written several times with equal values.
-            out[0, indices] = mixed.transpose(1, 2)
+        for piece in filter(_is_plain, self._pieces):
+            tokens = slice(piece.start, piece.stop)
+            q, k, v = (x[tokens].transpose(0, 1)[None] for x in (queries, keys, values))
+            out[tokens] = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+        if self._groups is None:
+            others = [piece for piece in self._pieces if not _is_plain(piece)]
+            self._groups = [_padded(group) for group in _groups(others)]
+        for rows, sources, mask in self._groups:
+            q, k, v = (x[index].transpose(1, 2) for x, index in ((queries, rows), (keys, sources), (values, sources)))
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+            # Padding repeats a piece's last token, whose result is then written several times with equal values.
+            out[rows] = mixed.transpose(1, 2)
         return out
 
 
-def _visible(span: Span) -> Tensor:
-    """Return the additive mask (T,T) float32 of a sequence: 0 where a token (row) attends to another, else -inf."""
-    shared, rests = span
-    segments = torch.repeat_interleave(torch.arange(1 + len(rests)), torch.tensor([shared, *rests]))
-    is_visible = ((segments == 0)[None, :] | (segments[:, None] == segments[None, :])).tril()
-    return torch.zeros(is_visible.shape).masked_fill_(~is_visible, float("-inf"))
+def _is_plain(piece: Piece) -> bool:
+    """Return whether a piece is computed separately, as a causal sequence."""
+    return not piece.prefix and piece.stop - piece.start > _LONG
 
 
-def _groups(spans: Sequence[tuple[int, Span]]) -> list[list[tuple[int, Span]]]:
-    """Return groups of (start, span) of similar length."""
-    groups: list[list[tuple[int, Span]]] = []
-    for item in sorted(spans, key=lambda item: -_length(item[1])):
-        if groups and (len(groups[-1]) + 1) * _length(groups[-1][0][1]) ** 2 <= _PADDED_PAIRS:
-            groups[-1].append(item)
+def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Return groups of pieces of similar size."""
+    groups: list[list[Piece]] = []
+    longest = 0
+    for piece in sorted(pieces, key=lambda piece: (-piece.keys, piece.start - piece.stop)):
+        longest = max(longest, piece.stop - piece.start)
+        if groups and (len(groups[-1]) + 1) * groups[-1][0].keys * longest <= _PADDED_PAIRS:
+            groups[-1].append(piece)
         else:
-            groups.append([item])
+            groups.append([piece])
+            longest = piece.stop - piece.start
     return groups
 
 
-def _length(span: Span) -> int:
-    return span[0] + sum(span[1])
+def _padded(group: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the indices of the queries (B,Q) and keys (B,T) int64 of B pieces, and an additive mask (B,1,Q,T) float32.
 
-
-def _padded(group: Sequence[tuple[int, Span]]) -> tuple[Tensor, Tensor]:
-    """Return the indices (B,T) int64 of the tokens of sequences, and their additive mask (B,1,T,T) float32."""
-    length = max(_length(span) for _, span in group)
-    indices = torch.empty(len(group), length, dtype=torch.int64)
-    mask = torch.full((len(group), 1, length, length), float("-inf"))
-    for row, (start, span) in enumerate(group):
-        size = _length(span)
-        indices[row] = torch.arange(length).clamp(max=size - 1) + start
-        visible = _visible(span)
-        mask[row, 0, :size, :size] = visible
-        mask[row, 0, size:, :size] = visible[-1]
-    return indices, mask
+    The mask is 0 where a query attends to a key, else -inf.
+    """
+    num_queries, num_keys = max(p.stop - p.start for p in group), max(p.keys for p in group)
+    rows = torch.empty(len(group), num_queries, dtype=torch.int64)
+    sources = torch.zeros(len(group), num_keys, dtype=torch.int64)
+    mask = torch.empty(len(group), 1, num_queries, num_keys)
+    for index, piece in enumerate(group):
+        rows[index] = torch.arange(piece.start, piece.start + num_queries).clamp(max=piece.stop - 1)
+        spans = [torch.arange(*span) for span in (*piece.prefix, (piece.start, piece.stop))]
+        sources[index, : piece.keys] = torch.cat(spans)
+        last = rows[index] - piece.start + piece.keys - (piece.stop - piece.start)  # the key of each query itself
+        is_hidden = torch.arange(num_keys)[None, :] > last[:, None]
+        mask[index, 0] = torch.zeros(num_queries, num_keys).masked_fill_(is_hidden, float("-inf"))
+    return rows, sources, mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from open_lm.errors import ConfigError, DataError
 from open_lm.evaluate.icl import EvaluatorOptions, IclEvaluator, Outcome, ResultStore, Task, read_settings
 from open_lm.evaluate.icl.aggregates import dclm_aggregate, dclm_tasks
 from open_lm.evaluate.icl.metrics import accuracy_interval, binomial_interval, normalize_answer
-from open_lm.evaluate.icl.packing import form_batches, pack_example
+from open_lm.evaluate.icl.packing import form_batches, pack, pack_example
 from open_lm.evaluate.icl.prompts import Choice, Example, Prompts, PromptTooLong, build_prompts, few_shot_indices
 from open_lm.evaluate.icl.scoring import BatchLayout, score_units
 from open_lm.evaluate.icl.store import stored_facts, weights_hash
 from open_lm.evaluate.icl.task_types import parse_options
+from open_lm.kernels.native import evaluation
 from open_lm.kernels.token_scores import token_scores
 from open_lm.model.transformer import Transformer
 
@@ -56,6 +58,8 @@ def examples() -> list[Example]:
         if index == 2:
             choices.append(choices[0])
         result.append(Example(index, "", tuple(choices)))
+    beginning = result[1].choices[0].context[:40]  # shared with another example
+    result.append(Example(6, "", (Choice(np.concatenate((beginning, ids(5, generator))), ids(3, generator)),)))
     result.append(
         Example(5, "", (Choice(ids(4, generator), ids(2, generator)), Choice(ids(6, generator), ids(3, generator))))
     )
@@ -63,7 +67,8 @@ def examples() -> list[Example]:
 
 
 def reference(model: Transformer, choice: Choice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the log-probabilities of a continuation and whether its tokens are the most likely ones, unpacked."""
+    """Return the log-probabilities of a continuation and whether its tokens are the most likely ones, from a separate
+    prompt and in the dtype of the model."""
     tokens = torch.from_numpy(np.concatenate((choice.context, choice.continuation))).long()
     with torch.no_grad():
         logits = model(tokens[None, :-1])[0][0, len(choice.context) - 1 :]
@@ -73,36 +78,65 @@ def reference(model: Transformer, choice: Choice) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("max_tokens", [1, 100, 10_000])
-def test_packed_batches_give_the_scores_of_separate_prompts(name: str, max_tokens: int) -> None:
+def test_packed_batches_give_the_scores_of_separate_prompts(
+    name: str, max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = new_model(**MODELS[name])
+    exact = deepcopy(model).double()
     layout = BatchLayout.of_model(model, CPU)
     assert layout == BatchLayout(*{"custom_attention": (None, False), "window": (32, False)}.get(name, (32, True)))
-    for is_flat in {layout.is_flat, False}:
+    for is_flat, is_native in {(layout.is_flat, True), (layout.is_flat, False), (False, True)}:
+        if not is_native:
+            monkeypatch.setattr(evaluation, "_is_available", lambda: False)
         units = [pack_example(example, layout.width) for example in examples()]
         assert any(unit.is_packed for unit in units) is (layout.width is not None)
         batches = form_batches(units, max_tokens, padded=not is_flat)
-        assert sorted(unit.example.index for batch in batches for unit in batch) == list(range(6))
+        assert sorted(unit.example.index for batch in batches for unit in batch) == list(range(7))
         for batch in batches:
             with torch.no_grad():
                 scores = list(score_units(model, batch, BatchLayout(layout.width, is_flat), CPU, torch.no_grad))
             for unit, score in zip(batch, scores, strict=True):
                 assert len(score.log_probs) == len({c.continuation.tobytes() for c in unit.example.choices})
                 for index in score.log_probs:
-                    expected, is_greedy = reference(model, unit.example.choices[index])
-                    np.testing.assert_allclose(score.log_probs[index], expected.numpy(), atol=2e-5)
+                    expected, is_greedy = reference(exact, unit.example.choices[index])
+                    np.testing.assert_allclose(score.log_probs[index], expected.numpy(), atol=1e-4)
                     assert score.is_greedy[index].tolist() == is_greedy.tolist()
+        monkeypatch.undo()
 
 
 def test_shared_tokens_are_computed_once() -> None:
     shared = np.arange(1, 41, dtype=np.int32)
     choices = tuple(Choice(shared, np.array(tail, dtype=np.int32)) for tail in ([1, 2, 3], [1, 2, 4], [7], [7]))
     unit = pack_example(Example(0, "", choices), width=32)
-    # The prefix (40), and [1, 2] of the first two choices: their last tokens and single tokens are only predicted.
-    assert unit.num_tokens == 40 + 2 + 2
+    # The prefix, and [1, 2] of the first two choices: their last tokens and single tokens are only predicted.
+    assert unit.num_tokens == 40 + 2
     assert pack_example(Example(0, "", choices[2:]), width=32).num_tokens == 40
+    other = Example(1, "", (Choice(shared[:10], np.array([9, 9], dtype=np.int32)),))
+    sequence = pack([*unit.prompts, *pack_example(other, width=32).prompts])
+    assert len(sequence.ids) == 43
+    seen = {piece.start: piece.keys for piece in sequence.pieces}
+    assert sorted(seen.values()) == [11, 40, 42]
+    # [1, 2, 3] and [1, 2, 4] and [7] are predicted by three tokens; [9, 9] by two others.
+    assert len(sequence.targets) == 9 and len(set(sequence.sources.tolist())) == 5
 
 
-def test_scores_of_tokens_do_not_underflow_and_resolve_ties() -> None:
+def test_units_with_equal_beginnings_are_in_one_batch() -> None:
+    generator = np.random.default_rng(1)
+    starts = [ids(30, generator) for _ in range(4)]
+    members = [
+        Example(index, "", (Choice(np.concatenate((starts[index % 4], ids(3, generator))), ids(2, generator)),))
+        for index in range(16)
+    ]
+    units = [pack_example(example, 32) for example in members]
+    batches = form_batches(units, 4 * 34, padded=False)
+    assert [len({unit.example.index % 4 for unit in batch}) for batch in batches] == [1] * 4
+    assert [len(pack(unit.prompts[0] for unit in batch).ids) for batch in batches] == [30 + 4 * 4] * 4
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_scores_of_tokens_do_not_underflow_and_resolve_ties(is_native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_native:
+        monkeypatch.setattr(evaluation, "_is_available", lambda: False)
     hidden, weight = torch.eye(3, 4) * 200, torch.zeros(5, 4)
     weight[1, 0] = weight[2, 0] = 1  # tokens 1 and 2 are equally likely after the first state
     weight[0, 1] = -1
@@ -110,6 +144,9 @@ def test_scores_of_tokens_do_not_underflow_and_resolve_ties() -> None:
     assert scores.is_greedy.tolist() == [False, False, False]
     assert scores.log_probs.tolist() == pytest.approx([-0.693147, -201.386294, -1.609438], rel=1e-5)
     assert token_scores(hidden, weight, torch.tensor([1, 1, 0])).is_greedy.tolist() == [True, True, True]
+    several = token_scores(hidden, weight, torch.tensor([2, 1, 0, 3]), counts=[2, 0, 2])
+    assert several.log_probs.tolist() == pytest.approx([-0.693147, -0.693147, -1.609438, -1.609438], rel=1e-5)
+    assert several.is_greedy.tolist() == [False, True, True, False]
 
 
 # ------------------------------------------------------------------------------------------------------ ranks

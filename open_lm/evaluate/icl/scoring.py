@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from open_lm.evaluate.icl.packing import SHARED, PackedSequence, Unit
+from open_lm.evaluate.icl.packing import PackedSequence, Unit, pack
 from open_lm.kernels.document_attention import DocumentMask
 from open_lm.kernels.general_attention import AttentionOptions
 from open_lm.kernels.prefix_attention import PrefixAttention
@@ -46,27 +46,33 @@ class ScoredTokens:
     """The `loss` with which a model returns the scores of N tokens instead of logits.
 
     Args:
-        rows: (N,) int64, index in the flattened batch (B*T,) of the token that predicts each scored token.
+        sources: (N,) int64, index in the flattened batch (B*T,) of the token that predicts each scored token. Tokens
+            with the same source need one row of logits.
         targets: (N,) int64, the scored tokens.
+        device: device of the model.
     """
 
     per_token = False
     logit_means = None
 
-    def __init__(self, rows: Tensor, targets: Tensor) -> None:
-        self.rows, self.targets = rows, targets
+    def __init__(self, sources: np.ndarray, targets: np.ndarray, device: torch.device) -> None:
+        order = np.argsort(sources, kind="stable")
+        rows, counts = np.unique(sources, return_counts=True)
+        self.rows, self.targets = torch.from_numpy(rows).to(device), torch.from_numpy(targets[order]).to(device)
+        self.counts = counts.tolist()
+        self._place = torch.from_numpy(np.argsort(order)).to(device)  # of each scored token in `targets`
 
     def from_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, **settings: Any) -> Tensor:
         """Return `TokenScores` as (3,N) float32 from hidden states (B,T,D); the others are those of `token_scores`."""
-        return _stacked(token_scores(hidden.flatten(0, 1)[self.rows], weight, self.targets, bias, **settings))
+        states = hidden.flatten(0, 1)[self.rows]
+        return self._stacked(token_scores(states, weight, self.targets, bias, counts=self.counts, **settings))
 
     def from_logits(self, logits: Tensor) -> Tensor:
         """Return `TokenScores` as (3,N) float32 from logits (B,T,V)."""
-        return _stacked(logits_scores(logits.flatten(0, 1)[self.rows].float(), self.targets))
+        return self._stacked(logits_scores(logits.flatten(0, 1)[self.rows].float(), self.targets, self.counts))
 
-
-def _stacked(scores: TokenScores) -> Tensor:
-    return torch.stack([value.float() for value in scores])
+    def _stacked(self, scores: TokenScores) -> Tensor:
+        return torch.stack([value.float()[self._place] for value in scores])
 
 
 @dataclass(frozen=True)
@@ -110,31 +116,27 @@ def score_units(
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> Iterator[ChoiceScores]:
     """Yield the scores of each unit of a batch, in order. One forward pass."""
-    sequences = [sequence for unit in units for sequence in unit.sequences]
-    length = max(len(sequence.ids) for sequence in sequences)
     if layout.is_flat:
-        ids = np.concatenate([sequence.ids for sequence in sequences]).astype(np.int64)[None]
-        offsets = np.cumsum([0, *(len(sequence.ids) for sequence in sequences[:-1])])
-        mask: DocumentMask | Tensor | None = flat_mask(sequences)
+        sequences = [pack(prompt for unit in units for prompt in unit.prompts)]
+        ids, offsets = sequences[0].ids.astype(np.int64)[None], np.zeros(1, dtype=np.int64)
+        mask: DocumentMask | Tensor | None = flat_mask(sequences[0])
     else:
+        sequences = [sequence for unit in units for sequence in unit.sequences]
+        length = max(len(sequence.ids) for sequence in sequences)
         ids, offsets = _padded([sequence.ids for sequence in sequences], length), np.arange(len(sequences)) * length
         mask = _mask(model, sequences, length, device)
-    rows = np.concatenate([sequence.sources + start for sequence, start in zip(sequences, offsets, strict=True)])
+    sources = np.concatenate([sequence.sources + start for sequence, start in zip(sequences, offsets, strict=True)])
     targets = np.concatenate([sequence.targets for sequence in sequences]).astype(np.int64)
-    loss = ScoredTokens(torch.from_numpy(rows).to(device), torch.from_numpy(targets).to(device))
+    loss = ScoredTokens(sources, targets, device)
     with autocast():
         scores = model(torch.from_numpy(ids).to(device), attention_mask=mask, loss=loss)[0]
-    log_probs, max_log_probs, is_greedy = scores.cpu().numpy()
-    start = 0
+    prompts = [prompt for sequence in sequences for prompt in sequence.prompts]
+    parts = np.split(scores.cpu().numpy(), np.cumsum([len(prompt.targets) for prompt in prompts])[:-1], axis=1)
+    by_prompt = {id(prompt): part for prompt, part in zip(prompts, parts, strict=True)}
     for unit in units:
-        choices = np.concatenate([sequence.choices for sequence in unit.sequences])
-        part = slice(start, start + len(choices))
-        yield ChoiceScores(*(_by_choice(x[part], choices) for x in (log_probs, max_log_probs, is_greedy > 0)))
-        start = part.stop
-
-
-def _by_choice(values: np.ndarray, choices: np.ndarray) -> dict[int, np.ndarray]:
-    return {int(choice): values[choices == choice] for choice in np.unique(choices)}
+        values = {prompt.choice: by_prompt[id(prompt)] for prompt in unit.prompts}
+        log_probs, max_log_probs, is_greedy = ({choice: part[i] for choice, part in values.items()} for i in range(3))
+        yield ChoiceScores(log_probs, max_log_probs, {choice: part > 0 for choice, part in is_greedy.items()})
 
 
 def _padded(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
@@ -153,7 +155,7 @@ def _mask(
     Padding is on the right, so causal attention needs no mask for it. Only functions whose weights depend on the
     length of a sequence do.
     """
-    if sequences[0].span[1]:
+    if not sequences[0].is_causal:
         return packed_mask(sequences, length, device)
     inner = unwrap(model)
     if isinstance(inner, Transformer) and isinstance(inner.params.attn_func, functools.partial):
@@ -161,31 +163,30 @@ def _mask(
     return None
 
 
-def flat_mask(sequences: Sequence[PackedSequence]) -> DocumentMask:
-    """Return the mask of sequences that are stored one after another, on a CPU."""
-    positions = torch.from_numpy(np.concatenate([sequence.positions for sequence in sequences]).astype(np.int64))
-    attention = PrefixAttention([sequence.span for sequence in sequences])
+def flat_mask(sequence: PackedSequence) -> DocumentMask:
+    """Return the mask of one packed sequence on a CPU."""
+    attention = PrefixAttention(sequence.pieces)
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor, _mask: DocumentMask) -> Tensor:
         return attention(queries, keys, values)
 
-    return DocumentMask(positions[None], attn_func=attend)
+    return DocumentMask(torch.from_numpy(sequence.positions.astype(np.int64))[None], attn_func=attend)
 
 
 def packed_mask(
     sequences: Sequence[PackedSequence], length: int, device: torch.device, window: int | None = None
 ) -> DocumentMask:
-    """Return the mask of packed sequences: a token attends to earlier tokens of its segment and of the prefix.
+    """Return the mask of packed sequences: a token attends to earlier tokens of its piece and of the piece's prefix.
 
-    Padding tokens have the segment after the last one. A window limits the distance in positions.
+    Padding tokens attend to themselves. A window limits the distance in positions.
     """
     positions = torch.from_numpy(_padded([sequence.positions for sequence in sequences], length)).to(device)
-    numbers = np.full((len(sequences), length), np.iinfo(np.int32).max, dtype=np.int32)
-    for row, sequence in enumerate(sequences):
-        numbers[row, : len(sequence.ids)] = sequence.segments
-    segments = torch.from_numpy(numbers).to(device)
-    is_visible = (segments[:, None, :] == SHARED) | (segments[:, None, :] == segments[:, :, None])
-    is_visible = is_visible.tril()
+    is_visible = torch.eye(length, dtype=torch.bool).repeat(len(sequences), 1, 1)
+    for row, sequence in zip(is_visible, sequences, strict=True):
+        for piece in sequence.pieces:
+            for start, stop in (*piece.prefix, (piece.start, piece.stop)):
+                row[piece.start : piece.stop, start:stop] = True
+    is_visible = is_visible.to(device).tril()
     if window is not None:
         is_visible &= positions[:, :, None] - positions[:, None, :] < window
 
