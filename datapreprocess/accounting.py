@@ -17,6 +17,13 @@ from open_lm.datapreprocess.units import MAX_SHOWN, BrokenInput, UnitReport
 from open_lm.datapreprocess.writer import ShardPlan, Tail, WrittenShard
 from open_lm.errors import join_problems
 
+# The counts of every data set; encoders may add others.
+_COUNTS = (
+    "documents", "characters", "tokens", "sequences", "pads", "shards", "bytes", "bad_documents", "lenient_json",
+    "special_token_documents",
+)  # fmt: skip
+MASKED = "masked_tokens"  # the count of tokens that are no targets, of encoders whose ids have flags
+
 
 @dataclass(frozen=True)
 class Output:
@@ -35,11 +42,14 @@ class Output:
         written = sum(result.info.num_tokens for result in self.written)
         dropped = len(self.tail.ids) if drop_tail else 0
         by_source = sum(sum(result.sources.values()) for result in self.written)
+        masked = (total_counts(self.reports).get(MASKED, 0), sum(result.info.num_masked for result in self.written))
         if encoded != written + dropped or written != by_source:
             raise RuntimeError(
                 f"token totals do not agree: {encoded} encoded, {written} written ({by_source} when summed by source), "
                 f"{dropped} dropped"
             )
+        if masked[0] != masked[1]:
+            raise RuntimeError(f"numbers of masked tokens do not agree: {masked[0]} encoded, {masked[1]} written")
 
 
 def dataset_record(
@@ -67,6 +77,7 @@ def dataset_record(
             "bad_documents": sum(bad_counts(reports).values()),
             "lenient_json": sum(report.lenient for report in reports),
             "special_token_documents": sum(report.special for report in reports),
+            **total_counts(reports),
         },
         "sources": _source_records(inputs, units, reports),
         "mixture": job.mixture,
@@ -165,6 +176,9 @@ def summary(record: Mapping[str, Any]) -> str:
     if number := counts.get("special_token_documents"):
         kept = "ids, which end documents" if record["settings"].get(SPECIAL_TOKENS) == "ids" else "plain text"
         text += f"; {plural(number, 'document')} with the text of special tokens, encoded as {kept}"
+    for name, count in counts.items():
+        if name not in _COUNTS and count:
+            text += f"; {count:,} {name.replace('_', ' ')}"
     if record["broken_files"]:
         text += f"; broken files: {len(record['broken_files']):,}"
     return text
@@ -179,6 +193,15 @@ def bad_counts(reports: Iterable[UnitReport]) -> dict[str, int]:
     for report in reports:
         for kind, count in report.bad.items():
             counts[kind] = counts.get(kind, 0) + count
+    return dict(sorted(counts.items()))
+
+
+def total_counts(reports: Iterable[UnitReport]) -> dict[str, int]:
+    """Return the sums of the reports' further counts, by name."""
+    counts: dict[str, int] = {}
+    for report in reports:
+        for name, count in report.counts.items():
+            counts[name] = counts.get(name, 0) + count
     return dict(sorted(counts.items()))
 
 

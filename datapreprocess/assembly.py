@@ -86,6 +86,7 @@ class Assembler:
                 padded=padded if group is groups[-1] else None,
                 kind=self.job.kind,
                 dtype=self.dtype,
+                has_flags=self.job.has_flags,
                 work=self.work,
             )
             for group in groups

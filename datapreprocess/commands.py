@@ -102,6 +102,19 @@ def add_common_options(parser: Parser) -> None:
     mixing(
         "--mixture-tokens", type=int, help="total number of tokens of the mixture; documents are repeated if necessary"
     )
+    running = add_work_options(parser)
+    running(
+        "--dry-run", action="store_true",
+        help="tokenize a sample and predict tokens, shards, disk space and time; write nothing",
+    )  # fmt: skip
+    running(
+        "--verify-tokenizer", type=int, metavar="N",
+        help="compare the fast tokenizer with the reference on N documents and N random texts; write nothing",
+    )  # fmt: skip
+
+
+def add_work_options(parser: Parser) -> Callable[..., argparse.Action]:
+    """Add the options of running and resuming a command; return the function that adds others to their group."""
     running = parser.add_argument_group("running").add_argument
     running("--memory-limit", help="memory for all processes on a machine, such as 8GB (default: half of its memory)")
     running(
@@ -111,14 +124,7 @@ def add_common_options(parser: Parser) -> None:
         "in the output folder, or in the temporary folder of this machine if the output is remote)",
     )
     running("--restart", action="store_true", help="discard unfinished work that was started with other settings")
-    running(
-        "--dry-run", action="store_true",
-        help="tokenize a sample and predict tokens, shards, disk space and time; write nothing",
-    )  # fmt: skip
-    running(
-        "--verify-tokenizer", type=int, metavar="N",
-        help="compare the fast tokenizer with the reference on N documents and N random texts; write nothing",
-    )  # fmt: skip
+    return running
 
 
 @dataclass
@@ -207,7 +213,7 @@ def _make_job(request: Request) -> PreprocessJob:
         inputs |= {item.url: item for item in find_inputs(request.patterns, request.suffixes)}
     layout = replace(request.layout, per_source=common.output_per_source)
     names = [UNKNOWN, *(source.name for source in (mixture.sources if mixture else ()))]
-    raw_inputs = _exclude_outputs(layout, inputs.values(), names)
+    raw_inputs = exclude_outputs(layout, inputs.values(), names)
     chosen = request.choose(sorted(raw_inputs, key=lambda item: item.url))
     sampling = Sampling()
     if mixture:
@@ -229,7 +235,7 @@ def _make_job(request: Request) -> PreprocessJob:
         split_documents=common.split_documents,
         drop_tail=common.drop_tail,
         max_bad_fraction=1.0 if common.skip_bad_lines else bad_fraction,
-        memory_limit=_memory_limit(common.memory_limit),
+        memory_limit=memory_limit(common.memory_limit),
         ray_address=common.ray_address,
         restart=common.restart,
         **request.running,
@@ -262,7 +268,7 @@ def _check_flags(common: argparse.Namespace, mixture: Mixture | None) -> None:
         warn_without_effect(["--drop-tail"], "--split-documents leaves no tail")
 
 
-def _exclude_outputs(layout: Layout, inputs: Iterable[InputFile], sources: Sequence[str]) -> list[InputFile]:
+def exclude_outputs(layout: Layout, inputs: Iterable[InputFile], sources: Sequence[str]) -> list[InputFile]:
     """Return the inputs without shards in the output folders, which may be inside an input folder."""
     from open_lm import storage
 
@@ -273,7 +279,8 @@ def _exclude_outputs(layout: Layout, inputs: Iterable[InputFile], sources: Seque
     return [item for item in inputs if not (item.url.endswith(".tar") and item.url.rpartition("/")[0] in folders)]
 
 
-def _memory_limit(text: str | None) -> int | None:
+def memory_limit(text: str | None) -> int | None:
+    """Return the value of --memory-limit in bytes; ConfigError if not even one worker fits."""
     from open_lm.datapreprocess.memory import plan_budget
     from open_lm.errors import ConfigError
     from open_lm.storage import parse_bytes

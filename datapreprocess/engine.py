@@ -32,7 +32,7 @@ from open_lm.datapreprocess.accounting import (
 from open_lm.datapreprocess.assembly import Assembler, CountBuckets
 from open_lm.datapreprocess.cluster import Cluster, Shared
 from open_lm.datapreprocess.inputs import plan_units, unit_size
-from open_lm.datapreprocess.job import SPECIAL_TOKENS, PreprocessJob
+from open_lm.datapreprocess.job import PreprocessJob
 from open_lm.datapreprocess.memory import SPILLED_BYTES_PER_INPUT_BYTE, Budget, plan_budget
 from open_lm.datapreprocess.monitor import Monitor
 from open_lm.datapreprocess.shuffle import Run, bucket_counts
@@ -76,7 +76,7 @@ def run(job: PreprocessJob, encoder: DocumentEncoder) -> dict[str, Any]:
     Raise ConfigError if the output folder contains something else, and DataError if inputs are unusable.
     """
     job = _with_absolute_paths(job)
-    settings = job.settings(_tokenizer_settings(encoder))
+    settings = job.settings(encoder.settings())
     finished = finished_dataset(job, settings)
     if finished is not None:
         _logger.info("already done: %s in %s", summary(finished), job.layout.root)
@@ -94,17 +94,6 @@ def run(job: PreprocessJob, encoder: DocumentEncoder) -> dict[str, Any]:
     remove_work(work)
     _logger.info("finished in %.1f s: %s in %s", time.monotonic() - started, summary(record), job.layout.root)
     return record
-
-
-def _tokenizer_settings(encoder: DocumentEncoder) -> dict[str, Any]:
-    special = encoder.special_tokens_in_text
-    return {
-        "tokenizer_fingerprint": encoder.fingerprint,
-        "eot_id": encoder.eot_id,
-        "bos_id": encoder.bos_id,
-        "vocab_size": encoder.vocab_size,
-        **({} if special is None else {SPECIAL_TOKENS: special}),
-    }
 
 
 def _threads_are_faster(job: PreprocessJob, encoder: DocumentEncoder, work: str) -> bool:
@@ -290,7 +279,8 @@ def _check_inputs(job: PreprocessJob, tasks: Sequence[UnitTask], reports: Sequen
     if not sum(report.documents for report in reports):
         remove_work(work)  # it contains nothing to resume
         raise DataError(
-            f"found no documents in {plural(len(job.inputs), 'input file')}; check whether --content_key is correct"
+            f"found no documents in {plural(len(job.inputs), 'input file')}; "
+            + ("check the input and --overlong" if job.options.records else "check whether --content_key is correct")
         )
 
 

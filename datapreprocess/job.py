@@ -58,7 +58,8 @@ class Layout:
 class PreprocessJob:
     """The inputs and settings of a preprocessing run.
 
-    The fields before `max_bad_fraction` determine the content of the output; it and the fields after it do not.
+    The fields before `max_bad_fraction` determine the content of the output; it and the fields after it do not. With
+    `has_flags`, the encoder's ids have flags (open_lm.data.token_flags).
     """
 
     inputs: tuple[InputFile, ...]
@@ -73,6 +74,7 @@ class PreprocessJob:
     mixture: dict[str, Any] | None = None
     split_documents: bool = False
     drop_tail: bool = False
+    has_flags: bool = False
     max_bad_fraction: float = DEFAULT_BAD_FRACTION
     workers: int | None = None
     memory_limit: int | None = None

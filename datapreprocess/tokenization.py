@@ -14,7 +14,8 @@ import numpy as np
 from open_lm.data.shard_format import token_dtype
 from open_lm.datapreprocess.adversarial_texts import fixed_sample
 from open_lm.datapreprocess.fast_tokenizer import FastTokenizer, NoFastTokenizer, fast_tokenizer
-from open_lm.datapreprocess.readers.base import Document
+from open_lm.datapreprocess.job import SPECIAL_TOKENS
+from open_lm.datapreprocess.readers.base import BadDocument, Block, Document, Piece
 from open_lm.datapreprocess.special_tokens import SubstringFinder
 from open_lm.errors import ConfigError, DataError
 from open_lm.tokenizer import NO_TOKENIZER, Tokenizer, load_tokenizer
@@ -107,6 +108,34 @@ class DocumentEncoder:
     def tokenizer_files(self) -> Mapping[str, bytes]:
         """Return the files by name that `open_lm.tokenizer.Tokenizer.files` describes; empty without a tokenizer."""
         return {} if self._tokenizer is None else self._tokenizer.files()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the facts that determine the ids of a document, for dataset.json."""
+        special = self.special_tokens_in_text
+        return {
+            "tokenizer_fingerprint": self.fingerprint,
+            "eot_id": self.eot_id,
+            "bos_id": self.bos_id,
+            "vocab_size": self.vocab_size,
+            **({} if special is None else {SPECIAL_TOKENS: special}),
+        }
+
+    def reject_unusable(self, block: Block, piece: Piece) -> None:
+        """Move documents of a piece that cannot be encoded to the bad ones: ids that are not all in the vocabulary."""
+        size = self.vocab_size
+        bad = {
+            number: BadDocument(
+                "id out of range",
+                piece.url,
+                0,
+                f"found ids {ids.min()} to {ids.max()}, but the vocabulary has {size} ids",
+            )
+            for number, ids in enumerate(block.documents)
+            if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < size
+        }
+        if bad:
+            block.documents = [ids for number, ids in enumerate(block.documents) if number not in bad]
+            block.bad += bad.values()
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
         """Encode documents in order; add `bos_id` (if any) before and `eot_id` after each.

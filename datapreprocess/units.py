@@ -105,6 +105,7 @@ class UnitReport:
     seen: documents read, sampled or not.
     lenient: how many of them come from JSON that only Python's parser accepts.
     special: sampled documents that contain the text of a special token.
+    counts: further numbers of the documents read, by name.
     runs: sequences (shuffled) or ids (in order) in each run.
     tail: base64 of the ids that do not fill a sequence.
     lines, digests: number of lines and SHA-256 of each piece.
@@ -132,6 +133,7 @@ class UnitReport:
     mismatch: str = ""
     lenient: int = 0
     special: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
     def runs_of(self, task: UnitTask) -> list[Run]:
         """Return the spilled runs of this report; `task` is the task of its unit."""
@@ -229,7 +231,7 @@ class _UnitProcessor:
             for block in reader:
                 raise_if_abandoned()
                 bytes_read = block.bytes_read
-                self._reject_ids_out_of_range(block, piece.url)
+                self._encoder.reject_unusable(block, piece)
                 self._record_bad(block)
                 if first and block.documents:
                     self._select_for_comparison(block.documents)
@@ -287,24 +289,12 @@ class _UnitProcessor:
         report.characters += sum(len(document) for document in batch if isinstance(document, str))
         report.tokens += len(encoded.ids)
 
-    def _reject_ids_out_of_range(self, block: Block, url: str) -> None:
-        """Move documents of ids that are not all in the vocabulary to the bad documents."""
-        size = self._encoder.vocab_size
-        bad = {
-            number: BadDocument(
-                "id out of range", url, 0, f"found ids {ids.min()} to {ids.max()}, but the vocabulary has {size} ids"
-            )
-            for number, ids in enumerate(block.documents)
-            if isinstance(ids, np.ndarray) and ids.size and not 0 <= ids.min() <= ids.max() < size
-        }
-        if bad:
-            block.documents = [ids for number, ids in enumerate(block.documents) if number not in bad]
-            block.bad += bad.values()
-
     def _record_bad(self, block: Block) -> None:
         if self._task.unit.copy:  # the first pass over the same documents recorded them
             return
         self._report.lenient += block.lenient
+        for name, count in block.counts.items():
+            self._report.counts[name] = self._report.counts.get(name, 0) + count
         for bad in block.bad:
             self._report.bad[bad.kind] = self._report.bad.get(bad.kind, 0) + 1
             if len(self._report.bad_shown) < MAX_SHOWN:

@@ -50,6 +50,7 @@ class ShardTask:
 
     padded: the padded last sequence of the output, int64 (length,), with its tokens by source; only in the task that
         writes the last shard.
+    has_flags: the ids have flags (open_lm.data.token_flags), so that padding is unsigned too.
     """
 
     shards: tuple[ShardPlan, ...]
@@ -58,6 +59,7 @@ class ShardTask:
     padded: Tail | None
     kind: str
     dtype: np.dtype[Any]
+    has_flags: bool
     work: str
 
 
@@ -142,7 +144,8 @@ def _write_shard(
     number = shard.first
     with ShardWriter(shard.url, task.kind, dtype=task.dtype) as writer:
         for block in blocks:
-            _write_sequences(writer, number, block.ids, task.dtype)
+            ids = block.ids.astype(task.dtype) if task.has_flags else block.ids  # PAD_ID becomes all bits set
+            _write_sequences(writer, number, ids, task.dtype)
             _count_tokens(block, tokens)
             number += len(block.ids)
         if padded is not None:
@@ -204,6 +207,7 @@ def write_manifests(layout: Layout, shards: Sequence[ShardPlan], written: Sequen
                     "num_bytes": result.info.num_bytes,
                     "sha256": result.info.sha256,
                     "sources": result.sources,
+                    **({"num_masked": result.info.num_masked} if result.info.num_masked else {}),
                     **result.info.block_sums,
                 },
             )

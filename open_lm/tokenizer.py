@@ -195,6 +195,11 @@ class JsonTokenizer(Tokenizer):
     def encode_with_special_tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(e.ids) for e in self._loaded.encode_batch_fast(list(texts), add_special_tokens=True)]
 
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of each text, and for each id the position of its first character in the text."""
+        encodings = self._loaded.encode_batch(list(texts), add_special_tokens=False)
+        return [(list(e.ids), [start for start, _ in e.offsets]) for e in encodings]
+
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._loaded.decode(self._check_ids(ids), skip_special_tokens=True))
 

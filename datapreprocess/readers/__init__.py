@@ -15,6 +15,7 @@ from open_lm.datapreprocess.readers.base import (
     Document,
     Piece,
     ReadOptions,
+    Record,
 )
 from open_lm.datapreprocess.readers.hub import HUB_PREFIX, expand_folder
 from open_lm.datapreprocess.readers.parts import Chunk
@@ -39,7 +40,7 @@ from open_lm.datapreprocess.readers.registry import (
 
 __all__ = [
     "HUB_PREFIX", "TO_END", "BadDocument", "Block", "BrokenFile", "Chunk", "ChunkReader", "Document", "FileChunks",
-    "Format", "Piece", "PieceReader", "ReadOptions", "can_stream", "describe_suffixes", "expand_folder", "formats",
-    "is_data_name", "register_format", "separator_of", "separator_suffixes", "split", "split_suffixes",
+    "Format", "Piece", "PieceReader", "ReadOptions", "Record", "can_stream", "describe_suffixes", "expand_folder",
+    "formats", "is_data_name", "register_format", "separator_of", "separator_suffixes", "split", "split_suffixes",
     "uses_separator",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 from open_lm.errors import DataError
@@ -10,7 +10,7 @@ from open_lm.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
 
-Document: TypeAlias = "str | np.ndarray"  # text, or a 1-D array of token ids
+Document: TypeAlias = "str | np.ndarray"  # text (or a Record), or a 1-D array of token ids
 TO_END = -1  # as the end of a Piece: read to the end of the file
 BOM = b"\xef\xbb\xbf"
 _EXCERPT_CHARACTERS = 500
@@ -30,6 +30,17 @@ class Piece:
     start: int = 0
     end: int = TO_END
     num_bytes: int = 0
+
+
+class Record(str):
+    """The JSON of a complete record, read with `ReadOptions.records`; `line` is that of a `BadDocument`."""
+
+    line: int
+
+    def __new__(cls, text: str, line: int) -> Record:
+        record = super().__new__(cls, text)
+        record.line = line
+        return record
 
 
 @dataclass(frozen=True)
@@ -52,13 +63,15 @@ class BadDocument:
 class Block:
     """Some documents of a piece, the bad documents among them, and the input bytes of the piece read so far.
 
-    `lenient` of the documents come from JSON that only Python's parser accepts, such as `{"score": NaN}`.
+    `lenient` of the documents come from JSON that only Python's parser accepts, such as `{"score": NaN}`. `counts` are
+    further numbers to add up, by name.
     """
 
     documents: list[Document]
     bad: list[BadDocument]
     bytes_read: int
     lenient: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,10 +81,12 @@ class ReadOptions:
     Attributes:
         content_key: key or column of the text; dots reach nested fields.
         separator: text between the documents of a text file; None: one document per file.
+        records: read complete records, as `Record`, instead of the text under `content_key`.
     """
 
     content_key: str = "text"
     separator: str | None = None
+    records: bool = False
 
 
 CUT_SHORT = "cut short"  # kind of a broken file whose end is missing

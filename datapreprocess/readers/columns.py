@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from itertools import islice, pairwise
 from typing import Any
 
+import orjson
+
 from open_lm import storage
 from open_lm.datapreprocess.readers.base import (
     CUT_SHORT,
@@ -22,6 +24,7 @@ from open_lm.datapreprocess.readers.base import (
     Document,
     Piece,
     ReadOptions,
+    Record,
     describe_invalid_utf8,
 )
 from open_lm.datapreprocess.readers.input_stream import InputStream
@@ -42,14 +45,14 @@ def read_parquet(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
             yield stream.block([], [stream.empty_file()])
             return
         table = pyarrow.parquet.ParquetFile(file)
-        path = _column_path(stream, table.schema_arrow, options.content_key)
+        path = [] if options.records else _column_path(stream, table.schema_arrow, options.content_key)
         end = table.num_row_groups if stream.piece.end == TO_END else stream.piece.end
         numbers = list(range(stream.piece.start, end))
         groups = [table.metadata.row_group(number) for number in numbers]
         num_rows = sum(group.num_rows for group in groups)
         row_bytes = sum(group.total_byte_size for group in groups) // max(num_rows, 1) + 1
         batch_rows = min(max(_BATCH_BYTES // row_bytes, 1), _BLOCK_ROWS)
-        batches = table.iter_batches(batch_rows, numbers, columns=[".".join(path)])
+        batches = table.iter_batches(batch_rows, numbers, columns=[".".join(path)] if path else None)
         sized = ((batch, stream.piece.num_bytes * len(batch) // num_rows) for batch in batches)
         yield from _blocks(stream, sized, path)
 
@@ -91,7 +94,7 @@ def read_arrow(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
             yield stream.block([], [stream.empty_file()])
             return
         schema, batches, is_truncated = _arrow_batches(file)
-        path = _column_path(stream, schema, options.content_key)
+        path = [] if options.records else _column_path(stream, schema, options.content_key)
         selected = islice(batches, stream.piece.start, None if stream.piece.end == TO_END else stream.piece.end)
         yield from _blocks(stream, ((batch, batch.nbytes) for batch in selected), path)
         if is_truncated and stream.piece.end == TO_END:
@@ -186,7 +189,7 @@ def _column_path(stream: InputStream, schema: Any, key: str) -> list[str]:
 
 
 def _blocks(stream: InputStream, batches: Iterator[tuple[Any, int]], path: list[str]) -> Iterator[Block]:
-    """Yield the texts of (record batch, input bytes that it accounts for) pairs."""
+    """Yield the texts of (record batch, input bytes that it accounts for) pairs; without a path, complete records."""
     num_seen = 0
     for batch, num_bytes in batches:
         rows = batch
@@ -194,10 +197,11 @@ def _blocks(stream: InputStream, batches: Iterator[tuple[Any, int]], path: list[
             first, last = stream.row_range
             rows = batch.slice(max(first - num_seen, 0), max(last - max(num_seen, first), 0))
         num_seen += len(batch)
-        column = _column(rows, path)
+        column = _column(rows, path) if path else rows
         step = min(max(_BLOCK_BYTES * len(column) // (column.nbytes + 1), 1), _BLOCK_ROWS)
         for first_row in range(0, len(column), step):
-            yield _text_block(stream, column.slice(first_row, step))
+            part = column.slice(first_row, step)
+            yield _text_block(stream, part) if path else _record_block(stream, part)
         stream.bytes_read += num_bytes
         if stream.row_range and num_seen >= stream.row_range[1]:
             return
@@ -210,6 +214,20 @@ def _column(batch: Any, path: list[str]) -> Any:
     for part in path[1:]:
         column = pyarrow.compute.struct_field(column, part)
     return column
+
+
+def _record_block(stream: InputStream, rows: Any) -> Block:
+    """Return the rows of a record batch as records; values that JSON does not have become text."""
+    first = stream.lines + 1
+    stream.lines += len(rows)
+    records: list[Document] = []
+    bad: list[BadDocument] = []
+    for number, row in enumerate(rows.to_pylist(), first):
+        try:
+            records.append(Record(orjson.dumps(row, default=str).decode("utf-8"), number))
+        except TypeError as error:  # such as invalid UTF-8
+            bad.append(stream.bad_document("no JSON", number, str(error)))
+    return stream.block(records, bad)
 
 
 def _text_block(stream: InputStream, column: Any) -> Block:

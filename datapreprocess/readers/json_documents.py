@@ -18,6 +18,7 @@ from open_lm.datapreprocess.readers.base import (
     Document,
     Piece,
     ReadOptions,
+    Record,
 )
 from open_lm.datapreprocess.readers.input_stream import InputStream
 from open_lm.datapreprocess.readers.json_lines import (
@@ -45,7 +46,9 @@ def read_json(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
     blocks = stream.blocks()
     head = next(blocks, b"")
     if is_document(head):
-        yield from stream.group_blocks(_documents(stream, chain([head], blocks), options.content_key))
+        content = chain([head], blocks)
+        documents = _records(stream, content) if options.records else _documents(stream, content, options.content_key)
+        yield from stream.group_blocks(documents)
     else:
         yield from read_lines(stream, options, chain([head], blocks))
 
@@ -88,6 +91,17 @@ def _documents(stream: InputStream, blocks: Iterator[bytes], key: str) -> Iterat
         else:
             stream.lenient += not is_strict(data.encode("utf-8", "surrogateescape"), key)
             yield text
+
+
+def _records(stream: InputStream, blocks: Iterator[bytes]) -> Iterator[Document | BadDocument]:
+    values = _values(_decode_blocks(blocks), stream.path)
+    for _, data in islice(values, *stream.row_range) if stream.row_range else values:
+        stream.lines += 1
+        if problem := text_problem(data):
+            kind, detail = problem
+            yield stream.bad_document(kind, stream.lines, f"element {stream.lines}: {detail}", data)
+        else:
+            yield Record(data, stream.lines)
 
 
 def _decode_blocks(blocks: Iterator[bytes]) -> Iterator[str]:

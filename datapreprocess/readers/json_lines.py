@@ -22,6 +22,7 @@ from open_lm.datapreprocess.readers.base import (
     Document,
     Piece,
     ReadOptions,
+    Record,
     describe_invalid_utf8,
 )
 from open_lm.datapreprocess.readers.input_stream import InputStream
@@ -79,6 +80,8 @@ def parse_lines(stream: InputStream, lines: list[bytes], options: ReadOptions) -
         lines[0] = lines[0].removeprefix(BOM)
     first = stream.lines + 1
     stream.lines += len(lines)
+    if options.records:
+        return _record_block(stream, lines, first)
     decode = text_decoder(key)
     try:
         return stream.block(decode(lines))
@@ -96,6 +99,20 @@ def parse_lines(stream: InputStream, lines: list[bytes], options: ReadOptions) -
             kind, detail = text
             bad.append(stream.bad_document(kind, number, detail, line))
     return stream.block(documents, bad)
+
+
+def _record_block(stream: InputStream, lines: list[bytes], first: int) -> Block:
+    """Return the lines from number `first` on as records, without parsing them."""
+    records: list[Document] = []
+    bad: list[BadDocument] = []
+    for number, line in enumerate(lines, first):
+        if not line or line.isspace():
+            continue
+        try:
+            records.append(Record(line.decode("utf-8"), number))
+        except UnicodeDecodeError as error:
+            bad.append(stream.bad_document("invalid UTF-8", number, describe_invalid_utf8(error, "line"), line))
+    return stream.block(records, bad)
 
 
 @functools.lru_cache

@@ -24,6 +24,8 @@ _MEMBER_SUFFIXES = {"text": (".txt", ".text"), "txt": (".txt", ".text"), "json":
 
 def read_tar(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
     """Read the members that the content key selects; BrokenFile if there are none."""
+    if options.records:
+        raise BrokenFile("no records", f"{stream.path}: tar files hold no conversations; use JSON lines or Parquet")
     kind, _, json_key = options.content_key.partition(":")
     if kind not in _MEMBER_SUFFIXES or (kind == "json") != bool(json_key):
         raise ConfigError(

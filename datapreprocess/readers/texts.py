@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from open_lm.datapreprocess.readers.base import BOM, BadDocument, Block, Document, ReadOptions, describe_invalid_utf8
+from open_lm.datapreprocess.readers.base import (
+    BOM,
+    BadDocument,
+    Block,
+    BrokenFile,
+    Document,
+    ReadOptions,
+    describe_invalid_utf8,
+)
 from open_lm.datapreprocess.readers.input_stream import InputStream
 from open_lm.datapreprocess.readers.parts import split_parts
 from open_lm.datapreprocess.readers.registry import Format, register_format
@@ -15,6 +23,8 @@ def read_texts(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
 
     Texts of only white space are skipped.
     """
+    if options.records:
+        raise BrokenFile("no records", f"{stream.path}: text files hold no conversations; use JSON lines or Parquet")
     separator = text_separator(options)
     blocks = stream.blocks()
     for parts in split_parts(blocks, separator) if separator else iter([[b"".join(blocks)]]):

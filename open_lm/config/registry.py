@@ -232,3 +232,5 @@ DISTILL_LOSSES = Registry("DISTILL_LOSSES", "--distill-loss", "open_lm.kernels",
 LOGGERS = Registry("LOGGERS", "--report-to", "open_lm.monitor")
 # Functions `reward(prompts, completions, **columns) -> rewards`, see finetune/rewards.py.
 REWARDS = Registry("REWARDS", "--reward", "open_lm.finetune")
+# Functions `parse(record) -> messages`. Facts: keys (keys of a record in this form; "a|b" for either).
+CONVERSATION_FORMS = Registry("CONVERSATION_FORMS", "--form", "open_lm.finetune")
