@@ -5,6 +5,7 @@ The interchange files of epoch N in a run's `checkpoints` folder are
     optimizer_N.pt <averager>_N.pt stats_N.pt    written first
     epoch_N.pt                                   written last: if it exists, the checkpoint is complete
     epoch_latest.pt                              with --save-most-recent: one file with model and optimizer
+    adapter_N/                                   with --lora: the adapters in the format of PEFT
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ _LARGE_KEYS = ("optimizer", "averagers", "rng")
 def file_name(kind: str, epoch: int | str) -> str:
     """Return a file name; kind: "epoch", "optimizer", "stats" or an averager's name; epoch: a number or "latest"."""
     return f"{kind}_{epoch}.pt"
+
+
+def adapter_folder(epoch: int) -> str:
+    """Return the name of the folder with the adapters of an epoch in the format of PEFT (runs with --lora)."""
+    return f"adapter_{epoch}"
 
 
 def companion_path(path: str, kind: str) -> str:
@@ -367,6 +373,7 @@ def remove_checkpoint(folder: str, epoch: int) -> None:
     """Remove the files of one checkpoint, epoch_N.pt first, so that a partly removed one never looks complete."""
     first = storage.join(folder, file_name("epoch", epoch))
     companions = [url for url in storage.list_files(folder) if _COMPANION.match(url.rpartition("/")[2])]
-    for url in [first, *(url for url in companions if url.endswith(f"_{epoch}.pt"))]:
+    adapters = storage.list_files(storage.join(folder, adapter_folder(epoch)))
+    for url in [first, *(url for url in companions if url.endswith(f"_{epoch}.pt")), *adapters]:
         with contextlib.suppress(StorageError):
             storage.remove(url)

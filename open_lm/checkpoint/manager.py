@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from open_lm import storage
-from open_lm.checkpoint.files import LATEST, epoch_files, file_name, remove_checkpoint
+from open_lm.checkpoint.adapters import KEY as ADAPTERS_KEY
+from open_lm.checkpoint.files import LATEST, adapter_folder, epoch_files, file_name, remove_checkpoint
 from open_lm.checkpoint.finding import Candidate
 from open_lm.checkpoint.folders import (
     INCOMPLETE,
@@ -167,18 +169,32 @@ class CheckpointManager:
 
     def _write_files(self, progress: Progress, stored: StoredTensors) -> None:
         """Write the interchange files that are due at the end of an epoch."""
-        if self._is_kept(progress) and self.cfg.checkpoint_format != "sharded":
-            self._write_epoch(stored, progress.epoch)
+        if self._is_kept(progress):
+            checkpoint = stored.folder
+            if self.cfg.checkpoint_format != "sharded":
+                checkpoint = self._write_epoch(stored, progress.epoch)
+            if stored.extra.get(ADAPTERS_KEY):
+                self._write_adapters(checkpoint, progress.epoch, stored.extra.get("flags"))
         if self.cfg.save_most_recent:
             self._write_latest(stored)
 
-    def _write_epoch(self, stored: StoredTensors, epoch: int) -> None:
+    def _write_epoch(self, stored: StoredTensors, epoch: int) -> str:
+        """Write the interchange files of an epoch, and return the path of epoch_N.pt."""
         folder = self.paths.checkpoints
         path = write_interchange(stored, folder, self.paths.name)
         logging.info(f"saved checkpoint {path}")
         previous = [number for number in epoch_files(folder) if number < epoch]
         if self.cfg.delete_previous_checkpoint and previous:
             remove_checkpoint(folder, previous[-1])
+        return path
+
+    def _write_adapters(self, checkpoint: str, epoch: int, flags: dict[str, Any] | None) -> None:
+        """Write the adapters of a run with --lora in the format of PEFT."""
+        from open_lm.hf.peft_adapters import save_for_peft
+
+        folder = storage.join(self.paths.checkpoints, adapter_folder(epoch))
+        save_for_peft(folder, checkpoint, flags)
+        logging.info(f"saved the adapters in {folder} for PEFT")
 
     def _write_latest(self, stored: StoredTensors) -> None:
         write_latest(stored, self.paths.checkpoints, self.paths.name)

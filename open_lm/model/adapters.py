@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,7 @@ from open_lm.config.adapters import LoraSettings
 from open_lm.distributed.sharded_tensor import local_tensor
 from open_lm.errors import ConfigError
 from open_lm.model.embedding import dropout
+from open_lm.model.quantization import quantize_layer
 
 _ATTENTION = ("attention", "attn")  # in the names of modules of this package and of transformers
 _MAX_LISTED = 12
@@ -116,10 +118,11 @@ def merged_weight(weight: Tensor, adapter: dict[str, Tensor], settings: LoraSett
 
 
 # ---------------------------------------------------------------------------------------------- models
-def add_adapters(model: nn.Module, settings: LoraSettings, seed: int = 0) -> None:
+def add_adapters(model: nn.Module, settings: LoraSettings, seed: int = 0, quantize: bool = False) -> None:
     """Freeze a native or transformers model, and add adapters to the layers that `settings.targets` selects.
 
-    The adapters of a model that is not on the meta device are initialized.
+    The adapters of a model that is not on the meta device are initialized. quantize: store the weights of all linear
+    layers of the blocks in 4 bits.
 
     Raises:
         ConfigError: the model has no such layer.
@@ -132,14 +135,19 @@ def add_adapters(model: nn.Module, settings: LoraSettings, seed: int = 0) -> Non
             f"classes {', '.join(kinds[:_MAX_LISTED])}"
         )
     model.requires_grad_(False)
+    if quantize:
+        for layer in target_layers(model, "all-linear").values():
+            quantize_layer(layer)
     for name, layer in targets.items():
-        with layer.weight.device:
+        device = next(itertools.chain(layer.parameters(), layer.buffers())).device
+        with device:
             layer.add_module("adapter", Adapter(layer, settings))
         layer.__class__ = _adapted_class(type(layer))
-        if not layer.weight.is_meta:
-            for parameter_name, parameter in layer.adapter.named_parameters():
-                fill_adapter(parameter, f"{name}.adapter.{parameter_name}", seed)
-        if settings.dora and not layer.weight.is_meta:
+        if device.type == "meta":
+            continue
+        for parameter_name, parameter in layer.adapter.named_parameters():
+            fill_adapter(parameter, f"{name}.adapter.{parameter_name}", seed)
+        if settings.dora:
             layer.adapter.reset_magnitude(layer)
 
 

@@ -70,8 +70,9 @@ def _quantized_class(base: Any) -> Any:
         """Quantize a weight (O,I) of any floating-point dtype."""
         from bitsandbytes.functional import quantize_4bit
 
-        full = full.to(layer.nf4.device).contiguous()
-        packed, state = quantize_4bit(full, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
+        # As a vector: on a CPU, bitsandbytes 0.50 dequantizes matrices wrongly if a row is no multiple of the block.
+        values = full.to(layer.nf4.device).reshape(-1)
+        packed, state = quantize_4bit(values, blocksize=_BLOCK, compress_statistics=True, quant_type="nf4")
         layer.nf4.copy_(packed)
         layer.block_maxima.copy_(state.absmax)
         scales = torch.cat([state.offset.float().reshape(1), state.state2.absmax.float()])
@@ -96,7 +97,7 @@ def dequantize(layer: Any, dtype: torch.dtype) -> Tensor:
     outer = QuantState(absmax=scales[1:], blocksize=_OUTER_BLOCK, code=dynamic_values, dtype=torch.float32)
     state = QuantState(
         absmax=layer.block_maxima,
-        shape=torch.Size((layer.out_features, layer.in_features)),
+        shape=torch.Size((layer.out_features * layer.in_features,)),
         code=nf4_values,
         blocksize=_BLOCK,
         quant_type="nf4",
@@ -104,7 +105,7 @@ def dequantize(layer: Any, dtype: torch.dtype) -> Tensor:
         offset=scales[0],
         state2=outer,
     )
-    weight: Tensor = dequantize_4bit(layer.nf4, state)
+    weight: Tensor = dequantize_4bit(layer.nf4, state).view(layer.out_features, layer.in_features)
     return weight
 
 

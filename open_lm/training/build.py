@@ -26,9 +26,8 @@ from open_lm.distributed.rng import make_deterministic, seed_everything
 from open_lm.errors import ConfigError
 from open_lm.finetune.distillation import Distillation, build_distillation
 from open_lm.kernels.cpu_memory import keep_freed_memory
-from open_lm.model.adapters import add_adapters, target_layers
+from open_lm.model.adapters import add_adapters
 from open_lm.model.initialization import init_weights
-from open_lm.model.quantization import quantize_layer
 from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.optim.averaging import ModelAverager
@@ -220,10 +219,7 @@ def _add_adapters(config: Config, model: nn.Module) -> AdapterRecord | None:
     settings, name, record = parse_lora(config.adapters.lora), config.model.hf_model, None
     if name is not None:
         record = AdapterRecord(settings, name, weights_sha256(model.state_dict()), True, config.adapters.qlora)
-    add_adapters(model, settings, config.run.seed)
-    if config.adapters.qlora is not None:
-        for layer in target_layers(model, "all-linear").values():
-            quantize_layer(layer)
+    add_adapters(model, settings, config.run.seed, quantize=config.adapters.qlora is not None)
     return record
 
 
