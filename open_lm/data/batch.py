@@ -13,6 +13,7 @@ from torch import Tensor
 from open_lm.config.sections import DataConfig
 from open_lm.data.masking import IGNORE_INDEX, document_ids, mask_targets
 from open_lm.data.shard_format import PAD_ID
+from open_lm.data.teacher_cache import StoredTargets
 from open_lm.data.token_flags import ID_BITS, ID_MASK
 
 
@@ -35,7 +36,8 @@ class Batch:
 
     stored_ids (B, T + 1) of `token_flags.stored_dtype`; only signed ids hold PAD_ID or flags. `filled` (B,) bool marks
     the sequences that hold data, `num_samples` is their number, `per_source` their number by source. `skipped` counts
-    the filler sequences in place of samples that were too short or (if tolerated) broken.
+    the filler sequences in place of samples that were too short or (if tolerated) broken. `teacher` has the stored
+    distributions of --distill-cache.
     """
 
     stored_ids: Tensor
@@ -45,6 +47,7 @@ class Batch:
     skipped: int
     vocab_size: int
     mask: TargetMask
+    teacher: StoredTargets | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send batches from a worker as plain bytes through its pipe.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from open_lm.data.batch import Batch
+from open_lm.kernels.linear_distillation import SparseTargets
 
 State = TypeVar("State")
 
@@ -25,7 +26,8 @@ class DeviceBatch:
     """A rank's sequences of a global batch on the device; fields as in `Batch`.
 
     inputs, targets (B, T) int64; filled (B,) bool. documents (B, T) int32 are the documents that stored flags mark
-    (`Batch.documents`); None without flags, or if attention is not limited to documents.
+    (`Batch.documents`); None without flags, or if attention is not limited to documents. `stored` are the teacher's
+    distributions of --distill-cache.
     """
 
     inputs: Tensor
@@ -35,6 +37,15 @@ class DeviceBatch:
     per_source: tuple[int, ...]
     skipped: int
     documents: Tensor | None = None
+    stored: SparseTargets | None = None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of the batch."""
+        yield from (self.inputs, self.targets, self.filled)
+        if self.documents is not None:
+            yield self.documents
+        if self.stored is not None:
+            yield from (self.stored.ids, self.stored.weights, self.stored.entropies)
 
 
 def on_device(
@@ -82,6 +93,7 @@ class _PendingCopy:
                 per_source=batch.per_source,
                 skipped=batch.skipped,
                 documents=None if end_of_text_id is None else moved.documents(end_of_text_id),
+                stored=None if batch.teacher is None else batch.teacher.on_device(device),
             )
         self._event = None if stream is None else stream.record_event()
 
@@ -90,7 +102,6 @@ class _PendingCopy:
         if self._event is not None:
             current = torch.cuda.current_stream(self._device)
             current.wait_event(self._event)
-            for tensor in (self._batch.inputs, self._batch.targets, self._batch.filled, self._batch.documents):
-                if tensor is not None:
-                    tensor.record_stream(current)  # the copy stream owns the memory and must not reuse it too early
+            for tensor in self._batch.tensors():
+                tensor.record_stream(current)  # the copy stream owns the memory and must not reuse it too early
         return self._batch

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -48,6 +48,7 @@ from open_lm.data.order import (
 )
 from open_lm.data.sources import check_data_key, find_sources
 from open_lm.data.stream import Notice, Reader, StreamSpec, lazy_size_of, make_reader
+from open_lm.data.teacher_cache import CacheSpec, TargetReader, open_caches
 from open_lm.data.workers import exit_with_parent, iterate_workers
 from open_lm.errors import DataError, UserError
 
@@ -84,6 +85,7 @@ class BatchSpec:
     pad_last_batch: bool = False  # end after one pass and fill up the last batch; else running out of data is an error
     max_sequences: int | None = None  # end the pass after this many sequences
     state: dict[str, Any] | None = None
+    cache: CacheSpec | None = None  # of a teacher's distributions
 
     @property
     def global_batch_size(self) -> int:
@@ -107,6 +109,11 @@ class BatchPipeline:
     @cached_property
     def _reader(self) -> Reader:
         return make_reader(self.spec.stream)
+
+    @cached_property
+    def _targets(self) -> TargetReader | None:
+        cache = self.spec.cache
+        return None if cache is None else TargetReader(cache, self.spec.stream.sources)
 
     def local_batches(self) -> Iterator[_LocalBatch]:
         """Yield the batches of this worker. It advances through all global batches, and looks up its own samples."""
@@ -139,6 +146,7 @@ class BatchPipeline:
         """Read the rank's samples (at most batch_size), and add filler sequences up to batch_size."""
         spec = self.spec
         ids, filled = self._reader.read(samples)
+        teacher = None if self._targets is None else self._targets.read(samples, ids, filled)
         num_samples = int(filled.sum())
         per_source = np.bincount(samples.source[filled], minlength=len(spec.stream.sources))
         missing = spec.batch_size - len(ids)
@@ -153,6 +161,7 @@ class BatchPipeline:
             skipped=len(samples.source) - num_samples,
             vocab_size=spec.stream.vocab_size,
             mask=spec.mask,
+            teacher=teacher,
         )
 
     def catch_errors(self, results: Iterable[WorkerResult]) -> Iterator[WorkerResult]:
@@ -211,6 +220,7 @@ class TrainLoader:
         self._iterator: Iterator[tuple[Batch, dict[str, Any]]] | None = None
         self._logged: set[str] = set()
         self.sources: tuple[Source, ...] = spec.stream.sources
+        self.cache = spec.cache
         self.state = self._order_from(spec.state).state()
 
     def _order_from(self, state: dict[str, Any] | None, allow_changed: bool = False) -> DataOrder | FormerOrder:
@@ -289,6 +299,7 @@ def build_train_loader(
     seed: int = 0,
     state: dict[str, Any] | None = None,
     reads_whole_run: bool = True,
+    caches: Sequence[str] = (),
 ) -> TrainLoader:
     """Build the loader of one rank's training batches.
 
@@ -296,7 +307,8 @@ def build_train_loader(
     the one that `batches` yielded with the last step to keep; its seed replaces `seed`. Raises ConfigError, DataError
     or StorageError at once for missing shards, weights that do not fit the sources, too little data for the run in one
     pass, or a state of other data (without --allow-changed-data). With `reads_whole_run` false, earlier steps may have
-    read other data: `TrainLoader.check_has_batches` then checks the length.
+    read other data: `TrainLoader.check_has_batches` then checks the length. `caches` are the folders of
+    --distill-cache; see `open_caches`.
     """
     data = DataConfig.from_object(data)
     check_data_key(data.data_key, "--data-key")
@@ -329,5 +341,6 @@ def build_train_loader(
         world_size=world_size,
         mask=TargetMask.from_config(data),
         state=state,
+        cache=open_caches(caches, sources) if caches else None,
     )
     return TrainLoader(spec, data.workers, folder, data.allow_changed_data)

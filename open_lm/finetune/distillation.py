@@ -7,6 +7,7 @@ Legend: B sequences of this rank's batch, T sequence, D model width.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -18,16 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from open_lm.checkpoint import candidates_at, load_weights
+from open_lm.checkpoint import candidates_at, load_weights, read_model_state, weights_sha256
 from open_lm.checkpoint.folders import is_transformers_folder
 from open_lm.config.architecture import model_names, read_run_settings
 from open_lm.config.distill_section import DistillConfig
 from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config, ModelConfig, ParallelConfig
+from open_lm.data.loader import TrainLoader
 from open_lm.data.order import Source
+from open_lm.data.teacher_cache import CacheSettings
 from open_lm.data.tokenizers import find_run_tokenizer
 from open_lm.distributed.processes import Runtime, run_on_all_ranks, run_on_master
-from open_lm.errors import ConfigError
+from open_lm.errors import ConfigError, join_problems
 from open_lm.kernels.linear_distillation import DenseTargets, DistillationSettings, SparseTargets
 from open_lm.model.distillation import DistillationLoss, HiddenStates
 from open_lm.model.initialization import reset_buffers
@@ -141,14 +144,14 @@ def build_distillation(  # noqa: PLR0917 - the parts of a run
     runtime: Runtime,
     layout: MeshLayout,
     student: Any,
-    sources: Sequence[Source],
+    loader: TrainLoader,
     end_of_text_id: int | None,
 ) -> Distillation | None:
     """Load the teacher of a training run; None if it has none. Collective.
 
     Args:
         student: architecture of the student (vocab_size, seq_len).
-        sources: the training data.
+        loader: the training data, and the stored distributions of --distill-cache.
         end_of_text_id: see `ForwardOptions`.
 
     Raises:
@@ -158,12 +161,16 @@ def build_distillation(  # noqa: PLR0917 - the parts of a run
     if not cfg.distills:
         return None
     settings = DistillationSettings(cfg.distill_loss, cfg.distill_weight, cfg.distill_temperature)
-    if not cfg.loads_teacher:
+    if loader.cache is not None:
+        cached = loader.cache.settings
+        run_on_master(lambda: _check_cache(cached, cfg, student, end_of_text_id))
+        if runtime.is_master:
+            logging.info(f"distilling from the {cached.method} distributions of teacher {cached.teacher[:12]}…")
         return Distillation(settings)
     source = run_on_master(lambda: find_teacher(cfg))
     with torch.device("meta"):
         model = source.create().requires_grad_(False)
-    run_on_all_ranks(lambda: _check_teacher(model.params, student, sources))
+    run_on_all_ranks(lambda: _check_teacher(model.params, student, loader.sources))
     model.eval()
     sharded = parallelize(
         model,
@@ -189,6 +196,27 @@ def build_distillation(  # noqa: PLR0917 - the parts of a run
     return Distillation(settings, Teacher(sharded, layout, end_of_text_id), (source.weights,))
 
 
+def load_teacher_alone(
+    source: TeacherSource, precision: str, device: torch.device | str, end_of_text_id: int | None = None
+) -> Teacher:
+    """Load a teacher that is not sharded, in evaluation mode. `precision` is an entry of TEACHER_PRECISIONS."""
+    with torch.device("meta"):
+        model = source.create().requires_grad_(False)
+    model.to_empty(device=device)
+    reset_buffers(model)
+    load_weights(source.weights, model)
+    return Teacher(model.to(_DTYPES[precision]).eval(), MeshLayout(), end_of_text_id)
+
+
+def teacher_fingerprint(source: TeacherSource) -> str:
+    """Return a hash of a teacher's weights and architecture; reads all of its weights."""
+    with torch.device("meta"):
+        params = vars(source.create().params)
+    shape = {name: value for name, value in sorted(params.items()) if name != "attn_name" and not callable(value)}
+    text = f"{weights_sha256(read_model_state(source.weights)[0])}\n{shape}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def num_token_ids(params: Any) -> int:
     """Return the number of token ids of a model, without padding of its vocabulary."""
     return getattr(params, "unpadded_vocab_size", None) or int(params.vocab_size)
@@ -210,3 +238,28 @@ def _check_teacher(teacher: Params, student: Any, sources: Sequence[Source]) -> 
             f"the sequences have {student.seq_len} tokens, but the teacher was made for {teacher.seq_len}; it may "
             "predict later tokens badly"
         )
+
+
+def _check_cache(cached: CacheSettings, cfg: DistillConfig, student: Any, end_of_text_id: int | None) -> None:
+    """Raise ConfigError if a cache was made with other settings than those of the run, or by another teacher."""
+    problems = []
+    if cached.seq_len != student.seq_len:
+        problems.append(f"has sequences of {cached.seq_len} tokens, but the model's seq_len is {student.seq_len}")
+    if cached.num_ids > num_token_ids(student):
+        problems.append(
+            f"has distributions over {cached.num_ids} ids, but the student has {num_token_ids(student)}; create it "
+            f"with --num-ids {num_token_ids(student)}"
+        )
+    if cached.temperature != cfg.distill_temperature:
+        problems.append(f"has temperature {cached.temperature:g}: set --distill-temperature {cached.temperature:g}")
+    if cached.end_of_text_id != end_of_text_id:
+        states = {None: "attention over full sequences"}
+        theirs, ours = (states.get(i, f"attention within documents that id {i} ends") for i in
+                        (cached.end_of_text_id, end_of_text_id))  # fmt: skip
+        problems.append(f"was made with {theirs}, but this run has {ours}")
+    if cfg.distill_model or cfg.distill_pretrained:
+        found = teacher_fingerprint(find_teacher(cfg))
+        if found != cached.teacher:
+            problems.append(f"was made by teacher {cached.teacher}, but --distill-pretrained is teacher {found}")
+    if problems:
+        raise ConfigError(join_problems([f"--distill-cache {problem}" for problem in problems]))

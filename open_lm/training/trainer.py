@@ -198,6 +198,7 @@ class Trainer:
             self.optimizer,
             self.options,
             documents=batch.documents,
+            stored=batch.stored,
             num_samples=batch.num_samples,
             counts=(stop, save, *(n if self.options.layout.contributes_sequences else 0 for n in sequence_counts)),
             scaler=self.scaler,

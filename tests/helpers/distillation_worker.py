@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ def train(folder: str, flags: list[str], documents: bool = False) -> list[list[f
         model_cfg=cfg.model,
         initialise=lambda module: init_weights(module, 5),
     )
+    loader: Any = SimpleNamespace(sources=(), cache=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = StepOptions(
         runtime,
@@ -94,7 +96,7 @@ def train(folder: str, flags: list[str], documents: bool = False) -> list[list[f
         accum_freq=cfg.optim.accum_freq,
         z_loss_coefficient=Z,
         end_of_text_id=end_of_text_id,
-        distillation=build_distillation(cfg, runtime, layout, params, (), end_of_text_id),
+        distillation=build_distillation(cfg, runtime, layout, params, loader, end_of_text_id),
     )
     size, numbers = BATCH_SIZE // layout.data_size, []
     for step in range(STEPS):
