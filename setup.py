@@ -28,6 +28,7 @@ setup(
     packages=find_namespace_packages(include=["open_lm", "open_lm.*"]),
     package_data={
         "open_lm.model_configs": ["*.json"],
+        "open_lm.config": ["recipes/*.yaml"],
         "open_lm.datapreprocess": ["**/*.yaml"],
         "open_lm": ["py.typed"],
         "open_lm.kernels.native": ["*.cpp", "*.h"],

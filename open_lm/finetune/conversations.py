@@ -90,12 +90,12 @@ def _form_of(record: Mapping[str, Any]) -> str:
 # --- forms -----------------------------------------------------------------------------------------------------------
 @CONVERSATION_FORMS.register("messages", help="a list of role and content", keys=("messages",))
 def _from_messages(record: Mapping[str, Any]) -> list[Message]:
-    return _with_tools(_messages(record["messages"], "messages"), record.get("tools"))
+    return _with_tools(parse_messages(record["messages"], "messages"), record.get("tools"))
 
 
 @CONVERSATION_FORMS.register("sharegpt", help="conversations of from and value", keys=("conversations",))
 def _from_sharegpt(record: Mapping[str, Any]) -> list[Message]:
-    messages = _messages(record["conversations"], "conversations", role_key="from", content_key="value")
+    messages = parse_messages(record["conversations"], "conversations", role_key="from", content_key="value")
     return _with_tools(_with_system(messages, record.get("system")), record.get("tools"))
 
 
@@ -106,7 +106,7 @@ def _from_prompt(record: Mapping[str, Any]) -> list[Message]:
     completion = record.get("completion", record.get("response"))
     messages = []
     for key, value, role in (("prompt", record["prompt"], USER), ("completion", completion, ASSISTANT)):
-        messages += _messages(value, key) if isinstance(value, list) else [Message(role, _text(value, key))]
+        messages += parse_messages(value, key) if isinstance(value, list) else [Message(role, _text(value, key))]
     return _with_tools(_with_system(messages, record.get("system")), record.get("tools"))
 
 
@@ -118,7 +118,12 @@ def _from_alpaca(record: Mapping[str, Any]) -> list[Message]:
     return _with_system(messages, record.get("system"))
 
 
-def _messages(items: Any, key: str, role_key: str = "role", content_key: str = "content") -> list[Message]:
+def parse_messages(items: Any, key: str, role_key: str = "role", content_key: str = "content") -> list[Message]:
+    """Return the messages of a list of objects. `key` names the list in errors.
+
+    Raises:
+        BadConversation: not a list of messages, an unknown role, or contents that are not text.
+    """
     if not isinstance(items, list) or not items:
         found = "an empty list" if items == [] else type(items).__name__
         raise BadConversation("wrong type", f'"{key}" must be a list of messages, found {found}')

@@ -84,7 +84,7 @@ def _trainer(run: Any, args: Namespace, tokenizer: Any, data: Any, limit: int) -
         "per_device_eval_batch_size": args.batch_size or min(args.global_batch_size, 64),
     }
     rows, val_rows = data
-    model = run.load_model()
+    model = run.load_model(tokenizer)
     return with_run(DPOTrainer, run)(
         model=model,
         args=trl_config(TrlConfig, args, run.trl, own),

@@ -8,6 +8,7 @@ is in {logs}/{name}: checkpoints/ for this package (--pretrained, generate.py) a
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,9 +17,11 @@ from typing import Any, ClassVar
 
 from open_lm.config.fields import Section, flag
 from open_lm.config.registry import REWARDS
-from open_lm.errors import ConfigError, join_problems, run_cli
+from open_lm.errors import ConfigError, DataError, join_problems, run_cli
 from open_lm.finetune.flags import parse
 from open_lm.names import user_path
+
+_MAX_PASSES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,22 @@ def run_grpo(args: Namespace) -> dict[str, float]:
             return fitting(prompts, [prompt_tokens(row, tokenizer) for row in prompts], limit, args.overlong)
 
         rows, val_rows = checked(rows), checked(val_rows) if val_rows else None
+        _check_number(len(rows), args.global_batch_size // args.num_generations)
         return train(run, lambda: _trainer(run, args, tokenizer, (rows, val_rows), rewards))
+
+
+def _check_number(num_rows: int, rows_per_step: int) -> None:
+    """Raise DataError if there are fewer prompts than an update has; log how many each pass omits."""
+    if num_rows < rows_per_step:
+        raise DataError(
+            f"--train-data has {num_rows} prompts, but an update has {rows_per_step} (--global-batch-size / "
+            "--num-generations); add prompts or lower --global-batch-size"
+        )
+    if num_rows % rows_per_step:
+        logging.info(
+            f"each pass omits {num_rows % rows_per_step} of {num_rows} prompts, other ones in each pass: an update has "
+            f"{rows_per_step} prompts"
+        )
 
 
 def _trainer(run: Any, args: Namespace, tokenizer: Any, data: Any, rewards: Any) -> Any:
@@ -119,7 +137,7 @@ def _trainer(run: Any, args: Namespace, tokenizer: Any, data: Any, rewards: Any)
     from open_lm.finetune.tuning_run import with_run
 
     rows, val_rows = data
-    model = run.load_model()
+    model = run.load_model(tokenizer)
     own = {
         **{name: getattr(args, name) for name in ("num_generations", "temperature", "top_p", "beta", "loss_type")},
         **{name: getattr(args, name) for name in ("scale_rewards", "epsilon", "epsilon_high", "num_iterations")},
@@ -133,7 +151,15 @@ def _trainer(run: Any, args: Namespace, tokenizer: Any, data: Any, rewards: Any)
     unknown_ids = list(range(len(tokenizer), model.config.vocab_size))
     if unknown_ids:  # rows of the model without a token
         own["generation_kwargs"] = {"suppress_tokens": unknown_ids}
-    trainer = with_run(GRPOTrainer, run)(
+
+    class OrderedTrainer(with_run(GRPOTrainer, run)):  # type: ignore[misc]
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            """Return a sampler whose order depends on the seed and the pass only, so that a resumed run repeats it."""
+            sampler = super()._get_train_sampler(dataset)
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed * _MAX_PASSES + epoch)
+            return sampler
+
+    trainer = OrderedTrainer(
         model=model,
         reward_funcs=rewards,
         args=trl_config(TrlConfig, args, run.trl, own),

@@ -15,8 +15,8 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import DataError, join_problems
+from open_lm.finetune.conversations import ASSISTANT, USER, BadConversation, parse_messages
 
-ROLES = ("system", "user", "assistant", "tool")
 LOCATION = "location"
 _MAX_PROBLEMS = 10
 Row = dict[str, Any]
@@ -69,7 +69,7 @@ def _read(files: Sequence[str], parse: Callable[[Row], Row]) -> list[Row]:
                 if not isinstance(content, dict):
                     raise ValueError(f"found a {type(content).__name__}, expected a JSON object")
                 rows.append({**parse(content), LOCATION: location})
-            except ValueError as error:
+            except (ValueError, BadConversation) as error:
                 problems.append(f"{location}: {error}")
         if len(rows) == num_rows and not problems:
             problems.append(f"{file}: has no rows; write one JSON object per line")
@@ -140,10 +140,10 @@ def _conversations(prompt: Any, chosen: list[Row], rejected: list[Row]) -> Row:
         raise ValueError("chosen and rejected begin with different messages; add the prompt as a list of messages")
     if isinstance(prompt, str) and prompt not in (message["content"] for message in shared):
         raise ValueError("prompt is a text that is not part of the messages of chosen and rejected")
-    if shared[-1]["role"] == "assistant":
+    if shared[-1]["role"] == ASSISTANT:
         raise ValueError("the prompt ends with a message of the assistant; expected one of the user or a tool")
     for key, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not messages or messages[-1]["role"] != "assistant":
+        if not messages or messages[-1]["role"] != ASSISTANT:
             raise ValueError(f"{key} does not end with a message of the assistant")
     return {"prompt": shared, "chosen": chosen, "rejected": rejected}
 
@@ -157,7 +157,7 @@ def _prompt(row: Row) -> Row:
         raise ValueError(f"the key {reserved[0]!r} is reserved; rename it")
     prompt = row["prompt"]
     messages = _messages(prompt, "prompt") if isinstance(prompt, list) else _text(prompt, "prompt")
-    if isinstance(messages, list) and messages[-1]["role"] == "assistant":
+    if isinstance(messages, list) and messages[-1]["role"] == ASSISTANT:
         raise ValueError("the prompt ends with a message of the assistant; expected one of the user or a tool")
     return {**row, "prompt": messages}
 
@@ -173,18 +173,8 @@ def _text(value: Any, key: str) -> str:
 def _messages(value: Any, key: str) -> list[Row]:
     if not isinstance(value, list):
         raise ValueError(f"{key}: found {_kind(value)}, expected a list of messages, as in the other keys")
-    if not value:
-        raise ValueError(f"{key} has no messages")
-    return [_message(item, f"{key}, message {number}") for number, item in enumerate(value, start=1)]
-
-
-def _message(item: Any, label: str) -> Row:
-    if not isinstance(item, dict) or not {"role", "content"} <= set(item):
-        raise ValueError(f"{label}: expected an object with role and content")
-    if item["role"] not in ROLES:
-        raise ValueError(f"{label}: found the role {item['role']!r}, expected one of {', '.join(ROLES)}")
-    if not isinstance(item["content"], str):
-        raise ValueError(f"{label}: the content is {_kind(item['content'])}, expected text")
-    if item["role"] in ("user", "assistant") and not item["content"].strip():
-        raise ValueError(f"{label}: the {item['role']}'s content is empty")
-    return {"role": item["role"], "content": item["content"]}
+    messages = parse_messages(value, key)
+    for number, message in enumerate(messages, start=1):
+        if message.role in (USER, ASSISTANT) and not message.content.strip():
+            raise ValueError(f"{key}, message {number}: the content of the {message.role} is empty")
+    return [message.to_json() for message in messages]

@@ -73,6 +73,7 @@ def _common(args: Namespace, output: str) -> dict[str, Any]:
         "eval_strategy": "steps" if args.val_data and args.val_every_n_steps else "no",
         "eval_steps": args.val_every_n_steps or None,
         "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "report_to": "none",
     }
 

@@ -27,14 +27,15 @@ from open_lm.checkpoint.folders import is_transformers_folder
 from open_lm.config.sections import LoggingConfig
 from open_lm.distributed.processes import run_on_master, sum_over_ranks
 from open_lm.errors import STOP_SIGNALS, ConfigError, missing_package
+from open_lm.finetune.chat_templates import ChatTemplate
 from open_lm.hf.exporting import export_model
-from open_lm.hf.folders import CONFIG, find_source, read_json
+from open_lm.hf.folders import CONFIG, find_source, read_json, write_json
 from open_lm.hf.importing import import_model
-from open_lm.hf.policy import balancing_loss, load_policy, load_policy_tokenizer, save_policy
+from open_lm.hf.policy import balancing_loss, load_policy, load_policy_tokenizer, quiet, save_policy
 from open_lm.monitor.loggers import MetricLoggers, build_loggers, setup_logging
 from open_lm.monitor.run_folder import RunPaths, write_params
 
-COMPLETE = "complete"  # the last file of a checkpoint for --resume
+COMPLETE = "complete.json"  # the last file of a checkpoint for --resume; it has the count that TRL does not save
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Our names of TRL's metrics. Others get the prefix train/ or val/ only.
 _NAMES = {
@@ -53,6 +54,8 @@ _SHOWN = ("loss", "lr", "margin", "accuracy", "reward", "kl", "entropy", "comple
 
 def require_trl() -> None:
     """Raise ConfigError if a package of the extra `finetune` is not installed."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns of kernels that are not used here
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     for module in ("trl", "peft"):
         try:
             __import__(module)
@@ -91,7 +94,8 @@ class TuningRun:
                 setup_logging(self.paths.log)
                 write_params(self.paths.params, {**vars(self.args), "name": self.paths.name})
             run_on_master(self._write_base)
-            yield
+            with quiet():
+                yield
 
     def _is_master(self) -> bool:
         from accelerate import PartialState
@@ -113,9 +117,13 @@ class TuningRun:
             _copy_folder(find_source(source), self.base)
 
     # ------------------------------------------------------------------------------------------ model and tokenizer
-    def load_model(self, **options: Any) -> Any:
-        """Return the model to start from, with float32 weights."""
-        return load_policy(self.base, **options)
+    def load_model(self, tokenizer: Any) -> Any:
+        """Return the model to start from, with float32 weights; it generates up to the end of a turn."""
+        model = load_policy(self.base)
+        stop_ids = model.generation_config.eos_token_id
+        stop_ids = stop_ids if isinstance(stop_ids, list) else [] if stop_ids is None else [stop_ids]
+        model.generation_config.eos_token_id = list(dict.fromkeys([*stop_ids, *_turn_end_ids(tokenizer)]))
+        return model
 
     def load_tokenizer(self, has_messages: bool) -> Any:
         """Return the tokenizer of the base model. Raise ConfigError if messages need a chat template that it lacks."""
@@ -169,6 +177,18 @@ class TuningRun:
         """Return the loggers to metrics.jsonl and those of --report-to; none on other ranks."""
         section = LoggingConfig.from_object(self.args)
         return build_loggers(section, self.paths, vars(self.args), start_step, self._is_master())
+
+
+def _turn_end_ids(tokenizer: Any) -> list[int]:
+    """Return the id of the token that ends a turn of the assistant, if the chat template has one."""
+    if not isinstance(tokenizer.chat_template, str):
+        return []
+    template = ChatTemplate("", tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or "")
+    try:
+        token = template.turn_end.strip()
+    except (ConfigError, IndexError):  # the template does not mark turns or refuses the probe
+        return []
+    return [tokenizer.get_vocab()[token]] if token in tokenizer.get_vocab() else []
 
 
 def _copy_folder(source: str, target: str) -> None:
@@ -238,7 +258,8 @@ def with_run(trainer_class: type, run: TuningRun) -> type:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
-                storage.write_text(storage.join(run.trl, f"checkpoint-{self.state.global_step}", COMPLETE), "")
+                folder = storage.join(run.trl, f"checkpoint-{self.state.global_step}")
+                write_json(storage.join(folder, COMPLETE), {"tokens": self._total_train_tokens})
 
     RunTrainer.__name__ = trainer_class.__name__
     return RunTrainer
@@ -292,6 +313,8 @@ def train(run: TuningRun, build: Callable[[], Any]) -> dict[str, float]:
     trainer = build()
     start_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     trainer.metric_loggers = run.loggers(start_step)
+    if checkpoint:
+        trainer._total_train_tokens = read_json(storage.join(checkpoint, COMPLETE))["tokens"]
     metrics: dict[str, float] = {}
     try:
         if trainer.eval_dataset is not None and checkpoint is None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,6 +77,27 @@ def save_policy(model: Any, base: str, target: str) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
         fields = read_json(storage.join(base, CONFIG))
         write_json(storage.join(output, CONFIG), {**fields, "dtype": dtype, "torch_dtype": dtype})
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Omit progress bars, and warnings about names that trainers of transformers themselves use."""
+    import transformers
+
+    had_bars, tqdm_disable = transformers.logging.is_progress_bar_enabled(), os.environ.get("TQDM_DISABLE")
+    transformers.logging.disable_progress_bar()
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl)\.")
+            yield
+    finally:
+        if had_bars:
+            transformers.logging.enable_progress_bar()
+        if tqdm_disable is None:
+            os.environ.pop("TQDM_DISABLE", None)
+        else:
+            os.environ["TQDM_DISABLE"] = tqdm_disable
 
 
 def balancing_loss(model: Any) -> torch.Tensor | None:
