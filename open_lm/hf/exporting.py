@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from open_lm import storage
-from open_lm.checkpoint.files import read_model_state
+from open_lm.checkpoint.files import adapter_record, read_model_state
 from open_lm.checkpoint.finding import candidates_at, saved_progress
-from open_lm.checkpoint.folders import step_number
+from open_lm.checkpoint.folders import INDEX, step_number
 from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.config.architecture import read_family, read_run_settings
 from open_lm.config.sections import ModelConfig
@@ -28,11 +29,12 @@ from open_lm.errors import CheckpointError, ConfigError, join_problems
 from open_lm.hf.configuration import FIELDS
 from open_lm.hf.families import architecture
 from open_lm.hf.family_configs import SPECIAL_IDS, config_of, full_config
-from open_lm.hf.folders import CONFIG, GENERATION_CONFIG, MODEL, ProgressReport, whole_folder, write_json
+from open_lm.hf.folders import CONFIG, GENERATION_CONFIG, MODEL, ProgressReport, write_json
 from open_lm.hf.model_card import model_card
+from open_lm.hf.output_folder import output_folder
 from open_lm.hf.tensor_map import TensorMap
 from open_lm.hf.tokenizer_files import export_tokenizer
-from open_lm.hf.weight_files import write_weights
+from open_lm.hf.weight_files import TensorInfo, write_weights
 from open_lm.model.params import Params, create_params
 
 _CODE_FILES = sorted((Path(__file__).resolve().parent / "standalone").glob("*_openlm.py"))
@@ -75,7 +77,10 @@ def export_model(
     loaded = None if tokenizer is None else choose_tokenizer(checkpoint, tokenizer)
     if loaded is not None and loaded.vocab_size > num_ids:
         raise ConfigError(f"--tokenizer {tokenizer}: has {loaded.vocab_size} ids, but the model only {num_ids} rows")
-    with whole_folder(target, CONFIG) as output:
+    infos = weights.infos(dtype)
+    identity = {"weights": weights.versions(), "tensors": [str(info) for info in infos], "model": str(fields)}
+    with output_folder(target, CONFIG, identity) as folder:
+        output = folder.folder
         settings = export_tokenizer(checkpoint, loaded, output, params.seq_len)
         write_json(storage.join(output, MODEL), keys_of(params) if config is None else architecture(config))
         if fields is None:
@@ -85,10 +90,10 @@ def export_model(
         ids = {name: settings.get(name) for name in SPECIAL_IDS}
         fields = {**fields, **ids, "architectures": [_class_name(fields)], **weights.dtype_fields(dtype)}
         write_json(storage.join(output, GENERATION_CONFIG), {**settings, "_from_model_config": not settings})
-        infos = weights.infos(dtype)
         progress = saved_progress(checkpoint, step_number(checkpoint) is not None)
         storage.write_text(storage.join(output, "README.md"), model_card(params, fields, infos, progress))
-        write_weights(output, infos, weights.tensors(dtype))
+        write_weights(folder, infos, weights.reads(dtype))
+        folder.check_owner()
         write_json(storage.join(output, CONFIG), fields)
     logging.info(f"exported {checkpoint} as {fields['model_type']}")
     return checkpoint
@@ -142,8 +147,10 @@ class _NativeWeights:
     """The weights of a checkpoint as tensors of transformers; one native tensor is in memory at a time."""
 
     def __init__(self, checkpoint: str, tensor_map: TensorMap) -> None:
-        self._map = tensor_map
-        self._stored = StoredTensors(checkpoint) if step_number(checkpoint) is not None else None
+        self._checkpoint, self._map = checkpoint, tensor_map
+        self._current: tuple[str, list[Tensor]] = "", []
+        is_streamed = step_number(checkpoint) is not None and adapter_record(checkpoint) is None
+        self._stored = StoredTensors(checkpoint) if is_streamed else None
         self._state = {} if self._stored is not None else read_model_state(checkpoint)[0]
         existing = self._shapes()
         # Checkpoints may have only one of the names of a tied weight.
@@ -187,17 +194,31 @@ class _NativeWeights:
         name = str(widest).removeprefix("torch.")
         return {"dtype": name, "torch_dtype": name}
 
-    def infos(self, dtype: torch.dtype | None) -> list[Any]:
+    def infos(self, dtype: torch.dtype | None) -> list[TensorInfo]:
         """Return the tensors to write, in order."""
         return [info for name in self._map.shapes for info in self._map.infos(name, dtype or self._dtype(name))]
 
-    def tensors(self, dtype: torch.dtype | None) -> Iterator[Tensor]:
-        """Yield the tensors of `infos`, in the same order."""
-        report = ProgressReport("export", sum(info.num_bytes for info in self.infos(dtype)))
+    def versions(self) -> list[dict[str, Any]]:
+        """Return the name, size and time of the file that changes with each content of the checkpoint."""
+        url = self._checkpoint if self._stored is None else storage.join(self._checkpoint, INDEX)
+        info = storage.info(url)
+        return [] if info is None else [dataclasses.asdict(info)]
+
+    def reads(self, dtype: torch.dtype | None) -> Iterator[Callable[[], Tensor]]:
+        """Yield functions that return the tensors of `infos`, in the same order.
+
+        The native tensor of the latest one is in memory.
+        """
+        self._report = ProgressReport("export", sum(info.num_bytes for info in self.infos(dtype)))
         for name in self._map.shapes:
+            for number, info in enumerate(self._map.infos(name, dtype or self._dtype(name))):
+                yield partial(self._read, name, number, info)
+
+    def _read(self, name: str, number: int, info: TensorInfo) -> Tensor:
+        if self._current[0] != name:
+            self._current = "", []  # free it before the next one is read
             alias = self._names[name]
             tensor = self._state[alias] if self._stored is None else self._stored.read(f"model/{alias}")
-            for part in self._map.unpack(name, tensor):
-                converted = part if dtype is None else part.to(dtype)
-                report.add(converted.numel() * converted.element_size())
-                yield converted
+            self._current = name, self._map.unpack(name, tensor)
+        self._report.add(info.num_bytes)
+        return self._current[1][number].to(info.dtype)

@@ -1,24 +1,21 @@
-"""Find a model that a user names, and write a folder that appears completely or not at all."""
+"""Find a model that a user names, and read and write its JSON files."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from open_lm import storage
-from open_lm.errors import ConfigError, StorageError
+from open_lm.errors import ConfigError
 
 CONFIG, GENERATION_CONFIG, MODEL = "config.json", "generation_config.json", "model.json"
 _WANTED = ["*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja"]
 _UNWANTED = ["*/*", "*training_args.bin", "optimizer*", "consolidated*"]
-_INCOMPLETE = ".incomplete"
 _REPORT_S = 10.0
 
 
@@ -79,44 +76,6 @@ def read_json(url: str) -> dict[str, Any]:
 def write_json(url: str, content: dict[str, Any]) -> None:
     """Write an object as JSON, atomically."""
     storage.write_text(url, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-@contextlib.contextmanager
-def whole_folder(target: str, marker: str) -> Iterator[str]:
-    """Yield the folder to write to, which becomes `target` when the block ends.
-
-    A local folder has another name until then; what a killed process left there is removed. In a bucket, the file
-    `marker` must be written last. A folder with it is complete.
-
-    Raises:
-        ConfigError: `target` exists and is not empty, or is complete.
-    """
-    target = target.rstrip("/")
-    if storage.is_remote(target):
-        if storage.info(storage.join(target, marker)) is not None:
-            raise ConfigError(f"{target}: has a {marker} already; remove the folder, or choose another one")
-        yield target
-        return
-    local = storage.local_path(target)
-    if os.path.lexists(local) and not (os.path.isdir(local) and not os.listdir(local)):
-        raise ConfigError(f"{target}: exists already; remove it, or choose another folder")
-    incomplete = local + _INCOMPLETE
-    if os.path.isdir(incomplete):
-        logging.warning(f"{incomplete}: removing the files of a conversion that was interrupted")
-        shutil.rmtree(incomplete)
-    os.makedirs(incomplete)
-    try:
-        yield incomplete
-    except BaseException:
-        shutil.rmtree(incomplete, ignore_errors=True)
-        raise
-    try:
-        if os.path.isdir(local):
-            os.rmdir(local)
-        os.rename(incomplete, local)
-        storage.sync_folder(os.path.dirname(os.path.abspath(local)))
-    except OSError as error:
-        raise StorageError(f"{incomplete} could not be renamed to {target} ({error})") from error
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from open_lm import storage
 from open_lm.checkpoint.files import read_file
 from open_lm.errors import CheckpointError, join_problems
+from open_lm.hf.output_folder import OutputFolder
 
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 SHARD_BYTES = 5 * 10**9  # of a file that is written
@@ -85,6 +87,11 @@ class WeightFiles:
             raise CheckpointError(join_problems(problems, f"{folder}: the weights cannot be read"))
         self.tensors = {name: location.info for name, location in self._locations.items()}
         self.num_bytes = sum(info.num_bytes for info in self.tensors.values())
+
+    def versions(self) -> list[dict[str, Any]]:
+        """Return the name, size, time and checksum of each file, as far as its store states them."""
+        files = dict.fromkeys(location.file for location in self._locations.values())
+        return [asdict(info) for file in files if (info := storage.info(file)) is not None]
 
     def _file_names(self) -> list[str]:
         names = {info.url.rpartition("/")[2] for info in storage.list_infos(self.folder)}
@@ -178,27 +185,31 @@ def _read_tensor(location: _Location) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------- writing
 def write_weights(
-    folder: str, infos: Sequence[TensorInfo], tensors: Iterable[Tensor], shard_bytes: int = SHARD_BYTES
+    output: OutputFolder,
+    infos: Sequence[TensorInfo],
+    reads: Iterable[Callable[[], Tensor]],
 ) -> None:
-    """Write safetensors files of up to `shard_bytes` (one tensor may be larger), and their index if there are several.
+    """Write safetensors files of up to SHARD_BYTES (one tensor may be larger), and their index if there are several.
 
-    `tensors` yields the tensors of `infos`, in their order.
+    `reads` yields functions that return the tensors of `infos`, in their order. Those of finished files are not called.
     """
-    shards = _split(infos, shard_bytes)
-    stream = iter(tensors)
+    shards = _split(infos, SHARD_BYTES)
+    stream = iter(reads)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = SAFETENSORS
         if len(shards) > 1:
             name = SAFETENSORS.replace(".", f"-{number:05d}-of-{len(shards):05d}.")
         weight_map.update({info.name: name for info in shard})
-        with storage.atomic_write(storage.join(folder, name)) as file:
-            for part in _shard_content(shard, stream):
-                file.write(part)
+        tensors = list(islice(stream, len(shard)))
+        if output.facts(name) is None:
+            with output.write(name) as file:
+                for part in _shard_content(shard, tensors):
+                    file.write(part)
     if len(shards) > 1:
         metadata = {"total_size": sum(info.num_bytes for info in infos)}
         text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, allow_nan=False)
-        storage.write_text(storage.join(folder, f"{SAFETENSORS}.index.json"), f"{text}\n")
+        storage.write_text(storage.join(output.folder, f"{SAFETENSORS}.index.json"), f"{text}\n")
 
 
 def _split(infos: Sequence[TensorInfo], shard_bytes: int) -> list[list[TensorInfo]]:
@@ -213,7 +224,7 @@ def _split(infos: Sequence[TensorInfo], shard_bytes: int) -> list[list[TensorInf
     return shards
 
 
-def _shard_content(shard: Sequence[TensorInfo], tensors: Iterator[Tensor]) -> Iterator[Any]:
+def _shard_content(shard: Sequence[TensorInfo], reads: Sequence[Callable[[], Tensor]]) -> Iterator[Any]:
     """Yield the bytes of a safetensors file."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -227,8 +238,8 @@ def _shard_content(shard: Sequence[TensorInfo], tensors: Iterator[Tensor]) -> It
     header = json.dumps(entries, separators=(",", ":"), allow_nan=False).encode()
     header += b" " * (-len(header) % 8)  # the data of tensors is aligned
     yield len(header).to_bytes(8, "little") + header
-    for info in shard:
-        tensor = next(tensors)
+    for info, read in zip(shard, reads, strict=True):
+        tensor = read()
         if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
             raise CheckpointError(f"{info.name}: found {tensor.dtype} {tuple(tensor.shape)}, expected {info}")
         yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

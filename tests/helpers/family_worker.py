@@ -1,16 +1,20 @@
-"""Training of tiny models on several ranks, for test_family_layouts.py; results can be serialized as JSON."""
+"""Training of tiny models, and reads of imported weights, on several ranks; results can be serialized as JSON."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from open_lm.config.sections import ParallelConfig
+from open_lm.checkpoint import load_weights
+from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import build_layout, init_runtime, shutdown
 from open_lm.distributed.sharded_tensor import full_tensor, fused_weight_parts
 from open_lm.model.initialization import init_weights
+from open_lm.model.params import create_params
 from open_lm.model.transformer import Params, Transformer
 from open_lm.parallel.parallelize import evaluation_mode, parallelize
 from open_lm.training.step import StepOptions, train_step
@@ -61,3 +65,33 @@ def train(keys: dict[str, Any], settings: dict[str, Any], documents: bool) -> li
         numbers.append([logits.mean().item(), logits.square().mean().item()])
     shutdown(runtime)
     return numbers
+
+
+def read_pretrained(model: str, pretrained: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Load imported weights into a model that is split over the ranks, as --pretrained does.
+
+    Return the bytes that each rank has read from files, and a moment of each parameter. `settings` as for `train`.
+    """
+    cfg = ParallelConfig(**settings)
+    runtime = init_runtime(cfg)
+    layout = build_layout(runtime, cfg)
+    with torch.device("meta"):
+        empty = Transformer(create_params(ModelConfig(model=model)))
+    sharded = parallelize(empty, layout, cfg, device=runtime.device, initialise=lambda each: init_weights(each, seed=5))
+    before = _bytes_read()
+    load_weights(pretrained, sharded)
+    num_bytes = [None] * runtime.world_size
+    dist.all_gather_object(num_bytes, _bytes_read() - before)
+    parts = fused_weight_parts(sharded)
+    moments = {}
+    for name, parameter in sharded.named_parameters():
+        values = full_tensor(parameter, parts.get(name, 1)).double().flatten()
+        moments[name] = (values * torch.linspace(0, 1, len(values), dtype=torch.float64)).sum().item()
+    shutdown(runtime)
+    return {"bytes": num_bytes, "moments": moments}
+
+
+def _bytes_read() -> int:
+    """Return the bytes that system calls of this process have read."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)["rchar"])

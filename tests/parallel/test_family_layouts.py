@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import family_worker
 import pytest
+import torch
 from family_models import CASES, TINY
 from parity import on_ranks
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from open_lm.checkpoint import read_model_state
 from open_lm.hf.families import architecture
+from open_lm.hf.importing import import_model
 from open_lm.parallel.tensor_parallel import local_key_heads
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -72,3 +76,25 @@ def test_key_heads_of_a_rank() -> None:
         [1, 2],
         [2, 2, 3, 3, 3, 3, 3, 3],
     ]
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the bytes that a process reads are counted by Linux")
+def test_each_rank_reads_its_part_of_imported_weights(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2, "vocab_size": 8192}
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**TINY, **sizes}))
+    hf.save_pretrained(tmp_path / "hf")
+    import_model(str(tmp_path / "hf"), str(tmp_path / "own"))
+    arguments = (str(tmp_path / "own" / "model.json"), str(tmp_path / "own" / "step_00000000"))
+    layouts: list[dict[str, Any]] = [{"fsdp": True}, {"tensor_parallel": 2}]
+    results = on_ranks(2, [(family_worker.read_pretrained, *arguments, settings) for settings in layouts])
+    total = sum(parameter.numel() * 4 for parameter in hf.parameters())
+    for result in results:
+        assert max(result["bytes"]) < 0.53 * total, [count / total for count in result["bytes"]]
+        assert sum(result["bytes"]) > total
+    assert results[0]["moments"] == pytest.approx(results[1]["moments"], rel=1e-9)
+    state = read_model_state(tmp_path / "own" / "epoch_0.pt")[0]
+    for name, moment in results[0]["moments"].items():
+        values = state[name].double().flatten()
+        expected = (values * torch.linspace(0, 1, len(values), dtype=torch.float64)).sum().item()
+        assert moment == pytest.approx(expected, rel=1e-9), name
