@@ -45,7 +45,8 @@ def missing_for_a_run(config: Config) -> list[str]:
             "there is nothing to do: set --train-data, --dataset-manifest or --dataset-type synthetic to train, or "
             "--val-data, --icl-yaml or --sample-prompts to evaluate"
         )
-    if wants_training(config.data) and config.data.train_num_samples is None:
+    # With a recipe, an epoch is one pass over the data (training.setup.resolve_epoch_length).
+    if wants_training(config.data) and config.data.train_num_samples is None and config.run.recipe is None:
         problems.append("--train-num-samples is missing: set the number of tokens per epoch")
     return problems
 

@@ -8,13 +8,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from open_lm.config.architecture import read_run_settings
 from open_lm.config.checks import contradictions, missing_for_a_run
 from open_lm.config.fields import FieldSpec
 from open_lm.config.layout import parse_mesh_dim
+from open_lm.config.recipe_files import find_recipe
 from open_lm.config.sections import ArchitectureConfig, Config, sections
 from open_lm.config.suggestions import suggest
 from open_lm.errors import ConfigError, join_problems
-from open_lm.names import user_file
+from open_lm.names import user_file, weights_path
 
 # Flags that were added later must not make existing abbreviations ambiguous.
 LATER_FLAGS = frozenset({
@@ -26,7 +28,7 @@ LATER_FLAGS = frozenset({
     "lr_decay_fraction", "lr_decay_shape", "fsdp_zero2", "tensor_parallel", "context_parallel", "mesh_dim",
     "dist_timeout", "fp8", "val_max_batches", "icl_yaml", "icl_every_n_steps", "icl_max_examples", "icl_data_dir",
     "icl_max_time_share", "sample_prompts", "sample_every_n_steps", "sample_temperature", "sample_max_tokens",
-    "tokenizer", "lora", "qlora",
+    "tokenizer", "lora", "qlora", "recipe",
 })  # fmt: skip
 
 
@@ -82,7 +84,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace:
     """Parse and check flags and the file of --config. Return all settings as one flat object.
 
-    The command line takes precedence over --config, which takes precedence over defaults.
+    The command line takes precedence over --config, which takes precedence over --recipe and defaults.
 
     Args:
         args: the words of the command line.
@@ -102,8 +104,10 @@ def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace
     sources: list[tuple[str, dict[str, Any]]] = [("command line", vars(parsed))]
     if getattr(parsed, "config", None):
         sources.insert(0, (parsed.config, load_config_file(parsed.config)))
+    number_given = len(sources)
+    sources = [*_recipe_sources(sources, problems), *sources]
     given: set[str] = set()
-    for origin, mapping in sources:
+    for number, (origin, mapping) in enumerate(sources):
         for key, raw in mapping.items():
             spec = specs.get(key)
             if spec is None:
@@ -111,7 +115,7 @@ def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace
                 continue
             try:
                 values[key] = convert(raw, spec)
-                given.add(key)
+                given.update([key] if number >= len(sources) - number_given else [])
             except ConfigError as error:
                 problems.append(f"{error} (in {origin})" if origin != "command line" else str(error))
     if _mesh_shards(values["mesh_dim"]):
@@ -126,6 +130,28 @@ def parse_args(args: Sequence[str], for_run: bool = False) -> argparse.Namespace
     if problems:
         raise ConfigError(join_problems(problems, "invalid configuration"))
     return namespace
+
+
+def _recipe_sources(
+    given: Sequence[tuple[str, dict[str, Any]]], problems: list[str]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Return the settings that --recipe adds to the given ones: its file, and the model of --pretrained.
+
+    Problems of the recipe are appended to `problems`.
+    """
+    settings = {key: value for _, mapping in given for key, value in mapping.items()}
+    if settings.get("recipe") is None:
+        return []
+    sources = []
+    try:
+        path = find_recipe(str(settings["recipe"]))
+        sources.append((path, load_config_file(path)))
+    except ConfigError as error:
+        problems.append(str(error))
+    if isinstance(settings.get("pretrained"), str) and not {"model", "hf_model"} & settings.keys():
+        model = read_run_settings(weights_path(settings["pretrained"]))
+        sources.append((settings["pretrained"], {key: value for key, value in model.items() if value is not None}))
+    return sources
 
 
 def _join_mesh_dim(args: Sequence[str]) -> list[str]:

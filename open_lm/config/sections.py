@@ -20,6 +20,7 @@ from open_lm.config.data_section import DataConfig
 from open_lm.config.distill_section import DistillConfig
 from open_lm.config.evaluation_sections import LiveEvaluationConfig, ValidationConfig
 from open_lm.config.fields import FieldSpec, Section, flag, no_effect
+from open_lm.config.recipe_files import recipe_names
 from open_lm.names import user_path, weights_path
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
@@ -32,6 +33,12 @@ class RunConfig(Section):
 
     config: str | None = flag(
         None, "YAML or JSON file with flags as keys; flags on the command line take precedence over it", path=user_path
+    )
+    recipe: str | None = flag(
+        None,
+        f"settings of a stage after pretraining: {', '.join(recipe_names())}, or a YAML file; --config and flags take "
+        "precedence. The model is that of --pretrained, and an epoch is one pass over the data, unless they are set",
+        path=user_path,
     )
     name: str | None = flag(
         None, "name of the run and of its folder in --logs; default: made of date, model, learning rate and batch size"

@@ -28,6 +28,18 @@ def epoch_end_step(epoch: int, *, epoch_tokens: int, seq_len: int, global_batch_
     return epoch * epoch_sequences(epoch_tokens, seq_len) // global_batch_size
 
 
+def pass_tokens(sources: Sequence[Source], seq_len: int) -> int:
+    """Return the tokens of one pass over all sources. ConfigError if the number of their sequences is not known."""
+    sizes = [source.num_sequences for source in sources]
+    unknown = [source.name for source, size in zip(sources, sizes, strict=True) if size is None]
+    if unknown:
+        raise ConfigError(
+            f"--train-num-samples is missing: an epoch cannot be one pass over {unknown[0]}, which has no manifest; "
+            "set it, or create the manifest with python -m open_lm.utils.make_wds_manifest --data-dir FOLDER"
+        )
+    return sum(size for size in sizes if size is not None) * seq_len
+
+
 class Remainder(NamedTuple):
     """What is not trained on: sequences that do not fill a global batch, and tokens that do not fill a sequence."""
 

@@ -17,7 +17,7 @@ from open_lm.checkpoint.adapters import KEY as ADAPTERS_KEY
 from open_lm.checkpoint.sharded import TrainingState
 from open_lm.config.checks import wants_training
 from open_lm.data.tokenizers import check_tokenizers
-from open_lm.distributed.processes import Runtime, run_on_master
+from open_lm.distributed.processes import Runtime, run_on_all_ranks, run_on_master
 from open_lm.errors import CheckpointError, DataError, join_problems
 from open_lm.evaluate.validation import loss_problems, non_finite_weights
 from open_lm.monitor.loggers import MetricLoggers, log_to_file
@@ -30,7 +30,14 @@ from open_lm.training.evaluations.moment import Moment
 from open_lm.training.evaluations.runner import Evaluations
 from open_lm.training.restore import load_state, restore_from
 from open_lm.training.run_length import run_length_problems
-from open_lm.training.setup import check_device, open_run, resolve_settings, start_logging, warn_changed_flags
+from open_lm.training.setup import (
+    check_device,
+    open_run,
+    resolve_epoch_length,
+    resolve_settings,
+    start_logging,
+    warn_changed_flags,
+)
 from open_lm.training.trainer import Trainer, TrainingDiverged
 
 SAVE_TIMEOUT_S = 6 * 3600.0  # the watchdog allows this much extra time for saving to a slow store
@@ -43,6 +50,7 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
     Adds to `args` what the run resolves (name, batch sizes, paths, ...). `architecture` is the model's JSON file.
     """
     first_resume = args.resume  # restarted ranks continue their own run, if it has a checkpoint
+    run_on_all_ranks(lambda: resolve_epoch_length(args, architecture))
     config, layout = resolve_settings(args, runtime)
     trains = wants_training(config.data)
     control = RunControl(runtime.is_master, config.checkpoint.save_every_minutes)

@@ -7,7 +7,7 @@ import json
 import logging
 import logging.handlers
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import PurePath
@@ -30,7 +30,9 @@ from open_lm.config.sections import (
     PrecisionConfig,
 )
 from open_lm.data import provenance
+from open_lm.data.epochs import pass_tokens
 from open_lm.data.order import Source
+from open_lm.data.sources import find_sources
 from open_lm.data.tokenizers import record_in_run
 from open_lm.distributed.processes import Runtime, agree_on_name, broadcast_object, restart_count, run_on_master
 from open_lm.errors import ConfigError, join_problems
@@ -69,6 +71,19 @@ def resolve_settings(args: argparse.Namespace, runtime: Runtime) -> tuple[Config
     if restart_count() and wants_training(DataConfig.from_object(args)):
         args.resume = "latest"  # a launcher that restarts the ranks continues the same run
     return Config.from_namespace(args), layout
+
+
+def resolve_epoch_length(args: argparse.Namespace, architecture: Mapping[str, Any]) -> None:
+    """Set --train-num-samples of a run with --recipe to one pass over the data, if it is not given.
+
+    ConfigError: the number of sequences is not known.
+    """
+    data = DataConfig.from_object(args)
+    if not wants_training(data) or data.train_num_samples is not None:
+        return
+    seq_len = args.hf_seq_len if args.hf_model else architecture["seq_len"]
+    if isinstance(seq_len, int):  # the model reports its absence
+        args.train_num_samples = pass_tokens(find_sources(data), seq_len)
 
 
 def resolve_batch_sizes(args: argparse.Namespace, world_size: int) -> None:
