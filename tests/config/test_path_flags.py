@@ -79,8 +79,8 @@ def test_trainer_replaces_the_home_folder_and_passes_urls_on(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "settings.yaml").write_text("lr: 0.001\n")
-    if spec.name == "config":
-        assert parse_args(["--config", "~/settings.yaml"]).lr == 0.001
+    if spec.name in ("config", "recipe"):
+        assert parse_args([spec.flag, "~/settings.yaml"]).lr == 0.001
         return
     for value, expected in [
         ("~/a {b}", f"{tmp_path}/a {{b}}"), ("s3://bucket/~/x", "s3://bucket/~/x"),
