@@ -65,7 +65,9 @@ def save_for_peft(folder: str, checkpoint: str, flags: Mapping[str, Any] | None 
             raise ConfigError(
                 f"{checkpoint}: its run folder has no params.txt, which states the model; restore the file"
             )
-        modules = exported_modules(adapters, record.settings, _tensor_map(ModelConfig.from_object(Namespace(**settings))))
+        modules = exported_modules(
+            adapters, record.settings, _tensor_map(ModelConfig.from_object(Namespace(**settings)))
+        )
     write_peft_folder(folder, modules, record)
 
 

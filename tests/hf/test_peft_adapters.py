@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +13,7 @@ from family_models import hf_model, native_model, native_params
 from model_helpers import random_ids
 from torch import nn
 
-from open_lm.checkpoint.adapters import AdapterRecord, weights_sha256
+from open_lm.checkpoint.adapters import AdapterRecord
 from open_lm.config.adapters import parse_lora
 from open_lm.errors import CheckpointError
 from open_lm.hf.peft_adapters import exported_modules, read_peft_folder, write_peft_folder

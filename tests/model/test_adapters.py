@@ -150,5 +150,7 @@ def test_quantized_weight_keeps_its_values_when_the_model_is_cast() -> None:
 
 def test_adapter_counts() -> None:
     layer = torch.nn.Linear(6, 4)
-    shapes = {name: tuple(value.shape) for name, value in Adapter(layer, LoraSettings(r=2, dora=True)).named_parameters()}
+    shapes = {
+        name: tuple(value.shape) for name, value in Adapter(layer, LoraSettings(r=2, dora=True)).named_parameters()
+    }
     assert shapes == {"lora_A": (2, 6), "lora_B": (4, 2), "lora_magnitude": (4,)}
