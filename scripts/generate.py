@@ -15,15 +15,20 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from open_lm import storage
-from open_lm.config.architecture import read_run_settings
-from open_lm.config.command_line import FlagParser, add_model_args
-from open_lm.config.sections import ModelConfig
-from open_lm.data.tokenizers import add_tokenizer_args, choose_tokenizer
+from open_lm.config.command_line import FlagParser
+from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.errors import ConfigError, UserError, join_problems, run_cli
 from open_lm.names import user_path
+from open_lm.utils.generation_flags import (
+    add_architecture_args,
+    add_sampling_args,
+    add_source_args,
+    find_checkpoint,
+    load_model,
+)
 
 if TYPE_CHECKING:
     from open_lm.generate.sampling import Sampling
@@ -42,24 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    source = parser.add_argument_group("model")
-    source.add_argument(
-        "--checkpoint",
-        type=user_path,
-        required=True,
-        help="path or URL of epoch_N.pt, step_N, a run folder (its newest checkpoint), or a file with only weights",
-    )
-    source.add_argument(
-        "--model", type=user_path, help="name of a model config, or a .json file (default: the model of the run)"
-    )
-    add_tokenizer_args(source)
-    source.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if available)")
-    source.add_argument(
-        "--precision",
-        choices=("fp32", "bf16", "fp16"),
-        default="fp32",
-        help="precision of the weights (default: %(default)s)",
-    )
+    add_source_args(parser)
     text = parser.add_argument_group("prompts (default: read one prompt per line from standard input)")
     text.add_argument("--prompt", "--input-text", action="append", default=[], help="text to continue; repeatable")
     text.add_argument(
@@ -74,43 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print one JSON object per line with the keys prompt and completion"
     )
     _add_sampling_args(parser)
-    shape = parser.add_argument_group(
-        "architecture (only for settings that are neither in the model config nor in the run)"
-    )
-    add_model_args(shape)  # type: ignore[arg-type]
-    for action in shape._group_actions:
-        action.default = argparse.SUPPRESS
+    add_architecture_args(parser)
     return parser
 
 
 def _add_sampling_args(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--max-new-tokens",
-        "--max-gen-len",
-        type=int,
-        default=200,
-        help="maximum number of new tokens per prompt (default: %(default)s)",
-    )
-    group.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="sampling temperature; 0 selects the most probable token (default: %(default)s)",
-    )
-    group.add_argument(
-        "--top-k", type=int, default=0, help="sample from the K most probable tokens; 0: all (default: %(default)s)"
-    )
-    group.add_argument(
-        "--top-p",
-        type=float,
-        default=0.95,
-        help="sample from the most probable tokens with this total probability (default: %(default)s)",
-    )
-    group.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="values above 1 reduce repetition (default: %(default)s)"
-    )
-    group.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    group = add_sampling_args(parser, "maximum number of new tokens per prompt", default=200)
     group.add_argument("--batch-size", type=int, default=8, help="prompts per batch (default: %(default)s)")
     group.add_argument(
         "--no-cache",
@@ -144,36 +101,6 @@ def read_prompts(prompts: list[str], files: list[str], whole_file: bool) -> list
     if problems:
         raise ConfigError(join_problems(problems))
     return texts
-
-
-def _find_checkpoint(path: str) -> str:
-    """Return the checkpoint at a path, which may be a run folder."""
-    from open_lm.checkpoint import candidates_at
-
-    checkpoint = candidates_at(path)[0].url
-    if checkpoint != path.rstrip("/"):
-        print(f"using the newest checkpoint: {checkpoint}", file=sys.stderr)
-    return checkpoint
-
-
-def _load_model(args: argparse.Namespace, checkpoint: str) -> Transformer:
-    import torch
-
-    from open_lm.generate.sampling import load_model_for_generation
-
-    settings: dict[str, Any] = read_run_settings(checkpoint)
-    settings |= {key: value for key, value in vars(args).items() if value is not None}
-    if "model" not in settings:
-        raise ConfigError(
-            f"--model is missing, and the run folder of {checkpoint} has no params.txt; "
-            "set --model to a model name or a .json file"
-        )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: found no CUDA device; use --device cpu")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    section = ModelConfig.from_object(argparse.Namespace(**settings))
-    return load_model_for_generation(checkpoint, section, device, dtype)
 
 
 def _sampling(args: argparse.Namespace) -> Sampling:
@@ -215,9 +142,9 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     prompts = read_prompts(args.prompt, args.prompt_file, args.whole_file)
     sampling = _sampling(args)
-    checkpoint = _find_checkpoint(args.checkpoint)
+    checkpoint = find_checkpoint(args.checkpoint)
     tokenizer = choose_tokenizer(checkpoint, args.tokenizer, args.eot_token, allow_other=args.allow_other_tokenizer)
-    model = _load_model(args, checkpoint)
+    model = load_model(args, checkpoint)
     if len(prompts) == 1 and sys.stdout.isatty() and not args.json:
         _stream(model, tokenizer, prompts[0], sampling)
         return
