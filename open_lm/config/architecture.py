@@ -15,8 +15,8 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.config.fields import FieldSpec
+from open_lm.config.key_effects import keys_without_effect
 from open_lm.config.model_keys import ModelKeys, relation_problems
-from open_lm.config.registry import FEED_FORWARDS
 from open_lm.config.sections import ArchitectureConfig, ModelConfig
 from open_lm.errors import ConfigError, join_problems
 from open_lm.names import unescape
@@ -76,20 +76,18 @@ def _read_file(model: str, url: str) -> dict[str, Any]:
 
 
 def resolve_architecture(cfg: ModelConfig) -> dict[str, Any]:
-    """Return the result of `read_architecture`, completed by the settings of `cfg` and the defaults of ModelKeys."""
+    """Return the result of `read_architecture`, completed by the settings of `cfg` and the defaults of ModelKeys.
+
+    Raises:
+        ConfigError: as `read_architecture`, or keys that have no effect with these settings.
+    """
     settings = {spec.name: getattr(cfg, spec.name) for spec in ArchitectureConfig.specs()}
     defaults = {spec.name: spec.default for spec in ModelKeys.specs()}
-    return {**defaults, **settings, **read_architecture(cfg.model)}
-
-
-def feed_forward_width(ffn_type: str, dim: int) -> int:
-    """Return the default hidden width of a feed-forward network, an entry of FEED_FORWARDS."""
-    return 4 * dim if FEED_FORWARDS.required_fact(ffn_type, "hidden") == "4x" else gated_width(dim)
-
-
-def gated_width(dim: int) -> int:
-    """Return the hidden width of a gated feed-forward network: 8/3 of `dim`, rounded up to a multiple of 256."""
-    return 256 * -(-int(8 * dim / 3) // 256)
+    values = {**defaults, **settings, **read_architecture(cfg.model)}
+    problems = keys_without_effect(values)
+    if problems:
+        raise ConfigError(join_problems(list(problems.values()), f"--model {cfg.model}"))
+    return values
 
 
 def read_run_settings(checkpoint: str) -> dict[str, Any]:
@@ -177,6 +175,7 @@ def _check_contents(contents: dict[str, Any], label: str) -> dict[str, Any]:
             hint = f"did you mean {' or '.join(similar)}?" if similar else "remove it"
             problems.append(f"the key {key} is unknown; {hint}")
     problems = [problem for problem in problems if problem] or relation_problems(checked)
+    problems = problems or list(keys_without_effect(checked).values())
     if problems:
         raise ConfigError(join_problems(problems, label))
     return checked

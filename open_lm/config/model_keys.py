@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from open_lm.config.fields import Section
-from open_lm.config.registry import ROPE_SCALINGS
+from open_lm.config.registry import FEED_FORWARDS, ROPE_SCALINGS
 
 NORM_POSITIONS = ("pre", "post", "both")
 EXPERT_TYPES = ("gelu_tanh", "swiglu")
@@ -99,7 +99,7 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
     Keys that are missing have their defaults.
     """
     defaults = {spec.name: spec.default for spec in ModelKeys.specs()}
-    all_values: dict[str, Any] = {**defaults, "qk_norm": False, **values}
+    all_values: dict[str, Any] = {**defaults, **values}
     get: Callable[[str], Any] = all_values.get
     problems = [
         f"{name} is {get(name)}, expected at least 1"
@@ -131,13 +131,6 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"rope_fraction is {get('rope_fraction')}, expected at most 1")
     if get("unpadded_vocab_size") and "vocab_size" in values and get("unpadded_vocab_size") > values["vocab_size"]:
         problems.append(f"unpadded_vocab_size is {get('unpadded_vocab_size')}, above vocab_size {values['vocab_size']}")
-    for name, required in (
-        ("attn_window_pattern", "attn_window"),
-        ("rope_local_base", "attn_window"),
-        ("qk_norm_per_head", "qk_norm"),
-    ):
-        if get(name) and not get(required):
-            problems.append(f"{name} has no effect without {required}; set {required} or remove {name}")
     return [*problems, *_rope_frequency_scaling_problems(get("rope_frequency_scaling"))]
 
 
@@ -168,6 +161,16 @@ def _parameter_problem(label: str, name: str, value: object) -> str:
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def feed_forward_width(ffn_type: str, dim: int) -> int:
+    """Return the default hidden width of a feed-forward network, an entry of FEED_FORWARDS."""
+    return 4 * dim if FEED_FORWARDS.required_fact(ffn_type, "hidden") == "4x" else gated_width(dim)
+
+
+def gated_width(dim: int) -> int:
+    """Return the hidden width of a gated feed-forward network: 8/3 of `dim`, rounded up to a multiple of 256."""
+    return 256 * -(-int(8 * dim / 3) // 256)
 
 
 def attended_tokens(settings: Any) -> float:

@@ -14,7 +14,7 @@ def flags_without_effect(config: Config, architecture: Mapping[str, Any] | None 
     """Return one sentence for each flag that differs from its default and has no effect.
 
     `architecture` holds the contents of the model's JSON file (see `read_architecture`), which take precedence over
-    flags.
+    flags. Its keys that are also flags are reported too.
     """
     file = dict(architecture or {})
     reasons = settings_without_effect(config, file)
@@ -31,6 +31,10 @@ def flags_without_effect(config: Config, architecture: Mapping[str, Any] | None 
                 f"{spec.flag} has no effect: the --model file sets {spec.name} to {file[spec.name]} and takes "
                 "precedence"
             )
+    for spec in ArchitectureConfig.specs():
+        if file.get(spec.name, spec.default) != spec.default and (spec.no_effect or spec.name in reasons):
+            reason = f": {spec.no_effect}" if spec.no_effect else f" {reasons[spec.name]}"
+            sentences.append(f"the key {spec.name} of the --model file has no effect{reason}")
     return sentences
 
 
@@ -40,13 +44,15 @@ def settings_without_effect(config: Config, architecture: Mapping[str, Any] | No
     for names, has_effect, reason in _CONDITIONS:
         if not has_effect(config):
             reasons |= {name: reason for name in names if name not in reasons}
-    if not (architecture or {}).get("moe_freq", config.model.moe_freq):
+    file = architecture or {}
+    if not file.get("moe_freq", config.model.moe_freq):
         reasons |= dict.fromkeys(
             ("moe_num_experts", "moe_top_k", "moe_capacity_factor", "moe_loss_weight"), _NO_EXPERTS
         )
     for spec, value in config.settings():
         if spec.registry is not None:
-            reasons = {**_unused_settings(spec.flag, value, spec.registry), **reasons}
+            chosen = file.get(spec.name, value)
+            reasons = {**_unused_settings(spec.flag, chosen, spec.registry), **reasons}
     return reasons
 
 

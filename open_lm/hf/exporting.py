@@ -23,6 +23,7 @@ from open_lm.checkpoint.finding import candidates_at, saved_progress
 from open_lm.checkpoint.folders import INDEX, step_number
 from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.config.architecture import read_family, read_run_settings
+from open_lm.config.key_effects import keys_without_effect
 from open_lm.config.sections import ModelConfig
 from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.errors import CheckpointError, ConfigError, join_problems
@@ -114,13 +115,16 @@ def _params_of(checkpoint: str, model: str | None) -> tuple[Params, str]:
 
 
 def keys_of(params: Params) -> dict[str, Any]:
-    """Return the keys of a model's JSON file that differ from the defaults."""
+    """Return the keys of a model's JSON file that differ from the defaults and have an effect."""
     defaults = {field.name: field.default for field in dataclasses.fields(Params)}
     required = ("dim", "n_layers", "n_heads", "seq_len", "vocab_size")
+    keys = {_KEY_NAMES.get(name, name): getattr(params, name) for name in FIELDS}
+    unused = keys_without_effect(keys)
     return {
-        _KEY_NAMES.get(name, name): getattr(params, name)
+        key: keys[key]
         for name in FIELDS
-        if name in required or getattr(params, name) != defaults[name]
+        if (key := _KEY_NAMES.get(name, name)) not in unused
+        and (name in required or getattr(params, name) != defaults[name])
     }
 
 

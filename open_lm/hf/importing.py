@@ -19,6 +19,7 @@ from open_lm.checkpoint.folders import step_folder
 from open_lm.checkpoint.interchange import write_interchange
 from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.config.architecture import FAMILY_KEY, read_architecture
+from open_lm.config.key_effects import keys_without_effect
 from open_lm.data import provenance
 from open_lm.errors import ConfigError, join_problems
 from open_lm.hf.checkpoint_files import write_checkpoint
@@ -57,6 +58,8 @@ def import_model(
     if model is not None:
         keys = _named_keys(keys, model)
     keys = _padded(keys, vocab_multiple)
+    unused = keys_without_effect(keys)
+    keys = {name: value for name, value in keys.items() if name not in unused}
     params = params_from_keys(keys)
     weights = WeightFiles(folder)
     tensor_map = TensorMap(params, config)

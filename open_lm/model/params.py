@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from open_lm.config.architecture import feed_forward_width, resolve_architecture
-from open_lm.config.model_keys import ModelKeys, in_layer, relation_problems
+from open_lm.config.architecture import resolve_architecture
+from open_lm.config.model_keys import ModelKeys, feed_forward_width, in_layer, relation_problems
 from open_lm.config.registry import FEED_FORWARDS, POSITIONAL_EMBEDDINGS
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError, join_problems
@@ -152,7 +152,7 @@ class Params:
         names = ("n_heads", "vocab_size", *(spec.name for spec in ModelKeys.specs()))
         values = {name: getattr(self, name) for name in names}
         derived = [name for name in ("n_kv_heads", "head_dim", "ffn_dim", "moe_ffn_dim") if not values[name]]
-        return problems + relation_problems({**values, "qk_norm": self.apply_qk_norm, **dict.fromkeys(derived)})
+        return problems + relation_problems({**values, **dict.fromkeys(derived)})
 
     @property
     def hidden_dim(self) -> int:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
 
-from open_lm.config.architecture import feed_forward_width, resolve_architecture
-from open_lm.config.model_keys import attended_tokens
+from open_lm.config.architecture import resolve_architecture
+from open_lm.config.model_keys import attended_tokens, feed_forward_width
 from open_lm.config.registry import FEED_FORWARDS, NORMS
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError

@@ -12,9 +12,12 @@ import pytest
 
 from open_lm import storage
 from open_lm.config.architecture import COUNTS, FAMILY_KEY, SWITCHES, model_names, read_architecture, read_run_settings
+from open_lm.config.command_line import parse_args
 from open_lm.config.model_keys import ModelKeys
-from open_lm.config.sections import ArchitectureConfig
+from open_lm.config.no_effect import flags_without_effect
+from open_lm.config.sections import ArchitectureConfig, Config, ModelConfig
 from open_lm.errors import ConfigError
+from open_lm.model.params import create_params
 
 GOOD = {"hidden_dim": 8, "n_layers": 1, "n_heads": 2, "seq_len": 4, "vocab_size": 5}
 
@@ -102,7 +105,18 @@ def test_unknown_keys_are_errors(tmp_path: Path) -> None:
         ({"attn_window_pattern": [True]}, "no effect without attn_window"),
         ({"attn_window": 4, "attn_window_pattern": True}, "is True, expected a list, each true or false"),
         ({"attn_window": 4, "attn_window_pattern": []}, "attn_window_pattern is empty"),
-        ({"qk_norm_per_head": True}, "no effect without qk_norm"),
+        ({"qk_norm": False, "qk_norm_per_head": True}, "qk_norm_per_head has no effect without qk_norm"),
+        ({"attn_window": 4, "attn_window_pattern": [False]}, "attn_window has no effect because attn_window_pattern"),
+        (
+            {"positional_embedding_type": "none", "rope_base": 1e5, "rope_pattern": [True, False]},
+            r"(?s)rope_base has no effect without rotary embeddings.*rope_pattern has no effect",
+        ),
+        ({"rope_pattern": [False], "rope_fraction": 0.5}, "rope_fraction has no effect because rope_pattern is false"),
+        (
+            {"moe_freq": 0, "moe_ffn_dim": 5, "moe_loss_scope": "model", "moe_ffn_type": "swiglu"},
+            r"(?s)moe_ffn_type has no effect without moe_freq.*moe_ffn_dim has.*moe_loss_scope has",
+        ),
+        ({"moe_freq": 1, "moe_num_experts": 2, "ffn_dim": 5}, "ffn_dim has no effect because moe_freq 1 puts experts"),
         ({"rope_fraction": 1.5}, "rope_fraction is 1.5, expected at most 1"),
         ({"unpadded_vocab_size": 9}, "unpadded_vocab_size is 9, above vocab_size 5"),
         ({"norm_position": "around"}, "norm_position is 'around', expected one of pre, post, both"),
@@ -129,6 +143,29 @@ def test_unknown_keys_are_errors(tmp_path: Path) -> None:
 def test_invalid_values_of_keys(tmp_path: Path, keys: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_architecture(write(tmp_path, {**GOOD, **keys}))
+
+
+def test_keys_without_effect_depend_on_flags_too(tmp_path: Path) -> None:
+    """New keys without effect are errors; keys that older files contain are reported as flags are."""
+    model = write(tmp_path, {**GOOD, "moe_ffn_dim": 6, "qk_norm_per_head": True})
+    assert read_architecture(model)["moe_ffn_dim"] == 6
+    params = create_params(ModelConfig(model=model, qk_norm=True, moe_freq=1, moe_num_experts=2))
+    assert (params.moe_ffn_dim, params.qk_norm_per_head) == (6, True)
+    with pytest.raises(
+        ConfigError, match=r"(?s)qk_norm_per_head has no effect without qk_norm.*moe_ffn_dim has no eff"
+    ):
+        create_params(ModelConfig(model=model))
+    older = {**GOOD, "moe_freq": 0, "moe_top_k": 3, "attn_seq_scalar": "max", "moe_weight_parallelism": True}
+    file = read_architecture(write(tmp_path, older))
+    config = Config.from_namespace(parse_args([]))
+    sentences = flags_without_effect(config, file)
+    for part in (
+        "moe_top_k of the --model file has no effect without --moe-freq",
+        "attn_seq_scalar of",
+        "moe_weight_par",
+    ):
+        assert any(part in sentence for sentence in sentences), sentences
+    assert not flags_without_effect(config, read_architecture("open_lm_1b_old"))
 
 
 def test_every_key_is_documented() -> None:
