@@ -261,13 +261,16 @@ def _write_results(
     path: str, outcomes: list[Outcome], metadata: dict[str, Any], settings: EvalSettings, baselines: str
 ) -> None:
     """Print the table and the aggregates, and write the JSON result, on rank 0."""
-    from open_lm.evaluate.icl.aggregates import dclm_aggregate
+    from open_lm.evaluate.icl.aggregates import aggregate_score
+    from open_lm.evaluate.icl.gauntlet import gauntlet_scores
     from open_lm.evaluate.icl.report import format_table, write_json
 
     if _is_main():
-        aggregates = [dclm_aggregate(outcomes, name, baselines) for name in settings.aggregates]
-        print("\n".join(["", format_table(outcomes), *map(str, aggregates), ""]), flush=True)
-        write_json(path, outcomes, metadata, aggregates)
+        aggregates = [aggregate_score(outcomes, name, baselines) for name in settings.aggregates]
+        gauntlet = gauntlet_scores(settings.gauntlet, outcomes) if settings.gauntlet else None
+        sums = [str(item) for item in (*aggregates, gauntlet) if item is not None]
+        print("\n".join(["", format_table(outcomes), *sums, ""]), flush=True)
+        write_json(path, outcomes, metadata, aggregates, gauntlet)
         print(f"results written to {path}", flush=True)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError, run_cli
-from open_lm.evaluate.icl.aggregates import dclm_aggregate, dclm_tasks
+from open_lm.evaluate.icl.aggregates import aggregate_members, aggregate_score, title
 from open_lm.evaluate.icl.curves import Point, check_plot, write_plot
 from open_lm.evaluate.icl.metrics import Outcome, Record
 from open_lm.evaluate.icl.report import align, read_json
@@ -119,7 +119,7 @@ def compare(first: Result, second: Result) -> PairReport:
             f"{first.path} and {second.path} have no comparable task in common:\n" + "\n".join(report.notes)
         )
     _add_averages(report, first, second, comparisons)
-    _add_dclm(report, first, second, comparisons)
+    _add_requested(report, first, second, comparisons)
     return report
 
 
@@ -246,26 +246,21 @@ def _add_averages(report: PairReport, first: Result, second: Result, comparisons
         report.aggregates.append(_aggregate_row(name, first, second, comparisons, used))
 
 
-def _add_dclm(report: PairReport, first: Result, second: Result, comparisons: Mapping[Key, Comparison]) -> None:
+def _add_requested(report: PairReport, first: Result, second: Result, comparisons: Mapping[Key, Comparison]) -> None:
     """Add the aggregates that the files request, with the baselines of the first file."""
     requested = {item["name"]: item["baselines"] for item in [*_aggregates(second), *_aggregates(first)]}
     for item in _aggregates(second):
         if item["baselines"] != requested[item["name"]]:
             report.notes.append(f"{item['name']}: both scores have the baselines {requested[item['name']]}")
     for name, version in requested.items():
-        complete = [dclm_aggregate(list(result.tasks.values()), name, version) for result in (first, second)]
-        members = {
-            (label, shots): (v1 if version == "v1" else v2) / 100
-            for label, (shots, is_core, v1, v2) in dclm_tasks().items()
-            if name == "extended" or is_core
-        }
+        complete = [aggregate_score(list(result.tasks.values()), name, version) for result in (first, second)]
+        members = aggregate_members(name, version)
         missing = [label for label, shots in members if (label, shots) not in comparisons]
         if missing:
             report.notes += [f"{r.path}: {a}" for r, a in zip((first, second), complete, strict=True) if a.missing]
-            report.notes.append(f"DCLM {name.upper()} is not compared; missing: {', '.join(missing)}")
+            report.notes.append(f"{title(name, version)} is not compared; missing: {', '.join(missing)}")
             continue
-        title = f"DCLM {name.upper()} (baselines {version})"
-        report.aggregates.append(_aggregate_row(title, first, second, comparisons, members))
+        report.aggregates.append(_aggregate_row(title(name, version), first, second, comparisons, members))
 
 
 def _aggregates(result: Result) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from icl_worker import byte_tokenizer, new_model, write_tasks
 from open_lm.errors import ConfigError, DataError
 from open_lm.evaluate import compare
 from open_lm.evaluate.icl import EvaluatorOptions, IclEvaluator, Outcome, ResultStore, evaluate_tasks
-from open_lm.evaluate.icl.aggregates import dclm_aggregate, dclm_tasks
+from open_lm.evaluate.icl.aggregates import aggregate_score, dclm_tasks
 from open_lm.evaluate.icl.report import training_position, write_json
 from open_lm.evaluate.icl.significance import Paired, Unpaired, Untested, bootstrap
 from open_lm.evaluate.icl.store import stored_facts, weights_hash
@@ -248,19 +248,19 @@ def test_aggregates_of_dclm(tmp_path: Path) -> None:
     core = {label: facts for label, facts in dclm_tasks().items() if facts[1]}
     found = [[plain(label, score, shots=shots) for label, (shots, *_) in core.items()] for score in (0.5, 0.6)]
     files = [
-        write(tmp_path / f"{i}.json", tasks, aggregates=[dclm_aggregate(tasks, "core")])
+        write(tmp_path / f"{i}.json", tasks, aggregates=[aggregate_score(tasks, "core")])
         for i, tasks in enumerate(found)
     ]
     (report,) = compare.main(files)
     row = report.aggregates[-1]
     assert row.task == "DCLM CORE (baselines v2)"
-    assert row.scores == pytest.approx(tuple(dclm_aggregate(tasks, "core").score for tasks in found))
+    assert row.scores == pytest.approx(tuple(aggregate_score(tasks, "core").score for tasks in found))
     assert row.difference.value == pytest.approx(row.scores[1] - row.scores[0])
     assert row.difference.test == "unpaired bootstrap" and (row.difference.p_value or 1) < 0.001
     short = found[1][1:]
-    other = write(tmp_path / "short.json", short, aggregates=[dclm_aggregate(short, "core")])
+    other = write(tmp_path / "short.json", short, aggregates=[aggregate_score(short, "core")])
     notes = "\n".join(compare.main([files[0], other])[0].notes)
-    assert f"DCLM CORE is not compared; missing: {found[0][0].task}" in notes
+    assert f"DCLM CORE (baselines v2) is not compared; missing: {found[0][0].task}" in notes
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from parity import on_ranks
 
 from open_lm.errors import ConfigError, DataError
 from open_lm.evaluate.icl import EvaluatorOptions, IclEvaluator, Outcome, ResultStore, Task, read_settings
-from open_lm.evaluate.icl.aggregates import dclm_aggregate, dclm_tasks
+from open_lm.evaluate.icl.aggregates import aggregate_score, dclm_tasks
 from open_lm.evaluate.icl.metrics import accuracy_interval, binomial_interval, normalize_answer
 from open_lm.evaluate.icl.packing import form_batches, pack, pack_example
 from open_lm.evaluate.icl.prompts import Choice, Example, Prompts, PromptTooLong, build_prompts, few_shot_indices
@@ -322,11 +322,11 @@ def test_core_is_the_mean_centered_accuracy_of_its_tasks() -> None:
     for version, column in (("v1", 2), ("v2", 3)):
         baselines = [facts[column] / 100 for facts in members.values()]
         expected = np.mean([(0.7 - baseline) / (1 - baseline) for baseline in baselines])
-        found = dclm_aggregate(outcomes, "core", version)
+        found = aggregate_score(outcomes, "core", version)
         assert found.score == pytest.approx(expected) and f"baselines {version}" in str(found)
-    incomplete = dclm_aggregate([o for o in outcomes if o.task not in ("squad", "coqa")], "core")
+    incomplete = aggregate_score([o for o in outcomes if o.task not in ("squad", "coqa")], "core")
     assert incomplete.score is None and str(incomplete).endswith("not available, 2 tasks are missing: squad, coqa")
-    assert len(dclm_aggregate(outcomes, "extended").missing) == 31
+    assert len(aggregate_score(outcomes, "extended").missing) == 31
 
 
 def test_core_yaml_has_the_tasks_of_core(shared_dir: Path) -> None:

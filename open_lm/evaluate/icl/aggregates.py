@@ -1,7 +1,8 @@
-"""Aggregate scores of DCLM (Li et al. 2024, https://arxiv.org/abs/2406.11794): CORE and EXTENDED.
+"""Aggregate scores: CORE and EXTENDED of DCLM (Li et al. 2024, https://arxiv.org/abs/2406.11794), and OpenLM's average.
 
-An aggregate is the mean of the centered accuracies (accuracy - baseline) / (1 - baseline) of its tasks. Two versions of
-the baselines are in use; they differ for tasks whose data has fewer choices than the original.
+DCLM's aggregates are the mean of the centered accuracies (accuracy - baseline) / (1 - baseline) of their tasks. Two
+versions of the baselines are in use; they differ for tasks whose data has fewer choices than the original. OpenLM's
+published tables have the mean accuracy of eleven zero-shot tasks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ import yaml
 from open_lm.evaluate.icl.metrics import Outcome
 
 BASELINE_VERSIONS = ("v2", "v1")  # the default first
+_OPENLM_TASKS = (
+    "arc_challenge", "arc_easy", "boolq", "copa", "hellaswag", "lambada_openai", "piqa", "winogrande", "mmlu",
+    "jeopardy", "winograd",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,17 @@ class Aggregate:
     missing: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        name = f"DCLM {self.name.upper()} ({self.tasks} tasks, baselines {self.baselines})"
+        name = f"{title(self.name, self.baselines, f'{self.tasks} tasks')}"
         if self.score is not None:
             return f"{name}: {self.score:.4f}"
         return f"{name}: not available, {len(self.missing)} tasks are missing: {', '.join(self.missing)}"
+
+
+def title(name: str, baselines: str, detail: str = "") -> str:
+    """Return the name of an aggregate for tables, with the version of the baselines if it has them."""
+    if name == "openlm":
+        return f"OpenLM average{f' ({detail})' if detail else ''}"
+    return f"DCLM {name.upper()} ({f'{detail}, ' if detail else ''}baselines {baselines})"
 
 
 @functools.cache
@@ -50,16 +62,22 @@ def dclm_tasks() -> dict[str, tuple[int, bool, float, float]]:
     return {label: tuple(values) for label, values in content.items()}
 
 
-def dclm_aggregate(outcomes: Sequence[Outcome], name: str, baselines: str = BASELINE_VERSIONS[0]) -> Aggregate:
+def aggregate_members(name: str, baselines: str = BASELINE_VERSIONS[0]) -> dict[tuple[str, int], float]:
+    """Return the tasks of an aggregate: scores of random guessing, from 0 to 1, by (label, shots)."""
+    if name == "openlm":
+        return {(label, 0): 0.0 for label in _OPENLM_TASKS}
+    return {
+        (label, shots): (first if baselines == "v1" else second) / 100
+        for label, (shots, is_core, first, second) in dclm_tasks().items()
+        if name == "extended" or is_core
+    }
+
+
+def aggregate_score(outcomes: Sequence[Outcome], name: str, baselines: str = BASELINE_VERSIONS[0]) -> Aggregate:
     """Return an aggregate of the outcomes; other tasks and numbers of shots are ignored."""
     scores = {(outcome.task, outcome.shots): outcome.score for outcome in outcomes}
-    members = {label: facts for label, facts in dclm_tasks().items() if name == "extended" or facts[1]}
-    centered, missing = [], []
-    for label, (shots, _, first, second) in members.items():
-        score, baseline = scores.get((label, shots)), (first if baselines == "v1" else second) / 100
-        if score is None:
-            missing.append(label)
-        else:
-            centered.append((score - baseline) / (1 - baseline))
-    mean = sum(centered) / len(centered) if centered and not missing else None
-    return Aggregate(name, baselines, mean, len(members), missing)
+    members = aggregate_members(name, baselines)
+    missing = [label for label, shots in members if scores.get((label, shots)) is None]
+    centered = [(score - b) / (1 - b) for key, b in members.items() if (score := scores.get(key)) is not None]
+    mean = None if missing else sum(centered) / len(centered)
+    return Aggregate(name, "" if name == "openlm" else baselines, mean, len(members), missing)

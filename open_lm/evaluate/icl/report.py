@@ -12,6 +12,7 @@ from open_lm.checkpoint import saved_progress
 from open_lm.checkpoint.folders import step_number
 from open_lm.errors import DataError
 from open_lm.evaluate.icl.aggregates import Aggregate
+from open_lm.evaluate.icl.gauntlet import GauntletScores
 from open_lm.evaluate.icl.metrics import Outcome
 from open_lm.storage.strict_json import to_json
 
@@ -86,6 +87,12 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
     if notes:
         notes.append("the averages exclude tasks that did not run")
     notes += [
+        f"{o.task} {o.shots}-shot: {o.score:.4f} is the mean over {len(o.categories)} categories (macro); over all "
+        f"examples it is {o.micro_score:.4f} (micro)"
+        for o in outcomes
+        if o.score is not None and o.micro_score is not None
+    ]
+    notes += [
         f"{o.task} {o.shots}-shot: {o.truncated} of {o.sequences} contexts were truncated on the left to fit the model"
         for o in outcomes
         if o.truncated
@@ -94,12 +101,17 @@ def _notes(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def write_json(
-    path: str, outcomes: Sequence[Outcome], run_metadata: Mapping[str, Any], aggregates: Sequence[Aggregate] = ()
+    path: str,
+    outcomes: Sequence[Outcome],
+    run_metadata: Mapping[str, Any],
+    aggregates: Sequence[Aggregate] = (),
+    gauntlet: GauntletScores | None = None,
 ) -> None:
     """Write all results of an evaluation as strict JSON; a value that is not finite is null. The write is atomic."""
     tasks = [{**asdict(outcome), "centered": centered(outcome)} for outcome in outcomes]
     content = {"schema": SCHEMA, **run_metadata, **averages(outcomes)}
-    content |= {"aggregates": [asdict(aggregate) for aggregate in aggregates], "tasks": tasks}
+    content |= {"aggregates": [asdict(aggregate) for aggregate in aggregates]}
+    content |= {"gauntlet": None if gauntlet is None else asdict(gauntlet), "tasks": tasks}
     storage.write_text(path, to_json(content, indent=2) + "\n")
 
 

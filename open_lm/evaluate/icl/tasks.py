@@ -16,6 +16,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError, join_problems
+from open_lm.evaluate.icl.gauntlet import Gauntlet, parse_gauntlet
 from open_lm.names import user_path
 from open_lm.tokenizer import Tokenizer
 
@@ -44,10 +45,11 @@ KNOWN_METRICS = (
 _REFERENCE = re.compile(r"\$\{\s*([^{}]+?)\s*\}")
 _ENVIRONMENT = "oc.env:"  # before the name of an environment variable, and a default after a comma
 _MAX_REFERENCES = 16  # depth of settings that refer to other settings
-AGGREGATES = ("core", "extended")  # DCLM's scores over several tasks, see aggregates.py
+AGGREGATES = ("core", "extended", "openlm")  # scores over several tasks, see aggregates.py
 PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 KNOWN_SETTINGS = (
     "data_dir", "max_seq_len", "device_eval_batch_size", "precision", "seed", "icl_tasks", "aggregates",
+    "eval_gauntlet",
 )  # fmt: skip
 
 
@@ -85,7 +87,8 @@ class EvalSettings:
     batch_size: int = 8
     precision: str = "fp32"
     seed: int = 1
-    aggregates: list[str] = field(default_factory=list)  # names in aggregates.AGGREGATES, of all files
+    aggregates: list[str] = field(default_factory=list)  # names in AGGREGATES, of all files
+    gauntlet: Gauntlet | None = None  # of the first file that has one
     ignored: list[str] = field(default_factory=list)  # settings of the first file that have no effect
 
     def check_fit(self, tokenizer: Tokenizer, vocab_size: int, seq_len: int, *, model: str, file: str) -> None:
@@ -149,6 +152,7 @@ def read_settings(
         precision=str(first.get("precision") or "fp32"),
         seed=_number(first, "seed", 1, files[0], problems) or 0,
         aggregates=list(dict.fromkeys(name for content in contents for name in content.get("aggregates") or [])),
+        gauntlet=_gauntlet(files, contents, problems),
         ignored=[key for key, value in first.items() if key not in KNOWN_SETTINGS and value],
     )
     unknown = [str(name) for name in settings.aggregates if name not in AGGREGATES]
@@ -190,6 +194,35 @@ def _load(file: str, data_dir: str | None, problems: list[str], flag: str) -> di
         file_problems.append("expected settings with a list icl_tasks")
     problems += [f"{flag} {file}: {problem}" for problem in file_problems]
     return {"icl_tasks": []} if file_problems else dict(resolved)
+
+
+def _gauntlet(files: Sequence[str], contents: Sequence[dict[str, Any]], problems: list[str]) -> Gauntlet | None:
+    """Return the Gauntlet of the first file that has one: settings, or the path of a YAML file with them."""
+    for file, content in zip(files, contents, strict=True):
+        value = content.get("eval_gauntlet")
+        if isinstance(value, str):
+            folder = file.rpartition("/")[0] if storage.is_remote(file) else str(Path(file).resolve().parent)
+            path = user_path(value)
+            path = path if storage.exists(path) else storage.join(folder, path)
+            value = _yaml_of(path, f"{file}: eval_gauntlet", problems).get("eval_gauntlet")
+            return None if value is None else parse_gauntlet(value, path, problems)
+        if value is not None:
+            return parse_gauntlet(value, file, problems)
+    return None
+
+
+def _yaml_of(path: str, where: str, problems: list[str]) -> dict[str, Any]:
+    """Return the content of a YAML file with the key eval_gauntlet; otherwise add a problem."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(storage.read_text(path)) if storage.exists(path) else None
+    except (yaml.YAMLError, ValueError):
+        content = None
+    if isinstance(content, dict) and "eval_gauntlet" in content:
+        return content
+    problems.append(f"{where} is {path}, expected settings or the path of a YAML file with the key eval_gauntlet")
+    return {}
 
 
 def _resolve(value: Any, settings: dict[str, Any], depth: int = 0) -> Any:

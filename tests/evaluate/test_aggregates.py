@@ -1,0 +1,147 @@
+"""Scores over several tasks: llm-foundry's Gauntlet, compared with its own callback, and OpenLM's average."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from eval_environment import EVAL_PYTHON, needs_eval_environment
+
+from open_lm.errors import ConfigError
+from open_lm.evaluate.icl import Outcome, read_settings
+from open_lm.evaluate.icl.aggregates import aggregate_score
+from open_lm.evaluate.icl.gauntlet import WEIGHTINGS, gauntlet_scores, parse_gauntlet
+from open_lm.evaluate.icl.report import format_table, read_json, write_json
+
+ACCURACY = "InContextLearningMultipleChoiceAccuracy"
+OUTCOMES = [
+    Outcome("a", 0, "multiple_choice", ACCURACY, 0.4, n=100, metrics={ACCURACY: 0.4}),
+    Outcome("b", 3, "multiple_choice", ACCURACY, 0.9, n=1000, metrics={ACCURACY: 0.9, "SomeCalibrationError": 0.1}),
+    Outcome("c", 3, "multiple_choice", ACCURACY, 0.55, n=3, metrics={ACCURACY: 0.55}, categories={"x": 0.5, "y": 0.6}),
+    Outcome("d", 1, "multiple_choice", ACCURACY, 0.1, n=1, metrics={ACCURACY: 0.1}),
+]
+CATEGORIES = [
+    {"name": "first", "benchmarks": [{"name": "a", "num_fewshot": 0, "random_baseline": 0.25},
+                                     {"name": "b", "num_fewshot": 3, "random_baseline": 0.5}]},
+    {"name": "second", "benchmarks": [{"name": "c", "num_fewshot": 3, "random_baseline": 0.0},
+                                      {"name": "d", "num_fewshot": 1, "random_baseline": 0.2}]},
+    {"name": "incomplete", "benchmarks": [{"name": "b", "num_fewshot": 3, "random_baseline": 0.5},
+                                          {"name": "b", "num_fewshot": 0, "random_baseline": 0.5}]},
+]  # fmt: skip
+AVERAGES = {"core_average": ["first", "second", "incomplete"], "other": ["second"]}
+VARIANTS: list[dict[str, Any]] = [
+    *({"weighting": weighting, "averages": AVERAGES} for weighting in WEIGHTINGS),
+    {"weighting": "EQUAL", "rescale_accuracy": False},
+    {"weighting": "SAMPLE_SZ", "rescale_accuracy": False, "subtract_random_baseline": False, "averages": AVERAGES},
+]
+
+# Loads the callback's file, because importing llmfoundry takes 20 s.
+CALLBACK = """
+import copy, importlib.metadata, importlib.util, json, sys
+from types import SimpleNamespace
+path = importlib.metadata.distribution("llm-foundry").locate_file("llmfoundry/callbacks/eval_gauntlet_callback.py")
+spec = importlib.util.spec_from_file_location("eval_gauntlet_callback", path)
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+EvalGauntlet = module.EvalGauntlet
+data, results = json.load(sys.stdin), []
+for settings in data["settings"]:
+    keys, metrics, sizes = [], {}, {}
+    for task, shots, scores, n in data["tasks"]:
+        for category, value in scores.items():
+            name = "/".join(x for x in (task, f"{shots}-shot", category) if x)
+            keys.append(f"metrics/{name}/InContextLearningMultipleChoiceAccuracy")
+            compute = lambda value=value: SimpleNamespace(item=lambda: value)
+            metrics[name] = {"InContextLearningMultipleChoiceAccuracy": SimpleNamespace(compute=compute)}
+            sizes[name] = n if not category else n // 2 + (n % 2 if category == "x" else 0)
+    callback = EvalGauntlet(keys, **copy.deepcopy(settings), benchmark_sizes=sizes)
+    scores = callback.eval_after_all(SimpleNamespace(eval_metrics=metrics), None)
+    results.append({key.rpartition("/")[2]: value for key, value in scores.items()})
+print("RESULTS" + json.dumps(results))
+"""
+
+
+@pytest.mark.processes
+@needs_eval_environment
+def test_gauntlet_equals_the_callback_of_llm_foundry() -> None:
+    settings = [{"categories": CATEGORIES, **variant} for variant in VARIANTS]
+    tasks = [(o.task, o.shots, o.categories or {"": o.score}, o.n) for o in OUTCOMES]
+    data = json.dumps({"settings": settings, "tasks": tasks})
+    result = subprocess.run([EVAL_PYTHON, "-c", CALLBACK], input=data, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.rpartition("RESULTS")[2])
+    for variant, expected in zip(settings, found, strict=True):
+        problems: list[str] = []
+        gauntlet = parse_gauntlet(variant, "f.yaml", problems)
+        assert gauntlet is not None and not problems
+        scores = gauntlet_scores(gauntlet, OUTCOMES)
+        ours = {**scores.categories, **scores.averages}
+        assert ours.pop("incomplete") is None and scores.missing == {"incomplete": ["b 0-shot"]}
+        assert ours == pytest.approx(expected) and len(expected) >= 3
+        assert "incomplete: not available, missing: b 0-shot" in str(scores) and "without incomplete" in str(scores)
+
+
+def test_gauntlet_of_a_yaml_file(tmp_path: Path) -> None:
+    block = {"eval_gauntlet": {"weighting": "LOG_SAMPLE_SZ", "averages": AVERAGES, "categories": CATEGORIES}}
+    (tmp_path / "gauntlet.yaml").write_text(yaml.safe_dump(block))
+    (tmp_path / "inside.yaml").write_text(yaml.safe_dump({"icl_tasks": [], **block}))
+    (tmp_path / "by_path.yaml").write_text(yaml.safe_dump({"icl_tasks": [], "eval_gauntlet": "gauntlet.yaml"}))
+    inside, by_path = (read_settings([str(tmp_path / f"{name}.yaml")]).gauntlet for name in ("inside", "by_path"))
+    assert inside == by_path and inside is not None and inside.weighting == "LOG_SAMPLE_SZ"
+    scores = gauntlet_scores(inside, OUTCOMES)
+    write_json(str(tmp_path / "results.json"), OUTCOMES, {}, [], scores)
+    content, _ = read_json(str(tmp_path / "results.json"))
+    assert content["gauntlet"]["averages"] == scores.averages
+
+
+def test_problems_of_a_gauntlet_are_reported_together(tmp_path: Path) -> None:
+    benchmark = {"name": "a", "num_fewshot": 0, "random_baseline": 1.0}
+    block = {
+        "weighting": "SIZE",
+        "subtract_random_baseline": False,
+        "averages": {"x": ["y"]},
+        "categories": [{"name": "x", "benchmarks": [benchmark, {"name": "b"}]}, {"name": "z"}],
+    }
+    (tmp_path / "f.yaml").write_text(yaml.safe_dump({"icl_tasks": [], "eval_gauntlet": block}))
+    with pytest.raises(ConfigError) as error:
+        read_settings([str(tmp_path / "f.yaml")])
+    words = ("weighting is SIZE", "needs subtract_random_baseline", "y do not exist", "found 0 and 1.0")
+    for text in (*words, "expected a benchmark with", "expected a category with"):
+        assert text in str(error.value)
+    (tmp_path / "f.yaml").write_text(yaml.safe_dump({"icl_tasks": [], "eval_gauntlet": "missing.yaml"}))
+    with pytest.raises(ConfigError, match="expected settings or the path"):
+        read_settings([str(tmp_path / "f.yaml")])
+
+
+def test_openlm_average_is_that_of_the_published_table() -> None:
+    """The column "1T tokens" of the published results of OpenLM-1B."""
+    labels = [
+        "arc_challenge",
+        "arc_easy",
+        "boolq",
+        "copa",
+        "hellaswag",
+        "lambada_openai",
+        "piqa",
+        "winogrande",
+        "mmlu",
+        "jeopardy",
+        "winograd",
+    ]
+    values = (0.28, 0.53, 0.62, 0.78, 0.57, 0.59, 0.72, 0.59, 0.23, 0.01, 0.79)
+    outcomes = [Outcome(label, 0, "", score=value) for label, value in zip(labels, values, strict=True)]
+    found = aggregate_score([*outcomes, Outcome("triviaqa", 0, "", score=0.5)], "openlm")
+    assert found.score == pytest.approx(sum(values) / 11) and str(found) == "OpenLM average (11 tasks): 0.5191"
+    partial = aggregate_score([replace(outcomes[0], shots=5), *outcomes[1:]], "openlm")
+    assert partial.score is None and partial.missing == ["arc_challenge"]
+
+
+def test_the_table_has_macro_and_micro_scores_of_categories() -> None:
+    outcome = replace(OUTCOMES[2], micro_score=0.5333)
+    assert "c 3-shot: 0.5500 is the mean over 2 categories (macro)" in format_table([outcome])
+    assert "over all examples it is 0.5333 (micro)" in format_table([outcome])
