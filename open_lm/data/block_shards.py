@@ -14,9 +14,9 @@ import io
 import mmap
 import os
 import resource
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, wait
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from functools import partial
 from itertools import chain
 from tarfile import BLOCKSIZE
@@ -25,6 +25,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from open_lm import storage
+from open_lm.data.fetch_threads import FetchThreads
 from open_lm.data.shard_format import decode_member, split_name
 from open_lm.data.verify import Expected
 from open_lm.errors import DataError, StorageError
@@ -61,6 +62,8 @@ class BlockShard:
         self._map_path, self._path = f"{base}.map", path or f"{base}.tar"
         self._open()
         self.npy: BlockRows | None = None
+        self.is_closed = False
+        self._pieces: list[range] = []
 
     def _open(self) -> None:
         """Open both files; the shared lock of the map keeps them from being removed."""
@@ -86,6 +89,7 @@ class BlockShard:
 
     def close(self) -> None:
         """Remove the files unless another process has the shard open; arrays of its data stay valid."""
+        self.is_closed = True
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._is_remote:
@@ -115,6 +119,21 @@ class BlockShard:
         ranges = (range(start, stop + 1) for start, stop in zip(first.tolist(), last.tolist(), strict=True))
         return [block for block in sorted(set(chain.from_iterable(ranges))) if not self._map[block]]
 
+    def add_piece(self, start: int, stop: int | None) -> range:
+        """Note that members `start` to `stop` (None: the last one) are read together, and return them."""
+        self._pieces.append(range(start, self._count if stop is None else stop))
+        return self._pieces[-1]
+
+    def missing_with_pieces(self, members: np.ndarray) -> list[int]:
+        """Return the blocks that `missing_of` returns, and those of their pieces that need only one request."""
+        blocks = set(self.missing_of(members))
+        for piece in self._pieces if blocks else ():
+            if any(member in piece for member in members.tolist()):
+                missing = self.missing(piece.start, piece.stop)
+                if len(missing) * self._sums.block_bytes <= _MAX_REQUEST_BYTES:
+                    blocks.update(missing)
+        return sorted(blocks)
+
     def ensure(self, blocks: list[int], timeout_s: float, wait: bool = True) -> bool:
         """Fetch and verify blocks. Without `wait`, return False if another process is adding blocks.
 
@@ -133,33 +152,34 @@ class BlockShard:
         start = blocks.start * self._sums.block_bytes
         stop = min(blocks.stop * self._sums.block_bytes, self._size)
         for attempt in range(1, _MAX_ATTEMPTS + 1):
-            data = self._read(start, stop, timeout_s)
-            view, size = memoryview(data), self._sums.block_bytes
-            bad = [n for n in blocks if not self._sums.matches(n, view[n * size - start : (n + 1) * size - start])]
+            chunks = self._read(start, stop, timeout_s)
+            bad = self._sums.mismatches(blocks, chunks)
             if not bad:
                 break
             if attempt == _MAX_ATTEMPTS or not self._is_remote:
+                first = bad[0] * self._sums.block_bytes
                 raise DataError(
-                    f"{self.url}: the bytes {bad[0] * size} to {min((bad[0] + 1) * size, self._size)} differ from the "
-                    "checksum in its manifest; copy the shard again, or recreate the manifest"
+                    f"{self.url}: the bytes {first} to {min(first + self._sums.block_bytes, self._size)} differ from "
+                    "the checksum in its manifest; copy the shard again, or recreate the manifest"
                 )
             storage.back_off(attempt)
         if self._is_remote:
-            self._write(start, data)
+            self._write(start, chunks)
         self._map[blocks.start : blocks.stop] = 1
 
-    def _read(self, start: int, stop: int, timeout_s: float) -> bytes:
-        return (
-            storage.read_range(self.url, start, stop - start, timeout_s) if self._is_remote else self.data[start:stop]
-        )
+    def _read(self, start: int, stop: int, timeout_s: float) -> Sequence[bytes | memoryview]:
+        if not self._is_remote:
+            return [memoryview(self.data)[start:stop]]
+        return storage.read_range_chunks(self.url, start, stop - start, timeout_s)
 
-    def _write(self, start: int, data: bytes) -> None:
+    def _write(self, start: int, chunks: Sequence[bytes | memoryview]) -> None:
         try:
             with open(self._path, "r+b", buffering=0) as file:
                 file.seek(start)
-                view = memoryview(data)
-                while view:
-                    view = view[file.write(view) :]
+                for chunk in chunks:
+                    view = memoryview(chunk)
+                    while view:
+                        view = view[file.write(view) :]
         except OSError as error:
             message = f"{os.path.dirname(self._path)}: cannot store shards there ({error.strerror or error})"
             raise StorageError(f"{message}; choose another folder (TMPDIR)") from error
@@ -214,44 +234,40 @@ class ShardPiece(NamedTuple):
 
 
 class BlockFiller:
-    """Fetches blocks in background threads: those that are needed now in parallel, others one piece after the other."""
+    """Fetches blocks in background threads: those that are needed now at once, others one piece after the other."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._now, self._ahead = FetchThreads(_NUM_PARALLEL), FetchThreads(_NUM_FILLING)
         self._seen: OrderedDict[ShardPiece, None] = OrderedDict()
-        self._queue: deque[tuple[BlockShard, ShardPiece]] = deque()
-        self._running: list[Future[None]] = []
+        self._first_jobs: list[Callable[[], None]] | None = []  # ahead, which wait for the first `fetch`
 
-    def fetch(self, parts: Sequence[tuple[object, np.ndarray]]) -> None:
-        """Return when the members of the shards are readable; an error is raised when they are requested again."""
-        jobs = [(shard, blocks) for shard, members in parts
-                if isinstance(shard, BlockShard) and (blocks := shard.missing_of(members))]  # fmt: skip
-        if len(jobs) > 1:
-            wait(
-                [storage.run_in_background(partial(self._fetch, jobs[n::_NUM_PARALLEL])) for n in range(_NUM_PARALLEL)]
-            )
+    def fetch(self, parts: Sequence[tuple[BlockShard, np.ndarray]]) -> None:
+        """Return when the members of the shards are readable; an error is raised when they are requested again.
 
-    def _fetch(self, jobs: Sequence[tuple[BlockShard, list[int]]]) -> None:
-        for shard, blocks in jobs:
-            shard.ensure(blocks, self._timeout_s)
+        The first time, fetch only their blocks; later, also the other blocks of small pieces, with one request each.
+        """
+        blocks_of = BlockShard.missing_with_pieces if self._first_jobs is None else BlockShard.missing_of
+        jobs = [(shard, blocks) for shard, members in parts if (blocks := blocks_of(shard, members))]
+        wait([self._now.submit(partial(shard.ensure, blocks, self._timeout_s)) for shard, blocks in jobs])
+        first_jobs, self._first_jobs = self._first_jobs or (), None
+        for job in first_jobs:
+            self._ahead.submit(job)
 
-    def fill(self, pieces: Sequence[tuple[object, ShardPiece]]) -> None:
+    def fill(self, pieces: Sequence[tuple[BlockShard, ShardPiece]]) -> None:
         """Fetch pieces in the background, in this order after those of earlier calls."""
         for shard, piece in pieces:
-            if isinstance(shard, BlockShard) and piece not in self._seen:
-                self._queue.append((shard, piece))
+            if piece not in self._seen:
+                job = partial(self._fill, shard, shard.add_piece(piece.start, piece.stop))
+                self._ahead.submit(job) if self._first_jobs is None else self._first_jobs.append(job)
             self._seen[piece] = None
             self._seen.move_to_end(piece)
         while len(self._seen) > _MAX_PIECES_SEEN:
             self._seen.popitem(last=False)
-        self._running = [job for job in self._running if not job.done()]
-        while self._queue and len(self._running) < _NUM_FILLING:
-            self._running.append(storage.run_in_background(partial(self._fill, *self._queue.popleft())))
 
-    def _fill(self, shard: BlockShard, piece: ShardPiece) -> None:
-        blocks = shard.missing(piece.start, len(shard) if piece.stop is None else piece.stop)
-        if not shard.ensure(blocks, self._timeout_s, wait=False):
-            self._queue.append((shard, piece))  # another worker is fetching it; look again later
+    def _fill(self, shard: BlockShard, piece: range, wait: bool = False) -> None:
+        if not shard.is_closed and not shard.ensure(shard.missing(piece.start, piece.stop), self._timeout_s, wait):
+            self._ahead.submit(partial(self._fill, shard, piece, wait=True))  # another process is fetching it
 
 
 def allow_open_files(count: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,17 @@ class BlockSums:
     def num_blocks(self) -> int:
         return len(self.sums) // _SUM_BYTES
 
-    def matches(self, block: int, data: bytes | memoryview) -> bool:
-        """Return whether `data` is the content of a block."""
-        return _block_sum(data) == self.sums[block * _SUM_BYTES : (block + 1) * _SUM_BYTES]
+    def mismatches(self, blocks: range, chunks: Iterable[bytes | memoryview]) -> list[int]:
+        """Return the blocks whose content differs from the chunks, which hold consecutive `blocks`."""
+        hasher = BlockHasher(self.block_bytes)
+        for chunk in chunks:
+            hasher.update(chunk)
+        found = hasher.finish(self.member_bytes)
+        return [block for number, block in enumerate(blocks) if found.sum_of(number) != self.sum_of(block)]
+
+    def sum_of(self, block: int) -> bytes:
+        """Return the checksum of a block."""
+        return self.sums[block * _SUM_BYTES : (block + 1) * _SUM_BYTES]
 
     def to_json(self) -> dict[str, Any]:
         """Return the keys of a manifest's line."""
@@ -85,7 +93,3 @@ class BlockHasher:
         if self._free < self._block_bytes:
             self._end_block()
         return BlockSums(member_bytes, self._block_bytes, bytes(self._sums))
-
-
-def _block_sum(data: bytes | memoryview) -> bytes:
-    return hashlib.sha256(data).digest()[:_SUM_BYTES]

@@ -140,6 +140,7 @@ class LaneCursor:
         self._open: dict[int, _OpenPiece] = {}  # by lane
         self._next: dict[tuple[int, int, int], Piece | None] = {}  # after the piece of a pass and lane that ends there
         self._entered: list[Piece] = []
+        self._ahead: tuple[int, list[tuple[int, Piece]]] | None = None  # until a piece is entered
 
     def take(self, is_shared: np.ndarray, selected: np.ndarray, partial: bool = False) -> tuple[int, Rows]:
         """Advance by the rows `is_shared` (n,) bool; return their number, and the `selected` ones (m,), sorted.
@@ -206,6 +207,7 @@ class LaneCursor:
             found = _OpenPiece(current.number, start, stop, piece, np.uint64(key), (order + first).astype(np.uint32))
             self._open[lane] = found
             self._entered.append(piece)
+            self._ahead = None
         return found
 
     @property
@@ -218,6 +220,7 @@ class LaneCursor:
         for number in range(self.pass_number + 1, self.pass_number + 2 + MAX_EMPTY_PASSES):
             if self._pass(number).total:
                 self.pass_number, self.fixed, self.shared, self._saved_division = number, 0, 0, None
+                self._ahead = None
                 self._passes = {number: self._passes[number]}
                 self._open = {lane: opened for lane, opened in self._open.items() if opened.pass_number == number - 1}
                 return
@@ -261,17 +264,24 @@ class LaneCursor:
 
         Those of the `count` lanes whose present piece ends first.
         """
+        done = self.fixed // (self._pass(self.pass_number).lanes or 1)
+        if self._ahead is None or self._ahead[0] != count:
+            self._ahead = count, list(self._pieces_ahead(count, done))
+        for end, piece in self._ahead[1]:
+            yield max(0, end - done), piece
+
+    def _pieces_ahead(self, count: int, done: int) -> Iterator[tuple[int, Piece]]:
+        """Yield the pieces of `upcoming` after `done` rounds, and the rounds of the pass until then."""
         current = self._pass(self.pass_number)
-        done = self.fixed // (current.lanes or 1)
-        waits = []
+        ends = []
         for lane, opened in self._open.items():
             if opened.pass_number == current.number:
-                place = current.start(lane) + (done if lane < current.lanes else self.shared)
-                waits.append((max(0, opened.stop - place), lane))
-        for rounds, lane in heapq.nsmallest(count, waits):
+                place = current.start(lane) + (0 if lane < current.lanes else self.shared - done)
+                ends.append((opened.stop - place, lane))
+        for end, lane in heapq.nsmallest(count, ends):
             piece = self._following(current, lane, self._open[lane].stop)
             if piece is not None:
-                yield rounds, piece
+                yield end, piece
 
     def _following(self, current: Pass, lane: int, place: int) -> Piece | None:
         """Return the piece that a slot reads after the one of its lane that ends at a place; None if not known yet."""
@@ -309,7 +319,7 @@ class LaneCursor:
         self.pass_number, self.fixed, self.shared, self.samples = (
             int(position[name]) for name in ("pass", "fixed", "shared", "samples")
         )
-        self._passes, self._open, self._next, self._entered = {}, {}, {}, []
+        self._passes, self._open, self._next, self._entered, self._ahead = {}, {}, {}, [], None
         self._saved_division = (
             (int(position["division"][0]), int(position["division"][1])) if position["division"] else None
         )

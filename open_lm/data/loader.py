@@ -121,7 +121,7 @@ class BatchPipeline:
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         order = make_order(spec.stream.sources, spec.seed, spec.order, size_of=self._reader.size_of, state=spec.state)
         rows = rows_of_rank(order.lanes, spec.global_batch_size, spec.rank, spec.world_size)
-        first = order.position
+        first, ahead = order.position, list[Piece]()
         for number in itertools.count():
             count, before = spec.global_batch_size, order.position
             if spec.max_sequences is not None:
@@ -131,13 +131,14 @@ class BatchPipeline:
             if order.position == before:
                 return
             if is_own:
+                before_ahead = ahead
                 ahead = order.entered() + order.upcoming(_PIECES_AHEAD) if self._reader.needs_prefetch else []
-                yield _LocalBatch(samples, order.state(), ahead)
+                yield _LocalBatch(samples, order.state(), ahead if ahead != before_ahead else [])
 
     def read(self, batches: Iterable[_LocalBatch]) -> Iterator[WorkerResult]:
         """Read the samples of each batch."""
         for samples, state, upcoming in batches:
-            self._reader.prefetch(samples, upcoming)
+            self._reader.prefetch(upcoming)
             batch = self._batch(samples)
             notices, self._reader.notices = tuple(self._reader.notices), []
             yield WorkerResult(batch, state, notices)

@@ -20,6 +20,7 @@ import numpy as np
 from open_lm import storage
 from open_lm.data.block_shards import BlockFiller, BlockShard, ShardPiece, allow_open_files
 from open_lm.data.fetch import FetchSettings, needs_fetch
+from open_lm.data.fetch_threads import FetchThreads
 from open_lm.data.npy_block import NpyRows
 from open_lm.data.remote_shards import RemoteShards
 from open_lm.data.shard_format import MEMBER_KINDS, Member, decode_member, index_shard
@@ -101,7 +102,9 @@ class ShardStore:
     def __init__(self, capacity: int, settings: FetchSettings, expected: Mapping[str, Expected]) -> None:
         self._capacity, self._settings, self._expected = capacity, settings, expected
         self._open: OrderedDict[tuple[str, str | None], Shard | BlockShard] = OrderedDict()
-        self._ahead: dict[str, Future[IO[bytes]]] = {}
+        self._threads = FetchThreads(_MAX_DOWNLOADS)
+        self._ahead: dict[str, Future[IO[bytes]]] = {}  # whole shards that are fetched before they are opened
+        self._upcoming: list[str] = []  # those to fetch next, the nearest first
         self._ahead_bytes = min(_AHEAD_BYTES, settings.cache_limit_bytes // 4) if settings.cache_dir else _AHEAD_BYTES
         self._largest_bytes = 0  # of the shards so far: the estimate for a shard of unknown size
         self._remote = RemoteShards(settings)
@@ -141,6 +144,9 @@ class ShardStore:
         with self._file(url) if started is None else started.result() as file:
             shard = Shard(url, file, data_key)
         self._largest_bytes = max(self._largest_bytes, len(shard.data))
+        if url in self._upcoming:
+            self._upcoming.remove(url)
+        self._fetch_upcoming()
         return shard
 
     def _has_blocks(self, url: str) -> bool:
@@ -164,47 +170,60 @@ class ShardStore:
             shard.ensure(shard.missing_of(members), self._settings.read_timeout_s)
             shard.prepare(int(members[0]))
 
-    def prefetch(
-        self,
-        pieces: Sequence[ShardPiece],
-        data_key: str | None = None,
-        current: Sequence[tuple[str, np.ndarray]] = (),
-    ) -> None:
-        """Start to fetch remote shards and to verify local ones; errors are raised when the shard is requested.
+    def fetch(self, parts: Sequence[tuple[str, np.ndarray]], data_key: str | None = None) -> None:
+        """Fetch and verify members (n,) of the shards at some addresses in parallel, before they are requested.
 
-        `current` holds the addresses and members to read next. Parts of shards are fetched in parallel, and this waits
-        for them. `pieces` are read after them, in the order given.
+        Return when parts of shards are readable; whole shards are awaited when they are requested. Errors are raised
+        then, too.
         """
-        parts = [(url, members) for url, members in current if self._has_blocks(url)]
-        ahead = [piece for piece in pieces if self._has_blocks(piece.url)]
-        if len(parts) < len(current) or len(ahead) < len(pieces):
-            urls = (*(url for url, _ in current), *(piece.url for piece in pieces))
-            self._prefetch_whole([url for url in urls if not self._has_blocks(url)])
-        if parts or ahead:
+        whole = [url for url, _ in parts if not self._has_blocks(url)]
+        for url in reversed([url for url in dict.fromkeys(whole) if not self._is_open(url)]):
+            waiting = self._ahead.get(url)
+            if self._must_fetch(url) and (waiting is None or waiting.cancel()):
+                self._ahead[url] = self._threads.submit(partial(self._file, url), first=True)
+        if len(whole) < len(parts):
             with contextlib.suppress(UserError):
-                self._filler.fetch([(self.get(url, data_key), members) for url, members in parts])
-                self._filler.fill([(self.get(piece.url, data_key), piece) for piece in ahead])
+                shards = [(self.get(url, data_key), members) for url, members in parts if self._has_blocks(url)]
+                self._filler.fetch([(shard, members) for shard, members in shards if isinstance(shard, BlockShard)])
 
-    def _prefetch_whole(self, urls: Sequence[str]) -> None:
-        """Start to fetch or verify whole shards, the nearest first.
+    def prefetch(self, pieces: Sequence[ShardPiece], data_key: str | None = None) -> None:
+        """Start to fetch remote shards and to verify local ones, the nearest first, in place of those of the last call.
 
-        The number of downloads at a time and their bytes are limited, but each source gets at least one; the caller
-        asks again for the others. Finished downloads that are not among `urls` are released.
+        Errors are raised when the shard is requested.
         """
-        for url in self._ahead.keys() - set(urls):
-            if self._ahead[url].done():
+        ahead = [piece for piece in pieces if self._has_blocks(piece.url)]
+        if len(ahead) < len(pieces):
+            self._upcoming = list(dict.fromkeys(piece.url for piece in pieces if not self._has_blocks(piece.url)))
+            self._release_others()
+            self._fetch_upcoming()
+        if ahead:
+            with contextlib.suppress(UserError):
+                shards = [(self.get(piece.url, data_key), piece) for piece in ahead]
+                self._filler.fill([(shard, piece) for shard, piece in shards if isinstance(shard, BlockShard)])
+
+    def _release_others(self) -> None:
+        """Drop the fetched shards, and those whose fetch has not started, that are not among the upcoming ones."""
+        for url in self._ahead.keys() - set(self._upcoming):
+            if self._ahead[url].cancel():
+                self._ahead.pop(url)
+            elif self._ahead[url].done():
                 with contextlib.suppress(UserError), self._ahead.pop(url).result():
                     pass
-        running = sum(not future.done() for future in self._ahead.values())
+
+    def _fetch_upcoming(self) -> None:
+        """Start to fetch the nearest upcoming shards, up to a number of bytes, but at least one of each source."""
         ahead_bytes = 0
-        for number, url in enumerate(url for url in dict.fromkeys(urls) if not self._is_open(url)):
+        for number, url in enumerate(url for url in self._upcoming if not self._is_open(url)):
             expected = self._expected.get(url, _UNKNOWN)
             ahead_bytes += expected.num_bytes or self._largest_bytes or self._ahead_bytes
-            if running >= _MAX_DOWNLOADS or (ahead_bytes > self._ahead_bytes and number >= self._capacity // 2):
+            if ahead_bytes > self._ahead_bytes and number >= self._capacity // 2:
                 return
-            if url not in self._ahead and (needs_fetch(url) or expected.sha256):
-                self._ahead[url] = storage.run_in_background(partial(self._file, url))
-                running += 1
+            if url not in self._ahead and self._must_fetch(url):
+                self._ahead[url] = self._threads.submit(partial(self._file, url))
+
+    def _must_fetch(self, url: str) -> bool:
+        """Return whether a whole shard must be downloaded or verified before it is opened."""
+        return needs_fetch(url) or bool(self._expected.get(url, _UNKNOWN).sha256)
 
     def _is_open(self, url: str) -> bool:
         return any(name == url for name, _ in self._open)

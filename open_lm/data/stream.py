@@ -76,6 +76,8 @@ class _ReadyShard(NamedTuple):
 
     shard: Shard | BlockShard
     rows: np.ndarray
+    itemsize: int  # of the ids, in bytes
+    is_whole: bool  # every member is readable
 
 
 class SampleReader:
@@ -86,6 +88,7 @@ class SampleReader:
         self.notices: list[Notice] = []  # each text once; the caller of `read` logs and clears them
         self.needs_prefetch = FetchFolder.is_needed(spec.sources)
         self._spare_shards = 2 * len(spec.sources) + 2
+        self._num_shards = 0  # the most in a batch so far
         self._store = ShardStore(self._spare_shards, spec.fetch, expected_files(spec.sources))
         self._ready: dict[int, _ReadyShard] = {}  # by source << 40 | shard
         self._store.on_close = self._forget
@@ -105,23 +108,13 @@ class SampleReader:
         self._last_size = len(opened)
         return len(opened)
 
-    def prefetch(self, samples: Samples, upcoming: Sequence[Piece]) -> None:
-        """Start to fetch the shards of these samples, then the upcoming pieces, the nearest first."""
-        if not self.needs_prefetch:
+    def prefetch(self, upcoming: Sequence[Piece]) -> None:
+        """Start to fetch pieces of shards, the nearest first."""
+        if not self.needs_prefetch or not upcoming:
             return
-        codes = _codes(samples)
-        missing = [
-            row
-            for row, (code, member) in enumerate(zip(codes, samples.member.tolist(), strict=True))
-            if (ready := self._ready.get(code)) is None or not ready.shard.is_readable(member)
-        ]
-        waiting = Samples(*(column[missing] for column in samples))
-        groups = [(self._url(source, shard), waiting.member[rows]) for source, shard, rows in _by_shard(waiting)]
         pieces = [ShardPiece(self._url(piece.source, piece.shard), piece.start, piece.stop) for piece in upcoming]
-        self._store.keep_open(len(set(codes)) + len(pieces) + self._spare_shards)
-        current = [group for group in groups if group[0] not in self._broken_shards]
-        ahead = [piece for piece in pieces if piece.url not in self._broken_shards]
-        self._store.prefetch(ahead, self.spec.data_key, current)
+        self._store.keep_open(self._num_shards + len(pieces) + self._spare_shards)
+        self._store.prefetch([piece for piece in pieces if piece.url not in self._broken_shards], self.spec.data_key)
 
     def _url(self, source: int, shard: int) -> str:
         return self.spec.sources[source].shards[shard]
@@ -136,16 +129,22 @@ class SampleReader:
         dtype = stored_dtype(self.spec.vocab_size, signed=self._has_flags)
         ids = np.zeros((len(samples.source), self.spec.seq_len + 1), dtype)
         codes = _codes(samples)
-        self._store.keep_open(len(set(codes)) + self._spare_shards)
+        self._num_shards = max(self._num_shards, len(set(codes)))
+        self._store.keep_open(self._num_shards + self._spare_shards)
         filled = self._copy_ready(ids, codes, samples.member.tolist())
         self._count_usable(int(filled.sum()))
         remaining = np.flatnonzero(~filled)
         if not len(remaining):
             return ids, filled
+        for ready in filter(None, map(self._ready.get, codes)):
+            self._store.mark_used(ready.shard.url, self.spec.data_key)
         groups = [
             (source, shard, remaining[rows])
             for source, shard, rows in _by_shard(Samples(*(column[remaining] for column in samples)))
         ]
+        if self.needs_prefetch:
+            members = [(self._url(source, shard), samples.member[rows]) for source, shard, rows in groups]
+            self._store.fetch([part for part in members if part[0] not in self._broken_shards], self.spec.data_key)
         for source, shard, rows in groups:
             ids = self._signed(ids) if self._has_flags else ids
             done = self._read_npy(ids, source, shard, samples, rows)
@@ -170,13 +169,13 @@ class SampleReader:
         filled = np.zeros(len(ids), bool)
         if not self._ready:
             return filled
-        for row, (code, member) in enumerate(zip(codes, members, strict=True)):
-            ready = self._ready.get(code)
+        copied, itemsize = [], ids.itemsize
+        for row, (ready, member) in enumerate(zip(map(self._ready.get, codes), members, strict=True)):
             # A larger type is not copied: that could change an invalid id.
-            if ready is not None and ready.rows.itemsize <= ids.itemsize and ready.shard.is_readable(member):
+            if ready is not None and ready.itemsize <= itemsize and (ready.is_whole or ready.shard.is_readable(member)):
                 ids[row] = ready.rows[member]
-                filled[row] = True
-                self._store.mark_used(ready.shard.url, self.spec.data_key)
+                copied.append(row)
+        filled[copied] = True
         if ids.size and (ids.max() >= self.spec.vocab_size or (ids.dtype.kind == "i" and ids.min() < 0)):
             filled &= self._are_usable(ids).all(axis=1)
             ids[~filled] = 0
@@ -194,7 +193,7 @@ class SampleReader:
         if rows is None or rows.shape[1] != ids.shape[1]:
             return
         if rows.dtype.kind == "u" and rows.itemsize <= ids.itemsize:
-            self._ready[code] = _ReadyShard(shard, rows)
+            self._ready[code] = _ReadyShard(shard, rows, rows.itemsize, isinstance(shard, Shard))
 
     def _forget(self, url: str) -> None:
         self._ready = {code: ready for code, ready in self._ready.items() if ready.shard.url != url}

@@ -27,7 +27,7 @@ class SyntheticReader:
     def size_of(self, source: int, shard: int) -> int:
         raise AssertionError("the size of synthetic data is always known")
 
-    def prefetch(self, samples: Samples, upcoming: Sequence[Piece]) -> None:
+    def prefetch(self, upcoming: Sequence[Piece]) -> None:
         """Do nothing: there is nothing to fetch."""
 
     def read(self, samples: Samples) -> tuple[np.ndarray, np.ndarray]:

@@ -51,7 +51,7 @@ _OBJECT_STORES = frozenset({"memory", "s3", "s3a", "gs", "gcs", "az", "abfs", "a
 
 class _Backend(Protocol):
     def open(self, url: str) -> IO[bytes]: ...
-    def read_range(self, url: str, start: int, length: int) -> bytes: ...  # returns fewer bytes at the end of the file
+    def read_range(self, url: str, start: int, length: int) -> list[bytes]: ...  # in chunks; fewer bytes at the end
     def info(self, url: str) -> FileInfo | None: ...
     def walk(self, url: str, recursive: bool) -> Iterator[FileInfo]: ...
     def glob(self, pattern: str) -> Iterator[FileInfo]: ...
@@ -91,10 +91,10 @@ class _LocalBackend:
     def open(self, url: str) -> IO[bytes]:
         return open(local_path(url), "rb")
 
-    def read_range(self, url: str, start: int, length: int) -> bytes:
+    def read_range(self, url: str, start: int, length: int) -> list[bytes]:
         with self.open(url) as file:
             file.seek(start)
-            return file.read(length)
+            return [file.read(length)]
 
     def info(self, url: str) -> FileInfo | None:
         path = local_path(url)
@@ -177,10 +177,10 @@ class _FsspecBackend:
             return with_retries(partial(self._fs.open, self._fsspec_url(url), "rb"))
         return RangeReader(file_info, partial(self._fetch, file_info)).buffered()
 
-    def read_range(self, url: str, start: int, length: int) -> bytes:
+    def read_range(self, url: str, start: int, length: int) -> list[bytes]:
         with self.open(url) as file:
             file.seek(start)
-            return file.read(length)
+            return [file.read(length)]
 
     def _fetch(self, file_info: FileInfo, start: int, length: int) -> bytes:
         data = self._fetch_unchecked(file_info, start, length)

@@ -46,8 +46,8 @@ __all__ = [
     "FSSPEC_PREFIX", "READ_TIMEOUT_S", "FileInfo", "SizeMismatch", "Stalled", "atomic_write", "back_off", "copy",
     "download", "exists", "glob", "glob_infos", "has_backend", "info", "is_remote", "is_temporary", "join",
     "list_files", "list_infos", "local_path", "makedirs", "open_file", "parse_bytes", "read_bytes", "read_lines",
-    "read_parts", "read_range", "read_text", "remove", "run_in_background", "size", "split_lines", "sync_folder",
-    "temporary_name", "upload", "wrap_disk_full_errors", "write_bytes", "write_text",
+    "read_parts", "read_range", "read_range_chunks", "read_text", "remove", "run_in_background", "size", "split_lines",
+    "sync_folder", "temporary_name", "upload", "wrap_disk_full_errors", "write_bytes", "write_text",
 ]  # fmt: skip
 
 
@@ -93,12 +93,20 @@ def read_range(url: str | os.PathLike[str], start: int, length: int, timeout_s: 
 
     A read that receives no byte for `timeout_s` seconds is logged and retried.
     """
+    return b"".join(read_range_chunks(url, start, length, timeout_s))
+
+
+def read_range_chunks(
+    url: str | os.PathLike[str], start: int, length: int, timeout_s: float = READ_TIMEOUT_S
+) -> list[bytes]:
+    """Return what `read_range` does in the chunks in which it was received, without a copy."""
     text = os.fspath(url)
     with wrap_errors(text):
-        data = find_backend(text, timeout_s).read_range(text, start, length)
-    if len(data) != length:
-        raise StorageError(f"{text}: truncated: expected {length} bytes at offset {start}, found {len(data)}")
-    return data
+        chunks = find_backend(text, timeout_s).read_range(text, start, length)
+    received = sum(map(len, chunks))
+    if received != length:
+        raise StorageError(f"{text}: truncated: expected {length} bytes at offset {start}, found {received}")
+    return chunks
 
 
 def read_text(url: str | os.PathLike[str]) -> str:

@@ -63,8 +63,8 @@ class S3Backend:
             raise FileNotFoundError(url)
         return RangeReader(file_info, lambda start, length: b"".join(_fetch(file_info, start, length))).buffered()
 
-    def read_range(self, url: str, start: int, length: int) -> bytes:
-        return b"".join(_fetch(FileInfo(url, -1, 0.0), start, length, self._timeout_s))
+    def read_range(self, url: str, start: int, length: int) -> list[bytes]:
+        return _fetch(FileInfo(url, -1, 0.0), start, length, self._timeout_s)
 
     def info(self, url: str) -> FileInfo | None:
         connection = _connect(SOCKET_TIMEOUT_FACTOR * self._timeout_s)

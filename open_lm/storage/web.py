@@ -49,10 +49,10 @@ class WebBackend:
             return RangeReader(file_info, partial(self._fetch, file_info)).buffered()
         return self._download(url)
 
-    def read_range(self, url: str, start: int, length: int) -> bytes:
+    def read_range(self, url: str, start: int, length: int) -> list[bytes]:
         with self.open(url) as file:
             file.seek(start)
-            return file.read(length)
+            return [file.read(length)]
 
     def info(self, url: str) -> FileInfo | None:
         return self._probe(url)[0]

@@ -46,14 +46,14 @@ def places_of(samples: Samples) -> list[tuple[int, ...]]:
 def ranges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
     """Record the ranges (url, start, length) that are read from storage."""
     found: list[tuple[str, int, int]] = []
-    read_range, lock = storage.read_range, threading.Lock()
+    read_range, lock = storage.read_range_chunks, threading.Lock()
 
-    def recording(url: str, start: int, length: int, timeout_s: float) -> bytes:
+    def recording(url: str, start: int, length: int, timeout_s: float) -> list[bytes]:
         with lock:
             found.append((url, start, length))
         return read_range(url, start, length, timeout_s)
 
-    monkeypatch.setattr(storage, "read_range", recording)
+    monkeypatch.setattr(storage, "read_range_chunks", recording)
     return found
 
 
@@ -68,8 +68,10 @@ def test_block_checksums_do_not_depend_on_how_the_bytes_arrive(data: bytes, bloc
     assert sums.num_blocks == -(-len(data) // block)
     for number in range(sums.num_blocks):
         content = data[number * block : (number + 1) * block]
-        assert sums.matches(number, content)
-        assert not sums.matches(number, content[:-1] + bytes([content[-1] ^ 1]))
+        assert sums.mismatches(range(number, number + 1), [content]) == []
+        changed = data[: number * block] + content[:-1] + bytes([content[-1] ^ 1]) + data[(number + 1) * block :]
+        chunks = [memoryview(changed)[start : start + 7] for start in range(0, len(data), 7)]
+        assert sums.mismatches(range(sums.num_blocks), chunks) == [number]
     line = sums.to_json()
     expected = sums if data else None
     assert BlockSums.from_json(line, 1, len(data)) == expected
@@ -107,7 +109,7 @@ def test_only_the_blocks_of_requested_members_are_fetched_and_each_once(
     reader = reader_of(source, tmp_path / "fetched")
     order = DataOrder([source], 0, OrderSettings(lanes=8, max_passes=1))
     samples = order.take(8)
-    reader.prefetch(samples, [])
+    reader.prefetch([])
     ids, filled = reader.read(samples)
     assert filled.all() and places(ids) == [
         (0, *p) for p in zip(samples.shard.tolist(), samples.member.tolist(), strict=True)
@@ -115,7 +117,7 @@ def test_only_the_blocks_of_requested_members_are_fetched_and_each_once(
     assert len(ranges) == 8 and {length for _, _, length in ranges} == {BLOCK_BYTES}
     while order.position < 320:
         samples = order.take(8)
-        reader.prefetch(samples, order.entered() + order.upcoming(4))
+        reader.prefetch(order.entered() + order.upcoming(4))
         ids, filled = reader.read(samples)
         assert filled.all()
         assert places(ids) == [(0, *p) for p in zip(samples.shard.tolist(), samples.member.tolist(), strict=True)]

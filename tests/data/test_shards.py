@@ -163,13 +163,20 @@ def test_fetching_ahead_is_limited_in_bytes_but_includes_each_source(
             assert list(store._ahead) == urls[:ahead]
 
 
-def test_the_number_of_downloads_is_limited(faulty_s3: FaultyProxy, tmp_path: Path, folder: str) -> None:
-    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 8)
-    faulty_s3.rules = [Rule("delay", method="GET", seconds=60)]
+def test_all_shards_of_a_batch_are_fetched_without_another_call(
+    faulty_s3: FaultyProxy, tmp_path: Path, folder: str
+) -> None:
+    """More of them than are downloaded at a time; those to read next do not wait for the ones ahead of them."""
+    known = put(tmp_path, f"s3://{faulty_s3.bucket}/d", 12)
+    urls = list(known)
     store = ShardStore(2, FetchSettings(folder), known)
-    for _ in range(3):
-        store.prefetch(whole(list(known)))
-    assert list(store._ahead) == list(known)[:4]
+    store.prefetch(whole(urls[:6]))
+    store.fetch([(url, np.zeros(1, np.int64)) for url in urls[4:]])
+    assert set(store._ahead) == set(urls)
+    wait(store._ahead.values())
+    assert faulty_s3.requests["GET"] == 12
+    assert [first_ids(store, url) for url in urls] == [[0, number, 0] for number in range(12)]
+    assert faulty_s3.requests["GET"] == 12 and not store._ahead
 
 
 def test_an_error_of_fetching_ahead_is_raised_when_the_shard_is_requested(
@@ -294,7 +301,7 @@ def test_a_tolerated_broken_shard_is_not_downloaded_for_each_of_its_sequences(
     filled = []
     for _batch in range(3 * MEMBERS // 5):
         samples = order.take(5)
-        reader.prefetch(samples, order.upcoming())
+        reader.prefetch(order.upcoming())
         filled += reader.read(samples)[1].tolist()
     assert filled == [True] * MEMBERS + [False] * MEMBERS + [True] * MEMBERS
     (notice,) = reader.notices

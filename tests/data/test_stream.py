@@ -201,7 +201,7 @@ def test_s3_shards_are_downloaded_once_and_removed_again(
     taken = []
     for _batch in range(18):
         samples = order.take(2)
-        reader.prefetch(samples, order.upcoming())
+        reader.prefetch(order.upcoming())
         taken += places(reader.read(samples)[0])
     assert sorted(taken) == [(0, s, m) for s in range(12) for m in range(3)]
     assert sorted(fetched) == sorted(source.shards)
