@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("lm_eval")
+import yaml
+from family_models import hf_model
+from model_helpers import random_ids
 
 from open_lm.errors import ConfigError, DataError
-from open_lm.evaluate.lm_eval.scoring import Pair, split_groups
+from open_lm.evaluate import compare
+from open_lm.evaluate.checkpoints import find_checkpoints, load_checkpoint, results_file
+from open_lm.evaluate.lm_eval import MODEL_NAME, register
 from open_lm.hf.exporting import export_model
 from open_lm.model.transformer import create_model
+
+pytest.importorskip("lm_eval")
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN = 48
@@ -83,6 +92,7 @@ def questions(shared_dir: Path) -> list[dict[str, Any]]:
 
 
 def ours(**arguments: Any) -> Any:
+    """Return a model for lm-eval, whose module imports lm-eval."""
     from open_lm.evaluate.lm_eval.model import OpenLM
 
     return OpenLM(**arguments)
@@ -138,6 +148,8 @@ def test_requests_have_the_results_of_the_exported_model(trained: Trained, quest
 
 def test_results_do_not_depend_on_groups_and_batches(neox: Trained, questions: list[dict[str, Any]]) -> None:
     """Equal contexts are computed once, in batches of any size, and the order of requests stays."""
+    from open_lm.evaluate.lm_eval.scoring import Pair, split_groups
+
     small, large = ours(**neox.arguments, batch_size=2), ours(**neox.arguments, batch_size=64)
     scored = requests(questions, "<|endoftext|>")
     first = small.loglikelihood(scored, disable_tqdm=True)
@@ -169,3 +181,140 @@ def test_unusable_arguments_and_requests_are_errors(neox: Trained) -> None:
         model.generate_until(instances("generate_until", [("a", {"max_gen_toks": 48})]))
     with pytest.raises(ConfigError, match=r"--apply_chat_template: the tokenizer of .* has no chat template"):
         model.chat_template(True)
+
+
+@pytest.fixture
+def tasks(tmp_path: Path, questions: list[dict[str, Any]]) -> Path:
+    """Return a folder with a task of each type of request."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    lines = [json.dumps({"question": row["query"], **row}) for row in questions[:7]]
+    (folder / "data.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": str(folder / "data.jsonl")}}}
+    common |= {"validation_split": "validation", "doc_to_text": "{{question}}", "metadata": {"version": 1}}
+    mean = {"aggregation": "mean", "higher_is_better": True}
+    entries: dict[str, dict[str, Any]] = {
+        "local_choice": {
+            "output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}",
+            "metric_list": [{"metric": name, **mean} for name in ("acc", "acc_norm")],
+        },
+        "local_rolling": {
+            "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
+        "local_text": {
+            "output_type": "generate_until", "doc_to_target": "{{choices[gold]}}",
+            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
+            "metric_list": [{"metric": "exact_match", **mean}],
+        },
+    }  # fmt: skip
+    for name, entry in entries.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, **common, **entry}))
+    return folder
+
+
+@pytest.mark.processes  # lm-eval asks git for a version
+def test_registered_model_has_the_results_of_the_model_hf(neox: Trained, tasks: Path) -> None:
+    """simple_evaluate finds the model by name, and its metrics are those of the exported checkpoint."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    register()
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    names = ["local_choice", "local_rolling", "local_text"]
+    common: dict[str, Any] = {"tasks": names, "task_manager": manager, "bootstrap_iters": 0, "device": "cpu"}
+    hf = {"pretrained": neox.exported, "trust_remote_code": True, "dtype": "float32"}
+    native = simple_evaluate(MODEL_NAME, {k: v for k, v in neox.arguments.items() if k != "device"}, **common)
+    expected = simple_evaluate("hf", hf, **common)
+    for name in names:
+        values = {key: value for key, value in expected["results"][name].items() if isinstance(value, float)}
+        assert values == pytest.approx({key: native["results"][name][key] for key in values}, rel=1e-6)
+    assert native["config"]["model_num_parameters"] == expected["config"]["model_num_parameters"]
+
+
+@pytest.mark.processes
+def test_two_ranks_have_the_results_of_one(neox: Trained, tasks: Path, tmp_path: Path, program: ModuleType) -> None:
+    """Two processes share the requests of lm-eval."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", str(ROOT / "eval" / "eval_openlm_ckpt.py"), "--no-cache"]
+    command += [*script_arguments(neox, tasks), "--output", str(tmp_path / "two.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    content = json.loads((tmp_path / "two.json").read_text())
+    outcomes = program.main([*script_arguments(neox, tasks), "--no-cache", "--output", str(tmp_path / "one.json")])
+    assert content["processes"] == 2
+    for task, outcome in zip(content["tasks"], outcomes, strict=True):
+        assert (task["task"], task["n"]) == (outcome.task, outcome.n)
+        assert task["metrics"] == pytest.approx(outcome.metrics, rel=1e-6)
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return eval/eval_openlm_ckpt.py as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "eval"))
+    spec = importlib.util.spec_from_file_location("eval_openlm_ckpt", ROOT / "eval" / "eval_openlm_ckpt.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script_arguments(trained: Trained, tasks: Path) -> list[str]:
+    arguments = ["--engine", "lm-eval", "--checkpoint", str(trained.folder / "epoch_1.pt"), "--device", "cpu"]
+    arguments += ["--model", str(trained.folder / "small.json"), "--tokenizer", trained.tokenizer]
+    return [*arguments, "--tasks", "local_choice", "local_rolling", "local_text", "--include-path", str(tasks)]
+
+
+@pytest.mark.processes
+def test_results_of_the_script(
+    neox: Trained, tasks: Path, program: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The JSON results have the documented keys, and compare reads them with the results of single examples."""
+    program.main(script_arguments(neox, tasks))
+    folder = neox.folder / "evals"
+    (path,) = folder.glob("epoch_1_lm_eval_*.json")
+    content = json.loads(path.read_text())
+    assert (content["schema"], content["engine"], content["max_examples"]) == ("open_lm.icl/1", "lm-eval", None)
+    by_name = {task["task"]: task for task in content["tasks"]}
+    choice, rolling, text = (by_name[f"local_{name}"] for name in ("choice", "rolling", "text"))
+    assert (choice["kind"], choice["metric"], choice["n"]) == ("lm-eval/multiple_choice", "acc", 7)
+    assert choice["score"] == choice["metrics"]["acc"] and choice["baseline"] == 0.25
+    assert choice["interval"][0] <= choice["score"] <= choice["interval"][1]
+    assert rolling["score"] is None and rolling["metrics"]["bits_per_byte"] > 0
+    assert text["metric"] == "exact_match" and content["lm_eval"]["n-shot"]["local_choice"] == 0
+    lines = [json.loads(line) for line in Path(choice["examples_file"]).read_text().splitlines()]
+    assert len(lines) == 8 and {"index", "doc_id", "correct", "nll"} <= set(lines[1])
+    capsys.readouterr()
+    compare.main([str(path), str(path)])
+    assert "McNemar" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--include-path", "absent"], r"--include-path absent: no such folder"),
+        (["--eval-yaml", "a.yaml"], r"--eval-yaml needs --engine native or llm-foundry"),
+        (["--num-fewshot", "-1"], r"--num-fewshot -1: expected at least 0"),
+        (["--engine", "native", "--eval-yaml", "a.yaml"], r"--include-path needs --engine lm-eval"),
+    ],
+)
+def test_unusable_flags_of_the_script(
+    flags: list[str], message: str, neox: Trained, tasks: Path, program: ModuleType
+) -> None:
+    """Errors name the flag."""
+    with pytest.raises(ConfigError, match=message):
+        program.main([*script_arguments(neox, tasks), *flags])
+
+
+@pytest.mark.parametrize("case", ["llama_2", "gemma_2", "qwen_3"])
+def test_folders_of_transformers_are_checkpoints(case: str, tmp_path: Path) -> None:
+    """A folder of a model family gives the logits of transformers, without a conversion."""
+    reference = hf_model(case)
+    reference.save_pretrained(tmp_path / "hf")
+    (checkpoint,) = find_checkpoints([f"{tmp_path}/hf/"])
+    model = load_checkpoint(checkpoint)
+    ids = random_ids(2, 12, vocab_size=reference.config.vocab_size)
+    with torch.no_grad():
+        assert torch.allclose(model(ids)[0], reference(ids).logits, atol=1e-4)
+    assert results_file(checkpoint, ["core"], is_partial=True) == f"{tmp_path}/evals/hf_core_partial.json"

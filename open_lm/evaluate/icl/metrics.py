@@ -22,6 +22,7 @@ from open_lm.evaluate.icl.scoring import ChoiceScores
 from open_lm.evaluate.icl.task_types import TASK_TYPES, PromptOptions
 
 LEVEL = 0.95  # of the intervals
+HARNESS_PREFIX = "lm-eval/"  # of the kind of a task of lm-eval, before lm-eval's output_type
 _BUCKETS = 10  # of the calibration error
 _RESAMPLES = 10_000
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4`", " "))
@@ -36,8 +37,8 @@ class Outcome:
     Attributes:
         task: label of the task.
         shots: examples in the prompt.
-        kind: llm-foundry's icl_task_type.
-        metric: llm-foundry's name of the metric that is the score.
+        kind: llm-foundry's icl_task_type, or HARNESS_PREFIX and lm-eval's output_type.
+        metric: llm-foundry's or lm-eval's name of the metric that is the score.
         score: from 0 to 1, for tasks with categories the mean over them; None if the task could not run.
         baseline: expected score of random guessing.
         n: number of scored examples.

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from torch import Tensor
 from tqdm import tqdm
 
@@ -120,6 +120,17 @@ class OpenLM(TemplateLM):
         self.engine = Engine(
             self.model, self._device, autocast, sequences * self._max_length if sequences > 1 else default
         )
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> OpenLM:
+        """Create the model from "key=value,key=value"; see `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> OpenLM:
+        """Create the model from its arguments, which take precedence over lm-eval's flags and their defaults."""
+        flags = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**flags, **arg_dict})
 
     # ------------------------------------------------------------------------------------------ tokens
     @property

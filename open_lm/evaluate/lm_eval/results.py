@@ -9,12 +9,11 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError, join_problems
-from open_lm.evaluate.icl.metrics import Outcome, Record, accuracy_interval
+from open_lm.evaluate.icl.metrics import HARNESS_PREFIX, Outcome, Record, accuracy_interval
 from open_lm.evaluate.icl.store import ResultStore
 from open_lm.evaluate.lm_eval.model import OpenLM
 from open_lm.storage.strict_json import to_json
 
-KIND_PREFIX = "lm-eval/"  # before lm-eval's output_type, in the place of llm-foundry's icl_task_type
 _BOOTSTRAP_RESAMPLES = 1000  # of metrics without a formula for their standard error
 _Z = 1.959963984540054  # 95 % of a normal distribution
 _ROLLING = "loglikelihood_rolling"
@@ -30,8 +29,11 @@ def check_task_names(names: Sequence[str], include_path: str | None) -> Any:
 
     if include_path is not None and not storage.list_files(include_path):
         raise ConfigError(f"--include-path {include_path}: no such folder; pass one with the YAML files of tasks")
-    manager = TaskManager(include_path=include_path)
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     unknown = [name for name in names if not manager.match_tasks([name])]
+    if unknown and include_path is not None:  # reading the names of all tasks of lm-eval takes several seconds
+        manager = TaskManager(include_path=include_path)
+        unknown = [name for name in unknown if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(
             join_problems(
@@ -88,7 +90,7 @@ def _outcome(task: str, results: Mapping[str, Any], tokenizer_sha256: str, store
     config = results["configs"][task]
     samples = results["samples"][task]
     keys = [key for key in values if "," in key and "_stderr" not in key]
-    outcome = Outcome(task, int(results["n-shot"].get(task) or 0), KIND_PREFIX + str(config["output_type"]))
+    outcome = Outcome(task, int(results["n-shot"].get(task) or 0), HARNESS_PREFIX + str(config["output_type"]))
     outcome.metrics = {_label(key): value for key in keys if (value := _number(values[key])) is not None}
     metric, name = keys[0].split(",") if keys else ("", "none")
     if metric == "bits_per_byte" or config["output_type"] == _ROLLING or not keys:
