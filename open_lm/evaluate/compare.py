@@ -146,7 +146,8 @@ def _obstacle(first: Result, second: Result, key: Key) -> str:
         if key not in result.tasks:
             return f"{result.path} does not have it"
         if result.tasks[key].score is None:
-            return f"it did not run in {result.path} ({result.tasks[key].problem or 'no score'})"
+            problem = result.tasks[key].problem
+            return f"it did not run in {result.path} ({problem})" if problem else f"it has no score in {result.path}"
     a, b = first.tasks[key], second.tasks[key]
     for name in ("kind", "metric"):
         values = getattr(a, name), getattr(b, name)
@@ -163,7 +164,7 @@ def _scores(a: Outcome, b: Outcome) -> tuple[float, float]:
 def _comparison(first: Result, second: Result, key: Key) -> tuple[Comparison, str]:
     """Return the comparison of a task, and why it is not paired; empty if it is."""
     a, b = first.tasks[key], second.tasks[key]
-    if not a.metric.endswith("Accuracy"):
+    if not (_is_accuracy(a) and _is_accuracy(b)):
         return Untested(_scores(a, b)), f"no test, because {a.metric} is not a share of correct examples"
     groups, reason = _paired_groups(first, second, key)
     if groups:
@@ -173,6 +174,11 @@ def _comparison(first: Result, second: Result, key: Key) -> tuple[Comparison, st
     if a.interval is None or b.interval is None:
         return Untested(_scores(a, b)), f"no test, because {reason}, and the scores have no intervals"
     return Unpaired(_scores(a, b), (a.n, b.n), (a.interval, b.interval)), f"unpaired, because {reason}"
+
+
+def _is_accuracy(outcome: Outcome) -> bool:
+    """Return whether a score is the share of correct examples, also under lm-eval's names of metrics."""
+    return outcome.metric.endswith("Accuracy") or outcome.interval_method == "exact binomial"
 
 
 def _paired_groups(first: Result, second: Result, key: Key) -> tuple[list[tuple[np.ndarray, np.ndarray]], str]:
@@ -215,7 +221,7 @@ def _stored_examples(result: Result, outcome: Outcome) -> tuple[str, list[Record
     """
     if not outcome.examples_file:
         raise NoExamples(
-            f"{result.path} has no results of single examples (--engine native stores them, unless --no-cache)"
+            f"{result.path} has no results of single examples (only --engine llm-foundry and --no-cache store none)"
         )
     folder = result.path.rpartition("/")[0] or "."
     moved = storage.join(folder, EXAMPLES_FOLDER, outcome.examples_file.rpartition("/")[2])

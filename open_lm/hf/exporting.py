@@ -26,7 +26,7 @@ from open_lm.config.architecture import read_family, read_run_settings
 from open_lm.config.key_effects import keys_without_effect
 from open_lm.config.sections import ModelConfig
 from open_lm.data.tokenizers import choose_tokenizer
-from open_lm.errors import CheckpointError, ConfigError, join_problems
+from open_lm.errors import CheckpointError, ConfigError, DataError, join_problems
 from open_lm.hf.configuration import FIELDS
 from open_lm.hf.families import architecture
 from open_lm.hf.family_configs import SPECIAL_IDS, config_of, full_config
@@ -92,12 +92,29 @@ def export_model(
         fields = {**fields, **ids, "architectures": [_class_name(fields)], **weights.dtype_fields(dtype)}
         write_json(storage.join(output, GENERATION_CONFIG), {**settings, "_from_model_config": not settings})
         progress = saved_progress(checkpoint, step_number(checkpoint) is not None)
-        storage.write_text(storage.join(output, "README.md"), model_card(params, fields, infos, progress))
+        card = _with_evaluations(model_card(params, fields, infos, progress), checkpoint, target)
+        storage.write_text(storage.join(output, "README.md"), card)
         write_weights(folder, infos, weights.reads(dtype))
         folder.check_owner()
         write_json(storage.join(output, CONFIG), fields)
     logging.info(f"exported {checkpoint} as {fields['model_type']}")
     return checkpoint
+
+
+def _with_evaluations(card: str, checkpoint: str, target: str) -> str:
+    """Return a model card with the scores of the checkpoint's complete evaluations, which are in evals/ next to it."""
+    from open_lm.evaluate.result_formats import full_results, model_index, with_model_index
+
+    files = full_results(checkpoint)
+    try:
+        index = model_index(files, target.rstrip("/").rpartition("/")[2])
+    except DataError as error:
+        logging.warning(f"the model card has no evaluation results: {error}")
+        return card
+    if not index:
+        return card
+    logging.info(f"the model card has the results of {', '.join(files)}")
+    return with_model_index(card, index, "README.md")
 
 
 def _params_of(checkpoint: str, model: str | None) -> tuple[Params, str]:
