@@ -74,7 +74,7 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 def _digest(tensor: Tensor) -> str:
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(data.data).hexdigest()}"
 
 
 def by_layer(adapters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -314,9 +314,9 @@ def _read_into(targets: dict[str, Tensor], parts: dict[str, int], index: Index, 
 
 def _targets(state: TrainingState, index: Index, folder: str) -> dict[str, Tensor]:
     """Return the tensors to fill by stored name; raise CheckpointError before anything changes."""
-    stored = _stored_weights(index)
-    (check_adapters if has_adapters(state.model) else select_weights)(stored, state.model, folder)
-    targets = _by_stored_name(stored_tensors(state.model), stored)
+    weights = _stored_weights(index)
+    (check_adapters if has_adapters(state.model) else select_weights)(weights, state.model, folder)
+    targets = _by_stored_name(stored_tensors(state.model), weights)
     if state.averagers is not None:
         for averager_name, averager in state.averagers.avgs_dict.items():
             prefix = f"averager/{averager_name}/"

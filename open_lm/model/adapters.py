@@ -94,9 +94,11 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def reset_magnitude(self, layer: Any) -> None:
         """Set the magnitudes to the norms of the rows of W, from this rank's shards of both."""
-        weight = layer._parameters.get("weight", None)
+        weight = layer._parameters.get("weight")  # without the properties of sharded and quantized layers
         norms = self._norms((layer.weight if weight is None else local_tensor(weight)).float())
-        local_tensor(self._parameters["lora_magnitude"]).copy_(norms)
+        magnitude = self._parameters["lora_magnitude"]
+        assert magnitude is not None
+        local_tensor(magnitude).copy_(norms)
 
 
 def low_rank_product(lora_a: Tensor, lora_b: Tensor, parts: int) -> Tensor:
@@ -142,7 +144,8 @@ def add_adapters(model: nn.Module, settings: LoraSettings, seed: int = 0, quanti
         device = next(itertools.chain(layer.parameters(), layer.buffers())).device
         with device:
             layer.add_module("adapter", Adapter(layer, settings))
-        layer.__class__ = _adapted_class(type(layer))
+        base: Any = type(layer)
+        layer.__class__ = _adapted_class(base)
         if device.type == "meta":
             continue
         for parameter_name, parameter in layer.adapter.named_parameters():

@@ -39,7 +39,8 @@ def quantize_layer(layer: Any) -> None:
     del layer.weight
     for name, (shape, dtype) in sizes.items():
         layer.register_buffer(name, torch.empty(shape, dtype=dtype, device=weight.device), persistent=False)
-    layer.__class__ = _quantized_class(type(layer))
+    base: Any = type(layer)
+    layer.__class__ = _quantized_class(base)
     if not weight.is_meta:
         layer.set_weight(weight)
 
