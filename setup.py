@@ -33,7 +33,7 @@ setup(
         "open_lm": ["py.typed"],
         "open_lm.kernels.native": ["*.cpp", "*.h"],
         "open_lm.evaluate.icl": ["*.yaml"],
-        "open_lm.finetune": ["templates/*.jinja", "recipes/*/*.yaml"],
+        "open_lm.finetune": ["templates/*.jinja", "recipes/*/*.yaml", "chat_page.html"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=requirements("core"),
