@@ -92,6 +92,8 @@ SIGNATURES = {
 MODULES = (
     "open_lm.main",
     "open_lm.evaluate.compare",
+    "open_lm.evaluate.export",
+    "open_lm.evaluate.lm_eval",
     "open_lm.hf.convert",
     "open_lm.plan",
     "open_lm.datapreprocess.make_2048",
@@ -115,6 +117,7 @@ SCRIPTS = (
     "scripts/bench_train.py",
     "scripts/check_plan.py",
     "scripts/checks/check_icl_agreement.py",
+    "scripts/checks/harness_differences.py",
     "scripts/compare_curves.py",
     "scripts/download.py",
     "scripts/generate.py",

@@ -106,13 +106,19 @@ def _data_problems(data: DataConfig, given: Set[str], off: Set[str]) -> list[str
 
 def _validation_problems(config: Config, off: Set[str]) -> list[str]:
     validation = config.validation
-    keys, sets = validation.val_data_key, validation.val_data or []
+    keys, names, sets = validation.val_data_key, validation.val_names, validation.val_data or []
+    problems = []
     if keys is not None and "val_data_key" not in off and len(keys) not in (1, len(sets)):
-        return [
+        problems.append(
             f"--val-data-key: found {len(keys)} values for {len(sets)} validation sets; set one for each, or one for "
             "all"
-        ]
-    return []
+        )
+    if names is not None and "val_names" not in off and not len(set(names)) == len(names) == len(sets):
+        problems.append(
+            f"--val-names: found {' '.join(names)} for {len(sets)} validation sets; set one name for each, all of them "
+            "different"
+        )
+    return problems
 
 
 def _live_evaluation_problems(config: Config) -> list[str]:

@@ -28,7 +28,7 @@ LATER_FLAGS = frozenset({
     "lr_decay_fraction", "lr_decay_shape", "fsdp_zero2", "tensor_parallel", "context_parallel", "mesh_dim",
     "dist_timeout", "fp8", "val_max_batches", "icl_yaml", "icl_every_n_steps", "icl_max_examples", "icl_data_dir",
     "icl_max_time_share", "sample_prompts", "sample_every_n_steps", "sample_temperature", "sample_max_tokens",
-    "tokenizer", "lora", "qlora", "recipe",
+    "tokenizer", "val_names", "lora", "qlora", "recipe",
 })  # fmt: skip
 
 

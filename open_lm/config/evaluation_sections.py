@@ -19,6 +19,9 @@ class ValidationConfig(Section):
     val_data_key: list[str] | None = flag(
         None, "format of the samples, one value per validation set or one for all; default: --data-key"
     )
+    val_names: list[str] | None = flag(
+        None, "name of each validation set in logs, metrics and results; default: the name of its shards"
+    )
     val_num_samples: int | None = flag(None, "number of tokens to use per validation set; default: all")
     val_max_batches: int | None = flag(
         None, "evaluate at most the first N batches (of --global-val-batch-size) of each validation set; default: all"

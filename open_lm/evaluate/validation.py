@@ -42,7 +42,8 @@ class EvaluationOptions:
     """Settings of a validation.
 
     `train_tokens` is the number of tokens trained on so far, None if unknown. With `end_of_text_id`, attention stays
-    inside documents, which end with this id; with None it covers full sequences.
+    inside documents, which end with this id; with None it covers full sequences. `token_bytes` (V,) int64 on the device
+    has the bytes of text of each token, for bits per byte; None if they are unknown.
     """
 
     runtime: Runtime
@@ -54,6 +55,7 @@ class EvaluationOptions:
     train_tokens: int | None = None
     log_every: int = 100
     end_of_text_id: int | None = None
+    token_bytes: Tensor | None = None
 
 
 def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: EvaluationOptions) -> list[dict[str, Any]]:
@@ -61,27 +63,34 @@ def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: Evalu
 
     A result is an entry of a line of results.jsonl. `loss` is the mean over the valid tokens of all ranks, without
     filler sequences and masked targets; `tokens` and `sequences` are the numbers of valid ones. `samples_per_second`
-    counts tokens, as in existing results. `max_batches` is in the result of a set that --val-max-batches has cut.
+    counts tokens, as in existing results. `max_batches` is in the result of a set that --val-max-batches has cut, and
+    `name` in those of sets with names. If the bytes of tokens are known, `bits_per_byte` is the mean loss of the tokens
+    that stand for text, in bits per byte of this text, and `bytes` the number of bytes.
     """
     results = []
+    names = options.cfg.val_names or [None] * len(loaders)
     for number, loader in enumerate(loaders, start=1):
         if options.runtime.is_master:
             logging.info(_announcement(loader, number, len(loaders)))
         with evaluation_mode(model):
             result = _evaluate_set(model, loader, options)
+        if names[number - 1] is not None:
+            result["name"] = names[number - 1]
         if options.train_tokens is not None:
             result["train_tokens"] = options.train_tokens
         result["checkpoint_path"] = options.checkpoint_path
         result["val_data"] = list(loader.val_data)
         result["model"] = options.model_name
         results.append(result)
+    if options.runtime.is_master and len(results) > 1:
+        logging.info("Validation sets:\n" + format_sets(results))
     return results
 
 
 def validation_metrics(results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the metrics of a validation: val/loss over the tokens of all sets, and the values of each set.
 
-    With several sets, the values of each are named val/<name of its shards>/<key>.
+    With several sets, the values of each are named val/<name>/<key>, with --val-names or the name of its shards.
     """
     metrics: dict[str, float] = {}
     tokens = sum(result["tokens"] for result in results)
@@ -89,13 +98,42 @@ def validation_metrics(results: Sequence[dict[str, Any]]) -> dict[str, float]:
         loss = sum(result["loss"] * result["tokens"] for result in results if result["tokens"]) / tokens
         metrics |= {"val/loss": loss, "val/tokens": tokens}
     for index, result in enumerate(results):
-        stem = PurePath(" ".join(result["val_data"])).name.partition(".")[0] or str(index)
+        stem = result.get("name") or set_name(result["val_data"]) or str(index)
         prefix = "val" if len(results) == 1 else f"val/{stem}"
         if len(results) > 1 and f"{prefix}/loss" in metrics:
             prefix = f"{prefix}-{index}"  # an earlier set has shards of the same name
         values = {key: value for key, value in result.items() if isinstance(value, int | float) and value != -1.0}
         metrics |= {f"{prefix}/{key}": value for key, value in values.items() if key != "train_tokens"}
     return metrics
+
+
+def set_name(val_data: Sequence[str]) -> str:
+    """Return the name of a validation set: that of its shards, without folders and suffixes."""
+    return PurePath(" ".join(val_data)).name.partition(".")[0]
+
+
+def format_sets(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table with a line per validation set, and the means over all tokens and over the sets."""
+    has_bytes = all("bits_per_byte" in result for result in results)
+    rows = [
+        (result.get("name") or set_name(result["val_data"]) or str(number), result["tokens"], result["loss"],
+         result.get("bits_per_byte", math.nan), result.get("bytes", 0))
+        for number, result in enumerate(results)
+    ]  # fmt: skip
+    valid = [row for row in rows if row[1]]
+    tokens, num_bytes = sum(row[1] for row in valid), sum(row[4] for row in valid)
+    if valid:
+        loss = sum(row[2] * row[1] for row in valid) / tokens
+        bits = sum(row[3] * row[4] for row in valid) / num_bytes if has_bytes and num_bytes else math.nan
+        rows.append(("all tokens", tokens, loss, bits, num_bytes))
+        means = [sum(row[column] for row in valid) / len(valid) for column in (2, 3)]
+        rows.append(("mean of the sets", tokens, *means, num_bytes))
+    width = max(len("set"), *(len(row[0]) for row in rows))
+    lines = [f"{'set':<{width}}  {'tokens':>13}  {'loss':>9}  {'perplexity':>10}" + "  bits per byte" * has_bytes]
+    for name, count, loss, bits, _ in rows:
+        line = f"{name:<{width}}  {count:>13,}  {loss:>9.6f}  {_perplexity(loss):>10.4g}"
+        lines.append(line + (f"  {bits:>13.5f}" if has_bytes else ""))
+    return "\n".join(lines)
 
 
 def loss_problems(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -175,7 +213,8 @@ class _LossSamples:
 
 def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOptions) -> dict[str, Any]:
     runtime, cfg = options.runtime, options.cfg
-    totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)  # loss, tokens, sequences
+    # loss, tokens, sequences; loss and bytes of the tokens that stand for text
+    totals = torch.zeros(5, dtype=torch.float64, device=runtime.device)
     samples = _LossSamples(cfg, runtime.device)
     data_s, steps, positions, start = 0.0, 0, 0, time.perf_counter()
     waiting_since = logged_at = start
@@ -186,8 +225,9 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         targets = batch.targets
         losses = token_losses(model, batch.inputs, targets, options, batch.documents)
         valid = (targets != IGNORE_INDEX) & options.layout.contributes_sequences
-        sums = ((losses * valid).sum(dtype=torch.float64), valid.sum(), valid.any(1).sum())
-        totals += torch.stack([value.to(torch.float64) for value in sums])
+        sums = [(losses * valid).sum(dtype=torch.float64), valid.sum(), valid.any(1).sum()]
+        sums += _text_sums(losses, valid, targets, options.token_bytes)
+        totals[: len(sums)] += torch.stack([value.to(torch.float64) for value in sums])
         samples.add(losses, valid)
         steps, positions = steps + 1, positions + targets.numel() * options.layout.data_size
         now = time.perf_counter()
@@ -195,7 +235,7 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
             logged_at = now
             _log_progress(index, loader, data_s / steps, (now - start) / steps, positions / steps, runtime)
         waiting_since = time.perf_counter()
-    loss_sum, tokens, sequences = sum_over_ranks(totals).tolist()
+    loss_sum, tokens, sequences, text_loss, num_bytes = sum_over_ranks(totals).tolist()
     batch_s = max(time.perf_counter() - start, 1e-9) / max(steps, 1)
     speed = positions / max(steps, 1) / batch_s
     loss = loss_sum / tokens if tokens else math.nan
@@ -209,12 +249,25 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
         "sequences": round(sequences),
         "tokens": round(tokens),
     }
+    if num_bytes:
+        result |= {"bits_per_byte": text_loss / math.log(2) / num_bytes, "bytes": round(num_bytes)}
     if getattr(loader, "is_bounded", False):
         result["max_batches"] = steps
     if runtime.is_master:
         logging.info(_summary(" ".join(loader.val_data), result))
     # Times differ between ranks; all ranks return rank 0's.
     return broadcast_object(runtime, result)
+
+
+def _text_sums(losses: Tensor, valid: Tensor, targets: Tensor, token_bytes: Tensor | None) -> list[Tensor]:
+    """Return the loss (sum) and the bytes of the valid targets (B,T) that stand for text; empty without `token_bytes`.
+
+    Special tokens, such as the one that ends a document, stand for no byte and do not count.
+    """
+    if token_bytes is None:
+        return []
+    counts = token_bytes[targets.clamp(min=0)] * valid
+    return [(losses * (counts > 0)).sum(dtype=torch.float64), counts.sum()]
 
 
 def token_losses(
@@ -256,19 +309,23 @@ def _announcement(loader: ValLoader, number: int, sets: int) -> str:
 
 def _summary(name: str, result: Mapping[str, Any]) -> str:
     """Describe the result of a validation set in one line."""
-    perplexity = math.inf
-    with suppress(OverflowError):
-        perplexity = math.exp(result["loss"])
     intervals = ""
     for kind in ("sequences", "tokens"):
         lower, upper = (result[f"loss_{kind}_{bound}_95"] for bound in ("lower", "upper"))
         if (lower, upper) != NO_INTERVAL:
             intervals += f", 95 % interval over {kind} {lower:.6f} to {upper:.6f}"
     bounded = f" of the first {result['max_batches']} batches (--val-max-batches)" if "max_batches" in result else ""
+    bits = f", {result['bits_per_byte']:.5f} bits per byte" if "bits_per_byte" in result else ""
     return (
-        f"Validation on {name}: loss {result['loss']:.6f}, perplexity {perplexity:.4g}, {result['tokens']} tokens"
-        f"{bounded}{intervals}"
+        f"Validation on {name}: loss {result['loss']:.6f}, perplexity {_perplexity(result['loss']):.4g}{bits}, "
+        f"{result['tokens']} tokens{bounded}{intervals}"
     )
+
+
+def _perplexity(loss: float) -> float:
+    with suppress(OverflowError):
+        return math.exp(loss)
+    return math.inf
 
 
 def _log_progress(  # noqa: PLR0917 - the values of one line

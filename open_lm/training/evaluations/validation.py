@@ -5,8 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
+import torch
+
+from open_lm.data.token_bytes import token_bytes
+from open_lm.data.tokenizers import find_data_tokenizer, find_run_tokenizer
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import run_on_master
+from open_lm.errors import ConfigError
 from open_lm.evaluate.validation import EvaluationOptions, evaluate_sets, loss_problems, validation_metrics
 from open_lm.monitor.loggers import append_line, filter_lines
 from open_lm.storage.strict_json import to_json
@@ -24,15 +30,18 @@ class Validation:
 
     name = "val"
 
-    def __init__(self, parts: RunParts) -> None:
+    def __init__(self, parts: RunParts, counts: np.ndarray | None = None) -> None:
         self._parts = parts
+        self._token_bytes = None if counts is None else torch.from_numpy(counts).to(parts.runtime.device)
         self.results: list[dict[str, Any]] | None = None
         self.step: int | None = None
 
     @classmethod
     def create(cls, parts: RunParts, weights: str | None) -> Validation | None:
         """Return the validation of a run, or None without --val-data."""
-        return cls(parts) if parts.val_loaders else None
+        if not parts.val_loaders:
+            return None
+        return cls(parts, run_on_master(lambda: _token_bytes(parts, weights)))
 
     def is_due(self, moment: Moment) -> bool:
         every = self._parts.config.validation.val_frequency
@@ -71,4 +80,21 @@ class Validation:
             train_tokens=moment.tokens,
             log_every=config.logging.log_every_n_steps,
             end_of_text_id=end_of_text_id(config, [s for loader in parts.val_loaders for s in loader.sources]),
+            token_bytes=self._token_bytes,
         )
+
+
+def _token_bytes(parts: RunParts, weights: str | None) -> np.ndarray | None:
+    """Return the bytes of text of each id (V,) int64; None without a copy of the tokenizer of the validation sets."""
+    sources = [source for loader in parts.val_loaders for source in loader.sources]
+    try:
+        run = find_data_tokenizer(sources, weights) or (None if weights is None else find_run_tokenizer(weights))
+        counts = None if run is None or run.copy is None else token_bytes(run.copy)
+    except ConfigError as error:
+        logging.warning(f"validation reports no bits per byte: {error}")
+        return None
+    if counts is None:
+        return None
+    table = np.zeros(max(parts.params.vocab_size, len(counts)), dtype=np.int64)
+    table[: len(counts)] = counts
+    return table
