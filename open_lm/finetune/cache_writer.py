@@ -178,7 +178,8 @@ def _distributions(job: CacheJob, ids: np.ndarray, filled: np.ndarray, hashes: n
     """Return counts, ids, weights and entropies of sequences of ids (n, T + 1); those not `filled` have none."""
     settings, device = job.settings, next(job.teacher.model.parameters()).device
     batch = Batch(
-        *(torch.from_numpy(array) for array in (ids, filled)),
+        torch.from_numpy(ids),
+        torch.from_numpy(filled),
         num_samples=int(filled.sum()),
         per_source=(),
         skipped=0,

@@ -253,9 +253,7 @@ def _check_cache(cached: CacheSettings, cfg: DistillConfig, student: Any, end_of
     if cached.temperature != cfg.distill_temperature:
         problems.append(f"has temperature {cached.temperature:g}: set --distill-temperature {cached.temperature:g}")
     if cached.end_of_text_id != end_of_text_id:
-        states = {None: "attention over full sequences"}
-        theirs, ours = (states.get(i, f"attention within documents that id {i} ends") for i in
-                        (cached.end_of_text_id, end_of_text_id))  # fmt: skip
+        theirs, ours = (_describe_attention(end_id) for end_id in (cached.end_of_text_id, end_of_text_id))
         problems.append(f"was made with {theirs}, but this run has {ours}")
     if cfg.distill_model or cfg.distill_pretrained:
         found = teacher_fingerprint(find_teacher(cfg))
@@ -263,3 +261,9 @@ def _check_cache(cached: CacheSettings, cfg: DistillConfig, student: Any, end_of
             problems.append(f"was made by teacher {cached.teacher}, but --distill-pretrained is teacher {found}")
     if problems:
         raise ConfigError(join_problems([f"--distill-cache {problem}" for problem in problems]))
+
+
+def _describe_attention(end_of_text_id: int | None) -> str:
+    if end_of_text_id is None:
+        return "attention over full sequences"
+    return f"attention within documents that id {end_of_text_id} ends"

@@ -152,7 +152,7 @@ def _most_important(scores: Tensor, count: int) -> Tensor:
 def student_keys(params: Params, layers: list[int], shape: Shape) -> dict[str, Any]:
     """Return the JSON file of a student with these blocks of the teacher; see docs/model_configs.md."""
     group = params.n_heads // params.n_kv_heads
-    patterns = {
+    patterns: dict[str, Any] = {
         name: [in_layer(pattern, layer) for layer in layers]
         for name in ("attn_window_pattern", "rope_pattern")
         if (pattern := getattr(params, name)) is not None

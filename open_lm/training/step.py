@@ -151,7 +151,11 @@ def micro_documents(documents: Tensor | None, count: int) -> Iterator[Tensor | N
 def _micro_teachers(stored: SparseTargets | None, count: int) -> Iterator[SparseTargets | None]:
     """Yield the teacher's distributions (B,T,…) of each of `count` micro-batches; None if there are none."""
     for number in range(count):
-        yield None if stored is None else stored.map(lambda values, number=number: values.chunk(count)[number])
+
+        def slice_of(values: Tensor, number: int = number) -> Tensor:
+            return values.chunk(count)[number]
+
+        yield None if stored is None else stored.map(slice_of)
 
 
 def _token_loss(
