@@ -28,10 +28,9 @@ COLUMNS = {
     "generation_task_with_answers": ("context", "answer"),
 }
 HOW_TO_GET_DATA = (
-    "llm-foundry's repository contains the task data in scripts/eval/local_data:\n"
-    "    git clone --depth 1 --branch v0.22.0 https://github.com/mosaicml/llm-foundry\n"
-    "  Then pass --data-dir llm-foundry/scripts/eval/local_data, or copy the files into one folder and pass its path "
-    "(data_dir in the YAML, or --data-dir)."
+    "This command collects the task data, from llm-foundry's repository or other sources (see its --help):\n"
+    "    python -m open_lm.evaluate.icl.download --output FOLDER\n"
+    "  Then pass --data-dir FOLDER, or set data_dir in the YAML file."
 )
 _HOW_TO_SELECT = " --tasks NAME… runs only some of the tasks."
 EXTRA_KEYS = ("random_baseline",)  # keys of a task's entry that llm-foundry does not support
