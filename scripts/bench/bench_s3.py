@@ -8,9 +8,10 @@ page cache without copying, so it needs little CPU time. `moto` implements all o
 several times, so the result is mostly its speed. With s3://… the shards are uploaded to that folder and not deleted.
 The plain client is boto3 with as many connections as the loader has parallel downloads in one process; it neither
 stores nor verifies the data. The loader makes one pass over shards that were never read before, as in training: it
-verifies them and fetches every batch from the worker. Every measurement runs in a separate process, and rounds
-alternate. The time runs from the first request to the last batch and includes the start of the workers. CPU time
-is that of the client and its workers, without the server.
+verifies them and fetches every batch from the worker. It reads them in ranges with the checksums of blocks that the
+preprocessor and make_wds_manifest write, and whole as from a manifest without them. Every measurement runs in a
+separate process, and rounds alternate. The time runs from the first request to the last batch and includes the start
+of the workers. CPU time is that of the client and its workers, without the server.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def _use_endpoint(port: int) -> None:
 
 
 def put_shards(args: argparse.Namespace, local: Path, target: str) -> None:
-    """Store many copies of one shard of random ids, and a manifest like that of make_wds_manifest."""
+    """Store many copies of one shard of random ids, and their manifest; whole.jsonl lacks the checksums of blocks."""
     from open_lm import storage
     from open_lm.data.manifest import ManifestEntry, write_manifest
     from open_lm.data.shard_format import ShardWriter
@@ -193,12 +194,14 @@ def put_shards(args: argparse.Namespace, local: Path, target: str) -> None:
     with ShardWriter(local / "shard.tar", "npy") as writer:
         writer.write_numbered(0, ids)
     data = (local / "shard.tar").read_bytes()
-    properties = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    entries = [ManifestEntry(f"{number:05d}", args.sequences_in_shard, properties) for number in range(args.shards)]
+    whole = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    stems = [f"{number:05d}" for number in range(args.shards)]
     storage.makedirs(target)
-    for entry in entries:
-        storage.copy(local / "shard.tar", f"{target}/{entry.shard}.tar")
-    write_manifest(f"{target}/manifest.jsonl", entries)
+    for stem in stems:
+        storage.copy(local / "shard.tar", f"{target}/{stem}.tar")
+    for name, properties in (("manifest", whole | writer.info.block_sums), ("whole", whole)):
+        entries = [ManifestEntry(stem, args.sequences_in_shard, properties) for stem in stems]
+        write_manifest(f"{target}/{name}.jsonl", entries)
 
 
 # --- measurements, each in a separate process -----------------------------------------------------------------------
@@ -261,8 +264,11 @@ def run(args: argparse.Namespace, local: Path) -> None:
     this_script = [sys.executable, __file__, "--data"]
     with stored_shards(args, local) as manifest:
         commands = {"download only": [*this_script, manifest, "--part", "raw"]}
-        for workers in args.workers:
-            commands[f"ours, {workers} workers"] = [*this_script, manifest, "--part", "ours", "--workers", str(workers)]
+        for kind, name in (("in ranges", "manifest"), ("whole shards", "whole")):
+            data = manifest.replace("manifest.jsonl", f"{name}.jsonl")
+            for workers in args.workers:
+                command = [*this_script, data, "--part", "ours", "--workers", str(workers)]
+                commands[f"{kind}, {workers} workers"] = command
         results: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
         for _ in range(args.rounds):
             for name, command in commands.items():
@@ -281,14 +287,14 @@ def run(args: argparse.Namespace, local: Path) -> None:
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Return a line per client: MB/s, the ratio to the plain client's speed, and CPU seconds per GB."""
-    lines = [f"{'':20}{'MB/s':>8}{'min':>8}{'max':>10}{'ratio':>8}{'CPU s/GB':>16}"]
+    lines = [f"{'':26}{'MB/s':>8}{'min':>8}{'max':>10}{'ratio':>8}{'CPU s/GB':>16}"]
     baseline = 0.0
     for name, rounds in results.items():
         speeds = [result["bytes"] / result["seconds"] / 1e6 for result in rounds]
         median = statistics.median(speeds)
         baseline = baseline or median
         cost = statistics.median(result["processor_s"] / result["bytes"] * 1e9 for result in rounds)
-        lines.append(f"{name:20}{median:8.0f}{min(speeds):8.0f}{max(speeds):10.0f}{median / baseline:8.2f}{cost:16.2f}")
+        lines.append(f"{name:26}{median:8.0f}{min(speeds):8.0f}{max(speeds):10.0f}{median / baseline:8.2f}{cost:16.2f}")
     return "\n".join(lines)
 
 

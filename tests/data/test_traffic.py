@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,16 +13,19 @@ from typing import Any
 
 import bench_s3
 import pytest
-from data_helpers import write_block_source, write_source
+import torch
+from data_helpers import SEQ_LEN, VOCAB_SIZE, write_block_source, write_source
 
 pytestmark = pytest.mark.processes
 
 
 class CountingServer:
-    """The lean S3 server of bench_s3.py, with the bytes sent by file name in `sent`."""
+    """The lean S3 server of bench_s3.py, with the bytes sent by file name in `sent` and the number of ranges sent."""
 
     def __init__(self, root: Path) -> None:
         self.sent: Counter[str] = Counter()
+        self.num_ranges = 0
+        counter = self
         sent, lock = self.sent, threading.Lock()
 
         class Handler(bench_s3._Handler):
@@ -31,6 +35,7 @@ class CountingServer:
                 if self.command == "GET" and status in (200, 206):
                     with lock:
                         sent[self.path.rpartition("/")[2]] += int(headers["Content-Length"])
+                        counter.num_ranges += status == 206
                 super()._answer(status, headers)
 
         Handler.root = root
@@ -89,6 +94,27 @@ def test_all_ranks_together_fetch_each_byte_about_once(
         assert len(taken) == len(set(taken)) == 1200 == sum(sizes)
         ratio = server.shard_bytes / stored
         assert ratio <= (1.1 if has_blocks else 1.2), (world_size, workers, ratio)
+
+
+def test_the_trainer_under_torchrun_fetches_each_block_once(
+    server: CountingServer, tmp_path: Path, torchrun: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Two ranks of one node train on one pass, each with a worker that reads ranges."""
+    write_block_source(tmp_path / "store/bucket/d", [40] * 10)
+    model = {"hidden_dim": 8, "n_layers": 1, "n_heads": 1, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE}
+    (tmp_path / "model.json").write_text(json.dumps(model))
+    flags = f"--model {tmp_path}/model.json --dataset-manifest s3://bucket/d/manifest.jsonl --data-key npy --workers 1"
+    flags += (
+        f" --global-batch-size 20 --train-num-samples {400 * SEQ_LEN} --epochs 1 --precision fp32 --name run --seed 3"
+    )
+    torchrun(2, "open_lm.main", *flags.split())
+    (stats,) = (tmp_path / "logs/run/checkpoints").glob("stats_1.pt")
+    (source,) = torch.load(stats, weights_only=True)["data_state"]["sources"]
+    assert source["samples"] == 400
+    assert server.shard_bytes == 10 * 40 * 1024 and all(
+        server.sent[f"{shard:05d}.tar"] == 40 << 10 for shard in range(10)
+    )
+    assert server.num_ranges >= 20
 
 
 def test_ranks_that_do_not_divide_the_lanes_and_ranks_of_one_node(

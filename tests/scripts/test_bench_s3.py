@@ -20,8 +20,9 @@ def test_ours_is_compared_with_a_plain_client(
     bench_s3.main([*arguments, "--work-dir", str(tmp_path), "--line-mb", "50"])
     first, _, *rows = capsys.readouterr().out.splitlines()
     assert first.startswith("4 shards of 0.2 MB from the server lean (limit 50 MB/s), 4 connections, ")
-    assert [row[:20].rstrip() for row in rows] == ["download only", "ours, 1 workers"]
+    names = ["download only", "in ranges, 1 workers", "whole shards, 1 workers"]
+    assert [row[:26].rstrip() for row in rows] == names
     for row in rows:
-        median, least, greatest, ratio, processor_s = map(float, row[20:].split())
+        median, least, greatest, ratio, processor_s = map(float, row[26:].split())
         assert median == least == greatest <= 50 and ratio > 0 and processor_s > 0
     assert rows[0].split()[-2] == "1.00"
