@@ -306,7 +306,7 @@ def test_missing_data_is_reported_together_before_the_model_is_loaded(tmp_path: 
     assert result.returncode == 2
     for name in ("copa", "winograd_wsc", "triviaqa_sm_sub", "mmlu"):
         assert str(tmp_path / f"{name}.jsonl") in result.stderr
-    assert "git clone" in result.stderr and "Traceback" not in result.stderr
+    assert "open_lm.evaluate.icl.download" in result.stderr and "Traceback" not in result.stderr
     assert "none.pt" not in result.stderr
 
 
