@@ -201,7 +201,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Connection", "close")  # the end of the connection ends the body
         self.end_headers()
-        event = partial(self._event, self._envelope("chat.completion.chunk"))
+        envelope = self._envelope("chat.completion.chunk")
+        event = partial(self._event, envelope)
         try:
             event({"role": "assistant", "content": ""})
             for piece in pieces:
@@ -212,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
         event({}, turn.finish_reason)
         options = request.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage"):
-            self._write({**self._envelope("chat.completion.chunk"), "choices": [], "usage": _usage(turn)})
+            self._write({**envelope, "choices": [], "usage": _usage(turn)})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, envelope: Mapping[str, Any], delta: Mapping[str, str], finish_reason: str | None = None) -> None:
@@ -229,7 +230,7 @@ def parse_request(
 ) -> tuple[list[Message], Sampling, list[str]]:
     """Return the messages, the sampling settings and the stop texts of a request. RequestError for invalid ones."""
     try:
-        messages = parse_messages(request.get("messages"))
+        messages = parse_messages(request.get("messages"), "messages")
     except BadConversation as error:
         raise RequestError(HTTPStatus.BAD_REQUEST, str(error), "messages") from error
     if len(messages) > _MAX_MESSAGES:

@@ -70,11 +70,6 @@ def parse_conversation(record: Any, form: str = "auto") -> Conversation:
     return tuple(messages)
 
 
-def parse_messages(items: Any) -> list[Message]:
-    """Return a list of messages with role and content, which may end with any role. BadConversation for others."""
-    return _messages(items, "messages")
-
-
 def fingerprint(conversation: Conversation) -> bytes:
     """Return a hash (16 bytes) that is equal for conversations with the same roles and contents."""
     text = json.dumps([[message.role, message.content] for message in conversation], ensure_ascii=True)
