@@ -57,6 +57,11 @@ def as_signed(ids: np.ndarray) -> np.ndarray:
     return ids.astype(FLAGGED_DTYPE).view(np.int32)
 
 
+def without_flags(ids: np.ndarray) -> np.ndarray:
+    """Return stored ids int64 (…) without flags, if they have any; padding becomes PAD_ID."""
+    return np.where(ids == _PAD, -1, ids & ID_MASK) if may_have_flags(ids) else ids
+
+
 def are_valid(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     """Return which ids with flags (…), int32 or uint32, are padding or have an id of the vocabulary: bool (…)."""
     valid: np.ndarray = ((ids & ids.dtype.type(ID_MASK)) < vocab_size) | (ids == _PAD.astype(ids.dtype))

@@ -13,6 +13,7 @@ import numpy as np
 from open_lm import storage
 from open_lm.data.shard_format import PAD_ID, decode_member, index_shard
 from open_lm.data.shards import sequence_members
+from open_lm.data.token_flags import without_flags
 from open_lm.errors import DataError, UserError
 from open_lm.tokenizer import Tokenizer
 
@@ -51,7 +52,7 @@ def read_samples(
                         raise DataError(f"{url}: contains {len(members):,} sequences, fewer than its manifest says")
                     member = members[position]
                     file.seek(member.offset)
-                    ids = decode_member(file.read(member.size), member.kind, eot_id=eot_id or 0)
+                    ids = without_flags(decode_member(file.read(member.size), member.kind, eot_id=eot_id or 0))
                     tokens = ids[ids != PAD_ID]
                     yield {
                         "shard": url, "position": position, "key": member.key, "tokens": len(tokens),

@@ -24,6 +24,7 @@ from open_lm.data.block_sums import BlockHasher
 from open_lm.data.npy_block import NpyRows
 from open_lm.data.shard_format import PAD_ID, Member, decode_member, index_shard
 from open_lm.data.shards import sequence_members
+from open_lm.data.token_flags import without_flags
 from open_lm.errors import ConfigError, DataError, UserError
 
 _BLOCK_MEMBERS = 256  # members that are counted together
@@ -125,7 +126,8 @@ def _decode(
     for member in members:
         try:
             # Without `eot_id`, the string "<|endoftext|>" of old members becomes id 0, as in training.
-            ids = decode_member(data[member.offset : member.offset + member.size], member.kind, eot_id=eot_id or 0)
+            data_of_member = data[member.offset : member.offset + member.size]
+            ids = without_flags(decode_member(data_of_member, member.kind, eot_id=eot_id or 0))
         except DataError as error:
             survey.bad_members += 1
             if len(survey.bad_examples) < MAX_BAD_EXAMPLES:

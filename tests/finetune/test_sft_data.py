@@ -21,6 +21,7 @@ from open_lm.finetune.chat_tokens import ChatEncoding, ChatTokenizer
 from open_lm.finetune.conversations import Message, parse_conversation
 from open_lm.finetune.sft_data import main as make_sft
 from open_lm.tokenizer import load_tokenizer
+from open_lm.utils import inspect_shards
 
 QUESTION, ANSWER = "what is it?", "a test"
 SAME = [Message("user", QUESTION), Message("assistant", ANSWER)]
@@ -276,3 +277,12 @@ def test_torch_reads_the_ids(tmp_path: Path, tokenizer: Path) -> None:
     loader = build_train_loader(data, seq_len=300, vocab_size=300, batch_size=2)
     (batch,) = (batch for batch, _ in loader.batches(1))
     assert batch.inputs.dtype == torch.int64 and int(batch.inputs.min()) >= 0 and int(batch.inputs.max()) < 300
+
+
+def test_inspection_reads_ids_with_flags(tmp_path: Path, tokenizer: Path) -> None:
+    counts = make_data(tmp_path / "out", tokenizer, [write_jsonl(tmp_path / "a.jsonl", random_chats(30))])["counts"]
+    words = [str(tmp_path / "out"), "--verify", "--num-workers", "1", "--samples", "1"]
+    report = inspect_shards.inspect(inspect_shards.make_parser().parse_args(words))
+    assert report["problems"] == [] and report["total"]["tokens"] == counts["tokens"]
+    text = "".join(piece.get("text", "") for piece in report["samples"][0]["pieces"])
+    assert "user\n" in text and "assistant\n" in text
