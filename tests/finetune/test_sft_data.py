@@ -286,3 +286,17 @@ def test_inspection_reads_ids_with_flags(tmp_path: Path, tokenizer: Path) -> Non
     assert report["problems"] == [] and report["total"]["tokens"] == counts["tokens"]
     text = "".join(piece.get("text", "") for piece in report["samples"][0]["pieces"])
     assert "user\n" in text and "assistant\n" in text
+
+
+def test_data_on_s3_are_written_and_read_in_ranges(tmp_path: Path, tokenizer: Path, s3_bucket: str) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", random_chats(40))
+    make_data(tmp_path / "out", tokenizer, [file])
+    words = ["--input-files", str(file), "--output-dir", f"s3://{s3_bucket}/sft", "--tokenizer", str(tokenizer)]
+    make_sft([*words, "--chat-template", "chatml", "--seqlen", "300"])
+    batches = []
+    for manifest in (f"s3://{s3_bucket}/sft/manifest.jsonl", str(tmp_path / "out" / "manifest.jsonl")):
+        data = DataConfig(dataset_manifest=[manifest], workers=0, multiple_data_passes=True)
+        loader = build_train_loader(data, seq_len=300, vocab_size=300, batch_size=2)
+        batches.append([(batch.stored_ids, batch.documents(257)) for batch, _ in loader.batches(4)])
+    for remote, local in zip(*batches, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(remote, local, strict=True))
