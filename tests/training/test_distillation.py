@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import distillation_worker
 import pytest
@@ -79,14 +81,22 @@ def test_one_process_trains_as_with_all_logits(loss: str, documents: bool, tmp_p
         assert row == pytest.approx(expected, rel=1e-5)
 
 
+def test_compiled_blocks_of_student_and_teacher_train_as_with_all_logits(tmp_path: Path) -> None:
+    distillation_worker.prepare(tmp_path)
+    torch._dynamo.reset()
+    # The backend traces graphs like the default one but generates no code, which would be slow.
+    with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+        found = distillation_worker.train(str(tmp_path), [*FLAGS, "--torchcompile"])
+    for row, expected in zip(found, reference(tmp_path, "forward-kl", False), strict=True):
+        assert row == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.processes
 def test_every_layout_trains_as_with_all_logits(tmp_path: Path) -> None:
     distillation_worker.prepare(tmp_path)
-    cases = [
-        (layout, loss, documents)
-        for number, layout in enumerate(LAYOUTS)
-        for loss, documents in (("forward-kl", True), (tuple(DISTILL_LOSSES)[1 + number % 3], False))
-    ]
+    losses = tuple(DISTILL_LOSSES)
+    cases = [(layout, losses[number % 4], number % 2 == 0) for number, layout in enumerate(LAYOUTS)]
+    cases += [("context", "forward-kl", True), ("tensor", "mse", False)]
     jobs = [
         (distillation_worker.train, str(tmp_path), [*FLAGS, "--distill-loss", loss, *LAYOUTS[layout]], documents)
         for layout, loss, documents in cases
