@@ -103,7 +103,7 @@ def _load(spec: str) -> Reward:
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ConfigError(f"--reward {spec}: {path} has no function {name!r}; found {', '.join(names) or 'none'}")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _checked(reward: Reward, spec: str) -> Reward:

@@ -220,7 +220,7 @@ def with_run(trainer_class: type, run: TuningRun) -> type:
     load-balancing loss of models of model_type openlm, and loads reference models like `load_policy`.
     """
 
-    class RunTrainer(trainer_class):  # type: ignore[misc, valid-type]
+    class RunTrainer(trainer_class):
         metric_loggers = MetricLoggers()
         stop_requested = False
         round_steps = 1  # steps that share what the trainer has sampled and does not save
@@ -269,7 +269,7 @@ def with_run(trainer_class: type, run: TuningRun) -> type:
 def _loading_references(trainer_class: type) -> Iterator[None]:
     """Let a trainer of TRL load its reference model with `load_policy`, which knows model_type openlm."""
     module = sys.modules[trainer_class.__module__]
-    original = module.create_model_from_path  # type: ignore[attr-defined]
+    original = module.create_model_from_path
 
     def load(folder: str, **options: Any) -> Any:
         return load_policy(folder, **{key: options[key] for key in ("dtype", "attn_implementation") if key in options})
