@@ -14,7 +14,6 @@ import io
 import mmap
 import os
 import resource
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from functools import partial
@@ -35,7 +34,6 @@ _MAX_REQUEST_BYTES = 8 << 20
 _MAX_NPY_HEADER = 4096
 _NUM_PARALLEL = 16  # requests for blocks that are needed now
 _NUM_FILLING = 4  # pieces that are fetched ahead at a time
-_MAX_PIECES_SEEN = 1 << 14
 _OTHER_OPEN_FILES = 256
 
 
@@ -63,7 +61,7 @@ class BlockShard:
         self._open()
         self.npy: BlockRows | None = None
         self.is_closed = False
-        self._pieces: list[range] = []
+        self.pieces: list[range] = []  # members that are read together
 
     def _open(self) -> None:
         """Open both files; the shared lock of the map keeps them from being removed."""
@@ -119,15 +117,10 @@ class BlockShard:
         ranges = (range(start, stop + 1) for start, stop in zip(first.tolist(), last.tolist(), strict=True))
         return [block for block in sorted(set(chain.from_iterable(ranges))) if not self._map[block]]
 
-    def add_piece(self, start: int, stop: int | None) -> range:
-        """Note that members `start` to `stop` (None: the last one) are read together, and return them."""
-        self._pieces.append(range(start, self._count if stop is None else stop))
-        return self._pieces[-1]
-
     def missing_with_pieces(self, members: np.ndarray) -> list[int]:
         """Return the blocks that `missing_of` returns, and those of their pieces that need only one request."""
         blocks = set(self.missing_of(members))
-        for piece in self._pieces if blocks else ():
+        for piece in self.pieces if blocks else ():
             if any(member in piece for member in members.tolist()):
                 missing = self.missing(piece.start, piece.stop)
                 if len(missing) * self._sums.block_bytes <= _MAX_REQUEST_BYTES:
@@ -239,7 +232,6 @@ class BlockFiller:
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._now, self._ahead = FetchThreads(_NUM_PARALLEL), FetchThreads(_NUM_FILLING)
-        self._seen: OrderedDict[ShardPiece, None] = OrderedDict()
         self._first_jobs: list[Callable[[], None]] | None = []  # ahead, which wait for the first `fetch`
 
     def fetch(self, parts: Sequence[tuple[BlockShard, np.ndarray]]) -> None:
@@ -255,15 +247,13 @@ class BlockFiller:
             self._ahead.submit(job)
 
     def fill(self, pieces: Sequence[tuple[BlockShard, ShardPiece]]) -> None:
-        """Fetch pieces in the background, in this order after those of earlier calls."""
+        """Fetch pieces in the background, each once, in this order after those of earlier calls."""
         for shard, piece in pieces:
-            if piece not in self._seen:
-                job = partial(self._fill, shard, shard.add_piece(piece.start, piece.stop))
+            members = range(piece.start, len(shard) if piece.stop is None else piece.stop)
+            if members not in shard.pieces:
+                shard.pieces.append(members)
+                job = partial(self._fill, shard, members)
                 self._ahead.submit(job) if self._first_jobs is None else self._first_jobs.append(job)
-            self._seen[piece] = None
-            self._seen.move_to_end(piece)
-        while len(self._seen) > _MAX_PIECES_SEEN:
-            self._seen.popitem(last=False)
 
     def _fill(self, shard: BlockShard, piece: range, wait: bool = False) -> None:
         if not shard.is_closed and not shard.ensure(shard.missing(piece.start, piece.stop), self._timeout_s, wait):

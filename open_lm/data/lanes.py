@@ -290,14 +290,33 @@ class LaneCursor:
             self._next[key] = None
             if place < current.end(lane):
                 self._next[key] = self._piece_from(current, lane, place)
-            elif not (self._is_last_pass or current.shared_size):  # else the lanes of the slots shift by a few rows
-                following = self._pass(current.number + 1)
-                next_lane = (lane - current.lanes_size) % current.lanes
-                if following.lanes == current.lanes and following.start(next_lane) < following.end(next_lane):
-                    self._next[key] = self._piece_from(following, next_lane, following.start(next_lane))
+            elif not self._is_last_pass:
+                self._next[key] = self._first_of_next_pass(current, lane)
             while len(self._next) > 2 * len(self._open) + _MAX_NEXT_PIECES:
                 self._next.pop(next(iter(self._next)))
         return self._next[key]
+
+    def _first_of_next_pass(self, current: Pass, lane: int) -> Piece | None:
+        """Return the piece that the slot of a lane reads first in the next pass; None if another slot may read it.
+
+        The next pass starts at the slot after the last one of this pass, which depends on the number of shared rows. It
+        is known to within a few rows, so only lanes are certain to stay whose neighbors are read here as well.
+        """
+        following, margin = self._pass(current.number + 1), 0
+        num_shared = self.shared
+        if current.shared_size:
+            layout, margin = self.inputs.layout, _SPARE_SHARED_ROWS
+            remaining = current.total - self.fixed - self.shared
+            num_shared += round(remaining * layout.shared / (layout.lanes + layout.shared))
+        if lane == current.lanes or following.lanes != current.lanes:
+            return None
+        for neighbor in range(lane - margin, lane + margin + 1):
+            opened = self._open.get(neighbor % current.lanes)
+            if opened is None or opened.pass_number != current.number:
+                return None
+        next_lane = (lane - current.total + num_shared) % current.lanes
+        start = following.start(next_lane)
+        return self._piece_from(following, next_lane, start) if start < following.end(next_lane) else None
 
     def _piece_from(self, pass_: Pass, lane: int, place: int) -> Piece:
         visit, start, stop, first = pass_.piece_at(lane, place)

@@ -15,14 +15,17 @@ from hypothesis import strategies as st
 
 from open_lm import storage
 from open_lm.config.sections import DataConfig
+from open_lm.data.block_shards import BlockShard, ShardPiece
 from open_lm.data.block_sums import BlockHasher, BlockSums
 from open_lm.data.fetch import FetchFolder, FetchSettings
 from open_lm.data.loader import build_train_loader
 from open_lm.data.manifest import read_manifest
 from open_lm.data.order import DataOrder, OrderSettings, Samples, Source
 from open_lm.data.shard_format import ManifestEntry, ShardWriter, token_dtype, write_manifest
+from open_lm.data.shards import ShardStore
 from open_lm.data.sources import find_sources
 from open_lm.data.stream import SampleReader, StreamSpec
+from open_lm.data.verify import expected_files
 from open_lm.errors import DataError
 from open_lm.utils.make_wds_manifest import make_manifest
 
@@ -99,6 +102,27 @@ def test_writer_and_make_manifest_give_equal_checksums_to_shards_of_equal_member
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+@pytest.mark.processes
+def test_a_piece_is_fetched_ahead_in_every_pass(
+    tmp_path: Path, s3_bucket: str, ranges: list[tuple[str, int, int]]
+) -> None:
+    write_block_source(tmp_path / "data", [40] * 2)
+    upload(tmp_path / "data", f"s3://{s3_bucket}/d")
+    (source,) = find_sources(DataConfig(dataset_manifest=[f"s3://{s3_bucket}/d/manifest.jsonl"], data_key="npy"))
+    store = ShardStore(2, FetchSettings(str(tmp_path)), expected_files([source]))
+    url, members = source.shards[0], np.arange(40)
+    for _pass in range(2):
+        ranges.clear()
+        store.fetch([(url, members[:1])], "npy")
+        store.prefetch([ShardPiece(url, 0, 40)] * 2, "npy")
+        shard = store.get(url, "npy")
+        assert isinstance(shard, BlockShard) and shard.pieces == [range(40)]
+        store.make_readable(shard, members)
+        assert sum(length for _, _, length in ranges) == 40 * 1024, "each block once"
+        shard.close()
+        store._open.clear()
+
+
 @pytest.mark.processes
 def test_only_the_blocks_of_requested_members_are_fetched_and_each_once(
     tmp_path: Path, s3_bucket: str, ranges: list[tuple[str, int, int]]
