@@ -9,6 +9,7 @@ import torch
 from open_lm.kernels import native
 from open_lm.kernels.native import evaluation
 from open_lm.kernels.prefix_attention import Piece, PrefixAttention
+from open_lm.model.positional_embedding.rotary import rotate_halves
 
 needs_vectors = pytest.mark.skipif(
     not native.processor_features() >= native.VECTORS, reason="this CPU has no AVX-512 with bfloat16"
@@ -48,6 +49,23 @@ def test_prefix_attention(width: int, threads: int) -> None:
         torch.set_num_threads(before)
     torch.testing.assert_close(found.double(), exact_attention(queries, keys, values), rtol=0, atol=3e-6)
     torch.testing.assert_close(found, table._padded_attention(queries, keys, values), rtol=0, atol=6e-6)
+
+
+@needs_vectors
+@pytest.mark.parametrize("width", [2, 8, 40])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rotation(width: int, heads: int) -> None:
+    torch.manual_seed(width)
+    x, _other = torch.randn(2, 7, 3, 2 * width).chunk(2, dim=-1)  # not contiguous
+    angles = torch.randn(1, 7, heads, width // 2).double()
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.double().chunk(2, dim=-1)
+    expected = torch.cat(
+        (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()), -1
+    )
+    for rotate in (evaluation.rotate_halves, rotate_halves):
+        found = rotate(x, cos.float(), sin.float())
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6)
 
 
 @needs_vectors

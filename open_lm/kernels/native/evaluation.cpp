@@ -197,6 +197,36 @@ void prefix_attention(const Attention* spec, const float* queries, const float* 
     }
 }
 
+struct Rotation {
+    int64_t batch, length, heads, width;  // B, T, H, K
+    int64_t x[3], angles[3];              // strides of the first three dimensions, in elements
+};
+
+// Rotates the pairs (i, i + K/2) of features of x (B,T,H,K) by angles whose cos and sin are (B,T,H,K/2). out is
+// contiguous.
+void rotate_halves(const Rotation* spec, const float* x, const float* cos, const float* sin, float* out, int threads) {
+    const int64_t half = spec->width / 2;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t row = 0; row < spec->batch * spec->length; ++row)
+        for (int64_t h = 0; h < spec->heads; ++h) {
+            const int64_t b = row / spec->length, t = row % spec->length;
+            const float* from = x + b * spec->x[0] + t * spec->x[1] + h * spec->x[2];
+            const int64_t angle = b * spec->angles[0] + t * spec->angles[1] + h * spec->angles[2];
+            float* to = out + (row * spec->heads + h) * spec->width;
+            for (int64_t c = 0; c < half; c += 16) {
+                const __mmask16 lanes = first_lanes(half - c);
+                const __m512 cosine = _mm512_maskz_loadu_ps(lanes, cos + angle + c);
+                const __m512 sine = _mm512_maskz_loadu_ps(lanes, sin + angle + c);
+                const __m512 first = _mm512_maskz_loadu_ps(lanes, from + c);
+                const __m512 second = _mm512_maskz_loadu_ps(lanes, from + half + c);
+                const __m512 new_first = _mm512_fnmadd_ps(second, sine, _mm512_mul_ps(first, cosine));
+                const __m512 new_second = _mm512_fmadd_ps(first, sine, _mm512_mul_ps(second, cosine));
+                _mm512_mask_storeu_ps(to + c, lanes, new_first);
+                _mm512_mask_storeu_ps(to + half + c, lanes, new_second);
+            }
+        }
+}
+
 // Continues the softmax statistics of R rows with a tile of their logits (R,C), whose first column is `first`: the
 // maximum, its first column, and the sum of exp(logit - maximum). Also copies the logits of the columns `targets`,
 // which are targets[starts[r]] to targets[starts[r + 1] - 1] for row r.

@@ -2,7 +2,7 @@
 
 Torch's attention copies and calls matrix products that are too small to be fast; its softmax reads and writes logits in
 memory. These kernels keep scores and logits in the cache.
-Legend: N tokens, H heads, K head width, R hidden states, C columns of a tile of logits.
+Legend: B batch, T sequence, N tokens, H heads, K head width, R hidden states, C columns of a tile of logits.
 """
 
 from __future__ import annotations
@@ -74,6 +74,30 @@ def prefix_attention(queries: Tensor, keys: Tensor, values: Tensor, pieces: np.n
         ctypes.c_void_p(pieces.ctypes.data), ctypes.c_int64(len(pieces)), ctypes.c_void_p(ranges.ctypes.data),
         address(out), _threads(),
     )  # fmt: skip
+    return out
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = [
+        ("sizes", ctypes.c_int64 * 4),
+        ("x", ctypes.c_int64 * 3),
+        ("angles", ctypes.c_int64 * 3),
+    ]
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + K/2) of features of x (B,T,H,K) by angles -> (B,T,H,K).
+
+    Args:
+        x: float32, for which `supports` must hold.
+        cos: of the angles, float32, broadcasting to (B,T,H,K/2).
+        sin: like cos, with equal strides.
+    """
+    out = x.new_empty(x.shape)
+    angle_strides = cos.expand(*x.shape[:3], cos.shape[-1]).stride()[:3]
+    sizes, strides = (ctypes.c_int64 * 4)(*x.shape), (ctypes.c_int64 * 3)(*x.stride()[:3])
+    rotation = _Rotation(sizes, strides, (ctypes.c_int64 * 3)(*angle_strides))
+    _library().rotate_halves(ctypes.byref(rotation), address(x), address(cos), address(sin), address(out), _threads())
     return out
 
 

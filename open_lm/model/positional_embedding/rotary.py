@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from open_lm.config.registry import POSITIONAL_EMBEDDINGS, ROPE_SCALINGS
 from open_lm.kernels.cache_blocks import fits_block, row_blocks
-from open_lm.kernels.native import elements
+from open_lm.kernels.native import elements, evaluation
 from open_lm.model.positional_embedding.scalings import scale_frequencies
 
 
@@ -121,6 +121,8 @@ def _widen(x: Tensor) -> Tensor:
 def _rotate_eagerly(x: Tensor, cos: Tensor, sin: Tensor, pairs: Pairs, dtype: torch.dtype | None) -> Tensor:
     dtype = _widen(x[:0]).dtype if dtype is None else dtype
     if not (x.requires_grad and torch.is_grad_enabled()):
+        if pairs is _halves and dtype == x.dtype and evaluation.supports(x, cos) and cos.stride() == sin.stride():
+            return evaluation.rotate_halves(x, cos, sin)
         return _rotate(x, cos, sin, pairs, dtype, inverse=False)
     out: Tensor = _Rotation.apply(x, cos, sin, pairs, dtype)
     return out
