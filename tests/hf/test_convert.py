@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
 import runpy
@@ -21,7 +22,7 @@ from open_lm import storage
 from open_lm.checkpoint import load_weights, read_model_state
 from open_lm.config.architecture import read_architecture
 from open_lm.data.tokenizers import choose_tokenizer
-from open_lm.errors import CheckpointError, ConfigError
+from open_lm.errors import CheckpointError, ConfigError, StorageError
 from open_lm.hf.convert import main
 from open_lm.hf.family_configs import params_from_keys
 from open_lm.hf.weight_files import WeightFiles
@@ -148,6 +149,42 @@ def test_buckets(s3_bucket: str, tmp_path: Path) -> None:
     assert_same_weights(tmp_path / "hf", tmp_path / "back")
     with pytest.raises(ConfigError, match=r"models/own: has a model\.json already"):
         main(["import", f"{root}/hf", f"{root}/own"])
+
+
+def test_other_schemes_use_fsspec(tmp_path: Path) -> None:
+    """memory:// is a store of fsspec without a backend of its own, like gs://."""
+    model = saved_model("gemma_2b", tmp_path / "hf")
+    root = f"memory://bucket{tmp_path}"
+    for file in (tmp_path / "hf").iterdir():
+        storage.upload(file, f"{root}/hf/{file.name}")
+    main(["import", f"{root}/hf", f"{root}/own", "--verify"])
+    main(["export", f"{root}/own/step_00000000", f"{root}/back", "--verify"])
+    (tmp_path / "back").mkdir()
+    storage.download(f"{root}/back/model.safetensors", tmp_path / "back" / "model.safetensors")
+    assert_same_weights(tmp_path / "hf", tmp_path / "back")
+    params = params_from_keys(read_architecture(f"{root}/own/model.json"))
+    for weights_of in ("own/step_00000000", "own/epoch_0.pt", "back"):
+        native = Transformer(params)
+        load_weights(f"{root}/{weights_of}", native)
+        assert torch.equal(native.tok_embeddings.weight, model.model.embed_tokens.weight), weights_of
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="gcsfs is installed")
+def test_gs_urls_without_gcsfs_name_the_package(llama: Path, tmp_path: Path) -> None:
+    url = "gs://bucket/model"
+    main(["import", str(llama), str(tmp_path / "own")])
+    commands = (
+        ["import", url, str(tmp_path / "new")],
+        ["import", str(llama), url],
+        ["export", url, str(tmp_path / "new")],
+        ["export", str(tmp_path / "own"), url],
+    )
+    for argv in commands:
+        with pytest.raises(StorageError, match=rf"{url}.*package that is not installed \(Please install gcsfs"):
+            main(argv)
+    with pytest.raises(StorageError, match="Please install gcsfs"):
+        load_weights(f"{url}/step_00000000", Transformer(params_from_keys(read_architecture("open_lm_test_tiny"))))
+    assert not (tmp_path / "new").exists() and not (tmp_path / "new.incomplete").exists()
 
 
 def test_the_tokenizer_and_special_ids_are_those_of_the_source(tmp_path: Path) -> None:
