@@ -10,14 +10,17 @@ import json
 import logging
 import math
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from open_lm.errors import ConfigError, DataError, UserError
@@ -27,7 +30,7 @@ from open_lm.generate.sampling import Sampling
 
 PAGE = Path(__file__).resolve().parent / "chat_page.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_MAX_STOPS, _MAX_MESSAGES = 4, 1000
+_MAX_STOPS, _MAX_MESSAGES, _MAX_CONNECTIONS = 4, 1000, 64
 _SOCKET_TIMEOUT_S = 30.0  # without any data from a client, or with none accepted
 _logger = logging.getLogger(__name__)
 
@@ -60,10 +63,14 @@ class ChatServer(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = _MAX_CONNECTIONS
 
     def __init__(
         self, address: tuple[str, int], model: ChatModel, sampling: Sampling, limits: ServerLimits | None = None
     ) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
         super().__init__(address, _Handler)
         self.model, self.sampling, self.limits = model, sampling, limits or ServerLimits()
         self.started_s = int(time.time())
@@ -72,7 +79,22 @@ class ChatServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """The address of the web page."""
-        return f"http://{self.server_address[0]!s}:{self.server_address[1]}/"
+        host = str(self.server_address[0])
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a new thread; close it at once if there are too many."""
+        if self._slots.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer a connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
 
     def is_own_host(self, host: str) -> bool:
         """Return whether a Host header names this server; another name may belong to an attacking page."""
@@ -98,6 +120,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, routes: Mapping[str, Any]) -> None:
         self.close_connection = True  # so that the rest of a refused request is never read as another one
+        with suppress(BrokenPipeError, ConnectionResetError, TimeoutError):  # the client has ended
+            self._route(routes)
+
+    def _route(self, routes: Mapping[str, Any]) -> None:
         try:
             if not self.server.is_own_host(self.headers.get("Host", "")):
                 raise RequestError(HTTPStatus.MISDIRECTED_REQUEST, "the Host header does not name this server")
@@ -108,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
         except RequestError as error:
             self._send_error(error)
         except (BrokenPipeError, ConnectionResetError, TimeoutError):
-            pass  # the client has ended
+            raise
         except Exception:
             _logger.exception("a request failed")
             self._send_error(RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; see the server's log"))
@@ -118,11 +144,17 @@ class _Handler(BaseHTTPRequestHandler):
         body = {"error": {"message": str(error), "type": kind, "param": error.param, "code": None}}
         self._send(json.dumps(body).encode(), "application/json", error.status)
 
-    def _send(self, body: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK, **headers: str) -> None:
+    def _send(
+        self,
+        body: bytes,
+        kind: str,
+        status: HTTPStatus = HTTPStatus.OK,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.send_response(status)
         fields = {"Content-Type": kind, "Content-Length": str(len(body)), "X-Content-Type-Options": "nosniff"}
         for name, value in {**fields, "Connection": "close", **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -135,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
-        self._send(page.encode(), "text/html; charset=utf-8", **headers)
+        self._send(page.encode(), "text/html; charset=utf-8", headers=headers)
 
     def _models(self) -> None:
         server = self.server
@@ -170,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
         if int(length) > limit:
             message = f"the request has {length} bytes, at most {limit} are accepted (--max-request-bytes)"
             raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
-        body = self.rfile.read(int(length))
+        body = self._read_body(int(length))
         try:
             request = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -178,6 +210,16 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(request, dict):
             raise RequestError(HTTPStatus.BAD_REQUEST, "the body must be a JSON object")
         return request
+
+    def _read_body(self, length: int) -> bytes:
+        deadline = time.monotonic() + _SOCKET_TIMEOUT_S
+        parts: list[bytes] = []
+        while length > 0 and (part := self.rfile.read1(length)):
+            parts.append(part)
+            length -= len(part)
+            if length and time.monotonic() > deadline:
+                raise RequestError(HTTPStatus.REQUEST_TIMEOUT, f"the request took over {_SOCKET_TIMEOUT_S:g} s")
+        return b"".join(parts)
 
     def _envelope(self, kind: str) -> dict[str, Any]:
         name, created = self.server.model.name, int(time.time())

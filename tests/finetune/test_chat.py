@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -250,6 +251,28 @@ def test_client_that_ends_early_frees_the_model(serve: Callable[..., ChatServer]
         client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         assert client.recv(16).startswith(b"HTTP/1.1 200")
     assert complete(server)[1]["choices"][0]["message"]["content"] == ANSWERS[0]
+
+
+def test_connections_are_limited(serve: Callable[..., ChatServer]) -> None:
+    server = serve()
+    with contextlib.ExitStack() as stack:
+        for _ in range(64):
+            client = stack.enter_context(socket.create_connection(server.server_address[:2]))
+            client.sendall(b"GET / HTTP/1.1\r\n")  # and nothing more
+        with pytest.raises((ConnectionError, http.client.BadStatusLine)):
+            request(server, "GET", "/v1/models")
+
+
+def test_ipv6_loopback(chat_model: ChatModel) -> None:
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6")
+    try:
+        server = ChatServer(("::1", 0), chat_model, GREEDY)
+    except OSError:
+        pytest.skip("no IPv6 loopback address")
+    with server:
+        assert server.url == f"http://[::1]:{server.server_address[1]}/"
+        assert server.is_own_host(f"[::1]:{server.server_address[1]}") and not server.is_own_host("a.example:80")
 
 
 # --- web page --------------------------------------------------------------------------------------------------------

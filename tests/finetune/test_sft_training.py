@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +34,7 @@ from open_lm.model.initialization import init_weights
 from open_lm.model.transformer import Params, Transformer
 from open_lm.training.step import StepOptions, train_step
 
+ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN, VOCAB = 299, 272
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": VOCAB, "seq_len": SEQ_LEN}
 MODEL = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": SEQ_LEN, "vocab_size": VOCAB}
@@ -167,6 +174,35 @@ def test_model_comes_from_the_pretrained_run_and_training_resumes_exactly(tmp_pa
     main([*words, "--name", "through", "--lr-scheduler", "const"])
     assert losses(tmp_path / "resumed")[len(rows) :] == losses(tmp_path / "through")[len(rows) :]
     assert (tmp_path / "tuned" / "tokenizer" / "tokenizer_config.json").read_text().count("chat_template")
+
+
+@pytest.mark.processes
+def test_chat_program(tmp_path: Path, data: Path) -> None:
+    """The program finds model, tokenizer and template in the run; it ends with 0 after Ctrl-C."""
+    main(flags(data, tmp_path, "run", "--epochs", "1"))
+    command = [sys.executable, str(ROOT / "scripts" / "chat.py"), "--checkpoint", str(tmp_path / "run")]
+    command += ["--max-new-tokens", "3", "--serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        try:
+            url = line.split(" on ")[1].split()[0]
+            assert url.startswith("http://127.0.0.1:")
+            body = json.dumps({"messages": [{"role": "user", "content": "hi"}]}).encode()
+            request = urllib.request.Request(url + "v1/chat/completions", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=120) as response:
+                assert json.load(response)["usage"]["completion_tokens"] <= 3
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 0
+    chat = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("chat", command[1]))  # type: ignore[arg-type]
+    spec.loader.exec_module(chat)  # type: ignore[union-attr]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=f"--port {port}: cannot listen there"):
+            chat.main([*command[2:-1], port])
+    with pytest.raises(ConfigError, match="--port: found 70000"):
+        chat.main([*command[2:-1], "70000"])
 
 
 def test_masks_without_targets_are_ignored_in_sequences_of_context_only() -> None:
