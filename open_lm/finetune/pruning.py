@@ -165,7 +165,7 @@ def student_keys(params: Params, layers: list[int], shape: Shape) -> dict[str, A
         ffn_dim=shape.ffn_dim,
         **patterns,
     )
-    return keys_of(student)
+    return {name: value for name, value in keys_of(student).items() if params.moe_freq or not name.startswith("moe_")}
 
 
 def student_weights(weights: Mapping[str, Tensor], params: Params, chosen: Mapping[int, Kept]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import build_layout, init_runtime, shutdown
 from open_lm.finetune.distillation import build_distillation
+from open_lm.kernels.linear_distillation import SparseTargets
 from open_lm.model.initialization import init_weights
 from open_lm.model.transformer import Transformer, create_model
 from open_lm.parallel.parallelize import parallelize
@@ -70,8 +72,21 @@ def config(folder: str, flags: list[str]) -> Config:
     return Config.from_namespace(parse_args(["--model", f"{folder}/model_5.json", *flags]))
 
 
-def train(folder: str, flags: list[str], documents: bool = False) -> list[list[float]]:
-    """Return [loss, cross entropy, divergence, gradient norm] of each step of plain gradient descent."""
+@torch.no_grad()
+def stored_targets(folder: str, ids: Tensor, temperature: float) -> SparseTargets:
+    """Return the teacher's probabilities of all ids that the student has, as a cache stores them, for ids (B,T)."""
+    teacher = create(TEACHER, Path(folder), 1).eval()
+    teacher.load_state_dict(torch.load(f"{folder}/teacher.pt"))
+    log_probs = (teacher(ids)[0][..., :VOCAB] / temperature).log_softmax(-1)
+    all_ids = torch.arange(VOCAB).expand(log_probs.shape)
+    return SparseTargets(all_ids, log_probs.exp(), -(log_probs.exp() * log_probs).sum(-1), VOCAB)
+
+
+def train(folder: str, flags: list[str], documents: bool = False, is_stored: bool = False) -> list[list[float]]:
+    """Return [loss, cross entropy, divergence, gradient norm] of each step of plain gradient descent.
+
+    is_stored: use stored distributions in place of the teacher.
+    """
     cfg = config(folder, flags)
     runtime = init_runtime(cfg.parallel)
     layout = build_layout(runtime, cfg.parallel)
@@ -88,6 +103,8 @@ def train(folder: str, flags: list[str], documents: bool = False) -> list[list[f
         initialise=lambda module: init_weights(module, 5),
     )
     loader: Any = SimpleNamespace(sources=(), cache=None)
+    distillation = build_distillation(cfg, runtime, layout, params, loader, end_of_text_id)
+    assert distillation is not None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = StepOptions(
         runtime,
@@ -96,13 +113,14 @@ def train(folder: str, flags: list[str], documents: bool = False) -> list[list[f
         accum_freq=cfg.optim.accum_freq,
         z_loss_coefficient=Z,
         end_of_text_id=end_of_text_id,
-        distillation=build_distillation(cfg, runtime, layout, params, loader, end_of_text_id),
+        distillation=replace(distillation, teacher=None) if is_stored else distillation,
     )
     size, numbers = BATCH_SIZE // layout.data_size, []
     for step in range(STEPS):
         local = slice(layout.data_rank * size, (layout.data_rank + 1) * size)
         inputs, targets = (tensor[local] for tensor in batch(step))
-        result = train_step(model, inputs, targets, optimizer, options)
+        stored = stored_targets(folder, inputs, cfg.distillation.distill_temperature) if is_stored else None
+        result = train_step(model, inputs, targets, optimizer, options, stored=stored)
         values = [result.values[name].item() for name in ("loss", "ce_loss", "distill_loss")]
         numbers.append([*values, result.grad_norm.item()])
     shutdown(runtime)

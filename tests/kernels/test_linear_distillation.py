@@ -13,6 +13,8 @@ from rank_processes import on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from open_lm.config.registry import DISTILL_LOSSES
 from open_lm.data.masking import IGNORE_INDEX
@@ -114,6 +116,29 @@ def test_full_logits_give_the_same_loss(loss: str) -> None:
     torch.testing.assert_close(found, expected)
     gradients = (torch.autograd.grad(3 * sums[0], (hidden, weight)) for sums in (found, expected))
     torch.testing.assert_close(*gradients)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Record the largest number of elements of a tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            self.elements = max(self.elements, value.numel() if isinstance(value, Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_logits_exist_for_one_chunk_only(loss: str) -> None:
+    hidden, weight, targets, teacher = problem()
+    with _LargestTensor() as largest:
+        total = chunked(hidden, weight, targets, teacher, DistillationSettings(loss, z_loss_coefficient=1e-2))[0]
+        torch.autograd.backward(total)
+    assert largest.elements <= 32 * 53  # a chunk of 32 tokens; 90 tokens have 4,770 logits
 
 
 def test_every_registered_loss_is_compared() -> None:

@@ -95,14 +95,21 @@ def test_compiled_blocks_of_student_and_teacher_train_as_with_all_logits(tmp_pat
 def test_every_layout_trains_as_with_all_logits(tmp_path: Path) -> None:
     distillation_worker.prepare(tmp_path)
     losses = tuple(DISTILL_LOSSES)
-    cases = [(layout, losses[number % 4], number % 2 == 0) for number, layout in enumerate(LAYOUTS)]
-    cases += [("context", "forward-kl", True), ("tensor", "mse", False)]
+    cases = [(layout, losses[number % 4], number % 2 == 0, False) for number, layout in enumerate(LAYOUTS)]
+    cases += [("context", "forward-kl", True, False), ("tensor", "mse", False, False)]
+    cases += [(layout, "forward-kl", False, True) for layout in ("fsdp tensor", "context")]
     jobs = [
-        (distillation_worker.train, str(tmp_path), [*FLAGS, "--distill-loss", loss, *LAYOUTS[layout]], documents)
-        for layout, loss, documents in cases
+        (
+            distillation_worker.train,
+            str(tmp_path),
+            [*FLAGS, "--distill-loss", loss, *LAYOUTS[layout]],
+            documents,
+            is_stored,
+        )
+        for layout, loss, documents, is_stored in cases
     ]
     for case, found in zip(cases, on_ranks(2, jobs), strict=True):
-        for row, expected in zip(found, reference(tmp_path, *case[1:]), strict=True):
+        for row, expected in zip(found, reference(tmp_path, *case[1:3]), strict=True):
             assert row == pytest.approx(expected, rel=1e-5), case
 
 
