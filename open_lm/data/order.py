@@ -156,9 +156,9 @@ class DataOrder:
 
     def upcoming(self, count: int = 1) -> list[Piece]:
         """Return the next pieces, to fetch ahead: those of the lanes that rows were taken from, the nearest first."""
-        pieces = sorted(
-            item for cursor in self._cursors for item in cursor.upcoming(count) if self._weights[cursor.inputs.number]
-        )
+        cursors = (cursor for cursor in self._cursors if self._weights[cursor.inputs.number])
+        pieces = [item for cursor in cursors for item in cursor.upcoming(count)]
+        pieces.sort(key=lambda item: item[0])  # by rounds until then; equal ones stay in the order of their rows
         return [piece for _, piece in islice(pieces, count)]
 
     def state(self) -> dict[str, Any]:

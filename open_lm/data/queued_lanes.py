@@ -29,6 +29,7 @@ class QueueCursor:
         self._num_lanes = max(1, min(_MAX_LANES, inputs.layout.lanes))
         self._sizes: dict[int, int] = {}  # of the visits that lanes are in
         self._orders: dict[int, tuple[np.uint64, np.ndarray]] = {}  # by visit, of lanes that rows were selected from
+        self._entered: list[Piece] = []
         self._set_pass(0)
 
     def _set_pass(self, number: int) -> None:
@@ -110,8 +111,9 @@ class QueueCursor:
         return self.inputs.is_last(self.pass_number)
 
     def entered(self) -> list[Piece]:
-        """Return the shards that must be opened next, in addition to those of selected rows: none."""
-        return []
+        """Return the shards that lanes are in after `restore`, once: all must be opened to continue."""
+        entered, self._entered = self._entered, []
+        return entered
 
     def upcoming(self, count: int) -> Iterator[tuple[int, Piece]]:
         """Yield the next `count` visits of the pass, and the rounds until they start at the earliest."""
@@ -139,3 +141,4 @@ class QueueCursor:
         self._num_lanes, self._next_visit, self._turn, self.samples = (
             int(position[name]) for name in ("num_lanes", "next_visit", "turn", "samples")
         )
+        self._entered = [Piece(self.inputs.number, int(self._shards[visit])) for visit, _ in self._lanes]

@@ -312,13 +312,31 @@ def _connect(timeout_s: float = READ_TIMEOUT_S, plain: bool = False) -> _Connect
             config = Config(connect_timeout=10, read_timeout=timeout_s, max_pool_connections=32,
                             retries={"mode": "standard", "total_max_attempts": 1},  # with_retries retries
                             **(plain_config() if plain else {}))  # fmt: skip
-            client = boto3.session.Session().client("s3", config=config)
+            client = _new_session(boto3).client("s3", config=config)
             # botocore has read these from the environment or its configuration file; older versions have neither.
             calculates, validates = (
                 not plain and getattr(client.meta.config, name, None) != "when_required" for name in CONFIG_OPTIONS
             )
             _connections[key] = _Connection(client, calculates, validates)
         return _connections[key]
+
+
+_service_descriptions: list[Any] = []  # botocore's loader, whose content forked processes share
+
+
+def _new_session(boto3: Any) -> Any:
+    """Return a new session with the settings of the environment.
+
+    Most of the time to create a client is spent on reading the descriptions of services, which all sessions share.
+    """
+    from botocore.session import get_session
+
+    session = get_session()
+    if _service_descriptions:
+        session.register_component("data_loader", _service_descriptions[0])
+    else:
+        _service_descriptions.append(session.get_component("data_loader"))
+    return boto3.session.Session(botocore_session=session)
 
 
 def plain_config() -> dict[str, str]:

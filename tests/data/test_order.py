@@ -359,6 +359,28 @@ def test_upcoming_pieces_are_those_that_follow_the_nearest_first() -> None:
     assert len(upcoming) == 2
 
 
+def test_shards_of_unknown_size_are_announced_before_they_are_opened() -> None:
+    """At the start those of the first rows, and after a restart those that lanes were in."""
+    opened: list[int] = []
+
+    def size_of(_source: int, shard: int) -> int:
+        opened.append(shard)
+        return 3
+
+    unknown, lanes = source([3] * 12, known=False), OrderSettings(lanes=4)
+    order = DataOrder([unknown], 5, lanes, size_of=size_of)
+    first = [piece.shard for piece in order.upcoming(4)]
+    order.take(4)
+    assert opened == first and len(set(first)) == 4
+    state = jsonable(order.state())
+    opened.clear()
+    order = DataOrder([unknown], 5, lanes, size_of=size_of, state=state)
+    assert [piece.shard for piece in order.entered()] == first and not opened
+    assert order.entered() == []
+    order.take(4)
+    assert opened == first
+
+
 @pytest.mark.parametrize(("weights", "world_size"), [((2, 1), 1), ((2, 1), 2), ((5, 3, 3), 4), ((1,), 4)])
 def test_pieces_are_announced_across_the_end_of_a_pass(weights: tuple[int, ...], world_size: int) -> None:
     """Also with shared slots, after which the lanes of the slots shift; none is announced in vain."""
