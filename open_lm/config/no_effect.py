@@ -69,6 +69,12 @@ def _unused_settings(flag: str, value: str, registry: Registry) -> dict[str, str
     }
 
 
+def _only_evaluates(c: Config) -> bool:
+    trains = c.data.train_data or c.data.dataset_manifest or c.data.dataset_type == "synthetic"
+    live = c.live_evaluation
+    return not trains and bool(c.validation.val_data or live.icl_yaml or live.sample_prompts)
+
+
 _NO_EXPERTS = "without --moe-freq"
 # Settings, the condition under which they have an effect, and the reason otherwise. The first reason is reported.
 _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] = (
@@ -114,7 +120,7 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
     ),
     (
         ("lora", "qlora"),
-        lambda c: bool(c.data.train_data or c.data.dataset_manifest) or c.data.dataset_type == "synthetic",
+        lambda c: not _only_evaluates(c),
         "without training data: the adapters of the evaluated checkpoint are merged into the weights of their base",
     ),
     (("cache_limit",), lambda c: c.data.cache_dir is not None, "without --cache-dir"),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from open_lm.distributed.param_names import clean_name
 from open_lm.errors import ConfigError
 
 _BLOCK, _OUTER_BLOCK = 64, 256  # values per block maximum, and block maxima per scale
@@ -56,8 +57,12 @@ def check_available() -> None:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:
-    """Return the layers with a 4-bit weight by the name of the weight."""
-    return {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "block_scales")}
+    """Return the layers with a 4-bit weight by the clean name of the weight."""
+    return {
+        clean_name(f"{name}.weight"): module
+        for name, module in model.named_modules()
+        if hasattr(module, "block_scales")
+    }
 
 
 @functools.cache  # torch.compile reuses the graph of a block only if its modules have the same classes

@@ -64,6 +64,7 @@ def plan_checkpoints(setup: TrainingSetup, steps: int, epochs: int) -> Checkpoin
 
 def _checkpoint_bytes(setup: TrainingSetup) -> int:
     """Return the bytes of the parameters, moments and averaged weights of the full model."""
-    local_numel = setup.local_numel(setup.shape.weights)
+    trained = setup.trained(setup.shape.weights)  # with --lora a checkpoint has only the adapters
+    local_numel = setup.local_numel(trained)
     local_bytes = local_numel * setup.sizes.stored + optimizer_bytes(setup)
-    return round(local_bytes * setup.shape.num_params / local_numel)
+    return round(local_bytes * sum(weight.size for weight in trained) / local_numel)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from open_lm.config.layout import MeshLayout
-from open_lm.config.memory_limits import LOSS_CHUNK_TOKENS, MUON_BATCH_ELEMENTS
+from open_lm.config.memory_limits import LOSS_CHUNK_TOKENS
 from open_lm.config.registry import OPTIMIZERS
 from open_lm.config.sections import Config
 from open_lm.planner.activations import (
@@ -25,6 +25,8 @@ from open_lm.planner.activations import (
     saved_with_op_checkpointing,
     total_bytes,
 )
+from open_lm.planner.adapters import QUANTIZED_BITS, is_quantized, trained_weights
+from open_lm.planner.muon import block_matrices, muon_update_bytes
 from open_lm.planner.shapes import ModelShape, Weight
 
 # Memory outside of our tensors: the CUDA context with its kernels, NCCL's buffers, and the share of short-lived tensors
@@ -132,10 +134,27 @@ class TrainingSetup:
         """The parameters of the model in a rank's local shards."""
         return sum(count * self.local_numel(weights) for weights, count in self.shape.kinds)
 
+    def trained(self, weights: Iterable[Weight]) -> list[Weight]:
+        """Return those parameters of `weights` that have a gradient: with --lora their adapters, else all."""
+        return trained_weights(weights, self.config.adapters)
+
     @cached_property
-    def unsharded_params(self) -> int:
-        """The parameters of the model on a rank before FSDP shards them."""
-        return sum(count * self.unsharded_numel(weights) for weights, count in self.shape.kinds)
+    def local_trained(self) -> int:
+        """The trained parameters in a rank's local shards."""
+        return sum(count * self.local_numel(self.trained(weights)) for weights, count in self.shape.kinds)
+
+    @cached_property
+    def unsharded_trained(self) -> int:
+        """The trained parameters on a rank before FSDP shards them."""
+        return sum(count * self.unsharded_numel(self.trained(weights)) for weights, count in self.shape.kinds)
+
+    @cached_property
+    def parameter_bytes(self) -> int:
+        """The bytes of a rank's local shards of all parameters; adapters are in float32."""
+        adapters, stored = self.config.adapters, self.sizes.stored
+        num_bytes = float(self.local_params * stored) + (4 * self.local_trained if adapters.lora else 0)
+        quantized = self.local_numel(w for w in self.shape.weights if is_quantized(w, adapters))
+        return round(num_bytes - quantized * (stored - QUANTIZED_BITS / 8))
 
     def buffer_numel(self, weights: Iterable[Weight]) -> int:
         """Return the elements of the flat buffer that gathers or reduces `weights`: the padded shards of all ranks."""
@@ -194,8 +213,8 @@ def optimizer_bytes(setup: TrainingSetup) -> int:
     moments = OPTIMIZERS.required_fact(name, "moments")
     matrix_moments = OPTIMIZERS.fact(name, "matrix_moments", moments)
     copies = len(averagers.split(",")) if averagers else 0
-    elements = (len(moments) + copies) * setup.local_params
-    elements += (len(matrix_moments) - len(moments)) * setup.local_numel(_matrices(setup))
+    elements = (len(moments) + copies) * setup.local_trained
+    elements += (len(matrix_moments) - len(moments)) * setup.local_numel(block_matrices(setup))
     return setup.sizes.stored * elements
 
 
@@ -203,7 +222,7 @@ def host_bytes(setup: TrainingSetup) -> int:
     """Return the host memory of a rank with --fsdp-cpu-offload: parameters, gradients and moments."""
     if not setup.config.parallel.fsdp_cpu_offload:
         return 0
-    return 2 * setup.local_params * setup.sizes.stored + optimizer_bytes(setup)
+    return setup.parameter_bytes + setup.local_trained * setup.sizes.stored + optimizer_bytes(setup)
 
 
 def phases(setup: TrainingSetup) -> Iterator[Memory]:
@@ -211,7 +230,7 @@ def phases(setup: TrainingSetup) -> Iterator[Memory]:
     offloads = setup.config.parallel.fsdp_cpu_offload
     sizes = setup.sizes
     resident = Memory(
-        parameters=0 if offloads else setup.local_params * sizes.stored,
+        parameters=0 if offloads else setup.parameter_bytes,
         optimizer=0 if offloads else optimizer_bytes(setup),
     )
     blocks = _blocks(setup)
@@ -231,7 +250,7 @@ def phases(setup: TrainingSetup) -> Iterator[Memory]:
     )
     # The backward pass visits the blocks from last to first. Visited blocks leave only their gradients.
     grad_size = _gradient_element_size(setup)
-    head_gradient = setup.unsharded_numel([_head(root)]) * grad_size
+    head_gradient = setup.unsharded_numel(setup.trained([_head(root)])) * grad_size
     finished = accumulated + (head_gradient if setup.is_sharded or not accumulated else 0)
     saved, casts = sum(block.saved for block in blocks), sum(block.saved_casts for block in blocks)
     unsharded, reducing = sum(block.gathered for block in blocks), 0
@@ -256,21 +275,22 @@ def phases(setup: TrainingSetup) -> Iterator[Memory]:
         resident,
         phase="backward of the embedding",
         gathered=gathered,
-        gradients=finished + reducing + setup.unsharded_numel(root[:1]) * grad_size,
+        gradients=finished + reducing + setup.unsharded_numel(setup.trained(root[:1])) * grad_size,
     )
     if setup.is_sharded:  # all parameters are resharded; gradients have been added to those of earlier micro-batches
         both = {weight.name: weight for weight in (root[0], _head(root))}.values()
-        others = finished - head_gradient + (0 if accumulated else setup.unsharded_numel(both) * grad_size)
+        both_gradients = setup.unsharded_numel(setup.trained(both)) * grad_size
+        others = finished - head_gradient + (0 if accumulated else both_gradients)
         yield replace(
             resident,
             phase="reduction of the embedding",
-            gradients=others + setup.buffer_numel(root) * sizes.reduced,
+            gradients=others + setup.buffer_numel(setup.trained(root)) * sizes.reduced,
         )
     yield replace(
         resident,
         phase="update",
-        gradients=0 if offloads else setup.local_params * sizes.stored,
-        activations=_muon_update_bytes(setup),
+        gradients=0 if offloads else setup.local_trained * sizes.stored,
+        activations=muon_update_bytes(setup),
     )
 
 
@@ -292,6 +312,8 @@ def _block(setup: TrainingSetup, number: int) -> _Block:
     sharded, offloads = setup.is_sharded, setup.config.parallel.fsdp_cpu_offload
     accumulated = _accumulated_gradient_bytes(setup)
     unsharded, buffer, local = setup.unsharded_numel(weights), setup.buffer_numel(weights), setup.local_numel(weights)
+    trained = setup.trained(weights)
+    gradients, local_gradients = setup.unsharded_numel(trained), setup.local_numel(trained)
     cast = sizes.autocast and sizes.gathered != sizes.compute
     casts = setup.unsharded_numel(w for w in weights if len(w.shape) > 1) * sizes.compute if cast else 0
     everything = total_bytes(saved_by_block(shape, sizes, number, setup.layout.context), setup.tokens, tensor)
@@ -309,10 +331,10 @@ def _block(setup: TrainingSetup, number: int) -> _Block:
         recasts=mode != "none",
         saved=saved,
         recomputed=everything - saved + transient,
-        gradients=unsharded * _gradient_element_size(setup),
-        reduce=buffer * sizes.reduced,
-        local_gradients=0 if offloads or (accumulated and not sharded) else local * sizes.stored,
-        freed=_freed_accumulation_bytes(setup, unsharded),
+        gradients=gradients * _gradient_element_size(setup),
+        reduce=setup.buffer_numel(trained) * sizes.reduced,
+        local_gradients=0 if offloads or (accumulated and not sharded) else local_gradients * sizes.stored,
+        freed=_freed_accumulation_bytes(setup, gradients),
     )
 
 
@@ -322,7 +344,7 @@ def _accumulated_gradient_bytes(setup: TrainingSetup) -> int:
     These are the accumulated gradients of earlier micro-batches, and DDP's buckets, which receive them only in the
     last backward pass.
     """
-    unsharded = setup.unsharded_params
+    unsharded = setup.unsharded_trained
     if setup.is_sharded:  # accumulated unsharded, in the dtype of the reduction
         return unsharded * setup.sizes.reduced if setup.config.optim.accum_freq > 1 else 0
     return ((setup.config.optim.accum_freq > 1) + (setup.ranks > 1)) * unsharded * setup.sizes.stored
@@ -349,42 +371,5 @@ def _loss_bytes(setup: TrainingSetup) -> int:
     cast = rows * dim * sizes.compute if sizes.gathered != sizes.compute else 0
     logits = min(LOSS_CHUNK_TOKENS, tokens) * rows * (sizes.compute + 4)  # in the compute dtype and in float32
     hidden = tokens * dim * (2 * sizes.compute + 4)  # two copies, and the gradient
-    return rows * dim * 4 + cast + logits + hidden
-
-
-def muon_weights(setup: TrainingSetup) -> list[Weight]:
-    """Return the weights that Muon updates: the matrices of the blocks. Empty for other optimizers."""
-    return _matrices(setup) if OPTIMIZERS.fact(setup.config.optim.optimizer, "orthogonal") else []
-
-
-def _matrices(setup: TrainingSetup) -> list[Weight]:
-    """Return the matrices of the blocks."""
-    return [w for w in setup.shape.weights if w.block is not None and len(w.shape) > 1]
-
-
-def _muon_update_bytes(setup: TrainingSetup) -> int:
-    """Return what Muon's update allocates on a rank.
-
-    These are the update directions of all matrices in bfloat16, and the larger of two working sets: the matrices that
-    the rank orthogonalizes in one batch, or the buffers that ranks send and receive. Mirrors muon.py and
-    matrix_assignment.py.
-    """
-    weights = muon_weights(setup)
-    if not weights:
-        return 0
-    local = setup.unsharded_numel(weights)
-    share = 0
-    if setup.is_sharded:
-        local //= setup.shards
-        share = local // setup.layout.replicate
-    exchanged = 2 * local if setup.ranks > 1 else 0
-    counts: dict[tuple[int, ...], int] = {}
-    for weight in weights:
-        count, *sides = weight.matrices
-        counts[tuple(sorted(sides))] = counts.get(tuple(sorted(sides)), 0) + count
-    working = 0
-    for (m, n), count in counts.items():
-        batch = min(-(-count // setup.ranks), max(1, MUON_BATCH_ELEMENTS // (m * n)))
-        working = max(working, batch * (3 * m * n + 2 * m * m))
-    directions = 0 if setup.config.parallel.fsdp_cpu_offload else setup.local_numel(weights)
-    return 2 * (directions + share + max(working, exchanged))
+    gradient = rows * dim * 4 if setup.trained([_head(setup.shape.by_block[None])]) else 0
+    return gradient + cast + logits + hidden

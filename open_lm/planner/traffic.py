@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from open_lm.planner.memory import TrainingSetup, host_bytes, muon_weights
+from open_lm.planner.memory import TrainingSetup, host_bytes
+from open_lm.planner.muon import muon_weights
 
 # Typical values that the planner does not measure: the latency of a ring step, and for each device the bandwidth of the
 # link to the host and of host memory.
@@ -162,7 +163,7 @@ def _parameter_collectives(setup: TrainingSetup) -> list[Collective]:
     micro_batches, blocks = setup.config.optim.accum_freq, setup.shape.n_layers
     shards, stride = setup.shards, layout.tensor
     if not setup.is_sharded:
-        num_bytes = setup.unsharded_params * sizes.stored
+        num_bytes = setup.unsharded_trained * sizes.stored
         last_bucket = min(1.0, DDP_BUCKET_BYTES / num_bytes)
         calls = num_bytes / DDP_BUCKET_BYTES
         sent = 2 * _ring_fraction(setup.ranks) * num_bytes
@@ -172,6 +173,7 @@ def _parameter_collectives(setup: TrainingSetup) -> list[Collective]:
         ]
     root = setup.buffer_numel(setup.shape.by_block[None]) * _ring_fraction(shards)
     total = setup.local_params * shards * _ring_fraction(shards)
+    trained = setup.local_trained * shards * _ring_fraction(shards)
     # The root group is gathered first and reduced last, so that no computation overlaps it.
     exposed = root / total if total else 0.0
     regathers = 0 if setup.keeps_unsharded else micro_batches
@@ -181,8 +183,9 @@ def _parameter_collectives(setup: TrainingSetup) -> list[Collective]:
                    stride, "forward", exposed),
         Collective("all-gather, backward", (total - root) * sizes.gathered * regathers, blocks * regathers, shards,
                    stride, "backward"),
-        Collective("reduce-scatter gradients", total * sizes.reduced, blocks + 1, shards, stride, "backward", exposed),
-        Collective("all-reduce over replicas", 2 * _ring_fraction(replicas) * setup.local_params * sizes.reduced,
+        Collective("reduce-scatter gradients", trained * sizes.reduced, blocks + 1, shards, stride, "backward",
+                   exposed),
+        Collective("all-reduce over replicas", 2 * _ring_fraction(replicas) * setup.local_trained * sizes.reduced,
                    blocks + 1, replicas, stride * shards, "backward", exposed),
         *_muon_collectives(setup, shards, replicas, stride),
     ]  # fmt: skip

@@ -14,12 +14,14 @@ import check_plan
 import pytest
 import torch
 
+from open_lm.config.adapters import parse_lora
 from open_lm.config.architecture import model_names
 from open_lm.config.checkpoint_policy import due_after_epoch, due_after_step, superseded
 from open_lm.config.command_line import parse_args
 from open_lm.config.layout import resolve_layout
 from open_lm.config.sections import Config, ModelConfig
 from open_lm.errors import ConfigError
+from open_lm.model.adapters import add_adapters
 from open_lm.model.transformer import create_model
 from open_lm.monitor.metrics import model_flops_per_token
 from open_lm.planner import command as plan
@@ -152,6 +154,26 @@ def test_memory_depends_on_batch_ranks_and_settings() -> None:
     )  # unsharded, in the dtype of their reduction
 
 
+@pytest.mark.parametrize("text", ["r=4", "r=2,targets=all-linear,dora=true"])
+@pytest.mark.parametrize("model", ["open_lm_11m", "mistral_7b"])
+def test_adapters_match_those_of_the_models(model: str, text: str) -> None:
+    """Parameters, checkpoints and 4-bit weights of a run with --lora are those of the model with adapters."""
+    with torch.device("meta"):
+        adapted = create_model(ModelConfig(model=model))
+    base = sum(value.numel() for value in adapted.parameters())
+    add_adapters(adapted, parse_lora(text), quantize=True)
+    trained = sum(value.numel() for value in adapted.parameters() if value.requires_grad)
+    flags = f"--model {model} --precision fp32 --pretrained base.pt --lora {text}"
+    plain, quantized = setup(flags), setup(f"{flags} --qlora nf4")
+    assert plain.local_trained == trained and plain.parameter_bytes == 4 * (base + trained)
+    held = sum(value.nbytes for value in (*adapted.parameters(), *adapted.buffers()))
+    assert quantized.parameter_bytes == pytest.approx(held, rel=1e-3)
+    last = list(phases(plain))[-1]
+    assert last.gradients == 4 * trained and last.optimizer == 8 * trained
+    assert plan_checkpoints(plain, 10, 1).sharded_bytes == pytest.approx(12 * trained, rel=0.01)
+    assert setup(f"{flags} --fsdp", ranks=2).local_trained == pytest.approx(trained / 2, rel=0.01)
+
+
 def test_accumulated_gradients_are_separate_from_ddp_buckets() -> None:
     """DDP copies accumulated gradients into its buckets only in the last micro-batch."""
     flags = "--model open_lm_1b --precision amp_bfloat16"
@@ -189,7 +211,7 @@ def test_tensor_and_context_parallelism_divide_memory() -> None:
     tensor = setup(f"--model open_lm_1b {MIXED} --tensor-parallel 4", 8)
     context = setup(f"--model open_lm_1b {MIXED} --context-parallel 4", 8)
     assert tensor.local_params == pytest.approx(fsdp_only.local_params, rel=0.01)
-    assert tensor.unsharded_params == pytest.approx(fsdp_only.unsharded_params / 4, rel=0.01)
+    assert tensor.unsharded_trained == pytest.approx(fsdp_only.unsharded_trained / 4, rel=0.01)
     assert peak(tensor).activations < peak(fsdp_only).activations / 2
     assert context.tokens == fsdp_only.tokens / 4
     assert peak(context).activations < peak(fsdp_only).activations / 2

@@ -248,13 +248,15 @@ def test_adapters_of_a_transformers_model(tmp_path: Path, base: Path, monkeypatc
 # ------------------------------------------------------------------------------------------------ layouts
 def test_layouts_train_the_same(flags: list[str], base: Path, tmp_path: Path, ranks: Callable[..., Any]) -> None:
     """DDP, FSDP and tensor parallelism on two ranks equal one process over five steps; any layout resumes any other."""
+    pytest.importorskip("bitsandbytes", reason="needs pip install -e '.[finetune]'")
     flags = [*flags, "--dataset-manifest", data(base), "--train-num-samples", tokens(5), "--workers", "0"]
     layouts = {"ddp": [], "fsdp": ["--fsdp"], "tensor": ["--tensor-parallel", "2"]}
     jobs, lora = [], flags.index("--lora") + 1
-    tested = {"lora": ("ddp", "fsdp", "tensor"), "dora": ("tensor",)}
+    tested = {"lora": ("fsdp", "tensor"), "dora": ("tensor",), "qlora": ("ddp",)}
     for kind, names in tested.items():
         text = f"{LORA},dora=true,rslora=true" if kind == "dora" else LORA
         changed = [*flags[:lora], text, *flags[lora + 1 :], "--epochs", "1"]
+        changed += ["--qlora", "nf4"] if kind == "qlora" else []
         main([*changed, "--name", f"{kind}-one"])
         jobs += [[*changed, "--name", f"{kind}-{name}", *layouts[name]] for name in names]
     longer = [*flags, "--epochs", "2", "--resume", str(tmp_path / "lora-one/checkpoints/step_00000005")]
