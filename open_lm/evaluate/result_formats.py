@@ -40,7 +40,8 @@ def dclm_form(files: Sequence[str], name: str, model_uuid: str | None = None) ->
     """
     results = _read(files)
     contents = [content for content, _ in results]
-    outcomes, harness = [], []
+    outcomes: list[Outcome] = []
+    harness: list[Outcome] = []
     for _, new in results:
         for outcome in new:
             (harness if outcome.kind.startswith(HARNESS_PREFIX) else outcomes).append(outcome)

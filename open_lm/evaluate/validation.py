@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: Evalu
     that stand for text, in bits per byte of this text, and `bytes` the number of bytes.
     """
     results = []
-    names = options.cfg.val_names or [None] * len(loaders)
+    names: Sequence[str | None] = options.cfg.val_names or [None] * len(loaders)
     for number, loader in enumerate(loaders, start=1):
         if options.runtime.is_master:
             logging.info(_announcement(loader, number, len(loaders)))
@@ -112,27 +112,37 @@ def set_name(val_data: Sequence[str]) -> str:
     return PurePath(" ".join(val_data)).name.partition(".")[0]
 
 
+class _SetRow(NamedTuple):
+    """A line of the table of validation sets."""
+
+    name: str
+    tokens: int
+    loss: float
+    bits_per_byte: float
+    num_bytes: int
+
+
 def format_sets(results: Sequence[Mapping[str, Any]]) -> str:
     """Return a table with a line per validation set, and the means over all tokens and over the sets."""
-    has_bytes = all("bits_per_byte" in result for result in results)
-    rows = [
-        (result.get("name") or set_name(result["val_data"]) or str(number), result["tokens"], result["loss"],
-         result.get("bits_per_byte", math.nan), result.get("bytes", 0))
-        for number, result in enumerate(results)
-    ]  # fmt: skip
-    valid = [row for row in rows if row[1]]
-    tokens, num_bytes = sum(row[1] for row in valid), sum(row[4] for row in valid)
+    rows = []
+    for number, result in enumerate(results):
+        name = result.get("name") or set_name(result["val_data"]) or str(number)
+        bits, num_bytes = result.get("bits_per_byte", math.nan), result.get("bytes", 0)
+        rows.append(_SetRow(name, result["tokens"], result["loss"], bits, num_bytes))
+    valid = [row for row in rows if row.tokens]
+    has_bytes = all(row.num_bytes for row in valid)
     if valid:
-        loss = sum(row[2] * row[1] for row in valid) / tokens
-        bits = sum(row[3] * row[4] for row in valid) / num_bytes if has_bytes and num_bytes else math.nan
-        rows.append(("all tokens", tokens, loss, bits, num_bytes))
-        means = [sum(row[column] for row in valid) / len(valid) for column in (2, 3)]
-        rows.append(("mean of the sets", tokens, *means, num_bytes))
-    width = max(len("set"), *(len(row[0]) for row in rows))
+        tokens, num_bytes = sum(row.tokens for row in valid), sum(row.num_bytes for row in valid)
+        loss = sum(row.loss * row.tokens for row in valid) / tokens
+        bits = sum(row.bits_per_byte * row.num_bytes for row in valid) / num_bytes if has_bytes else math.nan
+        rows.append(_SetRow("all tokens", tokens, loss, bits, num_bytes))
+        loss, bits = sum(row.loss for row in valid), sum(row.bits_per_byte for row in valid)
+        rows.append(_SetRow("mean of the sets", tokens, loss / len(valid), bits / len(valid), num_bytes))
+    width = max(len(row.name) for row in rows)
     lines = [f"{'set':<{width}}  {'tokens':>13}  {'loss':>9}  {'perplexity':>10}" + "  bits per byte" * has_bytes]
-    for name, count, loss, bits, _ in rows:
-        line = f"{name:<{width}}  {count:>13,}  {loss:>9.6f}  {_perplexity(loss):>10.4g}"
-        lines.append(line + (f"  {bits:>13.5f}" if has_bytes else ""))
+    for row in rows:
+        line = f"{row.name:<{width}}  {row.tokens:>13,}  {row.loss:>9.6f}  {_perplexity(row.loss):>10.4g}"
+        lines.append(line + (f"  {row.bits_per_byte:>13.5f}" if has_bytes else ""))
     return "\n".join(lines)
 
 

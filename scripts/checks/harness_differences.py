@@ -88,9 +88,11 @@ def read_questions(path: Path, delimiter: str, count: int) -> list[Question]:
     """Return the first examples of a file, with the context that the native engine and llm-foundry give them."""
     with open(path, encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(count), strict=False)]
-    contexts = [f"{row['query'].strip()}{delimiter}".rstrip() for row in rows]
-    choices = [[choice.strip() for choice in row["choices"]] for row in rows]
-    return [Question(*parts, row["gold"]) for *parts, row in zip(contexts, choices, rows, strict=True)]
+    questions = []
+    for row in rows:
+        context = f"{row['query'].strip()}{delimiter}".rstrip()
+        questions.append(Question(context, [choice.strip() for choice in row["choices"]], row["gold"]))
+    return questions
 
 
 def native_score(model: Any, path: Path, delimiter: str, count: int) -> float:

@@ -176,7 +176,7 @@ class OpenLM(TemplateLM):
                     if requests[i][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], tuple(score))
                 progress.update(len(scores))
-        return [tuple(score) for score in results if score is not None]
+        return [(score.log_prob, score.is_greedy) for score in results if score is not None]
 
     def _truncated(self, pair: Pair) -> Pair:
         """Return a pair whose context lost tokens on the left, so that the model reads at most max_length tokens.
