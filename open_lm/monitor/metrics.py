@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from open_lm.config.devices import peak_16_bit_flops
 from open_lm.config.model_keys import attended_tokens
+from open_lm.model.quantization import quantized_layers
 
 # On CUDA, results are read this many steps late: the host then never waits for the device, but still stops in time.
 _READBACK_DELAY_STEPS = 4
@@ -111,22 +112,27 @@ def model_flops_per_token(model: nn.Module) -> float:
     """Return the FLOPs of a forward and backward pass per token, without recomputation.
 
     6 per parameter of a matrix product plus 12 L H K T for the attention (Chowdhery et al. 2022, appendix B,
-    arXiv:2204.02311), less in layers with a window (`attended_tokens`). An untied input embedding does not count, and
-    only the experts that process a token count.
+    arXiv:2204.02311), less in layers with a window (`attended_tokens`). A frozen parameter counts 4, because it has no
+    gradient. An untied input embedding does not count, and only the experts that process a token count.
     """
     params: Any = model.params
-    num_params = sum(p.numel() for p in model.parameters())
+    flops = sum(_matrix_flops(p) for p in model.parameters())
+    flops += sum(4.0 * layer.out_features * layer.in_features for layer in quantized_layers(model).values())
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     if embedding is not model.get_output_embeddings().weight:  # type: ignore[operator]
-        num_params -= embedding.numel()
+        flops -= _matrix_flops(embedding)
     modules: Iterator[Any] = model.modules()
     for module in modules:
         if hasattr(module, "num_experts") and hasattr(module, "experts"):
             inactive = 1 - module.top_k / module.num_experts
-            num_params -= round(inactive * sum(p.numel() for p in module.experts.parameters()))
+            flops -= inactive * sum(_matrix_flops(p) for p in module.experts.parameters())
     if not hasattr(params, "n_heads"):
-        return 6.0 * num_params + 12.0 * params.n_layers * params.dim * params.seq_len
-    return 6.0 * num_params + 12.0 * params.n_heads * params.head_dim * attended_tokens(params)
+        return flops + 12.0 * params.n_layers * params.dim * params.seq_len
+    return flops + 12.0 * params.n_heads * params.head_dim * attended_tokens(params)
+
+
+def _matrix_flops(parameter: Tensor) -> float:
+    return parameter.numel() * (6.0 if parameter.requires_grad else 4.0)
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -15,6 +15,7 @@ from open_lm.errors import CheckpointError, ConfigError
 from open_lm.model.adapters import Adapter, adapters, add_adapters, target_layers
 from open_lm.model.losses import TokenLoss
 from open_lm.model.quantization import dequantize, quantize_layer, quantized_layers
+from open_lm.monitor.metrics import model_flops_per_token
 
 SHAPES: dict[str, dict[str, Any]] = {
     "fused": {},
@@ -154,3 +155,14 @@ def test_adapter_counts() -> None:
         name: tuple(value.shape) for name, value in Adapter(layer, LoraSettings(r=2, dora=True)).named_parameters()
     }
     assert shapes == {"lora_A": (2, 6), "lora_B": (4, 2), "lora_magnitude": (4,)}
+
+
+def test_frozen_weights_count_without_their_gradient() -> None:
+    pytest.importorskip("bitsandbytes", reason="needs pip install -e '.[finetune]'")
+    model = small_model()
+    full = model_flops_per_token(model)
+    changed = adapted(model, "r=4")
+    matrices = sum(value.numel() for value in model.parameters()) - model.tok_embeddings.weight.numel()
+    trained = sum(value.numel() for value in changed.parameters() if value.requires_grad)
+    assert model_flops_per_token(changed) == full - 2 * matrices + 6 * trained
+    assert model_flops_per_token(adapted(model, "r=4", quantize=True)) == model_flops_per_token(changed)
