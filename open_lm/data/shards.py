@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property, partial
 from typing import IO
@@ -177,7 +177,7 @@ class ShardStore:
         then, too.
         """
         whole = [url for url, _ in parts if not self._has_blocks(url)]
-        for url in reversed([url for url in dict.fromkeys(whole) if not self._is_open(url)]):
+        for url in reversed(self._not_open(dict.fromkeys(whole))):
             waiting = self._ahead.get(url)
             if self._must_fetch(url) and (waiting is None or waiting.cancel()):
                 self._ahead[url] = self._threads.submit(partial(self._file, url), first=True)
@@ -213,7 +213,7 @@ class ShardStore:
     def _fetch_upcoming(self) -> None:
         """Start to fetch the nearest upcoming shards, up to a number of bytes, but at least one of each source."""
         ahead_bytes = 0
-        for number, url in enumerate(url for url in self._upcoming if not self._is_open(url)):
+        for number, url in enumerate(self._not_open(self._upcoming)):
             expected = self._expected.get(url, _UNKNOWN)
             ahead_bytes += expected.num_bytes or self._largest_bytes or self._ahead_bytes
             if ahead_bytes > self._ahead_bytes and number >= self._capacity // 2:
@@ -225,8 +225,9 @@ class ShardStore:
         """Return whether a whole shard must be downloaded or verified before it is opened."""
         return needs_fetch(url) or bool(self._expected.get(url, _UNKNOWN).sha256)
 
-    def _is_open(self, url: str) -> bool:
-        return any(name == url for name, _ in self._open)
+    def _not_open(self, urls: Iterable[str]) -> list[str]:
+        open_urls = {url for url, _ in self._open}
+        return [url for url in urls if url not in open_urls]
 
     def _file(self, url: str) -> IO[bytes]:
         """Return the open, verified file of a shard."""
