@@ -318,3 +318,31 @@ def test_folders_of_transformers_are_checkpoints(case: str, tmp_path: Path) -> N
     with torch.no_grad():
         assert torch.allclose(model(ids)[0], reference(ids).logits, atol=1e-4)
     assert results_file(checkpoint, ["core"], is_partial=True) == f"{tmp_path}/evals/hf_core_partial.json"
+
+
+TEMPLATE = """
+{%- if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}
+{%- for message in messages %}
+<|{{ message['role'] }}|>{% generation %}{{ message['content'] | trim }}{{ eos_token }}{% endgeneration %}
+
+{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@pytest.mark.parametrize("has_prompt", [True, False])
+def test_conversations_are_formatted_as_in_transformers(has_prompt: bool, shared_dir: Path) -> None:
+    from open_lm.evaluate.lm_eval.chat import render_chat
+    from open_lm.hf.tokenization import load_hf_tokenizer
+    from open_lm.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(shared_dir / "data" / "tokenizers" / "gpt-neox-20b.json"))
+    messages = [{"role": "user", "content": " What is 2+2? "}, {"role": "assistant", "content": "The answer is"}]
+    expected = load_hf_tokenizer(tokenizer).apply_chat_template(
+        messages, chat_template=TEMPLATE, tokenize=False, add_generation_prompt=has_prompt,
+        continue_final_message=not has_prompt,
+    )  # fmt: skip
+    assert render_chat(TEMPLATE, messages, has_prompt, tokenizer) == expected
+    system = {"role": "system", "content": "Be brief."}
+    assert render_chat(TEMPLATE, [system, *messages], has_prompt, tokenizer) == expected
+    with pytest.raises(ConfigError, match="does not accept the messages: no system message"):
+        render_chat("{{ raise_exception('no system message') }}", messages, has_prompt, tokenizer)

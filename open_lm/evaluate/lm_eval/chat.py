@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from open_lm.errors import ConfigError
 from open_lm.tokenizer import Tokenizer
+
+
+def find_template(tokenizer: Tokenizer) -> str | None:
+    """Return the chat template of a tokenizer's configuration or folder (of several, the default); None without one."""
+    template = tokenizer.config.get("chat_template")
+    if isinstance(template, list):
+        template = next((item.get("template") for item in template if item.get("name") == "default"), None)
+    if isinstance(template, str):
+        return template
+    file = Path(tokenizer.name) / "chat_template.jinja"  # where newer releases of transformers store it
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def render_chat(
@@ -27,13 +39,23 @@ def render_chat(
         ConfigError: a template that cannot format these messages.
     """
     from jinja2 import TemplateError
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """The tag that marks what the assistant generates, which changes no text."""
+
+        tags = {"generation"}  # noqa: RUF012 - the type that jinja declares
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
     )
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
     tokens: dict[str, Any] = {"eos_token": tokenizer.token(tokenizer.eot_id)}

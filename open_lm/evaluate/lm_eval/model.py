@@ -32,7 +32,7 @@ from open_lm.evaluate.checkpoints import find_checkpoints, load_checkpoint
 from open_lm.evaluate.icl.evaluator import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
 from open_lm.evaluate.icl.store import weights_hash
 from open_lm.evaluate.icl.tasks import PRECISIONS
-from open_lm.evaluate.lm_eval.chat import render_chat
+from open_lm.evaluate.lm_eval.chat import find_template, render_chat
 from open_lm.evaluate.lm_eval.encoding import RequestEncoder
 from open_lm.evaluate.lm_eval.scoring import Engine, Pair, Score, split_groups
 from open_lm.generate.sampling import Sampling
@@ -273,15 +273,15 @@ class OpenLM(TemplateLM):
         return f"open_lm_{self.text_tokenizer.fingerprint[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """Return the chat template of the tokenizer's configuration.
+        """Return the chat template of the tokenizer.
 
         Raises:
             ConfigError: it has none, or a name is requested.
         """
         if chat_template is False or chat_template is None:
             return None
-        template = self.text_tokenizer.config.get("chat_template")
-        if not isinstance(template, str) or isinstance(chat_template, str):
+        template = find_template(self.text_tokenizer)
+        if template is None or isinstance(chat_template, str):
             raise ConfigError(
                 f"--apply_chat_template: the tokenizer of {self.checkpoint} has no chat template"
                 + (f" {chat_template!r}; omit the name" if isinstance(chat_template, str) else "; remove the flag")
