@@ -19,6 +19,7 @@ import argparse
 import io
 import json
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ import numpy as np
 from open_lm.config.architecture import COUNTS
 from open_lm.data.manifest import ManifestEntry, write_manifest
 from open_lm.data.shard_format import ShardWriter
-from open_lm.errors import DataError, UserError, run_cli
+from open_lm.errors import ConfigError, DataError, UserError, run_cli
 from open_lm.names import user_path
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
@@ -41,14 +42,8 @@ ARMS = ("none", "online", "cached")
 DRAWS, VALIDATION_SEQUENCES = 50, 256
 
 
-def texts(folder: Path | None) -> Iterator[str]:
-    """Yield documents, from every file of the folder in turn, or from the Python installation."""
-    if folder is None:
-        import python_docs
-
-        for document in python_docs.documents(1 << 25):
-            yield str(document["text"])
-        return
+def texts(folder: Path) -> Iterator[str]:
+    """Yield documents, from every file of the folder in turn."""
     files = sorted([*folder.glob("*.jsonl.zst"), *folder.glob("*.jsonl")])
     if not files:
         raise DataError(f"--data {folder}: no .jsonl.zst or .jsonl file; give a folder of documents, or leave it out")
@@ -73,7 +68,15 @@ def _lines(path: Path) -> Iterator[str]:
         yield from io.TextIOWrapper(stream, encoding="utf-8")
 
 
-def write_data(folder: Path, source: Path | None, num_sequences: int) -> None:
+def python_documentation(folder: Path) -> Path:
+    """Gather the documentation of the Python installation in a folder, and return the folder."""
+    script = Path(__file__).resolve().parents[1] / "python_docs.py"
+    command = [sys.executable, str(script), "--output-dir", str(folder), "--max-mb", "8"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def write_data(folder: Path, source: Path, num_sequences: int) -> None:
     """Write validation and training shards of byte sequences: val/ and train/, each with a manifest."""
     total = num_sequences + VALIDATION_SEQUENCES
     stream, needed = bytearray(), total * (SEQ_LEN + 1)
@@ -83,7 +86,7 @@ def write_data(folder: Path, source: Path | None, num_sequences: int) -> None:
             break
     if len(stream) < needed:
         raise DataError(
-            f"the text has {len(stream):,} bytes, but {needed:,} are needed; give more text or fewer tokens"
+            f"the text has {len(stream):,} bytes, but {needed:,} are needed; give more text or fewer steps"
         )
     rows = np.frombuffer(bytes(stream[:needed]), np.uint8).reshape(total, SEQ_LEN + 1)
     order = np.random.default_rng(0).permutation(total)  # so that both sets have all kinds of documents
@@ -156,12 +159,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS[1:], default=ARMS[1:], help="ways to compare with none")
     args = parser.parse_args(argv)
     folder = Path(args.folder)
+    if folder.exists():
+        raise ConfigError(f"--folder {folder}: exists already; remove it, or choose another folder")
     folder.mkdir(parents=True)
     shape = {"seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE, "post_embed_norm": False, "weight_tying": False}
     for name, size in (("teacher", TEACHER), ("student", STUDENT)):
         assert set(COUNTS) <= {*size, *shape}
         write_text(folder / f"{name}.json", to_json({**size, **shape}))
-    write_data(folder, Path(args.data) if args.data else None, max(args.teacher_steps, args.steps) * BATCH)
+    source = Path(args.data) if args.data else python_documentation(folder / "raw")
+    write_data(folder, source, max(args.teacher_steps, args.steps) * BATCH)
     teacher = train(folder, "teacher", "teacher", args.teacher_steps, 100, 3e-3)
     if "cached" in args.arms:
         from open_lm.finetune.cache_teacher import main as cache_teacher
