@@ -27,7 +27,7 @@ _WITHOUT_EFFECT = (
 # Fields that only version 4 or only version 5 of transformers has.
 _OF_ONE_VERSION = (
     *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "rope_local_base_freq"),
-    *("layer_types", "sliding_window_pattern"),
+    *("layer_types", "sliding_window_pattern", "original_max_position_embeddings"),
 )
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # classes have defaults for them
 # Fields that the rules of families read.
@@ -189,8 +189,11 @@ def _rope(params: Params, model_type: str) -> dict[str, Any]:
     fraction = {} if params.rope_fraction == 1.0 else {"partial_rotary_factor": params.rope_fraction}
     common = {"rope_theta": params.rope_base, **fraction}
     fields: dict[str, Any] = {**common, "rope_scaling": scaling}
+    original = (params.rope_frequency_scaling or {}).get("original_seq_len")
     if scaling is not None and scaling["rope_type"] == "dynamic":
-        fields["max_position_embeddings"] = (params.rope_frequency_scaling or {})["original_seq_len"]
+        fields["max_position_embeddings"] = original
+    if scaling is not None and scaling["rope_type"] == "longrope":
+        fields["original_max_position_embeddings"] = original  # version 4 does not read the scaling's parameter
     parameters = {"rope_type": "default", **common, **(scaling or {})}
     if model_type not in _SEVERAL_BASES:
         return {**fields, "rope_parameters": parameters}
