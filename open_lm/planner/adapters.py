@@ -34,7 +34,7 @@ def _adapters(weight: Weight, settings: LoraSettings) -> Iterator[Weight]:
     if not _is_linear(weight) or (settings.targets == "attention" and "attention" not in weight.name):
         return
     (outputs, inputs), rank = weight.shape, settings.r
-    shapes = {"A": (weight.parts * rank, inputs), "B": (outputs, rank)}
+    shapes: dict[str, tuple[int, ...]] = {"A": (weight.parts * rank, inputs), "B": (outputs, rank)}
     if settings.dora:
         shapes["magnitude"] = (outputs,)
     for name, shape in shapes.items():
