@@ -88,6 +88,7 @@ class TuningRun:
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
         """Create and lock the run's folder, start its log and write the base model. Collective."""
+        state = _process_state()
         with contextlib.ExitStack() as stack:
             run_on_master(lambda: stack.enter_context(self.paths.claim(self.args.resume)) and None)
             if self._is_master():
@@ -96,11 +97,10 @@ class TuningRun:
             run_on_master(self._write_base)
             with quiet():
                 yield
+        state.destroy_process_group()
 
     def _is_master(self) -> bool:
-        from accelerate import PartialState
-
-        return bool(PartialState().is_main_process)
+        return bool(_process_state().is_main_process)
 
     def _write_base(self) -> None:
         if storage.info(storage.join(self.base, CONFIG)) is not None:
@@ -177,6 +177,13 @@ class TuningRun:
         """Return the loggers to metrics.jsonl and those of --report-to; none on other ranks."""
         section = LoggingConfig.from_object(self.args)
         return build_loggers(section, self.paths, vars(self.args), start_step, self._is_master())
+
+
+def _process_state() -> Any:
+    """Return the ranks of the run; the first call joins the process group, if several processes were started."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _turn_end_ids(tokenizer: Any) -> list[int]:
@@ -317,8 +324,8 @@ def train(run: TuningRun, build: Callable[[], Any]) -> dict[str, float]:
         trainer._total_train_tokens = read_json(storage.join(checkpoint, COMPLETE))["tokens"]
     metrics: dict[str, float] = {}
     try:
-        if trainer.eval_dataset is not None and checkpoint is None:
-            metrics = trainer.evaluate()
+        # Not trainer.evaluate(): it would leave the model unwrapped, and ranks would not average their gradients.
+        trainer.args.eval_on_start = trainer.eval_dataset is not None and checkpoint is None
         with stopping_on_signals(trainer):
             trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
