@@ -47,11 +47,12 @@ def ids(length: int, generator: np.random.Generator) -> np.ndarray:
 
 
 def examples() -> list[Example]:
-    """Return examples with shared contexts of different lengths, equal choices and no shared token at all."""
+    """Return examples with shared contexts of different lengths, equal choices, a prompt that continues another, and no
+    shared token at all."""
     generator = np.random.default_rng(0)
     result = []
     for index, (context, lengths) in enumerate(
-        [(3, (1, 1)), (70, (5, 1, 9)), (20, (4, 4)), (9, (2,)), (12, (3, 1, 3))]
+        [(3, (1, 1)), (70, (5, 1, 9)), (20, (4, 4)), (9, (2,)), (12, (3, 1, 3)), (8, (1, 4))]
     ):
         shared = ids(context, generator)
         choices = [Choice(shared, ids(length, generator)) for length in lengths]
@@ -61,7 +62,7 @@ def examples() -> list[Example]:
     beginning = result[1].choices[0].context[:40]  # shared with another example
     result.append(Example(6, "", (Choice(np.concatenate((beginning, ids(5, generator))), ids(3, generator)),)))
     result.append(
-        Example(5, "", (Choice(ids(4, generator), ids(2, generator)), Choice(ids(6, generator), ids(3, generator))))
+        Example(7, "", (Choice(ids(4, generator), ids(2, generator)), Choice(ids(6, generator), ids(3, generator))))
     )
     return result
 
@@ -91,7 +92,7 @@ def test_packed_batches_give_the_scores_of_separate_prompts(
         units = [pack_example(example, layout.width) for example in examples()]
         assert any(unit.is_packed for unit in units) is (layout.width is not None)
         batches = form_batches(units, max_tokens, padded=not is_flat)
-        assert sorted(unit.example.index for batch in batches for unit in batch) == list(range(7))
+        assert sorted(unit.example.index for batch in batches for unit in batch) == list(range(8))
         for batch in batches:
             with torch.no_grad():
                 scores = list(score_units(model, batch, BatchLayout(layout.width, is_flat), CPU, torch.no_grad))
@@ -115,7 +116,7 @@ def test_shared_tokens_are_computed_once() -> None:
     sequence = pack([*unit.prompts, *pack_example(other, width=32).prompts])
     assert len(sequence.ids) == 43
     seen = {piece.start: piece.keys for piece in sequence.pieces}
-    assert sorted(seen.values()) == [11, 40, 42]
+    assert sorted(seen.values()) == [11, 42]
     # [1, 2, 3] and [1, 2, 4] and [7] are predicted by three tokens; [9, 9] by two others.
     assert len(sequence.targets) == 9 and len(set(sequence.sources.tolist())) == 5
 

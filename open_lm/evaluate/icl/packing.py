@@ -160,7 +160,10 @@ def pack(prompts: Iterable[Prompt]) -> PackedSequence:
         path, length = _first_tokens(path, shared), len(prompt.ids)
         if length > shared:
             end = offset + length - shared
-            pieces.append(Piece(offset, end, path))
+            if path and path[-1][1] == offset:  # the prompt continues the last piece
+                pieces[-1] = pieces[-1]._replace(stop=end)
+            else:
+                pieces.append(Piece(offset, end, path))
             path = _joined(path, (offset, end))
             parts.append(prompt.ids[shared:])
             positions.append(np.arange(shared, length, dtype=np.int32))
