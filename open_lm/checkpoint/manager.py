@@ -30,7 +30,7 @@ from open_lm.checkpoint.sharded import ShardedWriter, StoredTensors, TrainingSta
 from open_lm.config.checkpoint_policy import due_after_epoch, due_after_step, superseded
 from open_lm.config.sections import CheckpointConfig
 from open_lm.distributed.processes import run_on_all_ranks, run_on_master
-from open_lm.errors import StorageError
+from open_lm.errors import CheckpointError, ConfigError, StorageError
 from open_lm.monitor.run_folder import RunPaths
 
 
@@ -193,7 +193,11 @@ class CheckpointManager:
         from open_lm.hf.peft_adapters import save_for_peft
 
         folder = storage.join(self.paths.checkpoints, adapter_folder(epoch))
-        save_for_peft(folder, checkpoint, flags)
+        try:
+            save_for_peft(folder, checkpoint, flags)
+        except (ConfigError, CheckpointError) as error:  # the run has lost nothing: the checkpoint has the adapters
+            logging.warning(f"{folder}: the adapters could not be written for PEFT ({error})")
+            return
         logging.info(f"saved the adapters in {folder} for PEFT")
 
     def _write_latest(self, stored: StoredTensors) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -218,6 +219,7 @@ def _add_adapters(config: Config, model: nn.Module) -> AdapterRecord | None:
     assert config.adapters.lora is not None
     settings, name, record = parse_lora(config.adapters.lora), config.model.hf_model, None
     if name is not None:
+        name = os.path.abspath(name) if os.path.isdir(name) else name
         record = AdapterRecord(settings, name, weights_sha256(model.state_dict()), True, config.adapters.qlora)
     add_adapters(model, settings, config.run.seed, quantize=config.adapters.qlora is not None)
     return record
