@@ -20,7 +20,7 @@ class ValidationConfig(Section):
         None, "format of the samples, one value per validation set or one for all; default: --data-key"
     )
     val_names: list[str] | None = flag(
-        None, "name of each validation set in logs, metrics and results; default: the name of its shards"
+        None, "name of each validation set in messages, metrics and results; default: from its pattern"
     )
     val_num_samples: int | None = flag(None, "number of tokens to use per validation set; default: all")
     val_max_batches: int | None = flag(

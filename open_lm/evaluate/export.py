@@ -31,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model-card", type=user_path, metavar="README", help="put the scores into the front matter of this model card"
     )
     parser.add_argument("--name", help="name of the evaluation or the model (default: that of the first result)")
-    parser.add_argument("--model-uuid", help="with --dclm: uuid of the model's file in exp_data/models")
+    parser.add_argument("--model-uuid", help="with --dclm: uuid of the model in DCLM's records")
     return parser
 
 
