@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_lm.config.architecture import gated_width
+from open_lm.config.model_keys import gated_width
 from open_lm.kernels.cpu_attention import causal_attention
 from open_lm.kernels.cpu_memory import keep_freed_memory
 from open_lm.kernels.gating import gated_silu

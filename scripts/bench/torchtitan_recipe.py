@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from open_lm.config.architecture import gated_width, read_architecture
+from open_lm.config.architecture import read_architecture
+from open_lm.config.model_keys import gated_width
 from open_lm.config.sections import Config
 from open_lm.distributed.precision import compute_dtype, parameter_dtype
 from open_lm.errors import ConfigError, join_problems
