@@ -110,6 +110,7 @@ MODULES = (
 )
 SCRIPTS = (
     "datapreprocess/make_2048.py",
+    "datapreprocess/make_sft.py",
     "datapreprocess/ray/tokenize_shuffle.py",
     "eval/eval_openlm_ckpt.py",
     "scripts/bench_checkpoint.py",
@@ -120,6 +121,7 @@ SCRIPTS = (
     "scripts/bench_s3.py",
     "scripts/bench_shuffle.py",
     "scripts/bench_train.py",
+    "scripts/chat.py",
     "scripts/check_plan.py",
     "scripts/checks/check_distillation.py",
     "scripts/checks/check_icl_agreement.py",
