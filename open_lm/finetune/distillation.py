@@ -189,6 +189,11 @@ def build_distillation(  # noqa: PLR0917 - the parts of a run
             f"distilling from {source.weights}: {parameters:,} parameters in {cfg.distill_precision}, "
             f"{cfg.distill_loss} with weight {cfg.distill_weight:g} and temperature {cfg.distill_temperature:g}"
         )
+        if student.seq_len > model.params.seq_len:
+            logging.warning(
+                f"the sequences have {student.seq_len} tokens, but the teacher was made for {model.params.seq_len}; it "
+                "may predict later tokens badly"
+            )
         if find_run_tokenizer(source.weights) is None:
             logging.warning(
                 f"{source.weights}: records no tokenizer, so that it was not compared with that of the data"
@@ -223,7 +228,7 @@ def num_token_ids(params: Any) -> int:
 
 
 def _check_teacher(teacher: Params, student: Any, sources: Sequence[Source]) -> None:
-    """Raise ConfigError if the data may have ids that the teacher lacks; warn of sequences that are too long for it."""
+    """Raise ConfigError if the data may have ids that the teacher lacks."""
     recorded = [dataset["settings"].get("vocab_size") for source in sources for dataset in source.datasets]
     known = [size for size in recorded if isinstance(size, int)]
     num_ids = max(known) if known and len(known) == len(recorded) else num_token_ids(student)
@@ -232,11 +237,6 @@ def _check_teacher(teacher: Params, student: Any, sources: Sequence[Source]) -> 
         raise ConfigError(
             f"the teacher has {teacher.vocab_size} token ids, but {origin} {num_ids}: use a teacher with the tokenizer "
             "of the data, or set unpadded_vocab_size in the student's JSON file to the number of ids of its tokenizer"
-        )
-    if student.seq_len > teacher.seq_len:
-        logging.warning(
-            f"the sequences have {student.seq_len} tokens, but the teacher was made for {teacher.seq_len}; it may "
-            "predict later tokens badly"
         )
 
 
