@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from open_lm.finetune.sft_encoder import ConversationEncoder, Location
 
 DESCRIPTION = "Render conversations with a chat template, and write packed shards with a loss mask."
-OVERLONG_HELP = (
-    "conversations longer than a sequence: stop with an error, drop them, cut their end off, or leave out their last "
-    "turns; all are counted (default: error)"
-)
+# What to do with a conversation that is longer than a sequence, by value of --overlong; all are counted.
+OVERLONG = {
+    "error": "reject it like other bad input",
+    "drop": "leave it out",
+    "cut": "keep its first tokens",
+    "turns": "leave out its last turns",
+}
 _logger = logging.getLogger("open_lm.datapreprocess")
 
 
@@ -54,7 +57,8 @@ def make_parser() -> Parser:
     add("--form", default="auto", choices=["auto", *CONVERSATION_FORMS], help=f"{CONVERSATION_FORMS.summary()}"
         " (default: detected in each record)")  # fmt: skip
     add("--seqlen", type=int, default=2048, help="sequence length of the model (default: 2048)")
-    add("--overlong", default="error", choices=["error", "drop", "cut", "turns"], help=OVERLONG_HELP)
+    add("--overlong", default="error", choices=list(OVERLONG), help="what to do with a conversation that is longer than "
+        f"a sequence: {'; '.join(f'{name}: {text}' for name, text in OVERLONG.items())} (default: error)")  # fmt: skip
     add("--keep-duplicates", action="store_true", help="keep conversations that are identical to an earlier one")
     add("--vocab-size", type=int, help="vocabulary size (default: the tokenizer's)")
     add("--shard-size", type=int, help="sequences per shard (default: 8192, fewer for small data)")

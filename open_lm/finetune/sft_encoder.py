@@ -31,13 +31,6 @@ from open_lm.finetune.conversations import (
 from open_lm.tokenizer import CONFIG_NAME
 
 Location = tuple[str, int, int]  # url and start of the piece, line in it
-# What to do with a conversation that is longer than a sequence, by value of --overlong.
-OVERLONG = {
-    "error": "reject it like any other bad input",
-    "drop": "leave it out",
-    "cut": "keep its first tokens",
-    "turns": "leave out its last turns",
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class SftSettings:
     Attributes:
         length: ids in a sequence, the limit of a conversation.
         form: form of the records, or "auto".
-        overlong: a key of OVERLONG.
+        overlong: what to do with longer conversations, a key of sft_data.OVERLONG.
         keep_duplicates: use a conversation as often as it occurs; otherwise only its first occurrence is used.
     """
 
