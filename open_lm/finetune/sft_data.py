@@ -57,7 +57,7 @@ def make_parser() -> Parser:
     add("--form", default="auto", choices=["auto", *CONVERSATION_FORMS], help=f"{CONVERSATION_FORMS.summary()}"
         " (default: detected in each record)")  # fmt: skip
     add("--seqlen", type=int, default=2048, help="sequence length of the model (default: 2048)")
-    add("--overlong", default="error", choices=list(OVERLONG), help="what to do with a conversation that is longer than "
+    add("--overlong", default="error", choices=list(OVERLONG), help="what to do with conversations longer than "
         f"a sequence: {'; '.join(f'{name}: {text}' for name, text in OVERLONG.items())} (default: error)")  # fmt: skip
     add("--keep-duplicates", action="store_true", help="keep conversations that are identical to an earlier one")
     add("--vocab-size", type=int, help="vocabulary size (default: the tokenizer's)")
