@@ -133,7 +133,8 @@ def choice_accuracy(trained: Trained, questions: list[tuple[list[tuple[str, str]
 class Outputs:
     """The JSON files of a run with in_memory_hf_eval.yaml and of a run of two processes with other tasks.
 
-    `native` and `native_two` are those of the native engine, and `agreement` is the output of check_icl_agreement.py.
+    `native` and `native_two` are those of the native engine. `agreement` and `equal_ids` are outputs of
+    check_icl_agreement.py, the second one of token ids only.
     """
 
     single: dict[str, Any]
@@ -141,6 +142,7 @@ class Outputs:
     native: dict[str, Any]
     native_two: dict[str, Any]
     agreement: str
+    equal_ids: str
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +154,9 @@ def outputs(trained: Trained, data: Path) -> Outputs:
     two = trained.arguments("--eval-yaml", str(trained.folder / "two.yaml"), "--max-examples", str(EXAMPLES))
     (trained.folder / "epoch_2_in_memory_hf_eval.json").write_text(FULL_RESULT)
     tokenizers = [str(data.parent / "tokenizers" / name) for name in ("gpt-neox-20b.json", "llama2.model")]
-    agreement = ["../scripts/checks/check_icl_agreement.py", "--data-dir", str(data), "--tokenizer", *tokenizers]
-    agreement += ["--max-examples", "2", "--max-generated", "1", "--shots", "0", "3"]
+    check = ["../scripts/checks/check_icl_agreement.py", "--data-dir", str(data)]
+    agreement = [*check, "--max-examples", "2", "--max-generated", "1", "--shots", "0", "3", "--tokenizer", *tokenizers]
+    equal_ids = [*check, "--max-examples", "100", "--ids-only", "--shots", "3", "--tokenizer", tokenizers[0]]
     program, native = "eval_openlm_ckpt.py", ["--engine", "native"]
     runs: list[tuple[int, list[str]]] = [
         (1, [program, *single]),
@@ -161,12 +164,13 @@ def outputs(trained: Trained, data: Path) -> Outputs:
         (1, [program, *native, *single]),
         (2, [program, *native, *two]),
         (1, agreement),
+        (1, equal_ids),
     ]
     command = [EVAL_PYTHON, str(ROOT / "tests/helpers/icl_runs.py"), json.dumps(runs)]
     result = subprocess.run(command, cwd=EVAL, env=ENV, capture_output=True, text=True, timeout=500, check=False)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
     contents = []
-    *printed, comparison = json.loads(result.stdout.splitlines()[-1])
+    *printed, comparison, ids = json.loads(result.stdout.splitlines()[-1])
     names = ("epoch_2_in_memory_hf_eval_partial.json", "two.json")
     names += ("evals/epoch_2_in_memory_hf_eval_partial.json", "evals/epoch_2_two_partial.json")
     for text, name in zip(printed, names, strict=True):
@@ -174,7 +178,7 @@ def outputs(trained: Trained, data: Path) -> Outputs:
         content["printed"] = text
         content["by_name"] = {task["task"]: task for task in content["tasks"]}
         contents.append(content)
-    return Outputs(*contents, comparison)
+    return Outputs(*contents, comparison, ids)
 
 
 @pytest.fixture
@@ -296,6 +300,9 @@ def test_prompts_and_answers_agree_with_llm_foundry_in_all_task_files(outputs: O
     for line in lines:
         assert "0 with other ids, 0 other answers" in line and " 0 examples" not in line
     assert int(lines[-1].split()[1]) > 6 * files
+    lines = [line for line in outputs.equal_ids.splitlines() if "-shot " in line or line.startswith("total: ")]
+    assert len(lines) >= files + 1 and all(" 0 with other ids" in line for line in lines)
+    assert int(lines[-1].split()[1]) > 80 * files  # some files have fewer than 100 examples
 
 
 @needs_eval_environment
