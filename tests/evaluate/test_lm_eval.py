@@ -62,9 +62,9 @@ def make_checkpoint(folder: Path, tokenizer: Path) -> Trained:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     torch.save({"epoch": 1, "name": "small", "state_dict": model.state_dict()}, folder / "epoch_1.pt")
-    arguments = {"model": str(folder / "small.json"), "tokenizer": str(tokenizer)}
-    export_model(str(folder / "epoch_1.pt"), str(folder / "exported"), **arguments)
-    return Trained(folder, str(tokenizer), str(folder / "exported"))
+    checkpoint, exported = str(folder / "epoch_1.pt"), str(folder / "exported")
+    export_model(checkpoint, exported, model=str(folder / "small.json"), tokenizer=str(tokenizer))
+    return Trained(folder, str(tokenizer), exported)
 
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
