@@ -25,9 +25,16 @@ END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>
 FORMS = ("{a}+{b}=?", "What is {a}+{b}?", "Add {a} and {b}.", "{a} plus {b}?")
 SUMS = [(a, b) for a in range(10) for b in range(10)]
 TASKS = """icl_tasks:
-  - {label: counting, dataset_uri: counting.jsonl, num_fewshot: [0], icl_task_type: language_modeling,
-     continuation_delimiter: ''}
-  - {label: sums, dataset_uri: sums.jsonl, num_fewshot: [0], icl_task_type: multiple_choice, continuation_delimiter: ''}
+- label: counting
+  dataset_uri: ${data_dir}/counting.jsonl
+  num_fewshot: [0]
+  icl_task_type: language_modeling
+  continuation_delimiter: ''
+- label: sums
+  dataset_uri: ${data_dir}/sums.jsonl
+  num_fewshot: [0]
+  icl_task_type: multiple_choice
+  continuation_delimiter: ''
 """
 
 
