@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from open_lm.data.batch import Batch
-from open_lm.kernels.linear_distillation import SparseTargets
+from open_lm.kernels.sparse_targets import SparseTargets
 
 State = TypeVar("State")
 

@@ -38,7 +38,7 @@ from open_lm.data.block_shards import allow_open_files
 from open_lm.data.manifest import join_limited, shard_stem
 from open_lm.data.order import Samples, Source
 from open_lm.errors import ConfigError, DataError
-from open_lm.kernels.linear_distillation import SparseTargets
+from open_lm.kernels.sparse_targets import SparseTargets
 
 SETTINGS_FILE, SUFFIX, FORMAT = "teacher.json", ".safetensors", 1
 METHODS = ("sample", "top-k")

@@ -31,7 +31,8 @@ from open_lm.data.teacher_cache import CacheSettings
 from open_lm.data.tokenizers import find_run_tokenizer
 from open_lm.distributed.processes import Runtime, run_on_all_ranks, run_on_master
 from open_lm.errors import ConfigError, join_problems
-from open_lm.kernels.linear_distillation import DenseTargets, DistillationSettings, SparseTargets
+from open_lm.kernels.linear_distillation import DenseTargets, DistillationSettings
+from open_lm.kernels.sparse_targets import SparseTargets
 from open_lm.model.distillation import DistillationLoss, HiddenStates
 from open_lm.model.initialization import reset_buffers
 from open_lm.model.losses import TokenLoss, batch_loss

@@ -31,6 +31,7 @@ from open_lm.kernels.divergences import Chunk, log_sum_exp
 from open_lm.kernels.document_attention import disable_compilation
 from open_lm.kernels.logits import finish_logits_, with_bias_column
 from open_lm.kernels.products import accumulation_dtype, add_matmul_, matmul_into, supports_float32_output
+from open_lm.kernels.sparse_targets import SparseTargets
 from open_lm.kernels.vocab_shard import VocabShard
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22}  # logits of a chunk, of which a few copies exist in float32
@@ -94,24 +95,6 @@ class DenseTargets:
     def map(self, function: Callable[[Tensor], Tensor]) -> DenseTargets:
         """Apply a function to each tensor with a row per token."""
         return DenseTargets(function(self.hidden), self.head)
-
-
-@dataclass(frozen=True)
-class SparseTargets:
-    """A teacher's distribution, at the temperature of the loss, as a few weighted ids.
-
-    ids (N,M) int64, weights (N,M) float32, which are 0 for missing ids; entropies (N,) float32 of the complete
-    distributions. `num_ids` is the number of ids that the distribution covers.
-    """
-
-    ids: Tensor
-    weights: Tensor
-    entropies: Tensor
-    num_ids: int
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
-        """Apply a function to each tensor with a row per token."""
-        return SparseTargets(function(self.ids), function(self.weights), function(self.entropies), self.num_ids)
 
 
 Targets = DenseTargets | SparseTargets

@@ -19,7 +19,7 @@ from open_lm.config.layout import MeshLayout
 from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.processes import Runtime, sum_over_ranks
 from open_lm.finetune.distillation import Distillation
-from open_lm.kernels.linear_distillation import SparseTargets
+from open_lm.kernels.sparse_targets import SparseTargets
 from open_lm.kernels.threads import limit_threads
 from open_lm.model.losses import TokenLoss, batch_loss
 from open_lm.monitor.metrics import to_device

@@ -17,7 +17,7 @@ from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import build_layout, init_runtime, shutdown
 from open_lm.finetune.distillation import build_distillation
-from open_lm.kernels.linear_distillation import SparseTargets
+from open_lm.kernels.sparse_targets import SparseTargets
 from open_lm.model.initialization import init_weights
 from open_lm.model.transformer import Transformer, create_model
 from open_lm.parallel.parallelize import parallelize
