@@ -93,6 +93,7 @@ MODULES = (
     "open_lm.main",
     "open_lm.evaluate.compare",
     "open_lm.evaluate.export",
+    "open_lm.evaluate.icl.download",
     "open_lm.evaluate.lm_eval",
     "open_lm.finetune.cache_teacher",
     "open_lm.finetune.dpo",

@@ -9,8 +9,11 @@ the same tokens in the same order, with the same initial weights and settings:
     none     cross entropy only
     online   with the teacher next to the student (--distill-model)
     cached   with the teacher's sampled distributions (cache_teacher, --distill-cache)
+    random   like online, with the larger shape that prune gives
+    pruned   the same from the weights of the pruned teacher
 
-Prints a table, writes it to results.json in the folder, and fails if a teacher does not help with any of the seeds.
+Prints a table, writes it to results.json in the folder, and fails if online or cached is not better than none, or
+pruned than random, for every seed.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ from open_lm.storage.strict_json import to_json
 SEQ_LEN, VOCAB_SIZE, END_OF_TEXT, BATCH, SHARDS = 128, 256, 0, 16, 4
 TEACHER = {"hidden_dim": 96, "n_layers": 3, "n_heads": 4, "ffn_dim": 256}
 STUDENT = {"hidden_dim": 48, "n_layers": 2, "n_heads": 2, "ffn_dim": 128}
-ARMS = ("none", "online", "cached")
+ARMS = {"none": None, "online": "none", "cached": "none", "random": None, "pruned": "random"}  # way: compared with
+PRUNED = {"layers": 2, "heads": 3, "ffn-dim": 192}
 DRAWS, VALIDATION_SEQUENCES = 50, 256
 
 
@@ -85,9 +89,7 @@ def write_data(folder: Path, source: Path, num_sequences: int) -> None:
         if len(stream) >= needed:
             break
     if len(stream) < needed:
-        raise DataError(
-            f"the text has {len(stream):,} bytes, but {needed:,} are needed; give more text or fewer steps"
-        )
+        raise DataError(f"the text has {len(stream):,} bytes, but {needed:,} are needed; give more text or fewer steps")
     rows = np.frombuffer(bytes(stream[:needed]), np.uint8).reshape(total, SEQ_LEN + 1)
     order = np.random.default_rng(0).permutation(total)  # so that both sets have all kinds of documents
     parts = {"val": [rows[order[:VALIDATION_SEQUENCES]]]}
@@ -126,6 +128,8 @@ def arm_flags(arm: str, folder: Path, weight: float) -> list[str]:
     """Return the flags of a way to train the student."""
     if arm == "none":
         return []
+    if arm == "pruned":
+        return [*arm_flags("random", folder, weight), "--pretrained", str(folder / "pruned" / "epoch_0.pt")]
     flags = ["--distill-weight", str(weight)]
     if arm == "cached":
         return [*flags, "--distill-cache", str(folder / "train" / "teacher")]
@@ -140,11 +144,11 @@ def table(results: dict[str, list[float]], teacher_loss: float) -> str:
         f"| student | {' | '.join(f'seed {n}' for n in range(seeds))} | mean | change |",
         "|---" * (seeds + 3) + "|",
     ]
-    base = results["none"]
     for arm, losses in results.items():
-        change = statistics.mean(loss - other for loss, other in zip(losses, base, strict=True))
         cells = [f"{loss:.4f}" for loss in (*losses, statistics.mean(losses))]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {'' if arm == 'none' else f'{change:+.4f}'} |")
+        base = ARMS[arm]
+        change = f"{statistics.mean(losses) - statistics.mean(results[base]):+.4f}" if base else ""
+        lines.append(f"| {arm} | {' | '.join(cells)} | {change} |")
     return "\n".join([*lines, f"teacher: {teacher_loss:.4f}"])
 
 
@@ -156,7 +160,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--teacher-steps", type=int, default=500, help="steps of the teacher (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="steps of each student (default: %(default)s)")
     parser.add_argument("--weight", type=float, default=0.7, help="--distill-weight (default: %(default)s)")
-    parser.add_argument("--arms", nargs="+", choices=ARMS[1:], default=ARMS[1:], help="ways to compare with none")
+    ways = [arm for arm, base in ARMS.items() if base]
+    parser.add_argument("--arms", nargs="+", choices=ways, default=ways, help="ways to train with the teacher")
     args = parser.parse_args(argv)
     folder = Path(args.folder)
     if folder.exists():
@@ -169,23 +174,29 @@ def main(argv: list[str]) -> None:
     source = Path(args.data) if args.data else python_documentation(folder / "raw")
     write_data(folder, source, max(args.teacher_steps, args.steps) * BATCH)
     teacher = train(folder, "teacher", "teacher", args.teacher_steps, 100, 3e-3)
+    weights = str(folder / "logs" / "teacher" / "checkpoints" / "epoch_1.pt")
+    data = ["--data", str(folder / "train" / "manifest.jsonl"), "--data-key", "npy", "--batch-size", "64"]
     if "cached" in args.arms:
         from open_lm.finetune.cache_teacher import main as cache_teacher
 
-        weights = str(folder / "logs" / "teacher" / "checkpoints" / "epoch_1.pt")
-        data = ["--data", str(folder / "train" / "manifest.jsonl"), "--data-key", "npy", "--batch-size", "64"]
         cache_teacher(["--pretrained", weights, *data, "--draws", str(DRAWS), "--precision", "fp32"])
-    results: dict[str, list[float]] = {arm: [] for arm in ("none", *args.arms)}
+    if "pruned" in args.arms:
+        from open_lm.finetune.prune import main as prune
+
+        prune([weights, str(folder / "pruned"), *data, *(f"--{key}={value}" for key, value in PRUNED.items())])
+    results: dict[str, list[float]] = {arm: [] for arm in ARMS if arm in {*args.arms, *map(ARMS.get, args.arms)}}
     for seed in range(args.seeds):
         for arm, losses in results.items():
+            model = "pruned/model" if arm in {"random", "pruned"} else "student"
             flags = arm_flags(arm, folder, args.weight)
-            losses.append(train(folder, f"{arm}-{seed}", "student", args.steps, seed, 5e-3, *flags)["loss"])
+            losses.append(train(folder, f"{arm}-{seed}", model, args.steps, seed, 5e-3, *flags)["loss"])
     text = table(results, teacher["loss"])
     write_text(folder / "results.json", to_json({"teacher": teacher["loss"], **results}))
     print(text)
     for arm in args.arms:
-        if not all(loss < base for loss, base in zip(results[arm], results["none"], strict=True)):
-            raise UserError(f"{arm}: the loss is not lower than without a teacher for every seed")
+        base = str(ARMS[arm])
+        if not all(loss < other for loss, other in zip(results[arm], results[base], strict=True)):
+            raise UserError(f"{arm}: the loss is not lower than that of {base} for every seed")
 
 
 if __name__ == "__main__":
