@@ -17,7 +17,10 @@ from open_lm.names import escape, exists, is_glob, literal_prefix, split_joined,
 
 MANIFEST_NAME, DATASET_NAME, REJECTS_NAME = "manifest.jsonl", "dataset.json", "rejects.jsonl"
 _COUNT_KEYS = ("num_sequences", "num_chunks")
-_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+_DECOMPRESS = {  # commands that print a compressed tar, by its suffix
+    **{".tar.gz": "gunzip -c", ".tgz": "gunzip -c", ".tar.zst": "zstd -dc"},
+    **{".tar.xz": "xz -dc", ".tar.bz2": "bunzip2 -c"},
+}
 _MAX_LISTED = 20
 
 
@@ -236,10 +239,11 @@ def _files_like(url: str) -> list[str]:
 
 def compressed_note(files: Sequence[str]) -> str:
     """Return a note for an error about missing shards if there are compressed ones among `files`, else ""."""
-    compressed = [name for name in files if name.lower().endswith(_COMPRESSED_TARS)]
+    compressed = [name for name in files if name.lower().endswith(tuple(_DECOMPRESS))]
     if not compressed:
         return ""
+    command = next(command for suffix, command in _DECOMPRESS.items() if compressed[0].lower().endswith(suffix))
     return (
         f": found {len(compressed)} compressed tar files, such as {compressed[0]}, but shards are .tar files that are "
-        "read at any position; decompress them first"
+        f"read at any position; decompress them first (training also reads a local file with 'pipe:{command} FILE')"
     )

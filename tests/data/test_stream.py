@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import pickle
 import threading
@@ -231,9 +232,12 @@ def test_unreachable_s3_names_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.processes
-def test_pipe_commands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["cat {}/data/{{00000..00001}}.tar", "gunzip -c {}/data/{{00000..00001}}.tar.gz"])
+def test_pipe_commands(command: str, tmp_path: Path) -> None:
     write_source(tmp_path / "data", [2, 3])
-    source = find_validation_source(f"pipe:cat {tmp_path}/data/{{00000..00001}}.tar")
+    for path in (tmp_path / "data").glob("*.tar"):
+        path.with_suffix(".tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+    source = find_validation_source(f"pipe:{command.format(tmp_path)}")
     assert source.sizes == (None, None)
     (tmp_path / "fetched").mkdir()
     rows, _ = read(reader_of(source, folder=str(tmp_path / "fetched")), 5)
