@@ -16,11 +16,12 @@ from open_lm.hub import hub_file
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 COPY_FOLDER = "tokenizer"  # of a data set or a run: the files of its tokenizer, see `Tokenizer.files`
 JSON_NAME, MODEL_NAME, CONFIG_NAME = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
-FILE_NAMES = (CONFIG_NAME, JSON_NAME, MODEL_NAME)  # the configuration first: a copy with the other file is complete
+TEMPLATE_NAME = "chat_template.jinja"  # where newer releases of transformers store the template
+OPTIONAL_NAMES = (CONFIG_NAME, TEMPLATE_NAME)
+FILE_NAMES = (*OPTIONAL_NAMES, JSON_NAME, MODEL_NAME)  # in this order: a copy with one of the last two is complete
 NO_TOKENIZER = "none: documents come as ids"  # in place of the fingerprint of data without a tokenizer
-# Common names of the token that ends a document, in order of preference.
+# Common names of the tokens that end and begin a document, in order of preference.
 EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|endofdocument|>")
-# Common names of the token that begins a document.
 BOS_NAMES = ("<|begin_of_text|>", "<|beginoftext|>", "<|startoftext|>", "<s>", "<bos>", "<|bos|>", "[BOS]")
 
 
@@ -35,7 +36,7 @@ class Tokenizer(ABC):
         eot_id: id of the end-of-text token that ends a document.
         bos_id: id of the token that begins a document, for tokenizers that have one.
         vocab_size: largest id + 1.
-        config: content of its tokenizer_config.json; empty without one.
+        config: content of its tokenizer_config.json, with the template of chat_template.jinja unless it has one.
         fingerprint: sha256 (hex) of the tokenizer's file; equal fingerprints mean equal ids for equal text.
         splits_special_tokens: whether `encode` gives the text of a special token, such as "<|endoftext|>", the ids of
             plain text instead of the token's id (`with_split_special_tokens`).
@@ -119,8 +120,7 @@ class Tokenizer(ABC):
         return {**self.__dict__, "_native": None}
 
     def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        bad = sorted({i for i in ids if not 0 <= i < self.vocab_size})
-        if bad:
+        if bad := sorted({i for i in ids if not 0 <= i < self.vocab_size}):
             raise ValueError(f"token ids {bad[:8]} are outside the vocabulary of {self.name} ({self.vocab_size} ids)")
         return list(ids)
 
@@ -304,7 +304,8 @@ def tokenizer_from_files(files: Mapping[str, bytes], name: str, eot_token: str |
     """Create a tokenizer from the contents of tokenizer.json or tokenizer.model, and of tokenizer_config.json.
 
     Args:
-        files: contents by file name; only the configuration is optional. tokenizer.json takes precedence.
+        files: contents by file name; those of `OPTIONAL_NAMES` are optional. tokenizer.json takes precedence over
+            tokenizer.model, and a template in the configuration over chat_template.jinja.
         name: where the files come from, for messages.
         eot_token: the token that ends a document; by default that of the configuration, or a known special token.
 
@@ -312,30 +313,26 @@ def tokenizer_from_files(files: Mapping[str, bytes], name: str, eot_token: str |
         ConfigError: unusable content, or no known end-of-text token.
     """
     config = _parse_config(files[CONFIG_NAME], name) if CONFIG_NAME in files else {}
+    if TEMPLATE_NAME in files and not config.get("chat_template"):
+        config["chat_template"] = _decode(files[TEMPLATE_NAME], name, f"{TEMPLATE_NAME} is not UTF-8 text")
     if JSON_NAME not in files:
         return SentencePieceTokenizer(files[MODEL_NAME], name, eot_token, config)
-    try:
-        text = files[JSON_NAME].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"--tokenizer {name}: neither JSON text nor a file ending in .model; pass a tokenizer.json or a "
-            "sentencepiece .model file"
-        ) from error
+    problem = "neither JSON text nor a file ending in .model; pass a tokenizer.json or a sentencepiece .model file"
+    text = _decode(files[JSON_NAME], name, problem)
     # Fingerprints do not depend on how the lines of a file end.
     return JsonTokenizer(text.replace("\r\n", "\n").replace("\r", "\n"), name, eot_token, config)
 
 
-def _load_file(path: Path, name: str, eot_token: str | None, config: Path | None = None) -> Tokenizer:
+def _load_file(path: Path, name: str, eot_token: str | None, optional: Sequence[Path | None] = ()) -> Tokenizer:
     files = {MODEL_NAME if path.suffix == ".model" else JSON_NAME: path.read_bytes()}
-    if config is not None and config.is_file():
-        files[CONFIG_NAME] = config.read_bytes()
+    files |= {file.name: file.read_bytes() for file in optional if file is not None and file.is_file()}
     return tokenizer_from_files(files, name, eot_token)
 
 
 def _load_folder(folder: Path, eot_token: str | None) -> Tokenizer:
     for name in (JSON_NAME, MODEL_NAME):
         if (folder / name).is_file():
-            return _load_file(folder / name, str(folder), eot_token, folder / CONFIG_NAME)
+            return _load_file(folder / name, str(folder), eot_token, [folder / other for other in OPTIONAL_NAMES])
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:10]) or "nothing"
     raise ConfigError(f"--tokenizer {folder}: expected tokenizer.json or tokenizer.model in this folder; found {found}")
 
@@ -343,11 +340,10 @@ def _load_folder(folder: Path, eot_token: str | None) -> Tokenizer:
 def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
     try:
         file = hub_file(name, JSON_NAME) or hub_file(name, MODEL_NAME)
-        config = hub_file(name, CONFIG_NAME) if file is not None else None
+        optional = [hub_file(name, other) for other in OPTIONAL_NAMES] if file is not None else []
     except ModuleNotFoundError:
         raise
-    except Exception as error:
-        # The hub's client raises many types of errors: no network, unknown name, no permission.
+    except Exception as error:  # of many types: no network, unknown name, no permission
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"--tokenizer {name}: no such local file or folder, and the download from the hub failed "
@@ -356,7 +352,7 @@ def _load_from_hub(name: str, eot_token: str | None) -> Tokenizer:
         ) from error
     if file is None:
         raise ConfigError(f"--tokenizer {name}: the hub has neither tokenizer.json nor tokenizer.model under this name")
-    return _load_file(file, name, eot_token, config)
+    return _load_file(file, name, eot_token, optional)
 
 
 def _parse_config(content: bytes, name: str) -> dict[str, Any]:
@@ -367,11 +363,17 @@ def _parse_config(content: bytes, name: str) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def _decode(content: bytes, name: str, problem: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--tokenizer {name}: {problem}") from error
+
+
 def _configured_token(config: Mapping[str, Any], key: str) -> str | None:
     """Return the token that a tokenizer_config.json has under `key`; None if it does not define one."""
     token = config.get(key)
-    if isinstance(token, dict):
-        token = token.get("content")
+    token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 

@@ -177,6 +177,14 @@ def test_hub(hub: ThreadingHTTPServer, file: Path, monkeypatch: pytest.MonkeyPat
         load_tokenizer("other/name")
 
 
+def test_chat_template_of_the_hub(hub: ThreadingHTTPServer, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(Hub.files, f"tokenizer{file.suffix}", file.read_bytes())
+    monkeypatch.setitem(Hub.files, "chat_template.jinja", b"{{ messages }}")
+    assert load_tokenizer("some/name").config["chat_template"] == "{{ messages }}"
+    monkeypatch.setitem(Hub.files, "tokenizer_config.json", b'{"chat_template": "{{ own }}"}')
+    assert load_tokenizer("some/another").config["chat_template"] == "{{ own }}"
+
+
 def test_hub_without_such_a_file(hub: ThreadingHTTPServer) -> None:
     with pytest.raises(ConfigError, match=r"neither tokenizer.json nor tokenizer.model under this name"):
         load_tokenizer("some/name")

@@ -14,7 +14,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.data import provenance
 from open_lm.errors import ConfigError, StorageError
-from open_lm.tokenizer import CONFIG_NAME, COPY_FOLDER, FILE_NAMES, NO_TOKENIZER, Tokenizer, tokenizer_from_files
+from open_lm.tokenizer import COPY_FOLDER, FILE_NAMES, NO_TOKENIZER, OPTIONAL_NAMES, Tokenizer, tokenizer_from_files
 
 _SHOWN_DIGITS = 12
 
@@ -59,7 +59,7 @@ def read_files(folder: str) -> dict[str, bytes]:
     """Return the files of the tokenizer in a folder, by name; empty if there is no tokenizer."""
     urls = {name: storage.join(folder, name) for name in FILE_NAMES}
     files = {name: storage.read_bytes(url) for name, url in urls.items() if storage.info(url) is not None}
-    return {} if set(files) <= {CONFIG_NAME} else files
+    return {} if set(files) <= {*OPTIONAL_NAMES} else files
 
 
 def read_copy(folder: str) -> dict[str, bytes]:

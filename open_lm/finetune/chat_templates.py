@@ -22,7 +22,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import ConfigError, UserError
 from open_lm.finetune.conversations import ASSISTANT, SYSTEM, USER, BadConversation, Message
-from open_lm.tokenizer import CONFIG_NAME, Tokenizer
+from open_lm.tokenizer import CONFIG_NAME, TEMPLATE_NAME, Tokenizer
 
 FOLDER = Path(__file__).resolve().parent / "templates"
 OWN = "tokenizer"  # selects the tokenizer's own template
@@ -142,8 +142,8 @@ def find_template(spec: str | None, tokenizer: Tokenizer, today: date | None = N
         name, source = f"of {tokenizer.name}", own_template(tokenizer)
         if source is None:
             raise ConfigError(
-                f"--tokenizer {tokenizer.name}: has no chat template in its {CONFIG_NAME}; choose one with "
-                f"--chat-template: {', '.join(template_names())}, or a .jinja file"
+                f"--tokenizer {tokenizer.name}: has no chat template in its {CONFIG_NAME} or {TEMPLATE_NAME}; choose "
+                f"one with --chat-template: {', '.join(template_names())}, or a .jinja file"
             )
     else:
         assert spec is not None
@@ -160,10 +160,7 @@ def own_template(tokenizer: Tokenizer) -> str | None:
     if isinstance(templates, list):
         by_name = {item.get("name"): item.get("template") for item in templates if isinstance(item, dict)}
         templates = by_name.get("default")
-    if isinstance(templates, str):
-        return templates
-    file = Path(tokenizer.name) / "chat_template.jinja"  # where newer releases of transformers store it
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+    return templates if isinstance(templates, str) else None
 
 
 def _read_template(spec: str) -> str:

@@ -23,7 +23,7 @@ from open_lm.tokenizer import (
 
 _TOKENS_MAP = "special_tokens_map.json"
 # Further files of a tokenizer that transformers reads.
-_OTHER_FILES = (_TOKENS_MAP, "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
+_OTHER_FILES = (_TOKENS_MAP, "added_tokens.json", "vocab.json", "merges.txt")
 
 
 def import_tokenizer(folder: str, output: str, num_rows: int) -> bool:

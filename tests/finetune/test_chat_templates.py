@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from sft_helpers import CHAT, TOKENS, write_chat_tokenizer
 
+from open_lm.data.tokenizer_copies import read_files
 from open_lm.errors import ConfigError
 from open_lm.finetune.chat_templates import find_template, template_names
 from open_lm.finetune.chat_tokens import ChatEncoding, ChatTokenizer
 from open_lm.finetune.conversations import BadConversation, Message
-from open_lm.tokenizer import Tokenizer, load_tokenizer
+from open_lm.tokenizer import Tokenizer, load_tokenizer, tokenizer_from_files
 
 MESSAGES = [Message(**message) for message in CHAT]
 ENDS = {
@@ -123,6 +124,20 @@ def test_own_template_of_a_tokenizer(tmp_path: Path) -> None:
     chat = ChatTokenizer(tokenizer, find_template(None, tokenizer))
     assert trained_runs(tokenizer, encoding_of(chat, MESSAGES)) == ["hello</s>", "enough</s>"]
     assert pickle.loads(pickle.dumps(chat.template)).render(MESSAGES) == chat.template.render(MESSAGES)
+
+
+def test_own_template_in_a_separate_file(tmp_path: Path) -> None:
+    folder = write_chat_tokenizer(tmp_path)
+    (folder / "chat_template.jinja").write_text(find_template("chatml", load_tokenizer(str(folder))).source)
+    tokenizer = load_tokenizer(str(folder))
+    expected = find_template("chatml", tokenizer).render(MESSAGES)
+    copy = tokenizer_from_files(tokenizer.files(), "another folder")
+    from_files = tokenizer_from_files(read_files(str(folder)), "yet another folder")
+    for found in (tokenizer, copy, from_files):
+        assert find_template(None, found).render(MESSAGES) == expected
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"chat_template.jinja is not UTF-8 text"):
+        load_tokenizer(str(folder))
 
 
 @pytest.mark.parametrize(
