@@ -33,6 +33,7 @@ from open_lm.errors import ConfigError, DataError, StorageError
 from open_lm.names import user_path
 
 if TYPE_CHECKING:
+    from open_lm.data.block_sums import BlockSums
     from open_lm.data.order import Source
 
 _MAX_ATTEMPTS = 3
@@ -74,6 +75,11 @@ class FetchSettings:
 def needs_fetch(url: str) -> bool:
     """Return whether a shard must be downloaded before it can be read."""
     return url.startswith("pipe:") or storage.is_remote(url)
+
+
+def is_read_in_blocks(url: str, block_sums: BlockSums | None, has_cache: bool) -> bool:
+    """Return whether parts of a shard can be read and verified, and no cache needs the whole shard."""
+    return block_sums is not None and (not needs_fetch(url) or (url.startswith("s3://") and not has_cache))
 
 
 # --- the temporary folder of a run -----------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ class LaneCursor:
         self._saved_division: tuple[int, int] | None = None
         self._passes: dict[int, Pass] = {}
         self._open: dict[int, _OpenPiece] = {}  # by lane
-        self._next: dict[tuple[int, int, int], Piece | None] = {}  # after the piece of a pass and lane that ends there
+        self._next: dict[tuple[int, int, int], Piece] = {}  # after the piece of a pass and lane that ends there
         self._entered: list[Piece] = []
         self._ahead: tuple[int, list[tuple[int, Piece]]] | None = None  # until a piece is entered
 
@@ -286,15 +286,17 @@ class LaneCursor:
     def _following(self, current: Pass, lane: int, place: int) -> Piece | None:
         """Return the piece that a slot reads after the one of its lane that ends at a place; None if not known yet."""
         key = (current.number, lane, place)
-        if key not in self._next:
-            self._next[key] = None
+        piece = self._next.get(key)
+        if piece is None:
             if place < current.end(lane):
-                self._next[key] = self._piece_from(current, lane, place)
+                piece = self._piece_from(current, lane, place)
             elif not self._is_last_pass:
-                self._next[key] = self._first_of_next_pass(current, lane)
+                piece = self._first_of_next_pass(current, lane)
+            if piece is not None:
+                self._next[key] = piece
             while len(self._next) > 2 * len(self._open) + _MAX_NEXT_PIECES:
                 self._next.pop(next(iter(self._next)))
-        return self._next[key]
+        return piece
 
     def _first_of_next_pass(self, current: Pass, lane: int) -> Piece | None:
         """Return the piece that the slot of a lane reads first in the next pass; None if another slot may read it.

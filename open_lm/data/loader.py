@@ -319,7 +319,7 @@ def build_train_loader(
     one_pass = bool(data.dataset_manifest) and not data.multiple_data_passes
     global_batch_size = batch_size * world_size
     is_checked = one_pass and reads_whole_run
-    lanes = choose_lanes(global_batch_size, sources)
+    lanes = choose_lanes(global_batch_size, sources, has_cache=data.cache_dir is not None)
     check_run_length(
         data,
         sources,

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from open_lm.data.fetch import is_read_in_blocks, needs_fetch
 from open_lm.data.former_order import FormerOrder
 from open_lm.data.lanes import CursorInputs, LaneCursor
 from open_lm.data.mixture import Interleaving, Slots, integer_weights
@@ -44,22 +45,29 @@ _MAX_WHOLE_BYTES = 64 << 30  # of one shard of each lane
 _UNKNOWN_SHARD_BYTES = 64 << 20
 
 
-def choose_lanes(global_batch_size: int, sources: Sequence[Source] = ()) -> int:
-    """Return the number of lanes of a new run: the largest divisor of the global batch that is at most 1,024.
+def choose_lanes(global_batch_size: int, sources: Sequence[Source] = (), has_cache: bool = False) -> int:
+    """Return the number of lanes of a new run: the largest divisor of the global batch from 64 to 1,024.
 
-    If that is less than 64, the global batch size itself. Fewer, but at least 64, if the `sources` have remote shards
-    that can only be fetched whole, and one of each lane would take more than 64 GiB.
+    Fewer, but at least 64, if the `sources` have remote shards that are fetched whole (all of them if the run
+    `has_cache`), and one of each lane would take more than 64 GiB. If no divisor is in this range, the smallest one
+    that is at least 64; a smaller global batch has a lane for each sequence.
     """
-    largest = max((_whole_shard_bytes(source) for source in sources), default=0)
-    limit = min(_MAX_LANES, max(_MIN_LANES, _MAX_WHOLE_BYTES // largest)) if largest else _MAX_LANES
-    lanes = next(lanes for lanes in range(min(limit, global_batch_size), 0, -1) if global_batch_size % lanes == 0)
-    return lanes if lanes >= _MIN_LANES else global_batch_size
+    if global_batch_size <= _MIN_LANES:
+        return global_batch_size
+    largest = max((_whole_shard_bytes(source, has_cache) for source in sources), default=0)
+    limit = min(_MAX_LANES, _MAX_WHOLE_BYTES // largest) if largest else _MAX_LANES
+    divisors = [lanes for lanes in range(_MIN_LANES, global_batch_size + 1) if global_batch_size % lanes == 0]
+    return max((lanes for lanes in divisors if lanes <= limit), default=divisors[0])
 
 
-def _whole_shard_bytes(source: Source) -> int:
-    """Return the mean size of the remote shards of a source that have no checksums of blocks; 0 without any."""
+def _whole_shard_bytes(source: Source, has_cache: bool) -> int:
+    """Return the mean size of the remote shards of a source that are fetched whole; 0 without any."""
     columns = zip(source.shards, source.num_bytes, source.block_sums, strict=True)
-    sizes = [num_bytes or _UNKNOWN_SHARD_BYTES for url, num_bytes, sums in columns if "://" in url and sums is None]
+    sizes = [
+        num_bytes or _UNKNOWN_SHARD_BYTES
+        for url, num_bytes, sums in columns
+        if needs_fetch(url) and not is_read_in_blocks(url, sums, has_cache)
+    ]
     return sum(sizes) // len(sizes) if sizes else 0
 
 

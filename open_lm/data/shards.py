@@ -19,7 +19,7 @@ import numpy as np
 
 from open_lm import storage
 from open_lm.data.block_shards import BlockFiller, BlockShard, ShardPiece, allow_open_files
-from open_lm.data.fetch import FetchSettings, needs_fetch
+from open_lm.data.fetch import FetchSettings, is_read_in_blocks, needs_fetch
 from open_lm.data.fetch_threads import FetchThreads
 from open_lm.data.npy_block import NpyRows
 from open_lm.data.remote_shards import RemoteShards
@@ -101,6 +101,7 @@ class ShardStore:
 
     def __init__(self, capacity: int, settings: FetchSettings, expected: Mapping[str, Expected]) -> None:
         self._capacity, self._settings, self._expected = capacity, settings, expected
+        self._min_ahead = capacity // 2  # shards, so that each source has one
         self._open: OrderedDict[tuple[str, str | None], Shard | BlockShard] = OrderedDict()
         self._threads = FetchThreads(_MAX_DOWNLOADS)
         self._ahead: dict[str, Future[IO[bytes]]] = {}  # whole shards that are fetched before they are opened
@@ -151,10 +152,8 @@ class ShardStore:
 
     def _has_blocks(self, url: str) -> bool:
         """Return whether parts of a shard can be fetched and verified, and no cache needs the whole shard."""
-        expected = self._expected.get(url, _UNKNOWN)
-        if expected.block_sums is None or self._settings.folder is None:
-            return False
-        return not needs_fetch(url) or (url.startswith("s3://") and self._settings.cache_dir is None)
+        block_sums, has_cache = self._expected.get(url, _UNKNOWN).block_sums, self._settings.cache_dir is not None
+        return self._settings.folder is not None and is_read_in_blocks(url, block_sums, has_cache)
 
     def _open_blocks(self, url: str) -> BlockShard:
         assert self._settings.folder is not None
@@ -216,7 +215,7 @@ class ShardStore:
         for number, url in enumerate(self._not_open(self._upcoming)):
             expected = self._expected.get(url, _UNKNOWN)
             ahead_bytes += expected.num_bytes or self._largest_bytes or self._ahead_bytes
-            if ahead_bytes > self._ahead_bytes and number >= self._capacity // 2:
+            if ahead_bytes > self._ahead_bytes and number >= self._min_ahead:
                 return
             if url not in self._ahead and self._must_fetch(url):
                 self._ahead[url] = self._threads.submit(partial(self._file, url))

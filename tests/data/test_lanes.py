@@ -23,20 +23,31 @@ def make_source(sizes: list[int], name: str = "s", known: bool = True, **options
 # --- lanes and slots -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("batch", "lanes"),
-    [(1, 1), (8, 8), (512, 512), (1024, 1024), (2048, 1024), (3072, 1024), (1536, 768), (1031, 1031)],
+    [(1, 1), (8, 8), (512, 512), (1024, 1024), (2048, 1024), (3072, 1024), (1536, 768), (1031, 1031), (2062, 1031)],
 )
 def test_number_of_lanes(batch: int, lanes: int) -> None:
     assert choose_lanes(batch) == lanes
 
 
 def test_large_shards_that_are_fetched_whole_get_fewer_lanes() -> None:
-    def lanes(num_bytes: int | None, url: str = "s3://b/0.tar", sums: BlockSums | None = None) -> int:
+    def lanes(
+        num_bytes: int | None,
+        url: str = "s3://b/0.tar",
+        sums: BlockSums | None = None,
+        batch: int = 512,
+        has_cache: bool = False,
+    ) -> int:
         source = Source("s", (url,), (1,), num_bytes=(num_bytes,), block_sums=(sums,))
-        return choose_lanes(512, [source])
+        return choose_lanes(batch, [source], has_cache)
 
     assert lanes(None) == lanes(70_000_000) == 512
     assert (lanes(500_000_000), lanes(1 << 40)) == (128, 64)
-    assert lanes(1 << 40, "/data/0.tar") == lanes(1 << 40, sums=BlockSums(1, 1 << 40, bytes(16))) == 512
+    blocks = BlockSums(1, 1 << 40, bytes(16))
+    assert lanes(1 << 40, "/data/0.tar") == lanes(1 << 40, sums=blocks) == 512
+    assert lanes(1 << 30, batch=1500) == 75 and lanes(1 << 30, batch=32) == 32
+    for url in ("pipe:cat 0.tar", "https://host/0.tar"):
+        assert lanes(1 << 40, url) == lanes(1 << 40, url, blocks) == 64
+    assert lanes(1 << 40, sums=blocks, has_cache=True) == 64 and lanes(1 << 40, "/data/0.tar", blocks, 512, True) == 512
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 2, 3, 4, 6, 12]))

@@ -406,6 +406,16 @@ def test_pieces_are_announced_across_the_end_of_a_pass(weights: tuple[int, ...],
     assert num_early >= (2 * num_late if world_size < 4 or len(weights) == 1 else num_late // 2), (num_early, num_late)
 
 
+def test_pieces_that_were_not_known_yet_are_announced_later() -> None:
+    sources = [source([20] * 24, f"s{number}", weight=weight) for number, weight in enumerate((2, 1))]
+    asked, other = (DataOrder(sources, 5, OrderSettings(lanes=64)) for _ in range(2))
+    for _ in range(16):
+        asked.take(8)
+        other.take(8)
+        asked.upcoming(1000)  # while most lanes have not begun
+    assert len(asked.upcoming(1000)) == len(other.upcoming(1000)) == 63, "all but the last one, which is shared"
+
+
 def test_state_of_other_data_is_rejected_with_all_changes() -> None:
     state = DataOrder([source([5, 5], "a"), source([5], "b")], 0).state()
     with pytest.raises(

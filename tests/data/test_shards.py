@@ -156,6 +156,7 @@ def test_fetching_ahead_is_limited_in_bytes_but_includes_each_source(
         monkeypatch.setattr(shards, "_AHEAD_BYTES", most_bytes)
         for known_files in (known, {}):
             store = ShardStore(capacity, settings, known_files)
+            store.keep_open(100)
             first_ids(store, urls[7])  # gives the estimate for shards of unknown size
             for _ in urls:
                 store.prefetch(whole(urls))
