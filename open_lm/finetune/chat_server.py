@@ -32,16 +32,22 @@ PAGE = Path(__file__).resolve().parent / "chat_page.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _MAX_STOPS, _MAX_MESSAGES, _MAX_CONNECTIONS = 4, 1000, 64
 _SOCKET_TIMEOUT_S = 30.0  # without any data from a client, or with none accepted
+_MAX_SHOWN = 60  # characters of a refused value
+_MAX_DIGITS = 18  # of a Content-Length
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """Limits of a request: its bytes, the new tokens, and the seconds that it may wait and then generate."""
+    """Limits of a request: its bytes, the new tokens, and seconds.
+
+    A request may wait and then generate for `request_timeout_s`; its head must arrive in `head_timeout_s`.
+    """
 
     max_request_bytes: int = 1 << 20
     max_new_tokens: int = 1024
     request_timeout_s: float = 120.0
+    head_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not (self.max_request_bytes > 0 and self.max_new_tokens > 0 and 0 < self.request_timeout_s < math.inf):
@@ -108,6 +114,20 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "open_lm", ""
     protocol_version = "HTTP/1.1"
 
+    def handle_one_request(self) -> None:
+        """Read and answer a request; end a connection whose client sends the head of its request too slowly."""
+        self._head_timer = threading.Timer(self.server.limits.head_timeout_s, self._end_connection)
+        self._head_timer.daemon = True
+        self._head_timer.start()
+        try:
+            super().handle_one_request()
+        finally:
+            self._head_timer.cancel()
+
+    def _end_connection(self) -> None:
+        with suppress(OSError):  # it has ended already
+            self.connection.shutdown(socket.SHUT_RDWR)
+
     def do_GET(self) -> None:
         self._answer({"/": self._page, "/v1/models": self._models})
 
@@ -119,6 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         _logger.debug(form, *values)
 
     def _answer(self, routes: Mapping[str, Any]) -> None:
+        self._head_timer.cancel()
         self.close_connection = True  # so that the rest of a refused request is never read as another one
         with suppress(BrokenPipeError, ConnectionResetError, TimeoutError):  # the client has ended
             self._route(routes)
@@ -197,8 +218,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":
             raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "the Content-Type must be application/json")
         length, limit = self.headers.get("Content-Length", ""), self.server.limits.max_request_bytes
-        if not length.isdigit():
+        if not length:
             raise RequestError(HTTPStatus.LENGTH_REQUIRED, "the Content-Length is missing")
+        if not (length.isascii() and length.isdigit() and len(length) <= _MAX_DIGITS):
+            message = f"found the Content-Length {length[:40]!r}, expected a number of up to {_MAX_DIGITS} digits"
+            raise RequestError(HTTPStatus.BAD_REQUEST, message)
         if int(length) > limit:
             message = f"the request has {length} bytes, at most {limit} are accepted (--max-request-bytes)"
             raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
@@ -278,7 +302,7 @@ def parse_request(
     if len(messages) > _MAX_MESSAGES:
         raise RequestError(HTTPStatus.BAD_REQUEST, f"at most {_MAX_MESSAGES} messages are accepted", "messages")
     if request.get("n") not in (None, 1):
-        raise RequestError(HTTPStatus.BAD_REQUEST, f"found n {request['n']!r}, expected 1", "n")
+        raise RequestError(HTTPStatus.BAD_REQUEST, f"found n {_shown(request['n'])}, expected 1", "n")
     tokens = request.get("max_completion_tokens")
     name = "max_tokens" if tokens is None else "max_completion_tokens"
     max_tokens = _number(request, name, defaults.max_new_tokens, 1, math.inf, whole=True)
@@ -302,19 +326,28 @@ def _number(
     value = request.get(name)
     if value is None:
         return default
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (whole and not isinstance(value, int)):
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:  # NaN is not; integers may be too large for a float
         kind = "an integer" if whole else "a number"
         bounds = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
-        raise RequestError(HTTPStatus.BAD_REQUEST, f"found {name} {value!r}, expected {kind} {bounds}", name)
+        raise RequestError(HTTPStatus.BAD_REQUEST, f"found {name} {_shown(value)}, expected {kind} {bounds}", name)
     number: float = value
     return number
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a request for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with thousands of digits
+        return "a very large integer"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
 
 
 def _flag(request: Mapping[str, Any], name: str) -> bool:
     value = request.get(name)
     if value is not None and not isinstance(value, bool):
-        raise RequestError(HTTPStatus.BAD_REQUEST, f"found {name} {value!r}, expected true or false", name)
+        raise RequestError(HTTPStatus.BAD_REQUEST, f"found {name} {_shown(value)}, expected true or false", name)
     return bool(value)
 
 

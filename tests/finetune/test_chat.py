@@ -198,6 +198,9 @@ def test_streams_are_server_sent_events(serve: Callable[..., ChatServer]) -> Non
         ({"messages": [HELLO.to_json()] * 1001}, "messages", "at most 1000 messages"),
         ({"temperature": "hot"}, "temperature", "expected a number from 0 to 2"),
         ({"temperature": 3}, "temperature", "found temperature 3"),
+        ({"temperature": 10**400}, "temperature", "found temperature 10{59}…, expected a number from 0 to 2"),
+        ({"seed": -(10**400)}, "seed", "found seed -10"),
+        ({"max_tokens": -(10**4000)}, "max_tokens", "an integer of at least 1"),
         ({"top_p": 0}, "top_p", "found top_p 0"),
         ({"max_tokens": 1.5}, "max_tokens", "an integer of at least 1"),
         ({"max_tokens": True}, "max_tokens", "found max_tokens True"),
@@ -224,6 +227,9 @@ def test_requests_that_are_refused_before_they_are_read(serve: Callable[..., Cha
         (400, (*post, b"[")),
         (400, (*post, b"[" * 90)),
         (400, (*post, b"[]")),
+        (400, (*post, b"{}", {"Content-Length": "\xb2"})),
+        (400, (*post, b"{}", {"Content-Length": "-1"})),
+        (400, (*post, b"{}", {"Content-Length": "1" * 5000})),
         (501, ("DELETE", "/")),
     ]:
         assert request(server, *arguments)[0] == status, arguments
@@ -261,6 +267,38 @@ def test_connections_are_limited(serve: Callable[..., ChatServer]) -> None:
             client.sendall(b"GET / HTTP/1.1\r\n")  # and nothing more
         with pytest.raises((ConnectionError, http.client.BadStatusLine)):
             request(server, "GET", "/v1/models")
+
+
+def test_head_of_a_request_has_a_time_limit(serve: Callable[..., ChatServer]) -> None:
+    server = serve(head_timeout_s=0.2)
+    with socket.create_connection(server.server_address[:2], timeout=0.02) as client:
+        client.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(6000):
+                with contextlib.suppress(TimeoutError):
+                    assert client.recv(1) == b""
+                    break  # the server has ended the connection
+                client.sendall(b"x")
+            else:
+                pytest.fail("the server still reads the head")
+    assert complete(server)[0] == 200
+
+
+def test_answer_may_take_longer_than_the_head(
+    serve: Callable[..., ChatServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit_s = 1234.5
+    running = []
+    reply = ChatModel.reply
+
+    def observed(*arguments: Any, **options: Any) -> Any:
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        running.append([timer for timer in timers if timer.interval == limit_s and not timer.finished.is_set()])
+        return reply(*arguments, **options)
+
+    monkeypatch.setattr(ChatModel, "reply", observed)
+    assert complete(serve(head_timeout_s=limit_s))[0] == 200
+    assert running == [[]]
 
 
 def test_ipv6_loopback(chat_model: ChatModel) -> None:
