@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ _ROLE_NAMES = {
     "observation": TOOL, "function_response": TOOL, "ipython": TOOL,
 }  # fmt: skip
 _SHOWN = 60
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class BadConversation(DataError):
@@ -122,7 +124,8 @@ def parse_messages(items: Any, key: str, role_key: str = "role", content_key: st
     """Return the messages of a list of objects. `key` names the list in errors.
 
     Raises:
-        BadConversation: not a list of messages, an unknown role, or contents that are not text.
+        BadConversation: not a list of messages, an unknown role, contents that are not text, or calls of tools that
+            are not a list.
     """
     if not isinstance(items, list) or not items:
         found = "an empty list" if items == [] else type(items).__name__
@@ -138,9 +141,14 @@ def parse_messages(items: Any, key: str, role_key: str = "role", content_key: st
         role = _ROLE_NAMES.get(name.lower()) if isinstance(name, str) else None
         if role is None:
             raise BadConversation("unknown role", f"{place}: found the role {name!r}, expected {', '.join(ROLES)}")
-        content = _text(item.get(content_key), place, optional=bool(item.get("tool_calls")))
-        calls = "\n".join(_as_text(_call_of(call)) for call in item.get("tool_calls") or ())
-        messages.append(Message(role, "\n".join(part for part in (content, calls) if part)))
+        calls = item.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise BadConversation(
+                "wrong tool calls", f"{place}: tool_calls must be a list, found {type(calls).__name__}"
+            )
+        content = _text(item.get(content_key), place, optional=bool(calls))
+        parts = [content, *(_as_text(_call_of(call), place) for call in calls)]
+        messages.append(Message(role, "\n".join(part for part in parts if part)))
     return messages
 
 
@@ -155,7 +163,7 @@ def _text(value: Any, place: str, optional: bool = False) -> str:
         value = "".join(_text(p.get("text") if isinstance(p, dict) else p, place) for p in value)
     if not isinstance(value, str):
         raise BadConversation("wrong type", f"{place}: the content must be text, found {type(value).__name__}")
-    return value
+    return unicode_text(value, place)
 
 
 def _with_system(messages: list[Message], system: Any) -> list[Message]:
@@ -170,7 +178,7 @@ def _with_tools(messages: list[Message], tools: Any) -> list[Message]:
     """Add the descriptions of tools to the system prompt, as JSON."""
     if not tools:
         return messages
-    text = f"Tools:\n{_as_text(tools)}"
+    text = f"Tools:\n{_as_text(tools, 'tools')}"
     if messages[0].role == SYSTEM:
         return [Message(SYSTEM, f"{messages[0].content}\n\n{text}"), *messages[1:]]
     return [Message(SYSTEM, text), *messages]
@@ -180,8 +188,17 @@ def _call_of(call: Any) -> Any:
     return call.get("function", call) if isinstance(call, dict) else call
 
 
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _as_text(value: Any, place: str) -> str:
+    return unicode_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), place)
+
+
+def unicode_text(text: str, place: str) -> str:
+    """Return a text. Raise BadConversation if it has half of a surrogate pair, which JSON allows and UTF-8 does not."""
+    if found := _SURROGATE.search(text):
+        raise BadConversation(
+            "not Unicode", f"{place}: found {found[0]!r}, half of a surrogate pair; remove it or add the other half"
+        )
+    return text
 
 
 def _names(record: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import DataError, join_problems
-from open_lm.finetune.conversations import ASSISTANT, USER, BadConversation, parse_messages
+from open_lm.finetune.conversations import ASSISTANT, USER, BadConversation, parse_messages, unicode_text
 
 LOCATION = "location"
 _MAX_PROBLEMS = 10
@@ -68,7 +68,10 @@ def _read(files: Sequence[str], parse: Callable[[Row], Row]) -> list[Row]:
                 content = json.loads(line)
                 if not isinstance(content, dict):
                     raise ValueError(f"found a {type(content).__name__}, expected a JSON object")
-                rows.append({**parse(content), LOCATION: location})
+                row = parse(content)
+                for key, value in row.items():
+                    unicode_text(json.dumps({key: value}, ensure_ascii=False), repr(key))
+                rows.append({**row, LOCATION: location})
             except (ValueError, BadConversation) as error:
                 problems.append(f"{location}: {error}")
         if len(rows) == num_rows and not problems:

@@ -8,10 +8,13 @@ a list for each further key of the data, such as `answer`. Unused arguments go t
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import re
+import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,11 @@ from open_lm.finetune.preference_data import LOCATION
 from open_lm.names import user_path
 
 Reward = Callable[..., list[float | None]]
-_MARKED = re.compile(r"####\s*(-?[$]?\s*-?[\d,]*\.?\d+)")
+_MARKED = re.compile(r"####\s*(-?[$]?\s*[\d,]*\.?\d+|[$]\s*-[\d,]*\.?\d+)")
 _FORMAT = re.compile(r"[^#]*####\s*-?[$]?[\d,]*\.?\d+\s*")
 _THINK = re.compile(r"\s*<think>(?:(?!</?think>).)+</think>\s*(?:(?!</?think>).)*\S\s*", re.DOTALL)
 _MAX_SHOWN = 200
+_FILE_NUMBERS = itertools.count()
 
 
 # ---------------------------------------------------------------------------------------------- built in
@@ -89,9 +93,10 @@ def _load(spec: str) -> Reward:
     path = Path(user_path(file))
     if not path.is_file():
         raise ConfigError(f"--reward {spec}: found no file {path}")
-    module_spec = importlib.util.spec_from_file_location(f"open_lm_reward_{path.stem}", path)
+    module_spec = importlib.util.spec_from_file_location(f"open_lm_reward_{next(_FILE_NUMBERS)}_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     try:
         module_spec.loader.exec_module(module)
     except SyntaxError as error:
@@ -113,7 +118,8 @@ def _checked(reward: Reward, spec: str) -> Reward:
     def checked(**arguments: Any) -> list[float | None]:
         locations = arguments.pop(LOCATION, None) or ["?"] * len(arguments["completions"])
         try:
-            rewards = list(reward(**arguments))
+            result = reward(**arguments)
+            values = list(result) if isinstance(result, Iterable) else None
         except Exception as error:
             row, cause = _failing_row(reward, arguments, error)
             shown = completion_text(arguments["completions"][row])[:_MAX_SHOWN]
@@ -121,18 +127,29 @@ def _checked(reward: Reward, spec: str) -> Reward:
                 f"--reward {spec}: {_line_of(cause, file)}: raised {type(cause).__name__}: {cause} for the row "
                 f"{locations[row]} and the completion {shown!r}; correct the function or the row"
             ) from error
-        if len(rewards) != len(locations):
+        if values is None:
+            raise DataError(f"--reward {spec}: returned {type(result).__name__}; return a list of numbers")
+        if len(values) != len(locations):
             raise DataError(
-                f"--reward {spec}: returned {len(rewards)} rewards for {len(locations)} completions; return one each"
+                f"--reward {spec}: returned {len(values)} rewards for {len(locations)} completions; return one each"
             )
-        for value, location in zip(rewards, locations, strict=True):
-            is_number = isinstance(value, int | float) and math.isfinite(value)
-            if value is not None and not is_number:
+        rewards = [_finite(value) for value in values]
+        for value, number, location in zip(values, rewards, locations, strict=True):
+            if value is not None and number is None:
                 raise DataError(f"--reward {spec}: returned {value!r} for the row {location}; expected a finite number")
         return rewards
 
     checked.__name__ = spec.rpartition(":")[2]
     return checked
+
+
+def _finite(value: Any) -> float | None:
+    """Return a number, also one of NumPy, as a float; None for others, infinity and NaN."""
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # an int above the range of floats
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _failing_row(reward: Reward, arguments: Mapping[str, Any], error: Exception) -> tuple[int, Exception]:

@@ -99,6 +99,8 @@ BAD = {
     "not an object": ([1], "found list"),
     "invalid JSON": ('{"messages": [', "line 1"),
     "too long": ({"prompt": "a" * 400, "completion": "b"}, "--overlong"),
+    "not Unicode": ({"prompt": "a\ud800", "completion": "b"}, r"prompt: found '\ud800', half of a surrogate pair"),
+    "wrong tool calls": ({"messages": [{"role": "assistant", "content": "a", "tool_calls": 5}]}, "found int"),
     "two system prompts": ({"system": "a", "prompt": [{"role": "system", "content": "b"}], "completion": "c"},
                            "system"),
 }  # fmt: skip
