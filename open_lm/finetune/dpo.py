@@ -18,13 +18,18 @@ from open_lm.config.fields import Section, flag
 from open_lm.errors import run_cli
 from open_lm.finetune.flags import parse
 
+LOSS_TYPES = (  # of TRL
+    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot"),
+    *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft"),
+)
+
 
 @dataclass(frozen=True)
 class DpoConfig(Section):
     title: ClassVar[str] = "direct preference optimization"
 
     beta: float = flag(0.1, "strength of the penalty for leaving the reference, which is the model at the start")
-    loss_type: list[str] = flag("sigmoid", "losses of TRL, such as sigmoid (DPO), sigmoid_norm, ipo, hinge, robust")
+    loss_type: list[str] = flag("sigmoid", "losses of TRL; sigmoid is that of DPO", choices=LOSS_TYPES)
     loss_weights: list[float] | None = flag(None, "weights of several losses")
     label_smoothing: float = flag(0.0, "assumed share of pairs whose preference is wrong")
     max_length: int | None = flag(None, "longest prompt with completion, in tokens; default: that of the model")

@@ -21,6 +21,7 @@ from open_lm.errors import ConfigError, DataError, join_problems, run_cli
 from open_lm.finetune.flags import parse
 from open_lm.names import user_path
 
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # of TRL
 _MAX_PASSES = 1 << 20
 
 
@@ -37,7 +38,7 @@ class GrpoConfig(Section):
     temperature: float = flag(1.0, "sampling temperature")
     top_p: float = flag(1.0, "sample from the most probable tokens with this total probability")
     beta: float = flag(0.0, "weight of the KL divergence from the model at the start; 0: load no reference model")
-    loss_type: str = flag("dapo", "loss of TRL, such as grpo, dr_grpo, dapo, bnpo")
+    loss_type: str = flag("dapo", "loss of TRL", choices=LOSS_TYPES)
     scale_rewards: str = flag("group", "standard deviation that divides advantages", choices=("group", "batch", "none"))
     epsilon: float = flag(0.2, "lower bound 1 - epsilon of the clipped probability ratio")
     epsilon_high: float | None = flag(None, "upper bound 1 + epsilon-high of the ratio; default: --epsilon")

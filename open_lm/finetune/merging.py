@@ -23,11 +23,10 @@ from open_lm.config.architecture import MODEL_FILE, read_architecture, read_fami
 from open_lm.data.tokenizers import copy_record
 from open_lm.errors import CheckpointError, ConfigError, UserError
 from open_lm.hf.folders import CONFIG, read_json, write_json
-from open_lm.hf.native_weights import read_native_weights
 from open_lm.hf.output_folder import OutputFolder, output_folder
 from open_lm.hf.peft_adapters import CONFIG as ADAPTER_CONFIG
 from open_lm.hf.peft_adapters import WEIGHTS as ADAPTER_WEIGHTS
-from open_lm.hf.peft_adapters import ModuleAdapter, read_peft_folder
+from open_lm.hf.peft_adapters import ModuleAdapter, native_sha256, read_peft_folder
 from open_lm.hf.weight_files import WeightFiles, write_weights
 from open_lm.model.adapters import low_rank_product, merged_weight
 
@@ -122,7 +121,7 @@ def _widths(adapter: ModuleAdapter) -> tuple[int, int]:
 def _check_base(weights: WeightFiles, sha256: str, source: str) -> None:
     """Raise CheckpointError unless a hash of the base, as native weights or as those of --hf-model, is `sha256`."""
     found = []
-    for compute in (partial(_native_sha256, weights.folder), partial(_hf_sha256, weights)):
+    for compute in (partial(native_sha256, weights.folder), partial(_hf_sha256, weights)):
         try:
             found.append(compute())
         except UserError:  # not a model that can be native
@@ -133,10 +132,6 @@ def _check_base(weights: WeightFiles, sha256: str, source: str) -> None:
         f"{source}: its adapters belong to another base: {weights.folder} has the weights with sha256 "
         f"{' or '.join(found)}, but the adapters were trained on weights with sha256 {sha256}; give that base as --base"
     )
-
-
-def _native_sha256(folder: str) -> str:
-    return weights_sha256(read_native_weights(folder))
 
 
 def _hf_sha256(weights: WeightFiles) -> str:

@@ -12,6 +12,7 @@ import torch
 
 from open_lm.config.adapters import parse_lora
 from open_lm.errors import ConfigError, join_problems
+from open_lm.model.adapters import target_layers
 
 # Settings that would upload, run code of others or write elsewhere; the flags of the command set all the others.
 _REFUSED = ("push_to_hub", "hub_", "trust_remote_code", "output_dir", "logging_dir", "log_completions_hub_repo")
@@ -125,10 +126,12 @@ def peft_config(args: Namespace, model: Any) -> Any:
 
 
 def lora_targets(model: Any, targets: str) -> list[str]:
-    """Return the names of the linear layers of a model that get adapters: those of attention, or of all blocks."""
-    head = model.get_output_embeddings()
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    names = [name for name, module in linear if module is not head]
-    if targets == "attention":
-        names = [name for name in names if "attention" in name or "attn" in name]
-    return sorted(names)
+    """Return the names of the layers of a model that get adapters, as `target_layers` selects them.
+
+    Raises:
+        ConfigError: the model has no such layer.
+    """
+    names = sorted(target_layers(model, targets))
+    if not names:
+        raise ConfigError(f"--lora targets={targets}: the model has no such layer of class Linear")
+    return names

@@ -26,11 +26,12 @@ from open_lm import storage
 from open_lm.checkpoint.folders import is_transformers_folder
 from open_lm.config.sections import LoggingConfig
 from open_lm.distributed.processes import run_on_master, sum_over_ranks
-from open_lm.errors import STOP_SIGNALS, ConfigError, missing_package
+from open_lm.errors import STOP_SIGNALS, ConfigError, UserError, missing_package
 from open_lm.finetune.chat_templates import ChatTemplate
 from open_lm.hf.exporting import export_model
 from open_lm.hf.folders import CONFIG, find_source, read_json, write_json
 from open_lm.hf.importing import import_model
+from open_lm.hf.peft_adapters import native_sha256, record_base
 from open_lm.hf.policy import balancing_loss, load_policy, load_policy_tokenizer, quiet, save_policy
 from open_lm.monitor.loggers import MetricLoggers, build_loggers, setup_logging
 from open_lm.monitor.run_folder import RunPaths, write_params
@@ -167,6 +168,7 @@ class TuningRun:
         if isinstance(model, PeftModel):
             adapter = storage.join(self.paths.root, "adapter")
             model.save_pretrained(adapter)
+            record_base(adapter, native_sha256(self.base))
             model = model.merge_and_unload()
         shutil.rmtree(self.result, ignore_errors=True)  # of an earlier attempt to write the result
         save_policy(model, self.base, self.result)
@@ -201,7 +203,7 @@ def _turn_end_ids(tokenizer: Any) -> list[int]:
 def _copy_folder(source: str, target: str) -> None:
     from open_lm.hf.output_folder import whole_folder
 
-    with whole_folder(target, CONFIG) as output:
+    with whole_folder(target, CONFIG, {"copy": source}) as output:
         names = sorted((info.url.rpartition("/")[2] for info in storage.list_infos(source)), key=CONFIG.__eq__)
         for name in names:  # config.json last: it marks a complete folder
             storage.copy(storage.join(source, name), storage.join(output, name))
@@ -233,8 +235,13 @@ def with_run(trainer_class: type, run: TuningRun) -> type:
         round_steps = 1  # steps that share what the trainer has sampled and does not save
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            with _loading_references(trainer_class):
-                super().__init__(*args, **kwargs)
+            try:
+                with _loading_references(trainer_class):
+                    super().__init__(*args, **kwargs)
+            except (ValueError, NotImplementedError, ImportError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise ConfigError(f"TRL refuses these settings: {error}") from error
             for callback in list(self.callback_handler.callbacks):
                 if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
                     self.remove_callback(type(callback))  # `log` prints in their place

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 
 from open_lm import storage
-from open_lm.checkpoint.adapters import AdapterRecord, by_layer
+from open_lm.checkpoint.adapters import AdapterRecord, by_layer, weights_sha256
 from open_lm.checkpoint.files import read_adapters
 from open_lm.config.adapters import LoraSettings
 from open_lm.config.architecture import read_family, read_run_settings
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import CheckpointError, ConfigError, StorageError
 from open_lm.hf.family_configs import config_of, full_config
+from open_lm.hf.native_weights import read_native_weights
 from open_lm.hf.tensor_map import TensorMap
 from open_lm.model.params import create_params
 
@@ -80,17 +82,32 @@ def _tensor_map(section: ModelConfig) -> TensorMap:
 
 def write_peft_folder(folder: str, modules: Mapping[str, ModuleAdapter], record: AdapterRecord) -> None:
     """Write adapters by module to a local or remote folder; adapter_config.json is written last."""
-    from safetensors.torch import save
-
     tensors = {
         f"{_PREFIX}{module}.{_PARAMETERS[name]}": tensor.contiguous()
         for module, adapter in modules.items()
         for name, tensor in adapter.tensors.items()
     }
-    metadata = {"format": "pt", _BASE_SHA256: record.base_sha256}
-    storage.write_bytes(storage.join(folder, WEIGHTS), save(tensors, metadata))
+    _write_weights(folder, tensors, record.base_sha256)
     config = _config_of(modules, record)
     storage.write_text(storage.join(folder, CONFIG), json.dumps(config, indent=2, allow_nan=False) + "\n")
+
+
+def _write_weights(folder: str, tensors: dict[str, Tensor], base_sha256: str) -> None:
+    from safetensors.torch import save
+
+    storage.write_bytes(storage.join(folder, WEIGHTS), save(tensors, {"format": "pt", _BASE_SHA256: base_sha256}))
+
+
+def record_base(folder: str, base_sha256: str) -> None:
+    """Add the hash of the base to the adapters that PEFT has saved in a local folder."""
+    from safetensors.torch import load
+
+    _write_weights(folder, load(storage.read_bytes(storage.join(folder, WEIGHTS))), base_sha256)
+
+
+def native_sha256(folder: str) -> str:
+    """Return the hash of the native weights that a transformers folder becomes; runs with --lora record it as well."""
+    return weights_sha256(read_native_weights(folder))
 
 
 def _config_of(modules: Mapping[str, ModuleAdapter], record: AdapterRecord) -> dict[str, Any]:
@@ -184,9 +201,19 @@ def read_peft_folder(folder: str) -> tuple[dict[str, ModuleAdapter], str | None]
                 modules.setdefault(module, {})[name] = file.get_tensor(key)
     except (OSError, SafetensorError, StorageError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); expected a local file of PEFT") from error
-    adapters = {
-        name: ModuleAdapter(tensors, _settings_of(name, tensors, settings, config)) for name, tensors in modules.items()
-    }
+    required = [name for name in _PARAMETERS if settings.dora or name != "lora_magnitude"]
+    for module, tensors in modules.items():
+        if missing := [_PARAMETERS[name] for name in required if name not in tensors]:
+            raise CheckpointError(f"{path}: {module} has no {' and no '.join(missing)}; save the adapters again")
+    try:
+        adapters = {
+            name: ModuleAdapter(tensors, _settings_of(name, tensors, settings, config))
+            for name, tensors in modules.items()
+        }
+    except (re.error, AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{storage.join(folder, CONFIG)}: expected alpha_pattern to map regular expressions to numbers ({error})"
+        ) from error
     return adapters, sha256
 
 
@@ -222,7 +249,6 @@ def _settings_of(
     module: str, tensors: Mapping[str, Tensor], settings: LoraSettings, config: Mapping[str, Any]
 ) -> LoraSettings:
     """Return the settings of a module, whose rank and alpha may differ from the common ones."""
-    import re
 
     def find(pattern: str, default: float) -> float:
         entries: Mapping[str, float] = config.get(pattern) or {}

@@ -54,7 +54,7 @@ def load_policy(folder: str, dtype: torch.dtype = torch.float32, **options: Any)
 def load_policy_tokenizer(folder: str) -> Any:
     """Load the tokenizer of a local folder. Raise ConfigError if it has none."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
@@ -68,7 +68,7 @@ def save_policy(model: Any, base: str, target: str) -> None:
     Raises:
         ConfigError: the folder `target` exists.
     """
-    with whole_folder(target, CONFIG) as output:
+    with whole_folder(target, CONFIG, {"policy": base}) as output:
         model.save_pretrained(output)
         for info in storage.list_infos(base):
             name = info.url.rpartition("/")[2]

@@ -1,6 +1,6 @@
 """Train small students with and without a teacher, and compare their validation losses.
 
-    python scripts/checks/check_distillation.py --folder /tmp/distillation
+    python scripts/checks/check_distillation.py --folder distillation
 
 The models predict bytes of real text: that of --data (a folder of .jsonl.zst files, or of .jsonl), or of the Python
 installation's documentation. The teacher is trained first. For each seed, students of about a quarter of its size see

@@ -17,18 +17,21 @@ from tokenizer_helpers import write_tokenizer
 
 from open_lm.checkpoint.files import write_file
 from open_lm.config.command_line import parse_args
-from open_lm.errors import ConfigError, DataError
+from open_lm.errors import CheckpointError, ConfigError, DataError
 from open_lm.finetune import tuning_run
 from open_lm.finetune.dpo import DpoConfig
 from open_lm.finetune.dpo import main as dpo
 from open_lm.finetune.flags import parse
 from open_lm.finetune.grpo import GrpoConfig, _trainer
 from open_lm.finetune.grpo import main as grpo
+from open_lm.finetune.merging import merge_transformers
 from open_lm.finetune.preference_data import read_prompts
 from open_lm.finetune.rewards import load_rewards
+from open_lm.finetune.trl_settings import lora_targets
 from open_lm.finetune.tuning_run import TuningRun
 from open_lm.generate.sampling import Sampling, generate_ids, load_model_for_generation
 from open_lm.hf.native_weights import read_native_weights
+from open_lm.hf.peft_adapters import native_sha256, read_peft_folder
 from open_lm.model.transformer import Transformer, create_model
 from open_lm.tokenizer import load_tokenizer
 
@@ -166,6 +169,28 @@ def test_dpo_trains_adapters_only_and_merges_them(tmp_path: Path) -> None:
     assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 8
+    # The adapters name their base, so that they are not merged into another one.
+    assert read_peft_folder(str(run / "adapter"))[1] == native_sha256(str(run / "base"))
+    merge_transformers(str(run / "adapter"), str(tmp_path / "merged"), str(run / "base"))
+    with pytest.raises(CheckpointError, match="its adapters belong to another base"):
+        merge_transformers(str(run / "adapter"), str(tmp_path / "wrong"), str(run / "hf"))
+
+
+def test_settings_that_trl_refuses_are_one_clear_error(tmp_path: Path) -> None:
+    flags = dpo_flags(tmp_path, OPENLM)
+    with pytest.raises(ConfigError, match="TRL refuses these settings: Label smoothing must be greater"):
+        dpo([*flags, "--name", "exo", "--loss-type", "exo_pair"])
+    with pytest.raises(ConfigError, match="TRL refuses these settings: WPO-style weighting is not implemented"):
+        dpo([*flags, "--name", "aot", "--loss-type", "aot", "--trl", "use_weighting=true"])
+
+
+def test_routers_have_no_adapters() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("attention", "router", "gate", "up")})
+    block = torch.nn.ModuleDict({"block": model})
+    assert lora_targets(block, "all-linear") == ["block.attention", "block.up"]
+    assert lora_targets(block, "attention") == ["block.attention"]
+    with pytest.raises(ConfigError, match="--lora targets=attention: the model has no such layer"):
+        lora_targets(torch.nn.ModuleDict({"up": torch.nn.Linear(2, 2)}), "attention")
 
 
 def test_dpo_refuses_messages_without_a_template_and_rows_that_are_too_long(tmp_path: Path) -> None:

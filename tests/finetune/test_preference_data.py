@@ -56,6 +56,8 @@ def test_pairs_of_text_and_of_messages(tmp_path: Path) -> None:
         ),
         ({"chosen": [BOT], "rejected": [OTHER]}, "begin with different messages"),
         ({"prompt": [USER, BOT], "chosen": [BOT], "rejected": [OTHER]}, "the prompt ends with a message of the assis"),
+        ({**TEXT, "chosen": "a\udc00"}, "'chosen': found .*, half of a surrogate pair"),
+        ({"prompt": [USER], "chosen": [{**BOT, "content": "\ud800"}], "rejected": [BOT]}, "chosen, message 1: found"),
         ({"prompt": "3+3?", "chosen": [USER, BOT], "rejected": [USER, OTHER]}, "not part of the messages"),
     ],
 )
@@ -85,6 +87,8 @@ def test_prompts_keep_their_other_keys_and_their_types(tmp_path: Path) -> None:
         read_prompts([mixed])
     with pytest.raises(DataError, match="'completions' is reserved"):
         read_prompts([write(tmp_path / "reserved.jsonl", {"prompt": "1", "completions": "2"})])
+    with pytest.raises(DataError, match=r"p.jsonl:2: 'answer': found .*, half of a surrogate pair"):
+        read_prompts([write(tmp_path / "p.jsonl", "", {"prompt": "1", "answer": "\ud800"})])
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------
@@ -98,6 +102,10 @@ def test_exact_match_compares_the_last_marked_number() -> None:
     answers = ["1234", "8", "2 + 6 = 8\n#### 8", "8", "8", "-3"]
     assert reward("exact_match", completions, answer=answers) == [1, 1, 1, 0, 0, 1]
     assert reward("exact_match", [[{"role": "assistant", "content": "#### 5"}]], answer=[5]) == [1]
+    unusual = ["#### --5", "#### -$-5", "#### ,", "#### .", "#### -", "#### 1,,5", "#### $-15", "#### .5", "#### 1.2.3"]
+    expected = [0, 0, 0, 0, 0, 1, 0, 0, 0]
+    assert reward("exact_match", unusual, answer=[15] * len(unusual)) == expected
+    assert reward("exact_match", ["#### $-5", "#### -$5", "#### - 5"], answer=[-5] * 3) == [1, 1, 1]
     with pytest.raises(DataError, match=r"answer 'many' is not a number .* for the row f:9 and the completion 'b'"):
         reward("exact_match", ["a", "b"], answer=["1", "many"], location=["f:8", "f:9"])
 
@@ -117,7 +125,16 @@ def test_rewards_from_a_file_and_their_errors(tmp_path: Path) -> None:
         "    return [1 / (len(text) - n) for text, n in zip(completions, limit)]\n"
         "\n\ndef wrong(completions, **columns):\n    return ['much'] * len(completions)\n"
         "\n\ndef short(completions, **columns):\n    return []\n"
+        "\n\ndef nothing(completions, **columns):\n    pass\n"
+        "\n\ndef numpy(completions, **columns):\n"
+        "    import numpy\n    return [None, *numpy.ones(1, numpy.float32), 10**400][: len(completions)]\n"
     )
+    found = reward(f"{path}:numpy", ["a", "b"])
+    assert found == [None, 1.0] and type(found[1]) is float
+    with pytest.raises(DataError, match=r"returned 1000.* for the row d:3; expected a finite number"):
+        reward(f"{path}:numpy", ["a", "b", "c"], location=["d:1", "d:2", "d:3"])
+    with pytest.raises(DataError, match=rf"--reward {path}:nothing: returned NoneType; return a list of numbers"):
+        reward(f"{path}:nothing", ["a"])
     assert reward(f"{path}:length", ["ab", "c"]) == [2, 1]
     where = {"location": ["d:1", "d:2"], "limit": [1, 1]}
     with pytest.raises(
@@ -128,6 +145,16 @@ def test_rewards_from_a_file_and_their_errors(tmp_path: Path) -> None:
         reward(f"{path}:wrong", ["ab", "c"], **where)
     with pytest.raises(DataError, match="returned 0 rewards for 2 completions"):
         reward(f"{path}:short", ["ab", "c"], **where)
+
+
+def test_a_reward_file_may_define_dataclasses(tmp_path: Path) -> None:
+    path = tmp_path / "json.py"  # the name of a module of Python
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n"
+        "@dataclass\nclass Score:\n    value: float\n\n\n"
+        "def score(completions, **columns):\n    return [Score(2.0).value for _ in completions]\n"
+    )
+    assert reward(f"{path}:score", ["a"]) == [2]
 
 
 def test_unusable_reward_files(tmp_path: Path) -> None:
@@ -175,6 +202,10 @@ def test_problems_with_flags_are_reported_together(tmp_path: Path) -> None:
     for part in ("--pretrained is missing", "--train-data is missing", "'rank'", "--wd: found -1", "--lr: found 'x'"):
         assert part in message
     assert f"{own}: unknown key 'learning_rate'; did you mean" in message
+    for command in ("dpo", "grpo"):
+        with pytest.raises(ConfigError, match=r"--loss-type: found 'sigmoidd', expected one of \w+"):
+            parsed(command, "--loss-type", "sigmoidd")
+    assert parsed("dpo", "--loss-type", "sigmoid", "sft").loss_type == ["sigmoid", "sft"]
     with pytest.raises(ConfigError, match="--recipe nope: found no such recipe or file"):
         parsed("dpo", "--recipe", "nope")
 

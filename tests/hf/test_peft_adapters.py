@@ -11,6 +11,7 @@ import pytest
 import torch
 from family_models import hf_model, native_model, native_params
 from model_helpers import random_ids
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from open_lm.checkpoint.adapters import AdapterRecord
@@ -115,12 +116,18 @@ def test_files_that_are_not_lora_are_refused(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, "peft_type is IA3, expected LORA"),
         ({"bias": "all"}, "bias is all, expected none"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is True"),
+        ({"alpha_pattern": {"(": 2}}, "adapter_config.json: expected alpha_pattern to map regular expressions"),
+        ({"use_dora": True}, r"has no lora_magnitude_vector; save the adapters again"),
     ):
         folder = shutil.copytree(tmp_path / "good", tmp_path / "changed", dirs_exist_ok=True)
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=message):
             read_peft_folder(str(folder))
-    (tmp_path / "good/adapter_model.safetensors").write_bytes(b"broken")
+    weights = tmp_path / "good/adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(weights).items() if "lora_B" in key}, weights)
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: model\..* has no lora_A.weight"):
+        read_peft_folder(str(tmp_path / "good"))
+    weights.write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_peft_folder(str(tmp_path / "good"))
