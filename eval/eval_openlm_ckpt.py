@@ -73,6 +73,7 @@ def _print_error(message: str) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from open_lm.config.command_line import add_model_args
+    from open_lm.config.evaluation_sections import BASELINE_VERSIONS, EVAL_PRECISIONS
     from open_lm.data.tokenizers import add_tokenizer_args
     from open_lm.names import user_path
 
@@ -117,8 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-examples", type=int, help="use only the first N examples of a task (of each category)")
     parser.add_argument(
         "--baselines",
-        choices=("v1", "v2"),
-        default="v2",
+        choices=BASELINE_VERSIONS,
+        default=BASELINE_VERSIONS[0],
         help="version of the scores of random guessing in DCLM's aggregates (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if available")
@@ -133,14 +134,15 @@ def build_parser() -> argparse.ArgumentParser:
     native.add_argument("--every", type=int, metavar="N", help="evaluate every N-th checkpoint of a run folder")
     native.add_argument(
         "--precision",
-        choices=("fp32", "amp_bf16", "amp_fp16"),
+        choices=EVAL_PRECISIONS,
         help="precision of the computation; overrides precision of the YAML files",
     )
     native.add_argument(
         "--no-cache",
         action="store_true",
-        help="neither read nor write the results of examples (by default in evals/examples next to the checkpoint), "
-        "with which an evaluation that was stopped continues",
+        help="neither read nor write the results of examples (by default in evals/examples next to the checkpoint). "
+        "With --engine native, an evaluation that was stopped continues with them, but a remote folder has them only "
+        "for tasks that have finished; --engine lm-eval only writes them",
     )
     harness = parser.add_argument_group("only with --engine lm-eval")
     harness.add_argument(

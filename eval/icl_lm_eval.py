@@ -45,10 +45,11 @@ def evaluate_checkpoints(args: argparse.Namespace) -> list[Outcome]:
             add_bos_token=args.add_special_tokens or None,
             model_settings=model_flags(args),
         )
-        runtime = model.runtime
+        runtime = runtime or model.runtime  # the first one owns the process group
         results = evaluate(model, args.tasks, manager, shots=args.num_fewshot, max_examples=args.max_examples)
         if results is not None:
             outcomes = _write(args, model, results, time.monotonic() - start)
+        del model, results  # before the next model needs the memory
     if runtime is not None:
         shutdown(runtime)
     return outcomes

@@ -23,7 +23,7 @@ from open_lm.errors import ConfigError
 from open_lm.generate import load_model_for_generation
 from open_lm.model.transformer import Transformer
 
-RESULTS_FOLDER, EXAMPLES_FOLDER = "evals", "examples"
+RESULTS_FOLDER, EXAMPLES_FOLDER = "evals", "examples"  # the second one in the first one
 
 
 def find_checkpoints(paths: Sequence[str], every: int | None = None) -> list[str]:

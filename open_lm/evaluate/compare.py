@@ -3,9 +3,9 @@
     python -m open_lm.evaluate.compare checkpoints/evals/A.json checkpoints/evals/B.json
     python -m open_lm.evaluate.compare checkpoints/evals/step_*_core.json --plot curve.svg
 
-The files are those of eval_openlm_ckpt.py, of both engines. If two evaluations used the same prompts and the results of
-each example are stored (--engine native), the tests are paired: McNemar's exact test, and a bootstrap over the examples
-for averages and tasks with categories. Otherwise they are unpaired, and the table says so.
+The files are those of eval_openlm_ckpt.py, of all engines. If two evaluations used the same prompts and the results of
+each example are stored (--engine native or lm-eval), the tests are paired: McNemar's exact test, and a bootstrap over
+the examples for averages and tasks with categories. Otherwise they are unpaired, and the table says so.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError, run_cli
+from open_lm.evaluate.checkpoints import EXAMPLES_FOLDER
 from open_lm.evaluate.icl.aggregates import aggregate_members, aggregate_score, title
 from open_lm.evaluate.icl.curves import Point, check_plot, write_plot
 from open_lm.evaluate.icl.metrics import Outcome, Record
@@ -31,7 +32,6 @@ from open_lm.names import user_path
 from open_lm.storage.strict_json import to_json
 
 SCHEMA = "open_lm.icl_comparison/1"  # of --json
-EXAMPLES_FOLDER = "examples"  # next to the results
 _ROUNDING = 1e-9
 _SETTINGS = ("engine", "tokenizer_sha256", "seq_len", "max_examples", "precision")
 _ALIGNMENTS: tuple[Callable[[str, int], str], ...] = (str.ljust, *[str.rjust] * 6, str.ljust)
@@ -221,7 +221,8 @@ def _stored_examples(result: Result, outcome: Outcome) -> tuple[str, list[Record
     """
     if not outcome.examples_file:
         raise NoExamples(
-            f"{result.path} has no results of single examples (only --engine llm-foundry and --no-cache store none)"
+            f"{result.path} has no results of single examples (--engine native and lm-eval store them, without "
+            "--no-cache)"
         )
     folder = result.path.rpartition("/")[0] or "."
     moved = storage.join(folder, EXAMPLES_FOLDER, outcome.examples_file.rpartition("/")[2])

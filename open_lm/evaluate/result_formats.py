@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from open_lm import storage
+from open_lm.config.evaluation_sections import BASELINE_VERSIONS
 from open_lm.errors import DataError, join_problems
 from open_lm.evaluate.checkpoints import results_folder
-from open_lm.evaluate.icl.aggregates import BASELINE_VERSIONS, aggregate_members, aggregate_score
+from open_lm.evaluate.icl.aggregates import aggregate_members, aggregate_score
 from open_lm.evaluate.icl.metrics import HARNESS_PREFIX, Outcome
 from open_lm.evaluate.icl.report import METRIC_LABELS, read_json
 

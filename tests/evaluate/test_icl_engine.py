@@ -25,7 +25,7 @@ from open_lm.evaluate.icl.packing import form_batches, pack, pack_example
 from open_lm.evaluate.icl.prompts import Choice, Example, Prompts, PromptTooLong, build_prompts, few_shot_indices
 from open_lm.evaluate.icl.scoring import BatchLayout, score_units
 from open_lm.evaluate.icl.store import stored_facts, weights_hash
-from open_lm.evaluate.icl.task_types import parse_options
+from open_lm.evaluate.icl.task_types import TASK_TYPES, parse_options
 from open_lm.kernels.native import evaluation
 from open_lm.kernels.token_scores import token_scores
 from open_lm.model.transformer import Transformer
@@ -266,6 +266,62 @@ def test_options_that_would_change_results_are_rejected() -> None:
         parse_options("t", "generation_task_with_answers", {"generation_kwargs": {"num_beams": 4}})
     options = parse_options("t", "schema", {"question_prelimiter": "Q: ", "prompt_string": None})
     assert options.prelimiter == "Q: " and options.prompt_string == ""
+
+
+def test_columns_have_the_names_that_options_give(tmp_path: Path) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "schema": {"opts": ["A", "B"], "continuation": "c", "gold": 1},
+        "multiple_choice": {"question": "q", "opts": ["A", "B"], "gold": 0},
+        "generation_task_with_answers": {"question": "q", "solution": "a"},
+    }
+    options = {"context_key": "question", "choices_key": "opts", "answer_key": "solution"}
+    tasks: list[dict[str, Any]] = []
+    for kind, row in rows.items():
+        (tmp_path / f"{kind}.jsonl").write_text(json.dumps(row) + "\n")
+        used = {key: name for key, name in options.items() if name in row}
+        entry = {"label": kind, "dataset_uri": f"{tmp_path}/{kind}.jsonl", "icl_task_type": kind, "num_fewshot": [0]}
+        tasks.append({**entry, **used})
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"icl_tasks": tasks}))
+    for task in read_settings([str(tmp_path / "tasks.yaml")]).tasks:
+        row = rows[task.kind]
+        kind = TASK_TYPES.get(task.kind)(parse_options(task.label, task.kind, task.config), True)
+        assert kind.check(row) is None
+        question = kind.question(row, "")
+        assert question.contexts == (("A", "B") if task.kind == "schema" else ("q",))
+        assert question.answers == (("a",) if "solution" in row else ())
+    wrong = {**tasks[0], "choices_key": ["opts"]}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump({"icl_tasks": [wrong]}))
+    with pytest.raises(ConfigError, match="lacks context_options"):
+        read_settings([str(tmp_path / "tasks.yaml")])
+
+
+def test_values_of_wrong_types_are_reported_together(tmp_path: Path) -> None:
+    entry = {"dataset_uri": "a", "icl_task_type": "schema", "num_fewshot": [0]}
+    tasks: list[dict[str, Any]] = [
+        {**entry, "label": "a", "metric_names": 5, "max_seq_len": "2048"},
+        {**entry, "label": "b", "icl_task_type": ["schema"], "metric_names": [["x"]]},
+    ]
+    category = {"name": "a", "benchmarks": [{"name": "a", "num_fewshot": 0, "random_baseline": 0}]}
+    for averages, words in (
+        (["a"], "eval_gauntlet.averages is ['a'], expected a list of categories"),
+        ({"mean": "a"}, "eval_gauntlet.averages is {'mean': 'a'}, expected"),
+        ({"mean": [["a"]]}, "average mean: the categories ['a'] do not exist"),
+    ):
+        gauntlet = {"categories": [category], "averages": averages}
+        content = {"icl_tasks": tasks, "aggregates": "core", "eval_gauntlet": gauntlet}
+        (tmp_path / "one.yaml").write_text(yaml.safe_dump(content))
+        (tmp_path / "two.yaml").write_text(yaml.safe_dump({"icl_tasks": [], "aggregates": 3}))
+        with pytest.raises(ConfigError) as error:
+            read_settings([str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")])
+        for expected in (
+            "task a: metric_names is 5, expected a list with", "task a: max_seq_len is '2048', expected an integer",
+            "task b: icl_task_type is ['schema'], expected one of", "task b: metric_names has ['x'], expected some of",
+            "one.yaml: aggregates is 'core', expected a list", "two.yaml: aggregates is 3, expected a list", words,
+        ):  # fmt: skip
+            assert expected in str(error.value)
+    for pattern in ("(", 5):
+        with pytest.raises(ConfigError, match=r"early_stopping_criteria has .*, expected a regular expression"):
+            parse_options("t", "generation_task_with_answers", {"early_stopping_criteria": [pattern]})
 
 
 def test_few_shot_examples_exclude_the_example() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -172,6 +174,9 @@ def test_results_do_not_depend_on_groups_and_batches(neox: Trained, questions: l
 def test_unusable_arguments_and_requests_are_errors(neox: Trained) -> None:
     with pytest.raises(ConfigError, match=r"batch_sise=4 is unknown(.|\n)*precision=int8"):
         ours(**neox.arguments, batch_sise=4, precision="int8")
+    words = r"checkpoint is missing(.|\n)*device=cdua, expected cpu, cuda(.|\n)*max_length=abc, expected a number"
+    with pytest.raises(ConfigError, match=words):
+        ours(device="cdua", max_length="abc")
     model = ours(**neox.arguments)
     with pytest.raises(DataError, match=r"a continuation has \d+ tokens, expected 1 to 48"):
         model.loglikelihood(instances("loglikelihood", [("a", " word" * 60)]), disable_tqdm=True)
@@ -279,6 +284,54 @@ def test_results_of_the_script(
 
 
 @pytest.mark.parametrize(
+    ("values", "directions", "metric", "score"),
+    [
+        ({"perplexity,none": 0.5, "acc,none": 0.25}, {"perplexity": False, "acc": True}, "acc", 0.25),
+        ({"perplexity,none": 0.5}, {"perplexity": False}, "", None),
+        ({"bleu,none": 31.5, "acc,none": 0.25}, {"bleu": True, "acc": True}, "", None),
+        ({"custom,none": 0.5}, {}, "custom", 0.5),
+    ],
+)
+def test_scores_are_shares_of_which_higher_is_better(
+    values: dict[str, float], directions: dict[str, bool], metric: str, score: float | None
+) -> None:
+    """Other metrics would distort the averages; `metrics` has them."""
+    from open_lm.evaluate.lm_eval.results import outcomes_of
+
+    samples = [{"doc_id": i, "filter": "none", "resps": [[(-1.0, True)]], "arguments": [("a", "b")]} for i in range(4)]
+    samples = [{**sample, "target": "b", "acc": float(sample["doc_id"] == 0)} for sample in samples]
+    results = {
+        "results": {"t": {"alias": "t", **values}}, "higher_is_better": {"t": directions}, "n-shot": {"t": 0},
+        "configs": {"t": {"output_type": "loglikelihood"}}, "samples": {"t": samples},
+    }  # fmt: skip
+    (outcome,) = outcomes_of(results, "")
+    assert (outcome.metric, outcome.score, outcome.n) == (metric, score, 4)
+    assert outcome.metrics == {key.partition(",")[0]: value for key, value in values.items()}
+
+
+def test_the_process_group_of_the_first_checkpoint_is_destroyed(
+    program: ModuleType, neox: Trained, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each model is released before the next one is loaded."""
+    icl_lm_eval = importlib.import_module("icl_lm_eval")
+    models: list[weakref.ref[Any]] = []
+    ended: list[Any] = []
+
+    class Model:
+        def __init__(self, checkpoint: str, **_: Any) -> None:
+            assert all(model() is None for model in models)
+            self.runtime = checkpoint
+            models.append(weakref.ref(self))
+
+    monkeypatch.setattr(icl_lm_eval, "OpenLM", Model)
+    monkeypatch.setattr(icl_lm_eval, "find_checkpoints", lambda *_: ["first", "second"])
+    monkeypatch.setattr(icl_lm_eval, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(icl_lm_eval, "shutdown", ended.append)
+    program.main(script_arguments(neox, tasks))
+    assert ended == ["first"] and len(models) == 2
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--include-path", "absent"], r"--include-path absent: no such folder"),
@@ -334,3 +387,10 @@ def test_conversations_are_formatted_as_in_transformers(has_prompt: bool, shared
     assert render_chat(TEMPLATE, [system, *messages], has_prompt, tokenizer) == expected
     with pytest.raises(ConfigError, match="does not accept the messages: no system message"):
         render_chat("{{ raise_exception('no system message') }}", messages, has_prompt, tokenizer)
+    with pytest.raises(ConfigError, match=r"chat template of .*, line 1: Encountered unknown tag 'wrong'"):
+        render_chat("{% wrong %}", messages, has_prompt, tokenizer)
+    with pytest.raises(ConfigError, match=r"does not accept the messages: unsupported operand"):
+        render_chat("{{ messages | length - 'a' }}", messages, has_prompt, tokenizer)
+    if not has_prompt:
+        with pytest.raises(ConfigError, match=r"changes the last message"):
+            render_chat("{{ messages[-1]['content'] | upper }}", messages, has_prompt, tokenizer)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from open_lm.config.evaluation_sections import BASELINE_VERSIONS
 from open_lm.evaluate.icl.metrics import Outcome
 
-BASELINE_VERSIONS = ("v2", "v1")  # the default first
 _OPENLM_TASKS = (
     "arc_challenge", "arc_easy", "boolq", "copa", "hellaswag", "lambada_openai", "piqa", "winogrande", "mmlu",
     "jeopardy", "winograd",

@@ -208,7 +208,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--eval-yaml", type=user_path, nargs="+", default=[], help="only the files of the tasks in these YAML files"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="only these tasks (default: all known ones)"
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="names of files, such as copa.jsonl (default: all known ones)",
     )
     parser.add_argument(
         "--local-mirror", type=user_path, help="folder or URL that has the files at any depth, such as a clone"

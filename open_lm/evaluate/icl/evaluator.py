@@ -30,7 +30,7 @@ from open_lm.distributed.processes import (
 )
 from open_lm.evaluate.icl.generation import AnswerDecoder, generate_answers
 from open_lm.evaluate.icl.metrics import Outcome, Record, choice_record, task_outcome, text_record
-from open_lm.evaluate.icl.packing import Unit, form_batches, pack_example
+from open_lm.evaluate.icl.packing import Unit, batches_of_lengths, form_batches, pack_example
 from open_lm.evaluate.icl.prompts import Example, Prompts, PromptTooLong, build_prompts
 from open_lm.evaluate.icl.scoring import BatchLayout, score_units
 from open_lm.evaluate.icl.store import ResultStore
@@ -242,18 +242,8 @@ def _log(message: str) -> None:
 
 
 def _generation_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Return batches of prompts of similar length whose tokens, with the answers, fit into `max_tokens`."""
-
-    def length(example: Example) -> int:
-        return len(example.choices[0].context) + example.max_new_tokens
-
-    batches: list[list[Example]] = []
-    for example in sorted(examples, key=lambda example: (-length(example), example.index)):
-        if batches and (len(batches[-1]) + 1) * length(batches[-1][0]) <= max_tokens:
-            batches[-1].append(example)
-        else:
-            batches.append([example])
-    return batches
+    lengths = [len(example.choices[0].context) + example.max_new_tokens for example in examples]
+    return [[examples[index] for index in batch] for batch in batches_of_lengths(lengths, max_tokens)]
 
 
 def _share(batches: Sequence[T], costs: Sequence[int], ranks: Ranks) -> Iterator[tuple[T, bool, float]]:

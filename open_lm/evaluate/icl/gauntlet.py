@@ -133,8 +133,11 @@ def parse_gauntlet(content: Any, file: str, problems: list[str]) -> Gauntlet | N
             continue
         categories[name] = [b for entry in entries if (b := _benchmark(entry, f"{where}, category {name}", problems))]
     averages = content.get("averages") or {"default_average": list(categories)}
+    if not isinstance(averages, dict) or not all(isinstance(members, list) for members in averages.values()):
+        problems.append(f"{where}.averages is {averages!r}, expected a list of categories for each name of an average")
+        return None
     for name, members in averages.items():
-        unknown = [member for member in members if member not in categories]
+        unknown = [str(member) for member in members if not isinstance(member, str) or member not in categories]
         if unknown or name in categories:
             problem = f"the categories {', '.join(unknown)} do not exist" if unknown else "a category has the same name"
             problems.append(f"{where}: average {name}: {problem}")

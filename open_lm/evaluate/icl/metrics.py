@@ -22,6 +22,7 @@ from open_lm.evaluate.icl.scoring import ChoiceScores
 from open_lm.evaluate.icl.task_types import TASK_TYPES, PromptOptions
 
 LEVEL = 0.95  # of the intervals
+NORMAL_QUANTILE = 1.959963984540054  # intervals of LEVEL are this many standard errors wide on each side
 HARNESS_PREFIX = "lm-eval/"  # of the kind of a task of lm-eval, before lm-eval's output_type
 _BUCKETS = 10  # of the calibration error
 _RESAMPLES = 10_000

@@ -209,6 +209,24 @@ def _last_tokens(path: tuple[tuple[int, int], ...], count: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def batches_of_lengths(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Return batches of indices of texts to generate, the longest first, of at most `max_tokens` tokens with padding.
+
+    A text that is longer is a batch of its own.
+
+    Args:
+        lengths: tokens of each prompt and of the text after it.
+        max_tokens: tokens of a batch.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
 def form_batches(units: Sequence[Unit], max_tokens: int, padded: bool) -> list[list[Unit]]:
     """Return batches of units of at most `max_tokens` tokens each. A larger unit is a separate batch.
 

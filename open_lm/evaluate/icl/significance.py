@@ -14,10 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from open_lm.evaluate.icl.metrics import LEVEL, binomial_cdf
+from open_lm.evaluate.icl.metrics import LEVEL, NORMAL_QUANTILE, binomial_cdf
 
 RESAMPLES = 10_000
-_Z = 1.959963984540054  # of the standard normal distribution, for intervals of 95 %
 _ROUNDING = 1e-12
 
 
@@ -67,7 +66,7 @@ class Paired:
         p_value = min(1.0, 2 * binomial_cdf(min(gained, lost), discordant, 0.5)) if discordant else 1.0
         # Adding half an example to each of the four outcomes keeps the interval wide enough for few examples.
         center = (gained - lost) / (n + 2)
-        width = _Z * math.sqrt(max(discordant + 1 - (gained - lost) * center, 0.0)) / (n + 2)
+        width = NORMAL_QUANTILE * math.sqrt(max(discordant + 1 - (gained - lost) * center, 0.0)) / (n + 2)
         return Difference((gained - lost) / n, _clipped(center - width, center + width), p_value, "McNemar")
 
     def draws(self, generator: np.random.Generator) -> np.ndarray:
@@ -110,14 +109,17 @@ class Unpaired:
             error = math.hypot(*self._errors())
             p_value = _normal_p_value(self.value, error)
             return Difference(
-                self.value, _clipped(self.value - _Z * error, self.value + _Z * error), p_value, "unpaired z"
+                self.value,
+                _clipped(self.value - NORMAL_QUANTILE * error, self.value + NORMAL_QUANTILE * error),
+                p_value,
+                "unpaired z",
             )
         correct = [score * n for score, n in zip(self.scores, self.counts, strict=True)]
         pooled = sum(correct) / sum(self.counts)
         error = math.sqrt(max(pooled * (1 - pooled), 0.0) * sum(1 / n for n in self.counts))
         low, high = ((k + 1) / (n + 2) for k, n in zip(correct, self.counts, strict=True))
         spread = math.sqrt(low * (1 - low) / (self.counts[0] + 2) + high * (1 - high) / (self.counts[1] + 2))
-        interval = _clipped(high - low - _Z * spread, high - low + _Z * spread)
+        interval = _clipped(high - low - NORMAL_QUANTILE * spread, high - low + NORMAL_QUANTILE * spread)
         return Difference(self.value, interval, _normal_p_value(self.value, error), "two proportions")
 
     def draws(self, generator: np.random.Generator) -> np.ndarray:
@@ -135,7 +137,7 @@ class Unpaired:
 
     def _errors(self) -> list[float]:
         """Return the standard errors of both scores."""
-        return [(upper - lower) / (2 * _Z) for lower, upper in self.intervals or ()]
+        return [(upper - lower) / (2 * NORMAL_QUANTILE) for lower, upper in self.intervals or ()]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ continuations the model scores. A new type is one class with a `register` decora
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from open_lm.config.registry import Registry
@@ -80,12 +82,14 @@ class TaskType(ABC):
 
     Attributes:
         columns: required columns of a line of data; the first one is the context.
+        column_options: options that rename columns, by column; without an entry, context_key renames the first one.
         metric: llm-foundry's name of the score.
         calibration_metric: llm-foundry's name of the calibration error, if the type has one.
         extra_options: names of the PromptOptions that only this type supports.
     """
 
     columns: tuple[str, ...]
+    column_options: Mapping[str, str] = MappingProxyType({})
     metric: str
     calibration_metric: str | None = None
     extra_options: frozenset[str] = frozenset()
@@ -93,8 +97,16 @@ class TaskType(ABC):
     def __init__(self, options: PromptOptions, prefix_space: bool) -> None:
         self.options = options
         self.prefix_space = prefix_space  # whether continuations begin with a space, as this tokenizer needs
-        self.context_key = options.context_key or options.choices_key or self.columns[0]
+        self.names = self.column_names(vars(options))
+        self.context_key = self.names[self.columns[0]]
         self.has_chain_of_thought = False
+
+    @classmethod
+    def column_names(cls, options: Mapping[str, Any]) -> dict[str, str]:
+        """Return the names that the required columns have in the data, by column; options rename some of them."""
+        renaming = {cls.columns[0]: "context_key", **cls.column_options}
+        names = {column: options.get(renaming.get(column, "")) for column in cls.columns}
+        return {column: name if name and isinstance(name, str) else column for column, name in names.items()}
 
     @abstractmethod
     def check(self, row: Row) -> str | None:
@@ -149,14 +161,14 @@ class MultipleChoice(TaskType):
     """A question with several choices, of which the model must prefer the correct one."""
 
     columns = ("query", "choices", "gold")
+    column_options = MappingProxyType({"choices": "choices_key"})
     metric = "InContextLearningMultipleChoiceAccuracy"
     calibration_metric = "InContextLearningMCExpectedCalibrationError"
     extra_options = frozenset({"context_key", "choices_key", "answer_key"})
 
     def __init__(self, options: PromptOptions, prefix_space: bool) -> None:
         super().__init__(options, prefix_space)
-        self.context_key = options.context_key or self.columns[0]
-        self.choices_key = options.choices_key or "choices"
+        self.choices_key = self.names["choices"]
 
     def check(self, row: Row) -> str | None:
         return _text_problem(row, self.context_key) or _choices_problem(row, self.choices_key)
@@ -174,6 +186,7 @@ class Schema(TaskType):
     """A continuation with several contexts, of which the model must prefer the correct one."""
 
     columns = ("context_options", "continuation", "gold")
+    column_options = MappingProxyType({"context_options": "choices_key"})
     metric = "InContextLearningMultipleChoiceAccuracy"
     calibration_metric = "InContextLearningMCExpectedCalibrationError"
     extra_options = frozenset({"choices_key"})
@@ -206,6 +219,7 @@ class GenerationWithAnswers(TaskType):
     """A context after which the model generates text, which must begin with one of the accepted answers."""
 
     columns = ("context", "answer")
+    column_options = MappingProxyType({"answer": "answer_key"})
     metric = "InContextLearningGenerationExactMatchAccuracy"
     extra_options = frozenset({
         "context_key", "answer_key", "cot_delimiter", "early_stopping_criteria", "do_normalization",
@@ -214,7 +228,7 @@ class GenerationWithAnswers(TaskType):
 
     def __init__(self, options: PromptOptions, prefix_space: bool) -> None:
         super().__init__(options, prefix_space)
-        self.answer_key = options.answer_key or "answer"
+        self.answer_key = self.names["answer"]
 
     def check(self, row: Row) -> str | None:
         problem = _text_problem(row, self.context_key) or _text_problem(row, self.answer_key)
@@ -234,12 +248,19 @@ class GenerationWithAnswers(TaskType):
         return [self._response(row, answer) for answer in (row[self.answer_key], *self._answers(row))]
 
     def _answers(self, row: Row) -> tuple[str, ...]:
-        return tuple(sorted({row["answer"], *(row.get("aliases") or [])}))
+        """Return the accepted answers; as in llm-foundry, the column answer has one even if answer_key is set."""
+        return tuple(sorted({row.get("answer", row[self.answer_key]), *(row.get("aliases") or [])}))
 
     def _response(self, row: Row, answer: str) -> str:
         if not self.has_chain_of_thought:
             return answer
         return f"{row.get('chain_of_thought') or ''}{self.options.cot_delimiter}{answer}"
+
+
+def known_metrics() -> list[str]:
+    """Return llm-foundry's names of the metrics of all types."""
+    types = [TASK_TYPES.get(name) for name in TASK_TYPES]
+    return list(dict.fromkeys(name for kind in types for name in (kind.metric, kind.calibration_metric) if name))
 
 
 def parse_options(label: str, kind: str, entry: Mapping[str, Any]) -> PromptOptions:
@@ -265,10 +286,22 @@ def parse_options(label: str, kind: str, entry: Mapping[str, Any]) -> PromptOpti
         expected = type(getattr(PromptOptions(), name))
         if not isinstance(values[name], expected) or (isinstance(value, bool) and expected is not bool):
             problems.append(f"{key} is {value!r}, expected a value of type {expected.__name__}")
+    problems += _pattern_problems(values.get("early_stopping_criteria") or ())
     problems += _generation_problems(values.get("generation_kwargs") or {})
     if problems:
         raise ConfigError(join_problems([f"task {label}: {problem}" for problem in problems]))
     return PromptOptions(**values)
+
+
+def _pattern_problems(patterns: Any) -> list[str]:
+    """Return a problem for each of the early_stopping_criteria that is no regular expression."""
+    problems = []
+    for pattern in patterns if isinstance(patterns, tuple) else ():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            problems.append(f"early_stopping_criteria has {pattern!r}, expected a regular expression ({error})")
+    return problems
 
 
 def _generation_problems(settings: Any) -> list[str]:

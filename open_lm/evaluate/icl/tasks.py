@@ -15,18 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import storage
+from open_lm.config.evaluation_sections import EVAL_PRECISIONS
 from open_lm.errors import ConfigError, DataError, join_problems
 from open_lm.evaluate.icl.gauntlet import Gauntlet, parse_gauntlet
+from open_lm.evaluate.icl.task_types import TASK_TYPES, known_metrics
 from open_lm.names import user_path
 from open_lm.tokenizer import Tokenizer
 
-# Required keys of a line of task data, by llm-foundry's icl_task_type.
-COLUMNS = {
-    "multiple_choice": ("query", "choices", "gold"),
-    "schema": ("context_options", "continuation", "gold"),
-    "language_modeling": ("context", "continuation"),
-    "generation_task_with_answers": ("context", "answer"),
-}
 HOW_TO_GET_DATA = (
     "This command collects the task data, from llm-foundry's repository or other sources (see its --help):\n"
     "    python -m open_lm.evaluate.icl.download --output FOLDER\n"
@@ -34,18 +29,10 @@ HOW_TO_GET_DATA = (
 )
 _HOW_TO_SELECT = " --tasks NAME… runs only some of the tasks."
 EXTRA_KEYS = ("random_baseline",)  # keys of a task's entry that llm-foundry does not support
-KNOWN_METRICS = (
-    "InContextLearningLMAccuracy",
-    "InContextLearningMultipleChoiceAccuracy",
-    "InContextLearningGenerationExactMatchAccuracy",
-    "InContextLearningLMExpectedCalibrationError",
-    "InContextLearningMCExpectedCalibrationError",
-)
 _REFERENCE = re.compile(r"\$\{\s*([^{}]+?)\s*\}")
 _ENVIRONMENT = "oc.env:"  # before the name of an environment variable, and a default after a comma
 _MAX_REFERENCES = 16  # depth of settings that refer to other settings
 AGGREGATES = ("core", "extended", "openlm")  # scores over several tasks, see aggregates.py
-PRECISIONS = ("fp32", "amp_bf16", "amp_fp16")
 KNOWN_SETTINGS = (
     "data_dir", "max_seq_len", "device_eval_batch_size", "precision", "seed", "icl_tasks", "aggregates",
     "eval_gauntlet",
@@ -143,22 +130,22 @@ def read_settings(
     unknown = [name for name in only or [] if name not in labels]
     if unknown:
         problems.append(f"--tasks {' '.join(unknown)}: expected some of {', '.join(labels) or 'the tasks'}")
+    aggregates: list[str] = []
+    for file, content in zip(files, contents, strict=True):
+        aggregates += _names(content, "aggregates", AGGREGATES, f"{file}: ", problems)
     first = contents[0]
     settings = EvalSettings(
         [task for task in tasks if not only or task.label in only],
-        max_seq_len=_number(first, "max_seq_len", None, files[0], problems),
-        batch_size=_number(first, "device_eval_batch_size", 8, files[0], problems) or 8,
+        max_seq_len=_number(first, "max_seq_len", None, f"{files[0]}: ", problems),
+        batch_size=_number(first, "device_eval_batch_size", 8, f"{files[0]}: ", problems) or 8,
         precision=str(first.get("precision") or "fp32"),
-        seed=_number(first, "seed", 1, files[0], problems) or 0,
-        aggregates=list(dict.fromkeys(name for content in contents for name in content.get("aggregates") or [])),
+        seed=_number(first, "seed", 1, f"{files[0]}: ", problems) or 0,
+        aggregates=list(dict.fromkeys(aggregates)),
         gauntlet=_gauntlet(files, contents, problems),
         ignored=[key for key, value in first.items() if key not in KNOWN_SETTINGS and value],
     )
-    unknown = [str(name) for name in settings.aggregates if name not in AGGREGATES]
-    if unknown:
-        problems.append(f"aggregates has {', '.join(unknown)}, expected some of {', '.join(AGGREGATES)}")
-    if settings.precision not in PRECISIONS:
-        problems.append(f"{files[0]}: precision is {settings.precision}, expected one of {', '.join(PRECISIONS)}")
+    if settings.precision not in EVAL_PRECISIONS:
+        problems.append(f"{files[0]}: precision is {settings.precision}, expected one of {', '.join(EVAL_PRECISIONS)}")
     if problems:
         raise ConfigError(join_problems(problems, "invalid evaluation settings"))
     missing = [problem for task in settings.tasks for problem in _data_problems(task)]
@@ -269,8 +256,8 @@ def _task(entry: Any, file: str, problems: list[str]) -> Task | None:
     label = str(entry["label"])
     kind, data, shots = entry.get("icl_task_type"), entry.get("dataset_uri"), entry.get("num_fewshot")
     task_problems = []
-    if kind not in COLUMNS:
-        task_problems.append(f"icl_task_type is {kind!r}, expected one of {', '.join(COLUMNS)}")
+    if not isinstance(kind, str) or kind not in TASK_TYPES:
+        task_problems.append(f"icl_task_type is {kind!r}, expected one of {', '.join(TASK_TYPES)}")
     if not isinstance(data, str) or not data:
         task_problems.append(f"dataset_uri is {data!r}, expected the path or URL of a .jsonl file")
     if not isinstance(shots, list) or not shots or not all(isinstance(n, int) and n >= 0 for n in shots):
@@ -278,9 +265,8 @@ def _task(entry: Any, file: str, problems: list[str]) -> Task | None:
     baseline = entry.get("random_baseline")
     if baseline is not None and not (isinstance(baseline, (int, float)) and 0 <= baseline < 1):
         task_problems.append(f"random_baseline is {baseline!r}, expected a number of at least 0 and below 1")
-    unknown = [str(name) for name in entry.get("metric_names") or [] if name not in KNOWN_METRICS]
-    if unknown:
-        task_problems.append(f"metric_names has {', '.join(unknown)}, expected some of {', '.join(KNOWN_METRICS)}")
+    _number(entry, "max_seq_len", None, "", task_problems)
+    _names(entry, "metric_names", known_metrics(), "", task_problems)
     problems += [f"{file}: task {label}: {problem}" for problem in task_problems]
     if task_problems or kind is None or data is None or shots is None:
         return None
@@ -297,14 +283,28 @@ def _find_data(data: str) -> str:
     return str(matches[0]) if len(matches) == 1 else data
 
 
-def _number(content: dict[str, Any], key: str, default: int | None, file: str, problems: list[str]) -> int | None:
+def _number(content: dict[str, Any], key: str, default: int | None, where: str, problems: list[str]) -> int | None:
     value = content.get(key)
     if value is None:
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
-        problems.append(f"{file}: {key} is {value!r}, expected an integer")
+        problems.append(f"{where}{key} is {value!r}, expected an integer")
         return default
     return value
+
+
+def _names(content: dict[str, Any], key: str, known: Sequence[str], where: str, problems: list[str]) -> list[str]:
+    """Return a list of names of a YAML file; add a problem if it is no list, or has unknown names."""
+    value = content.get(key)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        problems.append(f"{where}{key} is {value!r}, expected a list with some of {', '.join(known)}")
+        return []
+    unknown = [str(name) for name in value if name not in known]
+    if unknown:
+        problems.append(f"{where}{key} has {', '.join(unknown)}, expected some of {', '.join(known)}")
+    return [] if unknown else value
 
 
 def _data_problems(task: Task) -> list[str]:
@@ -314,9 +314,8 @@ def _data_problems(task: Task) -> list[str]:
         return [f"{task.label}: {task.data} is missing"]
     with storage.open_file(task.data) as file:
         line = file.readline()
-    columns = list(COLUMNS[task.kind]) + (["category"] if task.config.get("has_categories") else [])
-    renamed = {columns[0]: task.config.get("context_key"), "choices": task.config.get("choices_key")}
-    columns = [renamed.get(name) or name for name in columns]
+    columns = list(TASK_TYPES.get(task.kind).column_names(task.config).values())
+    columns += ["category"] if task.config.get("has_categories") else []
     try:
         row = json.loads(line)
     except ValueError:

@@ -38,7 +38,7 @@ def render_chat(
     Raises:
         ConfigError: a template that cannot format these messages.
     """
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, TemplateSyntaxError
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -61,19 +61,27 @@ def render_chat(
     tokens: dict[str, Any] = {"eos_token": tokenizer.token(tokenizer.eot_id)}
     if tokenizer.bos_id is not None:
         tokens["bos_token"] = tokenizer.token(tokenizer.bos_id)
-    compiled = environment.from_string(template)
 
     def render(conversation: Sequence[dict[str, str]]) -> str:
         return str(compiled.render(messages=conversation, add_generation_prompt=add_generation_prompt, **tokens))
 
     try:
+        compiled = environment.from_string(template)
         try:
             text = render(messages)
         except TemplateError:  # some templates accept no system message
             text = render([message for message in messages if message["role"] != "system"])
-    except TemplateError as error:
-        raise ConfigError(f"the chat template of {tokenizer.name} does not accept the messages: {error}") from error
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"the chat template of {tokenizer.name}, line {error.lineno}: {error.message}") from error
+    except Exception as error:  # a template can raise any error, such as a TypeError of an expression
+        reason = str(error) or type(error).__name__
+        raise ConfigError(f"the chat template of {tokenizer.name} does not accept the messages: {reason}") from error
     if add_generation_prompt or not messages:
         return text
     last = messages[-1]["content"].strip()
+    if last not in text:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name} changes the last message, so that a task that lets the model "
+            "continue it cannot be evaluated; remove --apply_chat_template, or correct the template"
+        )
     return text[: text.rindex(last) + len(last)]

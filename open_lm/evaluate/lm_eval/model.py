@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from open_lm.checkpoint.folders import is_transformers_folder
+from open_lm.config.evaluation_sections import EVAL_PRECISIONS
 from open_lm.config.sections import ParallelConfig
 from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.distributed.precision import get_autocast
@@ -31,7 +32,6 @@ from open_lm.errors import ConfigError, DataError, join_problems
 from open_lm.evaluate.checkpoints import find_checkpoints, load_checkpoint
 from open_lm.evaluate.icl.evaluator import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
 from open_lm.evaluate.icl.store import weights_hash
-from open_lm.evaluate.icl.tasks import PRECISIONS
 from open_lm.evaluate.lm_eval.chat import find_template, render_chat
 from open_lm.evaluate.lm_eval.encoding import RequestEncoder
 from open_lm.evaluate.lm_eval.scoring import Engine, Pair, Score, split_groups
@@ -55,7 +55,7 @@ class OpenLM(TemplateLM):
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str = "",
         *,
         model: str | None = None,
         tokenizer: str | None = None,
@@ -74,8 +74,8 @@ class OpenLM(TemplateLM):
         """Load a checkpoint.
 
         Args:
-            checkpoint: run folder (its newest checkpoint), step_N folder, epoch_N.pt, averager file, file of weights,
-                or folder in the format of transformers.
+            checkpoint: required; run folder (its newest checkpoint), step_N folder, epoch_N.pt, averager file, file of
+                weights, or folder in the format of transformers.
             model: name or file of the model configuration; None for that of the run.
             tokenizer: as --tokenizer; None for that of the run.
             eot_token: token that ends a document; None for that of the training data.
@@ -93,11 +93,12 @@ class OpenLM(TemplateLM):
             unknown: other arguments, which are errors.
 
         Raises:
-            ConfigError: an unknown argument, or settings that do not fit the model.
+            ConfigError: an unknown, missing or invalid argument, or settings that do not fit the model.
             CheckpointError: a checkpoint that is missing, damaged or does not fit the model.
         """
         super().__init__()
-        _check_arguments(unknown, precision, batch_size)
+        given = {"checkpoint": checkpoint, "device": device, "precision": precision, "batch_size": batch_size}
+        _check_arguments({**given, "max_length": max_length, "max_batch_size": max_batch_size}, unknown)
         self.runtime = _start_runtime(device)
         self._rank, self._world_size, self._device = self.runtime.rank, self.runtime.world_size, self.runtime.device
         if precision == "amp_fp16" and self._device.type == "cpu":
@@ -339,16 +340,35 @@ def _group_key(request: Instance) -> object:
     return request.args[0] if doc_id is None else (getattr(request, "task_name", None), doc_id)
 
 
-def _check_arguments(unknown: dict[str, Any], precision: str, batch_size: int | str) -> None:
+def _check_arguments(given: dict[str, Any], unknown: dict[str, Any]) -> None:
     problems = [f"{name}={value} is unknown" for name, value in unknown.items()]
-    if precision not in PRECISIONS:
-        problems.append(f"precision={precision}, expected one of {', '.join(PRECISIONS)}")
-    if not (str(batch_size).isdigit() and int(batch_size) > 0) and not str(batch_size).startswith("auto"):
-        problems.append(f"batch_size={batch_size}, expected a number above 0, or auto")
+    if not given["checkpoint"]:
+        problems.append("checkpoint is missing; add checkpoint=PATH")
+    if given["device"] is not None and not _is_device(given["device"]):
+        problems.append(f"device={given['device']}, expected cpu, cuda or cuda:N")
+    if given["precision"] not in EVAL_PRECISIONS:
+        problems.append(f"precision={given['precision']}, expected one of {', '.join(EVAL_PRECISIONS)}")
+    if not _is_count(given["batch_size"]) and not str(given["batch_size"]).startswith("auto"):
+        problems.append(f"batch_size={given['batch_size']}, expected a number above 0, or auto")
+    for name in ("max_length", "max_batch_size"):
+        if given[name] is not None and not _is_count(given[name]):
+            problems.append(f"{name}={given[name]}, expected a number above 0")
     if problems:
         expected = "checkpoint, model, tokenizer, eot_token, allow_other_tokenizer, device, precision, batch_size, "
         expected += "max_length, add_bos_token and prefix_token_id"
         raise ConfigError(join_problems(problems, f"model arguments; known are {expected}"))
+
+
+def _is_count(value: Any) -> bool:
+    return str(value).isdigit() and int(value) > 0
+
+
+def _is_device(device: str) -> bool:
+    try:
+        torch.device(device)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _start_runtime(device: str | None) -> Runtime:

@@ -9,13 +9,12 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError, join_problems
-from open_lm.evaluate.icl.metrics import HARNESS_PREFIX, Outcome, Record, accuracy_interval
+from open_lm.evaluate.icl.metrics import HARNESS_PREFIX, NORMAL_QUANTILE, Outcome, Record, accuracy_interval
 from open_lm.evaluate.icl.store import ResultStore
 from open_lm.evaluate.lm_eval.model import OpenLM
 from open_lm.storage.strict_json import to_json
 
 _BOOTSTRAP_RESAMPLES = 1000  # of metrics without a formula for their standard error
-_Z = 1.959963984540054  # 95 % of a normal distribution
 _ROLLING = "loglikelihood_rolling"
 
 
@@ -74,8 +73,9 @@ def evaluate(
 def outcomes_of(results: Mapping[str, Any], tokenizer_sha256: str, store: ResultStore | None = None) -> list[Outcome]:
     """Return an outcome per task, and store the results of its examples.
 
-    The score is the first metric of the task's list. Tasks that only measure perplexity have no score; their metrics
-    are in `metrics`.
+    The score is the first metric of the task's list of which higher is better. Tasks without one, such as those that
+    only measure perplexity, have no score, nor do those whose metric is above 1, such as BLEU, because averages need
+    scores from 0 to 1. `metrics` has the values of all metrics.
 
     Args:
         results: those of `evaluate`, with samples.
@@ -92,12 +92,14 @@ def _outcome(task: str, results: Mapping[str, Any], tokenizer_sha256: str, store
     keys = [key for key in values if "," in key and "_stderr" not in key]
     outcome = Outcome(task, int(results["n-shot"].get(task) or 0), HARNESS_PREFIX + str(config["output_type"]))
     outcome.metrics = {_label(key): value for key in keys if (value := _number(values[key])) is not None}
-    metric, name = keys[0].split(",") if keys else ("", "none")
-    if metric == "bits_per_byte" or config["output_type"] == _ROLLING or not keys:
+    key = _score_key(keys, results["higher_is_better"].get(task) or {})
+    score = None if key is None else _number(values[key])
+    if key is None or config["output_type"] == _ROLLING or (score is not None and score > 1):
         outcome.n = len({sample["doc_id"] for sample in samples})
         return outcome
+    metric, name = key.split(",")
     chosen = sorted((s for s in samples if s["filter"] == name), key=lambda sample: int(sample["doc_id"]))
-    outcome.metric, outcome.score, outcome.n = _label(keys[0]), _number(values[keys[0]]), len(chosen)
+    outcome.metric, outcome.score, outcome.n = _label(key), score, len(chosen)
     outcome.baseline = _chance(chosen) if config["output_type"] == "multiple_choice" else 0.0
     records = [record for index, sample in enumerate(chosen) if (record := _record(index, sample, metric)) is not None]
     is_accuracy = len(records) == len(chosen) > 0
@@ -105,7 +107,7 @@ def _outcome(task: str, results: Mapping[str, Any], tokenizer_sha256: str, store
         counts = [(sum(record["correct"] for record in records), len(records))]
         outcome.interval, outcome.interval_method = accuracy_interval(counts)
     elif (error := _number(values.get(f"{metric}_stderr,{name}"))) is not None and outcome.score is not None:
-        outcome.interval = (outcome.score - _Z * error, outcome.score + _Z * error)
+        outcome.interval = (outcome.score - NORMAL_QUANTILE * error, outcome.score + NORMAL_QUANTILE * error)
         outcome.interval_method = "normal, with the standard error of lm-eval"
     outcome.digest = _digest(chosen, outcome, tokenizer_sha256)
     if store is not None and is_accuracy:
@@ -113,6 +115,11 @@ def _outcome(task: str, results: Mapping[str, Any], tokenizer_sha256: str, store
         header = {"task": task, "shots": outcome.shots, "prompts": outcome.digest, "n": outcome.n}
         store.finish(outcome.examples_file, dict(enumerate(records)), header)
     return outcome
+
+
+def _score_key(keys: Sequence[str], higher_is_better: Mapping[str, bool | None]) -> str | None:
+    """Return the first key "METRIC,FILTER" of whose metric lower values are not better; None if there is none."""
+    return next((key for key in keys if higher_is_better.get(key.partition(",")[0]) is not False), None)
 
 
 def _record(index: int, sample: Mapping[str, Any], metric: str) -> Record | None:

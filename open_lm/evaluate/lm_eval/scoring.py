@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from open_lm.evaluate.icl.evaluator import without_compilation
-from open_lm.evaluate.icl.packing import equal_choices, form_batches, pack_example
+from open_lm.evaluate.icl.packing import batches_of_lengths, equal_choices, form_batches, pack_example
 from open_lm.evaluate.icl.prompts import Choice, Example
 from open_lm.evaluate.icl.scoring import BatchLayout, score_units
 from open_lm.generate.sampling import Sampling, generate_ids
@@ -88,7 +88,8 @@ class Engine:
         """
         sampling = replace(sampling, stop_ids=(tokenizer.eot_id,), vocab_limit=tokenizer.vocab_size)
         first_row = 0
-        for batch in _generation_batches(prompts, sampling.max_new_tokens, self.batch_tokens):
+        lengths = [len(prompt) + sampling.max_new_tokens for prompt in prompts]
+        for batch in batches_of_lengths(lengths, self.batch_tokens):
             heartbeat("evaluating with lm-eval")
             with without_compilation(self.model), self.autocast():
                 steps = generate_ids(self.model, [prompts[index] for index in batch], sampling, first_row)
@@ -110,18 +111,6 @@ def split_groups(pairs: Sequence[Pair], keys: Sequence[object]) -> list[list[int
 
 def _choice(pair: Pair) -> Choice:
     return Choice(np.asarray(pair.context, dtype=np.int32), np.asarray(pair.continuation, dtype=np.int32))
-
-
-def _generation_batches(prompts: Sequence[Sequence[int]], new_tokens: int, max_tokens: int) -> list[list[int]]:
-    """Return batches of indices of prompts of similar length, the longest first, of at most `max_tokens` tokens."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index)):
-        length = len(prompts[batches[-1][0]]) + new_tokens if batches else 0
-        if batches and (len(batches[-1]) + 1) * length <= max_tokens:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches
 
 
 def _texts(
