@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import trainer_worker
 from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import DataConfig, ValidationConfig
 from open_lm.data import get_data
-from open_lm.data.device import DeviceBatch
+from open_lm.data.batch import Batch, TargetMask
 from open_lm.data.masking import IGNORE_INDEX
 from open_lm.data.validation_loader import build_val_loaders
 from open_lm.distributed.precision import get_autocast
@@ -103,11 +103,16 @@ def test_evaluate_loop_for_existing_callers(shared_dir: Path) -> None:
     assert model.training
 
 
-class Masked(DeviceBatch):
-    """A batch with arbitrary masked targets, which is already on the device."""
+@dataclass(frozen=True)
+class Masked(Batch):
+    """A batch with arbitrary masked targets."""
 
-    def to(self, _device: torch.device) -> Masked:
-        return self
+    masked_targets: torch.Tensor | None = None
+
+    @property
+    def targets(self) -> torch.Tensor:
+        assert self.masked_targets is not None
+        return self.masked_targets
 
 
 class Batches:
@@ -119,7 +124,9 @@ class Batches:
     def __iter__(self) -> Any:
         for inputs, targets in self.batches:
             is_real = (targets != IGNORE_INDEX).any(1)
-            yield Masked(inputs, targets, is_real, int(is_real.sum()), (int(is_real.sum()),), 0)
+            ids = torch.cat([inputs, inputs[:, -1:]], dim=1).to(torch.uint8)
+            num_real = int(is_real.sum())
+            yield Masked(ids, is_real, num_real, (num_real,), 0, 256, TargetMask(), masked_targets=targets)
 
 
 def evaluate(
