@@ -26,7 +26,7 @@ def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
         *_live_evaluation_problems(config),
         *_optimization_problems(config, off),
         *_parallel_problems(config, off),
-        *_model_problems(config, off),
+        *_model_problems(config, given, off),
         *_adapter_problems(config, off),
         *_registry_problems(config, off),
         *_checkpoint_problems(config, off),
@@ -171,7 +171,7 @@ def _parallel_problems(config: Config, off: Set[str]) -> list[str]:
 _PARALLEL_SPLITS = ("tensor_parallel", "context_parallel", "mesh_dim")
 
 
-def _model_problems(config: Config, off: Set[str]) -> list[str]:
+def _model_problems(config: Config, given: Set[str], off: Set[str]) -> list[str]:
     model, problems = config.model, []
     if model.moe_freq > 0 and not model.moe_num_experts:
         problems.append(f"--moe-freq {model.moe_freq} requires --moe-num-experts")
@@ -200,20 +200,22 @@ def _model_problems(config: Config, off: Set[str]) -> list[str]:
             f"--attn-name {model.attn_name}: its kernels are not deterministic, but --deterministic is set; use "
             "torch_attn"
         )
-    return problems + (_hf_model_problems(config) if model.hf_model else [])
+    return problems + (_hf_model_problems(config, given) if model.hf_model else [])
 
 
-def _hf_model_problems(config: Config) -> list[str]:
+def _hf_model_problems(config: Config, given: Set[str]) -> list[str]:
     model, problems = config.model, []
     splits = [spec for spec in ParallelConfig.specs() if spec.name in _PARALLEL_SPLITS]
-    given = [spec.flag for spec in splits if getattr(config.parallel, spec.name) != spec.default]
-    if given:
-        problems.append(f"{', '.join(given)}: not supported with --hf-model; use --fsdp")
+    unsupported = [spec.flag for spec in splits if getattr(config.parallel, spec.name) != spec.default]
+    if unsupported:
+        problems.append(f"{', '.join(unsupported)}: not supported with --hf-model; use --fsdp")
     if not model.hf_seq_len:
         problems.append(f"--hf-model {model.hf_model} requires --hf-seq-len, the length of its training sequences")
     if config.data.document_mask:
+        recipe = None if "document_mask" in given else config.run.recipe
         problems.append(
-            "--document-mask is not supported with --hf-model, which computes attention over full sequences"
+            f"--document-mask{f' of --recipe {recipe}' if recipe else ''} is not supported with --hf-model, which "
+            "computes attention over full sequences; set --no-document-mask"
         )
     if model.activation_checkpointing not in ("none", "full"):
         problems.append(

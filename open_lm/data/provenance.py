@@ -79,6 +79,13 @@ def end_of_text_id(sources: Sequence[Source]) -> int | None:
     return next(iter(ids), None)
 
 
+def with_conversations(sources: Sequence[Source]) -> list[str]:
+    """Return the names of the sources whose dataset.json says that they have packed conversations with loss masks."""
+    return [
+        source.name for source in sources if any(dataset["settings"].get("loss_mask") for dataset in source.datasets)
+    ]
+
+
 def check_vocabulary(sources: Sequence[Source], vocab_size: int) -> None:
     """Raise DataError if a dataset.json states a vocabulary with more ids than the model's `vocab_size`."""
     found = {

@@ -67,7 +67,7 @@ def init_runtime(cfg: ParallelConfig) -> Runtime:
             f"--preset-world-size {cfg.preset_world_size}: the launcher started {world_size} ranks; start "
             f"{cfg.preset_world_size} ranks or remove the flag"
         )
-    device = _select_device(local_rank, cfg)
+    device = select_device(local_rank, use_first=cfg.no_set_device_rank)
     started = False
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -233,17 +233,23 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _select_device(local_rank: int, cfg: ParallelConfig) -> torch.device:
+def select_device(
+    local_rank: int, *, use_first: bool = False, first_flag: str = "--no-set-device-rank"
+) -> torch.device:
+    """Select and return the CUDA device of a rank of this node, or the first one; the CPU if there is none.
+
+    Raise ConfigError if there are fewer devices than ranks; it names `first_flag`, which selects the first device.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    needed = 1 if cfg.no_set_device_rank else max(local_rank + 1, _int_from_env(LOCAL_SIZE_NAMES, 0))
+    needed = 1 if use_first else max(local_rank + 1, _int_from_env(LOCAL_SIZE_NAMES, 0))
     if needed > count:
         raise ConfigError(
             f"{needed} ranks on this node need one CUDA device each, but only {count} are visible: start at most "
-            f"{count} ranks per node, or pass --no-set-device-rank if each rank sees only its own device"
+            f"{count} ranks per node, or pass {first_flag} if each rank sees only its own device"
         )
-    device = torch.device("cuda", 0 if cfg.no_set_device_rank else local_rank)
+    device = torch.device("cuda", 0 if use_first else local_rank)
     torch.cuda.set_device(device)
     return device
 

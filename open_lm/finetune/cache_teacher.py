@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from open_lm.config.command_line import FlagParser
 from open_lm.config.distill_section import TEACHER_PRECISIONS
 from open_lm.errors import ConfigError, join_problems, run_cli
 from open_lm.names import shard_pattern, user_path, weights_path
@@ -22,8 +23,10 @@ METHODS = ("sample", "top-k")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    parser = argparse.ArgumentParser(
-        prog="cache_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    description, _, epilog = (__doc__ or "").partition("\n")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(
+        prog="open_lm.finetune.cache_teacher", description=description, epilog=epilog, formatter_class=style
     )
     add = parser.add_argument
     add("--model", type=user_path, metavar="NAME", help="architecture of the teacher, as --distill-model")
@@ -47,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--end-of-text-id", type=int, help="as the trainer's flag (default: that of the shards' dataset.json)")
     add("--batch-size", type=int, default=8, help="sequences at a time (default: %(default)s)")
     add("--precision", choices=TEACHER_PRECISIONS, default="bf16", help="of the teacher (default: %(default)s)")
-    add("--device", help="cuda, cuda:N or cpu (default: cuda if there is one)")
+    add("--device", help="cuda, cuda:N or cpu (default: cuda if there is one); cuda is a separate device for each rank")
     add("--allow-other-tokenizer", action="store_true", help="accept a teacher with another tokenizer than the data's")
     return parser
 

@@ -26,6 +26,7 @@ from open_lm.data.stream import SampleReader, StreamSpec
 from open_lm.data.teacher_cache import SETTINGS_FILE, CacheSettings, read_settings, shard_problem, write_settings
 from open_lm.data.tokenizers import check_tokenizers
 from open_lm.data.verify import expected_files
+from open_lm.distributed.processes import select_device, world_info_from_env
 from open_lm.errors import ConfigError, DataError
 from open_lm.finetune.distillation import (
     Teacher,
@@ -67,9 +68,7 @@ def open_job(args: argparse.Namespace) -> CacheJob:
             f"--data: several shards are named {doubled[0]}; create a cache for each folder, and give them all to "
             "--distill-cache"
         )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: found no CUDA device; use --device cpu")
+    device = teacher_device(args.device)
     found = find_teacher(DistillConfig(distill_model=args.model, distill_pretrained=args.pretrained))
     check_tokenizers([source], [found.weights], args.allow_other_tokenizer)
     end_id = args.end_of_text_id
@@ -104,6 +103,15 @@ def open_job(args: argparse.Namespace) -> CacheJob:
     _open_folder(folder, settings, {"weights": found.weights, "data": source.name})
     spec = StreamSpec((source,), seq_len, params.vocab_size, args.data_key, fetch=fetch)
     return CacheJob(teacher, source, SampleReader(spec), store, settings, folder, args.batch_size, fetch_folder)
+
+
+def teacher_device(name: str | None) -> torch.device:
+    """Return the device of --device; that of this process's local rank for cuda and by default."""
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: found no CUDA device; use --device cpu")
+    if name in (None, "cuda"):
+        return select_device(world_info_from_env()[0], first_flag="--device cuda:0")
+    return torch.device(name)
 
 
 def _member_ids(store: ShardStore, url: str, data_key: str | None, member: int) -> np.ndarray:

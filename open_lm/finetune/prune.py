@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, join_problems, run_cli
 from open_lm.names import shard_pattern, user_path, weights_path
 
@@ -32,9 +33,9 @@ REPORT, WEIGHTS = "pruning.json", "epoch_0.pt"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    parser = argparse.ArgumentParser(
-        prog="prune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    description, _, epilog = (__doc__ or "").partition("\n")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(prog="open_lm.finetune.prune", description=description, epilog=epilog, formatter_class=style)
     add = parser.add_argument
     add("teacher", type=weights_path, metavar="TEACHER", help="checkpoint, run folder or exported folder")
     add("output", type=user_path, metavar="FOLDER", help="folder to write, which must not exist")
@@ -144,7 +145,8 @@ def write_student(
         "kept_key_heads": {str(layer): kept.key_heads.tolist() for layer, kept in chosen.items()},
         "kept_features": {str(layer): kept.features.tolist() for layer, kept in chosen.items()},
     }
-    with whole_folder(output, MODEL_FILE) as folder:
+    identity = {"prune": source.weights, **{name: report[name] for name in report if name != "block_influence"}}
+    with whole_folder(output, MODEL_FILE, identity) as folder:
         copy_record(source.weights, folder)
         write_json(storage.join(folder, REPORT), report)
         state = {name: value.contiguous() for name, value in pruned.items()}

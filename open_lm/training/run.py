@@ -16,6 +16,7 @@ from open_lm.checkpoint import Candidate, CheckpointManager, Progress, candidate
 from open_lm.checkpoint.adapters import KEY as ADAPTERS_KEY
 from open_lm.checkpoint.sharded import TrainingState
 from open_lm.config.checks import wants_training
+from open_lm.data import provenance
 from open_lm.data.tokenizers import check_tokenizers
 from open_lm.distributed.processes import Runtime, run_on_all_ranks, run_on_master
 from open_lm.errors import CheckpointError, DataError, join_problems
@@ -78,6 +79,11 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
         warn_changed_flags(parts.saved_flags, flags)
         for problem in run_length_problems(config, trainer.scheduler, parts.total_steps) if trainer is not None else ():
             logging.warning(problem)
+        if not config.data.document_mask and (names := provenance.with_conversations(parts.sources)):
+            logging.warning(
+                f"{', '.join(names)}: the data have packed conversations; without --document-mask, attention crosses "
+                "their borders"
+            )
     start_log_file(paths)
     # Entered last, so that it exits first: a failing rank reports before it waits for anything.
     stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.stacks if paths.enabled else None))

@@ -95,6 +95,12 @@ def test_all_problems_are_reported_at_once() -> None:
         ("--global-batch-size 6 --accum-freq 4", "--global-batch-size 6 is not divisible by --accum-freq 4"),
         ("--val-data a b c --val-data-key npy txt", "found 2 values for 3 validation sets"),
         ("--load-pretrained-state", "--load-pretrained-state requires --pretrained"),
+        (
+            "--recipe sft --hf-model x --hf-seq-len 8",
+            "--document-mask of --recipe sft is not supported with --hf-model, which computes attention over full "
+            "sequences; set --no-document-mask",
+        ),
+        ("--hf-model x --hf-seq-len 8 --document-mask", "--document-mask is not supported with --hf-model"),
         ("--hf-model x --hf-seq-len 8 --fp8", "--hf-model with --fp8 requires --hf-fsdp-block"),
         (
             "--hf-model x --hf-seq-len 8 --activation-checkpointing op",

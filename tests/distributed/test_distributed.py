@@ -119,6 +119,22 @@ def test_more_ranks_than_devices_are_rejected(monkeypatch: pytest.MonkeyPatch) -
         distributed.init_runtime(ParallelConfig())
 
 
+def test_cached_teachers_use_the_device_of_their_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from open_lm.finetune.cache_writer import teacher_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    names = [None, "cuda", "cuda:0", "cpu"]
+    assert [str(teacher_device(name)) for name in names] == ["cuda:1", "cuda:1", "cuda:0", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ConfigError, match=r"3 ranks on this node need one CUDA device each.*or pass --device cuda:0 if"
+    ):
+        teacher_device(None)
+
+
 def test_contradicting_launcher_environments_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--preset-world-size 4: the launcher started 1 ranks"):
         distributed.init_runtime(ParallelConfig(preset_world_size=4))

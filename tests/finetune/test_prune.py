@@ -131,6 +131,7 @@ def test_importance_is_low_for_what_has_no_effect(tmp_path: Path) -> None:
             "the angles of head_rotary depend",
         ),
         ({"moe_freq": 2, "moe_num_experts": 2}, ["--layers", "2"], "do not support mixtures of experts"),
+        ({}, ["--unknown"], "unrecognized arguments: --unknown; see --help for all flags"),
         ({}, ["--sequences", "0"], "--sequences: found 0, expected 1 or more"),
     ],
 )

@@ -36,6 +36,7 @@ from open_lm.training.step import StepOptions, train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN, VOCAB = 299, 272
+WARNING = "without --document-mask, attention crosses their borders"
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 2, "vocab_size": VOCAB, "seq_len": SEQ_LEN}
 MODEL = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": SEQ_LEN, "vocab_size": VOCAB}
 
@@ -120,6 +121,23 @@ def test_epoch_needs_a_manifest(tmp_path: Path, data: Path) -> None:
     words = ["--recipe", "sft", "--train-data", str(tmp_path / shard.name), "--model", str(data / "model.json")]
     with pytest.raises(ConfigError, match="has no manifest; set it"):
         main([*words, "--logs", str(tmp_path / "logs")])
+
+
+@pytest.mark.parametrize("flag", ["--dataset-manifest", "--train-data"])
+def test_two_passes_with_adapters(tmp_path: Path, data: Path, flag: str) -> None:
+    main(flags(data, tmp_path, "base", "--epochs", "1"))
+    source = data / "packed" / ("manifest.jsonl" if flag == "--dataset-manifest" else "")
+    words = flags(data, tmp_path, "tuned", "--pretrained", str(tmp_path / "base"), "--lora", "targets=all-linear")
+    at = words.index("--train-data")
+    main([*words[:at], flag, str(source), *words[words.index("--logs") :]])
+    assert len(losses(tmp_path / "tuned")) == 2 * len(stored_sequences(data / "packed")) // 4
+    assert "no effect" not in (tmp_path / "tuned" / "out.log").read_text()
+    assert WARNING not in (tmp_path / "tuned" / "out.log").read_text()
+
+
+def test_conversations_without_a_document_mask_are_a_warning(tmp_path: Path, data: Path) -> None:
+    main(flags(data, tmp_path, "crossing", "--epochs", "1", "--no-document-mask"))
+    assert (tmp_path / "crossing" / "out.log").read_text().count(WARNING) == 1
 
 
 def flags(data: Path, logs: Path, name: str, *more: str) -> list[str]:

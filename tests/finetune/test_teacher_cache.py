@@ -262,6 +262,7 @@ def test_shards_are_compared_by_checksum(files: dict[str, Any]) -> None:
         (["--draws", "0"], "--draws: found 0, expected 1 or more, at most 65535"),
         (["--temperature", "0"], "--temperature: found 0.0, expected a number above 0"),
         (["--end-of-text-id", "3"], "--end-of-text-id has no effect without --document-mask"),
+        (["--unknown"], "unrecognized arguments: --unknown; see --help for all flags"),
         (["--num-ids", "1001"], "--num-ids 1001: the teacher has 1000 ids"),
         (["--output", "s3://bucket/x"], "--output s3://bucket/x: expected a local folder"),
     ],
