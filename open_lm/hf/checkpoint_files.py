@@ -31,6 +31,12 @@ _OUTPUTS = "|".join(re.escape(name) for entry in FEED_FORWARDS.entries().values(
 _SPLIT_BY_COLUMNS = re.compile(rf"\.(attention\.out_proj|feed_forward\.({_OUTPUTS}))\.weight$|\.experts\.mlp\.w[13]$")
 
 
+def layout() -> dict[str, Any]:
+    """Return what decides, beside the tensors, which chunks each file has."""
+    columns = {"column_blocks": _COLUMN_BLOCKS, "split_by_columns": _SPLIT_BY_COLUMNS.pattern}
+    return {"chunk_bytes": CHUNK_BYTES, "file_bytes": FILE_BYTES, **columns}
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """A box of a native tensor: `sizes` values from `offsets` in `part`, whose first row is `first_row`."""

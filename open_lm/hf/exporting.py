@@ -27,6 +27,7 @@ from open_lm.config.key_effects import keys_without_effect
 from open_lm.config.sections import ModelConfig
 from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.errors import CheckpointError, ConfigError, DataError, join_problems
+from open_lm.hf import weight_files
 from open_lm.hf.configuration import FIELDS
 from open_lm.hf.families import architecture
 from open_lm.hf.family_configs import SPECIAL_IDS, config_of, full_config
@@ -79,7 +80,8 @@ def export_model(
     if loaded is not None and loaded.vocab_size > num_ids:
         raise ConfigError(f"--tokenizer {tokenizer}: has {loaded.vocab_size} ids, but the model only {num_ids} rows")
     infos = weights.infos(dtype)
-    identity = {"weights": weights.versions(), "tensors": [str(info) for info in infos], "model": str(fields)}
+    layout = {"tensors": [str(info) for info in infos], "file_bytes": weight_files.SHARD_BYTES}
+    identity = {"weights": weights.versions(), "model": str(fields), **layout}
     with output_folder(target, CONFIG, identity) as folder:
         output = folder.folder
         settings = export_tokenizer(checkpoint, loaded, output, params.seq_len)

@@ -22,7 +22,7 @@ from open_lm.config.architecture import FAMILY_KEY, read_architecture
 from open_lm.config.key_effects import keys_without_effect
 from open_lm.data import provenance
 from open_lm.errors import ConfigError, join_problems
-from open_lm.hf.checkpoint_files import write_checkpoint
+from open_lm.hf.checkpoint_files import layout, write_checkpoint
 from open_lm.hf.families import FAMILIES, architecture
 from open_lm.hf.family_configs import SPECIAL_IDS, differences, full_config, params_from_keys, unimplemented
 from open_lm.hf.folders import CONFIG, GENERATION_CONFIG, MODEL, find_source, read_json, write_json
@@ -64,7 +64,8 @@ def import_model(
     weights = WeightFiles(folder)
     tensor_map = TensorMap(params, config)
     tensor_map.check(weights.tensors, f"{folder}: the weights do not fit {CONFIG}")
-    identity = {"weights": weights.versions(), "config": fields, "model": keys, "dtype": str(dtype)}
+    settings = {"model": keys, "dtype": str(dtype), "layout": layout()}
+    identity = {"weights": weights.versions(), "config": fields, **settings}
     with output_folder(target, MODEL, identity) as output:
         path = output.folder
         if import_tokenizer(folder, path, params.unpadded_vocab_size or params.vocab_size):

@@ -148,6 +148,7 @@ def output_folder(target: str, marker: str, identity: Mapping[str, Any]) -> Iter
 
     Raises:
         ConfigError: `target` exists and is not empty, or another process converts to it.
+        StorageError: `target` cannot be written.
     """
     target = target.rstrip("/")
     if storage.is_remote(target):
@@ -192,13 +193,17 @@ def _lock(folder: str) -> Iterator[None]:
     """Create a folder and lock it; the operating system unlocks it when the process ends, however it ends."""
     path = _lock_path(folder)
     while True:
-        os.makedirs(folder, exist_ok=True)
-        with contextlib.ExitStack() as stack:
+        storage.makedirs(folder)
+        try:
+            file = open(path, "w")  # noqa: SIM115  (closed below)
+        except FileNotFoundError:  # the folder was renamed
+            continue
+        except OSError as error:
+            message = f"{path}: cannot be written ({error.strerror or error})"
+            raise StorageError(f"{message}; make its folder writable, or choose another one") from error
+        with file:
             try:
-                file = stack.enter_context(open(path, "w"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except FileNotFoundError:  # the folder was renamed
-                continue
             except OSError as error:  # some network file systems have no locks
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise ConfigError(
@@ -222,7 +227,7 @@ def _publish(incomplete: str, local: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(target: str, marker: str) -> Iterator[str]:
+def whole_folder(target: str, marker: str, identity: Mapping[str, Any]) -> Iterator[str]:
     """Yield the folder to write, as `output_folder` does, for a result that starts again after an interruption."""
-    with output_folder(target, marker, {}) as output:
+    with output_folder(target, marker, identity) as output:
         yield output.folder

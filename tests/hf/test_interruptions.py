@@ -15,10 +15,11 @@ from family_models import hf_model
 from killed_conversion import convert
 
 from open_lm import storage
-from open_lm.errors import ConfigError
+from open_lm.errors import ConfigError, StorageError
 from open_lm.hf import checkpoint_files, weight_files
+from open_lm.hf import output_folder as output_folder_module
 from open_lm.hf.convert import main
-from open_lm.hf.output_folder import PROGRESS, output_folder
+from open_lm.hf.output_folder import PROGRESS, OutputFolder, output_folder, whole_folder
 
 KILLS = ((3, True), (6, False), (9, True), (0, False))  # (rename, whether it has happened)
 
@@ -113,6 +114,58 @@ def test_other_settings_start_again(
     main(["import", str(source), str(tmp_path / "own"), "--verify"])
     assert "removing the files of another conversion" in caplog.text
     assert PROGRESS not in contents(tmp_path / "own")
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize(
+    ("command", "constant"), [("import", "checkpoint_files.CHUNK_BYTES"), ("export", "weight_files.SHARD_BYTES")]
+)
+def test_another_layout_of_the_files_starts_again(
+    command: str, constant: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after an upgrade between the two attempts."""
+    if command == "export":
+        main(["import", str(source), str(tmp_path / "own")])
+        source = tmp_path / "own"
+    argv = [command, str(source), str(tmp_path / "target")]
+    record = OutputFolder.record
+
+    def interrupted(self: OutputFolder) -> None:
+        record(self)
+        if len(self._files) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(OutputFolder, "record", interrupted)
+        main(argv)
+    monkeypatch.setattr(f"open_lm.hf.{constant}", 3_000)
+    main([command, str(source), str(tmp_path / "whole")])
+    main(argv)
+    expected, actual = contents(tmp_path / "whole"), contents(tmp_path / "target")
+    assert actual.keys() == expected.keys() and [name for name in expected if actual[name] != expected[name]] == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"file/own\.incomplete"):
+        main(["import", str(source), str(tmp_path / "file" / "own")])
+    lock = Path(output_folder_module._lock_path(str(tmp_path / "own.incomplete")))
+    lock.mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"cannot be written \(Is a directory\); make its folder writable"):
+        main(["import", str(source), str(tmp_path / "own")])
+
+
+def test_a_bucket_refuses_another_result_that_is_written_at_once(s3_bucket: str) -> None:
+    url = f"s3://{s3_bucket}/copy"
+    with pytest.raises(KeyboardInterrupt), whole_folder(url, "config.json", {"copy": "a"}):
+        raise KeyboardInterrupt
+    with (
+        pytest.raises(ConfigError, match="contains the files of another unfinished"),
+        whole_folder(url, "config.json", {"copy": "b"}),
+    ):
+        pass
+    with whole_folder(url, "config.json", {"copy": "a"}):
+        pass
 
 
 def test_interrupted_conversions_to_a_bucket(
