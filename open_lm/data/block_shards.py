@@ -8,6 +8,7 @@ the map is held while blocks are added. The files are removed by the last proces
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -72,8 +73,8 @@ class BlockShard:
                 if os.path.samestat(os.fstat(lock), os.stat(self._map_path)):
                     break
             os.close(lock)
-        os.ftruncate(lock, self._sums.num_blocks)
         self._lock = lock
+        _allocate(lock, self._sums.num_blocks)
         self._map_bytes = mmap.mmap(lock, self._sums.num_blocks)
         self._map = np.frombuffer(self._map_bytes, np.uint8)
         flags = os.O_RDWR | os.O_CREAT if self._is_remote else os.O_RDONLY
@@ -258,6 +259,17 @@ class BlockFiller:
     def _fill(self, shard: BlockShard, piece: range, wait: bool = False) -> None:
         if not shard.is_closed and not shard.ensure(shard.missing(piece.start, piece.stop), self._timeout_s, wait):
             self._ahead.submit(partial(self._fill, shard, piece, wait=True))  # another process is fetching it
+
+
+def _allocate(file: int, size: int) -> None:
+    """Extend a file with zeros that have space on the disk, so that a mapping of it can be written to."""
+    os.ftruncate(file, size)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(file, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without it
+                raise
 
 
 def allow_open_files(count: int) -> None:

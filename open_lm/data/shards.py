@@ -7,10 +7,11 @@ one batch ahead) to training/step.py.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property, partial
 from typing import IO
@@ -25,13 +26,15 @@ from open_lm.data.npy_block import NpyRows
 from open_lm.data.remote_shards import RemoteShards
 from open_lm.data.shard_format import MEMBER_KINDS, Member, decode_member, index_shard
 from open_lm.data.verify import Expected, verify
-from open_lm.errors import DataError, UserError
+from open_lm.errors import ConfigError, DataError, UserError
 
 END_OF_TEXT_ID = 0  # of the string "<|endoftext|>" in old txt members: gpt-neox-20b's end of text
 _MAX_DOWNLOADS = 4
 _AHEAD_BYTES = 256 << 20
 _FILES_PER_SHARD = 3
 _UNKNOWN = Expected()
+# What the process or its temporary folder has too little of, which says nothing about a shard.
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.ENOLCK}
 
 
 def sequence_members(members: Sequence[Member], data_key: str | None = None) -> list[Member]:
@@ -158,10 +161,8 @@ class ShardStore:
     def _open_blocks(self, url: str) -> BlockShard:
         assert self._settings.folder is not None
         path = None if needs_fetch(url) else storage.local_path(url)
-        try:
+        with self._explain_errors(url, path):
             return BlockShard(url, self._expected[url], self._settings.folder, path)
-        except OSError as error:
-            raise DataError(f"{url}: cannot be read ({error.strerror or error}); copy the shard there again") from error
 
     def make_readable(self, shard: Shard | BlockShard, members: np.ndarray) -> None:
         """Fetch and verify some members (n,) of a shard. DataError, StorageError as in `get`."""
@@ -233,13 +234,27 @@ class ShardStore:
         expected = self._expected.get(url, _UNKNOWN)
         if needs_fetch(url):
             return self._remote.open(url, expected)
-        try:
-            file = open(storage.local_path(url), "rb")  # noqa: SIM115  (returned)
+        path = storage.local_path(url)
+        with self._explain_errors(url, path):
+            file = open(path, "rb")  # noqa: SIM115  (returned)
             problem = verify(file, expected, self._settings.folder)
-        except OSError as error:
-            message = f"{url}: cannot be read ({error.strerror or error}); copy the shard there again"
-            raise DataError(message) from error
         if problem:
             file.close()
             raise DataError(f"{url}: {problem} from its manifest; copy the shard again, or recreate the manifest")
         return file
+
+    @contextlib.contextmanager
+    def _explain_errors(self, url: str, path: str | None) -> Iterator[None]:
+        """Raise DataError for a local shard at `path` that cannot be read, ConfigError for what the process lacks."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            if error.errno not in _EXHAUSTED and error.filename in (None, path):
+                raise DataError(f"{url}: cannot be read ({reason}); copy the shard there again") from error
+            problem = ConfigError(
+                f"{self._settings.folder or url}: cannot hold the open shards ({reason}); raise `ulimit -n`, or free "
+                "space there (TMPDIR)"
+            )
+            problem.on_every_rank = False
+            raise problem from error

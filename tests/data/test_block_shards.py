@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -26,7 +29,7 @@ from open_lm.data.shards import ShardStore
 from open_lm.data.sources import find_sources
 from open_lm.data.stream import SampleReader, StreamSpec
 from open_lm.data.verify import expected_files
-from open_lm.errors import DataError
+from open_lm.errors import ConfigError, DataError
 from open_lm.utils.make_wds_manifest import make_manifest
 
 
@@ -201,6 +204,40 @@ def test_a_local_shard_of_another_size_is_an_error(tmp_path: Path) -> None:
     source = replace(source, num_bytes=(99,), block_sums=(BlockSums(1, 99, bytes(16)),))
     with pytest.raises(DataError, match=r"bytes, expected 99 from its manifest"):
         reader_of(source, tmp_path / "fetched").read(DataOrder([source], 0).take(1))
+
+
+@pytest.mark.parametrize("has_blocks", [True, False])
+def test_a_full_disk_and_too_few_open_files_are_not_errors_of_a_shard(
+    tmp_path: Path, has_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where broken shards are tolerated."""
+    manifest = write_block_source(tmp_path / "data", [40])
+    (source,) = find_sources(DataConfig(dataset_manifest=[manifest], data_key="npy"))
+    if not has_blocks:
+        source = replace(source, block_sums=(None,), sha256=("",))
+    samples = DataOrder([source], 0).take(1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reader = reader_of(source, tmp_path / "fetched", max_broken_fraction=0.5)
+    monkeypatch.setattr("open_lm.data.shards.allow_open_files", lambda count: None)
+    lowest = os.dup(0)
+    os.close(lowest)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        with pytest.raises(ConfigError, match=r"fetched: cannot hold the open shards \(Too many open files\); raise"):
+            reader.read(samples)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    if has_blocks:
+
+        def full(file: int, offset: int, size: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ConfigError, match=r"fetched: cannot hold the open shards \(No space left on device\)"):
+            reader.read(samples)
+        monkeypatch.undo()
+    filled = reader.read(samples)[1]
+    assert filled.all() and not reader.notices
 
 
 @pytest.mark.processes
