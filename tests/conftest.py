@@ -13,11 +13,14 @@ from typing import Any
 
 import pytest
 from faulty_proxy import FaultyProxy
+from hypothesis import settings
 from strict_s3 import KINDS, StrictS3
 
 pytest_plugins = ["datapreprocess_helpers"]
 # Two test processes share two cores. OpenMP threads of torch that wait for each other would waste their time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile("no_deadline", deadline=None)  # no test depends on the speed of the machine
+settings.load_profile("no_deadline")
 # The fork server of a test process imports these modules once, for all tests that fork processes from it.
 multiprocessing.set_forkserver_preload([
     "open_lm.training.run", "open_lm.training.build", "open_lm.training.trainer", "open_lm.checkpoint", "torch._dynamo",

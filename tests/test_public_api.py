@@ -126,6 +126,7 @@ SCRIPTS = (
     "scripts/check_plan.py",
     "scripts/checks/check_distillation.py",
     "scripts/checks/check_icl_agreement.py",
+    "scripts/checks/check_preferences.py",
     "scripts/checks/harness_differences.py",
     "scripts/compare_curves.py",
     "scripts/download.py",

@@ -78,7 +78,7 @@ class CacheSettings:
     @cached_property
     def digest(self) -> str:
         """A hash of the settings, which is in every file of the cache."""
-        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        text = json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def differences(self, other: CacheSettings) -> list[str]:
@@ -146,7 +146,7 @@ def write_shard(folder: str, shard: str, arrays: Mapping[str, np.ndarray], notes
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(header).encode()
+    text = json.dumps(header, allow_nan=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     with storage.atomic_write(file_path(folder, shard)) as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -27,6 +27,7 @@ from open_lm.errors import ConfigError, DataError, UserError
 from open_lm.finetune.chat_session import ChatModel, Turn
 from open_lm.finetune.conversations import BadConversation, Message, parse_messages
 from open_lm.generate.sampling import Sampling
+from open_lm.storage.strict_json import to_json
 
 PAGE = Path(__file__).resolve().parent / "chat_page.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -163,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_error(self, error: RequestError) -> None:
         kind = "invalid_request_error" if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
         body = {"error": {"message": str(error), "type": kind, "param": error.param, "code": None}}
-        self._send(json.dumps(body).encode(), "application/json", error.status)
+        self._send(to_json(body).encode(), "application/json", error.status)
 
     def _send(
         self,
@@ -193,7 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _models(self) -> None:
         server = self.server
         entry = {"id": server.model.name, "object": "model", "created": server.started_s, "owned_by": "open_lm"}
-        self._send(json.dumps({"object": "list", "data": [entry]}).encode(), "application/json")
+        self._send(to_json({"object": "list", "data": [entry]}).encode(), "application/json")
 
     def _complete(self) -> None:
         request = self._read_request()
@@ -258,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
             "finish_reason": turn.finish_reason,
         }
         body = {**self._envelope("chat.completion"), "choices": [choice], "usage": _usage(turn)}
-        self._send(json.dumps(body).encode(), "application/json")
+        self._send(to_json(body).encode(), "application/json")
 
     def _stream(self, request: Mapping[str, Any], turn: Turn, pieces: Iterator[str]) -> None:
         """Send server-sent events, one for each piece of text."""
@@ -287,7 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._write({**envelope, "choices": [choice]})
 
     def _write(self, value: Mapping[str, Any]) -> None:
-        self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+        self.wfile.write(b"data: " + to_json(value).encode() + b"\n\n")
         self.wfile.flush()
 
 

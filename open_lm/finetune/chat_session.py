@@ -192,7 +192,8 @@ class TerminalChat:
             self._print("error: /save needs a file name" if not file else "error: there is nothing to save yet")
             return
         path = user_path(file)
-        line = json.dumps({"messages": [message.to_json() for message in self.messages]}, ensure_ascii=False)
+        messages = [message.to_json() for message in self.messages]
+        line = json.dumps({"messages": messages}, ensure_ascii=False, allow_nan=False)
         try:
             before = storage.read_text(path) if storage.exists(path) else ""
             separator = "" if not before or before.endswith("\n") else "\n"

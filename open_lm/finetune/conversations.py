@@ -74,7 +74,7 @@ def parse_conversation(record: Any, form: str = "auto") -> Conversation:
 
 def fingerprint(conversation: Conversation) -> bytes:
     """Return a hash (16 bytes) that is equal for conversations with the same roles and contents."""
-    text = json.dumps([[message.role, message.content] for message in conversation], ensure_ascii=True)
+    text = json.dumps([[message.role, message.content] for message in conversation], allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).digest()[:16]
 
 
@@ -189,7 +189,12 @@ def _call_of(call: Any) -> Any:
 
 
 def _as_text(value: Any, place: str) -> str:
-    return unicode_text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), place)
+    if isinstance(value, str):
+        return unicode_text(value, place)
+    try:
+        return unicode_text(json.dumps(value, ensure_ascii=False, allow_nan=False), place)
+    except ValueError as error:
+        raise BadConversation("not JSON", f"{place}: found NaN or an infinity, which JSON does not have") from error
 
 
 def unicode_text(text: str, place: str) -> str:

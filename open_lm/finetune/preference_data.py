@@ -70,7 +70,7 @@ def _read(files: Sequence[str], parse: Callable[[Row], Row]) -> list[Row]:
                     raise ValueError(f"found a {type(content).__name__}, expected a JSON object")
                 row = parse(content)
                 for key, value in row.items():
-                    unicode_text(json.dumps({key: value}, ensure_ascii=False), repr(key))
+                    unicode_text(json.dumps({key: value}, ensure_ascii=False, allow_nan=False), repr(key))
                 rows.append({**row, LOCATION: location})
             except (ValueError, BadConversation) as error:
                 problems.append(f"{location}: {error}")

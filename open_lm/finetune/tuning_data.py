@@ -73,7 +73,7 @@ def stored_dataset(rows: Sequence[Row], folder: str, split: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    content = json.dumps(rows, ensure_ascii=False, sort_keys=True)
+    content = json.dumps(rows, ensure_ascii=False, sort_keys=True, allow_nan=False)
     target = storage.join(folder, f"{split}-{hashlib.sha256(content.encode()).hexdigest()[:16]}")
 
     def write() -> None:

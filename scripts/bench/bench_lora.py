@@ -114,7 +114,7 @@ def main() -> None:
     add("--kind", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.kind is not None:
-        print(json.dumps(measure(args)))
+        print(json.dumps(measure(args), allow_nan=False))
         return
     print(f"{args.model}, {args.batch_size} x {args.seq_len} tokens, {args.precision}, {args.lora}")
     columns = ("trained parameters", "peak GB", "weights GB", "gradients + state GB", "tokens/s")
@@ -122,7 +122,7 @@ def main() -> None:
     for kind in args.kinds:
         command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found = json.loads(output.splitlines()[-1])
+        found = json.loads(output.rstrip("\n").rpartition("\n")[2])
         sizes = (f"{found[key] / 1e9:.3f}" for key in ("peak", "weights", "state"))
         cells = (f"{found['trained']:,}", *sizes, f"{found['tokens_per_s']:.0f}")
         print(f"{kind:<8}" + "".join(f"{cell:>22}" for cell in cells), flush=True)

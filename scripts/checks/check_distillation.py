@@ -35,7 +35,7 @@ from open_lm.data.manifest import ManifestEntry, write_manifest
 from open_lm.data.shard_format import ShardWriter
 from open_lm.errors import ConfigError, DataError, UserError, run_cli
 from open_lm.names import user_path
-from open_lm.storage import write_text
+from open_lm.storage import read_lines, write_text
 from open_lm.storage.strict_json import to_json
 
 SEQ_LEN, VOCAB_SIZE, END_OF_TEXT, BATCH, SHARDS = 128, 256, 0, 16, 4
@@ -119,7 +119,7 @@ def train(  # noqa: PLR0917 - the settings of a run
         "--warmup", str(steps // 10), "--wd", "0.1", "--grad-clip-norm", "1", "--precision", "fp32",
         "--name", name, "--logs", str(folder / "logs"), "--log-every-n-steps", "100", *flags,
     ])  # fmt: skip
-    lines = (folder / "logs" / name / "checkpoints" / "results.jsonl").read_text().splitlines()
+    lines = read_lines(str(folder / "logs" / name / "checkpoints" / "results.jsonl"))
     result: dict[str, Any] = json.loads(lines[-1])[0]
     return result
 

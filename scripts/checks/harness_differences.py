@@ -148,7 +148,9 @@ def lm_eval_scores(model: Any, questions: Sequence[Question], folder: Path) -> t
     from open_lm.evaluate.lm_eval.results import check_task_names, evaluate
 
     rows = [{"context": q.context, "choices": list(q.choices), "gold": q.gold} for q in questions]
-    (folder / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    (folder / "data.jsonl").write_text(
+        "".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows), encoding="utf-8"
+    )
     metrics = ("acc", "acc_norm", "acc_bytes")
     task = {
         "task": "open_lm_differences", "dataset_path": "json", "validation_split": "validation",

@@ -75,7 +75,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in (END_OF_TEXT, TURN_START, TURN_END)])
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
     write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
-    write_text(folder / "tokenizer_config.json", json.dumps(config) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(config, allow_nan=False) + "\n")
 
 
 def document(rng: random.Random) -> str:
@@ -124,7 +124,7 @@ def tasks(rng: random.Random) -> dict[str, list[dict[str, Any]]]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def write_data(folder: Path, documents: int, num_forms: int) -> None:
@@ -144,7 +144,7 @@ def write_data(folder: Path, documents: int, num_forms: int) -> None:
     shape = {"seq_len": 64, "vocab_size": 259, "post_embed_norm": False, "weight_tying": False, "qk_norm": True}
     for name, dim, layers in (("model", 128, 4), ("student", 64, 4)):
         config = {"hidden_dim": dim, "n_layers": layers, "n_heads": 4, **shape}
-        write_text(folder / f"{name}.json", json.dumps(config, indent=2) + "\n")
+        write_text(folder / f"{name}.json", json.dumps(config, indent=2, allow_nan=False) + "\n")
 
 
 def main(argv: list[str]) -> None:

