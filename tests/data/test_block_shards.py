@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -216,17 +216,16 @@ def test_a_full_disk_and_too_few_open_files_are_not_errors_of_a_shard(
     if not has_blocks:
         source = replace(source, block_sums=(None,), sha256=("",))
     samples = DataOrder([source], 0).take(1)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     reader = reader_of(source, tmp_path / "fetched", max_broken_fraction=0.5)
-    monkeypatch.setattr("open_lm.data.shards.allow_open_files", lambda count: None)
-    lowest = os.dup(0)
-    os.close(lowest)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+
+    def too_many(*_args: Any, **_options: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        target = "open_lm.data.block_shards.os.open" if has_blocks else "open_lm.data.shards.open"
+        patch.setattr(target, too_many, raising=False)
         with pytest.raises(ConfigError, match=r"fetched: cannot hold the open shards \(Too many open files\); raise"):
             reader.read(samples)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     if has_blocks:
 
         def full(file: int, offset: int, size: int) -> None:
