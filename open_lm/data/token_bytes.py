@@ -1,4 +1,4 @@
-"""Count the bytes of text that each token of a tokenizer stands for: bits per byte compare models of any tokenizer."""
+"""Count the bytes of text per token id, for losses in bits per byte, which do not depend on the tokenizer."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _of_json(tokenizer: JsonTokenizer) -> np.ndarray | None:
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int32)
     for token, index in content["model"]["vocab"].items():
         if is_byte_level:
-            counts[index] = len(token)  # each character of the vocabulary stands for a byte
+            counts[index] = len(token)  # each character of the vocabulary encodes one byte
         elif len(token) == _BYTE_PIECE_LENGTH and token.startswith("<0x") and token.endswith(">"):
             counts[index] = 1
         else:

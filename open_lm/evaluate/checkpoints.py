@@ -1,7 +1,7 @@
 """Find and load the checkpoints that a program evaluates, in every format that has a native model.
 
 A checkpoint is an epoch_N.pt, a step_N folder, the file of an averager, another file of weights, or a folder in the
-format of transformers; a run folder stands for its checkpoints.
+format of transformers; a run folder selects its checkpoints.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def evaluate_sets(model: nn.Module, loaders: Sequence[ValLoader], options: Evalu
     filler sequences and masked targets; `tokens` and `sequences` are the numbers of valid ones. `samples_per_second`
     counts tokens, as in existing results. `max_batches` is in the result of a set that --val-max-batches has cut, and
     `name` in those of sets with names. If the bytes of tokens are known, `bits_per_byte` is the mean loss of the tokens
-    that stand for text, in bits per byte of this text, and `bytes` the number of bytes.
+    that encode text, in bits per byte of this text, and `bytes` the number of bytes.
     """
     results = []
     names: Sequence[str | None] = options.cfg.val_names or [None] * len(loaders)
@@ -223,7 +223,7 @@ class _LossSamples:
 
 def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOptions) -> dict[str, Any]:
     runtime, cfg = options.runtime, options.cfg
-    # loss, tokens, sequences; loss and bytes of the tokens that stand for text
+    # loss, tokens, sequences; loss and bytes of the tokens that encode text
     totals = torch.zeros(5, dtype=torch.float64, device=runtime.device)
     samples = _LossSamples(cfg, runtime.device)
     data_s, steps, positions, start = 0.0, 0, 0, time.perf_counter()
@@ -270,9 +270,9 @@ def _evaluate_set(model: nn.Module, loader: ValLoader, options: EvaluationOption
 
 
 def _text_sums(losses: Tensor, valid: Tensor, targets: Tensor, token_bytes: Tensor | None) -> list[Tensor]:
-    """Return the loss (sum) and the bytes of the valid targets (B,T) that stand for text; empty without `token_bytes`.
+    """Return the loss (sum) and the bytes of the valid targets (B,T) that encode text; empty without `token_bytes`.
 
-    Special tokens, such as the one that ends a document, stand for no byte and do not count.
+    Special tokens, such as the one that ends a document, encode no text and do not count.
     """
     if token_bytes is None:
         return []

@@ -124,7 +124,7 @@ def _held_back(text: str, stops: Sequence[str]) -> int:
 
 @dataclass
 class TerminalChat:
-    """A chat on a terminal: reads lines, prints turns as they are generated, and obeys the commands of HELP."""
+    """A terminal chat that reads lines, streams the answers and runs the commands in HELP."""
 
     model: ChatModel
     sampling: Sampling

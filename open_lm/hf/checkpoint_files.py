@@ -32,7 +32,7 @@ _SPLIT_BY_COLUMNS = re.compile(rf"\.(attention\.out_proj|feed_forward\.({_OUTPUT
 
 
 def layout() -> dict[str, Any]:
-    """Return what decides, beside the tensors, which chunks each file has."""
+    """Return the settings that, together with the tensors, determine the chunks of each file."""
     columns = {"column_blocks": _COLUMN_BLOCKS, "split_by_columns": _SPLIT_BY_COLUMNS.pattern}
     return {"chunk_bytes": CHUNK_BYTES, "file_bytes": FILE_BYTES, **columns}
 

@@ -41,7 +41,7 @@ class OutputFolder:
             ConfigError: a bucket has files of another conversion.
         """
         self.folder = folder
-        self._identity = json.loads(json.dumps(identity, allow_nan=False))  # as it is read back
+        self._identity = json.loads(json.dumps(identity, allow_nan=False))  # tuples become lists, as in the stored file
         self._files: dict[str, dict[str, Any]] = {}
         progress = self._read_progress()
         if progress is None:

@@ -10,7 +10,7 @@
 
 namespace {
 
-// Constants for heads of WIDTH features; 0 stands for any width, which only the arguments have. Accumulators must fit
+// Constants for heads of WIDTH features; 0 means that the width is known only at run time. Accumulators must fit
 // the 32 registers.
 template <int WIDTH>
 struct Block {
