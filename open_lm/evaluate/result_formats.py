@@ -28,8 +28,8 @@ def dclm_form(files: Sequence[str], name: str, model_uuid: str | None = None) ->
     """Return the results of one model as the content of a file in DCLM's exp_data/evals, and what was left out.
 
     `eval_metrics.icl` has the score of each task under its label. A task of DCLM with another number of shots is left
-    out, because its label names a single number of shots. The aggregates of DCLM's aggregated_metrics.py follow, except for
-    those that need its table of categories; that program adds them to the file.
+    out, because its label names a single number of shots. The aggregates of DCLM's aggregated_metrics.py follow, except
+    for those that need its table of categories; that program adds them to the file.
 
     Args:
         files: results of eval_openlm_ckpt.py for the same weights; their tasks are combined.
