@@ -122,8 +122,7 @@ class BatchPipeline:
         order = make_order(spec.stream.sources, spec.seed, spec.order, size_of=self._reader.size_of, state=spec.state)
         rows = rows_of_rank(order.lanes, spec.global_batch_size, spec.rank, spec.world_size)
         first, ahead = order.position, list[Piece]()
-        self._reader.prefetch(order.entered())
-        self._reader.prefetch(order.upcoming(order.lanes))
+        self._reader.prefetch(order.entered() + order.upcoming(order.lanes))
         for number in itertools.count():
             count, before = spec.global_batch_size, order.position
             if spec.max_sequences is not None:
