@@ -40,14 +40,7 @@ PROMPT = "> "
 
 
 def build_parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n")
-    parser = FlagParser(
-        prog="chat.py",
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = FlagParser.of_program("chat.py", __doc__, allow_abbrev=False)
     add_source_args(parser)
     chat = parser.add_argument_group("chat")
     chat.add_argument(

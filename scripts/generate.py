@@ -39,14 +39,7 @@ SEPARATOR = "-" * 8
 
 
 def build_parser() -> argparse.ArgumentParser:
-    description, _, rest = (__doc__ or "").partition("\n")
-    parser = FlagParser(
-        prog="generate.py",
-        description=description,
-        epilog=rest,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = FlagParser.of_program("generate.py", __doc__, allow_abbrev=False)
     add_source_args(parser)
     text = parser.add_argument_group("prompts (default: read one prompt per line from standard input)")
     text.add_argument("--prompt", "--input-text", action="append", default=[], help="text to continue; repeatable")

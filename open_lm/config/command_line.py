@@ -35,6 +35,13 @@ LATER_FLAGS = frozenset({
 class FlagParser(argparse.ArgumentParser):
     """An argument parser that raises ConfigError instead of exiting and keeps existing abbreviations unambiguous."""
 
+    @classmethod
+    def of_program(cls, prog: str, doc: str | None, **options: Any) -> FlagParser:
+        """Return the parser of a program. Its help begins with the first line of `doc` and ends with the others."""
+        description, _, epilog = (doc or "").partition("\n")
+        style = argparse.RawDescriptionHelpFormatter
+        return cls(prog=prog, description=description, epilog=epilog, formatter_class=style, **options)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help for all flags")
 

@@ -20,9 +20,7 @@ from open_lm.names import user_path
 
 
 def build_parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = FlagParser(prog="open_lm.evaluate.export", description=description, epilog=epilog, formatter_class=style)
+    parser = FlagParser.of_program("open_lm.evaluate.export", __doc__)
     parser.add_argument(
         "results", type=user_path, nargs="+", metavar="RESULT", help="JSON results of eval_openlm_ckpt.py"
     )

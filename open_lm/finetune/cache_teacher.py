@@ -23,11 +23,7 @@ METHODS = ("sample", "top-k")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    description, _, epilog = (__doc__ or "").partition("\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = FlagParser(
-        prog="open_lm.finetune.cache_teacher", description=description, epilog=epilog, formatter_class=style
-    )
+    parser = FlagParser.of_program("open_lm.finetune.cache_teacher", __doc__)
     add = parser.add_argument
     add("--model", type=user_path, metavar="NAME", help="architecture of the teacher, as --distill-model")
     add("--pretrained", type=weights_path, metavar="PATH", help="weights of the teacher, as --distill-pretrained")

@@ -141,13 +141,9 @@ def parse(argv: Sequence[str], command: str, description: str, section: type[Sec
 
 
 def _parser(command: str, description: str, sections: Sequence[type[Section]]) -> argparse.ArgumentParser:
-    first, _, rest = description.partition("\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = FlagParser(
-        prog=f"open_lm.finetune.{command}",
-        description=first,
-        epilog=f"{rest}\nrecipes: {', '.join(recipe_names(command))}",
-        formatter_class=style,
+    parser = FlagParser.of_program(
+        f"open_lm.finetune.{command}",
+        f"{description}\nrecipes: {', '.join(recipe_names(command))}",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

@@ -26,9 +26,7 @@ from open_lm.names import user_path
 
 
 def build_parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = FlagParser(prog="open_lm.finetune.merge", description=description, epilog=epilog, formatter_class=style)
+    parser = FlagParser.of_program("open_lm.finetune.merge", __doc__)
     parser.add_argument(
         "source", type=user_path, metavar="SOURCE", help="run or checkpoint with adapters, or a folder of PEFT"
     )

@@ -33,9 +33,7 @@ REPORT, WEIGHTS = "pruning.json", "epoch_0.pt"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    description, _, epilog = (__doc__ or "").partition("\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = FlagParser(prog="open_lm.finetune.prune", description=description, epilog=epilog, formatter_class=style)
+    parser = FlagParser.of_program("open_lm.finetune.prune", __doc__)
     add = parser.add_argument
     add("teacher", type=weights_path, metavar="TEACHER", help="checkpoint, run folder or exported folder")
     add("output", type=user_path, metavar="FOLDER", help="folder to write, which must not exist")

@@ -28,9 +28,7 @@ _OTHER_NAMES = {"--checkpoint_dir", "--checkpoint-dir", "--output_file", "--outp
 
 
 def build_parser() -> argparse.ArgumentParser:
-    description, _, epilog = (__doc__ or "").partition("\n")
-    style = argparse.RawDescriptionHelpFormatter
-    parser = FlagParser(prog="open_lm.hf.convert", description=description, epilog=epilog, formatter_class=style)
+    parser = FlagParser.of_program("open_lm.hf.convert", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="import | export")
     importer = commands.add_parser("import", help="from transformers to this package", allow_abbrev=False)
     importer.add_argument(
