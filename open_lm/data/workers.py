@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from typing import TypeVar
 
 from torch.utils.data import DataLoader
@@ -21,6 +23,29 @@ _UNKNOWN_SENDER_GRACE_S = 60.0  # time for the main process to save and end afte
 T = TypeVar("T")
 
 
+class _SharedFlag:
+    """The part of multiprocessing.Event that torch uses to end its workers, without a lock.
+
+    A worker that is killed while it holds the lock of an Event never releases it, and the main process waits forever.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._value = context.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+
+def _worker_context() -> BaseContext:
+    """Return the default multiprocessing context with events that have no lock."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Event = lambda: _SharedFlag(context)  # type: ignore[assignment, method-assign, return-value]
+    return context
+
+
 def iterate_workers(loader: DataLoader[T]) -> Iterator[T]:
     """Yield the loader's results. DataError for a worker that died, when its result is awaited.
 
@@ -29,6 +54,8 @@ def iterate_workers(loader: DataLoader[T]) -> Iterator[T]:
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD)
+    if loader.num_workers:
+        loader.multiprocessing_context = _worker_context()
     with _blocked_signals():
         iterator = iter(loader)
     if in_main_thread and loader.num_workers:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 import torch
 from data_helpers import SEQ_LEN, VOCAB_SIZE, write_source
+from torch.utils.data import DataLoader
 
 from open_lm.config.sections import DataConfig
 from open_lm.data import workers
@@ -42,6 +45,20 @@ def test_the_error_for_a_killed_worker_names_it(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGCHLD) == handler
     state = loader.state  # the run can continue from there
     assert next(loader.batches(1))[1] != state
+
+
+def die_with_lock(_worker: int) -> None:
+    """Acquire the locks of all events of this process, and kill it."""
+    for event in [item for item in gc.get_objects() if isinstance(item, Event)]:
+        event._cond.acquire()  # type: ignore[attr-defined]
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_is_killed_while_it_holds_a_lock_blocks_nobody() -> None:
+    items: DataLoader[int] = DataLoader([1, 2, 3], batch_size=None, num_workers=1, worker_init_fn=die_with_lock)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="killed from outside"):
+        list(workers.iterate_workers(items))
 
 
 @pytest.mark.parametrize("has_sigtimedwait", [True, False])  # False: macOS
