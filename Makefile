@@ -77,7 +77,7 @@ lint: install  ## run ruff
 
 check-types: install  ## run mypy
 	$(VENV)/bin/mypy
-	MYPYPATH=scripts/bench:scripts/checks:scripts/launch $(VENV)/bin/mypy $$(find scripts eval -type f -name '*.py')
+	MYPYPATH=scripts/bench:scripts/checks $(VENV)/bin/mypy $$(find scripts eval -type f -name '*.py')
 
 layers: install  ## check that packages import downwards only
 	$(VENV)/bin/lint-imports

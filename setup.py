@@ -35,6 +35,7 @@ setup(
         "open_lm.evaluate.icl": ["*.yaml"],
         "open_lm.finetune": ["templates/*.jinja", "recipes/*/*.yaml", "chat_page.html"],
     },
+    entry_points={"console_scripts": ["open-lm = open_lm.cli.main:main"]},
     python_requires=">=3.10,<3.14",
     install_requires=requirements("core"),
     extras_require=extras,

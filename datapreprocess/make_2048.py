@@ -26,6 +26,7 @@ from open_lm.datapreprocess.commands import (
     start_logging,
 )
 from open_lm.names import input_pattern, user_path
+from open_lm.program import program_name
 from open_lm.tokenizer import DEFAULT_TOKENIZER
 
 
@@ -33,7 +34,7 @@ def make_parser() -> Parser:
     """Return the parser of the command."""
     from open_lm.datapreprocess.readers import describe_suffixes
 
-    parser = Parser(prog="make_2048.py", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = Parser(prog=program_name("make_2048.py"), description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument(
         "--input-files", type=input_pattern, nargs="+", default=[], metavar="PATH",
         help="files, globs, folders, or @lists of them, local or s3://…; supported suffixes: " + describe_suffixes(),

@@ -26,6 +26,7 @@ from open_lm.datapreprocess.commands import (
     warn_without_effect,
 )
 from open_lm.names import input_list, user_path
+from open_lm.program import program_name
 from open_lm.tokenizer import DEFAULT_TOKENIZER
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def make_parser() -> Parser:
     """Return the parser of the command."""
     from open_lm.datapreprocess.readers import describe_suffixes
 
-    parser = Parser(prog="tokenize_shuffle.py", description=__doc__.partition("\n")[0] if __doc__ else None)
+    description = (__doc__ or "").partition("\n")[0]
+    parser = Parser(prog=program_name("tokenize_shuffle.py"), description=description)
     add = parser.add_argument
     add(
         "--input",

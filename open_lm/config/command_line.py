@@ -17,6 +17,7 @@ from open_lm.config.sections import ArchitectureConfig, Config, sections
 from open_lm.config.suggestions import suggest
 from open_lm.errors import ConfigError, join_problems
 from open_lm.names import user_file, weights_path
+from open_lm.program import program_name
 
 # Flags that were added later must not make existing abbreviations ambiguous.
 LATER_FLAGS = frozenset({
@@ -40,7 +41,7 @@ class FlagParser(argparse.ArgumentParser):
         """Return the parser of a program. Its help begins with the first line of `doc` and ends with the others."""
         description, _, epilog = (doc or "").partition("\n")
         style = argparse.RawDescriptionHelpFormatter
-        return cls(prog=prog, description=description, epilog=epilog, formatter_class=style, **options)
+        return cls(prog=program_name(prog), description=description, epilog=epilog, formatter_class=style, **options)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see --help for all flags")
@@ -183,7 +184,7 @@ def _mesh_shards(mesh_dim: str | None) -> bool:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the trainer, with one flag per field and one group per section."""
     parser = FlagParser(
-        prog="open_lm.main",
+        prog=program_name("open_lm.main"),
         description="Train or evaluate a language model on shards of tokens. Use torchrun for several processes. "
         "--no-FLAG (such as --no-fsdp) turns off a flag that takes no value, even if --config turns it on.",
         argument_default=argparse.SUPPRESS,

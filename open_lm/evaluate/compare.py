@@ -29,6 +29,7 @@ from open_lm.evaluate.icl.report import align, read_json
 from open_lm.evaluate.icl.significance import Comparison, Difference, Paired, Unpaired, Untested, bootstrap
 from open_lm.evaluate.icl.store import read_finished
 from open_lm.names import user_path
+from open_lm.program import program_name
 from open_lm.storage.strict_json import to_json
 
 SCHEMA = "open_lm.icl_comparison/1"  # of --json
@@ -318,7 +319,7 @@ def _p_text(p_value: float) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m open_lm.evaluate.compare",
+        prog=program_name("python -m open_lm.evaluate.compare"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -14,6 +14,7 @@ from open_lm.datapreprocess.commands import Parser, add_work_options, exclude_ou
 from open_lm.errors import ConfigError
 from open_lm.finetune.chat_templates import OWN, ChatTemplate, find_template, template_names
 from open_lm.names import input_pattern, user_path
+from open_lm.program import program_name
 from open_lm.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def make_parser() -> Parser:
     """Return the parser of the command."""
     from open_lm.datapreprocess.readers import describe_suffixes
 
-    parser = Parser(prog="make_sft.py", description=DESCRIPTION)
+    parser = Parser(prog=program_name("make_sft.py"), description=DESCRIPTION)
     add = parser.add_argument
     add(
         "--input-files", type=input_pattern, nargs="+", required=True, metavar="PATH",

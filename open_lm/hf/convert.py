@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import run_cli
 from open_lm.names import user_path
+from open_lm.program import program_name
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def with_subcommand(argv: Sequence[str]) -> list[str]:
     """Return the arguments with `import SOURCE DEST` in place of --checkpoint_dir SOURCE --output_file DEST."""
     if not any(argument.partition("=")[0] in _OTHER_NAMES for argument in argv):
         return list(argv)
-    parser = FlagParser(prog="open_lm.hf.convert", allow_abbrev=False)
+    parser = FlagParser(prog=program_name("open_lm.hf.convert"), allow_abbrev=False)
     parser.add_argument("--checkpoint_dir", "--checkpoint-dir", type=user_path, required=True)
     parser.add_argument("--output_file", "--output-file", type=user_path, required=True)
     named, rest = parser.parse_known_args(list(argv))

@@ -25,6 +25,7 @@ from open_lm.planner.checkpoints import Checkpoints, plan_checkpoints
 from open_lm.planner.report import Plan, format_plan, plan_values
 from open_lm.planner.strategies import STRATEGIES, Machine, Option, Requirements, evaluate_options, fastest
 from open_lm.planner.traffic import Rates
+from open_lm.program import program_name
 from open_lm.storage import parse_bytes
 from open_lm.storage.strict_json import to_json
 
@@ -36,7 +37,7 @@ MFU = 0.45  # assumed if neither given nor measured
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the planner's own flags. The trainer's parser handles all others."""
     parser = argparse.ArgumentParser(
-        prog="open_lm.plan",
+        prog=program_name("open_lm.plan"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

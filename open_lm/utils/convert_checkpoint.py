@@ -14,6 +14,7 @@ import sys
 
 from open_lm.errors import CheckpointError, run_cli
 from open_lm.names import user_path
+from open_lm.program import program_name
 
 
 def main(argv: list[str]) -> str:
@@ -24,7 +25,9 @@ def main(argv: list[str]) -> str:
         StorageError: a folder cannot be read or written.
     """
     parser = argparse.ArgumentParser(
-        prog="convert_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("convert_checkpoint"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=user_path, metavar="STEP_FOLDER", help="step_N folder, local or s3://…")
     parser.add_argument(

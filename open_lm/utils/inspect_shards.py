@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_lm.errors import ConfigError, DataError, join_problems, run_cli
 from open_lm.names import shard_pattern, unescape, user_path
+from open_lm.program import program_name
 from open_lm.system import available_cpus
 
 if TYPE_CHECKING:
@@ -33,7 +34,9 @@ class BrokenDataSet(DataError):
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="inspect_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program_name("inspect_shards"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_lm.errors import DataError, join_problems, run_cli
 from open_lm.names import user_path
+from open_lm.program import program_name
 
 if TYPE_CHECKING:
     from open_lm.data.shard_format import ManifestEntry
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="make_wds_manifest", description=(__doc__ or "").partition("\n")[0])
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=program_name("make_wds_manifest"), description=description)
     parser.add_argument("--data-dir", type=user_path, required=True, help="folder of shards, local or s3://…")
     parser.add_argument("--manifest-filename", default="manifest.jsonl", help="name of the manifest in that folder")
     parser.add_argument("--num-workers", type=int, default=2, help="number of shards to read in parallel (default: 2)")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from launch import Host, launch, parse_host, read_hosts
 
+from open_lm.cli.launch import Host, launch, parse_host, read_hosts
 from open_lm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +83,7 @@ def test_a_dry_run_prints_commands_without_variable_values(
     assert first.startswith("me@node1:22: ssh -o BatchMode=yes") and " -p 22 me@node1 " in first
     assert " node2 " in second and "-p" not in second.split()
     # Quoted once for the local shell and once for the remote shell.
-    assert first.endswith(f"""''"'"'/my env/python'"'"'' {ROOT}/scripts/launch/launch_node.py""")
+    assert first.endswith(f"""''"'"'/my env/python'"'"'' {ROOT}/open_lm/cli/launch_node.py""")
     assert "--nnodes 2 --node-rank 0 --nproc-per-node 8" in run and run.endswith("-m open_lm.main --name 'a b;c'")
     assert "AWS_SECRET_ACCESS_KEY, " in variables and "NCCL_SOCKET_IFNAME" in variables
     assert "hidden" not in first + run + variables and "eth7" not in variables

@@ -68,7 +68,7 @@ def test_texts_are_read_without_byte_order_mark_and_with_their_line_ends(tmp_pat
 @pytest.mark.parametrize("source", ["file", "standard input"])
 def test_prompts_of_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    read_prompts = from_script("scripts/generate.py", "read_prompts")
+    read_prompts = from_script("open_lm/cli/generate.py", "read_prompts")
     data = f"{BOM}one{INNER}more\r\n\n two\nthree".encode()
     (tmp_path / "prompts").write_bytes(data)
     files = [str(tmp_path / "prompts")]
@@ -79,7 +79,7 @@ def test_prompts_of_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, so
 
 
 def test_a_prompt_of_a_whole_file_has_no_byte_order_mark(tmp_path: Path) -> None:
-    read_prompts = from_script("scripts/generate.py", "read_prompts")
+    read_prompts = from_script("open_lm/cli/generate.py", "read_prompts")
     (tmp_path / "prompts").write_bytes(f"{BOM}one\u2028more\r\ntwo\n".encode())
     assert read_prompts([], [str(tmp_path / "prompts")], True) == ["one\u2028more\ntwo"]
 
@@ -96,7 +96,7 @@ def test_examples_of_an_evaluation(tmp_path: Path) -> None:
 
 def test_hosts_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "launch"))
-    read_hosts = from_script("scripts/launch/launch.py", "read_hosts")
+    read_hosts = from_script("open_lm/cli/launch.py", "read_hosts")
     (tmp_path / "hosts").write_bytes(f"{BOM}node1\r\nnode2 # the \x0b second \u2028 node\nnode3".encode())
     assert [str(host) for host in read_hosts(tmp_path / "hosts")] == ["node1", "node2", "node3"]
 

@@ -28,6 +28,7 @@ from open_lm import storage
 from open_lm.errors import ConfigError, StorageError, UserError, join_problems, run_cli
 from open_lm.evaluate.icl import olmo_data
 from open_lm.names import user_file, user_path
+from open_lm.program import program_name
 from open_lm.storage.strict_json import to_json
 
 # DCLM's evaluation uses these files as well.
@@ -197,7 +198,7 @@ def files_of_tasks(yaml_files: Sequence[str]) -> Iterator[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m open_lm.evaluate.icl.download",
+        prog=program_name("python -m open_lm.evaluate.icl.download"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

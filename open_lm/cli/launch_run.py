@@ -16,8 +16,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType, TracebackType
 from typing import IO, Any, Literal
 
-from launch_node import MARK, SILENCE_S
-
+from open_lm.cli.launch_node import MARK, SILENCE_S
 from open_lm.errors import STOP_SIGNALS, ConfigError, join_problems
 
 LOST = 255  # exit code for a lost connection, like that of ssh

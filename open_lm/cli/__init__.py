@@ -1,0 +1,1 @@
+"""The console command `open-lm`, and programs that are only commands."""
