@@ -1,0 +1,144 @@
+"""Build an open release of a finished run, rate its openness, and verify it.
+
+    python -m open_lm.release logs/NAME --out bundle --license Apache-2.0 --license data=CC-BY-4.0 --producer "ACME Lab"
+    python -m open_lm.release --rate bundle/mof.yml
+    python -m open_lm.release --verify bundle --public-key acme.pub
+
+The first form builds a bundle: a folder with weights, code, cards, report, data and mof.yml, the description of the
+release in the schema of the Model Openness Tool. --rate prints the class of such a description by the tool's rules.
+--verify checks checksums, signature, components, licenses and secrets of a bundle; its exit code is 0 if all is well.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from open_lm.config.command_line import FlagParser
+from open_lm.errors import ConfigError
+from open_lm.names import user_file, user_path
+from open_lm.release.components import COMPONENTS
+from open_lm.release.licenses import is_open, suggestion
+from open_lm.release.mof_file import DISTRIBUTION, LICENSE_SCOPES
+from open_lm.release.settings import BundleSettings
+
+_BUILD_ONLY = ("out", "license", "name", "version", "producer", "contact", "origin", "paper", "redact", "sign_key",
+               "sigstore", "upload")  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = FlagParser.of_program("open_lm.release", __doc__, allow_abbrev=False)
+    parser.add_argument("run", nargs="?", type=user_path, metavar="RUN", help="run folder to release")
+    _add_build_flags(parser)
+    checks = parser.add_argument_group("checks")
+    checks.add_argument("--rate", type=user_file, metavar="FILE", help="rate a release file such as mof.yml")
+    checks.add_argument("--json", action="store_true", help="with --rate: print the rating as JSON")
+    return parser
+
+
+def _add_build_flags(parser: argparse.ArgumentParser) -> None:
+    build = parser.add_argument_group("bundle")
+    build.add_argument("--out", type=user_file, metavar="FOLDER", help="bundle to write, which must not exist")
+    build.add_argument(
+        "--license",
+        action="append",
+        default=[],
+        metavar="[SCOPE=]ID",
+        help="SPDX id of an open license; SCOPE is code, data, document or the name of a component, such as "
+        "'Datasets' (default: everything without a license of its own); may be repeated",
+    )
+    build.add_argument("--name", help="name of the release (default: that of the run)")
+    build.add_argument("--version", help="version of the release")
+    build.add_argument("--producer", help="person or organization that releases the model")
+    build.add_argument("--contact", help="how to reach the producer")
+    build.add_argument("--origin", help="model from which this one derives")
+    build.add_argument("--paper", type=user_file, metavar="FILE", help="research paper (PDF, Markdown or LaTeX)")
+    build.add_argument(
+        "--redact",
+        action="store_true",
+        help="replace secrets and private paths in logs and settings, instead of refusing to build",
+    )
+    build.add_argument(
+        "--sign-key", type=user_file, metavar="FILE", help="sign with this private key (PEM, elliptic curve), offline"
+    )
+    build.add_argument(
+        "--sigstore", action="store_true", help="sign with the identity of a sigstore login; needs the network"
+    )
+    build.add_argument("--upload", type=user_path, metavar="URL", help="copy the bundle to hf://… or s3://…")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: wrong flags, a bundle that cannot be built, or one that fails the verification.
+    """
+    args = build_parser().parse_args(argv)
+    _check_mode(args)
+    if args.rate is not None:
+        _rate(args.rate, args.json)
+    else:
+        _build(args)
+
+
+def _check_mode(args: argparse.Namespace) -> None:
+    """Raise ConfigError unless the flags select exactly one of building and checking."""
+    modes = [name for name, value in (("RUN", args.run), ("--rate", args.rate)) if value is not None]
+    if len(modes) != 1:
+        raise ConfigError(f"expected a RUN to release or --rate FILE, found {' and '.join(modes) or 'neither'}")
+    if args.run is None:
+        useless = [f"--{name.replace('_', '-')}" for name in _BUILD_ONLY if getattr(args, name)]
+        if useless:
+            raise ConfigError(f"{modes[0]}: {', '.join(useless)} has no effect without a RUN; remove it")
+    elif args.json:
+        raise ConfigError("--json has no effect without --rate; remove it")
+
+
+def _rate(path: Path, as_json: bool) -> None:
+    from open_lm.release.mof_file import read_mof
+    from open_lm.release.rating import rate, rating_json, rating_lines
+    from open_lm.storage.strict_json import to_json
+
+    release = read_mof(path)
+    rating = rate(release)
+    if as_json:
+        print(to_json(rating_json(rating), indent=2))
+        return
+    print(f"{release.name} {release.version or ''}".rstrip(), *rating_lines(rating), sep="\n")
+
+
+def _build(args: argparse.Namespace) -> None:
+    for flag in ("out", "license"):
+        if not getattr(args, flag):
+            raise ConfigError(f"--{flag} is missing: a bundle needs --out FOLDER and --license ID")
+    if args.sign_key is not None and args.sigstore:
+        raise ConfigError("--sign-key and --sigstore exclude each other; a bundle has one signature")
+    settings = BundleSettings(
+        licenses=parse_licenses(args.license),
+        **{name: getattr(args, name) for name in ("run", *_BUILD_ONLY) if name != "license"},
+    )
+    from open_lm.release.build import build_bundle
+
+    build_bundle(settings)
+
+
+def parse_licenses(values: Sequence[str]) -> dict[str, str]:
+    """Return the SPDX ids of --license by scope. Raise ConfigError for an unknown scope or a license not open."""
+    licenses: dict[str, str] = {}
+    for value in values:
+        scope, sign, license_id = value.rpartition("=")
+        scope = scope if sign else DISTRIBUTION
+        if scope not in LICENSE_SCOPES and scope not in COMPONENTS:
+            expected = ", ".join([*LICENSE_SCOPES, *COMPONENTS])
+            raise ConfigError(f"--license {value}: found the scope {scope!r}, expected one of {expected}")
+        if scope in licenses:
+            raise ConfigError(f"--license {value}: {scope} has the license {licenses[scope]} already; give it once")
+        if not is_open(license_id):
+            raise ConfigError(
+                f"--license {value}: {license_id!r} is not an open license{suggestion(license_id)} Expected an SPDX id "
+                "that OSI or FSF approve, an open-data license or OpenMDW-1.0"
+            )
+        licenses[scope] = license_id
+    return licenses
