@@ -1,0 +1,271 @@
+"""The sections of the report about data, settings and provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+from open_lm.report import formats
+from open_lm.report.collect import differing_settings
+from open_lm.report.formats import big, percent
+from open_lm.report.markup import Column, Html, details, join, paragraph, table, tag
+from open_lm.report.records import MixtureSource, Run
+
+_MAX_SHARDS_TEXT = 400  # characters of a value in a table
+_MAX_CHECKPOINTS = 30
+
+
+def _titled(runs: Sequence[Run], run: Run, *blocks: Any) -> list[Html]:
+    """Return blocks about a run, below its name if there are several."""
+    return [*([tag("h3", run.name)] if len(runs) > 1 else []), *blocks]
+
+
+# ---------------------------------------------------------------------------------------------- data
+def data(runs: Sequence[Run]) -> list[Html]:
+    """Return the sources of the training data: tokens planned, seen and stored."""
+    blocks: list[Html] = []
+    for run in runs:
+        if run.sources:
+            blocks += _titled(runs, run, _mixture(run))
+    return blocks or [paragraph("The runs have no record of training data.")]
+
+
+def _mixture(run: Run) -> Html:
+    planned = run.summary.planned_tokens
+    seen = sum(source.seen_tokens or 0 for source in run.sources)
+    columns = [
+        *(Column("source"), Column("planned share", True), Column("seen share", True), Column("share seen")),
+        *(Column(name, True) for name in ("planned tokens", "tokens seen", "tokens stored", "passes", "shards")),
+    ]
+    rows = [_source_row(source, planned, seen) for source in run.sources]
+    known = [source.seen_tokens for source in run.sources if source.seen_tokens is not None]
+    if len(rows) > 1:
+        rows.append(["all sources", "", "", "", big(planned), big(sum(known)) if known else "–", "", "", ""])
+    note = ""
+    if planned and known and sum(known) < planned:
+        note = paragraph(f"The run has seen {percent(sum(known) / planned, 0)} of the planned tokens.", class_="note")
+    return join(table(columns, rows, "Sources of the training data"), note)
+
+
+def _source_row(source: MixtureSource, planned: int | None, seen: int) -> list[Any]:
+    share = source.seen_tokens / seen if source.seen_tokens is not None and seen else None
+    expected = None if planned is None or source.planned_share is None else planned * source.planned_share
+    return [
+        *(source.name, percent(source.planned_share), percent(share), _bar(share, source.planned_share)),
+        *(big(expected), big(source.seen_tokens), big(source.stored_tokens)),
+        *("–" if source.passes is None else f"{source.passes:.2f}", source.num_shards or "–"),
+    ]
+
+
+def _bar(share: float | None, planned: float | None) -> Html:
+    """Return a drawing of the seen share, with a dashed line at the planned one."""
+    if share is None:
+        return Html("")
+    lines = [
+        tag("line", class_="track", x1=0, x2=100, y1=5, y2=5),
+        tag("line", class_="interval", x1=0, x2=f"{100 * share:.2f}", y1=5, y2=5, style="stroke-width:5"),
+    ]
+    if planned is not None:
+        lines.append(tag("line", class_="baseline", x1=f"{100 * planned:.2f}", x2=f"{100 * planned:.2f}", y1=0, y2=10))
+    return tag("svg", *lines, class_="range", viewBox="-3 0 106 10", aria_hidden="true")
+
+
+# ---------------------------------------------------------------------------------------------- settings
+def settings(runs: Sequence[Run]) -> list[Html]:
+    """Return the settings that changed between starts, those that differ between runs, and all of them."""
+    blocks: list[Html] = []
+    if len(runs) > 1:
+        blocks.append(tag("h3", "Differences between the runs"))
+        changes = differing_settings([run.settings for run in runs])
+        columns = [Column("setting"), *(Column(run.name) for run in runs)]
+        rows = [(tag("code", _flag(change.name)), *map(_value, change.values)) for change in changes]
+        blocks.append(table(columns, rows, "Settings that differ") if rows else paragraph("All settings are equal."))
+    for run in runs:
+        if run.changes:
+            blocks += [tag("h3", f"Changes between the starts of {run.name}"), _changes(run)]
+        elif len([start for start in run.starts if start.settings]) > 1:
+            blocks.append(paragraph(f"{run.name} was resumed with unchanged settings ({len(run.starts)} starts)."))
+    for run in runs:
+        if run.architecture:
+            rows = [(tag("code", key), _short(value)) for key, value in run.architecture.items()]
+            content = table([Column("key"), Column("value")], rows, f"Architecture of {run.name}")
+            blocks.append(details(f"Architecture of {run.name} (model.json)", content))
+        if run.settings:
+            rows = [(tag("code", _flag(name)), _value(value)) for name, value in sorted(run.settings.items())]
+            content = table([Column("setting"), Column("value")], rows, f"All settings of {run.name}")
+            blocks.append(details(f"All {len(rows)} settings of {run.name} (params.txt)", content))
+    return blocks or [paragraph("The run has no params.txt.")]
+
+
+def _changes(run: Run) -> Html:
+    starts = [start for start in run.starts if start.settings]
+    headings = [
+        f"start {i}: {s.time.replace(',', ' ')}{'' if s.step is None else f', from step {s.step:,}'}"
+        for i, s in enumerate(starts, 1)
+    ]
+    rows = [(tag("code", _flag(change.name)), *map(_value, change.values)) for change in run.changes]
+    return table(
+        [Column("setting"), *map(Column, headings)], rows, f"Settings that changed between the starts of {run.name}"
+    )
+
+
+def _flag(name: str) -> str:
+    return name
+
+
+def _value(value: str | None) -> str:
+    return "–" if value in (None, "None", "") else _short(value)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _MAX_SHARDS_TEXT else f"{text[:_MAX_SHARDS_TEXT]} … ({len(text):,} characters)"
+
+
+# ---------------------------------------------------------------------------------------------- provenance
+def provenance(runs: Sequence[Run]) -> list[Html]:
+    """Return fingerprints of data and code, package versions, devices, energy, and the checkpoints."""
+    blocks: list[Html] = []
+    for run in runs:
+        rows = [(name, value) for name, value in _facts(run) if value not in (None, "")]
+        content = table(
+            [Column("what"), Column("value")],
+            [(n, tag("span", v, class_="mono")) for n, v in rows],
+            f"Origin of {run.name}",
+        )
+        blocks += _titled(runs, run, content, *_starts(run), *_data_sets(run), *_packages(run), *_checkpoints(run))
+        blocks.append(details("Files that the report has read", paragraph(", ".join(run.files) or "none")))
+    return blocks
+
+
+def _facts(run: Run) -> Iterable[tuple[str, Any]]:
+    starts = run.environment_starts
+    last: Mapping[str, Any] = starts[-1] if starts else {}
+    code = _mapping(last.get("code"))
+    system, cpu, libraries = (_mapping(last.get(key)) for key in ("system", "cpu", "libraries"))
+    energy = run.summary.energy
+    yield "Run", run.url
+    yield "Devices", run.summary.devices
+    yield (
+        "Ranks and nodes",
+        f"{last['world_size']} ranks on {last.get('nodes', '?')} nodes" if "world_size" in last else None,
+    )
+    yield "CPU", _join([cpu.get("model"), f"{cpu['available']} available" if "available" in cpu else None])
+    yield (
+        "System",
+        _join(
+            [system.get("name"), system.get("machine"), f"Python {system['python']}" if "python" in system else None]
+        ),
+    )
+    yield "Libraries", _join([f"{name} {version}" for name, version in libraries.items()])
+    yield "Code: commit", _commit(code)
+    yield "Code: sha256 of the source", code.get("fingerprint")
+    yield "Code: sha256 of the copy in code/", run.code_sha256
+    yield "Data: fingerprint", _mapping(last.get("data")).get("fingerprint")
+    yield "Compute", f"{formats.flops(run.summary.flops)} ({run.summary.flops_method})" if run.summary.flops else None
+    yield (
+        "Energy",
+        None
+        if energy is None
+        else f"{formats.energy(energy.kwh)} ({energy.method}{', an estimate' if energy.facts.get('estimate') else ''})",
+    )
+    if energy is not None and energy.facts.get("starts without"):
+        yield "Energy: starts without a record", energy.facts["starts without"]
+
+
+def _commit(code: Mapping[str, Any]) -> str | None:
+    if "commit" not in code:
+        return None
+    changed = (
+        f", with changes (sha256 of the difference: {code.get('diff_sha256', 'unknown')})"
+        if code.get("modified")
+        else ""
+    )
+    return f"{code['commit']}{changed}"
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _join(parts: Iterable[Any]) -> str | None:
+    return ", ".join(str(part) for part in parts if part) or None
+
+
+def _starts(run: Run) -> list[Html]:
+    """Return what each start of the run did, by environment.json."""
+    records = run.environment_starts
+    if not records:
+        return []
+    columns = [
+        Column("start"),
+        *(Column(n, True) for n in ("from step", "to step", "tokens", "time", "compute", "energy")),
+    ]
+    rows = []
+    for record in records:
+        progress = _mapping(record.get("progress"))
+        joules = progress.get("energy_joules")
+        rows.append((
+            *(record.get("time", "unknown"), record.get("step", "–"), progress.get("step", "–")),
+            *(big(progress.get("tokens")), formats.duration(progress.get("seconds")), formats.flops(progress.get("flops"))),
+            formats.energy(joules / 3.6e6 if isinstance(joules, int | float) else None),
+        ))  # fmt: skip
+    return [tag("h3", "Starts"), table(columns, rows, f"Starts of {run.name}")]
+
+
+def _data_sets(run: Run) -> list[Html]:
+    """Return the fingerprints of the sources, and how their data sets were made."""
+    known = [source for source in run.sources if source.fingerprint]
+    if not known:
+        return []
+    columns = [Column("source"), Column("shards", True), Column("fingerprint"), Column("data set")]
+    rows = []
+    for source in known:
+        digests = ", ".join(str(dataset.get("digest", "")) for dataset in source.datasets)
+        rows.append((source.name, source.num_shards, _mono(source.fingerprint), _mono(digests or "no dataset.json")))
+    blocks = [tag("h3", "Data sets"), table(columns, rows, "Fingerprints of the data sets")]
+    for source in known:
+        for dataset in source.datasets:
+            made = [(tag("code", key), _short(value)) for key, value in _mapping(dataset.get("settings")).items()]
+            made += [("sha256 of the inputs", _mono(dataset.get("inputs", "")))]
+            content = table([Column("setting"), Column("value")], made, f"How {source.name} was made")
+            blocks.append(details(f"How {source.name} was made (dataset.json)", content))
+    return blocks
+
+
+def _mono(text: Any) -> Html:
+    return tag("span", text, class_="mono")
+
+
+def _packages(run: Run) -> list[Html]:
+    starts = run.environment_starts
+    versions = _mapping(starts[-1].get("packages")) if starts else {}
+    if not versions:
+        return []
+    rows = [(name, version) for name, version in sorted(versions.items())]
+    return [
+        details(
+            f"{len(rows)} package versions", table([Column("package"), Column("version")], rows, "Package versions")
+        )
+    ]
+
+
+def _checkpoints(run: Run) -> list[Html]:
+    if not run.checkpoints:
+        return []
+    columns = [Column("checkpoint"), Column("size", True), Column("written")]
+    rows = [
+        (f"{c.name}{'' if c.is_complete else ' (incomplete)'}", formats.size(c.num_bytes), _time(c.modified))
+        for c in run.checkpoints[-_MAX_CHECKPOINTS:]
+    ]
+    hidden = len(run.checkpoints) - len(rows)
+    count = len(run.checkpoints)
+    note = paragraph(f"{hidden} earlier ones are not listed.", class_="note") if hidden > 0 else None
+    return [
+        details(f"{count} {'checkpoint' if count == 1 else 'checkpoints'}", table(columns, rows, "Checkpoints"), note)
+    ]
+
+
+def _time(seconds: float | None) -> str:
+    return "–" if not seconds else f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
