@@ -113,7 +113,7 @@ class OutputFolder:
 
     def remove_others(self) -> None:
         """Remove files of a local folder that are not finished."""
-        kept = {*self._files, PROGRESS, os.path.basename(_lock_path(self.folder))}
+        kept = {*self._files, PROGRESS, os.path.basename(lock_path(self.folder))}
         for path, _, names in os.walk(self.folder, topdown=False):
             for name in names:
                 file = os.path.join(path, name)
@@ -159,10 +159,10 @@ def output_folder(target: str, marker: str, identity: Mapping[str, Any]) -> Iter
         storage.remove(storage.join(target, PROGRESS))
         return
     local = storage.local_path(target)
-    _check_absent(local, target)
+    check_absent(local, target)
     incomplete = local + _INCOMPLETE
-    with _lock(incomplete):
-        _check_absent(local, target)  # another process may have completed it before this one had the lock
+    with locked_folder(incomplete):
+        check_absent(local, target)  # another process may have completed it before this one had the lock
         try:
             output = OutputFolder(incomplete, identity)
             output.remove_others()
@@ -179,19 +179,21 @@ def _check_absent_in_bucket(target: str, marker: str) -> None:
         raise ConfigError(f"{target}: has a {marker} already; remove the folder, or choose another one")
 
 
-def _check_absent(local: str, target: str) -> None:
+def check_absent(local: str, target: str) -> None:
+    """Raise ConfigError if the local folder `local`, named `target` in the message, exists and is not empty."""
     if os.path.lexists(local) and not (os.path.isdir(local) and not os.listdir(local)):
         raise ConfigError(f"{target}: exists already; remove it, or choose another folder")
 
 
-def _lock_path(folder: str) -> str:
+def lock_path(folder: str) -> str:
+    """Return the lock file of a folder."""
     return temporary_name(os.path.join(folder, "conversion"), "lock")
 
 
 @contextlib.contextmanager
-def _lock(folder: str) -> Iterator[None]:
+def locked_folder(folder: str) -> Iterator[None]:
     """Create a folder and lock it; the operating system unlocks it when the process ends, however it ends."""
-    path = _lock_path(folder)
+    path = lock_path(folder)
     while True:
         storage.makedirs(folder)
         try:
@@ -219,7 +221,7 @@ def _publish(incomplete: str, local: str, target: str) -> None:
         if os.path.isdir(local):
             os.rmdir(local)
         os.rename(incomplete, local)
-        for path in (os.path.join(local, PROGRESS), _lock_path(local)):
+        for path in (os.path.join(local, PROGRESS), lock_path(local)):
             os.unlink(path)
         storage.sync_folder(os.path.dirname(os.path.abspath(local)))
     except OSError as error:

@@ -188,18 +188,20 @@ def write_weights(
     output: OutputFolder,
     infos: Sequence[TensorInfo],
     reads: Iterable[Callable[[], Tensor]],
+    base_name: str = SAFETENSORS,
 ) -> None:
     """Write safetensors files of up to SHARD_BYTES (one tensor may be larger), and their index if there are several.
 
     `reads` yields functions that return the tensors of `infos`, in their order. Those of finished files are not called.
+    The file is `base_name`; several have their numbers in it.
     """
     shards = _split(infos, SHARD_BYTES)
     stream = iter(reads)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        name = SAFETENSORS
+        name = base_name
         if len(shards) > 1:
-            name = SAFETENSORS.replace(".", f"-{number:05d}-of-{len(shards):05d}.")
+            name = base_name.replace(".", f"-{number:05d}-of-{len(shards):05d}.")
         weight_map.update({info.name: name for info in shard})
         tensors = list(islice(stream, len(shard)))
         if output.facts(name) is None:
@@ -209,7 +211,7 @@ def write_weights(
     if len(shards) > 1:
         metadata = {"total_size": sum(info.num_bytes for info in infos)}
         text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, allow_nan=False)
-        storage.write_text(storage.join(output.folder, f"{SAFETENSORS}.index.json"), f"{text}\n")
+        storage.write_text(storage.join(output.folder, f"{base_name}.index.json"), f"{text}\n")
 
 
 def _split(infos: Sequence[TensorInfo], shard_bytes: int) -> list[list[TensorInfo]]:

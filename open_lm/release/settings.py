@@ -18,6 +18,8 @@ class BundleSettings:
         name, version: of the release; None: those of the run.
         producer, contact, origin: who releases the model, how to reach them, and the model it derives from.
         paper: file of a research paper.
+        include_data: put the shards of the training data into the bundle, in addition to their records.
+        license_texts: files with the texts of licenses by SPDX id, for those whose text this package does not have.
         redact: replace secrets and private paths in logs and settings, instead of refusing them.
         sign_key: private key (PEM, elliptic curve) that signs the bundle.
         sigstore: sign with the identity of a sigstore login, which needs the network.
@@ -33,6 +35,8 @@ class BundleSettings:
     contact: str | None = None
     origin: str | None = None
     paper: Path | None = None
+    include_data: bool = False
+    license_texts: Mapping[str, Path] = field(default_factory=dict)
     redact: bool = False
     sign_key: Path | None = None
     sigstore: bool = False

@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(source: Path, tmp_pa
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"file/own\.incomplete"):
         main(["import", str(source), str(tmp_path / "file" / "own")])
-    lock = Path(output_folder_module._lock_path(str(tmp_path / "own.incomplete")))
+    lock = Path(output_folder_module.lock_path(str(tmp_path / "own.incomplete")))
     lock.mkdir(parents=True)
     with pytest.raises(StorageError, match=r"cannot be written \(Is a directory\); make its folder writable"):
         main(["import", str(source), str(tmp_path / "own")])

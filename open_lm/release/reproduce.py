@@ -1,0 +1,318 @@
+"""Write reproduce.sh, which goes from raw text to the same weights and compares their SHA-256."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from open_lm import storage
+from open_lm.release import layout
+from open_lm.release.datasets import DataFolder
+from open_lm.release.run_facts import RunFacts
+from open_lm.release.weights import sha256_of, weight_files
+from open_lm.storage.strict_json import to_json
+
+RAW_FILES, RAW_HASHES = "raw_files.txt", "raw_files.sha256"
+_RUN_NAME = "reproduction"
+# Sections and flags that do not change the weights, or that reproduce.sh sets itself.
+_OTHER_SECTIONS = frozenset({"checkpoint", "logging", "validation", "live_evaluation"})
+_OTHER_FLAGS = frozenset({
+    "config", "recipe", "name", "debug", "train_data", "dataset_manifest", "batch_size", "workers", "cache_dir",
+    "cache_limit", "read_timeout", "allow_changed_data", "allow_other_tokenizer", "model", "dist_url", "dist_timeout",
+    "no_set_device_rank", "preset_world_size", "hang_timeout",
+})  # fmt: skip
+# Flags that need weights from outside of the run.
+_OTHER_WEIGHTS = ("pretrained", "average", "distill_model", "distill_pretrained", "distill_cache", "hf_model")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """The command that makes a folder of shards from raw files.
+
+    Attributes:
+        module: to run with `python -m`.
+        flags: without inputs, output and tokenizer.
+        shards: folder of the shards below the output folder.
+        input_flag, output_flag: flags of the list of inputs and of the output folder.
+    """
+
+    module: str
+    flags: tuple[str, ...]
+    shards: str
+    input_flag: str
+    output_flag: str
+
+
+def obstacles(facts: RunFacts, folders: Sequence[DataFolder]) -> list[str]:
+    """Return the reasons why reproduce.sh cannot train the run again; empty if it can."""
+    reasons = []
+    for name in _OTHER_WEIGHTS:
+        value = facts.params.get(name, "None")
+        if value not in ("None", ""):
+            reasons.append(f"--{name.replace('_', '-')}: the run started from other weights or used them")
+    if facts.params.get("resume", "None") not in ("None", "latest", ""):
+        reasons.append("--resume: the run started from the checkpoint of another run")
+    if not folders:
+        reasons.append("data: the run has no data.json, so its training data are unknown")
+    for folder in folders:
+        if not folder.included and (reason := raw_obstacle(folder)):
+            reasons.append(f"data set {folder.number}: {reason}")
+    return reasons
+
+
+def raw_obstacle(folder: DataFolder) -> str | None:
+    """Return why the shards of a folder cannot be made from raw text; None if they can."""
+    if folder.record is None:
+        return "its folder has no readable dataset.json, which records how the shards were made"
+    settings = folder.record["settings"]
+    sampling = settings.get("sampling") or {}
+    if folder.record.get("mixture") or any(sampling.get(key) for key in ("markers", "factors", "files")):
+        return "it is a sampled mixture, whose raw files and rates dataset.json lists, without one command for it"
+    if settings.get("loss_mask") or settings.get("per_source"):
+        return "it was made by another command than make_2048 and tokenize_shuffle, or with --output-per-source"
+    if not folder.has_hashes_of_inputs:
+        return "its dataset.json has no checksums of the raw files"
+    if not folder.has_manifest:
+        return "it has no manifest.jsonl, with which rebuilt shards could be compared"
+    return None
+
+
+def preprocessing(folder: DataFolder) -> Preprocessing:
+    """Return the command that made a folder, from its dataset.json; `raw_obstacle` is None for it."""
+    assert folder.record is not None
+    settings = folder.record["settings"]
+    names = list(settings["folders"])
+    is_single = names == [""]  # the layout of tokenize_shuffle
+    flags = ["--seqlen", str(settings["seq_len"]), "--seed", str(settings["seed"]), "--format", settings["format"],
+             "--content-key", str(settings["content_key"]), "--vocab-size", str(settings["vocab_size"])]  # fmt: skip
+    if settings["separator"] is not None:
+        flags += ["--separator", settings["separator"].encode("unicode_escape").decode("ascii")]
+    switches = {"split_documents": "--split-documents", "drop_tail": "--drop-tail"}
+    flags += [flag for key, flag in switches.items() if settings[key]]
+    flags += [] if settings["shuffle"] else ["--no-shuffle"]
+    flags += ["--add-bos"] if settings.get("bos_id") is not None else []
+    if settings.get("special_tokens_in_text") == "ids":
+        flags.append("--allow-special-tokens-in-text")
+    size = settings["shard_sequences"]
+    if is_single:
+        flags += ["--wds_chunk_size", str(size)]
+        return Preprocessing("open_lm.datapreprocess.ray.tokenize_shuffle", tuple(flags), "", "--input", "--output")
+    flags += ["--num-consumers", str(len(names))] + ([] if size is None else ["--shard-size", str(size)])
+    place = PurePosixPath(folder.location).name
+    shards = f"{settings['seq_len']}-v1/{place if place in names else names[0]}"
+    return Preprocessing("open_lm.datapreprocess.make_2048", tuple(flags), shards, "--input-files", "--output-dir")
+
+
+def training_settings(facts: RunFacts) -> dict[str, Any]:
+    """Return the flags that determine the weights and differ from their defaults, for --config."""
+    from open_lm.config.sections import sections
+
+    values: dict[str, Any] = {}
+    for section, config in sections().items():
+        for spec in config.specs():
+            is_other = section in _OTHER_SECTIONS or spec.name in _OTHER_FLAGS or spec.no_effect
+            if is_other or spec.name not in facts.params:
+                continue
+            value = facts.setting(spec.name)
+            if value != spec.default and value is not None:
+                values[spec.name] = value
+    if facts.setting("train_num_samples") is not None:  # params.txt counts sequences, the flag tokens
+        values["train_num_samples"] = facts.setting("train_num_samples") * int(facts.params["seq_len"])
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------ script
+def write_reproduce(facts: RunFacts, folders: Sequence[DataFolder], code: Mapping[str, Any], bundle: Path) -> list[str]:
+    """Write reproduce.sh and its files; return the reasons why the run cannot be reproduced, without writing it then.
+
+    Args:
+        code: content of code/contents.json.
+    """
+    reasons = obstacles(facts, folders)
+    if reasons:
+        return reasons
+    storage.write_text(bundle / layout.TRAINING_SETTINGS, to_json(training_settings(facts), indent=2) + "\n")
+    from_raw = [folder for folder in folders if raw_obstacle(folder) is None]
+    root = _common_folder([str(item["url"]) for folder in from_raw for item in (folder.record or {})["inputs"]])
+    for folder in from_raw:
+        _write_raw_lists(folder, root, bundle / folder.place)
+    script = bundle / layout.REPRODUCE
+    storage.write_text(script, _script(facts, folders, from_raw, code, bundle))
+    script.chmod(0o755)
+    return []
+
+
+def _common_folder(urls: Sequence[str]) -> str:
+    """Return the longest folder that contains all files, with a "/" at its end; "" without one."""
+    parts = [url.split("/")[:-1] for url in urls]
+    common = []
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return "/".join(common) + "/" if common else ""
+
+
+def _write_raw_lists(folder: DataFolder, root: str, target: Path) -> None:
+    """Write the names of the raw files relative to `root`, and the checksums of those that were read in one piece."""
+    assert folder.record is not None
+    inputs = folder.record["inputs"]
+    names = [item["url"].removeprefix(root) for item in inputs]
+    hashes = [f"{item['sha256']}  {name}" for item, name in zip(inputs, names, strict=True) if "sha256" in item]
+    storage.write_text(target / RAW_FILES, "".join(f"{name}\n" for name in names))
+    storage.write_text(target / RAW_HASHES, "".join(f"{line}\n" for line in hashes))
+
+
+def _script(
+    facts: RunFacts,
+    folders: Sequence[DataFolder],
+    from_raw: Sequence[DataFolder],
+    code: Mapping[str, Any],
+    bundle: Path,
+) -> str:
+    hashes = [f"{sha256_of(path)}  {path.name}" for path in weight_files(bundle / layout.FINAL_WEIGHTS)]
+    device, world_size = facts.params.get("device", "cpu").partition(":")[0], facts.params.get("world_size", "1")
+    launcher = '"$python" -m'
+    if world_size != "1":
+        launcher = f'"$python" -m torch.distributed.run --nproc-per-node {world_size} -m'
+    data = [line for folder in folders for line in _data_lines(folder, folder in from_raw, bundle)]
+    model = f"{layout.METADATA}/model.json"
+    model = model if (bundle / model).exists() else f"{layout.FINAL_WEIGHTS}/model.json"
+    return _TEMPLATE.format(
+        name=facts.name,
+        processes="one process" if world_size == "1" else f"{world_size} processes",
+        device=device,
+        raw="" if from_raw else " (not used: the shards are in the bundle)",
+        needs_raw="true" if from_raw else "false",
+        archive=layout.ARCHIVE,
+        top=shlex.quote(str(code["top_folder"])),
+        requirements=layout.REQUIREMENTS,
+        data="\n".join(data),
+        launcher=launcher,
+        settings=layout.TRAINING_SETTINGS,
+        model=model,
+        data_flags=_data_flags(facts, folders, from_raw),
+        run=_RUN_NAME,
+        hashes="\n".join(hashes),
+        commands_of_hub="HF_HUB_OFFLINE=1",
+    )
+
+
+def _data_lines(folder: DataFolder, is_from_raw: bool, bundle: Path) -> list[str]:
+    if not is_from_raw:
+        return [f'echo "data set {folder.number}: shards of the bundle"']
+    command = preprocessing(folder)
+    tokenizer = f"{folder.place}/tokenizer"
+    tokenizer = tokenizer if (bundle / tokenizer).is_dir() else f"{layout.METADATA}/tokenizer"
+    place, shards = folder.place, f'"$work"/{folder.place}/{command.shards}'.rstrip("/")
+    return [
+        f'echo "data set {folder.number}: checking raw files, then making the shards"',
+        f'(cd "$raw" && check_sha256 "$bundle"/{place}/{RAW_HASHES})',
+        f'(cd "$raw" && "$python" -m {command.module} {shlex.join(command.flags)} \\',
+        f'    {command.input_flag} "@$bundle/{place}/{RAW_FILES}" {command.output_flag} "$work"/{place} \\',
+        f'    --tokenizer "$bundle"/{tokenizer})',
+        f'same_file "$bundle"/{place}/manifest.jsonl {shards}/manifest.jsonl',
+    ]
+
+
+def _data_flags(facts: RunFacts, folders: Sequence[DataFolder], from_raw: Sequence[DataFolder]) -> str:
+    """Return --dataset-manifest or --train-data with the rebuilt folders in place of the original ones."""
+
+    def place(folder: DataFolder) -> str:
+        if folder not in from_raw:
+            return f"$bundle/{folder.place}"
+        return f"$work/{folder.place}/{preprocessing(folder).shards}".rstrip("/")
+
+    flag = "train_data" if facts.setting("train_data") else "dataset_manifest"
+    values = []
+    for name in dict.fromkeys(str(folder.source["name"]) for folder in folders):
+        for folder in folders:
+            if folder.source["name"] == name:
+                prefix = "" if folder.location == "." else f"{folder.location}/"
+                name = _with_folder(name, prefix, place(folder))
+        values.append(f'"{name}"')
+    return f"--{flag.replace('_', '-')} {' '.join(values)}"
+
+
+def _with_folder(name: str, prefix: str, place: str) -> str:
+    parts = name.split("::")
+    return "::".join(
+        f"{place}/{part[len(prefix) :]}" if part.rpartition("/")[0] + "/" == (prefix or "/") else part for part in parts
+    )
+
+
+_TEMPLATE = """#!/usr/bin/env bash
+# Train {name} again, from raw text to the weights, and compare the SHA-256 of the weights with those of this bundle.
+#
+#     ./reproduce.sh --raw DIR [--work DIR] [--python PYTHON]
+#
+# --raw DIR      folder with the raw files, under the names in data/*/raw_files.txt{raw}
+# --work DIR     folder for code, shards, logs and weights (default: reproduction, next to this script)
+# --python FILE  interpreter of an environment with the packages of {requirements} (default: python3)
+#
+# Needs {processes} on a device of the kind "{device}". Another kind of device, another version of torch or, on a CPU,
+# another number of threads (OMP_NUM_THREADS) may round differently and give other weights. A finished stage is not
+# repeated; an interrupted training continues.
+set -euo pipefail
+
+bundle=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)
+raw="" work="$bundle/../reproduction" python=python3
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --raw | --work | --python)
+            [ $# -gt 1 ] || {{ echo "$1: expected a value" >&2; exit 2; }}
+            declare "${{1#--}}=$2"
+            shift 2 ;;
+        *) echo "$1: expected --raw DIR, --work DIR or --python PYTHON" >&2; exit 2 ;;
+    esac
+done
+if {needs_raw} && [ ! -d "$raw" ]; then
+    echo "--raw: found no folder \\"$raw\\"; expected the folder with the files of data/*/raw_files.txt" >&2
+    exit 2
+fi
+mkdir -p "$work"
+work=$(cd "$work" && pwd)
+[ -z "$raw" ] || raw=$(cd "$raw" && pwd)
+
+sha256() {{ if command -v sha256sum > /dev/null; then sha256sum "$@"; else shasum -a 256 "$@"; fi; }}
+check_sha256() {{ sha256 -c "$1" > "$work/checked.txt" || {{ cat "$work/checked.txt" >&2; return 1; }}; }}
+same_file() {{ cmp -s "$1" "$2" || {{ echo "$2: differs from $1, so the shards are other ones" >&2; exit 1; }}; }}
+
+[ -d "$work/code/"{top} ] || {{ mkdir -p "$work/code" && tar -xzf "$bundle/{archive}" -C "$work/code"; }}
+export PYTHONPATH="$work/code/"{top}
+"$python" - "$bundle/{requirements}" << 'END'
+import importlib.metadata, sys
+for line in open(sys.argv[1], encoding="utf-8"):
+    name, _, version = line.strip().partition("==")
+    if name in ("torch", "numpy", "tokenizers", "fastokens"):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "none"
+        if found != version:
+            print(f"warning: {{name}} {{found}} is installed, the run used {{version}}; the weights may differ")
+END
+
+{data}
+
+cd "$work"
+{launcher} open_lm.main --config "$bundle/{settings}" --model "$bundle/{model}" \\
+    {data_flags} \\
+    --logs "$work/logs" --name {run} --resume latest
+rm -rf "$work/weights"
+"$python" -m open_lm.hf.convert export "$work/logs/{run}" "$work/weights"
+
+cat > "$work/expected.sha256" << 'END'
+{hashes}
+END
+cd "$work/weights"
+if sha256 -c "$work/expected.sha256"; then
+    echo "reproduced: the weights are those of the bundle, bit by bit"
+else
+    echo "not reproduced: the weights differ from those of the bundle; see the notes at the top of this script" >&2
+    exit 1
+fi
+"""

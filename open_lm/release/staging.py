@@ -1,0 +1,81 @@
+"""The folder of a bundle while it is built: next to its target, which it becomes when it is complete."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from open_lm import storage
+from open_lm.errors import ConfigError, StorageError
+from open_lm.hf.output_folder import check_absent, lock_path, locked_folder
+from open_lm.storage.strict_json import to_json
+
+_SUFFIX = ".incomplete"
+_RECORD = "build.json"  # what is built, in the unfinished folder
+
+
+@contextmanager
+def staged_folder(target: Path, identity: Mapping[str, Any], kept: Sequence[str]) -> Iterator[Path]:
+    """Yield the folder to write, which becomes `target` when the block ends.
+
+    After an interruption, the same build finds the folders `kept` of the earlier attempt, whose writers publish only
+    complete results. Everything else, and all of another build, is removed.
+
+    Raises:
+        ConfigError: `target` exists and is not empty, or another process builds it.
+        StorageError: the folder cannot be written.
+    """
+    check_absent(str(target), str(target))
+    folder = Path(f"{target}{_SUFFIX}")
+    with locked_folder(str(folder)):
+        check_absent(str(target), str(target))
+        record = json.loads(to_json(identity))
+        _clean(folder, kept if _read_record(folder) == record else ())
+        storage.write_text(folder / _RECORD, to_json(record, indent=1))
+        try:
+            yield folder
+        except ConfigError:  # repeating the command would fail again
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _publish(folder, target)
+
+
+def _read_record(folder: Path) -> Any:
+    try:
+        return json.loads((folder / _RECORD).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _clean(folder: Path, kept: Sequence[str]) -> None:
+    """Remove everything but the lock and the folders `kept`."""
+    lock = Path(lock_path(str(folder)))
+    places = [folder / name for name in kept if (folder / name).is_dir()]
+    if places:
+        logging.info(f"{folder}: continuing with {', '.join(str(place.relative_to(folder)) for place in places)}")
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path == lock or any(path == place or place in path.parents for place in places):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            if not any(path in place.parents for place in places):
+                path.rmdir()
+        else:
+            path.unlink()
+
+
+def _publish(folder: Path, target: Path) -> None:
+    try:
+        (folder / _RECORD).unlink()
+        if target.is_dir():
+            target.rmdir()
+        os.rename(folder, target)
+        os.unlink(lock_path(str(target)))
+        storage.sync_folder(str(target.absolute().parent))
+    except OSError as error:
+        raise StorageError(f"{folder} could not be renamed to {target} ({error})") from error
