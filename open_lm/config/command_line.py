@@ -29,7 +29,7 @@ LATER_FLAGS = frozenset({
     "lr_decay_fraction", "lr_decay_shape", "fsdp_zero2", "tensor_parallel", "context_parallel", "mesh_dim",
     "dist_timeout", "fp8", "val_max_batches", "icl_yaml", "icl_every_n_steps", "icl_max_examples", "icl_data_dir",
     "icl_max_time_share", "sample_prompts", "sample_every_n_steps", "sample_temperature", "sample_max_tokens",
-    "tokenizer", "val_names", "lora", "qlora", "recipe",
+    "tokenizer", "val_names", "lora", "qlora", "recipe", "report", "energy",
 })  # fmt: skip
 
 
@@ -252,7 +252,8 @@ def _convert_one(raw: Any, spec: FieldSpec) -> Any:
     if value is None:
         raise ConfigError(f"{spec.flag}: found {raw!r}, expected {_expected(spec)}")
     if spec.choices and value not in spec.choices:
-        raise ConfigError(f"{spec.flag}: found {value!r}, expected one of {', '.join(spec.choices)}")
+        advice = f"; {spec.advice}" if spec.advice else ""
+        raise ConfigError(f"{spec.flag}: found {value!r}, expected one of {', '.join(spec.choices)}{advice}")
     return value if spec.path is None else spec.path(value)
 
 

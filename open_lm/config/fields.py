@@ -25,6 +25,7 @@ def flag(
     choices: Sequence[str] | Registry | None = None,
     entries: Registry | None = None,
     path: Callable[[str], str] | None = None,
+    advice: str = "",
 ) -> Any:
     """Declare a field with its default and help text.
 
@@ -34,8 +35,10 @@ def flag(
         choices: the accepted values, or the registry that names them.
         entries: a registry that the help text lists, for values that combine several of its names.
         path: for a flag that takes paths, its type in open_lm/names.py, such as `user_path`.
+        advice: what to do instead, for the error of a value that is not among the choices.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "entries": entries, "path": path})
+    metadata = {"help": help, "choices": choices, "entries": entries, "path": path, "advice": advice}
+    return field(default=default, metadata=metadata)
 
 
 def no_effect(default: Any, reason: str) -> Any:
@@ -67,6 +70,11 @@ class FieldSpec:
     def path(self) -> Callable[[str], str] | None:
         """The function of open_lm/names.py that reads a value of a flag that takes paths."""
         return self.metadata.get("path")
+
+    @property
+    def advice(self) -> str:
+        """What to do instead of setting a value that is not among the choices."""
+        return self.metadata.get("advice", "")
 
     @property
     def registry(self) -> Registry | None:

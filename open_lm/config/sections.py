@@ -21,6 +21,7 @@ from open_lm.config.distill_section import DistillConfig
 from open_lm.config.evaluation_sections import LiveEvaluationConfig, ValidationConfig
 from open_lm.config.fields import FieldSpec, Section, flag, no_effect
 from open_lm.config.recipe_files import recipe_names
+from open_lm.config.report_flags import energy_flag, report_flag
 from open_lm.names import user_path, weights_path
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
@@ -286,6 +287,8 @@ class LoggingConfig(Section):
         "comma-separated destinations of metrics in addition to metrics.jsonl, or all (default: only metrics.jsonl)",
         entries=registry.LOGGERS,
     )
+    report: str = report_flag()
+    energy: str = energy_flag()
     wandb_project_name: str = flag("open-lm", "Weights & Biases project")
     wandb_notes: str = flag("", "Weights & Biases notes")
     copy_codebase: bool = flag(False, "copy the source code of the program to the run's folder")

@@ -15,6 +15,7 @@ from open_lm.config.adapters import parse_lora
 from open_lm.config.command_line import FlagParser, add_flag, convert, load_config_file
 from open_lm.config.fields import FieldSpec, Section, flag
 from open_lm.config.registry import LOGGERS
+from open_lm.config.report_flags import energy_flag, report_flag
 from open_lm.config.suggestions import suggest
 from open_lm.errors import ConfigError, join_problems
 from open_lm.names import user_path, weights_path
@@ -66,6 +67,8 @@ class TuningRunConfig(Section):
     report_to: str = flag(
         "", "comma-separated destinations of metrics in addition to metrics.jsonl, or all", entries=LOGGERS
     )
+    report: str = report_flag()
+    energy: str = energy_flag()
     log_every_n_steps: int = flag(10, "log metrics every N steps")
     save_every_n_steps: int = flag(100, "save a checkpoint for --resume every N steps; the newest two are kept")
     val_every_n_steps: int = flag(0, "evaluate --val-data every N steps too; 0: only before and after training")

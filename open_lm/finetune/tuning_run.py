@@ -25,7 +25,7 @@ import torch
 from open_lm import storage
 from open_lm.checkpoint.folders import is_transformers_folder
 from open_lm.config.sections import LoggingConfig
-from open_lm.distributed.processes import run_on_master, sum_over_ranks
+from open_lm.distributed.processes import Runtime, run_on_master, sum_over_ranks
 from open_lm.errors import STOP_SIGNALS, ConfigError, UserError, missing_package
 from open_lm.finetune.chat_templates import ChatTemplate
 from open_lm.hf.exporting import export_model
@@ -35,6 +35,7 @@ from open_lm.hf.peft_adapters import native_sha256, record_base
 from open_lm.hf.policy import balancing_loss, load_policy, load_policy_tokenizer, quiet, save_policy
 from open_lm.monitor.loggers import MetricLoggers, build_loggers, setup_logging
 from open_lm.monitor.run_folder import RunPaths, write_params
+from open_lm.monitor.run_records import RunRecords
 
 COMPLETE = "complete.json"  # the last file of a checkpoint for --resume; it has the count that TRL does not save
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -175,6 +176,12 @@ class TuningRun:
         import_model(self.result, self.paths.checkpoints)
         logging.info(f"saved {self.result} and {self.paths.checkpoints}")
 
+    def records(self, start_step: int) -> RunRecords:
+        """Start environment.json and the report. Collective."""
+        from open_lm.report import refresh_report
+
+        return RunRecords(self.paths, _runtime(), self.args, step=start_step, write_report=refresh_report)
+
     def loggers(self, start_step: int) -> MetricLoggers:
         """Return the loggers to metrics.jsonl and those of --report-to; none on other ranks."""
         section = LoggingConfig.from_object(self.args)
@@ -186,6 +193,19 @@ def _process_state() -> Any:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def _runtime() -> Runtime:
+    """Return this rank and its device."""
+    state = _process_state()
+    size = state.num_processes
+    return Runtime(
+        state.process_index,
+        state.local_process_index,
+        size,
+        int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        state.device,
+    )
 
 
 def _turn_end_ids(tokenizer: Any) -> list[int]:
@@ -231,6 +251,8 @@ def with_run(trainer_class: type, run: TuningRun) -> type:
 
     class RunTrainer(trainer_class):
         metric_loggers = MetricLoggers()
+        records: RunRecords | None = None
+        earlier = (0, 0.0)  # tokens and FLOPs of the starts before
         stop_requested = False
         round_steps = 1  # steps that share what the trainer has sampled and does not save
 
@@ -251,7 +273,8 @@ def with_run(trainer_class: type, run: TuningRun) -> type:
             values = our_names(logs)
             if not values:
                 return
-            self.metric_loggers.log({**values, "epoch": self.state.epoch}, self.state.global_step)
+            energy = {} if self.records is None else self.records.rank_times.exchange_energy()
+            self.metric_loggers.log({**values, "epoch": self.state.epoch, **energy}, self.state.global_step)
             shown = [f"{key} {value:.4g}" for key, value in values.items() if key.partition("/")[2] in _SHOWN]
             logging.info(f"step {self.state.global_step} of {self.state.max_steps}: {', '.join(shown)}")
 
@@ -274,6 +297,13 @@ def with_run(trainer_class: type, run: TuningRun) -> type:
             if self.is_world_process_zero():
                 folder = storage.join(run.trl, f"checkpoint-{self.state.global_step}")
                 write_json(storage.join(folder, COMPLETE), {"tokens": self._total_train_tokens})
+            if self.records is not None:
+                self.records.update()
+
+        def progress(self) -> dict[str, Any]:
+            """Return what this start has computed; transformers estimates the FLOPs."""
+            tokens, flops = self._total_train_tokens - self.earlier[0], self.state.total_flos - self.earlier[1]
+            return {"step": self.state.global_step, "tokens": tokens, "flops": flops}
 
     RunTrainer.__name__ = trainer_class.__name__
     return RunTrainer
@@ -327,8 +357,12 @@ def train(run: TuningRun, build: Callable[[], Any]) -> dict[str, float]:
     trainer = build()
     start_step = int(checkpoint.rpartition("-")[2]) if checkpoint else 0
     trainer.metric_loggers = run.loggers(start_step)
+    trainer.records = records = run.records(start_step)
+    records.progress = trainer.progress
     if checkpoint:
         trainer._total_train_tokens = read_json(storage.join(checkpoint, COMPLETE))["tokens"]
+        state = read_json(storage.join(checkpoint, "trainer_state.json"))
+        trainer.earlier = trainer._total_train_tokens, state["total_flos"]
     metrics: dict[str, float] = {}
     try:
         # Not trainer.evaluate(): it would leave the model unwrapped, and ranks would not average their gradients.
@@ -342,5 +376,6 @@ def train(run: TuningRun, build: Callable[[], Any]) -> dict[str, float]:
             metrics = trainer.evaluate()
         run_on_master(lambda: run.save_result(trainer.accelerator.unwrap_model(trainer.model)))
     finally:
+        records.finish()
         trainer.metric_loggers.close()
     return our_names(metrics)

@@ -11,16 +11,20 @@ import torch
 
 
 class Stopwatch:
-    """Mean time per step since the last reading, and the time spent waiting for data, in seconds."""
+    """Mean time per step since the last reading, and the time spent waiting for data, in seconds.
+
+    Attributes:
+        num_steps: number of steps since the last reading.
+    """
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._data_s, self._steps = 0.0, 0
+        self._data_s, self.num_steps = 0.0, 0
 
     def record_step(self, waited_s: float) -> None:
         """Count one step that waited `waited_s` for its batch."""
         self._data_s += waited_s
-        self._steps += 1
+        self.num_steps += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -34,9 +38,9 @@ class Stopwatch:
     def pop(self) -> tuple[float, float]:
         """Return (data_s, step_s), means over the steps since the last call. Read the device's results first."""
         now = time.perf_counter()
-        steps = max(self._steps, 1)
+        steps = max(self.num_steps, 1)
         means = (self._data_s / steps, max((now - self._start) / steps, 1e-9))
-        self._start, self._data_s, self._steps = now, 0.0, 0
+        self._start, self._data_s, self.num_steps = now, 0.0, 0
         return means
 
 

@@ -23,6 +23,7 @@ from open_lm.errors import CheckpointError, DataError, join_problems
 from open_lm.evaluate.validation import loss_problems, non_finite_weights
 from open_lm.monitor.loggers import MetricLoggers, log_to_file
 from open_lm.monitor.run_folder import RunPaths
+from open_lm.monitor.run_records import RunRecords
 from open_lm.monitor.watchdog import Watchdog, long_operation
 from open_lm.names import setting_text
 from open_lm.training.build import RunParts, build_parts, build_trainer
@@ -33,6 +34,7 @@ from open_lm.training.restore import load_state, restore_from
 from open_lm.training.run_length import run_length_problems
 from open_lm.training.setup import (
     check_device,
+    open_records,
     open_run,
     resolve_epoch_length,
     resolve_settings,
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
     load_state(parts, trainer, saved)
     args.resume = parts.resume
     loggers, flags = open_run(args, architecture, parts, stack)
+    records = open_records(parts, stack)
     if runtime.is_master:
         warn_changed_flags(parts.saved_flags, flags)
         for problem in run_length_problems(config, trainer.scheduler, parts.total_steps) if trainer is not None else ():
@@ -91,7 +94,7 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
         evaluate(parts, evaluations, loggers)
     else:
         trainer.report = loggers.log
-        Training(parts, trainer, evaluations, loggers, flags).run()
+        Training(parts, trainer, evaluations, loggers, flags=flags, records=records).run()
 
 
 def _loaded_weights(parts: RunParts, saved: Sequence[Candidate]) -> list[str]:
@@ -145,13 +148,16 @@ class Training:
         trainer: Trainer,
         evaluations: Evaluations,
         loggers: MetricLoggers,
+        *,
         flags: Mapping[str, Any],
+        records: RunRecords,
     ) -> None:
         self.parts, self.trainer, self.evaluations = parts, trainer, evaluations
-        self.loggers, self.flags = loggers, flags
+        self.loggers, self.flags, self.records = loggers, flags, records
         self.manager = CheckpointManager(parts.paths, parts.config.checkpoint, parts.config.data.epochs)
         self._rollbacks: dict[int, int] = {}  # step of a checkpoint -> number of rollbacks to it
-        trainer.after_step = self._after_step
+        trainer.after_step, trainer.rank_times = self._after_step, records.rank_times
+        records.progress = trainer.progress
 
     def run(self) -> None:
         """Train to the end, or until a signal; then save the state and return normally.
@@ -231,6 +237,7 @@ class Training:
             if failure is not None:
                 self.manager.finish()
                 raise failure
+        self.records.update()
 
     # ------------------------------------------------------------------------------------------ after each step
     def _after_step(self, decision: Decision) -> None:
@@ -285,6 +292,7 @@ class Training:
     def _save_step(self, wait: bool = False) -> None:
         with long_operation("saving", SAVE_TIMEOUT_S):  # may have to wait for the previous save
             self.manager.save_step(*self._snapshot(self.parts.progress.epoch), wait=wait)
+        self.records.update()
 
     def _roll_back(self) -> None:
         """Load the run's newest checkpoint and continue from it, skipping the data seen since."""

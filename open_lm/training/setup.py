@@ -45,6 +45,7 @@ from open_lm.monitor.loggers import (
     write_to_log_file,
 )
 from open_lm.monitor.run_folder import RunPaths, copy_codebase, write_params
+from open_lm.monitor.run_records import RunRecords
 from open_lm.names import printable, setting_text
 from open_lm.parallel.parallelize import ineffective_settings, unwrap
 from open_lm.storage import write_text
@@ -251,6 +252,28 @@ def open_run(
     loggers = build_loggers(config.logging, paths, params, start_step, runtime.is_master)
     stack.callback(loggers.close)
     return loggers, redacted(params)
+
+
+def open_records(parts: RunParts, stack: ExitStack) -> RunRecords:
+    """Start the records of the run, which `stack` finishes: before the last remote copy, if `open_run` came first."""
+    loader = parts.train_loader
+    data = None if loader is None else provenance.describe(loader.sources)
+    records = RunRecords(
+        parts.paths,
+        parts.runtime,
+        parts.config.logging,
+        step=parts.progress.step or 0,
+        write_report=_write_report,
+        data=data,
+    )
+    stack.callback(records.finish)
+    return records
+
+
+def _write_report(folder: str) -> None:
+    from open_lm.report import refresh_report  # reads files only: not needed to train
+
+    refresh_report(folder)
 
 
 def _record_data(parts: RunParts, sources: Sequence[Source]) -> None:

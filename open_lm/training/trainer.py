@@ -21,6 +21,7 @@ from open_lm.data.loader import TrainLoader
 from open_lm.model.losses import TokenLoss, batch_loss
 from open_lm.monitor import watchdog
 from open_lm.monitor.metrics import DelayedReadback, DeviceMeans, TrainLogEntry, peak_memory_bytes, short_labels
+from open_lm.monitor.rank_times import RankTimes
 from open_lm.monitor.timing import PhaseClock, Stopwatch
 from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.schedules import Schedule
@@ -63,6 +64,8 @@ class Trainer:
         samples_skipped: filler sequences in place of unusable ones.
         data_state: position of the loader after the last step.
         stopwatch: measures the steps of the epoch.
+        rank_times: compares the ranks at each log line.
+        num_steps: number of steps of this process, repeated ones included.
     """
 
     model: nn.Module
@@ -89,6 +92,8 @@ class Trainer:
     samples_per_source: dict[str, int] = field(default_factory=dict)
     data_state: dict[str, Any] | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    rank_times: RankTimes | None = None
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
         device = self.options.runtime.device
@@ -134,6 +139,12 @@ class Trainer:
             "guard": self._guard.state(),
         }
 
+    def progress(self) -> dict[str, Any]:
+        """Return what this process has computed: the step, and tokens and FLOPs, repeated steps included."""
+        tokens = self.num_steps * self.global_batch_size * self.seq_len
+        flops = {} if self.flops_per_token is None else {"flops": tokens * self.flops_per_token}
+        return {"step": self.step, "tokens": tokens, **flops}
+
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a result of `state`; the caller restores weights, step, data_state and the loader."""
         self._late.clear()
@@ -161,7 +172,7 @@ class Trainer:
                     losses = self._averaged_losses(batch, result.valid_tokens)
                     self._window.add(sum_values(losses, self.options.layout), accepted)
             self._late.add(torch.cat([result.counts[:2].double(), self._guard.report()]), (self.step, lr))
-            self.step, self.data_state = self.step + 1, state
+            self.step, self.data_state, self.num_steps = self.step + 1, state, self.num_steps + 1
             if is_last or number % self.log_every == 0:
                 self._log(epoch, lr, result.grad_norm)
             decision = self._decide(wait=is_last)
@@ -240,7 +251,8 @@ class Trainer:
         runtime = self.options.runtime
         means = self._window.pop()
         self._read_counts()
-        phases = {f"{name}_time": seconds for name, seconds in self._phases.pop().items()}
+        seconds, num_steps = self._phases.pop(), self.stopwatch.num_steps
+        phases = {f"{name}_time": value for name, value in seconds.items()}
         data_s, batch_s = self.stopwatch.pop()
         step_tokens = self.global_batch_size * self.seq_len
         mfu = None
@@ -265,7 +277,10 @@ class Trainer:
         )
         if runtime.is_master:
             logging.info(reading.line())
-        self.report({"tokens": reading.tokens, "train/epoch": epoch.number, **reading.metrics()}, self.step)
+        values = {"tokens": reading.tokens, "train/epoch": epoch.number, **reading.metrics()}
+        if self.rank_times is not None:
+            values |= self.rank_times.exchange({"data": data_s, **seconds}, batch_s, num_steps)
+        self.report(values, self.step)
 
     def _counted(self) -> dict[str, float]:
         """Return counts of the run so far, by name."""
