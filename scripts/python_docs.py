@@ -14,18 +14,19 @@ import io
 import json
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import zstandard
 
 from open_lm.errors import DataError, run_cli
 from open_lm.names import user_path
-from open_lm.storage import atomic_write
+from open_lm.storage import atomic_write, split_lines, write_text
 
 TRAIN_FILES, VALID_FRACTION = 4, 0.05
 MIN_DOCUMENT_CHARS = 400
 MIN_COMMENT_LINES = 3
+END_OF_TEXT = "<|endoftext|>"
 
 
 def documents(max_bytes: int) -> Iterator[dict[str, object]]:
@@ -118,6 +119,29 @@ def gather(output_dir: str, max_mb: float) -> dict[str, int]:
         counts[f"{split}_bytes"] += sum(len(str(item["text"]).encode()) for item in items)
         counts[f"{split}_documents"] += len(items)
     return counts
+
+
+def train_tokenizer(files: Sequence[Path], target: Path, vocab_size: int) -> int:
+    """Train a byte-level BPE on .jsonl.zst files, write it as tokenizer.json, and return the size of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def texts() -> Iterator[str]:
+        for path in files:
+            for line in split_lines(zstandard.decompress(path.read_bytes()).decode()):
+                yield json.loads(line)["text"]
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    write_text(target, tokenizer.to_str(pretty=True))
+    return int(tokenizer.get_vocab_size())
 
 
 def main(argv: list[str]) -> None:

@@ -23,15 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from python_docs import gather
+from python_docs import gather, train_tokenizer
 
 from open_lm.errors import ConfigError, UserError, run_cli
 from open_lm.names import user_path
-from open_lm.storage import atomic_write, read_lines, split_lines, write_text
+from open_lm.storage import read_lines, write_text
 from open_lm.storage.strict_json import to_json
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
-END_OF_TEXT = "<|endoftext|>"
 PROMPTS = ("The function returns", "This module provides", "Raises an exception if")
 RUN_NAME = "run"
 TRAINING_LINES = "Train Epoch|Validation on|saved|WARNING|ERROR|--resume latest"
@@ -105,28 +104,10 @@ def gather_text(settings: QuickstartSettings) -> None:
     print(f"  {counts['train_bytes'] / 1e6:.1f} MB for training, {counts['valid_bytes'] / 1e6:.1f} MB for validation")
 
 
-def train_tokenizer(settings: QuickstartSettings) -> None:
-    import zstandard
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    def texts() -> Any:
-        for path in sorted((settings.folder / "raw").glob("train-*.jsonl.zst")):
-            for line in split_lines(zstandard.decompress(path.read_bytes()).decode()):
-                yield json.loads(line)["text"]
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts(), trainer)
-    with atomic_write(settings.tokenizer, "w") as file:
-        file.write(tokenizer.to_str(pretty=True))
-    print(f"  vocabulary of {tokenizer.get_vocab_size():,} tokens")
+def train_quickstart_tokenizer(settings: QuickstartSettings) -> None:
+    files = sorted((settings.folder / "raw").glob("train-*.jsonl.zst"))
+    size = train_tokenizer(files, Path(settings.tokenizer), settings.vocab_size)
+    print(f"  vocabulary of {size:,} tokens")
 
 
 def make_shards(settings: QuickstartSettings) -> None:
@@ -219,7 +200,7 @@ def steps(settings: QuickstartSettings) -> list[tuple[str, Path, Callable[[], No
     result, untrained, final = settings.result, settings.untrained_checkpoint, settings.final_checkpoint
     return [
         ("Gather text from the Python installation", result("text"), lambda: gather_text(settings)),
-        ("Train a tokenizer", Path(settings.tokenizer), lambda: train_tokenizer(settings)),
+        ("Train a tokenizer", Path(settings.tokenizer), lambda: train_quickstart_tokenizer(settings)),
         ("Tokenize, shuffle and write shards", settings.manifest("train"), lambda: make_shards(settings)),
         ("Create the model", untrained, lambda: create_untrained(settings)),
         (

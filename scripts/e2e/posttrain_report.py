@@ -53,8 +53,7 @@ def check_answers(checkpoint: str) -> dict[str, float]:
 
 def task_scores(folder: Path, checkpoint: str) -> dict[str, float]:
     """Return the score of each task, computed by the command that evaluates in-context learning."""
-    sys.path.insert(0, str(ROOT / "eval"))
-    from eval_openlm_ckpt import main as evaluate
+    from open_lm.evaluate.command import main as evaluate
 
     output = folder / "icl.json"
     flags = ["--engine", "native", "--device", "cpu", "--precision", "fp32", "--checkpoint", checkpoint]

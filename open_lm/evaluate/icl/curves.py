@@ -17,6 +17,7 @@ from open_lm.evaluate.icl.report import averages
 from open_lm.names import printable
 
 _WIDTH, _HEIGHT, _MARGIN, _COLUMNS = 320, 200, 45, 3  # pixels of a panel, panels of a row
+_MAX_MARKERS = 60  # points of a curve that are marked; a longer curve is only a line
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # distinct for color-blind readers
 _SUFFIXES = (".svg", ".html")
 
@@ -73,7 +74,7 @@ def write_plot(path: str, points: Sequence[Point]) -> None:
     """
     axis = _axis(points)
     panels = _panels(points, axis)
-    svg = _draw(panels, axis)
+    svg = draw_panels(panels, axis)
     if path.lower().endswith(".html"):
         svg = (
             f'<!DOCTYPE html>\n<html lang="en"><meta charset="utf-8"><title>Scores</title>\n<body>{svg}</body></html>\n'
@@ -124,7 +125,7 @@ def _value(point: Point, axis: str, score: float, interval: tuple[float, float] 
 
 
 # ------------------------------------------------------------------------------------------------------ drawing
-def _draw(panels: Sequence[Panel], axis: str) -> str:
+def draw_panels(panels: Sequence[Panel], axis: str) -> str:
     """Return all panels in a grid, with a legend of the runs above them."""
     runs = list(dict.fromkeys(run for _, _, curves in panels for run in curves))
     colors = {run: _COLORS[index % len(_COLORS)] for index, run in enumerate(runs)}
@@ -158,7 +159,7 @@ def _panel(panel: Panel, axis: str, colors: Mapping[str, str]) -> str:
     parts.append(f'<path d="M{_MARGIN},25V{bottom}H{right}" fill="none" stroke="black"/>')
     for share in (0.0, 0.5, 1.0):
         x, y = low_x + share * (high_x - low_x), low_y + share * (high_y - low_y)
-        parts.append(_text(_MARGIN - 4, at(x, y)[1] + 4, f"{y:.3f}", anchor="end"))
+        parts.append(_text(_MARGIN - 4, at(x, y)[1] + 4, _short(y) if y >= 1000 else f"{y:.3g}", anchor="end"))
         parts.append(_text(at(x, y)[0], bottom + 14, _short(x), anchor="middle"))
     if baseline is not None:
         y = at(low_x, baseline)[1]
@@ -177,6 +178,8 @@ def _curve(points: Sequence[tuple[Value, float, float]], color: str, at: Any) ->
             lower, upper = (at(value.x, bound)[1] for bound in value.interval)
             parts.append(f'<path d="M{x:.1f},{lower:.1f}V{upper:.1f}" stroke="{color}" opacity="0.5"/>')
         tooltip = html.escape(printable(value.label))
+        if len(points) > _MAX_MARKERS and value.interval is None:
+            continue
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"><title>{tooltip}</title></circle>')
     return parts
 

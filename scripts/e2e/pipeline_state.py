@@ -1,0 +1,181 @@
+"""State of the pipeline in its folder: finished stages with their settings, a lock, and running one command."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from open_lm import storage
+from open_lm.errors import STOP_SIGNALS, ConfigError, DataError, UserError
+from open_lm.storage.strict_json import to_json
+
+STOPPED_EXIT_CODE = 130
+_LIBC = ctypes.CDLL(None)  # loaded here, because loading between fork and exec is unsafe
+_PR_SET_PDEATHSIG = 1
+_LOCK_WAIT_S, _LOCK_POLL_S = 300.0, 0.2  # a training that has lost its parent saves and ends within this time
+
+
+class Stamps:
+    """What is known about the stages: one JSON file per stage, with `settings`, `finished` and `seconds`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, stage: str) -> Path:
+        return self.folder / f"{stage}.json"
+
+    def read(self, stage: str) -> dict[str, Any] | None:
+        """Return the stamp of a stage, None if it has not started. Raise DataError for a damaged file."""
+        path = self.path(stage)
+        if not path.exists():
+            return None
+        try:
+            stamp = json.loads(storage.read_text(path))
+            return {"settings": dict(stamp["settings"]), **stamp}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: expected the JSON of a stage ({error}); delete the file to run this stage again"
+            ) from error
+
+    def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
+        """Record the settings with which a stage starts; the time of earlier attempts is kept."""
+        earlier = (self.read(stage) or {}).get("seconds", 0.0)
+        self._write(stage, {"settings": settings, "finished": False, "seconds": earlier})
+
+    def end(self, stage: str, seconds: float, finished: bool, note: str = "") -> None:
+        """Add the time of an attempt, and record whether the stage is finished. `note` says why it was skipped."""
+        stamp = self.read(stage) or {}
+        total = round(stamp.get("seconds", 0.0) + seconds, 1)
+        self._write(stage, {**stamp, "finished": finished, "seconds": total, **({"note": note} if note else {})})
+
+    def remove(self, stage: str) -> None:
+        self.path(stage).unlink(missing_ok=True)
+
+    def _write(self, stage: str, stamp: Mapping[str, Any]) -> None:
+        storage.write_text(self.path(stage), to_json(stamp, indent=1) + "\n")
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return "key old -> new" for each setting that differs, with dots for nested settings."""
+    changes = []
+    for name in dict.fromkeys([*old, *new]):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes += changed_settings(before, after, f"{prefix}{name}.")
+        elif before != after:
+            changes.append(f"{prefix}{name} {json.dumps(before)} -> {json.dumps(after)}")
+    return changes
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[IO[str]]:
+    """Lock a work folder and yield the lock, which the commands of stages inherit.
+
+    So the folder stays locked until the last process of a killed pipeline has ended, for which this function waits.
+
+    Raises:
+        ConfigError: another pipeline uses the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+        _acquire(lock, folder)
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield lock
+
+
+def _acquire(lock: IO[str], folder: Path) -> None:
+    deadline, announced = time.monotonic() + _LOCK_WAIT_S, False
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        lock.seek(0)
+        owner = lock.read().strip()
+        if (owner.isdecimal() and _is_alive(int(owner))) or time.monotonic() > deadline:
+            raise ConfigError(
+                f"--work-dir {folder}: another pipeline (process {owner or 'unknown'}) or one of its commands uses it; "
+                "wait until it ends, or use another folder"
+            )
+        if not announced:
+            print("Waiting for the commands of a pipeline that was killed", flush=True)
+            announced = True
+        time.sleep(_LOCK_POLL_S)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+class Stopped(Exception):
+    """A stop signal arrived; the current command has saved what it has and ended."""
+
+
+def run_command(command: Sequence[str], log: Path, lock: IO[str], environment: Mapping[str, str]) -> None:
+    """Run a command, and copy its output to the console and to the end of a log file.
+
+    Signals that ask to stop are forwarded. If this process is killed, the kernel sends the command SIGTERM.
+
+    Raises:
+        Stopped: after a stop signal.
+        UserError: the command failed.
+    """
+    stopped: list[int] = []
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True, pass_fds=(lock.fileno(),),
+            preexec_fn=_terminate_with_parent,  # noqa: PLW1509
+            encoding="utf-8", errors="backslashreplace",
+        )  # fmt: skip
+
+        def forward(number: int, frame: FrameType | None) -> None:
+            if stopped:  # the second signal ends the command at once
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            stopped.append(number)
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+
+        previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                print(f"  {line}", end="", flush=True)
+            code = process.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+    if stopped:
+        raise Stopped
+    if code != 0:
+        raise UserError(f"the command failed with exit code {code} (its output: {log}): {shlex.join(command)}")
+
+
+def _terminate_with_parent() -> None:
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

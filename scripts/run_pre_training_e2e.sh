@@ -1,0 +1,1 @@
+e2e/run_pre_training_e2e.sh
