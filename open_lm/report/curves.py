@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from open_lm.report.figures import Clock, Figure, Series
-from open_lm.report.formats import big
+from open_lm.report.formats import MISSING, big
 from open_lm.report.markup import Column, Html, table
 from open_lm.report.problems import find_stalls
 from open_lm.report.records import RESTART, ROLLBACK, SKIPPED, Run
@@ -46,6 +46,7 @@ class Panel:
     percent: bool = False
     from_zero: bool = False
     events: bool = True
+    unless_zero: bool = False
 
 
 PANELS = (
@@ -65,7 +66,9 @@ PANELS = (
         from_zero=True,
     ),
     Panel("Peak memory", "GiB", r"train/peak_memory_bytes", scale=2.0**-30, smooth=False, from_zero=True, events=False),
-    Panel("Skipped steps", "steps so far", r"train/(skipped_steps|spikes)", smooth=False, from_zero=True),
+    Panel(
+        "Skipped steps", "steps so far", r"train/(skipped_steps|spikes)", smooth=False, from_zero=True, unless_zero=True
+    ),
     Panel("Tokens by source", "tokens seen", r"train/tokens/(.+)", smooth=False, from_zero=True, events=False),
     Panel("Other training losses", "nats per token", r"train/(.+_loss)"),
     Panel("Reward", "", r"(?:train|val)/(reward.*|margin)", events=False),
@@ -172,7 +175,7 @@ class _Builder:
         found = [
             (index, label, values) for index in range(len(self._runs)) for label, values in self._curves(index, panel)
         ]
-        if not found:
+        if not found or (panel.unless_zero and not any(np.nan_to_num(values[1]).any() for _, _, values in found)):
             return None
         labels = list(dict.fromkeys(label for _, label, _ in found))
         series = [self._series(panel, index, label, labels, values) for index, label, values in found]
@@ -213,7 +216,7 @@ class _Builder:
         color, dash = series_style(index, len(self._runs), labels.index(label))
         few = len(curve.values) <= 40
         return Series(
-            name=series_name(self._names[index], len(self._runs), label or panel.title),
+            name=series_name(self._names[index], len(self._runs), label.replace("_", " ")) or panel.title,
             y=curve.values,
             mode="lines+markers" if few else "lines",
             color=color,
@@ -228,7 +231,7 @@ class _Builder:
 
 def series_name(run: str, num_runs: int, label: str) -> str:
     """Return the name of a curve in legends: that of the run, if there are several, and that of the metric."""
-    return label.replace("_", " ") if num_runs == 1 else f"{run} · {label}" if label else run
+    return label if num_runs == 1 else f"{run} · {label}" if label else run
 
 
 def series_style(run: int, num_runs: int, label: int) -> tuple[int, str | None]:
@@ -283,5 +286,5 @@ def _value_at(series: Series, step: int, is_percent: bool) -> str:
     values = np.asarray(series.means if series.means is not None else series.y)
     position = int(np.searchsorted(steps, step, side="right")) - 1
     if position < 0 or step > steps[-1] or not np.isfinite(values[position]):
-        return "–"
+        return MISSING
     return f"{100 * values[position]:.1f} %" if is_percent else f"{values[position]:.4g}"

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
 from open_lm.monitor.metrics import short_labels
 from open_lm.names import unescape
 from open_lm.report.records import MixtureSource, Run
@@ -60,9 +62,9 @@ def _seen_tokens(names: Sequence[str], run: Run) -> dict[str, int]:
     last = {name: run.metrics.last(f"{_SEEN}{labels[name]}") for name in names}
     known = {name: round(tokens) for name, tokens in last.items() if tokens is not None}
     if not known and len(names) == 1 and len(run.metrics):
-        tokens = run.metrics.tokens
-        if (tokens == tokens).any():
-            return {names[0]: round(float(tokens[tokens == tokens][-1]))}
+        tokens = run.metrics.tokens[np.isfinite(run.metrics.tokens)]
+        if len(tokens):
+            return {names[0]: round(float(tokens[-1]))}
     return known
 
 

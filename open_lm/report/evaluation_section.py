@@ -9,7 +9,7 @@ import numpy as np
 from open_lm.evaluate.icl.report import METRIC_LABELS
 from open_lm.report.curves import series_name, series_style
 from open_lm.report.figures import Figure, Page, Series
-from open_lm.report.formats import big, percent
+from open_lm.report.formats import MISSING, big, percent
 from open_lm.report.markup import Column, Html, details, join, paragraph, table, tag
 from open_lm.report.records import Run, Sample, TaskEvaluation, TaskScore
 from open_lm.report.summary_section import final_evaluation
@@ -45,7 +45,7 @@ def _single_table(run: Run) -> Html:
             Column("95 % interval", True),
             Column("0 to 100 %"),
             Column("guessing", True),
-            Column("above guessing", True),
+            Column("centered", True),
         ),
         Column("examples", True),
     ]
@@ -60,7 +60,7 @@ def _single_table(run: Run) -> Html:
 
 
 def _row(task: TaskScore) -> list[object]:
-    interval = "–" if task.interval is None else f"{100 * task.interval[0]:.1f} – {100 * task.interval[1]:.1f} %"
+    interval = MISSING if task.interval is None else f"{100 * task.interval[0]:.1f} to {100 * task.interval[1]:.1f} %"
     return [
         *(task.task, task.shots, METRIC_LABELS.get(task.metric, task.metric), percent(task.score), interval),
         *(_range(task), percent(task.baseline), percent(task.centered), f"{task.n:,}"),
@@ -113,15 +113,18 @@ def _joint_table(runs: Sequence[Run]) -> Html:
 
 def _score(task: TaskScore | None) -> Html | str:
     if task is None or task.score is None:
-        return "–"
+        return MISSING
     if task.interval is None:
         return percent(task.score)
     low, high = (100 * bound for bound in task.interval)
-    return join(percent(task.score), tag("br"), tag("span", f"{low:.1f} – {high:.1f}", class_="remark"))
+    return join(percent(task.score), tag("br"), tag("span", f"{low:.1f} to {high:.1f}", class_="remark"))
 
 
 def _notes(runs: Sequence[Run]) -> Html:
-    methods = "Intervals are those of 95 % for the sampling of the examples; guessing is the expected score of random choices."
+    methods = (
+        "Intervals are those of 95 % for the sampling of the examples; guessing is the expected score of random "
+        "choices; centered is (score - guessing) / (1 - guessing)."
+    )
     many = any(
         max((task.n for task in evaluation.tasks), default=0) < 100
         for run in runs
@@ -135,10 +138,10 @@ def _notes(runs: Sequence[Run]) -> Html:
 def _all_evaluations(runs: Sequence[Run]) -> Html:
     found = [(run, evaluation) for run in runs for evaluation in run.evaluations]
     columns = [Column("run"), Column("file"), Column("engine"), *(Column(n, True) for n in ("step", "tokens", "tasks"))]
-    columns += [Column("average", True), Column("above guessing", True)]
+    columns += [Column("average", True), Column("centered", True)]
     rows = [
         (
-            *(run.name, e.origin, e.engine, "–" if e.step is None else f"{e.step:,}", big(e.tokens), len(e.tasks)),
+            *(run.name, e.origin, e.engine, MISSING if e.step is None else f"{e.step:,}", big(e.tokens), len(e.tasks)),
             *(percent(e.average), percent(e.centered_average)),
         )
         for run, e in found[-_MAX_EVALUATIONS:]
@@ -264,7 +267,7 @@ def _run_samples(run: Run) -> Iterable[Html]:
 
 
 def _sample(sample: Sample, first: int, last: int) -> Html:
-    when = {first: "Before: ", last: "After: "}.get(sample.step, "") if first != last else ""
+    when = {first: "Before: ", last: "Latest: "}.get(sample.step, "") if first != last else ""
     tokens = f", {big(sample.tokens)} tokens" if sample.tokens else ""
     text = sample.text[:_MAX_CHARACTERS] + (" …" if len(sample.text) > _MAX_CHARACTERS else "")
     prompt = sample.prompt if len(sample.prompt) <= _MAX_CHARACTERS else "… " + sample.prompt[-_MAX_CHARACTERS:]

@@ -252,7 +252,8 @@ class Page:
             tag("meta", name="color-scheme", content="light dark"),
             tag("title", self.title),
             _script(
-                "document.documentElement.dataset.theme = matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'"
+                "document.documentElement.dataset.theme = "
+                "matchMedia('(prefers-color-scheme: dark)').matches ? 'dark' : 'light'"
             ),
             Html(f"<style>{_asset('page.css')}</style>"),
         )

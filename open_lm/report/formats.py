@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-_MISSING = "–"
+MISSING = "\N{EN DASH}"
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _BINARY = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _FLOPS = ((1e24, "YFLOP"), (1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -13,7 +13,7 @@ _FLOPS = ((1e24, "YFLOP"), (1e21, "ZFLOP"), (1e18, "EFLOP"), (1e15, "PFLOP"), (1
 def big(value: float | None) -> str:
     """Return a large number with three digits and a suffix: "1.44B"; smaller ones completely: "999"."""
     if value is None:
-        return _MISSING
+        return MISSING
     for size, suffix in _SUFFIXES:
         if abs(value) >= size * (1 if size > 1e3 else 10):
             return f"{_three_digits(value / size)}{suffix}"
@@ -28,7 +28,7 @@ def _three_digits(value: float) -> str:
 def size(num_bytes: float | None) -> str:
     """Return a number of bytes: "1.5 GiB"."""
     if num_bytes is None:
-        return _MISSING
+        return MISSING
     power = min(int(math.log(num_bytes, 1024)), len(_BINARY) - 1) if num_bytes >= 1 else 0
     return f"{num_bytes:.0f} B" if power == 0 else f"{num_bytes / 1024**power:.1f} {_BINARY[power]}"
 
@@ -36,7 +36,7 @@ def size(num_bytes: float | None) -> str:
 def duration(seconds: float | None) -> str:
     """Return a duration: "42 s", "3 min 20 s", "5 h 12 min", "3 d 4 h"."""
     if seconds is None or not math.isfinite(seconds):
-        return _MISSING
+        return MISSING
     if seconds < 99.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.2g} s"
     units = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
@@ -49,13 +49,13 @@ def duration(seconds: float | None) -> str:
 
 def percent(fraction: float | None, digits: int = 1) -> str:
     """Return a fraction of 1 in percent: "41.2 %"."""
-    return _MISSING if fraction is None else f"{100 * fraction:.{digits}f} %"
+    return MISSING if fraction is None else f"{100 * fraction:.{digits}f} %"
 
 
 def flops(value: float | None) -> str:
     """Return floating point operations: "3.1 EFLOP"."""
     if value is None:
-        return _MISSING
+        return MISSING
     for length, name in _FLOPS:
         if value >= length:
             return f"{_three_digits(value / length)} {name}"
@@ -65,7 +65,7 @@ def flops(value: float | None) -> str:
 def energy(kwh: float | None) -> str:
     """Return an energy: "12.3 kWh", "4.1 Wh"."""
     if kwh is None:
-        return _MISSING
+        return MISSING
     if kwh >= 1000:
         return f"{_three_digits(kwh / 1000)} MWh"
     return (
@@ -79,4 +79,4 @@ def energy(kwh: float | None) -> str:
 
 def number(value: float | None, digits: int = 4) -> str:
     """Return a number with fixed decimals, or a dash."""
-    return _MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return MISSING if value is None or not math.isfinite(value) else f"{value:.{digits}f}"

@@ -68,11 +68,11 @@ def _curves(page: Page, runs: Sequence[Run], curves: CurveFigures) -> list[Html]
     thinned = ""
     if curves.thinned > 1:
         thinned = (
-            f" Long curves show, of each interval of up to {curves.thinned:,} records, the lowest and the highest value, "
+            f" Long curves show, of each interval of up to {curves.thinned:,} records, the lowest and highest value, "
             "so that no spike is lost; smoothing uses the means of the intervals."
         )
     kinds = dict.fromkeys(event.kind for run in runs for event in run.events)
-    symbols = {"skipped": "×", "restart": "▲", "rollback": "◀"}
+    symbols = {"skipped": "\N{MULTIPLICATION SIGN}", "restart": "▲", "rollback": "◀"}
     legend = [tag("li", f"{symbols[kind]} {EVENT_NAMES[kind]}") for kind in kinds]
     blocks = [
         page.controls(),

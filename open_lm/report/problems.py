@@ -177,7 +177,8 @@ def _divergence(run: Run, log: RunLog) -> Iterator[Problem]:
             "The loss rose again",
             f"from step {steps[lowest + width - 1]:,} to {steps[-1]:,}",
             f"from {means[lowest]:.3f} to {means[-1]:.3f}, means over {width} records",
-            "The training has diverged, or the data changed. Continue from a checkpoint before the rise with a lower --lr.",
+            "The training has diverged, or the data changed. Continue from a checkpoint before the rise with a lower "
+            "--lr.",
         )
 
 
@@ -269,23 +270,27 @@ def _overfitting(run: Run, log: RunLog) -> Iterator[Problem]:
 
 def _evaluations(run: Run) -> Iterator[Problem]:
     for evaluation in run.evaluations:
-        for task in evaluation.tasks:
-            if task.problem:
-                yield Problem(
-                    WARNING,
-                    "A task did not run",
-                    f"{task.label}, {evaluation.origin}",
-                    task.problem,
-                    "Averages and aggregates leave it out.",
-                )
-            if task.truncated:
-                yield Problem(
-                    WARNING if task.truncated * 20 > task.sequences else NOTE,
-                    "Truncated contexts",
-                    f"{task.label}, {evaluation.origin}",
-                    f"{task.truncated:,} of {task.sequences:,} contexts lost their beginning to fit the model",
-                    "The model did not see all examples of these prompts, so the score may be too low.",
-                )
+        failed = [task for task in evaluation.tasks if task.problem]
+        if failed:
+            yield Problem(
+                WARNING,
+                "Tasks that did not run",
+                evaluation.origin,
+                "; ".join(f"{task.label}: {task.problem}" for task in failed[:_MAX_LISTED]),
+                "Averages and aggregates leave them out.",
+            )
+        cut = [task for task in evaluation.tasks if task.truncated]
+        if cut:
+            some = [f"{task.label}: {task.truncated:,} of {task.sequences:,}" for task in cut[:_MAX_LISTED]]
+            hidden = f" and {len(cut) - _MAX_LISTED} more tasks" if len(cut) > _MAX_LISTED else ""
+            is_common = any(task.truncated * 20 > task.sequences for task in cut)
+            yield Problem(
+                WARNING if is_common else NOTE,
+                "Truncated contexts",
+                evaluation.origin,
+                f"contexts that lost their beginning to fit the model: {'; '.join(some)}{hidden}",
+                "The model did not see all examples of these prompts, so the scores may be too low.",
+            )
     for validation in run.validations:
         for part in validation.sets:
             if part.loss is None:

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+from open_lm.config.command_line import all_specs
+from open_lm.names import setting_text
 from open_lm.report import formats
 from open_lm.report.collect import differing_settings
-from open_lm.report.formats import big, percent
+from open_lm.report.formats import MISSING, big, percent
 from open_lm.report.markup import Column, Html, details, join, paragraph, table, tag
-from open_lm.report.records import MixtureSource, Run
+from open_lm.report.records import SETTINGS_OF_A_PROCESS, MixtureSource, Run
 
 _MAX_SHARDS_TEXT = 400  # characters of a value in a table
 _MAX_CHECKPOINTS = 30
@@ -41,7 +43,7 @@ def _mixture(run: Run) -> Html:
     rows = [_source_row(source, planned, seen) for source in run.sources]
     known = [source.seen_tokens for source in run.sources if source.seen_tokens is not None]
     if len(rows) > 1:
-        rows.append(["all sources", "", "", "", big(planned), big(sum(known)) if known else "–", "", "", ""])
+        rows.append(["all sources", "", "", "", big(planned), big(sum(known)) if known else MISSING, "", "", ""])
     note = ""
     if planned and known and sum(known) < planned:
         note = paragraph(f"The run has seen {percent(sum(known) / planned, 0)} of the planned tokens.", class_="note")
@@ -54,7 +56,7 @@ def _source_row(source: MixtureSource, planned: int | None, seen: int) -> list[A
     return [
         *(source.name, percent(source.planned_share), percent(share), _bar(share, source.planned_share)),
         *(big(expected), big(source.seen_tokens), big(source.stored_tokens)),
-        *("–" if source.passes is None else f"{source.passes:.2f}", source.num_shards or "–"),
+        *(MISSING if source.passes is None else f"{source.passes:.2f}", source.num_shards or MISSING),
     ]
 
 
@@ -79,20 +81,21 @@ def settings(runs: Sequence[Run]) -> list[Html]:
         blocks.append(tag("h3", "Differences between the runs"))
         changes = differing_settings([run.settings for run in runs])
         columns = [Column("setting"), *(Column(run.name) for run in runs)]
-        rows = [(tag("code", _flag(change.name)), *map(_value, change.values)) for change in changes]
+        rows = [(tag("code", change.name), *map(_value, change.values)) for change in changes]
         blocks.append(table(columns, rows, "Settings that differ") if rows else paragraph("All settings are equal."))
     for run in runs:
         if run.changes:
             blocks += [tag("h3", f"Changes between the starts of {run.name}"), _changes(run)]
         elif len([start for start in run.starts if start.settings]) > 1:
             blocks.append(paragraph(f"{run.name} was resumed with unchanged settings ({len(run.starts)} starts)."))
+    blocks += [_not_default(runs, run) for run in runs if run.settings]
     for run in runs:
         if run.architecture:
             rows = [(tag("code", key), _short(value)) for key, value in run.architecture.items()]
             content = table([Column("key"), Column("value")], rows, f"Architecture of {run.name}")
             blocks.append(details(f"Architecture of {run.name} (model.json)", content))
         if run.settings:
-            rows = [(tag("code", _flag(name)), _value(value)) for name, value in sorted(run.settings.items())]
+            rows = [(tag("code", name), _value(value)) for name, value in sorted(run.settings.items())]
             content = table([Column("setting"), Column("value")], rows, f"All settings of {run.name}")
             blocks.append(details(f"All {len(rows)} settings of {run.name} (params.txt)", content))
     return blocks or [paragraph("The run has no params.txt.")]
@@ -104,18 +107,30 @@ def _changes(run: Run) -> Html:
         f"start {i}: {s.time.replace(',', ' ')}{'' if s.step is None else f', from step {s.step:,}'}"
         for i, s in enumerate(starts, 1)
     ]
-    rows = [(tag("code", _flag(change.name)), *map(_value, change.values)) for change in run.changes]
+    rows = [(tag("code", change.name), *map(_value, change.values)) for change in run.changes]
     return table(
         [Column("setting"), *map(Column, headings)], rows, f"Settings that changed between the starts of {run.name}"
     )
 
 
-def _flag(name: str) -> str:
-    return name
+def _not_default(runs: Sequence[Run], run: Run) -> Html:
+    """Return the flags of a training run that do not have their default; nothing for runs of other programs."""
+    defaults = {name: setting_text(spec.default) for name, spec in all_specs().items()}
+    if not {"global_batch_size", "lr_scheduler"} <= run.settings.keys():
+        return Html("")
+    rows = [
+        (tag("code", name), _value(value))
+        for name, value in sorted(run.settings.items())
+        if name in defaults and name not in SETTINGS_OF_A_PROCESS and value != defaults[name]
+    ]
+    content = table([Column("setting"), Column("value")], rows, f"Settings of {run.name} that are not the defaults")
+    if len(runs) > 1:
+        return details(f"{len(rows)} settings of {run.name} that are not the defaults", content)
+    return join(tag("h3", "Settings that are not the defaults"), content)
 
 
 def _value(value: str | None) -> str:
-    return "–" if value in (None, "None", "") else _short(value)
+    return MISSING if value in (None, "None", "") else _short(value)
 
 
 def _short(value: Any) -> str:
@@ -207,8 +222,9 @@ def _starts(run: Run) -> list[Html]:
         progress = _mapping(record.get("progress"))
         joules = progress.get("energy_joules")
         rows.append((
-            *(record.get("time", "unknown"), record.get("step", "–"), progress.get("step", "–")),
-            *(big(progress.get("tokens")), formats.duration(progress.get("seconds")), formats.flops(progress.get("flops"))),
+            *(record.get("time", "unknown"), record.get("step", MISSING), progress.get("step", MISSING)),
+            *(big(progress.get("tokens")), formats.duration(progress.get("seconds"))),
+            formats.flops(progress.get("flops")),
             formats.energy(joules / 3.6e6 if isinstance(joules, int | float) else None),
         ))  # fmt: skip
     return [tag("h3", "Starts"), table(columns, rows, f"Starts of {run.name}")]
@@ -268,4 +284,4 @@ def _checkpoints(run: Run) -> list[Html]:
 
 
 def _time(seconds: float | None) -> str:
-    return "–" if not seconds else f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
+    return MISSING if not seconds else f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"

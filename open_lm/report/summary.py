@@ -83,13 +83,13 @@ def _devices(run: Run, log: RunLog) -> str:
         names = []
         for device in devices:
             name = device.get("name", "device")
-            names.append(f"{device.get('ranks', 1)} × {f'CPU ({cpu})' if name == 'cpu' and cpu else name}")
+            names.append(f"{device.get('ranks', 1)} x {f'CPU ({cpu})' if name == 'cpu' and cpu else name}")
         return ", ".join(names)
     kind = log.device.partition(":")[0] or run.settings.get("device", "").partition(":")[0]
     world_size = run.settings.get("world_size", str(log.world_size))
     if kind in ("", "None"):
         return ""
-    return f"{world_size} × {kind.upper()}"
+    return f"{world_size} x {kind.upper()}"
 
 
 def _energy(run: Run) -> Energy | None:

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 import numpy as np
 
 from open_lm.report import formats
-from open_lm.report.formats import big, number, percent
+from open_lm.report.formats import MISSING, big, number, percent
 from open_lm.report.markup import Column, Fact, Html, facts, join, paragraph, table, tag
 from open_lm.report.records import ERROR, FAILED, FINISHED, NOTE, STOPPED, WARNING, Run, TaskEvaluation
 
@@ -75,11 +75,7 @@ def _results(run: Run) -> str:
         text += f" The last validation loss is {loss:.4f} (perplexity {_perplexity(loss)})."
     evaluation = final_evaluation(run)
     if evaluation is not None and evaluation.average is not None:
-        count = sum(task.score is not None for task in evaluation.tasks)
-        text += f" The average of {count} {'task' if count == 1 else 'tasks'} is {percent(evaluation.average)}"
-        if evaluation.centered_average is not None:
-            text += f", {percent(evaluation.centered_average)} of the way from guessing to perfect"
-        text += "."
+        text += f" The average score is {percent(evaluation.average)} over {_guessing(evaluation)}."
     return f"{text} {_problem_count([run])}"
 
 
@@ -135,7 +131,14 @@ def _task_fact(run: Run) -> Fact | None:
     evaluation = final_evaluation(run)
     if evaluation is None or evaluation.average is None:
         return None
-    return Fact("Task average", percent(evaluation.average), f"{percent(evaluation.centered_average)} above guessing")
+    return Fact("Task average", percent(evaluation.average), _guessing(evaluation))
+
+
+def _guessing(evaluation: TaskEvaluation) -> str:
+    """Return the number of tasks, and the score of guessing that their average compares with."""
+    baselines = [task.baseline for task in evaluation.tasks if task.score is not None]
+    count = f"{len(baselines)} {'task' if len(baselines) == 1 else 'tasks'}"
+    return f"{count}, where guessing gives {percent(sum(baselines) / max(len(baselines), 1))}"
 
 
 # ---------------------------------------------------------------------------------------------- several runs
@@ -173,13 +176,13 @@ def _table(runs: Sequence[Run]) -> Html:
     for run in runs:
         s, evaluation = run.summary, final_evaluation(run)
         rows.append((
-            *(run.name, s.model or "–", state(run), big(s.parameters), big(s.tokens), number(s.last_loss)),
+            *(run.name, s.model or MISSING, state(run), big(s.parameters), big(s.tokens), number(s.last_loss)),
             number(s.validation.loss if s.validation else None),
             percent(evaluation.average if evaluation else None),
             *(big(s.tokens_per_second), percent(s.mfu), formats.duration(s.wall_s), formats.flops(s.flops)),
             formats.energy(s.energy.kwh if s.energy else None),
         ))  # fmt: skip
-    used = [i for i in range(len(columns)) if i < 3 or any(row[i] != "–" for row in rows)]
+    used = [i for i in range(len(columns)) if i < 3 or any(row[i] != MISSING for row in rows)]
     return table([columns[i] for i in used], [[row[i] for i in used] for row in rows], "Main numbers of the runs")
 
 

@@ -122,16 +122,27 @@
       font: { family: getComputedStyle(document.body).fontFamily, color: text, size: 12 },
       hovermode: hasClock ? "x unified" : "closest", hoverlabel: { bgcolor: style("--surface"), bordercolor: style("--line"), font: { color: text, size: 12 } },
       showlegend: names.size > 1, legend: { orientation: "h", x: 0, y: -0.24, yanchor: "top", font: { size: 11 } },
-      xaxis: { ...axis, type: figure.x_log ? "log" : undefined, title: { ...axis.title, text: hasClock ? axisLabels[view.axis] : figure.x_label }, hoverformat: hasClock ? ".5~s" : undefined },
+      uirevision: hasClock ? view.axis : "figure", modebar: { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: text },
+      xaxis: { ...axis, range: hasClock ? commonRange() : undefined, type: figure.x_log ? "log" : undefined, title: { ...axis.title, text: hasClock ? axisLabels[view.axis] : figure.x_label }, hoverformat: hasClock ? ".5~s" : undefined },
       yaxis: { ...axis, type: isLog ? "log" : undefined, tickformat: figure.percent ? ".0%" : undefined, rangemode: figure.from_zero && !isLog ? "tozero" : "normal" },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true }, shapes: marks,
     };
   }
 
+  // Only buttons that work without a network; plotly has one that uploads the figure.
   const options = {
-    displaylogo: false, responsive: true,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d"],
+    displaylogo: false, responsive: true, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]],
   };
+
+  // All figures of curves have the same x axis, from zero to the end of the longest run.
+  function commonRange() {
+    const ends = state.clocks.filter((_, index) => !view.hidden.has(index)).map(clock => {
+      const values = view.axis === "step" ? clock.steps : clock[view.axis];
+      return values.length ? values[values.length - 1] : 0;
+    });
+    const end = Math.max(0, ...ends.filter(Number.isFinite));
+    return end > 0 ? [-0.015 * end, 1.015 * end] : undefined;
+  }
 
   function draw(key) {
     const figure = state.figures[key];
