@@ -110,8 +110,9 @@ def _write(context: Context) -> Outcome:
     code = code_archive.write_archive(code_archive.find_source(context.facts.folder), context.bundle)
     if code["modified_since_commit"]:
         changed = len(code["modified_since_commit"])
-        outcome.notes.append(f"{changed} source files differ from commit {code['commit'][:12]}; the archive has them as "
-                             "they are now")  # fmt: skip
+        outcome.notes.append(
+            f"{changed} source files differ from commit {code['commit'][:12]}; the archive has them as they are now"
+        )
     _write_weights(context, outcome)
     _write_metadata(context)
     _write_data(context, outcome)
@@ -146,7 +147,7 @@ def _copier(context: Context) -> Callable[[Path, Path], None]:
     """Return the function that copies a text file of the run into the bundle."""
     if context.settings.redact:
         return context.redactor.copy
-    return lambda source, target: storage.copy(source, target)
+    return storage.copy
 
 
 def _write_metadata(context: Context) -> None:

@@ -27,6 +27,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Folders and files of a checkout that the archive leaves out: they take part in no run.
 _OMITTED = ("tests", "docs", ".ci", ".gitignore", "zensical.toml")
 _SKIPPED_NAMES = ("__pycache__",)
+_CODE_FOLDERS = ("open_lm", "datapreprocess", "eval", "model_configs")  # files here count before they are committed
 # Where each component is in the archive, below its top folder; at least one of these must exist.
 MEMBERS: Mapping[str, Sequence[str]] = {
     components.ARCHITECTURE: ("open_lm/model", "open_lm/kernels", "open_lm/config", "model_configs",
@@ -68,13 +69,14 @@ def find_source(run: Path) -> Source:
     if (copy / "open_lm").is_dir():
         return Source(copy, _all_files(copy, "open_lm"), None, (), _license_file())
     root = PACKAGE.parent
-    tracked = _git(root, "ls-files", "-z")
-    if tracked is None or "open_lm/main.py" not in tracked.split("\0"):
+    tracked = _git(root, "ls-files")
+    if "open_lm/main.py" not in tracked:
         return Source(root, _all_files(root, PACKAGE.name), None, (), _license_file())
-    files = [name for name in tracked.split("\0") if name and not _is_omitted(name) and os.path.lexists(root / name)]
-    changed = (_git(root, "diff", "--name-only", "-z", "HEAD") or "").split("\0")
-    modified = tuple(sorted(name for name in changed if name and not _is_omitted(name)))
-    commit = (_git(root, "rev-parse", "HEAD") or "").strip() or None
+    added = _git(root, "ls-files", "--others", "--exclude-standard", *_CODE_FOLDERS)
+    files = [name for name in [*tracked, *added] if not _is_omitted(name) and os.path.lexists(root / name)]
+    changed = [*_git(root, "diff", "--name-only", "HEAD"), *added]
+    modified = tuple(sorted(name for name in changed if not _is_omitted(name)))
+    commit = "".join(_git(root, "rev-parse", "HEAD")).strip() or None
     return Source(root, tuple(sorted(files)), commit, modified, _license_file())
 
 
@@ -146,15 +148,17 @@ def _is_omitted(name: str) -> bool:
     return name.split("/", 1)[0] in _OMITTED
 
 
-def _git(root: Path, *command: str) -> str | None:
-    """Return the output of git; None without git or outside a repository."""
+def _git(root: Path, *command: str) -> list[str]:
+    """Return the names, separated by zero bytes, that a git command prints; empty without git or a repository."""
+    options = ["-z"] if command[0] != "rev-parse" else []
     try:
         result = subprocess.run(
-            ["git", "-C", str(root), *command], check=True, capture_output=True, timeout=60, env=_git_environment()
-        )
+            ["git", "-C", str(root), command[0], *options, *command[1:]],
+            check=True, capture_output=True, timeout=60, env=_git_environment(),
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return None
-    return os.fsdecode(result.stdout)
+        return []
+    return [name for name in os.fsdecode(result.stdout).split("\0") if name]
 
 
 def _git_environment() -> dict[str, str]:

@@ -15,6 +15,7 @@ from open_lm.release.results import (
     SCORE_COLUMNS,
     final_validation,
     loss_row,
+    metric_label,
     score_row,
     task_scores,
 )
@@ -87,7 +88,9 @@ def _loss_entry(name: str, loss: float) -> dict[str, Any]:
 
 
 def _score_entry(engine: str, score: Any) -> dict[str, Any]:
-    metric = {"type": score.metric, "name": f"{score.metric}, {score.shots}-shot ({engine})", "value": score.score}
+    label = metric_label(score)
+    name = f"{label}, {score.shots}-shot ({engine})"
+    metric = {"type": label.replace(" ", "_"), "name": name, "value": score.score}
     return {
         "task": {"type": "text-generation", "name": "Text Generation"},
         "dataset": {"type": score.task, "name": score.task, "args": {"num_few_shot": score.shots}},

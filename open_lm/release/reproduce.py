@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from open_lm import storage
+from open_lm.names import split_joined
 from open_lm.release import layout
 from open_lm.release.datasets import DataFolder
 from open_lm.release.run_facts import RunFacts
@@ -174,16 +176,17 @@ def _script(
     bundle: Path,
 ) -> str:
     hashes = [f"{sha256_of(path)}  {path.name}" for path in weight_files(bundle / layout.FINAL_WEIGHTS)]
-    device, world_size = facts.params.get("device", "cpu").partition(":")[0], facts.params.get("world_size", "1")
+    device = "cuda" if facts.params.get("device", "cpu").startswith("cuda") else "cpu"
+    world_size = int(facts.params.get("world_size", "1"))
     launcher = '"$python" -m'
-    if world_size != "1":
+    if world_size > 1:
         launcher = f'"$python" -m torch.distributed.run --nproc-per-node {world_size} -m'
     data = [line for folder in folders for line in _data_lines(folder, folder in from_raw, bundle)]
     model = f"{layout.METADATA}/model.json"
     model = model if (bundle / model).exists() else f"{layout.FINAL_WEIGHTS}/model.json"
     return _TEMPLATE.format(
-        name=facts.name,
-        processes="one process" if world_size == "1" else f"{world_size} processes",
+        name=_one_line(facts.name),
+        processes="one process" if world_size == 1 else f"{world_size} processes",
         device=device,
         raw="" if from_raw else " (not used: the shards are in the bundle)",
         needs_raw="true" if from_raw else "false",
@@ -197,8 +200,12 @@ def _script(
         data_flags=_data_flags(facts, folders, from_raw),
         run=_RUN_NAME,
         hashes="\n".join(hashes),
-        commands_of_hub="HF_HUB_OFFLINE=1",
     )
+
+
+def _one_line(text: str) -> str:
+    """Return a text for a comment of the script."""
+    return " ".join(re.sub(r"[^\w .,:+\-]", "_", text).split())
 
 
 def _data_lines(folder: DataFolder, is_from_raw: bool, bundle: Path) -> list[str]:
@@ -207,7 +214,7 @@ def _data_lines(folder: DataFolder, is_from_raw: bool, bundle: Path) -> list[str
     command = preprocessing(folder)
     tokenizer = f"{folder.place}/tokenizer"
     tokenizer = tokenizer if (bundle / tokenizer).is_dir() else f"{layout.METADATA}/tokenizer"
-    place, shards = folder.place, f'"$work"/{folder.place}/{command.shards}'.rstrip("/")
+    place, shards = folder.place, f'"$work"/{folder.place}/{shlex.quote(command.shards)}'
     return [
         f'echo "data set {folder.number}: checking raw files, then making the shards"',
         f'(cd "$raw" && check_sha256 "$bundle"/{place}/{RAW_HASHES})',
@@ -221,27 +228,24 @@ def _data_lines(folder: DataFolder, is_from_raw: bool, bundle: Path) -> list[str
 def _data_flags(facts: RunFacts, folders: Sequence[DataFolder], from_raw: Sequence[DataFolder]) -> str:
     """Return --dataset-manifest or --train-data with the rebuilt folders in place of the original ones."""
 
-    def place(folder: DataFolder) -> str:
+    def place(folder: DataFolder) -> str:  # as a word of the shell
         if folder not in from_raw:
-            return f"$bundle/{folder.place}"
-        return f"$work/{folder.place}/{preprocessing(folder).shards}".rstrip("/")
+            return f'"$bundle"/{folder.place}'
+        return f'"$work"/{shlex.quote(f"{folder.place}/{preprocessing(folder).shards}".rstrip("/"))}'
 
     flag = "train_data" if facts.setting("train_data") else "dataset_manifest"
-    values = []
-    for name in dict.fromkeys(str(folder.source["name"]) for folder in folders):
-        for folder in folders:
-            if folder.source["name"] == name:
-                prefix = "" if folder.location == "." else f"{folder.location}/"
-                name = _with_folder(name, prefix, place(folder))
-        values.append(f'"{name}"')
-    return f"--{flag.replace('_', '-')} {' '.join(values)}"
+    places = {folder.location: place(folder) for folder in folders}
+    names = dict.fromkeys(str(folder.source["name"]) for folder in folders)
+    return f"--{flag.replace('_', '-')} {' '.join(_moved(name, places) for name in names)}"
 
 
-def _with_folder(name: str, prefix: str, place: str) -> str:
-    parts = name.split("::")
-    return "::".join(
-        f"{place}/{part[len(prefix) :]}" if part.rpartition("/")[0] + "/" == (prefix or "/") else part for part in parts
-    )
+def _moved(name: str, places: Mapping[str, str]) -> str:
+    """Return a manifest or a pattern as a word of the shell, with the new places of its folders."""
+    words = []
+    for part in [name] if name.endswith(".jsonl") else split_joined(name):
+        folder, _, file = part.rpartition("/")
+        words.append(f"{places[folder or '.']}/{shlex.quote(file)}")
+    return "::".join(words)
 
 
 _TEMPLATE = """#!/usr/bin/env bash

@@ -50,8 +50,15 @@ def percent(score: float) -> str:
 def score_row(score: TaskScore) -> list[str]:
     """Return a row of a table: task, shots, metric, score, 95 % interval, random baseline, number of examples."""
     interval = "" if score.interval is None else f"{percent(score.interval[0])} to {percent(score.interval[1])}"
-    values = [score.task, str(score.shots), score.metric, percent(score.score or 0.0), interval]
+    values = [score.task, str(score.shots), metric_label(score), percent(score.score or 0.0), interval]
     return [*values, percent(score.baseline), f"{score.n:,}"]
+
+
+def metric_label(score: TaskScore) -> str:
+    """Return the usual name of a score's metric."""
+    from open_lm.evaluate.icl.report import METRIC_LABELS
+
+    return METRIC_LABELS.get(score.metric, score.metric)
 
 
 SCORE_COLUMNS = ("task", "shots", "metric", "score", "95 % interval", "random", "examples")

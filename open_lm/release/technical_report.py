@@ -90,14 +90,17 @@ def _sections(context: Context) -> Iterable[Section]:
 
 def _summary(context: Context) -> str:
     summary = context.run.summary
-    parts = [f"The model has {summary.parameters:,} parameters" if summary.parameters else "The model"]
+    sentences = ["All numbers of this report come from the files of the run."]
+    if summary.parameters:
+        sentences.append(f"The model has {summary.parameters:,} parameters.")
     if summary.tokens and summary.step:
-        parts.append(f"was trained on {summary.tokens:,} tokens in {summary.step:,} steps")
+        sentences.append(f"It was trained on {summary.tokens:,} tokens in {summary.step:,} steps.")
     if summary.first_loss is not None and summary.last_loss is not None:
-        parts.append(f"its training loss fell from {summary.first_loss:.3f} to {summary.last_loss:.3f} nats per token")
+        losses = f"{summary.first_loss:.3f} to {summary.last_loss:.3f}"
+        sentences.append(f"The training loss changed from {losses} nats per token.")
     if summary.tokens_per_second:
-        parts.append(f"the median speed was {summary.tokens_per_second:,.0f} tokens per second")
-    return ", ".join(parts) + ". All numbers of this report come from the files of the run."
+        sentences.append(f"The median speed was {summary.tokens_per_second:,.0f} tokens per second.")
+    return " ".join(sentences)
 
 
 def _changes(context: Context) -> list[Block]:
@@ -163,7 +166,7 @@ def _samples(samples: Sequence[Sample]) -> list[Block]:
     blocks: list[Block] = []
     for step in dict.fromkeys([*steps[:1], *steps[-1:]]):
         chosen = [sample for sample in samples if sample.step == step][:_MAX_SAMPLES]
-        blocks.append(f"Step {step:,}. A line with > is the prompt, what follows it the continuation.")
+        blocks.append(f"Step {step:,}. The first line is the prompt, after the mark >; the continuation follows.")
         blocks += [Code(f"> {sample.prompt}\n{sample.text}\n(temperature {sample.temperature:g})") for sample in chosen]
     return blocks
 
