@@ -178,7 +178,12 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         "without --remote-sync",
     ),
     (
-        ("wandb_project_name", "wandb_notes"),
+        ("wandb_project_name",),
+        lambda c: any(name in c.logging.report_to for name in ("wandb", "trackio", "all")),
+        "without wandb or trackio in --report-to",
+    ),
+    (
+        ("wandb_notes",),
         lambda c: any(name in c.logging.report_to for name in ("wandb", "all")),
         "without wandb in --report-to",
     ),

@@ -228,9 +228,12 @@ DECAY_SHAPES = Registry("DECAY_SHAPES", "--lr-decay-shape", "open_lm.optim", def
 # Functions `divergence(chunk: Chunk) -> (values, gradient)`, see kernels/divergences.py. Facts: cached (whether the
 # loss can be computed from stored samples of the teacher's distribution; default: no).
 DISTILL_LOSSES = Registry("DISTILL_LOSSES", "--distill-loss", "open_lm.kernels", default="forward-kl")
-# Functions `open(cfg: LoggingConfig, paths: RunPaths, params, start_step) -> MetricLogger`.
+# Functions `open(cfg: LoggingConfig, paths: RunPaths, params, start_step) -> MetricLogger`. Facts: in_all (whether
+# `--report-to all` includes the logger; default: yes).
 LOGGERS = Registry("LOGGERS", "--report-to", "open_lm.monitor")
 # Functions `reward(prompts, completions, **columns) -> rewards`, see finetune/rewards.py.
 REWARDS = Registry("REWARDS", "--reward", "open_lm.finetune")
 # Functions `parse(record) -> messages`. Facts: keys (keys of a record in this form; "a|b" for either).
 CONVERSATION_FORMS = Registry("CONVERSATION_FORMS", "--form", "open_lm.finetune")
+# Laws of the loss, see scaling/laws.py.
+SCALING_LAWS = Registry("SCALING_LAWS", "--law", "open_lm.scaling")

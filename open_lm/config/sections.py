@@ -284,12 +284,13 @@ class LoggingConfig(Section):
     log_logit_mean: bool = flag(False, "log the mean of the logits")
     report_to: str = flag(
         "",
-        "comma-separated destinations of metrics in addition to metrics.jsonl, or all (default: only metrics.jsonl)",
+        "comma-separated destinations of metrics in addition to metrics.jsonl, or all, which means tensorboard,wandb "
+        "(default: only metrics.jsonl)",
         entries=registry.LOGGERS,
     )
     report: str = report_flag()
     energy: str = energy_flag()
-    wandb_project_name: str = flag("open-lm", "Weights & Biases project")
+    wandb_project_name: str = flag("open-lm", "project of Weights & Biases and of trackio")
     wandb_notes: str = flag("", "Weights & Biases notes")
     copy_codebase: bool = flag(False, "copy the source code of the program to the run's folder")
     remote_sync: str | None = flag(

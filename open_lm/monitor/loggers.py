@@ -201,13 +201,13 @@ class TensorBoardLogger:
         self._writer = self._open(self._folder, purge_step=step + 1)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        for key, value in _numbers(values).items():
+        for key, value in numbers(values).items():
             self._writer.add_scalar(key, value, step)
         self._writer.flush()
 
     def log_texts(self, texts: Mapping[str, str], step: int) -> None:
         for key, text in texts.items():
-            self._writer.add_text(key, _as_markdown(text), step)
+            self._writer.add_text(key, as_markdown(text), step)
         self._writer.flush()
 
     def close(self) -> None:
@@ -253,7 +253,7 @@ class WandbLogger:
         self._run.define_metric("*", step_metric="step")
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        self._run.log({**_numbers(values), "step": step})
+        self._run.log({**numbers(values), "step": step})
 
     def log_texts(self, texts: Mapping[str, str], step: int) -> None:
         table = self._wandb.Table(columns=["name", "text"], data=[list(item) for item in texts.items()])
@@ -282,12 +282,13 @@ def _has_wandb_key() -> bool:
     return False
 
 
-def _as_markdown(text: str) -> str:
+def as_markdown(text: str) -> str:
     """Return a text as a code block of Markdown, in which TensorBoard shows it unchanged."""
     return "".join(f"    {line}\n" for line in text.split("\n"))
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers among the values; tensors of one element are numbers."""
     return {
         key: value
         for key, value in ((key, json_value(value)) for key, value in values.items())
@@ -343,7 +344,10 @@ def _open_wandb(cfg: LoggingConfig, paths: RunPaths, params: Mapping[str, Any], 
 
 
 def parse_report_to(text: str) -> list[str]:
-    """Return the loggers of --report-to: a comma-separated list of names, "all", or an empty string."""
+    """Return the loggers of --report-to: a comma-separated list of names, "all", or an empty string.
+
+    "all" has the entries without the fact `in_all=False`.
+    """
     names = [name.strip().lower() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in LOGGERS and name != "all"]
     if unknown:
@@ -351,7 +355,9 @@ def parse_report_to(text: str) -> list[str]:
         raise ConfigError(
             f"--report-to: found {', '.join(map(repr, unknown))}, expected {known} or a comma-separated list"
         )
-    return list(LOGGERS) if "all" in names else list(dict.fromkeys(names))
+    if "all" in names:
+        names += [name for name in LOGGERS if LOGGERS.fact(name, "in_all", True)]
+    return [name for name in dict.fromkeys(names) if name != "all"]
 
 
 def build_loggers(

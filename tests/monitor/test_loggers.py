@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import math
+import os
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,7 +176,47 @@ def test_offline_wandb_stores_the_run_in_its_folder(
     assert not any(b"secret12" in file.read_bytes() for file in folder.rglob("*") if file.is_file())
 
 
-@pytest.mark.parametrize("package, name", [("wandb", "wandb"), ("torch.utils.tensorboard", "tensorboard")])
+TRACKIO = """
+import sys
+connections = []
+def record(event, arguments):
+    if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+        connections.append((event, str(arguments)))
+sys.addaudithook(record)
+from open_lm.config.sections import LoggingConfig
+from open_lm.monitor.loggers import build_loggers
+from open_lm.monitor.run_folder import RunPaths
+for start_step in (-1, 2):  # a new run, and the same one resumed
+    cfg = LoggingConfig(logs=sys.argv[1], report_to="trackio", wandb_project_name="a b")
+    loggers = build_loggers(cfg, RunPaths(sys.argv[1], "run"), {"lr": 0.1, "notes": "https://u:secret12@h"}, start_step)
+    for step in (1, 2):
+        loggers.log({"train/loss": 1.0 / step, "tokens": 8, "val/data": ["a"]}, max(start_step, 0) + step)
+    loggers.log_texts({"samples/1 (greedy)": "a <b>"}, 2)
+    loggers.close()
+assert not connections, connections
+"""
+
+
+@pytest.mark.processes
+def test_trackio_stores_runs_on_this_machine_and_uses_no_network(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "db"), "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", TRACKIO, str(tmp_path / "logs")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    (database,) = (tmp_path / "db").glob("*.db")
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        found = connection.execute("SELECT run_id, run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    rows = [(name, step, json.loads(values)) for _, name, step, values in found]
+    assert len({row[0] for row in found}) == 1, "a resumed run continues"
+    assert rows[0] == ("run", 1, {"train/loss": 1.0, "tokens": 8})
+    assert [step for _, step, _ in rows] == [1, 2, 2, 3, 4, 2]
+    assert "a <b>" in json.dumps(rows[2][2]["samples/1 (greedy)"])
+    assert b"secret12" not in database.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "package, name", [("wandb", "wandb"), ("torch.utils.tensorboard", "tensorboard"), ("trackio", "trackio")]
+)
 def test_missing_packages_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
 ) -> None:
@@ -191,6 +234,7 @@ def test_missing_packages_are_reported(
         ("wandb,tensorboard", ["wandb", "tensorboard"]),
         (" Tensorboard , tensorboard", ["tensorboard"]),
         ("all", ["tensorboard", "wandb"]),
+        ("trackio,all", ["trackio", "tensorboard", "wandb"]),
     ],
 )
 def test_report_to(text: str, expected: list[str]) -> None:
@@ -198,7 +242,7 @@ def test_report_to(text: str, expected: list[str]) -> None:
 
 
 def test_all_unknown_loggers_are_reported() -> None:
-    with pytest.raises(ConfigError, match=r"found 'mlflow', 'comet', expected tensorboard, wandb, all"):
+    with pytest.raises(ConfigError, match=r"found 'mlflow', 'comet', expected tensorboard, wandb, trackio, all"):
         parse_report_to("mlflow,wandb,comet")
 
 
