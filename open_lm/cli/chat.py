@@ -39,7 +39,7 @@ PROMPT = "> "
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = FlagParser.of_program("open_lm.cli.chat", __doc__, allow_abbrev=False)
+    parser = FlagParser.of_program("chat.py", __doc__, allow_abbrev=False)
     add_source_args(parser)
     chat = parser.add_argument_group("chat")
     chat.add_argument(

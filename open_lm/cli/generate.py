@@ -38,7 +38,7 @@ SEPARATOR = "-" * 8
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = FlagParser.of_program("open_lm.cli.generate", __doc__, allow_abbrev=False)
+    parser = FlagParser.of_program("generate.py", __doc__, allow_abbrev=False)
     add_source_args(parser)
     text = parser.add_argument_group("prompts (default: read one prompt per line from standard input)")
     text.add_argument("--prompt", "--input-text", action="append", default=[], help="text to continue; repeatable")

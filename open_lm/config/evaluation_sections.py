@@ -52,8 +52,8 @@ class LiveEvaluationConfig(Section):
 
     icl_yaml: list[str] | None = flag(
         None,
-        "YAML files with tasks of in-context learning to evaluate before the first step, every --icl-every-n-steps "
-        "steps and after the last one; default: none",
+        "YAML files with tasks of in-context learning, or names of lists such as light, to evaluate before the first "
+        "step, every --icl-every-n-steps steps and after the last one; default: none",
         path=user_path,
     )
     icl_every_n_steps: int = flag(0, "evaluate the tasks every N steps; 0: only before the first and after the last")

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--engine", choices=("both", "native"), default="both", help="default: %(default)s")
     parser.add_argument("--share", type=float, default=1.0, help="use this share of the examples of each task")
     args = parser.parse_args(argv)
-    sys.path[:0] = [str(REPOSITORY / "eval"), str(REPOSITORY / "scripts" / "checks")]
+    sys.path.insert(0, str(REPOSITORY / "scripts" / "checks"))
     if args.engine == "both":
         from check_icl_agreement import restart_in_eval_environment
 
@@ -136,8 +136,7 @@ def run_native(model: Any, tokenizer: Any, tasks: list[Any], folder: str) -> Tim
 
 
 def run_llm_foundry(model: Any, hf_tokenizer: Any, tasks: list[Any], folder: str) -> Timing:
-    from icl_run import run_tasks, start_processes
-
+    from open_lm.evaluate.engines.foundry import run_tasks, start_processes
     from open_lm.evaluate.icl import EvalSettings, Outcome
     from open_lm.hf import OpenLMForCausalLM
 

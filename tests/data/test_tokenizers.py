@@ -348,15 +348,15 @@ def test_an_in_context_evaluation_refuses_another_tokenizer_than_the_run_was_tra
     own: Tokenizer, other: Tokenizer, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(flags, write_data(tmp_path / "data", own), 1)
-    monkeypatch.syspath_prepend(str(ROOT / "eval"))
-    program: dict[str, Any] = runpy.run_path(str(ROOT / "eval" / "eval_openlm_ckpt.py"))
+    from open_lm.evaluate import command
+
     checkpoint = str(tmp_path / "runs/run/checkpoints/epoch_1.pt")
 
     def load(*more: str) -> Any:
         words = ["--checkpoint", checkpoint, "--model", str(tmp_path / "model.json"), "--eval-yaml", "x.yaml", *more]
-        args = program["build_parser"]().parse_args(words)
-        program["check_arguments"](args)
-        return program["load_tokenizer_and_model"](args, EvalSettings([]))[0]
+        args = command.build_parser("llm-foundry").parse_args(words)
+        command.check_arguments(args)
+        return command.load_tokenizer_and_model(args, EvalSettings([]))[0]
 
     assert load()(TEXT)["input_ids"] == load("--tokenizer", own.name)(TEXT)["input_ids"] == own.encode(TEXT)
     with pytest.raises(ConfigError, match="gives other ids"):

@@ -252,13 +252,12 @@ def test_a_partial_evaluation_keeps_the_file_of_the_full_result(outputs: Outputs
         (["--tasks", "copa", "--output", "given.json"], "given.json"),
     ],
 )
-def test_the_default_output_of_a_partial_evaluation_has_a_name_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, flags: list[str], name: str
-) -> None:
-    monkeypatch.syspath_prepend(str(EVAL))
-    program = importlib.import_module("eval_openlm_ckpt")
+def test_the_default_output_of_a_partial_evaluation_has_a_name_of_its_own(flags: list[str], name: str) -> None:
+    program = importlib.import_module("open_lm.evaluate.command")
     yaml_files = ["--eval-yaml", "x/a.yaml", "b.yaml"]
-    args = program.build_parser().parse_args(["--checkpoint", "epoch_2.pt", *yaml_files, "--model", "m", *flags])
+    args = program.build_parser("llm-foundry").parse_args(
+        ["--checkpoint", "epoch_2.pt", *yaml_files, "--model", "m", *flags]
+    )
     program.check_arguments(args)
     assert args.output == name
 
@@ -411,9 +410,10 @@ def test_the_native_engine_evaluates_the_checkpoints_of_a_run_without_another_en
         (["--engine", "native", "--every", "0"], "expected at least 1"),
     ],
 )
-def test_contradicting_flags_are_reported(monkeypatch: pytest.MonkeyPatch, flags: list[str], words: str) -> None:
-    monkeypatch.syspath_prepend(str(EVAL))
-    program = importlib.import_module("eval_openlm_ckpt")
-    args = program.build_parser().parse_args(["--checkpoint", "c.pt", "--eval-yaml", "a.yaml", "--model", "m", *flags])
+def test_contradicting_flags_are_reported(flags: list[str], words: str) -> None:
+    program = importlib.import_module("open_lm.evaluate.command")
+    args = program.build_parser("llm-foundry").parse_args(
+        ["--checkpoint", "c.pt", "--eval-yaml", "a.yaml", "--model", "m", *flags]
+    )
     with pytest.raises(ValueError, match=words):
         program.check_arguments(args)

@@ -243,14 +243,9 @@ def test_two_ranks_have_the_results_of_one(neox: Trained, tasks: Path, tmp_path:
 
 
 @pytest.fixture
-def program(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return eval/eval_openlm_ckpt.py as a module."""
-    monkeypatch.syspath_prepend(str(ROOT / "eval"))
-    spec = importlib.util.spec_from_file_location("eval_openlm_ckpt", ROOT / "eval" / "eval_openlm_ckpt.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def program() -> ModuleType:
+    """Return the command that evaluates checkpoints."""
+    return importlib.import_module("open_lm.evaluate.command")
 
 
 def script_arguments(trained: Trained, tasks: Path) -> list[str]:
@@ -313,7 +308,7 @@ def test_the_process_group_of_the_first_checkpoint_is_destroyed(
     program: ModuleType, neox: Trained, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each model is released before the next one is loaded."""
-    icl_lm_eval = importlib.import_module("icl_lm_eval")
+    engine = importlib.import_module("open_lm.evaluate.engines.lm_eval")
     models: list[weakref.ref[Any]] = []
     ended: list[Any] = []
 
@@ -323,10 +318,10 @@ def test_the_process_group_of_the_first_checkpoint_is_destroyed(
             self.runtime = checkpoint
             models.append(weakref.ref(self))
 
-    monkeypatch.setattr(icl_lm_eval, "OpenLM", Model)
-    monkeypatch.setattr(icl_lm_eval, "find_checkpoints", lambda *_: ["first", "second"])
-    monkeypatch.setattr(icl_lm_eval, "evaluate", lambda *_, **__: None)
-    monkeypatch.setattr(icl_lm_eval, "shutdown", ended.append)
+    monkeypatch.setattr(engine, "OpenLM", Model)
+    monkeypatch.setattr(engine, "find_checkpoints", lambda *_: ["first", "second"])
+    monkeypatch.setattr(engine, "evaluate", lambda *_, **__: None)
+    monkeypatch.setattr(engine, "shutdown", ended.append)
     program.main(script_arguments(neox, tasks))
     assert ended == ["first"] and len(models) == 2
 

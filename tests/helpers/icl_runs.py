@@ -17,8 +17,7 @@ import sys
 import tempfile
 from contextlib import suppress
 
-sys.path.insert(0, os.getcwd())
-import icl_run  # noqa: F401 (imports llm-foundry)
+import open_lm.evaluate.engines.foundry  # noqa: F401 (imports llm-foundry)
 
 TIMEOUT_S = 240  # of one run; a run takes seconds
 

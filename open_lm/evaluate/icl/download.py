@@ -27,6 +27,7 @@ import yaml
 from open_lm import storage
 from open_lm.errors import ConfigError, StorageError, UserError, join_problems, run_cli
 from open_lm.evaluate.icl import olmo_data
+from open_lm.evaluate.icl.task_lists import find_task_list
 from open_lm.names import user_file, user_path
 from open_lm.program import program_name
 from open_lm.storage.strict_json import to_json
@@ -187,7 +188,7 @@ def _first_content(file: str, sources: Sequence[Source], report: Report, reasons
 
 def files_of_tasks(yaml_files: Sequence[str]) -> Iterator[str]:
     """Yield the names of the data files of the tasks in YAML files."""
-    for path in yaml_files:
+    for path in map(find_task_list, yaml_files):
         try:
             content = yaml.safe_load(storage.read_text(path))
             entries = content["icl_tasks"]

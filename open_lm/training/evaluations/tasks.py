@@ -15,6 +15,7 @@ from open_lm.evaluate.icl.evaluator import EvaluatorOptions, IclEvaluator, Ranks
 from open_lm.evaluate.icl.metrics import Outcome
 from open_lm.evaluate.icl.prompts import Prompts, PromptTooLong
 from open_lm.evaluate.icl.report import averages, centered, format_table
+from open_lm.evaluate.icl.task_lists import find_task_list
 from open_lm.evaluate.icl.tasks import EvalSettings, read_settings
 from open_lm.monitor.loggers import log_to_file
 from open_lm.parallel.parallelize import unwrap
@@ -59,7 +60,7 @@ class TaskEvaluation:
         cfg = parts.config.live_evaluation
         if cfg.icl_yaml is None:
             return None
-        files, folder = cfg.icl_yaml, cfg.icl_data_dir
+        files, folder = [find_task_list(file) for file in cfg.icl_yaml], cfg.icl_data_dir
         settings = run_on_master(
             lambda: read_settings(files, folder, yaml_flag="--icl-yaml", data_flag="--icl-data-dir")
         )

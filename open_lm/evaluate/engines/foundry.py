@@ -27,10 +27,10 @@ from llmfoundry.utils.builders import build_icl_evaluators
 
 from open_lm import storage
 from open_lm.errors import ConfigError
+from open_lm.evaluate.engines.foundry_model import SimpleComposerOpenLMCausalLM
 from open_lm.evaluate.icl import EvalSettings, Outcome, Task
 from open_lm.evaluate.icl.metrics import accuracy_interval
 from open_lm.evaluate.icl.tasks import first_examples
-from open_lm.utils.llm_foundry_wrapper import SimpleComposerOpenLMCausalLM
 
 CHOICES_KEYS = {"multiple_choice": "choices", "schema": "context_options"}
 

@@ -10,11 +10,11 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from icl_native import model_flags
 
 from open_lm.distributed.processes import shutdown
 from open_lm.errors import ConfigError
 from open_lm.evaluate.checkpoints import examples_folder, find_checkpoints, model_name, results_file
+from open_lm.evaluate.engines.native import model_flags
 from open_lm.evaluate.icl import Outcome, ResultStore
 from open_lm.evaluate.icl.report import training_position, write_json
 from open_lm.evaluate.icl.store import stored_facts
