@@ -13,7 +13,7 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith(("#", "-r"))]
 
 
-FEATURES = ("train", "preprocess", "hf", "hub", "finetune", "lm-eval", "report", "release")
+FEATURES = ("train", "preprocess", "hf", "hub", "finetune", "lm-eval", "report", "release", "scaling")
 extras = {name: requirements(name) for name in (*FEATURES, "s3fs", "cuda", "notebooks", "dev", "eval")}
 extras["all"] = sorted({line for name in FEATURES for line in extras[name]})
 

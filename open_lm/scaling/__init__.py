@@ -1,0 +1,12 @@
+"""Plan ladders of small models, train them, and predict the loss and error of larger ones.
+
+runs.py         table of runs and its JSON form
+laws.py         laws of the loss, as a registry
+solve.py        minimization of residuals
+error_law.py    downstream error as a function of loss
+points.py       runs that a fit uses
+candidates.py   default procedure: fits compared by leave-one-scale-out, and their average
+resampling.py   intervals by bootstrap
+fitting.py      fit and predict
+command.py      command line, `python -m open_lm.scaling`
+"""

@@ -1,0 +1,182 @@
+"""Fit the laws of loss and error to a table of runs, and predict targets with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from open_lm.config.registry import SCALING_LAWS
+from open_lm.errors import ConfigError
+from open_lm.scaling.candidates import Candidate, Member, fit_candidate, resample
+from open_lm.scaling.error_law import COEFFICIENTS, ErrorFits, fit_error, mean_error
+from open_lm.scaling.points import Selection, all_points, paper_points, same, scales, select_runs
+from open_lm.scaling.resampling import draw, interval
+from open_lm.scaling.runs import Run
+from open_lm.scaling.solve import Array
+
+FAR = 100  # compute of a target, relative to the largest fitting run, from which on a warning is given
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a fit; names as those of the flags."""
+
+    loss: str
+    train: str | None = None
+    law: str = "over-training"
+    points: str = "all"
+    max_flops: float | None = None
+    error_max_flops: float | None = None
+    error_tasks: tuple[str, ...] = ()
+    resamples: int = 1000
+    level: float = 0.9
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Loss and error of a target, each with its interval. `compute_ratio` is relative to the largest fitting run."""
+
+    params: int
+    tokens: int
+    loss: float
+    loss_interval: tuple[float, float]
+    error: float | None
+    error_interval: tuple[float, float] | None
+    compute_ratio: float
+
+
+@dataclass
+class ErrorFit:
+    """The fitted law of the error, with the coefficients of resamples and the errors of held-out sizes."""
+
+    tasks: tuple[str, ...]
+    fit: ErrorFits
+    draws: ErrorFits
+    held_out: Array
+
+
+@dataclass
+class ScalingFit:
+    """The laws fitted to the runs of one training set."""
+
+    settings: Settings
+    selection: Selection
+    members: list[Member]
+    error: ErrorFit | None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Coefficients of the loss (of the member with the largest weight) and of the error by name."""
+        best = max(self.members, key=lambda member: member.weight)
+        return {**best.law.values(best.theta), **(self.error.fit.values() if self.error else {})}
+
+    def predict(self, params: int, tokens: int, active_params: int | None = None) -> Prediction:
+        """Return the prediction for a model of `params` parameters trained on `tokens` tokens."""
+        generator = np.random.default_rng((self.settings.seed, 1))
+        logs, draws = 0.0, []
+        for member in self.members:
+            size = float((active_params if member.candidate.active else None) or params)
+            logs += member.weight * float(np.log(member.predict(size, tokens, member.theta)))
+            values = member.predict(size, tokens, member.draws)
+            draws.append(values * np.exp(_noise(member.held_out, len(values), generator)))
+        loss, losses = float(np.exp(logs)), np.concatenate(draws)
+        level = self.settings.level
+        error = error_range = None
+        if self.error is not None:
+            error = float(self.error.fit.predict(np.array([loss]))[0, 0])
+            rows = np.arange(len(losses)) % len(self.error.draws.k)
+            fits = ErrorFits(*(getattr(self.error.draws, name)[rows] for name in COEFFICIENTS))
+            noise = _noise([self.error.held_out], len(losses), generator)
+            error_range = interval(fits.predict(losses[:, None])[:, 0] * np.exp(noise), level)
+        largest = max(run.flops for run in self.selection.loss)
+        return Prediction(
+            params, tokens, loss, interval(losses, level), error, error_range, 6.0 * params * tokens / largest
+        )
+
+
+def _noise(held_out: Sequence[Array], number: int, generator: np.random.Generator) -> Array:
+    """Return draws of the errors of held-out sizes with random signs; zeros if there are none."""
+    errors = np.concatenate([*held_out, np.zeros(0)])
+    if not len(errors):
+        return np.zeros(number)
+    return np.asarray(generator.choice(errors, number) * generator.choice((-1.0, 1.0), number))
+
+
+def fit_runs(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[float, float]] = ()) -> ScalingFit:
+    """Fit the laws to the runs that the settings select.
+
+    Raises:
+        ConfigError, DataError: see `select_runs`, `paper_points` and `fit_candidate`.
+    """
+    usable, excluded = select_runs(runs, settings.train, settings.loss)
+    if settings.points == "paper":
+        selection = paper_points(usable)
+    else:
+        selection = all_points(usable, targets, settings.max_flops, settings.error_max_flops)
+    selection.excluded[:0] = excluded
+    if not selection.loss:
+        raise ConfigError("no run is left to fit: raise --max-flops, or add runs")
+    generator = np.random.default_rng(settings.seed)
+    robust = SCALING_LAWS.get(settings.law).robust
+    members = [fit_candidate(Candidate(settings.law, robust), selection.loss, settings.loss)]
+    members[0].draws = resample(members[0], selection.loss, settings.loss, settings.resamples, generator)
+    fit = ScalingFit(settings, selection, members, _fit_error(selection.error, settings, generator))
+    fit.warnings += [
+        f"{member.candidate}: the fit is at a bound ({', '.join(member.at_bounds)}): these runs do not "
+        "determine the law"
+        for member in members
+        if member.at_bounds
+    ]
+    return fit
+
+
+def _fit_error(runs: Sequence[Run], settings: Settings, generator: np.random.Generator) -> ErrorFit | None:
+    """Fit the law of the error; return None if no run has all tasks."""
+    rated = [(run, error) for run in runs if (error := mean_error(run, settings.error_tasks)) is not None]
+    if not rated:
+        return None
+    if len(rated) < len(COEFFICIENTS):
+        raise ConfigError(
+            f"found {len(rated)} runs with all of --error-tasks, expected at least {len(COEFFICIENTS)}, the number of "
+            "coefficients of the law of the error; evaluate more runs, or name fewer tasks"
+        )
+    used, errors = [run for run, _ in rated], np.array([[error for _, error in rated]])
+    losses = np.array([run.losses[settings.loss][0] for run in used])
+    fit = fit_error(losses, errors, np.ones_like(errors))
+    weights, drawn = draw(used, settings.loss, settings.resamples, generator)
+    draws = fit_error(drawn, np.broadcast_to(errors, weights.shape), weights)
+    return ErrorFit(settings.error_tasks, fit, draws, _held_out_errors(used, losses, errors[0]))
+
+
+def _held_out_errors(runs: Sequence[Run], losses: Array, errors: Array) -> Array:
+    """Return log of predicted over measured error of each size but the smallest, fitted without it."""
+    held: list[Array] = []
+    for group in scales(runs)[1:]:
+        mask = np.array([not same(run.params, group[0].params) for run in runs])
+        if mask.sum() < len(COEFFICIENTS):
+            continue
+        fit = fit_error(losses[None, mask], errors[None, mask], np.ones((1, mask.sum())))
+        held.append(np.log(fit.predict(losses[~mask])[0] / errors[~mask]))
+    return np.concatenate([*held, np.zeros(0)])
+
+
+def fit_values(fit: ScalingFit, predictions: Sequence[Prediction]) -> dict[str, Any]:
+    """Return the JSON values of `fit --json`."""
+    return {
+        "coefficients": fit.coefficients,
+        "predictions": [
+            {
+                "params": item.params,
+                "tokens": item.tokens,
+                "loss": item.loss,
+                "loss_interval": list(item.loss_interval),
+                "error": item.error,
+            }
+            for item in predictions
+        ],
+    }

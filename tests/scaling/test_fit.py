@@ -1,0 +1,214 @@
+"""Fits reproduce published numbers, recover known laws, and reject unusable tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from open_lm.errors import ConfigError, DataError
+from open_lm.scaling import command, solve
+from open_lm.scaling.error_law import fit_error
+from open_lm.scaling.laws import CHINCHILLA, COMPUTE, OVER_TRAINING, Law
+from open_lm.scaling.runs import read_runs
+
+# Gadre et al. 2024: relative errors (%) of predicted loss and top-1 error, by parameters and tokens.
+PAPER = {
+    "rpj": {(1_439_795_200, 921_468_928_000): (0.7103, 3.6364), (6_889_410_560, 137_788_211_200): (0.7320, 0.0463)},
+    "c4_original": {(1_439_795_200, 115_183_616_000): (1.4980, None), (6_889_410_560, 137_788_211_200): (4.2952, None)},
+}
+PAPER_COEFFICIENTS = {
+    "a": 166.2, "b": 366.7, "eta": -0.2729, "E": 1.837, "k": 2.206, "gamma": 0.7146, "epsilon": 0.857
+}  # fmt: skip
+
+Fit = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def published(shared_dir: Path) -> Path:
+    path = shared_dir / "data" / "scaling" / "runs.json"
+    if not path.is_file():
+        pytest.skip(f"no table of runs at {path}")
+    return path
+
+
+@pytest.fixture
+def fit(capsys: pytest.CaptureFixture[str]) -> Fit:
+    """Return a function that runs `fit --json` and returns its output."""
+
+    def run(*args: object) -> dict[str, Any]:
+        command.main(["fit", *map(str, args), "--resamples", "40", "--json"])
+        values: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return values
+
+    return run
+
+
+def run_of(params: float, tokens: float, loss: float, **facts: Any) -> dict[str, Any]:
+    return {"params": int(params), "tokens": int(tokens), "losses": {"val": [loss, loss - 0.01, loss + 0.01]}, **facts}
+
+
+def law_runs(law: Law, theta: np.ndarray) -> list[dict[str, Any]]:
+    points = [(n, n * m) for n in (1e7, 5e7, 2e8, 8e8) for m in (10, 20, 40, 80, 160)]
+    losses = solve.predict(law.design(*zip(*points, strict=True)), theta)
+    return [run_of(n, d, round(float(loss), 9)) for (n, d), loss in zip(points, losses, strict=True)]
+
+
+def write(path: Path, runs: Any) -> Path:
+    path.write_text(json.dumps(runs), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("train", PAPER)
+def test_paper_points_give_the_published_errors(train: str, published: Path, fit: Fit) -> None:
+    targets = [f"{params}:{tokens}" for params, tokens in PAPER[train]]
+    values = fit(
+        published, "--train", train, "--loss", "c4_val", "--law", "over-training", "--points", "paper",
+        "--predict", *targets,
+    )  # fmt: skip
+    tasks = command_tasks()
+    measured = {(run.params, run.tokens): run for run in read_runs([str(published)]) if run.train == train}
+    for item, (point, (loss_error, error_error)) in zip(values["predictions"], PAPER[train].items(), strict=True):
+        run = measured[point]
+        assert set(item) == {"params", "tokens", "loss", "loss_interval", "error"}
+        assert (item["params"], item["tokens"]) == point
+        assert f"{100 * abs(item['loss'] / run.losses['c4_val'][0] - 1):.4f}" == f"{loss_error:.4f}"
+        assert item["loss_interval"][0] < item["loss"] < item["loss_interval"][1]
+        if error_error is not None:
+            top_1 = 1 - float(np.mean([run.accuracy[task] for task in tasks]))
+            assert f"{100 * abs(item['error'] / top_1 - 1):.4f}" == f"{error_error:.4f}"
+    if train == "rpj":
+        rounded = {name: float(f"{value:.4g}") for name, value in values["coefficients"].items()}
+        assert rounded == PAPER_COEFFICIENTS
+
+
+def command_tasks() -> tuple[str, ...]:
+    from open_lm.scaling.error_law import PAPER_TASKS
+
+    assert len(PAPER_TASKS) == 17
+    return PAPER_TASKS
+
+
+@pytest.mark.parametrize("robust", [False, True])
+@pytest.mark.parametrize(
+    ("law", "theta"),
+    [
+        (OVER_TRAINING, np.array([5.1, 5.9, -0.27, 0.6])),
+        (CHINCHILLA, np.array([0.5, 6.0, 0.34, 6.0, 0.28])),
+        (COMPUTE, np.array([0.5, 5.0, 0.12])),
+    ],
+    ids=["over-training", "chinchilla", "compute"],
+)
+def test_a_fit_recovers_the_law_of_its_points(law: Law, theta: np.ndarray, robust: bool) -> None:
+    runs = law_runs(law, theta)
+    terms = law.design([run["params"] for run in runs], [run["tokens"] for run in runs])
+    losses = np.array([run["losses"]["val"][0] for run in runs])
+    fitted = solve.fit(terms, losses, law.starts, law.bounds, robust)
+    assert fitted == pytest.approx(theta, abs=1e-3)
+    assert law.at_bounds(fitted) == []
+
+
+def test_a_robust_fit_ignores_an_outlier() -> None:
+    theta = np.array([5.1, 5.9, -0.27, 0.6])
+    runs = law_runs(OVER_TRAINING, theta)
+    terms = OVER_TRAINING.design([run["params"] for run in runs], [run["tokens"] for run in runs])
+    losses = np.array([run["losses"]["val"][0] for run in runs])
+    losses[0] *= 1.2
+    robust = solve.fit(terms, losses, OVER_TRAINING.starts, OVER_TRAINING.bounds, True)
+    plain = solve.fit(terms, losses, OVER_TRAINING.starts, OVER_TRAINING.bounds, False)
+    assert abs(robust[2] - theta[2]) < 0.01 < abs(plain[2] - theta[2])
+
+
+def test_many_problems_at_once_have_the_minimum_of_lbfgs() -> None:
+    theta = np.array([0.5, 6.0, 0.34, 6.0, 0.28])
+    runs = law_runs(CHINCHILLA, theta)
+    terms = CHINCHILLA.design([run["params"] for run in runs], [run["tokens"] for run in runs])
+    losses = np.array([run["losses"]["val"][0] for run in runs]) * np.exp(
+        np.random.default_rng(0).normal(0, 0.004, len(runs))
+    )
+    best = solve.fit(terms, losses, CHINCHILLA.starts, CHINCHILLA.bounds, True)
+    start = (theta + 0.05)[None]
+    refined, _ = solve.refine(
+        terms, losses[None], np.ones((1, len(losses))), start, bounds=CHINCHILLA.bounds, robust=True
+    )
+    assert solve.predict(terms, refined[0]) == pytest.approx(solve.predict(terms, best), rel=1e-3)
+
+
+def test_the_law_of_the_error_is_recovered() -> None:
+    loss = np.linspace(2.4, 5.5, 9)
+    error = 0.86 - 2.2 * np.exp(-0.71 * loss)
+    fitted = fit_error(loss, error[None], np.ones((1, len(loss))))
+    assert fitted.values() == pytest.approx({"k": 2.2, "gamma": 0.71, "epsilon": 0.86}, rel=1e-4)
+    falling = fit_error(loss, 1 - loss[None] / 10, np.ones((1, len(loss))))
+    assert falling.at_bounds() == ["k = 0"]
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+def over_training_runs() -> list[dict[str, Any]]:
+    return law_runs(OVER_TRAINING, np.array([5.1, 5.9, -0.27, 0.6]))
+
+
+def test_diverged_runs_are_excluded_and_listed(tmp_path: Path, fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = over_training_runs()
+    clean = fit(write(tmp_path / "clean.json", runs), "--loss", "val")
+    lost = [
+        run_of(4e8, 8e9, 9.0, name="high"),
+        {**run_of(4e8, 9e9, 3.0, name="nan"), "losses": {"val": [None, None, None]}},
+        run_of(4e8, 7e9, 2.0, name="marked", diverged=True),
+    ]
+    command.main(
+        ["fit", str(write(tmp_path / "all.json", [*runs, *lost])), "--loss", "val", "--resamples", "40", "--json"]
+    )
+    output = capsys.readouterr()
+    assert json.loads(output.out)["coefficients"] == pytest.approx(clean["coefficients"])
+    for name in ("high", "nan", "marked"):
+        assert f"warning: excluded: {name} (" in output.err
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda runs: [run | {"tokenizer": name} for run, name in zip(runs, "ab" * 10, strict=True)], DataError,
+         r"2 tokenizers: a \(10, such as run .*; b \(10"),
+        (lambda runs: [run | {"validation": {"val": name}} for run, name in zip(runs, "ab" * 10, strict=True)],
+         DataError, "2 validation sets under the name val: a "),
+        (lambda runs: [*runs[:-1], runs[-1] | {"losses": {"x": 2.0}}], DataError, "1 of 20 runs have no loss on val"),
+        (lambda runs: [run | {"train": name} for run, name in zip(runs, "ab" * 10, strict=True)], ConfigError,
+         "several training sets: 'a', 'b'; choose one with --train"),
+        (lambda runs: runs[:3], ConfigError, r"found 3 runs to fit, expected at least 4.*\(a, b, eta, E\)"),
+        (lambda runs: [], DataError, "no runs"),
+        (lambda runs: {"runs": runs}, DataError, "found a dict, expected a list"),
+        (lambda runs: [runs[0] | {"params": -1}, runs[1] | {"tokens": "x"}], DataError,
+         r"(?s)invalid runs \(2\).*run 0: params: found -1.*run 1: tokens: found 'x'"),
+        (lambda runs: [runs[0] | {"losses": {"val": [2.0, 3.0, 4.0]}}], DataError, "expected 0 < lower <= loss"),
+        (lambda runs: [runs[0] | {"parameters": 3}], DataError, "unknown keys parameters"),
+    ],
+    ids=["tokenizers", "validation", "missing", "train", "few", "empty", "object", "counts", "interval", "key"],
+)  # fmt: skip
+def test_unusable_tables_are_rejected(
+    change: Callable[[Any], Any], error: type[Exception], message: str, tmp_path: Path, fit: Fit
+) -> None:
+    path = write(tmp_path / "runs.json", change(over_training_runs()))
+    with pytest.raises(error, match=message):
+        fit(path, "--loss", "val", "--law", "over-training")
+
+
+def test_far_targets_and_fits_at_bounds_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [run_of(n, n * 20, 1e4 * (6 * n * n * 20) ** -0.2) for n in (1e7, 3e7, 1e8, 3e8)]
+    path = write(tmp_path / "runs.json", runs)
+    command.main([
+        "fit", str(path), "--loss", "val", "--law", "compute", "--predict", "6e9:1.2e11", "--resamples", "40"
+    ])  # fmt: skip
+    errors = capsys.readouterr().err
+    assert "target 6,000,000,000:120,000,000,000 has 400 times the compute" in errors
+    assert "the fit is at a bound (E = 0.0009119)" in errors
+
+
+@pytest.mark.parametrize("text", ["7e9", "7e9:x", "0:5", "7e9:inf"])
+def test_malformed_targets_are_rejected(text: str, tmp_path: Path, fit: Fit) -> None:
+    with pytest.raises(ConfigError, match="expected PARAMETERS:TOKENS"):
+        fit(write(tmp_path / "runs.json", over_training_runs()), "--loss", "val", "--predict", text)
