@@ -116,14 +116,15 @@ def _forbidden_name(name: str) -> str | None:
 
 def _hash(bundle: Path, path: str) -> FileRecord:
     digest, num_bytes = hashlib.sha256(), 0
-    with wrap_errors(str(bundle / path)), open(bundle / path, "rb", opener=_open_no_link) as file:
+    with wrap_errors(str(bundle / path)), open(bundle / path, "rb", opener=open_no_link) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             num_bytes += len(chunk)
     return FileRecord(num_bytes, digest.hexdigest())
 
 
-def _open_no_link(path: str, flags: int) -> int:
+def open_no_link(path: str, flags: int) -> int:
+    """Open a file, but not through a symbolic link; the `opener` of open()."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0))
 
 
@@ -135,7 +136,7 @@ def read_manifest(bundle: Path) -> dict[str, FileRecord]:
     """
     path = bundle / MANIFEST
     try:
-        with open(path, "rb", opener=_open_no_link) as file:
+        with open(path, "rb", opener=open_no_link) as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected the manifest of a bundle") from error

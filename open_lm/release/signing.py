@@ -81,7 +81,7 @@ def sign_bundle(bundle: Path, private_key: Path | None) -> Path:
     config = signing.Config().set_hashing_config(_hashing())
     if private_key is not None:
         password = check_private_key(private_key)
-        config.use_elliptic_key_signer(private_key=private_key, password=password)  # type: ignore[arg-type]
+        config.use_elliptic_key_signer(private_key=private_key, password=password)
     problems: list[str] = []
     if not list(bundle_files(bundle, problems)) or problems:
         raise DataError(f"{bundle}: cannot be signed: {'; '.join(problems) or 'it is empty'}")
