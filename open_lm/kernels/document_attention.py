@@ -9,10 +9,7 @@ Legend: B batch, T sequence, H heads, K head width, N blocks of BLOCK_TOKENS tok
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from torch import Tensor
 
 from open_lm.kernels.cpu_attention import causal_attention
 from open_lm.kernels.general_attention import PLAIN, AttentionOptions, general_attention, repeat_heads
+from open_lm.kernels.row_softmax import triton_problem
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask  # its import takes seconds in older versions of torch
@@ -225,13 +223,7 @@ def _compiled_flex_attention() -> Any:
 @functools.cache
 def supports_flex_attention(device: torch.device) -> bool:
     """Return whether flex attention can be compiled for a CUDA device; if not, log the reason once."""
-    problem = None
-    if importlib.util.find_spec("triton") is None:
-        problem = "Triton is not installed"
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        problem = "the device's compute capability is below 8.0"
-    elif not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        problem = "Triton finds no C compiler (install one or set CC)"
+    problem = triton_problem(device)
     if problem:
         logging.warning(
             "Flex attention is not available, so attention within documents uses a dense mask of sequence x sequence "

@@ -29,6 +29,7 @@ from open_lm.kernels.document_attention import disable_compilation
 from open_lm.kernels.logits import finish_logits_, with_bias_column
 from open_lm.kernels.native import elements
 from open_lm.kernels.products import accumulation_dtype, add_matmul_, matmul_into, supports_float32_output
+from open_lm.kernels.row_softmax import softmax_kernels
 from open_lm.kernels.vocab_shard import VocabShard
 
 _BLOCK_BYTES = 2**20  # float32 logits per thread on a CPU; with their source they fill half of a core's cache
@@ -272,8 +273,9 @@ def _replace_logits_by_gradient_(
     row_indices = torch.arange(len(logits), device=logits.device)
     target_logits = logits[row_indices, columns].to(acc_dtype)
     losses, target_grads = [], []
-    for rows, buffer in _row_blocks(logits, acc_dtype, one_block=shard is not None):
-        log_probs = _softmax_into(buffer, logits[rows], columns[rows], target_logits[rows])
+    kernels = softmax_kernels(logits)
+    for rows, buffer in _row_blocks(logits, acc_dtype, kernels is not None, one_block=shard is not None):
+        log_probs = _softmax_into(buffer, logits[rows], columns[rows], target_logits[rows], kernels)
         nll, factor, log_sum = -log_probs, None, target_logits[rows] - log_probs
         if shard is not None:
             assert owned is not None
@@ -292,7 +294,7 @@ def _replace_logits_by_gradient_(
             target_grad = target_grad * loss_grads[rows]
             factor = loss_grads[rows] if factor is None else factor * loss_grads[rows]
         target_grads.append(target_grad)
-        _write_probs(buffer, factor, logits[rows])
+        _write_probs(buffer, factor, logits[rows], kernels)
     if settings.needs_grad:
         target_grad = torch.cat(target_grads).to(logits.dtype)
         if owned is not None:
@@ -302,13 +304,15 @@ def _replace_logits_by_gradient_(
 
 
 # --------------------------------------------------------------------------------------------- softmax of a block
-def _row_blocks(logits: Tensor, acc_dtype: torch.dtype, one_block: bool) -> Iterator[tuple[slice, Tensor]]:
+def _row_blocks(
+    logits: Tensor, acc_dtype: torch.dtype, in_place: bool, one_block: bool
+) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of the rows of logits (R,V), each with a buffer (rows,V) of acc_dtype that fits a CPU's cache.
 
-    The native kernels process all rows in place; their buffer holds the logarithms of the softmax's sums (R,).
+    Kernels process all rows in place; their buffer holds the logarithms of the softmax's sums (R,).
     """
     rows, vocab_size = logits.shape
-    if elements.supports(logits):
+    if in_place:
         yield slice(0, rows), logits.new_empty(rows, dtype=acc_dtype)
         return
     block = rows
@@ -319,14 +323,14 @@ def _row_blocks(logits: Tensor, acc_dtype: torch.dtype, one_block: bool) -> Iter
         yield slice(start, start + block), buffer[: rows - start]
 
 
-def _softmax_into(buffer: Tensor, logits: Tensor, columns: Tensor, target_logits: Tensor) -> Tensor:
+def _softmax_into(buffer: Tensor, logits: Tensor, columns: Tensor, target_logits: Tensor, kernels: Any) -> Tensor:
     """Write the softmax of logits (r,V) to the buffer, on a GPU its logarithm.
 
     Returns the log-probabilities at columns (r,). target_logits (r,) are the logits at columns. On a CPU softmax takes
-    half as long as exp.
+    half as long as exp. kernels: those of `softmax_kernels`, or None.
     """
-    if buffer.dim() == 1:
-        maxima, log_sums = elements.log_sum_exp(logits)
+    if kernels is not None:
+        maxima, log_sums = kernels.log_sum_exp(logits)
         torch.add(maxima, log_sums, out=buffer)
         return (target_logits - maxima) - log_sums
     row_indices = torch.arange(len(logits), device=logits.device)
@@ -340,10 +344,10 @@ def _softmax_into(buffer: Tensor, logits: Tensor, columns: Tensor, target_logits
     return target_logits - torch.logsumexp(logits.to(buffer.dtype), -1)
 
 
-def _write_probs(buffer: Tensor, factor: Tensor | None, out: Tensor) -> None:
+def _write_probs(buffer: Tensor, factor: Tensor | None, out: Tensor, kernels: Any) -> None:
     """Write probabilities times factor (r,) to out (r,V), from the buffer that `_softmax_into` filled."""
-    if buffer.dim() == 1:
-        elements.to_probs_(out, buffer, factor)
+    if kernels is not None:
+        kernels.to_probs_(out, buffer, factor)
         return
     if not _on_cpu(buffer):
         if factor is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -215,12 +216,14 @@ def _xformers_bias(queries: Tensor, keys: Tensor, allowed: Tensor | None) -> Ten
 def auto_attn(
     queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, attention_mask: Mask | None = None
 ) -> Tensor:
-    """Compute attention with xformers_attn on CUDA, and with torch_attn elsewhere and for torch's document masks.
+    """Compute attention with xformers_attn on CUDA, and with torch_attn elsewhere -> (B,Tq,H,K).
 
-    -> (B,Tq,H,K).
+    torch_attn also computes what xformers does not support or would slow down: torch's document masks, keys with fewer
+    heads, and compiled blocks, whose graphs xformers' kernels would split.
     """
     is_torch_mask = isinstance(attention_mask, DocumentMask) and attention_mask.xformers_bias is None
-    attn = xformers_attn if queries.is_cuda and not is_torch_mask else torch_attn
+    is_supported = queries.is_cuda and keys.shape[2] == queries.shape[2] and not is_torch_mask
+    attn = xformers_attn if is_supported and not torch.compiler.is_compiling() else torch_attn
     return attn(queries, keys, values, is_causal, attention_mask)
 
 
@@ -255,6 +258,16 @@ def _sdpa_with_backend(  # noqa: PLR0917 (the order of the interface)
         )
     with sdpa_kernel(getattr(SDPBackend, name)):
         return general_attention(queries, keys, values, None, is_causal and queries.shape[1] > 1)
+
+
+def decoding_kernels(x: Tensor, num_cached: int) -> AbstractContextManager[object]:
+    """Return a context for a forward pass of x (B,T,D) after `num_cached` keys, where queries are fewer than keys.
+
+    On CUDA it excludes cuDNN's kernels, which torch prefers on some devices: cuDNN plans anew for every number of keys.
+    """
+    if not x.is_cuda or not num_cached:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 # Attention functions that accept every DocumentMask that `document_attention` accepts.
@@ -294,7 +307,8 @@ def get_attn_func(
     """Return the attention function that --attn-name selects.
 
     Args:
-        attn_name: an entry of ATTENTION. "auto" is xformers on CUDA if it can be loaded, else torch_attn.
+        attn_name: an entry of ATTENTION. "auto" is xformers on CUDA if it can be loaded, else torch_attn; compiled
+            blocks use torch_attn.
         attn_activation: --attn-activation; custom_attn requires this and the following settings, no other function
             uses them.
         attn_seq_scalar: --attn-seq-scalar.

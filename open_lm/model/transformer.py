@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from open_lm.errors import ConfigError
 from open_lm.kernels.linear import FusedLinear, Linear
-from open_lm.model.attention import AttentionOptions, Mask, attend, create_document_mask, prepare_mask
+from open_lm.model.attention import (
+    AttentionOptions,
+    Mask,
+    attend,
+    create_document_mask,
+    decoding_kernels,
+    prepare_mask,
+)
 from open_lm.model.embedding import ScaledEmbedding, dropout
 from open_lm.model.feed_forward import get_feed_forward
 from open_lm.model.initialization import init_weights
@@ -176,6 +183,16 @@ def _create_feed_forward(layer_id: int, params: Params) -> nn.Module:
     return get_feed_forward(params.ffn_type, params.dim, params.ffn_dim, params.ffn_bias)
 
 
+class Head(nn.Linear):
+    """The output layer. It also computes losses, so that FSDP2 gathers its parameters for both."""
+
+    def forward(self, hidden: Tensor, *, loss: TokenLoss | None = None, **settings: Any) -> Tensor:
+        """Map hidden states (B,T,D) to logits (B,T,V), or to `loss` with the settings of `TokenLoss.from_hidden`."""
+        if loss is None:
+            return super().forward(hidden)
+        return loss.from_hidden(hidden, self.weight, self.bias, **settings)
+
+
 class Transformer(nn.Module):
     """A decoder-only language model.
 
@@ -197,7 +214,7 @@ class Transformer(nn.Module):
         self.post_embed_norm = params.norm(params.dim) if params.post_embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(layer_id, params) for layer_id in range(params.n_layers))
         self.norm = params.norm(params.dim)
-        self.output = nn.Linear(params.dim, params.vocab_size, bias=params.head_bias)
+        self.output = Head(params.dim, params.vocab_size, bias=params.head_bias)
         self._tie_weights()
         if not self.output.weight.is_meta:
             self.reset_parameters()
@@ -293,16 +310,18 @@ class Transformer(nn.Module):
         recompute = self.grad_checkpointing and torch.is_grad_enabled() and not use_cache
         policy, every = self._recomputation
         new_caches: list[list[Tensor]] = []
-        for i, block in enumerate(self.blocks()):
-            run: Callable[..., Any] = block
-            if recompute and i % every == 0:
-                run = with_recomputation(block, policy, self.params.has_dropout)
-            x, new_cache = run(x, caches[i], use_cache, *shared[block.kind])
-            if new_cache is not None:
-                new_caches.append(new_cache)
+        with decoding_kernels(x, 0 if caches[0] is None else caches[0][0].shape[1]):
+            for i, block in enumerate(self.blocks()):
+                run: Callable[..., Any] = block
+                if recompute and i % every == 0:
+                    run = with_recomputation(block, policy, self.params.has_dropout)
+                x, new_cache = run(x, caches[i], use_cache, *shared[block.kind])
+                if new_cache is not None:
+                    new_caches.append(new_cache)
         hidden = self.norm(x)
         if loss is not None:
-            return self._loss(hidden, loss), hidden, new_caches or None
+            cap, num_ids = self.params.logit_soft_cap, self.params.unpadded_vocab_size
+            return self.output(hidden, loss=loss, soft_cap=cap, num_ids=num_ids), hidden, new_caches or None
         return self.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden), hidden, new_caches or None
 
     def _shared_by_kind(
@@ -336,16 +355,6 @@ class Transformer(nn.Module):
             is_padding = torch.arange(self.vocab_size, device=logits.device) >= num_ids
             logits = logits.masked_fill(is_padding, float("-inf"))
         return logits
-
-    def _loss(self, hidden: Tensor, loss: TokenLoss) -> Tensor:
-        params = self.params
-        return loss.from_hidden(
-            hidden,
-            self.output.weight,
-            self.output.bias,
-            soft_cap=params.logit_soft_cap,
-            num_ids=params.unpadded_vocab_size,
-        )
 
     def auxiliary_loss(self) -> Tensor | None:
         """Return the load-balancing loss of the last forward pass in training mode; None without experts.

@@ -24,7 +24,8 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters and return the result of `closure`.
 
-        If the caller has set the attribute `found_inf` to a float scalar on the device and it is 1, nothing is updated.
+        The caller may set two attributes to float scalars on the device. If `found_inf` is 1, nothing is updated.
+        Gradients are divided by `grad_scale`.
         """
         loss = run_closure(closure)
         for group in self.param_groups:
@@ -44,6 +45,7 @@ def adamw_update(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> Non
         [],
         [state["step"] for state in states],
         fused=True,
+        grad_scale=getattr(optimizer, "grad_scale", None),
         found_inf=getattr(optimizer, "found_inf", None),
         amsgrad=False,
         beta1=group["betas"][0],

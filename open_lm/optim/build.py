@@ -1,4 +1,4 @@
-"""Optimizers by name, gradient clipping for unsharded and sharded gradients, and conditional steps."""
+"""Optimizers by name, the norm of unsharded and sharded gradients, and conditional steps with clipped gradients."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def _embedding_and_head_ids(model: nn.Module) -> set[int]:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scale all gradients so that their total 2-norm is at most `max_norm`; return the norm before, a float32 scalar.
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the total 2-norm of all gradients, a float32 scalar.
 
     Each element of a gradient counts once, however many ranks hold it and over whichever meshes the parameters are
     sharded. The norm is bitwise equal on all ranks. In a single process it equals torch's, except for gradients in half
@@ -146,12 +146,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
         by_copies.setdefault(_num_copies(grad), []).append(local_tensor(grad))
     # In float64 the square of a float32 and its root are exact.
     squares = [_norm(shards).double().square() / copies for copies, shards in by_copies.items()]
-    norm = sum_over_ranks(torch.stack(squares).sum().to(compute_device(grads[0]))).sqrt().float()
-    if max_norm is not None:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for shards in by_copies.values():
-            torch._foreach_mul_(shards, factor.to(shards[0].device))
-    return norm
+    return sum_over_ranks(torch.stack(squares).sum().to(compute_device(grads[0]))).sqrt().float()
 
 
 def _num_copies(tensor: Tensor) -> int:
@@ -172,20 +167,42 @@ def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors, 2, dtype=dtype)))
 
 
-def step_unless_skipped(optimizer: Optimizer, skip: Tensor) -> None:
+@torch.no_grad()
+def step_unless_skipped(
+    optimizer: Optimizer, skip: Tensor, grad_norm: Tensor | None = None, max_norm: float | None = None
+) -> None:
     """Take an optimizer step, unless `skip` (a bool scalar on the device) is true.
 
     A skipped step does not change parameters, moments or step counts. The optimizers of this module decide on the
-    device; for an optimizer that cannot, the host waits for `skip`.
+    device; for an optimizer that cannot, the host waits for `skip`. Afterwards the gradients are undefined.
+
+    Args:
+        grad_norm: the result of `gradient_norm`.
+        max_norm: scale all gradients so that their norm is at most this. The optimizers of this module divide each
+            gradient where they read it, so that clipping takes no pass of its own over the gradients.
     """
+    divisor = None
+    if grad_norm is not None and max_norm is not None:
+        divisor = ((grad_norm + 1e-6) / max_norm).clamp(min=1.0)
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         if not bool(skip):
+            _divide_gradients(optimizer, divisor)
             optimizer.step()
         return
     # The same interface as between GradScaler and fused optimizers. Offloaded parameters are updated on the host.
     device = local_tensor(optimizer.param_groups[0]["params"][0]).device
-    optimizer.found_inf = skip.float().to(device)  # type: ignore[attr-defined]
+    attributes = {"found_inf": skip.float().to(device), "grad_scale": None if divisor is None else divisor.to(device)}
+    vars(optimizer).update(attributes)
     try:
         optimizer.step()
     finally:
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        for name in attributes:
+            delattr(optimizer, name)
+
+
+def _divide_gradients(optimizer: Optimizer, divisor: Tensor | None) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+    if divisor is not None:
+        for param in params:
+            grad = local_tensor(param.grad)
+            grad.div_(divisor.to(grad.device))

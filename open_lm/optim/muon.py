@@ -47,7 +47,8 @@ class Muon(torch.optim.Optimizer):
         dtype: the dtype of the orthogonalization (default: `orthogonalization_dtype`).
 
     If the attribute `found_inf`, a float scalar on the device, is 1, a step changes neither parameters nor momenta nor
-    step counts, regardless of the gradients. (It sets the gradients of matrices to 0.)
+    step counts, regardless of the gradients. (It sets the gradients of matrices to 0.) Gradients are divided by the
+    attribute `grad_scale`, a float scalar on the device, if it is set.
     """
 
     _step_supports_amp_scaling = True  # torch's convention for optimizers that handle found_inf
@@ -102,6 +103,9 @@ class Muon(torch.optim.Optimizer):
         grads = [local_tensor(param.grad) for param in params if param.grad is not None]
         states = [param_state(self, param, _initial_state) for param in params]
         momenta = [local_tensor(state["momentum_buffer"]) for state in states]
+        divisor = getattr(self, "grad_scale", None)
+        if divisor is not None:
+            torch._foreach_div_(grads, divisor)
         for grad in grads:
             grad.masked_fill_(skip, 0.0)  # multiplying by 0 would propagate NaN
         torch._foreach_mul_(momenta, torch.where(skip, 1.0, momentum))

@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from open_lm.distributed.processes import run_on_all_ranks
 from open_lm.errors import ConfigError
 from open_lm.model.adapters import adapters
 from open_lm.model.recomputation import with_recomputation
+from open_lm.model.transformer import Transformer
 from open_lm.parallel.float8 import check_float8, convert_to_float8
 from open_lm.parallel.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 
@@ -92,6 +94,10 @@ def parallelize(
         _materialise(model, torch.device("cpu") if _offloads(cfg, device) else device, device, initialise)
     if is_sharded or layout.mesh is None or not replicates:
         return model
+    if model_cfg.torchcompile:
+        # DDP's optimizer would cut each compiled block at the borders of DDP's buckets, for an overlap of computation
+        # and communication that separately compiled blocks have anyway.
+        torch._dynamo.config.optimize_ddp = False
     return _replicate(model, cfg, device)
 
 
@@ -203,9 +209,11 @@ def _checkpointed_class(base: Any, policy: str, has_dropout: bool) -> type:
 def _shard(
     model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, cfg: ParallelConfig, device: torch.device
 ) -> None:
-    """Apply fully_shard to every block, and to the remaining parameters (embeddings, last norm, head) as one group.
+    """Apply fully_shard to every block, the embedding, and the last norm with the head, so that each is gathered while
+    another computes. The remaining parameters, among them tied embeddings, are one more group.
 
-    The reduced gradient is the mean over ranks, as with DDP, so the trainer scales the loss equally for both.
+    What the backward pass needs first stays gathered after the forward pass: the last block, the last norm and the
+    head. The reduced gradient is the mean over ranks, as with DDP, so the trainer scales the loss equally for both.
     """
     reduce_dtype = {(True, False): torch.float32, (False, True): torch.bfloat16}
     flags = (cfg.fsdp_amp, cfg.fsdp_pure_bf16)
@@ -213,15 +221,18 @@ def _shard(
     if flags in reduce_dtype:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype[flags])
     offload = CPUOffloadPolicy() if _offloads(cfg, device) else OffloadPolicy()
-    for block in blocks:
-        fully_shard(
-            block,
-            mesh=mesh,
-            mp_policy=policy,
-            offload_policy=offload,
-            reshard_after_forward=not (cfg.fsdp_hybrid_o2 or cfg.fsdp_zero2),
-        )
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
+    shard = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
+    reshards = not (cfg.fsdp_hybrid_o2 or cfg.fsdp_zero2)
+    for number, block in enumerate(blocks, start=1):
+        shard(block, mp_policy=policy, reshard_after_forward=reshards and number < len(blocks))
+    if isinstance(model, Transformer) and not model.weight_tying:
+        shard(model.tok_embeddings, mp_policy=policy, reshard_after_forward=reshards)
+        if isinstance(model.tok_embeddings, FSDPModule):
+            model.tok_embeddings.set_unshard_in_backward(False)  # the gradient does not depend on the embeddings
+        # The head's input keeps the dtype of the norm's output.
+        head_policy = replace(policy, cast_forward_inputs=False)
+        shard([model.norm, model.output], mp_policy=head_policy, reshard_after_forward=False)
+    shard(model, mp_policy=policy, reshard_after_forward=False)
     if cfg.fsdp_backward_prefetch:
         for index, block in enumerate(blocks):
             assert isinstance(block, FSDPModule)

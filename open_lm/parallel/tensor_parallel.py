@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from open_lm.config.registry import FEED_FORWARDS
 from open_lm.distributed.param_names import is_adapter_name
@@ -64,7 +64,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     # `ScaledEmbedding.forward` would multiply a DTensor, so scale the sum over ranks instead.
     _override(root.tok_embeddings, forward=nn.Embedding.forward)
     root.tok_embeddings.register_forward_hook(lambda embedding, args, output: embedding.scaled(output))
-    parallelize_module(root.output, mesh, ColwiseParallel(output_layouts=Replicate()))
+    _split_output(root.output, mesh)
     if tied:
         root.tok_embeddings.weight = root.output.weight
     # A caller may pass full embeddings instead of token ids, so split behind the point where both paths join.
@@ -74,6 +74,24 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
         _split_parameters(norm, mesh, {})
     for block in root.layers:
         _split_block(block, mesh, hooks)
+
+
+def _split_output(output: nn.Module, mesh: DeviceMesh) -> None:
+    """Split the rows of the output layer. Its loss takes the DTensors; logits are gathered on all ranks."""
+    for name, parameter in list(output.named_parameters(recurse=False)):
+        split = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+        output.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
+
+    def replicate(_: nn.Module, args: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if settings.get("loss") is None:
+            args = (DTensor.from_local(args[0], mesh, [Replicate()], run_check=False),)
+        return args, settings
+
+    def gather(_: nn.Module, args: object, result: Tensor) -> Tensor:
+        return result.redistribute(placements=[Replicate()]).to_local() if isinstance(result, DTensor) else result
+
+    output.register_forward_pre_hook(replicate, with_kwargs=True)
+    output.register_forward_hook(gather)
 
 
 def check_tensor_parallel(model: nn.Module, ranks: int) -> None:

@@ -23,7 +23,7 @@ from open_lm.kernels.sparse_targets import SparseTargets
 from open_lm.kernels.threads import limit_threads
 from open_lm.model.losses import TokenLoss, batch_loss
 from open_lm.monitor.metrics import to_device
-from open_lm.optim.build import clip_gradients, step_unless_skipped
+from open_lm.optim.build import gradient_norm, step_unless_skipped
 from open_lm.parallel.parallelize import gradient_sync, unwrap
 from open_lm.training.guard import not_finite
 
@@ -118,9 +118,10 @@ def train_step(
     enter_phase("optimizer")
     if scaler is not None:
         scaler.unscale_(optimizer)
-    grad_norm = clip_gradients(model.parameters(), options.grad_clip_norm)
+    grad_norm = gradient_norm(model.parameters())
     skipped = should_skip(totals["loss"], grad_norm)
-    step_unless_skipped(optimizer, skipped)  # scaler.step() would skip overflows only; `should_skip` covers more
+    # scaler.step() would skip overflows only; `should_skip` covers more
+    step_unless_skipped(optimizer, skipped, grad_norm, options.grad_clip_norm)
     if scaler is not None:
         scaler.update()
     return StepResult(totals, grad_norm, skipped, valid_tokens, samples, global_counts[2:])

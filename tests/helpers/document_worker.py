@@ -20,7 +20,7 @@ from open_lm.errors import end_process
 from open_lm.model.initialization import init_weights
 from open_lm.model.losses import token_loss
 from open_lm.model.transformer import Params, Transformer
-from open_lm.optim.build import clip_gradients
+from open_lm.optim.build import gradient_norm
 from open_lm.parallel.parallelize import parallelize
 
 ROWS, LENGTH, END = 4, 24, 0
@@ -47,7 +47,7 @@ def loss_and_norm(layout: str, masked: bool = True) -> list[float]:
         logits = trained(inputs, document_ids=document_ids(inputs, END) if masked else None)[0]
         loss = token_loss(logits, targets)[0] / (ROWS * LENGTH)
         (loss * runtime.world_size).backward()
-        norm = clip_gradients(trained.parameters(), None)
+        norm = gradient_norm(trained.parameters())
         return [sum_over_ranks(loss.detach().clone()).item(), norm.item()]
     finally:
         shutdown(runtime)

@@ -23,7 +23,7 @@ from open_lm.distributed.sharded_tensor import copy_local_shard, full_tensor
 from open_lm.errors import end_process
 from open_lm.kernels.linear import FusedLinear
 from open_lm.optim import muon
-from open_lm.optim.build import build_optimizer, clip_gradients, step_unless_skipped
+from open_lm.optim.build import build_optimizer, gradient_norm, step_unless_skipped
 
 STEPS, SKIPPED, LR, MAX_NORM = 4, 2, 0.02, 3.0
 MATRICES = 2 * (3 + 1 + 2 + 1 + 3)  # in the two blocks
@@ -108,8 +108,8 @@ def train(layout: str, cfg: OptimConfig) -> dict[str, Tensor]:
             param.grad = torch.empty_like(param)
             grad = values_for(param, f"{name} {step}") * (float("nan") if step == SKIPPED else 1.0)
             copy_local_shard(param.grad, grad, parts.get(param, 1))
-        norm = clip_gradients(model.parameters(), MAX_NORM)
-        step_unless_skipped(optimizer, ~norm.isfinite())
+        norm = gradient_norm(model.parameters())
+        step_unless_skipped(optimizer, ~norm.isfinite(), norm, MAX_NORM)
         results[f"norm {step}"] = norm
     for name, param in model.named_parameters():
         tensors = {"": param, **optimizer.state[param]}

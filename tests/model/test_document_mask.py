@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 
 from open_lm.data.masking import document_ids
-from open_lm.kernels import document_attention
+from open_lm.kernels import document_attention, row_softmax
 from open_lm.kernels.document_attention import (
     DocumentMask,
     dense_document_mask,
@@ -247,7 +247,7 @@ def test_the_representation_depends_on_the_attention_function() -> None:
 def test_missing_flex_attention_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(document_attention.importlib.util, "find_spec", lambda _name: object())
+    monkeypatch.setattr(row_softmax.importlib.util, "find_spec", lambda _name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
     document_attention.supports_flex_attention.cache_clear()
     with caplog.at_level(logging.WARNING):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations, product
 from typing import Any
 
@@ -10,13 +11,17 @@ import parity
 import pytest
 import torch
 from parity import on_ranks
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.cudagraph_trees import MarkStepBox
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import ModelConfig, ParallelConfig
+from open_lm.distributed.processes import init_runtime, shutdown
 from open_lm.errors import ConfigError
 from open_lm.model.initialization import init_weights
+from open_lm.model.losses import TokenLoss
 from open_lm.model.recomputation import _is_expensive
 from open_lm.model.transformer import Params, Transformer
 from open_lm.parallel.parallelize import _materialise, _shard, ineffective_settings, parallelize
@@ -78,10 +83,11 @@ def test_the_offload_layout_offloads_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -
     """Outside of scripts/parity.py, --fsdp-cpu-offload has no effect on a CPU."""
     policies = []
     monkeypatch.setattr("open_lm.parallel.parallelize.fully_shard", lambda module, **options: policies.append(options))
+    model = meta_model(weight_tying=True)  # a single group
     cfg, cpu = ParallelConfig(**parity.LAYOUTS["offload"][1]), torch.device("cpu")
     with parity.offloading_from_cpu():
-        _shard(meta_model(), [], None, cfg, cpu)  # type: ignore[arg-type]
-    _shard(meta_model(), [], None, cfg, cpu)  # type: ignore[arg-type]
+        _shard(model, [], None, cfg, cpu)  # type: ignore[arg-type]
+    _shard(model, [], None, cfg, cpu)  # type: ignore[arg-type]
     assert [type(options["offload_policy"]) for options in policies] == [CPUOffloadPolicy, OffloadPolicy]
 
 
@@ -126,6 +132,25 @@ def test_equal_blocks_with_tensor_parallelism_are_compiled_once() -> None:
 
 
 # ------------------------------------------------------------------------------------------ in one process
+def test_ddp_does_not_cut_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP's optimizer would cut the block's graph after the first MiB of parameters."""
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    cfg = ParallelConfig(force_distributed=True)
+    runtime = init_runtime(cfg)
+    try:
+        shape = {**layout_worker.SMALL, "dim": 384, "n_layers": 2}
+        model = layout_worker.new_model(runtime, cfg, shape, ModelConfig(torchcompile=True))
+        assert isinstance(model, DistributedDataParallel)
+        ids = torch.zeros(1, 12, dtype=torch.int64)
+        model(ids, loss=TokenLoss(ids))[0].backward()
+    finally:
+        shutdown(runtime)
+    assert backend.frame_count == 1
+
+
 def meta_model(**shape: Any) -> Transformer:
     with torch.device("meta"):
         return Transformer(Params(**{"dim": 48, "n_layers": 2, "n_heads": 6, "vocab_size": 9, "seq_len": 8, **shape}))
