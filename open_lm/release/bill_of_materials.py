@@ -5,11 +5,11 @@ Source: CycloneDX 1.6 (ECMA-424), with the machine-learning model card of its ma
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -28,36 +28,41 @@ _EXTRA = re.compile(r"extra\s*==")
 _NAMESPACE = uuid.UUID("6f4b1e0a-54a3-5d35-9d4c-2f7c6f0c1a55")  # of serial numbers, so that they depend on the content
 
 
+@functools.cache
+def _metadata(name: str) -> metadata.PackageMetadata | None:
+    """Return the metadata of an installed package; None if it is not installed. Parsing them takes time."""
+    try:
+        return metadata.metadata(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def installed_packages(recorded: Mapping[str, str]) -> dict[str, str]:
     """Return the versions of the packages that open_lm needs, with what they need in turn.
 
     Versions that the run recorded take precedence over those of this environment.
     """
     versions: dict[str, str] = {}
-    pending = [(name, True) for name in recorded] or [("open_lm", False)]
-    pending += [(name, True) for name in _requirements("open_lm", optional=True)] if not recorded else []
+    pending = ["open_lm", *(recorded or _requirements("open_lm", optional=True))]
     while pending:
-        name, is_direct = pending.pop()
-        key = _normalized(name)
+        name = pending.pop()
+        key, installed = _normalized(name), _metadata(name)
         if key in versions:
             continue
-        try:
-            distribution = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            if name in recorded:
-                versions[key] = recorded[name]
-            continue
-        versions[key] = recorded.get(name, distribution.version) if is_direct else distribution.version
-        pending += [(required, False) for required in _requirements(name, optional=False) if key != "open-lm"]
+        if name in recorded:
+            versions[key] = recorded[name]
+        elif installed is not None:
+            versions[key] = installed["Version"]
+        pending += _requirements(name, optional=False)
     return dict(sorted(versions.items()))
 
 
-def _requirements(name: str, optional: bool) -> Iterable[str]:
-    """Yield the names of the packages that a package requires; with `optional`, those of its extras too."""
-    for requirement in metadata.requires(name) or ():
-        match = _NAME.match(requirement)
-        if match is not None and (optional or not _EXTRA.search(requirement)):
-            yield match[0]
+def _requirements(name: str, optional: bool) -> list[str]:
+    """Return the names of the packages that a package requires; with `optional`, those of its extras too."""
+    installed = _metadata(name)
+    requirements = (installed.get_all("Requires-Dist") or []) if installed is not None else []
+    kept = [text for text in requirements if optional or not _EXTRA.search(text)]
+    return [match[0] for match in map(_NAME.match, kept) if match is not None]
 
 
 def _normalized(name: str) -> str:
@@ -117,9 +122,8 @@ def _library(name: str, version: str) -> Component:
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL
 
-    expression = None
-    with suppress(metadata.PackageNotFoundError):
-        expression = metadata.metadata(name).get("License-Expression")
+    installed = _metadata(name)
+    expression = None if installed is None else installed.get("License-Expression")
     kind = ComponentType.FRAMEWORK if name in ("torch", "transformers") else ComponentType.LIBRARY
     return Component(
         name=name,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 from open_lm import storage
+from open_lm.checkpoint.folders import step_number
 from open_lm.errors import ConfigError
 from open_lm.release import code_archive, components, layout
 from open_lm.release.bill_of_materials import write_libraries
@@ -27,9 +28,11 @@ from open_lm.release.privacy import Redactor
 from open_lm.release.reproduce import write_reproduce
 from open_lm.release.run_facts import RunFacts, read_run
 from open_lm.release.sample_outputs import write_samples
+from open_lm.release.secrets_scan import Scanner, require_clean
 from open_lm.release.settings import BundleSettings
 from open_lm.release.staging import staged_folder
 from open_lm.release.technical_report import has_measurements, write_report
+from open_lm.release.upload import check_target, upload_bundle
 from open_lm.release.weights import export_weights, write_optimizer_state
 
 _OPTIMIZER = f"{layout.METADATA}/optimizer"
@@ -58,15 +61,18 @@ def build_bundle(settings: BundleSettings) -> Outcome:
     Raises:
         ConfigError: settings that do not fit, a run that has not finished, or a target that exists.
         CheckpointError: weights that cannot be exported.
-        DataError: files of the run that cannot be read.
+        DataError: files of the run that cannot be read, or secrets and private paths in them.
+        StorageError: the upload failed; the bundle is complete.
     """
     facts = read_run(settings.run)
     _check(settings)
-    identity = {"run": _state(facts), "settings": {key: str(value) for key, value in asdict(settings).items()}}
-    with staged_folder(settings.out, identity, _KEPT) as folder:
+    with staged_folder(settings.out, _state(facts), _KEPT) as folder:
         outcome = _write(_context(settings, facts, folder))
+        require_clean(Scanner([facts.folder]).scan(folder), settings.out)
         write_manifest(folder)
         _sign(settings, folder)
+    if settings.upload is not None:
+        upload_bundle(settings.out, settings.upload)
     return outcome
 
 
@@ -78,6 +84,8 @@ def _check(settings: BundleSettings) -> None:
         check_paper(settings.paper)
     if settings.sign_key is not None:
         check_private_key(settings.sign_key)
+    if settings.upload is not None:
+        check_target(settings.upload)
     if "distribution" not in settings.licenses:
         without = [
             name for name, item in COMPONENTS.items() if name not in settings.licenses
@@ -91,8 +99,11 @@ def _check(settings: BundleSettings) -> None:
 
 
 def _state(facts: RunFacts) -> list[list[str]]:
-    """Return the names, sizes and times of the run's files, which change with its content."""
-    files = storage.list_infos(str(facts.folder), recursive=True)
+    """Return the names, sizes and times of the checkpoints' files, on which `_KEPT` depends."""
+    files = []
+    for checkpoint in facts.checkpoints:
+        infos = storage.list_infos(checkpoint.url) if step_number(checkpoint.url) is not None else []
+        files += infos or [info for info in [storage.info(checkpoint.url)] if info is not None]
     return sorted([file.url, str(file.size), str(file.mtime_s)] for file in files)
 
 

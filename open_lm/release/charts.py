@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _MAX_POINTS = 400  # of a curve; of more points, each part keeps its smallest and its largest value
 _COLORS = ("#1f5fa8", "#c2571a", "#2d7d46", "#8a3a8f", "#6b6b6b")
 _NUM_TICKS = 5
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _WIDTH, _HEIGHT = 640.0, 320.0  # units of a chart; 1 is a pixel of the SVG
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70.0, 20.0, 40.0, 50.0
 
@@ -164,9 +166,12 @@ def draw_pdf(chart: Chart, pdf: FPDF, left: float, top: float, width: float) -> 
         offset = {"start": 0.0, "middle": 0.5, "end": 1.0}[item.anchor] * pdf.get_string_width(latin(item.text))
         pdf.text(left + item.x * scale - offset, top + item.y * scale, latin(item.text))
     pdf.set_text_color(0)
+    pdf.set_draw_color(0)
+    pdf.set_line_width(0.2)
     return _HEIGHT * scale
 
 
 def latin(text: str) -> str:
-    r"""Return a text for the fonts of every PDF reader: other characters than those of Latin-1 as \uXXXX."""
+    r"""Return a text for the fonts of every PDF reader, with \uXXXX for characters that Latin-1 does not have."""
+    text = _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text.replace("\ufffd", "?"))
     return text.encode("latin-1", "backslashreplace").decode("latin-1")

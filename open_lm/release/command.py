@@ -17,14 +17,14 @@ from pathlib import Path
 
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError
-from open_lm.names import user_file, user_path
+from open_lm.names import source_pattern, user_file, user_path
 from open_lm.release.components import COMPONENTS
 from open_lm.release.licenses import is_open, suggestion
 from open_lm.release.mof_file import DISTRIBUTION, LICENSE_SCOPES
 from open_lm.release.settings import BundleSettings
 
-_BUILD_ONLY = ("out", "license", "name", "version", "producer", "contact", "origin", "paper", "redact", "sign_key",
-               "sigstore", "upload")  # fmt: skip
+_BUILD_ONLY = ("out", "license", "license_text", "name", "version", "producer", "contact", "origin", "paper",
+               "include_data", "redact", "sign_key", "sigstore", "upload")  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,12 +49,26 @@ def _add_build_flags(parser: argparse.ArgumentParser) -> None:
         help="SPDX id of an open license; SCOPE is code, data, document or the name of a component, such as "
         "'Datasets' (default: everything without a license of its own); may be repeated",
     )
+    build.add_argument(
+        "--license-text",
+        type=source_pattern,
+        action="append",
+        default=[],
+        metavar="ID=FILE",
+        help="file with the text of a license that this package does not have; may be repeated",
+    )
     build.add_argument("--name", help="name of the release (default: that of the run)")
     build.add_argument("--version", help="version of the release")
     build.add_argument("--producer", help="person or organization that releases the model")
     build.add_argument("--contact", help="how to reach the producer")
     build.add_argument("--origin", help="model from which this one derives")
     build.add_argument("--paper", type=user_file, metavar="FILE", help="research paper (PDF, Markdown or LaTeX)")
+    build.add_argument(
+        "--include-data",
+        action="store_true",
+        help="put the shards of the training data into the bundle, in addition to the records from which they can be "
+        "made again",
+    )
     build.add_argument(
         "--redact",
         action="store_true",
@@ -117,11 +131,20 @@ def _build(args: argparse.Namespace) -> None:
         raise ConfigError("--sign-key and --sigstore exclude each other; a bundle has one signature")
     settings = BundleSettings(
         licenses=parse_licenses(args.license),
-        **{name: getattr(args, name) for name in ("run", *_BUILD_ONLY) if name != "license"},
+        license_texts=dict(map(_named_file, args.license_text)),
+        **{name: getattr(args, name) for name in ("run", *_BUILD_ONLY) if not name.startswith("license")},
     )
     from open_lm.release.build import build_bundle
 
     build_bundle(settings)
+
+
+def _named_file(text: str) -> tuple[str, Path]:
+    """Return the id and the file of --license-text. Raise ConfigError for another form."""
+    license_id, sign, file = text.partition("=")
+    if not (license_id and sign and file):
+        raise ConfigError(f"--license-text {text}: expected ID=FILE, such as ODC-By-1.0=odc-by.txt")
+    return license_id, Path(file)
 
 
 def parse_licenses(values: Sequence[str]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from open_lm.release.weights import sha256_of
 from open_lm.storage.strict_json import to_json
 
 _CONFORMS_TO = "http://mlcommons.org/croissant/1.0"
+_VERSION = "1.0.0"  # of data whose release has no version
 _TERMS = (
     "citeAs", "column", "equivalentProperty", "extract", "field", "fileProperty", "fileObject", "fileSet", "format",
     "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex",
@@ -80,6 +81,8 @@ def _document(context: Context, folders: list[DataFolder]) -> dict[str, Any]:
         "description": "Shards of token ids on which the model was trained: their manifests with checksums, and the "
         "records from which they can be made again.",
         "conformsTo": _CONFORMS_TO,
+        "citeAs": f"{context.producer or context.name}: training data of {context.name}, {context.date}",
+        "version": context.settings.version or _VERSION,
         "datePublished": context.date,
         "distribution": [item for folder in folders for item in _files(context, folder)],
         "recordSet": [_record_set(context, folder) for folder in folders],
@@ -89,8 +92,6 @@ def _document(context: Context, folders: list[DataFolder]) -> dict[str, Any]:
         document["license"] = f"https://spdx.org/licenses/{license_id}.html"
     if context.producer:
         document["creator"] = {"@type": "sc:Organization", "name": context.producer}
-    if context.settings.version:
-        document["version"] = context.settings.version
     return document
 
 

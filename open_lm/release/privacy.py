@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import storage
-from open_lm.release.secret_rules import PATH_RULES, SECRET_RULES, find, machine_rules, replace
+from open_lm.release.secrets_scan import Scanner
 
 _PART_CHARACTERS = 1 << 20
 # An absolute path of at least two parts, which is no part of a URL or of a relative path.
@@ -24,12 +24,12 @@ class Redactor:
     def __init__(self, run: Path) -> None:
         folders = sorted({str(run.absolute()), str(run.resolve())}, key=len, reverse=True)
         self._run = re.compile(rf"(?<![\w.\-/])(?:{'|'.join(map(re.escape, folders))})(?![\w.\-])")
-        self._rules = [*SECRET_RULES, *machine_rules([run]), *PATH_RULES]
+        self._scanner = Scanner([run])
 
     def text(self, text: str) -> str:
         """Return a text without secrets, private paths and names."""
         text = self._run.sub("RUN", text.replace("file:///", "/"))
-        return _ABSOLUTE.sub(".../", replace(text, find(text, self._rules)))
+        return _ABSOLUTE.sub(".../", self._scanner.redact(text))
 
     def value(self, value: Any) -> Any:
         """Return a JSON value with `text` applied to its strings and keys."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from open_lm import storage
-from open_lm.errors import ConfigError, StorageError
+from open_lm.errors import StorageError
 from open_lm.hf.output_folder import check_absent, lock_path, locked_folder
 from open_lm.storage.strict_json import to_json
 
@@ -21,11 +20,11 @@ _RECORD = "build.json"  # what is built, in the unfinished folder
 
 
 @contextmanager
-def staged_folder(target: Path, identity: Mapping[str, Any], kept: Sequence[str]) -> Iterator[Path]:
+def staged_folder(target: Path, identity: Any, kept: Sequence[str]) -> Iterator[Path]:
     """Yield the folder to write, which becomes `target` when the block ends.
 
-    After an interruption, the same build finds the folders `kept` of the earlier attempt, whose writers publish only
-    complete results. Everything else, and all of another build, is removed.
+    After an interruption or an error, a build with the same `identity`, a JSON value, finds the folders `kept` of the
+    earlier attempt, whose writers publish only complete results. Everything else is removed.
 
     Raises:
         ConfigError: `target` exists and is not empty, or another process builds it.
@@ -38,11 +37,7 @@ def staged_folder(target: Path, identity: Mapping[str, Any], kept: Sequence[str]
         record = json.loads(to_json(identity))
         _clean(folder, kept if _read_record(folder) == record else ())
         storage.write_text(folder / _RECORD, to_json(record, indent=1))
-        try:
-            yield folder
-        except ConfigError:  # repeating the command would fail again
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        yield folder
         _publish(folder, target)
 
 

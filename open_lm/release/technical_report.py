@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,8 @@ _CURVES = (
     ("train/tokens_per_second", "tokens_per_second", "Speed", "tokens per second"),
 )
 _MAX_SAMPLES = 12
+_CHART_WIDTH = 0.75  # of the width of the text
+_HEADING_SPACE = 35  # mm; with less, a heading starts on the next page
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,8 @@ def _pdf(title: str, context: Context, sections: Sequence[Section]) -> bytes:
     _paragraph(pdf, f"{context.producer} {context.date}".strip(), 10)
     for section in sections:
         pdf.ln(3)
+        if pdf.will_page_break(_HEADING_SPACE):
+            pdf.add_page()
         pdf.start_section(latin(section.title))
         _paragraph(pdf, section.title, 13, "B")
         for block in section.blocks:
@@ -247,17 +250,20 @@ def _pdf_block(pdf: Any, block: Block) -> None:
     elif isinstance(block, Table):
         _pdf_table(pdf, block)
     else:
-        height = pdf.epw * 0.5
-        if pdf.will_page_break(height):
+        width = pdf.epw * _CHART_WIDTH
+        if pdf.will_page_break(width * 0.5):
             pdf.add_page()
-        pdf.set_y(pdf.get_y() + draw_pdf(block, pdf, pdf.l_margin, pdf.get_y(), pdf.epw) + 3)
+        pdf.set_y(pdf.get_y() + draw_pdf(block, pdf, pdf.l_margin, pdf.get_y(), width) + 3)
 
 
 def _pdf_table(pdf: Any, block: Table) -> None:
     pdf.set_font("helvetica", size=8)
     has_heading = any(block.columns)
     rows = [block.columns, *block.rows] if has_heading else block.rows
-    with pdf.table(first_row_as_headings=has_heading, line_height=4.5, text_align="LEFT", wrapmode="CHAR") as table:
+    widths = None if has_heading else (1, 2)
+    with pdf.table(
+        first_row_as_headings=has_heading, line_height=4.5, text_align="LEFT", wrapmode="CHAR", col_widths=widths
+    ) as table:
         for row in rows:
             cells = table.row()
             for cell in row:
@@ -268,8 +274,3 @@ def _pdf_table(pdf: Any, block: Table) -> None:
 def has_measurements(context: Context) -> bool:
     """Return whether the run has anything to report: metrics or results."""
     return len(context.run.metrics) > 0 or bool(context.run.validations or context.run.evaluations)
-
-
-def report_files(bundle: Path) -> list[Path]:
-    """Return the files of the report."""
-    return sorted((bundle / layout.REPORT).iterdir())
