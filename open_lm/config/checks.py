@@ -33,6 +33,7 @@ def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
         *([] if "distill_cache" in off else config.distillation.cache_problems(config.data.dataset_type)),
         *_fault_problems(config),
         *_logging_problems(config),
+        *([] if "profile_steps" in off else config.diagnostics.problems(config.logging.logs)),
         *_range_problems(config),
     ]
 

@@ -30,6 +30,7 @@ LATER_FLAGS = frozenset({
     "dist_timeout", "fp8", "val_max_batches", "icl_yaml", "icl_every_n_steps", "icl_max_examples", "icl_data_dir",
     "icl_max_time_share", "sample_prompts", "sample_every_n_steps", "sample_temperature", "sample_max_tokens",
     "tokenizer", "val_names", "lora", "qlora", "recipe", "report", "energy",
+    "profile_steps", "memory_snapshot",
 })  # fmt: skip
 
 
@@ -222,7 +223,8 @@ def add_flag(group: Any, spec: FieldSpec) -> None:
     if spec.kind is bool:
         group.add_argument(spec.flag, action=_Switch, help=_escaped(spec.help))
         return
-    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else spec.kind.__name__.upper()
+    kind = spec.kind.__name__.upper() if spec.path is None else "PATH"
+    metavar = "{" + ",".join(spec.choices) + "}" if spec.choices else kind
     default = "" if spec.default is None or spec.default == "" else f" (default: {spec.default})"
     help_text = _escaped(spec.help + default)
     group.add_argument(spec.flag, nargs="+" if spec.many else None, metavar=metavar, help=help_text)

@@ -167,6 +167,7 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         lambda c: bool(c.data.train_data or c.data.dataset_manifest) or c.data.dataset_type == "synthetic",
         "without training data",
     ),
+    (("profile_steps",), lambda c: not _only_evaluates(c), "without training data"),
     (
         ("tokenizer",),
         lambda c: c.live_evaluation.icl_yaml is not None or c.live_evaluation.sample_prompts is not None,

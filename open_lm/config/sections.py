@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from open_lm.config import registry
 from open_lm.config.adapters import AdapterConfig
 from open_lm.config.data_section import DataConfig
+from open_lm.config.diagnostics_section import DiagnosticsConfig
 from open_lm.config.distill_section import DistillConfig
 from open_lm.config.evaluation_sections import LiveEvaluationConfig, ValidationConfig
 from open_lm.config.fields import FieldSpec, Section, flag, no_effect
@@ -315,6 +316,7 @@ class Config:
     distillation: DistillConfig
     faults: FaultConfig
     logging: LoggingConfig
+    diagnostics: DiagnosticsConfig
     validation: ValidationConfig
     live_evaluation: LiveEvaluationConfig
 

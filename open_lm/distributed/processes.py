@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -256,6 +257,7 @@ def select_device(
 
 def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, world_size: int) -> None:
     if device.type == "cuda":
+        _record_collectives()
         # Objects and offloaded parameters are in host memory, so CPU tensors need a backend too.
         backend = f"cpu:gloo,cuda:{cfg.dist_backend}" if cfg.dist_backend != "gloo" else "gloo"
     else:
@@ -285,6 +287,12 @@ def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, wo
         raise ConfigError(
             f"{where}: another process uses this port of rank 0's node; choose a free one, the same on all ranks"
         ) from error
+
+
+def _record_collectives() -> None:
+    """Let NCCL record its last operations, which the watchdog writes when a run hangs. gloo always does."""
+    name = "TORCH_FR_BUFFER_SIZE" if hasattr(_distributed_c10d, "_dump_fr_trace") else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    os.environ.setdefault(name, "2000")
 
 
 def _missing_master(world_size: int, missing: list[str]) -> str:

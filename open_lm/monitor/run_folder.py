@@ -1,8 +1,8 @@
 """The files of a run: their paths, the lock of the run folder, params.txt and the copy of the source.
 
-{logs}/{name}/out.log params.txt data.json tokenizer/ metrics.jsonl icl.jsonl samples.jsonl tensorboard/ wandb/ code/
-stacks/ checkpoints/ checkpoints_failed/. With --checkpoint-dir, which may be remote, the last two are in
-{checkpoint_dir}/{name}/, with copies of data.json and tokenizer/.
+{logs}/{name}/out.log params.txt data.json tokenizer/ environment.json metrics.jsonl icl.jsonl samples.jsonl report.html
+tensorboard/ wandb/ code/ diagnostics/ checkpoints/ checkpoints_failed/. With --checkpoint-dir, which may be remote, the
+last two are in {checkpoint_dir}/{name}/, with copies of data.json and tokenizer/.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from open_lm.storage.redaction import redact, redacted
 _CHECKPOINT_NAME = re.compile(r"(step_\d+|epoch_(\d+|latest)\.pt)")
 # What a start writes to the run's folder before its first step.
 _START_FILE = re.compile(
-    r"out\.log|out-\d+|params\.txt|model\.json|data\.json|tokenizer|tensorboard|wandb|code|\.run.*"
+    r"out\.log|out-\d+|params\.txt|model\.json|data\.json|environment\.json|report\.html|tokenizer|tensorboard|wandb|code"
+    r"|\.run.*"
 )
 _LOCK_WAIT_S, _LOCK_POLL_S = 30.0, 0.2  # ranks that have lost their launcher end within this time
 
@@ -84,8 +85,8 @@ class RunPaths:
         return storage.join(self.root, "data.json")
 
     @property
-    def stacks(self) -> str:
-        return storage.join(self.root, "stacks")
+    def diagnostics(self) -> str:
+        return storage.join(self.root, "diagnostics")
 
     @property
     def code(self) -> str:
@@ -185,7 +186,13 @@ class RunPaths:
         self._remove_empty_folders()
 
     def _remove_empty_folders(self) -> None:
-        for folder in (self.stacks, os.path.dirname(self.results), self.checkpoints, self.failed, *self.local_roots()):
+        for folder in (
+            self.diagnostics,
+            os.path.dirname(self.results),
+            self.checkpoints,
+            self.failed,
+            *self.local_roots(),
+        ):
             with suppress(OSError):  # not empty, or already removed
                 os.rmdir(folder)
 

@@ -45,7 +45,11 @@ class Stopwatch:
 
 
 class PhaseClock:
-    """The time of each phase of a step on the device: from the host's clock on CPU, from events on CUDA."""
+    """The time of each phase of a step on the device: from the host's clock on CPU, from events on CUDA.
+
+    Attributes:
+        annotates: whether phases appear by name in the trace of a profiler.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
@@ -53,11 +57,16 @@ class PhaseClock:
         self._unread: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._seconds: dict[str, float] = {}
         self._steps = 0
+        self.annotates = False
+        self._annotation: torch.profiler.record_function | None = None
 
     def enter(self, phase: str) -> None:
         """Start `phase` and end the previous phase: operations enqueued from now on belong to it."""
         self._end_phase()
         self._current = (phase, self._now())
+        if self.annotates:
+            self._annotation = torch.profiler.record_function(f"phase: {phase}")
+            self._annotation.__enter__()
 
     def end_step(self) -> None:
         """End the step and its last phase."""
@@ -83,6 +92,9 @@ class PhaseClock:
         return event
 
     def _end_phase(self) -> None:
+        if self._annotation is not None:
+            self._annotation.__exit__(None, None, None)
+            self._annotation = None
         if self._current is None:
             return
         (phase, start), end = self._current, self._now()

@@ -1,4 +1,4 @@
-"""Detect and end a run that hangs, and report the stacks and the progress of all ranks.
+"""Detect and end a run that hangs, and report the stacks, the collective operations and the progress of all ranks.
 
 The main thread calls `heartbeat(phase)` whenever it makes progress. A watchdog thread on each rank publishes the latest
 heartbeat through its own connection to the store, which works while the main thread is blocked in a collective, a read
@@ -27,6 +27,7 @@ import torch.distributed as dist
 from open_lm import storage
 from open_lm.distributed.processes import Runtime, restart_count
 from open_lm.errors import WATCHDOG_EXIT_CODE
+from open_lm.monitor import flight_recorder
 from open_lm.names import ESCAPE_ERRORS
 
 _POLL_S = 1.0
@@ -88,7 +89,8 @@ class Watchdog:
     Args:
         timeout_s: the time without a heartbeat after which a rank is overdue; 0 for no limit.
         runtime: this rank.
-        folder: where a hanging run writes rank_N.txt with its stacks; None: only to stderr.
+        folder: where a hanging run writes stacks_rank_N.txt, and flight_recorder_rank_N.json with the last
+            collective operations; None: the stacks go only to stderr.
     """
 
     def __init__(self, timeout_s: float, runtime: Runtime, folder: str | None = None) -> None:
@@ -180,7 +182,7 @@ class Watchdog:
             f"{_format_ranks(ranks)} at step {step} ({phase})"
             for (step, phase), ranks in sorted(groups.items(), key=lambda item: len(item[1]))
         ]
-        stacks = f"; the stacks are in {self._folder}" if self._folder else ""
+        stacks = f"; the stacks and the last collective operations are in {self._folder}" if self._folder else ""
         return (
             f"the run hangs: no rank made progress for {self._timeout_s:g} s (--hang-timeout). Last progress: "
             f"{', '.join(positions)}{stacks}"
@@ -197,15 +199,24 @@ class Watchdog:
             file.seek(0)
             stacks = f"rank {self._runtime.rank}, {_progress.phase}, step {_progress.step}\n{file.read().decode()}"
         os.write(2, f"{stacks}error: {report}\n".encode("utf-8", ESCAPE_ERRORS))
-        writer = threading.Thread(target=self._write_stacks, args=(f"{report}\n\n{stacks}",), daemon=True)
+        writer = threading.Thread(target=self._write_diagnostics, args=(f"{report}\n\n{stacks}",), daemon=True)
         writer.start()
         writer.join(_GRACE_S)
         os._exit(WATCHDOG_EXIT_CODE)
 
-    def _write_stacks(self, text: str) -> None:
-        """Write the stacks to the folder and wait until all ranks have: a launcher ends all ranks after the first."""
+    def _write_diagnostics(self, text: str) -> None:
+        """Write the files of the folder and wait until all ranks have: a launcher ends all ranks after the first."""
         if self._folder is not None:
-            storage.write_text(storage.join(self._folder, f"rank_{self._runtime.rank}.txt"), text)
+            rank = self._runtime.rank
+            stacks = storage.join(self._folder, f"stacks_rank_{rank}.txt")
+            storage.write_text(stacks, text)  # first: the recorder may hang too
+            records = flight_recorder.read_records()
+            path = storage.join(self._folder, f"flight_recorder_rank_{rank}.json")
+            storage.write_text(path, json.dumps(records, indent=1))
+            if lines := flight_recorder.describe_pending(records):
+                storage.write_text(stacks, "\n".join([text, "Collective operations", *lines, ""]))
+            if (record := flight_recorder.nccl_record()) is not None:
+                storage.write_bytes(storage.join(self._folder, f"nccl_trace_rank_{rank}"), record)
         if self._store is not None:
             written = self._store.add("written", 1)
             while written < self._runtime.world_size:

@@ -28,6 +28,7 @@ from open_lm.monitor.watchdog import Watchdog, long_operation
 from open_lm.names import setting_text
 from open_lm.training.build import RunParts, build_parts, build_trainer
 from open_lm.training.control import Decision, RunControl
+from open_lm.training.diagnostics import Diagnostics
 from open_lm.training.evaluations.moment import Moment
 from open_lm.training.evaluations.runner import Evaluations
 from open_lm.training.restore import load_state, restore_from
@@ -89,11 +90,14 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
             )
     start_log_file(paths)
     # Entered last, so that it exits first: a failing rank reports before it waits for anything.
-    stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.stacks if paths.enabled else None))
+    stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.diagnostics if paths.enabled else None))
     if trainer is None:
         evaluate(parts, evaluations, loggers)
     else:
         trainer.report = loggers.log
+        folder = paths.diagnostics if paths.enabled else None
+        diagnostics = stack.enter_context(Diagnostics(config.diagnostics, runtime, folder))
+        trainer.at_step = diagnostics.at_step
         Training(parts, trainer, evaluations, loggers, flags=flags, records=records).run()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from open_lm.config.diagnostics_section import parse_steps
 from open_lm.config.registry import SCHEDULES
 from open_lm.config.sections import Config, OptimConfig
 from open_lm.optim.averaging import parse_averagers
@@ -29,6 +30,9 @@ def run_length_problems(config: Config, schedule: Schedule, total_steps: int) ->
         for flag, period, effect in periods
         if period > total_steps
     ]
+    steps = config.diagnostics.profile_steps
+    if steps is not None and parse_steps(steps).start >= total_steps:
+        problems.append(f"--profile-steps {steps} traces nothing: the run has only {total_steps} steps, from 0")
     return problems
 
 

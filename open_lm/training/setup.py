@@ -194,6 +194,11 @@ def check_device(config: Config, architecture: dict[str, Any], runtime: Runtime,
             *flags_without_effect(config, architecture),
             *doubtful_settings(config, architecture),
             *ineffective_settings(config.parallel, runtime.device),
+            *(
+                ["--memory-snapshot has no effect on CPU: torch records the allocations of CUDA memory only"]
+                if config.diagnostics.memory_snapshot and runtime.device.type != "cuda"
+                else []
+            ),
         ]:
             logging.warning(note)
 

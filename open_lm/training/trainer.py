@@ -66,6 +66,7 @@ class Trainer:
         stopwatch: measures the steps of the epoch.
         rank_times: compares the ranks at each log line.
         num_steps: number of steps of this process, repeated ones included.
+        at_step: called with the step before each step and at the end, and with the clock of the phases.
     """
 
     model: nn.Module
@@ -94,6 +95,7 @@ class Trainer:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     rank_times: RankTimes | None = None
     num_steps: int = 0
+    at_step: Callable[[int, PhaseClock], None] | None = None
 
     def __post_init__(self) -> None:
         device = self.options.runtime.device
@@ -160,6 +162,7 @@ class Trainer:
 
     def _run_steps(self, epoch: _Epoch) -> None:
         """Train to the end of the epoch, or until `after_step` moves to another position in the data."""
+        self._at_step()
         for batch, state in self._batches(epoch):
             number, is_last = self.step - epoch.first_step, self.step + 1 == epoch.end_step
             lr = self.scheduler(self.step)
@@ -178,9 +181,15 @@ class Trainer:
             decision = self._decide(wait=is_last)
             if self.after_step is not None:
                 self.after_step(decision)
+            self._at_step()
             if self.data_state is not state:
                 return
             watchdog.heartbeat("waiting for data", self.step)
+
+    def _at_step(self) -> None:
+        if self.at_step is not None:
+            with self.stopwatch.paused():
+                self.at_step(self.step, self._phases)
 
     def _batches(self, epoch: _Epoch) -> Iterator[tuple[DeviceBatch, dict[str, Any]]]:
         """Yield the batches to the end of the epoch with the loader's state; the stopwatch measures waiting time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -35,11 +36,14 @@ def test_a_hang_is_reported_with_all_ranks(tmp_path: Path) -> None:
     line = next(line for line in output.splitlines() if line.startswith("error: "))
     assert "no rank made progress for 3 s" in line
     assert "rank 0 at step 3 (step)" in line and "rank 1 at step 3 (waiting for data)" in line
-    stacks = {rank: (tmp_path / f"stacks/rank_{rank}.txt").read_text() for rank in range(2)}
+    stacks = {rank: (tmp_path / f"stacks/stacks_rank_{rank}.txt").read_text() for rank in range(2)}
     assert " in barrier" in stacks[0] and " in barrier" not in stacks[1]
-    assert all(
-        "the run hangs" in text and " in hang" in text and text.splitlines()[-1] in output for text in stacks.values()
-    )
+    assert all("the run hangs" in text and " in hang" in text for text in stacks.values())
+    assert all(line in output for text in stacks.values() for line in text.partition("Collective")[0].splitlines())
+    records = [json.loads((tmp_path / f"stacks/flight_recorder_rank_{rank}.json").read_text()) for rank in range(2)]
+    numbers = [[entry["collective_seq_id"] for entry in record["gloo"]["entries"]] for record in records]
+    assert len(numbers[0]) == len(numbers[1]) + 1, "rank 1 has not called the operation in which rank 0 waits"
+    assert f"not complete: gloo:barrier number {max(numbers[0])} of group" in stacks[0]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +62,7 @@ def test_a_single_process_is_watched(tmp_path: Path, statements: str, code: int)
     command = [sys.executable, "-c", SINGLE_PROCESS.format(statements), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
     assert result.returncode == code, result.stderr
-    assert (tmp_path / "rank_0.txt").exists() == (code == WATCHDOG_EXIT_CODE)
+    assert (tmp_path / "stacks_rank_0.txt").exists() == (code == WATCHDOG_EXIT_CODE)
     assert ("rank 0 at step 3 (reading)" in result.stderr) == (code == WATCHDOG_EXIT_CODE)
 
 
