@@ -18,6 +18,11 @@ def doubtful_settings(config: Config, architecture: Mapping[str, Any]) -> list[s
         doubts.append(_doubtful_sources("--train-data", data.train_data or [], "source"))
     doubts.append(_doubtful_sources("--val-data", validation.val_data or [], "validation set"))
     doubts.append(_doubtful_heads(config.model.model, architecture))
+    if config.precision.fp8 and not config.model.torchcompile:
+        doubts.append(
+            "--fp8 without --torchcompile: scaling and rounding then run as separate operators and take longer than "
+            "8-bit products save; add --torchcompile"
+        )
     return [doubt for doubt in doubts if doubt]
 
 

@@ -26,6 +26,7 @@ T = TypeVar("T")
 LOCAL_RANK_NAMES = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
 WORLD_SIZE_NAMES = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+ALLOCATOR_NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _STORE_TIMEOUT = timedelta(minutes=30)
 _destroyed_groups: list[Any] = []  # see shutdown
 _NAME_COUNTER = itertools.count()  # names are requested in the same order after a restart
@@ -243,6 +244,7 @@ def select_device(
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    _prefer_expandable_segments()
     count = torch.cuda.device_count()
     needed = 1 if use_first else max(local_rank + 1, _int_from_env(LOCAL_SIZE_NAMES, 0))
     if needed > count:
@@ -255,6 +257,17 @@ def select_device(
     return device
 
 
+def _prefer_expandable_segments() -> None:
+    """Let torch's allocator on CUDA grow its segments, which avoids fragmentation, unless the user configures it.
+
+    Call before the device is initialized.
+    """
+    if torch.version.cuda is None or any(name in os.environ for name in ALLOCATOR_NAMES):
+        return
+    has_general_name = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
+    os.environ[ALLOCATOR_NAMES[0 if has_general_name else 1]] = "expandable_segments:True"
+
+
 def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, world_size: int) -> None:
     if device.type == "cuda":
         _record_collectives()
@@ -262,9 +275,11 @@ def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, wo
         backend = f"cpu:gloo,cuda:{cfg.dist_backend}" if cfg.dist_backend != "gloo" else "gloo"
     else:
         backend = "gloo"
-    timeout = timedelta(seconds=cfg.dist_timeout)
+    options: dict[str, Any] = {"timeout": timedelta(seconds=cfg.dist_timeout)}
+    if backend != "gloo":
+        options["device_id"] = device  # NCCL then connects at once, and no barrier has to guess the device
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
         return
     if cfg.dist_url == "env://":
         for name, value in _slurm_master(os.environ).items():
@@ -272,14 +287,14 @@ def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, wo
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ConfigError(_missing_master(world_size, missing))
-    agent_store = _agent_store(timeout) if cfg.dist_url == "env://" else None
+    agent_store = _agent_store(options["timeout"]) if cfg.dist_url == "env://" else None
     if agent_store is not None:
         # After a restart the store still holds the addresses of the previous workers, so each start gets a prefix.
         store = dist.PrefixStore(f"restart_{restart_count()}", agent_store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
         return
     try:
-        dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(backend, init_method=cfg.dist_url, rank=rank, world_size=world_size, **options)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise

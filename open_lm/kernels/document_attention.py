@@ -21,6 +21,7 @@ from torch import Tensor
 
 from open_lm.kernels.cpu_attention import causal_attention
 from open_lm.kernels.general_attention import PLAIN, AttentionOptions, general_attention, repeat_heads
+from open_lm.kernels.kept_calls import keep_result
 from open_lm.kernels.row_softmax import triton_problem
 
 if TYPE_CHECKING:
@@ -197,11 +198,13 @@ def _flex_attention(
         queries, keys, values = (F.pad(x, (0, _MIN_FLEX_HEAD_WIDTH - width)) for x in (queries, keys, values))
     q, k, v = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     # A compiled block compiles the kernel with itself; on a CPU the kernel runs uncompiled.
-    kernel = flex_attention if torch.compiler.is_compiling() or not q.is_cuda else _compiled_flex_attention()
+    is_separate = q.is_cuda and not torch.compiler.is_compiling()
+    kernel = _compiled_flex_attention() if is_separate else flex_attention
     settings: dict[str, Any] = {"score_mod": _soft_cap(options.soft_cap)} if options.soft_cap is not None else {}
     settings |= {"enable_gqa": True} if k.shape[1] < q.shape[1] else {}
     scale = width**-0.5 if options.scale is None else options.scale
-    out: Tensor = kernel(q, k, v, block_mask=block_mask, scale=scale, **settings)
+    attend = functools.partial(kernel, block_mask=block_mask, scale=scale, **settings)
+    out: Tensor = keep_result(attend, q, k, v) if is_separate else attend(q, k, v)
     return out.transpose(1, 2)[..., :width].contiguous()
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from open_lm.config.sections import CHECKPOINTING_POLICIES
+from open_lm.kernels.kept_calls import KeptCalls
 
 POLICIES = tuple(policy for policy in CHECKPOINTING_POLICIES if policy != "none")
 
@@ -35,8 +36,32 @@ def with_recomputation(
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
     if policy == "op":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _save_expensive)
+        compiling = torch.compiler.is_compiling()
+        selective = partial(create_selective_checkpoint_contexts, _save_expensive)
+        options["context_fn"] = selective if compiling else partial(_with_kept_calls, selective)
     return partial(checkpoint, function, **options)
+
+
+def _with_kept_calls(contexts: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Return the contexts of a forward pass and of its recomputation, which does not repeat calls of `keep_result`."""
+    forward, recomputation = contexts()
+    calls = KeptCalls()
+    return _Contexts(forward, calls.recording), _Contexts(recomputation, calls.replaying)
+
+
+class _Contexts:
+    """Two contexts as one that can be entered repeatedly."""
+
+    def __init__(self, outer: Any, inner: Any) -> None:
+        self._outer, self._inner = outer, inner
+
+    def __enter__(self) -> None:
+        self._outer.__enter__()
+        self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+        self._outer.__exit__(*error)
 
 
 def _save_expensive(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -1,4 +1,4 @@
-"""Predict the memory of Muon's update. Mirrors muon.py and matrix_assignment.py of open_lm.optim."""
+"""Predict the memory and the work of Muon's update. Mirrors muon.py and matrix_assignment.py of open_lm.optim."""
 
 from __future__ import annotations
 
@@ -20,6 +20,19 @@ def muon_weights(setup: TrainingSetup) -> list[Weight]:
 def block_matrices(setup: TrainingSetup) -> list[Weight]:
     """Return the trained matrices of the blocks."""
     return [w for w in setup.trained(setup.shape.weights) if w.block is not None and len(w.shape) > 1]
+
+
+def muon_flops(setup: TrainingSetup) -> float:
+    """Return the FLOPs of a rank's share of the orthogonalization in a step: 20 m^2 n + 10 m^3 for m x n, m <= n.
+
+    They do not depend on the number of tokens. The ranks share the matrices.
+    """
+    total = 0.0
+    for weight in muon_weights(setup):
+        count, *sides = weight.matrices
+        m, n = sorted(sides)
+        total += count * (20.0 * m * m * n + 10.0 * m**3)
+    return total / setup.ranks
 
 
 def muon_update_bytes(setup: TrainingSetup) -> int:

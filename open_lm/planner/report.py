@@ -96,6 +96,7 @@ def _option_values(option: Option) -> dict[str, Any]:
         "compute_s": time.compute_s,
         "exchange_s": time.exchange_s,
         "exposed_s": time.exposed_s,
+        "muon_s": time.muon_s,
         "exchanged_bytes": time.num_bytes,
         "tokens_per_second": time.tokens_per_s,
         "command": option.command(),
@@ -150,6 +151,11 @@ def _recommendation(plan: Plan) -> str:
         f"communication{f', {time.host_s:.2f} s update in host memory' if time.host_s else ''}), "
         f"{time.tokens_per_s:,.0f} tokens/s, {time.tokens_per_s * DAY_S / 1e9:.2f} billion tokens per day",
     ]
+    if time.muon_s:
+        lines.append(
+            f"  {time.muon_s:.2f} s of it orthogonalize Muon's updates, {time.muon_s / time.compute_s:.0%} of the "
+            "model's computation; larger batches reduce this share"
+        )
     if host := host_bytes(option.setup):
         lines.append(f"  {host / GB:.1f} GB of host memory per device")
     if plan.train_tokens:

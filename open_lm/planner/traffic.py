@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from open_lm.planner.memory import TrainingSetup, host_bytes
-from open_lm.planner.muon import muon_weights
+from open_lm.planner.muon import muon_flops, muon_weights
 
 # Typical values that the planner does not measure: the latency of a ring step, and for each device the bandwidth of the
 # link to the host and of host memory.
@@ -86,6 +86,7 @@ class StepTime:
         exchange_s: communication.
         exposed_s: the part of `exchange_s` that does not overlap with computation.
         host_s: the update in host memory.
+        muon_s: the orthogonalization of Muon's updates.
         num_bytes: bytes that a rank sends.
         tokens: tokens of the step on all ranks.
     """
@@ -96,11 +97,12 @@ class StepTime:
     host_s: float
     num_bytes: float
     tokens: int
+    muon_s: float = 0.0
 
     @property
     def seconds(self) -> float:
         """The seconds of the step."""
-        return self.compute_s + self.exposed_s + self.host_s
+        return self.compute_s + self.exposed_s + self.host_s + self.muon_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -149,6 +151,7 @@ def step_time(setup: TrainingSetup, rates: Rates) -> StepTime:
         host_s=host_s,
         num_bytes=sum(collective.num_bytes for collective in all_collectives),
         tokens=setup.batch * micro_batches * layout.data_size * setup.shape.seq_len,
+        muon_s=muon_flops(setup) / (rates.matmul_flops * rates.mfu),
     )
 
 

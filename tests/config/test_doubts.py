@@ -44,3 +44,8 @@ def test_hidden_dim_that_the_heads_do_not_divide_is_reported() -> None:
     assert "hidden_dim 100 is not divisible by n_heads 12: a head is 8 wide, so attention is 96 wide, not 100" in found
     assert doubts("", hidden_dim=96, n_heads=12) == []
     assert len(doubts("", **read_architecture("open_lm_87m"))) == 1
+
+
+@pytest.mark.parametrize(("flags", "number"), [("--fp8", 1), ("--fp8 --torchcompile", 0), ("", 0)])
+def test_fp8_without_compilation_is_reported(flags: str, number: int) -> None:
+    assert len(doubts(flags)) == number

@@ -245,3 +245,25 @@ for _ in range(100):
 end_process(0)
 """
     subprocess.run([EVAL_PYTHON, "-c", program], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
+
+
+def test_nccl_gets_the_device_and_the_allocator_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, object]] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.append(options))
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    device = torch.device("cuda", 0)
+    for backend in ("nccl", "gloo"):
+        distributed._init_process_group(ParallelConfig(dist_backend=backend), device, 0, 1)
+    assert started[0]["device_id"] == device and "device_id" not in started[1]
+
+    for name in distributed.ALLOCATOR_NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    distributed._prefer_expandable_segments()  # the user's setting stays the only one
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    distributed._prefer_expandable_segments()
+    assert {os.environ.pop(name) for name in distributed.ALLOCATOR_NAMES if name in os.environ} == {
+        "expandable_segments:True"
+    }

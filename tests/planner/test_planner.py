@@ -199,6 +199,18 @@ def test_muon_divides_work_but_not_results_between_ddp_ranks() -> None:
     assert 0 < extra(MIXED, 8) < extra("--precision fp32", 1) < 6
 
 
+def test_muon_takes_a_large_share_of_small_steps() -> None:
+    rates = Rates(matmul_flops=1e15, mfu=0.5, intra=1e11, inter=1e11)
+    times = {
+        batch: step_time(replace(setup("--model open_lm_1b --optimizer muon"), batch=batch), rates) for batch in (8, 64)
+    }
+    assert times[8].muon_s / times[8].compute_s == pytest.approx(0.43, abs=0.05)
+    assert times[64].muon_s == times[8].muon_s < 0.07 * times[64].compute_s
+    shared = step_time(setup("--model open_lm_1b --optimizer muon", 8), rates)
+    assert shared.muon_s == pytest.approx(times[8].muon_s / 8)
+    assert step_time(setup("--model open_lm_1b"), rates).muon_s == 0
+
+
 def test_cpu_offload_moves_weights_to_host_memory() -> None:
     offloaded = setup(f"--model open_lm_1b {MIXED} --fsdp-cpu-offload", 8)
     assert peak(offloaded).parameters == peak(offloaded).optimizer == 0
