@@ -70,6 +70,11 @@ def heartbeat(phase: str, step: int | None = None, extra_time_s: float = 0.0) ->
     _progress.update(phase, step, extra_time_s)
 
 
+def position() -> str:
+    """Return the last progress of this process, such as "at step 12 (step)"."""
+    return f"at step {_progress.step} ({_progress.phase})"
+
+
 @contextmanager
 def long_operation(phase: str, extra_time_s: float = math.inf) -> Iterator[None]:
     """Allow the operation in the `with` block to take `extra_time_s` beyond --hang-timeout without a heartbeat."""

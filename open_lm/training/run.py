@@ -31,6 +31,7 @@ from open_lm.training.control import Decision, RunControl
 from open_lm.training.diagnostics import Diagnostics
 from open_lm.training.evaluations.moment import Moment
 from open_lm.training.evaluations.runner import Evaluations
+from open_lm.training.out_of_memory import explained_out_of_memory
 from open_lm.training.restore import load_state, restore_from
 from open_lm.training.run_length import run_length_problems
 from open_lm.training.setup import (
@@ -69,36 +70,39 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
         run_on_master(paths.check_checkpoint_dir)
         if first_resume not in (None, "latest"):
             saved = run_on_master(lambda: candidates_at(first_resume))
-    parts = build_parts(config, runtime, paths)
-    weights = _loaded_weights(parts, saved)
-    compared = [*weights, *(parts.distillation.weights if parts.distillation is not None else ())]
-    run_on_master(lambda: check_tokenizers(parts.sources, compared, config.data.allow_other_tokenizer))
-    evaluations = Evaluations(parts, weights[0] if weights else None)
-    trainer = build_trainer(parts, control) if trains else None
-    load_state(parts, trainer, saved)
-    args.resume = parts.resume
-    loggers, flags = open_run(args, architecture, parts, stack)
-    records = open_records(parts, stack)
-    if runtime.is_master:
-        warn_changed_flags(parts.saved_flags, flags)
-        for problem in run_length_problems(config, trainer.scheduler, parts.total_steps) if trainer is not None else ():
-            logging.warning(problem)
-        if not config.data.document_mask and (names := provenance.with_conversations(parts.sources)):
-            logging.warning(
-                f"{', '.join(names)}: the data have packed conversations; without --document-mask, attention crosses "
-                "their borders"
-            )
-    start_log_file(paths)
-    # Entered last, so that it exits first: a failing rank reports before it waits for anything.
-    stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, paths.diagnostics if paths.enabled else None))
-    if trainer is None:
-        evaluate(parts, evaluations, loggers)
-    else:
-        trainer.report = loggers.log
-        folder = paths.diagnostics if paths.enabled else None
-        diagnostics = stack.enter_context(Diagnostics(config.diagnostics, runtime, folder))
-        trainer.at_step = diagnostics.at_step
-        Training(parts, trainer, evaluations, loggers, flags=flags, records=records).run()
+    folder = paths.diagnostics if paths.enabled else None
+    diagnostics = stack.enter_context(Diagnostics(config.diagnostics, runtime, folder))
+    with explained_out_of_memory(config, layout, runtime, diagnostics.write_snapshot):
+        parts = build_parts(config, runtime, paths)
+        weights = _loaded_weights(parts, saved)
+        compared = [*weights, *(parts.distillation.weights if parts.distillation is not None else ())]
+        run_on_master(lambda: check_tokenizers(parts.sources, compared, config.data.allow_other_tokenizer))
+        evaluations = Evaluations(parts, weights[0] if weights else None)
+        trainer = build_trainer(parts, control) if trains else None
+        load_state(parts, trainer, saved)
+        args.resume = parts.resume
+        loggers, flags = open_run(args, architecture, parts, stack)
+        records = open_records(parts, stack)
+        if runtime.is_master:
+            warn_changed_flags(parts.saved_flags, flags)
+            for problem in (
+                run_length_problems(config, trainer.scheduler, parts.total_steps) if trainer is not None else ()
+            ):
+                logging.warning(problem)
+            if not config.data.document_mask and (names := provenance.with_conversations(parts.sources)):
+                logging.warning(
+                    f"{', '.join(names)}: the data have packed conversations; without --document-mask, attention "
+                    "crosses their borders"
+                )
+        start_log_file(paths)
+        # Entered last, so that it exits first: a failing rank reports before it waits for anything.
+        stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, folder))
+        if trainer is None:
+            evaluate(parts, evaluations, loggers)
+        else:
+            trainer.report = loggers.log
+            trainer.at_step = diagnostics.at_step
+            Training(parts, trainer, evaluations, loggers, flags=flags, records=records).run()
 
 
 def _loaded_weights(parts: RunParts, saved: Sequence[Candidate]) -> list[str]:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,14 @@ import torch
 
 from open_lm.config.command_line import parse_args
 from open_lm.config.diagnostics_section import DiagnosticsConfig, parse_steps
-from open_lm.config.layout import MeshLayout
+from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import Config
 from open_lm.distributed.processes import Runtime
 from open_lm.errors import ConfigError
 from open_lm.monitor.timing import PhaseClock
+from open_lm.planner.memory import TrainingSetup, peak
+from open_lm.planner.shapes import shape_of
+from open_lm.training import out_of_memory
 from open_lm.training.diagnostics import Diagnostics
 from open_lm.training.setup import check_device
 
@@ -76,9 +84,6 @@ def test_snapshots_are_reported_to_have_no_effect_on_cpu(caplog: pytest.LogCaptu
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_snapshots_have_the_allocations(tmp_path: Path) -> None:
-    import os
-    import signal
-
     device: Any = torch.device("cuda", 0)
     clock = PhaseClock(device)
     with Diagnostics(DiagnosticsConfig(memory_snapshot=True), Runtime(device=device), str(tmp_path)) as diagnostics:
@@ -88,3 +93,70 @@ def test_snapshots_have_the_allocations(tmp_path: Path) -> None:
         assert kept.is_cuda
     (path,) = tmp_path.iterdir()
     assert path.name == "memory_step_7_rank_0.pickle" and path.stat().st_size > 1000
+
+
+# ---------------------------------------------------------------------------------------------- exhausted memory
+LIMITED = """
+import resource, sys
+import open_lm.training.run
+from open_lm.errors import run_cli
+from open_lm.main import main
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (800 << 20),) * 2)
+sys.exit(run_cli(main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs the memory limits of Linux")
+def test_exhausted_memory_is_an_error_with_settings_that_need_less(tmp_path: Path) -> None:
+    model = {"hidden_dim": 96, "n_layers": 4, "n_heads": 4, "seq_len": 512, "vocab_size": 256, "weight_tying": False}
+    (tmp_path / "model.json").write_text(json.dumps({**model, "post_embed_norm": False}))
+    flags = (
+        f"--model {tmp_path}/model.json --dataset-type synthetic --train-num-samples 2097152 --epochs 1 "
+        "--global-batch-size 2048 --precision fp32 --workers 0 --warmup 0 --name run --logs"
+    ).split()
+    command = [sys.executable, "-c", LIMITED, *flags, str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 2, result.stderr
+    assert "error: the memory of rank 0 is exhausted at step 0 (step): " in result.stderr
+    assert "can't allocate memory" in result.stderr and "Traceback" not in result.stderr
+    assert "The planner predicts " in result.stderr and "\n  --accum-freq " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size"),
+    [
+        ("--model open_lm_1b --global-batch-size 64", 1),
+        ("--model open_lm_7b --global-batch-size 256 --fsdp --fsdp-amp --activation-checkpointing 2", 8),
+        ("--model open_lm_7b --global-batch-size 64", 8),
+    ],
+)
+def test_advised_settings_keep_the_batch_and_fit(flags: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    capacity = 80 << 30
+    monkeypatch.setattr(out_of_memory, "_capacity", lambda runtime: capacity)
+    base = ["--train-data", "x", "--precision", "amp_bfloat16"]
+    config = Config.from_namespace(parse_args([*base, *flags.split()]))
+    layout = resolve_layout(config.parallel, world_size, world_size)
+    lines = out_of_memory.advice(config, layout, Runtime(world_size=world_size, local_world_size=world_size))
+    advised = [re.fullmatch(r"  (.+): ([\d.]+) GiB, about (\d+% slower|equally fast)", line) for line in lines[2:-1]]
+    assert 1 <= len(advised) <= 4 and all(advised)
+    for match in advised:
+        assert match is not None
+        added, _, removed = match[1].partition(" without ")
+        kept = re.sub("|".join(removed.split()) + r"( \d+)?", "", flags) if removed else flags
+        changed = Config.from_namespace(parse_args([*base, *kept.split(), *added.split()]))
+        sharded = resolve_layout(changed.parallel, world_size, world_size)
+        batch = config.data.global_batch_size // (sharded.data_size * changed.optim.accum_freq)
+        setup = TrainingSetup(shape_of(changed.model), changed, sharded, batch)
+        assert peak(setup).total < capacity and float(match[2]) < 80
+
+
+def test_other_errors_are_not_explained() -> None:
+    assert not out_of_memory.is_out_of_memory(RuntimeError("shapes do not match"))
+    assert out_of_memory.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    config = Config.from_namespace(parse_args(["--train-data", "x"]))
+    explained = out_of_memory.explained_out_of_memory(config, MeshLayout(), Runtime(), lambda name: None)
+    with pytest.raises(ZeroDivisionError), explained:
+        _ = 1 // 0
