@@ -16,6 +16,7 @@ from open_lm.config.command_line import FlagParser
 from open_lm.config.registry import SCALING_LAWS
 from open_lm.errors import ConfigError
 from open_lm.names import user_path
+from open_lm.scaling.settings import COMBINED, PAPER_TASKS, POINTS, Settings
 from open_lm.storage.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     add("--train", metavar="NAME", help="training set, if the table has several")
     add("--loss", default="c4_val", metavar="NAME", help="validation set of the loss (default: %(default)s)")
     laws = "; ".join(f"{name}: {entry.help}" for name, entry in SCALING_LAWS.entries().items())
-    add("--law", choices=tuple(SCALING_LAWS), default="over-training", help=f"{laws} (default: %(default)s)")
+    combined = "the average of all laws and ways to fit them, by their error on held-out sizes"
+    help_law = f"{COMBINED}: {combined}; {laws} (default: %(default)s)"
+    add("--law", choices=(COMBINED, *SCALING_LAWS), default=COMBINED, help=help_law)
     add(
         "--points",
-        choices=("all", "paper"),
+        choices=POINTS,
         default="all",
         help="runs to fit: all up to --max-flops, or those of Gadre et al. 2024 (default: %(default)s)",
     )
@@ -95,8 +98,7 @@ def run_fit(args: argparse.Namespace) -> None:
         raise ConfigError(f"--level: found {args.level}, expected a number between 0 and 1, such as 0.9")
     if args.resamples < 20:
         raise ConfigError(f"--resamples: found {args.resamples}, expected at least 20")
-    from open_lm.scaling.error_law import PAPER_TASKS
-    from open_lm.scaling.fitting import Settings, fit_runs, fit_values
+    from open_lm.scaling.fitting import fit_runs, fit_values
     from open_lm.scaling.report_text import far_targets, fit_text
     from open_lm.scaling.runs import read_runs
 

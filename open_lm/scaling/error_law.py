@@ -16,12 +16,6 @@ from open_lm.scaling.solve import Array
 
 COEFFICIENTS = ("k", "gamma", "epsilon")
 GAMMAS = (0.01, 20.0)  # smallest and largest
-# Tasks on which the 154M model of the paper is 10 percentage points above chance.
-PAPER_TASKS = (
-    "bigbench_operators", "pubmed_qa_labeled", "hellaswag_zeroshot", "boolq", "arc_easy", "coqa",
-    "bigbench_dyck_languages", "lambada_openai", "bigbench_novel_concepts", "winograd", "bigbench_cs_algorithms",
-    "commonsense_qa", "bigbench_qa_wikidata", "hellaswag", "copa", "squad", "piqa",
-)  # fmt: skip
 _GRID = 200
 _ZOOMS = 12
 

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from open_lm.config.registry import SCALING_LAWS
-from open_lm.errors import ConfigError
-from open_lm.scaling.candidates import Candidate, Member, fit_candidate, resample
+from open_lm.errors import ConfigError, UserError
+from open_lm.scaling.candidates import Candidate, Groups, Member, combine, fit_candidate, resample
 from open_lm.scaling.error_law import COEFFICIENTS, ErrorFits, fit_error, mean_error
 from open_lm.scaling.points import Selection, all_points, paper_points, same, scales, select_runs
 from open_lm.scaling.resampling import draw, interval
-from open_lm.scaling.runs import Run
+from open_lm.scaling.runs import Run, active_params
+from open_lm.scaling.settings import COMBINED, Settings
 from open_lm.scaling.solve import Array
 
 FAR = 100  # compute of a target, relative to the largest fitting run, from which on a warning is given
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a fit; names as those of the flags."""
-
-    loss: str
-    train: str | None = None
-    law: str = "over-training"
-    points: str = "all"
-    max_flops: float | None = None
-    error_max_flops: float | None = None
-    error_tasks: tuple[str, ...] = ()
-    resamples: int = 1000
-    level: float = 0.9
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,6 +51,7 @@ class ScalingFit:
 
     settings: Settings
     selection: Selection
+    table: Sequence[Run]
     members: list[Member]
     error: ErrorFit | None
     warnings: list[str] = field(default_factory=list)
@@ -75,12 +62,12 @@ class ScalingFit:
         best = max(self.members, key=lambda member: member.weight)
         return {**best.law.values(best.theta), **(self.error.fit.values() if self.error else {})}
 
-    def predict(self, params: int, tokens: int, active_params: int | None = None) -> Prediction:
+    def predict(self, params: int, tokens: int) -> Prediction:
         """Return the prediction for a model of `params` parameters trained on `tokens` tokens."""
         generator = np.random.default_rng((self.settings.seed, 1))
         logs, draws = 0.0, []
         for member in self.members:
-            size = float((active_params if member.candidate.active else None) or params)
+            size = active_params(params, self.table) if member.candidate.active else float(params)
             logs += member.weight * float(np.log(member.predict(size, tokens, member.theta)))
             values = member.predict(size, tokens, member.draws)
             draws.append(values * np.exp(_noise(member.held_out, len(values), generator)))
@@ -111,9 +98,36 @@ def fit_runs(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[fl
     """Fit the laws to the runs that the settings select.
 
     Raises:
-        ConfigError, DataError: see `select_runs`, `paper_points` and `fit_candidate`.
+        ConfigError, DataError: see `select_runs`, `paper_points`, `fit_candidate` and `combine`.
     """
-    usable, excluded = select_runs(runs, settings.train, settings.loss)
+    selection = _select(runs, settings, settings.train, targets)
+    groups: list[list[Run]] = [selection.loss]
+    if settings.law == COMBINED:
+        others = sorted({run.train for run in runs} - {selection.loss[0].train})
+        for name in others:
+            with suppress(UserError):  # a training set that cannot be fitted only fails to contribute
+                groups.append(_select(runs, settings, name, targets).loss)
+        members = combine(_comparable(groups), settings.loss)
+    else:
+        robust = SCALING_LAWS.get(settings.law).robust
+        members = [fit_candidate(Candidate(settings.law, robust), groups, settings.loss)]
+    generator = np.random.default_rng(settings.seed)
+    for member, number in zip(members, _shares(members, settings.resamples), strict=True):
+        member.draws = resample(member, _comparable(groups), settings.loss, number, generator)
+    fit = ScalingFit(settings, selection, runs, members, _fit_error(selection.error, settings, generator))
+    fit.warnings += [
+        f"{member.candidate}: the fit is at a bound ({', '.join(member.at_bounds)}): these runs do not determine it"
+        for member in members
+        if member.at_bounds
+    ]
+    return fit
+
+
+def _select(
+    runs: Sequence[Run], settings: Settings, train: str | None, targets: Sequence[tuple[float, float]]
+) -> Selection:
+    """Return the fitting points of one training set."""
+    usable, excluded = select_runs(runs, train, settings.loss)
     if settings.points == "paper":
         selection = paper_points(usable)
     else:
@@ -121,18 +135,17 @@ def fit_runs(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[fl
     selection.excluded[:0] = excluded
     if not selection.loss:
         raise ConfigError("no run is left to fit: raise --max-flops, or add runs")
-    generator = np.random.default_rng(settings.seed)
-    robust = SCALING_LAWS.get(settings.law).robust
-    members = [fit_candidate(Candidate(settings.law, robust), selection.loss, settings.loss)]
-    members[0].draws = resample(members[0], selection.loss, settings.loss, settings.resamples, generator)
-    fit = ScalingFit(settings, selection, members, _fit_error(selection.error, settings, generator))
-    fit.warnings += [
-        f"{member.candidate}: the fit is at a bound ({', '.join(member.at_bounds)}): these runs do not "
-        "determine the law"
-        for member in members
-        if member.at_bounds
-    ]
-    return fit
+    return selection
+
+
+def _comparable(groups: Groups) -> Groups:
+    """Return the first training set, and those others that have as many sizes, for shared exponents."""
+    return [group for group in groups if len(scales(group)) >= len(scales(groups[0]))]
+
+
+def _shares(members: Sequence[Member], number: int) -> list[int]:
+    """Return how many of `number` resamples each member gets, in proportion to its weight and at least one."""
+    return [max(1, round(number * member.weight)) for member in members]
 
 
 def _fit_error(runs: Sequence[Run], settings: Settings, generator: np.random.Generator) -> ErrorFit | None:

@@ -17,8 +17,6 @@ _PAPER_SIZES = (10_569_312, 78_914_048, 153_677_376, 411_616_256)
 _PAPER_ERROR_SIZE = 1_439_795_200  # at 20, only for the law of the error
 _PAPER_MULTIPLIER, _PAPER_OVER_TRAINED = 20, 320
 
-POINTS = ("all", "paper")
-
 
 @dataclass
 class Selection:

@@ -6,29 +6,40 @@ from collections.abc import Sequence
 
 from open_lm.scaling.fitting import FAR, Prediction, ScalingFit
 
+_LISTED = 8  # members of a combined fit
+
 
 def fit_text(fit: ScalingFit, predictions: Sequence[Prediction]) -> str:
     """Return the text that `fit` prints."""
-    lines = [f"{len(fit.selection.loss)} runs to fit the loss on {fit.settings.loss}"]
-    best = max(fit.members, key=lambda member: member.weight)
-    lines.append(f"{best.law.formula}: {_named(best.law.values(best.theta))}")
-    if best.held_out:
-        lines.append(f"error on held-out sizes (root mean square): {100 * best.held_out_error:.2f} %")
+    lines = [f"loss on {fit.settings.loss}, fitted to {len(fit.selection.loss)} runs"]
+    if len(fit.members) > 1:
+        lines.append(f"average of {len(fit.members)} fits, weighted by their error on held-out sizes:")
+    for member in fit.members[:_LISTED]:
+        share = f"{100 * member.weight:5.1f} %  " if len(fit.members) > 1 else ""
+        error = f"{100 * member.held_out_error:.2f} %" if member.held_out else "unknown"
+        lines.append(f"  {share}{member.candidate}: {_named(member.law.values(member.theta))}; held-out error {error}")
+    if len(fit.members) > _LISTED:
+        rest = sum(member.weight for member in fit.members[_LISTED:])
+        lines.append(f"  {100 * rest:5.1f} %  {len(fit.members) - _LISTED} others")
     if fit.error is not None:
-        lines.append(
-            f"Err(L) = epsilon - k exp(-gamma L) over {len(fit.error.tasks)} tasks: {_named(fit.error.fit.values())}"
-        )
+        values = _named(fit.error.fit.values())
+        lines.append(f"Err(L) = epsilon - k exp(-gamma L), mean over {len(fit.error.tasks)} tasks: {values}")
     if predictions:
-        share = f"{100 * fit.settings.level:g} %"
-        lines += ["", f"{'parameters':>15} {'tokens':>19} {'loss':>8} {share + ' interval':>18} {'error':>7} x compute"]
+        lines += ["", *prediction_table(predictions, fit.settings.level)]
+    return "\n".join(lines)
+
+
+def prediction_table(predictions: Sequence[Prediction], level: float) -> list[str]:
+    """Return the lines of a table of predictions."""
+    share = f"{100 * level:g} % interval"
+    lines = [f"{'parameters':>15} {'tokens':>19} {'loss':>7} {share:>16} {'error':>7} {share:>16} {'compute':>8}"]
     for item in predictions:
-        low, high = item.loss_interval
         error = "" if item.error is None else f"{item.error:.4f}"
         lines.append(
-            f"{item.params:>15,} {item.tokens:>19,} {item.loss:>8.4f} {f'{low:.4f} to {high:.4f}':>18} {error:>7} "
-            f"{item.compute_ratio:,.0f}"
+            f"{item.params:>15,} {item.tokens:>19,} {item.loss:>7.4f} {_range(item.loss_interval):>16} {error:>7} "
+            f"{_range(item.error_interval):>16} {f'x {item.compute_ratio:,.3g}':>8}"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def far_targets(predictions: Sequence[Prediction]) -> list[str]:
@@ -43,3 +54,7 @@ def far_targets(predictions: Sequence[Prediction]) -> list[str]:
 
 def _named(values: dict[str, float]) -> str:
     return ", ".join(f"{name} = {value:.4g}" for name, value in values.items())
+
+
+def _range(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4f}-{interval[1]:.4f}"

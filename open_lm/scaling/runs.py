@@ -117,6 +117,24 @@ def embedding_size(model: str) -> int | None:
     return 0 if values["weight_tying"] else values["vocab_size"] * values["hidden_dim"]
 
 
+def active_params(params: float, runs: Sequence[Run]) -> float:
+    """Return the active parameters of a model of `params` parameters of the family of `runs`.
+
+    The input embedding of a size that no run has is interpolated in log-log space between runs, or extrapolated.
+    Return `params` if the active parameters of the runs are unknown or equal to all parameters.
+    """
+    sizes = {run.params: run.params - active for run in runs if (active := run.active_params) is not None}
+    if params in sizes:
+        return params - sizes[round(params)]
+    known = sorted((math.log(size), math.log(lookup)) for size, lookup in sizes.items() if lookup > 0)
+    if len(known) < 2:
+        return params
+    x = math.log(params)
+    upper = min(max(1, sum(size < x for size, _ in known)), len(known) - 1)
+    (x0, y0), (x1, y1) = known[upper - 1], known[upper]
+    return max(params - math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0)), 0.5 * params)
+
+
 def read_runs(paths: Sequence[str]) -> list[Run]:
     """Read the runs of all files.
 

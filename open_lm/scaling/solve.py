@@ -15,20 +15,24 @@ Array = NDArray[np.float64]
 Bounds = tuple[Array, Array]  # smallest and largest theta
 
 HUBER_DELTA = 1e-3  # of log residuals, as in Hoffmann et al. 2022
-_FOLLOWED_STARTS = 2  # starts with the lowest objective that L-BFGS follows
-_ITERATIONS = 200
-_TOLERANCE = 1e-10  # relative change of the objective of a converged problem
+_REFINED_STARTS = 12  # starts with the lowest objective that `refine` follows
+_FOLLOWED_STARTS = 2  # results of `refine` that L-BFGS follows
+_ITERATIONS = 100
+_TOLERANCE = 1e-8  # relative change of the objective of a converged problem
 _DAMPING = (1e-3, 1e-12, 1e12)  # first, smallest and largest
 
 
 def evaluate(terms: Array, theta: Array) -> tuple[Array, Array]:
     """Return log L (..., points) and its gradient (..., points, coefficients) for theta (..., coefficients)."""
-    exponents = np.einsum("jnp,...p->...jn", terms, theta)
+    num_terms, num_points, width = terms.shape
+    exponents = (theta @ terms.reshape(-1, width).T).reshape(*theta.shape[:-1], num_terms, num_points)
     top = exponents.max(axis=-2, keepdims=True)
     powers = np.exp(exponents - top)
     total = powers.sum(axis=-2, keepdims=True)
     logs = (np.log(total) + top)[..., 0, :]
-    return logs, np.einsum("...jn,jnp->...np", powers / total, terms)
+    shares = powers / total
+    gradient = sum(shares[..., term, :, None] * terms[term] for term in range(num_terms))
+    return logs, np.asarray(gradient)
 
 
 def predict(terms: Array, theta: Array) -> Array:
@@ -36,7 +40,7 @@ def predict(terms: Array, theta: Array) -> Array:
     return np.exp(evaluate(terms, theta)[0])
 
 
-def fit(terms: Array, loss: Array, starts: Array, bounds: Bounds, robust: bool) -> Array:
+def fit(terms: Array, loss: Array, starts: Array, bounds: Bounds, *, robust: bool, polish: bool = True) -> Array:
     """Return theta (coefficients,) of the lowest objective over all starts.
 
     Args:
@@ -44,12 +48,18 @@ def fit(terms: Array, loss: Array, starts: Array, bounds: Bounds, robust: bool) 
         loss: measured losses (points,).
         starts: (starts, coefficients).
         bounds: smallest and largest theta.
-        robust: minimize the Huber loss of log residuals with L-BFGS, else the sum of squared residuals of the loss.
+        robust: minimize the Huber loss of log residuals, else the sum of squared residuals of the loss.
+        polish: minimize a Huber loss with L-BFGS, from the best results of `refine`.
     """
-    many = np.broadcast_to(loss, (len(starts), len(loss)))
-    theta, objective = refine(terms, many, np.ones_like(many), starts, bounds=bounds, robust=robust)
+
+    def repeated(number: int) -> tuple[Array, Array]:
+        return np.broadcast_to(loss, (number, len(loss))), np.ones((number, len(loss)))
+
+    first = _residuals(terms, *repeated(len(starts)), starts, robust)[2]
+    starts = starts[np.argsort(first, kind="stable")[:_REFINED_STARTS]]
+    theta, objective = refine(terms, *repeated(len(starts)), starts, bounds=bounds, robust=robust)
     order = np.argsort(objective, kind="stable")
-    if not robust:
+    if not (robust and polish):
         return theta[order[0]]
     results = [_lbfgs(terms, loss, theta[index], bounds) for index in order[:_FOLLOWED_STARTS]]
     return min(results, key=lambda result: result[1])[0]
@@ -88,7 +98,7 @@ def refine(
         objective[accepted] = trial[2][better]
         damping[active] = np.clip(damping[active] * np.where(better, 0.2, 5.0), *_DAMPING[1:])
         settled[active] = np.where(better & (gain < _TOLERANCE), settled[active] + 1, 0)
-        active = active[(settled[active] < 3) & (damping[active] < _DAMPING[2])]
+        active = active[(settled[active] < 2) & (damping[active] < _DAMPING[2])]
     return theta, objective
 
 
@@ -109,9 +119,10 @@ def _step(residuals: Array, jacobian: Array, weights: Array, damping: Array, rob
     if robust:
         weights = weights * np.minimum(1.0, HUBER_DELTA / np.maximum(np.abs(residuals), 1e-300))
     weighted = weights[..., None] * jacobian
-    normal = np.einsum("bnp,bnq->bpq", weighted, jacobian)
-    gradient = np.einsum("bnp,bn->bp", weighted, residuals)
-    diagonal = np.einsum("bpp->bp", normal)
+    transposed = weighted.transpose(0, 2, 1)
+    normal = transposed @ jacobian
+    gradient = (transposed @ residuals[..., None])[..., 0]
+    diagonal = np.diagonal(normal, axis1=1, axis2=2)
     scale = np.sqrt(np.maximum(diagonal, 1e-12 * diagonal.max(axis=-1, keepdims=True) + 1e-300))
     scaled = normal / (scale[:, :, None] * scale[:, None, :])
     scaled += damping[:, None, None] * np.eye(normal.shape[-1])

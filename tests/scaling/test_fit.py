@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import check_scaling
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from open_lm.scaling import command, solve
 from open_lm.scaling.error_law import fit_error
 from open_lm.scaling.laws import CHINCHILLA, COMPUTE, OVER_TRAINING, Law
 from open_lm.scaling.runs import read_runs
+from open_lm.scaling.settings import PAPER_TASKS
 
 # Gadre et al. 2024: relative errors (%) of predicted loss and top-1 error, by parameters and tokens.
 PAPER = {
@@ -87,8 +89,6 @@ def test_paper_points_give_the_published_errors(train: str, published: Path, fit
 
 
 def command_tasks() -> tuple[str, ...]:
-    from open_lm.scaling.error_law import PAPER_TASKS
-
     assert len(PAPER_TASKS) == 17
     return PAPER_TASKS
 
@@ -107,7 +107,7 @@ def test_a_fit_recovers_the_law_of_its_points(law: Law, theta: np.ndarray, robus
     runs = law_runs(law, theta)
     terms = law.design([run["params"] for run in runs], [run["tokens"] for run in runs])
     losses = np.array([run["losses"]["val"][0] for run in runs])
-    fitted = solve.fit(terms, losses, law.starts, law.bounds, robust)
+    fitted = solve.fit(terms, losses, law.starts, law.bounds, robust=robust)
     assert fitted == pytest.approx(theta, abs=1e-3)
     assert law.at_bounds(fitted) == []
 
@@ -118,8 +118,8 @@ def test_a_robust_fit_ignores_an_outlier() -> None:
     terms = OVER_TRAINING.design([run["params"] for run in runs], [run["tokens"] for run in runs])
     losses = np.array([run["losses"]["val"][0] for run in runs])
     losses[0] *= 1.2
-    robust = solve.fit(terms, losses, OVER_TRAINING.starts, OVER_TRAINING.bounds, True)
-    plain = solve.fit(terms, losses, OVER_TRAINING.starts, OVER_TRAINING.bounds, False)
+    robust = solve.fit(terms, losses, OVER_TRAINING.starts, OVER_TRAINING.bounds, robust=True)
+    plain = solve.fit(terms, losses, OVER_TRAINING.starts, OVER_TRAINING.bounds, robust=False)
     assert abs(robust[2] - theta[2]) < 0.01 < abs(plain[2] - theta[2])
 
 
@@ -130,7 +130,7 @@ def test_many_problems_at_once_have_the_minimum_of_lbfgs() -> None:
     losses = np.array([run["losses"]["val"][0] for run in runs]) * np.exp(
         np.random.default_rng(0).normal(0, 0.004, len(runs))
     )
-    best = solve.fit(terms, losses, CHINCHILLA.starts, CHINCHILLA.bounds, True)
+    best = solve.fit(terms, losses, CHINCHILLA.starts, CHINCHILLA.bounds, robust=True)
     start = (theta + 0.05)[None]
     refined, _ = solve.refine(
         terms, losses[None], np.ones((1, len(losses))), start, bounds=CHINCHILLA.bounds, robust=True
@@ -154,15 +154,14 @@ def over_training_runs() -> list[dict[str, Any]]:
 
 def test_diverged_runs_are_excluded_and_listed(tmp_path: Path, fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     runs = over_training_runs()
-    clean = fit(write(tmp_path / "clean.json", runs), "--loss", "val")
+    clean = fit(write(tmp_path / "clean.json", runs), "--loss", "val", "--law", "over-training")
     lost = [
         run_of(4e8, 8e9, 9.0, name="high"),
         {**run_of(4e8, 9e9, 3.0, name="nan"), "losses": {"val": [None, None, None]}},
         run_of(4e8, 7e9, 2.0, name="marked", diverged=True),
     ]
-    command.main(
-        ["fit", str(write(tmp_path / "all.json", [*runs, *lost])), "--loss", "val", "--resamples", "40", "--json"]
-    )
+    path = write(tmp_path / "all.json", [*runs, *lost])
+    command.main(["fit", str(path), "--loss", "val", "--law", "over-training", "--resamples", "40", "--json"])
     output = capsys.readouterr()
     assert json.loads(output.out)["coefficients"] == pytest.approx(clean["coefficients"])
     for name in ("high", "nan", "marked"):
@@ -212,3 +211,45 @@ def test_far_targets_and_fits_at_bounds_are_reported(tmp_path: Path, capsys: pyt
 def test_malformed_targets_are_rejected(text: str, tmp_path: Path, fit: Fit) -> None:
     with pytest.raises(ConfigError, match="expected PARAMETERS:TOKENS"):
         fit(write(tmp_path / "runs.json", over_training_runs()), "--loss", "val", "--predict", text)
+
+
+# ------------------------------------------------------------------------------------- the default procedure
+def test_the_default_has_a_lower_loss_error_than_the_paper_and_covers_all_targets(published: Path) -> None:
+    runs = read_runs([str(published)])
+    errors = []
+    for train in check_scaling.TARGETS:
+        for run, paper, default in check_scaling.predictions(runs, train, "c4_val", resamples=100):
+            measured, *_ = run.losses["c4_val"]
+            errors.append((abs(paper.loss / measured - 1), abs(default.loss / measured - 1)))
+            assert default.loss_interval[0] <= measured <= default.loss_interval[1]
+    paper_mean, default_mean = np.mean(errors, axis=0)
+    assert default_mean < paper_mean == pytest.approx(0.018088, abs=1e-5)
+
+
+def test_the_default_recovers_a_law_with_shared_exponents(tmp_path: Path, fit: Fit) -> None:
+    theta = {"a": np.array([5.1, 5.9, -0.27, 0.6]), "b": np.array([4.8, 5.5, -0.27, 0.4])}
+    runs = [run | {"train": name} for name in theta for run in law_runs(OVER_TRAINING, theta[name])]
+    target = (4e9, 8e10)
+    values = fit(write(tmp_path / "runs.json", runs), "--loss", "val", "--train", "b", "--predict", "4e9:8e10")
+    truth = float(solve.predict(OVER_TRAINING.design([target[0]], [target[1]]), theta["b"])[0])
+    (item,) = values["predictions"]
+    assert item["loss"] == pytest.approx(truth, rel=0.002)
+    assert item["loss_interval"][0] <= truth <= item["loss_interval"][1]
+
+
+def test_targets_are_never_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [*over_training_runs(), run_of(4e9, 8e10, 1.0, name="target")]
+    path = write(tmp_path / "runs.json", runs)
+    arguments = ["fit", str(path), "--loss", "val", "--law", "over-training", "--resamples", "40"]
+    command.main([*arguments, "--predict", "4e9:8e10"])
+    output = capsys.readouterr()
+    assert "excluded: target (4,000,000,000 parameters" in output.err
+    assert "fitted to 20 runs" in output.out
+    command.main([*arguments, "--max-flops", "1e21"])
+    assert "fitted to 20 runs" in capsys.readouterr().out
+
+
+def test_a_combined_fit_of_two_sizes_is_rejected(tmp_path: Path, fit: Fit) -> None:
+    runs = [run for run in over_training_runs() if run["params"] < 6e7]
+    with pytest.raises(ConfigError, match=r"found 10 runs of 2 sizes.*at least 3 sizes"):
+        fit(write(tmp_path / "runs.json", runs), "--loss", "val")
