@@ -118,7 +118,7 @@ def _bill(context: Context, packages: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _library(name: str, version: str) -> Component:
-    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model.component import Component, ComponentType
     from packageurl import PackageURL
 
@@ -136,7 +136,7 @@ def _library(name: str, version: str) -> Component:
 
 
 def _model(context: Context) -> Component:
-    from cyclonedx.factory.license import LicenseFactory
+    from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model import HashAlgorithm, HashType, Property
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.model.contact import OrganizationalEntity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -65,9 +65,9 @@ def build_bundle(settings: BundleSettings) -> Outcome:
         StorageError: the upload failed; the bundle is complete.
     """
     facts = read_run(settings.run)
-    _check(settings)
+    texts = _check(settings)
     with staged_folder(settings.out, _state(facts), _KEPT) as folder:
-        outcome = _write(_context(settings, facts, folder))
+        outcome = _write(_context(settings, facts, folder), texts)
         require_clean(Scanner([facts.folder]).scan(folder), settings.out)
         write_manifest(folder)
         _sign(settings, folder)
@@ -76,8 +76,8 @@ def build_bundle(settings: BundleSettings) -> Outcome:
     return outcome
 
 
-def _check(settings: BundleSettings) -> None:
-    """Raise ConfigError for settings that do not fit, before anything is written."""
+def _check(settings: BundleSettings) -> dict[str, str]:
+    """Return the texts of the licenses. Raise ConfigError for settings that do not fit, before anything is written."""
     from open_lm.release.signing import check_private_key
 
     if settings.paper is not None:
@@ -96,6 +96,7 @@ def _check(settings: BundleSettings) -> None:
                 f"--license: {', '.join(without)} would have no license; add --license ID, the one of all components "
                 "without their own"
             )
+    return read_texts(settings.licenses.values(), settings.license_texts, settings.producer)
 
 
 def _state(facts: RunFacts) -> list[list[str]]:
@@ -115,7 +116,7 @@ def _context(settings: BundleSettings, facts: RunFacts, folder: Path) -> Context
     return Context(settings, facts, run, folders, Redactor(facts.folder), folder)
 
 
-def _write(context: Context) -> Outcome:
+def _write(context: Context, texts: Mapping[str, str]) -> Outcome:
     """Write all parts. The cards come last, because they say what the bundle has."""
     outcome = Outcome()
     code = code_archive.write_archive(code_archive.find_source(context.facts.folder), context.bundle)
@@ -140,7 +141,7 @@ def _write(context: Context) -> Outcome:
         outcome.missing[components.TECHNICAL_REPORT] = "the run has no metrics and no results"
     write_data_card(context, problems)
     write_model_card(context, outcome.missing)
-    _write_licenses(context, outcome)
+    _write_licenses(context, outcome, texts)
     return outcome
 
 
@@ -208,16 +209,15 @@ def _write_paper(context: Context, outcome: Outcome) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ licenses and mof.yml
-def _write_licenses(context: Context, outcome: Outcome) -> None:
+def _write_licenses(context: Context, outcome: Outcome, texts: Mapping[str, str]) -> None:
     """Write the texts of the licenses, and mof.yml with the components that the bundle has."""
     licenses = dict(context.settings.licenses)
     claimed = [name for name in COMPONENTS if name not in outcome.missing]
     own = {name: licenses[name] for name in claimed if name in licenses}
     scopes = {scope: licenses[scope] for scope in LICENSE_SCOPES if scope in licenses}
-    texts = read_texts(
-        [*own.values(), *scopes.values()], context.settings.license_texts, context.producer, context.end_time.year
-    )
-    write_texts(context.bundle, texts)
+    used = {*own.values(), *scopes.values()}
+    used_texts = {spdx: text for spdx, text in texts.items() if spdx in used}
+    write_texts(context.bundle, used_texts, context.producer, context.end_time.year)
     release = Release(
         name=context.name,
         producer=context.producer,

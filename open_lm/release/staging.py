@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,11 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import StorageError
-from open_lm.hf.output_folder import check_absent, lock_path, locked_folder
+from open_lm.hf.output_folder import check_absent, locked_folder
 from open_lm.storage.strict_json import to_json
 
 _SUFFIX = ".incomplete"
-_RECORD = "build.json"  # what is built, in the unfinished folder
+_RECORD, _FOLDER = "build.json", "bundle"  # in the unfinished folder: what is built, and the future bundle
 
 
 @contextmanager
@@ -31,31 +32,32 @@ def staged_folder(target: Path, identity: Any, kept: Sequence[str]) -> Iterator[
         StorageError: the folder cannot be written.
     """
     check_absent(str(target), str(target))
-    folder = Path(f"{target}{_SUFFIX}")
-    with locked_folder(str(folder)):
+    attempt = Path(f"{target}{_SUFFIX}")
+    with locked_folder(str(attempt)):
         check_absent(str(target), str(target))
-        record = json.loads(to_json(identity))
-        _clean(folder, kept if _read_record(folder) == record else ())
-        storage.write_text(folder / _RECORD, to_json(record, indent=1))
+        record, folder = json.loads(to_json(identity)), attempt / _FOLDER
+        _clean(folder, kept if _read_record(attempt) == record else ())
+        storage.write_text(attempt / _RECORD, to_json(record, indent=1))
+        folder.mkdir(exist_ok=True)
         yield folder
         _publish(folder, target)
+        shutil.rmtree(attempt)
 
 
-def _read_record(folder: Path) -> Any:
+def _read_record(attempt: Path) -> Any:
     try:
-        return json.loads((folder / _RECORD).read_bytes())
+        return json.loads((attempt / _RECORD).read_bytes())
     except (OSError, ValueError):
         return None
 
 
 def _clean(folder: Path, kept: Sequence[str]) -> None:
-    """Remove everything but the lock and the folders `kept`."""
-    lock = Path(lock_path(str(folder)))
+    """Remove everything but the folders `kept`."""
     places = [folder / name for name in kept if (folder / name).is_dir()]
     if places:
         logging.info(f"{folder}: continuing with {', '.join(str(place.relative_to(folder)) for place in places)}")
     for path in sorted(folder.rglob("*"), reverse=True):
-        if path == lock or any(path == place or place in path.parents for place in places):
+        if any(path == place or place in path.parents for place in places):
             continue
         if path.is_dir() and not path.is_symlink():
             if not any(path in place.parents for place in places):
@@ -66,11 +68,9 @@ def _clean(folder: Path, kept: Sequence[str]) -> None:
 
 def _publish(folder: Path, target: Path) -> None:
     try:
-        (folder / _RECORD).unlink()
         if target.is_dir():
             target.rmdir()
         os.rename(folder, target)
-        os.unlink(lock_path(str(target)))
         storage.sync_folder(str(target.absolute().parent))
     except OSError as error:
         raise StorageError(f"{folder} could not be renamed to {target} ({error})") from error
