@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -54,12 +55,12 @@ def collect_runs(urls: Sequence[str]) -> list[Run]:
         UserError: a folder or URL that has no run, or cannot be listed.
     """
     runs = [collect_run(url) for url in dict.fromkeys(urls)]
-    for run in runs:
-        others = [other.name for other in runs if other is not run]
-        words = [word for word in run.url.rstrip("/").split("/") if word]
-        for count in range(2, len(words) + 1):
-            if run.name in others:
-                run.name = "/".join(words[-count:])
+    words = [[word for word in run.url.split("/") if word] for run in runs]
+    for count in range(2, max(map(len, words), default=0) + 1):  # parent folders, for runs with equal names
+        number = Counter(run.name for run in runs)
+        for run, parts in zip(runs, words, strict=True):
+            if number[run.name] > 1:
+                run.name = "/".join(parts[-count:])
     return runs
 
 
@@ -99,7 +100,7 @@ class _Collector:
         run.starts, run.messages = log.starts, log.messages
         for message in run.messages:
             message.text = redact(message.text)
-        run.events = sorted({*log.events, *_environment_restarts(run)}, key=lambda event: event.step)
+        run.events = _joined([*log.events, *_environment_restarts(run)])
         run.changes = setting_changes(run)
         run.settings = run.settings or (run.starts[-1].settings if run.starts else {})
         run.settings = {name: redact(value) for name, value in run.settings.items()}
@@ -233,6 +234,14 @@ def _environment_restarts(run: Run) -> list[Event]:
         for start in run.environment_starts[1:]
         if isinstance(start.get("step"), int)
     ]
+
+
+def _joined(events: Iterable[Event]) -> list[Event]:
+    """Return the events by step; those of the same kind at the same step become one."""
+    texts: dict[tuple[int, str], list[str]] = {}
+    for event in events:
+        texts.setdefault((event.step, event.kind), []).append(event.text)
+    return [Event(step, kind, "; ".join(dict.fromkeys(found))) for (step, kind), found in sorted(texts.items())]
 
 
 def setting_changes(run: Run) -> list[SettingChange]:

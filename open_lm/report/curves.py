@@ -95,8 +95,8 @@ def run_clock(run: Run, name: str) -> Clock:
     metrics = run.metrics
     last_of_step = np.flatnonzero(np.append(np.diff(metrics.steps) != 0, True)) if len(metrics) else np.arange(0)
     steps = metrics.steps[last_of_step]
-    tokens = _filled(metrics.tokens[last_of_step], steps)
-    times = _filled(metrics.times[last_of_step], steps)
+    tokens = _filled(metrics.tokens, metrics.steps)[last_of_step]
+    times = _filled(metrics.times, metrics.steps)[last_of_step]
     pauses = find_stalls(times)
     kept = thin_positions(len(steps), _CLOCK_POINTS, np.concatenate([pauses, pauses - 1]))
     steps, tokens, times = steps[kept], tokens[kept], times[kept]
@@ -195,8 +195,10 @@ class _Builder:
         """Yield the label and the values of each metric of a panel."""
         run, pattern = self._runs[index], re.compile(panel.names)
         matches = {name: match for name in run.metrics.metrics if (match := pattern.fullmatch(name))}
+        sources = {source.label: source.name for source in run.sources if source.label}
         for name, match in matches.items():
             group = match[1] if pattern.groups else None
+            group = sources.get(group, group) if name.startswith("train/tokens/") else group
             label = group or ("all sets" if panel.title == "Validation loss" and len(matches) > 1 else "")
             yield label, self._divided(run, run.metrics.get(name), panel.divisor)
         if not matches and panel.title == "Validation loss":

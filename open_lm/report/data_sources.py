@@ -28,7 +28,7 @@ def read_sources(description: Mapping[str, Any], run: Run) -> list[MixtureSource
         return _from_settings(run)
     rows = description["sources"]
     names = [unescape(str(row["name"])) for row in rows]
-    seen = _seen_tokens(names, run)
+    labels, seen = short_labels(names), _seen_tokens(names, run)
     seq_len = _integer(run.settings.get("seq_len"))
     shares = _shares([row["weight"] for row in rows])
     return [
@@ -39,6 +39,7 @@ def read_sources(description: Mapping[str, Any], run: Run) -> list[MixtureSource
             stored_tokens=None
             if seq_len is None or row.get("num_sequences") is None
             else row["num_sequences"] * seq_len,
+            label=labels[name],
             fingerprint=str(row.get("fingerprint") or ""),
             num_shards=len(row.get("shards") or ()),
             datasets=tuple(row.get("datasets") or ()),

@@ -174,7 +174,7 @@ class Page:
         return tag(
             "figure",
             tag("figcaption", tag("h3", figure.title), tag("span", figure.y_label, class_="unit")),
-            tag("div", class_="plot", role="img", aria_label=figure.summary or _summary(figure)),
+            tag("div", class_="plot", role="group", aria_label=figure.summary or _summary(figure)),
             paragraph(figure.note, class_="note") if figure.note else None,
             details(f"Values of “{figure.title}”", figure.table or _values(figure)),
             id=f"figure-{key}",

@@ -79,7 +79,7 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]], caption: str
     content = tag(
         "table", tag("caption", caption, class_="hidden"), tag("thead", head), tag("tbody", *body), class_=class_
     )
-    return tag("div", content, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    return tag("div", content, class_="scroll", tabindex="0", role="group", aria_label=caption)
 
 
 def _cell(column: Column, value: Any, is_first: bool) -> Html:

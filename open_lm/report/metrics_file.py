@@ -14,7 +14,7 @@ from open_lm import storage
 from open_lm.report.records import Metric, Metrics
 
 _BLOCK_BYTES = 32 << 20
-_COMMON = ("step", "time", "tokens")  # of all lines, not metrics
+_COMMON = ("step", "time", "tokens")  # columns of all lines; not metrics
 
 
 def read_metrics(url: str) -> Metrics:
@@ -52,29 +52,37 @@ class MetricColumns:
             records.append(record)
         self.add_records(records)
 
-    def add_records(self, records: list[dict[str, Any]]) -> None:
+    def add_records(self, records: Iterable[dict[str, Any]]) -> None:
         """Append the values of lines, each with its step."""
-        if not records:
-            return
-        self._common.append(np.array([_place(record) for record in records], dtype=np.float64))
         groups: dict[tuple[str, ...], tuple[list[int], list[Any]]] = {}
-        for row, record in enumerate(records, start=self._num_rows):
-            rows, values = groups.setdefault(tuple(record), ([], []))
-            rows.append(row)
-            values.append(tuple(record.values()))
-        self._num_rows += len(records)
+        row = self._num_rows
+        for record in records:
+            names = tuple(record)
+            group = groups.get(names)
+            if group is None:
+                group = groups[names] = ([], [])
+            group[0].append(row)
+            group[1].append([*record.values()])
+            row += 1
+        common = np.full((row - self._num_rows, 3), np.nan)
         for names, (rows, values) in groups.items():
-            self._add_block(names, np.array(rows, dtype=np.int32), values)
+            self._add_block(names, np.array(rows, dtype=np.int32), values, common)
+        self._common.append(common)
+        self._num_rows = row
 
-    def _add_block(self, names: tuple[str, ...], rows: np.ndarray, values: list[Any]) -> None:
-        """Append lines with the same keys: their columns become arrays at once."""
+    def _add_block(self, names: tuple[str, ...], rows: np.ndarray, values: list[Any], common: np.ndarray) -> None:
+        """Append lines with the same keys: their columns become arrays at once. Sets their rows of `common`."""
         try:
             block = np.array(values, dtype=np.float64)
         except (ValueError, TypeError):  # a text or a list among the values
             block = np.array([[_number(value) for value in line] for line in values], dtype=np.float64)
-        for name, column in zip(names, block.T, strict=True):
-            if name not in _COMMON:
-                self._parts[name].append((rows, column.astype(np.float32)))
+        columns = dict(zip(names, block.T, strict=True))
+        columns.setdefault("tokens", columns.get("train/tokens", np.full(len(rows), np.nan)))
+        for position, name in enumerate(_COMMON):
+            if name in columns:
+                common[rows - self._num_rows, position] = columns.pop(name)
+        for name, column in columns.items():
+            self._parts[name].append((rows, column.astype(np.float32)))
 
     def finish(self) -> Metrics:
         """Return the columns, ordered by step. Metrics without a single number are left out."""
@@ -98,12 +106,6 @@ class MetricColumns:
 def open_lines(url: str) -> IO[bytes]:
     """Open a file for reading its lines. A remote one is fetched completely, which takes fewer requests."""
     return io.BytesIO(storage.read_bytes(url)) if storage.is_remote(url) else open(storage.local_path(url), "rb")
-
-
-def _place(record: dict[str, Any]) -> tuple[int, float | None, float | None]:
-    """Return step, time and tokens of a line."""
-    tokens = record.get("tokens", record.get("train/tokens"))
-    return record["step"], _number(record.get("time")), _number(tokens)
 
 
 def _number(value: Any) -> float | None:

@@ -169,7 +169,8 @@ def _divergence(run: Run, log: RunLog) -> Iterator[Problem]:
     width = max(len(losses) // 20, 1)
     if len(losses) < 4 * _MIN_VALUES:
         return
-    means = np.convolve(losses, np.ones(width) / width, mode="valid")
+    sums = np.concatenate([[0.0], np.cumsum(losses)])
+    means = (sums[width:] - sums[:-width]) / width
     lowest = int(np.argmin(means))
     if means[-1] > _DIVERGED * means[lowest]:
         yield Problem(

@@ -232,6 +232,7 @@ class MixtureSource:
         planned_share: share of the sequences that the weights request; None if unknown.
         seen_tokens: tokens that the run has trained on; None if unknown.
         stored_tokens: tokens of one pass; None if unknown.
+        label: its name in metrics: train/tokens/LABEL.
         fingerprint: digest of the shards.
         datasets: the content of the dataset.json of its folders: settings, digests.
     """
@@ -240,6 +241,7 @@ class MixtureSource:
     planned_share: float | None
     seen_tokens: int | None
     stored_tokens: int | None
+    label: str = ""
     fingerprint: str = ""
     num_shards: int = 0
     datasets: tuple[Mapping[str, Any], ...] = ()

@@ -50,12 +50,13 @@ def open_page(url: str, profile: Path, width: int = 900, height: int = 700) -> I
 
 
 class Page:
-    """An open page. `requests` are the addresses that it has requested."""
+    """An open page. `requests` are the addresses that it has requested, `errors` its exceptions and error messages."""
 
     loop: asyncio.AbstractEventLoop
 
     def __init__(self) -> None:
         self.requests: list[str] = []
+        self.errors: list[str] = []
         self._next = 0
         self._answers: dict[int, asyncio.Future[Any]] = {}
 
@@ -70,7 +71,7 @@ class Page:
         target = (await page._call("Target.createTarget", {"url": "about:blank"}, None))["targetId"]
         attached = await page._call("Target.attachToTarget", {"targetId": target, "flatten": True}, None)
         page._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Accessibility"):
+        for domain in ("Page", "Runtime", "Network", "Accessibility", "Log"):
             await page._call(f"{domain}.enable", {}, page._session)
         return page
 
@@ -86,6 +87,8 @@ class Page:
                 self._answers.pop(event["id"]).set_result(event)
             elif event["method"] == "Network.requestWillBeSent":
                 self.requests.append(event["params"]["request"]["url"])
+            else:
+                self.errors += _errors(event["method"], event["params"])
 
     async def _call(self, method: str, params: dict[str, Any], session: str | None) -> dict[str, Any]:
         self._next += 1
@@ -122,6 +125,33 @@ class Page:
             text = {"text": "\r"} if key == "Enter" and kind == "keyDown" else {}
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
 
+    def open(self, url: str) -> None:
+        """Open another page and wait until it is loaded."""
+        self.call("Page.navigate", url=url)
+        self.evaluate("new Promise(done => document.readyState === 'complete' ? done() : onload = done)")
+
+    def emulate(self, width: int, height: int, dark: bool = False) -> None:
+        """Set the size of the window in pixels and the preferred color scheme."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def move_mouse(self, x: float, y: float) -> None:
+        """Move the mouse to a position in the window."""
+        self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
     def screenshot(self) -> bytes:
         """Return the visible page as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+
+
+def _errors(method: str, params: dict[str, Any]) -> list[str]:
+    """Return the errors of an event of the DevTools protocol."""
+    if method == "Runtime.exceptionThrown":
+        details = params["exceptionDetails"]
+        return [str(details.get("exception", {}).get("description") or details["text"])]
+    if method == "Runtime.consoleAPICalled" and params["type"] == "error":
+        return [" ".join(str(argument.get("value", argument.get("description"))) for argument in params["args"])]
+    if method == "Log.entryAdded" and params["entry"]["level"] == "error":
+        return [str(params["entry"]["text"])]
+    return []
