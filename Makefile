@@ -18,7 +18,7 @@ export UV_FIND_LINKS ?= $(subst $(space),$(comma),$(PIP_FIND_LINKS))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-eval install-bench install-titan quickstart test test-fast lint check-types layers unit docs lock clean
+.PHONY: help install install-eval install-bench install-titan quickstart test test-fast lint check-types layers unit docs notebooks lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -87,6 +87,9 @@ unit: install  ## run all tests
 
 docs: install  ## build the documentation site into site/
 	$(VENV)/bin/zensical build --strict
+
+notebooks: install  ## run notebooks/*.py and write the .ipynb files; RUN=FOLDER selects the run of metric_graphs
+	cd notebooks && $(if $(RUN),OPEN_LM_RUN="$(abspath $(RUN))") ../$(VENV)/bin/jupytext --to ipynb --execute *.py
 
 lock: install  ## pin requirements/*.txt from requirements/*.in; existing pins that still fit are kept
 	for name in dev train preprocess; do \

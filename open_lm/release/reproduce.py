@@ -55,7 +55,8 @@ def obstacles(facts: RunFacts, folders: Sequence[DataFolder]) -> list[str]:
         value = facts.params.get(name, "None")
         if value not in ("None", ""):
             reasons.append(f"--{name.replace('_', '-')}: the run started from other weights or used them")
-    if facts.params.get("resume", "None") not in ("None", "latest", ""):
+    resume, own = facts.params.get("resume", "None"), f"/{facts.params.get('name')}/checkpoints/"
+    if resume not in ("None", "latest", "") and own not in f"/{resume}":  # a resumed run names its own checkpoint
         reasons.append("--resume: the run started from the checkpoint of another run")
     if not folders:
         reasons.append("data: the run has no data.json, so its training data are unknown")

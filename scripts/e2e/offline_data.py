@@ -35,7 +35,7 @@ TASKS = f"""icl_tasks:
   num_fewshot: [0]
   icl_task_type: multiple_choice
 """
-CONTEXT_WORDS, ENDING_WORDS, NUM_CHOICES, MAX_EXAMPLES = 24, 10, 4, 200
+CONTEXT_WORDS, ENDING_WORDS, NUM_CHOICES, MAX_EXAMPLES = 24, 10, 4, 100
 
 
 def validation_texts(folder: Path) -> Iterator[str]:

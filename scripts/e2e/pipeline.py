@@ -42,7 +42,7 @@ def check_unchanged(stages: Sequence[Stage], stamps: Stamps, work: Work) -> None
     for stage in stages:
         stamp = stamps.read(stage.name)
         changes = changed_settings(stamp["settings"], stage_settings(stage, work)) if stamp is not None else []
-        if changes:
+        if changes and stage.writes(work):  # a stage without files runs again
             problems.append(f"{stage.name}: {', '.join(changes)}")
             first = first or stage.name
     if problems:
@@ -74,7 +74,7 @@ def restart(stages: Sequence[Stage], stamps: Stamps, work: Work) -> None:
 
 def environment(work: Work) -> dict[str, str]:
     """Return the variables for the commands of stages. Downloads of the hub are kept in the work folder."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT.absolute()), *filter(None, [os.environ.get("PYTHONPATH")])]
     values = {"PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     hub = work.folder.absolute() / "hub"
     for name, path in {"HF_HUB_CACHE": hub, "HF_DATASETS_CACHE": hub / "datasets"}.items():
@@ -84,8 +84,7 @@ def environment(work: Work) -> dict[str, str]:
 
 def shown(command: Sequence[str]) -> str:
     """Return a command as a user types it."""
-    return shlex.join(["python" if word == PYTHON else os.path.relpath(word) if word.startswith(str(ROOT)) else word
-                       for word in command])  # fmt: skip
+    return shlex.join(["python" if word == PYTHON else word for word in command])
 
 
 def run_stage(stage: Stage, stamps: Stamps, work: Work, lock: IO[str]) -> str:
@@ -98,13 +97,14 @@ def run_stage(stage: Stage, stamps: Stamps, work: Work, lock: IO[str]) -> str:
     """
     stamp = stamps.read(stage.name)
     missing = [path for path in stage.results(work) if not path.exists()]
-    if stamp is not None and stamp["finished"] and not missing:
+    unchanged = stamp is not None and not changed_settings(stamp["settings"], stage_settings(stage, work))
+    if stamp is not None and stamp["finished"] and unchanged and not missing:
         return f"finished before ({stamp['seconds']:.0f} s)"
     reason = stage.skip(work)
     if reason:
         return f"skipped: {reason}"
     stamps.begin(stage.name, stage_settings(stage, work))
-    start, finished = time.monotonic(), False
+    start, cpu_start, finished = time.monotonic(), cpu_seconds(), False
     try:
         for command in stage.commands(work):
             print(f"  $ {shown(command)}", flush=True)
@@ -115,8 +115,15 @@ def run_stage(stage: Stage, stamps: Stamps, work: Work, lock: IO[str]) -> str:
             raise DataError(f"{stage.name}: the commands ended without {missing[0]}; their output is in {log}")
         finished = True
     finally:
-        stamps.end(stage.name, time.monotonic() - start, finished)
-    return f"done in {time.monotonic() - start:.0f} s"
+        seconds, used = time.monotonic() - start, cpu_seconds() - cpu_start
+        stamps.end(stage.name, seconds, used, finished)
+    return f"done in {seconds:.0f} s ({used:.0f} s of CPU)"
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of all commands that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def print_summary(outcomes: Mapping[str, str], stamps: Stamps, work: Work) -> None:

@@ -86,12 +86,11 @@ def read_settings(path: Path, changes: Sequence[str] = (), launcher: str | None 
     """Read a YAML file and apply changes KEY=VALUE, whose keys reach nested settings with dots.
 
     Raises:
-        ConfigError: a file that cannot be read, or unknown keys or values of another type (all of them are listed).
+        StorageError: a file that cannot be read.
+        ConfigError: no YAML, or unknown keys or values of another type (all of them are listed).
     """
     try:
         content = yaml.safe_load(storage.read_text(path))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such settings file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: expected a YAML file ({error})") from error
     if not isinstance(content, dict):
@@ -156,15 +155,18 @@ def _problems(section: type, content: Mapping[str, Any], prefix: str) -> list[st
     return problems
 
 
-def flag_words(flags: Mapping[str, Any]) -> list[str]:
-    """Return flags as words of a command line: true is a flag without a value, a list is several values."""
+def flag_words(flags: Mapping[str, Any], repeat: bool = False) -> list[str]:
+    """Return flags as words of a command line: true is a flag without a value, a list is several values.
+
+    With `repeat`, the flag of a list is repeated before each value.
+    """
     words: list[str] = []
     for name, value in flags.items():
         flag = f"--{name}"
         if isinstance(value, bool):
             words += [flag] if value else []
         elif isinstance(value, list):
-            words += [flag, *map(str, value)]
+            words += [word for item in value for word in (flag, str(item))] if repeat else [flag, *map(str, value)]
         elif value is not None:
             words += [flag, str(value)]
     return words

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline_settings import Settings, flag_words
+from text import ONE_SOURCE
 
 from open_lm.config.architecture import read_architecture
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
+ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[2]))  # relative, so that no record has a machine's paths
+HERE = ROOT / "scripts" / "e2e"
 PYTHON = sys.executable
 SPLITS = ("train", "valid")
 Command = list[str]
@@ -84,11 +85,12 @@ class Work:
     def sources_file(self, split: str) -> Path:
         return self.folder / "text" / split / "sources.json"
 
-    def sources(self, split: str) -> list[str]:
-        """Return the words of --source for the text of a split, which is known after the download."""
+    def inputs(self, split: str) -> list[str]:
+        """Return --input-files or --source with the text of a split; its sources are known after the download."""
         path = self.sources_file(split)
-        names = ["all"] if self.settings.text.source_key is None else ["SOURCE"]
-        names = list(json.loads(path.read_text(encoding="utf-8"))["sources"]) if path.exists() else names
+        if self.settings.text.source_key is None:
+            return ["--input-files", str(path.parent / ONE_SOURCE)]
+        names = json.loads(path.read_text(encoding="utf-8"))["sources"] if path.exists() else ["SOURCE"]
         return [word for name in names for word in ("--source", f"{name}={path.parent / name}")]
 
     def shards(self, split: str) -> Path:
@@ -186,7 +188,7 @@ def tokenize(work: Work) -> list[Command]:
     seq_len, key = str(read_architecture(work.model)["seq_len"]), work.settings.text.key
     common = ["--tokenizer", work.tokenizer, "--seqlen", seq_len, "--content-key", key]
     program = [PYTHON, str(ROOT / "datapreprocess" / "make_2048.py"), *common, *flag_words(work.settings.preprocess)]
-    return [[*program, "--output-dir", str(work.shards(split)), *work.sources(split)] for split in SPLITS]
+    return [[*program, "--output-dir", str(work.shards(split)), *work.inputs(split)] for split in SPLITS]
 
 
 @stage(
@@ -279,3 +281,22 @@ def llm_foundry(work: Work) -> list[Command]:
 )
 def export(work: Work) -> list[Command]:
     return [[PYTHON, "-m", "open_lm.hf.convert", "export", str(work.final_checkpoint), str(work.folder / "hf")]]
+
+
+@stage("report", "write the report of the run", (), results=lambda work: [work.folder / "report.html"])
+def report(work: Work) -> list[Command]:
+    return [[PYTHON, "-m", "open_lm.report", str(work.run), "--out", str(work.folder / "report.html")]]
+
+
+@stage(
+    "release",
+    "build the release and rate its openness",
+    ("release",),
+    results=lambda work: [work.folder / "bundle" / "mof.yml"],
+    writes=lambda work: [work.folder / "bundle"],
+    skip=lambda work: "" if work.settings.release else "release is empty",
+)
+def release(work: Work) -> list[Command]:
+    bundle, program = work.folder / "bundle", [PYTHON, "-m", "open_lm.release"]
+    flags = flag_words(work.settings.release, repeat=True)
+    return [[*program, str(work.run), "--out", str(bundle), *flags], [*program, "--rate", str(bundle / "mof.yml")]]

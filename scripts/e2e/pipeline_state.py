@@ -28,7 +28,7 @@ _LOCK_WAIT_S, _LOCK_POLL_S = 300.0, 0.2  # a training that has lost its parent s
 
 
 class Stamps:
-    """What is known about the stages: one JSON file per stage, with `settings`, `finished` and `seconds`."""
+    """A JSON file for each stage that has started, with `settings`, `finished`, `seconds` and `cpu_seconds`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -51,14 +51,15 @@ class Stamps:
 
     def begin(self, stage: str, settings: Mapping[str, Any]) -> None:
         """Record the settings with which a stage starts; the time of earlier attempts is kept."""
-        earlier = (self.read(stage) or {}).get("seconds", 0.0)
-        self._write(stage, {"settings": settings, "finished": False, "seconds": earlier})
+        earlier = self.read(stage) or {}
+        times = {name: earlier.get(name, 0.0) for name in ("seconds", "cpu_seconds")}
+        self._write(stage, {"settings": settings, "finished": False, **times})
 
-    def end(self, stage: str, seconds: float, finished: bool, note: str = "") -> None:
-        """Add the time of an attempt, and record whether the stage is finished. `note` says why it was skipped."""
-        stamp = self.read(stage) or {}
-        total = round(stamp.get("seconds", 0.0) + seconds, 1)
-        self._write(stage, {**stamp, "finished": finished, "seconds": total, **({"note": note} if note else {})})
+    def end(self, stage: str, seconds: float, cpu_seconds: float, finished: bool) -> None:
+        """Add the time of an attempt, and record whether the stage is finished."""
+        stamp = self.read(stage) or {"settings": {}, "seconds": 0.0, "cpu_seconds": 0.0}
+        times = {"seconds": stamp["seconds"] + seconds, "cpu_seconds": stamp["cpu_seconds"] + cpu_seconds}
+        self._write(stage, {**stamp, "finished": finished, **{name: round(time, 1) for name, time in times.items()}})
 
     def remove(self, stage: str) -> None:
         self.path(stage).unlink(missing_ok=True)

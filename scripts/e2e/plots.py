@@ -18,7 +18,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import DataError, run_cli
-from open_lm.evaluate.icl.curves import Panel, Value, draw_panels
+from open_lm.monitor.panels import Panel, Value, draw_panels
 from open_lm.names import user_file
 
 TRAINING_METRICS = {  # titles of panels by the names in metrics.jsonl
@@ -33,10 +33,10 @@ MAX_POINTS = 400  # of a curve
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the objects of a .jsonl file of a run. Raise DataError if it is missing or damaged."""
+    if not path.exists():
+        raise DataError(f"{path}: not found; expected the folder of a training run")
     try:
         return [json.loads(line) for line in storage.read_lines(path) if line]
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: not found; expected the folder of a training run") from error
     except ValueError as error:
         raise DataError(f"{path}: expected one JSON object per line ({error})") from error
 

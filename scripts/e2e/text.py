@@ -161,11 +161,11 @@ def split_setting(text: str) -> tuple[str, str]:
 def read_counts(folder: Path) -> dict[str, Any]:
     """Return the content of sources.json."""
     path = folder / COUNTS_FILE
+    if not path.exists():
+        raise ConfigError(f"{path}: not found; expected a folder that `text.py save` has written")
     try:
         content = json.loads(storage.read_text(path))
         return {"sources": dict(content["sources"]), **content}
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: not found; expected a folder that `text.py save` has written") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: expected the counts of `text.py save` ({error}); delete {folder}") from error
 
@@ -181,15 +181,16 @@ def saved_batches(path: Path) -> Iterator[Mapping[str, Sequence[Any]]]:
 
 
 def count(args: argparse.Namespace) -> None:
-    """Count the saved documents. Raise DataError if the counts differ from those of `save`."""
-    content = read_counts(args.folder)
-    actual: dict[str, dict[str, int]] = {}
-    for source in content["sources"]:
-        counts = count_rows(saved_batches(args.folder / source), content["key"], None, str(args.folder / source))
-        actual[source] = counts.values[ONE_SOURCE]
-    print_counts(str(args.folder), actual)
-    if actual != content["sources"]:
-        raise DataError(f"{args.folder}: {COUNTS_FILE} has other counts ({content['sources']}); save it again")
+    """Count the saved documents of splits. Raise DataError if the counts differ from those of `save`."""
+    for folder in args.folders:
+        content = read_counts(folder)
+        actual: dict[str, dict[str, int]] = {}
+        for source in content["sources"]:
+            counts = count_rows(saved_batches(folder / source), content["key"], None, str(folder / source))
+            actual[source] = counts.values[ONE_SOURCE]
+        print_counts(str(folder), actual)
+        if actual != content["sources"]:
+            raise DataError(f"{folder}: {COUNTS_FILE} has other counts ({content['sources']}); save it again")
 
 
 def print_counts(title: str, counts: Mapping[str, Mapping[str, int]]) -> None:
@@ -219,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", type=user_path, required=True, help="folder to write")
     saving.set_defaults(call=save)
     counting = commands.add_parser("count", help="count the saved documents of each source")
-    counting.add_argument("folder", type=user_file, help="folder of a saved split")
+    counting.add_argument("folders", type=user_file, nargs="+", metavar="FOLDER", help="folders of saved splits")
     counting.set_defaults(call=count)
     return parser
 
