@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from open_lm.config.command_line import FlagParser
-from open_lm.errors import ConfigError
+from open_lm.errors import ConfigError, DataError, join_problems
 from open_lm.names import source_pattern, user_file, user_path
 from open_lm.release.components import COMPONENTS
 from open_lm.release.licenses import is_open, suggestion
@@ -25,6 +25,7 @@ from open_lm.release.settings import BundleSettings
 
 _BUILD_ONLY = ("out", "license", "license_text", "name", "version", "producer", "contact", "origin", "paper",
                "include_data", "redact", "sign_key", "sigstore", "upload")  # fmt: skip
+_VERIFY_ONLY = ("public_key", "identity", "oidc_issuer")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +35,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_build_flags(parser)
     checks = parser.add_argument_group("checks")
     checks.add_argument("--rate", type=user_file, metavar="FILE", help="rate a release file such as mof.yml")
-    checks.add_argument("--json", action="store_true", help="with --rate: print the rating as JSON")
+    checks.add_argument("--verify", type=user_file, metavar="BUNDLE", help="verify a bundle, a local folder")
+    checks.add_argument(
+        "--public-key", type=user_file, metavar="FILE", help="with --verify: key (PEM) of the producer's signature"
+    )
+    checks.add_argument(
+        "--identity",
+        metavar="NAME",
+        help="with --verify: sigstore identity, such as an e-mail address, of the producer; needs the network",
+    )
+    checks.add_argument("--oidc-issuer", metavar="URL", help="with --identity: who vouches for the identity")
+    checks.add_argument("--json", action="store_true", help="with --rate and --verify: print JSON")
     return parser
 
 
@@ -93,21 +104,24 @@ def main(argv: Sequence[str]) -> None:
     _check_mode(args)
     if args.rate is not None:
         _rate(args.rate, args.json)
+    elif args.verify is not None:
+        _verify(args)
     else:
         _build(args)
 
 
 def _check_mode(args: argparse.Namespace) -> None:
-    """Raise ConfigError unless the flags select exactly one of building and checking."""
-    modes = [name for name, value in (("RUN", args.run), ("--rate", args.rate)) if value is not None]
-    if len(modes) != 1:
-        raise ConfigError(f"expected a RUN to release or --rate FILE, found {' and '.join(modes) or 'neither'}")
-    if args.run is None:
-        useless = [f"--{name.replace('_', '-')}" for name in _BUILD_ONLY if getattr(args, name)]
-        if useless:
-            raise ConfigError(f"{modes[0]}: {', '.join(useless)} has no effect without a RUN; remove it")
-    elif args.json:
-        raise ConfigError("--json has no effect without --rate; remove it")
+    """Raise ConfigError unless the flags select one of building, rating and verifying, and all belong to it."""
+    modes = {"RUN": args.run, "--rate": args.rate, "--verify": args.verify}
+    given = [name for name, value in modes.items() if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise ConfigError(f"expected a RUN to release, --rate FILE or --verify BUNDLE, found {found}")
+    flags_of = {"RUN": _BUILD_ONLY, "--rate": ("json",), "--verify": (*_VERIFY_ONLY, "json")}
+    others = {name for names in flags_of.values() for name in names} - set(flags_of[given[0]])
+    useless = sorted(f"--{name.replace('_', '-')}" for name in others if getattr(args, name))
+    if useless:
+        raise ConfigError(f"{given[0]}: {', '.join(useless)} has no effect here; remove it")
 
 
 def _rate(path: Path, as_json: bool) -> None:
@@ -123,6 +137,24 @@ def _rate(path: Path, as_json: bool) -> None:
     print(f"{release.name} {release.version or ''}".rstrip(), *rating_lines(rating), sep="\n")
 
 
+def _verify(args: argparse.Namespace) -> None:
+    """Print the checks of a bundle. Raise DataError if one has failed."""
+    from open_lm.release.signing import Identity
+    from open_lm.release.verify import verification_json, verification_lines, verify_bundle
+    from open_lm.storage.strict_json import to_json
+
+    if bool(args.identity) != bool(args.oidc_issuer) or (args.identity and args.public_key):
+        raise ConfigError("expected --public-key FILE, or --identity NAME together with --oidc-issuer URL")
+    signer = Identity(args.identity, args.oidc_issuer) if args.identity else args.public_key
+    verification = verify_bundle(args.verify, signer)
+    if args.json:
+        print(to_json(verification_json(verification), indent=2))
+    else:
+        print(*verification_lines(verification), sep="\n")
+    if verification.failed:
+        raise DataError(f"{args.verify}: the verification failed: {', '.join(verification.failed)}")
+
+
 def _build(args: argparse.Namespace) -> None:
     for flag in ("out", "license"):
         if not getattr(args, flag):
@@ -136,7 +168,26 @@ def _build(args: argparse.Namespace) -> None:
     )
     from open_lm.release.build import build_bundle
 
-    build_bundle(settings)
+    outcome = build_bundle(settings)
+    lines = [f"  without {name}: {reason}" for name, reason in outcome.missing.items()]
+    print(f"{settings.out}: built", *lines, *(f"  {note}" for note in outcome.notes), sep="\n")
+    _print_verdict(settings.out)
+
+
+def _print_verdict(folder: Path) -> None:
+    """Print the class of a new bundle, as it claims and as its files support it. Raise DataError if they differ."""
+    from open_lm.release.component_checks import Bundle
+    from open_lm.release.layout import MOF_FILE
+    from open_lm.release.manifest import read_manifest
+    from open_lm.release.mof_file import read_mof
+    from open_lm.release.verify import judge, verdict_lines
+
+    verdict = judge(Bundle(folder, read_manifest(folder)), read_mof(folder / MOF_FILE))
+    warnings = [f"warning: {text}" for text in verdict.claimed.warnings]
+    print(*warnings, *verdict_lines(verdict.claimed, verdict.verified), sep="\n")
+    problems = [f"{name}: {problem}" for name, problem in {**verdict.licenses, **verdict.components}.items()]
+    if problems:
+        raise DataError(join_problems(problems, f"{folder}: components that {MOF_FILE} claims are missing"))
 
 
 def _named_file(text: str) -> tuple[str, Path]:
@@ -160,8 +211,8 @@ def parse_licenses(values: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--license {value}: {scope} has the license {licenses[scope]} already; give it once")
         if not is_open(license_id):
             raise ConfigError(
-                f"--license {value}: {license_id!r} is not an open license{suggestion(license_id)} Expected an SPDX id "
-                "that OSI or FSF approve, an open-data license or OpenMDW-1.0"
+                f"--license {value}: {license_id!r} is not an open license; expected an SPDX id that OSI or FSF "
+                f"approve, an open-data license or OpenMDW-1.0{suggestion(license_id)}"
             )
         licenses[scope] = license_id
     return licenses

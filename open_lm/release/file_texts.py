@@ -236,29 +236,46 @@ def _numpy(stream: IO[bytes], head: bytes, member: str) -> Iterator[Text]:
 
 
 _PDF_STREAM = re.compile(rb"stream\r?\n(.*?)\r?\n?endstream", re.DOTALL)
-_PDF_SHOWN = re.compile(rb"\[((?:[^\[\]\\]|\\.)*)\]\s*TJ|(\((?:[^()\\]|\\.)*\))\s*(?:Tj|'|\")", re.DOTALL)
-_PDF_STRING = re.compile(rb"\(((?:[^()\\]|\\.)*)\)", re.DOTALL)
+_PDF_STRING = rb"\((?:[^()\\]|\\.)*\)|<[0-9A-Fa-f\s]*>"
+_PDF_SHOWN = re.compile(rb"\[((?:%b|[-+\d.\s])*)\]\s*TJ|(%b)\s*(?:Tj|'|\")" % (_PDF_STRING, _PDF_STRING), re.DOTALL)
+_PDF_STRINGS = re.compile(_PDF_STRING, re.DOTALL)
 
 
 def pdf_text(raw: bytes) -> str:
-    """Return the printable runs of a PDF, of its unpacked streams, and the strings that its pages show.
+    """Return the strings that the pages of a PDF show, and all printable runs of the file and of its unpacked streams.
 
-    Strings whose font has codes of its own (subsets of Unicode fonts) are not decoded.
+    Strings in fonts that have codes of their own (subsets of Unicode fonts) are not decoded.
     """
-    parts = [b"\n".join(_PRINTABLE.findall(raw))]
+    streams = _pdf_streams(raw)
+    runs = (b"\n".join(_PRINTABLE.findall(content)) for content in (raw, *streams))
+    return "\n".join([*map(_shown_text, streams), *(run.decode("ascii") for run in runs)])
+
+
+def pdf_shown_text(raw: bytes) -> str:
+    """Return the strings that the pages of a PDF show, one operator a line, as Latin-1."""
+    return "\n".join(filter(None, map(_shown_text, _pdf_streams(raw))))
+
+
+def _pdf_streams(raw: bytes) -> list[bytes]:
+    streams = []
     for match in _PDF_STREAM.finditer(raw):
         try:
-            content = zlib.decompressobj().decompress(match[1], _MAX_PDF_BYTES)
+            streams.append(zlib.decompressobj().decompress(match[1], _MAX_PDF_BYTES))
         except zlib.error:  # an image, or no compression
-            content = match[1]
-        parts += [_shown_text(content), b"\n".join(_PRINTABLE.findall(content))]
-    return b"\n".join(part for part in parts if part).decode("latin-1")
+            streams.append(match[1])
+    return streams
 
 
-def _shown_text(content: bytes) -> bytes:
-    """Return the strings that a content stream shows, one operator a line."""
+def _shown_text(content: bytes) -> str:
     shown = []
     for match in _PDF_SHOWN.finditer(content):
-        strings = _PDF_STRING.findall(match[1] if match[1] is not None else match[2])
-        shown.append(re.sub(rb"\\(.)", rb"\1", b"".join(strings), flags=re.DOTALL))
-    return b"\n".join(shown)
+        strings = _PDF_STRINGS.findall(match[1] if match[1] is not None else match[2])
+        shown.append(b"".join(map(_pdf_string, strings)).decode("latin-1"))
+    return "\n".join(shown)
+
+
+def _pdf_string(text: bytes) -> bytes:
+    if text.startswith(b"("):
+        return re.sub(rb"\\(.)", rb"\1", text[1:-1], flags=re.DOTALL)
+    digits = b"".join(text[1:-1].split())
+    return bytes.fromhex(digits.decode("ascii") + "0" * (len(digits) % 2))

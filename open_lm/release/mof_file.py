@@ -243,7 +243,7 @@ def _kind(value: Any) -> str:
         return "nothing"
     if isinstance(value, dict | list) and not value:
         return f"an empty {'mapping' if isinstance(value, dict) else 'list'}"
-    names = {dict: "a mapping", list: "a list", str: "text"}
+    names: dict[type, str] = {dict: "a mapping", list: "a list", str: "text"}
     return names.get(type(value)) or repr(value)
 
 

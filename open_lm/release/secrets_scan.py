@@ -138,6 +138,6 @@ def require_clean(findings: Sequence[Finding], bundle: Path) -> None:
     errors = [str(finding) for finding in findings if not finding.is_warning]
     if errors:
         raise DataError(
-            f"{bundle}: found {len(errors)} secrets or private paths; remove them from the files of the run:\n  "
-            + "\n  ".join(errors)
+            f"{bundle}: found {len(errors)} secrets or private paths; pass --redact to replace those in "
+            "logs and settings, and remove others from the files of the run:\n  " + "\n  ".join(errors)
         )

@@ -7,10 +7,10 @@ The sigstore method needs the network: it signs with the identity of a login and
 
 from __future__ import annotations
 
+import ast
 import base64
 import json
 import os
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,16 +169,21 @@ def _reason(error: Exception) -> str:
     if text.startswith("Key mismatch"):
         return f"{SIGNATURE} was made with another key than that of the given public key"
     if text.startswith("Signature mismatch: "):
-        return f"the files differ from the signed ones: {_differing_files(text)}"
+        differences = str(error).removeprefix("Signature mismatch: ")
+        return f"the files differ from the signed ones: {_differing_files(differences)}"
     return f"{SIGNATURE} is not valid ({type(error).__name__}: {text[:300]})"
 
 
-def _differing_files(message: str) -> str:
-    """Return the files that a message of model-signing lists, without their checksums."""
-    changed = re.findall(r"Hash mismatch for '(.*?)': Expected", message)
-    others = re.findall(r"(Extra|Missing) files .*?: (.*?)[\"'][,\]]", message)
-    parts = [f"{kind.lower()} {files}" for kind, files in others] + [f"changed {', '.join(changed)}"] * bool(changed)
-    return "; ".join(parts)[:1000]
+def _differing_files(differences: str) -> str:
+    """Return the files that model-signing lists, without their checksums. `differences` is a list of texts as text."""
+    try:
+        texts = [str(text) for text in ast.literal_eval(differences)]
+    except (ValueError, SyntaxError, TypeError):
+        return differences[:1000]
+    prefix = "Hash mismatch for '"
+    changed = [text.removeprefix(prefix).partition("': Expected")[0] for text in texts if text.startswith(prefix)]
+    others = [text for text in texts if not text.startswith(prefix)]
+    return "; ".join([*others, *([f"changed: {', '.join(changed)}"] if changed else [])])[:1000]
 
 
 def _check_public_key(path: Path) -> None:
