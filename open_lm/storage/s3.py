@@ -321,6 +321,14 @@ def _connect(timeout_s: float = READ_TIMEOUT_S, plain: bool = False) -> _Connect
         return _connections[key]
 
 
+def service() -> tuple[str, bool]:
+    """Return the URL of the configured service, and whether there are credentials. Asks at most the machine's cloud."""
+    import boto3
+
+    session = _new_session(boto3)
+    return str(session.client("s3").meta.endpoint_url), session.get_credentials() is not None
+
+
 _service_descriptions: list[Any] = []  # botocore's loader, whose content forked processes share
 
 

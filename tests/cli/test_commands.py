@@ -1,0 +1,86 @@
+"""Test the console command `open-lm` and its registry."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from open_lm.cli.commands import GROUPS, available_commands
+from open_lm.cli.main import help_text
+from open_lm.cli.programs import parser_of
+
+ROOT = Path(__file__).resolve().parents[2]
+OPEN_LM = [sys.executable, "-m", "open_lm"]
+
+
+def open_lm(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **variables}
+    return subprocess.run([*OPEN_LM, *words], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_every_registered_command_exists_and_is_listed() -> None:
+    registered = [command.name for commands in GROUPS.values() for command in commands]
+    assert list(available_commands()) == registered and len(registered) == len(set(registered))
+    for command in available_commands().values():
+        assert f"\n  {command.name} " in help_text() and command.help in help_text()
+        assert command.also is None or command.also in registered
+    assert all(len(line) <= 110 for line in help_text().split("\n"))
+
+
+@pytest.mark.parametrize("name", [name for name in available_commands() if name != "convert"])
+def test_help_of_a_command_has_its_name(name: str) -> None:
+    parser = parser_of(available_commands()[name])
+    assert parser.format_usage().startswith(f"usage: open-lm {name} "), parser.format_usage()
+    assert parser.description
+
+
+@pytest.mark.processes
+def test_help_imports_nothing_slow() -> None:
+    """The time of `open-lm --help` is that of starting Python: no third-party package is imported."""
+    code = "import sys; sys.argv = ['open-lm', '--help']\ntry:\n    from open_lm.cli.main import main; main()\n"
+    code += "finally:\n    print(*{name.partition('.')[0] for name in sys.modules})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(help_text())
+    imported = set(result.stdout.splitlines()[-1].split())
+    assert not imported & {"torch", "numpy", "yaml", "fsspec", "boto3", "transformers", "orjson", "argparse"}
+
+
+@pytest.mark.processes
+def test_exit_codes_and_errors_pass_through(tmp_path: Path) -> None:
+    result = open_lm("train", "--modell", "x")
+    assert result.returncode == 2 and "did you mean --model?" in result.stderr and "Traceback" not in result.stderr
+    result = open_lm("trian")
+    assert (result.returncode, result.stderr) == (
+        2, "error: unknown command 'trian'; did you mean train? see open-lm --help\n",
+    )  # fmt: skip
+    result = open_lm()
+    assert result.returncode == 2 and result.stderr == f"{help_text()}\nerror: expected a command\n"
+    assert open_lm("--version").stdout == "open_lm 1.0.0\n"
+    script = tmp_path / "fails.py"
+    script.write_text("import sys; sys.exit(7)")
+    result = open_lm("launch", "--nproc-per-node", "1", str(script))
+    assert result.returncode == 1, result.stderr  # torchrun's code for a script that fails
+
+
+@pytest.mark.processes
+def test_trains_and_launches_by_the_names_of_commands(tmp_path: Path) -> None:
+    flags = ["--dataset-type", "synthetic", "--model", "open_lm_test_tiny", "--train-num-samples", "128"]
+    flags += ["--global-batch-size", "2", "--warmup", "1", "--log-every-n-steps", "1", "--logs", str(tmp_path)]
+    flags += ["--workers", "1", "--report", "none"]  # a worker process is spawned from the module of the command
+    result = open_lm("launch", "--nproc-per-node", "2", "train", *flags, "--name", "two", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "two" / "metrics.jsonl").exists() and "Train Epoch: 0" in result.stdout + result.stderr
+
+
+@pytest.mark.processes
+def test_console_script_is_declared() -> None:
+    declared = re.search(r'"console_scripts": \["open-lm = ([\w.:]+)"\]', (ROOT / "setup.py").read_text())
+    assert declared is not None and declared[1] == "open_lm.cli.main:main"
+    (entry,) = entry_points(group="console_scripts", name="open-lm") or [None]  # absent in older installations
+    assert entry is None or entry.value == declared[1]
