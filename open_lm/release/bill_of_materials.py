@@ -123,7 +123,7 @@ def _library(name: str, version: str) -> Component:
     from packageurl import PackageURL
 
     installed = _metadata(name)
-    expression = None if installed is None else installed.get("License-Expression")
+    expression = None if installed is None else (installed.get_all("License-Expression") or [None])[0]
     kind = ComponentType.FRAMEWORK if name in ("torch", "transformers") else ComponentType.LIBRARY
     return Component(
         name=name,

@@ -14,16 +14,17 @@ from open_lm.checkpoint.folders import step_number
 from open_lm.errors import ConfigError
 from open_lm.release import code_archive, components, layout
 from open_lm.release.bill_of_materials import write_libraries
+from open_lm.release.component_checks import MIN_PAPER_WORDS
 from open_lm.release.components import COMPONENTS
 from open_lm.release.context import Context
 from open_lm.release.croissant import write_croissant
 from open_lm.release.data_card import write_data_card, write_instructions
 from open_lm.release.datasets import find_folders, write_evaluation_data, write_training_data
+from open_lm.release.documents import DOCUMENT_SUFFIXES, document_problem
 from open_lm.release.license_texts import read_texts, write_texts
 from open_lm.release.manifest import write_manifest
 from open_lm.release.model_card import write_model_card
 from open_lm.release.mof_file import LICENSE_SCOPES, Entry, GlobalLicense, Release, write_mof
-from open_lm.release.papers import check_paper
 from open_lm.release.privacy import Redactor
 from open_lm.release.reproduce import write_reproduce
 from open_lm.release.run_facts import RunFacts, read_run
@@ -81,7 +82,7 @@ def _check(settings: BundleSettings) -> dict[str, str]:
     from open_lm.release.signing import check_private_key
 
     if settings.paper is not None:
-        check_paper(settings.paper)
+        _check_paper(settings.paper)
     if settings.sign_key is not None:
         check_private_key(settings.sign_key)
     if settings.upload is not None:
@@ -97,6 +98,16 @@ def _check(settings: BundleSettings) -> dict[str, str]:
                 "without their own"
             )
     return read_texts(settings.licenses.values(), settings.license_texts, settings.producer)
+
+
+def _check_paper(path: Path) -> None:
+    if path.suffix.lower() not in DOCUMENT_SUFFIXES:
+        suffixes = ", ".join(DOCUMENT_SUFFIXES)
+        raise ConfigError(
+            f"--paper {path}: found {path.suffix or 'no suffix'}, expected a file of the kinds {suffixes}"
+        )
+    if problem := document_problem(path, MIN_PAPER_WORDS):
+        raise ConfigError(f"--paper {path}: {problem}; pass the paper, or leave the flag out")
 
 
 def _state(facts: RunFacts) -> list[list[str]]:
@@ -250,7 +261,7 @@ def _text_path(license_id: str) -> str:
 def package_license() -> str:
     """Return the SPDX id of this package's license."""
     fields = metadata.metadata("open_lm")
-    return str(fields.get("License-Expression") or fields["License"])
+    return str((fields.get_all("License-Expression") or fields.get_all("License") or ["unknown"])[0])
 
 
 def _sign(settings: BundleSettings, folder: Path) -> None:

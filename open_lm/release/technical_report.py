@@ -85,7 +85,7 @@ def _sections(context: Context) -> Iterable[Section]:
     yield Section("Tasks", _tasks(context))
     yield Section("Samples", _samples(run.samples))
     yield Section("Computation and energy", [Table(("", ""), rows)] if (rows := environmental_facts(context)) else [])
-    yield Section("Problems of the run", [Bullets(rows)] if (rows := _problems(context)) else [])
+    yield Section("Problems of the run", [Bullets(items)] if (items := _problems(context)) else [])
     yield Section("Limits", [Bullets(limits(context))])
 
 

@@ -15,7 +15,7 @@ STEPS, BATCH, SEQ_LEN = 6, 4, 32
 SENTENCES = ("The river {} flows past the old mill.", "A list of {} names follows.", "Nobody knew what {} meant.")
 PARAGRAPH = (
     "We train a very small language model from raw text and measure how its loss changes. The model reads bytes, so "
-    "its vocabulary is tiny, and the whole experiment ends within seconds on a single processor. We report every number "
+    "its vocabulary is tiny, and the whole experiment ends within seconds on a single processor. We report all numbers "
     "that the training program has written, and describe the data, the settings and the evaluation in detail. "
 )
 

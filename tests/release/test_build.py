@@ -14,17 +14,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hub_server import HubServer
 from release_helpers import SEQ_LEN, make_run, private_text, write_paper
 
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError, StorageError
 from open_lm.release import build, code_archive, components, layout
 from open_lm.release.build import Outcome, build_bundle
+from open_lm.release.documents import document_problem
 from open_lm.release.mof_file import read_mof
-from open_lm.release.papers import check_paper
-from open_lm.release.rating import rate
 from open_lm.release.settings import BundleSettings
 from open_lm.release.upload import upload_bundle
+from open_lm.release.verify import verify_bundle
 from open_lm.release.weights import sha256_of
 
 LICENSES = {"distribution": "Apache-2.0", "data": "CC0-1.0", "document": "CC-BY-4.0"}
@@ -67,7 +68,20 @@ def test_bundle_claims_all_components_and_each_has_files(built: tuple[Path, Outc
         files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
         assert files and all(path.stat().st_size for path in files), entry.name
         assert entry.license_path is None or (bundle / entry.license_path).stat().st_size
-    assert rate(release).level == 1
+    verification = verify_bundle(bundle)
+    assert verification.failed == []
+    assert verification.claimed is not None and verification.verified is not None
+    assert verification.claimed.level == verification.verified.level == 1
+
+
+def test_flipped_bit_fails_the_verification(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    weights = copy / "weights/final/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert verify_bundle(copy).failed == ["files"]
 
 
 def test_weights_of_all_checkpoints_load_with_transformers(bundle: Path, run: Path) -> None:
@@ -152,7 +166,7 @@ def test_report_is_markdown_with_charts_and_a_pdf(bundle: Path) -> None:
         assert f"({name}.svg)" in report
         svg = (bundle / layout.REPORT / f"{name}.svg").read_text()
         assert svg.startswith("<svg") and "<polyline" in svg
-    check_paper(bundle / layout.REPORT_PDF)  # a complete PDF with text
+    assert document_problem(bundle / layout.REPORT_PDF, min_words=100) is None
 
 
 def test_bill_of_materials_has_packages_model_and_data(bundle: Path) -> None:
@@ -217,6 +231,7 @@ def test_interrupted_build_continues_and_gives_the_same_bytes(
     [
         ({"licenses": {"code": "MIT"}}, "would have no license; add --license ID"),
         ({"paper": "TODO.md"}, "placeholder"),
+        ({"paper": "paper.docx"}, r"found \.docx, expected a file of the kinds"),
         ({"upload": "/somewhere"}, "expected hf://"),
         (
             {"licenses": {"distribution": "ODC-By-1.0"}},
@@ -246,19 +261,6 @@ def test_unfinished_run_is_refused(run: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "checkpoints" / "step_00000006")
     with pytest.raises(ConfigError, match="has not finished: its newest checkpoint, step_00000003"):
         build_bundle(settings(copy, tmp_path / "bundle"))
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["Lorem ipsum " * 400, "word " * 50, ""],
-    ids=["lorem ipsum", "short", "empty"],
-)
-def test_placeholders_are_no_papers(tmp_path: Path, text: str) -> None:
-    for suffix in (".md", ".tex", ".pdf"):
-        path = tmp_path / f"paper{suffix}"
-        path.write_text(text)
-        with pytest.raises(ConfigError, match="--paper"):
-            check_paper(path)
 
 
 # -------------------------------------------------------------------------------- a run with less, and with a secret
@@ -328,6 +330,25 @@ def test_upload_to_a_bucket_is_complete_and_resumes(
     assert storage.read_bytes(f"{url}/mof.yml") == (bundle / "mof.yml").read_bytes()
     storage.write_text(f"{url}/{layout.MANIFEST}", "{}")
     with pytest.raises(ConfigError, match="has another bundle"):
+        upload_bundle(bundle, url)
+
+
+def test_upload_to_the_hub_creates_a_repository_with_all_files(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HubServer(token="a-token") as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        upload_bundle(bundle, "hf://acme/tiny")
+        expected = {name: (bundle / name).read_bytes() for name in digests(bundle)}
+        assert hub.files == {"acme/tiny": expected}
+        monkeypatch.setenv("HF_TOKEN", "another-token")
+        with pytest.raises(StorageError, match="refused the upload or cannot be reached") as error:
+            upload_bundle(bundle, "hf://acme/tiny")
+        assert "another-token" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["hf://name", "hf://a/b/c", "hf://a/b@", "file:///x", "bundle"])
+def test_upload_refuses_other_targets(bundle: Path, url: str) -> None:
+    with pytest.raises(ConfigError, match="--upload"):
         upload_bundle(bundle, url)
 
 
