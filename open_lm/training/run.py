@@ -99,6 +99,7 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
         stack.enter_context(Watchdog(config.faults.hang_timeout, runtime, folder))
         if trainer is None:
             evaluate(parts, evaluations, loggers)
+            records.rank_times.exchange_energy()
         else:
             trainer.report = loggers.log
             trainer.at_step = diagnostics.at_step

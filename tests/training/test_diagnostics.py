@@ -10,11 +10,14 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from data_helpers import write_source
+from run_helpers import tiny_flags, tokens, train_rows
 
 from open_lm.config.command_line import parse_args
 from open_lm.config.diagnostics_section import DiagnosticsConfig, parse_steps
@@ -22,6 +25,7 @@ from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import Config
 from open_lm.distributed.processes import Runtime
 from open_lm.errors import ConfigError
+from open_lm.monitor.metric_names import metric
 from open_lm.monitor.timing import PhaseClock
 from open_lm.planner.memory import TrainingSetup, peak
 from open_lm.planner.shapes import shape_of
@@ -160,3 +164,38 @@ def test_other_errors_are_not_explained() -> None:
     explained = out_of_memory.explained_out_of_memory(config, MeshLayout(), Runtime(), lambda name: None)
     with pytest.raises(ZeroDivisionError), explained:
         _ = 1 // 0
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+@pytest.mark.processes
+def test_new_and_resumed_runs_on_two_ranks_write_their_records(
+    tmp_path: Path, ranks: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    data = write_source(tmp_path / "data", [20, 20])
+    flags = [*tiny_flags(tmp_path, tmp_path / "logs"), "--dataset-manifest", data, "--name", "run"]
+    flags += ["--train-num-samples", tokens(4), "--resume", "latest", "--energy", "device"]
+    for epochs, steps in ((1, "2:4"), (2, "5:6")):
+        ranks(2, "open_lm.main", *flags, "--epochs", str(epochs), "--profile-steps", steps)
+    run = tmp_path / "logs/run"
+    traces = {path.name for path in (run / "diagnostics").iterdir()}
+    assert traces == {f"profile_{s}_rank_{r}.{e}" for s in ("2-4", "5-6") for r in (0, 1) for e in ("json.gz", "txt")}
+    names = names_in(run / "diagnostics/profile_2-4_rank_1.json.gz")
+    assert names.count("phase: backward") == 2 and any("gloo:all_reduce" in name for name in names)
+    first, second = json.loads((run / "environment.json").read_text())["starts"]
+    assert (first["step"], second["step"], first["world_size"], first["nodes"]) == (0, 4, 2, 1)
+    assert first["devices"] == [{"name": "cpu", "memory_bytes": None, "ranks": 2}]
+    assert [start["progress"]["tokens"] for start in (first, second)] == [int(tokens(4))] * 2
+    assert first["progress"]["flops"] > 0 and first["data"]["fingerprint"] == second["data"]["fingerprint"]
+    rows = train_rows(run)
+    joules = sum(start["progress"]["energy_joules"] for start in (first, second))
+    assert rows[3]["energy/kwh"] < rows[-1]["energy/kwh"] <= joules / 3.6e6 + 1e-9
+    assert rows[-1]["perf/slowest_rank"] in (0, 1)
+    unknown = [name for row in rows for name in row if name not in ("step", "time") and _is_other(name)]
+    assert not unknown, f"open_lm/monitor/metric_names.py does not describe {set(unknown)}"
+    assert "Seconds per step of each rank, over 4 steps" in (run / "out.log").read_text()
+    assert "<html" in (run / "report.html").read_text()[:200].lower()
+
+
+def _is_other(name: str) -> bool:
+    entry = metric(name)
+    return entry is None or "{value}" in entry.name
