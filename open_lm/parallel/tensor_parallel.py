@@ -63,7 +63,8 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(root.tok_embeddings, mesh, RowwiseParallel(input_layouts=Replicate()))
     # `ScaledEmbedding.forward` would multiply a DTensor, so scale the sum over ranks instead.
     _override(root.tok_embeddings, forward=nn.Embedding.forward)
-    root.tok_embeddings.register_forward_hook(lambda embedding, args, output: embedding.scaled(output))
+    # FSDP2 warns about modules that return views, so return a copy.
+    root.tok_embeddings.register_forward_hook(lambda embedding, args, output: embedding.scaled(output).clone())
     _split_output(root.output, mesh)
     if tied:
         root.tok_embeddings.weight = root.output.weight
