@@ -14,7 +14,10 @@ from typing import Any
 from open_lm.release.components import (
     CLASS_NAMES,
     CLASSES,
+    CODE,
     COMPONENTS,
+    DATA,
+    DOCUMENT,
     RESEARCH_PAPER,
     ROMAN,
     TECHNICAL_REPORT,
@@ -24,6 +27,8 @@ from open_lm.release.components import (
 from open_lm.release.licenses import UNLICENSED, fitting_kinds, is_open, suggestion
 from open_lm.release.mof_file import DISTRIBUTION, Entry, GlobalLicense, Release
 
+_PLURALS = {CODE: "code", DATA: "data", DOCUMENT: "documents"}
+_ORIGINS = {DISTRIBUTION: "of the distribution", **{kind: f"of all {name}" for kind, name in _PLURALS.items()}}
 OPEN, CLOSED, NO_LICENSE, MISSING = "open", "not open", "unlicensed", "missing"
 
 
@@ -53,7 +58,7 @@ class RatedComponent:
         if self.status == CLOSED:
             return f"{name}: {self.license!r} is not an open license{suggestion(self.license or '')}"
         if self.status == OPEN and not self.fits:
-            return f"{name}: {self.license} is open, but not written for {kind}; use an open license for {kind}"
+            return f"{name}: {self.license} is open, but not written for {_PLURALS[kind]}; use one that is"
         return None
 
 
@@ -191,10 +196,6 @@ def rating_lines(rating: Rating) -> list[str]:
     width = max(map(len, COMPONENTS))
     lines.append("components:")
     for item in rating.components:
-        origin = "" if item.source in (None, "component") else f" (license of the {_scope(item.source or '')})"
+        origin = f" ({_ORIGINS[item.source]})" if item.source in _ORIGINS else ""
         lines.append(f"  {item.component.name:<{width}}  {item.status:<10}  {item.license or ''}{origin}".rstrip())
     return lines + [f"warning: {text}" for text in rating.warnings]
-
-
-def _scope(source: str) -> str:
-    return source if source == DISTRIBUTION else f"release for {source}"

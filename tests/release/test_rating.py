@@ -136,9 +136,7 @@ def test_unlicensed_is_no_license_and_has_no_fallback() -> None:
 def test_open_license_of_another_kind_passes_with_a_warning() -> None:
     rating = rate(release(**{"Model parameters (Final)": "MIT"}))
     assert rating.level == 1
-    assert rating.warnings == [
-        "Model parameters (Final): MIT is open, but not written for data; use an open license for data"
-    ]
+    assert rating.warnings == ["Model parameters (Final): MIT is open, but not written for data; use one that is"]
 
 
 def test_closed_license_is_invalid_and_similar_ids_are_suggested() -> None:
@@ -180,7 +178,7 @@ def test_printed_rating(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "  Class I    93 %; without an open license: Research paper",
     ]
     assert any(line.split() == ["Model", "card", "open", "Apache-2.0"] for line in lines)
-    assert lines[-1].startswith("warning: Model card: Apache-2.0 is open, but not written for document")
+    assert lines[-1].startswith("warning: Model card: Apache-2.0 is open, but not written for documents")
 
 
 def test_json_has_all_classes() -> None:

@@ -173,6 +173,17 @@ def test_moved_bundle_and_files_of_the_hub(bundle: Path, keys: Path) -> None:
     assert verify_bundle(moved, keys / "own.pub").failed == []
 
 
+def test_model_signing_accepts_the_signature(bundle: Path, keys: Path) -> None:
+    """With its defaults, as its command does."""
+    from model_signing import verifying
+
+    config = verifying.Config().use_elliptic_key_verifier(public_key=keys / "own.pub")
+    config.verify(bundle, bundle / SIGNATURE)
+    flip_bit(bundle / "README.md")
+    with pytest.raises(ValueError, match=r"README\.md"):
+        config.verify(bundle, bundle / SIGNATURE)
+
+
 TAMPERING: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped bit in the weights": (
         lambda bundle: flip_bit(bundle / "weights/final/model.safetensors"),
