@@ -92,12 +92,14 @@ def check_device(machine: Machine, folder: Path) -> Found:
 @step("tests", "no failure; skipped: xformers and FlashAttention 3, if they are not installed", 8)
 def run_tests(machine: Machine, folder: Path) -> Found:
     chosen = ["tests/config/test_devices.py"] if machine.is_cpu else ["-m", "gpu", "tests"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", *chosen]
-    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout, done.stderr)
-    summary = done.stdout.strip().rpartition("\n")[2]
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", summary)}
-    return Found(summary or f"exit code {done.returncode}", done.returncode == 0, counts)
+    report = folder / "tests.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", f"--junitxml={report}", *chosen]
+    done = subprocess.run(command, check=False, cwd=ROOT)
+    if not report.exists():
+        return Found(f"exit code {done.returncode}", False)
+    counts = dict(re.findall(r'\b(tests|failures|errors|skipped)="(\d+)"', report.read_text()))
+    return Found(", ".join(f"{counts[key]} {key}" for key in sorted(counts)), done.returncode == 0, counts)
 
 
 @step("waits", "no wait for the device in steps with document masks, eager and compiled", 4)
@@ -164,9 +166,9 @@ def check_nccl(machine: Machine, folder: Path) -> Found:
     tokens = "2048" if machine.is_cpu else "131072"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m"]
     command += ["open_lm.main", "--model", model, "--dataset-type", "synthetic", "--train-num-samples", tokens]
-    command += ["--epochs", "1", "--global-batch-size", "8", "--workers", "0", "--logs", "none", "--fsdp", "--fsdp-amp"]
-    done = subprocess.run([*command, *AMP], check=False, cwd=folder, capture_output=True, text=True)
-    print(done.stdout, done.stderr)
+    command += ["--epochs", "1", "--global-batch-size", "8", "--workers", "0", "--fsdp", "--fsdp-amp", *AMP]
+    with TemporaryDirectory() as run_folder:
+        done = subprocess.run(command, check=False, cwd=run_folder, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return Found(f"exit code {done.returncode}", done.returncode == 0)
 
 
