@@ -251,16 +251,15 @@ def setting_changes(run: Run) -> list[SettingChange]:
 
 
 def differing_settings(settings: Sequence[Mapping[str, str]]) -> list[SettingChange]:
-    """Return the settings that are not equal in all of several runs or starts; None: it has no such setting."""
+    """Return the settings that several runs or starts have and that are not equal in all of them.
+
+    A setting that one of them lacks belongs to another version or program.
+    """
     if len(settings) < 2:
         return []
-    names = sorted({name for known in settings for name in known} - SETTINGS_OF_A_PROCESS)
-    values = {name: tuple(_redacted(known.get(name)) for known in settings) for name in names}
+    names = sorted(set.intersection(*map(set, settings)) - SETTINGS_OF_A_PROCESS)
+    values = {name: tuple(redact(known[name]) for known in settings) for name in names}
     return [SettingChange(name, items) for name, items in values.items() if len(set(items)) > 1]
-
-
-def _redacted(text: str | None) -> str | None:
-    return None if text is None else redact(text)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

@@ -79,7 +79,7 @@ PANELS = (
         "Length of completions", "tokens", r"(?:train|val)/(completion_tokens.*|completions/.*length.*)", events=False
     ),
     Panel("Slowest rank", "seconds per step", r"perf/(.+)_rank_time", from_zero=True, events=False),
-    Panel("Energy", "kWh so far", r"energy/kwh", smooth=False, from_zero=True, events=False),
+    Panel("Energy", "Wh so far", r"energy/kwh", scale=1000.0, smooth=False, from_zero=True, events=False),
 )
 _SHOWN = 9  # panels that are not folded away; those of fine-tuning are, unless the run has them
 # Metrics that repeat others or say nothing over time.

@@ -13,6 +13,7 @@ from open_lm.report.collect import differing_settings
 from open_lm.report.formats import MISSING, big, percent
 from open_lm.report.markup import Column, Html, details, join, paragraph, table, tag
 from open_lm.report.records import SETTINGS_OF_A_PROCESS, MixtureSource, Run
+from open_lm.report.summary_section import energy_remark
 
 _MAX_SHARDS_TEXT = 400  # characters of a value in a table
 _MAX_CHECKPOINTS = 30
@@ -157,36 +158,22 @@ def provenance(runs: Sequence[Run]) -> list[Html]:
 def _facts(run: Run) -> Iterable[tuple[str, Any]]:
     starts = run.environment_starts
     last: Mapping[str, Any] = starts[-1] if starts else {}
-    code = _mapping(last.get("code"))
-    system, cpu, libraries = (_mapping(last.get(key)) for key in ("system", "cpu", "libraries"))
-    energy = run.summary.energy
+    code, system, cpu, libraries = (_mapping(last.get(key)) for key in ("code", "system", "cpu", "libraries"))
+    summary, energy = run.summary, run.summary.energy
     yield "Run", run.url
-    yield "Devices", run.summary.devices
-    yield (
-        "Ranks and nodes",
-        f"{last['world_size']} ranks on {last.get('nodes', '?')} nodes" if "world_size" in last else None,
-    )
+    yield "Devices", summary.devices
+    if "world_size" in last:
+        yield "Ranks", f"{last['world_size']} (nodes: {last.get('nodes', 'unknown')})"
     yield "CPU", _join([cpu.get("model"), f"{cpu['available']} available" if "available" in cpu else None])
-    yield (
-        "System",
-        _join(
-            [system.get("name"), system.get("machine"), f"Python {system['python']}" if "python" in system else None]
-        ),
-    )
+    python = f"Python {system['python']}" if "python" in system else None
+    yield "System", _join([system.get("name"), system.get("machine"), python])
     yield "Libraries", _join([f"{name} {version}" for name, version in libraries.items()])
     yield "Code: commit", _commit(code)
     yield "Code: sha256 of the source", code.get("fingerprint")
     yield "Code: sha256 of the copy in code/", run.code_sha256
     yield "Data: fingerprint", _mapping(last.get("data")).get("fingerprint")
-    yield "Compute", f"{formats.flops(run.summary.flops)} ({run.summary.flops_method})" if run.summary.flops else None
-    yield (
-        "Energy",
-        None
-        if energy is None
-        else f"{formats.energy(energy.kwh)} ({energy.method}{', an estimate' if energy.facts.get('estimate') else ''})",
-    )
-    if energy is not None and energy.facts.get("starts without"):
-        yield "Energy: starts without a record", energy.facts["starts without"]
+    yield "Compute", f"{formats.flops(summary.flops)} ({summary.flops_method})" if summary.flops else None
+    yield "Energy", f"{formats.energy(energy.kwh)} ({energy_remark(energy)})" if energy else None
 
 
 def _commit(code: Mapping[str, Any]) -> str | None:

@@ -101,10 +101,10 @@ class Start:
 
 @dataclass(frozen=True)
 class SettingChange:
-    """A setting with different values: one per start of a run, or one per run. None: it has no such setting."""
+    """A setting with different values: one per start of a run, or one per run."""
 
     name: str
-    values: tuple[str | None, ...]
+    values: tuple[str, ...]
 
 
 @dataclass
@@ -264,7 +264,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Energy:
-    """The energy of a run: how it was determined, and what else environment.json records about it."""
+    """The energy of a run: how it was determined, whether it is an "estimate", and what is "missing" in it."""
 
     kwh: float
     method: str

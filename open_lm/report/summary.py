@@ -99,9 +99,12 @@ def _energy(run: Run) -> Energy | None:
     if not known:
         return None
     methods = ", ".join(dict.fromkeys(str(record.get("energy_method", "unknown")) for record in known))
+    first = run.environment_starts[0].get("step") or 0
+    missing = [f"the first {first:,} steps"] if first else []
+    missing += [f"{len(records) - len(known)} starts"] if len(known) < len(records) else []
     facts = {
         "estimate": any(record.get("energy_is_estimate") for record in known),
-        "starts without": len(records) - len(known),
+        "missing": " and ".join(missing),
     }
     return Energy(sum(record["energy_joules"] for record in known) / _JOULES_PER_KWH, methods, facts)
 
@@ -114,7 +117,7 @@ def _flops(run: Run, summary: Summary, log: RunLog) -> tuple[float | None, str]:
     """
     records = [start.get("progress") or {} for start in run.environment_starts]
     known = [record["flops"] for record in records if isinstance(record.get("flops"), int | float)]
-    if known and len(known) == len(records):
+    if known and len(known) == len(records) and not run.environment_starts[0].get("step"):
         return float(sum(known)), "counted by the run, repeated steps included"
     if summary.tokens is None:
         return None, ""

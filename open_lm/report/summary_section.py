@@ -11,7 +11,7 @@ import numpy as np
 from open_lm.report import formats
 from open_lm.report.formats import MISSING, big, number, percent
 from open_lm.report.markup import Column, Fact, Html, facts, join, paragraph, table, tag
-from open_lm.report.records import ERROR, FAILED, FINISHED, NOTE, STOPPED, WARNING, Run, TaskEvaluation
+from open_lm.report.records import ERROR, FAILED, FINISHED, NOTE, STOPPED, WARNING, Energy, Run, TaskEvaluation
 
 _STATES = {FINISHED: "finished", STOPPED: "stopped by a signal", FAILED: "failed"}
 _KINDS = {ERROR: "Error", WARNING: "Warning", NOTE: "Note"}
@@ -51,7 +51,7 @@ def summary(runs: Sequence[Run]) -> Html:
 
 def _sentences(run: Run) -> str:
     s = run.summary
-    model = s.model or "A model"
+    model = f"Model {s.model}" if s.model else "The model"
     parameters = f" ({big(s.parameters)} trained parameters)" if s.parameters else ""
     if s.step is None:
         return f"{model}{parameters}: the run is {state(run)}." + _results(run)
@@ -105,9 +105,18 @@ def _facts(run: Run) -> list[Fact]:
         _fact("Peak memory", s.peak_memory_bytes, formats.size, "of a device, or of the process on CPU"),
         _fact("Time", s.wall_s, formats.duration, "from first to last record"),
         _fact("Compute", s.flops, formats.flops, s.flops_method),
-        _fact("Energy", s.energy.kwh if s.energy else None, formats.energy, s.energy.method if s.energy else ""),
+        _fact(
+            "Energy", s.energy.kwh if s.energy else None, formats.energy, energy_remark(s.energy) if s.energy else ""
+        ),
     ]
     return [item for item in items if item is not None]
+
+
+def energy_remark(energy: Energy) -> str:
+    """Return how an energy was determined, and what it lacks."""
+    kind = "an estimate: " if energy.facts.get("estimate") else ""
+    missing = energy.facts.get("missing")
+    return f"{kind}{energy.method}{f', without {missing}' if missing else ''}"
 
 
 def _fact(label: str, value: float | None, write: object, remark: str) -> Fact | None:

@@ -206,7 +206,10 @@ def test_without_decompression_the_tables_remain(page: Page, pages: dict[str, st
 def test_summary_of_a_run_in_words(tmp_path: Path) -> None:
     html = build_page([collect_run(str(write_run(tmp_path / "run")))])
     text = re.sub(r"<[^>]+>", "", html)
-    assert "tiny (12.3k trained parameters) was trained for 200 steps, 100 % of its 200 steps, on 819k tokens" in text
+    assert (
+        "Model tiny (12.3k trained parameters) was trained for 200 steps, 100 % of its 200 steps, on 819k tokens"
+        in text
+    )
     assert (
         "The training loss fell from 5.646 to" in text
         and "The last validation loss is 2.0000 (perplexity 7.389)" in text
