@@ -44,6 +44,7 @@ class Rule:
         accept: returns whether a private text counts.
         replacement: takes the place of the private text.
         is_warning: whether a release may contain it.
+        is_name: whether it is a name of this machine, which other people and things may have as well.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Rule:
     accept: Callable[[str], bool] = lambda text: _PLACEHOLDER.fullmatch(text) is None
     replacement: str = MASK
     is_warning: bool = False
+    is_name: bool = False
     reach: int = 700
 
 
@@ -186,7 +188,7 @@ def machine_rules(folders: Iterable[Path] = (), environ: Mapping[str, str] | Non
     if paths:
         pattern = re.compile(rf"(?<![\w.\-/])(?:{'|'.join(map(_spellings, paths))})(?![\w\-])")
         rules.append(Rule("folder of this machine", pattern, tuple(paths), replacement=HOME))
-    return rules + _name_rules("user name", user_name(), r"user(?:_?name)?|login|uname|owner|author") + _host_rules()
+    return rules + _name_rules("user name", user_name(), r"user(?:_?name)?|login|uname") + _host_rules()
 
 
 def _host_rules() -> list[Rule]:
@@ -207,9 +209,9 @@ def _name_rules(rule: str, name: str, labels: str) -> list[Rule]:
     label = rf"""(?:(?i:{labels})["']?\s{{0,3}}[:=]\s{{0,3}}["']?|[\w.\-]+@)(?P<secret>{spelled})(?![\w.\-])"""
     rules = []
     if name.lower() not in _COMMON_NAMES.split():
-        rules.append(Rule(rule, re.compile(label), words))
+        rules.append(Rule(rule, re.compile(label), words, is_name=True))
         if len(name) >= _MIN_NAME_LENGTH:
-            rules.append(Rule(rule, re.compile(rf"(?<![A-Za-z0-9]){spelled}(?![A-Za-z0-9])"), words))
+            rules.append(Rule(rule, re.compile(rf"(?<![A-Za-z0-9]){spelled}(?![A-Za-z0-9])"), words, is_name=True))
     return rules
 
 

@@ -1,7 +1,8 @@
 """Scan a bundle for secrets, private paths and names, and redact them in texts.
 
-Text of third parties (training and evaluation data) may name home folders of others: there they are warnings, like all
-e-mail addresses. Everything else is an error, and a bundle with an error is not released.
+Text of third parties (training and evaluation data) may name home folders and people: there these are warnings, like
+all e-mail addresses. So are names of users and hosts in documents and source code, whose authors may state who they
+are. Everything else is an error, and a bundle with an error is not released.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from open_lm.release.secret_rules import PATH_RULES, SECRET_RULES, Match, Rule, 
 
 UNREADABLE = "not scanned"
 _THIRD_PARTY = (layout.DATA + "/", layout.EVALUATION_DATA + "/")
+_WRITTEN = (layout.MODEL_CARD, layout.DATA_CARD, layout.MOF_FILE,
+            *(f"{folder}/" for folder in (layout.REPORT, layout.PAPER, layout.CODE, layout.LICENSES)))  # fmt: skip
 _CONTEXT = 30  # characters of an excerpt before and after a finding
 _MAX_PER_FILE = 20  # findings of one rule in one file that are listed; the others are counted
 
@@ -97,8 +100,15 @@ class Scanner:
                     continue
                 in_binary.add(known)
             excerpt = _excerpt(text.content, matches, number)
-            is_warning = match.rule.is_warning or (match.rule in PATH_RULES and path.startswith(_THIRD_PARTY))
-            yield Finding(place, line if text.first_line else None, match.rule.name, excerpt, is_warning)
+            yield Finding(
+                place, line if text.first_line else None, match.rule.name, excerpt, _is_warning(match.rule, path)
+            )
+
+
+def _is_warning(rule: Rule, path: str) -> bool:
+    if path.startswith(_THIRD_PARTY):
+        return rule.is_warning or rule.is_name or rule in PATH_RULES
+    return rule.is_warning or (rule.is_name and path.startswith(_WRITTEN))
 
 
 def _excerpt(text: str, matches: Sequence[Match], number: int) -> str:

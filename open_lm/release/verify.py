@@ -88,13 +88,19 @@ def verify_bundle(bundle: Path, signer: Path | Identity | None = None) -> Verifi
     files = Bundle(bundle, hash_files(bundle, problems))
     checks = [_check_files(files, problems), _check_signature(bundle, signer)]
     try:
-        release = read_mof(bundle / MOF_FILE)
+        release = _read_release(files)
     except DataError as error:
         checks += [Check(MOF_FILE, "not readable", [str(error)]), _check_secrets(bundle)]
         return Verification(bundle, checks)
     verdict = judge(files, release)
     checks += [_check_components(release, verdict), _check_licenses(release, verdict), _check_secrets(bundle)]
     return Verification(bundle, checks, verdict.claimed, verdict.verified)
+
+
+def _read_release(bundle: Bundle) -> Release:
+    if MOF_FILE not in bundle.files:  # it may be a link to a file outside the bundle
+        raise DataError(f"{bundle.folder / MOF_FILE}: missing; expected the description of the release")
+    return read_mof(bundle.folder / MOF_FILE)
 
 
 def _check_files(bundle: Bundle, problems: Sequence[str]) -> Check:

@@ -151,6 +151,18 @@ def test_home_folders_in_data_of_third_parties_are_warnings(scanner: Scanner, tm
     assert all(not finding.is_warning for finding in scan_text(scanner, tmp_path, text, "metadata/out.log"))
 
 
+def test_names_in_documents_data_and_code_are_warnings(scanner: Scanner, tmp_path: Path) -> None:
+    """A producer may sign with the name of his account, and others may have the same name."""
+    text = "https://github.com/ada.lovelace\n"
+    for path, is_warning in {"README.md": True, "mof.yml": True, "report/technical_report.md": True,
+                             "evaluation/data/qa.jsonl": True, "metadata/out.log": False, "samples/a.md": False,
+                             "evaluation/results/results.jsonl": False}.items():  # fmt: skip
+        (finding,) = scan_text(scanner, tmp_path, text, path)
+        assert (finding.rule, finding.is_warning) == ("user name", is_warning), path
+    (path,) = scan_text(scanner, tmp_path, "/people/ada/x\n", "README.md")
+    assert not path.is_warning
+
+
 # ------------------------------------------------------------------------------------------------ files
 def tar_of(members: dict[str, bytes], mode: str = "w", owner: str = "") -> bytes:
     buffer = io.BytesIO()

@@ -423,6 +423,9 @@ def test_missing_description_fails(bundle: Path) -> None:
     verification = verify_bundle(bundle)
     assert verification.failed == [MOF_FILE]
     assert verification.verified is None
+    shutil.move(bundle / MOF_FILE, bundle.parent / MOF_FILE)
+    (bundle / MOF_FILE).symlink_to(bundle.parent / MOF_FILE)
+    assert check(verify_bundle(bundle), MOF_FILE)[0].endswith("missing; expected the description of the release")
     with pytest.raises(DataError, match="expected the local folder of a bundle"):
         verify_bundle(bundle / "nothing")
 
