@@ -22,7 +22,7 @@ from typing import IO
 
 from pipeline_settings import read_settings
 from pipeline_stages import PYTHON, ROOT, STAGES, Stage, Work
-from pipeline_state import STOPPED_EXIT_CODE, Stamps, Stopped, changed_settings, locked, run_command
+from pipeline_state import STOPPED_EXIT_CODE, Stamps, Stopped, StopSignals, changed_settings, locked, run_command
 
 from open_lm.config.architecture import read_architecture
 from open_lm.errors import ConfigError, DataError, join_problems, run_cli
@@ -87,7 +87,7 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join(["python" if word == PYTHON else word for word in command])
 
 
-def run_stage(stage: Stage, stamps: Stamps, work: Work, lock: IO[str]) -> str:
+def run_stage(stage: Stage, stamps: Stamps, work: Work, lock: IO[str], signals: StopSignals) -> str:
     """Run a stage unless it is finished; return what became of it.
 
     Raises:
@@ -108,7 +108,7 @@ def run_stage(stage: Stage, stamps: Stamps, work: Work, lock: IO[str]) -> str:
     try:
         for command in stage.commands(work):
             print(f"  $ {shown(command)}", flush=True)
-            run_command(command, stamps.folder / f"{stage.name}.log", lock, environment(work))
+            run_command(command, stamps.folder / f"{stage.name}.log", lock, signals, environment(work))
         missing = [path for path in stage.results(work) if not path.exists()]
         if missing:
             log = stamps.folder / f"{stage.name}.log"
@@ -120,13 +120,26 @@ def run_stage(stage: Stage, stamps: Stamps, work: Work, lock: IO[str]) -> str:
     return f"done in {seconds:.0f} s ({used:.0f} s of CPU)"
 
 
+def run_stages(
+    stages: Sequence[Stage], stamps: Stamps, work: Work, lock: IO[str], signals: StopSignals
+) -> dict[str, str]:
+    """Run the stages in order, and return what became of each."""
+    outcomes = {}
+    for number, stage in enumerate(stages, start=1):
+        print(f"[{number}/{len(stages)}] {stage.name}: {stage.help}", flush=True)
+        outcomes[stage.name] = run_stage(stage, stamps, work, lock, signals)
+        print(f"  {outcomes[stage.name]}", flush=True)
+        signals.check()
+    return outcomes
+
+
 def cpu_seconds() -> float:
     """Return the CPU time of all commands that have ended."""
     times = os.times()
     return times.children_user + times.children_system
 
 
-def print_summary(outcomes: Mapping[str, str], stamps: Stamps, work: Work) -> None:
+def print_summary(outcomes: Mapping[str, str], work: Work) -> None:
     """Print what became of each stage, and where the results are."""
     width = max(map(len, STAGES))
     print("\nStages:")
@@ -188,16 +201,13 @@ def main(argv: list[str]) -> None:
             print_commands(stages, work)
             return
         stamps.folder.mkdir(exist_ok=True)
-        outcomes: dict[str, str] = {}
-        for number, stage in enumerate(stages, start=1):
-            print(f"[{number}/{len(stages)}] {stage.name}: {stage.help}", flush=True)
-            try:
-                outcomes[stage.name] = run_stage(stage, stamps, work, lock)
-            except Stopped:
-                print("stopped; start the same command again to continue", flush=True)
-                raise SystemExit(STOPPED_EXIT_CODE) from None
-            print(f"  {outcomes[stage.name]}", flush=True)
-        print_summary(outcomes, stamps, work)
+        try:
+            with StopSignals() as signals:
+                outcomes = run_stages(stages, stamps, work, lock, signals)
+        except Stopped:
+            print("stopped; start the same command again to continue", flush=True)
+            raise SystemExit(STOPPED_EXIT_CODE) from None
+        print_summary(outcomes, work)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from open_lm.errors import ConfigError, join_problems
 
 COMPUTED_FLAGS = (  # flags of open_lm.main that the pipeline sets
     *("config", "recipe", "name", "logs", "resume", "model", "hf-model", "dataset-manifest", "train-data", "data-key"),
-    *("val-data", "val-names", "icl-yaml", "icl-data-dir", "sample-prompts", "checkpoint-dir"),
+    *("val-data", "val-names", "icl-yaml", "icl-data-dir", "sample-prompts", "checkpoint-dir", "checkpoint-format"),
 )
 
 
@@ -101,7 +101,7 @@ def read_settings(path: Path, changes: Sequence[str] = (), launcher: str | None 
     if isinstance(content.get("text"), dict):
         problems += _problems(Text, content["text"], "text.")
     computed = sorted(set(COMPUTED_FLAGS) & {str(name).replace("_", "-") for name in content.get("train") or ()})
-    problems += [f"train.{name}: the pipeline sets this flag; remove it" for name in computed]
+    problems += [f"train.{name}: the pipeline relies on its own value of this flag; remove it" for name in computed]
     if problems:
         raise ConfigError(join_problems(problems, str(path)))
     settings = Settings(**{**content, "text": Text(**content["text"])})

@@ -220,7 +220,9 @@ def launcher_words(launcher: str) -> Command:
         return [PYTHON]
     if words[0] == "torchrun":
         return [PYTHON, "-m", "open_lm.utils.torchrun", *words[1:]]
-    return [PYTHON, *words] if words[0].endswith("launch.py") else [*words, PYTHON]
+    if words[0].endswith("launch.py"):
+        return [PYTHON, words[0] if Path(words[0]).exists() else str(ROOT / words[0]), *words[1:]]
+    return [*words, PYTHON]
 
 
 @stage("plots", "draw the curves of the training", (), results=lambda work: [work.folder / "plots.svg"])
@@ -290,7 +292,7 @@ def report(work: Work) -> list[Command]:
 
 @stage(
     "release",
-    "build the release and rate its openness",
+    "build and verify the release, and rate its openness",
     ("release",),
     results=lambda work: [work.folder / "bundle" / "mof.yml"],
     writes=lambda work: [work.folder / "bundle"],
@@ -299,4 +301,4 @@ def report(work: Work) -> list[Command]:
 def release(work: Work) -> list[Command]:
     bundle, program = work.folder / "bundle", [PYTHON, "-m", "open_lm.release"]
     flags = flag_words(work.settings.release, repeat=True)
-    return [[*program, str(work.run), "--out", str(bundle), *flags], [*program, "--rate", str(bundle / "mof.yml")]]
+    return [[*program, str(work.run), "--out", str(bundle), *flags], [*program, "--verify", str(bundle)]]

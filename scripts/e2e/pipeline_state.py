@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO, Any
 
 from open_lm import storage
-from open_lm.errors import STOP_SIGNALS, ConfigError, DataError, UserError
+from open_lm.errors import STOP_SIGNALS, ConfigError, DataError, StorageError, UserError
 from open_lm.storage.strict_json import to_json
 
 STOPPED_EXIT_CODE = 130
@@ -87,10 +87,16 @@ def locked(folder: Path) -> Iterator[IO[str]]:
     So the folder stays locked until the last process of a killed pipeline has ended, for which this function waits.
 
     Raises:
+        StorageError: the folder cannot be written.
         ConfigError: another pipeline uses the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        reason = error.strerror or error
+        raise StorageError(f"--work-dir {folder}: cannot be written ({reason}); use another folder") from error
+    with file as lock:
         _acquire(lock, folder)
         lock.seek(0)
         lock.truncate()
@@ -132,7 +138,50 @@ class Stopped(Exception):
     """A stop signal arrived; the current command has saved what it has and ended."""
 
 
-def run_command(command: Sequence[str], log: Path, lock: IO[str], environment: Mapping[str, str]) -> None:
+class StopSignals:
+    """Handler of the signals that ask to stop: forward them to the current command. A second signal kills it."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._process: subprocess.Popen[str] | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                if self.received:
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
+        self.received = True
+
+    def check(self) -> None:
+        """Raise Stopped after a signal."""
+        if self.received:
+            raise Stopped
+
+    @contextmanager
+    def forwarded_to(self, process: subprocess.Popen[str]) -> Iterator[None]:
+        """Forward signals to a process, also one that has arrived while it was being started."""
+        self._process = process
+        if self.received:
+            process.send_signal(signal.SIGTERM)
+        try:
+            yield
+        finally:
+            self._process = None
+
+
+def run_command(
+    command: Sequence[str], log: Path, lock: IO[str], signals: StopSignals, environment: Mapping[str, str]
+) -> None:
     """Run a command, and copy its output to the console and to the end of a log file.
 
     Signals that ask to stop are forwarded. If this process is killed, the kernel sends the command SIGTERM.
@@ -141,7 +190,7 @@ def run_command(command: Sequence[str], log: Path, lock: IO[str], environment: M
         Stopped: after a stop signal.
         UserError: the command failed.
     """
-    stopped: list[int] = []
+    signals.check()
     with open(log, "a", encoding="utf-8") as file:
         file.write(f"$ {shlex.join(command)}\n")
         file.flush()
@@ -151,28 +200,14 @@ def run_command(command: Sequence[str], log: Path, lock: IO[str], environment: M
             preexec_fn=_terminate_with_parent,  # noqa: PLW1509
             encoding="utf-8", errors="backslashreplace",
         )  # fmt: skip
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            if stopped:  # the second signal ends the command at once
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            stopped.append(number)
-            with suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
-
-        previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-        try:
+        with signals.forwarded_to(process):
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
                 file.flush()
                 print(f"  {line}", end="", flush=True)
             code = process.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-    if stopped:
-        raise Stopped
+    signals.check()
     if code != 0:
         raise UserError(f"the command failed with exit code {code} (its output: {log}): {shlex.join(command)}")
 
