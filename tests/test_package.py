@@ -55,6 +55,17 @@ def wheel(source: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def fresh_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a fresh environment in which pip has installed the wheel without its requirements."""
+    folder = tmp_path_factory.mktemp("fresh") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python")]
+    install = [*pip, "install", "--quiet", "--no-deps", "--no-index", "--no-compile", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def core_environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Return the variables of a Python (with -S) that has the wheel and its core requirements, without extras."""
     site = tmp_path_factory.mktemp("core")
@@ -127,6 +138,38 @@ def test_missing_package_that_is_no_requirement_is_a_bug() -> None:
 
 
 @pytest.mark.processes
+def test_console_command_of_an_installed_wheel(fresh_environment: Path, tmp_path: Path) -> None:
+    """The list of commands needs no other package. It has all commands of the checkout."""
+    from open_lm.cli.main import help_text
+
+    command = str(fresh_environment / "bin" / "open-lm")
+    result = subprocess.run([command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{help_text()}\n"
+    result = subprocess.run([command, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout == "open_lm 1.0.0\n"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["train", "evaluate", "generate", "chat", "launch", "preprocess", "doctor", "plan"])
+def test_help_of_commands_without_extras(name: str, core_environment: dict[str, str], tmp_path: Path) -> None:
+    """What used to be a script of the repository works from a wheel too."""
+    command = [sys.executable, "-S", "-m", "open_lm", name, "--help"]
+    result = subprocess.run(command, env=core_environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.stdout.startswith(f"usage: open-lm {name} "), result.stderr
+
+
+@pytest.mark.processes
+def test_programs_that_import_the_package_find_its_types(fresh_environment: Path, tmp_path: Path) -> None:
+    consumer = tmp_path / "consumer.py"
+    consumer.write_text("from open_lm.names import user_path\n\nnumber: int = user_path('~/data')\n")
+    mypy = [sys.executable, "-m", "mypy", "--python-executable", str(fresh_environment / "bin/python")]
+    flags = ["--config-file", "", "--cache-dir", str(tmp_path / "cache"), str(consumer)]
+    result = subprocess.run([*mypy, *flags], cwd=tmp_path, capture_output=True, text=True, check=False)
+    expected = 'Incompatible types in assignment (expression has type "str", variable has type "int")'
+    assert expected in result.stdout and "1 error" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.processes
 def test_all_extra_resolves_with_plain_pip(source: Path, tmp_path: Path) -> None:
     """Plain pip must find the versions without backtracking, within two minutes of CPU time."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -171,6 +214,27 @@ def test_wheel_contains_only_the_open_lm_package(wheel: Path) -> None:
     assert configs == {path.name for path in (ROOT / "model_configs").glob("*.*")}
     for name in ("make_2048.py", "ray/tokenize_shuffle.py", "metadata/rpj_lm_data.yaml"):
         assert f"open_lm/datapreprocess/{name}" in names
+
+
+def test_wheel_contains_every_file_of_the_package(source: Path, wheel: Path) -> None:
+    """Templates, recipes, task lists and other data files are found by a rule, not by a list."""
+    folders = [source / "open_lm", source / "datapreprocess", source / "model_configs"]
+    files = {path.relative_to(source) for folder in folders for path in folder.rglob("*") if path.is_file()}
+    expected = {str(path if path.parts[0] == "open_lm" else "open_lm" / path) for path in files}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if name.startswith("open_lm/")} == expected
+    for name in ("evaluate/icl/suites/light.yaml", "cli/tested_versions.txt", "finetune/chat_page.html", "py.typed"):
+        assert f"open_lm/{name}" in names
+
+
+def test_metadata_of_the_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read("open_lm-1.0.0.dist-info/METADATA").decode()
+        entry_points = archive.read("open_lm-1.0.0.dist-info/entry_points.txt").decode()
+    assert "Classifier: Typing :: Typed" in text and "Keywords: language model" in text
+    assert re.search(r"^License(-Expression)?: MIT$", text, re.MULTILINE) and "Requires-Python: " in text
+    assert "open-lm = open_lm.cli.main:main" in entry_points
+    assert wheel.name.endswith("-py3-none-any.whl")
 
 
 @pytest.mark.processes

@@ -276,7 +276,7 @@ def test_transformers_names() -> None:
 
 def test_composer_wrapper() -> None:
     """Composer is installed only in .venv-eval, so read the source."""
-    tree = ast.parse((ROOT / "open_lm" / "utils" / "llm_foundry_wrapper.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "open_lm" / "evaluate" / "engines" / "foundry_model.py").read_text(encoding="utf-8"))
     (wrapper,) = (
         node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SimpleComposerOpenLMCausalLM"
     )
