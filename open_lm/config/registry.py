@@ -237,3 +237,5 @@ REWARDS = Registry("REWARDS", "--reward", "open_lm.finetune")
 CONVERSATION_FORMS = Registry("CONVERSATION_FORMS", "--form", "open_lm.finetune")
 # Laws of the loss, see scaling/laws.py.
 SCALING_LAWS = Registry("SCALING_LAWS", "--law", "open_lm.scaling")
+# Functions `launch(missing runs, args)`, see scaling/run_command.py.
+LAUNCHERS = Registry("LAUNCHERS", "--launcher", "open_lm.scaling", default="local")

@@ -22,9 +22,9 @@ from open_lm.scaling.laws import Law
 from open_lm.scaling.points import same, scales
 from open_lm.scaling.resampling import draw
 from open_lm.scaling.runs import Run
+from open_lm.scaling.settings import COMPUTE_OPTIMAL
 from open_lm.scaling.solve import Array
 
-COMPUTE_OPTIMAL = 20  # tokens per parameter, as in Hoffmann et al. 2022
 _MIN_MULTIPLIERS = (0.0, 10.0, 20.0)
 _FOLD_STARTS = 6
 _SMALLEST_ERROR = 1e-3  # relative; smaller held-out errors are luck, because runs vary more with their seed

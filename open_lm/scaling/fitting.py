@@ -62,24 +62,36 @@ class ScalingFit:
         best = max(self.members, key=lambda member: member.weight)
         return {**best.law.values(best.theta), **(self.error.fit.values() if self.error else {})}
 
+    def _size(self, member: Member, params: float) -> float:
+        return active_params(params, self.table) if member.candidate.active else float(params)
+
+    def loss(self, params: float, tokens: float) -> float:
+        """Return the predicted loss: the weighted geometric mean of the members."""
+        logs = [
+            member.weight * np.log(member.predict(self._size(member, params), tokens, member.theta))
+            for member in self.members
+        ]
+        return float(np.exp(sum(logs)))
+
+    def law_draws(self, params: float, tokens: float) -> Array:
+        """Return the losses (draws,) of all resamples, without the error of the laws themselves."""
+        return np.concatenate([
+            member.predict(self._size(member, params), tokens, member.draws) for member in self.members
+        ])  # fmt: skip
+
     def predict(self, params: int, tokens: int) -> Prediction:
         """Return the prediction for a model of `params` parameters trained on `tokens` tokens."""
         generator = np.random.default_rng((self.settings.seed, 1))
-        logs, draws = 0.0, []
-        for member in self.members:
-            size = active_params(params, self.table) if member.candidate.active else float(params)
-            logs += member.weight * float(np.log(member.predict(size, tokens, member.theta)))
-            values = member.predict(size, tokens, member.draws)
-            draws.append(values * np.exp(_noise(member.held_out, len(values), generator)))
-        loss, losses = float(np.exp(logs)), np.concatenate(draws)
+        noise = [_noise(member.held_out, len(member.draws), generator) for member in self.members]
+        loss, losses = self.loss(params, tokens), self.law_draws(params, tokens) * np.exp(np.concatenate(noise))
         level = self.settings.level
         error = error_range = None
         if self.error is not None:
             error = float(self.error.fit.predict(np.array([loss]))[0, 0])
             rows = np.arange(len(losses)) % len(self.error.draws.k)
             fits = ErrorFits(*(getattr(self.error.draws, name)[rows] for name in COEFFICIENTS))
-            noise = _noise([self.error.held_out], len(losses), generator)
-            error_range = interval(fits.predict(losses[:, None])[:, 0] * np.exp(noise), level)
+            spread = np.exp(_noise([self.error.held_out], len(losses), generator))
+            error_range = interval(fits.predict(losses[:, None])[:, 0] * spread, level)
         largest = max(run.flops for run in self.selection.loss)
         return Prediction(
             params, tokens, loss, interval(losses, level), error, error_range, 6.0 * params * tokens / largest
@@ -164,6 +176,19 @@ def _fit_error(runs: Sequence[Run], settings: Settings, generator: np.random.Gen
     weights, drawn = draw(used, settings.loss, settings.resamples, generator)
     draws = fit_error(drawn, np.broadcast_to(errors, weights.shape), weights)
     return ErrorFit(settings.error_tasks, fit, draws, _held_out_errors(used, losses, errors[0]))
+
+
+def fit_tasks(fit: ScalingFit) -> dict[str, ErrorFits]:
+    """Return the law of the error of each task that all runs of the error law have."""
+    runs = fit.selection.error
+    losses = np.array([run.losses[fit.settings.loss][0] for run in runs])
+    laws = {}
+    for task in sorted({task for run in runs for task in run.accuracy}):
+        rows = [index for index, run in enumerate(runs) if task in run.accuracy]
+        if len(rows) >= len(COEFFICIENTS):
+            errors = np.array([[1 - runs[index].accuracy[task] for index in rows]])
+            laws[task] = fit_error(losses[rows], errors, np.ones_like(errors))
+    return laws
 
 
 def _held_out_errors(runs: Sequence[Run], losses: Array, errors: Array) -> Array:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from open_lm.scaling.fitting import FAR, Prediction, ScalingFit
+from open_lm.scaling.value import RunValue
 
 _LISTED = 8  # members of a combined fit
 
 
-def fit_text(fit: ScalingFit, predictions: Sequence[Prediction]) -> str:
+def fit_text(
+    fit: ScalingFit, predictions: Sequence[Prediction], tasks: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
     """Return the text that `fit` prints."""
     lines = [f"loss on {fit.settings.loss}, fitted to {len(fit.selection.loss)} runs"]
     if len(fit.members) > 1:
@@ -26,6 +30,10 @@ def fit_text(fit: ScalingFit, predictions: Sequence[Prediction]) -> str:
         lines.append(f"Err(L) = epsilon - k exp(-gamma L), mean over {len(fit.error.tasks)} tasks: {values}")
     if predictions:
         lines += ["", *prediction_table(predictions, fit.settings.level)]
+    for task, law in (tasks or {}).items():
+        errors = " ".join(f"{error:.4f}" for error in law["errors"])
+        bounds = f"; at a bound: {', '.join(law['at_bounds'])}" if law["at_bounds"] else ""
+        lines.append(f"{task:<40} {_named(law['coefficients'])}; predicted {errors or 'nothing'}{bounds}")
     return "\n".join(lines)
 
 
@@ -39,6 +47,15 @@ def prediction_table(predictions: Sequence[Prediction], level: float) -> list[st
             f"{item.params:>15,} {item.tokens:>19,} {item.loss:>7.4f} {_range(item.loss_interval):>16} {error:>7} "
             f"{_range(item.error_interval):>16} {f'x {item.compute_ratio:,.3g}':>8}"
         )
+    return lines
+
+
+def value_table(values: Sequence[RunValue]) -> list[str]:
+    """Return the lines of a table of further runs."""
+    lines = ["further runs that would shrink the interval of the first target:"]
+    lines.append(f"{'parameters':>15} {'tokens':>19} {'FLOP':>9} {'interval':>9}")
+    for item in values:
+        lines.append(f"{item.params:>15,} {item.tokens:>19,} {item.flops:>9.2e} {-100 * item.reduction:>7.1f} %")
     return lines
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 COMBINED = "combined"  # value of --law: the average of all candidates
 POINTS = ("all", "paper")
+COMPUTE_OPTIMAL = 20  # tokens per parameter, as in Hoffmann et al. 2022
 # Tasks on which the 154M model of Gadre et al. 2024 is 10 percentage points above chance.
 PAPER_TASKS = (
     "bigbench_operators", "pubmed_qa_labeled", "hellaswag_zeroshot", "boolq", "arc_easy", "coqa",

@@ -253,3 +253,41 @@ def test_a_combined_fit_of_two_sizes_is_rejected(tmp_path: Path, fit: Fit) -> No
     runs = [run for run in over_training_runs() if run["params"] < 6e7]
     with pytest.raises(ConfigError, match=r"found 10 runs of 2 sizes.*at least 3 sizes"):
         fit(write(tmp_path / "runs.json", runs), "--loss", "val")
+
+
+def test_a_stored_fit_gives_the_same_predictions_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [run | {"accuracy": {"copa": 0.3 + 0.01 * index}} for index, run in enumerate(over_training_runs())]
+    path, stored, page = write(tmp_path / "runs.json", runs), tmp_path / "fit.json", tmp_path / "page.html"
+    command.main([
+        "fit", str(path), "--loss", "val", "--law", "over-training", "--error-tasks", "copa", "--per-task", "--predict",
+        "4e9:8e10", "--resamples", "40", "--output", str(stored), "--json",
+    ])  # fmt: skip
+    first = json.loads(capsys.readouterr().out)
+    assert set(first["tasks"]) == {"copa"} and len(first["tasks"]["copa"]["errors"]) == 1
+    command.main(["predict", str(stored), "4e9:8e10", "--json"])
+    second = json.loads(capsys.readouterr().out)
+    for key, value in first["predictions"][0].items():
+        assert second["predictions"][0][key] == pytest.approx(value)
+    further = second["further_runs"]
+    assert further == sorted(further, key=lambda item: -item["reduction"])
+    assert all(0 <= item["reduction"] < 1 and item["flops"] < 6 * 4e9 * 8e10 for item in further)
+    command.main(["report", str(stored), str(page), "--predict", "4e9:8e10"])
+    html = page.read_text(encoding="utf-8")
+    for title in (
+        "Predictions",
+        "Residuals",
+        "Error over loss",
+        "Iso-FLOP curves",
+        "Compute-optimal size",
+        "Runs and cost",
+    ):
+        assert title in html
+    assert "4,000,000,000" in html and len(html) < 5_000_000
+    with pytest.raises(DataError, match="expected a file that `fit --output` wrote"):
+        command.main(["predict", str(path), "4e9:8e10"])
+
+
+def test_unknown_error_tasks_are_rejected(tmp_path: Path, fit: Fit) -> None:
+    runs = [run | {"accuracy": {"copa": 0.5}} for run in over_training_runs()]
+    with pytest.raises(ConfigError, match="found piqa, which no run has; expected some of copa"):
+        fit(write(tmp_path / "runs.json", runs), "--loss", "val", "--error-tasks", "copa,piqa")

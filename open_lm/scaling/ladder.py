@@ -1,0 +1,201 @@
+"""Choose the runs of a ladder: sizes, tokens, batch sizes, learning rates and warmup. Imports no torch.
+
+With the schedule wsd, one run per size trains at a constant learning rate, and each smaller token multiplier is a
+branch: a short decay from one of its checkpoints (Hägele et al. 2024, arXiv 2405.18392). A branch costs only its decay.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from open_lm.errors import ConfigError
+from open_lm.scaling.settings import COMPUTE_OPTIMAL
+from open_lm.scaling.shapes import FAMILY, Shape, named_shape
+
+MULTIPLIERS = (20.0, 40.0, 10.0, 80.0, 160.0, 320.0)  # in the order in which a budget adds them
+DECAY = 0.2  # share of the steps in which wsd decays
+_SPACING = 1.8  # smallest ratio of neighboring sizes
+_MAX_SIZES = 5
+_LARGEST_SHARE = 0.5  # of the budget, for the largest size at a multiplier of 20
+_WARMUP_SHARE = 0.1  # of the shortest run of a size
+_STEP_UNIT = 5  # makes the start of a decay of 0.2 of the steps an integer
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A run of a ladder.
+
+    Attributes:
+        shape: the model.
+        multiplier: planned tokens per parameter; `tokens` are rounded to steps.
+        steps, global_batch: optimizer steps, and sequences of each.
+        lr, warmup: peak learning rate, and steps of warmup.
+        trunk: name of the run from which it branches; None for a run from the start.
+        start: step of the branch.
+        milestone: steps between checkpoints that branches start from; 0: none.
+    """
+
+    shape: Shape
+    multiplier: float
+    steps: int
+    global_batch: int
+    lr: float
+    warmup: int
+    trunk: str | None = None
+    start: int = 0
+    milestone: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape.label}_m{self.multiplier:g}"
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.global_batch * self.shape.seq_len
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that the run itself trains on."""
+        return (self.steps - self.start) * self.global_batch * self.shape.seq_len
+
+    @property
+    def cost(self) -> float:
+        """FLOPs that the run itself spends."""
+        return self.trained_tokens * self.shape.flops_per_token
+
+
+def learning_rate(flops: float) -> float:
+    """Return the peak learning rate for a compute, by the fit of DeepSeek LLM (Bi et al. 2024, arXiv 2401.02954)."""
+    return 0.3118 * flops**-0.125
+
+
+def batch_tokens(flops: float) -> float:
+    """Return the tokens of a step for a compute, by the fit of DeepSeek LLM (Bi et al. 2024, arXiv 2401.02954)."""
+    return 0.2920 * flops**0.3271
+
+
+def rungs_of(
+    shape: Shape, multipliers: Sequence[float], *, lr: float | None, batch: int | None, branches: bool
+) -> list[Rung]:
+    """Return the runs of one size. Batch and learning rate are those of its compute-optimal run."""
+    optimal = shape.flops_per_token * shape.params * COMPUTE_OPTIMAL
+    batch = batch or 2 ** max(0, round(math.log2(batch_tokens(optimal) / shape.seq_len)))
+    per_step = batch * shape.seq_len
+    unit = functools.reduce(math.gcd, (round(value) for value in multipliers))
+    if branches and all(float(value).is_integer() for value in multipliers):
+        unit_steps = _STEP_UNIT * max(1, round(unit * shape.params / per_step / _STEP_UNIT))
+        steps = {value: round(value) // unit * unit_steps for value in multipliers}
+    else:
+        steps = {value: max(1, round(value * shape.params / per_step)) for value in multipliers}
+    warmup = max(1, min(round(shape.params / per_step), int(_WARMUP_SHARE * min(steps.values()))))
+    rungs = [
+        Rung(shape, value, steps[value], batch, lr or learning_rate(optimal), warmup) for value in sorted(multipliers)
+    ]
+    return _branched(rungs) if branches and len(rungs) > 1 else rungs
+
+
+def _branched(rungs: list[Rung]) -> list[Rung]:
+    """Make all runs of a size but the longest one branches of it."""
+    trunk = rungs[-1]
+    starts = [rung.steps - round(DECAY * rung.steps) for rung in rungs[:-1]]
+    milestone = math.gcd(*starts)
+    limit = trunk.steps - round(DECAY * trunk.steps)
+    if max(starts) > limit:
+        return rungs
+    trunk = replace(trunk, milestone=milestone)
+    branches = [replace(rung, trunk=trunk.name, start=start) for rung, start in zip(rungs[:-1], starts, strict=True)]
+    return [trunk, *branches]
+
+
+CostOf = Callable[[Rung], float]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What `plan` may choose. None leaves the choice to the plan.
+
+    Attributes:
+        shapes: sizes of the ladder.
+        multipliers: tokens per parameter.
+        lr, batch: learning rate and sequences of a step, for all sizes.
+        branches: train the smaller multipliers of a size as branches.
+        target: (parameters, tokens) of the model to predict.
+    """
+
+    shapes: Sequence[Shape] | None = None
+    multipliers: Sequence[float] | None = None
+    lr: float | None = None
+    batch: int | None = None
+    branches: bool = True
+    target: tuple[int, int] | None = None
+
+
+def choose(choices: Choices, budget: float | None, cost_of: CostOf) -> list[Rung]:
+    """Return the runs of a ladder.
+
+    Without sizes, the largest is the largest member of the family below the target whose compute-optimal run costs at
+    most half of the budget; up to four smaller members follow. Without multipliers, each size is trained at 20 tokens
+    per parameter, and the cheapest other combinations are added while the budget lasts.
+
+    Args:
+        choices: what is given.
+        budget: limit on the sum of `cost_of`; None: no limit.
+        cost_of: cost of a run, in the unit of the budget.
+
+    Raises:
+        ConfigError: a budget that is too small, or neither sizes nor a budget.
+    """
+    shapes = list(choices.shapes) if choices.shapes is not None else _family_sizes(choices, budget, cost_of)
+    build = functools.partial(rungs_of, lr=choices.lr, batch=choices.batch, branches=choices.branches)
+    if choices.multipliers is not None:
+        rungs = [rung for shape in shapes for rung in build(shape, sorted(set(choices.multipliers)))]
+        _check_budget(rungs, budget, cost_of)
+        return rungs
+    chosen = {shape: [float(COMPUTE_OPTIMAL)] for shape in shapes}
+
+    def total(plan: dict[Shape, list[float]]) -> list[Rung]:
+        return [rung for shape, values in plan.items() for rung in build(shape, values)]
+
+    _check_budget(total(chosen), budget, cost_of)
+    options = itertools.product(shapes, MULTIPLIERS[1:] if budget is not None else MULTIPLIERS[1:4])
+    for shape, value in sorted(options, key=lambda option: option[0].params ** 2 * option[1]):
+        extended = {**chosen, shape: [*chosen[shape], value]}
+        if budget is None or sum(map(cost_of, total(extended))) <= budget:
+            chosen = extended
+    return total(chosen)
+
+
+def _family_sizes(choices: Choices, budget: float | None, cost_of: CostOf) -> list[Shape]:
+    if budget is None:
+        raise ConfigError("plan: give a budget (--flops, --hours or --tokens), or the sizes of the ladder with --sizes")
+    limit = choices.target[0] if choices.target else float("inf")
+    members = [shape for shape in map(named_shape, FAMILY) if shape.params < limit]
+    optimal = {
+        shape: cost_of(rungs_of(shape, [COMPUTE_OPTIMAL], lr=choices.lr, batch=choices.batch, branches=False)[0])
+        for shape in members
+    }
+    affordable = [shape for shape in members if optimal[shape] <= _LARGEST_SHARE * budget]
+    sizes: list[Shape] = []
+    for shape in reversed(affordable):
+        if not sizes or sizes[-1].params >= _SPACING * shape.params:
+            sizes.append(shape)
+    if len(sizes) < 3:
+        cheapest = 2 * optimal[members[min(2, len(members) - 1)]] if members else 0.0
+        raise ConfigError(
+            f"plan: the budget {budget:.3g} suffices for {len(sizes)} sizes of the family, expected at least 3; raise "
+            f"it to about {cheapest:.3g}, or choose smaller models with --sizes"
+        )
+    return sizes[:_MAX_SIZES][::-1]
+
+
+def _check_budget(rungs: Sequence[Rung], budget: float | None, cost_of: CostOf) -> None:
+    cost = sum(map(cost_of, rungs))
+    if budget is not None and cost > budget:
+        raise ConfigError(
+            f"plan: these {len(rungs)} runs cost {cost:.3g}, more than the budget of {budget:.3g}; raise the budget, "
+            "or choose fewer or smaller --sizes or --multipliers"
+        )
