@@ -41,6 +41,7 @@ from open_lm.storage.paths import FileInfo
 from open_lm.storage.redaction import redact
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 _EVALUATION = re.compile(r"(?:.*/)?evals/[^/]+\.json")
 _CHECKPOINT = re.compile(r"(?:.*/)?checkpoints/(step_\d+|epoch_(?:\d+|latest)\.pt)(\.incomplete)?(?:/.*)?")
@@ -131,11 +132,11 @@ class _Collector:
         run.validations = self._read_lines("checkpoints/results.jsonl", result_files.validation)
         run.evaluations = self._read_lines("icl.jsonl", result_files.live_evaluation)
         for name in sorted(filter(_EVALUATION.fullmatch, self.files)):
-            found = self._read(name, lambda url: [result_files.stored_evaluation(url)], [])
-            run.evaluations += found
+            evaluation = self._read(name, result_files.stored_evaluation, None)
+            run.evaluations += [] if evaluation is None else [evaluation]
         run.samples = self._read_lines("samples.jsonl", result_files.sample)
 
-    def _read(self, name: str, read: Callable[[str], T], default: T) -> T:
+    def _read(self, name: str, read: Callable[[str], T], default: D) -> T | D:
         """Return what `read` returns for a file; the default if the run has no such file or it cannot be read."""
         file = self.files.get(name)
         if file is None:

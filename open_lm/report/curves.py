@@ -197,7 +197,7 @@ class _Builder:
         matches = {name: match for name in run.metrics.metrics if (match := pattern.fullmatch(name))}
         sources = {source.label: source.name for source in run.sources if source.label}
         for name, match in matches.items():
-            group = match[1] if pattern.groups else None
+            group = (match[1] or "") if pattern.groups else ""
             group = sources.get(group, group) if name.startswith("train/tokens/") else group
             label = group or ("all sets" if panel.title == "Validation loss" and len(matches) > 1 else "")
             yield label, self._divided(run, run.metrics.get(name), panel.divisor)

@@ -321,7 +321,7 @@ def _values(figure: Figure) -> Html:
     rows = []
     for series in figure.series:
         x = np.asarray(series.x if series.clock is None else series.steps)
-        chosen = np.unique(np.linspace(0, len(x) - 1, min(len(x), _TABLE_ROWS)).round().astype(int)) if len(x) else []
+        chosen = np.unique(np.linspace(0, max(len(x) - 1, 0), min(len(x), _TABLE_ROWS)).round().astype(int))
         rows += [(series.name, _number(x[i]), _number(series.y[i])) for i in chosen]
     label = figure.x_label or "step"
     columns = [Column("series"), Column(label, True), Column(figure.y_label or "value", True)]

@@ -230,8 +230,9 @@ def _data_sets(run: Run) -> list[Html]:
     blocks = [tag("h3", "Data sets"), table(columns, rows, "Fingerprints of the data sets")]
     for source in known:
         for dataset in source.datasets:
-            made = [(tag("code", key), _short(value)) for key, value in _mapping(dataset.get("settings")).items()]
-            made += [("sha256 of the inputs", _mono(dataset.get("inputs", "")))]
+            settings = _mapping(dataset.get("settings"))
+            made: list[tuple[Any, Any]] = [(tag("code", key), _short(value)) for key, value in settings.items()]
+            made.append(("sha256 of the inputs", _mono(dataset.get("inputs", ""))))
             content = table([Column("setting"), Column("value")], made, f"How {source.name} was made")
             blocks.append(details(f"How {source.name} was made (dataset.json)", content))
     return blocks
