@@ -157,9 +157,11 @@ def _write(context: Context, texts: Mapping[str, str]) -> Outcome:
 
 
 def _write_weights(context: Context, outcome: Outcome) -> None:
-    export_weights(context.facts.final.url, context.bundle / layout.FINAL_WEIGHTS)
+    has_copy = (context.facts.folder / "tokenizer").is_dir()
+    tokenizer = None if has_copy else context.facts.setting("tokenizer")
+    export_weights(context.facts.final.url, context.bundle / layout.FINAL_WEIGHTS, tokenizer)
     for checkpoint in context.facts.intermediate:
-        export_weights(checkpoint.url, context.bundle / layout.INTERMEDIATE_WEIGHTS / checkpoint.label)
+        export_weights(checkpoint.url, context.bundle / layout.INTERMEDIATE_WEIGHTS / checkpoint.label, tokenizer)
     if not context.facts.intermediate:
         outcome.missing[components.INTERMEDIATE_PARAMETERS] = "the run kept no checkpoint before its last one"
     if not write_optimizer_state(context.facts.final.url, context.bundle / _OPTIMIZER):

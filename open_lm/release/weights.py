@@ -22,8 +22,10 @@ OPTIMIZER_FILE, OPTIMIZER_RECORD = "optimizer.safetensors", "optimizer.json"
 _READ_BYTES = 1 << 20
 
 
-def export_weights(checkpoint: str, target: Path) -> None:
+def export_weights(checkpoint: str, target: Path, tokenizer: str | None = None) -> None:
     """Export a checkpoint in the Hugging Face layout. Do nothing if `target` exists, since it appears when complete.
+
+    `tokenizer` is the value of --tokenizer for a run that has no copy of its tokenizer.
 
     The export's own model card is left out: the card of the bundle describes all weights.
 
@@ -33,7 +35,7 @@ def export_weights(checkpoint: str, target: Path) -> None:
     from open_lm.hf.exporting import export_model
 
     if not target.exists():
-        export_model(checkpoint, str(target))
+        export_model(checkpoint, str(target), tokenizer=tokenizer)
     (target / "README.md").unlink(missing_ok=True)
 
 
