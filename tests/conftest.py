@@ -26,7 +26,7 @@ multiprocessing.set_forkserver_preload([
     "open_lm.training.run", "open_lm.training.build", "open_lm.training.trainer", "open_lm.checkpoint", "torch._dynamo",
     "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.nn.attention.bias", "pytest",
     "open_lm.datapreprocess.make_2048", "open_lm.datapreprocess.engine", "tokenizers", "fastokens", "zstandard",
-    "boto3", "s3fs", "open_lm.hf.importing", "open_lm.hf.exporting",
+    "boto3", "s3fs", "open_lm.hf.importing", "open_lm.hf.exporting", "open_lm.report.collect", "open_lm.report.page",
 ])  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 

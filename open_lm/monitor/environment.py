@@ -82,7 +82,7 @@ def _read(path: str) -> list[dict[str, Any]]:
 
 
 def describe(runtime: Runtime, step: int, data: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Describe a start of a run: ranks, devices, CPUs, packages, code and data. Collective.
+    """Describe a start of a run: ranks, devices, CPUs, packages, code and data; {} except on rank 0. Collective.
 
     Args:
         runtime: this rank.
@@ -90,6 +90,8 @@ def describe(runtime: Runtime, step: int, data: Mapping[str, Any] | None = None)
         data: the content of data.json, if there are training data.
     """
     devices = Counter(gather_objects(_device(runtime.device)))
+    if not runtime.is_master:
+        return {}
     return {
         "time": _now(),
         "step": step,

@@ -157,6 +157,10 @@ def test_dpo_continues_after_a_kill_with_the_same_result(tmp_path: Path, monkeyp
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     for first, second in zip(metrics(tmp_path / "logs" / "whole"), metrics(run), strict=True):
         assert _repeatable(first) == _repeatable(second)
+    before, after = json.loads((run / "environment.json").read_text())["starts"]
+    assert (before["step"], after["step"], after["progress"]["step"]) == (0, 2, 6)
+    assert after["progress"]["tokens"] > 0 and after["progress"]["energy_joules"] > 0
+    assert (run / "report.html").stat().st_size > 1000
 
 
 def test_dpo_trains_adapters_only_and_merges_them(tmp_path: Path) -> None:

@@ -167,12 +167,15 @@ def test_offline_wandb_stores_the_run_in_its_folder(
     assert "no Weights & Biases API key was found" in caplog.text
     loggers.log({"train/loss": 1.5}, 1)
     loggers.log({"train/loss": 1.25}, 2)
+    loggers.log_texts({"samples/1 (greedy)": "a <b>"}, 2)
     loggers.close()
     (folder,) = Path(paths.root, "wandb").glob("offline-run-*")
     (recorded,) = folder.glob("*.wandb")
     assert recorded.name == "run-run.wandb"
     data = recorded.read_bytes()
     assert b"train/loss" in data and b"1.25" in data and b"open_lm_test" in data
+    (table,) = folder.glob("files/media/table/*.table.json")
+    assert json.loads(table.read_text())["data"] == [["samples/1 (greedy)", "a <b>"]]
     assert not any(b"secret12" in file.read_bytes() for file in folder.rglob("*") if file.is_file())
 
 

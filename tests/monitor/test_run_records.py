@@ -8,6 +8,7 @@ import logging
 import re
 import socket
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from open_lm.config.devices import tdp_watts
 from open_lm.distributed.processes import Runtime
+from open_lm.errors import ConfigError
 from open_lm.monitor import energy, environment, run_report
 from open_lm.monitor.energy import CPU_CORE_WATTS, CpuEstimate, open_meter
 from open_lm.monitor.environment import EnvironmentFile, code_state, describe
@@ -120,9 +122,52 @@ def test_nominal_powers_are_found_by_words() -> None:
     assert tdp_watts("NVIDIA A100-SXM4-80GB") == 400 and tdp_watts("NVIDIA RTX A4000") is None
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_counter_of_a_device_rises() -> None:
+    device: Any = torch.device("cuda", 0)
+    meter = open_meter("device", Runtime(device=device))
+    assert isinstance(meter, energy.NvmlCounter) and not meter.is_estimate
+    matrix = torch.ones(8192, 8192, device=device)
+    for _ in range(50):
+        matrix = (matrix @ matrix).clamp(max=1)
+    torch.cuda.synchronize()
+    assert 0 < meter.joules() < 1e5
+
+
 def test_a_machine_without_a_driver_has_no_counter() -> None:
     with pytest.raises(OSError):
         energy.NvmlCounter("GPU-0", "libnvidia-ml-missing.so")
+
+
+@pytest.mark.processes  # codecarbon asks programs for the processor
+def test_codecarbon_measures_the_machine_without_network_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("codecarbon")
+
+    def refuse(*arguments: Any) -> None:
+        raise AssertionError(f"connects to {arguments[1:]}")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    meter = open_meter("codecarbon", Runtime())
+    assert meter is not None and meter.method.startswith("codecarbon ")
+    sum(i * i for i in range(300_000))
+    meter.close()
+    assert 0 < meter.joules() < 1e5, "Ws of a few seconds"
+    other = open_meter("codecarbon", Runtime(1, 1, 2, 2))
+    assert other is not None and other.joules() == 0, "one rank of each machine measures"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_codecarbon_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "codecarbon", None)
+    with pytest.raises(ConfigError, match=r"--energy codecarbon: the package codecarbon.*open_lm\[report\]"):
+        open_meter("codecarbon", Runtime())
 
 
 # ---------------------------------------------------------------------------------------------- report
