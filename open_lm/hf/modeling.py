@@ -21,7 +21,7 @@ from open_lm.kernels.threads import limit_threads
 from open_lm.model.embedding import ScaledEmbedding
 from open_lm.model.initialization import reset_buffers
 from open_lm.model.losses import token_loss
-from open_lm.model.transformer import Transformer
+from open_lm.model.transformer import Head, Transformer
 
 MAX_LISTED_KEYS = 8
 
@@ -98,7 +98,10 @@ class OpenLMPreTrainedModel(PreTrainedModel):
         return self.model.output
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.model.output = new_embeddings
+        with torch.device("meta"):
+            head = Head(new_embeddings.in_features, new_embeddings.out_features, new_embeddings.bias is not None)
+        head.weight, head.bias = new_embeddings.weight, new_embeddings.bias
+        self.model.output = head
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the embeddings as transformers does, and update the native model's vocabulary size."""

@@ -186,11 +186,11 @@ def _create_feed_forward(layer_id: int, params: Params) -> nn.Module:
 class Head(nn.Linear):
     """The output layer. It also computes losses, so that FSDP2 gathers its parameters for both."""
 
-    def forward(self, hidden: Tensor, *, loss: TokenLoss | None = None, **settings: Any) -> Tensor:
+    def forward(self, input: Tensor, *, loss: TokenLoss | None = None, **settings: Any) -> Tensor:
         """Map hidden states (B,T,D) to logits (B,T,V), or to `loss` with the settings of `TokenLoss.from_hidden`."""
         if loss is None:
-            return super().forward(hidden)
-        return loss.from_hidden(hidden, self.weight, self.bias, **settings)
+            return super().forward(input)
+        return loss.from_hidden(input, self.weight, self.bias, **settings)
 
 
 class Transformer(nn.Module):
