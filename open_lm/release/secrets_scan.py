@@ -94,6 +94,8 @@ class Scanner:
         for number, match in enumerate(matches):
             line += text.content.count("\n", counted, match.start)
             counted = match.start
+            if text.first_line is None and match.rule.is_warning:
+                continue  # random bytes look like e-mail addresses now and then
             if text.first_line is None:
                 known = (place + match.rule.name, text.content[match.start : match.end])
                 if known in in_binary:

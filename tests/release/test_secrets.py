@@ -115,6 +115,7 @@ def test_private_paths_and_names(scanner: Scanner, tmp_path: Path) -> None:
     (warning,) = scan_text(scanner, tmp_path, "contact: grace@navy.mil\n")
     assert (warning.rule, warning.is_warning, warning.excerpt) == ("e-mail address", True, "contact: grace@navy.mil")
     assert scanner.redact("grace@navy.mil") == "grace@navy.mil"
+    assert scan_text(scanner, tmp_path, "\0 grace@navy.mil \0", "model.bin") == []
 
 
 def test_short_and_common_names_count_only_after_a_label(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
