@@ -216,7 +216,7 @@ class _Builder:
         curve = thin(values[0], np.asarray(values[1], dtype=np.float64) * panel.scale, self._max_points)
         self.thinned = max(self.thinned, curve.records_per_point)
         color, dash = series_style(index, len(self._runs), labels.index(label))
-        few = len(curve.values) <= 40
+        few = len(curve.values) <= 12
         return Series(
             name=series_name(self._names[index], len(self._runs), label.replace("_", " ")) or panel.title,
             y=curve.values,

@@ -68,7 +68,7 @@ def _row(task: TaskScore) -> list[object]:
 
 
 def _range(task: TaskScore) -> Html:
-    """Return a drawing of a score between 0 and 1: its interval, and a dashed line at the score of guessing."""
+    """Return a drawing of a score between 0 and 1: its interval, and a tick at the score of guessing."""
     if task.score is None:
         return Html("")
     lines = [
@@ -165,7 +165,12 @@ def _figures(page: Page, runs: Sequence[Run]) -> list[Html]:
     shown, others = figures[:_MAX_TASK_FIGURES], figures[_MAX_TASK_FIGURES:]
     blocks = [tag("h3", "Scores over the checkpoints"), tag("div", *map(page.figure, shown), class_="figures")]
     if others:
-        blocks.append(details(f"{len(others)} more tasks", tag("div", *map(page.figure, others), class_="figures")))
+        blocks.append(
+            details(
+                f"{len(others)} more {'task' if len(others) == 1 else 'tasks'}",
+                tag("div", *map(page.figure, others), class_="figures"),
+            )
+        )
     return blocks
 
 

@@ -62,7 +62,7 @@ def _source_row(source: MixtureSource, planned: int | None, seen: int) -> list[A
 
 
 def _bar(share: float | None, planned: float | None) -> Html:
-    """Return a drawing of the seen share, with a dashed line at the planned one."""
+    """Return a drawing of the seen share, with a tick at the planned one."""
     if share is None:
         return Html("")
     lines = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 
@@ -94,8 +95,8 @@ def _devices(run: Run, log: RunLog) -> str:
 
 def _energy(run: Run) -> Energy | None:
     """Return the energy of all starts; None if none of them recorded it."""
-    records = [start.get("progress") or {} for start in run.environment_starts]
-    known = [record for record in records if isinstance(record.get("energy_joules"), int | float)]
+    records = _progress(run)
+    known = [record for record in records if _is_number(record.get("energy_joules"))]
     if not known:
         return None
     methods = ", ".join(dict.fromkeys(str(record.get("energy_method", "unknown")) for record in known))
@@ -109,18 +110,32 @@ def _energy(run: Run) -> Energy | None:
     return Energy(sum(record["energy_joules"] for record in known) / _JOULES_PER_KWH, methods, facts)
 
 
+def _progress(run: Run) -> list[Mapping[str, Any]]:
+    """Return what each start of the run has done, by environment.json; empty for one that did not record it."""
+    found = [start.get("progress") for start in run.environment_starts]
+    return [item if isinstance(item, Mapping) else {} for item in found]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 def _flops(run: Run, summary: Summary, log: RunLog) -> tuple[float | None, str]:
     """Return the floating point operations of the training, and how they were determined.
 
-    environment.json counts those of repeated steps too. Without it they follow from MFU and speed, and as a last
-    resort from 6 per parameter and token (Kaplan et al. 2020, arXiv:2001.08361).
+    environment.json counts those of repeated steps too. If it lacks some starts, they follow from the operations per
+    token of the others; without it from MFU and speed, and as a last resort from 6 per parameter and token (Kaplan et
+    al. 2020, arXiv:2001.08361).
     """
-    records = [start.get("progress") or {} for start in run.environment_starts]
-    known = [record["flops"] for record in records if isinstance(record.get("flops"), int | float)]
+    records = _progress(run)
+    known = [record for record in records if _is_number(record.get("flops")) and _is_number(record.get("tokens"))]
+    flops, tokens = (sum(record[name] for record in known) for name in ("flops", "tokens"))
     if known and len(known) == len(records) and not run.environment_starts[0].get("step"):
-        return float(sum(known)), "counted by the run, repeated steps included"
+        return float(flops), "counted by the run, repeated steps included"
     if summary.tokens is None:
         return None, ""
+    if tokens:
+        return flops / tokens * summary.tokens, "from those per token, which a part of the run recorded"
     if summary.mfu and summary.tokens_per_second and log.peak_flops:
         mfu, speed = run.metrics.get("train/mfu")[1], run.metrics.get("train/tokens_per_second")[1]
         if len(mfu) == len(speed):

@@ -56,6 +56,7 @@ def _sentences(run: Run) -> str:
     if s.step is None:
         return f"{model}{parameters}: the run is {state(run)}." + _results(run)
     share = f", {percent(s.step / s.planned_steps, 0)} of its {s.planned_steps:,} steps," if s.planned_steps else ""
+    share = ", all that were planned," if s.step == s.planned_steps else share
     tokens = f" on {big(s.tokens)} tokens" if s.tokens else ""
     time = f" in {formats.duration(s.wall_s)}" if s.wall_s else ""
     devices = f" on {s.devices}" if s.devices else ""
@@ -158,15 +159,15 @@ def _comparison(runs: Sequence[Run]) -> str:
     if len(losses) < len(runs):
         losses = {run.name: run.summary.last_loss for run in runs if run.summary.last_loss is not None}
         kind = "training"
-    if len(losses) > 1:
+    if kind == "validation" and len({_set_names(run) for run in runs}) > 1:
+        text += " Their validation sets differ, so their validation losses are not comparable."
+    elif len(losses) > 1:
         best = min(losses, key=lambda name: losses[name])
         others = min(loss for name, loss in losses.items() if name != best)
         text += (
             f" The lowest final {kind} loss has {best}: {losses[best]:.4f}, {others - losses[best]:.4f} below the next "
             "one."
         )
-        if kind == "validation" and len({_set_names(run) for run in runs}) > 1:
-            text += " Their validation sets differ, so these losses are not comparable."
     return f"{text} {_problem_count(runs)}"
 
 
