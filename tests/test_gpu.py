@@ -22,6 +22,7 @@ from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import Runtime
 from open_lm.evaluate.validation import EvaluationOptions, token_losses
 from open_lm.generate.sampling import Sampling, generate_ids
+from open_lm.kernels import document_attention
 from open_lm.kernels.document_attention import (
     DocumentMask,
     dense_document_mask,
@@ -38,6 +39,8 @@ from open_lm.model.attention import (
     xformers_attn,
 )
 from open_lm.model.losses import TokenLoss
+from open_lm.optim.adamw import AdamW
+from open_lm.optim.build import gradient_norm, step_unless_skipped
 from open_lm.parallel.parallelize import evaluation_mode, parallelize
 
 pytestmark = [
@@ -76,6 +79,17 @@ def test_auto_attention_uses_xformers() -> None:
         model(ids)[0].square().mean().backward()
         gradients.append(model.tok_embeddings.weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-4, rtol=1e-3)
+
+
+@needs_xformers
+def test_compiled_blocks_are_one_graph_with_xformers() -> None:
+    model, ids = small_model(attn_name="auto").cuda(), random_ids(2, 32).cuda()
+    expected = model(ids)[0]
+    counters.clear()
+    for block in model.layers:
+        block.compile(fullgraph=True)
+    torch.testing.assert_close(model(ids)[0], expected, atol=1e-3, rtol=1e-3)
+    assert not counters["graph_break"]
 
 
 # --------------------------------------------------------------------------------------------------- documents
@@ -136,6 +150,29 @@ def test_packed_sequences_equal_the_cpu(name: str, compiled: bool) -> None:
         expected = torch.autograd.grad(expected_logits.sin().sum(), list(reference.parameters()))
         for found, exact in zip(gradients, expected, strict=True):
             torch.testing.assert_close(found.cpu(), exact, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("policy", ["op", "full"])
+def test_recomputation_with_documents_repeats_attention_only_if_it_must(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    kernel = document_attention._compiled_flex_attention()
+    monkeypatch.setattr(
+        document_attention, "_compiled_flex_attention", lambda: lambda *a, **k: calls.append(1) or kernel(*a, **k)
+    )
+    ids = packed_ids(2, 300)
+    gradients = []
+    for recomputes in (False, True):
+        model = small_model(seq_len=300).cuda().train()
+        if recomputes:
+            model.set_grad_checkpointing(policy=policy)
+        calls.clear()
+        loss = model(ids, document_ids=document_ids(ids, 0))[0].sin().sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert len(calls) == (2 if policy == "op" else 4)  # two layers
+    for found, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, exact, atol=1e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------------------- evaluation and generation
@@ -230,6 +267,23 @@ def test_training_on_the_device_lowers_the_loss(
     rows = [json.loads(line) for line in (tmp_path / "logs" / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert losses[0] > 5.5 and losses[-1] < 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_in_the_fused_step_equals_a_separate_pass(dtype: torch.dtype) -> None:
+    results = []
+    for in_step in (True, False):
+        params = [torch.nn.Parameter(torch.ones(size, device="cuda", dtype=dtype)) for size in (1000, 7)]
+        optimizer = AdamW(params, lr=0.1, fused=True)
+        for number in range(3):
+            for param in params:
+                param.grad = torch.linspace(-1, 2 + number, len(param), device="cuda").to(dtype)
+            norm = gradient_norm(params)
+            if not in_step:
+                torch.nn.utils.clip_grad_norm_(params, 0.5)
+            step_unless_skipped(optimizer, ~norm.isfinite(), norm if in_step else None, 0.5)
+        results.append(torch.cat(params).float())
+    torch.testing.assert_close(*results, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-5)
 
 
 def test_cuda_graphs_give_the_same_losses() -> None:

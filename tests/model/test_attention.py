@@ -264,3 +264,27 @@ def test_custom_attn_receives_its_settings() -> None:
     attn = get_attn_func("custom_attn", "relu", "max", 1.0)
     assert isinstance(attn, partial)
     torch.testing.assert_close(attn(q, k, v, is_causal=True), reference(q, k, v, True, None, "relu", "max"))
+
+
+@pytest.mark.parametrize(
+    ("compiling", "key_heads", "expected"), [(False, 4, "xformers"), (False, 2, "torch"), (True, 4, "torch")]
+)
+def test_auto_uses_torch_where_xformers_would_cut_graphs_or_lacks_support(
+    compiling: bool, key_heads: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(attention, "xformers_attn", lambda *_: "xformers")
+    monkeypatch.setattr(attention, "torch_attn", lambda *_: "torch")
+    queries, keys = torch.zeros(1, 3, 4, 8), torch.zeros(1, 3, key_heads, 8)
+    assert attention.auto_attn(queries, keys, keys, True) == expected
+
+
+def test_decoding_excludes_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    x, before = torch.zeros(1, 1, 8), torch.backends.cuda.cudnn_sdp_enabled()
+    for num_cached, enabled in ((5, False), (0, before)):
+        with attention.decoding_kernels(x, num_cached):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+            assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
