@@ -181,7 +181,7 @@ def _script(
     world_size = int(facts.params.get("world_size", "1"))
     launcher = '"$python" -m'
     if world_size > 1:
-        launcher = f'"$python" -m torch.distributed.run --nproc-per-node {world_size} -m'
+        launcher = f'"$python" -m open_lm.utils.torchrun --standalone --nproc-per-node {world_size} -m'
     data = [line for folder in folders for line in _data_lines(folder, folder in from_raw, bundle)]
     model = f"{layout.METADATA}/model.json"
     model = model if (bundle / model).exists() else f"{layout.FINAL_WEIGHTS}/model.json"

@@ -1,4 +1,4 @@
-"""The commands of reproduce.sh: flags from recorded settings, reasons without a script, names with special characters."""
+"""The commands of reproduce.sh: flags from recorded settings, reasons without a script, special characters."""
 
 from __future__ import annotations
 
