@@ -273,4 +273,4 @@ def test_a_training_uses_the_new_norm_optimizer_schedule_and_logger(extended: Pa
 def test_bundled_names_are_registered_once() -> None:
     assert OPTIMIZERS.names() == ("adamw", "muon")
     assert SCHEDULES.names() == ("cosine", "const", "const-cooldown", "wsd")
-    assert LOGGERS.names() == ("tensorboard", "wandb")
+    assert LOGGERS.names() == ("tensorboard", "wandb", "trackio")
