@@ -369,7 +369,8 @@ def _loss_bytes(setup: TrainingSetup) -> int:
     sizes, tokens, dim = setup.sizes, setup.tokens, setup.shape.dim
     rows = setup.unsharded_numel([_head(setup.shape.by_block[None])]) // dim
     cast = rows * dim * sizes.compute if sizes.gathered != sizes.compute else 0
-    logits = min(LOSS_CHUNK_TOKENS, tokens) * rows * (sizes.compute + 4)  # in the compute dtype and in float32
+    # Where the Triton kernel works in place, there is no copy in float32.
+    logits = min(LOSS_CHUNK_TOKENS, tokens) * rows * (sizes.compute + (0 if setup.device_type == "cuda" else 4))
     hidden = tokens * dim * (2 * sizes.compute + 4)  # two copies, and the gradient
     gradient = rows * dim * 4 if setup.trained([_head(setup.shape.by_block[None])]) else 0
     return gradient + cast + logits + hidden
