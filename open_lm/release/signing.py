@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,9 +125,7 @@ def verify_signature(bundle: Path, signer: Path | Identity) -> None:
     from model_signing import verifying
 
     path = bundle / SIGNATURE
-    if path.is_symlink() or not path.is_file():
-        raise SignatureProblem(f"{SIGNATURE} is missing: the bundle is not signed")
-    _check_coverage(path)
+    _read_statement(path)
     config = verifying.Config().set_hashing_config(_hashing())
     if isinstance(signer, Identity):
         _use_sigstore(config, signer)
@@ -146,8 +145,29 @@ def _use_sigstore(config: Any, signer: Identity) -> None:
         raise StorageError(_sigstore_problem("--identity", error)) from error
 
 
-def _check_coverage(path: Path) -> None:
-    """Raise SignatureProblem unless the signed statement covers all files but those that no bundle covers."""
+def check_statement(bundle: Path, sha256: Mapping[str, str]) -> None:
+    """Raise SignatureProblem unless the statement in model.sig lists the files of a bundle as they are.
+
+    That needs no key, and says nothing about who made the statement: a damaged or exchanged signature is found, a
+    forged one is not.
+
+    Args:
+        sha256: of the files that the statement must list, by path.
+    """
+    predicate = _read_statement(bundle / SIGNATURE)
+    try:
+        stated = {item["name"]: item["digest"] for item in predicate["resources"] if item["algorithm"] == "sha256"}
+    except (KeyError, TypeError) as error:
+        raise SignatureProblem(f"{SIGNATURE} is not a signature of model-signing ({error!r})") from error
+    differing = sorted(path for path in {*stated, *sha256} if stated.get(path) != sha256.get(path))
+    if differing:
+        raise SignatureProblem(f"the files differ from the signed ones: {', '.join(map(str, differing))[:1000]}")
+
+
+def _read_statement(path: Path) -> dict[str, Any]:
+    """Return the predicate of the signed statement. Raise SignatureProblem unless it covers all files of a bundle."""
+    if path.is_symlink() or not path.is_file():
+        raise SignatureProblem(f"{SIGNATURE} is missing: the bundle is not signed")
     try:
         envelope = json.loads(path.read_bytes())["dsseEnvelope"]
         predicate = json.loads(base64.b64decode(envelope["payload"]))["predicate"]
@@ -157,6 +177,7 @@ def _check_coverage(path: Path) -> None:
         raise SignatureProblem(f"{SIGNATURE} is not a signature of model-signing ({reason[:200]})") from error
     if omitted:
         raise SignatureProblem(f"{SIGNATURE} does not cover {', '.join(sorted(map(str, omitted)))}")
+    return dict(predicate)
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from open_lm.release.manifest import compare, hash_files, read_manifest
 from open_lm.release.mof_file import Release, read_mof
 from open_lm.release.rating import Rating, rate, rating_json
 from open_lm.release.secrets_scan import Scanner
-from open_lm.release.signing import Identity, SignatureProblem, verify_signature
+from open_lm.release.signing import Identity, SignatureProblem, check_statement, verify_signature
 
 _MAX_WARNINGS = 20  # of one check that are printed
 OK, FAILED, NOT_CHECKED = "ok", "FAILED", "not checked"
@@ -75,7 +77,7 @@ def verify_bundle(bundle: Path, signer: Path | Identity | None = None) -> Verifi
 
     Args:
         bundle: local folder.
-        signer: who must have signed: the public key's file, or a sigstore identity. None: the signature is not checked.
+        signer: who must have signed: the public key's file, or a sigstore identity. None: whoever has.
 
     Raises:
         ConfigError: the public key cannot be used.
@@ -86,7 +88,7 @@ def verify_bundle(bundle: Path, signer: Path | Identity | None = None) -> Verifi
         raise DataError(f"{bundle}: expected the local folder of a bundle; download a remote one first")
     problems: list[str] = []
     files = Bundle(bundle, hash_files(bundle, problems))
-    checks = [_check_files(files, problems), _check_signature(bundle, signer)]
+    checks = [_check_files(files, problems), _check_signature(files, signer)]
     try:
         release = _read_release(files)
     except DataError as error:
@@ -112,17 +114,30 @@ def _check_files(bundle: Bundle, problems: Sequence[str]) -> Check:
     return Check("files", f"{len(bundle.files):,} files, {num_bytes:,} bytes, by {MANIFEST}", problems)
 
 
-def _check_signature(bundle: Path, signer: Path | Identity | None) -> Check:
-    if signer is None:
-        is_signed = (bundle / SIGNATURE).exists()
-        detail = "pass --public-key, the public key of the producer" if is_signed else "the bundle is not signed"
-        return Check("signature", detail, is_skipped=True)
-    name = signer.name if isinstance(signer, Identity) else str(signer)
+def _check_signature(files: Bundle, signer: Path | Identity | None) -> Check:
+    """Check the signature; without a signer, only that it states the files as they are."""
+    if signer is None and not os.path.lexists(files.folder / SIGNATURE):
+        return Check("signature", "the bundle is not signed", is_skipped=True)
+    name = "an unknown key" if signer is None else signer.name if isinstance(signer, Identity) else str(signer)
     try:
-        verify_signature(bundle, signer)
+        if signer is None:
+            check_statement(files.folder, _signed_files(files))
+        else:
+            verify_signature(files.folder, signer)
     except SignatureProblem as error:
         return Check("signature", f"by {name}", [str(error)])
+    if signer is None:
+        return Check("signature", "by an unknown key; pass --public-key, that of the producer", is_skipped=True)
     return Check("signature", f"by {name}, over all files")
+
+
+def _signed_files(bundle: Bundle) -> dict[str, str]:
+    """Return the sha256 of all files that a signature covers."""
+    digests = {path: record.sha256 for path, record in bundle.files.items()}
+    manifest = bundle.folder / MANIFEST
+    if manifest.is_file() and not manifest.is_symlink():
+        digests[MANIFEST] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    return digests
 
 
 def _check_components(release: Release, verdict: Verdict) -> Check:

@@ -130,10 +130,16 @@ def check(verification: Verification, name: str) -> list[str]:
     return list(next(item.problems for item in verification.checks if item.name == name))
 
 
+def update(bundle: Path) -> None:
+    """Write the manifest of a changed bundle, and remove its signature, which no longer fits."""
+    write_manifest(bundle)
+    (bundle / SIGNATURE).unlink(missing_ok=True)
+
+
 def rebuild(bundle: Path, change: Callable[[Release], Release]) -> Verification:
     """Change mof.yml, write the manifest again, and verify."""
     write_mof(bundle / MOF_FILE, change(read_mof(bundle / MOF_FILE)))
-    write_manifest(bundle)
+    update(bundle)
     return verify_bundle(bundle)
 
 
@@ -217,13 +223,23 @@ def test_changed_manifest(bundle: Path, keys: Path) -> None:
     write(bundle / "README.md", SENTENCE * 6)
     write_manifest(bundle)
     without_key, with_key = verify_bundle(bundle), verify_bundle(bundle, keys / "own.pub")
-    assert without_key.failed == []
-    assert with_key.failed == ["signature"]
-    (problem,) = check(with_key, "signature")
-    assert "README.md" in problem
-    assert MANIFEST in problem
+    for verification in (without_key, with_key):
+        assert verification.failed == ["signature"]
+        (problem,) = check(verification, "signature")
+        assert "README.md" in problem
+        assert MANIFEST in problem
     (bundle / MANIFEST).unlink()
-    assert verify_bundle(bundle).failed == ["files"]
+    assert verify_bundle(bundle).failed == ["files", "signature"]
+
+
+def test_without_a_key_an_exchanged_signature_is_found_and_a_forged_one_is_not(bundle: Path, keys: Path) -> None:
+    write(bundle / "README.md", SENTENCE * 6)
+    write_manifest(bundle)
+    sign_bundle(bundle, keys / "other.pem")
+    assert verify_bundle(bundle).failed == []
+    assert verify_bundle(bundle, keys / "own.pub").failed == ["signature"]
+    write(bundle / SIGNATURE, "{}")
+    assert verify_bundle(bundle).failed == ["signature"]
 
 
 def test_replaced_signature(bundle: Path, keys: Path) -> None:
@@ -244,6 +260,7 @@ def test_replaced_signature(bundle: Path, keys: Path) -> None:
     (bundle / SIGNATURE).unlink()
     assert problem() == f"{SIGNATURE} is missing: the bundle is not signed"
     (bundle / SIGNATURE).symlink_to("/etc/hostname")
+    assert "signature" in verify_bundle(bundle).failed
     assert problem() == f"{SIGNATURE} is missing: the bundle is not signed"
 
 
@@ -259,7 +276,7 @@ def test_signature_that_covers_only_some_files(bundle: Path, keys: Path) -> None
 
 def test_secret_in_a_verified_file(bundle: Path) -> None:
     write(bundle / "metadata" / "out.log", "token hf_" + "aB3dE5gH7jK9mN1pQ3sT5vX7zA9cE1gH3j\n")
-    write_manifest(bundle)
+    update(bundle)
     verification = verify_bundle(bundle)
     assert verification.failed == ["secrets"]
     assert check(verification, "secrets") == ["metadata/out.log:1: Hugging Face token: token ***"]
@@ -338,7 +355,7 @@ CLAIMS: dict[str, tuple[str, Callable[[Path], object], str, int]] = {
 def test_claim_without_content_is_an_error(kind: str, bundle: Path) -> None:
     name, change, message, level = CLAIMS[kind]
     change(bundle)
-    write_manifest(bundle)
+    update(bundle)
     verification = verify_bundle(bundle)
     assert verification.failed == ["components"]
     (problem,) = check(verification, "components")
@@ -351,7 +368,7 @@ def test_claim_without_content_is_an_error(kind: str, bundle: Path) -> None:
 
 def test_verdict_names_what_is_missing(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(bundle / "paper")
-    write_manifest(bundle)
+    update(bundle)
     with pytest.raises(DataError, match="the verification failed: components"):
         main(["--verify", str(bundle)])
     assert capsys.readouterr().out.splitlines()[-3:] == [
@@ -404,7 +421,7 @@ def test_paths_of_components(path: str | None, message: str, bundle: Path) -> No
 def test_texts_of_licenses(bundle: Path) -> None:
     (bundle / LICENSES / "MIT.txt").unlink()
     write(bundle / LICENSES / "CC-BY-4.0.txt", LICENSE_TEXTS["MIT"])
-    write_manifest(bundle)
+    update(bundle)
     verification = verify_bundle(bundle)
     problems = check(verification, "licenses")
     assert len(problems) == 17
@@ -419,7 +436,7 @@ def test_texts_of_licenses(bundle: Path) -> None:
 
 def test_missing_description_fails(bundle: Path) -> None:
     write(bundle / MOF_FILE, "release: {}\n")
-    write_manifest(bundle)
+    update(bundle)
     verification = verify_bundle(bundle)
     assert verification.failed == [MOF_FILE]
     assert verification.verified is None
