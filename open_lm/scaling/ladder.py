@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from open_lm.errors import ConfigError
 from open_lm.scaling.settings import COMPUTE_OPTIMAL
@@ -22,6 +23,7 @@ _SPACING = 1.8  # smallest ratio of neighboring sizes
 _MAX_SIZES = 5
 _LARGEST_SHARE = 0.5  # of the budget, for the largest size at a multiplier of 20
 _WARMUP_SHARE = 0.1  # of the shortest run of a size
+_MAX_CHECKPOINTS = 200  # that a long run keeps for its branches
 _STEP_UNIT = 5  # makes the start of a decay of 0.2 of the steps an integer
 
 
@@ -85,10 +87,8 @@ def rungs_of(
     optimal = shape.flops_per_token * shape.params * COMPUTE_OPTIMAL
     batch = batch or 2 ** max(0, round(math.log2(batch_tokens(optimal) / shape.seq_len)))
     per_step = batch * shape.seq_len
-    unit = functools.reduce(math.gcd, (round(value) for value in multipliers))
-    if branches and all(float(value).is_integer() for value in multipliers):
-        unit_steps = _STEP_UNIT * max(1, round(unit * shape.params / per_step / _STEP_UNIT))
-        steps = {value: round(value) // unit * unit_steps for value in multipliers}
+    if branches and len(multipliers) > 1:
+        steps = _branch_steps(multipliers, shape.params / per_step)
     else:
         steps = {value: max(1, round(value * shape.params / per_step)) for value in multipliers}
     warmup = max(1, min(round(shape.params / per_step), int(_WARMUP_SHARE * min(steps.values()))))
@@ -98,14 +98,32 @@ def rungs_of(
     return _branched(rungs) if branches and len(rungs) > 1 else rungs
 
 
+def _branch_steps(multipliers: Sequence[float], per_multiplier: float) -> dict[float, int]:
+    """Return the steps of each multiplier such that all decays begin at a multiple of the same number of steps.
+
+    Raises:
+        ConfigError: multipliers without a common measure, which would need too many checkpoints.
+    """
+    parts = [Fraction(str(value)) for value in multipliers]
+    scale = math.lcm(*(part.denominator for part in parts))
+    counts = {value: int(part * scale) for value, part in zip(multipliers, parts, strict=True)}
+    divisor = math.gcd(*counts.values())
+    number = max(counts.values()) // divisor
+    if number > _MAX_CHECKPOINTS:
+        raise ConfigError(
+            f"--multipliers {' '.join(map(str, multipliers))}: the long run of a size would keep {number} checkpoints "
+            f"for its branches, expected at most {_MAX_CHECKPOINTS}; choose multiples of a larger number, "
+            "such as 10 20 40, or pass --no-branches"
+        )
+    unit = _STEP_UNIT * max(1, round(per_multiplier * divisor / scale / _STEP_UNIT))
+    return {value: count // divisor * unit for value, count in counts.items()}
+
+
 def _branched(rungs: list[Rung]) -> list[Rung]:
     """Make all runs of a size but the longest one branches of it."""
     trunk = rungs[-1]
     starts = [rung.steps - round(DECAY * rung.steps) for rung in rungs[:-1]]
     milestone = math.gcd(*starts)
-    limit = trunk.steps - round(DECAY * trunk.steps)
-    if max(starts) > limit:
-        return rungs
     trunk = replace(trunk, milestone=milestone)
     branches = [replace(rung, trunk=trunk.name, start=start) for rung, start in zip(rungs[:-1], starts, strict=True)]
     return [trunk, *branches]

@@ -58,10 +58,12 @@ def run(args: argparse.Namespace) -> None:
 
 def is_finished(planned: PlannedRun) -> bool:
     """Return whether a run has trained on all its tokens and ended by itself, after its last validation."""
+    if not Path(planned.folder).is_dir():
+        return False
     from open_lm.report.collect import collect_run
     from open_lm.report.records import FINISHED
 
-    return Path(planned.folder).is_dir() and collect_run(planned.folder).summary.state == FINISHED
+    return collect_run(planned.folder).summary.state == FINISHED
 
 
 def command_of(planned: PlannedRun, processes: int) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from open_lm.errors import ConfigError, DataError
+from open_lm.errors import ConfigError, DataError, UserError
 from open_lm.main import main as train
 from open_lm.scaling import command
 from open_lm.scaling.ladder import DECAY, Choices, Rung, choose
@@ -90,6 +90,7 @@ def test_generated_sizes_match_real_models(tmp_path: Path) -> None:
         (["--sizes", "1e4"], "nearest shape with a vocabulary of 50432"),
         (["--flops", "1e18", "--tokens", "1e9"], "not allowed with"),
         (["--hours", "5", "--sizes", "1e8"], "a generated size, whose speed is not planned"),
+        (["--sizes", "open_lm_11m", "--multipliers", "10", "10.01"], "would keep 1001 checkpoints"),
         (["--sizes", "open_lm_11m", "--set", "lr=1"], "found lr, which the plan decides"),
         (["--sizes", "open_lm_11m", "--set", "precision"], "found 'precision', expected KEY=VALUE"),
         (["--sizes", "open_lm_11m", "--set", "precison=fp32"], "unknown key 'precison'"),
@@ -200,3 +201,44 @@ def test_unfinished_and_foreign_runs_are_left_out(tmp_path: Path, capsys: pytest
 def test_sizes_are_sorted_and_named() -> None:
     shapes = parse_sizes(["open_lm_25m", "2e7", "open_lm_11m"], 50432, 2048)
     assert [shape.params for shape in shapes] == sorted(shape.params for shape in shapes)
+
+
+def test_dry_runs_print_commands_and_start_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "ladder"
+    command.main(["plan", str(folder), "--sizes", "open_lm_11m", "--multipliers", "10", "20"])
+    capsys.readouterr()
+    command.main(["run", str(folder), "--dry-run", "--nproc-per-node", "2", "--only", "open_lm_11m_m20"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "0 of 1 runs are finished"
+    assert lines[1].endswith(f"-m open_lm.utils.torchrun --nproc-per-node 2 -m open_lm.main --config "
+                             f"{folder}/configs/open_lm_11m_m20.yaml")  # fmt: skip
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "other"], "--only: found other, expected names of runs"),
+        (["--launcher", "hosts"], "--launcher hosts and --hosts FILE belong together"),
+        (["--hosts", "hosts.txt"], "--launcher hosts and --hosts FILE belong together"),
+        (["--nproc-per-node", "0"], "--nproc-per-node: found 0, expected at least 1"),
+    ],
+)
+def test_unusable_flags_of_run_are_rejected(arguments: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"found no ladder\.json, expected a folder that `plan` wrote"):
+        command.main(["run", str(tmp_path)])
+    command.main(["plan", str(tmp_path / "ladder"), "--sizes", "open_lm_11m", "--multipliers", "10"])
+    with pytest.raises(ConfigError, match=message):
+        command.main(["run", str(tmp_path / "ladder"), *arguments])
+
+
+@pytest.mark.processes
+def test_a_failed_run_is_reported_and_stops_the_ladder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing.jsonl"
+    command.main([
+        "plan", str(tmp_path / "ladder"), "--sizes", "open_lm_11m", "--multipliers", "10", "20", "--set",
+        f"dataset_manifest=[{missing}]",
+    ])  # fmt: skip
+    with pytest.raises(UserError, match=r"open_lm_11m_m20 ended with exit code 2 \(2 runs are missing\)"):
+        command.main(["run", str(tmp_path / "ladder")])
+    assert "[2/2]" not in capfd.readouterr().out
