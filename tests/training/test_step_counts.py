@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import step_counts
 import torch
+from fake_cuda import run_with_fake_device
 from step_counts import StepCounter, StepCounts, is_wait
 
 # Operators of a forward and backward pass of one block, of both outside of the blocks, and of clipping and optimizer.
@@ -23,7 +25,7 @@ BUDGETS = {
 def counts() -> dict[str, StepCounts]:
     if torch.backends.cuda.is_built():
         pytest.skip("needs a torch that was built without CUDA")
-    result = step_counts.run_with_fake_device(["--json", "--only", ";".join(BUDGETS)])
+    result = run_with_fake_device(Path(step_counts.__file__), ["--json", "--only", ";".join(BUDGETS)])
     assert result.returncode in (0, 1)
     return {name: StepCounts(**values) for name, values in json.loads(result.stdout).items()}
 
