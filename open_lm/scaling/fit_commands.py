@@ -31,7 +31,7 @@ def add_collect(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="run folder, folder of a ladder, export of W&B (JSON), or table of runs",
     )
-    add("--train", metavar="NAME", help="name of the training data (default: by its location)")
+    add("--train", metavar="NAME", help="name of the training set of these runs (default: by their settings)")
 
 
 def run_collect(args: argparse.Namespace) -> None:
