@@ -206,10 +206,13 @@ def _write_evaluations(context: Context, outcome: Outcome) -> list[str]:
         reason = "the run has no results (--val-data, --icl-yaml, or a separate evaluation)"
         outcome.missing[components.EVALUATION_RESULTS] = reason
     problems = write_evaluation_data(context.facts, context.bundle, context.redactor)
-    outcome.notes += [f"not included: {problem}" for problem in problems]
     if problems or not (context.bundle / layout.EVALUATION_DATA).is_dir():
-        reason = "some are not available: " + "; ".join(problems) if problems else "the run was not evaluated on data"
+        reason = "the run has neither validation sets (--val-data) nor tasks (--icl-yaml)"
+        reason = "some are not available: " + "; ".join(problems) if problems else reason
         outcome.missing[components.EVALUATION_DATA] = context.redactor.text(reason)
+    if evaluations:
+        problems.append("the task data of separate evaluations, whose results are in evals/")
+    outcome.notes += [f"not included: {problem}" for problem in problems]
     return problems
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ def write_instructions(context: Context) -> bool:
             parts.append(f"Instructions that make these shards from raw text are not available: {reason}.\n")
             continue
         command = reproduce.preprocessing(folder)
-        text = f"python -m {command.module} {' '.join(command.flags)} \\\n    {command.input_flag} RAW_FILES "
+        text = f"python -m {command.module} {shlex.join(command.flags)} \\\n    {command.input_flag} RAW_FILES "
         text += f"{command.output_flag} shards --tokenizer tokenizer"
         parts += ["Get the raw files that dataset.json lists, check their SHA-256, and run\n", code_block(text)]
         parts.append("Then compare manifest.jsonl of the new shards with the one here: they must be equal.\n")
