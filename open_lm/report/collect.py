@@ -80,8 +80,8 @@ class _Collector:
         self.files = _list_files(self._root)
         if not any(name in self.files for name in _RUN_FILES) and not any(map(_CHECKPOINT.fullmatch, self.files)):
             raise ConfigError(
-                f"{redact(url)}: expected the folder of a run, {{logs}}/{{name}}, with at least one of {', '.join(_RUN_FILES)} "
-                f"or a checkpoint; found {_listed(self.files)}"
+                f"{redact(url)}: expected the folder of a run, {{logs}}/{{name}}, with at least one of "
+                f"{', '.join(_RUN_FILES)} or a checkpoint; found {_listed(self.files)}"
             )
         self.run = Run(url=redact(url), name=_folder_name(self._root))
         self._unreadable: list[Problem] = []
