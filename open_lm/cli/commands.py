@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
-from pathlib import Path
-
-import open_lm
 
 
 @dataclass(frozen=True)
@@ -72,25 +68,4 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     ),
 }
 
-
-def available_groups() -> dict[str, tuple[Command, ...]]:
-    """Return the groups of commands whose modules are installed."""
-    return {
-        title: tuple(command for command in commands if _is_runnable(command)) for title, commands in GROUPS.items()
-    }
-
-
-def available_commands() -> dict[str, Command]:
-    """Return the commands whose modules are installed, by name."""
-    return {command.name: command for commands in available_groups().values() for command in commands}
-
-
-def _is_runnable(command: Command) -> bool:
-    """Return whether the module exists and can be run, without importing its package."""
-    path = list(open_lm.__path__)
-    for name in command.module.split("."):
-        spec = PathFinder.find_spec(name, path)
-        if spec is None:
-            return False
-        path = list(spec.submodule_search_locations or [])
-    return not path or any(Path(folder, "__main__.py").is_file() for folder in path)
+COMMANDS = {command.name: command for commands in GROUPS.values() for command in commands}

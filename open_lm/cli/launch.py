@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import storage
-from open_lm.cli.commands import available_commands
+from open_lm.cli.commands import COMMANDS
 from open_lm.cli.launch_run import Nodes
 from open_lm.errors import ConfigError, UserError, join_problems, run_cli
 from open_lm.names import user_file, user_path
@@ -253,7 +253,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _module_command(words: list[str]) -> list[str]:
     """Return the words with -m MODULE in place of the name of a command of open-lm that is not an existing file."""
-    command = available_commands().get(words[0]) if words else None
+    command = COMMANDS.get(words[0]) if words else None
     return words if command is None or os.path.isfile(words[0]) else ["-m", command.full_module, *words[1:]]
 
 

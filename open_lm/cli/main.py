@@ -9,7 +9,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from open_lm.cli.commands import available_commands, available_groups
+from open_lm.cli.commands import COMMANDS, GROUPS
 from open_lm.errors import ConfigError, run_cli
 from open_lm.program import set_program_name
 
@@ -20,7 +20,7 @@ _INDENT = 20
 def help_text() -> str:
     """Return the help: usage, and the commands by group."""
     lines = [f"usage: {PROGRAM} [-h] [--version] COMMAND …", "", "Train, evaluate and release language models."]
-    for title, commands in available_groups().items():
+    for title, commands in GROUPS.items():
         lines += ["", f"{title}:", *(f"  {item.name:{_INDENT}}{item.help}" for item in commands)]
     lines += [
         "",
@@ -35,18 +35,17 @@ def run_command(name: str, argv: Sequence[str]) -> None:
     Raises:
         ConfigError: there is no such command.
     """
-    commands = available_commands()
-    if name not in commands:
-        raise ConfigError(_unknown(name, list(commands)))
+    if name not in COMMANDS:
+        raise ConfigError(_unknown(name))
     set_program_name(f"{PROGRAM} {name}")
     sys.argv = [sys.argv[0], *argv]
-    runpy.run_module(commands[name].full_module, run_name="__main__", alter_sys=True)
+    runpy.run_module(COMMANDS[name].full_module, run_name="__main__", alter_sys=True)
 
 
-def _unknown(name: str, known: list[str]) -> str:
+def _unknown(name: str) -> str:
     from difflib import get_close_matches
 
-    similar = get_close_matches(name, known, n=2)
+    similar = get_close_matches(name, COMMANDS, n=2)
     hint = f"did you mean {' or '.join(similar)}? " if similar else ""
     kind = "flag" if name.startswith("-") else "command"
     return f"unknown {kind} {name!r}; {hint}see {PROGRAM} --help"

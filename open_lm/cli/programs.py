@@ -9,10 +9,10 @@ import runpy
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from open_lm.cli.commands import Command, available_commands
+from open_lm.cli.commands import COMMANDS, Command
 from open_lm.config.architecture import model_names
 from open_lm.evaluate.icl.task_lists import task_list_names
 from open_lm.program import set_program_name
@@ -57,8 +57,8 @@ class Program:
 
     key: str
     flags: tuple[Flag, ...] = ()
-    words: Mapping[str, str] = ()  # type: ignore[assignment]
-    next_key: Mapping[str, str] = ()  # type: ignore[assignment]
+    words: Mapping[str, str] = field(default_factory=dict)
+    next_key: Mapping[str, str] = field(default_factory=dict)
     is_path: bool = False
 
 
@@ -71,13 +71,12 @@ class _Captured(BaseException):
 
 def all_programs() -> list[Program]:
     """Return `open-lm` itself and all its commands and their subcommands. Imports their modules."""
-    commands = available_commands()
-    listed = {name: command.help for name, command in commands.items()}
-    selected = {name: name for name in commands}
+    listed = {name: command.help for name, command in COMMANDS.items()}
+    selected = {name: name for name in COMMANDS}
     own_flags = (Flag(("-h", "--help"), "show the help and exit"), Flag(("--version",), "show the version and exit"))
     programs = [Program("", own_flags, listed, selected)]
-    parsers = {name: parser_of(command) for name, command in commands.items()}
-    for name, command in commands.items():
+    parsers = {name: parser_of(command) for name, command in COMMANDS.items()}
+    for name, command in COMMANDS.items():
         first, *nested = _programs_of(name, parsers[name])
         if command.also is not None:
             known = {flag for item in first.flags for flag in item.names}
@@ -96,8 +95,8 @@ def parser_of(command: Command) -> argparse.ArgumentParser:
         RuntimeError: the command has printed no help through argparse.
     """
 
-    def capture(parser: argparse.ArgumentParser, _file: Any = None) -> NoReturn:
-        raise _Captured(parser)
+    def capture(self: argparse.ArgumentParser, file: Any = None) -> NoReturn:
+        raise _Captured(self)
 
     original, argv = argparse.ArgumentParser.print_help, sys.argv
     argparse.ArgumentParser.print_help = capture  # type: ignore[method-assign]

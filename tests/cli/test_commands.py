@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from open_lm.cli.commands import GROUPS, available_commands
+from open_lm.cli.commands import COMMANDS, GROUPS
 from open_lm.cli.main import help_text
 from open_lm.cli.programs import parser_of
 
@@ -26,16 +26,18 @@ def open_lm(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_registered_command_exists_and_is_listed() -> None:
     registered = [command.name for commands in GROUPS.values() for command in commands]
-    assert list(available_commands()) == registered and len(registered) == len(set(registered))
-    for command in available_commands().values():
+    assert list(COMMANDS) == registered
+    for command in COMMANDS.values():
+        path = ROOT.joinpath(*command.full_module.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), command
         assert f"\n  {command.name} " in help_text() and command.help in help_text()
         assert command.also is None or command.also in registered
     assert all(len(line) <= 110 for line in help_text().split("\n"))
 
 
-@pytest.mark.parametrize("name", [name for name in available_commands() if name != "convert"])
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "convert"])
 def test_help_of_a_command_has_its_name(name: str) -> None:
-    parser = parser_of(available_commands()[name])
+    parser = parser_of(COMMANDS[name])
     assert parser.format_usage().startswith(f"usage: open-lm {name} "), parser.format_usage()
     assert parser.description
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from open_lm.cli.commands import available_commands
+from open_lm.cli.commands import COMMANDS
 from open_lm.cli.completion import SCRIPTS
 from open_lm.cli.programs import Program, all_programs
 from open_lm.config.architecture import model_names
@@ -91,7 +91,7 @@ def test_completes_commands_flags_and_choices(shell: str, scripts: Mapping[str, 
         return set(SHELLS[shell](line, scripts)) - {"", "FILES"}
 
     assert complete("open-lm ge") == {"generate"}
-    assert set(available_commands()) <= complete("open-lm ")
+    assert set(COMMANDS) <= complete("open-lm ")
     assert complete("open-lm train --grad-ch") == {"--grad-checkpointing"}
     assert complete("open-lm train --lr 1e-3 --grad-cl") == {"--grad-clip-norm"}
     assert complete("open-lm train --model open_lm_16") == {"open_lm_160m"}
