@@ -206,6 +206,7 @@ def test_a_failure_in_the_first_step_leaves_the_name_free(
     with pytest.raises(ConfigError, match="already exists"):
         train(flags, data, 2, *more)
     log = (tmp_path / "runs/run/out.log").read_text()
+    assert {"report.html", "environment.json"} <= {path.name for path in (tmp_path / "copy/run").iterdir()}
     assert "OutOfMemory: the memory of rank 0 is exhausted at step 1" in log and "as if the device had" in log
 
 
