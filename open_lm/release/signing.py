@@ -49,6 +49,7 @@ def check_private_key(path: Path) -> bytes | None:
     Raises:
         ConfigError: the file has no elliptic-curve key that model-signing supports, or the password is wrong.
     """
+    import model_signing  # noqa: F401 - first, because the error for this package names the extra to install
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
