@@ -8,8 +8,6 @@ Legend: R rows, V columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,9 +16,11 @@ from torch import Tensor
 _BLOCK = 4096  # columns that a program holds at once
 _WARPS = 8
 
+# Triton reads the annotations of a kernel's parameters, so only constants have one.
+
 
 @triton.jit
-def _log_sum_exp(logits: Any, maxima: Any, log_sums: Any, columns: Any, BLOCK: tl.constexpr) -> None:
+def _log_sum_exp(logits, maxima, log_sums, columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     highest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
@@ -35,9 +35,7 @@ def _log_sum_exp(logits: Any, maxima: Any, log_sums: Any, columns: Any, BLOCK: t
 
 
 @triton.jit
-def _to_probs(  # noqa: PLR0917 (Triton passes arguments by position)
-    logits: Any, log_sums: Any, factors: Any, columns: Any, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
+def _to_probs(logits, log_sums, factors, columns, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: PLR0917
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = logits + row * columns + column
