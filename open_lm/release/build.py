@@ -243,7 +243,7 @@ def _write_licenses(context: Context, outcome: Outcome, texts: Mapping[str, str]
         date=context.date,
         type="language",
         architecture="transformer decoder",
-        treatment="pre-trained",
+        treatment="pre-trained" if context.is_pretrained else None,
         origin=context.settings.origin,
         contact=context.settings.contact,
     )

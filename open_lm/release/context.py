@@ -49,6 +49,11 @@ class Context:
         return self.settings.name or self.facts.name
 
     @property
+    def is_pretrained(self) -> bool:
+        """Whether the run trained from scratch, and did not continue from other weights."""
+        return self.facts.params.get("pretrained", "None") in ("None", "")
+
+    @property
     def producer(self) -> str:
         return self.settings.producer or ""
 

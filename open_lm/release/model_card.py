@@ -31,6 +31,8 @@ INTENDED_USES = (
     "a starting point for fine-tuning",
     "completion of text that is similar to the training data",
 )
+_BASE_MODEL = "It is a base model: it continues text. It was not tuned to follow instructions.\n"
+_TUNED_MODEL = "The run continued the training of another model, so the limits and licenses of that model hold too.\n"
 _TOKENS_PER_PARAMETER = 20  # of a compute-optimal training, Hoffmann et al. 2022 (arXiv 2203.15556)
 
 
@@ -44,8 +46,9 @@ def write_model_card(context: Context, missing: dict[str, str]) -> None:
         _use(context),
         "## Intended use\n",
         f"The model is meant for\n\n{bullets(f'{use};' for use in INTENDED_USES)}",
-        "It is a base model: it continues text. It was not tuned to follow instructions, and no filter checks what it "
-        "writes. Do not let it decide about people, and do not show its output to others without a check.\n",
+        _BASE_MODEL if context.is_pretrained else _TUNED_MODEL,
+        "No filter checks what it writes. Do not let it decide about people, and do not show its output to others "
+        "without a check.\n",
         "## Limits\n",
         bullets(limits(context)),
         "## Training\n",
