@@ -1,15 +1,20 @@
-"""Run the Triton kernels of the loss in Triton's interpreter, and print their errors as JSON.
+"""Compile the Triton kernels of the loss, or run them in Triton's interpreter and print their errors as JSON.
 
-Start it with TRITON_INTERPRET=1 in an environment with Triton; CPU tensors then stand for CUDA tensors.
+Start it in an environment with Triton. With TRITON_INTERPRET=1 CPU tensors stand for CUDA tensors; without it the
+kernels are compiled.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from open_lm.data.masking import IGNORE_INDEX
 from open_lm.kernels import linear_loss, triton_softmax
@@ -60,8 +65,24 @@ def loss_errors(dtype: torch.dtype, z: float, per_token: bool) -> list[float]:
     return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
 
 
+def compiled_bytes(capability: int) -> list[int]:
+    """Compile both kernels for a compute capability, without a device; return the sizes of their programs."""
+    sizes = []
+    for kernel, names, constants in (
+        (triton_softmax._log_sum_exp, ("logits", "maxima", "log_sums"), {"BLOCK": 4096}),
+        (triton_softmax._to_probs, ("logits", "log_sums", "factors"), {"HAS_FACTORS": True, "BLOCK": 4096}),
+    ):
+        signature = {**dict.fromkeys(names, "*fp32"), "logits": "*bf16", "columns": "i32"}
+        source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
+        program = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+        sizes.append(len(program.asm["cubin"]))
+    return sizes
+
+
 def main() -> None:
-    torch.manual_seed(0)
+    if "TRITON_INTERPRET" not in os.environ:
+        print(json.dumps({capability: compiled_bytes(capability) for capability in (80, 90)}))
+        return
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     kernels = {
         f"{columns} {dtype} {factors}": kernel_errors(columns, dtype, factors)

@@ -17,11 +17,14 @@ from open_lm.kernels.row_softmax import softmax_kernels, triton_problem
 
 @pytest.mark.processes
 @needs_eval_environment
-def test_kernels_equal_the_cpu() -> None:
+def test_kernels_compile_and_equal_the_cpu(tmp_path: Path) -> None:
     worker = Path(__file__).parents[1] / "helpers" / "triton_worker.py"
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([EVAL_PYTHON, str(worker)], check=True, env=env, capture_output=True, text=True)
-    results = json.loads(done.stdout)
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    compiled, results = (
+        json.loads(subprocess.check_output([EVAL_PYTHON, str(worker)], env={**env, **mode}, text=True))
+        for mode in ({}, {"TRITON_INTERPRET": "1"})
+    )
+    assert all(size > 1000 for sizes in compiled.values() for size in sizes)
     for name, (maximum, log_sum, probability) in results["kernels"].items():
         assert maximum == 0 and log_sum < 1e-6, name
         assert probability < (1e-6 if "float32" in name else 4e-3), name  # half precision rounds the result
