@@ -169,6 +169,7 @@ class _Builder:
     def __init__(self, runs: Sequence[Run], names: Sequence[str], max_points: int) -> None:
         self._runs, self._names, self._max_points = runs, names, max_points
         self.thinned = 1
+        self._has_token_loss = any(run.loss_unit for run in runs)
 
     def figure(self, panel: Panel) -> Figure | None:
         """Return the figure of a panel, or None if no run has its metrics."""
@@ -181,7 +182,7 @@ class _Builder:
         series = [self._series(panel, index, label, labels, values) for index, label, values in found]
         figure = Figure(
             panel.title,
-            y_label=panel.unit,
+            y_label=panel.unit if panel.unit != "nats per token" or self._has_token_loss else "",
             series=series,
             percent=panel.percent,
             from_zero=panel.from_zero,

@@ -366,6 +366,11 @@ class Run:
     files: list[str] = field(default_factory=list)
 
     @property
+    def loss_unit(self) -> str:
+        """The unit of the training loss: none if it is that of preferences or rewards."""
+        return "" if {"train/margin", "train/reward"} & self.metrics.metrics.keys() else "nats per token"
+
+    @property
     def environment_starts(self) -> list[dict[str, Any]]:
         """The records of environment.json, one per start of the run."""
         starts = self.environment.get("starts")

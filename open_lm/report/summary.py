@@ -54,7 +54,7 @@ def model_name(settings: Mapping[str, str]) -> str:
         (settings[key] for key in ("hf_model", "model", "pretrained") if settings.get(key, "None") not in ("None", "")),
         "",
     )
-    return PurePath(name.rstrip("/")).stem if name.endswith(".json") else name
+    return PurePath(name).stem if name.endswith(".json") else "/".join(PurePath(name).parts[-2:])
 
 
 def _plan(run: Run, log: RunLog) -> tuple[int | None, int | None]:

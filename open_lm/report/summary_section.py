@@ -70,7 +70,7 @@ def _results(run: Run) -> str:
     s, text = run.summary, ""
     if s.first_loss is not None and s.last_loss is not None:
         verb = "fell" if s.last_loss < s.first_loss else "went"
-        text += f" The training loss {verb} from {s.first_loss:.3f} to {s.last_loss:.3f} nats per token."
+        text += f" The training loss {verb} from {s.first_loss:.3f} to {s.last_loss:.3f} {run.loss_unit}".rstrip() + "."
     loss = s.validation.loss if s.validation else None
     if loss is not None:
         text += f" The last validation loss is {loss:.4f} (perplexity {_perplexity(loss)})."
@@ -98,7 +98,12 @@ def _facts(run: Run) -> list[Fact]:
     s = run.summary
     items: list[Fact | None] = [
         _fact("Tokens", s.tokens, big, f"of {big(s.planned_tokens)} planned" if s.planned_tokens else ""),
-        _fact("Training loss", s.last_loss, lambda v: number(v, 4), "nats per token, mean of the last records"),
+        _fact(
+            "Training loss",
+            s.last_loss,
+            lambda v: number(v, 4),
+            f"{run.loss_unit or 'loss of the method'}, mean of the last records",
+        ),
         _validation_fact(run),
         _task_fact(run),
         _fact("Throughput", s.tokens_per_second, lambda v: f"{big(v)}/s", "tokens, median"),
