@@ -134,7 +134,6 @@ def test_equal_blocks_with_tensor_parallelism_are_compiled_once() -> None:
 # ------------------------------------------------------------------------------------------ in one process
 def test_ddp_does_not_cut_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """DDP's optimizer would cut the block's graph after the first MiB of parameters."""
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
@@ -142,10 +141,11 @@ def test_ddp_does_not_cut_compiled_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     runtime = init_runtime(cfg)
     try:
         shape = {**layout_worker.SMALL, "dim": 384, "n_layers": 2}
-        model = layout_worker.new_model(runtime, cfg, shape, ModelConfig(torchcompile=True))
-        assert isinstance(model, DistributedDataParallel)
-        ids = torch.zeros(1, 12, dtype=torch.int64)
-        model(ids, loss=TokenLoss(ids))[0].backward()
+        with torch._dynamo.config.patch(optimize_ddp=True):  # restores the value that `parallelize` sets
+            model = layout_worker.new_model(runtime, cfg, shape, ModelConfig(torchcompile=True))
+            assert isinstance(model, DistributedDataParallel)
+            ids = torch.zeros(1, 12, dtype=torch.int64)
+            model(ids, loss=TokenLoss(ids))[0].backward()
     finally:
         shutdown(runtime)
     assert backend.frame_count == 1
