@@ -13,6 +13,7 @@ from open_lm.datapreprocess.inputs import InputFile, Unit
 from open_lm.datapreprocess.job import SPECIAL_TOKENS, PreprocessJob, input_records
 from open_lm.datapreprocess.readers import BadDocument
 from open_lm.datapreprocess.readers.base import CUT_SHORT
+from open_lm.datapreprocess.sampling import ALL_FILES
 from open_lm.datapreprocess.units import MAX_SHOWN, BrokenInput, UnitReport
 from open_lm.datapreprocess.writer import ShardPlan, Tail, WrittenShard
 from open_lm.errors import join_problems
@@ -107,21 +108,29 @@ def _source_records(
 def with_digests(
     inputs: Sequence[InputFile], units: Mapping[int, Unit], reports: Sequence[UnitReport]
 ) -> list[dict[str, Any]]:
-    """Return the records of the inputs with the SHA-256 of each file, or of its pieces if the file was split."""
-    pieces: dict[str, dict[tuple[int, int], str]] = {}
+    """Return the records of the inputs with the source of each file, if sources are defined, and its SHA-256.
+
+    A file that was read in pieces has the SHA-256 of its pieces; one with a piece whose digest is unknown has none.
+    """
+    pieces: dict[str, dict[tuple[int, int], str | None]] = {}
+    sources: dict[str, str] = {}
     for report in reports:
         unit = units[report.index]
         digested = unit.pieces if len(report.digests) == len(unit.pieces) else ()
         for piece, digest in zip(digested, report.digests, strict=False):
-            if digest:
-                pieces.setdefault(piece.url, {})[piece.start, piece.end] = digest
+            pieces.setdefault(piece.url, {})[piece.start, piece.end] = digest
+        sources |= {piece.url: unit.source for piece in unit.pieces if unit.source != ALL_FILES}
     records = input_records(inputs)
     for record in records:
-        digests = sorted(pieces.get(record["url"], {}).items())
+        if record["url"] in sources:
+            record["source"] = sources[record["url"]]
+        digests = [(span, digest) for span, digest in sorted(pieces.get(record["url"], {}).items()) if digest != ""]
+        if any(digest is None for _, digest in digests):
+            continue
         if len(digests) == 1:
             record["sha256"] = digests[0][1]
         elif digests:
-            record["sha256_of_pieces"] = hashlib.sha256("".join(digest for _, digest in digests).encode()).hexdigest()
+            record["sha256_of_pieces"] = hashlib.sha256("".join(str(digest) for _, digest in digests).encode()).hexdigest()
             record["pieces"] = [list(span) for span, _ in digests]
     return records
 

@@ -55,6 +55,7 @@ def read_parquet(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
         batches = table.iter_batches(batch_rows, numbers, columns=[".".join(path)] if path else None)
         sized = ((batch, stream.piece.num_bytes * len(batch) // num_rows) for batch in batches)
         yield from _blocks(stream, sized, path)
+    stream.hash_file()
 
 
 def count_parquet(url: str) -> int:
@@ -100,6 +101,7 @@ def read_arrow(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
         if is_truncated and stream.piece.end == TO_END:
             message = f"{stream.path}: truncated: the Arrow stream has no end marker; save or download the file again"
             raise BrokenFile(CUT_SHORT, message)
+    stream.hash_file()
 
 
 def split_arrow(url: str, num_bytes: int, unit_bytes: int) -> list[Piece]:

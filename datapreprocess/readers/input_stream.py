@@ -43,7 +43,8 @@ class InputStream:
         bytes_read: input bytes read so far.
         lines: lines or rows that the format has counted so far.
         lenient: documents since the last block whose JSON only Python's parser accepts.
-        digest: sha256 of the bytes of the piece, set when all of them were read.
+        digest: sha256 of the bytes of the piece, set when all of them were read; None if it is not known. Of a file
+            that is not read in order, the first piece has the sha256 of the full file, and the others have "".
     """
 
     def __init__(self, piece: Piece, compression: str = "") -> None:
@@ -132,6 +133,21 @@ class InputStream:
             forward = _ForwardFile(file, self._count)
             yield cast(IO[bytes], forward)
             forward.read_rest()
+        self._finish()
+
+    def hash_file(self) -> None:
+        """Set the digest of a format that does not read its file in order: read the file again, in order.
+
+        That is cheap for a local file, but a remote one would be transferred twice, and has no digest.
+        """
+        if self.digest is not None or self.row_range or storage.is_remote(self.path):
+            return
+        if self.piece.start:
+            self.digest = ""
+            return
+        with self.open() as file:
+            while block := file.read(_PLAIN_BYTES):
+                self._hash.update(block)
         self._finish()
 
     @property

@@ -44,7 +44,7 @@ class _StreamReader:
 
     Attributes:
         bytes_read: input bytes read so far.
-        digest: sha256 of the bytes of the piece, set after all of them were read; None if the format cannot compute it.
+        digest: see `InputStream.digest`.
     """
 
     def __init__(self, piece: Piece) -> None:

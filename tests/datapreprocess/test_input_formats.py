@@ -116,10 +116,9 @@ def test_input_formats(tmp_path: Path, small_tokenizer: str, kind: str) -> None:
     record = record_of(output)
     assert record["counts"]["documents"] == len(TEXTS)
     assert record["counts"]["characters"] == sum(map(len, TEXTS))
-    for item in record["inputs"]:  # columnar files are not read sequentially, so they have no digest
-        columns = item["url"].endswith((".parquet", ".arrow"))
-        digest = None if columns else hashlib.sha256(Path(item["url"]).read_bytes()).hexdigest()
-        assert item.get("sha256") == digest and item["num_bytes"] == os.path.getsize(item["url"])
+    for item in record["inputs"]:
+        digest = hashlib.sha256(Path(item["url"]).read_bytes()).hexdigest()
+        assert item["sha256"] == digest and item["num_bytes"] == os.path.getsize(item["url"])
 
 
 def test_documents_of_ids_larger_than_16_bits(tmp_path: Path) -> None:
@@ -168,15 +167,20 @@ def test_files_read_in_pieces(tmp_path: Path, small_tokenizer: str, monkeypatch:
     path = write_jsonl(tmp_path / "large.jsonl", texts)
     write_jsonl(tmp_path / "large.jsonl.zst", texts)
     write_jsonl(tmp_path / "small.jsonl", texts[:2])
-    output = make([tmp_path / "*.jsonl*"], tmp_path / "out", small_tokenizer) / "0"
-    assert tokens_of(read_shards(output)) == expected_tokens([*texts * 2, *texts[:2]], small_tokenizer, EOT_ID)
-    large, streamed, small = record_of(output)["inputs"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "z.parquet", row_group_size=20)
+    with pa.ipc.new_stream(tmp_path / "z0.arrow", pa.schema({"text": pa.string()})) as file:
+        file.write_table(pa.table({"text": texts}), max_chunksize=20)
+    output = make([tmp_path / "*.jsonl*", tmp_path / "z*"], tmp_path / "out", small_tokenizer) / "0"
+    assert tokens_of(read_shards(output)) == expected_tokens(
+        [*texts * 2, *texts[:2], *texts * 2], small_tokenizer, EOT_ID
+    )
+    large, streamed, small, *columns = record_of(output)["inputs"]
     data = path.read_bytes()
     assert len(large["pieces"]) > 5 and "sha256" not in large
     assert large["pieces"][0][0] == 0 and large["pieces"][-1][1] >= len(data)
     digests = [hashlib.sha256(data[start:end]).hexdigest() for start, end in large["pieces"]]
     assert large["sha256_of_pieces"] == hashlib.sha256("".join(digests).encode()).hexdigest()
-    for item in (streamed, small):
+    for item in (streamed, small, *columns):
         assert item["sha256"] == hashlib.sha256(Path(item["url"]).read_bytes()).hexdigest()
 
 
