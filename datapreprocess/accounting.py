@@ -13,7 +13,6 @@ from open_lm.datapreprocess.inputs import InputFile, Unit
 from open_lm.datapreprocess.job import SPECIAL_TOKENS, PreprocessJob, input_records
 from open_lm.datapreprocess.readers import BadDocument
 from open_lm.datapreprocess.readers.base import CUT_SHORT
-from open_lm.datapreprocess.sampling import ALL_FILES
 from open_lm.datapreprocess.units import MAX_SHOWN, BrokenInput, UnitReport
 from open_lm.datapreprocess.writer import ShardPlan, Tail, WrittenShard
 from open_lm.errors import join_problems
@@ -66,7 +65,7 @@ def dataset_record(
     return {
         "tool": {"name": "open_lm", "version": _version(), "encoder": encoder},
         "settings": settings,
-        "inputs": with_digests(inputs, units, reports),
+        "inputs": with_digests(inputs, units, reports, has_sources=bool(job.sampling.markers or job.sampling.files)),
         "counts": {
             "documents": sum(report.documents for report in reports),
             "characters": sum(report.characters for report in reports),
@@ -106,9 +105,9 @@ def _source_records(
 
 
 def with_digests(
-    inputs: Sequence[InputFile], units: Mapping[int, Unit], reports: Sequence[UnitReport]
+    inputs: Sequence[InputFile], units: Mapping[int, Unit], reports: Sequence[UnitReport], *, has_sources: bool
 ) -> list[dict[str, Any]]:
-    """Return the records of the inputs with the source of each file, if sources are defined, and its SHA-256.
+    """Return the records of the inputs with the SHA-256 of each file and, with `has_sources`, its source.
 
     A file that was read in pieces has the SHA-256 of its pieces; one with a piece whose digest is unknown has none.
     """
@@ -119,10 +118,10 @@ def with_digests(
         digested = unit.pieces if len(report.digests) == len(unit.pieces) else ()
         for piece, digest in zip(digested, report.digests, strict=False):
             pieces.setdefault(piece.url, {})[piece.start, piece.end] = digest
-        sources |= {piece.url: unit.source for piece in unit.pieces if unit.source != ALL_FILES}
+        sources |= {piece.url: unit.source for piece in unit.pieces}
     records = input_records(inputs)
     for record in records:
-        if record["url"] in sources:
+        if has_sources:
             record["source"] = sources[record["url"]]
         digests = [(span, digest) for span, digest in sorted(pieces.get(record["url"], {}).items()) if digest != ""]
         if any(digest is None for _, digest in digests):
@@ -130,7 +129,9 @@ def with_digests(
         if len(digests) == 1:
             record["sha256"] = digests[0][1]
         elif digests:
-            record["sha256_of_pieces"] = hashlib.sha256("".join(str(digest) for _, digest in digests).encode()).hexdigest()
+            record["sha256_of_pieces"] = hashlib.sha256(
+                "".join(str(digest) for _, digest in digests).encode()
+            ).hexdigest()
             record["pieces"] = [list(span) for span, _ in digests]
     return records
 

@@ -143,9 +143,13 @@ def write_instructions(context: Context) -> bool:
             parts.append(f"Instructions that make these shards from raw text are not available: {reason}.\n")
             continue
         command = reproduce.preprocessing(folder)
-        text = f"python -m {command.module} {shlex.join(command.flags)} \\\n    {command.input_flag} RAW_FILES "
-        text += f"{command.output_flag} shards --tokenizer tokenizer"
-        parts += ["Get the raw files that dataset.json lists, check their SHA-256, and run\n", code_block(text)]
+        text = f"python -m {command.module} {shlex.join(command.flags)} \\\n    {command.input_words('HERE')} "
+        text += f"{command.output_flag} shards --tokenizer HERE/tokenizer"
+        parts += [
+            f"Get the raw files that dataset.json lists, check their SHA-256, and run this in their folder, with the "
+            f"path of {folder.place} for HERE:\n",
+            code_block(text),
+        ]
         parts.append("Then compare manifest.jsonl of the new shards with the one here: they must be equal.\n")
     if not context.folders:
         parts.append("The run recorded no training data.\n")

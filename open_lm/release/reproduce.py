@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
 from open_lm import storage
 from open_lm.names import split_joined
 from open_lm.release import layout
@@ -18,6 +20,7 @@ from open_lm.release.weights import sha256_of, weight_files
 from open_lm.storage.strict_json import to_json
 
 RAW_FILES, RAW_HASHES = "raw_files.txt", "raw_files.sha256"
+MIXTURE = "mixture.yaml"  # the raw files of each source, and how often they are used
 _RUN_NAME = "reproduction"
 # Sections and flags that do not change the weights, or that reproduce.sh sets itself.
 _OTHER_SECTIONS = frozenset({"checkpoint", "logging", "validation", "live_evaluation"})
@@ -39,6 +42,7 @@ class Preprocessing:
         flags: without inputs, output and tokenizer.
         shards: folder of the shards below the output folder.
         input_flag, output_flag: flags of the list of inputs and of the output folder.
+        inputs: name of the file that lists the raw files, in the folder of the data set.
     """
 
     module: str
@@ -46,6 +50,11 @@ class Preprocessing:
     shards: str
     input_flag: str
     output_flag: str
+    inputs: str = RAW_FILES
+
+    def input_words(self, folder: str) -> str:
+        """Return the flag of the inputs and its value; `folder`, that of the data set, is a word of the shell."""
+        return f"{self.input_flag} {'@' if self.inputs == RAW_FILES else ''}{folder}/{self.inputs}"
 
 
 def obstacles(facts: RunFacts, folders: Sequence[DataFolder]) -> list[str]:
@@ -70,17 +79,28 @@ def raw_obstacle(folder: DataFolder) -> str | None:
     """Return why the shards of a folder cannot be made from raw text; None if they can."""
     if folder.record is None:
         return "its folder has no readable dataset.json, which records how the shards were made"
-    settings = folder.record["settings"]
-    sampling = settings.get("sampling") or {}
-    if folder.record.get("mixture") or any(sampling.get(key) for key in ("markers", "factors", "files")):
-        return "it is a sampled mixture, whose raw files and rates dataset.json lists, without one command for it"
-    if settings.get("loss_mask") or settings.get("per_source"):
-        return "it was made by another command than make_2048 and tokenize_shuffle, or with --output-per-source"
-    if not folder.has_hashes_of_inputs:
-        return "its dataset.json has no checksums of the raw files"
-    if not folder.has_manifest:
-        return "it has no manifest.jsonl, with which rebuilt shards could be compared"
-    return None
+    settings, inputs = folder.record["settings"], folder.record.get("inputs") or ()
+    reasons = {
+        "it was made by another command than make_2048 and tokenize_shuffle, or with --output-per-source":
+            settings.get("loss_mask") or settings.get("per_source"),
+        "its dataset.json does not say to which source each raw file belongs":
+            _has_sources(folder.record) and not all("source" in item for item in inputs),
+        "it leaves out a source (factor 0), whose files dataset.json does not list":
+            not all(_factors(folder.record).values()),
+        "its dataset.json has no checksums of the raw files": not folder.has_hashes_of_inputs,
+        "it has no manifest.jsonl, with which rebuilt shards could be compared": not folder.has_manifest,
+    }  # fmt: skip
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _has_sources(record: Mapping[str, Any]) -> bool:
+    sampling = record["settings"].get("sampling") or {}
+    return any(sampling.get(key) for key in ("markers", "files"))
+
+
+def _factors(record: Mapping[str, Any]) -> Mapping[str, float]:
+    """Return how often a mixture uses the documents of each source; 1 for other sources."""
+    return (record["settings"].get("sampling") or {}).get("factors") or {}
 
 
 def preprocessing(folder: DataFolder) -> Preprocessing:
@@ -100,13 +120,18 @@ def preprocessing(folder: DataFolder) -> Preprocessing:
     if settings.get("special_tokens_in_text") == "ids":
         flags.append("--allow-special-tokens-in-text")
     size = settings["shard_sequences"]
+    mixture = ("--mixture", MIXTURE) if _has_sources(folder.record) else None
     if is_single:
         flags += ["--wds_chunk_size", str(size)]
-        return Preprocessing("open_lm.datapreprocess.ray.tokenize_shuffle", tuple(flags), "", "--input", "--output")
+        module = "open_lm.datapreprocess.ray.tokenize_shuffle"
+        input_flag, inputs = mixture or ("--input", RAW_FILES)
+        return Preprocessing(module, tuple(flags), "", input_flag, "--output", inputs)
     flags += ["--num-consumers", str(len(names))] + ([] if size is None else ["--shard-size", str(size)])
     place = PurePosixPath(folder.location).name
     shards = f"{settings['seq_len']}-v1/{place if place in names else names[0]}"
-    return Preprocessing("open_lm.datapreprocess.make_2048", tuple(flags), shards, "--input-files", "--output-dir")
+    input_flag, inputs = mixture or ("--input-files", RAW_FILES)
+    module = "open_lm.datapreprocess.make_2048"
+    return Preprocessing(module, tuple(flags), shards, input_flag, "--output-dir", inputs)
 
 
 def training_settings(facts: RunFacts) -> dict[str, Any]:
@@ -166,7 +191,21 @@ def _write_raw_lists(folder: DataFolder, root: str, target: Path) -> None:
     names = [item["url"].removeprefix(root) for item in inputs]
     hashes = [f"{item['sha256']}  {name}" for item, name in zip(inputs, names, strict=True) if "sha256" in item]
     storage.write_text(target / RAW_FILES, "".join(f"{name}\n" for name in names))
-    storage.write_text(target / RAW_HASHES, "".join(f"{line}\n" for line in hashes))
+    if hashes:
+        storage.write_text(target / RAW_HASHES, "".join(f"{line}\n" for line in hashes))
+    if _has_sources(folder.record):
+        storage.write_text(target / MIXTURE, _mixture(folder.record, names))
+
+
+def _mixture(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return a mixture for --mixture, with the raw files of each source."""
+    files: dict[str, list[str]] = {}
+    for item, name in zip(record["inputs"], names, strict=True):
+        files.setdefault(item["source"], []).append(name)
+    sources = [{"source": source, "inputs": files[source]} for source in sorted(files)]
+    factors = {source: factor for source, factor in _factors(record).items() if source in files}
+    content = {"sources": sources, **({"sampling_frequencies": factors} if factors else {})}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _script(
@@ -216,13 +255,15 @@ def _data_lines(folder: DataFolder, is_from_raw: bool, bundle: Path) -> list[str
     tokenizer = f"{folder.place}/tokenizer"
     tokenizer = tokenizer if (bundle / tokenizer).is_dir() else f"{layout.METADATA}/tokenizer"
     place, shards = folder.place, f'"$work"/{folder.place}/{shlex.quote(command.shards)}'
+    lists = f'"$bundle"/{place}'
+    checks = [f'(cd "$raw" && check_sha256 {lists}/{RAW_HASHES})'] if (bundle / place / RAW_HASHES).exists() else []
     return [
         f'echo "data set {folder.number}: checking raw files, then making the shards"',
-        f'(cd "$raw" && check_sha256 "$bundle"/{place}/{RAW_HASHES})',
+        *checks,
         f'(cd "$raw" && "$python" -m {command.module} {shlex.join(command.flags)} \\',
-        f'    {command.input_flag} "@$bundle/{place}/{RAW_FILES}" {command.output_flag} "$work"/{place} \\',
+        f'    {command.input_words(lists)} {command.output_flag} "$work"/{place} \\',
         f'    --tokenizer "$bundle"/{tokenizer})',
-        f'same_file "$bundle"/{place}/manifest.jsonl {shards}/manifest.jsonl',
+        f"same_file {lists}/manifest.jsonl {shards}/manifest.jsonl",
     ]
 
 
@@ -255,13 +296,14 @@ _TEMPLATE = """#!/usr/bin/env bash
 #     ./reproduce.sh --raw DIR [--work DIR] [--python PYTHON]
 #
 # --raw DIR      folder with the raw files, under the names in data/*/raw_files.txt{raw}
-# --work DIR     folder for code, shards, logs and weights (default: reproduction, next to this script)
+# --work DIR     folder for code, shards, logs and weights (default: reproduction, next to the bundle)
 # --python FILE  interpreter of an environment with the packages of {requirements} (default: python3)
 #
 # Needs {processes} on a device of the kind "{device}". Another kind of device, another version of torch or, on a CPU,
 # another number of threads (OMP_NUM_THREADS) may round differently and give other weights. A finished stage is not
 # repeated; an interrupted training continues.
 set -euo pipefail
+unset CDPATH
 
 bundle=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)
 raw="" work="$bundle/../reproduction" python=python3
@@ -278,6 +320,28 @@ if {needs_raw} && [ ! -d "$raw" ]; then
     echo "--raw: found no folder \\"$raw\\"; expected the folder with the files of data/*/raw_files.txt" >&2
     exit 2
 fi
+if ! python=$(command -v -- "$python"); then
+    echo "--python: found no such program; expected the Python of an environment with {requirements}" >&2
+    exit 2
+fi
+case "$python" in /*) ;; *) python=$PWD/$python ;; esac # the commands below run in other folders
+"$python" - "$bundle/{requirements}" << 'END' || exit 2
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("--python: %s is Python %s, expected 3.10 or newer" % (sys.executable, sys.version.split()[0]))
+import importlib.metadata
+for line in open(sys.argv[1], encoding="utf-8"):
+    name, _, version = line.strip().partition("==")
+    if name in ("torch", "numpy", "tokenizers", "fastokens"):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name in ("torch", "numpy"):
+                sys.exit(f"--python: {{sys.executable}} has no {{name}}; install the packages of {{sys.argv[1]}}")
+            found = "none"
+        if found != version:
+            print(f"warning: {{name}} {{found}} is installed, the run used {{version}}; the weights may differ")
+END
 mkdir -p "$work"
 work=$(cd "$work" && pwd)
 [ -z "$raw" ] || raw=$(cd "$raw" && pwd)
@@ -287,19 +351,7 @@ check_sha256() {{ sha256 -c "$1" > "$work/checked.txt" || {{ cat "$work/checked.
 same_file() {{ cmp -s "$1" "$2" || {{ echo "$2: differs from $1, so the shards are other ones" >&2; exit 1; }}; }}
 
 [ -d "$work/code/"{top} ] || {{ mkdir -p "$work/code" && tar -xzf "$bundle/{archive}" -C "$work/code"; }}
-export PYTHONPATH="$work/code/"{top}
-"$python" - "$bundle/{requirements}" << 'END'
-import importlib.metadata, sys
-for line in open(sys.argv[1], encoding="utf-8"):
-    name, _, version = line.strip().partition("==")
-    if name in ("torch", "numpy", "tokenizers", "fastokens"):
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found = "none"
-        if found != version:
-            print(f"warning: {{name}} {{found}} is installed, the run used {{version}}; the weights may differ")
-END
+export PYTHONPATH="$work/code/"{top} PYTHONSAFEPATH=1 # no modules from the current folder
 
 {data}
 

@@ -32,14 +32,29 @@ def write_raw(folder: Path, documents: int, seed: int) -> Path:
     return path
 
 
+def write_mixture(root: Path) -> Path:
+    """Write raw/web/text.jsonl and raw/my books/data.arrow, and a mixture that uses the second one 1.5 times."""
+    import pyarrow as pa
+
+    web, books = write_raw(root / "raw" / "web", 80, 1), root / "raw" / "my books"
+    texts = [json.loads(line)["text"] for line in write_raw(books, 40, 3).read_text().splitlines()]
+    (books / "text.jsonl").unlink()
+    with pa.ipc.new_stream(books / "data.arrow", pa.schema({"text": pa.string()})) as file:
+        file.write_table(pa.table({"text": texts}))
+    sources = [{"source": "web", "inputs": [str(web)]}, {"source": "books", "inputs": [str(books)]}]
+    path = root / "mixture.yaml"
+    path.write_text(json.dumps({"sources": sources, "sampling_frequencies": {"books": 1.5}}))
+    return path
+
+
 def make_run(root: Path) -> Path:
     """Preprocess raw text and train on it in `root`; return the run folder. Its settings have private paths."""
-    for name, documents, seed in (("raw", 120, 1), ("valid", 20, 2)):
-        write_raw(root / name, documents, seed)
+    write_raw(root / "valid", 20, 2)
     write_tokenizer(root / "tokenizer.json")
-    for name in ("raw", "valid"):
+    inputs = {"raw": ["--mixture", str(write_mixture(root))], "valid": ["--input-files", str(root / "valid")]}
+    for name, flags in inputs.items():
         make_2048.main([
-            "--input-files", str(root / name), "--output-dir", str(root / f"{name}_shards"), "--seqlen", str(SEQ_LEN),
+            *flags, "--output-dir", str(root / f"{name}_shards"), "--seqlen", str(SEQ_LEN),
             "--tokenizer", str(root / "tokenizer.json"), "--seed", "3", "--num-workers", "1",
         ])  # fmt: skip
     shape = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": SEQ_LEN, "vocab_size": 258}

@@ -355,8 +355,8 @@ def test_upload_refuses_other_targets(bundle: Path, url: str) -> None:
 # -------------------------------------------------------------------------------------------------------- reproduction
 @pytest.fixture
 def reproduction(bundle: Path, run: Path) -> Iterator[list[str]]:
-    work = run.parents[1] / "reproduction"
-    yield ["bash", str(bundle / layout.REPRODUCE), "--work", str(work), "--python", sys.executable]
+    work = run.parents[1] / "my reproduction"
+    yield ["bash", str(bundle / layout.REPRODUCE), "--work", str(work), "--python", os.path.relpath(sys.executable)]
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -373,8 +373,15 @@ def test_reproduce_gives_the_same_weights_from_raw_text(reproduction: list[str],
 
 @pytest.mark.processes
 def test_reproduce_refuses_other_raw_text(reproduction: list[str], run: Path, tmp_path: Path) -> None:
-    shutil.copy(run.parents[1] / "valid" / "text.jsonl", tmp_path / "text.jsonl")
+    shutil.copytree(run.parents[1] / "raw", tmp_path, dirs_exist_ok=True)
+    shutil.copy(run.parents[1] / "valid" / "text.jsonl", tmp_path / "web" / "text.jsonl")
     result = subprocess.run([*reproduction, "--raw", str(tmp_path)], check=False, capture_output=True, text=True)
-    assert result.returncode != 0 and "text.jsonl: FAILED" in result.stderr
-    result = subprocess.run(reproduction, check=False, capture_output=True, text=True)
-    assert result.returncode == 2 and "--raw: found no folder" in result.stderr
+    assert result.returncode != 0 and "web/text.jsonl: FAILED" in result.stderr
+    assert "my books/data.arrow: OK" in result.stderr
+    for flags, message in (
+        ([], "--raw: found no folder"),
+        (["--raw", str(tmp_path), "--python", "no/python"], "--python: found no such program"),
+        (["--raw"], "--raw: expected a value"),
+    ):
+        result = subprocess.run([*reproduction, *flags], check=False, capture_output=True, text=True)
+        assert result.returncode == 2 and message in result.stderr

@@ -62,7 +62,8 @@ def test_flags_of_tokenize_shuffle_give_the_recorded_settings() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"sampling": {"factors": {"wiki": 2.0}}}, "sampled mixture"),
+        ({"sampling": {"markers": {"wiki": ["wiki"]}}}, "to which source each raw file belongs"),
+        ({"sampling": {"factors": {"wiki": 0.0}}}, "leaves out a source"),
         ({"per_source": True}, "--output-per-source"),
         ({"loss_mask": True}, "another command"),
     ],
