@@ -35,7 +35,7 @@ from open_lm.hf.peft_adapters import native_sha256, record_base
 from open_lm.hf.policy import balancing_loss, load_policy, load_policy_tokenizer, quiet, save_policy
 from open_lm.monitor.loggers import MetricLoggers, build_loggers, setup_logging
 from open_lm.monitor.run_folder import RunPaths, write_params
-from open_lm.monitor.run_records import RunRecords
+from open_lm.report.run_records import RunRecords
 
 COMPLETE = "complete.json"  # the last file of a checkpoint for --resume; it has the count that TRL does not save
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -178,9 +178,7 @@ class TuningRun:
 
     def records(self, start_step: int) -> RunRecords:
         """Start environment.json and the report. Collective."""
-        from open_lm.report import refresh_report
-
-        return RunRecords(self.paths, _runtime(), self.args, step=start_step, write_report=refresh_report)
+        return RunRecords(self.paths, _runtime(), self.args, step=start_step)
 
     def loggers(self, start_step: int) -> MetricLoggers:
         """Return the loggers to metrics.jsonl and those of --report-to; none on other ranks."""

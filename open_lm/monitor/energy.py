@@ -157,7 +157,10 @@ class CodecarbonMeter:
         return self._reading.kwh * JOULES_PER_KWH
 
     def close(self) -> None:
-        self._tracker.stop()
+        try:
+            self._tracker.stop()
+        except Exception as error:  # the run does not depend on its energy
+            logging.warning(f"codecarbon cannot end its measurement: {type(error).__name__}: {error}")
 
 
 class NoMeter(_Meter):

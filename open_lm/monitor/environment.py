@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ import torch
 
 from open_lm import storage
 from open_lm.distributed.processes import Runtime, gather_objects
+from open_lm.errors import StorageError
 from open_lm.storage.strict_json import to_json
 from open_lm.system import available_cpus
 
@@ -38,6 +40,8 @@ _SOURCE_SUFFIXES = (".py", ".cpp", ".h", ".json", ".yaml")
 
 class EnvironmentFile:
     """The file environment.json of a run: {"format": 1, "starts": [record, …]}.
+
+    The run does not depend on it: a file that cannot be read or written is a warning.
 
     Args:
         path: path of the file; None for a rank or a run that writes none.
@@ -65,19 +69,27 @@ class EnvironmentFile:
         self._write()
 
     def _write(self) -> None:
-        if self._path is not None:
-            content = {"format": _FORMAT, "starts": [*self._earlier, self._record]}
+        if self._path is None:
+            return
+        content = {"format": _FORMAT, "starts": [*self._earlier, self._record]}
+        try:
             storage.write_text(self._path, to_json(content, indent=1) + "\n")
+        except StorageError as error:
+            logging.warning(f"cannot record the start and its progress: {error}")
 
 
 def _read(path: str) -> list[dict[str, Any]]:
-    """Return the records of a file; an empty list if there is none or if it has another format."""
+    """Return the records of a file; an empty list if there is none or, with a warning, if it cannot be used."""
     if not os.path.exists(path):
         return []
-    with suppress(ValueError):
+    try:
         content = json.loads(storage.read_bytes(path))
-        if isinstance(content, dict) and content.get("format") == _FORMAT and isinstance(content.get("starts"), list):
-            return [record for record in content["starts"] if isinstance(record, dict)]
+        if content["format"] == _FORMAT:
+            return [dict(record) for record in content["starts"]]
+        problem = f"found the format {content['format']!r}, expected {_FORMAT}"
+    except (StorageError, ValueError, TypeError, KeyError, RecursionError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    logging.warning(f"{path}: cannot read the earlier starts of the run, which are lost: {problem}")
     return []
 
 

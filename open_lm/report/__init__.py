@@ -1,12 +1,12 @@
 """The report of training runs: one HTML file from what the runs leave on disk.
 
 `records` has the data as dataclasses, `collect` reads them from run folders, `problems` finds problems in them, `page`
-turns them into HTML. `figures` and `markup` build self-contained pages of any content.
+turns them into HTML. `figures` and `markup` build self-contained pages of any content. `run_records` keeps what a run
+in progress records about itself; `refresh` writes its report.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 REPORT_FILE = "report.html"  # in the folder of a run
@@ -28,13 +28,3 @@ def write_report(runs: Sequence[str], out: str, *, title: str | None = None) -> 
     from open_lm.report.page import build_page
 
     storage.write_text(out, build_page(collect_runs(runs), title))
-
-
-def refresh_report(run_folder: str) -> None:
-    """Write report.html in the folder of a run. Never raises: a problem is logged as one warning."""
-    from open_lm import storage
-
-    try:
-        write_report([run_folder], storage.join(run_folder, REPORT_FILE))
-    except Exception as error:
-        logging.warning(f"the report of the run could not be written ({type(error).__name__}: {error})")

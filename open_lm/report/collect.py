@@ -25,6 +25,7 @@ from open_lm.report import result_files
 from open_lm.report.data_sources import read_sources
 from open_lm.report.log_file import RunLog, read_log
 from open_lm.report.metrics_file import read_metrics
+from open_lm.report.privacy import public, public_values
 from open_lm.report.problems import find_problems
 from open_lm.report.records import (
     RESTART,
@@ -38,7 +39,6 @@ from open_lm.report.records import (
 )
 from open_lm.report.summary import summarize
 from open_lm.storage.paths import FileInfo
-from open_lm.storage.redaction import redact
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -80,10 +80,10 @@ class _Collector:
         self.files = _list_files(self._root)
         if not any(name in self.files for name in _RUN_FILES) and not any(map(_CHECKPOINT.fullmatch, self.files)):
             raise ConfigError(
-                f"{redact(url)}: expected the folder of a run, {{logs}}/{{name}}, with at least one of "
+                f"{public(url)}: expected the folder of a run, {{logs}}/{{name}}, with at least one of "
                 f"{', '.join(_RUN_FILES)} or a checkpoint; found {_listed(self.files)}"
             )
-        self.run = Run(url=redact(url), name=_folder_name(self._root))
+        self.run = Run(url=public(url), name=_folder_name(self._root))
         self._unreadable: list[Problem] = []
 
     def collect(self) -> Run:
@@ -91,7 +91,7 @@ class _Collector:
         run.settings = self._read("params.txt", _read_settings, {})
         self._add_checkpoint_dir()
         run.architecture = self._read("model.json", _read_object, {})
-        run.environment = redact_all(self._read("environment.json", _read_object, {}))
+        run.environment = public_values(self._read("environment.json", _read_object, {}))
         metrics_url = self.files.get("metrics.jsonl")
         if metrics_url is not None:
             run.metrics = self._read("metrics.jsonl", read_metrics, run.metrics)
@@ -100,15 +100,15 @@ class _Collector:
             run.metrics = log.metrics
         run.starts, run.messages = log.starts, log.messages
         for message in run.messages:
-            message.text = redact(message.text)
+            message.text = public(message.text)
         run.events = _joined([*log.events, *_environment_restarts(run)])
         run.changes = setting_changes(run)
         run.settings = run.settings or (run.starts[-1].settings if run.starts else {})
-        run.settings = {name: redact(value) for name, value in run.settings.items()}
         self._collect_results()
         run.sources = self._read("data.json", lambda url: read_sources(_read_object(url), run), []) or read_sources(
             {}, run
         )
+        run.settings = public_values(run.settings)
         run.checkpoints = _checkpoints(self.files)
         run.code_sha256 = self._code_digest()
         run.summary = summarize(run, log)
@@ -157,7 +157,7 @@ class _Collector:
 
     def _report_unreadable(self, name: str, error: Exception) -> None:
         self._unreadable.append(
-            Problem(WARNING, "A file cannot be read", name, redact(str(error)), "The report leaves out what it has.")
+            Problem(WARNING, "A file cannot be read", name, public(str(error)), "The report leaves out what it has.")
         )
 
     def _code_digest(self) -> str | None:
@@ -219,15 +219,6 @@ def _read_object(url: str) -> dict[str, Any]:
     return content
 
 
-def redact_all(value: Any) -> Any:
-    """Return a JSON value with secrets removed from its texts."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, Mapping):
-        return {key: redact_all(item) for key, item in value.items()}
-    return [redact_all(item) for item in value] if isinstance(value, list) else value
-
-
 # ---------------------------------------------------------------------------------------------- starts and settings
 def _environment_restarts(run: Run) -> list[Event]:
     return [
@@ -247,8 +238,7 @@ def _joined(events: Iterable[Event]) -> list[Event]:
 
 def setting_changes(run: Run) -> list[SettingChange]:
     """Return the settings that differ between the starts of a run, by the settings that out.log has of each."""
-    known = [start.settings for start in run.starts if start.settings]
-    return differing_settings(known)
+    return differing_settings([start.settings for start in run.starts if start.settings])
 
 
 def differing_settings(settings: Sequence[Mapping[str, str]]) -> list[SettingChange]:
@@ -259,8 +249,9 @@ def differing_settings(settings: Sequence[Mapping[str, str]]) -> list[SettingCha
     if len(settings) < 2:
         return []
     names = sorted(set.intersection(*map(set, settings)) - SETTINGS_OF_A_PROCESS)
-    values = {name: tuple(redact(known[name]) for known in settings) for name in names}
-    return [SettingChange(name, items) for name, items in values.items() if len(set(items)) > 1]
+    changed = {name: values for name in names if len(set(values := tuple(known[name] for known in settings))) > 1}
+    changes = [SettingChange(name, tuple(map(public, values))) for name, values in changed.items()]
+    return [change for change in changes if len(set(change.values)) > 1]
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints

@@ -11,8 +11,8 @@ import numpy as np
 
 from open_lm.monitor.metrics import short_labels
 from open_lm.names import unescape
+from open_lm.report.privacy import public, public_values
 from open_lm.report.records import MixtureSource, Run
-from open_lm.storage.redaction import redact
 
 _SEEN = "train/tokens/"  # and the label of a source
 
@@ -33,7 +33,7 @@ def read_sources(description: Mapping[str, Any], run: Run) -> list[MixtureSource
     shares = _shares([row["weight"] for row in rows])
     return [
         MixtureSource(
-            name=name,
+            name=public(name),
             planned_share=share,
             seen_tokens=seen.get(name),
             stored_tokens=None
@@ -42,7 +42,7 @@ def read_sources(description: Mapping[str, Any], run: Run) -> list[MixtureSource
             label=labels[name],
             fingerprint=str(row.get("fingerprint") or ""),
             num_shards=len(row.get("shards") or ()),
-            datasets=tuple(row.get("datasets") or ()),
+            datasets=tuple(map(public_values, row.get("datasets") or ())),
         )
         for name, row, share in zip(names, rows, shares, strict=True)
     ]
@@ -51,11 +51,11 @@ def read_sources(description: Mapping[str, Any], run: Run) -> list[MixtureSource
 def _from_settings(run: Run) -> list[MixtureSource]:
     """Return the sources by the flags of a run without data.json, such as one of the original OpenLM."""
     names = _list(run.settings.get("dataset_manifest")) or _list(run.settings.get("train_data"))
-    names = [redact(str(name)) for name in names]
+    names = [str(name) for name in names]
     weights = _list(run.settings.get("train_data_mix_weights"))
     shares = _shares(weights if len(weights) == len(names) else [1] * len(names))
     seen = _seen_tokens(names, run)
-    return [MixtureSource(name, share, seen.get(name), None) for name, share in zip(names, shares, strict=True)]
+    return [MixtureSource(public(name), share, seen.get(name), None) for name, share in zip(names, shares, strict=True)]
 
 
 def _seen_tokens(names: Sequence[str], run: Run) -> dict[str, int]:

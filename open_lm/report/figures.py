@@ -289,7 +289,7 @@ def _plotly() -> str:
     except ModuleNotFoundError as error:
         raise ConfigError(missing_package("plotly") or str(error)) from error
     script = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes()
-    return base64.b64encode(gzip.compress(script, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(script, 5, mtime=0)).decode()  # higher levels save 1 % in twice the time
 
 
 def _swatch(index: int) -> Html:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # The values of environment variables with these names are removed from everything that a run writes.
@@ -25,20 +25,30 @@ _SECRETS: tuple[tuple[re.Pattern[str], str], ...] = (
 
 def redact(text: str, environ: Mapping[str, str] | None = None) -> str:
     """Return `text` without passwords in URLs, tokens, keys, and values of secret environment variables."""
-    for name, value in (os.environ if environ is None else environ).items():
-        if len(value) >= _MIN_SECRET_LENGTH and _SECRET_NAME.search(name):
-            text = text.replace(value, "***")
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
+    return _redact(text, _secret_values(os.environ if environ is None else environ))
 
 
 def redacted(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of `params` with secrets removed from all strings, including those in lists."""
+    """Return a copy of `params` with secrets removed from all strings, including those in lists and mappings."""
+    secrets = _secret_values(os.environ)  # once: reading the environment takes longer than redacting a short text
 
     def clean(value: Any) -> Any:
         if isinstance(value, str):
-            return redact(value)
+            return _redact(value, secrets)
+        if isinstance(value, Mapping):
+            return {key: clean(item) for key, item in value.items()}
         return [clean(item) for item in value] if isinstance(value, list | tuple) else value
 
     return {key: clean(value) for key, value in params.items()}
+
+
+def _secret_values(environ: Mapping[str, str]) -> list[str]:
+    return [v for name, v in environ.items() if len(v) >= _MIN_SECRET_LENGTH and _SECRET_NAME.search(name)]
+
+
+def _redact(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text

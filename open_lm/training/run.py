@@ -23,9 +23,9 @@ from open_lm.errors import CheckpointError, DataError, join_problems
 from open_lm.evaluate.validation import loss_problems, non_finite_weights
 from open_lm.monitor.loggers import MetricLoggers, log_to_file
 from open_lm.monitor.run_folder import RunPaths
-from open_lm.monitor.run_records import RunRecords
 from open_lm.monitor.watchdog import Watchdog, long_operation
 from open_lm.names import setting_text
+from open_lm.report.run_records import RunRecords
 from open_lm.training.build import RunParts, build_parts, build_trainer
 from open_lm.training.control import Decision, RunControl
 from open_lm.training.diagnostics import Diagnostics
@@ -102,6 +102,7 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
             records.rank_times.exchange_energy()
         else:
             trainer.report = loggers.log
+            diagnostics.limit_to(parts.total_steps)
             trainer.at_step = diagnostics.at_step
             Training(parts, trainer, evaluations, loggers, flags=flags, records=records).run()
 

@@ -45,9 +45,9 @@ from open_lm.monitor.loggers import (
     write_to_log_file,
 )
 from open_lm.monitor.run_folder import RunPaths, copy_codebase, write_params
-from open_lm.monitor.run_records import RunRecords
 from open_lm.names import printable, setting_text
 from open_lm.parallel.parallelize import ineffective_settings, unwrap
+from open_lm.report.run_records import RunRecords
 from open_lm.storage import write_text
 from open_lm.storage.redaction import redacted
 from open_lm.storage.remote_sync import RemoteSync, remote_folder
@@ -268,17 +268,10 @@ def open_records(parts: RunParts, stack: ExitStack) -> RunRecords:
         parts.runtime,
         parts.config.logging,
         step=parts.progress.step or 0,
-        write_report=_write_report,
         data=data,
     )
     stack.callback(records.finish)
     return records
-
-
-def _write_report(folder: str) -> None:
-    from open_lm.report import refresh_report  # reads files only: not needed to train
-
-    refresh_report(folder)
 
 
 def _record_data(parts: RunParts, sources: Sequence[Source]) -> None:

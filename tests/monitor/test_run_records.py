@@ -1,10 +1,9 @@
-"""Records of a run about itself: environment.json, energy and the report."""
+"""Records of a run about itself: environment.json and energy."""
 
 from __future__ import annotations
 
 import getpass
 import json
-import logging
 import re
 import socket
 import subprocess
@@ -19,12 +18,11 @@ import torch
 from open_lm.config.devices import tdp_watts
 from open_lm.distributed.processes import Runtime
 from open_lm.errors import ConfigError
-from open_lm.monitor import energy, environment, run_report
+from open_lm.monitor import energy, environment
 from open_lm.monitor.energy import CPU_CORE_WATTS, CpuEstimate, open_meter
 from open_lm.monitor.environment import EnvironmentFile, code_state, describe
 from open_lm.monitor.run_folder import RunPaths
-from open_lm.monitor.run_records import RunRecords
-from open_lm.monitor.run_report import RunReport
+from open_lm.report.run_records import RunRecords
 
 DATA = {
     "sources": [
@@ -33,14 +31,10 @@ DATA = {
 }
 
 
-def records(tmp_path: Path, kind: str = "device", report: str = "html", step: int = 0) -> RunRecords:
+def records(tmp_path: Path, kind: str = "device", step: int = 0) -> RunRecords:
     paths = RunPaths(str(tmp_path), "run")
     paths.prepare(None)
-    written: list[str] = []
-    settings = SimpleNamespace(energy=kind, report=report)
-    made = RunRecords(paths, Runtime(), settings, step=step, write_report=written.append, data=DATA)
-    made.written = written  # type: ignore[attr-defined]
-    return made
+    return RunRecords(paths, Runtime(), SimpleNamespace(energy=kind, report="none"), step=step, data=DATA)
 
 
 def starts(tmp_path: Path) -> list[dict[str, Any]]:
@@ -99,11 +93,21 @@ def test_the_code_of_a_checkout_has_commit_and_modifications(tmp_path: Path) -> 
     assert code_state() is code_state(), "read once per process"
 
 
-def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2, "starts": []}', '{"format": 1, "starts": [1]}'])
+def test_a_damaged_file_is_replaced_with_a_warning(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "environment.json"
-    path.write_text("{")
+    path.write_text(content)
     EnvironmentFile(str(path), describe(Runtime(), 0)).update({"step": 1})
     assert len(json.loads(path.read_text())["starts"]) == 1
+    assert "cannot read the earlier starts of the run" in caplog.text
+
+
+def test_a_file_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "environment.json").mkdir()
+    EnvironmentFile(str(tmp_path / "environment.json"), {}).update({"step": 1})
+    assert "cannot record the start and its progress" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------- energy
@@ -168,42 +172,3 @@ def test_a_missing_codecarbon_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "codecarbon", None)
     with pytest.raises(ConfigError, match=r"--energy codecarbon: the package codecarbon.*open_lm\[report\]"):
         open_meter("codecarbon", Runtime())
-
-
-# ---------------------------------------------------------------------------------------------- report
-def test_the_report_is_written_at_the_end_and_a_failure_is_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made: Any = records(tmp_path)
-    made.update()
-    assert made.written == [], "too early for a refresh"
-    made.finish()
-    assert made.written == [str(tmp_path / "run")]
-    made = records(tmp_path, report="none")
-    made.finish()
-    assert made.written == []
-
-    def fail(folder: str) -> None:
-        raise ValueError("broken")
-
-    with caplog.at_level(logging.WARNING):
-        RunReport(str(tmp_path), fail).finish()
-    assert "cannot write the report" in caplog.text and "ValueError: broken" in caplog.text
-
-
-@pytest.mark.processes
-def test_refreshes_run_in_one_background_process_with_a_limited_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marker = tmp_path / "written"
-    monkeypatch.setattr(run_report, "_REFRESH", f"import sys; open({str(marker)!r}, 'a').write(sys.argv[1])")
-    report = RunReport(str(tmp_path), lambda folder: None, time_share=1e12)
-    report.refresh()
-    report.refresh()  # the first one may still run: no second process
-    assert report._watcher is not None
-    report._watcher.join()
-    assert marker.read_text() in (str(tmp_path), 2 * str(tmp_path)) and report._last_s > 0
-    report._time_share = 1e-12
-    watcher = report._watcher
-    report.refresh()
-    assert report._watcher is watcher, "the share is used up"

@@ -13,12 +13,13 @@ from report_runs import SECRET, SPIKE_STEP, STEP_TOKENS, STEPS, train_line, writ
 
 from open_lm import storage
 from open_lm.errors import ConfigError
-from open_lm.report import REPORT_FILE, refresh_report, write_report
+from open_lm.report import REPORT_FILE, write_report
 from open_lm.report.__main__ import main
 from open_lm.report.collect import collect_run, collect_runs
 from open_lm.report.curves import run_clock
 from open_lm.report.problems import find_spikes, find_stalls
 from open_lm.report.records import ERROR, FAILED, FINISHED, RESTART, ROLLBACK, SKIPPED, STOPPED, UNFINISHED, Run
+from open_lm.report.refresh import refresh_report
 from open_lm.report.thinning import thin
 
 
@@ -157,7 +158,22 @@ def test_no_secret_and_no_other_folder(run_folder: Path, tmp_path: Path, caplog:
     assert not (tmp_path / "none.html").exists()
     with caplog.at_level(logging.WARNING):
         refresh_report(str(tmp_path / "other"))
-    assert len(caplog.records) == 1 and "could not be written" in caplog.text
+    assert len(caplog.records) == 1 and "cannot write the report" in caplog.text
+
+
+def test_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = write_run(tmp_path / "run", cache_dir="/home/somebody/cache", pretrained=f"['{tmp_path}/a.pt']")
+    text = (folder / "data.json").read_text()
+    (folder / "data.json").write_text(text.replace("web/manifest", "/Users/somebody/web/manifest"))
+    (folder / "samples.jsonl").write_text(
+        '{"step": 0, "tokens": 0, "number": 1, "temperature": 0, "prompt": "ls /home/model", "text": "a"}'
+    )
+    write_report([str(folder)], str(tmp_path / "report.html"))
+    html = (tmp_path / "report.html").read_text()
+    assert "somebody" not in html and str(tmp_path) not in html
+    assert "~/cache" in html and "~/a.pt" in html and "~/web/manifest" in html
+    assert "ls /home/model" in html, "texts of the model are unchanged"
 
 
 def test_names_differ_between_runs(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from open_lm.config.command_line import parse_args
 from open_lm.config.diagnostics_section import DiagnosticsConfig, parse_steps
 from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import Config
-from open_lm.distributed.processes import Runtime
+from open_lm.distributed.processes import ALLOCATOR_NAMES, Runtime
 from open_lm.errors import ConfigError
 from open_lm.monitor.metric_names import metric
 from open_lm.monitor.timing import PhaseClock
@@ -57,13 +57,30 @@ def test_each_traced_step_is_in_the_trace_and_the_table(tmp_path: Path) -> None:
     assert table.startswith("Steps 2 to 3 on rank 0 (cpu)") and "aten::mm" in table
 
 
-def test_a_run_that_ends_inside_the_traced_steps_leaves_no_file(
+def trace(folder: Path, steps: str, positions: list[int], total_steps: int = 100) -> list[str]:
+    """Call `at_step` with each position; return the names of the tables."""
+    clock = PhaseClock(torch.device("cpu"))
+    with Diagnostics(DiagnosticsConfig(profile_steps=steps), Runtime(), str(folder)) as diagnostics:
+        diagnostics.limit_to(total_steps)
+        for step in positions:
+            diagnostics.at_step(step, clock)
+    return sorted(path.name for path in folder.glob("*.txt"))
+
+
+def test_a_run_that_is_stopped_inside_the_traced_steps_leaves_no_file(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clock = PhaseClock(torch.device("cpu"))
-    with Diagnostics(DiagnosticsConfig(profile_steps="0:9"), Runtime(), str(tmp_path)) as diagnostics:
-        diagnostics.at_step(0, clock)
+    assert trace(tmp_path, "0:9", [0]) == []
     assert list(tmp_path.iterdir()) == [] and "its trace is not written" in caplog.text
+
+
+def test_a_trace_ends_with_the_run_continues_after_an_epoch_and_starts_again_after_a_rollback(tmp_path: Path) -> None:
+    names = {name: tmp_path / name for name in ("short", "epochs", "rollback")}
+    for folder in names.values():
+        folder.mkdir()
+    assert trace(names["short"], "1:9", [0, 1, 2], total_steps=2) == ["profile_1-2_rank_0.txt"]
+    assert trace(names["epochs"], "1:3", [0, 1, 2, 2, 3]) == ["profile_1-3_rank_0.txt"]
+    assert trace(names["rollback"], "5:7", [4, 5, 6, 2, 3, 4, 5, 6, 7]) == ["profile_5-7_rank_0.txt"]
 
 
 @pytest.mark.parametrize("text", ["3", "3:3", "4:3", "a:b", "1:2:3", "-1:2"])
@@ -164,6 +181,25 @@ def test_other_errors_are_not_explained() -> None:
     explained = out_of_memory.explained_out_of_memory(config, MeshLayout(), Runtime(), lambda name: None)
     with pytest.raises(ZeroDivisionError), explained:
         _ = 1 // 0
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "is_advised"),
+    [("PYTORCH_ALLOC_CONF", "expandable_segments:True", False), ("PYTORCH_CUDA_ALLOC_CONF", "backend:native", True)],
+)
+def test_growing_segments_are_advised_only_if_they_are_off(
+    name: str, setting: str, is_advised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ALLOCATOR_NAMES:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, setting)
+    statistics = {"allocated_bytes.all.current": 2**30, "allocated_bytes.all.peak": 2**30}
+    statistics["reserved_bytes.all.current"] = 3 * 2**30
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: statistics)
+    monkeypatch.setattr(out_of_memory, "_capacity", lambda runtime: 4 * 2**30)
+    usage = out_of_memory._usage(Runtime(device=torch.device("cuda", 0)))
+    assert "the other 2.00 GiB" in usage
+    assert (f"{name} replaces the default expandable_segments:True" in usage) == is_advised
 
 
 # ---------------------------------------------------------------------------------------------- whole runs

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from open_lm import storage
 from open_lm.distributed.processes import Runtime
-from open_lm.errors import StorageError
 from open_lm.monitor import environment
 from open_lm.monitor.energy import EnergyMeter, open_meter
 from open_lm.monitor.environment import EnvironmentFile
 from open_lm.monitor.loggers import log_to_file
 from open_lm.monitor.rank_times import RankTimes
 from open_lm.monitor.run_folder import RunPaths
-from open_lm.monitor.run_report import RunReport
+from open_lm.report.refresh import RunReport
 
 
 class RunRecords:
@@ -27,7 +25,6 @@ class RunRecords:
         settings: has the values of --report and --energy.
         step: the step from which this start continues.
         data: the content of data.json, if there are training data.
-        write_report: writes the report of a folder.
 
     Attributes:
         rank_times: exchanges the times and the energy of the ranks.
@@ -41,7 +38,6 @@ class RunRecords:
         settings: Any,
         *,
         step: int,
-        write_report: Callable[[str], object],
         data: Mapping[str, Any] | None = None,
     ) -> None:
         writes = runtime.is_master and paths.enabled
@@ -50,7 +46,7 @@ class RunRecords:
             storage.join(paths.root, environment.FILE_NAME) if writes else None,
             environment.describe(runtime, step, data),
         )
-        self._report = RunReport(paths.root if writes and settings.report != "none" else None, write_report)
+        self._report = RunReport(paths.root if writes and settings.report != "none" else None)
         self._start = time.monotonic()
         self.rank_times = RankTimes(runtime, self._meter, self._environment.earlier("progress", "energy_joules"))
         self.progress: Callable[[], dict[str, Any]] = dict
@@ -78,7 +74,4 @@ class RunRecords:
                 "energy_is_estimate": self._meter.is_estimate,
             }
         seconds = round(time.monotonic() - self._start, 3)
-        try:
-            self._environment.update({"seconds": seconds, **self.progress(), **energy})
-        except StorageError as error:  # the run does not depend on it
-            logging.warning(f"cannot record the progress: {error}")
+        self._environment.update({"seconds": seconds, **self.progress(), **energy})
