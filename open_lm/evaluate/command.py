@@ -275,6 +275,7 @@ def _write_results(
         gauntlet = gauntlet_scores(settings.gauntlet, outcomes) if settings.gauntlet else None
         sums = [str(item) for item in (*aggregates, gauntlet) if item is not None]
         print("\n".join(["", format_table(outcomes), *sums, ""]), flush=True)
+        metadata = {**metadata, "task_data": [task.data_record() for task in settings.tasks]}
         write_json(path, outcomes, metadata, aggregates, gauntlet)
         print(f"results written to {path}", flush=True)
 

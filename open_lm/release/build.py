@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from open_lm import storage
 from open_lm.checkpoint.folders import step_number
@@ -168,7 +169,7 @@ def _write_weights(context: Context, outcome: Outcome) -> None:
         outcome.notes.append("the final checkpoint has no optimizer state")
 
 
-def _copier(context: Context) -> Callable[[Path, Path], None]:
+def _copier(context: Context) -> Callable[[str | Path, Path], Any]:
     """Return the function that copies a text file of the run into the bundle."""
     if context.settings.redact:
         return context.redactor.copy
@@ -205,14 +206,11 @@ def _write_evaluations(context: Context, outcome: Outcome) -> list[str]:
     if not names and not evaluations:
         reason = "the run has no results (--val-data, --icl-yaml, or a separate evaluation)"
         outcome.missing[components.EVALUATION_RESULTS] = reason
-    problems = write_evaluation_data(context.facts, context.bundle, context.redactor)
+    problems = write_evaluation_data(context.facts, evaluations, context.bundle, context.redactor, copy)
     if problems or not (context.bundle / layout.EVALUATION_DATA).is_dir():
         reason = "the run has neither validation sets (--val-data) nor tasks (--icl-yaml)"
         reason = "some are not available: " + "; ".join(problems) if problems else reason
         outcome.missing[components.EVALUATION_DATA] = context.redactor.text(reason)
-    if evaluations:
-        problems.append("the task data of separate evaluations, whose results are in evals/")
-    outcome.notes += [f"not included: {problem}" for problem in problems]
     return problems
 
 

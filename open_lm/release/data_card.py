@@ -113,7 +113,9 @@ def _evaluation_data(context: Context, problems: Sequence[str]) -> str:
         if f"{number:02}" in sets
     ]
     items += [f"not included: {escape(context.redactor.text(problem))}" for problem in problems]
-    return bullets(items) if items else "The run used no evaluation data.\n"
+    if not items:
+        return "The run used no evaluation data.\n"
+    return bullets(items) + "\nTasks and texts of others keep the licenses of their authors.\n"
 
 
 def _limits(context: Context) -> list[str]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from open_lm import storage
 from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME
-from open_lm.errors import ConfigError, UserError
+from open_lm.errors import ConfigError, DataError, UserError
 from open_lm.names import split_joined
 from open_lm.release import layout
 from open_lm.release.privacy import Redactor
 from open_lm.release.run_facts import RunFacts
+from open_lm.release.weights import sha256_of
 from open_lm.storage.strict_json import to_json
 
 _TOKENIZER = "tokenizer"
@@ -122,18 +124,26 @@ def _files_in(folder: str) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation data
-def write_evaluation_data(facts: RunFacts, bundle: Path, redactor: Redactor) -> list[str]:
+def write_evaluation_data(
+    facts: RunFacts, results: Sequence[Path], bundle: Path, redactor: Redactor, copy: Callable[[str, Path], Any]
+) -> list[str]:
     """Write evaluation/data/: the task files and the validation shards; return what could not be copied, with reasons.
 
-    Task files are in tasks/, with the YAML files that name them; validation shards are in validation/{number:02}/.
+    Task files are in tasks/, with the YAML files that name them, and tasks.json lists the file of each task. Validation
+    shards are in validation/{number:02}/.
+
+    Args:
+        results: files of separate evaluations, in checkpoints/evals/.
+        copy: copies a settings file.
     """
-    problems = _copy_tasks(facts, bundle / layout.EVALUATION_DATA / "tasks")
+    target = bundle / layout.EVALUATION_DATA
+    problems = _TaskFiles(target / "tasks", copy).write(facts, results)
     for number, pattern in enumerate(facts.setting("val_data") or [], start=1):
-        target = bundle / layout.EVALUATION_DATA / "validation" / f"{number:02}"
+        folder = target / "validation" / f"{number:02}"
         try:
-            _copy_validation_set(pattern, target, redactor)
+            _copy_validation_set(pattern, folder, redactor)
         except UserError as error:
-            shutil.rmtree(target, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             problems.append(f"validation set {pattern}: {error}")
     return problems
 
@@ -153,26 +163,77 @@ def _copy_validation_set(pattern: str, target: Path, redactor: Redactor) -> None
             _write_json(target / DATASET_NAME, redactor.value(record))
 
 
-def _copy_tasks(facts: RunFacts, target: Path) -> list[str]:
-    """Copy the YAML files and the data of the run's tasks, and of the tasks of its evaluation results."""
-    from open_lm.evaluate.icl.tasks import read_settings
+class _TaskFiles:
+    """Copies the data of tasks into one folder: equal files once, and different files of one name under two names."""
 
-    files, problems = facts.setting("icl_yaml") or [], []
-    if not files:
-        return []
-    try:
-        folder = facts.setting("icl_data_dir")
-        settings = read_settings(files, folder, yaml_flag="--icl-yaml", data_flag="--icl-data-dir")
-    except UserError as error:
-        return [f"tasks of {', '.join(files)}: {error}"]
-    for file in files:
-        storage.copy(file, target / Path(file).name)
-    for task in settings.tasks:
-        if task.is_hub:
-            problems.append(f"task {task.label}: its data are on the hub, {task.data}")
-        else:
-            storage.copy(task.data, target / Path(task.data).name)
-    return problems
+    def __init__(self, folder: Path, copy: Callable[[str, Path], Any]) -> None:
+        self._folder, self._copy = folder, copy
+        self._index: list[dict[str, str]] = []
+
+    def write(self, facts: RunFacts, results: Sequence[Path]) -> list[str]:
+        """Copy the tasks of the run and of separate evaluations; return what could not be copied."""
+        problems = self._add_run(facts)
+        for result in results:
+            problems += self._add_evaluation(result)
+        if self._index:
+            _write_json(self._folder / "tasks.json", self._index)
+        return problems
+
+    def _add_run(self, facts: RunFacts) -> list[str]:
+        from open_lm.evaluate.icl.tasks import read_settings
+
+        files = facts.setting("icl_yaml") or []
+        if not files:
+            return []
+        try:
+            folder = facts.setting("icl_data_dir")
+            settings = read_settings(files, folder, yaml_flag="--icl-yaml", data_flag="--icl-data-dir")
+        except UserError as error:
+            return [f"tasks of {', '.join(files)}: {error}"]
+        self._add_settings(files)
+        problems = [self._add("the run", task.label, task.data, None) for task in settings.tasks]
+        return list(filter(None, problems))
+
+    def _add_evaluation(self, result: Path) -> list[str]:
+        name = f"evals/{result.name}"
+        try:
+            content = json.loads(storage.read_text(result))
+        except ValueError as error:
+            raise DataError(f"{result}: not JSON ({error}); restore the file, or remove it") from error
+        records = content.get("task_data") if isinstance(content, dict) else None
+        if not isinstance(records, list):
+            return [
+                f"the data of {name}, which does not record them: those of lm-eval are on the hub; evaluate the "
+                "checkpoint again if the results are of an earlier version"
+            ]
+        self._add_settings([file for file in content.get("eval_yaml") or () if _exists(file)])
+        problems = [self._add(name, item["task"], item["data"], item["sha256"]) for item in records]
+        return list(filter(None, problems))
+
+    def _add_settings(self, files: Sequence[str]) -> None:
+        for file in files:
+            target = self._folder / Path(file).name
+            if not target.exists():
+                self._copy(file, target)
+
+    def _add(self, origin: str, label: str, location: str, expected: str | None) -> str | None:
+        """Copy the data of a task; return the reason if that is not possible."""
+        if location.startswith("hf://"):
+            return f"task {label} of {origin}: its data are on the hub, {location}"
+        try:
+            content = storage.read_bytes(location)
+        except UserError as error:
+            return f"task {label} of {origin}: {error}"
+        sha256 = hashlib.sha256(content).hexdigest()
+        if expected not in (None, sha256):
+            return f"task {label} of {origin}: {location} is not the file that was evaluated; its SHA-256 differs"
+        target = self._folder / Path(location).name
+        if target.exists() and sha256_of(target) != sha256:
+            target = target.with_name(f"{sha256[:12]}_{target.name}")
+        if not target.exists():
+            storage.write_bytes(target, content)
+        self._index.append({"task": label, "evaluation": origin, "file": target.name, "sha256": sha256})
+        return None
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -138,7 +138,11 @@ def _use(context: Context) -> str:
             'inputs = tokenizer("Once upon a time", return_tensors="pt")',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         ]
-    tokenizer = "" if has_tokenizer else " The run recorded no tokenizer, so the bundle has none."
+    tokenizer = (
+        f" The code has the license of OpenLM, `{layout.CODE}/LICENSE`, and a tokenizer of others that of its authors."
+        if has_tokenizer
+        else " The run recorded no tokenizer, so the bundle has none."
+    )
     return "```python\n" + "\n".join(lines) + f"\n```\n\n{note}{tokenizer}\n"
 
 
@@ -235,5 +239,5 @@ def _contents(context: Context, missing: dict[str, str]) -> str:
         text += bullets(f"{name}: {escape(reason)}" for name, reason in missing.items())
     script = context.bundle / layout.REPRODUCE
     if script.exists():
-        text += f"\n[{layout.REPRODUCE}]({layout.REPRODUCE}) trains the same weights again, from raw text.\n"
+        text += f"\n[{layout.REPRODUCE}]({layout.REPRODUCE}) trains the model again and compares the weights.\n"
     return text

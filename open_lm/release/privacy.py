@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,10 +40,11 @@ class Redactor:
             return {self.value(key): self.value(item) for key, item in value.items()}
         return [self.value(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def copy(self, source: Path, target: Path) -> None:
+    def copy(self, source: str | Path, target: Path) -> None:
         """Copy a text file, line by line, without secrets, private paths and names."""
         with (
-            open(source, encoding="utf-8", errors="backslashreplace", newline="") as lines,
+            storage.open_file(str(source)) as raw,
+            io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", newline="") as lines,
             storage.atomic_write(target, "w") as file,
         ):
             while part := lines.readlines(_PART_CHARACTERS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -385,6 +386,9 @@ def test_the_native_engine_evaluates_the_checkpoints_of_a_run_without_another_en
     written = sorted(path.name for path in (checkpoints / "evals").glob("*.json"))
     assert written == [f"epoch_{epoch}_in_memory_hf_eval_partial.json" for epoch in (1, 3)]
     last = json.loads((checkpoints / "evals" / written[-1]).read_text())
+    for item in last["task_data"]:
+        assert item["sha256"] == hashlib.sha256(Path(item["data"]).read_bytes()).hexdigest()
+    assert {item["task"] for item in last["task_data"]} == {item["task"] for item in last["tasks"]}
     scores = {task["task"]: task["score"] for task in last["tasks"]}
     exact = 0
     for row in rows(data, "lambada_openai"):

@@ -6,6 +6,7 @@ The files have llm-foundry's format, so that both engines read the same ones.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -62,6 +63,14 @@ class Task:
     @property
     def is_hub(self) -> bool:
         return self.data.startswith("hf://")
+
+    def data_record(self) -> dict[str, str | None]:
+        """Return the label, the absolute path or URL of the data, and its sha256 (hex); None for data of the hub."""
+        if self.is_hub:
+            return {"task": self.label, "data": self.data, "sha256": None}
+        location = self.data if storage.is_remote(self.data) else os.path.abspath(storage.local_path(self.data))
+        digest = hashlib.sha256(storage.read_bytes(self.data)).hexdigest()
+        return {"task": self.label, "data": location, "sha256": digest}
 
 
 @dataclass
