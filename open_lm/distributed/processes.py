@@ -264,7 +264,8 @@ def _prefer_expandable_segments() -> None:
     """
     if torch.version.cuda is None or any(name in os.environ for name in ALLOCATOR_NAMES):
         return
-    has_general_name = torch.torch_version.TorchVersion(torch.__version__) >= "2.10"
+    # torch 2.9 ignores the general name (https://github.com/pytorch/pytorch/issues/183387); from 2.11 on it has effect.
+    has_general_name = torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
     os.environ[ALLOCATOR_NAMES[0 if has_general_name else 1]] = "expandable_segments:True"
 
 

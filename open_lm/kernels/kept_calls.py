@@ -49,7 +49,9 @@ _current: ContextVar[_Context | None] = ContextVar("kept_calls", default=None)
 def keep_result(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Return function(*tensors), which a recomputation in the backward pass does not call again.
 
-    The function must depend on these tensors only. Outside of `KeptCalls` this is a plain call.
+    The function must depend on these tensors only, and must not dispatch operators that the policy saves elsewhere in
+    the checkpointed function: checkpointing numbers the calls of an operator. Outside of `KeptCalls` this is a plain
+    call.
     """
     context = _current.get()
     if context is None:

@@ -53,7 +53,8 @@ def log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = logits.shape
     maxima, log_sums = logits.new_empty(2, rows, dtype=torch.float32)
     if rows:
-        _log_sum_exp[rows,](logits, maxima, log_sums, columns, BLOCK=_BLOCK, num_warps=_WARPS)
+        with torch.cuda.device_of(logits):  # Triton starts kernels on the current device
+            _log_sum_exp[rows,](logits, maxima, log_sums, columns, BLOCK=_BLOCK, num_warps=_WARPS)
     return maxima, log_sums
 
 
@@ -64,4 +65,6 @@ def to_probs_(logits: Tensor, log_sums: Tensor, factors: Tensor | None) -> None:
         return
     given = log_sums if factors is None else factors.contiguous()  # the gradient of a sum is one number, expanded
     grid = (rows, triton.cdiv(columns, _BLOCK))
-    _to_probs[grid](logits, log_sums, given, columns, HAS_FACTORS=factors is not None, BLOCK=_BLOCK, num_warps=_WARPS)
+    options = {"HAS_FACTORS": factors is not None, "BLOCK": _BLOCK, "num_warps": _WARPS}
+    with torch.cuda.device_of(logits):
+        _to_probs[grid](logits, log_sums, given, columns, **options)

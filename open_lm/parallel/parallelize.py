@@ -210,7 +210,8 @@ def _shard(
     model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, cfg: ParallelConfig, device: torch.device
 ) -> None:
     """Apply fully_shard to every block, the embedding, and the last norm with the head, so that each is gathered while
-    another computes. The remaining parameters, among them tied embeddings, are one more group.
+    another computes. The remaining parameters are one more group: tied embeddings, and on a mesh of one rank, which
+    gathers nothing, all parameters outside of the blocks.
 
     What the backward pass needs first stays gathered after the forward pass: the last block, the last norm and the
     head. The reduced gradient is the mean over ranks, as with DDP, so the trainer scales the loss equally for both.
@@ -225,7 +226,7 @@ def _shard(
     reshards = not (cfg.fsdp_hybrid_o2 or cfg.fsdp_zero2)
     for number, block in enumerate(blocks, start=1):
         shard(block, mp_policy=policy, reshard_after_forward=reshards and number < len(blocks))
-    if isinstance(model, Transformer) and not model.weight_tying:
+    if isinstance(model, Transformer) and not model.weight_tying and mesh.size() > 1:
         shard(model.tok_embeddings, mp_policy=policy, reshard_after_forward=reshards)
         if isinstance(model.tok_embeddings, FSDPModule):
             model.tok_embeddings.set_unshard_in_backward(False)  # the gradient does not depend on the embeddings

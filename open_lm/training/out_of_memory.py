@@ -16,7 +16,7 @@ from open_lm.config.checks import only_evaluates
 from open_lm.config.devices import links_of, peak_16_bit_flops
 from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config
-from open_lm.distributed.processes import Runtime
+from open_lm.distributed.processes import ALLOCATOR_NAMES, Runtime
 from open_lm.errors import ConfigError, UserError
 from open_lm.monitor.watchdog import position
 from open_lm.planner.command import MFU
@@ -192,8 +192,17 @@ def _usage(runtime: Runtime) -> str:
         f"{_gib(reserved)} of {_gib(_capacity(runtime))}."
     )
     if reserved - allocated > 0.1 * reserved:
-        text += " Much of it is fragmented: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True."
+        text += f" The allocator could not use the other {_gib(reserved - allocated)} that it has reserved."
+        text += _allocator_advice()
     return text
+
+
+def _allocator_advice() -> str:
+    """Return how to avoid fragmentation if a setting of the user replaces that of `select_device`; "" otherwise."""
+    name = next((name for name in ALLOCATOR_NAMES if name in os.environ), None)
+    if name is None or "expandable_segments:true" in os.environ[name].lower():
+        return ""
+    return f" {name} replaces the default expandable_segments:True, which avoids fragmentation; add it there."
 
 
 def _gib(num_bytes: int) -> str:

@@ -7,6 +7,8 @@ preloads it. Nothing is computed or allocated.
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -127,17 +129,32 @@ def _with_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def fake_device_problem() -> str | None:
+    """Return why this machine cannot have the fake device, or None if it can."""
+    if torch.backends.cuda.is_built():
+        return "fake CUDA tensors need a torch that was built without CUDA (its CPU wheel), found one with CUDA"
+    if sys.platform != "linux":
+        return f"fake CUDA tensors need Linux, found {sys.platform}"
+    if shutil.which(_compiler()[0]) is None:
+        return f"fake CUDA tensors need a C++ compiler, found no {_compiler()[0]}: install g++ or set CXX"
+    return None
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
 def run_with_fake_device(program: Path, argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a program with the fake device in a process of its own and return its output.
 
-    Raise ConfigError if this torch has CUDA, whose device cannot be replaced, or without a C++ compiler.
+    Raise ConfigError if `fake_device_problem` finds one, or if the library cannot be compiled.
     """
-    if torch.backends.cuda.is_built():
-        raise ConfigError("counting with fake CUDA tensors needs a torch that was built without CUDA (its CPU wheel)")
+    if problem := fake_device_problem():
+        raise ConfigError(problem)
     home = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "fake_cuda.so")
-        compiler = [os.environ.get("CXX") or "g++", "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{home / 'include'}"]
+        compiler = [*_compiler(), "-std=c++20", "-O0", "-shared", "-fPIC", f"-I{home / 'include'}"]
         linked = [f"-L{home / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{home / 'lib'}"]
         source = Path(__file__).with_name("fake_cuda.cpp")
         try:

@@ -263,7 +263,8 @@ def test_nccl_gets_the_device_and_the_allocator_its_default(monkeypatch: pytest.
     distributed._prefer_expandable_segments()  # the user's setting stays the only one
     assert "PYTORCH_ALLOC_CONF" not in os.environ
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    distributed._prefer_expandable_segments()
-    assert {os.environ.pop(name) for name in distributed.ALLOCATOR_NAMES if name in os.environ} == {
-        "expandable_segments:True"
-    }
+    for version, name in (("2.10.0+cu128", "PYTORCH_CUDA_ALLOC_CONF"), ("2.11.0+cu130", "PYTORCH_ALLOC_CONF")):
+        monkeypatch.setattr(torch, "__version__", version)
+        distributed._prefer_expandable_segments()
+        chosen = {key: os.environ.pop(key) for key in distributed.ALLOCATOR_NAMES if key in os.environ}
+        assert chosen == {name: "expandable_segments:True"}

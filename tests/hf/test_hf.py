@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from open_lm.errors import CheckpointError, ConfigError
 from open_lm.hf import OpenLMConfig, OpenLMForCausalLM, OpenLMTokenizerFast, load_hf_tokenizer
+from open_lm.model.losses import TokenLoss
 from open_lm.model.transformer import Params, create_params
 from open_lm.tokenizer import load_tokenizer
 
@@ -153,6 +154,9 @@ def test_resized_vocabulary() -> None:
     assert model.model.vocab_size == model.config.vocab_size == 70
     after = model(random_ids(1, 5)).logits
     assert after.shape[-1] == 70 and torch.allclose(after[..., :61], before, atol=1e-6)
+    ids = random_ids(1, 5)  # the new head computes losses, as the native model's
+    expected = torch.nn.functional.cross_entropy(after[0], ids[0], reduction="sum")
+    torch.testing.assert_close(model.model(ids, loss=TokenLoss(ids))[0], expected)
 
 
 @pytest.mark.parametrize("name", ["gpt-neox-20b.json", "llama2.model", "mistral.model"])

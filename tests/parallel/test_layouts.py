@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import combinations, product
+from types import SimpleNamespace
 from typing import Any
 
 import layout_worker
@@ -89,6 +90,17 @@ def test_the_offload_layout_offloads_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -
         _shard(model, [], None, cfg, cpu)  # type: ignore[arg-type]
     _shard(model, [], None, cfg, cpu)  # type: ignore[arg-type]
     assert [type(options["offload_policy"]) for options in policies] == [CPUOffloadPolicy, OffloadPolicy]
+
+
+@pytest.mark.parametrize(("ranks", "groups"), [(1, 1), (2, 3)])
+def test_one_rank_has_no_groups_that_only_overlap_communication(
+    ranks: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded = []
+    monkeypatch.setattr("open_lm.parallel.parallelize.fully_shard", lambda module, **_: sharded.append(module))
+    model, mesh = meta_model(), SimpleNamespace(size=lambda: ranks)
+    _shard(model, [], mesh, ParallelConfig(), torch.device("cpu"))  # type: ignore[arg-type]
+    assert len(sharded) == groups and sharded[-1] is model
 
 
 @pytest.mark.processes

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import step_counts
 import torch
-from fake_cuda import run_with_fake_device
+from fake_cuda import fake_device_problem, run_with_fake_device
 from step_counts import StepCounter, StepCounts, is_wait
+
+from open_lm.errors import ConfigError
 
 # Operators of a forward and backward pass of one block, of both outside of the blocks, and of clipping and optimizer.
 BUDGETS = {
@@ -23,8 +25,8 @@ BUDGETS = {
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, StepCounts]:
-    if torch.backends.cuda.is_built():
-        pytest.skip("needs a torch that was built without CUDA")
+    if problem := fake_device_problem():
+        pytest.skip(problem)
     result = run_with_fake_device(Path(step_counts.__file__), ["--json", "--only", ";".join(BUDGETS)])
     assert result.returncode in (0, 1)
     return {name: StepCounts(**values) for name, values in json.loads(result.stdout).items()}
@@ -43,6 +45,14 @@ def test_steps_stay_within_their_budget_and_never_wait(counts: dict[str, StepCou
     assert counts["fsdp, muon, averagers"].averagers <= 2
     # One fused kernel updates all parameters, so more blocks do not need more operators.
     assert counts["amp_bfloat16"].optimizer_block == 0
+
+
+def test_a_missing_compiler_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    assert "found no no-such-compiler: install g++ or set CXX" in str(fake_device_problem())
+    with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
+        run_with_fake_device(Path("program"), [])
 
 
 def test_waits_are_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
