@@ -65,6 +65,7 @@ MEMORY_GIB = {
     "H100": 79.1,
     "H800": 79.1,
     "H20": 95.0,
+    "A100 40GB": 39.4,
     "A100-SXM4-40GB": 39.4,
     "A100-PCIE-40GB": 39.4,
     "A100": 79.1,
@@ -135,21 +136,21 @@ LINKS = {
 
 def peak_16_bit_flops(name: str) -> float | None:
     """Return the dense 16-bit FLOP/s of a device, or None if the name is unknown."""
-    return _first_match(PEAK_16_BIT_FLOPS, name)
+    return first_match(PEAK_16_BIT_FLOPS, name)
 
 
 def memory_bytes(name: str) -> float | None:
     """Return the bytes that a process can allocate on a device, or None if the name is unknown."""
-    gib = _first_match(MEMORY_GIB, name)
+    gib = first_match(MEMORY_GIB, name)
     return None if gib is None else gib * 2**30
 
 
 def links_of(name: str) -> Links:
     """Return the typical link bandwidths of nodes with such devices. Unknown devices get those of PCIe and Ethernet."""
-    return _first_match(LINKS, name) or _PCIE
+    return first_match(LINKS, name) or _PCIE
 
 
-def _first_match(table: Mapping[str, T], name: str) -> T | None:
+def first_match(table: Mapping[str, T], name: str) -> T | None:
     """Return the first entry whose key occurs in the name as whole words: "A40" is not in "RTX A4000"."""
     return next((value for words, value in table.items() if re.search(rf"\b{re.escape(words)}\b", name)), None)
 
@@ -186,4 +187,4 @@ TDP_WATTS = {
 
 def tdp_watts(name: str) -> float | None:
     """Return the thermal design power of a device in W, or None if the name is unknown."""
-    return _first_match(TDP_WATTS, name)
+    return first_match(TDP_WATTS, name)

@@ -26,7 +26,7 @@ from open_lm.config.report_flags import energy_flag, report_flag
 from open_lm.names import user_path, weights_path
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
-CHECKPOINTING_POLICIES = ("none", "full", "op")  # of --activation-checkpointing, in addition to a number
+CHECKPOINTING_POLICIES = ("none", "full", "op", "half-op")  # of --activation-checkpointing, in addition to a number
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class ModelConfig(ArchitectureConfig):
     activation_checkpointing: str = flag(
         "none",
         "activations that the backward pass recomputes: none; full (all, like --grad-checkpointing); op (all but the "
-        "results of matrix products and attention); a number K (all of every K-th block)",
+        "results of matrix products and attention); half-op (like op, and every second matrix product); a number K (all "
+        "of every K-th block)",
     )
     torchcompile: bool = flag(False, "compile the blocks of the model with torch.compile")
     torchcompile_mode: str = flag(

@@ -2,7 +2,7 @@
 
 The policy "full" stores only a block's inputs (Chen et al. 2016, https://arxiv.org/abs/1604.06174). "op" also stores
 the results of matrix products and attention, so that only the cheap operators between them run twice (Korthikanti et
-al. 2022, section 5, https://arxiv.org/abs/2205.05198).
+al. 2022, section 5, https://arxiv.org/abs/2205.05198). "half-op" is "op" without every second matrix product.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def with_recomputation(
     Without dropout the random state is not saved: reading it would wait for a CUDA device.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": has_dropout}
-    if policy == "op":
+    if policy in _SELECTIVE:
         compiling = torch.compiler.is_compiling()
-        selective = partial(create_selective_checkpoint_contexts, _save_expensive)
+        selective = _SELECTIVE[policy]
         options["context_fn"] = selective if compiling else partial(_with_kept_calls, selective)
     return partial(checkpoint, function, **options)
 
@@ -64,10 +64,37 @@ class _Contexts:
         self._outer.__exit__(*error)
 
 
+def _save_products() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(_save_expensive)
+
+
+def _save_half_of_products() -> tuple[Any, Any]:
+    """Return contexts that save the first, third, … matrix product. The recomputation counts anew."""
+    counts = {False: 0, True: 0}  # by SelectiveCheckpointContext.is_recompute
+
+    def policy(context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        if _name(operator) in _PRODUCTS:
+            counts[context.is_recompute] += 1
+            if counts[context.is_recompute] % 2 == 0:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+        return _save_expensive(context, operator)
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 def _save_expensive(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if _is_expensive(operator) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _is_expensive(operator: Any) -> bool:
+    name = _name(operator)
+    return name in _PRODUCTS or name.startswith(_ATTENTION)
+
+
+def _name(operator: Any) -> str:
+    """Return the name of an operator without its overload."""
     name = operator.name() if isinstance(operator, torch._ops.OpOverload) else str(operator)
-    return name.partition(".")[0] in _PRODUCTS or name.startswith(_ATTENTION)
+    return name.partition(".")[0]
+
+
+_SELECTIVE = {"op": _save_products, "half-op": _save_half_of_products}

@@ -239,7 +239,8 @@ class Transformer(nn.Module):
 
         Args:
             enable: False keeps all activations and ignores the other arguments.
-            policy: "full" keeps only a block's input, "op" also the results of matrix products and attention.
+            policy: "full" keeps only a block's input, "op" also the results of matrix products and attention,
+                "half-op" those of attention and every second matrix product.
             every: apply it to one in `every` blocks.
 
         Raises:

@@ -185,7 +185,7 @@ def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module], cfg: Mode
         raise ConfigError(f"--grad-checkpointing: {type(model).__name__} does not support it; remove the flag")
     if policy == "full":
         set_grad_checkpointing()
-    elif policy != "op":
+    elif policy.isdecimal():
         set_grad_checkpointing(every=int(policy))
     elif cfg.torchcompile:
         # A policy cannot see the operators of a compiled block, so the block is compiled with its checkpointing.

@@ -88,29 +88,55 @@ def saved_by_block(shape: ModelShape, sizes: ElementSizes, block: int, context: 
     ]
 
 
-def saved_with_op_checkpointing(shape: ModelShape, sizes: ElementSizes, block: int) -> list[SavedActivations]:
-    """Return what a block saves with --activation-checkpointing op: its input, and the results of matrix products and
-    attention."""
-    width, hidden, c = shape.width, shape.hidden, sizes.compute
-    saved = [
-        SavedActivations("input", shape.dim, sizes.residual, "tokens"),
-        SavedActivations("queries, keys, values", width + 2 * shape.kv_width, c),
-        SavedActivations("attention", width, c),
-        SavedActivations("logsumexp", shape.n_heads, 4),
-        SavedActivations("out_proj", shape.dim, c, "tokens"),
-    ]
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of a block: `outputs` features per token from `inputs` features per output."""
+
+    name: str
+    inputs: int
+    outputs: float
+    split: Split = "features"
+
+    @property
+    def multiplications(self) -> float:
+        """The multiplications per token."""
+        return self.inputs * self.outputs
+
+
+def products(shape: ModelShape, block: int) -> list[Product]:
+    """Return the matrix products of block number `block` in the order of its forward pass."""
+    dim, width = shape.dim, shape.width
+    into = [Product("queries, keys, values", dim, width + 2 * shape.kv_width)]
+    if shape.kv_width < width:
+        into = [Product("queries", dim, width), Product("keys, values", dim, 2 * shape.kv_width)]
+    into.append(Product("out_proj", width, dim, "tokens"))
     if shape.has_experts(block):
-        slots = shape.moe_capacity_factor * shape.moe_top_k
+        slots = (shape.moe_capacity_factor if shape.moe_capacity_factor > 0 else 1.0) * shape.moe_top_k
+        inputs = [Product("experts in", dim, slots * shape.moe_ffn_dim)] * shape.expert_inputs
         return [
-            *saved,
-            SavedActivations("router", shape.moe_num_experts, c),
-            SavedActivations("experts", slots * (shape.expert_inputs * shape.moe_ffn_dim + shape.dim), c),
+            *into,
+            Product("router", dim, shape.moe_num_experts),
+            *inputs,
+            Product("experts out", shape.moe_ffn_dim, slots * dim),
         ]
-    into = sum(shape.ffn_inputs.values()) * hidden
     return [
-        *saved,
-        SavedActivations("feed_forward in", into, c),
-        SavedActivations("feed_forward out", shape.dim, c, "tokens"),
+        *into,
+        *(Product(name, dim, parts * shape.hidden) for name, parts in shape.ffn_inputs.items()),
+        Product("feed_forward out", shape.hidden, dim, "tokens"),
+    ]
+
+
+def saved_with_op_checkpointing(
+    shape: ModelShape, sizes: ElementSizes, block: int, every: int = 1
+) -> list[SavedActivations]:
+    """Return what a block saves with --activation-checkpointing op: its input, and the results of attention and of one
+    in `every` matrix products."""
+    c = sizes.compute
+    return [
+        SavedActivations("input", shape.dim, sizes.residual, "tokens"),
+        SavedActivations("attention", shape.width, c),
+        SavedActivations("logsumexp", shape.n_heads, 4),
+        *(SavedActivations(p.name, p.outputs, c, p.split) for p in products(shape, block)[::every]),
     ]
 
 

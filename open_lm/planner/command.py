@@ -1,6 +1,6 @@
 """Plan a training run: predict its memory, time and disk space on given devices, and print the command to start it.
 
-    python -m open_lm.plan --model open_lm_7b --devices 8 --device-memory 80GB --train-tokens 140e9
+    python -m open_lm.plan --model open_lm_7b --devices 8 --device H100 --train-tokens 140e9
 
 Needs no device. All flags of open_lm.main are accepted too. Settings that they leave open are searched: every way to
 distribute the model, every mode of activation checkpointing, and, without --batch-size or --global-batch-size, the
@@ -10,19 +10,17 @@ largest batch that fits. docs/planning.md describes what is computed and what is
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 from open_lm.config.command_line import build_parser, load_config_file, parse_args
-from open_lm.config.devices import PEAK_16_BIT_FLOPS, links_of, peak_16_bit_flops
+from open_lm.config.devices import PEAK_16_BIT_FLOPS, links_of, memory_bytes
 from open_lm.errors import ConfigError, join_problems
 from open_lm.names import user_path
 from open_lm.planner.checkpoints import Checkpoints, plan_checkpoints
 from open_lm.planner.report import Plan, format_plan, plan_values
+from open_lm.planner.speed import DeviceSpeed, device_speed
 from open_lm.planner.strategies import STRATEGIES, Machine, Option, Requirements, evaluate_options, fastest
 from open_lm.planner.traffic import Rates
 from open_lm.program import program_name
@@ -30,8 +28,6 @@ from open_lm.storage import parse_bytes
 from open_lm.storage.strict_json import to_json
 
 T = TypeVar("T")
-
-MFU = 0.45  # assumed if neither given nor measured
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,15 +42,26 @@ def make_parser() -> argparse.ArgumentParser:
     add("--devices", default="8", help="number of devices (default: 8)")
     add("--devices-per-node", default="8", help="number of devices per node (default: 8)")
     add("--device", default="H100", help=f"device name: {', '.join(PEAK_16_BIT_FLOPS)}, … (default: H100)")
-    add("--device-memory", default="80GB", help="memory of a device, with its unit (default: 80GB)")
+    add("--device-memory", help="memory of a device that a process can allocate, with its unit (default: by --device)")
     add("--strategies", help=f"comma-separated strategies to evaluate (default: all): {', '.join(STRATEGIES)}")
     add("--matmul-tflops", help="TFLOP/s of a device's matrix products (default: from its data sheet)")
-    add("--mfu", help=f"share of --matmul-tflops that a step on one device reaches, such as 0.5 (default: {MFU})")
+    add(
+        "--mfu",
+        help="share of --matmul-tflops that a step on one device reaches, such as 0.5 (default: from published runs, "
+        "by --device, model width, sequence length and --torchcompile)",
+    )
     add(
         "--bench",
         type=user_path,
         metavar="FILE",
         help="read --matmul-tflops and --mfu from FILE, written by scripts/bench_train.py --json FILE",
+    )
+    add(
+        "--calibrate",
+        type=user_path,
+        metavar="FILE",
+        help="scale the default MFU by the measurements in FILE, of any models on the user's device, written by "
+        "scripts/bench_train.py --json FILE",
     )
     add("--bandwidth-intra", help="bandwidth between devices in a node, in GB/s per device (default: by --device)")
     add("--bandwidth-inter", help="bandwidth between nodes, in GB/s per node (default: by --device)")
@@ -92,7 +99,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
 
     machine = Machine(
         devices=int(number("devices")),
-        memory_bytes=checked(lambda: _memory(args.device_memory), 1),
+        memory_bytes=checked(lambda: _memory(args.device_memory, args.device), 1),
         per_node=int(number("devices_per_node")),
         name=args.device,
     )
@@ -104,17 +111,18 @@ def make_plan(argv: Sequence[str]) -> Plan:
     tokens = number("train_tokens", default=0)
     requirements: Requirements | None = None
     try:
-        requirements = _requirements(flags, int(tokens))
-        assert requirements.shape
+        parsed = _requirements(flags, int(tokens))
+        assert parsed.shape
+        requirements = parsed
     except ConfigError as error:
         problems.append(str(error))
     none: list[str] = []
     names = checked(lambda: _strategies(args.strategies, requirements), none)
     links = links_of(machine.name)
-    tflops, mfu, source = checked(lambda: _device_speed(args, requirements), (1.0, 1.0, ""))
+    speed = checked(lambda: device_speed(args, requirements), DeviceSpeed(1.0, 1.0, ""))
     rates = Rates(
-        matmul_flops=number("matmul_tflops", 0, tflops) * 1e12,
-        mfu=number("mfu", 0, mfu),
+        matmul_flops=number("matmul_tflops", 0, speed.tflops) * 1e12,
+        mfu=number("mfu", 0, speed.mfu),
         intra=number("bandwidth_intra", 0, links.intra / 1e9) * 1e9,
         inter=number("bandwidth_inter", 0, links.inter / 1e9) * 1e9,
         per_node=machine.per_node,
@@ -131,7 +139,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
         shape=requirements.shape,
         machine=machine,
         rates=rates,
-        rates_from=source,
+        rates_from=speed.source,
         options=options,
         recommended=recommended,
         growth=_growth(options, requirements, rates, names, max_devices),
@@ -161,7 +169,12 @@ def _number(name: str, raw: str, least: float) -> float:
     return value
 
 
-def _memory(raw: str) -> int:
+def _memory(raw: str | None, device: str) -> int:
+    if raw is None:
+        known = memory_bytes(device)
+        if known is None:
+            raise ConfigError(f"--device {device}: its memory is unknown; pass --device-memory, such as 80GB")
+        return int(known)
     if raw.strip().replace(".", "", 1).isdigit():
         raise ConfigError(f"--device-memory: found {raw!r} without a unit, expected a size such as 80GB or 40GiB")
     try:
@@ -196,36 +209,6 @@ def _strategies(raw: str | None, requirements: Requirements | None) -> list[str]
     if requirements is not None and requirements.sets_strategy:
         raise ConfigError("--strategies: other flags already set a strategy; pass one or the other")
     return names
-
-
-def _device_speed(args: argparse.Namespace, requirements: Requirements | None) -> tuple[float, float, str]:
-    """Return (TFLOP/s of matrix products, MFU, origin of both). --matmul-tflops and --mfu override the first two."""
-    if args.bench is not None and requirements is not None:
-        return _benchmarked_speed(args.bench, requirements)
-    peak = peak_16_bit_flops(args.device)
-    if peak is None and args.matmul_tflops is None:
-        raise ConfigError(
-            f"--device {args.device}: its speed is unknown; pass --matmul-tflops, or one of "
-            f"{', '.join(PEAK_16_BIT_FLOPS)}"
-        )
-    speed = "given" if args.matmul_tflops is not None else "data sheet"
-    return (peak or 1e12) / 1e12, MFU, f"{speed}, MFU {'given' if args.mfu is not None else 'assumed'}"
-
-
-def _benchmarked_speed(path: str, requirements: Requirements) -> tuple[float, float, str]:
-    model = requirements.config.model.model
-    try:
-        entry = json.loads(Path(path).read_text(encoding="utf-8"))["models"][model]
-        ceiling = max(rates["own"] for rates in entry["ceilings"].values())
-        speed = statistics.median(next(iter(entry["results"].values()))["speeds"])
-        return ceiling / 1e12, speed * entry["flops_per_token"] / ceiling, f"measured: {path}"
-    except OSError as error:
-        raise ConfigError(f"--bench {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--bench {path}: contains no measurement of {model} ({error}); create it with scripts/bench_train.py "
-            f"--model {model} --json {path}"
-        ) from error
 
 
 # --- results --------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ class TrainingSetup:
         return parallel.fsdp_zero2 or parallel.fsdp_hybrid_o2
 
     def checkpointing(self, block: int) -> str:
-        """Return how --activation-checkpointing treats a block: "none", "full" or "op"."""
+        """Return how --activation-checkpointing treats a block: "none", "full", "op" or "half-op"."""
         model = self.config.model
         mode = "full" if model.grad_checkpointing else model.activation_checkpointing
         if mode.isdigit():
@@ -319,8 +319,9 @@ def _block(setup: TrainingSetup, number: int) -> _Block:
     everything = total_bytes(saved_by_block(shape, sizes, number, setup.layout.context), setup.tokens, tensor)
     transient = total_bytes(backward_transients(shape, sizes, number), setup.tokens, tensor)
     mode, saved = setup.checkpointing(number), everything
-    if mode == "op":
-        saved = total_bytes(saved_with_op_checkpointing(shape, sizes, number), setup.tokens, tensor)
+    if mode in ("op", "half-op"):
+        every = 2 if mode == "half-op" else 1
+        saved = total_bytes(saved_with_op_checkpointing(shape, sizes, number, every), setup.tokens, tensor)
     elif mode == "full":
         saved = total_bytes([SavedActivations("input", shape.dim, sizes.residual, "tokens")], setup.tokens, tensor)
     return _Block(

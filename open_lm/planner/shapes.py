@@ -181,7 +181,12 @@ class ModelShape:
             active -= self.vocab_size * self.dim
         unused = 1 - self.moe_top_k / self.moe_num_experts if self.moe_num_experts else 0.0
         active -= sum(round(unused * weight.size) for weight in self.weights if weight.role == "expert")
-        return 6.0 * active + 12.0 * self.width * attended_tokens(self)
+        return 6.0 * active + self.attention_flops_per_token
+
+    @property
+    def attention_flops_per_token(self) -> float:
+        """The part of `flops_per_token` that computes attention."""
+        return 12.0 * self.width * attended_tokens(self)
 
     def _weights(self) -> Iterator[Weight]:
         yield Weight("tok_embeddings.weight", (self.vocab_size, self.dim), "embedding")

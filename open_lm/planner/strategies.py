@@ -29,7 +29,7 @@ STRATEGIES: dict[str, str] = {
     "context": "--fsdp --context-parallel {context}",
 }
 SIMILAR_SPEED = 0.995  # options at least this fast compared with the fastest count as equally fast
-CHECKPOINTING = ("none", "op", "2", "full")
+CHECKPOINTING = ("none", "op", "half-op", "2", "full")
 _MAX_BATCH = 1 << 14
 _BATCH_FLAGS = {"batch_size", "global_batch_size"}
 _STRATEGY_FLAGS = {"fsdp", "tensor_parallel", "context_parallel", "mesh_dim"}

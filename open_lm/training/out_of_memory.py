@@ -19,7 +19,7 @@ from open_lm.config.sections import Config
 from open_lm.distributed.processes import ALLOCATOR_NAMES, Runtime
 from open_lm.errors import ConfigError, UserError
 from open_lm.monitor.watchdog import position
-from open_lm.planner.command import MFU
+from open_lm.planner.efficiency import efficiency_of
 from open_lm.planner.memory import Memory, TrainingSetup, add_reserve, peak
 from open_lm.planner.shapes import shape_of
 from open_lm.planner.strategies import Machine, Option, Requirements, evaluate_options
@@ -91,7 +91,7 @@ def advice(config: Config, layout: MeshLayout, runtime: Runtime) -> list[str]:
     current = TrainingSetup(shape, config, layout, micro_batch, device_type)
     memory = _memory(current)
     machine = Machine(runtime.world_size, capacity, runtime.local_world_size, _device_name(runtime))
-    rates = _rates(machine)
+    rates = _rates(machine, efficiency_of(machine.name).mfu(shape, config.model.torchcompile))
     # If the planner expected that it fits, only settings that need clearly less are advice.
     machine = replace(machine, memory_bytes=min(capacity, round(_MARGIN * memory.total)))
     speed = step_time(current, rates).tokens_per_s
@@ -161,11 +161,11 @@ def _memory(setup: TrainingSetup) -> Memory:
     return add_reserve(peak(setup), setup) if setup.device_type == "cuda" else peak(setup)
 
 
-def _rates(machine: Machine) -> Rates:
+def _rates(machine: Machine, mfu: float) -> Rates:
     """Return the rates of a device; those of an unknown one are arbitrary, since only their ratios matter here."""
     links = links_of(machine.name)
     flops = peak_16_bit_flops(machine.name) or 100e12
-    return Rates(matmul_flops=flops, mfu=MFU, intra=links.intra, inter=links.inter, per_node=machine.per_node)
+    return Rates(matmul_flops=flops, mfu=mfu, intra=links.intra, inter=links.inter, per_node=machine.per_node)
 
 
 def _device_name(runtime: Runtime) -> str:

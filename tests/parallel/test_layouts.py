@@ -130,8 +130,9 @@ def test_evaluation_returns_full_logits_for_every_kind_of_call() -> None:
             torch.testing.assert_close(torch.tensor(results[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
 
 
-def test_equal_blocks_with_checkpointing_are_compiled_once() -> None:
-    result = layout_worker.compiled({}, "op")
+@pytest.mark.parametrize("policy", ["op", "half-op"])
+def test_equal_blocks_with_checkpointing_are_compiled_once(policy: str) -> None:
+    result = layout_worker.compiled({}, policy)
     assert result["graphs"] == 1 and result["graph_breaks"] == 0
     assert result["compiled"] == pytest.approx(result["eager"], rel=1e-5)
 

@@ -283,7 +283,7 @@ def test_step_time_follows_flops_and_recomputation() -> None:
     assert time.tokens == 2 * 2048
     assert time.seconds == pytest.approx(plain.shape.flops_per_token * time.tokens / 0.5e15)
     again = step_time(setup("--model open_lm_1b --precision amp_bfloat16 --activation-checkpointing full"), rates)
-    assert 1.25 < again.seconds / time.seconds < 4 / 3
+    assert 1.2 < again.seconds / time.seconds < 1.27  # runs lose less than the FLOPs of a forward pass
     slow = replace(rates, intra=1e9, inter=1e9)
     waiting = step_time(setup(f"--model open_lm_1b {MIXED}", 8), slow)
     assert waiting.exposed_s > 0
