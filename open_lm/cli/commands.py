@@ -57,7 +57,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         Command("chat", "cli.chat", "chat with a fine-tuned model in a terminal or a browser"),
     ),
     "checkpoints and releases": (
-        Command("convert", "hf.convert", "convert models from and to the format of transformers"),
+        Command("convert", "cli.convert", "convert models from and to the format of transformers"),
         Command("convert-checkpoint", "utils.convert_checkpoint", "write a sharded checkpoint as epoch_N.pt files"),
         Command("report", "report", "write the report of one or several runs as one HTML file"),
         Command("release", "release", "build, verify and rate an open release of a run"),

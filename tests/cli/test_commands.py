@@ -35,7 +35,7 @@ def test_every_registered_command_exists_and_is_listed() -> None:
     assert all(len(line) <= 110 for line in help_text().split("\n"))
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "convert"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_a_command_has_its_name(name: str) -> None:
     parser = parser_of(COMMANDS[name])
     assert parser.format_usage().startswith(f"usage: open-lm {name} "), parser.format_usage()
@@ -51,6 +51,16 @@ def test_help_imports_nothing_slow() -> None:
     assert result.stdout.startswith(help_text())
     imported = set(result.stdout.splitlines()[-1].split())
     assert not imported & {"torch", "numpy", "yaml", "fsspec", "boto3", "transformers", "orjson", "argparse"}
+
+
+@pytest.mark.processes
+def test_parsers_import_neither_torch_nor_transformers() -> None:
+    """So `--help` of every command and mistakes in flags are answered within a second."""
+    code = "import sys\nfrom open_lm.cli.commands import COMMANDS\nfrom open_lm.cli.programs import parser_of\n"
+    code += "for name, command in COMMANDS.items():\n    parser_of(command)\n"
+    code += "    print(name, *{'torch', 'transformers'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == list(COMMANDS)
 
 
 @pytest.mark.processes
