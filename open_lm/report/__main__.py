@@ -10,11 +10,12 @@ differ are listed. Runs may be in progress, stopped or failed, and may be those 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from open_lm.config.command_line import FlagParser
-from open_lm.errors import run_cli
-from open_lm.names import user_path
+from open_lm.errors import ConfigError, run_cli
+from open_lm.names import local_path, user_path
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +33,9 @@ def main(argv: list[str]) -> None:
         UserError: a folder that is no run, or a file that cannot be read or written.
     """
     args = build_parser().parse_args(argv)
+    if os.path.isdir(local_path(args.out)):
+        file = os.path.join(args.out, "report.html")
+        raise ConfigError(f"--out {args.out}: found a folder, expected the path of a file, such as {file}")
     from open_lm import storage
     from open_lm.report import write_report
 

@@ -78,11 +78,14 @@ class _Collector:
     def __init__(self, url: str) -> None:
         self._root = url if storage.is_remote(url) else os.path.normpath(storage.local_path(url))
         self.files = _list_files(self._root)
-        if not any(name in self.files for name in _RUN_FILES) and not any(map(_CHECKPOINT.fullmatch, self.files)):
-            raise ConfigError(
-                f"{public(url)}: expected the folder of a run, {{logs}}/{{name}}, with at least one of "
-                f"{', '.join(_RUN_FILES)} or a checkpoint; found {_listed(self.files)}"
-            )
+        if not any(name in self.files for name in _RUN_FILES):
+            below = _runs_below(self.files)
+            if below or not any(map(_CHECKPOINT.fullmatch, self.files)):
+                found = f"a folder with the runs {_listed(below)}; name them" if below else _listed(self.files)
+                raise ConfigError(
+                    f"{public(url)}: expected the folder of a run, {{logs}}/{{name}}, with at least one of "
+                    f"{', '.join(_RUN_FILES)} or a checkpoint; found {found}"
+                )
         self.run = Run(url=public(url), name=_folder_name(self._root))
         self._unreadable: list[Problem] = []
 
@@ -199,6 +202,12 @@ def _folder_name(root: str) -> str:
     """Return the last part of a path or URL."""
     path = root if storage.is_remote(root) else os.path.abspath(root)
     return printable(path.rstrip("/").rpartition("/")[2] or path)
+
+
+def _runs_below(files: Iterable[str]) -> list[str]:
+    """Return the folders of runs directly below a folder with these files."""
+    parts = (name.partition("/") for name in files)
+    return sorted({folder for folder, _, rest in parts if rest in _RUN_FILES})
 
 
 def _listed(files: Iterable[str]) -> str:

@@ -164,21 +164,24 @@ def _comparison(runs: Sequence[Run]) -> str:
     if len(losses) < len(runs):
         losses = {run.name: run.summary.last_loss for run in runs if run.summary.last_loss is not None}
         kind = "training"
-    if kind == "validation" and len({_set_names(run) for run in runs}) > 1:
-        text += " Their validation sets differ, so their validation losses are not comparable."
+    if kind == "validation" and len({_validation_sets(run) for run in runs}) > 1:
+        text += (
+            " Their validation sets differ in name or number of tokens, so their validation losses are not comparable."
+        )
     elif len(losses) > 1:
         best = min(losses, key=lambda name: losses[name])
         others = min(loss for name, loss in losses.items() if name != best)
         text += (
-            f" The lowest final {kind} loss has {best}: {losses[best]:.4f}, {others - losses[best]:.4f} below the next "
+            f" {best} has the lowest final {kind} loss: {losses[best]:.4f}, {others - losses[best]:.4f} below the next "
             "one."
         )
     return f"{text} {_problem_count(runs)}"
 
 
-def _set_names(run: Run) -> tuple[str, ...]:
+def _validation_sets(run: Run) -> tuple[tuple[str, int], ...]:
+    """Return the name and the tokens of each set. The tokens depend on the tokenizer and on --val-max-batches."""
     validation = run.summary.validation
-    return tuple(part.name for part in validation.sets) if validation else ()
+    return tuple((part.name, part.tokens) for part in validation.sets) if validation else ()
 
 
 def _table(runs: Sequence[Run]) -> Html:

@@ -105,6 +105,11 @@ def test_runs_that_are_not_finished(tmp_path: Path) -> None:
     assert collect_run(str(run)).summary.state == STOPPED
     write_report([str(run), str(tmp_path / "empty")], str(tmp_path / "report.html"))
 
+    with pytest.raises(ConfigError, match="found a folder with the runs empty, failed; name them"):
+        collect_run(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--out .*: found a folder, expected the path of a file"):
+        main([str(run), "--out", str(tmp_path)])
+
 
 def test_damaged_files_are_counted_not_fatal(run_folder: Path) -> None:
     with open(run_folder / "metrics.jsonl", "a") as file:

@@ -216,3 +216,12 @@ def test_summary_of_a_run_in_words(tmp_path: Path) -> None:
         and "The last validation loss is 2.0000 (perplexity 7.389)" in text
     )
     assert "1.00 kWh" in text and "4.00 PFLOP" in text
+
+
+def test_losses_of_unequal_validation_sets_are_not_compared(tmp_path: Path) -> None:
+    runs = [collect_run(str(write_run(tmp_path / name))) for name in ("a", "b")]
+    assert "a has the lowest final validation loss: 2.0000" in build_page(runs)
+    results = tmp_path / "b" / "checkpoints" / "results.jsonl"
+    results.write_text(results.read_text().replace('"tokens": 6400', '"tokens": 640'))
+    html = build_page([runs[0], collect_run(str(tmp_path / "b"))])
+    assert "differ in name or number of tokens" in html and "lowest final validation loss" not in html
