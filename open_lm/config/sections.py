@@ -105,8 +105,8 @@ class ModelConfig(ArchitectureConfig):
     activation_checkpointing: str = flag(
         "none",
         "activations that the backward pass recomputes: none; full (all, like --grad-checkpointing); op (all but the "
-        "results of matrix products and attention); half-op (like op, and every second matrix product); a number K (all "
-        "of every K-th block)",
+        "results of matrix products and attention); half-op (like op, and every second matrix product); a number K "
+        "(all of every K-th block)",
     )
     torchcompile: bool = flag(False, "compile the blocks of the model with torch.compile")
     torchcompile_mode: str = flag(

@@ -1,8 +1,8 @@
 """List the activations that the forward pass saves for the backward pass. Update this table when the model changes.
 
 Every entry is a tensor that autograd saves. The entries were found with torch.autograd.graph.saved_tensors_hooks on a
-block; scripts/check_plan.py compares them with torch's memory tracker. The table assumes eager execution; compiled
-blocks save less.
+block; scripts/check_plan.py compares them with torch's memory tracker. Compiled blocks save less: the partitioner of
+torch.compile recomputes norms, casts and activation functions in the backward pass.
 Legend: D model width, W width of all heads, H heads, F hidden width of the feed-forward network, E experts,
 k experts of a token, V vocabulary.
 """
@@ -76,15 +76,23 @@ def total_bytes(saved: Iterable[SavedActivations], tokens: int, tensor: int = 1)
     return round(sum(s.features * s.bytes * tokens / (1 if s.split == "replicated" else tensor) for s in saved))
 
 
-def saved_by_block(shape: ModelShape, sizes: ElementSizes, block: int, context: int = 1) -> list[SavedActivations]:
+def saved_by_block(
+    shape: ModelShape, sizes: ElementSizes, block: int, context: int = 1, compiled: bool = False
+) -> list[SavedActivations]:
     """Return what block number `block` saves with `context` context-parallel ranks. Mirrors model/transformer.py."""
-    saved = [tensor for name in shape.block_norms for tensor in _norm(name, shape, sizes)]
+    if compiled:
+        first, *others = shape.block_norms
+        # The sums of the residual stream inside of the block are recomputed from the output of attention.
+        saved = [SavedActivations(first, shape.dim, sizes.residual, "tokens")]
+        saved += [SavedActivations(name, shape.dim, sizes.compute, "tokens") for name in others]
+    else:
+        saved = [tensor for name in shape.block_norms for tensor in _norm(name, shape, sizes)]
     if shape.residual_dropout:
         saved.append(SavedActivations("dropout masks", 2 * shape.dim, 1, "tokens"))
     return [
         *saved,
-        *_attention(shape, sizes, context),
-        *(_experts(shape, sizes) if shape.has_experts(block) else _feed_forward(shape, sizes)),
+        *_attention(shape, sizes, context, compiled),
+        *(_experts(shape, sizes) if shape.has_experts(block) else _feed_forward(shape, sizes, compiled)),
     ]
 
 
@@ -179,7 +187,7 @@ def _norm(name: str, shape: ModelShape, sizes: ElementSizes) -> list[SavedActiva
     ]
 
 
-def _attention(shape: ModelShape, sizes: ElementSizes, context: int) -> list[SavedActivations]:
+def _attention(shape: ModelShape, sizes: ElementSizes, context: int, compiled: bool) -> list[SavedActivations]:
     """Return what attention saves.
 
     Mirrors model/transformer.py with a kernel that does not materialize the scores, positional_embedding/rotary.py, and
@@ -194,7 +202,7 @@ def _attention(shape: ModelShape, sizes: ElementSizes, context: int) -> list[Sav
         saved.append(SavedActivations("repeated keys, values", 2 * width, c))
     if context > 1:
         saved.append(SavedActivations("gathered keys, values", 2 * kv_width * context, c))
-    if shape.qk_norm:
+    if shape.qk_norm and not compiled:
         # Norms of queries and keys read the output of in_proj, which is saved already. A norm that computes in another
         # dtype saves a copy.
         if sizes.norms not in (0, c):
@@ -205,7 +213,7 @@ def _attention(shape: ModelShape, sizes: ElementSizes, context: int) -> list[Sav
     return [*saved, SavedActivations("attention", width, c), SavedActivations("logsumexp", shape.n_heads, 4)]
 
 
-def _feed_forward(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
+def _feed_forward(shape: ModelShape, sizes: ElementSizes, compiled: bool) -> list[SavedActivations]:
     """Return what a feed-forward network saves. Mirrors model/feed_forward.py."""
     hidden, c = shape.hidden, sizes.compute
     if sum(shape.ffn_inputs.values()) == 1:  # not gated
@@ -215,11 +223,11 @@ def _feed_forward(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivatio
             SavedActivations("gelu", hidden, c),
         ]
     # Each of several input matrices casts its input.
-    casts = len(shape.ffn_inputs) if sizes.autocast and sizes.residual != c else 1
+    casts = len(shape.ffn_inputs) if sizes.autocast and sizes.residual != c and not compiled else 1
     return [
         SavedActivations("input", casts * shape.dim, c, "replicated"),
         SavedActivations("gate, up", 2 * hidden, c),
-        SavedActivations("activated gate", hidden, c),
+        *([] if compiled else [SavedActivations("activated gate", hidden, c)]),
         SavedActivations("product", hidden, c),
     ]
 

@@ -316,7 +316,8 @@ def _block(setup: TrainingSetup, number: int) -> _Block:
     gradients, local_gradients = setup.unsharded_numel(trained), setup.local_numel(trained)
     cast = sizes.autocast and sizes.gathered != sizes.compute
     casts = setup.unsharded_numel(w for w in weights if len(w.shape) > 1) * sizes.compute if cast else 0
-    everything = total_bytes(saved_by_block(shape, sizes, number, setup.layout.context), setup.tokens, tensor)
+    compiled = setup.config.model.torchcompile
+    everything = total_bytes(saved_by_block(shape, sizes, number, setup.layout.context, compiled), setup.tokens, tensor)
     transient = total_bytes(backward_transients(shape, sizes, number), setup.tokens, tensor)
     mode, saved = setup.checkpointing(number), everything
     if mode in ("op", "half-op"):

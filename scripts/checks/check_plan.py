@@ -62,6 +62,7 @@ def cases(model: str) -> list[PlanCase]:
         PlanCase("single amp", amp),
         PlanCase("single amp full", f"{amp} {full}"),
         PlanCase("single amp op", f"{amp} --activation-checkpointing op"),
+        PlanCase("single amp half-op", f"{amp} --activation-checkpointing half-op"),
         PlanCase("single amp every 2", f"{amp} --activation-checkpointing 2"),
         PlanCase("single accum", f"{amp} --accum-freq 2"),
         PlanCase("single muon full", f"{amp} --optimizer muon {full}"),
