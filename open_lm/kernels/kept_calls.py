@@ -8,11 +8,14 @@ needs, outside of the checkpointed function's saved tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar, Token
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode, _pop_mode_temporarily
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 
 class KeptCalls:
@@ -49,9 +52,7 @@ _current: ContextVar[_Context | None] = ContextVar("kept_calls", default=None)
 def keep_result(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Return function(*tensors), which a recomputation in the backward pass does not call again.
 
-    The function must depend on these tensors only, and must not dispatch operators that the policy saves elsewhere in
-    the checkpointed function: checkpointing numbers the calls of an operator. Outside of `KeptCalls` this is a plain
-    call.
+    The function must depend on these tensors only. Outside of `KeptCalls` this is a plain call.
     """
     context = _current.get()
     if context is None:
@@ -71,7 +72,7 @@ class _Kept(torch.autograd.Function):
             return results[context.position - 1].detach()
         leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         # Identity hooks replace those of the checkpoint, which would drop the saved tensors of the call.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same), _without_policy():
             ctx.result = function(*leaves)
         ctx.leaves = leaves
         results.append(ctx.result.detach())
@@ -84,6 +85,16 @@ class _Kept(torch.autograd.Function):
         needed = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(result, needed, grads[0]))
         return None, None, *(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+
+def _without_policy() -> AbstractContextManager[object]:
+    """Return a context in which the policy of selective checkpointing sees no operators.
+
+    It finds saved results by the number of an operator's call, and a recomputation does not repeat those of a kept
+    call. In torch 2.7, torch.compile does not compile under a policy.
+    """
+    is_active = isinstance(_get_current_dispatch_mode(), _CachingTorchDispatchMode)
+    return _pop_mode_temporarily() if is_active else nullcontext()
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -34,6 +34,22 @@ def test_kept_calls_run_once_and_give_the_same_gradients(policy: str, num_calls:
         assert torch.equal(found, exact)
 
 
+def test_operators_of_a_kept_call_are_not_those_of_the_policy() -> None:
+    """The policy saves matrix products by their order, and the recomputation does not repeat those of a kept call."""
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def block(x: Tensor) -> Tensor:
+        kept = keep_result(lambda y: (y.sin() @ y).sin(), x)
+        return ((kept + x).cos() @ weight).exp()
+
+    gradients = []
+    for function in (block, with_recomputation(block, "op")):
+        x = torch.linspace(-1, 1, 64).view(8, 8).requires_grad_()
+        gradients.append(torch.autograd.grad(function(x).sum(), (x, weight)))
+    for found, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, exact)  # sums of gradients in another order
+
+
 def test_inputs_without_gradients() -> None:
     weight = torch.ones(3, requires_grad=True)
     function = with_recomputation(lambda x: keep_result(torch.mul, weight * 2, x).exp(), "op")
