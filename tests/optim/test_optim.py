@@ -123,8 +123,9 @@ def test_parameters_of_other_dtypes_are_clipped_and_updated(name: str, dtype: to
     for key, param in model.named_parameters():
         param.grad = optim_worker.values_for(param, key).to(dtype)
     expected = torch.cat([param.grad.flatten() for param in model.parameters()]).double().norm()  # type: ignore[union-attr]
-    assert gradient_norm(model.parameters()).item() == pytest.approx(expected.item(), rel=1e-6)
-    step_unless_skipped(optimizer, torch.tensor(False))
+    norm = gradient_norm(model.parameters())
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+    step_unless_skipped(optimizer, torch.tensor(False), norm, 0.5)
     for param, old in zip(model.parameters(), before, strict=True):
         assert param.dtype == dtype and param.isfinite().all() and not torch.equal(param, old)
 
