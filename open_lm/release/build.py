@@ -22,7 +22,7 @@ from open_lm.release.croissant import write_croissant
 from open_lm.release.data_card import write_data_card, write_instructions
 from open_lm.release.datasets import find_folders, write_evaluation_data, write_training_data
 from open_lm.release.documents import DOCUMENT_SUFFIXES, document_problem
-from open_lm.release.license_texts import read_texts, write_texts
+from open_lm.release.licenses import read_texts, write_texts
 from open_lm.release.manifest import write_manifest
 from open_lm.release.model_card import write_model_card
 from open_lm.release.mof_file import LICENSE_SCOPES, Entry, GlobalLicense, Release, write_mof
@@ -30,6 +30,7 @@ from open_lm.release.privacy import Redactor
 from open_lm.release.reproduce import write_reproduce
 from open_lm.release.run_facts import RunFacts, read_run
 from open_lm.release.sample_outputs import write_samples
+from open_lm.release.secret_rules import machine_rules
 from open_lm.release.secrets_scan import Scanner, require_clean
 from open_lm.release.settings import BundleSettings
 from open_lm.release.staging import staged_folder
@@ -70,7 +71,7 @@ def build_bundle(settings: BundleSettings) -> Outcome:
     texts = _check(settings)
     with staged_folder(settings.out, _state(facts), _KEPT) as folder:
         outcome = _write(_context(settings, facts, folder), texts)
-        require_clean(Scanner([facts.folder]).scan(folder), settings.out)
+        require_clean(Scanner(machine_rules([facts.folder])).scan(folder), settings.out)
         write_manifest(folder)
         _sign(settings, folder)
     if settings.upload is not None:

@@ -134,7 +134,7 @@ def _rate(path: Path, as_json: bool) -> None:
     if as_json:
         print(to_json(rating_json(rating), indent=2))
         return
-    print(f"{release.name} {release.version or ''}".rstrip(), *rating_lines(rating), sep="\n")
+    _print_lines(f"{release.name} {release.version or ''}".rstrip(), *rating_lines(rating))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -150,9 +150,15 @@ def _verify(args: argparse.Namespace) -> None:
     if args.json:
         print(to_json(verification_json(verification), indent=2))
     else:
-        print(*verification_lines(verification), sep="\n")
+        _print_lines(*verification_lines(verification))
     if verification.failed:
         raise DataError(f"{args.verify}: the verification failed: {', '.join(verification.failed)}")
+
+
+def _print_lines(*lines: str) -> None:
+    """Print lines with texts of a bundle, whose control characters could change what a terminal shows."""
+    for line in lines:
+        print("".join(character if character.isprintable() else "?" for character in line))
 
 
 def _build(args: argparse.Namespace) -> None:

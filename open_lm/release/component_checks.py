@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from posixpath import dirname, normpath
 from typing import Any
@@ -15,22 +14,17 @@ from open_lm.release import components as mof
 from open_lm.release import layout
 from open_lm.release.components import COMPONENTS
 from open_lm.release.documents import DOCUMENT_SUFFIXES, MIN_PAPER_WORDS, document_problem
+from open_lm.release.file_texts import Unreadable, tar_members
+from open_lm.release.licenses import is_text_of
 from open_lm.release.manifest import FileRecord, is_inside
 from open_lm.release.mof_file import Entry, GlobalLicense, Release
 from open_lm.release.rating import resolve_license
 from open_lm.release.weights_check import weights_problem
 
 _MIN_WORDS = 30  # of other documents
-_MIN_LICENSE_WORDS = 25  # the shortest open licenses have about 60
 _NOT_CONTENT = re.compile(r"(?:LICEN[CS]E|COPYING|NOTICE)(?:\..*)?|\.git(?:keep|ignore)|\.keep|Thumbs\.db|\.DS_Store")
 _CODE_SUFFIXES = (".py", ".sh", ".cpp", ".cu", ".json", ".yaml", ".ipynb")
 _MAX_TEXT_BYTES = 64 * 2**20
-# A word that the text of a license with such an id has.
-_LICENSE_WORDS = (
-    (r"Apache-", "apache"), (r"MIT", "permission"), (r"BSD", "redistribution"), (r"CC", "creative commons"),
-    (r"[AL]?GPL|GFDL", "gnu"), (r"MPL", "mozilla"), (r"CDLA", "community data license"), (r"OD", "open data commons"),
-    (r"OpenMDW", "openmdw"), (r"OGL", "open government"), (r"EUPL", "european union"), (r"ISC", "permission"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,13 @@ class Bundle:
 
     folder: Path
     files: Mapping[str, FileRecord]
+    _archives: dict[str, tuple[dict[str, int], dict[str, str]]] = field(default_factory=dict, repr=False)
+
+    def tar_members(self, path: str) -> tuple[dict[str, int], dict[str, str]]:
+        """Return `file_texts.tar_members` of an archive, which is read once."""
+        if path not in self._archives:
+            self._archives[path] = tar_members(self.folder / path)
+        return self._archives[path]
 
     def below(self, path: str) -> list[str]:
         """Return the files of a path: itself, or those in the folder."""
@@ -82,10 +83,7 @@ def license_problem(bundle: Bundle, license_id: str, path: str | None) -> str | 
     if path not in bundle.files:
         return f"the text of {license_id} is missing: {path}"
     text = bundle.read(path).decode("utf-8", "replace")
-    expected = next((word for pattern, word in _LICENSE_WORDS if re.match(pattern, license_id)), "")
-    if len(text.split()) < _MIN_LICENSE_WORDS or expected not in " ".join(text.lower().split()):
-        return f"{path} does not hold the text of {license_id}"
-    return None
+    return None if is_text_of(text, license_id) else f"{path} does not hold the text of {license_id}"
 
 
 # ------------------------------------------------------------------------------------------------ components
@@ -158,11 +156,14 @@ def _json_values(text: str) -> Iterable[Any]:
 
 
 def _has_number(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_has_number, value.values()))
-    if isinstance(value, list):
-        return any(map(_has_number, value))
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict | list):
+            pending += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, int | float) and not isinstance(item, bool):
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -201,12 +202,10 @@ def _code(bundle: Bundle, files: Sequence[str], entry: Entry, release: Release) 
         names = {name: bundle.files[name].num_bytes for name in files}
         return None if _has_code(names) else f"{path} has no source code ({', '.join(_CODE_SUFFIXES)})"
     try:
-        with tarfile.open(bundle.folder / path) as archive:
-            infos = archive.getmembers()
-        members = {info.name: info.size for info in infos if info.isreg()}
-        links = {info.name: normpath(f"{dirname(info.name)}/{info.linkname}") for info in infos if info.issym()}
+        members, targets = bundle.tar_members(path)
+        links = {name: normpath(f"{dirname(name)}/{target}") for name, target in targets.items()}
         places, top = _places(bundle, path, entry.name)
-    except (OSError, EOFError, tarfile.TarError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (Unreadable, OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         return f"{path} cannot be read ({type(error).__name__}: {error})"
     for place in places:
         prefix = f"{top}/{place}".strip("/")

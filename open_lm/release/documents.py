@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from open_lm.release.file_texts import pdf_shown_text
+from open_lm.release.file_texts import Unreadable, pdf_shown_text
 
 DOCUMENT_SUFFIXES = (".md", ".pdf", ".tex", ".txt", ".html", ".rst")
 MIN_PAPER_WORDS = 100  # an abstract has more
@@ -84,7 +84,10 @@ def _words_problem(text: str, min_words: int) -> str | None:
 def _pdf_problem(content: bytes, min_words: int) -> str | None:
     if not content.startswith(b"%PDF-") or b"%%EOF" not in content[-2048:]:
         return "is not a complete PDF file"
-    text = pdf_shown_text(content)
+    try:
+        text = pdf_shown_text(content)
+    except Unreadable as error:
+        return f"cannot be read ({error})"
     readable = sum(character.isascii() and character.isprintable() for character in text)
     if text and readable > 0.9 * len(text):
         return _words_problem(text, min_words)

@@ -1,14 +1,20 @@
-"""Licenses that the Model Openness Tool accepts as open, and the kinds of components that they fit.
+"""Licenses that the Model Openness Tool accepts as open, the kinds of components that they fit, and their texts.
 
 Sources: the SPDX license list, revision cca0be7, with the approvals of the Open Source Initiative (OSI) and the
-Free Software Foundation (FSF); the tool's list of open-data licenses; OpenMDW-1.0, a license for whole models.
+Free Software Foundation (FSF); the tool's list of open-data licenses; OpenMDW-1.0, a license for whole models. The
+texts in license_texts/ are those of the licenses' authors, word for word, with {year} and {holder} for the copyright.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+from open_lm import storage
+from open_lm.errors import ConfigError, join_problems
+from open_lm.release import layout
 from open_lm.release.components import CODE, DATA, DOCUMENT, KINDS
 
 UNLICENSED = "unlicensed"  # value of a component's license in mof.yml: the component is included without a license
@@ -75,3 +81,86 @@ def suggestion(license_id: str) -> str:
     by_lowercase = {known.lower(): known for known in OPEN}
     close = difflib.get_close_matches(license_id.strip().lower().replace(" ", "-"), by_lowercase, n=1, cutoff=0.85)
     return f"; did you mean {by_lowercase[close[0]]}?" if close else ""
+
+
+# --------------------------------------------------------------------------------------------------------------- texts
+_HOLDER, _YEAR = "{holder}", "{year}"
+_FOLDER = Path(__file__).resolve().parent / "license_texts"
+_GNU_VERSION = re.compile(r"-only|-or-later|\+")  # these ids share the text of the license
+_MIN_WORDS = 25  # the shortest open licenses have about 60
+_CC_PARTS = {"BY": "attribution", "SA": "sharealike"}
+_GNU = {"": "gnu general", "A": "gnu affero general", "L": "gnu lesser general"}
+# Phrases that the text of a license with such an id has, in lower case. The text of a similar license lacks one.
+_PHRASES = (
+    (r"CC0", ("cc0 1.0",)), (r"CC", ("creative commons",)), (r"Apache-2", ("apache license", "version 2.0")),
+    (r"Apache", ("apache",)), (r"LGPL-2\.0", ("gnu library general public license version 2",)),
+    (r"GFDL", ("gnu free documentation license",)), (r"MPL-1\.1", ("mozilla public license version 1.1",)),
+    (r"MPL-2", ("mozilla public license version 2.0",)),
+    (r"BSD-3", ("redistributions of source code", "endorse or promote")),
+    (r"BSD", ("redistributions of source code",)), (r"CDLA-P", ("community data license agreement", "permissive")),
+    (r"CDLA-S", ("community data license agreement", "sharing")), (r"ODbL", ("open database license",)),
+    (r"ODC-By", ("open data commons attribution license",)), (r"ODC-PDDL", ("public domain dedication",)),
+    (r"OpenMDW", ("openmdw",)), (r"OGL", ("open government",)), (r"EUPL", ("european union",)),
+    (r"MIT", ("to any person obtaining a copy",)), (r"ISC", ("permission to use, copy, modify",)),
+)  # fmt: skip
+
+
+def available() -> list[str]:
+    """Return the SPDX ids of the licenses whose texts this package has; -only and -or-later of some have them too."""
+    return sorted(path.stem for path in _FOLDER.glob("*.txt"))
+
+
+def read_texts(ids: Iterable[str], files: Mapping[str, Path], holder: str | None) -> dict[str, str]:
+    """Return the texts of licenses by SPDX id.
+
+    Args:
+        files: files with the texts of further licenses by id; they take precedence over those of this package.
+        holder: the holder of the copyright, whom some texts name.
+
+    Raises:
+        ConfigError: a text that is missing, unreadable, of another license, or that needs a holder, or a file of a
+            license that is not in use; with all problems.
+    """
+    texts, problems = {}, []
+    wanted = sorted(set(ids))
+    problems += [f"--license-text {name}=…: no --license has this id" for name in files if name not in wanted]
+    for license_id in wanted:
+        path = files.get(license_id, _FOLDER / f"{_GNU_VERSION.sub('', license_id)}.txt")
+        if not path.is_file():
+            problems.append(
+                f"the text of {license_id} is missing: pass it with --license-text {license_id}=FILE; this package has "
+                f"those of {', '.join(available())}"
+            )
+            continue
+        texts[license_id] = text = path.read_text(encoding="utf-8", errors="replace")
+        if not is_text_of(text, license_id):
+            problems.append(f"{path}: does not hold the text of {license_id}")
+        if _HOLDER in text and not holder:
+            problems.append(f"--producer is missing: the text of {license_id} names the holder of the copyright")
+    if problems:
+        raise ConfigError(join_problems(problems))
+    return texts
+
+
+def write_texts(bundle: Path, texts: Mapping[str, str], holder: str, year: int) -> None:
+    """Write LICENSES/{id}.txt, with the holder and the year of the copyright where the texts have a place for them."""
+    for license_id, text in texts.items():
+        content = text.replace(_HOLDER, holder).replace(_YEAR, str(year))
+        storage.write_text(bundle / layout.LICENSES / f"{license_id}.txt", content)
+
+
+def is_text_of(text: str, license_id: str) -> bool:
+    """Return whether a text may be that of a license: long enough, and with the phrases of its name."""
+    words = text.lower().split()
+    joined = " ".join(words)
+    return len(words) >= _MIN_WORDS and all(phrase in joined for phrase in _phrases(license_id))
+
+
+def _phrases(license_id: str) -> tuple[str, ...]:
+    if match := re.fullmatch(
+        r"CC-(BY(?:-SA)?)-(\d\.\d)(?:-(?:AU|US|UK|IGO))?", license_id
+    ):  # others are not in English
+        return ("-".join(_CC_PARTS[part] for part in match[1].split("-")) + f" {match[2]}",)
+    if (match := re.match(r"([AL]?)GPL-(\d(?:\.[1-9])?)", license_id)) and license_id != "LGPL-2.0":
+        return (f"{_GNU[match[1]]} public license version {match[2]}",)
+    return next((phrases for pattern, phrases in _PHRASES if re.match(pattern, license_id)), ())

@@ -28,7 +28,7 @@ from open_lm.system import available_cpus
 SCHEMA = "open_lm.bundle_manifest/1"
 # Added by version control and by the hub to copies of a bundle; not part of it.
 IGNORED = (".git", ".gitattributes", ".cache/huggingface")
-MAX_BYTES = 256 * 2**20  # of manifest.json, about a million files
+MAX_BYTES = 256 * 2**20  # of manifest.json and of the signature, about a million files
 _CHUNK_BYTES = 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

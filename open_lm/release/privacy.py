@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import storage
+from open_lm.release.secret_rules import machine_rules
 from open_lm.release.secrets_scan import Scanner
 
 _PART_CHARACTERS = 1 << 20
@@ -25,7 +26,7 @@ class Redactor:
     def __init__(self, run: Path) -> None:
         folders = sorted({str(run.absolute()), str(run.resolve())}, key=len, reverse=True)
         self._run = re.compile(rf"(?<![\w.\-/])(?:{'|'.join(map(re.escape, folders))})(?![\w.\-])")
-        self._scanner = Scanner([run])
+        self._scanner = Scanner(machine_rules([run]))
 
     def text(self, text: str) -> str:
         """Return a text without secrets, private paths and names."""

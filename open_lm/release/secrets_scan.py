@@ -15,9 +15,9 @@ from pathlib import Path
 from open_lm.errors import DataError
 from open_lm.names import printable
 from open_lm.release import layout
-from open_lm.release.file_texts import Text, Unreadable, file_texts
+from open_lm.release.file_texts import Budget, Text, Unreadable, file_texts
 from open_lm.release.manifest import bundle_files
-from open_lm.release.secret_rules import PATH_RULES, SECRET_RULES, Match, Rule, find, machine_rules, replace
+from open_lm.release.secret_rules import PATH_RULES, SECRET_RULES, Match, Rule, find, replace
 
 UNREADABLE = "not scanned"
 _THIRD_PARTY = (layout.DATA + "/", layout.EVALUATION_DATA + "/")
@@ -54,11 +54,12 @@ class Scanner:
     """Finds and replaces private text.
 
     Args:
-        folders: private folders in addition to the home and the current folder, such as the run folder.
+        rules: rules in addition to the general ones: those of this machine, see `machine_rules`. A verification has
+            none, so that a bundle is verified on each machine alike.
     """
 
-    def __init__(self, folders: Iterable[Path] = ()) -> None:
-        self._rules: Sequence[Rule] = (*machine_rules(folders), *SECRET_RULES, *PATH_RULES)
+    def __init__(self, rules: Iterable[Rule] = ()) -> None:
+        self._rules: Sequence[Rule] = (*rules, *SECRET_RULES, *PATH_RULES)
         self._replaced = tuple(rule for rule in self._rules if not rule.is_warning)
 
     def redact(self, text: str) -> str:
@@ -71,17 +72,19 @@ class Scanner:
         A file that cannot be read completely, such as a damaged archive, is a finding as well.
         """
         findings: list[Finding] = []
-        for path in sorted(bundle_files(bundle, [])):
-            findings += self.scan_file(bundle / path, path)
+        paths = sorted(bundle_files(bundle, []))
+        budget = Budget(sum((bundle / path).stat(follow_symlinks=False).st_size for path in paths))
+        for path in paths:
+            findings += self.scan_file(bundle / path, path, budget)
         return findings
 
-    def scan_file(self, file: Path, path: str) -> list[Finding]:
-        """Return the private text of a file that has the given path in a bundle."""
+    def scan_file(self, file: Path, path: str, budget: Budget | None = None) -> list[Finding]:
+        """Return the private text of a file that has the given path in a bundle; `budget` as of `file_texts`."""
         name = Text("", printable(path), None)
         found: dict[Finding, None] = dict.fromkeys(self._findings(name, f"name of {name.content}", path, set()))
         in_binary: set[tuple[str, str]] = set()  # rule and private text: binary formats often hold a text twice
         try:
-            for text in file_texts(file):
+            for text in file_texts(file, budget):
                 place = printable(f"{path}!{text.member}" if text.member else path)
                 found.update(dict.fromkeys(self._findings(text, place, path, in_binary)))
         except (Unreadable, OSError) as error:

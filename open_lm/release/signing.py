@@ -20,7 +20,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError, StorageError
 from open_lm.release.layout import SIGNATURE
-from open_lm.release.manifest import IGNORED, bundle_files
+from open_lm.release.manifest import IGNORED, MAX_BYTES, bundle_files
 
 PASSWORD_VARIABLE = "OPEN_LM_SIGNING_PASSWORD"  # environment variable with the password of an encrypted private key
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")  # those of the specification
@@ -169,6 +169,8 @@ def _read_statement(path: Path) -> dict[str, Any]:
     """Return the predicate of the signed statement. Raise SignatureProblem unless it covers all files of a bundle."""
     if path.is_symlink() or not path.is_file():
         raise SignatureProblem(f"{SIGNATURE} is missing: the bundle is not signed")
+    if path.stat().st_size > MAX_BYTES:
+        raise SignatureProblem(f"{SIGNATURE} has more than {MAX_BYTES:,} bytes")
     try:
         envelope = json.loads(path.read_bytes())["dsseEnvelope"]
         predicate = json.loads(base64.b64decode(envelope["payload"]))["predicate"]

@@ -8,6 +8,7 @@ import json
 import lzma
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 
 from open_lm.errors import DataError
-from open_lm.release import secret_rules
+from open_lm.release import file_texts, secret_rules
 from open_lm.release.secrets_scan import UNREADABLE, Finding, Scanner, require_clean
 
 LETTERS = "Qw3rTy7uIoP5aSd9fGh2JkL4zXc8VbN6mQw1eRt0yU"  # 42 letters and digits, as a generator would draw them
@@ -61,7 +62,7 @@ def scanner(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Scanner:
     monkeypatch.setattr("socket.gethostname", lambda: "gpu-node-17.lab.example")
     monkeypatch.setenv("HOME", "/people/ada")
     monkeypatch.setenv("SECRET_SERVICE_TOKEN", "swordfish-and-chips")
-    return Scanner([tmp_path / "private"])
+    return Scanner(secret_rules.machine_rules([tmp_path / "private"]))
 
 
 def scan_text(scanner: Scanner, folder: Path, text: str, name: str = "notes.txt") -> list[Finding]:
@@ -121,7 +122,7 @@ def test_private_paths_and_names(scanner: Scanner, tmp_path: Path) -> None:
 def test_short_and_common_names_count_only_after_a_label(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(secret_rules, "user_name", lambda: "root")
     monkeypatch.setattr("socket.gethostname", lambda: "vm")
-    scanner = Scanner()
+    scanner = Scanner(secret_rules.machine_rules())
     assert scan_text(scanner, tmp_path, "the root of a tree, a vm, user: root\n") == []
     findings = scan_text(scanner, tmp_path, "hostname: vm, root@vm\n")
     assert {(finding.rule, finding.excerpt) for finding in findings} == {("host name", "hostname: ***, root@***")}
@@ -255,11 +256,34 @@ def test_files_that_cannot_be_read_are_findings(scanner: Scanner, tmp_path: Path
     assert finding.rule == UNREADABLE
 
 
-def test_growth_is_limited(scanner: Scanner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("open_lm.release.file_texts._MIN_UNPACKED_BYTES", 10_000)
+def test_growth_of_all_files_together_is_limited(
+    scanner: Scanner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_texts, "_MIN_UNPACKED_BYTES", 100_000)
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"a" * 10**6))
-    (finding,) = scanner.scan_file(tmp_path / "bomb.gz", "bomb.gz")
-    assert (finding.rule, "unpacks to more than" in finding.excerpt) == (UNREADABLE, True)
+    many = tmp_path / "many.tar.gz"
+    many.write_bytes(tar_of({str(number): b"" for number in range(40)}, "w:gz"))
+    stream = zlib.compress(b"(text) Tj " * 20_000)
+    (tmp_path / "bomb.pdf").write_bytes(b"%PDF-1.4\nstream\n" + stream + b"\nendstream\n%%EOF\n")
+    for name in ("bomb.gz", "bomb.pdf", "many.tar.gz"):
+        (finding,) = scanner.scan_file(tmp_path / name, name)
+        assert (finding.rule, "unpack to more than" in finding.excerpt) == (UNREADABLE, True), name
+        (tmp_path / name).unlink()
+    with pytest.raises(file_texts.Unreadable):
+        many.write_bytes(tar_of({str(number): b"" for number in range(40)}, "w:gz"))
+        file_texts.tar_members(many)
+    many.unlink()
+    for number in range(3):
+        (tmp_path / f"{number}.gz").write_bytes(gzip.compress(b"a" * 40_000))
+    (finding,) = scanner.scan(tmp_path)
+    assert (finding.file, finding.rule) == ("2.gz", UNREADABLE)
+
+
+def test_hostile_pdf_is_read_in_linear_time() -> None:
+    """Each of these takes hours if a pattern tries all ways to match it."""
+    for content in (b"stream\n" * 100_000, b"[" + b"1 " * 100_000, b"(" * 100_000, b"[(" + b"\\a" * 100_000):
+        raw = b"%PDF-1.4\n" + content + b"\nstream\n" + content + b"\nendstream"
+        assert list(file_texts.pdf_texts(raw, file_texts.Budget(len(raw))))
 
 
 def test_many_findings_are_counted(scanner: Scanner, tmp_path: Path) -> None:

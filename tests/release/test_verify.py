@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from open_lm.errors import ConfigError, DataError, StorageError
+from open_lm.release import file_texts, secret_rules
 from open_lm.release.command import main
 from open_lm.release.component_checks import Bundle
 from open_lm.release.components import COMPONENTS, RESEARCH_PAPER, TECHNICAL_REPORT
@@ -584,6 +585,39 @@ def test_sigstore_states_that_it_needs_the_network(bundle: Path, monkeypatch: py
 def test_flags_that_do_not_fit(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         main(words)
+
+
+# ------------------------------------------------------------------------------------------------ strangers
+def test_verdict_does_not_depend_on_the_machine(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words of a bundle may be the name of the user or host who verifies it, or a value of his environment."""
+    copy = tmp_path / "a copy"
+    shutil.copytree(original, copy)
+    monkeypatch.setattr(secret_rules, "user_name", lambda: "lr")
+    monkeypatch.setattr("socket.gethostname", lambda: "tokens")
+    monkeypatch.setenv("SECRET_TOKEN", '"tokens": 100')
+    monkeypatch.chdir(copy)
+    assert verify_bundle(Path()).failed == []
+
+
+def test_archives_of_code_have_limits(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_texts, "_MIN_UNPACKED_BYTES", 10**6)
+    write(bundle / "code" / "source.tar.gz", code_archive({"model/layers.py": b" " * 10**7}))
+    write_manifest(bundle)
+    (problem, *_) = check(verify_bundle(bundle), "components")
+    assert "unpack to more than" in problem
+
+
+def test_hostile_texts_are_printed_without_control_characters(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(bundle / "evaluation" / "results" / "results.jsonl", "[" * 900 + "]" * 900)
+    rebuild(bundle, lambda release: replace(release, name="tiny\x1b[2J"))
+    with pytest.raises(DataError, match="verification failed"):
+        main(["--verify", str(bundle)])
+    main(["--rate", str(bundle / MOF_FILE)])
+    output = capsys.readouterr().out
+    assert "has no results: found no number" in output
+    assert "tiny?[2J" in output and "\x1b" not in output
 
 
 # ------------------------------------------------------------------------------------------------ documents
