@@ -19,7 +19,7 @@ import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 ESCAPE_ERRORS = "open_lm_escape"  # error handler of encodings: writes the escape of `escape`
@@ -198,6 +198,31 @@ def setting_text(value: Any) -> str:
 
 def _quoted(value: Any) -> str:
     return f"'{value}'" if isinstance(value, str) and re.search(_UNDECODABLE, value) else repr(value)
+
+
+def short_labels(names: Sequence[str]) -> dict[str, str]:
+    """Return a short, unique label for each of several paths or URLs, with characters that all loggers accept.
+
+    The label is the name of the folder of the shards or the manifest, or their own name if several of the names are in
+    the same folder. Parent folders are prepended until the label differs from those of earlier names.
+    """
+    folders = [name.rpartition("/")[0] for name in dict.fromkeys(names)]
+    labels: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        words = [re.sub(r"[^\w.-]+", "_", word) for word in re.split("[/:]+", name) if word]
+        if len(words) > 1 and folders.count(name.rpartition("/")[0]) == 1:
+            words.pop()
+        else:
+            words[-1] = words[-1].partition(".")[0] or words[-1]
+        choices = ["-".join(words[-count:]) for count in range(1, len(words) + 1)]
+        choices += [f"{words[-1]}-{number}" for number in range(2, len(folders) + 2)]
+        labels[name] = next(choice for choice in choices if choice not in labels.values())
+    return labels
+
+
+def set_name(val_data: Sequence[str]) -> str:
+    """Return the name of a validation set: that of its shards, without folders and suffixes."""
+    return PurePath(" ".join(val_data)).name.partition(".")[0]
 
 
 def _escape_character(match: re.Match[str]) -> str:

@@ -23,7 +23,7 @@ settings.register_profile("no_deadline", deadline=None)  # no test depends on th
 settings.load_profile("no_deadline")
 # The fork server of a test process imports these modules once, for all tests that fork processes from it.
 multiprocessing.set_forkserver_preload([
-    "open_lm.training.run", "open_lm.training.build", "open_lm.training.trainer", "open_lm.checkpoint", "torch._dynamo",
+    "open_lm.training.run", "open_lm.training.build", "open_lm.training.trainer", "torch._dynamo",
     "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.nn.attention.bias", "pytest",
     "open_lm.datapreprocess.make_2048", "open_lm.datapreprocess.engine", "tokenizers", "fastokens", "zstandard",
     "boto3", "s3fs", "open_lm.hf.importing", "open_lm.hf.exporting", "open_lm.report.collect", "open_lm.report.page",

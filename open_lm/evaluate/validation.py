@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from open_lm.errors import ConfigError
 from open_lm.evaluate.intervals import LossHistogram, bootstrap_interval
 from open_lm.model.losses import ForwardOptions, TokenLoss, batch_loss
 from open_lm.monitor.watchdog import heartbeat
+from open_lm.names import set_name
 from open_lm.optim.adamw import local_tensor
 from open_lm.parallel.parallelize import evaluation_mode, unwrap
 
@@ -105,11 +105,6 @@ def validation_metrics(results: Sequence[dict[str, Any]]) -> dict[str, float]:
         values = {key: value for key, value in result.items() if isinstance(value, int | float) and value != -1.0}
         metrics |= {f"{prefix}/{key}": value for key, value in values.items() if key != "train_tokens"}
     return metrics
-
-
-def set_name(val_data: Sequence[str]) -> str:
-    """Return the name of a validation set: that of its shards, without folders and suffixes."""
-    return PurePath(" ".join(val_data)).name.partition(".")[0]
 
 
 class _SetRow(NamedTuple):

@@ -6,7 +6,6 @@ Legend: D model width, H heads, K head width, L layers, T sequence.
 from __future__ import annotations
 
 import math
-import re
 import resource
 import sys
 import time
@@ -234,23 +233,3 @@ class TrainLogEntry:
             **(self.extra or {}),
         }
         return {f"train/{name}": value for name, value in values.items()}
-
-
-def short_labels(names: Sequence[str]) -> dict[str, str]:
-    """Return a short, unique label for each of several paths or URLs, with characters that all loggers accept.
-
-    The label is the name of the folder of the shards or the manifest, or their own name if several of the names are in
-    the same folder. Parent folders are prepended until the label differs from those of earlier names.
-    """
-    folders = [name.rpartition("/")[0] for name in dict.fromkeys(names)]
-    labels: dict[str, str] = {}
-    for name in dict.fromkeys(names):
-        words = [re.sub(r"[^\w.-]+", "_", word) for word in re.split("[/:]+", name) if word]
-        if len(words) > 1 and folders.count(name.rpartition("/")[0]) == 1:
-            words.pop()
-        else:
-            words[-1] = words[-1].partition(".")[0] or words[-1]
-        choices = ["-".join(words[-count:]) for count in range(1, len(words) + 1)]
-        choices += [f"{words[-1]}-{number}" for number in range(2, len(folders) + 2)]
-        labels[name] = next(choice for choice in choices if choice not in labels.values())
-    return labels

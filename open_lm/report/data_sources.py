@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from open_lm.monitor.metrics import short_labels
-from open_lm.names import unescape
+from open_lm.names import short_labels, unescape
 from open_lm.report.privacy import public, public_values
 from open_lm.report.records import MixtureSource, Run
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from open_lm.evaluate.icl.report import METRIC_LABELS
 from open_lm.report.curves import series_name, series_style
 from open_lm.report.figures import Figure, Page, Series
 from open_lm.report.formats import MISSING, big, percent
@@ -60,6 +59,8 @@ def _single_table(run: Run) -> Html:
 
 
 def _row(task: TaskScore) -> list[object]:
+    from open_lm.evaluate.icl.report import METRIC_LABELS  # needs torch
+
     interval = MISSING if task.interval is None else f"{100 * task.interval[0]:.1f} to {100 * task.interval[1]:.1f} %"
     return [
         *(task.task, task.shots, METRIC_LABELS.get(task.metric, task.metric), percent(task.score), interval),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
 
 from open_lm import storage
-from open_lm.evaluate.icl.aggregates import Aggregate, title
-from open_lm.evaluate.icl.metrics import Outcome
-from open_lm.evaluate.icl.report import read_json
-from open_lm.evaluate.validation import set_name
+from open_lm.names import set_name
 from open_lm.report.records import Sample, TaskEvaluation, TaskScore, Validation, ValidationSet
+
+if TYPE_CHECKING:
+    from open_lm.evaluate.icl.metrics import Outcome
 
 T = TypeVar("T")
 
@@ -94,6 +94,8 @@ def stored_evaluation(url: str) -> TaskEvaluation:
     Raises:
         UserError: the file is not a result of eval_openlm_ckpt.py, or cannot be read.
     """
+    from open_lm.evaluate.icl.report import read_json  # needs torch
+
     content, outcomes = read_json(url)
     return TaskEvaluation(
         origin=f"evals/{PurePath(url).name}",
@@ -126,6 +128,8 @@ def _outcome_score(outcome: Outcome) -> TaskScore:
 
 def _aggregates(content: Mapping[str, Any]) -> dict[str, float]:
     """Return the available aggregate scores by title."""
+    from open_lm.evaluate.icl.aggregates import Aggregate, title  # needs torch
+
     aggregates = [Aggregate(**item) for item in content.get("aggregates") or []]
     scores = {title(a.name, a.baselines, f"{a.tasks} tasks"): a.score for a in aggregates if a.score is not None}
     gauntlet = content.get("gauntlet") or {}

@@ -20,9 +20,10 @@ from open_lm.data.device import DeviceBatch, on_device
 from open_lm.data.loader import TrainLoader
 from open_lm.model.losses import TokenLoss, batch_loss
 from open_lm.monitor import watchdog
-from open_lm.monitor.metrics import DelayedReadback, DeviceMeans, TrainLogEntry, peak_memory_bytes, short_labels
+from open_lm.monitor.metrics import DelayedReadback, DeviceMeans, TrainLogEntry, peak_memory_bytes
 from open_lm.monitor.rank_times import RankTimes
 from open_lm.monitor.timing import PhaseClock, Stopwatch
+from open_lm.names import short_labels
 from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.schedules import Schedule
 from open_lm.parallel.parallelize import evaluation_mode

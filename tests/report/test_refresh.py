@@ -93,7 +93,10 @@ def test_a_run_without_plotly_ends_without_a_report(
 
 
 @pytest.mark.processes
-def test_refreshes_are_one_process_with_a_limited_share_of_a_core(tmp_path: Path) -> None:
+def test_refreshes_are_one_process_without_torch_and_with_a_limited_share_of_a_core(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refresh, "_COMMAND", f"import sys; sys.modules['torch'] = None\n{refresh._COMMAND}")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "tokens": 8, "train/loss": 2.0}\n')
     report = RunReport(str(tmp_path), time_share=1e12)
     report.refresh()

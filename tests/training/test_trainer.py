@@ -27,8 +27,8 @@ from open_lm.monitor.metrics import (
     device_peak_flops,
     model_flops_per_token,
     peak_memory_bytes,
-    short_labels,
 )
+from open_lm.names import short_labels
 from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.schedules import const_lr
