@@ -130,6 +130,7 @@ LINKS = {
     "A100": _NVLINK_3,
     "A800": Links(intra=160e9, inter=180e9),
     "V100": Links(intra=120e9, inter=40e9),
+    "MI325X": Links(intra=300e9, inter=360e9),
     "MI300X": Links(intra=300e9, inter=360e9),
 }
 
@@ -158,12 +159,16 @@ def first_match(table: Mapping[str, T], name: str) -> T | None:
 # Thermal design power (total board power) in W by words of the device name, from data sheets. First match.
 TDP_WATTS = {
     "B300": 1400.0,
+    "GB200": 1200.0,
     "B200": 1000.0,
     "H200 NVL": 600.0,
     "H200": 700.0,
     "H100 PCIe": 350.0,
     "H100 NVL": 400.0,
     "H100": 700.0,
+    "H800 PCIe": 350.0,
+    "H800": 700.0,
+    "H20": 400.0,
     "A100-PCIE-40GB": 250.0,
     "A100 80GB PCIe": 300.0,
     "A100": 400.0,
@@ -178,10 +183,17 @@ TDP_WATTS = {
     "V100-PCIE": 250.0,
     "V100": 300.0,
     "T4": 70.0,
+    "RTX PRO 6000": 600.0,
+    "RTX 6000 Ada": 300.0,
+    "RTX A6000": 300.0,
     "RTX 5090": 575.0,
     "RTX 4090": 450.0,
     "RTX 3090": 350.0,
+    "MI355X": 1400.0,
+    "MI350X": 1000.0,
+    "MI325X": 1000.0,
     "MI300X": 750.0,
+    "MI250X": 560.0,
 }
 
 

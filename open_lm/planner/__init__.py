@@ -8,6 +8,7 @@ speed.py        the speed of a device, from flags, measurements or the tables
 traffic.py      the bytes that ranks exchange in a step, and the time of a step
 strategies.py   the ways to distribute a training run, and the choice between them
 checkpoints.py  the number and size of checkpoints
+costs.py        the device hours, energy and price of a run
 report.py       the plan as text and as JSON
 command.py      the command line, `python -m open_lm.plan`
 """

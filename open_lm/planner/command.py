@@ -67,6 +67,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--bandwidth-inter", help="bandwidth between nodes, in GB/s per node (default: by --device)")
     add("--train-tokens", help="total number of training tokens, such as 140e9")
     add(
+        "--price-per-device-hour",
+        help="price of a device per hour, in any currency: with --train-tokens, adds the price of the run and finds "
+        "the cheapest way on up to --most-devices devices",
+    )
+    add(
         "--most-devices",
         default="256",
         help="largest number of devices in the scaling table; 0: no table (default: 256)",
@@ -127,6 +132,9 @@ def make_plan(argv: Sequence[str]) -> Plan:
         inter=number("bandwidth_inter", 0, links.inter / 1e9) * 1e9,
         per_node=machine.per_node,
     )
+    price = None if args.price_per_device_hour is None else number("price_per_device_hour", 0)
+    if price is not None and not tokens:
+        problems.append("--price-per-device-hour: a price requires --train-tokens, the length of the run")
     max_devices, max_exposed = int(number("most_devices", 0)), number("max_exposed", 0)
     if problems or requirements is None:
         raise ConfigError(join_problems(problems, "cannot make a plan"))
@@ -145,6 +153,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
         growth=_growth(options, requirements, rates, names, max_devices),
         max_exposed=max_exposed,
         train_tokens=int(tokens) or None,
+        price_per_device_hour=price,
         checkpoints=_checkpoints(recommended, int(tokens)),
     )
 

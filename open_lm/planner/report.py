@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from open_lm.config.devices import tdp_watts
 from open_lm.planner.checkpoints import Checkpoints
+from open_lm.planner.costs import Cost, cheapest, cost_of
 from open_lm.planner.memory import FRAGMENTATION, host_bytes
 from open_lm.planner.shapes import ModelShape
 from open_lm.planner.strategies import Machine, Option
@@ -30,6 +32,7 @@ class Plan:
         growth: an option by number of devices and strategy.
         max_exposed: the share of a step that may wait for communication.
         train_tokens: total number of training tokens.
+        price_per_device_hour: the price of a device hour.
         checkpoints: the checkpoints of the training; None if its length is unknown.
     """
 
@@ -42,7 +45,19 @@ class Plan:
     growth: Mapping[int, Mapping[str, Option]]
     max_exposed: float
     train_tokens: int | None = None
+    price_per_device_hour: float | None = None
     checkpoints: Checkpoints | None = None
+
+    @property
+    def cheapest(self) -> Option | None:
+        """The fitting option with the fewest device hours, among all numbers of devices; None if none fits."""
+        return cheapest([*self.options, *(option for row in self.growth.values() for option in row.values())])
+
+    def cost(self, option: Option | None) -> Cost | None:
+        """Return what the run costs with an option; None if its length is unknown."""
+        if option is None or self.train_tokens is None:
+            return None
+        return cost_of(option, self.train_tokens, tdp_watts(self.machine.name), self.price_per_device_hour)
 
 
 def format_plan(plan: Plan) -> str:
@@ -72,12 +87,20 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "rates": vars(plan.rates),
         "options": [_option_values(option) for option in plan.options],
         "recommended": None if plan.recommended is None else _option_values(plan.recommended),
+        "cost": _cost_values(plan.cost(plan.recommended)),
+        "cheapest": None if plan.cheapest is None else _option_values(plan.cheapest),
+        "cheapest_devices": None if plan.cheapest is None else plan.cheapest.machine.devices,
+        "cheapest_cost": _cost_values(plan.cost(plan.cheapest)),
         "checkpoints": None if plan.checkpoints is None else vars(plan.checkpoints),
         "growth": {
             str(devices): {name: _option_values(option) for name, option in row.items()}
             for devices, row in plan.growth.items()
         },
     }
+
+
+def _cost_values(cost: Cost | None) -> dict[str, float | None] | None:
+    return None if cost is None else dict(vars(cost))
 
 
 def _option_values(option: Option) -> dict[str, Any]:
@@ -158,10 +181,32 @@ def _recommendation(plan: Plan) -> str:
         )
     if host := host_bytes(option.setup):
         lines.append(f"  {host / GB:.1f} GB of host memory per device")
-    if plan.train_tokens:
-        days = plan.train_tokens / time.tokens_per_s / DAY_S
-        lines.append(f"  {plan.train_tokens / 1e9:,.1f} billion tokens take {days:,.1f} days")
+    if cost := plan.cost(option):
+        assert plan.train_tokens is not None
+        lines += [
+            f"  {plan.train_tokens / 1e9:,.1f} billion tokens take {cost.seconds / DAY_S:,.1f} days",
+            f"  {_cost_text(cost, plan)}",
+        ]
+    best = plan.cheapest
+    if plan.price_per_device_hour is not None and best is not None and (cost := plan.cost(best)):
+        lines.append(
+            f"Cheapest on {plan.machine.devices} to {max(plan.growth, default=plan.machine.devices)} devices: "
+            f"{best.strategy} on {best.machine.devices}, activation checkpointing {best.checkpointing}, {best.batch} "
+            f"sequences per device, {best.global_batch} per step: {cost.seconds / DAY_S:,.1f} days, "
+            f"{_cost_text(cost, plan)}"
+        )
     return "\n".join(lines)
+
+
+def _cost_text(cost: Cost, plan: Plan) -> str:
+    """Return device hours, energy and price as text."""
+    parts = [f"{cost.device_hours:,.0f} device hours"]
+    if cost.kwh is not None:
+        energy = f"{cost.kwh / 1000:,.1f} MWh" if cost.kwh >= 1000 else f"{cost.kwh:,.0f} kWh"
+        parts.append(f"at most {energy} ({tdp_watts(plan.machine.name):.0f} W per device)")
+    if cost.price is not None:
+        parts.append(f"price {cost.price:,.0f}")
+    return ", ".join(parts)
 
 
 def _checkpoint_table(checkpoints: Checkpoints) -> str:
