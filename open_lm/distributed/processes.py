@@ -75,6 +75,7 @@ def init_runtime(cfg: ParallelConfig) -> Runtime:
         rank, world_size = dist.get_rank(), dist.get_world_size()
     elif world_size > 1 or cfg.fsdp or cfg.force_distributed:
         _init_process_group(cfg, device, rank, world_size)
+        _unbind_device()
         started = True
     local_size = _int_from_env(LOCAL_SIZE_NAMES, 0) or _default_local_size(device, world_size)
     return Runtime(rank, local_rank, world_size, local_size, device, started)
@@ -278,7 +279,7 @@ def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, wo
         backend = "gloo"
     options: dict[str, Any] = {"timeout": timedelta(seconds=cfg.dist_timeout)}
     if backend != "gloo":
-        options["device_id"] = device  # NCCL then connects at once, and no barrier has to guess the device
+        options["device_id"] = device  # NCCL then connects at once
     if world_size == 1 and "MASTER_ADDR" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
         return
@@ -303,6 +304,16 @@ def _init_process_group(cfg: ParallelConfig, device: torch.device, rank: int, wo
         raise ConfigError(
             f"{where}: another process uses this port of rank 0's node; choose a free one, the same on all ranks"
         ) from error
+
+
+def _unbind_device() -> None:
+    """Let meshes create groups with all backends of the world group.
+
+    From a world group that is bound to a device torch splits them instead. With several backends that fails, or the
+    groups lack the CPU's backend, depending on torch's version (https://github.com/pytorch/pytorch/issues/159200).
+    """
+    world: Any = dist.group.WORLD
+    world.bound_device_id = None
 
 
 def _record_collectives() -> None:

@@ -247,6 +247,19 @@ end_process(0)
     subprocess.run([EVAL_PYTHON, "-c", program], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)
 
 
+def test_meshes_do_not_split_a_group_that_is_bound_to_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init_bound_group(*_: object) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.group.WORLD.bound_device_id = torch.device("cuda", 0)  # type: ignore[union-attr]
+
+    monkeypatch.setattr(distributed, "_init_process_group", init_bound_group)
+    runtime = distributed.init_runtime(ParallelConfig(force_distributed=True))
+    try:
+        assert dist.group.WORLD.bound_device_id is None  # type: ignore[union-attr]
+    finally:
+        distributed.shutdown(runtime)
+
+
 def test_nccl_gets_the_device_and_the_allocator_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[dict[str, object]] = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.append(options))
