@@ -98,7 +98,7 @@ def check_kernels() -> Iterator[Finding]:
     from open_lm.parallel.float8 import check_float8
 
     problem = xformers_problem()
-    used = "xformers; torch's with --torchcompile" if problem is None else f"torch's (not xformers: {problem})"
+    used = "xformers; torch with --torchcompile" if problem is None else f"torch (not xformers: {problem})"
     yield Finding("kernels", "attention", OK, f"--attn-name auto uses the kernels of {used}")
     yield from _sdpa_backends()
     for name, reason in (

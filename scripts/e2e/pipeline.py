@@ -17,7 +17,9 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 from pipeline_settings import read_settings
@@ -25,6 +27,7 @@ from pipeline_stages import PYTHON, ROOT, STAGES, Stage, Work
 from pipeline_state import STOPPED_EXIT_CODE, Stamps, Stopped, StopSignals, changed_settings, locked, run_command
 
 from open_lm.config.architecture import read_architecture
+from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, DataError, join_problems, run_cli
 from open_lm.names import user_file
 from open_lm.storage import write_text
@@ -165,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
     description, _, epilog = (__doc__ or "").partition("\n")
     epilog += "\nstages:\n" + "\n".join(f"  {stage.name:<12} {stage.help}" for stage in STAGES.values())
     style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         prog="pipeline.py", description=description, epilog=epilog, formatter_class=style, allow_abbrev=False
     )
     add = parser.add_argument
@@ -176,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--launcher", help="command that starts the ranks, instead of that of the settings; empty: one process")
     add("--until", choices=STAGES, metavar="STAGE", help="stop after this stage")
     add("--restart", choices=STAGES, metavar="STAGE", help="delete the results of this stage and of all later ones")
-    add("--dry-run", action="store_true", help="print the commands without running them")
+    add("--dry-run", action="store_true", help="print the commands, run and write nothing")
     return parser
 
 
@@ -192,14 +195,17 @@ def main(argv: list[str]) -> None:
     names = list(STAGES)
     stages = [STAGES[name] for name in names[: names.index(args.until) + 1 if args.until else None]]
     stamps = Stamps(work.folder / "stages")
+    if args.dry_run:
+        check_unchanged(list(STAGES.values()), stamps, work)
+        with TemporaryDirectory() as folder:
+            write_inputs(replace(work, folder=Path(folder)))  # to check them
+        print_commands(stages, work)
+        return
     with locked(work.folder) as lock:
-        if args.restart and not args.dry_run:
+        if args.restart:
             restart([STAGES[name] for name in names[names.index(args.restart) :]], stamps, work)
         check_unchanged(list(STAGES.values()), stamps, work)
         write_inputs(work)
-        if args.dry_run:
-            print_commands(stages, work)
-            return
         stamps.folder.mkdir(exist_ok=True)
         try:
             with StopSignals() as signals:

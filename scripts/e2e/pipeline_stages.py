@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline_settings import Settings, flag_words
 from text import ONE_SOURCE
@@ -56,15 +57,17 @@ class Work:
         model = self.settings.model
         return model if isinstance(model, str) and not self.offline else str(self.folder / "model.json")
 
-    def write_model(self) -> None:
-        """Write the model's configuration if it is part of the settings, or has another vocabulary offline."""
-        if self.model == self.settings.model:
-            return
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The model's configuration; offline, its vocabulary is that of the tokenizer that is trained then."""
         model = self.settings.model
         content = dict(read_architecture(model) if isinstance(model, str) else model)
-        if self.offline:
-            content["vocab_size"] = self.settings.text.offline_vocab_size
-        write_text(self.model, to_json(content, indent=2) + "\n")
+        return {**content, "vocab_size": self.settings.text.offline_vocab_size} if self.offline else content
+
+    def write_model(self) -> None:
+        """Write the model's configuration if it is part of the settings, or has another vocabulary offline."""
+        if self.model != self.settings.model:
+            write_text(self.model, to_json(self.architecture, indent=2) + "\n")
 
     @property
     def tokenizer(self) -> str:
@@ -97,7 +100,7 @@ class Work:
         return self.folder / "shards" / split
 
     def manifest(self, split: str) -> Path:
-        seq_len = read_architecture(self.model)["seq_len"]
+        seq_len = self.architecture["seq_len"]
         return self.shards(split) / f"{seq_len}-v1" / "0" / "manifest.jsonl"
 
 
@@ -172,7 +175,7 @@ def download(work: Work) -> list[Command]:
         return [make, fetch]
     fetch += ["--dataset", text.dataset, "--split", f"train={text.train}", "--split", f"valid={text.valid}"]
     fetch += flag_words({"subset": text.subset, "source-key": text.source_key, "streaming": text.streaming})
-    tasks = work.task_files([*work.settings.training_tasks, *work.settings.evaluation_tasks])
+    tasks = work.task_files(list(dict.fromkeys([*work.settings.training_tasks, *work.settings.evaluation_tasks])))
     icl = [PYTHON, "-m", "open_lm.evaluate.icl.download", "--output", str(work.tasks), "--eval-yaml", *tasks]
     return [fetch, icl] if tasks else [fetch]
 
@@ -185,7 +188,7 @@ def download(work: Work) -> list[Command]:
     writes=lambda work: [work.folder / "shards"],
 )
 def tokenize(work: Work) -> list[Command]:
-    seq_len, key = str(read_architecture(work.model)["seq_len"]), work.settings.text.key
+    seq_len, key = str(work.architecture["seq_len"]), work.settings.text.key
     common = ["--tokenizer", work.tokenizer, "--seqlen", seq_len, "--content-key", key]
     program = [PYTHON, str(ROOT / "datapreprocess" / "make_2048.py"), *common, *flag_words(work.settings.preprocess)]
     return [[*program, "--output-dir", str(work.shards(split)), *work.inputs(split)] for split in SPLITS]

@@ -8,10 +8,16 @@
 # Variables: TRAIN (train[:10%]), VALID (validation), DATASET (cerebras/SlimPajama-627B, or a local folder of its
 # files), STREAMING=1 to fetch only slices such as TRAIN=train[:10000], TOKENIZER, SEQLEN (2048).
 set -euo pipefail
-if [ $# -lt 1 ]; then
-    echo "usage: $0 FOLDER [flags of make_2048.py]" >&2
-    exit 2
-fi
+case ${1:-} in
+    -h | --help)
+        sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    "" | -*)
+        echo "usage: $0 FOLDER [flags of make_2048.py]; --help explains them" >&2
+        exit 2
+        ;;
+esac
 folder=$1
 shift
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)

@@ -147,7 +147,15 @@ def test_dry_run_prints_every_command(tmp_path: Path, script: str) -> None:
     assert len(re.findall(r"^\[\d+/\d+\]", output, re.MULTILINE)) == output.count("/10]") == 10
     for text in ("hellaswag.yaml", "in_memory_hf_eval.yaml", "make_2048.py", "-m open_lm.main", "hf.convert export"):
         assert text in output
-    assert not (tmp_path / "work" / "stages").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.processes
+def test_dry_run_of_the_debug_form_checks_the_settings(tmp_path: Path) -> None:
+    output = run(tmp_path, "--offline", "--dry-run")
+    assert "--seqlen 256" in output and not list(tmp_path.iterdir())
+    assert "n_layers" in run(tmp_path, "--offline", "--dry-run", "--set", "model.n_layers=many", code=2)
+    assert "--ofline; see --help" in run(tmp_path, "--ofline", code=2)
 
 
 @pytest.fixture
@@ -283,6 +291,16 @@ def test_text_errors(modules: None, slimpajama: Path, tmp_path: Path, flags: lis
     with pytest.raises((ConfigError, DataError), match=message):
         main(["save", "--dataset", str(slimpajama), "--output", str(tmp_path / "text"), *flags])
     assert not (tmp_path / "text" / "train").exists()
+
+
+@pytest.mark.processes
+def test_slimpajama_script_explains_itself(tmp_path: Path) -> None:
+    script = E2E / "slimpajama.sh"
+    result = subprocess.run([script, "--help"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert result.stdout.startswith("SlimPajama") and "STREAMING=1" in result.stdout and "#" not in result.stdout
+    for words in ((), ("--num-workers", "1")):
+        result = subprocess.run([script, *words], cwd=tmp_path, check=False, capture_output=True, text=True)
+        assert result.returncode == 2 and "FOLDER [flags" in result.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.processes
