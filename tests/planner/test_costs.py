@@ -1,8 +1,9 @@
-"""Test the cost of a run and the cheapest way to train."""
+"""Test the cost of a run, the cheapest way to train, and the settings of devices and models that a plan reads."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,14 @@ def test_cost_needs_a_length_and_a_known_device() -> None:
     assert cost is not None and cost.kwh is None and cost.price is None
     with pytest.raises(ConfigError, match="its memory is unknown; pass --device-memory"):
         plan("--device Abacus --matmul-tflops 1")
+
+
+def test_unknown_keys_of_a_model_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    counts = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "seq_len": 32, "vocab_size": 50}
+    path.write_text(json.dumps({**counts, "weight_tying": False, "post_embed_norm": False, "ffn_width": 7}))
+    with pytest.raises(ConfigError, match="the key ffn_width is unknown"):
+        command.make_plan(["--model", str(path)])
 
 
 @pytest.mark.parametrize(
