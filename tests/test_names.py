@@ -110,6 +110,9 @@ def test_patterns_select_what_no_literal_name_does(tmp_path: Path, monkeypatch: 
     assert expand_shards("pipe:cat {0..1}.tar") == ["pipe:cat 0.tar", "pipe:cat 1.tar"]
     with pytest.raises(DataError, match="No shard found"):
         expand_shards("d[12]/z.tar")
+    storage.write_bytes(tmp_path / "data" / "2048-v1" / "0" / "shard-0000000.tar", bytes(1024))
+    with pytest.raises(DataError, match=r"pattern: data \(shards are in folders below it, such as data/2048-v1/0\)"):
+        expand_shards("data")
 
 
 def test_home_folder_replaces_a_leading_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import orjson
 from open_lm import storage
 from open_lm.data.block_sums import BlockSums
 from open_lm.errors import DataError, join_problems
-from open_lm.names import escape, exists, is_glob, literal_prefix, split_joined, unescape
+from open_lm.names import escape, exists, glob_paths, is_glob, literal_prefix, split_joined, unescape
 
 MANIFEST_NAME, DATASET_NAME, REJECTS_NAME = "manifest.jsonl", "dataset.json", "rejects.jsonl"
 _COUNT_KEYS = ("num_sequences", "num_chunks")
@@ -197,7 +197,7 @@ def expand_shards(pattern: str) -> list[str]:
             urls += found
             if not found:
                 name = f"{url} (of {pattern!r})" if url != pattern else url
-                problems.append(name + compressed_note(_files_like(url)))
+                problems.append(name + (_folders_note(url) or compressed_note(_files_like(url))))
     if problems:
         raise DataError(join_limited(problems, "No shard found for the pattern"))
     return urls
@@ -228,6 +228,16 @@ def _expand_one(url: str) -> list[str]:
     if is_glob(url) and not (is_remote and storage.info(url)):
         return [name for name in storage.glob(url) if name.endswith(".tar")]
     return [url] if is_remote or exists(url) else []
+
+
+def _folders_note(url: str) -> str:
+    """Return a note for an error about a local folder without shards if there are some one or two levels below."""
+    folder = storage.local_path(url)
+    if storage.is_remote(url) or not os.path.isdir(folder):
+        return ""
+    shards = [path for levels in ("*/*.tar", "*/*/*.tar") for path in glob_paths(os.path.join(folder, levels))]
+    below = list(dict.fromkeys(map(os.path.dirname, shards)))
+    return f" (shards are in folders below it, such as {below[0]})" if below else ""
 
 
 def _files_like(url: str) -> list[str]:
