@@ -250,7 +250,7 @@ def _write_licenses(context: Context, outcome: Outcome, texts: Mapping[str, str]
 
 
 def _entry(name: str, own: str | None) -> Entry:
-    description, path = COMPONENTS[name].description, layout.COMPONENT_PATHS[name]
+    description, path = COMPONENTS[name].description, COMPONENTS[name].path
     if own is not None:
         return Entry(name, description, own, _text_path(own), path)
     if name in code_archive.MEMBERS:  # the source code has the license of its package

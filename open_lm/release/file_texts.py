@@ -96,7 +96,7 @@ def tar_members(path: Path) -> tuple[dict[str, int], dict[str, str]]:
             compression = _compression(file.read(8))
             file.seek(0)
             content = _Limited(_decompressed(file, compression), budget) if compression else file
-            with tarfile.open(fileobj=io.BufferedReader(content), mode="r|") as archive:  # type: ignore[arg-type]
+            with tarfile.open(fileobj=io.BufferedReader(content), mode="r|") as archive:
                 for info in archive:
                     budget.count(_MEMBER_BYTES)
                     if info.isreg():

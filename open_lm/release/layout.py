@@ -14,24 +14,3 @@ PAPER = "paper"
 LICENSES = "LICENSES"
 MOF_FILE, MANIFEST, SIGNATURE, REPRODUCE = "mof.yml", "manifest.json", "model.sig", "reproduce.sh"
 TRAINING_SETTINGS = "metadata/training.json"  # the flags with which reproduce.sh trains
-
-# Components of the Model Openness Framework by name, and the file or folder in the bundle that each of them is.
-COMPONENT_PATHS = {
-    "Model architecture": ARCHIVE,
-    "Model parameters (Final)": FINAL_WEIGHTS,
-    "Technical report": REPORT,
-    "Evaluation results": RESULTS,
-    "Model card": MODEL_CARD,
-    "Data card": DATA_CARD,
-    "Sample model outputs": SAMPLES,
-    "Training code": ARCHIVE,
-    "Inference code": ARCHIVE,
-    "Evaluation code": ARCHIVE,
-    "Evaluation data": EVALUATION_DATA,
-    "Supporting libraries and tools": LIBRARIES,
-    "Datasets": DATA,
-    "Data preprocessing code": ARCHIVE,
-    "Model metadata": METADATA,
-    "Research paper": PAPER,
-    "Model parameters (Intermediate)": INTERMEDIATE_WEIGHTS,
-}

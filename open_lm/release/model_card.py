@@ -232,7 +232,7 @@ def _evaluation(context: Context) -> str:
 
 
 def _contents(context: Context, missing: dict[str, str]) -> str:
-    places = [(name, path) for name, path in layout.COMPONENT_PATHS.items() if name not in missing]
+    places = [(name, item.path) for name, item in components.COMPONENTS.items() if name not in missing]
     text = table(("component", "place"), places)
     if missing:
         text += "\nThis bundle does not have\n\n"

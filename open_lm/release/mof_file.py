@@ -16,7 +16,6 @@ from open_lm import storage
 from open_lm.errors import DataError, join_problems
 from open_lm.release.components import COMPONENTS, KINDS
 
-MOF_FILE = "mof.yml"
 FRAMEWORK = {"name": "Model Openness Framework", "version": "1.0", "date": "2024-12-15"}
 DISTRIBUTION = "distribution"
 LICENSE_SCOPES = (DISTRIBUTION, *KINDS)

@@ -22,6 +22,7 @@ from open_lm.errors import ConfigError, DataError, StorageError
 from open_lm.release import build, code_archive, components, layout
 from open_lm.release.build import Outcome, build_bundle
 from open_lm.release.documents import document_problem
+from open_lm.release.manifest import write_manifest
 from open_lm.release.mof_file import read_mof
 from open_lm.release.settings import BundleSettings
 from open_lm.release.upload import upload_bundle
@@ -278,6 +279,12 @@ def poor_run(run: Path) -> Path:
     empty = ("val_data:", "icl_yaml:")
     lines = [f"{line.partition(':')[0]}: None" if line.startswith(empty) else line for line in params]
     (copy / "params.txt").write_text("\n".join(lines) + "\n")
+    shutil.rmtree(copy / "code")  # a small copy of the code, which is archived and scanned faster
+    for places in code_archive.MEMBERS.values():
+        place = copy / "code" / next(place for place in places if place.startswith("open_lm/"))
+        file = place if place.suffix else place / "code.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("pass\n")
     return copy
 
 
@@ -307,8 +314,19 @@ def test_secrets_are_refused_or_redacted_and_what_a_run_lacks_is_not_claimed(poo
 
 
 # -------------------------------------------------------------------------------------------------------------- upload
+@pytest.fixture(scope="module")
+def small_bundle(built: tuple[Path, Outcome]) -> Path:
+    """Return a folder with some files of the bundle, and their manifest."""
+    folder = built[0].with_name("small")
+    for name in ("README.md", "mof.yml", "weights/final/model.safetensors", "LICENSES/CC0-1.0.txt", "code/LICENSE",
+                 "data/data.json", "metadata/params.txt"):  # fmt: skip
+        storage.copy(built[0] / name, folder / name)
+    write_manifest(folder)
+    return folder
+
+
 def test_upload_to_a_bucket_is_complete_and_resumes(
-    bundle: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+    small_bundle: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"s3://{s3_bucket}/release"
     copy, sent = storage.copy, []
@@ -321,35 +339,37 @@ def test_upload_to_a_bucket_is_complete_and_resumes(
 
     monkeypatch.setattr(storage, "copy", fail_late)
     with pytest.raises(StorageError, match="the connection is gone"):
-        upload_bundle(bundle, url)
+        upload_bundle(small_bundle, url)
     assert storage.info(f"{url}/{layout.MANIFEST}") is None
-    upload_bundle(bundle, url)
+    upload_bundle(small_bundle, url)
     assert len(sent) == len(set(sent)) + 1  # only the failed file was sent twice
     files = {name.removeprefix(f"{url}/") for name in storage.list_files(url, recursive=True)}
-    assert files == set(digests(bundle))
-    assert storage.read_bytes(f"{url}/mof.yml") == (bundle / "mof.yml").read_bytes()
+    assert files == set(digests(small_bundle))
+    assert storage.read_bytes(f"{url}/mof.yml") == (small_bundle / "mof.yml").read_bytes()
     storage.write_text(f"{url}/{layout.MANIFEST}", "{}")
     with pytest.raises(ConfigError, match="has another bundle"):
-        upload_bundle(bundle, url)
+        upload_bundle(small_bundle, url)
 
 
-def test_upload_to_the_hub_creates_a_repository_with_all_files(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_to_the_hub_creates_a_repository_with_all_files(
+    small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with HubServer(token="a-token") as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
         monkeypatch.setenv("HF_TOKEN", hub.token)
-        upload_bundle(bundle, "hf://acme/tiny")
-        expected = {name: (bundle / name).read_bytes() for name in digests(bundle)}
+        upload_bundle(small_bundle, "hf://acme/tiny")
+        expected = {name: (small_bundle / name).read_bytes() for name in digests(small_bundle)}
         assert hub.files == {"acme/tiny": expected}
         monkeypatch.setenv("HF_TOKEN", "another-token")
         with pytest.raises(StorageError, match="refused the upload or cannot be reached") as error:
-            upload_bundle(bundle, "hf://acme/tiny")
+            upload_bundle(small_bundle, "hf://acme/tiny")
         assert "another-token" not in str(error.value)
 
 
 @pytest.mark.parametrize("url", ["hf://name", "hf://a/b/c", "hf://a/b@", "file:///x", "bundle"])
-def test_upload_refuses_other_targets(bundle: Path, url: str) -> None:
+def test_upload_refuses_other_targets(small_bundle: Path, url: str) -> None:
     with pytest.raises(ConfigError, match="--upload"):
-        upload_bundle(bundle, url)
+        upload_bundle(small_bundle, url)
 
 
 # -------------------------------------------------------------------------------------------------------- reproduction

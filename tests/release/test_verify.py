@@ -22,7 +22,7 @@ from open_lm.release.command import main
 from open_lm.release.component_checks import Bundle
 from open_lm.release.components import COMPONENTS, RESEARCH_PAPER, TECHNICAL_REPORT
 from open_lm.release.documents import MIN_PAPER_WORDS, document_problem
-from open_lm.release.layout import COMPONENT_PATHS, LICENSES, MANIFEST, MOF_FILE, SIGNATURE
+from open_lm.release.layout import LICENSES, MANIFEST, MOF_FILE, SIGNATURE
 from open_lm.release.manifest import hash_files, is_inside, read_manifest, write_manifest
 from open_lm.release.mof_file import Entry, GlobalLicense, Release, read_mof, write_mof
 from open_lm.release.signing import Identity, check_private_key, sign_bundle, verify_signature
@@ -114,7 +114,7 @@ def original(tmp_path_factory: pytest.TempPathFactory, keys: Path) -> Path:
         scope: GlobalLicense(name, f"{LICENSES}/{name}.txt")
         for scope, name in {"code": "MIT", "data": "CC-BY-4.0", "document": "CC-BY-4.0"}.items()
     }
-    entries = [Entry(name, component_path=COMPONENT_PATHS[name]) for name in COMPONENTS]
+    entries = [Entry(name, component_path=item.path) for name, item in COMPONENTS.items()]
     write_mof(folder / MOF_FILE, Release("tiny", "lab", entries, licenses))
     write_manifest(folder)
     sign_bundle(folder, keys / "own.pem")
