@@ -16,6 +16,7 @@ from open_lm.report.records import SETTINGS_OF_A_PROCESS, MixtureSource, Run
 from open_lm.report.summary_section import energy_remark
 
 _MAX_SHARDS_TEXT = 400  # characters of a value in a table
+_UNITS = {"train_num_samples": "sequences"}  # the flag counts tokens
 _MAX_CHECKPOINTS = 30
 
 
@@ -82,7 +83,7 @@ def settings(runs: Sequence[Run]) -> list[Html]:
         blocks.append(tag("h3", "Differences between the runs"))
         changes = differing_settings([run.settings for run in runs])
         columns = [Column("setting"), *(Column(run.name) for run in runs)]
-        rows = [(tag("code", change.name), *map(_value, change.values)) for change in changes]
+        rows = [(_name(change.name), *map(_value, change.values)) for change in changes]
         blocks.append(table(columns, rows, "Settings that differ") if rows else paragraph("All settings are equal."))
     for run in runs:
         if run.changes:
@@ -96,7 +97,7 @@ def settings(runs: Sequence[Run]) -> list[Html]:
             content = table([Column("key"), Column("value")], rows, f"Architecture of {run.name}")
             blocks.append(details(f"Architecture of {run.name} (model.json)", content))
         if run.settings:
-            rows = [(tag("code", name), _value(value)) for name, value in sorted(run.settings.items())]
+            rows = [(_name(name), _value(value)) for name, value in sorted(run.settings.items())]
             content = table([Column("setting"), Column("value")], rows, f"All settings of {run.name}")
             blocks.append(details(f"All {len(rows)} settings of {run.name} (params.txt)", content))
     return blocks or [paragraph("The run has no params.txt.")]
@@ -108,7 +109,7 @@ def _changes(run: Run) -> Html:
         f"start {i}: {s.time.replace(',', ' ')}{'' if s.step is None else f', from step {s.step:,}'}"
         for i, s in enumerate(starts, 1)
     ]
-    rows = [(tag("code", change.name), *map(_value, change.values)) for change in run.changes]
+    rows = [(_name(change.name), *map(_value, change.values)) for change in run.changes]
     return table(
         [Column("setting"), *map(Column, headings)], rows, f"Settings that changed between the starts of {run.name}"
     )
@@ -120,7 +121,7 @@ def _not_default(runs: Sequence[Run], run: Run) -> Html:
     if not {"global_batch_size", "lr_scheduler"} <= run.settings.keys():
         return Html("")
     rows = [
-        (tag("code", name), _value(value))
+        (_name(name), _value(value))
         for name, value in sorted(run.settings.items())
         if name in defaults and name not in SETTINGS_OF_A_PROCESS and value != defaults[name]
     ]
@@ -128,6 +129,11 @@ def _not_default(runs: Sequence[Run], run: Run) -> Html:
     if len(runs) > 1:
         return details(f"{len(rows)} settings of {run.name} that are not the defaults", content)
     return join(tag("h3", "Settings that are not the defaults"), content)
+
+
+def _name(setting: str) -> Html:
+    """Return the name of a setting, with its unit if that is not the unit of the flag."""
+    return join(tag("code", setting), f" ({unit})" if (unit := _UNITS.get(setting)) else "")
 
 
 def _value(value: str | None) -> str:
