@@ -32,6 +32,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,11 @@ def _module_command(words: list[str]) -> list[str]:
     return words if command is None or os.path.isfile(words[0]) else ["-m", command.full_module, *words[1:]]
 
 
+def _is_unknown_word(word: str) -> bool:
+    """Return whether a word is a mistake: no flag, no file here, and no path or Python file of other machines."""
+    return not (word.startswith("-") or "/" in word or word.endswith(".py") or os.path.isfile(word))
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Parse the options. Raise ConfigError with all their problems."""
     args = make_parser().parse_args(argv)
@@ -265,6 +271,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     problems = []
     if not args.command:
         problems.append("nothing to run: expected a command, a script or -m MODULE after the options, such as train")
+    elif _is_unknown_word(args.command[0]):
+        similar = get_close_matches(args.command[0], COMMANDS, n=1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        problems.append(f"{args.command[0]!r} is neither a command of open-lm nor a file{hint}")
     if args.nproc_per_node != "gpu" and not (args.nproc_per_node.isdecimal() and int(args.nproc_per_node) > 0):
         problems.append(f"--nproc-per-node: found {args.nproc_per_node!r}, expected a number of ranks or gpu")
     if args.nodes is not None and args.nodes < 1:

@@ -62,6 +62,8 @@ def test_a_hosts_file_without_hosts_is_rejected(tmp_path: Path, content: str | N
 
 
 def test_all_invalid_options_are_reported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'trian' is neither a command of open-lm nor a file; did you mean train"):
+        launch(["trian", "--model", "open_lm_1b"])
     with pytest.raises(ConfigError, match=r"(?s)nothing to run.*--nproc-per-node.*--nodes.*--grace.*--ssh"):
         launch(["--nproc-per-node", "x", "--nodes", "0", "--grace", "0", "--ssh", "rsh"])
     (tmp_path / "hosts.txt").write_text("localhost\nnode2\n")
