@@ -130,6 +130,7 @@ SCRIPTS = (
     "scripts/checks/check_distillation.py",
     "scripts/checks/check_icl_agreement.py",
     "scripts/checks/check_preferences.py",
+    "scripts/checks/check_published.py",
     "scripts/checks/harness_differences.py",
     "scripts/compare_curves.py",
     "scripts/download.py",
