@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from open_lm.cli.doctor_findings import ERROR, NOTE, OK, WARNING, Finding
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, run_cli
+from open_lm.storage import split_lines
 from open_lm.system import available_cpus
 
 CHECKS = {
@@ -50,7 +51,7 @@ def run_check(words: Sequence[str], timeout_s: float) -> list[Finding]:
     except subprocess.TimeoutExpired:
         advice = "try again with a larger --timeout, or see what hangs: " + " ".join(command)
         return [Finding(check, name, status, f"the check has not finished after {timeout_s:g} s", advice)]
-    lines = result.stdout.splitlines()
+    lines = split_lines(result.stdout)
     if result.returncode or not lines:
         words = " ".join(result.stderr.split())[-_MAX_OUTPUT:]
         ended = f"signal {-result.returncode}" if result.returncode < 0 else f"exit code {result.returncode}"

@@ -29,6 +29,7 @@ from open_lm.distributed.processes import Runtime, restart_count
 from open_lm.errors import WATCHDOG_EXIT_CODE
 from open_lm.monitor import flight_recorder
 from open_lm.names import ESCAPE_ERRORS
+from open_lm.storage.strict_json import to_json
 
 _POLL_S = 1.0
 _STORE_TIMEOUT = timedelta(seconds=10)
@@ -217,7 +218,7 @@ class Watchdog:
             storage.write_text(stacks, text)  # first: the recorder may hang too
             records = flight_recorder.read_records()
             path = storage.join(self._folder, f"flight_recorder_rank_{rank}.json")
-            storage.write_text(path, json.dumps(records, indent=1))
+            storage.write_text(path, to_json(records, indent=1))
             if lines := flight_recorder.describe_pending(records):
                 storage.write_text(stacks, "\n".join([text, "Collective operations", *lines, ""]))
             if (record := flight_recorder.nccl_record()) is not None:

@@ -93,7 +93,8 @@ def _validate(content: Mapping[str, Any]) -> None:
 
     problem = JsonStrictValidator(SchemaVersion.V1_6).validate_str(to_json(content))
     if problem is not None:
-        raise ConfigError(f"{layout.BILL}: does not have the schema of CycloneDX 1.6: {str(problem).splitlines()[0]}")
+        reason = str(problem).partition("\n")[0]
+        raise ConfigError(f"{layout.BILL}: does not have the schema of CycloneDX 1.6: {reason}")
 
 
 def _bill(context: Context, packages: Mapping[str, str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from open_lm.release.manifest import FileRecord, is_inside
 from open_lm.release.mof_file import Entry, GlobalLicense, Release
 from open_lm.release.rating import resolve_license
 from open_lm.release.weights_check import weights_problem
+from open_lm.storage import split_lines
 
 _MIN_WORDS = 30  # of other documents
 _NOT_CONTENT = re.compile(r"(?:LICEN[CS]E|COPYING|NOTICE)(?:\..*)?|\.git(?:keep|ignore)|\.keep|Thumbs\.db|\.DS_Store")
@@ -148,7 +149,7 @@ def _results(bundle: Bundle, files: Sequence[str], entry: Entry, release: Releas
 
 
 def _json_values(text: str) -> Iterable[Any]:
-    for part in (text, *text.splitlines()):
+    for part in (text, *split_lines(text)):
         try:
             yield json.loads(part)
         except (ValueError, RecursionError):

@@ -216,7 +216,7 @@ def _name_rules(rule: str, name: str, labels: str) -> list[Rule]:
 
 
 def _forms(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((text, json.dumps(text)[1:-1])))
+    return tuple(dict.fromkeys((text, json.dumps(text, allow_nan=False)[1:-1])))
 
 
 def _spellings(text: str) -> str:

@@ -60,7 +60,7 @@ def _records(source: str, train: str | None, skipped: list[str]) -> Iterator[tup
         return
     text = storage.read_text(source)
     try:
-        lines = text.splitlines()
+        lines = storage.split_lines(text)
         content = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
     except ValueError as error:
         raise ConfigError(f"{source}: not JSON ({error}); expected a run folder, or a JSON list of runs") from error

@@ -80,7 +80,7 @@ class PublishedRun:
     def is_held_out(self) -> bool:
         """Whether the constants are not fitted to this row. It depends only on the contents of the row."""
         columns = [value for name, value in vars(self).items() if name not in ("settings", "inter", "setup")]
-        return hashlib.sha256(json.dumps(columns).encode()).digest()[0] % 2 == 1
+        return hashlib.sha256(json.dumps(columns, allow_nan=False).encode()).digest()[0] % 2 == 1
 
     @property
     def links(self) -> Links:
@@ -99,7 +99,7 @@ class PublishedRun:
     def setup(self) -> TrainingSetup:
         """The planner's description of the run."""
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump({**self.settings, "seq_len": self.seq_len}, file)
+            json.dump({**self.settings, "seq_len": self.seq_len}, file, allow_nan=False)
             file.flush()
             flags = ["--model", file.name, "--fsdp", "--activation-checkpointing", self.recompute]
             flags += ["--batch-size", str(self.micro_batch * self.accum), "--accum-freq", str(self.accum)]

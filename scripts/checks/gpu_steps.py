@@ -304,5 +304,5 @@ def _model(machine: Machine, folder: Path, name: str) -> str:
     if not machine.is_cpu:
         return name
     path = folder / "tiny.json"
-    path.write_text(json.dumps(SMALL))
+    path.write_text(json.dumps(SMALL, allow_nan=False))
     return str(path)

@@ -189,7 +189,7 @@ def _count_step(case: CountedCase, layers: int) -> StepCounter:
     counter = StepCounter()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         path = Path(folder, "model.json")
-        path.write_text(json.dumps({**SHAPE, **case.keys, "n_layers": layers}))
+        path.write_text(json.dumps({**SHAPE, **case.keys, "n_layers": layers}, allow_nan=False))
         stack.enter_context(fake_cuda(case.ranks))
         flags = trainer_flags(str(path), 2 * case.ranks, [*case.flags.split(), "--grad-clip-norm", "1"])
         trainer = stack.enter_context(OurStep(flags)).trainer
@@ -266,7 +266,7 @@ def main(argv: Sequence[str]) -> None:
         if not args.json:
             print(format_row(case.name, counts), flush=True)
     if args.json:
-        print(json.dumps({name: asdict(counts) for name, counts in results.items()}))
+        print(json.dumps({name: asdict(counts) for name, counts in results.items()}, allow_nan=False))
     if any(counts.waits for counts in results.values()):
         sys.exit(1)
 

@@ -76,7 +76,7 @@ def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             changes += changed_settings(before, after, f"{prefix}{name}.")
         elif before != after:
-            changes.append(f"{prefix}{name} {json.dumps(before)} -> {json.dumps(after)}")
+            changes.append(f"{prefix}{name} {to_json(before)} -> {to_json(after)}")
     return changes
 
 

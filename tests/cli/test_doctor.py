@@ -11,7 +11,8 @@ import pytest
 from open_lm.cli import doctor
 from open_lm.cli.doctor_checks import check_network
 from open_lm.cli.doctor_findings import ERROR, NOTE, OK, WARNING, Finding
-from open_lm.cli.doctor_packages import BAD_PAIRS, bad_pairs, check_packages, installed_version, tested_versions
+from open_lm.cli.doctor_packages import BAD_PAIRS, bad_pairs, check_packages, installed_version
+from open_lm.cli.doctor_packages import tested_versions as pinned_versions
 from open_lm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +104,7 @@ def test_requirements_that_are_not_met() -> None:
 
 def test_tested_versions_are_those_of_the_lock_file() -> None:
     pinned = (ROOT / "requirements" / "dev.txt").read_text()
-    versions = tested_versions()
+    versions = pinned_versions()
     assert len(versions) > 50 and f"torch=={versions['torch']}" in pinned
 
 

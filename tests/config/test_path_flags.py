@@ -24,7 +24,7 @@ OTHER_TEXT = {
     "--eot-token", "--matmul-tflops", "--sample-shards", "--manifest-filename", "--separator", "--content-key",
     "--content_key", "--suffixes", "-m", "script", "--name", "--train-data-upsampling-factors", "--data-key",
     "--cache-limit", "--hf-fsdp-block", "--mesh-dim", "--dist-url", "--report-to", "--val-data-key", "--tasks",
-    "--only", "--license", "--profile-steps",
+    "--only", "--license", "--oidc-issuer", "--profile-steps",
 }  # fmt: skip
 # A program for other environments, which cannot import open_lm.
 STANDALONE = ROOT / "scripts" / "bench" / "bench_loader_peers.py"
