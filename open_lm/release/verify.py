@@ -40,7 +40,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """The checks of a bundle, and its class as mof.yml claims it and as the files support it; None without mof.yml."""
+    """The checks of a bundle, and its class as mof.yml claims it and as the files support it.
+
+    Both are None without mof.yml. `verified` is also None if the files are not those of the manifest or the signature.
+    """
 
     bundle: Path
     checks: Sequence[Check]
@@ -95,8 +98,9 @@ def verify_bundle(bundle: Path, signer: Path | Identity | None = None) -> Verifi
         checks += [Check(MOF_FILE, "not readable", [str(error)]), _check_secrets(bundle)]
         return Verification(bundle, checks)
     verdict = judge(files, release)
+    verified = None if any(check.problems for check in checks) else verdict.verified
     checks += [_check_components(release, verdict), _check_licenses(release, verdict), _check_secrets(bundle)]
-    return Verification(bundle, checks, verdict.claimed, verdict.verified)
+    return Verification(bundle, checks, verdict.claimed, verified)
 
 
 def _read_release(bundle: Bundle) -> Release:
@@ -160,9 +164,12 @@ def _check_secrets(bundle: Path) -> Check:
 
 
 # ------------------------------------------------------------------------------------------------ print
-def verdict_lines(claimed: Rating, verified: Rating) -> list[str]:
+def verdict_lines(claimed: Rating, verified: Rating | None) -> list[str]:
     """Return both classes as lines, and the components that make the difference."""
-    lines = [f"claimed   {CLASS_NAMES[claimed.level]}", f"verified  {CLASS_NAMES[verified.level]}"]
+    lines = [f"claimed   {CLASS_NAMES[claimed.level]}"]
+    if verified is None:
+        return [*lines, "verified  no class: the files are not those of the manifest or the signature"]
+    lines.append(f"verified  {CLASS_NAMES[verified.level]}")
     lost = {name for names in verified.missing.values() for name in names}
     lost -= {name for names in claimed.missing.values() for name in names}
     return lines + ([f"          without {', '.join(sorted(lost))}"] if lost else [])
@@ -176,7 +183,7 @@ def verification_lines(verification: Verification) -> list[str]:
         lines += [f"warning: {check.name}: {warning}" for warning in check.warnings[:_MAX_WARNINGS]]
         if len(check.warnings) > _MAX_WARNINGS:
             lines.append(f"warning: {check.name}: and {len(check.warnings) - _MAX_WARNINGS:,} more (--json has all)")
-    if verification.claimed is not None and verification.verified is not None:
+    if verification.claimed is not None:
         lines += verdict_lines(verification.claimed, verification.verified)
     return lines
 

@@ -217,6 +217,7 @@ def test_tampering_fails_with_the_name_of_the_file(
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"error: files: {name}: ") for line in lines)
     assert any(line.startswith("error: signature: the files differ") and name in line for line in lines)
+    assert lines[-1] == "verified  no class: the files are not those of the manifest or the signature"
 
 
 def test_changed_manifest(bundle: Path, keys: Path) -> None:
