@@ -263,7 +263,8 @@ def _sdpa_with_backend(  # noqa: PLR0917 (the order of the interface)
 def decoding_kernels(x: Tensor, num_cached: int) -> AbstractContextManager[object]:
     """Return a context for a forward pass of x (B,T,D) after `num_cached` keys, where queries are fewer than keys.
 
-    On CUDA it excludes cuDNN's kernels, which torch prefers on some devices: cuDNN plans anew for every number of keys.
+    On CUDA it excludes cuDNN's kernels, which torch prefers on some devices: cuDNN makes a new plan for each number of
+    keys.
     """
     if not x.is_cuda or not num_cached:
         return nullcontext()

@@ -69,7 +69,7 @@ def _save_products() -> tuple[Any, Any]:
 
 
 def _save_half_of_products() -> tuple[Any, Any]:
-    """Return contexts that save the first, third, … matrix product. The recomputation counts anew."""
+    """Return contexts that save the first, third, … matrix product. The recomputation counts from one again."""
     counts = {False: 0, True: 0}  # by SelectiveCheckpointContext.is_recompute
 
     def policy(context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -136,7 +136,7 @@ def _write(context: Context, texts: Mapping[str, str]) -> Outcome:
     if code["modified_since_commit"]:
         changed = len(code["modified_since_commit"])
         outcome.notes.append(
-            f"{changed} source files differ from commit {code['commit'][:12]}; the archive has them as they are now"
+            f"{changed} source files differ from commit {code['commit'][:12]}; the archive has the changed files"
         )
     _write_weights(context, outcome)
     _write_metadata(context)

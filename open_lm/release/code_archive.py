@@ -1,7 +1,8 @@
 """Archive the source code of this package as a deterministic .tar.gz: the same files give the same bytes.
 
-From a checkout, the archive has the files under version control as they are now, with the commit; from an installed
-package, its installed files. A run with --copy-codebase has its code, which is archived instead of the current one.
+From a checkout, the archive has the current content of the files under version control, and the commit; from an
+installed package, its installed files. A run with --copy-codebase has its code, which is archived instead of the
+current one.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _MAX_TEXT_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's folder and its files by path, as they are on disk."""
+    """A bundle's folder and its files by path, read from disk."""
 
     folder: Path
     files: Mapping[str, FileRecord]

@@ -313,7 +313,7 @@ def _printable_runs(content: bytes) -> str:
 
 
 def _pdf_streams(raw: bytes, budget: Budget) -> Iterator[bytes]:
-    """Yield the unpacked streams of a PDF; those that are not compressed, and images, as they are."""
+    """Yield the unpacked streams of a PDF; streams without compression, and images, are yielded unchanged."""
     if len(raw) > _MAX_PDF_BYTES:
         raise Unreadable(f"a PDF of more than {_MAX_PDF_BYTES:,} bytes")
     end = 0

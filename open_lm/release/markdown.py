@@ -9,7 +9,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~])")
 
 
 def escape(text: str) -> str:
-    """Return a text on one line that Markdown shows as it is."""
+    """Return a text on one line that Markdown shows unchanged."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 

@@ -145,13 +145,15 @@ SECRET_RULES: tuple[Rule, ...] = (
 # ------------------------------------------------------------------------------------------------ paths and names
 # Names that documentation uses in place of a user's own.
 _NOBODY = re.compile(r"(?:user(?:name)?|you(?:r[\w\-]*)?|me|name|someone|example|\.+|x+)", re.IGNORECASE)
+_ROOT_HOME = "/" + "root"  # home folder of the administrator on Unix
 PATH_RULES: tuple[Rule, ...] = (
     Rule("home folder", re.compile(
         rf"(?:(?<![\w.\-/~])|{_AFTER_ESCAPE}|(?<=file://))"
         r"(?P<secret>(?:/[\w.\-]+){0,3}/(?:home|[Uu]sers)/(?:[\w.\-]*[\w\-]))(?=[/\s\"'`:;,.()\[\]{}<>|\\]|$)"),
         ("/home/", "/users/"), lambda path: _NOBODY.fullmatch(path.rpartition("/")[2]) is None, HOME),
     Rule("home folder", re.compile(
-        rf"(?:(?<![\w.\-/~])|{_AFTER_ESCAPE}|(?<=file://))(?P<secret>/root)(?=/[\w.])"), ("/root/",), replacement=HOME),
+        rf"(?:(?<![\w.\-/~])|{_AFTER_ESCAPE}|(?<=file://))(?P<secret>{_ROOT_HOME})(?=/[\w.])"),
+        (f"{_ROOT_HOME}/",), replacement=HOME),
     Rule("home folder", re.compile(
         r"(?<!\w)(?P<secret>[A-Za-z]:\\{1,2}Users\\{1,2}[\w.\- ]{1,60}?)(?=\\)"), ("users\\",),
         lambda path: _NOBODY.fullmatch(path.rpartition("\\")[2]) is None, HOME),
@@ -220,7 +222,7 @@ def _forms(text: str) -> tuple[str, ...]:
 
 
 def _spellings(text: str) -> str:
-    """Return the pattern of a text as it is and as JSON writes it."""
+    """Return the pattern of a text in its plain form and in its JSON form."""
     return f"(?:{'|'.join(map(re.escape, _forms(text)))})"
 
 
@@ -238,7 +240,7 @@ def find(text: str, rules: Sequence[Rule]) -> list[Match]:
     if _NUMBERS.fullmatch(text):  # such as token ids
         return []
     lowered = text.lower()
-    if len(lowered) != len(text):  # a letter whose lower case is two characters: then the text as it is
+    if len(lowered) != len(text):  # a letter whose lower case is two characters: keep the case
         lowered = text
     matches = [match for rule in rules for match in _matches(rule, text, lowered)]
     return list(_joined(sorted(matches, key=lambda match: match.start), rules))

