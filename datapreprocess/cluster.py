@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import open_lm
 from open_lm.datapreprocess.tasks import Call, Feed, Queue, Session, Threads, ready_results
 from open_lm.errors import ConfigError
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
 
 _logger = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 << 20  # only for feed items and shared values; sequences are exchanged in the work folder

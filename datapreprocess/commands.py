@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from open_lm.names import source_pattern, user_path
+from open_lm.system.names import source_pattern, user_path
 
 if TYPE_CHECKING:
     from open_lm.datapreprocess.inputs import InputFile

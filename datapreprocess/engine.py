@@ -55,7 +55,7 @@ from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.datapreprocess.units import MAX_SHOWN, UnitReport, UnitTask, feed_unit, run_chunk, run_unit
 from open_lm.datapreprocess.writer import WrittenShard, dataset_url, write_dataset, write_manifests, write_shards
 from open_lm.errors import DataError, UserError
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
 from open_lm.tokenizer import COPY_FOLDER, FILE_NAMES
 
 _logger = logging.getLogger(__name__)

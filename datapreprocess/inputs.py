@@ -21,7 +21,7 @@ from open_lm.datapreprocess.readers import (
 )
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.errors import DataError, UserError, join_problems
-from open_lm.names import glob_paths, input_pattern, is_glob, is_list, list_file, user_path
+from open_lm.system.names import glob_paths, input_pattern, is_glob, is_list, list_file, user_path
 
 _TARGET_UNITS = 1024  # many per worker, so that all workers finish at about the same time
 _MIN_UNIT_BYTES, _MAX_UNIT_BYTES = 1 << 20, 256 << 20

@@ -25,8 +25,8 @@ from open_lm.datapreprocess.commands import (
     execute,
     start_logging,
 )
-from open_lm.names import input_pattern, user_path
-from open_lm.program import program_name
+from open_lm.system.names import input_pattern, user_path
+from open_lm.system.program import program_name
 from open_lm.tokenizer import DEFAULT_TOKENIZER
 
 

@@ -21,7 +21,7 @@ from open_lm.datapreprocess.readers.base import UNREADABLE
 from open_lm.datapreprocess.units import UnitReport, UnitTask, load_report
 from open_lm.datapreprocess.writer import read_dataset, read_record, write_record
 from open_lm.errors import ConfigError
-from open_lm.names import unescape
+from open_lm.system.names import unescape
 from open_lm.tokenizer import COPY_FOLDER, FILE_NAMES
 
 _logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from open_lm.datapreprocess.sampling import selection_mask
 from open_lm.datapreprocess.shuffle import OrderedRunWriter, Run, ShuffledRunWriter, run_url
 from open_lm.datapreprocess.tasks import raise_if_abandoned
 from open_lm.datapreprocess.tokenization import DocumentEncoder
-from open_lm.names import escape, escaped, printable, unescaped
+from open_lm.system.names import escape, escaped, printable, unescaped
 
 MAX_SHOWN = 20
 _STREAM_BITS = 20  # a streamed unit has fewer than 2^20 chunks

@@ -23,7 +23,7 @@ from open_lm.datapreprocess.cluster import Shared
 from open_lm.datapreprocess.job import Layout, shard_size
 from open_lm.datapreprocess.shuffle import MIXED, Runs, SequenceBlock
 from open_lm.errors import ConfigError
-from open_lm.names import escaped, unescaped
+from open_lm.system.names import escaped, unescaped
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NoReturn, TextIO
 
-from open_lm.names import ESCAPE_ERRORS
+from open_lm.system.names import ESCAPE_ERRORS
 
 # Environment variables that hold the rank under different launchers; the first one set is used.
 RANK_NAMES = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")

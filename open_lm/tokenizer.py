@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm.errors import ConfigError
-from open_lm.hub import hub_file
+from open_lm.system.hub import hub_file
 
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 COPY_FOLDER = "tokenizer"  # of a data set or a run: the files of its tokenizer, see `Tokenizer.files`

@@ -17,7 +17,7 @@ from open_lm import storage
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, StorageError, run_cli
 from open_lm.hf.folders import download_model
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,8 +20,8 @@ from pathlib import Path
 import zstandard
 
 from open_lm.errors import DataError, run_cli
-from open_lm.names import user_path
 from open_lm.storage import atomic_write, split_lines, write_text
+from open_lm.system.names import user_path
 
 TRAIN_FILES, VALID_FRACTION = 4, 0.05
 MIN_DOCUMENT_CHARS = 400

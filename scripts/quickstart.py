@@ -26,9 +26,9 @@ from typing import Any
 from python_docs import gather, train_tokenizer
 
 from open_lm.errors import ConfigError, UserError, run_cli
-from open_lm.names import user_path
 from open_lm.storage import read_lines, write_text
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_path
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[1]))
 PROMPTS = ("The function returns", "This module provides", "Raises an exception if")

@@ -13,7 +13,7 @@ import orjson
 import pytest
 from datapreprocess_helpers import documents, write_jsonl
 
-from open_lm import names
+from open_lm.system import names
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [b"cur{ly} [1]*?~%s", b"-\xff\ne\xcc\x81::{a,b}", b"long" + b"n" * 240]

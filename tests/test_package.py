@@ -161,7 +161,7 @@ def test_help_of_commands_without_extras(name: str, core_environment: dict[str, 
 @pytest.mark.processes
 def test_programs_that_import_the_package_find_its_types(fresh_environment: Path, tmp_path: Path) -> None:
     consumer = tmp_path / "consumer.py"
-    consumer.write_text("from open_lm.names import user_path\n\nnumber: int = user_path('~/data')\n")
+    consumer.write_text("from open_lm.system.names import user_path\n\nnumber: int = user_path('~/data')\n")
     mypy = [sys.executable, "-m", "mypy", "--python-executable", str(fresh_environment / "bin/python")]
     flags = ["--config-file", "", "--cache-dir", str(tmp_path / "cache"), str(consumer)]
     result = subprocess.run([*mypy, *flags], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -25,8 +25,8 @@ from open_lm.datapreprocess.commands import (
     start_logging,
     warn_without_effect,
 )
-from open_lm.names import input_list, user_path
-from open_lm.program import program_name
+from open_lm.system.names import input_list, user_path
+from open_lm.system.program import program_name
 from open_lm.tokenizer import DEFAULT_TOKENIZER
 
 if TYPE_CHECKING:

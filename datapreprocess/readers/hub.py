@@ -18,8 +18,8 @@ from open_lm import storage
 from open_lm.datapreprocess.readers.pieces import count_rows, stores_row_count
 from open_lm.datapreprocess.readers.registry import formats, is_supported
 from open_lm.errors import ConfigError, DataError, StorageError, missing_package
-from open_lm.names import exists, is_glob
 from open_lm.storage import FileInfo
+from open_lm.system.names import exists, is_glob
 
 HUB_PREFIX = "hf-dataset://"
 _QUERY_KEYS = ("split", "config", "revision")

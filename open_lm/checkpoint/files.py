@@ -30,7 +30,7 @@ from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.distributed.param_names import clean_name
 from open_lm.errors import BrokenCheckpoint, CheckpointError, StorageError, UserError, join_problems
-from open_lm.names import printable
+from open_lm.system.names import printable
 
 LATEST = "latest"
 _MAX_LISTED = 6

@@ -21,7 +21,7 @@ from open_lm.cli.doctor_findings import ERROR, NOTE, OK, WARNING, Finding
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, run_cli
 from open_lm.storage import split_lines
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
 
 CHECKS = {
     "system": "operating system, processor, threads and limits",

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from open_lm.cli.doctor_findings import ERROR, NOTE, OK, WARNING, Finding
 from open_lm.cli.doctor_packages import check_packages
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
 
 GIB = 2**30
 _MIN_FREE = {"current folder": 10 * GIB, "temporary files": 2 * GIB, "shared memory": GIB}

@@ -20,7 +20,7 @@ from open_lm import storage
 from open_lm.config.command_line import FlagParser
 from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.errors import ConfigError, UserError, join_problems, run_cli
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 from open_lm.utils.generation_flags import (
     add_architecture_args,
     add_sampling_args,

@@ -40,8 +40,8 @@ from open_lm import storage
 from open_lm.cli.commands import COMMANDS
 from open_lm.cli.launch_run import Nodes
 from open_lm.errors import ConfigError, UserError, join_problems, run_cli
-from open_lm.names import user_file, user_path
-from open_lm.program import program_name
+from open_lm.system.names import user_file, user_path
+from open_lm.system.program import program_name
 
 NODE_PROGRAM = Path(__file__).resolve().with_name("launch_node.py")
 FORWARDED_VARIABLES = ("NCCL_*", "GLOO_*", "TORCH_*", "OMP_NUM_THREADS", "AWS_*", "HF_*", "WANDB_*")

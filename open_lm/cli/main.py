@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from open_lm.cli.commands import COMMANDS, GROUPS
 from open_lm.errors import ConfigError, run_cli
-from open_lm.program import set_program_name
+from open_lm.system.program import set_program_name
 
 PROGRAM = "open-lm"
 _INDENT = 20

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from open_lm.cli.commands import COMMANDS, Command
 from open_lm.config.architecture import model_names
 from open_lm.evaluate.icl.task_lists import task_list_names
-from open_lm.program import set_program_name
+from open_lm.system.program import set_program_name
 
 # Arguments that accept names in addition to paths.
 NAMES: Mapping[str, Callable[[], list[str]]] = {
@@ -154,7 +154,7 @@ def _value(action: argparse.Action) -> Value:
     words = NAMES[action.dest]() if action.dest in NAMES else [str(choice) for choice in action.choices or ()]
     if metavar.startswith("{"):  # choices of flags that check their values later
         words = metavar.strip("{}").split(",")
-    is_path = getattr(action.type, "__module__", "") == "open_lm.names" or metavar in _PATH_METAVARS
+    is_path = getattr(action.type, "__module__", "") == "open_lm.system.names" or metavar in _PATH_METAVARS
     return Value(tuple(words), is_path)
 
 

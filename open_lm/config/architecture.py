@@ -19,7 +19,7 @@ from open_lm.config.key_effects import keys_without_effect
 from open_lm.config.model_keys import ModelKeys, relation_problems
 from open_lm.config.sections import ArchitectureConfig, ModelConfig
 from open_lm.errors import ConfigError, join_problems
-from open_lm.names import unescape
+from open_lm.system.names import unescape
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "model_configs"
 COUNTS = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")

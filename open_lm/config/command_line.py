@@ -16,8 +16,8 @@ from open_lm.config.recipe_files import find_recipe
 from open_lm.config.sections import ArchitectureConfig, Config, sections
 from open_lm.config.suggestions import suggest
 from open_lm.errors import ConfigError, join_problems
-from open_lm.names import user_file, weights_path
-from open_lm.program import program_name
+from open_lm.system.names import user_file, weights_path
+from open_lm.system.program import program_name
 
 # Flags that were added later must not make existing abbreviations ambiguous.
 LATER_FLAGS = frozenset({

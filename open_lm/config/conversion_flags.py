@@ -15,8 +15,8 @@ import argparse
 from collections.abc import Sequence
 
 from open_lm.config.command_line import FlagParser
-from open_lm.names import user_path
-from open_lm.program import program_name
+from open_lm.system.names import user_path
+from open_lm.system.program import program_name
 
 DTYPES = ("float32", "bfloat16", "float16")
 _OTHER_NAMES = {"--checkpoint_dir", "--checkpoint-dir", "--output_file", "--output-file"}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from open_lm.config.fields import Section, flag, no_effect
-from open_lm.names import shard_pattern, user_path
+from open_lm.system.names import shard_pattern, user_path
 
 
 @dataclass(frozen=True)

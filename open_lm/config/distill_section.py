@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from open_lm.config import registry
 from open_lm.config.fields import Section, flag
-from open_lm.names import user_path, weights_path
+from open_lm.system.names import user_path, weights_path
 
 TEACHER_PRECISIONS = ("bf16", "fp32")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from open_lm.config.sections import Config
-from open_lm.names import is_pattern, split_joined
+from open_lm.system.names import is_pattern, split_joined
 
 
 def doubtful_settings(config: Config, architecture: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from open_lm.config.fields import Section, flag
-from open_lm.names import shard_pattern, user_path
+from open_lm.system.names import shard_pattern, user_path
 
 # Values of flags and settings of eval/eval_openlm_ckpt.py, whose --help needs no torch.
 BASELINE_VERSIONS = ("v2", "v1")  # of the scores of random guessing in DCLM's aggregates; the default first

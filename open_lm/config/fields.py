@@ -34,7 +34,7 @@ def flag(
         help: the help text. The entries of a registry, with their own help texts, are appended.
         choices: the accepted values, or the registry that names them.
         entries: a registry that the help text lists, for values that combine several of its names.
-        path: for a flag that takes paths, its type in open_lm/names.py, such as `user_path`.
+        path: for a flag that takes paths, its type in open_lm/system/names.py, such as `user_path`.
         advice: what to do instead, for the error of a value that is not among the choices.
     """
     metadata = {"help": help, "choices": choices, "entries": entries, "path": path, "advice": advice}
@@ -68,7 +68,7 @@ class FieldSpec:
 
     @property
     def path(self) -> Callable[[str], str] | None:
-        """The function of open_lm/names.py that reads a value of a flag that takes paths."""
+        """The function of open_lm/system/names.py that reads a value of a flag that takes paths."""
         return self.metadata.get("path")
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from open_lm.errors import ConfigError
-from open_lm.names import user_file
+from open_lm.system.names import user_file
 
 FOLDER = Path(__file__).resolve().parent / "recipes"
 

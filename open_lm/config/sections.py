@@ -23,7 +23,7 @@ from open_lm.config.evaluation_sections import LiveEvaluationConfig, ValidationC
 from open_lm.config.fields import FieldSpec, Section, flag, no_effect
 from open_lm.config.recipe_files import recipe_names
 from open_lm.config.report_flags import energy_flag, report_flag
-from open_lm.names import user_path, weights_path
+from open_lm.system.names import user_path, weights_path
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
 CHECKPOINTING_POLICIES = ("none", "full", "op", "half-op")  # of --activation-checkpointing, in addition to a number

@@ -30,7 +30,7 @@ from open_lm.config.sections import DataConfig
 from open_lm.data.shard_format import iter_files
 from open_lm.data.verify import Expected
 from open_lm.errors import ConfigError, DataError, StorageError
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 
 if TYPE_CHECKING:
     from open_lm.data.block_sums import BlockSums

@@ -13,7 +13,7 @@ import orjson
 from open_lm import storage
 from open_lm.data.block_sums import BlockSums
 from open_lm.errors import DataError, join_problems
-from open_lm.names import escape, exists, glob_paths, is_glob, literal_prefix, split_joined, unescape
+from open_lm.system.names import escape, exists, glob_paths, is_glob, literal_prefix, split_joined, unescape
 
 MANIFEST_NAME, DATASET_NAME, REJECTS_NAME = "manifest.jsonl", "dataset.json", "rejects.jsonl"
 _COUNT_KEYS = ("num_sequences", "num_chunks")

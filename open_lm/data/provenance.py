@@ -20,8 +20,8 @@ from open_lm.data.manifest import DATASET_NAME, shard_stem
 from open_lm.data.mixture import integer_weights
 from open_lm.data.order import Source
 from open_lm.errors import DataError, join_problems
-from open_lm.names import escape
 from open_lm.storage.redaction import redact
+from open_lm.system.names import escape
 
 FILE_NAME = "data.json"
 _FORMAT = 1

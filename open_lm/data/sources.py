@@ -27,7 +27,7 @@ from open_lm.data.shard_format import (
     shard_folder,
 )
 from open_lm.errors import ConfigError, DataError, StorageError, UserError, join_problems
-from open_lm.names import split_joined
+from open_lm.system.names import split_joined
 
 logger = logging.getLogger(__name__)
 SYNTHETIC_URL = "synthetic:"

@@ -29,7 +29,7 @@ from open_lm.data.tokenizer_copies import (
     write_copy,
 )
 from open_lm.errors import ConfigError, DataError, StorageError, join_problems
-from open_lm.names import unescape, user_path
+from open_lm.system.names import unescape, user_path
 from open_lm.tokenizer import (
     COPY_FOLDER,
     DEFAULT_TOKENIZER,

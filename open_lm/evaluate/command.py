@@ -76,7 +76,7 @@ def build_parser(default_engine: str = "native") -> argparse.ArgumentParser:
     from open_lm.config.evaluation_sections import BASELINE_VERSIONS, EVAL_PRECISIONS
     from open_lm.data.tokenizers import add_tokenizer_args
     from open_lm.evaluate.icl.task_lists import task_list_names
-    from open_lm.names import user_path
+    from open_lm.system.names import user_path
 
     parser = FlagParser.of_program("eval_openlm_ckpt.py", __doc__, allow_abbrev=False)
     parser.add_argument(

@@ -16,9 +16,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from open_lm.errors import ConfigError, run_cli
-from open_lm.names import user_path
-from open_lm.program import program_name
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_path
+from open_lm.system.program import program_name
 
 if TYPE_CHECKING:
     from open_lm.evaluate.icl.comparison import PairReport

@@ -16,7 +16,7 @@ from pathlib import PurePath
 from open_lm import storage
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, run_cli
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 
 
 def build_parser() -> argparse.ArgumentParser:

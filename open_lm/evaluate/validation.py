@@ -29,9 +29,9 @@ from open_lm.errors import ConfigError
 from open_lm.evaluate.intervals import LossHistogram, bootstrap_interval
 from open_lm.model.losses import ForwardOptions, TokenLoss, batch_loss
 from open_lm.monitor.watchdog import heartbeat
-from open_lm.names import set_name
 from open_lm.optim.adamw import local_tensor
 from open_lm.parallel.parallelize import evaluation_mode, unwrap
+from open_lm.system.names import set_name
 
 NO_INTERVAL = (-1.0, -1.0)
 _PROGRESS_S = 30.0  # log the progress after this time, also between two lines of --log-every-n-steps

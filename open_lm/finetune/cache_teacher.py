@@ -16,7 +16,7 @@ import sys
 from open_lm.config.command_line import FlagParser
 from open_lm.config.distill_section import TEACHER_PRECISIONS
 from open_lm.errors import ConfigError, join_problems, run_cli
-from open_lm.names import shard_pattern, user_path, weights_path
+from open_lm.system.names import shard_pattern, user_path, weights_path
 
 METHODS = ("sample", "top-k")
 

@@ -37,7 +37,7 @@ from open_lm.finetune.distillation import (
 )
 from open_lm.finetune.distributions import draw_ids, entropies, most_likely_ids, uniform_numbers
 from open_lm.kernels.threads import limit_threads
-from open_lm.names import printable
+from open_lm.system.names import printable
 
 FOLDER = "teacher"  # of the default --output, next to the shards
 _CHUNK_ELEMENTS = 1 << 24  # probabilities in float64 at a time

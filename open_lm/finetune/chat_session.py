@@ -14,7 +14,7 @@ from open_lm.finetune.chat_tokens import ChatTokenizer
 from open_lm.finetune.conversations import ASSISTANT, SYSTEM, USER, BadConversation, Message
 from open_lm.generate.sampling import Sampling, TextStream, generate_ids
 from open_lm.model.transformer import Transformer
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 
 HELP = """/reset        start a new conversation (the system prompt stays)
 /system TEXT  start a new conversation with this system prompt; without TEXT, with none

@@ -18,7 +18,7 @@ from open_lm.config.registry import LOGGERS
 from open_lm.config.report_flags import energy_flag, report_flag
 from open_lm.config.suggestions import suggest
 from open_lm.errors import ConfigError, join_problems
-from open_lm.names import user_path, weights_path
+from open_lm.system.names import user_path, weights_path
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
 PRECISIONS = ("fp32", "amp_bf16")

@@ -19,7 +19,7 @@ from open_lm.config.fields import Section, flag
 from open_lm.config.registry import REWARDS
 from open_lm.errors import ConfigError, DataError, join_problems, run_cli
 from open_lm.finetune.flags import parse
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")  # of TRL
 _MAX_PASSES = 1 << 20

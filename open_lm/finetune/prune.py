@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, join_problems, run_cli
-from open_lm.names import shard_pattern, user_path, weights_path
+from open_lm.system.names import shard_pattern, user_path, weights_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

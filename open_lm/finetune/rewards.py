@@ -21,7 +21,7 @@ from typing import Any
 from open_lm.config.registry import REWARDS
 from open_lm.errors import ConfigError, DataError
 from open_lm.finetune.preference_data import LOCATION
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 
 Reward = Callable[..., list[float | None]]
 _MARKED = re.compile(r"####\s*(-?[$]?\s*[\d,]*\.?\d+|[$]\s*-[\d,]*\.?\d+)")

@@ -13,8 +13,8 @@ from open_lm.config.registry import CONVERSATION_FORMS
 from open_lm.datapreprocess.commands import Parser, add_work_options, exclude_outputs, memory_limit, start_logging
 from open_lm.errors import ConfigError
 from open_lm.finetune.chat_templates import OWN, ChatTemplate, find_template, template_names
-from open_lm.names import input_pattern, user_path
-from open_lm.program import program_name
+from open_lm.system.names import input_pattern, user_path
+from open_lm.system.program import program_name
 from open_lm.tokenizer import DEFAULT_TOKENIZER, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from open_lm import storage
 from open_lm.distributed.processes import Runtime, gather_objects
 from open_lm.errors import StorageError
 from open_lm.storage.strict_json import to_json
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
 
 FILE_NAME = "environment.json"
 _FORMAT = 1

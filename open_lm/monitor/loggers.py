@@ -21,9 +21,9 @@ from open_lm.config.registry import LOGGERS
 from open_lm.config.sections import LoggingConfig
 from open_lm.errors import ConfigError, StorageError, missing_package
 from open_lm.monitor.run_folder import RunPaths
-from open_lm.names import printable
 from open_lm.storage.redaction import redact, redacted
 from open_lm.storage.strict_json import json_value, to_json
+from open_lm.system.names import printable
 
 _LINE_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 _TIME_FORMAT = "%Y-%m-%d,%H:%M:%S"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_lm.names import printable
+from open_lm.system.names import printable
 
 _WIDTH, _HEIGHT, _MARGIN, _COLUMNS = 320, 200, 45, 3  # pixels of a panel, panels of a row
 _MAX_MARKERS = 60  # points of a curve that are marked; a longer curve is only a line

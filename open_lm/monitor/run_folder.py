@@ -22,9 +22,9 @@ from typing import IO, Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError
-from open_lm.names import escape_line, setting_text
 from open_lm.storage.paths import is_open_at
 from open_lm.storage.redaction import redact, redacted
+from open_lm.system.names import escape_line, setting_text
 
 _CHECKPOINT_NAME = re.compile(r"(step_\d+|epoch_(\d+|latest)\.pt)")
 # What a start writes to the run's folder before its first step.

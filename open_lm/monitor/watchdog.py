@@ -28,8 +28,8 @@ from open_lm import storage
 from open_lm.distributed.processes import Runtime, restart_count
 from open_lm.errors import WATCHDOG_EXIT_CODE
 from open_lm.monitor import flight_recorder
-from open_lm.names import ESCAPE_ERRORS
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import ESCAPE_ERRORS
 
 _POLL_S = 1.0
 _STORE_TIMEOUT = timedelta(seconds=10)

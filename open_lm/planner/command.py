@@ -17,15 +17,15 @@ from typing import TypeVar
 from open_lm.config.command_line import build_parser, load_config_file, parse_args
 from open_lm.config.devices import PEAK_16_BIT_FLOPS, links_of, memory_bytes
 from open_lm.errors import ConfigError, join_problems
-from open_lm.names import user_path
 from open_lm.planner.checkpoints import Checkpoints, plan_checkpoints
 from open_lm.planner.report import Plan, format_plan, plan_values
 from open_lm.planner.speed import DeviceSpeed, device_speed
 from open_lm.planner.strategies import STRATEGIES, Machine, Option, Requirements, evaluate_options, fastest
 from open_lm.planner.traffic import Rates
-from open_lm.program import program_name
 from open_lm.storage import parse_bytes
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_path
+from open_lm.system.program import program_name
 
 T = TypeVar("T")
 

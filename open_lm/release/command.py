@@ -17,11 +17,11 @@ from pathlib import Path
 
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, DataError, join_problems
-from open_lm.names import source_pattern, user_file, user_path
 from open_lm.release.components import COMPONENTS
 from open_lm.release.licenses import is_open, suggestion
 from open_lm.release.mof_file import DISTRIBUTION, LICENSE_SCOPES
 from open_lm.release.settings import BundleSettings
+from open_lm.system.names import source_pattern, user_file, user_path
 
 _BUILD_ONLY = ("out", "license", "license_text", "name", "version", "producer", "contact", "origin", "paper",
                "include_data", "redact", "sign_key", "sigstore", "upload")  # fmt: skip

@@ -13,12 +13,12 @@ from typing import Any
 from open_lm import storage
 from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME
 from open_lm.errors import ConfigError, DataError, UserError
-from open_lm.names import split_joined
 from open_lm.release import layout
 from open_lm.release.privacy import Redactor
 from open_lm.release.run_facts import RunFacts
 from open_lm.release.weights import sha256_of
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import split_joined
 
 _TOKENIZER = "tokenizer"
 Record = Mapping[str, Any]

@@ -19,11 +19,11 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import DataError, join_problems
-from open_lm.names import printable
 from open_lm.release.layout import MANIFEST, SIGNATURE
 from open_lm.storage.retries import wrap_errors
 from open_lm.storage.strict_json import to_json
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
+from open_lm.system.names import printable
 
 SCHEMA = "open_lm.bundle_manifest/1"
 # Added by version control and by the hub to copies of a bundle; not part of it.

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 
 from open_lm import storage
-from open_lm.names import split_joined
 from open_lm.release import layout
 from open_lm.release.datasets import DataFolder
 from open_lm.release.run_facts import RunFacts
 from open_lm.release.weights import sha256_of, weight_files
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import split_joined
 
 RAW_FILES, RAW_HASHES = "raw_files.txt", "raw_files.sha256"
 MIXTURE = "mixture.yaml"  # the raw files of each source, and how often they are used

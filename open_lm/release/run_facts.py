@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from open_lm import storage
 from open_lm.errors import CheckpointError, ConfigError, DataError
 from open_lm.monitor.run_folder import RunPaths
-from open_lm.names import unescape
+from open_lm.system.names import unescape
 
 if TYPE_CHECKING:
     from open_lm.config.fields import FieldSpec

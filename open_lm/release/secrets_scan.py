@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from open_lm.errors import DataError
-from open_lm.names import printable
 from open_lm.release import layout
 from open_lm.release.file_texts import Budget, Text, Unreadable, file_texts
 from open_lm.release.manifest import bundle_files
 from open_lm.release.secret_rules import PATH_RULES, SECRET_RULES, Match, Rule, find, replace
+from open_lm.system.names import printable
 
 UNREADABLE = "not scanned"
 _THIRD_PARTY = (layout.DATA + "/", layout.EVALUATION_DATA + "/")

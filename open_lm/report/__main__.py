@@ -15,7 +15,7 @@ import sys
 
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, run_cli
-from open_lm.names import local_path, user_path
+from open_lm.system.names import local_path, user_path
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,7 +20,6 @@ import orjson
 from open_lm import storage
 from open_lm.checkpoint.folders import INCOMPLETE, INDEX
 from open_lm.errors import ConfigError, UserError
-from open_lm.names import printable, unescape
 from open_lm.report import result_files
 from open_lm.report.data_sources import read_sources
 from open_lm.report.log_file import RunLog, read_log
@@ -39,6 +38,7 @@ from open_lm.report.records import (
 )
 from open_lm.report.summary import summarize
 from open_lm.storage.paths import FileInfo
+from open_lm.system.names import printable, unescape
 
 T = TypeVar("T")
 D = TypeVar("D")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from open_lm.names import short_labels, unescape
 from open_lm.report.privacy import public, public_values
 from open_lm.report.records import MixtureSource, Run
+from open_lm.system.names import short_labels, unescape
 
 _SEEN = "train/tokens/"  # and the label of a source
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from open_lm.names import printable
+from open_lm.system.names import printable
 
 _VOID = frozenset({"br", "col", "hr", "img", "input", "link", "meta"})
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")

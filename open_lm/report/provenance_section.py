@@ -7,13 +7,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from open_lm.config.command_line import all_specs
-from open_lm.names import setting_text
 from open_lm.report import formats
 from open_lm.report.collect import differing_settings
 from open_lm.report.formats import MISSING, big, percent
 from open_lm.report.markup import Column, Html, details, join, paragraph, table, tag
 from open_lm.report.records import SETTINGS_OF_A_PROCESS, MixtureSource, Run
 from open_lm.report.summary_section import energy_remark
+from open_lm.system.names import setting_text
 
 _MAX_SHARDS_TEXT = 400  # characters of a value in a table
 _UNITS = {"train_num_samples": "sequences"}  # the flag counts tokens

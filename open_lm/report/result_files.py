@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import orjson
 
 from open_lm import storage
-from open_lm.names import set_name
 from open_lm.report.records import Sample, TaskEvaluation, TaskScore, Validation, ValidationSet
+from open_lm.system.names import set_name
 
 if TYPE_CHECKING:
     from open_lm.evaluate.icl.metrics import Outcome

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from open_lm import storage
 from open_lm.config.registry import SCALING_LAWS
 from open_lm.errors import ConfigError
-from open_lm.names import user_path
 from open_lm.scaling.number_types import positive, target
 from open_lm.scaling.settings import COMBINED, PAPER_TASKS, POINTS, Settings
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_path
 
 if TYPE_CHECKING:
     from open_lm.scaling.fitting import Prediction, ScalingFit

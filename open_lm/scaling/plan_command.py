@@ -7,12 +7,12 @@ import functools
 from collections.abc import Callable, Sequence
 
 from open_lm.errors import ConfigError
-from open_lm.names import user_path
 from open_lm.scaling.ladder import Choices, CostOf, Rung, choose
 from open_lm.scaling.ladder_files import ladder_values, read_base, write_ladder
 from open_lm.scaling.number_types import positive, target
 from open_lm.scaling.shapes import FAMILY, Shape, parse_sizes
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_path
 
 _MEASURES = ("flops", "tokens", "hours")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from open_lm import storage
 from open_lm.config.registry import LAUNCHERS
 from open_lm.errors import ConfigError, UserError
-from open_lm.names import user_path
 from open_lm.scaling.ladder_files import PlannedRun, read_ladder
+from open_lm.system.names import user_path
 
 JOBS = "jobs.sh"
 

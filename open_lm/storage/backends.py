@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
 from open_lm.errors import StorageError
-from open_lm.names import glob_paths, local_path
 from open_lm.storage.checksums import negotiate
 from open_lm.storage.paths import (
     BLOCK_BYTES,
@@ -39,6 +38,7 @@ from open_lm.storage.retries import (
 )
 from open_lm.storage.s3 import S3Backend, plain_config
 from open_lm.storage.web import WebBackend
+from open_lm.system.names import glob_paths, local_path
 
 # Prefix of a scheme: use fsspec even if the scheme has its own backend (s3, https).
 FSSPEC_PREFIX = "fsspec+"

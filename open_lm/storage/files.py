@@ -20,7 +20,6 @@ from functools import partial
 from typing import IO, Any
 
 from open_lm.errors import StorageError
-from open_lm.names import ESCAPE_ERRORS, local_path
 from open_lm.storage.backends import FSSPEC_PREFIX, find_backend, has_backend
 from open_lm.storage.paths import (
     READ_TIMEOUT_S,
@@ -41,6 +40,7 @@ from open_lm.storage.retries import (
     wrap_disk_full_errors,
     wrap_errors,
 )
+from open_lm.system.names import ESCAPE_ERRORS, local_path
 
 __all__ = [
     "FSSPEC_PREFIX", "READ_TIMEOUT_S", "FileInfo", "SizeMismatch", "Stalled", "atomic_write", "back_off", "copy",

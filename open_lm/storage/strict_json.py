@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from open_lm.names import printable
+from open_lm.system.names import printable
 
 
 def to_json(value: Any, **options: Any) -> str:

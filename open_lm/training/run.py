@@ -24,8 +24,8 @@ from open_lm.evaluate.validation import loss_problems, non_finite_weights
 from open_lm.monitor.loggers import MetricLoggers, log_to_file
 from open_lm.monitor.run_folder import RunPaths
 from open_lm.monitor.watchdog import Watchdog, long_operation
-from open_lm.names import setting_text
 from open_lm.report.run_records import RunRecords
+from open_lm.system.names import setting_text
 from open_lm.training.build import RunParts, build_parts, build_trainer
 from open_lm.training.control import Decision, RunControl
 from open_lm.training.diagnostics import Diagnostics

@@ -45,12 +45,12 @@ from open_lm.monitor.loggers import (
     write_to_log_file,
 )
 from open_lm.monitor.run_folder import RunPaths, copy_codebase, write_params
-from open_lm.names import printable, setting_text
 from open_lm.parallel.parallelize import ineffective_settings, unwrap
 from open_lm.report.run_records import RunRecords
 from open_lm.storage import write_text
 from open_lm.storage.redaction import redacted
 from open_lm.storage.remote_sync import RemoteSync, remote_folder
+from open_lm.system.names import printable, setting_text
 from open_lm.training.build import RunParts
 from open_lm.training.summary import summarize_settings
 

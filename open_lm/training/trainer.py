@@ -23,10 +23,10 @@ from open_lm.monitor import watchdog
 from open_lm.monitor.metrics import DelayedReadback, DeviceMeans, TrainLogEntry, peak_memory_bytes
 from open_lm.monitor.rank_times import RankTimes
 from open_lm.monitor.timing import PhaseClock, Stopwatch
-from open_lm.names import short_labels
 from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.schedules import Schedule
 from open_lm.parallel.parallelize import evaluation_mode
+from open_lm.system.names import short_labels
 from open_lm.training.control import Decision, RunControl
 from open_lm.training.guard import Guard, TrainingDiverged
 from open_lm.training.step import StepOptions, StepResult, micro_batches, micro_documents, sum_values, train_step

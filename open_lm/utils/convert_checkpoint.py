@@ -13,8 +13,8 @@ import argparse
 import sys
 
 from open_lm.errors import CheckpointError, run_cli
-from open_lm.names import user_path
-from open_lm.program import program_name
+from open_lm.system.names import user_path
+from open_lm.system.program import program_name
 
 
 def main(argv: list[str]) -> str:

@@ -13,7 +13,7 @@ from open_lm import storage
 from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME, REJECTS_NAME
 from open_lm.data.shard_format import ManifestEntry, expand_shards, read_manifest, shard_folder, shard_stem
 from open_lm.errors import DataError, UserError, join_problems
-from open_lm.names import is_pattern
+from open_lm.system.names import is_pattern
 
 if TYPE_CHECKING:
     from open_lm.tokenizer import Tokenizer

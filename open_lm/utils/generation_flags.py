@@ -11,7 +11,7 @@ from open_lm.config.command_line import add_model_args
 from open_lm.config.sections import ModelConfig
 from open_lm.data.tokenizers import add_tokenizer_args
 from open_lm.errors import ConfigError
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 
 if TYPE_CHECKING:
     from open_lm.model.transformer import Transformer

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from open_lm.errors import ConfigError, DataError, join_problems, run_cli
-from open_lm.names import shard_pattern, unescape, user_path
-from open_lm.program import program_name
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
+from open_lm.system.names import shard_pattern, unescape, user_path
+from open_lm.system.program import program_name
 
 if TYPE_CHECKING:
     from open_lm.tokenizer import Tokenizer

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from open_lm.errors import DataError, join_problems, run_cli
-from open_lm.names import user_path
-from open_lm.program import program_name
+from open_lm.system.names import user_path
+from open_lm.system.program import program_name
 
 if TYPE_CHECKING:
     from open_lm.data.shard_format import ManifestEntry

@@ -36,8 +36,8 @@ from open_lm.config.sections import ModelConfig, ParallelConfig
 from open_lm.distributed.processes import build_layout, gather_objects, init_runtime
 from open_lm.model.initialization import init_weights
 from open_lm.model.transformer import create_model
-from open_lm.names import user_path
 from open_lm.parallel.parallelize import parallelize, unwrap
+from open_lm.system.names import user_path
 
 _IDLE_STEPS = 300  # steps that are timed without a save in the background
 

@@ -29,8 +29,8 @@ from pathlib import Path
 import bench_s3
 import numpy as np
 
-from open_lm.names import user_file
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_file
 
 LENGTH, VOCAB_SIZE = 2049, 50432
 

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from open_lm.config.sections import ModelConfig
 from open_lm.generate import Sampling, generate_ids
 from open_lm.model.transformer import Transformer, create_model
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 
 Generate = Callable[[list[list[int]], int], list[list[int]]]  # prompts and number of new tokens -> new tokens
 

@@ -45,7 +45,7 @@ class Timing:
 
 
 def main(argv: list[str]) -> int:
-    from open_lm.names import user_path
+    from open_lm.system.names import user_path
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=user_path, required=True, help="folder of the tasks' .jsonl files")

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from bench_loader_peers import PEER_LOADERS, SEQUENCES_IN_SHARD, measure
 
-from open_lm.names import user_file, user_path
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
+from open_lm.system.names import user_file, user_path
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, VOCAB_SIZE, END_OF_TEXT = 2049, 50432, 0

@@ -31,8 +31,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from open_lm.names import user_path
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
+from open_lm.system.names import user_path
 
 MEMORY_SAMPLE_S = 1.0
 ROOT = Path(__file__).resolve().parents[2]

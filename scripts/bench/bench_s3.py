@@ -40,8 +40,8 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 
-from open_lm.names import user_file, user_path
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
+from open_lm.system.names import user_file, user_path
 
 LENGTH, VOCAB_SIZE, BATCH_SIZE = 2049, 50432, 32
 CONNECTIONS = 4

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from open_lm.names import user_path
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
+from open_lm.system.names import user_path
 
 LENGTH = 2049
 

@@ -51,10 +51,10 @@ from open_lm.distributed.precision import compute_dtype
 from open_lm.errors import ConfigError, run_cli
 from open_lm.model.transformer import create_model
 from open_lm.monitor.metrics import device_peak_flops, model_flops_per_token
-from open_lm.names import user_file, user_path
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
-from open_lm.system import available_cpus
+from open_lm.system.cpus import available_cpus
+from open_lm.system.names import user_file, user_path
 
 PEER_STEPS = {"original": "original_recipe:build", "torchtitan": "torchtitan_recipe:build"}
 

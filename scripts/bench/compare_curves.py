@@ -28,10 +28,10 @@ from torch import Tensor
 from open_lm.config.architecture import read_architecture
 from open_lm.data.device import on_device
 from open_lm.errors import ConfigError, run_cli
-from open_lm.names import shard_pattern, user_file, user_path
 from open_lm.parallel.parallelize import unwrap
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import shard_pattern, user_file, user_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PERTURBATION = 1e-7  # relative perturbation of the twins' weights; about the rounding of float32

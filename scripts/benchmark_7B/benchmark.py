@@ -38,9 +38,9 @@ from open_lm.config.sections import ParallelConfig
 from open_lm.distributed.processes import Runtime, gather_objects, init_runtime, shutdown
 from open_lm.errors import ConfigError, end_process, run_cli
 from open_lm.monitor.metrics import peak_memory_bytes
-from open_lm.names import user_path
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_path
 
 SMALL = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 512}
 FULL_SIZES = {"seq_length": 4096, "batch_size": 16, "steps": 10, "warmup_steps": 3}

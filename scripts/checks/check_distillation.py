@@ -34,9 +34,9 @@ from open_lm.config.architecture import COUNTS
 from open_lm.data.manifest import ManifestEntry, write_manifest
 from open_lm.data.shard_format import ShardWriter
 from open_lm.errors import ConfigError, DataError, UserError, run_cli
-from open_lm.names import user_path
 from open_lm.storage import read_lines, write_text
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_path
 
 SEQ_LEN, VOCAB_SIZE, END_OF_TEXT, BATCH, SHARDS = 128, 256, 0, 16, 4
 TEACHER = {"hidden_dim": 96, "n_layers": 3, "n_heads": 4, "ffn_dim": 256}

@@ -61,7 +61,7 @@ class Agreement:
 
 
 def main(argv: list[str]) -> int:
-    from open_lm.names import user_path
+    from open_lm.system.names import user_path
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from open_lm.errors import UserError, run_cli
-from open_lm.names import user_file
 from open_lm.storage import read_lines, write_text
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_file
 
 ROOT = Path(__file__).resolve().parents[2]
 E2E = ROOT / "scripts" / "e2e"

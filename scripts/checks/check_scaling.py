@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from open_lm.errors import run_cli
-from open_lm.names import user_path
 from open_lm.scaling.error_law import mean_error
 from open_lm.scaling.fitting import Prediction, fit_runs
 from open_lm.scaling.runs import Run, read_runs
 from open_lm.scaling.settings import PAPER_TASKS, Settings
+from open_lm.system.names import user_path
 
 # Compute of the paper's largest fitting points: 411M and, for the error, 1.4B parameters at 20 tokens per parameter.
 LOSS_FLOPS, ERROR_FLOPS = 2.04e19, 2.5e20

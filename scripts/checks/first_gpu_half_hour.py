@@ -25,9 +25,9 @@ from typing import Any
 from gpu_steps import STEPS, Found, Machine, run_step
 
 from open_lm.errors import ConfigError, run_cli
-from open_lm.names import user_file
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_file
 
 BUDGET_S = 30 * 60.0
 MIN_STEP_S = 20.0

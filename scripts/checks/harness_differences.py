@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm.errors import run_cli
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 
 # (task, its file, text between context and choice, OLMES' normalization)
 TASKS = (

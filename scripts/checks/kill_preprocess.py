@@ -27,7 +27,7 @@ from pathlib import Path
 from marked_processes import MARK, end_all
 
 from open_lm.errors import DataError, run_cli
-from open_lm.names import input_pattern, user_path
+from open_lm.system.names import input_pattern, user_path
 
 ROOT = Path(__file__).resolve().parents[2]
 

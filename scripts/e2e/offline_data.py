@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from python_docs import gather, train_tokenizer  # noqa: E402
 
 from open_lm.errors import DataError, run_cli  # noqa: E402
-from open_lm.names import user_file  # noqa: E402
 from open_lm.storage import split_lines, write_text  # noqa: E402
 from open_lm.storage.strict_json import to_json  # noqa: E402
+from open_lm.system.names import user_file  # noqa: E402
 
 TASK = "continuations"
 TASKS = f"""icl_tasks:

@@ -29,8 +29,8 @@ from pipeline_state import STOPPED_EXIT_CODE, Stamps, Stopped, StopSignals, chan
 from open_lm.config.architecture import read_architecture
 from open_lm.config.command_line import FlagParser
 from open_lm.errors import ConfigError, DataError, join_problems, run_cli
-from open_lm.names import user_file
 from open_lm.storage import write_text
+from open_lm.system.names import user_file
 
 
 def stage_settings(stage: Stage, work: Work) -> dict[str, object]:

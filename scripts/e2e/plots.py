@@ -19,7 +19,7 @@ from typing import Any
 from open_lm import storage
 from open_lm.errors import DataError, run_cli
 from open_lm.monitor.panels import Panel, Value, draw_panels
-from open_lm.names import user_file
+from open_lm.system.names import user_file
 
 TRAINING_METRICS = {  # titles of panels by the names in metrics.jsonl
     "train/lr": "learning rate",

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from open_lm.errors import run_cli
-from open_lm.names import user_file
 from open_lm.storage import write_text
+from open_lm.system.names import user_file
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 FORMS = ("{a}+{b}=?", "What is {a}+{b}?", "Add {a} and {b}.", "{a} plus {b}?")

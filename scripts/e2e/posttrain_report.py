@@ -22,9 +22,9 @@ from open_lm.config.sections import ModelConfig
 from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.errors import run_cli
 from open_lm.finetune.rewards import answer_format, exact_match
-from open_lm.names import user_file, user_path
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_file, user_path
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_NEW_TOKENS = 20

@@ -25,8 +25,8 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.errors import ConfigError, DataError, run_cli
-from open_lm.names import user_file, user_path
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_file, user_path
 
 ONE_SOURCE = "all"  # name of the source of text without --source-key
 UNKNOWN = "unknown"  # source of documents that do not name theirs

@@ -12,9 +12,9 @@ import os
 from pathlib import Path
 
 from open_lm.errors import ConfigError, run_cli
-from open_lm.names import user_path
 from open_lm.storage import write_text
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_path
 
 HIDDEN_DIM, LAYERS, HEADS, FFN_DIM, VOCAB_SIZE = 32, 2, 4, 64, 260
 SPECIAL_TOKENS = ["<s>", "</s>"]

@@ -1,4 +1,4 @@
-"""Every flag that takes a path, of every program, is read by a function of open_lm/names.py."""
+"""Every flag that takes a path, of every program, is read by a function of open_lm/system/names.py."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def test_path_flags_of_every_program_have_a_path_type() -> None:
                 if kind not in TYPES:
                     problems.append(f"{path.relative_to(ROOT)}: {flag} has the type {kind}")
     assert len(checked) > 15, checked
-    assert not problems, f"give these arguments one of the types {sorted(TYPES)} of open_lm/names.py: {problems}"
+    assert not problems, f"give these arguments one of the types {sorted(TYPES)} of open_lm/system/names.py: {problems}"
 
 
 def test_path_flags_of_the_trainer_are_marked() -> None:
     specs = [spec for spec in all_specs().values() if spec.kind is str and spec.choices is None and not spec.no_effect]
     unmarked = [spec.flag for spec in specs if looks_like_path(spec.flag, spec.help) and spec.path is None]
-    assert not unmarked, f"declare these flags with path=user_path or another type of open_lm/names.py: {unmarked}"
+    assert not unmarked, f"declare these flags with path=user_path or another type of system/names.py: {unmarked}"
     assert {spec.path.__name__ for spec in specs if spec.path} <= TYPES
     assert sum(spec.path is not None for spec in specs) >= 13
 

@@ -28,10 +28,10 @@ from open_lm.monitor.metrics import (
     model_flops_per_token,
     peak_memory_bytes,
 )
-from open_lm.names import short_labels
 from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.schedules import const_lr
+from open_lm.system.names import short_labels
 from open_lm.training.control import Decision
 from open_lm.training.guard import TrainingDiverged
 from open_lm.training.step import StepOptions, train_step

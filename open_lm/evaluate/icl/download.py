@@ -28,9 +28,9 @@ from open_lm import storage
 from open_lm.errors import ConfigError, StorageError, UserError, join_problems, run_cli
 from open_lm.evaluate.icl import olmo_data
 from open_lm.evaluate.icl.task_lists import find_task_list
-from open_lm.names import user_file, user_path
-from open_lm.program import program_name
 from open_lm.storage.strict_json import to_json
+from open_lm.system.names import user_file, user_path
+from open_lm.system.program import program_name
 
 # DCLM's evaluation uses these files as well.
 REPOSITORY = "https://raw.githubusercontent.com/mosaicml/llm-foundry/v0.22.0/scripts/eval/local_data"

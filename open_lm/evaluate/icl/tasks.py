@@ -20,7 +20,7 @@ from open_lm.config.evaluation_sections import EVAL_PRECISIONS
 from open_lm.errors import ConfigError, DataError, join_problems
 from open_lm.evaluate.icl.gauntlet import Gauntlet, parse_gauntlet
 from open_lm.evaluate.icl.task_types import TASK_TYPES, known_metrics
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 from open_lm.tokenizer import Tokenizer
 
 HOW_TO_GET_DATA = (

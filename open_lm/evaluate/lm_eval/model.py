@@ -37,7 +37,7 @@ from open_lm.evaluate.lm_eval.encoding import RequestEncoder
 from open_lm.evaluate.lm_eval.scoring import Engine, Pair, Score, split_groups
 from open_lm.generate.sampling import Sampling
 from open_lm.model.transformer import Transformer
-from open_lm.names import user_path
+from open_lm.system.names import user_path
 from open_lm.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 256  # of a generated text, if the task sets no number; as in lm-eval's other models

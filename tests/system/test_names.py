@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from open_lm import names, storage
+from open_lm import storage
 from open_lm.config.architecture import read_written_params
 from open_lm.data.manifest import ManifestEntry, expand_shards, read_manifest, write_manifest
 from open_lm.data.sources import find_validation_source
@@ -19,6 +19,7 @@ from open_lm.datapreprocess.inputs import find_inputs
 from open_lm.errors import DataError, StorageError
 from open_lm.monitor.run_folder import write_params
 from open_lm.storage.strict_json import to_json
+from open_lm.system import names
 from open_lm.utils.data_sets import find_folders
 
 FRAGMENTS = [
