@@ -83,6 +83,8 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         lambda c: c.parallel.fsdp,
         "without --fsdp",
     ),
+    (("accum_reduce",), lambda c: c.parallel.fsdp, "without --fsdp, which shards gradients"),
+    (("accum_reduce",), lambda c: c.optim.accum_freq > 1, "without --accum-freq above 1"),
     (
         ("model", *(spec.name for spec in ArchitectureConfig.specs())),
         lambda c: c.model.hf_model is None,

@@ -26,6 +26,7 @@ from open_lm.config.report_flags import energy_flag, report_flag
 from open_lm.system.names import user_path, weights_path
 
 PRECISIONS = ("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "fp32")
+ACCUM_REDUCE = ("last", "every-micro-batch")
 CHECKPOINTING_POLICIES = ("none", "full", "op", "half-op")  # of --activation-checkpointing, in addition to a number
 
 
@@ -70,7 +71,9 @@ class ArchitectureConfig(Section):
     )
     moe_loss_weight: float = flag(0.1, "weight of the load-balancing loss")
     moe_weight_parallelism: bool = no_effect(False, "--fsdp shards the weights of experts like all others")
-    moe_expert_model_parallelism: bool = no_effect(False, "--fsdp shards the weights of experts like all others")
+    moe_expert_model_parallelism: bool = no_effect(
+        False, "--expert-parallel N divides the experts over N ranks, with the same result"
+    )
     attn_name: str = flag("auto", "attention implementation", choices=registry.ATTENTION)
     attn_activation: str | None = flag(
         None,
@@ -168,12 +171,23 @@ class ParallelConfig(Section):
     fsdp_backward_prefetch: bool = flag(
         False, "with --fsdp, prefetch the parameters of the next block earlier in the backward pass"
     )
+    accum_reduce: str = flag(
+        "last",
+        "with --fsdp and --accum-freq, reduce and shard gradients after the last micro-batch (the others accumulate "
+        "unsharded gradients), or after every micro-batch: 1/N of the memory on N sharding ranks, more communication",
+        choices=ACCUM_REDUCE,
+    )
     fsdp_use_orig_params: bool = no_effect(False, "sharded parameters always keep their original names and shapes")
     fsdp_limit_all_gathers: bool = no_effect(False, "the number of concurrent all-gathers is always limited")
     fsdp_checkpoint: bool = no_effect(False, "--grad-checkpointing recomputes activations under --fsdp too")
     tensor_parallel: int = flag(1, "number of ranks over which tensor parallelism splits each matrix; 1: no splitting")
     context_parallel: int = flag(
         1, "number of ranks over which context parallelism splits each sequence; 1: no splitting"
+    )
+    expert_parallel: int = flag(
+        1,
+        "with --fsdp, number of ranks over which the experts of every mixture are divided; tokens travel to their "
+        "experts and back; 1: every rank runs all experts",
     )
     mesh_dim: str | None = flag(
         None,
@@ -192,6 +206,11 @@ class ParallelConfig(Section):
         None, "expected number of ranks; the run fails to start with any other number; default: any number"
     )
     use_bn_sync: bool = no_effect(False, "the models have no batch normalization")
+
+    @property
+    def reduces_every_micro_batch(self) -> bool:
+        """Whether gradients are reduced and sharded after every micro-batch."""
+        return self.fsdp and self.accum_reduce == "every-micro-batch"
 
 
 @dataclass(frozen=True)
@@ -284,6 +303,11 @@ class LoggingConfig(Section):
     log_local: bool = flag(False, "log on the first rank of each node instead of on rank 0 only")
     log_every_n_steps: int = flag(100, "log every N steps")
     log_logit_mean: bool = flag(False, "log the mean of the logits")
+    log_gradient_noise: bool = flag(
+        False,
+        "log the gradient noise scale, at which batch size the noise of the gradient equals the gradient; needs "
+        "--accum-freq 2 or several data-parallel ranks",
+    )
     report_to: str = flag(
         "",
         "comma-separated destinations of metrics in addition to metrics.jsonl, or all, which means tensorboard,wandb "

@@ -119,15 +119,18 @@ def find_blocks(model: nn.Module, class_name: str | None = None) -> list[nn.Modu
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Reduce the gradients of a forward and backward pass in the `with` block over the ranks only if `enabled`.
+def gradient_sync(model: nn.Module, is_last: bool, every_pass: bool = False) -> Iterator[None]:
+    """Reduce the gradients of the forward and backward pass in the `with` block over the ranks if it `is_last`.
 
-    Otherwise they accumulate locally, and the next enabled pass reduces the sum.
+    The passes before accumulate unsharded gradients locally, and the last one reduces the sum. With `every_pass`, FSDP2
+    reduces the gradients of each pass over the ranks that shard them and accumulates the shards; replicas are still
+    reduced only in the last pass.
     """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
+        model.set_requires_gradient_sync(is_last or every_pass)
+        model.set_requires_all_reduce(is_last)
         yield
-    elif isinstance(model, DistributedDataParallel) and not enabled and not model.static_graph:
+    elif isinstance(model, DistributedDataParallel) and not is_last and not model.static_graph:
         # With a static graph, DDP must see the reductions in the first pass, so every pass reduces its gradients.
         with model.no_sync():
             yield

@@ -37,6 +37,7 @@ from open_lm.optim.schedules import build_scheduler
 from open_lm.parallel.float8 import check_micro_batch_tokens
 from open_lm.parallel.parallelize import parallelize, unwrap
 from open_lm.training.control import RunControl
+from open_lm.training.gradient_noise import GradientNoise
 from open_lm.training.step import StepOptions
 from open_lm.training.trainer import Trainer
 
@@ -147,6 +148,16 @@ def build_trainer(parts: RunParts, control: RunControl) -> Trainer:
     optim, precision = config.optim, config.precision.precision
     optimizer = build_optimizer(parts.model, optim)
     cooldown = None if optim.epochs_cooldown is None else parts.end_step(config.data.epochs - optim.epochs_cooldown)
+    noise = None
+    if config.logging.log_gradient_noise:
+        noise = GradientNoise(
+            parts.model,
+            parts.layout,
+            optim.accum_freq,
+            device=device,
+            seq_len=parts.params.seq_len,
+            global_batch_size=config.data.global_batch_size,
+        )
     return Trainer(
         model=parts.model,
         optimizer=optimizer,
@@ -157,6 +168,7 @@ def build_trainer(parts: RunParts, control: RunControl) -> Trainer:
             layout=parts.layout,
             autocast=get_autocast(precision, device.type),
             accum_freq=optim.accum_freq,
+            reduces_every_micro_batch=config.parallel.reduces_every_micro_batch,
             z_loss_coefficient=optim.z_loss_coefficient,
             grad_clip_norm=optim.grad_clip_norm,
             log_logit_mean=config.logging.log_logit_mean,
@@ -175,6 +187,7 @@ def build_trainer(parts: RunParts, control: RunControl) -> Trainer:
         peak_flops=device_peak_flops(device, _matmul_dtype(config, device)),
         faults=config.faults,
         control=control,
+        gradient_noise=noise,
     )
 
 

@@ -31,12 +31,14 @@ from open_lm.training.guard import not_finite
 @dataclass(frozen=True)
 class StepOptions:
     """Settings of a step. `accum_freq` micro-batches must divide the B sequences of a batch. With `end_of_text_id`,
-    attention stays inside the documents that this id ends. `distillation` adds the divergence from a teacher."""
+    attention stays inside the documents that this id ends. `distillation` adds the divergence from a teacher. With
+    `reduces_every_micro_batch`, FSDP2 shards the gradients of each micro-batch (see `gradient_sync`)."""
 
     runtime: Runtime
     layout: MeshLayout
     autocast: Callable[[], AbstractContextManager[object]]
     accum_freq: int = 1
+    reduces_every_micro_batch: bool = False
     z_loss_coefficient: float = 0.0
     grad_clip_norm: float | None = None
     log_logit_mean: bool = False
@@ -105,7 +107,7 @@ def train_step(
     parts, teachers = micro_documents(documents, options.accum_freq), _micro_teachers(stored, options.accum_freq)
     for micro_inputs, micro_targets, is_last in micro_batches(inputs, targets, options.accum_freq):
         threads = limit_threads(unwrap(model), micro_inputs.numel(), inputs.device)
-        with gradient_sync(model, is_last), threads:
+        with gradient_sync(model, is_last, options.reduces_every_micro_batch), threads:
             enter_phase("forward")
             document_numbers = next(parts)
             token_loss = _token_loss(micro_inputs, micro_targets, document_numbers, next(teachers), options)

@@ -81,11 +81,13 @@ def cases(model: str) -> list[PlanCase]:
         PlanCase("fsdp", mixed, 8),
         PlanCase("fsdp full", f"{mixed} {full}", 8),
         PlanCase("fsdp accum full", f"{mixed} --accum-freq 2 {full}", 8),
+        PlanCase("fsdp accum every full", f"{mixed} --accum-freq 2 --accum-reduce every-micro-batch {full}", 8),
         PlanCase("fsdp muon full", f"{mixed} --optimizer muon {full}", 8),
         PlanCase("fsdp experts", f"{mixed} --moe-freq 2 --moe-num-experts 8", 8),
         PlanCase("zero2", f"{mixed} --fsdp-zero2", 8),
         PlanCase("zero2 accum full", f"{mixed} --fsdp-zero2 --accum-freq 2 {full}", 8),
         PlanCase("hybrid", f"{mixed} --fsdp-hybrid", 16),
+        PlanCase("hybrid accum every", f"{mixed} --fsdp-hybrid --accum-freq 2 --accum-reduce every-micro-batch", 16),
         PlanCase("tensor", f"{amp} --tensor-parallel 4", 8),
         PlanCase("tensor+fsdp", f"{mixed} --tensor-parallel 4", 8),
         PlanCase("tensor+fsdp full", f"{mixed} --tensor-parallel 4 {full}", 8),
@@ -146,7 +148,10 @@ def tracked(case: PlanCase) -> dict[str, int]:
             model.register_comm_hook(None, lambda state, bucket: _completed(bucket.buffer()))
         optimizer = build_optimizer(model, config.optim)
         autocast = get_autocast(config.precision.precision, "cpu")
-        options = StepOptions(runtime, layout, autocast, accum_freq=count, grad_clip_norm=1.0)
+        every = config.parallel.reduces_every_micro_batch
+        options = StepOptions(
+            runtime, layout, autocast, accum_freq=count, reduces_every_micro_batch=every, grad_clip_norm=1.0
+        )
         ids = torch.zeros(case.batch * count, shape_of(config.model).seq_len, dtype=torch.int64)
         with _assumed_values():
             train_step(model, ids, ids, optimizer, options)  # creates the optimizer's state

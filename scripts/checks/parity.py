@@ -66,6 +66,7 @@ PRELOADED_MODULES = [
     "torch.nn.attention.bias",
 ]
 
+EVERY = {"accum_reduce": "every-micro-batch"}
 # Layout name -> (number of ranks, settings). The words of a name are the kinds of the layout; see `kinds`.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ddp": (2, {}),
@@ -93,6 +94,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "context_tensor_fsdp": (8, {"fsdp": True, "context_parallel": 2, "tensor_parallel": 2}),
     "context_hybrid": (8, {"fsdp": True, "mesh_dim": "2,2,1", "context_parallel": 2}),
     "context_tensor_hybrid": (8, {"fsdp": True, "mesh_dim": "2,1,2", "context_parallel": 2}),
+    "fsdp_every": (2, {"fsdp": True, **EVERY}),
+    "offload_every": (2, {"fsdp": True, "fsdp_cpu_offload": True, **EVERY}),
+    "hybrid_every": (4, {"fsdp": True, "mesh_dim": "2,2,1", "fsdp_zero2": True, **EVERY}),
+    "tensor_every": (4, {"fsdp": True, "tensor_parallel": 2, **EVERY}),
+    "context_every": (4, {"fsdp": True, "context_parallel": 2, **EVERY}),
 }
 
 # Layouts that use the size "87m" instead of "odd". Its width is that of open_lm_87m, which is slow to train.
@@ -225,6 +231,7 @@ def train(case: dict[str, Any], steps: int, single_process: bool = False) -> lis
         layout,
         get_autocast("fp32"),
         accum_freq=case["accum_freq"],
+        reduces_every_micro_batch=cfg.reduces_every_micro_batch,
         z_loss_coefficient=case["z_loss"],
         grad_clip_norm=case["clip"],
         end_of_text_id=END_OF_TEXT if case["documents"] else None,
