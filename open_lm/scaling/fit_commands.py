@@ -17,6 +17,7 @@ from open_lm.system.names import user_path
 
 if TYPE_CHECKING:
     from open_lm.scaling.fitting import Prediction, ScalingFit
+    from open_lm.scaling.measured import Comparison
 
 
 # ---------------------------------------------------------------------------------------------- collect
@@ -142,25 +143,56 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `predict`."""
     add = parser.add_argument
     add("fit", type=user_path, metavar="FIT.json", help="file that `fit --output` wrote")
-    add("targets", nargs="+", type=target, metavar="N:D", help="parameters and tokens of targets")
+    add("targets", nargs="*", type=target, metavar="N:D", help="parameters and tokens (default: targets of the fit)")
+    _add_measured(parser)
     add("--json", action="store_true", help="print JSON")
+
+
+def _add_measured(parser: argparse.ArgumentParser) -> None:
+    help_text = "table with trained targets, to compare with their predictions"
+    parser.add_argument("--measured", type=user_path, metavar="RUNS.json", help=help_text)
 
 
 def run_predict(args: argparse.Namespace) -> None:
     """Print predictions, and the further runs that would shrink the interval of the first target most."""
     from open_lm.scaling.fit_file import read_fit
-    from open_lm.scaling.report_text import prediction_table, value_table
+    from open_lm.scaling.report_text import measured_table, prediction_table, value_table
     from open_lm.scaling.value import value_of_runs
 
     fit = read_fit(args.fit)
-    predictions = [fit.predict(*point) for point in args.targets]
-    values = value_of_runs(fit, args.targets[0])
+    targets = args.targets or fit.targets
+    if not targets:
+        raise ConfigError(f"found no target N:D, and {args.fit} has none; expected at least one, such as 1.4e9:28e9")
+    predictions = [fit.predict(*point) for point in targets]
+    values = value_of_runs(fit, targets[0])
+    comparisons = _comparisons(fit, predictions, args.measured)
     _warn_of(fit, predictions)
     if args.json:
-        content = {"predictions": [vars(item) for item in predictions], "further_runs": [vars(item) for item in values]}
+        content = {
+            "created": fit.created,
+            "predictions": [
+                {**vars(item), "measured": measured and measured.values()}
+                for item, measured in zip(predictions, comparisons, strict=True)
+            ],
+            "further_runs": [vars(item) for item in values],
+        }
         print(to_json(content, indent=1))
         return
-    print("\n".join([*prediction_table(predictions, fit.settings.level), "", *value_table(values)]))
+    lines = [*prediction_table(predictions, fit.settings.level), "", *value_table(values)]
+    if args.measured:
+        lines += ["", *measured_table([item for item in comparisons if item])]
+    print("\n".join(lines))
+
+
+def _comparisons(fit: ScalingFit, predictions: Sequence[Prediction], path: str | None) -> list[Comparison | None]:
+    """Return the comparison of each prediction with its trained run, in a table or among the runs of the fit."""
+    from open_lm.scaling.measured import compare, require_any
+    from open_lm.scaling.runs import read_runs
+
+    comparisons = compare(fit, predictions, read_runs([path]) if path else fit.table)
+    if path:
+        require_any(comparisons, predictions, path)
+    return comparisons
 
 
 # ---------------------------------------------------------------------------------------------- report
@@ -169,23 +201,23 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("fit", type=user_path, metavar="FIT.json", help="file that `fit --output` wrote")
     add("output", type=user_path, metavar="PAGE.html", help="page to write")
-    add("--predict", nargs="+", type=target, default=[], metavar="N:D", help="parameters and tokens of targets")
-    add("--measured", type=user_path, metavar="RUNS.json", help="table with trained targets, to compare with")
+    text = "parameters and tokens of targets (default: targets of the fit)"
+    add("--predict", nargs="+", type=target, default=[], metavar="N:D", help=text)
+    _add_measured(parser)
 
 
 def run_report(args: argparse.Namespace) -> None:
     """Write the page."""
     from open_lm.scaling.fit_file import read_fit
     from open_lm.scaling.page import build_page
-    from open_lm.scaling.runs import read_runs
     from open_lm.scaling.value import value_of_runs
 
     fit = read_fit(args.fit)
-    measured = read_runs([args.measured]) if args.measured else list(fit.table)
-    measured = [run for run in measured if fit.settings.train in (None, run.train) and fit.settings.loss in run.losses]
-    predictions = [fit.predict(*point) for point in args.predict]
-    values = value_of_runs(fit, args.predict[0]) if args.predict else []
-    storage.write_text(args.output, build_page(fit, predictions, values, measured))
+    targets = args.predict or fit.targets
+    predictions = [fit.predict(*point) for point in targets]
+    values = value_of_runs(fit, targets[0]) if targets else []
+    comparisons = _comparisons(fit, predictions, args.measured)
+    storage.write_text(args.output, build_page(fit, predictions, values, comparisons))
     print(f"wrote {args.output}")
 
 

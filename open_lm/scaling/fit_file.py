@@ -18,7 +18,7 @@ from open_lm.scaling.runs import Run, parse_run
 from open_lm.scaling.settings import Settings
 from open_lm.storage.strict_json import to_json
 
-_FORMAT = "open_lm.scaling_fit/1"
+_FORMAT = "open_lm.scaling_fit/2"
 
 
 def write_fit(path: str, fit: ScalingFit) -> None:
@@ -27,6 +27,8 @@ def write_fit(path: str, fit: ScalingFit) -> None:
     selection = fit.selection
     content = {
         "format": _FORMAT,
+        "created": fit.created,
+        "targets": [list(target) for target in fit.targets],
         "settings": asdict(fit.settings),
         "coefficients": fit.coefficients,
         "runs": [run.values() for run in fit.table],
@@ -79,6 +81,8 @@ def read_fit(path: str) -> ScalingFit:
             members=[_member(values) for values in content["members"]],
             error=None if content["error"] is None else _error(content["error"]),
             warnings=list(content["warnings"]),
+            targets=[(params, tokens) for params, tokens in content["targets"]],
+            created=str(content["created"]),
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DataError(f"{path}: not a fit ({error}); write it again with `fit --output`") from error

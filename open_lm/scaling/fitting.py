@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class ErrorFit:
 
 @dataclass
 class ScalingFit:
-    """The laws fitted to the runs of one training set."""
+    """The laws fitted to the runs of one training set, the targets (params, tokens) and the time of the fit (UTC)."""
 
     settings: Settings
     selection: Selection
@@ -55,6 +56,8 @@ class ScalingFit:
     members: list[Member]
     error: ErrorFit | None
     warnings: list[str] = field(default_factory=list)
+    targets: Sequence[tuple[int, int]] = ()
+    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -106,7 +109,7 @@ def _noise(held_out: Sequence[Array], number: int, generator: np.random.Generato
     return np.asarray(generator.choice(errors, number) * generator.choice((-1.0, 1.0), number))
 
 
-def fit_runs(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[float, float]] = ()) -> ScalingFit:
+def fit_runs(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[int, int]] = ()) -> ScalingFit:
     """Fit the laws to the runs that the settings select.
 
     Raises:
@@ -126,7 +129,8 @@ def fit_runs(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[fl
     generator = np.random.default_rng(settings.seed)
     for member, number in zip(members, _shares(members, settings.resamples), strict=True):
         member.draws = resample(member, _comparable(groups), settings.loss, number, generator)
-    fit = ScalingFit(settings, selection, runs, members, _fit_error(selection.error, settings, generator))
+    error = _fit_error(selection.error, settings, generator)
+    fit = ScalingFit(settings, selection, runs, members, error, targets=targets)
     fit.warnings += [
         f"{member.candidate}: the fit is at a bound ({', '.join(member.at_bounds)}): these runs do not determine it"
         for member in members
@@ -136,7 +140,7 @@ def fit_runs(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[fl
 
 
 def _select(
-    runs: Sequence[Run], settings: Settings, train: str | None, targets: Sequence[tuple[float, float]]
+    runs: Sequence[Run], settings: Settings, train: str | None, targets: Sequence[tuple[int, int]]
 ) -> Selection:
     """Return the fitting points of one training set."""
     usable, excluded = select_runs(runs, train, settings.loss)

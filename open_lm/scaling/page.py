@@ -10,8 +10,8 @@ from open_lm.report.figures import Figure, Page, Series
 from open_lm.report.markup import Column, Html, paragraph, table, tag
 from open_lm.scaling.error_law import mean_error
 from open_lm.scaling.fitting import Prediction, ScalingFit
+from open_lm.scaling.measured import Comparison
 from open_lm.scaling.points import scales
-from open_lm.scaling.runs import Run
 from open_lm.scaling.solve import Array
 from open_lm.scaling.value import RunValue
 
@@ -21,7 +21,10 @@ _MULTIPLIER_RANGE = (2.0, 1000.0)
 
 
 def build_page(
-    fit: ScalingFit, predictions: Sequence[Prediction], values: Sequence[RunValue], measured: Sequence[Run]
+    fit: ScalingFit,
+    predictions: Sequence[Prediction],
+    values: Sequence[RunValue],
+    measured: Sequence[Comparison | None],
 ) -> str:
     """Return the page.
 
@@ -29,7 +32,7 @@ def build_page(
         fit: the fitted laws.
         predictions: targets.
         values: what further runs would add; see value.py.
-        measured: trained runs of the targets, to compare with the predictions.
+        measured: the trained run of each prediction, or None.
 
     Raises:
         ConfigError: plotly is not installed.
@@ -38,7 +41,7 @@ def build_page(
     data = f" on {settings.train}" if settings.train else ""
     page = Page(f"Scaling laws: {settings.loss}{data}", f"{len(fit.selection.loss)} runs, law {settings.law}")
     page.section("Predictions", *_predictions(fit, predictions, measured))
-    page.section("Losses", page.figure(_losses(fit, predictions)), page.figure(_residuals(fit)))
+    page.section("Losses", page.figure(_losses(fit, predictions, measured)), page.figure(_residuals(fit)))
     if fit.error is not None:
         page.section("Downstream error", page.figure(_errors(fit)))
     page.section("Compute", page.figure(_iso_flops(fit, predictions)), page.figure(_frontier(fit, predictions)))
@@ -49,31 +52,51 @@ def build_page(
     return page.html()
 
 
-def _predictions(fit: ScalingFit, predictions: Sequence[Prediction], measured: Sequence[Run]) -> list[Html]:
+def _predictions(
+    fit: ScalingFit, predictions: Sequence[Prediction], measured: Sequence[Comparison | None]
+) -> list[Html]:
     if not predictions:
         return [paragraph("No target was given with --predict.")]
-    rows = []
-    for item in predictions:
-        run = next((run for run in measured if (run.params, run.tokens) == (item.params, item.tokens)), None)
-        actual = run.losses[fit.settings.loss][0] if run else None
-        rows.append((
-            f"{item.params:,}", f"{item.tokens:,}", f"{item.tokens / item.params:,.4g}", f"{item.loss:.4f}",
-            _range(item.loss_interval), "" if actual is None else f"{actual:.4f}",
-            "" if actual is None else f"{100 * (item.loss / actual - 1):+.2f} %",
-            "" if item.error is None else f"{item.error:.4f}", _range(item.error_interval),
-            f"{item.compute_ratio:,.3g}",
-        ))  # fmt: skip
-    names = ("parameters", "tokens", "tokens per parameter", "loss", "interval", "measured", "difference", "error",
-             "interval of the error", "compute, relative to the largest run")  # fmt: skip
-    level = f"{100 * fit.settings.level:g} %"
-    return [
-        paragraph(f"Intervals hold {level} of the draws: resampled runs, losses drawn from their intervals, and the "
-                  "errors on sizes that a fit did not see."),
+    names = ("parameters", "tokens", "tokens per parameter", "loss", "interval", "error", "interval of the error",
+             "compute, relative to the largest run")  # fmt: skip
+    rows = [
+        (f"{item.params:,}", f"{item.tokens:,}", f"{item.tokens / item.params:,.4g}", f"{item.loss:.4f}",
+         _range(item.loss_interval), _number(item.error), _range(item.error_interval), f"{item.compute_ratio:,.3g}")
+        for item in predictions
+    ]  # fmt: skip
+    blocks = [
+        paragraph(f"Predicted at {fit.created} from the runs below. Intervals hold {100 * fit.settings.level:g} % of "
+                  "the draws: resampled runs, losses drawn from their intervals, and the errors on sizes that a fit "
+                  "did not see."),
         table([Column(name, True) for name in names], rows, "Predictions"),
     ]  # fmt: skip
+    trained = [item for item in measured if item]
+    if trained:
+        blocks += [tag("h3", "Predicted and measured"), _measured(trained)]
+    return blocks
 
 
-def _losses(fit: ScalingFit, predictions: Sequence[Prediction]) -> Figure:
+def _measured(comparisons: Sequence[Comparison]) -> Html:
+    """Return the table of the targets that were trained: each measured value next to its prediction."""
+    rows = []
+    for item in comparisons:
+        for name, value, expected, limits, difference, covered in (
+            ("loss", item.loss, item.prediction.loss, item.prediction.loss_interval, item.loss_difference,
+             item.loss_covered),
+            ("error", item.error, item.prediction.error, item.prediction.error_interval, item.error_difference,
+             item.error_covered),
+        ):  # fmt: skip
+            if value is not None and difference is not None:
+                rows.append((
+                    item.run.label, name, _number(expected), _range(limits), f"{value:.4f}",
+                    f"{100 * difference:+.2f} %", "yes" if covered else "no",
+                ))  # fmt: skip
+    names = ("predicted", "interval", "measured", "difference", "inside the interval")
+    columns = [Column("run"), Column("value"), *(Column(name, True) for name in names)]
+    return table(columns, rows, "Predicted and measured")
+
+
+def _losses(fit: ScalingFit, predictions: Sequence[Prediction], measured: Sequence[Comparison | None]) -> Figure:
     """Return the losses over compute, with the fitted curve of each size."""
     figure = Figure("Loss over compute", "training compute 6ND (FLOP)", f"loss on {fit.settings.loss} (nats per token)")
     figure.x_log = True
@@ -97,6 +120,15 @@ def _losses(fit: ScalingFit, predictions: Sequence[Prediction]) -> Figure:
         labels = [f"{item.params:,} parameters, {item.tokens:,} tokens" for item in predictions]
         values = [item.loss for item in predictions]
         figure.series.append(Series("predicted", flops, values, "markers", ends[:, 0], ends[:, 1], labels, 7))
+    trained = [item for item in measured if item]
+    if trained:
+        losses = np.array([item.run.losses[fit.settings.loss] for item in trained])
+        figure.series.append(
+            Series(
+                "measured", [item.run.flops for item in trained], losses[:, 0], "markers", losses[:, 1], losses[:, 2],
+                [item.run.label for item in trained], 6,
+            )
+        )  # fmt: skip
     return figure
 
 
@@ -209,6 +241,10 @@ def _runs(fit: ScalingFit) -> Html:
     rows.append(("total", "", "", "", f"{total:.2e}", "", ""))
     names = ("run", "parameters", "tokens", "tokens per parameter", "6ND (FLOP)", "exact (FLOP)", "loss")
     return table([Column(names[0]), *(Column(name, True) for name in names[1:])], rows, "Runs")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _range(interval: tuple[float, float] | None) -> str:

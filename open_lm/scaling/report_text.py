@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from open_lm.scaling.fitting import FAR, Prediction, ScalingFit
+from open_lm.scaling.measured import Comparison
 from open_lm.scaling.value import RunValue
 
 _LISTED = 8  # members of a combined fit
@@ -46,6 +47,18 @@ def prediction_table(predictions: Sequence[Prediction], level: float) -> list[st
         lines.append(
             f"{item.params:>15,} {item.tokens:>19,} {item.loss:>7.4f} {_range(item.loss_interval):>16} {error:>7} "
             f"{_range(item.error_interval):>16} {f'x {item.compute_ratio:,.3g}':>8}"
+        )
+    return lines
+
+
+def measured_table(comparisons: Sequence[Comparison]) -> list[str]:
+    """Return the lines of a table of measured targets."""
+    lines = [f"{'measured':>15} {'tokens':>19} {'loss':>7} {'difference':>12} {'interval':>9} {'error':>7}"]
+    for item in comparisons:
+        covered = "inside" if item.loss_covered else "outside"
+        lines.append(
+            f"{item.run.params:>15,} {item.run.tokens:>19,} {item.loss:>7.4f} {100 * item.loss_difference:>+10.2f} % "
+            f"{covered:>9} {'' if item.error is None else f'{item.error:.4f}':>7}"
         )
     return lines
 

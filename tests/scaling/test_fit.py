@@ -287,6 +287,34 @@ def test_a_stored_fit_gives_the_same_predictions_and_a_page(tmp_path: Path, caps
         command.main(["predict", str(path), "4e9:8e10"])
 
 
+def test_predictions_are_compared_with_runs_that_were_trained_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [run | {"accuracy": {"copa": 0.3 + 0.01 * index}} for index, run in enumerate(over_training_runs())]
+    path, stored, page = write(tmp_path / "runs.json", runs), tmp_path / "fit.json", tmp_path / "page.html"
+    command.main([
+        "fit", str(path), "--loss", "val", "--law", "over-training", "--error-tasks", "copa", "--predict", "4e9:8e10",
+        "--resamples", "40", "--output", str(stored), "--json",
+    ])  # fmt: skip
+    (predicted,) = json.loads(capsys.readouterr().out)["predictions"]
+    other = run_of(4e9, 9e10, 2.0, name="other tokens")
+    trained = run_of(4.01e9, 8.01e10, 1.02 * predicted["loss"], name="trained", accuracy={"copa": 0.9})
+    measured = write(tmp_path / "measured.json", [other, trained])
+    command.main(["predict", str(stored), "--measured", str(measured), "--json"])
+    (item,) = json.loads(capsys.readouterr().out)["predictions"]
+    comparison = item["measured"]
+    assert comparison["run"].startswith("trained (") and comparison["loss"] == pytest.approx(1.02 * predicted["loss"])
+    assert comparison["loss_difference"] == pytest.approx(1 / 1.02 - 1)
+    low, high = item["loss_interval"]
+    assert comparison["loss_covered"] == (low <= comparison["loss"] <= high)
+    assert comparison["error"] == pytest.approx(0.1) and comparison["error_covered"] is False
+    command.main(["report", str(stored), str(page), "--measured", str(measured)])
+    html = page.read_text(encoding="utf-8")
+    assert "Predicted and measured" in html and "trained (4,010,000,000 parameters" in html
+    with pytest.raises(ConfigError, match="found no run of the targets 4000000000:80000000000"):
+        command.main(["predict", str(stored), "--measured", str(path)])
+
+
 def test_unknown_error_tasks_are_rejected(tmp_path: Path, fit: Fit) -> None:
     runs = [run | {"accuracy": {"copa": 0.5}} for run in over_training_runs()]
     with pytest.raises(ConfigError, match="found piqa, which no run has; expected some of copa"):
