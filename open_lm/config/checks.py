@@ -169,7 +169,7 @@ def _parallel_problems(config: Config, off: Set[str]) -> list[str]:
     return problems
 
 
-_PARALLEL_SPLITS = ("tensor_parallel", "context_parallel", "mesh_dim")
+_PARALLEL_SPLITS = ("tensor_parallel", "context_parallel", "expert_parallel", "mesh_dim")
 
 
 def _model_problems(config: Config, given: Set[str], off: Set[str]) -> list[str]:
@@ -212,6 +212,11 @@ def _hf_model_problems(config: Config, given: Set[str]) -> list[str]:
         problems.append(f"{', '.join(unsupported)}: not supported with --hf-model; use --fsdp")
     if not model.hf_seq_len:
         problems.append(f"--hf-model {model.hf_model} requires --hf-seq-len, the length of its training sequences")
+    if model.mup:
+        problems.append(
+            "--mup is not supported with --hf-model, whose initialization and attention it does not define; import "
+            "the model with python -m open_lm.hf.convert import and train it as --model"
+        )
     if config.data.document_mask:
         recipe = None if "document_mask" in given else config.run.recipe
         problems.append(
@@ -346,7 +351,8 @@ def _logging_problems(config: Config) -> list[str]:
 _AT_LEAST_ONE = (
     *("train_num_samples", "epochs", "global_batch_size", "batch_size", "accum_freq", "log_every_n_steps"),
     *("val_num_samples", "val_frequency", "global_val_batch_size", "val_iter_ci", "moe_top_k", "remote_sync_frequency"),
-    *("tensor_parallel", "context_parallel", "val_max_batches", "icl_max_examples", "sample_max_tokens"),
+    *("tensor_parallel", "context_parallel", "expert_parallel", "val_max_batches", "icl_max_examples"),
+    "sample_max_tokens",
 )
 _ABOVE_ZERO = (
     *("grad_clip_norm", "read_timeout", "skip_loss_spikes", "rollback_loss_spikes", "dist_timeout"),

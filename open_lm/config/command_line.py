@@ -26,11 +26,11 @@ LATER_FLAGS = frozenset({
     "keep_last", "save_milestone_every", "max_skipped_steps", "skip_loss_spikes", "rollback_loss_spikes",
     "hang_timeout", "deterministic", "distill_weight", "distill_temperature", "distill_loss", "distill_precision",
     "distill_cache", "activation_checkpointing", "torchcompile_mode", "no_decay_norms", "muon_momentum",
-    "lr_decay_fraction", "lr_decay_shape", "fsdp_zero2", "accum_reduce", "tensor_parallel", "context_parallel", "expert_parallel", "mesh_dim",
-    "dist_timeout", "fp8", "val_max_batches", "icl_yaml", "icl_every_n_steps", "icl_max_examples", "icl_data_dir",
-    "icl_max_time_share", "sample_prompts", "sample_every_n_steps", "sample_temperature", "sample_max_tokens",
+    "lr_decay_fraction", "lr_decay_shape", "fsdp_zero2", "accum_reduce", "tensor_parallel", "context_parallel",
+    "mesh_dim", "expert_parallel", "dist_timeout", "fp8", "val_max_batches", "icl_yaml", "icl_every_n_steps",
+    "icl_max_examples", "icl_data_dir", "icl_max_time_share", "sample_prompts", "sample_every_n_steps", "sample_temperature", "sample_max_tokens",
     "tokenizer", "val_names", "lora", "qlora", "recipe", "report", "energy",
-    "profile_steps", "memory_snapshot", "log_gradient_noise",
+    "profile_steps", "memory_snapshot", "mup", "mup_base_width", "mup_base_head_dim", "log_gradient_noise",
 })  # fmt: skip
 
 

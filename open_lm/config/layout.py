@@ -1,12 +1,14 @@
 """The mesh of ranks: its sizes along the replicate, shard, context and tensor dimensions, and this rank's position.
 
 rank = ((replicate * shard_size + shard) * context_size + context) * tensor_size + tensor, so that the ranks that
-communicate most are neighbours. Does not import torch.
+communicate most are neighbours. Expert parallelism divides the ranks that shard the parameters, shard * context, into
+groups of neighbours. Does not import torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from open_lm.config.sections import ParallelConfig
@@ -29,9 +31,12 @@ class MeshLayout:
         context: number of ranks of a context group, each of which processes a shard of every sequence.
         tensor: number of ranks of a tensor-parallel group, each of which holds a shard of every matrix.
         rank: this rank.
+        expert: number of ranks of an expert-parallel group, each of which holds a part of the experts of a mixture.
         mesh: the device mesh ("replicate", "shard", "tensor") of the parameters. Its dimension "shard" has
             shard * context ranks. None without a process group.
         context_group: the process group of this rank's context group; None if context is 1.
+        expert_mesh: the device mesh ("replicate", "expert_shard", "expert") of the experts' parameters, in which the
+            last two dimensions divide the dimension "shard" of `mesh`; None if expert is 1.
     """
 
     replicate: int = 1
@@ -39,8 +44,10 @@ class MeshLayout:
     context: int = 1
     tensor: int = 1
     rank: int = 0
+    expert: int = 1
     mesh: DeviceMesh | None = None
     context_group: ProcessGroup | None = None
+    expert_mesh: DeviceMesh | None = None
 
     @property
     def data_size(self) -> int:
@@ -66,6 +73,16 @@ class MeshLayout:
         return self.data_size * self.context
 
     @property
+    def shard_ranks(self) -> int:
+        """Number of ranks over which FSDP shards a parameter that is not an expert's."""
+        return self.shard * self.context
+
+    @property
+    def expert_shard_ranks(self) -> int:
+        """Number of ranks over which FSDP shards the experts that a rank holds."""
+        return self.shard_ranks // self.expert
+
+    @property
     def contributes_tokens(self) -> bool:
         """Whether this rank contributes its tokens to a sum over all ranks: one rank of each tensor-parallel group."""
         return self.tensor_rank == 0
@@ -81,6 +98,45 @@ def resolve_layout(cfg: ParallelConfig, world_size: int, ranks_per_node: int, ra
 
     Raise ConfigError if the number of ranks is not divisible accordingly.
     """
+    layout = _resolve_dimensions(cfg, world_size, ranks_per_node, rank)
+    expert = cfg.expert_parallel
+    if expert == 1:
+        return layout
+    if not cfg.fsdp:
+        raise ConfigError(
+            f"--expert-parallel {expert} requires --fsdp, which shards all other parameters over the same ranks; add it"
+        )
+    if layout.tensor > 1:
+        raise ConfigError(
+            f"--expert-parallel {expert} does not support tensor parallelism, found {layout.tensor} ranks; remove one "
+            "of them"
+        )
+    if layout.shard_ranks % expert:
+        among = f" (of {world_size} in {layout.replicate} replicas)" if layout.replicate > 1 else ""
+        raise ConfigError(
+            f"--expert-parallel {expert}: the parameters are sharded over {layout.shard_ranks} ranks{among}, expected "
+            f"a multiple of {expert}; use a divisor of {layout.shard_ranks}, or start a different number of ranks"
+        )
+    return replace(layout, expert=expert)
+
+
+def indivisible_experts(experts: int, ranks: int) -> str:
+    """Return the message of --expert-parallel for a number of experts that `ranks` does not divide."""
+    valid = ", ".join(str(number) for number in range(1, experts + 1) if experts % number == 0)
+    return f"--expert-parallel {ranks}: the model has {experts} experts, which are divisible over {valid} ranks"
+
+
+def expert_shard_dim(shape: Sequence[int], ranks: int) -> int:
+    """Return the dimension along which FSDP shards a stack of matrices (experts, in, out) over `ranks` ranks.
+
+    That is the first one that the ranks divide evenly: fewer experts than ranks would leave ranks without parameters,
+    and FSDP pads every shard to the size of the largest. If there is none, the experts are sharded unevenly.
+    """
+    return next((dim for dim, size in enumerate(shape) if size % ranks == 0), 0)
+
+
+def _resolve_dimensions(cfg: ParallelConfig, world_size: int, ranks_per_node: int, rank: int) -> MeshLayout:
+    """Return the mesh layout without expert parallelism."""
     context = cfg.context_parallel
     if cfg.mesh_dim is not None:
         replicate, shard, tensor = _resolve_mesh_dim(cfg.mesh_dim, world_size, context)

@@ -84,6 +84,17 @@ class ArchitectureConfig(Section):
         None, "with custom_attn, length by which the attention weights are divided", choices=registry.ATTENTION_LENGTHS
     )
     attn_seq_scalar_alpha: float | None = flag(None, "with custom_attn, exponent of the --attn-seq-scalar length")
+    mup: bool = flag(
+        False,
+        "maximal-update parametrization (muP): scale initialization, learning rates, attention and logits with the "
+        "width, so that the best learning rate is that of the narrow base model",
+    )
+    mup_base_width: int | None = flag(None, "with --mup, hidden_dim of the base model; required there")
+    mup_base_head_dim: int | None = flag(
+        None,
+        "with --mup, width of a head of the base model; default: head_dim of the model's file, without it "
+        "--mup-base-width divided by n_heads",
+    )
 
 
 @dataclass(frozen=True)

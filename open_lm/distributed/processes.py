@@ -157,10 +157,16 @@ def build_layout(runtime: Runtime, cfg: ParallelConfig) -> MeshLayout:
         context_mesh = init_device_mesh(device_type, (replicate, shard, context, tensor), mesh_dim_names=names)
         context_group = context_mesh.get_group("context")
         groups.append(context_group)
+    expert_mesh = None
+    if layout.expert > 1:
+        names = ("replicate", "expert_shard", "expert")
+        sizes = (replicate, layout.expert_shard_ranks, layout.expert)
+        expert_mesh = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+        groups += expert_mesh.get_all_groups()
     for group in groups:
         if group is not dist.group.WORLD:  # subgroups get torch's default timeout instead of the world group's
             _set_pg_timeout(timedelta(seconds=cfg.dist_timeout), group)
-    return replace(layout, mesh=mesh, context_group=context_group)
+    return replace(layout, mesh=mesh, context_group=context_group, expert_mesh=expert_mesh)
 
 
 def is_master(args: Any, local: bool = False) -> bool:

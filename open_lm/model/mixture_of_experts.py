@@ -5,7 +5,9 @@ training an expert processes a limited number of tokens (its capacity), so that 
 remaining tokens keep only their residual stream. In evaluation no token is dropped, so that the result for a token does
 not depend on the rest of the batch.
 Fedus et al. 2021 (https://arxiv.org/abs/2101.03961), Lepikhin et al. 2020 (https://arxiv.org/abs/2006.16668).
-Legend: B batch, T sequence, D model width, F hidden width, E experts, k experts per token, C capacity, N = B*T tokens.
+With expert parallelism (parallel/expert_parallel.py) a rank holds a part of the experts, and tokens travel to them.
+Legend: B batch, T sequence, D model width, F hidden width, E experts (of this rank, for the networks), k experts per
+token, C capacity, N = B*T tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from open_lm.distributed.expert_exchange import ExpertExchange
+from open_lm.kernels.grouped_products import RowGroups, grouped_product
 
 
 class Router(nn.Module):
@@ -38,13 +43,17 @@ class ExpertMLP(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
 
-    def forward(self, slots: Tensor) -> Tensor:
-        """Map slots (E,C,D) -> (E,C,D)."""
-        return torch.bmm(F.gelu(torch.bmm(slots, self.w1), approximate="tanh"), self.w2)
+    def forward(self, tokens: Tensor, groups: RowGroups | None = None) -> Tensor:
+        """Map slots (E,C,D) -> (E,C,D), or with `groups` the tokens of each expert (n,D) -> (n,D)."""
+        return _product(self.hidden(tokens, groups), self.w2, groups)
 
-    def run_expert(self, expert: int, tokens: Tensor) -> Tensor:
-        """Run one expert: tokens (n,D) -> (n,D)."""
-        return F.gelu(tokens @ self.w1[expert], approximate="tanh") @ self.w2[expert]
+    def hidden(self, tokens: Tensor, groups: RowGroups | None) -> Tensor:
+        """Return the hidden features of the tokens, (E,C,F) or (n,F)."""
+        return F.gelu(_product(tokens, self.w1, groups), approximate="tanh")
+
+
+def _product(tokens: Tensor, matrices: Tensor, groups: RowGroups | None) -> Tensor:
+    return torch.bmm(tokens, matrices) if groups is None else grouped_product(tokens, matrices, groups)
 
 
 class ExpertSwiGLU(ExpertMLP):
@@ -54,13 +63,9 @@ class ExpertSwiGLU(ExpertMLP):
         super().__init__(num_experts, dim, hidden_dim)
         self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
 
-    def forward(self, slots: Tensor) -> Tensor:
-        """Map slots (E,C,D) -> (E,C,D)."""
-        return torch.bmm(F.silu(torch.bmm(slots, self.w1)) * torch.bmm(slots, self.w3), self.w2)
-
-    def run_expert(self, expert: int, tokens: Tensor) -> Tensor:
-        """Run one expert: tokens (n,D) -> (n,D)."""
-        return (F.silu(tokens @ self.w1[expert]) * (tokens @ self.w3[expert])) @ self.w2[expert]
+    def hidden(self, tokens: Tensor, groups: RowGroups | None) -> Tensor:
+        """Return the hidden features of the tokens, (E,C,F) or (n,F)."""
+        return F.silu(_product(tokens, self.w1, groups)) * _product(tokens, self.w3, groups)
 
 
 _NETWORKS: dict[str, type[ExpertMLP]] = {"gelu_tanh": ExpertMLP, "swiglu": ExpertSwiGLU}
@@ -98,6 +103,7 @@ class MixtureOfExperts(nn.Module):
         normalize_scores: divide the scores of a token's experts by their sum.
 
     Attributes:
+        exchange: sends tokens to the ranks of their experts; None if this rank has all experts.
         loads: after a forward pass in training mode, the share of the choices that each expert gets, and the mean score
             of each, both (E,) float32; with their graph, on the device. None before.
     """
@@ -112,6 +118,7 @@ class MixtureOfExperts(nn.Module):
         self.normalize_scores = normalize_scores
         self.router = Router(dim, self.num_experts)
         self.experts = experts
+        self.exchange: ExpertExchange | None = None
         self.loads: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -144,19 +151,37 @@ class MixtureOfExperts(nn.Module):
         overflow = self.num_experts * capacity
         slot = torch.where(rank_in_expert < capacity, expert * capacity + rank_in_expert, overflow)
         slots = tokens.new_zeros(overflow + 1, width).index_copy(0, slot, tokens.repeat(self.top_k, 1))
-        out = self.experts.mlp(slots[:-1].view(self.num_experts, capacity, width)).reshape(overflow, width)
+        out = self._run_slots(slots[:-1].view(self.num_experts, capacity, width)).reshape(overflow, width)
         picked = torch.cat((out, out.new_zeros(1, width)))[slot].view(self.top_k, count, width)
         return (picked * weights.t()[..., None]).sum(0)
 
     def _without_capacity(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Run the experts sequentially on all their tokens -> (N,D). Copies the token counts to the host."""
+        """Run the experts on all their tokens -> (N,D). Waits for the device, except with a grouped kernel."""
         order = chosen.reshape(-1).argsort(stable=True)
-        counts: list[int] = torch.bincount(chosen.reshape(-1), minlength=self.num_experts).tolist()
+        counts = F.one_hot(chosen.reshape(-1), self.num_experts).sum(0)
         rows = order // self.top_k
-        groups = tokens[rows].split(counts)
-        outputs = [self.experts.mlp.run_expert(expert, group) for expert, group in enumerate(groups) if len(group)]
-        out = torch.cat(outputs) * weights.reshape(-1)[order, None]
+        out = self._run_rows(tokens[rows], counts) * weights.reshape(-1)[order, None]
         return out.new_zeros(tokens.shape).index_add(0, rows, out)
+
+    def _run_slots(self, slots: Tensor) -> Tensor:
+        """Run all experts on their slots: (E,C,D) -> (E,C,D). E counts the experts of all ranks."""
+        if self.exchange is None:
+            return self.experts.mlp(slots)  # type: ignore[no-any-return]
+        return self.exchange.return_slots(self.experts.mlp(self.exchange.send_slots(_as_sent(slots))))
+
+    def _run_rows(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Run all experts on rows (n,D), ordered by expert, with counts (E,) rows each: -> (n,D)."""
+        if self.exchange is None:
+            return self.experts.mlp(rows, RowGroups(counts))  # type: ignore[no-any-return]
+        received, sent = self.exchange.send_rows(_as_sent(rows), counts)
+        return self.exchange.return_rows(self.experts.mlp(received, RowGroups(sent.counts)), sent)
+
+
+def _as_sent(tokens: Tensor) -> Tensor:
+    """Return tokens in the dtype in which the experts compute, which halves the bytes to send under autocast."""
+    device_type = tokens.device.type
+    is_enabled = torch.is_autocast_enabled(device_type)
+    return tokens.to(torch.get_autocast_dtype(device_type)) if is_enabled else tokens
 
 
 def balancing_loss(networks: Sequence[MixtureOfExperts], scope: str) -> Tensor | None:

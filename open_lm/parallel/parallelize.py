@@ -26,6 +26,12 @@ from open_lm.errors import ConfigError
 from open_lm.model.adapters import adapters
 from open_lm.model.recomputation import with_recomputation
 from open_lm.model.transformer import Transformer
+from open_lm.parallel.expert_parallel import (
+    apply_expert_parallel,
+    check_expert_parallel,
+    expert_placements,
+    mixtures,
+)
 from open_lm.parallel.float8 import check_float8, convert_to_float8
 from open_lm.parallel.tensor_parallel import apply_tensor_parallel, check_tensor_parallel
 
@@ -67,10 +73,7 @@ def parallelize(
     if fp8:
         run_on_all_ranks(lambda: check_float8(device))
         convert_to_float8(blocks, layout.tensor)
-    if layout.tensor > 1:
-        assert layout.mesh is not None
-        run_on_all_ranks(lambda: check_tensor_parallel(model, layout.tensor))
-        apply_tensor_parallel(model, layout.mesh["tensor"])
+    _split(model, layout)
     _checkpoint_activations(model, blocks, model_cfg)
     if model_cfg.torchcompile:
         # Compile each block in place: parameter names do not change, and equal blocks share one compilation.
@@ -87,7 +90,9 @@ def parallelize(
     is_sharded = layout.mesh is not None and (cfg.fsdp or layout.tensor > 1)
     if is_sharded:
         # The --fsdp-* flags have no effect without --fsdp.
-        _shard(model, blocks, _data_mesh(layout), cfg if cfg.fsdp else ParallelConfig(), device)
+        _shard(
+            model, blocks, _data_mesh(layout), cfg if cfg.fsdp else ParallelConfig(), device, _expert_data_mesh(layout)
+        )
     elif not is_meta:
         model.to(device)
     if is_meta:
@@ -101,10 +106,30 @@ def parallelize(
     return _replicate(model, cfg, device)
 
 
+def _split(model: nn.Module, layout: MeshLayout) -> None:
+    """Apply tensor or expert parallelism in place."""
+    if layout.tensor > 1:
+        assert layout.mesh is not None
+        run_on_all_ranks(lambda: check_tensor_parallel(model, layout.tensor))
+        apply_tensor_parallel(model, layout.mesh["tensor"])
+    if layout.expert > 1:
+        assert layout.expert_mesh is not None
+        run_on_all_ranks(lambda: check_expert_parallel(model, layout.expert))
+        apply_expert_parallel(model, layout.expert_mesh["expert"])
+
+
 def _data_mesh(layout: MeshLayout) -> DeviceMesh:
     """Return the mesh over which gradients are averaged: ("shard",) or ("replicate", "shard")."""
     assert layout.mesh is not None
     return layout.mesh["shard"] if layout.replicate == 1 else layout.mesh["replicate", "shard"]
+
+
+def _expert_data_mesh(layout: MeshLayout) -> DeviceMesh | None:
+    """Return the mesh over which gradients of experts are averaged, None without expert parallelism."""
+    mesh = layout.expert_mesh
+    if mesh is None or layout.replicate == 1:
+        return None if mesh is None else mesh["expert_shard"]
+    return mesh["replicate", "expert_shard"]
 
 
 def find_blocks(model: nn.Module, class_name: str | None = None) -> list[nn.Module]:
@@ -209,8 +234,13 @@ def _checkpointed_class(base: Any, policy: str, has_dropout: bool) -> type:
     return type(base.__name__, (base,), {"forward": forward})
 
 
-def _shard(
-    model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, cfg: ParallelConfig, device: torch.device
+def _shard(  # noqa: PLR0917 - the meshes of one layout
+    model: nn.Module,
+    blocks: list[nn.Module],
+    mesh: DeviceMesh,
+    cfg: ParallelConfig,
+    device: torch.device,
+    expert_mesh: DeviceMesh | None = None,
 ) -> None:
     """Apply fully_shard to every block, the embedding, and the last norm with the head, so that each is gathered while
     another computes. The remaining parameters are one more group: tied embeddings, and on a mesh of one rank, which
@@ -218,6 +248,8 @@ def _shard(
 
     What the backward pass needs first stays gathered after the forward pass: the last block, the last norm and the
     head. The reduced gradient is the mean over ranks, as with DDP, so the trainer scales the loss equally for both.
+
+    With expert parallelism, the experts of a block are a group of their own, over `expert_mesh`.
     """
     reduce_dtype = {(True, False): torch.float32, (False, True): torch.bfloat16}
     flags = (cfg.fsdp_amp, cfg.fsdp_pure_bf16)
@@ -225,10 +257,14 @@ def _shard(
     if flags in reduce_dtype:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype[flags])
     offload = CPUOffloadPolicy() if _offloads(cfg, device) else OffloadPolicy()
-    shard = functools.partial(fully_shard, mesh=mesh, offload_policy=offload)
+    options = {"offload_policy": offload, "shard_placement_fn": expert_placements(model, expert_mesh or mesh)}
+    shard = functools.partial(fully_shard, mesh=mesh, **options)
     reshards = not (cfg.fsdp_hybrid_o2 or cfg.fsdp_zero2)
     for number, block in enumerate(blocks, start=1):
-        shard(block, mp_policy=policy, reshard_after_forward=reshards and number < len(blocks))
+        reshards_block = reshards and number < len(blocks)
+        for network in mixtures(block) if expert_mesh is not None else ():
+            shard(network.experts.mlp, mesh=expert_mesh, mp_policy=policy, reshard_after_forward=reshards_block)
+        shard(block, mp_policy=policy, reshard_after_forward=reshards_block)
     if isinstance(model, Transformer) and not model.weight_tying and mesh.size() > 1:
         shard(model.tok_embeddings, mp_policy=policy, reshard_after_forward=reshards)
         if isinstance(model.tok_embeddings, FSDPModule):
@@ -241,7 +277,8 @@ def _shard(
         for index, block in enumerate(blocks):
             assert isinstance(block, FSDPModule)
             earlier = reversed(blocks[max(0, index - PREFETCH_DEPTH) : index])
-            block.set_modules_to_backward_prefetch([b for b in earlier if isinstance(b, FSDPModule)])
+            groups = [module for each in earlier for module in each.modules()]
+            block.set_modules_to_backward_prefetch([group for group in groups if isinstance(group, FSDPModule)])
 
 
 def _offloads(cfg: ParallelConfig, device: torch.device) -> bool:

@@ -16,7 +16,6 @@ H heads, K head width, W = H*K.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -30,12 +29,12 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 
 from open_lm.config.registry import FEED_FORWARDS
 from open_lm.distributed.param_names import is_adapter_name
-from open_lm.distributed.sharded_tensor import copy_local_shard
 from open_lm.errors import ConfigError, join_problems
 from open_lm.model.adapters import Adapter
 from open_lm.model.mixture_of_experts import MixtureOfExperts
 from open_lm.model.norms import GemmaRmsNorm, LayerNorm, LPLayerNorm, RmsNorm
 from open_lm.model.positional_embedding.rotary import Angles, HeadRotary
+from open_lm.parallel.split_parameters import override_attributes, split_parameters
 
 # The dimension along which a block's parameter is split, by its name pattern; None means replicated. The matrices of
 # feed-forward networks are declared in their registry. Other parameters are replicated if they have one dimension, and
@@ -62,7 +61,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     tied = root.output.weight is root.tok_embeddings.weight
     parallelize_module(root.tok_embeddings, mesh, RowwiseParallel(input_layouts=Replicate()))
     # `ScaledEmbedding.forward` would multiply a DTensor, so scale the sum over ranks instead.
-    _override(root.tok_embeddings, forward=nn.Embedding.forward)
+    override_attributes(root.tok_embeddings, forward=nn.Embedding.forward)
     # FSDP2 warns about modules that return views, so return a copy.
     root.tok_embeddings.register_forward_hook(lambda embedding, args, output: embedding.scaled(output).clone())
     _split_output(root.output, mesh)
@@ -72,7 +71,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     root.post_embed_norm.register_forward_pre_hook(hooks.split)
     root.norm.register_forward_hook(hooks.gather_replicated)
     for norm in (root.post_embed_norm, root.norm):
-        _split_parameters(norm, mesh, {})
+        split_parameters(norm, mesh, {})
     for block in root.layers:
         _split_block(block, mesh, hooks)
 
@@ -160,7 +159,7 @@ def _split_block(block: nn.Module, mesh: DeviceMesh, hooks: _ActivationHooks) ->
             path = f"{prefix}.{name}"
             is_replicated = any(fnmatch(path, pattern) for pattern in replicated)
             dims[name] = None if is_replicated else _split_dim(path, parameter)
-        _split_parameters(module, mesh, dims)
+        split_parameters(module, mesh, dims)
         if isinstance(module, Adapter) and dims["lora_A"] == 1:
             module.tensor_mesh = mesh
     for network in (attention, feed_forward):
@@ -170,11 +169,11 @@ def _split_block(block: nn.Module, mesh: DeviceMesh, hooks: _ActivationHooks) ->
         norm: Any = attention.get_submodule(name)
         if not isinstance(norm, nn.Identity) and not any(fnmatch(f"attention.{name}.weight", p) for p in replicated):
             norm.tensor_mesh = mesh
-            _override(norm, forward=_norm_over_ranks)
+            override_attributes(norm, forward=_norm_over_ranks)
     positions: Any = attention.pos_embed
     if isinstance(positions, HeadRotary):
         positions.tensor_mesh = mesh  # type: ignore[assignment]
-        _override(positions, angles=_local_head_angles)
+        override_attributes(positions, angles=_local_head_angles)
     if isinstance(feed_forward, MixtureOfExperts):
         feed_forward.register_forward_hook(_scale_balancing_loss_gradient(mesh.size()))
 
@@ -189,59 +188,6 @@ def local_key_heads(heads: int, key_heads: int, ranks: int, rank: int) -> list[i
     distinct = sorted(set(used))
     is_even = used == [head for head in distinct for _ in range(local // len(distinct))]
     return distinct if is_even else used
-
-
-def _split_parameters(module: nn.Module, mesh: DeviceMesh, dims: dict[str, int | None]) -> None:
-    """Convert a module's direct parameters to DTensors, split along dims.get(name) or replicated.
-
-    The module then reads its local shards. If its weight is split along dimension 1, its output is a partial sum, so it
-    reads a bias of zeros on all ranks except the first.
-    """
-    parts = getattr(module, "parts", 1)
-    properties: dict[str, Any] = {}
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        dim = dims.get(name)
-        placement: Placement = Replicate() if dim is None else Shard(dim)
-        shape = list(parameter.shape)
-        if dim is not None:
-            shape[dim] //= mesh.size()
-        local = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-        split = DTensor.from_local(local, mesh, [placement], run_check=False)
-        if not parameter.is_meta:
-            copy_local_shard(split, parameter.detach(), parts)
-        module.register_parameter(name, nn.Parameter(split, requires_grad=parameter.requires_grad))
-        zero = name == "bias" and dims.get("weight") == 1 and mesh.get_local_rank() > 0
-        properties[name] = _local_shard_property(name, Partial() if dim is None else placement, zero)
-    if properties:
-        _override(module, **properties)
-
-
-@functools.cache
-def _local_shard_property(name: str, gradient: Placement, zero: bool) -> property:
-    """Return a property that reads the local shard of a parameter, as zeros if `zero`.
-
-    While FSDP2 has the parameter sharded (a mesh of more than one dimension), it reads the DTensor itself.
-    """
-
-    def local_shard(module: nn.Module) -> Tensor | None:
-        parameter = module._parameters[name]
-        if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:
-            return parameter
-        local = parameter.to_local(grad_placements=[gradient])
-        return local * 0.0 if zero else local
-
-    return property(local_shard)
-
-
-def _override(module: nn.Module, **attributes: Any) -> None:
-    """Override attributes of a module by a subclass of its class; parameter names and isinstance checks stay valid."""
-    base: Any = type(module)
-    module.__class__ = _subclass(base, tuple(attributes.items()))
-
-
-@functools.cache  # torch.compile reuses the graph of a block only if its modules have the same classes
-def _subclass(base: type, attributes: tuple[tuple[str, Any], ...]) -> type:
-    return type(base.__name__, (base,), dict(attributes))
 
 
 # ------------------------------------------------------------------------------------------ activations

@@ -34,6 +34,7 @@ from open_lm.monitor.run_folder import RunPaths
 from open_lm.optim.averaging import ModelAverager
 from open_lm.optim.build import build_optimizer
 from open_lm.optim.schedules import build_scheduler
+from open_lm.parallel.expert_parallel import check_has_experts
 from open_lm.parallel.float8 import check_micro_batch_tokens
 from open_lm.parallel.parallelize import parallelize, unwrap
 from open_lm.training.control import RunControl
@@ -120,6 +121,8 @@ def build_parts(config: Config, runtime: Runtime, paths: RunPaths) -> RunParts:
     if config.precision.fp8 and wants_training(config.data):
         check_micro_batch_tokens(config.data.global_batch_size, config.optim.accum_freq, params.seq_len, layout)
     train_loader, val_loaders = run_on_all_ranks(lambda: _build_loaders(config, layout, params))
+    if layout.expert > 1:
+        run_on_all_ranks(lambda: check_has_experts(model, layout.expert))
     model = parallelize(
         model,
         layout,

@@ -29,7 +29,7 @@ _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "CUB
 # Flags that the advice may change; it keeps the model, the global batch and the precision.
 _LAYOUT_FLAGS = (
     *("fsdp", "fsdp_hybrid", "fsdp_hybrid_o2", "fsdp_zero2", "fsdp_cpu_offload"),
-    *("tensor_parallel", "context_parallel", "mesh_dim"),
+    *("tensor_parallel", "context_parallel", "expert_parallel", "mesh_dim"),
 )
 _MEMORY_FLAGS = ("grad_checkpointing", "activation_checkpointing", "accum_freq", "batch_size")
 _NUM_ADVICE = 4

@@ -99,6 +99,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "hybrid_every": (4, {"fsdp": True, "mesh_dim": "2,2,1", "fsdp_zero2": True, **EVERY}),
     "tensor_every": (4, {"fsdp": True, "tensor_parallel": 2, **EVERY}),
     "context_every": (4, {"fsdp": True, "context_parallel": 2, **EVERY}),
+    "expert": (2, {"fsdp": True, "expert_parallel": 2}),
+    "expert_fsdp": (4, {"fsdp": True, "expert_parallel": 2, "fsdp_zero2": True, "fsdp_backward_prefetch": True}),
+    "expert_hybrid": (4, {"fsdp": True, "expert_parallel": 2, "mesh_dim": "2,2,1"}),
+    "expert_context": (4, {"fsdp": True, "expert_parallel": 4, "context_parallel": 2}),
+    "expert_every": (4, {"fsdp": True, "expert_parallel": 2, **EVERY}),
 }
 
 # Layouts that use the size "87m" instead of "odd". Its width is that of open_lm_87m, which is slow to train.
@@ -206,10 +211,10 @@ def shape(case: dict[str, Any]) -> dict[str, Any]:
 
 def experts(case: dict[str, Any]) -> dict[str, Any]:
     """Return the mixture-of-experts settings of Params; the first of the two blocks has experts."""
-    if case["experts"] == "none":
+    if case["experts"] == "none" and "expert" not in kinds(case["layout"]):
         return {}
-    settings = {"moe_freq": 2, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K, "moe_loss_weight": 0.0}
-    if case["experts"] == "unbounded":
+    settings: dict[str, Any] = {"moe_freq": 2, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K, "moe_loss_weight": 0.0}
+    if case["experts"] != "bounded":
         return {**settings, "moe_capacity_factor": 0.0}
     if case["layout"] in ("tensor", "tensor_4"):  # all ranks process all tokens
         return {**settings, "moe_capacity_factor": 1.0, "moe_loss_weight": 0.1}

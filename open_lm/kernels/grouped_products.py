@@ -1,0 +1,75 @@
+"""Products of groups of rows with one matrix each: the experts of a mixture on any number of tokens.
+
+On CUDA devices that support it, in bfloat16, one kernel computes all groups (torch.nn.functional.grouped_mm), and the
+host does not need their sizes. Elsewhere the products run sequentially, with the same result up to rounding.
+Legend: n rows, E groups, D and F widths.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ALIGNMENT_BYTES = 16  # of every row, a condition of the kernel
+# torch 2.10 gave the operator a public name. Versions without either name lack the kernel.
+_grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+
+
+class RowGroups:
+    """Consecutive groups of rows, by the number of rows of each.
+
+    Args:
+        counts: the number of rows of each group (E,) int64, on the device.
+    """
+
+    def __init__(self, counts: Tensor) -> None:
+        self._counts = counts
+        self._ends: Tensor | None = None
+        self._sizes: list[int] | None = None
+
+    @property
+    def ends(self) -> Tensor:
+        """The end of each group (E,) int32."""
+        if self._ends is None:
+            self._ends = self._counts.cumsum(0, dtype=torch.int32)
+        return self._ends
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of rows of each group. Waits for the device at the first access."""
+        if self._sizes is None:
+            self._sizes = self._counts.tolist()
+        return self._sizes
+
+
+def grouped_product(rows: Tensor, matrices: Tensor, groups: RowGroups) -> Tensor:
+    """Multiply the rows of group e with matrix e: rows (n,D), matrices (E,D,F) -> (n,F).
+
+    With autocast, both operands are cast to its dtype. Differentiable.
+    """
+    device_type = rows.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        rows, matrices = rows.to(dtype), matrices.to(dtype)
+    if has_grouped_kernel(rows, matrices):
+        return _grouped_mm(rows, matrices, offs=groups.ends)  # type: ignore[no-any-return]
+    pairs = zip(rows.split(groups.sizes), matrices.unbind(), strict=True)
+    # Without any row, the product with the first matrix still gives the matrices a gradient, of zeros.
+    products = [group @ matrix for group, matrix in pairs if len(group)] or [rows @ matrices[0]]
+    return torch.cat(products)
+
+
+def has_grouped_kernel(rows: Tensor, matrices: Tensor) -> bool:
+    """Return whether one kernel can compute the grouped product of these operands."""
+    if _grouped_mm is None or rows.device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if not rows.dtype == matrices.dtype == torch.bfloat16:
+        return False
+    if any(width * rows.element_size() % _ALIGNMENT_BYTES for width in matrices.shape[1:]):
+        return False
+    capability = torch.cuda.get_device_capability(rows.device)
+    # The first version with the operator had it for Hopper only.
+    return capability >= (9, 0) if hasattr(F, "grouped_mm") else capability == (9, 0)
