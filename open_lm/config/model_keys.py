@@ -12,6 +12,7 @@ from typing import Any
 from open_lm.config.fields import Section
 from open_lm.config.registry import FEED_FORWARDS, ROPE_SCALINGS
 
+MUP_KEYS = ("mup", "mup_base_width", "mup_base_head_dim")  # flags; a file may contain them too
 NORM_POSITIONS = ("pre", "post", "both")
 EXPERT_TYPES = ("gelu_tanh", "swiglu")
 MOE_LOSS_SCOPES = ("layer", "model")
@@ -103,7 +104,10 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
     get: Callable[[str], Any] = all_values.get
     problems = [
         f"{name} is {get(name)}, expected at least 1"
-        for name in ("n_kv_heads", "head_dim", "ffn_dim", "moe_ffn_dim", "attn_window", "unpadded_vocab_size")
+        for name in (
+            *("n_kv_heads", "head_dim", "ffn_dim", "moe_ffn_dim", "attn_window", "unpadded_vocab_size"),
+            *("mup_base_width", "mup_base_head_dim"),
+        )
         if get(name) is not None and get(name) < 1
     ]
     problems += [
@@ -131,7 +135,21 @@ def relation_problems(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"rope_fraction is {get('rope_fraction')}, expected at most 1")
     if get("unpadded_vocab_size") and "vocab_size" in values and get("unpadded_vocab_size") > values["vocab_size"]:
         problems.append(f"unpadded_vocab_size is {get('unpadded_vocab_size')}, above vocab_size {values['vocab_size']}")
-    return [*problems, *_rope_frequency_scaling_problems(get("rope_frequency_scaling"))]
+    return [*problems, *_mup_problems(get), *_rope_frequency_scaling_problems(get("rope_frequency_scaling"))]
+
+
+def _mup_problems(get: Callable[[str], Any]) -> list[str]:
+    width, heads = get("mup_base_width"), get("n_heads")
+    if not get("mup"):
+        return []
+    if width is None:
+        return ["--mup requires --mup-base-width, the hidden_dim of the model whose learning rate was tuned"]
+    if heads and width < heads and not get("mup_base_head_dim") and not get("head_dim"):
+        return [
+            f"--mup-base-width is {width}, less than n_heads {heads}, so the base model cannot have as many heads; "
+            "set --mup-base-head-dim, the width of its heads"
+        ]
+    return []
 
 
 def _rope_frequency_scaling_problems(scaling: Mapping[str, Any] | None) -> list[str]:

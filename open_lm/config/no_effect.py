@@ -69,10 +69,17 @@ def _unused_settings(flag: str, value: str, registry: Registry) -> dict[str, str
     }
 
 
+def _has_data(c: Config) -> bool:
+    return bool(c.data.train_data or c.data.dataset_manifest or c.data.train_text)
+
+
+def _trains(c: Config) -> bool:
+    return _has_data(c) or c.data.dataset_type == "synthetic"
+
+
 def _only_evaluates(c: Config) -> bool:
-    trains = c.data.train_data or c.data.dataset_manifest or c.data.dataset_type == "synthetic"
     live = c.live_evaluation
-    return not trains and bool(c.validation.val_data or live.icl_yaml or live.sample_prompts)
+    return not _trains(c) and bool(c.validation.val_data or live.icl_yaml or live.sample_prompts)
 
 
 _NO_EXPERTS = "without --moe-freq"
@@ -90,6 +97,7 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         lambda c: c.model.hf_model is None,
         "with --hf-model, which defines the architecture",
     ),
+    (("mup_base_width", "mup_base_head_dim"), lambda c: c.model.mup, "without --mup"),
     (("hf_seq_len", "hf_fsdp_block"), lambda c: c.model.hf_model is not None, "without --hf-model"),
     (
         ("hf_fsdp_block",),
@@ -117,19 +125,28 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
     ),
     (
         ("train_data_mix_weights",),
-        lambda c: bool(c.data.train_data or c.data.dataset_manifest),
-        "without --train-data or --dataset-manifest",
+        _has_data,
+        "without --train-data, --dataset-manifest or --train-text",
     ),
     (
         ("lora", "qlora"),
         lambda c: not _only_evaluates(c),
         "without training data: the adapters of the evaluated checkpoint are merged into the weights of their base",
     ),
-    (("cache_limit",), lambda c: c.data.cache_dir is not None, "without --cache-dir"),
+    (
+        tuple(spec.name for spec in DataConfig.specs() if spec.name.startswith("text_")),
+        lambda c: bool(c.data.train_text),
+        "without --train-text",
+    ),
+    (
+        ("cache_limit",),
+        lambda c: c.data.cache_dir is not None or bool(c.data.train_text),
+        "without --cache-dir or --train-text",
+    ),
     (("end_of_text_id",), lambda c: c.data.document_mask, "without --document-mask"),
     (
         tuple(spec.name for spec in DistillConfig.specs()),
-        lambda c: bool(c.data.train_data or c.data.dataset_manifest) or c.data.dataset_type == "synthetic",
+        _trains,
         "without training data",
     ),
     (
@@ -166,14 +183,16 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
     ),
     (
         ("icl_every_n_steps", "icl_max_time_share", "sample_every_n_steps"),
-        lambda c: bool(c.data.train_data or c.data.dataset_manifest) or c.data.dataset_type == "synthetic",
+        _trains,
         "without training data",
     ),
     (("profile_steps",), lambda c: not _only_evaluates(c), "without training data"),
     (
         ("tokenizer",),
-        lambda c: c.live_evaluation.icl_yaml is not None or c.live_evaluation.sample_prompts is not None,
-        "without --icl-yaml or --sample-prompts",
+        lambda c: bool(
+            c.live_evaluation.icl_yaml is not None or c.live_evaluation.sample_prompts is not None or c.data.train_text
+        ),
+        "without --train-text, --icl-yaml or --sample-prompts",
     ),
     (
         ("remote_sync_frequency", "remote_sync_protocol"),

@@ -99,7 +99,9 @@ class OpenLMPreTrainedModel(PreTrainedModel):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         with torch.device("meta"):
-            head = Head(new_embeddings.in_features, new_embeddings.out_features, new_embeddings.bias is not None)
+            multiplier = self.model.params.parametrization.output_multiplier
+            bias = new_embeddings.bias is not None
+            head = Head(new_embeddings.in_features, new_embeddings.out_features, bias, multiplier)
         head.weight, head.bias = new_embeddings.weight, new_embeddings.bias
         self.model.output = head
 

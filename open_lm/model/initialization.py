@@ -18,6 +18,7 @@ from open_lm.config.registry import FEED_FORWARDS
 from open_lm.distributed.param_names import clean_name, is_adapter_name
 from open_lm.distributed.sharded_tensor import copy_local_shard, fused_weight_parts
 from open_lm.model.adapters import fill_adapter
+from open_lm.model.parametrization import parametrization_of
 
 INPUT_WEIGHTS = (
     "tok_embeddings.weight",
@@ -52,7 +53,7 @@ def init_weights(model: nn.Module, seed: int) -> None:
     generator, seeded by (seed, name of the parameter). On one kind of device its values depend on nothing else, such as
     the number of ranks. A sharded parameter thus needs memory for its full tensor only while it is initialized, and
     ranks do not communicate. Tied weights are initialized once. Allocate models created on the meta device with
-    `to_empty` first.
+    `to_empty` first. The maximal-update parametrization has further factors, see parametrization.py.
 
     Raises:
         ValueError: a parameter that is not in the table, or one on the meta device.
@@ -63,12 +64,14 @@ def init_weights(model: nn.Module, seed: int) -> None:
         for name, module in model.named_modules()
         if hasattr(module, "gain_offset")
     }
+    scaling = parametrization_of(model)
     with torch.no_grad():
         for wrapped_name, parameter in model.named_parameters():
             name = clean_name(wrapped_name)
             if parameter.is_meta:
                 raise ValueError(f"{name} is on the meta device; call model.to_empty(device=…) first")
-            _fill(parameter, name, seed, parts.get(name, 1), gains.get(name, 1.0))
+            gain, std_factor = gains.get(name, 1.0), scaling.init_factor(name)
+            _fill(parameter, name, seed, parts=parts.get(name, 1), gain=gain, std_factor=std_factor)
     reset_buffers(model)
 
 
@@ -80,7 +83,7 @@ def reset_buffers(model: nn.Module) -> None:
             reset()
 
 
-def _fill(parameter: Tensor, name: str, seed: int, parts: int, gain: float) -> None:
+def _fill(parameter: Tensor, name: str, seed: int, *, parts: int, gain: float, std_factor: float) -> None:
     if is_adapter_name(name):
         values = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
         fill_adapter(values, name, seed)
@@ -90,7 +93,7 @@ def _fill(parameter: Tensor, name: str, seed: int, parts: int, gain: float) -> N
     elif name.endswith("norm.weight"):
         parameter.fill_(gain)
     else:
-        copy_local_shard(parameter, _initial_values(parameter, name, seed), parts)
+        copy_local_shard(parameter, _initial_values(parameter, name, seed, std_factor), parts)
 
 
 def standard_deviation(name: str, shape: torch.Size) -> float:
@@ -113,9 +116,9 @@ def _feed_forward_weights(fact: str) -> Iterator[str]:
         yield from (f"feed_forward.{name}.weight" for name in entry.facts.get(fact, ()))
 
 
-def _initial_values(parameter: Tensor, name: str, seed: int) -> Tensor:
+def _initial_values(parameter: Tensor, name: str, seed: int, std_factor: float) -> Tensor:
     """Return the full parameter in float32, so that a half-precision model is the rounded float32 model."""
-    std = standard_deviation(name, parameter.shape)
+    std = std_factor * standard_deviation(name, parameter.shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator(device=parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
     values = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from open_lm.config.architecture import resolve_architecture
-from open_lm.config.model_keys import ModelKeys, feed_forward_width, in_layer, relation_problems
+from open_lm.config.model_keys import MUP_KEYS, ModelKeys, feed_forward_width, in_layer, relation_problems
 from open_lm.config.registry import FEED_FORWARDS, POSITIONAL_EMBEDDINGS
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError, join_problems
 from open_lm.model.attention import AttentionOptions, AttnFunc, check_attention_options, get_attn_func
 from open_lm.model.norms import get_norm_class
+from open_lm.model.parametrization import STANDARD, Parametrization, embedding_ratio
 from open_lm.model.positional_embedding.rotary import RopeSettings
 
 
@@ -46,7 +47,7 @@ class Params:
     """The architecture of a model; docs/model_configs.md describes the fields.
 
     norm_type and attn_func are derived from model_norm and attn_name if None. n_kv_heads, head_dim, ffn_dim and
-    moe_ffn_dim of 0, and ffn_bias of None, are replaced by their defaults.
+    moe_ffn_dim of 0, and ffn_bias and (with mup) mup_base_head_dim of None, are replaced by their defaults.
     """
 
     dim: int = 512
@@ -103,6 +104,9 @@ class Params:
     embedding_dropout: float = 0.0
     attn_dropout: float = 0.0
     residual_dropout: float = 0.0
+    mup: bool = False
+    mup_base_width: int | None = None
+    mup_base_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         if self.norm_type is None:
@@ -115,6 +119,8 @@ class Params:
         if problems:
             raise ConfigError(join_problems(problems, "the model configuration"))
         self.n_kv_heads = self.n_kv_heads or self.n_heads
+        if self.mup and self.mup_base_width is not None and self.mup_base_head_dim is None:
+            self.mup_base_head_dim = self.head_dim or self.mup_base_width // self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
         self.ffn_dim = self.ffn_dim or feed_forward_width(self.ffn_type, self.dim)
         self.moe_ffn_dim = self.moe_ffn_dim or 4 * self.dim
@@ -149,7 +155,7 @@ class Params:
                 problems.append(f"--moe-num-experts is {experts}, expected at least 1 because --moe-freq is set")
             elif not 1 <= self.moe_top_k <= experts:
                 problems.append(f"--moe-top-k is {self.moe_top_k}, expected 1 to {experts}, the number of experts")
-        names = ("n_heads", "vocab_size", *(spec.name for spec in ModelKeys.specs()))
+        names = ("n_heads", "vocab_size", *MUP_KEYS, *(spec.name for spec in ModelKeys.specs()))
         values = {name: getattr(self, name) for name in names}
         derived = [name for name in ("n_kv_heads", "head_dim", "ffn_dim", "moe_ffn_dim") if not values[name]]
         return problems + relation_problems({**values, **dict.fromkeys(derived)})
@@ -164,6 +170,19 @@ class Params:
         """Whether the model draws random numbers in training."""
         return max(self.embedding_dropout, self.attn_dropout, self.residual_dropout) > 0
 
+    @property
+    def parametrization(self) -> Parametrization:
+        """The factors of initialization, learning rates, attention scores and logits."""
+        if not self.mup:
+            return STANDARD
+        assert self.mup_base_width is not None and self.mup_base_head_dim is not None
+        return Parametrization(
+            width_ratio=self.dim / self.mup_base_width,
+            embedding_ratio=embedding_ratio(self.embedding_scale, self.dim, self.mup_base_width),
+            head_ratio=self.head_dim / self.mup_base_head_dim,
+            is_tied=self.weight_tying,
+        )
+
     def norm(self, width: int) -> nn.Module:
         """Create a normalization layer over a last dimension of `width`."""
         assert self.norm_type is not None
@@ -176,8 +195,12 @@ class Params:
 
     def attention_options(self, kind: LayerKind) -> AttentionOptions:
         """Return the options of attention in layers of a kind."""
+        factor = self.parametrization.attention_factor
+        scale = self.attn_scale
+        if factor != 1.0:
+            scale = factor * (self.head_dim**-0.5 if scale is None else scale)
         return AttentionOptions(
-            scale=self.attn_scale,
+            scale=scale,
             soft_cap=self.attn_soft_cap,
             window=self.attn_window if kind.has_window else None,
             dropout=self.attn_dropout,

@@ -184,10 +184,19 @@ def _create_feed_forward(layer_id: int, params: Params) -> nn.Module:
 
 
 class Head(nn.Linear):
-    """The output layer. It also computes losses, so that FSDP2 gathers its parameters for both."""
+    """The output layer. It also computes losses, so that FSDP2 gathers its parameters for both.
+
+    multiplier: a factor of the hidden states, see parametrization.py.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, multiplier: float = 1.0) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.multiplier = multiplier
 
     def forward(self, input: Tensor, *, loss: TokenLoss | None = None, **settings: Any) -> Tensor:
         """Map hidden states (B,T,D) to logits (B,T,V), or to `loss` with the settings of `TokenLoss.from_hidden`."""
+        if self.multiplier != 1.0:
+            input = input * self.multiplier
         if loss is None:
             return super().forward(input)
         return loss.from_hidden(input, self.weight, self.bias, **settings)
@@ -214,7 +223,8 @@ class Transformer(nn.Module):
         self.post_embed_norm = params.norm(params.dim) if params.post_embed_norm else nn.Identity()
         self.layers = nn.ModuleList(Block(layer_id, params) for layer_id in range(params.n_layers))
         self.norm = params.norm(params.dim)
-        self.output = Head(params.dim, params.vocab_size, bias=params.head_bias)
+        multiplier = params.parametrization.output_multiplier
+        self.output = Head(params.dim, params.vocab_size, bias=params.head_bias, multiplier=multiplier)
         self._tie_weights()
         if not self.output.weight.is_meta:
             self.reset_parameters()

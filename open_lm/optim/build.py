@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from open_lm.config.registry import OPTIMIZERS
 from open_lm.config.sections import OptimConfig
 from open_lm.distributed.processes import sum_over_ranks
+from open_lm.model.parametrization import lr_factors
 from open_lm.optim.adamw import AdamW, compute_device, local_tensor
 from open_lm.optim.muon import Muon
+from open_lm.optim.schedules import LR_FACTOR
 
 _names: WeakKeyDictionary[Optimizer, str] = WeakKeyDictionary()  # of the optimizers that `build_optimizer` has built
 _CPU_NORM_CHUNK = 1 << 16  # elements whose squares are summed sequentially on a CPU
@@ -24,8 +26,8 @@ _CPU_NORM_CHUNK = 1 << 16  # elements whose squares are summed sequentially on a
 
 @OPTIMIZERS.register("adamw", help="AdamW", moments=("exp_avg", "exp_avg_sq"), scalars=("step",), uses=())
 def build_adamw(model: nn.Module, cfg: OptimConfig) -> Optimizer:
-    """Build AdamW with weight decay on all parameters, including norms and embeddings; see `_decay_groups`."""
-    groups = _decay_groups(_trainable(model), cfg)
+    """Build AdamW with weight decay on all parameters, including norms and embeddings; see `_groups`."""
+    groups = _groups(_trainable(model), cfg, lr_factors(model))
     return AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.wd, fused=True)
 
 
@@ -45,8 +47,8 @@ def build_muon(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     matrices = [param for param in trainable if param.dim() in (2, 3) and id(param) not in excluded]
     matrix_ids = {id(param) for param in matrices}
     return Muon(
-        matrices,
-        _decay_groups([param for param in trainable if id(param) not in matrix_ids], cfg),
+        _groups(matrices, cfg, lr_factors(model, orthogonal=True)),
+        _groups([param for param in trainable if id(param) not in matrix_ids], cfg, lr_factors(model)),
         parts={
             param: parts
             for module in model.modules()
@@ -104,19 +106,25 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [param for param in model.parameters() if param.requires_grad]
 
 
-def _decay_groups(params: list[nn.Parameter], cfg: OptimConfig) -> list[dict[str, Any]]:
+def _groups(params: list[nn.Parameter], cfg: OptimConfig, factors: Mapping[int, float]) -> list[dict[str, Any]]:
     """Return one group with all parameters in the model's order, which existing checkpoints expect.
 
-    With --no-decay-norms, parameters of one dimension are in a second group without weight decay.
+    With --no-decay-norms, parameters of one dimension are in groups without weight decay, which come last. Parameters
+    with a factor of the learning rate, by their ids in `factors`, are in a group for each factor. Their weight decay is
+    divided by it, so that the schedule's rate times the weight decay is the same for all.
     """
-    if not cfg.no_decay_norms:
-        return [{"params": params}]
-    vectors = [param for param in params if param.dim() < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": [param for param in params if param.dim() >= 2]},
-        {"params": vectors, "weight_decay": 0.0},
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for param in params:
+        is_exempt = cfg.no_decay_norms and param.dim() < 2
+        groups.setdefault((is_exempt, factors.get(id(param), 1.0)), []).append(param)
+    return [
+        {
+            "params": members,
+            **({} if factor == 1.0 else {LR_FACTOR: factor, "lr": cfg.lr * factor, "weight_decay": cfg.wd / factor}),
+            **({"weight_decay": 0.0} if is_exempt else {}),
+        }
+        for (is_exempt, factor), members in sorted(groups.items(), key=lambda item: item[0][0])
     ]
-    return [group for group in groups if group["params"]]
 
 
 def _embedding_and_head_ids(model: nn.Module) -> set[int]:
@@ -135,8 +143,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
     Each element of a gradient counts once, however many ranks hold it and over whichever meshes the parameters are
     sharded. The norm is bitwise equal on all ranks. In a single process it equals torch's, except for gradients in half
-    precision, whose norms torch rounds to their dtype, and for large gradients on a CPU, see `_norm`. Collective; does
-    not synchronize with the device.
+    precision, whose norms torch rounds to their dtype, and for large gradients on a CPU, see `total_norm`. Collective;
+    does not synchronize with the device.
     """
     grads = [param.grad for param in parameters if param.grad is not None]
     if not grads:
@@ -145,7 +153,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     for grad in grads:
         by_copies.setdefault(_num_copies(grad), []).append(local_tensor(grad))
     # In float64 the square of a float32 and its root are exact.
-    squares = [_norm(shards).double().square() / copies for copies, shards in by_copies.items()]
+    squares = [total_norm(shards).double().square() / copies for copies, shards in by_copies.items()]
     return sum_over_ranks(torch.stack(squares).sum().to(compute_device(grads[0]))).sqrt().float()
 
 
@@ -158,7 +166,7 @@ def _num_copies(tensor: Tensor) -> int:
     return copies
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
+def total_norm(tensors: list[Tensor]) -> Tensor:
     """Return the total 2-norm of tensors on one device, a float32 scalar (float64 for float64 tensors)."""
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     if tensors[0].device.type == "cpu":

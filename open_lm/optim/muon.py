@@ -33,10 +33,10 @@ _ADAMW_RMS = 0.2
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum and decoupled weight decay for `matrices`, AdamW for the groups of `others`.
+    """Muon with Nesterov momentum and decoupled weight decay for the groups of `matrices`, AdamW for those of `others`.
 
     Args:
-        matrices: parameters (m, n), or (U, m, n) for U matrices, unsharded or sharded.
+        matrices: groups of parameters (m, n), or (U, m, n) for U matrices, unsharded or sharded.
         others: parameter groups of a torch optimizer, for AdamW.
         parts: U for each parameter (U m, n) that fuses U matrices along dimension 0; each is treated separately.
         lr: --lr.
@@ -55,7 +55,7 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        matrices: list[nn.Parameter],
+        matrices: list[dict[str, Any]],
         others: list[dict[str, Any]],
         *,
         parts: Mapping[Tensor, int],
@@ -69,7 +69,10 @@ class Muon(torch.optim.Optimizer):
         self._parts = dict(parts)
         self._dtype = dtype
         self._assignments: dict[tuple[int, ...], list[MatrixAssignment]] = {}  # by the parameters with gradients
-        groups = [{"params": matrices, "muon": True, "momentum": momentum}, *({**g, "muon": False} for g in others)]
+        groups = [
+            *({**group, "muon": True, "momentum": momentum} for group in matrices),
+            *({**group, "muon": False} for group in others),
+        ]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": True}
         super().__init__([group for group in groups if group["params"]], defaults)
 

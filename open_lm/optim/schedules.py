@@ -17,6 +17,9 @@ from open_lm.errors import ConfigError
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+# The key of a parameter group whose learning rate is this factor of that of the schedule.
+LR_FACTOR = "lr_factor"
+
 Schedule = Callable[[int], float]
 
 
@@ -169,7 +172,8 @@ def _with_warmup(  # noqa: PLR0917 - the order of the schedules above
 ) -> Schedule:
     """Return a schedule with warmup, then `decay` of a step's progress from `start` to `end`, at least `force_min_lr`.
 
-    Calling it with a step sets the optimizer's learning rate and returns it.
+    Calling it with a step sets the learning rate of each group, times the group's LR_FACTOR, and returns it without
+    that factor.
     """
 
     def adjust(step: int) -> float:
@@ -178,7 +182,7 @@ def _with_warmup(  # noqa: PLR0917 - the order of the schedules above
         else:
             lr = max(decay(_progress(step, start, end)), force_min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get(LR_FACTOR, 1.0)
         return lr
 
     return adjust

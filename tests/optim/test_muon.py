@@ -54,7 +54,7 @@ def test_updates_agree_with_the_reference() -> None:
     parts = {params[name]: n for name, (_, n) in shapes.items()}
     before = {name: param.detach().clone() for name, param in params.items()}
     grads = {name: [torch.randn(p.shape, generator=generator) for _ in range(3)] for name, p in params.items()}
-    optimizer = Muon(list(params.values()), [], parts=parts, lr=0.1, weight_decay=0.5, dtype=torch.float32)
+    optimizer = Muon([{"params": list(params.values())}], [], parts=parts, lr=0.1, weight_decay=0.5, dtype=torch.float32)
     for step in range(3):
         for name, param in params.items():
             param.grad = grads[name][step].clone()
@@ -78,7 +78,7 @@ def test_updates_agree_with_torchs_muon(size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(3)
     ours, theirs = (nn.Parameter(torch.randn(size, generator=generator.manual_seed(4))) for _ in range(2))
     optimizers = [
-        Muon([ours], [], parts={}, lr=0.1, weight_decay=0.1, dtype=torch.bfloat16),
+        Muon([{"params": [ours]}], [], parts={}, lr=0.1, weight_decay=0.1, dtype=torch.bfloat16),
         torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
     ]
     before = ours.detach().clone()

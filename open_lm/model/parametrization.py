@@ -1,0 +1,142 @@
+"""The standard parametrization and the maximal-update parametrization (muP), which `--mup` selects.
+
+With muP (Yang et al. 2022, https://arxiv.org/abs/2203.03466) the best learning rate does not depend on the width of the
+model, so it can be tuned on a narrow one. The base model is one of width D_base at which both parametrizations are
+equal. With m = D / D_base, and F, H K and the width of experts taken to grow like D:
+
+| parameters                     | initial std              | AdamW lr | Muon lr   | multiplier                        |
+|--------------------------------|--------------------------|----------|-----------|-----------------------------------|
+| tok_embeddings                 | e sqrt(m) x standard     | e        | (AdamW)   |                                   |
+| output                         | sqrt(m) x standard       | 1        | (AdamW)   | hidden states x 1/m               |
+| output, tied to tok_embeddings | as tok_embeddings        | e        | (AdamW)   | hidden states x 1/(e m)           |
+| matrices of the blocks         | standard                 | 1/m      | 1/sqrt(m) | attention scores x sqrt(K_base/K) |
+| router of experts              | 1/sqrt(m) x standard     | 1/m      | 1/m       |                                   |
+| norms and biases               | standard                 | 1        | (AdamW)   |                                   |
+| adapters: lora_A               | standard                 | 1/m      | 1/m       |                                   |
+| adapters: lora_B, magnitudes   | standard                 | 1        | 1         |                                   |
+
+"Standard" is the table of `init_weights`; the embeddings' 1/sqrt(D) thus becomes 1/sqrt(D_base). The learning rates are
+factors of --lr. Weight decay is divided by the same factor, so that the product of both, the share by which a step
+shrinks a weight, does not depend on the width.
+
+e is the scale of the embeddings (Gemma's sqrt(D)) of the base model divided by that of this model: sqrt(D_base / D)
+for a scale of sqrt(D), else 1. Attention scores get the scale sqrt(K_base) / K in place of 1/sqrt(K).
+
+AdamW's update has entries of size lr, so a product with it grows with the number of inputs, which 1/m undoes. Muon's
+has a spectral norm of 0.2 lr sqrt(max(in, out)); that of a change that keeps the size of activations is proportional to
+sqrt(out / in) (Bernstein and Newhouse 2024, https://arxiv.org/abs/2410.21265), and 1/sqrt(m) (for matrices whose
+inputs only grow, 1/m) is the ratio. Depth is not parametrized.
+
+Legend: D model width, K head width, H heads, F hidden width of the feed-forward.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from open_lm.distributed.param_names import clean_name
+
+_SQRT_TOLERANCE = 0.01  # relative; Gemma rounds sqrt(D) to the dtype of the embeddings
+
+
+class Rule(NamedTuple):
+    """The exponents of m of a kind of parameter: of its initial standard deviation and its learning rates."""
+
+    init: float = 0.0
+    adamw: float = 0.0
+    muon: float = 0.0
+
+
+# By kind, with the ends of the names of its parameters. Matrices of the blocks that match none are "hidden".
+RULES = {
+    "embedding": Rule(init=0.5),
+    "output": Rule(init=0.5),
+    "hidden": Rule(adamw=-1.0, muon=-0.5),
+    "router": Rule(init=-0.5, adamw=-1.0, muon=-1.0),
+    "lora_A": Rule(adamw=-1.0, muon=-1.0),
+    "vector": Rule(),
+}
+_NAMES = {
+    "tok_embeddings.weight": "embedding",
+    "output.weight": "output",
+    "router.layer.weight": "router",
+    "lora_A": "lora_A",
+    "lora_B": "vector",
+    "lora_magnitude": "vector",
+    "norm.weight": "vector",
+    "bias": "vector",
+}
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a parameter, a key of RULES, by its name in the model."""
+    return next((kind for end, kind in _NAMES.items() if name.endswith(end)), "hidden")
+
+
+@dataclass(frozen=True)
+class Parametrization:
+    """The parametrization of one model; the default is the standard one, whose factors are all exactly 1.
+
+    Attributes:
+        width_ratio: m.
+        embedding_ratio: e.
+        head_ratio: K / K_base.
+        is_tied: whether the output layer and the embeddings share their weight.
+    """
+
+    width_ratio: float = 1.0
+    embedding_ratio: float = 1.0
+    head_ratio: float = 1.0
+    is_tied: bool = False
+
+    @property
+    def attention_factor(self) -> float:
+        """The factor of the attention scores."""
+        return 1 / math.sqrt(self.head_ratio)
+
+    @property
+    def output_multiplier(self) -> float:
+        """The factor of the hidden states that the output layer maps to logits."""
+        return 1 / (self.width_ratio * (self.embedding_ratio if self.is_tied else 1.0))
+
+    def init_factor(self, name: str) -> float:
+        """Return the initial standard deviation of a parameter, relative to the standard parametrization."""
+        kind = kind_of(name)
+        return self.width_ratio ** RULES[kind].init * self._embedding_factor(kind)
+
+    def lr_factor(self, name: str, orthogonal: bool = False) -> float:
+        """Return the learning rate of a parameter relative to --lr; orthogonal: for Muon's update, not AdamW's."""
+        kind = kind_of(name)
+        exponent = RULES[kind].muon if orthogonal else RULES[kind].adamw
+        return self.width_ratio**exponent * self._embedding_factor(kind)
+
+    def _embedding_factor(self, kind: str) -> float:
+        return self.embedding_ratio if kind == "embedding" else 1.0
+
+
+STANDARD = Parametrization()
+
+
+def embedding_ratio(scale: float, dim: int, base_dim: int) -> float:
+    """Return e: the scale of the embeddings at width `base_dim` divided by `scale`, that at width `dim`."""
+    return math.sqrt(base_dim / dim) if math.isclose(scale, math.sqrt(dim), rel_tol=_SQRT_TOLERANCE) else 1.0
+
+
+def parametrization_of(model: nn.Module) -> Parametrization:
+    """Return the parametrization of a model, which may be wrapped; one of transformers has the standard one."""
+    for module in model.modules():
+        found = getattr(getattr(module, "params", None), "parametrization", None)
+        if isinstance(found, Parametrization):
+            return found
+    return STANDARD
+
+
+def lr_factors(model: nn.Module, orthogonal: bool = False) -> dict[int, float]:
+    """Return the factors of the learning rate that are not 1, by the id of the parameter; see `lr_factor`."""
+    scaling = parametrization_of(model)
+    factors = {id(param): scaling.lr_factor(clean_name(n), orthogonal) for n, param in model.named_parameters()}
+    return {key: factor for key, factor in factors.items() if factor != 1.0}
