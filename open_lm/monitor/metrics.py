@@ -212,6 +212,8 @@ class TrainLogEntry:
         ]
         if self.mfu is not None:
             parts.append(f"MFU: {100 * self.mfu:.1f}%")
+        if self.extra and "gradient_noise_scale" in self.extra:
+            parts.append(f"Noise scale: {self.extra['gradient_noise_scale']:.3g} sequences")
         parts.append(f"ETA: {timedelta(seconds=round(self.remaining_s))}")
         return " ".join(parts)
 

@@ -53,6 +53,14 @@ PANELS = (
     Panel("Training loss", "nats per token", r"train/loss"),
     Panel("Validation loss", "nats per token", r"val/(?:(.+)/)?loss", smooth=False, events=False),
     Panel("Gradient norm", "", r"train/grad_norm"),
+    Panel(
+        "Gradient noise scale",
+        "sequences",
+        r"train/(gradient_noise_scale|global_batch_size)",
+        smooth=False,
+        events=False,
+        note="Batches far below the noise scale average noise; far above it, they save few steps.",
+    ),
     Panel("Learning rate", "", r"train/lr", smooth=False, from_zero=True),
     Panel("Throughput", "tokens per second", r"train/tokens_per_second", from_zero=True),
     Panel("Model FLOPs utilization", "% of the device's peak", r"train/mfu", percent=True, from_zero=True),
@@ -81,10 +89,9 @@ PANELS = (
     Panel("Slowest rank", "seconds per step", r"perf/(.+)_rank_time", from_zero=True, events=False),
     Panel("Energy", "Wh so far", r"energy/kwh", scale=1000.0, smooth=False, from_zero=True, events=False),
 )
-_SHOWN = 9  # panels that are not folded away; those of fine-tuning are, unless the run has them
 # Metrics that repeat others or say nothing over time.
 _HIDDEN = re.compile(
-    r"train/(tokens|epoch|epochs_done|percentage_of_data_seen|samples_per_second.*|batch_time|skipped_samples)|epoch|"
+    r"train/(tokens|gradient_noise_scale_tokens|epoch|epochs_done|percentage_of_data_seen|samples_per_second.*|batch_time|skipped_samples)|epoch|"
     r"val/.*(tokens|sequences|batch_time|data_time|samples_per_second.*|_95|bytes|max_batches)|.*/time_share|icl/.*|"
     r"perf/slowest_rank"
 )

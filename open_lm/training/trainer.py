@@ -28,6 +28,7 @@ from open_lm.optim.schedules import Schedule
 from open_lm.parallel.parallelize import evaluation_mode
 from open_lm.system.names import short_labels
 from open_lm.training.control import Decision, RunControl
+from open_lm.training.gradient_noise import GradientNoise
 from open_lm.training.guard import Guard, TrainingDiverged
 from open_lm.training.step import StepOptions, StepResult, micro_batches, micro_documents, sum_values, train_step
 
@@ -66,6 +67,7 @@ class Trainer:
         data_state: position of the loader after the last step.
         stopwatch: measures the steps of the epoch.
         rank_times: compares the ranks at each log line.
+        gradient_noise: measures the gradient noise scale; None without --log-gradient-noise.
         num_steps: number of steps of this process, repeated ones included.
         at_step: called with the step before each step and at the end, and with the clock of the phases.
     """
@@ -95,6 +97,7 @@ class Trainer:
     data_state: dict[str, Any] | None = None
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     rank_times: RankTimes | None = None
+    gradient_noise: GradientNoise | None = None
     num_steps: int = 0
     at_step: Callable[[int, PhaseClock], None] | None = None
 
@@ -140,6 +143,7 @@ class Trainer:
             "samples_per_source": dict(self.samples_per_source),
             "window": self._window.state(),
             "guard": self._guard.state(),
+            **({} if self.gradient_noise is None else {"gradient_noise": self.gradient_noise.state()}),
         }
 
     def progress(self) -> dict[str, Any]:
@@ -156,6 +160,8 @@ class Trainer:
         self.samples_per_source = dict(state["samples_per_source"])
         self._window.restore(state["window"], self.options.runtime.device)
         self._guard.restore(state["guard"])
+        if self.gradient_noise is not None and "gradient_noise" in state:
+            self.gradient_noise.restore(state["gradient_noise"])
 
     def forget_losses(self) -> None:
         """Reset the loss statistics of the spike detection, because other data follow."""
@@ -212,6 +218,8 @@ class Trainer:
         watchdog.heartbeat("step", self.step, extra_time_s=_COMPILE_S if self._compiles else 0.0)
         self._compiles = False
         sequence_counts = (batch.skipped, *batch.per_source)
+        if self.gradient_noise is not None:
+            self.gradient_noise.start(self.scaler)
         result = train_step(
             self.model,
             batch.inputs,
@@ -226,6 +234,8 @@ class Trainer:
             should_skip=self._guard.should_skip,
             enter_phase=self._phases.enter,
         )
+        if self.gradient_noise is not None:
+            self.gradient_noise.finish(batch.targets, result.grad_norm, self._guard.accepted)
         self._phases.end_step()
         self._unread += torch.cat([result.samples.reshape(1), result.counts[2:]])
         return result
@@ -260,6 +270,7 @@ class Trainer:
         """Read the results since the last log line from the device and report them."""
         runtime = self.options.runtime
         means = self._window.pop()
+        noise = {} if self.gradient_noise is None else self.gradient_noise.values()
         self._read_counts()
         seconds, num_steps = self._phases.pop(), self.stopwatch.num_steps
         phases = {f"{name}_time": value for name, value in seconds.items()}
@@ -283,7 +294,7 @@ class Trainer:
             memory_bytes=peak_memory_bytes(runtime.device),
             remaining_s=(self.total_steps - self.step) * batch_s,
             mfu=mfu,
-            extra={**means, **self._counted(), **phases},
+            extra={**means, **noise, **self._counted(), **phases},
         )
         if runtime.is_master:
             logging.info(reading.line())

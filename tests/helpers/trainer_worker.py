@@ -22,6 +22,7 @@ from open_lm.model.initialization import init_weights
 from open_lm.model.transformer import Params, Transformer
 from open_lm.optim.build import build_optimizer
 from open_lm.parallel.parallelize import parallelize
+from open_lm.training.gradient_noise import GradientNoise
 from open_lm.training.step import StepOptions, train_step
 
 BATCH_SIZE, SEQ_LEN, VOCAB, STEPS = 8, 12, 31, 4
@@ -49,8 +50,10 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens[:, :-1].contiguous(), targets
 
 
-def train(layout: str, accum_freq: int = 1, tied: bool = False, checkpointing: bool = False) -> list[list[float]]:
-    """Return [loss, gradient norm] of each step."""
+def train(
+    layout: str, accum_freq: int = 1, tied: bool = False, checkpointing: bool = False, measures_noise: bool = False
+) -> list[list[float]]:
+    """Return [loss, gradient norm] of each step, and with `measures_noise` the state of GradientNoise after it."""
     cfg = LAYOUTS[layout]
     runtime = init_runtime(cfg)
     try:
@@ -71,12 +74,21 @@ def train(layout: str, accum_freq: int = 1, tied: bool = False, checkpointing: b
         )
         local_size = BATCH_SIZE // layout.data_size
         local = slice(layout.data_rank * local_size, (layout.data_rank + 1) * local_size)
+        noise = None
+        if measures_noise:
+            sizes = {"seq_len": SEQ_LEN, "global_batch_size": BATCH_SIZE}
+            noise = GradientNoise(trained, layout, accum_freq, device=runtime.device, **sizes)
         steps = []
         for step in range(STEPS):
             inputs, targets = batch(step)
+            if noise is not None:
+                noise.start()
             result = train_step(trained, inputs[local], targets[local], optimizer, options)
             loss = result.values["loss"]
             steps.append([loss.item(), result.grad_norm.item()])
+            if noise is not None:
+                noise.finish(targets[local], result.grad_norm, ~result.skipped)
+                steps[-1] += noise.state()
             assert result.samples.item() == BATCH_SIZE
         return steps
     finally:
