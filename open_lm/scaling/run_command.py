@@ -20,8 +20,14 @@ JOBS = "jobs.sh"
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `run`."""
+    parser.add_argument("ladder", type=user_path, metavar="FOLDER", help="folder that `plan` wrote")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="names of runs (default: all that are missing)")
+    add_launch_flags(parser)
+
+
+def add_launch_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how runs are started; see `check_launch_flags`."""
     add = parser.add_argument
-    add("ladder", type=user_path, metavar="FOLDER", help="folder that `plan` wrote")
     add(
         "--launcher",
         choices=tuple(LAUNCHERS),
@@ -30,7 +36,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--nproc-per-node", type=int, default=1, metavar="N", help="processes per machine (default: %(default)s)")
     add("--hosts", type=user_path, metavar="FILE", help="with --launcher hosts: the file of `open-lm launch --hosts`")
-    add("--only", nargs="+", metavar="RUN", help="names of runs (default: all that are missing)")
     add("--dry-run", action="store_true", help="print the commands, and start nothing")
 
 
@@ -41,10 +46,7 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: an unknown run, or flags that do not fit the launcher.
         UserError: a run failed.
     """
-    if args.nproc_per_node < 1:
-        raise ConfigError(f"--nproc-per-node: found {args.nproc_per_node}, expected at least 1")
-    if (args.launcher == "hosts") != (args.hosts is not None):
-        raise ConfigError("--launcher hosts and --hosts FILE belong together: pass both or neither")
+    check_launch_flags(args)
     _, runs = read_ladder(args.ladder)
     unknown = sorted(set(args.only or ()) - {planned.name for planned in runs})
     if unknown:
@@ -54,6 +56,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(chosen) - len(missing)} of {len(chosen)} runs are finished", flush=True)
     launch: Callable[[Sequence[PlannedRun], argparse.Namespace], None] = LAUNCHERS.get(args.launcher)
     launch(missing, args)
+
+
+def check_launch_flags(args: argparse.Namespace) -> None:
+    """Raise ConfigError if the flags of `add_launch_flags` do not fit together."""
+    if args.nproc_per_node < 1:
+        raise ConfigError(f"--nproc-per-node: found {args.nproc_per_node}, expected at least 1")
+    if (args.launcher == "hosts") != (args.hosts is not None):
+        raise ConfigError("--launcher hosts and --hosts FILE belong together: pass both or neither")
 
 
 def is_finished(planned: PlannedRun) -> bool:
