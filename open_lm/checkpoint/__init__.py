@@ -21,12 +21,13 @@ if TYPE_CHECKING:
         load_weights,
     )
     from open_lm.checkpoint.manager import CheckpointManager
+    from open_lm.checkpoint.parametrization import check_parametrization
     from open_lm.checkpoint.progress import Progress
 
 __all__ = [
-    "AdapterRecord", "Candidate", "CheckpointManager", "Progress", "adapter_record", "candidates_at", "find_candidates",
-    "load_adapters", "load_average", "load_averagers", "load_model", "load_optimizer", "load_rng", "load_weights",
-    "read_model_state", "saved_progress", "weights_sha256",
+    "AdapterRecord", "Candidate", "CheckpointManager", "Progress", "adapter_record", "candidates_at",
+    "check_parametrization", "find_candidates", "load_adapters", "load_average", "load_averagers", "load_model",
+    "load_optimizer", "load_rng", "load_weights", "read_model_state", "saved_progress", "weights_sha256",
 ]  # fmt: skip
 
 _MODULES = {
@@ -38,6 +39,7 @@ _MODULES = {
         "load_weights",
     ),
     "manager": ("CheckpointManager",),
+    "parametrization": ("check_parametrization",),
     "progress": ("Progress",),
 }
 

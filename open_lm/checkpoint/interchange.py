@@ -39,6 +39,7 @@ from open_lm.checkpoint.model_state import (
     set_moments,
     set_weights,
 )
+from open_lm.checkpoint.parametrization import check_parametrization
 from open_lm.checkpoint.progress import Progress
 from open_lm.checkpoint.tensor_index import StoredTensors
 from open_lm.config.architecture import MODEL_FILE, read_architecture, read_family
@@ -209,6 +210,7 @@ def load_weights(path: str, model: nn.Module) -> Progress:
     merged into the weights of their base. Adapters of the model do not change, see `load_adapters`.
     """
     run_on_master(lambda: _check_imported(path, model))
+    run_on_master(lambda: check_parametrization(path, model))
     is_read_by_ranks = step_number(path) is not None and not quantized_layers(model)
     if is_read_by_ranks and run_on_master(lambda: adapter_record(path)) is None:
         progress = Progress.from_json(sharded.load_weights(model, path)["progress"])
@@ -267,6 +269,8 @@ def _check_imported(path: str, model: nn.Module) -> None:
 def load_average(paths: list[str], coefficients: list[float] | None, model: nn.Module) -> None:
     """Load the weighted average of several checkpoints' weights (`--average`, `--average-coefficients`)."""
     state: dict[str, Tensor] = {}
+    for path in paths:
+        run_on_master(partial(check_parametrization, path, model))
     run_on_master(lambda: state.update(select_weights(average_states(paths, coefficients), model, " + ".join(paths))))
     set_weights(model, state)
     logging.info(f"loaded the average of {', '.join(paths)}")

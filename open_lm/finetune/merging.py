@@ -20,6 +20,7 @@ from open_lm.checkpoint.files import read_adapters, read_base, read_file, read_m
 from open_lm.checkpoint.finding import candidates_at
 from open_lm.config.adapters import LoraSettings
 from open_lm.config.architecture import MODEL_FILE, read_architecture, read_family, read_run_settings
+from open_lm.config.sections import ArchitectureConfig
 from open_lm.data.tokenizers import copy_record
 from open_lm.errors import CheckpointError, ConfigError, UserError
 from open_lm.hf.folders import CONFIG, read_json, write_json
@@ -59,9 +60,12 @@ def merge_native(source: str, target: str, base: str | None = None) -> None:
 
 def _write_native(folder: str, weights: Mapping[str, Tensor], meta: Mapping[str, Any], checkpoint: str) -> None:
     write_file(storage.join(folder, f"epoch_{meta.get('epoch', 0)}.pt"), {**meta, "state_dict": dict(weights)})
-    model = read_run_settings(checkpoint).get("model")
+    settings = read_run_settings(checkpoint)
+    model = settings.get("model")
     if model is not None:
-        architecture, family = read_architecture(model), read_family(model)
+        flags = {spec.name: settings.get(spec.name, spec.default) for spec in ArchitectureConfig.specs()}
+        given = {spec.name: flags[spec.name] for spec in ArchitectureConfig.specs() if flags[spec.name] != spec.default}
+        architecture, family = given | read_architecture(model), read_family(model)
         write_json(storage.join(folder, MODEL_FILE), architecture | ({"family": family} if family else {}))
     copy_record(checkpoint, folder)
 

@@ -32,6 +32,7 @@ from open_lm.hf.configuration import FIELDS
 from open_lm.hf.families import architecture
 from open_lm.hf.family_configs import SPECIAL_IDS, config_of, full_config
 from open_lm.hf.folders import CONFIG, GENERATION_CONFIG, MODEL, ProgressReport, write_json
+from open_lm.hf.folding import EMBEDDINGS, OUTPUT, Folding
 from open_lm.hf.model_card import model_card
 from open_lm.hf.output_folder import output_folder
 from open_lm.hf.tensor_map import TensorMap
@@ -70,10 +71,12 @@ def export_model(
     checkpoint = candidates_at(source)[0].url
     if storage.info(storage.join(checkpoint, CONFIG)) is not None:
         raise CheckpointError(f"{checkpoint}: is in the format of transformers already")
-    params, model_name = _params_of(checkpoint, model)
+    native, model_name = _params_of(checkpoint, model)
+    folding = Folding(native)
+    params = folding.params
     fields = config_of(params, read_family(model_name))
     config = None if fields is None else full_config(fields)
-    weights = _NativeWeights(checkpoint, TensorMap(params, config))
+    weights = _NativeWeights(checkpoint, TensorMap(params, config), folding)
     num_ids = params.unpadded_vocab_size or params.vocab_size
     params = dataclasses.replace(params, vocab_size=num_ids, unpadded_vocab_size=None)
     loaded = None if tokenizer is None else choose_tokenizer(checkpoint, tokenizer)
@@ -82,6 +85,8 @@ def export_model(
     infos = weights.infos(dtype)
     layout = {"tensors": [str(info) for info in infos], "file_bytes": weight_files.SHARD_BYTES}
     identity = {"weights": weights.versions(), "model": str(fields), **layout}
+    if folding.changes:
+        identity["parametrization"] = str(native.parametrization)
     with output_folder(target, CONFIG, identity) as folder:
         output = folder.folder
         settings = export_tokenizer(checkpoint, loaded, output, params.seq_len)
@@ -169,8 +174,8 @@ def _class_name(fields: Mapping[str, Any]) -> str:
 class _NativeWeights:
     """The weights of a checkpoint as tensors of transformers; one native tensor is in memory at a time."""
 
-    def __init__(self, checkpoint: str, tensor_map: TensorMap) -> None:
-        self._checkpoint, self._map = checkpoint, tensor_map
+    def __init__(self, checkpoint: str, tensor_map: TensorMap, folding: Folding) -> None:
+        self._checkpoint, self._map, self._folding = checkpoint, tensor_map, folding
         self._current: tuple[str, list[Tensor]] = "", []
         is_streamed = step_number(checkpoint) is not None and adapter_record(checkpoint) is None
         self._stored = StoredTensors(checkpoint) if is_streamed else None
@@ -180,6 +185,9 @@ class _NativeWeights:
         names = {stored: [stored] for stored in tensor_map.shapes}
         for alias, stored in tensor_map.aliases.items():
             names[stored].append(alias)
+        if folding.unties:
+            names[OUTPUT].append(EMBEDDINGS)
+            names[EMBEDDINGS].append(OUTPUT)
         self._names = {name: next((alias for alias in all_ if alias in existing), name) for name, all_ in names.items()}
         self._check(existing, checkpoint)
 
@@ -242,6 +250,6 @@ class _NativeWeights:
             self._current = "", []  # free it before the next one is read
             alias = self._names[name]
             tensor = self._state[alias] if self._stored is None else self._stored.read(f"model/{alias}")
-            self._current = name, self._map.unpack(name, tensor)
+            self._current = name, self._map.unpack(name, self._folding.apply(name, tensor))
         self._report.add(info.num_bytes)
         return self._current[1][number].to(info.dtype)

@@ -28,9 +28,10 @@ from open_lm.config.architecture import read_family, read_run_settings
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import CheckpointError, ConfigError, StorageError
 from open_lm.hf.family_configs import config_of, full_config
+from open_lm.hf.folding import Folding
 from open_lm.hf.native_weights import read_native_weights
 from open_lm.hf.tensor_map import TensorMap
-from open_lm.model.params import create_params
+from open_lm.model.params import Params, create_params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of PEFT's names
@@ -56,6 +57,7 @@ def save_for_peft(folder: str, checkpoint: str, flags: Mapping[str, Any] | None 
         ConfigError: the run folder of the checkpoint has no params.txt.
     """
     adapters, record = read_adapters(checkpoint)
+    is_native_base = True
     if record.is_hf:
         modules = {
             layer.removeprefix("model."): ModuleAdapter(tensors, record.settings)
@@ -67,35 +69,45 @@ def save_for_peft(folder: str, checkpoint: str, flags: Mapping[str, Any] | None 
             raise ConfigError(
                 f"{checkpoint}: its run folder has no params.txt, which states the model; restore the file"
             )
-        modules = exported_modules(
-            adapters, record.settings, _tensor_map(ModelConfig.from_object(Namespace(**settings)))
-        )
-    write_peft_folder(folder, modules, record)
+        section = ModelConfig.from_object(Namespace(**settings))
+        folding = Folding(create_params(section))
+        is_native_base = not folding.changes  # else the exported base has other weights than the recorded hash
+        adapters = {  # lora_B and magnitudes have the rows of the layer's weight
+            name: tensor if name.endswith("lora_A") else folding.scale_queries(name.partition(".adapter.")[0], tensor)
+            for name, tensor in adapters.items()
+        }
+        modules = exported_modules(adapters, record.settings, _tensor_map(folding.params, section.model))
+    write_peft_folder(folder, modules, record, record.base_sha256 if is_native_base else None)
 
 
-def _tensor_map(section: ModelConfig) -> TensorMap:
+def _tensor_map(params: Params, model: str) -> TensorMap:
     """Return the map from a native model to its exported form."""
-    params = create_params(section)
-    fields = config_of(params, read_family(section.model))
+    fields = config_of(params, read_family(model))
     return TensorMap(params, None if fields is None else full_config(fields))
 
 
-def write_peft_folder(folder: str, modules: Mapping[str, ModuleAdapter], record: AdapterRecord) -> None:
-    """Write adapters by module to a local or remote folder; adapter_config.json is written last."""
+def write_peft_folder(
+    folder: str, modules: Mapping[str, ModuleAdapter], record: AdapterRecord, base_sha256: str | None
+) -> None:
+    """Write adapters by module to a local or remote folder; adapter_config.json is written last.
+
+    base_sha256: the hash of the base's native weights; None to record none.
+    """
     tensors = {
         f"{_PREFIX}{module}.{_PARAMETERS[name]}": tensor.contiguous()
         for module, adapter in modules.items()
         for name, tensor in adapter.tensors.items()
     }
-    _write_weights(folder, tensors, record.base_sha256)
+    _write_weights(folder, tensors, base_sha256)
     config = _config_of(modules, record)
     storage.write_text(storage.join(folder, CONFIG), json.dumps(config, indent=2, allow_nan=False) + "\n")
 
 
-def _write_weights(folder: str, tensors: dict[str, Tensor], base_sha256: str) -> None:
+def _write_weights(folder: str, tensors: dict[str, Tensor], base_sha256: str | None) -> None:
     from safetensors.torch import save
 
-    storage.write_bytes(storage.join(folder, WEIGHTS), save(tensors, {"format": "pt", _BASE_SHA256: base_sha256}))
+    recorded = {} if base_sha256 is None else {_BASE_SHA256: base_sha256}
+    storage.write_bytes(storage.join(folder, WEIGHTS), save(tensors, {"format": "pt", **recorded}))
 
 
 def record_base(folder: str, base_sha256: str) -> None:

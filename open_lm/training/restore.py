@@ -123,6 +123,7 @@ def restore_from(parts: RunParts, trainer: Trainer | None, candidate: Candidate,
         saved = run_on_master(lambda: checkpoint.saved_progress(candidate.url, candidate.sharded))
         _check_continues(candidate.url, saved, parts.config, is_new_run)
     _check_adapters(parts, trainer, candidate.url)
+    run_on_master(lambda: checkpoint.check_parametrization(candidate.url, parts.model))
     load = _load_sharded if candidate.sharded else _load_interchange
     parts.progress, extra = load(parts, trainer, candidate.url)
     parts.resume = candidate.url

@@ -41,7 +41,7 @@ def save(model: Any, config: dict[str, Any] | None, folder: Path) -> None:
     state = {name: value for name, value in model.state_dict().items() if ".adapter." in name}
     settings = next(adapters(model))[1].adapter.settings
     modules = exported_modules(state, settings, TensorMap(model.params, config))
-    write_peft_folder(str(folder), modules, AdapterRecord(settings, "base", "0" * 64))
+    write_peft_folder(str(folder), modules, AdapterRecord(settings, "base", "0" * 64), "0" * 64)
 
 
 @pytest.mark.parametrize(

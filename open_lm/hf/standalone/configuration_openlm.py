@@ -23,7 +23,7 @@ DEFAULTS: dict[str, Any] = {
     **{"moe_ffn_type": "gelu_tanh", "moe_ffn_dim": 0, "moe_normalize_scores": False, "moe_loss_scope": "layer"},
     **{"norm_position": "pre", "parallel_block": False, "embedding_scale": 1.0, "head_bias": False},
     **{"logit_soft_cap": None, "unpadded_vocab_size": None, "embedding_dropout": 0.0, "attn_dropout": 0.0},
-    "residual_dropout": 0.0,
+    **{"residual_dropout": 0.0, "mup": False, "mup_base_width": None, "mup_base_head_dim": None},
 }
 
 
@@ -44,6 +44,8 @@ class OpenLMConfig(PretrainedConfig):
     def __init__(self, **kwargs: Any) -> None:
         kwargs = {self.attribute_map.get(name, name): value for name, value in kwargs.items()}
         values = {name: kwargs.pop(name, default) for name, default in DEFAULTS.items()}
+        if values["mup"]:
+            raise ValueError("mup is true: these files compute only models whose export has folded its multipliers")
         values["n_kv_heads"] = values["n_kv_heads"] or values["n_heads"]
         values["head_dim"] = values["head_dim"] or values["dim"] // values["n_heads"]
         is_gated = values["ffn_type"] not in ("gelu", "gelu_tanh")

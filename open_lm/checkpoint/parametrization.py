@@ -1,0 +1,51 @@
+"""Compare the parametrization (--mup) of a checkpoint's run with that of the model that loads the checkpoint.
+
+The weights have the same names and shapes with every parametrization, but another meaning.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from torch import nn
+
+from open_lm.config.architecture import read_run_settings
+from open_lm.config.sections import ModelConfig
+from open_lm.errors import CheckpointError, ConfigError
+from open_lm.model.params import Params, create_params
+from open_lm.parallel.parallelize import unwrap
+
+
+def check_parametrization(path: str, model: nn.Module) -> None:
+    """Raise CheckpointError if the run of a checkpoint had another parametrization than the model.
+
+    A checkpoint whose model is not recorded next to it, and a model of transformers, are not checked.
+    """
+    params = getattr(unwrap(model), "params", None)
+    saved = _saved_params(path)
+    if saved is None or not isinstance(params, Params):
+        return
+    before, now = _flags(saved), _flags(params)
+    if before != now:
+        raise CheckpointError(
+            f"{path}: was trained {before}, but this model is {now}, with which the weights compute something else; "
+            "use the same flags, or start from an export of the checkpoint (python -m open_lm.hf.convert export), "
+            "which is a model of the standard parametrization"
+        )
+
+
+def _saved_params(path: str) -> Params | None:
+    settings = read_run_settings(path)
+    if "model" not in settings:
+        return None
+    try:
+        return create_params(ModelConfig.from_object(Namespace(**settings)))
+    except ConfigError:  # its file is gone or was changed
+        return None
+
+
+def _flags(params: Params) -> str:
+    scaling = params.parametrization
+    if scaling.width_ratio == scaling.head_ratio == 1.0:  # equal to the standard parametrization
+        return "without --mup"
+    return f"with --mup --mup-base-width {params.mup_base_width} --mup-base-head-dim {params.mup_base_head_dim}"
