@@ -157,21 +157,26 @@ def _by_url(infos: Sequence[storage.FileInfo]) -> dict[str, InputFile]:
 # --- dividing into units -----------------------------------------------------------------------------------------
 
 
-def unit_size(inputs: Sequence[InputFile]) -> int:
+def unit_size(inputs: Sequence[InputFile], max_bytes: int = _MAX_UNIT_BYTES) -> int:
     """Return the size of a unit in bytes: a power of two, so that a small change of the inputs keeps most units."""
     target = sum(item.num_bytes for item in inputs) // _TARGET_UNITS
-    return min(max(1 << max(0, target - 1).bit_length(), _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
+    return min(max(1 << max(0, target - 1).bit_length(), _MIN_UNIT_BYTES), max_bytes)
 
 
 def plan_units(
-    inputs: Sequence[InputFile], sampling: Sampling, options: ReadOptions, *, keep_order: bool = False
+    inputs: Sequence[InputFile],
+    sampling: Sampling,
+    options: ReadOptions,
+    *,
+    keep_order: bool = False,
+    max_bytes: int = _MAX_UNIT_BYTES,
 ) -> list[Unit]:
     """Divide the inputs into units of similar size, independently of the number of workers.
 
     Small files of one source share a unit; large files are split if their format allows it. Units are in order of
-    source and URL, or with `keep_order` of URL only.
+    source and URL, or with `keep_order` of URL only. A file that cannot be split may exceed `max_bytes`.
     """
-    unit_bytes = unit_size(inputs)
+    unit_bytes = unit_size(inputs, max_bytes)
     with_sources = [(sampling.source_of(item.url), item) for item in inputs]
     if not keep_order:
         with_sources.sort(key=lambda entry: (entry[0], entry[1].url))

@@ -22,6 +22,7 @@ def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
     off = settings_without_effect(config).keys()
     return [
         *_data_problems(config.data, given, off),
+        *_text_problems(config),
         *_validation_problems(config, off),
         *_live_evaluation_problems(config),
         *_optimization_problems(config, off),
@@ -43,18 +44,19 @@ def missing_for_a_run(config: Config) -> list[str]:
     problems = []
     if not wants_training(config.data) and not wants_evaluation(config):
         problems.append(
-            "there is nothing to do: set --train-data, --dataset-manifest or --dataset-type synthetic to train, or "
-            "--val-data, --icl-yaml or --sample-prompts to evaluate"
+            "there is nothing to do: set --train-data, --dataset-manifest, --train-text or --dataset-type synthetic to "
+            "train, or --val-data, --icl-yaml or --sample-prompts to evaluate"
         )
-    # With a recipe, an epoch is one pass over the data (training.setup.resolve_epoch_length).
-    if wants_training(config.data) and config.data.train_num_samples is None and config.run.recipe is None:
+    # With a recipe or raw text, an epoch is one pass over the data (training.setup.resolve_epoch_length).
+    is_one_pass = config.run.recipe is not None or config.data.train_text
+    if wants_training(config.data) and config.data.train_num_samples is None and not is_one_pass:
         problems.append("--train-num-samples is missing: set the number of tokens per epoch")
     return problems
 
 
 def wants_training(data: DataConfig) -> bool:
     """Return whether there are training data."""
-    return bool(data.train_data or data.dataset_manifest or data.dataset_type == "synthetic")
+    return bool(data.train_data or data.dataset_manifest or data.train_text or data.dataset_type == "synthetic")
 
 
 def wants_evaluation(config: Config) -> bool:
@@ -68,19 +70,36 @@ def only_evaluates(config: Config) -> bool:
     return wants_evaluation(config) and not wants_training(config.data)
 
 
+def _text_problems(config: Config) -> list[str]:
+    """Check --train-text; the files and the tokenizer are checked when the index is made."""
+    data = config.data
+    if not data.train_text:
+        return []
+    problems = []
+    if config.live_evaluation.tokenizer is None:
+        problems.append("--train-text requires --tokenizer, which turns the text into ids")
+    if data.text_separator == "":
+        problems.append("--text-separator must not be empty; leave it out to read each text file as one document")
+    if repeated := sorted({name for name in data.train_text if data.train_text.count(name) > 1}):
+        problems.append(f"--train-text: {', '.join(repeated)} is given twice; use --train-data-mix-weights instead")
+    return problems
+
+
 def _data_problems(data: DataConfig, given: Set[str], off: Set[str]) -> list[str]:
     problems = []
-    if data.train_data and data.dataset_manifest:
-        problems.append("--train-data and --dataset-manifest are mutually exclusive: set one of them")
+    kinds = {
+        "--train-data": data.train_data, "--dataset-manifest": data.dataset_manifest, "--train-text": data.train_text
+    }  # fmt: skip
+    given_kinds = [flag for flag, values in kinds.items() if values]
+    if len(given_kinds) > 1:
+        problems.append(f"{' and '.join(given_kinds)} are mutually exclusive: set one of them")
     if data.dataset_manifest and data.dataset_resampled:
         problems.append(
             "--dataset-resampled samples shards with replacement, but --dataset-manifest reads each shard once: remove "
             "one of them"
         )
-    if data.dataset_type == "synthetic" and (data.train_data or data.dataset_manifest):
-        problems.append(
-            "--dataset-type synthetic does not use --train-data or --dataset-manifest: remove one or the other"
-        )
+    if data.dataset_type == "synthetic" and given_kinds:
+        problems.append(f"--dataset-type synthetic does not use {' or '.join(given_kinds)}: remove one or the other")
     if data.batch_size is not None and "global_batch_size" in given:
         problems.append(
             f"--batch-size {data.batch_size} is per device, --global-batch-size {data.global_batch_size} is over all "
@@ -90,7 +109,7 @@ def _data_problems(data: DataConfig, given: Set[str], off: Set[str]) -> list[str
         parse_bytes(data.cache_limit)
     except ValueError as error:
         problems.append(f"--cache-limit: {error}")
-    sources = len(data.dataset_manifest or data.train_data or [])
+    sources = len(data.dataset_manifest or data.train_data or data.train_text or [])
     weights = None if "train_data_mix_weights" in off else data.train_data_mix_weights
     if weights is not None and len(weights) != sources:
         problems.append(

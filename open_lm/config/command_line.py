@@ -31,6 +31,7 @@ LATER_FLAGS = frozenset({
     "icl_max_examples", "icl_data_dir", "icl_max_time_share", "sample_prompts", "sample_every_n_steps", "sample_temperature", "sample_max_tokens",
     "tokenizer", "val_names", "lora", "qlora", "recipe", "report", "energy",
     "profile_steps", "memory_snapshot", "mup", "mup_base_width", "mup_base_head_dim", "log_gradient_noise",
+    "train_text", "text_key", "text_separator", "text_split_documents", "text_add_bos", "text_index",
 })  # fmt: skip
 
 

@@ -22,6 +22,26 @@ class DataConfig(Section):
     dataset_manifest: list[str] | None = flag(
         None, "manifest.jsonl files, one per source; each pass reads every sequence exactly once", path=user_path
     )
+    train_text: list[str] | None = flag(
+        None,
+        "raw text, one value per source: files that preprocessing reads, by path, s3:// URL, glob, folder or @FILE, "
+        "several of them joined by '::'; the run tokenizes them with --tokenizer",
+        path=shard_pattern,
+    )
+    text_key: str = flag("text", "with --train-text, key or column of the text of a document; dots reach nested fields")
+    text_separator: str | None = flag(
+        None, r"with --train-text, text between documents of plain text, such as '\n\n'; default: one each"
+    )
+    text_split_documents: bool = flag(
+        False, "with --train-text, pack complete documents into sequences and pad the rest, instead of cutting them"
+    )
+    text_add_bos: bool = flag(False, "with --train-text, put the tokenizer's begin-of-text token before each document")
+    text_index: str | None = flag(
+        None,
+        "with --train-text, local folder of the index of the text, which several runs can use; default: in the run's "
+        "folder",
+        path=user_path,
+    )
     train_data_mix_weights: list[float] | None = flag(
         None, "sampling weight of each source, on any scale; default: equal weights"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from open_lm.config.distill_section import DistillConfig
 from open_lm.config.registry import Registry
-from open_lm.config.sections import ArchitectureConfig, Config, ParallelConfig, ValidationConfig
+from open_lm.config.sections import ArchitectureConfig, Config, DataConfig, ParallelConfig, ValidationConfig
 
 
 def flags_without_effect(config: Config, architecture: Mapping[str, Any] | None = None) -> list[str]:

@@ -51,11 +51,13 @@ class StalledDownloadError(Exception):
 class Cache:
     """A folder of files with at most `limit_bytes` in total; without a limit it keeps only the files in use.
 
-    `stall_timeout_s` is how long to wait for another process whose download makes no progress.
+    `stall_timeout_s` is how long to wait for another process whose download makes no progress. Without `evicts`, a full
+    cache removes no complete file for a new one.
     """
 
-    def __init__(self, folder: str, limit_bytes: int | None, stall_timeout_s: float) -> None:
+    def __init__(self, folder: str, limit_bytes: int | None, stall_timeout_s: float, *, evicts: bool = True) -> None:
         self.folder, self._limit_bytes, self._stall_timeout_s = folder, limit_bytes, stall_timeout_s
+        self._evicts = evicts
         self._is_trimmed = False
 
     def get(self, identity: str, num_bytes: int, fill: Fill) -> CacheEntry:
@@ -180,7 +182,7 @@ class Cache:
             if entry.name.endswith(_PARTIAL) and _remove_unused(entry.path):
                 continue
             used += _on_disk(status.st_size)
-            if entry.name.endswith(_COMPLETE):
+            if entry.name.endswith(_COMPLETE) and self._evicts:
                 removable.append((status.st_atime_ns, _on_disk(status.st_size), entry.path))
         limit = -1 if self._limit_bytes is None else self._limit_bytes
         if num_bytes > limit >= 0:

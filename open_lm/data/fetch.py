@@ -27,6 +27,7 @@ from typing import IO, TYPE_CHECKING
 
 from open_lm import storage
 from open_lm.config.sections import DataConfig
+from open_lm.data.manifest import TEXT_PREFIX
 from open_lm.data.shard_format import iter_files
 from open_lm.data.verify import Expected
 from open_lm.errors import ConfigError, DataError, StorageError
@@ -73,8 +74,8 @@ class FetchSettings:
 
 
 def needs_fetch(url: str) -> bool:
-    """Return whether a shard must be downloaded before it can be read."""
-    return url.startswith("pipe:") or storage.is_remote(url)
+    """Return whether a shard must be downloaded, or made from raw text, before it can be read."""
+    return url.startswith(("pipe:", TEXT_PREFIX)) or storage.is_remote(url)
 
 
 def is_read_in_blocks(url: str, block_sums: BlockSums | None, has_cache: bool) -> bool:

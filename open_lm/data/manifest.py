@@ -16,6 +16,7 @@ from open_lm.errors import DataError, join_problems
 from open_lm.system.names import escape, exists, glob_paths, is_glob, literal_prefix, split_joined, unescape
 
 MANIFEST_NAME, DATASET_NAME, REJECTS_NAME = "manifest.jsonl", "dataset.json", "rejects.jsonl"
+TEXT_PREFIX = "text:"  # of the address of a shard that is made from raw text, see text_folder
 _COUNT_KEYS = ("num_sequences", "num_chunks")
 _DECOMPRESS = {  # commands that print a compressed tar, by its suffix
     **{".tar.gz": "gunzip -c", ".tgz": "gunzip -c", ".tar.zst": "zstd -dc"},
@@ -112,7 +113,8 @@ def write_manifest(path: str | os.PathLike[str], entries: Sequence[ManifestEntry
 
 
 def shard_folder(url: str) -> str:
-    """Return the folder of a shard."""
+    """Return the folder of a shard; of one that is made from raw text, that of its index."""
+    url = url.removeprefix(TEXT_PREFIX)
     return url.rpartition("/")[0] or ("/" if url.startswith("/") else ".")
 
 

@@ -1,4 +1,7 @@
-"""Open remote shards as local files: from --cache-dir if it has space, else from the run's temporary folder."""
+"""Open shards that are downloaded or made from raw text as local files.
+
+They are in --cache-dir if it has space, else in the run's temporary folder.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import IO
 
 from open_lm.data.cache import Cache, CacheFullError, Fill, StalledDownloadError
 from open_lm.data.fetch import FetchSettings, fetch, look_up
+from open_lm.data.manifest import TEXT_PREFIX
 from open_lm.data.verify import Expected, record_verified, verify
 from open_lm.errors import StorageError
 
@@ -30,15 +34,14 @@ class RemoteShards:
         """Return the complete, verified file, which is not removed while it is open or mapped."""
         if self._temporary is None:
             raise ValueError("remote shards need a folder to be downloaded to")
-        origin = look_up(url, expected, self._settings.read_timeout_s)
-        fill = partial(fetch, origin, expected, self._settings.read_timeout_s)
+        identity, num_bytes, fill = self._source(url, expected)
         # The last place is private to this process, in case another one hangs while it downloads the shard.
-        places = [(self._temporary, origin.identity), (self._temporary, f"{origin.identity}\n{os.getpid()}")]
+        places = [(self._temporary, identity), (self._temporary, f"{identity}\n{os.getpid()}")]
         if self._cache is not None:
-            places.insert(0, (self._cache, origin.identity))
+            places.insert(0, (self._cache, identity))
         for cache, identity in places:
             try:
-                return self._open_in(cache, identity, origin.num_bytes, fill, url)
+                return self._open_in(cache, identity, num_bytes, fill, url)
             except CacheFullError:
                 self._warn_cache_full(url)
             except StalledDownloadError as error:
@@ -47,6 +50,17 @@ class RemoteShards:
                     "This process downloads the shard separately"
                 )
         raise StorageError(f"{url}: other processes download it but make no progress; look for stopped processes")
+
+    def _source(self, url: str, expected: Expected) -> tuple[str, int, Fill]:
+        """Return the identity and the size of a shard in a cache, and the function that downloads or makes it."""
+        if url.startswith(TEXT_PREFIX):
+            from open_lm.data.text_folder import unit_of  # only then: it imports the readers and the tokenizer
+
+            folder, unit = unit_of(url)
+            size = -1 if expected.num_bytes is None else expected.num_bytes
+            return unit.identity, size, partial(folder.write_unit, unit, expected)
+        origin = look_up(url, expected, self._settings.read_timeout_s)
+        return origin.identity, origin.num_bytes, partial(fetch, origin, expected, self._settings.read_timeout_s)
 
     def trim(self) -> None:
         """Remove temporary files that are no longer read."""

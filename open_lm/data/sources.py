@@ -47,13 +47,17 @@ def find_sources(data: DataConfig) -> tuple[Source, ...]:
     """
     if data.dataset_type == "synthetic":
         return (Source("synthetic data", (SYNTHETIC_URL,), (_SYNTHETIC_SEQUENCES,)),)
-    names = _as_list(data.train_data) or _as_list(data.dataset_manifest)
+    names = _as_list(data.train_data) or _as_list(data.dataset_manifest) or _as_list(data.train_text)
     if not names:
-        raise ConfigError("there is no training data; use --train-data, --dataset-manifest or --dataset-type synthetic")
+        raise ConfigError(
+            "there is no training data; use --train-data, --dataset-manifest, --train-text or --dataset-type synthetic"
+        )
     weights = mix_weights(data.train_data_mix_weights, len(names))
     check_sizes = not data.ignore_parse_errors
     if data.train_data:
         sources = read_all(names, lambda pattern: _read_pattern(pattern, check_sizes))
+    elif data.train_text:
+        sources = read_all(names, lambda name: [_read_index(name, data.text_index)])
     else:
         sources = read_all(names, lambda url: [read_manifest_group(url, check_sizes)])
     factors = _upsampling_factors(data.train_data_upsampling_factors, [len(groups) for groups in sources])
@@ -122,6 +126,16 @@ def read_manifest_group(url: str, check_sizes: bool = True) -> ShardGroup:
     except DataError as error:
         raise DataError(f"{url}: does not match its folder; copy it again or recreate it. {error}") from error
     return group
+
+
+def _read_index(name: str, index: str | None) -> ShardGroup:
+    """Return the shards of a text, whose index training/raw_text.py has made."""
+    from open_lm.data.text_index import text_folder  # only then: it imports the readers and the tokenizer
+
+    folder = text_folder(index, name) if index is not None else None
+    if folder is None or not folder.is_finished:
+        raise DataError(f"--train-text {name}: there is no finished text index; open-lm train makes it at its start")
+    return folder.shards()
 
 
 def _check_files(shards: Mapping[str, ManifestEntry | None], check_sizes: bool) -> None:

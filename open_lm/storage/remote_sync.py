@@ -24,6 +24,7 @@ from open_lm.errors import StorageError, join_problems
 _SNAPSHOT = "sync-"
 # The same names as in open_lm/checkpoint, which this package must not import.
 _INCOMPLETE = ".incomplete"
+_CACHE = ".cache"  # a folder that a resumed run can make again
 _INDEX = "checkpoint.json"
 _IMMUTABLE_SUFFIXES = (".pt", ".bin")  # never changed in place, only replaced or removed
 # Files to which a resumed run appends.
@@ -140,7 +141,7 @@ class RemoteSync:
 
     def _files(self) -> Iterable[str]:
         for folder, folders, names in os.walk(self.local):
-            folders[:] = [name for name in folders if not name.endswith(_INCOMPLETE)]
+            folders[:] = [name for name in folders if not name.endswith((_INCOMPLETE, _CACHE))]
             for name in names:
                 path = os.path.join(folder, name)
                 if not storage.is_temporary(name) and not os.path.islink(path):

@@ -75,13 +75,17 @@ class RunControl:
             if self._is_master:
                 os.write(2, _INTERRUPTED)  # not through the log or a buffered stream, which this may interrupt
 
+    def is_stopped(self) -> bool:
+        """Return whether this rank has received a stop signal."""
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        return orphaned or self._received is not None
+
     def requests(self) -> tuple[int, int]:
         """Return this rank's requests before a step: (stop, save), each 0 or 1.
 
         Reporting a due save restarts the clock.
         """
-        orphaned = self._launcher is not None and os.getppid() != self._launcher
-        stop = orphaned or self._received is not None
+        stop = self.is_stopped()
         if stop and not self._announced:
             self._announced = True
             name = None if self._received is None else signal.Signals(self._received).name

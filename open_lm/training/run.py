@@ -32,6 +32,7 @@ from open_lm.training.diagnostics import Diagnostics
 from open_lm.training.evaluations.moment import Moment
 from open_lm.training.evaluations.runner import Evaluations
 from open_lm.training.out_of_memory import explained_out_of_memory
+from open_lm.training.raw_text import IndexingStopped, prepare_text
 from open_lm.training.restore import load_state, restore_from
 from open_lm.training.run_length import run_length_problems
 from open_lm.training.setup import (
@@ -70,6 +71,12 @@ def run(args: argparse.Namespace, architecture: dict[str, Any], runtime: Runtime
         run_on_master(paths.check_checkpoint_dir)
         if first_resume not in (None, "latest"):
             saved = run_on_master(lambda: candidates_at(first_resume))
+    try:
+        config = prepare_text(args, config, architecture, runtime, paths, stack=stack, is_stopped=control.is_stopped)
+    except IndexingStopped:
+        if runtime.is_master:
+            logging.warning("stopped by a signal before training; the same command continues the text index")
+        return
     folder = paths.diagnostics if paths.enabled else None
     diagnostics = stack.enter_context(Diagnostics(config.diagnostics, runtime, folder))
     with explained_out_of_memory(config, layout, runtime, diagnostics.write_snapshot):

@@ -77,10 +77,12 @@ def resolve_settings(args: argparse.Namespace, runtime: Runtime) -> tuple[Config
 def resolve_epoch_length(args: argparse.Namespace, architecture: Mapping[str, Any]) -> None:
     """Set --train-num-samples of a run with --recipe to one pass over the data, if it is not given.
 
+    That of raw text is known when its index is made (`raw_text.prepare_text`).
+
     ConfigError: the number of sequences is not known.
     """
     data = DataConfig.from_object(args)
-    if not wants_training(data) or data.train_num_samples is not None:
+    if not wants_training(data) or data.train_num_samples is not None or data.train_text:
         return
     seq_len = args.hf_seq_len if args.hf_model else architecture["seq_len"]
     if isinstance(seq_len, int):  # the model reports its absence
@@ -223,7 +225,8 @@ def warn_changed_flags(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 # Flags of these sections that do not change the numbers, or that the checks of resuming compare themselves.
 _HARMLESS_FLAGS = frozenset({
-    "train_data", "dataset_manifest", "workers", "cache_dir", "cache_limit", "read_timeout", "allow_changed_data",
+    "train_data", "dataset_manifest", "train_text", "text_index", "workers", "cache_dir", "cache_limit", "read_timeout",
+    "allow_changed_data",
     "allow_other_tokenizer", "batch_size", "accum_freq", "hang_timeout",
 })  # fmt: skip
 

@@ -8,7 +8,7 @@ from open_lm.config.checks import wants_training
 from open_lm.config.sections import Config
 
 _TRAINING = (
-    *("model", "train_data", "dataset_manifest", "train_num_samples", "epochs", "global_batch_size"),
+    *("model", "train_data", "dataset_manifest", "train_text", "train_num_samples", "epochs", "global_batch_size"),
     *("optimizer", "lr", "lr_scheduler", "warmup", "precision"),
 )
 _EVALUATION = ("model", "resume", "pretrained", "average", "val_data", "global_val_batch_size", "precision")

@@ -1,0 +1,260 @@
+"""Make the indexes of --train-text when a run starts: each node tokenizes its share of the units.
+
+The ranks meet every few seconds, so that none waits long for another, and rank 0 logs the progress. A killed run
+continues its index. See docs/internals/raw_text.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from open_lm import storage
+from open_lm.config.sections import Config, DataConfig
+from open_lm.data.epochs import pass_tokens
+from open_lm.data.fetch import FetchSettings
+from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME
+from open_lm.data.sources import find_sources
+from open_lm.data.text_folder import CACHE_NAME, STATE_NAME, TAILS_STEM, TextFolder
+from open_lm.data.text_index import (
+    TextIndex,
+    bad_fraction,
+    check_reports,
+    describe,
+    finish,
+    load_encoder,
+    plan_index,
+    start,
+    text_folder,
+)
+from open_lm.data.text_pool import TextPool
+from open_lm.data.text_units import UnitReport
+from open_lm.distributed.processes import Runtime, broadcast_object, gather_objects, run_on_all_ranks, run_on_master
+from open_lm.errors import ConfigError
+from open_lm.monitor.run_folder import RunPaths
+from open_lm.system.cpus import available_cpus
+from open_lm.tokenizer import COPY_FOLDER, FILE_NAMES
+
+_ROUND_S = 5.0
+_FOLDER_NAME = "text_index"  # in the run's folder
+_TOKENIZER_FILES = tuple(storage.join(COPY_FOLDER, name) for name in FILE_NAMES)
+
+
+class IndexingStopped(Exception):
+    """A stop signal arrived while an index was made; what is tokenized so far is saved."""
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """The machines of the run: the number of this one and of all, and whether this rank works for its machine."""
+
+    number: int
+    count: int
+    is_leader: bool
+
+    @classmethod
+    def of(cls, runtime: Runtime) -> _Nodes:
+        leads = broadcast_object(runtime, gather_objects(runtime.local_rank == 0))
+        is_leader = runtime.local_rank == 0
+        return cls(sum(leads[: runtime.rank + 1]) - 1, sum(leads), is_leader)
+
+
+def prepare_text(
+    args: argparse.Namespace,
+    config: Config,
+    architecture: Mapping[str, Any],
+    runtime: Runtime,
+    paths: RunPaths,
+    *,
+    stack: ExitStack,
+    is_stopped: Callable[[], bool],
+) -> Config:
+    """Make or check the index of each value of --train-text; return the configuration that reads them. Collective.
+
+    Sets --train-num-samples in `args` to one pass over the text if it is not given. Without --train-text, returns
+    `config`.
+
+    Raises:
+        ConfigError, DataError: no tokenizer, unusable input, or an index of other data.
+        IndexingStopped: `is_stopped` returned True on a rank.
+    """
+    if not config.data.train_text:
+        return config
+    nodes = _Nodes.of(runtime)
+    data = _with_folders(config.data, runtime, nodes, paths, stack)
+    FetchSettings.from_config(data, None)  # checks --cache-dir and --cache-limit
+    seq_len = _seq_len(args, architecture)
+    tokenizer, vocab_size = config.live_evaluation.tokenizer, architecture.get("vocab_size")
+    with ExitStack() as locks:
+        indexes, dtype = run_on_master(lambda: _plan(data, tokenizer, seq_len, vocab_size, locks))
+        for name, index in zip(data.train_text or [], indexes, strict=True):
+            if index is not None:
+                _make(index, dtype, data, nodes, is_stopped)
+            elif runtime.is_master:
+                logging.info(f"{name}: the text index {text_folder(data.text_index or '', name).path} is up to date")
+    if args.train_num_samples is None:
+        args.train_num_samples = pass_tokens(find_sources(data), seq_len)
+    return replace(config, data=replace(data, train_num_samples=args.train_num_samples))
+
+
+def _with_folders(data: DataConfig, runtime: Runtime, nodes: _Nodes, paths: RunPaths, stack: ExitStack) -> DataConfig:
+    """Return the settings with the folders of the indexes and of the cache; without a run folder, temporary ones."""
+    root = data.text_index
+    if root is not None and storage.is_remote(root):
+        raise ConfigError(f"--text-index {root}: expected a local folder")
+    if root is None and paths.enabled:
+        root = storage.join(paths.root, _FOLDER_NAME)
+    if root is None:
+        root = run_on_master(lambda: tempfile.mkdtemp(prefix="open_lm-text-"))
+        if nodes.is_leader:
+            stack.callback(shutil.rmtree, root, ignore_errors=True)
+    root = os.path.abspath(storage.local_path(root))
+    cache = data.cache_dir or storage.join(root, CACHE_NAME)
+    return replace(data, text_index=root, cache_dir=cache, data_key="npy")
+
+
+def _seq_len(args: argparse.Namespace, architecture: Mapping[str, Any]) -> int:
+    seq_len = args.hf_seq_len if args.hf_model else architecture.get("seq_len")
+    if not isinstance(seq_len, int):
+        flag = "--hf-seq-len" if args.hf_model else f"seq_len in the JSON file of --model {args.model}"
+        raise ConfigError(f"--train-text: needs {flag}, the length of a sequence")
+    return seq_len
+
+
+def _plan(
+    data: DataConfig, tokenizer: str | None, seq_len: int, vocab_size: int | None, locks: ExitStack
+) -> tuple[list[TextIndex | None], np.dtype[Any]]:
+    """Plan the indexes that must be made, lock their folders, and write what their processes need. On rank 0."""
+    encoder = load_encoder(data, tokenizer)
+    if vocab_size is not None and encoder.vocab_size > vocab_size:
+        raise ConfigError(
+            f"--tokenizer {tokenizer}: has {encoder.vocab_size} ids, but the model's vocabulary has {vocab_size}; set "
+            f"vocab_size in the model's JSON file to at least {encoder.vocab_size}, or use a smaller tokenizer"
+        )
+    indexes = [plan_index(data, name, str(tokenizer), encoder, seq_len) for name in data.train_text or []]
+    for index in filter(None, indexes):
+        storage.makedirs(index.folder.path)
+        locks.enter_context(_locked(index.folder))
+        start(index, encoder)
+    return indexes, encoder.dtype
+
+
+@contextlib.contextmanager
+def _locked(folder: TextFolder) -> Iterator[None]:
+    with open(folder.url(".lock"), "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"--text-index: another run makes {folder.path} at the moment; wait for it, or use another folder"
+            ) from None
+        yield
+
+
+def _make(
+    index: TextIndex, dtype: np.dtype[Any], data: DataConfig, nodes: _Nodes, is_stopped: Callable[[], bool]
+) -> None:
+    """Tokenize the units without a report, and finish the index."""
+    folder, progress = index.folder, _Progress(index)
+    _share(folder, nodes, [STATE_NAME, *_TOKENIZER_FILES])
+    units = index.missing[nodes.number :: nodes.count] if nodes.is_leader else []
+    settings = FetchSettings.from_config(data, None)
+    cache = (str(settings.cache_dir), settings.cache_limit_bytes)
+    journal = folder.url(f"progress-{nodes.number}.jsonl")
+    with TextPool(folder, units, cache, journal, available_cpus()) if nodes.is_leader else _no_pool() as pool:
+        is_done = False
+        while not is_done:
+            reports = run_on_all_ranks(lambda: pool.work(_ROUND_S, is_stopped) if pool is not None else [])
+            gathered = gather_objects((reports, 0 if pool is None else pool.done_bytes, is_stopped()))
+            is_done, stops = run_on_master(partial(progress.add, gathered, bad_fraction(data)))
+            if stops:
+                raise IndexingStopped
+    run_on_master(lambda: progress.finish(dtype, data))
+    _share(folder, nodes, [f"{TAILS_STEM}.tar", MANIFEST_NAME, STATE_NAME, DATASET_NAME])
+
+
+@contextlib.contextmanager
+def _no_pool() -> Iterator[None]:
+    yield None
+
+
+class _Progress:
+    """The progress of an index on rank 0: collects the reports of all nodes and logs how long the rest will take."""
+
+    def __init__(self, index: TextIndex) -> None:
+        self._index, self._start_s = index, time.monotonic()
+        self._missing_bytes = sum(unit.num_bytes for unit in index.missing)
+        self._has_logged = False
+
+    def add(self, gathered: Sequence[tuple[Sequence[UnitReport], int, bool]], limit: float) -> tuple[bool, bool]:
+        """Add the reports of a round; return whether all units are done, and whether a rank has to stop."""
+        index = self._index
+        for reports, _, _ in gathered:
+            index.reports |= {report.key: report for report in reports}
+        check_reports(index, limit)
+        is_done, done_bytes = not index.missing, sum(done for _, done, _ in gathered)
+        if not is_done:
+            self._log(done_bytes)
+        return is_done, any(stops for _, _, stops in gathered)
+
+    def _log(self, done_bytes: int) -> None:
+        seconds = time.monotonic() - self._start_s
+        total = self._missing_bytes
+        text = f"{self._index.state.name}: indexed {done_bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB of raw text"
+        if done_bytes:
+            rate = done_bytes / seconds
+            text += f", {rate / 1e6:,.1f} MB/s, about {(total - done_bytes) / rate:,.0f} s left"
+        logging.info(text)
+
+    def finish(self, dtype: np.dtype[Any], data: DataConfig) -> None:
+        """Write the index and log what it holds."""
+        index = self._index
+        counts = finish(index, dtype, data.allow_changed_data)
+        for mismatch in [report.mismatch for report in index.reports.values() if report.mismatch][:1]:
+            logging.warning(
+                f"{index.state.name}: some text was encoded with the slower reference tokenizer: {mismatch}"
+            )
+        logging.info(f"{index.state.name}: {describe(index.folder, counts)}")
+        seconds, limit = time.monotonic() - self._start_s, storage.parse_bytes(data.cache_limit)
+        fits = counts["bytes"] <= limit
+        logging.info(
+            f"{index.state.name}: indexed in {seconds:.1f} s; "
+            + (
+                "its tokenized units are cached, so training does not tokenize it again"
+                if fits
+                else f"its {counts['bytes'] / 1e9:.1f} GB of ids exceed --cache-limit {data.cache_limit}, so each pass "
+                "tokenizes the rest again"
+            )
+            + ". For many passes or runs, `open-lm preprocess` is faster: it shuffles globally and writes shards"
+        )
+
+
+def _share(folder: TextFolder, nodes: _Nodes, names: Sequence[str]) -> None:
+    """Copy files of rank 0's folder to the nodes that do not have them. Collective."""
+    if nodes.count == 1:
+        return
+
+    def read() -> dict[str, bytes]:
+        return {name: storage.read_bytes(folder.url(name)) for name in names if storage.exists(folder.url(name))}
+
+    files = run_on_master(read)
+
+    def write() -> None:
+        for name, content in files.items() if nodes.is_leader else ():
+            if not storage.exists(folder.url(name)) or storage.read_bytes(folder.url(name)) != content:
+                storage.write_bytes(folder.url(name), content)
+
+    run_on_all_ranks(write)
