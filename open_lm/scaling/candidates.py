@@ -144,6 +144,11 @@ class _Problem:
         return solve.refine(self.terms, losses, weights, starts, bounds=self.bounds, robust=robust)
 
 
+def comparable(groups: Groups) -> Groups:
+    """Return the first training set, and those others that have as many sizes, for shared exponents."""
+    return [group for group in groups if len(scales(group)) >= len(scales(groups[0]))]
+
+
 def all_candidates(groups: Groups) -> list[Candidate]:
     """Return every law, objective, count of parameters and smallest multiplier that these runs support."""
     known = all(run.active_params for group in groups for run in group)
@@ -238,13 +243,16 @@ def _held_out(problem: _Problem, groups: Groups, loss: str, pooled: Array) -> li
     errors = []
     for (size, _), theta in zip(folds, fitted[best], strict=True):
         for group, columns in zip(groups, problem.columns, strict=True):
-            judged = _judged([run for run in group if same(run.params, size)])
-            if judged:
-                measured = np.array([run.losses[loss][0] for run in judged])
-                errors.append(np.log(solve.predict(problem.design(judged), theta[columns]) / measured))
+            unseen = judged([run for run in group if same(run.params, size)])
+            if unseen:
+                measured = np.array([run.losses[loss][0] for run in unseen])
+                errors.append(np.log(solve.predict(problem.design(unseen), theta[columns]) / measured))
     return errors
 
 
-def _judged(runs: list[Run]) -> list[Run]:
-    """Return the runs of a size that are trained at least compute-optimally, or all if none is."""
+def judged(runs: Sequence[Run]) -> Sequence[Run]:
+    """Return the runs of a size that are trained at least compute-optimally, or all if none is.
+
+    Only they measure how well a fit predicts a size that it has not seen.
+    """
     return [run for run in runs if run.multiplier >= 0.99 * COMPUTE_OPTIMAL] or runs

@@ -1,6 +1,9 @@
 """Downstream error as a function of loss, Err(L) = epsilon - k exp(-gamma L) (Gadre et al. 2024, arXiv 2403.08540).
 
 For a given gamma the law is linear in epsilon and k, so the fit is a search over gamma only.
+
+`fit_error_law` fits the runs of several training sets together: they share the exponent gamma, while epsilon and k are
+their own, as in the fits of the loss.
 """
 
 from __future__ import annotations
@@ -33,6 +36,10 @@ class ErrorFits:
         k, gamma, epsilon = (np.asarray(values)[:, None] for values in (self.k, self.gamma, self.epsilon))
         return np.asarray(epsilon - k * np.exp(-gamma * loss))
 
+    def at(self, loss: float, index: int = 0) -> float:
+        """Return the error of one fit at a loss."""
+        return float(self.epsilon[index] - self.k[index] * math.exp(-self.gamma[index] * loss))
+
     def values(self, index: int = 0) -> dict[str, float]:
         """Return the coefficients of a fit by name."""
         return {name: float(getattr(self, name)[index]) for name in COEFFICIENTS}
@@ -44,34 +51,42 @@ class ErrorFits:
         return ["k = 0"] if self.k[index] <= 0 else limits
 
 
-def fit_error(loss: Array, error: Array, weights: Array) -> ErrorFits:
-    """Fit the law by weighted least squares, one fit for each row of `error` and `weights` (fits, points).
+@dataclass(frozen=True)
+class ErrorPoints:
+    """Losses, errors and weights of the runs of one training set in many fits, each an array (fits, points)."""
 
-    `loss` is (fits, points) as well, or (points,) for all fits.
-    """
-    loss = np.broadcast_to(loss, error.shape)
-    low = np.full(len(error), math.log(GAMMAS[0]))
-    high = np.full(len(error), math.log(GAMMAS[1]))
-    rows = np.arange(len(error))
+    loss: Array
+    error: Array
+    weights: Array
+
+
+def fit_errors(groups: Sequence[ErrorPoints]) -> list[ErrorFits]:
+    """Fit the law by weighted least squares to each training set. They share gamma; epsilon and k are their own."""
+    number = len(groups[0].error)
+    low, high, rows = np.full(number, math.log(GAMMAS[0])), np.full(number, math.log(GAMMAS[1])), np.arange(number)
     for zoom in range(_ZOOMS):
         grid = np.linspace(low, high, _GRID if zoom == 0 else 21)  # (grid, fits)
-        best = _profile(loss, error, weights, np.exp(grid)).argmin(axis=0)
+        best = np.sum([_profile(points, np.exp(grid)) for points in groups], axis=0).argmin(axis=0)
         low, high = grid[np.maximum(best - 1, 0), rows], grid[np.minimum(best + 1, len(grid) - 1), rows]
     gamma = np.exp(grid[best, rows])
-    epsilon, k = _linear(loss, error, weights, gamma)
-    return ErrorFits(k, gamma, epsilon)
+    fits = []
+    for points in groups:
+        epsilon, k = _linear(points, gamma)
+        fits.append(ErrorFits(k, gamma, epsilon))
+    return fits
 
 
-def _profile(loss: Array, error: Array, weights: Array, gamma: Array) -> Array:
+def _profile(points: ErrorPoints, gamma: Array) -> Array:
     """Return the sums of squares (grid, fits) of the best epsilon and k for each gamma (grid, fits)."""
-    epsilon, k = _linear(loss, error, weights, gamma)
-    residuals = epsilon[..., None] - k[..., None] * np.exp(-gamma[..., None] * loss) - error
-    return np.asarray((weights * residuals**2).sum(axis=-1))
+    epsilon, k = _linear(points, gamma)
+    residuals = epsilon[..., None] - k[..., None] * np.exp(-gamma[..., None] * points.loss) - points.error
+    return np.asarray((points.weights * residuals**2).sum(axis=-1))
 
 
-def _linear(loss: Array, error: Array, weights: Array, gamma: Array) -> tuple[Array, Array]:
+def _linear(points: ErrorPoints, gamma: Array) -> tuple[Array, Array]:
     """Return epsilon and k >= 0 of the least squares for given gamma (..., fits)."""
-    shape = np.exp(-gamma[..., None] * loss)
+    error, weights = points.error, points.weights
+    shape = np.exp(-gamma[..., None] * points.loss)
     total = weights.sum(axis=-1)
     mean_x, mean_y = (weights * shape).sum(axis=-1) / total, (weights * error).sum(axis=-1) / total
     centered = shape - mean_x[..., None]

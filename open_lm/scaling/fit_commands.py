@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from open_lm import storage
@@ -16,6 +16,7 @@ from open_lm.storage.strict_json import to_json
 from open_lm.system.names import user_path
 
 if TYPE_CHECKING:
+    from open_lm.scaling.error_law import ErrorFits
     from open_lm.scaling.fitting import Prediction, ScalingFit
     from open_lm.scaling.measured import Comparison
 
@@ -64,7 +65,6 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
         help="runs to fit: all up to --max-flops, or those of Gadre et al. 2024 (default: %(default)s)",
     )
     add("--max-flops", type=positive, metavar="C", help="with --points all: largest compute 6 N D of a run to fit")
-    add("--error-max-flops", type=positive, metavar="C", help="the same for the error law (default: --max-flops)")
     add("--error-tasks", metavar="TASKS", help="comma-separated tasks of the error (default: 17 tasks of the paper)")
     add("--per-task", action="store_true", help="also fit and predict the error of each task")
     add("--predict", nargs="+", type=target, default=[], metavar="N:D", help="parameters and tokens of targets")
@@ -81,8 +81,9 @@ def run_fit(args: argparse.Namespace) -> None:
         raise ConfigError(f"--level: found {args.level}, expected a number between 0 and 1, such as 0.9")
     if args.resamples < 20:
         raise ConfigError(f"--resamples: found {args.resamples}, expected at least 20")
+    from open_lm.scaling.error_fit import fit_tasks
     from open_lm.scaling.fit_file import write_fit
-    from open_lm.scaling.fitting import fit_runs, fit_values
+    from open_lm.scaling.fitting import fit_runs, fit_values, select_groups
     from open_lm.scaling.report_text import fit_text
     from open_lm.scaling.runs import read_runs
 
@@ -93,7 +94,6 @@ def run_fit(args: argparse.Namespace) -> None:
         law=args.law,
         points=args.points,
         max_flops=args.max_flops,
-        error_max_flops=args.error_max_flops,
         error_tasks=tasks,
         resamples=args.resamples,
         level=args.level,
@@ -108,7 +108,8 @@ def run_fit(args: argparse.Namespace) -> None:
     _warn_of(fit, predictions)
     values = fit_values(fit, predictions)
     if args.per_task:
-        values["tasks"] = _task_values(fit, predictions)
+        groups = [selection.error for selection in select_groups(runs, settings, args.predict)]
+        values["tasks"] = _task_values(fit_tasks(groups, settings.loss), predictions)
     print(to_json(values, indent=1) if args.json else fit_text(fit, predictions, values.get("tasks")))
 
 
@@ -122,19 +123,15 @@ def check_tasks(given: str | None, tasks: Sequence[str], known: set[str]) -> Non
         )
 
 
-def _task_values(fit: ScalingFit, predictions: Sequence[Prediction]) -> dict[str, dict[str, object]]:
+def _task_values(laws: Mapping[str, ErrorFits], predictions: Sequence[Prediction]) -> dict[str, dict[str, object]]:
     """Return the law of each task and its predictions, by task."""
-    import numpy as np
-
-    from open_lm.scaling.fitting import fit_tasks
-
     return {
         task: {
             "coefficients": law.values(),
             "at_bounds": law.at_bounds(),
-            "errors": [float(law.predict(np.array([item.loss]))[0, 0]) for item in predictions],
+            "errors": [law.at(item.loss) for item in predictions],
         }
-        for task, law in fit_tasks(fit).items()
+        for task, law in laws.items()
     }
 
 

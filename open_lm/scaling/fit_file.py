@@ -11,8 +11,9 @@ import numpy as np
 from open_lm import storage
 from open_lm.errors import DataError
 from open_lm.scaling.candidates import Candidate, Member
+from open_lm.scaling.error_fit import ErrorFit
 from open_lm.scaling.error_law import COEFFICIENTS, ErrorFits
-from open_lm.scaling.fitting import ErrorFit, ScalingFit
+from open_lm.scaling.fitting import ScalingFit
 from open_lm.scaling.points import Selection
 from open_lm.scaling.runs import Run, parse_run
 from open_lm.scaling.settings import Settings

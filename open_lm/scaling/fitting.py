@@ -12,10 +12,11 @@ import numpy as np
 
 from open_lm.config.registry import SCALING_LAWS
 from open_lm.errors import ConfigError, UserError
-from open_lm.scaling.candidates import Candidate, Groups, Member, combine, fit_candidate, resample
-from open_lm.scaling.error_law import COEFFICIENTS, ErrorFits, fit_error, mean_error
-from open_lm.scaling.points import Selection, all_points, paper_points, same, scales, select_runs
-from open_lm.scaling.resampling import draw, interval
+from open_lm.scaling.candidates import Candidate, Member, combine, comparable, fit_candidate, resample
+from open_lm.scaling.error_fit import ErrorFit, fit_error_law
+from open_lm.scaling.error_law import COEFFICIENTS, ErrorFits
+from open_lm.scaling.points import Selection, all_points, paper_points, select_runs
+from open_lm.scaling.resampling import interval
 from open_lm.scaling.runs import Run, active_params
 from open_lm.scaling.settings import COMBINED, Settings
 from open_lm.scaling.solve import Array
@@ -34,16 +35,6 @@ class Prediction:
     error: float | None
     error_interval: tuple[float, float] | None
     compute_ratio: float
-
-
-@dataclass
-class ErrorFit:
-    """The fitted law of the error, with the coefficients of resamples and the errors of held-out sizes."""
-
-    tasks: tuple[str, ...]
-    fit: ErrorFits
-    draws: ErrorFits
-    held_out: Array
 
 
 @dataclass
@@ -90,7 +81,7 @@ class ScalingFit:
         level = self.settings.level
         error = error_range = None
         if self.error is not None:
-            error = float(self.error.fit.predict(np.array([loss]))[0, 0])
+            error = self.error.fit.at(loss)
             rows = np.arange(len(losses)) % len(self.error.draws.k)
             fits = ErrorFits(*(getattr(self.error.draws, name)[rows] for name in COEFFICIENTS))
             spread = np.exp(_noise([self.error.held_out], len(losses), generator))
@@ -113,24 +104,21 @@ def fit_runs(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[in
     """Fit the laws to the runs that the settings select.
 
     Raises:
-        ConfigError, DataError: see `select_runs`, `paper_points`, `fit_candidate` and `combine`.
+        ConfigError, DataError: see `select_groups`, `fit_candidate`, `combine` and `fit_error_law`.
     """
-    selection = _select(runs, settings, settings.train, targets)
-    groups: list[list[Run]] = [selection.loss]
+    selections = select_groups(runs, settings, targets)
+    groups = comparable([selection.loss for selection in selections])
     if settings.law == COMBINED:
-        others = sorted({run.train for run in runs} - {selection.loss[0].train})
-        for name in others:
-            with suppress(UserError):  # a training set that cannot be fitted only fails to contribute
-                groups.append(_select(runs, settings, name, targets).loss)
-        members = combine(_comparable(groups), settings.loss)
+        members = combine(groups, settings.loss)
     else:
         robust = SCALING_LAWS.get(settings.law).robust
         members = [fit_candidate(Candidate(settings.law, robust), groups, settings.loss)]
     generator = np.random.default_rng(settings.seed)
     for member, number in zip(members, _shares(members, settings.resamples), strict=True):
-        member.draws = resample(member, _comparable(groups), settings.loss, number, generator)
-    error = _fit_error(selection.error, settings, generator)
-    fit = ScalingFit(settings, selection, runs, members, error, targets=targets)
+        member.draws = resample(member, groups, settings.loss, number, generator)
+    rated = [selection.error for selection in selections]
+    error = fit_error_law(rated, settings.error_tasks, settings.loss, settings.resamples, generator)
+    fit = ScalingFit(settings, selections[0], runs, members, error, targets=targets)
     fit.warnings += [
         f"{member.candidate}: the fit is at a bound ({', '.join(member.at_bounds)}): these runs do not determine it"
         for member in members
@@ -139,72 +127,38 @@ def fit_runs(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[in
     return fit
 
 
+def select_groups(runs: Sequence[Run], settings: Settings, targets: Sequence[tuple[int, int]]) -> list[Selection]:
+    """Return the fitting points of the training set of the settings, followed by those that may share its exponents.
+
+    Only `combined` fits share exponents.
+
+    Raises:
+        ConfigError, DataError: see `select_runs` and `paper_points`.
+    """
+    selections = [_select(runs, settings, settings.train, targets)]
+    if settings.law == COMBINED:
+        for name in sorted({run.train for run in runs} - {selections[0].loss[0].train}):
+            with suppress(UserError):  # a training set that cannot be fitted only fails to contribute
+                selections.append(_select(runs, settings, name, targets))
+    return selections
+
+
 def _select(
     runs: Sequence[Run], settings: Settings, train: str | None, targets: Sequence[tuple[int, int]]
 ) -> Selection:
     """Return the fitting points of one training set."""
     usable, excluded = select_runs(runs, train, settings.loss)
-    if settings.points == "paper":
-        selection = paper_points(usable)
-    else:
-        selection = all_points(usable, targets, settings.max_flops, settings.error_max_flops)
+    is_paper = settings.points == "paper"
+    selection = paper_points(usable) if is_paper else all_points(usable, targets, settings.max_flops)
     selection.excluded[:0] = excluded
     if not selection.loss:
         raise ConfigError("no run is left to fit: raise --max-flops, or add runs")
     return selection
 
 
-def _comparable(groups: Groups) -> Groups:
-    """Return the first training set, and those others that have as many sizes, for shared exponents."""
-    return [group for group in groups if len(scales(group)) >= len(scales(groups[0]))]
-
-
 def _shares(members: Sequence[Member], number: int) -> list[int]:
     """Return how many of `number` resamples each member gets, in proportion to its weight and at least one."""
     return [max(1, round(number * member.weight)) for member in members]
-
-
-def _fit_error(runs: Sequence[Run], settings: Settings, generator: np.random.Generator) -> ErrorFit | None:
-    """Fit the law of the error; return None if no run has all tasks."""
-    rated = [(run, error) for run in runs if (error := mean_error(run, settings.error_tasks)) is not None]
-    if not rated:
-        return None
-    if len(rated) < len(COEFFICIENTS):
-        raise ConfigError(
-            f"found {len(rated)} runs with all of --error-tasks, expected at least {len(COEFFICIENTS)}, the number of "
-            "coefficients of the law of the error; evaluate more runs, or name fewer tasks"
-        )
-    used, errors = [run for run, _ in rated], np.array([[error for _, error in rated]])
-    losses = np.array([run.losses[settings.loss][0] for run in used])
-    fit = fit_error(losses, errors, np.ones_like(errors))
-    weights, drawn = draw(used, settings.loss, settings.resamples, generator)
-    draws = fit_error(drawn, np.broadcast_to(errors, weights.shape), weights)
-    return ErrorFit(settings.error_tasks, fit, draws, _held_out_errors(used, losses, errors[0]))
-
-
-def fit_tasks(fit: ScalingFit) -> dict[str, ErrorFits]:
-    """Return the law of the error of each task that all runs of the error law have."""
-    runs = fit.selection.error
-    losses = np.array([run.losses[fit.settings.loss][0] for run in runs])
-    laws = {}
-    for task in sorted({task for run in runs for task in run.accuracy}):
-        rows = [index for index, run in enumerate(runs) if task in run.accuracy]
-        if len(rows) >= len(COEFFICIENTS):
-            errors = np.array([[1 - runs[index].accuracy[task] for index in rows]])
-            laws[task] = fit_error(losses[rows], errors, np.ones_like(errors))
-    return laws
-
-
-def _held_out_errors(runs: Sequence[Run], losses: Array, errors: Array) -> Array:
-    """Return log of predicted over measured error of each size but the smallest, fitted without it."""
-    held: list[Array] = []
-    for group in scales(runs)[1:]:
-        mask = np.array([not same(run.params, group[0].params) for run in runs])
-        if mask.sum() < len(COEFFICIENTS):
-            continue
-        fit = fit_error(losses[None, mask], errors[None, mask], np.ones((1, mask.sum())))
-        held.append(np.log(fit.predict(losses[~mask])[0] / errors[~mask]))
-    return np.concatenate([*held, np.zeros(0)])
 
 
 def fit_values(fit: ScalingFit, predictions: Sequence[Prediction]) -> dict[str, Any]:

@@ -142,18 +142,15 @@ def _find(runs: Sequence[Run], params: int, multiplier: int) -> Run | None:
     return next((run for run in runs if same(run.params, params) and same(run.multiplier, multiplier)), None)
 
 
-def all_points(
-    runs: Sequence[Run], targets: Sequence[tuple[float, float]], max_flops: float | None, error_max_flops: float | None
-) -> Selection:
+def all_points(runs: Sequence[Run], targets: Sequence[tuple[float, float]], max_flops: float | None) -> Selection:
     """Return all runs up to a compute, without the targets (params, tokens) themselves."""
-    selection = Selection([], [])
+    chosen: list[Run] = []
+    excluded = []
     for run in runs:
         if any(same(run.params, params) and same(run.tokens, tokens) for params, tokens in targets):
-            selection.excluded.append((run, "it is a target"))
-            continue
-        for chosen, limit in ((selection.loss, max_flops), (selection.error, error_max_flops or max_flops)):
-            if limit is None or run.flops <= limit:
-                chosen.append(run)
-        if max_flops is not None and run.flops > max_flops:
-            selection.excluded.append((run, f"more than {max_flops:.3g} FLOPs"))
-    return selection
+            excluded.append((run, "it is a target"))
+        elif max_flops is not None and run.flops > max_flops:
+            excluded.append((run, f"more than {max_flops:.3g} FLOPs"))
+        else:
+            chosen.append(run)
+    return Selection(chosen, chosen, excluded)

@@ -24,7 +24,6 @@ class Settings:
     law: str = COMBINED
     points: str = "all"
     max_flops: float | None = None
-    error_max_flops: float | None = None
     error_tasks: tuple[str, ...] = PAPER_TASKS
     resamples: int = 1000
     level: float = 0.9

@@ -3,7 +3,8 @@
     python scripts/checks/check_scaling.py RUNS.json [--loss c4_val]
 
 RUNS.json is the table of their runs. Both procedures use runs of at most the compute of the paper's largest fitting
-point. Prints, for each target of each training set, the measured loss and error, both predictions with their relative
+point, which differs between the loss and the error: to predict the error, the paper fits a run of 1.4B parameters as
+well. Prints, for each target of each training set, the measured loss and error, both predictions with their relative
 errors, and whether the interval covers the measured value.
 """
 
@@ -22,7 +23,7 @@ from open_lm.scaling.settings import PAPER_TASKS, Settings
 from open_lm.system.names import user_path
 
 # Compute of the paper's largest fitting points: 411M and, for the error, 1.4B parameters at 20 tokens per parameter.
-LOSS_FLOPS, ERROR_FLOPS = 2.04e19, 2.5e20
+MAX_FLOPS = {"loss": 2.04e19, "error": 2.5e20}
 TARGETS = {
     "rpj": ((1_439_795_200, 921_468_928_000), (6_889_410_560, 137_788_211_200)),
     "c4_original": ((1_439_795_200, 115_183_616_000), (6_889_410_560, 137_788_211_200)),
@@ -30,12 +31,19 @@ TARGETS = {
 
 
 def predictions(
-    runs: Sequence[Run], train: str, loss: str, resamples: int = 1000
+    runs: Sequence[Run], train: str, loss: str, kind: str, resamples: int = 1000
 ) -> list[tuple[Run, Prediction, Prediction]]:
-    """Return (measured run, prediction of the paper's procedure, default prediction) of each target."""
+    """Return (measured run, prediction of the paper's procedure, default prediction) of each target.
+
+    Args:
+        runs: the table.
+        train: training set.
+        loss: validation set.
+        kind: "loss" or "error", what the predictions are used for.
+        resamples: resamples of the intervals.
+    """
     paper = fit_runs(runs, Settings(loss, train=train, law="over-training", points="paper", resamples=resamples))
-    limits = Settings(loss, train=train, max_flops=LOSS_FLOPS, error_max_flops=ERROR_FLOPS, resamples=resamples)
-    default = fit_runs(runs, limits)
+    default = fit_runs(runs, Settings(loss, train=train, max_flops=MAX_FLOPS[kind], resamples=resamples))
     measured = {(run.params, run.tokens): run for run in runs if run.train == train}
     return [(measured[point], paper.predict(*point), default.predict(*point)) for point in TARGETS[train]]
 
@@ -47,14 +55,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--loss", default="c4_val", help="validation set (default: %(default)s)")
     args = parser.parse_args(argv)
     runs = read_runs([args.runs])
-    errors: dict[str, list[tuple[float, float]]] = {"loss": [], "error": []}
+    errors: dict[str, list[tuple[float, float]]] = {kind: [] for kind in MAX_FLOPS}
     covered = []
     print("| data | parameters | tokens | measured | paper | error % | default | error % | 90 % interval | covered |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    compared = {train: predictions(runs, train, args.loss) for train in TARGETS}
     for kind, values in errors.items():
-        for train, rows in compared.items():
-            for run, paper, default in rows:
+        for train in TARGETS:
+            for run, paper, default in predictions(runs, train, args.loss, kind):
                 measured = run.losses[args.loss][0] if kind == "loss" else mean_error(run, PAPER_TASKS)
                 assert measured is not None
                 first, second = getattr(paper, kind), getattr(default, kind)

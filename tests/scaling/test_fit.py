@@ -13,7 +13,7 @@ import pytest
 
 from open_lm.errors import ConfigError, DataError
 from open_lm.scaling import command, solve
-from open_lm.scaling.error_law import fit_error
+from open_lm.scaling.error_law import ErrorFits, ErrorPoints, fit_errors
 from open_lm.scaling.laws import CHINCHILLA, COMPUTE, OVER_TRAINING, Law
 from open_lm.scaling.runs import read_runs
 from open_lm.scaling.settings import PAPER_TASKS
@@ -138,13 +138,27 @@ def test_many_problems_at_once_have_the_minimum_of_lbfgs() -> None:
     assert solve.predict(terms, refined[0]) == pytest.approx(solve.predict(terms, best), rel=1e-3)
 
 
+def error_points(loss: np.ndarray, error: np.ndarray) -> ErrorPoints:
+    return ErrorPoints(loss[None], error[None], np.ones((1, len(loss))))
+
+
 def test_the_law_of_the_error_is_recovered() -> None:
     loss = np.linspace(2.4, 5.5, 9)
-    error = 0.86 - 2.2 * np.exp(-0.71 * loss)
-    fitted = fit_error(loss, error[None], np.ones((1, len(loss))))
+    (fitted,) = fit_errors([error_points(loss, 0.86 - 2.2 * np.exp(-0.71 * loss))])
     assert fitted.values() == pytest.approx({"k": 2.2, "gamma": 0.71, "epsilon": 0.86}, rel=1e-4)
-    falling = fit_error(loss, 1 - loss[None] / 10, np.ones((1, len(loss))))
+    (falling,) = fit_errors([error_points(loss, 1 - loss / 10)])
     assert falling.at_bounds() == ["k = 0"]
+
+
+def test_training_sets_share_the_exponent_of_the_error() -> None:
+    loss = np.linspace(2.4, 5.5, 9)
+    second = loss[:3] + 0.2
+    fits: list[ErrorFits] = fit_errors([
+        error_points(loss, 0.86 - 2.2 * np.exp(-0.71 * loss)),
+        error_points(second, 0.8 - 1.9 * np.exp(-0.71 * second)),
+    ])  # fmt: skip
+    assert fits[0].values() == pytest.approx({"k": 2.2, "gamma": 0.71, "epsilon": 0.86}, rel=1e-4)
+    assert fits[1].values() == pytest.approx({"k": 1.9, "gamma": 0.71, "epsilon": 0.8}, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -218,7 +232,7 @@ def test_the_default_has_a_lower_loss_error_than_the_paper_and_covers_all_target
     runs = read_runs([str(published)])
     errors = []
     for train in check_scaling.TARGETS:
-        for run, paper, default in check_scaling.predictions(runs, train, "c4_val", resamples=100):
+        for run, paper, default in check_scaling.predictions(runs, train, "c4_val", "loss", resamples=100):
             measured, *_ = run.losses["c4_val"]
             errors.append((abs(paper.loss / measured - 1), abs(default.loss / measured - 1)))
             assert default.loss_interval[0] <= measured <= default.loss_interval[1]
