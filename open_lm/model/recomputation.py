@@ -1,8 +1,8 @@
 """Activation checkpointing: store fewer activations in the forward pass and recompute them in the backward pass.
 
 The policy "full" stores only a block's inputs (Chen et al. 2016, https://arxiv.org/abs/1604.06174). "op" also stores
-the results of matrix products and attention, so that only the cheap operators between them run twice (Korthikanti et
-al. 2022, section 5, https://arxiv.org/abs/2205.05198). "half-op" is "op" without every second matrix product.
+the results of matrix products, attention and expert parallelism's exchanges, so that only the cheap operators between
+them run twice (Korthikanti et al. 2022, section 5, https://arxiv.org/abs/2205.05198). "half-op" is "op" without every second matrix product.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _ATTENTION = (
     *("aten::_scaled_dot_product_", "aten::_flash_attention_forward", "aten::_efficient_attention_forward"),
     *("xformers", "flex_attention", "open_lm::cpu_attention"),
 )
+_EXCHANGE = "_c10d_functional::all_to_all_single"
 
 
 def with_recomputation(
@@ -88,7 +89,7 @@ def _save_expensive(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -
 
 def _is_expensive(operator: Any) -> bool:
     name = _name(operator)
-    return name in _PRODUCTS or name.startswith(_ATTENTION)
+    return name in _PRODUCTS or name == _EXCHANGE or name.startswith(_ATTENTION)
 
 
 def _name(operator: Any) -> str:

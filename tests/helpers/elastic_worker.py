@@ -31,8 +31,9 @@ ROWS, SEQ_LEN = 8, 12
 SHAPE = {"dim": 24, "n_layers": 2, "n_heads": 4, "vocab_size": 29, "seq_len": SEQ_LEN, "apply_qk_norm": True}
 # Dropping and balancing experts depends on each rank's tokens, so both are off.
 EXPERTS = {"moe_freq": 2, "moe_num_experts": 4, "moe_capacity_factor": 0.0, "moe_loss_weight": 0.0}
+MUP = {"mup": True, "mup_base_width": 12}  # several groups of parameters with other learning rates
 # Additional model settings by the optimizer's name.
-MODELS: dict[str, dict[str, Any]] = {"adamw": {}, "muon": {"weight_tying": True, **EXPERTS}}
+MODELS: dict[str, dict[str, Any]] = {"adamw": {}, "muon": {"weight_tying": True, **MUP, **EXPERTS}}
 AVERAGERS = "ema_0.5,poly_2"
 SINGLE = ParallelConfig()
 FSDP = ParallelConfig(fsdp=True)
@@ -41,6 +42,8 @@ TENSOR_FSDP = ParallelConfig(fsdp=True, tensor_parallel=2)
 CONTEXT = ParallelConfig(fsdp=True, context_parallel=2)
 HYBRID = ParallelConfig(fsdp=True, mesh_dim="2,-1,1")
 HYBRID_TENSOR = ParallelConfig(fsdp=True, mesh_dim="2,2,2")
+EXPERT = ParallelConfig(fsdp=True, expert_parallel=2)
+HYBRID_EXPERT = ParallelConfig(fsdp=True, mesh_dim="2,-1,1", expert_parallel=4)
 
 
 class Run:
@@ -139,10 +142,21 @@ JOBS: dict[int, list[Job]] = {
         Job(TENSOR_FSDP, None, range(2), "four"),
         Job(TENSOR, "four", range(2, 4)),
         Job(CONTEXT, "four", range(2, 4)),
+        Job(EXPERT, "four", range(2, 4), "experts"),
     ],
-    2: [Job(FSDP, "four", range(2, 4)), Job(TENSOR, "four", range(2, 4)), Job(SINGLE, "four", range(2, 4), "two")],
+    2: [
+        Job(FSDP, "experts", range(4, 5)),
+        Job(EXPERT, "experts", range(4, 5)),
+        Job(FSDP, "four", range(2, 4)),
+        Job(TENSOR, "four", range(2, 4)),
+        Job(SINGLE, "four", range(2, 4), "two"),
+    ],
     1: [Job(SINGLE, "two", range(4, 5), "one", files=True)],
-    8: [Job(HYBRID, "one", range(5, 6), files=True), Job(HYBRID_TENSOR, "one", range(5, 6), "eight", files=True)],
+    8: [
+        Job(HYBRID, "one", range(5, 6), files=True),
+        Job(HYBRID_EXPERT, "one", range(5, 6), files=True),
+        Job(HYBRID_TENSOR, "one", range(5, 6), "eight", files=True),
+    ],
 }
 
 

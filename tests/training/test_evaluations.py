@@ -26,7 +26,7 @@ from open_lm.training.trainer import Trainer
 
 LAYOUTS = {
     "ddp": ["--accum-freq", "2"],
-    "fsdp": ["--fsdp", "--moe-freq", "2", "--moe-num-experts", "2", "--moe-top-k", "1"],
+    "experts": ["--fsdp", "--expert-parallel", "2", "--moe-freq", "2", "--moe-num-experts", "2", "--moe-top-k", "1"],
     "tensor": ["--tensor-parallel", "2"],
     "context": ["--context-parallel", "2"],
 }
@@ -104,7 +104,7 @@ def test_evaluations_in_all_layouts(folder: Path) -> None:
     for name in LAYOUTS:
         assert losses(folder / name) == losses(folder / f"{name}_plain"), name
         assert len(rows(folder / name / "icl.jsonl")) == 3
-        if name != "fsdp":  # with experts, so another model
+        if name != "experts":  # with experts, so another model
             assert scores(folder / name)[0] == scores(one)[0], name
             assert rows(folder / name / "samples.jsonl")[:4] == rows(one / "samples.jsonl")[:4], name
 

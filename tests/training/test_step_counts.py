@@ -20,6 +20,7 @@ BUDGETS = {
     "experts": (117, 65, 47),
     "fsdp, muon, averagers": (113, 108, 115),
     "tensor, fsdp": (145, 156, 55),
+    "expert parallel": (209, 109, 48),
 }
 
 
@@ -41,7 +42,7 @@ def test_steps_stay_within_their_budget_and_never_wait(counts: dict[str, StepCou
         assert found.block <= block, (name, found)
         assert found.outside <= outside, (name, found)
         assert found.optimizer + found.optimizer_block <= optimizer, (name, found)
-        assert found.statistics <= 31, (name, found)
+        assert found.statistics <= (33 if name == "expert parallel" else 31), (name, found)
     assert counts["fsdp, muon, averagers"].averagers <= 2
     # One fused kernel updates all parameters, so more blocks do not need more operators.
     assert counts["amp_bfloat16"].optimizer_block == 0
