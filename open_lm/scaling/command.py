@@ -6,6 +6,7 @@ collect   collect run folders and exports into a table of runs
 fit       fit laws to a table of runs, and predict targets
 predict   predict further targets with a fit, and rank further runs
 report    show a fit as one HTML page
+sweep     train a grid of learning rates or other settings over widths, and find the best
 
 A table is a JSON list with params, tokens, losses and accuracy of each run; see docs/scaling.md.
 """
@@ -16,7 +17,7 @@ import argparse
 from collections.abc import Callable
 
 from open_lm.config.command_line import FlagParser
-from open_lm.scaling import fit_commands, plan_command, run_command
+from open_lm.scaling import fit_commands, plan_command, run_command, sweep_command
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
     "plan": ("choose a ladder of runs, and write their settings", plan_command.add_flags, plan_command.run),
@@ -25,6 +26,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "fit": ("fit laws to a table of runs, and predict targets", fit_commands.add_fit, fit_commands.run_fit),
     "predict": ("predict targets with a fit", fit_commands.add_predict, fit_commands.run_predict),
     "report": ("show a fit as one HTML page", fit_commands.add_report, fit_commands.run_report),
+    "sweep": ("find the best value of a setting for models or widths", sweep_command.add_flags, sweep_command.run),
 }
 
 

@@ -1,0 +1,216 @@
+"""Sweeps: the runs of a grid of settings over models, and the folder that has their settings. Imports no torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from open_lm import storage
+from open_lm.config.architecture import read_architecture
+from open_lm.config.command_line import all_specs, parse_args
+from open_lm.config.model_keys import feed_forward_width
+from open_lm.config.sections import ModelConfig
+from open_lm.errors import ConfigError
+from open_lm.scaling.ladder_files import PlannedRun
+from open_lm.storage.strict_json import to_json
+
+SWEEP_FILE = "sweep.json"
+STANDARD, MUP = "standard", "mup"  # parametrizations
+REPLICATE = "seed"  # runs that differ only in this setting are repetitions
+_FORMAT = "open_lm.sweep/1"
+_MIN_VALUES = 3  # that a minimum needs
+# Settings of all runs, which --base and --set may replace.
+_DEFAULTS: dict[str, Any] = {"epochs": 1, "checkpoint_format": "sharded", "report": "none", "energy": "none"}
+_PLANNED = frozenset({"name", "logs", "model", "resume", "mup", "mup_base_width"})
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """A run of a sweep.
+
+    Attributes:
+        name: name of the run.
+        model: name of the model, without its folder.
+        width: hidden_dim of the model.
+        parametrization: STANDARD or MUP.
+        settings: the varied settings; the first one is the axis of the sweep.
+    """
+
+    name: str
+    model: str
+    width: int
+    parametrization: str
+    settings: dict[str, float]
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[float]]:
+    """Return the values of each setting of --vary KEY=LOW:HIGH:N or KEY=VALUE,VALUE, ascending.
+
+    Raises:
+        ConfigError: not a numeric flag of the trainer, a text that is no range, or fewer than 3 values of the first.
+    """
+    grid: dict[str, list[float]] = {}
+    for text in texts:
+        key, _, values = text.partition("=")
+        key = key.strip().replace("-", "_")
+        spec = all_specs().get(key)
+        if spec is None or spec.kind not in (int, float) or spec.many or key in _PLANNED or key in grid:
+            raise ConfigError(
+                f"--vary: found {text!r}, expected a numeric flag of open_lm.main, once, such as lr=1e-3:3e-2:6"
+            )
+        numbers = _numbers(text, values)
+        grid[key] = sorted({float(round(number)) if spec.kind is int else number for number in numbers})
+    axis = next(iter(grid), None)
+    if axis is None or len(grid[axis]) < _MIN_VALUES or axis == REPLICATE:
+        raise ConfigError(
+            f"--vary: found {' '.join(texts)}, expected at least {_MIN_VALUES} values of the first setting, whose "
+            "minimum is fitted; further settings such as seed=1,2 follow"
+        )
+    return grid
+
+
+def _numbers(text: str, values: str) -> list[float]:
+    """Return the numbers of LOW:HIGH:N, evenly spaced in their logarithm, or of a list with commas."""
+    try:
+        if ":" not in values:
+            numbers = [float(part) for part in values.split(",")]
+        else:
+            low, high, count = values.split(":")
+            ends, steps = (math.log(float(low)), math.log(float(high))), int(count) - 1
+            numbers = [math.exp(ends[0] + (ends[1] - ends[0]) * i / steps) for i in range(steps + 1)]
+            numbers = [float(f"{number:.3g}") for number in numbers]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise ConfigError(
+            f"--vary: found {text!r}, expected KEY=LOW:HIGH:NUMBER, spaced evenly in the logarithm, or KEY=VALUE,VALUE"
+        ) from None
+    return numbers
+
+
+def scaled_architecture(model: str, width: int, ffn_type: str) -> dict[str, Any]:
+    """Return the architecture of `model` at another width: heads of the same width, and the same depth.
+
+    The hidden width of the feed-forward and its experts grows in proportion, without rounding.
+
+    Raises:
+        ConfigError: a width that is not a multiple of that of the heads.
+    """
+    values = read_architecture(model)
+    base = values["hidden_dim"]
+    head = values.get("head_dim") or base // values["n_heads"]
+    groups = values["n_heads"] / (values.get("n_kv_heads") or values["n_heads"])
+    heads, kv_heads = width / base * values["n_heads"], width / base * values["n_heads"] / groups
+    if width < 1 or not heads.is_integer() or not kv_heads.is_integer():
+        raise ConfigError(
+            f"--widths: found {width}, expected multiples of {base * head // math.gcd(base, values['n_heads'] * head)} "
+            f"for {model}, whose heads have width {head}"
+        )
+    values |= {"hidden_dim": width, "n_heads": int(heads), "head_dim": head}
+    if "n_kv_heads" in values:
+        values["n_kv_heads"] = int(kv_heads)
+    hidden = values.get("ffn_dim") or feed_forward_width(values.get("ffn_type", ffn_type), base)
+    values["ffn_dim"] = round(hidden * width / base)
+    if values.get("moe_ffn_dim"):
+        values["moe_ffn_dim"] = round(values["moe_ffn_dim"] * width / base)
+    return values
+
+
+def write_sweep(
+    folder: str,
+    models: Mapping[str, Mapping[str, Any]],
+    grid: Mapping[str, Sequence[float]],
+    base: Mapping[str, Any],
+    parametrizations: Mapping[str, int | None],
+) -> list[SweepRun]:
+    """Write sweep.json, the model files and one YAML per run for open_lm.main --config; return the runs.
+
+    Args:
+        folder: local folder. A sweep that it contains must be the same one.
+        models: architectures by name.
+        grid: the varied settings with their values.
+        base: settings of all runs.
+        parametrizations: STANDARD, MUP or both, with --mup-base-width (default: the smallest width).
+
+    Raises:
+        ConfigError: the folder contains another sweep, or a setting is invalid.
+    """
+    root = Path(folder)
+    taken = sorted((_PLANNED - {"model"} | grid.keys()) & base.keys())
+    if taken:
+        raise ConfigError(f"--base: found {', '.join(taken)}, which the sweep decides; remove them")
+    smallest = min(values["hidden_dim"] for values in models.values())
+    runs, configs = [], {}
+    for (name, values), parametrization in itertools.product(models.items(), parametrizations):
+        for numbers in itertools.product(*grid.values()):
+            settings = dict(zip(grid, numbers, strict=True))
+            words = [name, parametrization, *(f"{key}{value:g}" for key, value in settings.items())]
+            run = SweepRun("_".join(words), name, values["hidden_dim"], parametrization, settings)
+            runs.append(run)
+            configs[run.name] = _config(root, run, base, parametrizations[parametrization] or smallest)
+    content = {"format": _FORMAT, "configs": configs, "models": dict(models), "runs": list(map(asdict, runs))}
+    path = root / SWEEP_FILE
+    if path.exists() and json.loads(storage.read_text(path)) != json.loads(to_json(content)):
+        raise ConfigError(
+            f"{folder}: contains another sweep; continue it without further flags, or name another folder"
+        )
+    (root / "models").mkdir(parents=True, exist_ok=True)
+    (root / "configs").mkdir(exist_ok=True)
+    for name, values in models.items():
+        storage.write_text(root / "models" / f"{name}.json", to_json(dict(values), indent=1) + "\n")
+    for name, config in configs.items():
+        storage.write_text(root / "configs" / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False))
+        parse_args(["--config", str(root / "configs" / f"{name}.yaml")])
+    storage.write_text(path, to_json(content, indent=1) + "\n")
+    return runs
+
+
+def _config(root: Path, run: SweepRun, base: Mapping[str, Any], mup_base_width: int) -> dict[str, Any]:
+    specs = all_specs()
+    values = {key: specs[key].kind(value) for key, value in run.settings.items()}
+    config = {**_DEFAULTS, **base, "name": run.name, "logs": str(root / "runs"), "resume": "latest", **values}
+    config["model"] = str(root / "models" / f"{run.model}.json")
+    if run.parametrization == MUP:
+        config |= {"mup": True, "mup_base_width": mup_base_width}
+    return config
+
+
+def read_sweep(folder: str) -> list[SweepRun]:
+    """Return the runs of sweep.json. Raise ConfigError for a folder without a valid sweep."""
+    path = Path(folder) / SWEEP_FILE
+    if not path.is_file():
+        raise ConfigError(f"{folder}: found no {SWEEP_FILE}; start a sweep with --vary, such as --vary lr=1e-3:3e-2:6")
+    try:
+        content = json.loads(storage.read_text(path))
+        if content.get("format") != _FORMAT:
+            raise ConfigError(f"{path}: found format {content.get('format')!r}, expected {_FORMAT!r}")
+        return [SweepRun(**item) for item in content["runs"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a sweep ({error}); delete it and start the sweep again") from error
+
+
+def planned_run(folder: str, run: SweepRun) -> PlannedRun:
+    """Return a run in the form that launchers expect."""
+    root = Path(folder)
+    return PlannedRun(
+        name=run.name,
+        config=str(root / "configs" / f"{run.name}.yaml"),
+        folder=str(root / "runs" / run.name),
+        trunk=None,
+        params=0,
+        tokens=0,
+        cost_flops=0.0,
+    )
+
+
+def model_flags(base: Mapping[str, Any]) -> ModelConfig:
+    """Return the flags of the model in the settings of all runs."""
+    names = {spec.name for spec in ModelConfig.specs()}
+    return ModelConfig(**{key: value for key, value in {**_DEFAULTS, **base}.items() if key in names})

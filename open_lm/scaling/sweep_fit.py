@@ -1,0 +1,184 @@
+"""Results of a sweep: the final loss of each run, and the minimum of each curve.
+
+A curve has the runs that differ in the axis, such as the learning rate, and in the seed. Its minimum is the vertex of a
+parabola in the logarithm of the axis through the points around the lowest one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from open_lm.errors import UserError
+from open_lm.scaling.sweep import REPLICATE, SweepRun
+
+FINISHED, DIVERGED, MISSING = "finished", "diverged", "missing"  # states of a run
+_NEIGHBORS = 2  # points on each side of the lowest one that the parabola fits
+_EDGE = "at the edge of the grid"
+_NO_VERTEX = "not curved around the lowest point"
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run with its state, and the loss that it ended with; NaN if it has none.
+
+    The loss is that of the last validation; without one it is the mean of the last training losses.
+    """
+
+    run: SweepRun
+    state: str
+    loss: float = math.nan
+
+
+@dataclass
+class Minimum:
+    """The minimum of a curve.
+
+    Attributes:
+        model, width, parametrization: of its runs.
+        settings: the settings that its runs share, without axis and seed.
+        points: (value of the axis, mean loss, number of seeds) of the runs that did not diverge, ascending.
+        diverged: values of the axis with a diverged run.
+        best: value of the axis with the lowest loss: the vertex, or the value of the lowest point; NaN without a point.
+        interval: `best` times and divided by exp(standard error); None if it is unknown.
+        loss: loss at `best`.
+        coefficients: (c0, c1, c2) of the parabola in the logarithm of the axis; None without a parabola.
+        note: why there is no parabola, or what else limits the result.
+    """
+
+    model: str
+    width: int
+    parametrization: str
+    settings: dict[str, float]
+    points: list[tuple[float, float, int]] = field(default_factory=list)
+    diverged: list[float] = field(default_factory=list)
+    best: float = math.nan
+    interval: tuple[float, float] | None = None
+    loss: float = math.nan
+    coefficients: tuple[float, float, float] | None = None
+    note: str = ""
+
+
+def result_of(run: SweepRun, folder: str) -> Result:
+    """Return the state and loss of a run by what its folder has."""
+    if not Path(folder).is_dir():
+        return Result(run, MISSING)
+    from open_lm.report import records
+    from open_lm.report.collect import collect_run
+
+    try:
+        content = collect_run(folder)
+    except UserError:
+        return Result(run, MISSING)
+    summary = content.summary
+    if (Path(folder) / "checkpoints_failed").is_dir() and any((Path(folder) / "checkpoints_failed").iterdir()):
+        return Result(run, DIVERGED)
+    if summary.state != records.FINISHED:
+        return Result(run, MISSING)
+    losses = content.metrics.get("val/loss")[1]
+    loss = float(losses[-1]) if len(losses) else summary.last_loss
+    if loss is None or not math.isfinite(loss):
+        return Result(run, DIVERGED)
+    # A finished run whose loss is above that of its first step has left the region of stable training.
+    is_worse = summary.first_loss is not None and loss > summary.first_loss
+    return Result(run, DIVERGED, loss) if is_worse else Result(run, FINISHED, loss)
+
+
+def find_minima(results: Sequence[Result]) -> list[Minimum]:
+    """Return the minimum of each curve, in the order of the runs."""
+    curves: dict[tuple[object, ...], list[Result]] = {}
+    for result in results:
+        run = result.run
+        axis = next(iter(run.settings))
+        shared = tuple((key, value) for key, value in run.settings.items() if key not in (axis, REPLICATE))
+        curves.setdefault((run.model, run.parametrization, shared), []).append(result)
+    return [_minimum(curve) for curve in curves.values()]
+
+
+def _minimum(curve: Sequence[Result]) -> Minimum:
+    run = curve[0].run
+    axis = next(iter(run.settings))
+    shared = {key: value for key, value in run.settings.items() if key not in (axis, REPLICATE)}
+    found = Minimum(run.model, run.width, run.parametrization, shared)
+    losses: dict[float, list[float]] = {}
+    for result in curve:
+        value = result.run.settings[axis]
+        if result.state == DIVERGED:
+            found.diverged.append(value)
+        elif result.state == FINISHED:
+            losses.setdefault(value, []).append(result.loss)
+    found.diverged = sorted(set(found.diverged))
+    kept = sorted((value, seeds) for value, seeds in losses.items() if value not in found.diverged)
+    found.points = [(value, float(np.mean(seeds)), len(seeds)) for value, seeds in kept]
+    if found.points:
+        _fit(found, [(value, loss) for value, seeds in kept for loss in seeds])
+    return found
+
+
+def _fit(found: Minimum, points: Sequence[tuple[float, float]]) -> None:
+    """Set the minimum of a curve with (value, loss) of each run."""
+    lowest = min(range(len(found.points)), key=lambda index: found.points[index][1])
+    found.best, found.loss = found.points[lowest][:2]
+    if lowest in (0, len(found.points) - 1) or found.best <= 0:
+        is_last = lowest == len(found.points) - 1
+        blocked = is_last and found.diverged and found.diverged[-1] > found.best
+        found.note = f"{_EDGE}: higher values diverge" if blocked else f"{_EDGE}: {'raise' if is_last else 'lower'} it"
+        return
+    window = [value for value, *_ in found.points[max(0, lowest - _NEIGHBORS) : lowest + _NEIGHBORS + 1]]
+    chosen = np.array([point for point in points if point[0] in window])
+    x, y = np.log(chosen[:, 0]) - math.log(found.best), chosen[:, 1]
+    design = np.stack([np.ones_like(x), x, x * x], axis=1)
+    theta, *_ = np.linalg.lstsq(design, y, rcond=None)
+    vertex = -theta[1] / (2 * theta[2]) if theta[2] > 0 else math.nan
+    if not x.min() <= vertex <= x.max():
+        found.note = _NO_VERTEX
+        return
+    shift = math.log(found.best)
+    found.coefficients = (
+        float(theta[0] - theta[1] * shift + theta[2] * shift**2),
+        float(theta[1] - 2 * theta[2] * shift),
+        float(theta[2]),
+    )
+    found.best, found.loss = math.exp(vertex + shift), float(theta[0] + theta[1] * vertex / 2)
+    freedom = len(y) - 3
+    if freedom > 0:
+        covariance = np.linalg.inv(design.T @ design) * np.sum((design @ theta - y) ** 2) / freedom
+        slope = np.array([0.0, -1 / (2 * theta[2]), theta[1] / (2 * theta[2] ** 2)])
+        error = math.sqrt(max(0.0, slope @ covariance @ slope))
+        found.interval = (found.best * math.exp(-error), found.best * math.exp(error))
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far the best value moves over the widths.
+
+    factor: the largest best value of all widths divided by the smallest. is_bound: a minimum is at an edge of the grid,
+    so that the factor is only known to be about that or more.
+    """
+
+    parametrization: str
+    settings: dict[str, float]
+    widths: tuple[int, ...]
+    factor: float
+    is_bound: bool
+
+
+def find_shifts(minima: Sequence[Minimum]) -> list[Shift]:
+    """Return the shift of each parametrization and combination of settings that has several widths."""
+    groups: dict[tuple[object, ...], list[Minimum]] = {}
+    for minimum in minima:
+        if math.isfinite(minimum.best):
+            groups.setdefault((minimum.parametrization, *minimum.settings.items()), []).append(minimum)
+    shifts = []
+    for group in groups.values():
+        widths = tuple(sorted({minimum.width for minimum in group}))
+        best = [minimum.best for minimum in group]
+        if len(widths) > 1 and min(best) > 0:
+            is_bound = any(_EDGE in minimum.note for minimum in group)
+            factor = max(best) / min(best)
+            shifts.append(Shift(group[0].parametrization, group[0].settings, widths, factor, is_bound))
+    return shifts
