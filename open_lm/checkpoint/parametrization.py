@@ -45,7 +45,6 @@ def _saved_params(path: str) -> Params | None:
 
 
 def _flags(params: Params) -> str:
-    scaling = params.parametrization
-    if scaling.width_ratio == scaling.head_ratio == 1.0:  # equal to the standard parametrization
+    if params.parametrization.is_standard:
         return "without --mup"
     return f"with --mup --mup-base-width {params.mup_base_width} --mup-base-head-dim {params.mup_base_head_dim}"

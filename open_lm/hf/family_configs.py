@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from open_lm.config.model_keys import in_layer
+from open_lm.config.model_keys import MUP_KEYS, in_layer
 from open_lm.errors import ConfigError
 from open_lm.hf import family_settings
 from open_lm.hf.families import FAMILIES, FIELDS, Rule, architecture
@@ -149,6 +149,7 @@ def _comparable(params: Params) -> dict[str, Any]:
     unused = [name for name in values if name.startswith("moe_") and params.moe_freq == 0]
     unused += [name for name in ("ffn_type", "ffn_dim", "ffn_bias") if params.moe_freq == 1]
     unused += [] if params.apply_qk_norm else ["qk_norm_per_head"]
+    unused += MUP_KEYS if params.parametrization.is_standard else []
     return {
         name: _SAME.get(value, value) if isinstance(value, str) else value
         for name, value in values.items()

@@ -94,6 +94,11 @@ class Parametrization:
     is_tied: bool = False
 
     @property
+    def is_standard(self) -> bool:
+        """Whether all factors are 1."""
+        return self.width_ratio == self.embedding_ratio == self.head_ratio == 1.0
+
+    @property
     def attention_factor(self) -> float:
         """The factor of the attention scores."""
         return 1 / math.sqrt(self.head_ratio)

@@ -119,7 +119,9 @@ class Params:
         if problems:
             raise ConfigError(join_problems(problems, "the model configuration"))
         self.n_kv_heads = self.n_kv_heads or self.n_heads
-        if self.mup and self.mup_base_width is not None and self.mup_base_head_dim is None:
+        if not self.mup:
+            self.mup_base_width = self.mup_base_head_dim = None
+        elif self.mup_base_width is not None and self.mup_base_head_dim is None:
             self.mup_base_head_dim = self.head_dim or self.mup_base_width // self.n_heads
         self.head_dim = self.head_dim or self.dim // self.n_heads
         self.ffn_dim = self.ffn_dim or feed_forward_width(self.ffn_type, self.dim)

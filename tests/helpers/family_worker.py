@@ -9,13 +9,14 @@ import torch
 import torch.distributed as dist
 
 from open_lm.checkpoint import load_weights
-from open_lm.config.sections import ModelConfig, ParallelConfig
+from open_lm.config.sections import ModelConfig, OptimConfig, ParallelConfig
 from open_lm.distributed.precision import get_autocast
 from open_lm.distributed.processes import build_layout, init_runtime, shutdown
 from open_lm.distributed.sharded_tensor import full_tensor, fused_weight_parts
 from open_lm.model.initialization import init_weights
 from open_lm.model.params import create_params
 from open_lm.model.transformer import Params, Transformer
+from open_lm.optim.build import build_optimizer
 from open_lm.parallel.parallelize import evaluation_mode, parallelize
 from open_lm.training.step import StepOptions, train_step
 
@@ -38,7 +39,7 @@ def train(keys: dict[str, Any], settings: dict[str, Any], documents: bool) -> li
     trained = parallelize(
         model, layout, cfg, device=runtime.device, initialise=lambda sharded: init_weights(sharded, seed=5)
     )
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1)
+    optimizer = build_optimizer(trained, OptimConfig(lr=1e-2, eps=1e-4, wd=0.1))
     options = StepOptions(
         runtime,
         layout,

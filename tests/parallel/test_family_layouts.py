@@ -27,11 +27,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 # Cases that are equivalent to others.
 EQUIVALENT = ("open_llama", "mistral_0.3", "llama_biases", "gemma_2_27b", "phi_qk_norm", "qwen_2_window")
 EQUIVALENT += ("llama_yarn", "qwen_3_yarn", "olmo_3_yarn")
+MUP = {"mup": True, "mup_base_width": 8, "mup_base_head_dim": 4}
 # Further keys of the model of a case: combinations that no family has.
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama_2": {"vocab_size": 64, "unpadded_vocab_size": 61, "logit_soft_cap": 4.0, "head_bias": True},
     "olmo_2": {"n_kv_heads": 1, "norm_position": "both"},
-    "gemma_7b": {"apply_qk_norm": True},
+    "gemma_7b": {"apply_qk_norm": True, **MUP},
+    "tinyllama": MUP,
+    "mixtral": MUP,
+    "phi_2": MUP,
 }
 
 
