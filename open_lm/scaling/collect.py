@@ -51,8 +51,11 @@ def _records(source: str, train: str | None, skipped: list[str]) -> Iterator[tup
     if Path(source).is_dir():
         folders = [source]
         if (Path(source) / LADDER_FILE).is_file():
-            folders = [planned.folder for planned in read_ladder(source)[1]]
+            folders = [planned.folder for planned in read_ladder(source).runs]
         for folder in folders:
+            if not Path(folder).is_dir():
+                skipped.append(f"{folder}: not trained yet")
+                continue
             try:
                 yield _folder_record(folder, train), folder
             except UserError as error:

@@ -1,7 +1,7 @@
 """Choose the runs of a ladder: sizes, tokens, batch sizes, learning rates and warmup. Imports no torch.
 
-With the schedule wsd, one run per size trains at a constant learning rate, and each smaller token multiplier is a
-branch: a short decay from one of its checkpoints (Hägele et al. 2024, arXiv 2405.18392). A branch costs only its decay.
+With the schedule wsd, the longest run of a size trains at a constant learning rate, and each shorter one is a branch:
+a short decay from one of its checkpoints (Hägele et al. 2024, arXiv 2405.18392). A branch costs only its decay.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -33,27 +33,33 @@ class Rung:
 
     Attributes:
         shape: the model.
+        suffix: planned length in the name of the run, such as m20 or t250000; see `lengths_of`.
         multiplier: planned tokens per parameter; `tokens` are rounded to steps.
         steps, global_batch: optimizer steps, and sequences of each.
         lr, warmup: peak learning rate, and steps of warmup.
+        schedule: learning-rate schedule, wsd or cosine; the same for all runs of a ladder.
         trunk: name of the run from which it branches; None for a run from the start.
         start: step of the branch.
         milestone: steps between checkpoints that branches start from; 0: none.
+        is_target: whether it is the run to predict, which is trained last.
     """
 
     shape: Shape
+    suffix: str
     multiplier: float
     steps: int
     global_batch: int
     lr: float
     warmup: int
+    schedule: str
     trunk: str | None = None
     start: int = 0
     milestone: int = 0
+    is_target: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.shape.label}_m{self.multiplier:g}"
+        return f"{self.shape.label}_{self.suffix}"
 
     @property
     def tokens(self) -> int:
@@ -80,43 +86,60 @@ def batch_tokens(flops: float) -> float:
     return 0.2920 * flops**0.3271
 
 
-def rungs_of(
-    shape: Shape, multipliers: Sequence[float], *, lr: float | None, batch: int | None, branches: bool
-) -> list[Rung]:
-    """Return the runs of one size. Batch and learning rate are those of its compute-optimal run."""
-    optimal = shape.flops_per_token * shape.params * COMPUTE_OPTIMAL
+Lengths = Mapping[str, Fraction]  # tokens of the runs of a size, by the suffix of their names
+
+
+def lengths_of(shape: Shape, multipliers: Sequence[float] = (), tokens: Sequence[float] = ()) -> Lengths:
+    """Return the lengths of runs that are given in tokens per parameter, or in tokens."""
+    return {
+        **{f"m{value:g}": Fraction(str(value)) * shape.params for value in multipliers},
+        **{f"t{value:.0f}": Fraction(str(value)) for value in tokens},
+    }
+
+
+def rungs_of(shape: Shape, lengths: Lengths, *, lr: float | None, batch: int | None, branches: bool) -> list[Rung]:
+    """Return the runs of one size.
+
+    The default of batch and learning rate is that of its compute-optimal run, or of its longest run if that is shorter.
+    """
+    longest = max(lengths.values())
+    optimal = shape.flops_per_token * min(float(longest), shape.params * COMPUTE_OPTIMAL)
     batch = batch or 2 ** max(0, round(math.log2(batch_tokens(optimal) / shape.seq_len)))
     per_step = batch * shape.seq_len
-    if branches and len(multipliers) > 1:
-        steps = _branch_steps(multipliers, shape.params / per_step)
+    if branches and len(lengths) > 1:
+        steps = _branch_steps(lengths, per_step)
     else:
-        steps = {value: max(1, round(value * shape.params / per_step)) for value in multipliers}
+        steps = {suffix: max(1, round(tokens / per_step)) for suffix, tokens in lengths.items()}
     warmup = max(1, min(round(shape.params / per_step), int(_WARMUP_SHARE * min(steps.values()))))
+    schedule = "wsd" if branches else "cosine"
     rungs = [
-        Rung(shape, value, steps[value], batch, lr or learning_rate(optimal), warmup) for value in sorted(multipliers)
-    ]
+        Rung(
+            shape, suffix, float(lengths[suffix] / shape.params), steps[suffix], batch, lr or learning_rate(optimal),
+            warmup, schedule,
+        )
+        for suffix in sorted(lengths, key=lambda suffix: lengths[suffix])
+    ]  # fmt: skip
     return _branched(rungs) if branches and len(rungs) > 1 else rungs
 
 
-def _branch_steps(multipliers: Sequence[float], per_multiplier: float) -> dict[float, int]:
-    """Return the steps of each multiplier such that all decays begin at a multiple of the same number of steps.
+def _branch_steps(lengths: Lengths, per_step: int) -> dict[str, int]:
+    """Return the steps of each length such that all decays begin at a multiple of the same number of steps.
 
     Raises:
-        ConfigError: multipliers without a common measure, which would need too many checkpoints.
+        ConfigError: lengths without a common measure, which would need too many checkpoints.
     """
-    parts = [Fraction(str(value)) for value in multipliers]
-    scale = math.lcm(*(part.denominator for part in parts))
-    counts = {value: int(part * scale) for value, part in zip(multipliers, parts, strict=True)}
+    scale = math.lcm(*(tokens.denominator for tokens in lengths.values()))
+    counts = {suffix: int(tokens * scale) for suffix, tokens in lengths.items()}
     divisor = math.gcd(*counts.values())
     number = max(counts.values()) // divisor
     if number > _MAX_CHECKPOINTS:
         raise ConfigError(
-            f"--multipliers {' '.join(map(str, multipliers))}: the long run of a size would keep {number} checkpoints "
-            f"for its branches, expected at most {_MAX_CHECKPOINTS}; choose multiples of a larger number, "
+            f"--multipliers or --run-tokens: the long run of a size ({', '.join(lengths)}) would keep {number} "
+            f"checkpoints for its branches, expected at most {_MAX_CHECKPOINTS}; choose multiples of a larger number, "
             "such as 10 20 40, or pass --no-branches"
         )
-    unit = _STEP_UNIT * max(1, round(per_multiplier * divisor / scale / _STEP_UNIT))
-    return {value: count // divisor * unit for value, count in counts.items()}
+    unit = _STEP_UNIT * max(1, round(Fraction(divisor, scale) / per_step / _STEP_UNIT))
+    return {suffix: count // divisor * unit for suffix, count in counts.items()}
 
 
 def _branched(rungs: list[Rung]) -> list[Rung]:
@@ -139,13 +162,15 @@ class Choices:
     Attributes:
         shapes: sizes of the ladder.
         multipliers: tokens per parameter.
+        run_tokens: tokens of the runs of each size, instead of multipliers.
         lr, batch: learning rate and sequences of a step, for all sizes.
-        branches: train the smaller multipliers of a size as branches.
+        branches: train the shorter runs of a size as branches.
         target: (parameters, tokens) of the model to predict.
     """
 
     shapes: Sequence[Shape] | None = None
     multipliers: Sequence[float] | None = None
+    run_tokens: Sequence[float] | None = None
     lr: float | None = None
     batch: int | None = None
     branches: bool = True
@@ -169,14 +194,15 @@ def choose(choices: Choices, budget: float | None, cost_of: CostOf) -> list[Rung
     """
     shapes = list(choices.shapes) if choices.shapes is not None else _family_sizes(choices, budget, cost_of)
     build = functools.partial(rungs_of, lr=choices.lr, batch=choices.batch, branches=choices.branches)
-    if choices.multipliers is not None:
-        rungs = [rung for shape in shapes for rung in build(shape, sorted(set(choices.multipliers)))]
+    if choices.multipliers is not None or choices.run_tokens is not None:
+        given = (choices.multipliers or (), choices.run_tokens or ())
+        rungs = [rung for shape in shapes for rung in build(shape, lengths_of(shape, *given))]
         _check_budget(rungs, budget, cost_of)
         return rungs
     chosen = {shape: [float(COMPUTE_OPTIMAL)] for shape in shapes}
 
     def total(plan: dict[Shape, list[float]]) -> list[Rung]:
-        return [rung for shape, values in plan.items() for rung in build(shape, values)]
+        return [rung for shape, values in plan.items() for rung in build(shape, lengths_of(shape, values))]
 
     _check_budget(total(chosen), budget, cost_of)
     options = itertools.product(shapes, MULTIPLIERS[1:] if budget is not None else MULTIPLIERS[1:4])
@@ -192,10 +218,7 @@ def _family_sizes(choices: Choices, budget: float | None, cost_of: CostOf) -> li
         raise ConfigError("plan: give a budget (--flops, --hours or --tokens), or the sizes of the ladder with --sizes")
     limit = choices.target[0] if choices.target else float("inf")
     members = [shape for shape in map(named_shape, FAMILY) if shape.params < limit]
-    optimal = {
-        shape: cost_of(rungs_of(shape, [COMPUTE_OPTIMAL], lr=choices.lr, batch=choices.batch, branches=False)[0])
-        for shape in members
-    }
+    optimal = {shape: cost_of(_single(shape, lengths_of(shape, [COMPUTE_OPTIMAL]), choices)) for shape in members}
     affordable = [shape for shape in members if optimal[shape] <= _LARGEST_SHARE * budget]
     sizes: list[Shape] = []
     for shape in reversed(affordable):
@@ -208,6 +231,17 @@ def _family_sizes(choices: Choices, budget: float | None, cost_of: CostOf) -> li
             f"it to about {cheapest:.3g}, or choose smaller models with --sizes"
         )
     return sizes[:_MAX_SIZES][::-1]
+
+
+def _single(shape: Shape, lengths: Lengths, choices: Choices) -> Rung:
+    """Return the run of one length."""
+    (rung,) = rungs_of(shape, lengths, lr=choices.lr, batch=choices.batch, branches=choices.branches)
+    return rung
+
+
+def target_rung(shape: Shape, tokens: int, choices: Choices) -> Rung:
+    """Return the run to predict: its hyperparameters follow the rules of the ladder."""
+    return replace(_single(shape, {"target": Fraction(tokens)}, choices), is_target=True)
 
 
 def _check_budget(rungs: Sequence[Rung], budget: float | None, cost_of: CostOf) -> None:

@@ -13,12 +13,13 @@ import yaml
 from open_lm import storage
 from open_lm.config.command_line import load_config_file, parse_args
 from open_lm.errors import ConfigError
+from open_lm.scaling.evaluation import KEY, check_evaluation
 from open_lm.scaling.ladder import DECAY, Rung
+from open_lm.scaling.number_types import LADDER_FILE
 from open_lm.scaling.shapes import MODEL_FLAGS
 from open_lm.storage.strict_json import to_json
 
-LADDER_FILE = "ladder.json"
-_FORMAT = "open_lm.ladder/1"
+_FORMAT = "open_lm.ladder/2"
 # Settings that the plan decides, so that a base file must not.
 _PLANNED = frozenset({
     "name", "model", "train_num_samples", "epochs", "global_batch_size", "lr", "warmup", "lr_scheduler",
@@ -45,6 +46,7 @@ class PlannedRun:
         trunk: name of the run from which it branches, or None.
         params, tokens: of the model, and of the training in total.
         cost_flops: FLOPs that it spends itself.
+        is_target: whether it is the run to predict.
     """
 
     name: str
@@ -54,6 +56,20 @@ class PlannedRun:
     params: int
     tokens: int
     cost_flops: float
+    is_target: bool = False
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The content of ladder.json: the runs, trunks before branches, and the evaluation on tasks (or None)."""
+
+    runs: Sequence[PlannedRun]
+    evaluation: dict[str, Any] | None
+
+    @property
+    def target(self) -> list[PlannedRun]:
+        """The run to predict, if it is planned."""
+        return [planned for planned in self.runs if planned.is_target]
 
 
 def write_ladder(folder: str, rungs: Sequence[Rung], base: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -74,7 +90,9 @@ def write_ladder(folder: str, rungs: Sequence[Rung], base: Mapping[str, Any], fa
     planned = sorted(_PLANNED & base.keys())
     if planned:
         raise ConfigError(f"--base: found {', '.join(planned)}, which the plan decides; remove them from the file")
-    configs = {rung.name: _config(root, rung, base) for rung in rungs}
+    evaluation = check_evaluation(base.get(KEY))
+    settings = {key: value for key, value in base.items() if key != KEY}
+    configs = {rung.name: _config(root, rung, settings) for rung in rungs}
     root.mkdir(parents=True, exist_ok=True)
     for rung in rungs:
         if rung.shape.architecture:
@@ -85,7 +103,8 @@ def write_ladder(folder: str, rungs: Sequence[Rung], base: Mapping[str, Any], fa
         storage.write_text(path, yaml.safe_dump(config, sort_keys=False))
     for name in configs:
         _check(root / "configs" / f"{name}.yaml")
-    storage.write_text(root / LADDER_FILE, to_json(ladder_values(rungs, facts), indent=1) + "\n")
+    content = ladder_values(rungs, {**facts, KEY: evaluation})
+    storage.write_text(root / LADDER_FILE, to_json(content, indent=1) + "\n")
 
 
 def ladder_values(rungs: Sequence[Rung], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,7 +115,6 @@ def ladder_values(rungs: Sequence[Rung], facts: Mapping[str, Any]) -> dict[str, 
 def _config(root: Path, rung: Rung, base: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run."""
     model = str(root / rung.shape.model) if rung.shape.architecture else rung.shape.model
-    uses_wsd = rung.trunk is not None or rung.milestone > 0
     config: dict[str, Any] = {
         "name": rung.name,
         "logs": str(root / "runs"),
@@ -109,12 +127,12 @@ def _config(root: Path, rung: Rung, base: Mapping[str, Any]) -> dict[str, Any]:
         "global_batch_size": rung.global_batch,
         "lr": float(f"{rung.lr:.4g}"),
         "warmup": rung.warmup,
-        "lr_scheduler": "wsd" if uses_wsd else "cosine",
+        "lr_scheduler": rung.schedule,
         "resume": "latest",
     }
     if "val_data" not in config:
         del config["val_tok_ci"]
-    if uses_wsd:
+    if rung.schedule == "wsd":
         config["lr_decay_fraction"] = DECAY
     if rung.milestone:
         config |= {"save_every_n_steps": rung.milestone, "save_milestone_every": rung.milestone}
@@ -144,14 +162,15 @@ def _values(rung: Rung) -> dict[str, Any]:
         "warmup": rung.warmup,
         "trunk": rung.trunk,
         "start": rung.start,
+        "is_target": rung.is_target,
         "flops": 6.0 * rung.shape.params * rung.tokens,
         "exact_flops": rung.tokens * rung.shape.flops_per_token,
         "cost_flops": rung.cost,
     }
 
 
-def read_ladder(folder: str) -> tuple[dict[str, Any], list[PlannedRun]]:
-    """Return ladder.json and its runs, trunks before branches.
+def read_ladder(folder: str) -> Ladder:
+    """Return the ladder in a folder.
 
     Raises:
         ConfigError: a folder without a valid ladder.
@@ -163,21 +182,23 @@ def read_ladder(folder: str) -> tuple[dict[str, Any], list[PlannedRun]]:
         content = json.loads(storage.read_text(path))
         if content.get("format") != _FORMAT:
             raise ConfigError(f"{path}: found format {content.get('format')!r}, expected {_FORMAT!r}")
-        runs = [
-            PlannedRun(
-                name=item["name"],
-                config=str(Path(folder) / "configs" / f"{item['name']}.yaml"),
-                folder=str(Path(folder) / "runs" / item["name"]),
-                trunk=item["trunk"],
-                params=item["params"],
-                tokens=item["tokens"],
-                cost_flops=item["cost_flops"],
-            )
-            for item in content["runs"]
-        ]
+        runs = [_planned_run(folder, item) for item in content["runs"]]
+        return Ladder(sorted(runs, key=lambda run: run.trunk is not None), content[KEY])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a ladder ({error}); write it again with `plan`") from error
-    return content, sorted(runs, key=lambda run: run.trunk is not None)
+
+
+def _planned_run(folder: str, item: Mapping[str, Any]) -> PlannedRun:
+    return PlannedRun(
+        name=item["name"],
+        config=str(Path(folder) / "configs" / f"{item['name']}.yaml"),
+        folder=str(Path(folder) / "runs" / item["name"]),
+        trunk=item["trunk"],
+        is_target=item["is_target"],
+        params=item["params"],
+        tokens=item["tokens"],
+        cost_flops=item["cost_flops"],
+    )
 
 
 def read_base(path: str | None, settings: Sequence[str]) -> dict[str, Any]:

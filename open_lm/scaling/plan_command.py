@@ -7,10 +7,10 @@ import functools
 from collections.abc import Callable, Sequence
 
 from open_lm.errors import ConfigError
-from open_lm.scaling.ladder import Choices, CostOf, Rung, choose
+from open_lm.scaling.ladder import Choices, CostOf, Rung, choose, target_rung
 from open_lm.scaling.ladder_files import ladder_values, read_base, write_ladder
 from open_lm.scaling.number_types import positive, target
-from open_lm.scaling.shapes import FAMILY, Shape, parse_sizes
+from open_lm.scaling.shapes import FAMILY, Shape, parse_sizes, target_shape
 from open_lm.storage.strict_json import to_json
 from open_lm.system.names import user_path
 
@@ -29,12 +29,23 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--target", type=target, metavar="N:D", help="parameters and tokens of the model to predict")
     add(
+        "--train-target",
+        action="store_true",
+        help="also plan a run of the target, of the nearest size; `run --target` trains it (not part of the budget)",
+    )
+    add(
         "--sizes",
         nargs="+",
         metavar="SIZE",
         help=f"model configurations or numbers of parameters (default: members of {FAMILY[0]} … {FAMILY[-1]})",
     )
-    add("--multipliers", nargs="+", type=positive, metavar="M", help="tokens per parameter (default: by the budget)")
+    lengths = parser.add_mutually_exclusive_group()
+    lengths.add_argument(
+        "--multipliers", nargs="+", type=positive, metavar="M", help="tokens per parameter (default: by the budget)"
+    )
+    lengths.add_argument(
+        "--run-tokens", nargs="+", type=positive, metavar="D", help="tokens of the runs of each size, instead"
+    )
     add("--vocab-size", type=int, default=50432, help="of sizes given as numbers (default: %(default)s)")
     add("--seq-len", type=int, default=2048, help="of sizes given as numbers (default: %(default)s)")
     add("--lr", type=positive, help="peak learning rate (default: by compute, as in arXiv 2401.02954)")
@@ -53,10 +64,13 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
+    if args.train_target and args.target is None:
+        raise ConfigError("--train-target: found no --target N:D, expected the parameters and tokens to train")
     base = read_base(args.base, args.set)
     choices = Choices(
         shapes=parse_sizes(args.sizes, args.vocab_size, args.seq_len) if args.sizes else None,
         multipliers=args.multipliers,
+        run_tokens=args.run_tokens,
         lr=args.lr,
         batch=args.global_batch_size,
         branches=not args.no_branches,
@@ -69,14 +83,19 @@ def run(args: argparse.Namespace) -> None:
         "hours": lambda rung: device_hours(rung, args.devices, speed),
     }
     rungs = choose(choices, getattr(args, measure) if measure else None, costs.get(measure, lambda rung: rung.cost))
+    target_point = args.target
+    if args.train_target:
+        shape = target_shape(args.target[0], [rung.shape for rung in rungs])
+        rungs.append(target_rung(shape, args.target[1], choices))
+        target_point = (shape.params, rungs[-1].tokens)
     hours = [device_hours(rung, args.devices, speed) for rung in rungs] if measure == "hours" else None
-    facts = {"target": list(args.target) if args.target else None, "device_hours": hours}
+    facts = {"target": list(target_point) if target_point else None, "device_hours": hours}
     if args.output:
         write_ladder(args.output, rungs, base, facts)
     if args.json:
         print(to_json(ladder_values(rungs, facts), indent=1))
     else:
-        print(ladder_text(rungs, args.target, hours))
+        print(ladder_text(rungs, target_point, hours))
         if args.output:
             print(f"wrote {args.output}; train it with: python -m open_lm.scaling run {args.output}")
 
@@ -114,8 +133,10 @@ def ladder_text(rungs: Sequence[Rung], target: tuple[int, int] | None, hours: Se
             f"{rung.name:<24} {rung.shape.params:>14,} {rung.tokens:>16,} {rung.multiplier:>6g} {rung.global_batch:>6} "
             f"{rung.lr:>9.2e} {rung.warmup:>7,} {rung.steps:>8,} {start:>9} {rung.cost:>11.2e}{spent}"
         )
-    cost, separate = sum(rung.cost for rung in rungs), sum(rung.tokens * rung.shape.flops_per_token for rung in rungs)
-    lines.append(f"total: {len(rungs)} runs, {sum(rung.trained_tokens for rung in rungs):,} tokens, {cost:.3g} FLOPs")
+    ladder = [rung for rung in rungs if not rung.is_target]
+    cost, separate = sum(rung.cost for rung in ladder), sum(rung.tokens * rung.shape.flops_per_token for rung in ladder)
+    tokens = sum(rung.trained_tokens for rung in ladder)
+    lines.append(f"total of the ladder: {len(ladder)} runs, {tokens:,} tokens, {cost:.3g} FLOPs")
     if cost < separate:
         lines.append(f"branches save {100 * (1 - cost / separate):.0f} % of {separate:.3g} FLOPs")
     if hours:

@@ -1,18 +1,19 @@
-"""`run`: train the runs of a ladder that are missing, on this machine or as jobs of a scheduler."""
+"""`run`: train and evaluate the runs of a ladder that are missing, here or as jobs of a scheduler."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import subprocess
-import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from open_lm import storage
 from open_lm.config.registry import LAUNCHERS
 from open_lm.errors import ConfigError, UserError
-from open_lm.scaling.ladder_files import PlannedRun, read_ladder
+from open_lm.scaling.jobs import EVALUATE, TRAIN, Job, jobs_of
+from open_lm.scaling.ladder_files import Ladder, PlannedRun, read_ladder
 from open_lm.system.names import user_path
 
 JOBS = "jobs.sh"
@@ -21,7 +22,9 @@ JOBS = "jobs.sh"
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `run`."""
     parser.add_argument("ladder", type=user_path, metavar="FOLDER", help="folder that `plan` wrote")
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="names of runs (default: all that are missing)")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--only", nargs="+", metavar="RUN", help="names of runs (default: all but the target)")
+    chosen.add_argument("--target", action="store_true", help="the run of the target; see `plan --train-target`")
     add_launch_flags(parser)
 
 
@@ -47,15 +50,30 @@ def run(args: argparse.Namespace) -> None:
         UserError: a run failed.
     """
     check_launch_flags(args)
-    _, runs = read_ladder(args.ladder)
-    unknown = sorted(set(args.only or ()) - {planned.name for planned in runs})
+    ladder = read_ladder(args.ladder)
+    jobs = jobs_of(ladder, _chosen(ladder, args))
+    missing = [job for job in jobs if not job.is_finished()]
+    for command, what in ((TRAIN, "runs are finished"), (EVALUATE, "runs are evaluated")):
+        chosen = [job for job in jobs if job.command == command]
+        if chosen:
+            number = sum(job not in missing for job in chosen)
+            print(f"{number} of {len(chosen)} {what}", flush=True)
+    launch: Callable[[Sequence[Job], argparse.Namespace], None] = LAUNCHERS.get(args.launcher)
+    launch(missing, args)
+
+
+def _chosen(ladder: Ladder, args: argparse.Namespace) -> list[PlannedRun]:
+    """Return the runs of --only, the target with --target, or else all runs but the target."""
+    if args.target and not ladder.target:
+        raise ConfigError(f"--target: {args.ladder} has no run of its target; write it with `plan --train-target`")
+    if args.target:
+        return ladder.target
+    unknown = sorted(set(args.only or ()) - {planned.name for planned in ladder.runs})
     if unknown:
         raise ConfigError(f"--only: found {', '.join(unknown)}, expected names of runs in {args.ladder}")
-    chosen = [planned for planned in runs if not args.only or planned.name in args.only]
-    missing = [planned for planned in chosen if not is_finished(planned)]
-    print(f"{len(chosen) - len(missing)} of {len(chosen)} runs are finished", flush=True)
-    launch: Callable[[Sequence[PlannedRun], argparse.Namespace], None] = LAUNCHERS.get(args.launcher)
-    launch(missing, args)
+    return [
+        planned for planned in ladder.runs if (planned.name in args.only if args.only else not planned.is_target)
+    ]  # fmt: skip
 
 
 def check_launch_flags(args: argparse.Namespace) -> None:
@@ -66,40 +84,28 @@ def check_launch_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--launcher hosts and --hosts FILE belong together: pass both or neither")
 
 
-def is_finished(planned: PlannedRun) -> bool:
-    """Return whether a run has trained on all its tokens and ended by itself, after its last validation."""
-    if not Path(planned.folder).is_dir():
-        return False
-    from open_lm.report.collect import collect_run
-    from open_lm.report.records import FINISHED
-
-    return collect_run(planned.folder).summary.state == FINISHED
-
-
-def command_of(planned: PlannedRun, processes: int) -> list[str]:
-    """Return the command that trains a run, or continues it."""
-    start = [sys.executable, "-m", "open_lm.main"]
-    if processes > 1:
-        start = [sys.executable, "-m", "open_lm.utils.torchrun", "--nproc-per-node", str(processes)]
-        start += ["-m", "open_lm.main"]
-    return [*start, "--config", planned.config]
-
-
 @LAUNCHERS.register("local", help="one after the other on this machine")
-def run_locally(missing: Sequence[PlannedRun], args: argparse.Namespace) -> None:
+def run_locally(missing: Sequence[Job], args: argparse.Namespace) -> None:
     """Run the commands one after the other. Raise UserError if one fails; a second `run` continues there."""
-    for number, planned in enumerate(missing, start=1):
-        command = command_of(planned, args.nproc_per_node)
-        print(f"[{number}/{len(missing)}] {planned.name}: {shlex.join(command)}", flush=True)
+    done_flops, done_s = 0.0, 0.0
+    for number, job in enumerate(missing, start=1):
+        command = job.local_words(args.nproc_per_node)
+        print(f"[{number}/{len(missing)}] {job.name}: {shlex.join(command)}", flush=True)
         if args.dry_run:
             continue
+        start = time.monotonic()
         code = subprocess.run(command, check=False).returncode
-        if code != 0 or not is_finished(planned):
+        if code != 0 or not job.is_finished():
             state = f"ended with exit code {code}" if code else "stopped before its last step"
             raise UserError(
-                f"{planned.name} {state} ({len(missing) - number + 1} runs are missing); see {planned.folder}/out.log, "
+                f"{job.name} {state} ({len(missing) - number + 1} jobs are missing); see {job.run.folder}/out.log, "
                 "then start the same command again, which continues there"
             )
+        done_flops, done_s = done_flops + job.cost_flops, done_s + time.monotonic() - start
+        rest_flops = sum(item.cost_flops for item in missing[number:])
+        if done_flops and rest_flops:
+            minutes = rest_flops * done_s / done_flops / 60
+            print(f"about {minutes:.0f} minutes remain, at {done_flops / done_s:.3g} FLOP/s", flush=True)
 
 
 def _write_jobs(args: argparse.Namespace, lines: Sequence[str], advice: str) -> None:
@@ -113,37 +119,33 @@ def _write_jobs(args: argparse.Namespace, lines: Sequence[str], advice: str) -> 
     print(f"wrote {path}: {advice}")
 
 
-@LAUNCHERS.register("slurm", help="a script that submits a job of scripts/slurm.sbatch per run")
-def write_slurm(missing: Sequence[PlannedRun], args: argparse.Namespace) -> None:
-    """Write the script. Branches depend on the job of their trunk."""
-    lines, jobs = [], {planned.name: f"job_{index}" for index, planned in enumerate(missing)}
-    for planned in missing:
-        words = ["sbatch", "--parsable", "--nodes=1", f"--ntasks-per-node={args.nproc_per_node}"]
-        words += [f"--gpus-per-node={args.nproc_per_node}", f"--job-name={planned.name}"]
-        depends = f'--dependency=afterok:"${jobs[planned.trunk]}" ' if planned.trunk in jobs else ""
-        lines.append(
-            f"{jobs[planned.name]}=$({shlex.join(words)} {depends}scripts/slurm.sbatch --config "
-            f"{shlex.quote(planned.config)})"
-        )
+@LAUNCHERS.register("slurm", help="a script that submits a job per run, with scripts/slurm.sbatch")
+def write_slurm(missing: Sequence[Job], args: argparse.Namespace) -> None:
+    """Write the script. Branches depend on the job of their trunk, evaluations on that of their run."""
+    lines, variables = [], {job.name: f"job_{index}" for index, job in enumerate(missing)}
+    for job in missing:
+        ranks = args.nproc_per_node if job.command == TRAIN else 1  # torchrun starts the ranks of an evaluation
+        words = ["sbatch", "--parsable", "--nodes=1", f"--ntasks-per-node={ranks}"]
+        words += [f"--gpus-per-node={args.nproc_per_node}", f"--job-name={job.name}"]
+        depends = f'--dependency=afterok:"${variables[job.needs]}" ' if job.needs in variables else ""
+        program = ["scripts/slurm.sbatch", *job.flags]
+        if job.command == EVALUATE:
+            program = ["--wrap", f'"${{PYTHON:-python}}" {shlex.join(job.words(args.nproc_per_node))}']
+        lines.append(f"{variables[job.name]}=$({shlex.join(words)} {depends}{shlex.join(program)})")
     _write_jobs(args, lines, "run it in the checkout, on a machine that can submit jobs; it submits one job per run")
 
 
 @LAUNCHERS.register("ray", help="a script that submits one Ray job per run")
-def write_ray(missing: Sequence[PlannedRun], args: argparse.Namespace) -> None:
+def write_ray(missing: Sequence[Job], args: argparse.Namespace) -> None:
     """Write the script. Jobs wait for each other, so that branches find their trunk."""
-    lines = [
-        shlex.join([
-            "ray", "job", "submit", "--entrypoint-num-gpus", str(args.nproc_per_node), "--",
-            *["python", *command_of(planned, args.nproc_per_node)[1:]],
-        ])
-        for planned in missing
-    ]  # fmt: skip
+    submit = ["ray", "job", "submit", "--entrypoint-num-gpus", str(args.nproc_per_node), "--", "python"]
+    lines = [shlex.join([*submit, *job.words(args.nproc_per_node)]) for job in missing]
     _write_jobs(args, lines, "run it where RAY_ADDRESS is the cluster; it waits for each job")
 
 
 @LAUNCHERS.register("hosts", help="a script that trains one run after the other on all hosts of --hosts")
-def write_hosts(missing: Sequence[PlannedRun], args: argparse.Namespace) -> None:
+def write_hosts(missing: Sequence[Job], args: argparse.Namespace) -> None:
     """Write the script for `open-lm launch`."""
-    start = ["open-lm", "launch", "--hosts", args.hosts, "--nproc-per-node", str(args.nproc_per_node), "train"]
-    lines = [shlex.join([*start, "--config", planned.config]) for planned in missing]
+    start = ["open-lm", "launch", "--hosts", args.hosts, "--nproc-per-node", str(args.nproc_per_node)]
+    lines = [shlex.join([*start, job.command, *job.flags]) for job in missing]
     _write_jobs(args, lines, "run it on a machine that reaches all hosts")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,8 +22,12 @@ FAMILY = (
 # Settings of all models of a ladder that change the number of parameters, as in Gadre et al. 2024.
 MODEL_FLAGS: dict[str, Any] = {"model_norm": "gain_only_lp_layer_norm", "qk_norm": True}
 _ASPECT = 48  # width over depth of generated shapes, between the members of 160M and 1B parameters
+_ESTIMATE_ERROR = 0.5  # of the logarithm of 12 L D^2 + 2 V D relative to the number of parameters
+_ASPECT_WEIGHT = 0.05  # importance of that ratio relative to the size
 _MAX_DEPTH = 40
 _HEAD_WIDTH = 64
+_NARROW = 512  # generated shapes below this width have feed-forward networks in steps of 32 instead of 256
+_SAME_MEMBER = 0.05  # relative difference of parameters
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,25 @@ def named_shape(model: str) -> Shape:
 
 
 def generated_shape(params: float, vocab_size: int, seq_len: int) -> Shape:
-    """Return the shape whose size is nearest to `params`, with widths in steps of 16 (from 512 on: 64).
+    """Return a shape of about `params` parameters, with widths in steps of 16 (from 512 on: 64).
+
+    Of shapes of similar sizes, it is the one whose ratio of width to depth is nearest to that of the family.
 
     Raises:
         ConfigError: even the smallest shape is much larger.
     """
-    widths = [*range(16, 512, 16), *range(512, 12289, 64)]
-    best = min((_generate(width, vocab_size, seq_len) for width in widths), key=lambda item: abs(item.params - params))
+
+    def distance(shape: Shape) -> float:
+        keys = dict(shape.architecture)
+        aspect = math.log(keys["hidden_dim"] / keys["n_layers"] / _ASPECT)
+        return abs(math.log(shape.params / params)) + _ASPECT_WEIGHT * abs(aspect)
+
+    widths = [*range(16, _NARROW, 16), *range(_NARROW, 12289, 64)]
+    sizes = [(width, depth) for width in widths for depth in _depths(width)]
+    estimates = [abs(math.log((12 * w * w * d + 2 * vocab_size * w) / params)) for w, d in sizes]
+    limit = max(_ESTIMATE_ERROR, 2 * min(estimates))
+    near = [size for size, error in zip(sizes, estimates, strict=True) if error <= limit]
+    best = min((_generate(*size, vocab_size, seq_len) for size in near), key=distance)
     if not 0.5 < best.params / params < 2:
         raise ConfigError(
             f"--sizes: found {params:.3g} parameters, but the nearest shape with a vocabulary of {vocab_size} has "
@@ -75,17 +92,25 @@ def generated_shape(params: float, vocab_size: int, seq_len: int) -> Shape:
     return best
 
 
-def _generate(width: int, vocab_size: int, seq_len: int) -> Shape:
-    depth = min(max(2, round(width / _ASPECT)), _MAX_DEPTH)
+def _depths(width: int) -> list[int]:
+    """Return the depths of a width whose ratio differs by at most a fifth from that of the family."""
+    low, high = (min(max(2, round(width / (_ASPECT * factor))), _MAX_DEPTH) for factor in (1.2, 0.8))
+    return list(range(low, high + 1))
+
+
+def _generate(width: int, depth: int, vocab_size: int, seq_len: int) -> Shape:
     heads = width // _HEAD_WIDTH if width >= 4 * _HEAD_WIDTH and width % _HEAD_WIDTH == 0 else 4
     architecture = {
         "hidden_dim": width, "n_layers": depth, "n_heads": heads, "seq_len": seq_len, "vocab_size": vocab_size,
         "post_embed_norm": False, "weight_tying": False, **MODEL_FLAGS,
     }  # fmt: skip
+    if width < _NARROW:
+        architecture["ffn_dim"] = 32 * round(8 * width / 3 / 32)
     same = ("seq_len", "vocab_size", "post_embed_norm", "weight_tying", "model_norm", "qk_norm", "n_layers", "n_heads")
     values: dict[str, Any] = _template() | {key: architecture[key] for key in same}
     values |= {"name": f"d={width}_l={depth}_h={heads}", "dim": width, "n_kv_heads": heads, "head_dim": width // heads}
-    values |= {"ffn_dim": feed_forward_width(values["ffn_type"], width), "moe_ffn_dim": 4 * width}
+    ffn_dim = architecture.get("ffn_dim", feed_forward_width(values["ffn_type"], width))
+    values |= {"ffn_dim": ffn_dim, "moe_ffn_dim": 4 * width}
     shape = ModelShape(**values)
     return _shape(f"{shape.name}.json", architecture, shape)
 
@@ -133,3 +158,10 @@ def parse_sizes(texts: Sequence[str], vocab_size: int, seq_len: int) -> list[Sha
                 raise ConfigError(f"--sizes: found {text!r}, expected a number of parameters such as 25e6")
             shapes.append(generated_shape(params, vocab_size, seq_len))
     return sorted(shapes, key=lambda shape: shape.params)
+
+
+def target_shape(params: int, shapes: Sequence[Shape]) -> Shape:
+    """Return the shape of about `params` parameters for a ladder of `shapes`: a member of the family, or a new one."""
+    members = [named_shape(name) for name in FAMILY] if any(not shape.architecture for shape in shapes) else []
+    member = next((shape for shape in members if abs(shape.params - params) <= _SAME_MEMBER * params), None)
+    return member or generated_shape(params, shapes[0].vocab_size, shapes[0].seq_len)

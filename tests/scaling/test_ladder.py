@@ -125,7 +125,7 @@ def ladder(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "plan", str(folder / "ladder"), "--sizes", "3e4", "--multipliers", "0.5", "1", "--vocab-size", "256",
         "--seq-len", "64", "--global-batch-size", "32", "--base", str(folder / "base.yaml"),
     ])  # fmt: skip
-    train(["--config", read_ladder(str(folder / "ladder"))[1][0].config])
+    train(["--config", read_ladder(str(folder / "ladder")).runs[0].config])
     return folder / "ladder"
 
 
@@ -137,14 +137,14 @@ def test_run_trains_what_is_missing_and_collect_reads_it(
         command.main(["plan", str(ladder), "--sizes", "3e4", "--vocab-size", "256"])
     command.main(["run", str(ladder)])
     output = capfd.readouterr().out
-    assert "1 of 2 runs are finished" in output and "[1/1] d=16_l=2_h=4_m0.5" in output
+    assert "1 of 2 runs are finished" in output and "[1/1] d=32_l=2_h=4_m0.5" in output
     command.main(["run", str(ladder)])
     assert "2 of 2 runs are finished" in capfd.readouterr().out
 
     table = tmp_path / "runs.json"
     command.main(["collect", str(table), str(ladder), "--train", "bytes"])
     longest, branch = read_runs([str(table)])
-    _, (trunk_plan, branch_plan) = read_ladder(str(ladder))
+    trunk_plan, branch_plan = read_ladder(str(ladder)).runs
     for run, planned in ((longest, trunk_plan), (branch, branch_plan)):
         assert (run.params, run.tokens, run.train) == (planned.params, planned.tokens, "bytes")
         loss, lower, upper = run.losses["00000007"]
@@ -169,7 +169,7 @@ def test_jobs_are_written_for_schedulers(launcher: str, tmp_path: Path, capsys: 
     lines = (folder / "jobs.sh").read_text(encoding="utf-8").splitlines()
     jobs = [line for line in lines if "--config" in line]
     assert len(jobs) == 2
-    for line, planned in zip(jobs, read_ladder(str(folder))[1], strict=True):
+    for line, planned in zip(jobs, read_ladder(str(folder)).runs, strict=True):
         words = shlex.split(line.partition("=$(")[2].rstrip(")") or line)
         assert words[-1] == planned.config
     if launcher == "slurm":
@@ -239,6 +239,6 @@ def test_a_failed_run_is_reported_and_stops_the_ladder(tmp_path: Path, capfd: py
         "plan", str(tmp_path / "ladder"), "--sizes", "open_lm_11m", "--multipliers", "10", "20", "--set",
         f"dataset_manifest=[{missing}]",
     ])  # fmt: skip
-    with pytest.raises(UserError, match=r"open_lm_11m_m20 ended with exit code 2 \(2 runs are missing\)"):
+    with pytest.raises(UserError, match=r"open_lm_11m_m20 ended with exit code 2 \(2 jobs are missing\)"):
         command.main(["run", str(tmp_path / "ladder")])
     assert "[2/2]" not in capfd.readouterr().out

@@ -1,0 +1,89 @@
+"""Jobs of a ladder: train a run, or evaluate it on tasks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from open_lm.scaling.evaluation import AFTER_ALL, RESULTS, WHEN_KEY, evaluation_flags
+from open_lm.scaling.ladder_files import Ladder, PlannedRun
+
+TRAIN, EVALUATE = "train", "evaluate"  # commands of open-lm
+_MODULES = {TRAIN: "open_lm.main", EVALUATE: "open_lm.evaluate.command"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command of a ladder.
+
+    Attributes:
+        run: the run that it trains or evaluates.
+        command: TRAIN or EVALUATE.
+        flags: flags of the command.
+    """
+
+    run: PlannedRun
+    command: str
+    flags: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.run.name if self.command == TRAIN else f"{self.run.name}_{self.command}"
+
+    @property
+    def needs(self) -> str | None:
+        """Name of the job that must end first."""
+        return self.run.trunk if self.command == TRAIN else self.run.name
+
+    @property
+    def cost_flops(self) -> float:
+        """FLOPs of the training; evaluations are not counted."""
+        return self.run.cost_flops if self.command == TRAIN else 0.0
+
+    def is_finished(self) -> bool:
+        """Return whether the run has trained on all its tokens and validated, or whether its tasks are evaluated."""
+        if self.command == EVALUATE:
+            return (Path(self.run.folder) / RESULTS).is_file()
+        return is_trained(self.run)
+
+    def words(self, processes: int) -> list[str]:
+        """Return the command line without the Python program."""
+        module = ["-m", _MODULES[self.command]]
+        if processes > 1:
+            module = ["-m", "open_lm.utils.torchrun", "--nproc-per-node", str(processes), *module]
+        return [*module, *self.flags]
+
+    def local_words(self, processes: int) -> list[str]:
+        """Return the command line on this machine, which starts the job or continues it."""
+        return [sys.executable, *self.words(processes)]
+
+
+def is_trained(planned: PlannedRun) -> bool:
+    """Return whether a run has trained on all its tokens and ended by itself, after its last validation."""
+    if not Path(planned.folder).is_dir():
+        return False
+    from open_lm.report.collect import collect_run
+    from open_lm.report.records import FINISHED
+
+    return collect_run(planned.folder).summary.state == FINISHED
+
+
+def training_job(planned: PlannedRun) -> Job:
+    """Return the job that trains a run, or continues it."""
+    return Job(planned, TRAIN, ("--config", planned.config))
+
+
+def jobs_of(ladder: Ladder, runs: Sequence[PlannedRun]) -> list[Job]:
+    """Return the jobs of runs in an order in which each finds what it needs."""
+    training = list(map(training_job, runs))
+    settings = ladder.evaluation
+    if settings is None:
+        return training
+    evaluations = {
+        planned.name: Job(planned, EVALUATE, tuple(evaluation_flags(settings, planned.folder))) for planned in runs
+    }
+    if settings[WHEN_KEY] == AFTER_ALL:
+        return [*training, *evaluations.values()]
+    return [job for item in training for job in (item, evaluations[item.run.name])]
