@@ -56,6 +56,13 @@ class ScalingFit:
         best = max(self.members, key=lambda member: member.weight)
         return {**best.law.values(best.theta), **(self.error.fit.values() if self.error else {})}
 
+    @property
+    def held_out_error(self) -> float:
+        """Root mean square of the members' errors on held-out sizes, by weight; 0 if there are none."""
+        known = [member for member in self.members if member.held_out]
+        squares = [member.weight * member.held_out_error**2 for member in known]
+        return float(np.sqrt(sum(squares) / sum(member.weight for member in known))) if known else 0.0
+
     def _size(self, member: Member, params: float) -> float:
         return active_params(params, self.table) if member.candidate.active else float(params)
 

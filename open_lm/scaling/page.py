@@ -1,4 +1,4 @@
-"""Show a fit as one HTML page: runs, fits, residuals, predictions, iso-FLOP curves, frontier and cost."""
+"""Show a fit as one HTML page: predictions, runs, fits, residuals, iso-FLOP curves, frontier and cost."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from open_lm.report.figures import Figure, Page, Series
-from open_lm.report.markup import Column, Html, paragraph, table, tag
+from open_lm.report.markup import Column, Html, details, paragraph, table, tag
 from open_lm.scaling.error_law import mean_error
 from open_lm.scaling.fitting import Prediction, ScalingFit
+from open_lm.scaling.frontier import Frontier
 from open_lm.scaling.measured import Comparison
 from open_lm.scaling.points import scales
-from open_lm.scaling.solve import Array
+from open_lm.scaling.settings import COMPUTE_OPTIMAL
 from open_lm.scaling.value import RunValue
 
 _GRID = 60
 _ISO_CURVES = 6
-_MULTIPLIER_RANGE = (2.0, 1000.0)
+_FRONTIER_POINTS = 16
+_LISTED_FITS = 8
 
 
 def build_page(
@@ -43,12 +45,13 @@ def build_page(
     page.section("Predictions", *_predictions(fit, predictions, measured))
     page.section("Losses", page.figure(_losses(fit, predictions, measured)), page.figure(_residuals(fit)))
     if fit.error is not None:
-        page.section("Downstream error", page.figure(_errors(fit)))
-    page.section("Compute", page.figure(_iso_flops(fit, predictions)), page.figure(_frontier(fit, predictions)))
+        page.section("Downstream error", page.figure(_errors(fit, predictions, measured)))
+    frontier = Frontier(fit, predictions)
+    page.section("Compute", page.figure(_iso_flops(fit, frontier)), page.figure(_optimal_sizes(fit, frontier)))
     if values:
         page.section("Further runs", *_further(values))
-    page.section("Fits", _members(fit))
-    page.section("Runs and cost", _runs(fit))
+    page.section("Fits", *_members(fit))
+    page.section("Runs and cost", page.figure(_ladder(fit, predictions)), _runs(fit), *_excluded(fit))
     return page.html()
 
 
@@ -58,7 +61,7 @@ def _predictions(
     if not predictions:
         return [paragraph("No target was given with --predict.")]
     names = ("parameters", "tokens", "tokens per parameter", "loss", "interval", "error", "interval of the error",
-             "compute, relative to the largest run")  # fmt: skip
+             "compute, times that of the largest run")  # fmt: skip
     rows = [
         (f"{item.params:,}", f"{item.tokens:,}", f"{item.tokens / item.params:,.4g}", f"{item.loss:.4f}",
          _range(item.loss_interval), _number(item.error), _range(item.error_interval), f"{item.compute_ratio:,.3g}")
@@ -147,85 +150,119 @@ def _residuals(fit: ScalingFit) -> Figure:
     return figure
 
 
-def _errors(fit: ScalingFit) -> Figure:
+def _errors(fit: ScalingFit, predictions: Sequence[Prediction], measured: Sequence[Comparison | None]) -> Figure:
     assert fit.error is not None
     figure = Figure("Error over loss", f"loss on {fit.settings.loss} (nats per token)", "mean error of the tasks")
     rated = [(run, error) for run in fit.selection.error if (error := mean_error(run, fit.error.tasks)) is not None]
     losses = np.array([run.losses[fit.settings.loss][0] for run, _ in rated])
-    grid = np.linspace(0.9 * losses.min(), losses.max(), _GRID)
+    grid = np.linspace(0.95 * min([*losses, *(item.loss for item in predictions)]), losses.max(), _GRID)
     figure.series = [
         Series("runs", losses, [error for _, error in rated], "markers", labels=[run.label for run, _ in rated]),
         Series("fit", grid, fit.error.fit.predict(grid)[0], color=1),
     ]
+    known = [(item, item.error, item.error_interval) for item in predictions if item.error_interval is not None]
+    if known:
+        ends = np.array([limits for *_, limits in known])
+        labels = [f"{item.params:,} parameters, {item.tokens:,} tokens" for item, *_ in known]
+        x, y = [item.loss for item, *_ in known], [error for _, error, _ in known]
+        figure.series.append(Series("predicted", x, y, "markers", ends[:, 0], ends[:, 1], labels, 7))
+    trained = [(item, item.error) for item in measured if item is not None and item.error is not None]
+    if trained:
+        x, y = [item.loss for item, _ in trained], [error for _, error in trained]
+        labels = [item.run.label for item, _ in trained]
+        figure.series.append(Series("measured", x, y, "markers", labels=labels, color=6))
     return figure
 
 
-def _iso_flops(fit: ScalingFit, predictions: Sequence[Prediction]) -> Figure:
+def _iso_flops(fit: ScalingFit, frontier: Frontier) -> Figure:
     """Return the predicted loss over parameters for several amounts of compute."""
     figure = Figure("Iso-FLOP curves", "parameters", f"predicted loss on {fit.settings.loss} (nats per token)")
     figure.x_log = True
     figure.note = "Each curve spends the same compute 6ND on models of different sizes."
-    for color, flops in enumerate(_budgets(fit, predictions)):
-        params = _sizes(flops)
-        losses = [fit.loss(size, flops / (6 * size)) for size in params]
-        figure.series.append(Series(f"{flops:.1e} FLOP", params, losses, color=color))
+    for color, flops in enumerate(frontier.budgets(_ISO_CURVES)):
+        figure.series.append(Series(f"{flops:.1e} FLOP", *frontier.curve(flops), color=color))
     return figure
 
 
-def _frontier(fit: ScalingFit, predictions: Sequence[Prediction]) -> Figure:
+def _optimal_sizes(fit: ScalingFit, frontier: Frontier) -> Figure:
     """Return the parameters of the lowest predicted loss over compute."""
     figure = Figure("Compute-optimal size", "training compute 6ND (FLOP)", "parameters")
     figure.x_log = figure.y_log = True
-    budgets = _budgets(fit, predictions)
-    grid = np.geomspace(budgets[0], budgets[-1], 20)
-    best = []
-    for flops in grid:
-        params = _sizes(flops)
-        best.append(params[int(np.argmin([fit.loss(size, flops / (6 * size)) for size in params]))])
+    grid = frontier.budgets(_FRONTIER_POINTS)
+    best = [item for flops in grid if (item := frontier.optimum(flops)) is not None]
+    runs = fit.selection.loss
     figure.series = [
-        Series("lowest predicted loss", grid, best, "lines+markers"),
-        Series("20 tokens per parameter", grid, np.sqrt(grid / 120), color=1),
-        Series("runs", *_points(fit), "markers", color=2, labels=[run.label for run in fit.selection.loss]),
-    ]
+        Series("lowest predicted loss", [item.flops for item in best], [item.params for item in best], color=0),
+        Series(f"{COMPUTE_OPTIMAL} tokens per parameter", grid, np.sqrt(grid / (6 * COMPUTE_OPTIMAL)), color=1),
+        Series(
+            "runs", [run.flops for run in runs], [run.params for run in runs], "markers", color=2,
+            labels=[run.label for run in runs],
+        ),
+    ]  # fmt: skip
+    if len(best) < len(grid):
+        low, high = frontier.multipliers
+        figure.note = (
+            f"The line leaves out {len(grid) - len(best)} of {len(grid)} amounts of compute: their lowest loss is not "
+            f"between {low:.3g} and {high:.3g} tokens per parameter, or the law depends on compute only."
+        )
+    names = ("compute 6ND (FLOP)", "parameters", "tokens", "tokens per parameter", "predicted loss")
+    rows = [
+        (f"{item.flops:.2e}", f"{item.params:.3g}", f"{item.tokens:.3g}", f"{item.tokens / item.params:.3g}",
+         f"{item.loss:.4f}")
+        for item in best
+    ]  # fmt: skip
+    figure.table = table([Column(name, True) for name in names], rows, "Compute-optimal size")
     return figure
 
 
-def _points(fit: ScalingFit) -> tuple[list[float], list[int]]:
-    return [run.flops for run in fit.selection.loss], [run.params for run in fit.selection.loss]
-
-
-def _budgets(fit: ScalingFit, predictions: Sequence[Prediction]) -> Array:
-    flops = [run.flops for run in fit.selection.loss] + [6.0 * item.params * item.tokens for item in predictions]
-    return np.geomspace(min(flops), max(flops), _ISO_CURVES)
-
-
-def _sizes(flops: float) -> Array:
-    """Return the sizes that a compute trains on `_MULTIPLIER_RANGE` tokens per parameter."""
-    low, high = _MULTIPLIER_RANGE
-    return np.geomspace((flops / (6 * high)) ** 0.5, (flops / (6 * low)) ** 0.5, _GRID)
+def _ladder(fit: ScalingFit, predictions: Sequence[Prediction]) -> Figure:
+    """Return the parameters and tokens of runs and targets."""
+    figure = Figure("Ladder", "parameters", "training tokens")
+    figure.x_log = figure.y_log = True
+    runs = fit.selection.loss
+    points = [(run.params, run.tokens) for run in runs] + [(item.params, item.tokens) for item in predictions]
+    ends = np.array([min(params for params, _ in points), max(params for params, _ in points)])
+    figure.series = [
+        Series(
+            "runs", [run.params for run in runs], [run.tokens for run in runs], "markers",
+            labels=[run.label for run in runs],
+        ),
+        Series(f"{COMPUTE_OPTIMAL} tokens per parameter", ends, COMPUTE_OPTIMAL * ends, color=1),
+    ]  # fmt: skip
+    if predictions:
+        x, y = [item.params for item in predictions], [item.tokens for item in predictions]
+        figure.series.append(Series("targets", x, y, "markers", color=7))
+    return figure
 
 
 def _further(values: Sequence[RunValue]) -> list[Html]:
     rows = [
-        (f"{item.params:,}", f"{item.tokens:,}", f"{item.flops:.2e}", f"{100 * item.reduction:.1f} %",
-         f"{100 * item.reduction / item.flops * 1e18:.3g} %")
+        (f"{item.params:,}", f"{item.tokens:,}", f"{item.flops:.2e}", f"x {item.cost:,.3g}",
+         f"{100 * item.reduction:.1f} %")
         for item in values
     ]  # fmt: skip
-    names = ("parameters", "tokens", "FLOP", "shrinks the interval by", "per 1e18 FLOP")
+    names = ("parameters", "tokens", "6ND (FLOP)", "cost, relative to all runs", "shrinks the interval by")
     return [
         paragraph("Expected change of the interval of the first target if this run is added, the largest first."),
         table([Column(name, True) for name in names], rows, "Further runs"),
     ]
 
 
-def _members(fit: ScalingFit) -> Html:
+def _members(fit: ScalingFit) -> list[Html]:
     rows = []
     for member in fit.members:
         values = ", ".join(f"{name} = {value:.4g}" for name, value in member.law.values(member.theta).items())
         error = f"{100 * member.held_out_error:.2f} %" if member.held_out else "unknown"
         rows.append((f"{100 * member.weight:.1f} %", str(member.candidate), tag("code", values), error))
     columns = [Column("weight", True), Column("fit"), Column("coefficients"), Column("error on held-out sizes", True)]
-    return table(columns, rows, "Fits")
+    blocks = [table(columns, rows[:_LISTED_FITS], "Fits")]
+    if len(rows) > _LISTED_FITS:
+        rest = table(columns, rows[_LISTED_FITS:], "Further fits")
+        blocks.append(details(f"{len(rows) - _LISTED_FITS} further fits", rest))
+    if fit.error is not None:
+        law = ", ".join(f"{name} = {value:.4g}" for name, value in fit.error.fit.values().items())
+        blocks.append(paragraph("Error of the tasks: epsilon - k exp(-gamma L) with ", tag("code", law), "."))
+    return [*blocks, *(paragraph(f"Warning: {text}.") for text in fit.warnings)]
 
 
 def _runs(fit: ScalingFit) -> Html:
@@ -241,6 +278,14 @@ def _runs(fit: ScalingFit) -> Html:
     rows.append(("total", "", "", "", f"{total:.2e}", "", ""))
     names = ("run", "parameters", "tokens", "tokens per parameter", "6ND (FLOP)", "exact (FLOP)", "loss")
     return table([Column(names[0]), *(Column(name, True) for name in names[1:])], rows, "Runs")
+
+
+def _excluded(fit: ScalingFit) -> list[Html]:
+    rows = [(run.label, reason) for run, reason in fit.selection.excluded]
+    if not rows:
+        return []
+    listed = table([Column("run"), Column("reason")], rows, "Excluded runs")
+    return [details(f"{len(rows)} runs of the table are not fitted", listed)]
 
 
 def _number(value: float | None) -> str:

@@ -65,10 +65,13 @@ def measured_table(comparisons: Sequence[Comparison]) -> list[str]:
 
 def value_table(values: Sequence[RunValue]) -> list[str]:
     """Return the lines of a table of further runs."""
-    lines = ["further runs that would shrink the interval of the first target:"]
-    lines.append(f"{'parameters':>15} {'tokens':>19} {'FLOP':>9} {'interval':>9}")
+    lines = ["further runs that would shrink the interval of the first target (cost relative to all runs of the fit):"]
+    lines.append(f"{'parameters':>15} {'tokens':>19} {'FLOP':>9} {'cost':>9} {'interval':>9}")
     for item in values:
-        lines.append(f"{item.params:>15,} {item.tokens:>19,} {item.flops:>9.2e} {-100 * item.reduction:>7.1f} %")
+        lines.append(
+            f"{item.params:>15,} {item.tokens:>19,} {item.flops:>9.2e} {f'x {item.cost:,.3g}':>9} "
+            f"{-100 * item.reduction:>7.1f} %"
+        )
     return lines
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ import pytest
 from open_lm.errors import ConfigError, DataError
 from open_lm.scaling import command, solve
 from open_lm.scaling.error_law import ErrorFits, ErrorPoints, fit_errors
+from open_lm.scaling.fitting import fit_runs
+from open_lm.scaling.frontier import Frontier
 from open_lm.scaling.laws import CHINCHILLA, COMPUTE, OVER_TRAINING, Law
-from open_lm.scaling.runs import read_runs
-from open_lm.scaling.settings import PAPER_TASKS
+from open_lm.scaling.runs import parse_run, read_runs
+from open_lm.scaling.settings import PAPER_TASKS, Settings
+from open_lm.scaling.value import value_of_runs
 
 # Gadre et al. 2024: relative errors (%) of predicted loss and top-1 error, by parameters and tokens.
 PAPER = {
@@ -327,6 +332,52 @@ def test_predictions_are_compared_with_runs_that_were_trained_later(
     assert "Predicted and measured" in html and "trained (4,010,000,000 parameters" in html
     with pytest.raises(ConfigError, match="found no run of the targets 4000000000:80000000000"):
         command.main(["predict", str(stored), "--measured", str(path)])
+
+
+@pytest.mark.parametrize(("law", "theta"), [("over-training", (5.1, 5.9, -0.27, 0.6)),
+                                            ("chinchilla", (0.5, 6.0, 0.34, 6.0, 0.28))])  # fmt: skip
+def test_the_compute_optimal_size_is_that_of_the_closed_form(law: str, theta: tuple[float, ...]) -> None:
+    form = {"over-training": OVER_TRAINING, "chinchilla": CHINCHILLA}[law]
+    runs = [parse_run(run) for run in law_runs(form, np.array(theta))]
+    frontier = Frontier(fit_runs(runs, Settings("val", law=law, resamples=20)), [])
+    flops = 6e18
+    if law == "over-training":  # the derivative of a N^eta + b 6^(eta/2) (C / 6N)^eta is 0
+        log_a, log_b, eta, _ = theta
+        expected = math.sqrt(flops / 6) * math.exp((log_b - log_a + eta / 2 * math.log(6)) / (2 * eta))
+    else:  # Hoffmann et al. 2022, equation 4
+        _, log_a, alpha, log_b, beta = theta
+        gain = (alpha * math.exp(log_a) / (beta * math.exp(log_b))) ** (1 / (alpha + beta))
+        expected = gain * (flops / 6) ** (beta / (alpha + beta))
+    best = frontier.optimum(flops)
+    assert best is not None
+    assert best.params == pytest.approx(expected, rel=5e-3) and best.params * best.tokens * 6 == pytest.approx(flops)
+    _, losses = frontier.curve(flops)
+    assert best.loss <= losses.min()
+
+
+def test_a_law_of_compute_only_has_no_compute_optimal_size() -> None:
+    runs = [parse_run(run) for run in law_runs(COMPUTE, np.array([0.5, 5.0, 0.12]))]
+    assert Frontier(fit_runs(runs, Settings("val", law="compute", resamples=20)), []).optimum(6e18) is None
+
+
+def test_a_further_run_close_to_the_target_shrinks_its_interval_most() -> None:
+    runs = [parse_run(run) for run in over_training_runs()]
+    noise = np.random.default_rng(0).normal(0, 0.004, len(runs))
+    noisy = [
+        dataclasses.replace(run, losses={"val": (value := run.losses["val"][0] * math.exp(step), value, value)})
+        for run, step in zip(runs, noise, strict=True)
+    ]
+    fit = fit_runs(noisy, Settings("val", law="over-training", resamples=200))
+    target = (1_600_000_000, 32_000_000_000)
+    best, *_ = value_of_runs(fit, target, count=200)
+    draws = np.log(fit.law_draws(*target))
+    other = np.log(fit.law_draws(best.params, best.tokens))
+    line = np.polyfit(other, draws, 1)
+    remaining = np.var(draws - np.polyval(line, other), ddof=1) + fit.held_out_error**2
+    before = np.var(draws, ddof=1) + fit.held_out_error**2
+    # The noise of the measurement keeps the reduction below that of the best linear estimate from an exact loss.
+    assert 0 < best.reduction < 1 - math.sqrt(remaining / before)
+    assert best.params > 2e8 and best.cost == pytest.approx(best.flops / sum(run.flops for run in runs))
 
 
 def test_unknown_error_tasks_are_rejected(tmp_path: Path, fit: Fit) -> None:
