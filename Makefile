@@ -4,7 +4,8 @@ VENV ?= .venv
 EVAL_VENV ?= .venv-eval
 BENCH_VENV ?= .venv-bench
 TITAN_VENV ?= .venv-titan
-JOBS ?= 2
+# Test processes on two cores: a test often waits for a file, a server or another process.
+JOBS ?= 3
 UV_VERSION := 0.13.9
 UV := $(VENV)/bin/uv
 SHELL := /bin/bash
@@ -83,7 +84,7 @@ layers: install  ## check that packages import downwards only
 	$(VENV)/bin/lint-imports
 
 unit: install  ## run all tests
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal --durations=15
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=15
 
 docs: install  ## build the documentation site into site/
 	$(VENV)/bin/zensical build --strict

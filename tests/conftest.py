@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ multiprocessing.set_forkserver_preload([
 ROOT = Path(__file__).resolve().parents[1]
 
 # Fixtures that start a process or a server: the tests that use them have the mark `processes`.
-PROCESS_FIXTURES = frozenset({"torchrun", "ranks", "local_ray", "s3_endpoint", "strict_s3", "wheel"})
+PROCESS_FIXTURES = frozenset({"torchrun", "ranks", "forked_python", "local_ray", "s3_endpoint", "strict_s3", "wheel"})
 _started_processes: list[str] = []  # by the current test; `make test-fast` omits the tests that start any
 
 
@@ -47,9 +48,14 @@ sys.addaudithook(_record_process)
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that start processes, and put their files, which take longest, first."""
+    slow_files = set()
     for item in items:
         if PROCESS_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("processes")
+        if item.get_closest_marker("processes"):
+            slow_files.add(item.path)
+    items.sort(key=lambda item: item.path not in slow_files)  # short files are left to even out the end
 
 
 @pytest.hookimpl(wrapper=True)
@@ -137,6 +143,15 @@ def ranks(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def forked_python() -> Iterator[str]:
+    """Yield the path of a `python` whose programs start without the time to import torch and the package."""
+    from forked_python import ForkedPython
+
+    with tempfile.TemporaryDirectory(prefix="python-") as folder:
+        yield str(ForkedPython(Path(folder)).path)
 
 
 @pytest.fixture(params=KINDS)

@@ -7,6 +7,7 @@ Other parts of the public interface are frozen in these tests:
     training/test_trainer.py                       training lines in out.log ("Train Epoch: ...")
     training/test_main.py                          files of a run, params.txt, format of log lines
     evaluate/test_evaluate.py                      keys of results.jsonl
+    evaluate/test_eval_environment.py              import paths in the environment of llm-foundry
     checkpoint/test_checkpoint.py                  files and keys of checkpoints
     data/test_shard_format.py, test_provenance.py  shard formats, keys of manifests
     datapreprocess/test_make_2048.py, test_tokenize_shuffle.py  output folders and manifests of preprocessing
@@ -32,61 +33,9 @@ from typing import Any
 
 import pytest
 import torch
-from eval_environment import EVAL_PYTHON, needs_eval_environment
+from public_signatures import SIGNATURES
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# Parameters by import path. "_" is a parameter that callers pass only by position, so that its name may change.
-# A callable may have further parameters if they are optional and follow the listed ones.
-SIGNATURES = {
-    "open_lm.main.main": "_",
-    "open_lm.main.load_model": "args, model, different_seed=False",
-    "open_lm.params.parse_args": "_",
-    "open_lm.params.add_model_args": "parser",
-    "open_lm.model.create_model": "_",
-    "open_lm.model.create_params": "_",
-    "open_lm.model.Block": "layer_id, _",
-    "open_lm.model.Transformer": "_",
-    "open_lm.model.Transformer.forward": (
-        "self, input_ids=None, inputs_embeds=None, past_key_values=None, use_cache=False, attention_mask=None"
-    ),
-    "open_lm.model.Transformer.set_grad_checkpointing": "self, enable=True",
-    "open_lm.model.Transformer.reset_parameters": "self",
-    "open_lm.attention.get_attn_func": "attn_name, attn_activation=None, attn_seq_scalar=None, alpha=None",
-    "open_lm.attention.torch_attn": "_, _, _, is_causal, attention_mask=None",
-    "open_lm.attention.xformers_attn": "_, _, _, is_causal, attention_mask=None",
-    "open_lm.attention.custom_attn": (
-        "_, _, _, attn_activation, attn_seq_scalar, alpha, is_causal=False, attention_mask=None"
-    ),
-    "open_lm.data.get_data": "args, epoch=0, tokenizer=None, skip_train=False, floor=True",
-    "open_lm.data.get_wds_dataset": (
-        "args, is_train, epoch=0, floor=True, tokenizer=None, data_key=None, force_num_samples=None"
-    ),
-    "open_lm.data.sample_chunk": "chunk, args",
-    "open_lm.data.mask_sequence": "chunk, _, args, ignore_tok=-100",
-    "open_lm.evaluate.evaluate_loop": "model, val_list, epoch, args, writer",
-    "open_lm.distributed.world_info_from_env": "",
-    "open_lm.distributed.init_distributed_device": "args",
-    "open_lm.distributed.is_master": "args, local=False",
-    "open_lm.distributed.broadcast_object": "args, obj, src=0",
-    "open_lm.file_utils.pt_load": "file_path, map_location=None",
-    "open_lm.file_utils.check_exists": "file_path",
-    "open_lm.file_utils.get_metadata_file": "path, shard_shuffle_seed=None",
-    "open_lm.file_utils.get_string_for_epoch": (
-        "num_samples, starting_points, paths, weights, num_workers_per_gpu, world_size, multi_epoch=False, "
-        "shard_shuffle_seed=None"
-    ),
-    "open_lm.scheduler.cosine_lr": "optimizer, base_lr, warmup_length, steps, min_lr, force_min_lr",
-    "open_lm.scheduler.const_lr": "optimizer, base_lr, warmup_length",
-    "open_lm.losses.CrossEntropyLossWithZLoss": "eps=0.0001",
-    "open_lm.datapreprocess.ray.tokenize_shuffle.main": "_",
-    "open_lm.utils.transformers.hf_config.OpenLMConfig": "params=None",
-    "open_lm.utils.transformers.hf_model.OpenLMModel": "config",
-    "open_lm.utils.transformers.hf_model.OpenLMforCausalLM": "config",
-    "open_lm.hf.OpenLMConfig": "params=None",
-    "open_lm.hf.OpenLMForCausalLM": "config",
-    "open_lm.hf.OpenLMTokenizerFast": "",
-}
 
 # Commands with --help, by the way in which users start them.
 MODULES = (
@@ -286,17 +235,6 @@ def test_composer_wrapper() -> None:
     )
     (init,) = (node for node in wrapper.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     assert [argument.arg for argument in init.args.args] == ["self", "model", "tokenizer"]
-
-
-@pytest.mark.processes
-@needs_eval_environment
-def test_public_names_import_in_the_evaluation_environment() -> None:
-    names = [*SIGNATURES, "open_lm.attention.ATTN_ACTIVATIONS", "open_lm.attention.ATTN_SEQ_SCALARS"]
-    names += ["open_lm.model.Params", "open_lm.utils.llm_foundry_wrapper.SimpleComposerOpenLMCausalLM"]
-    names += ["open_lm.utils.make_wds_manifest.main"]
-    code = "import pkgutil, sys\nfor name in sys.argv[1:]: pkgutil.resolve_name(name)"
-    result = subprocess.run([EVAL_PYTHON, "-c", code, *names], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
 
 
 def test_imports_in_the_documentation() -> None:

@@ -3,89 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from eval_environment import EVAL_PYTHON, needs_eval_environment
+from gauntlet_cases import ACCURACY, AVERAGES, CATEGORIES, OUTCOMES
 
 from open_lm.errors import ConfigError
 from open_lm.evaluate.icl import Outcome, read_settings
 from open_lm.evaluate.icl.aggregates import aggregate_members, aggregate_score
 from open_lm.evaluate.icl.download import task_files
-from open_lm.evaluate.icl.gauntlet import WEIGHTINGS, gauntlet_scores, parse_gauntlet
+from open_lm.evaluate.icl.gauntlet import gauntlet_scores
 from open_lm.evaluate.icl.report import format_table, read_json, write_json
 from open_lm.evaluate.icl.task_types import parse_options
-
-ACCURACY = "InContextLearningMultipleChoiceAccuracy"
-OUTCOMES = [
-    Outcome("a", 0, "multiple_choice", ACCURACY, 0.4, n=100, metrics={ACCURACY: 0.4}),
-    Outcome("b", 3, "multiple_choice", ACCURACY, 0.9, n=1000, metrics={ACCURACY: 0.9, "SomeCalibrationError": 0.1}),
-    Outcome("c", 3, "multiple_choice", ACCURACY, 0.55, n=3, metrics={ACCURACY: 0.55}, categories={"x": 0.5, "y": 0.6}),
-    Outcome("d", 1, "multiple_choice", ACCURACY, 0.1, n=1, metrics={ACCURACY: 0.1}),
-]
-CATEGORIES = [
-    {"name": "first", "benchmarks": [{"name": "a", "num_fewshot": 0, "random_baseline": 0.25},
-                                     {"name": "b", "num_fewshot": 3, "random_baseline": 0.5}]},
-    {"name": "second", "benchmarks": [{"name": "c", "num_fewshot": 3, "random_baseline": 0.0},
-                                      {"name": "d", "num_fewshot": 1, "random_baseline": 0.2}]},
-    {"name": "incomplete", "benchmarks": [{"name": "b", "num_fewshot": 3, "random_baseline": 0.5},
-                                          {"name": "b", "num_fewshot": 0, "random_baseline": 0.5}]},
-]  # fmt: skip
-AVERAGES = {"core_average": ["first", "second", "incomplete"], "other": ["second"]}
-VARIANTS: list[dict[str, Any]] = [
-    *({"weighting": weighting, "averages": AVERAGES} for weighting in WEIGHTINGS),
-    {"weighting": "EQUAL", "rescale_accuracy": False},
-    {"weighting": "SAMPLE_SZ", "rescale_accuracy": False, "subtract_random_baseline": False, "averages": AVERAGES},
-]
-
-# Loads the callback's file, because importing llmfoundry takes 20 s.
-CALLBACK = """
-import copy, importlib.metadata, importlib.util, json, sys
-from types import SimpleNamespace
-path = importlib.metadata.distribution("llm-foundry").locate_file("llmfoundry/callbacks/eval_gauntlet_callback.py")
-spec = importlib.util.spec_from_file_location("eval_gauntlet_callback", path)
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-EvalGauntlet = module.EvalGauntlet
-data, results = json.load(sys.stdin), []
-for settings in data["settings"]:
-    keys, metrics, sizes = [], {}, {}
-    for task, shots, scores, n in data["tasks"]:
-        for category, value in scores.items():
-            name = "/".join(x for x in (task, f"{shots}-shot", category) if x)
-            keys.append(f"metrics/{name}/InContextLearningMultipleChoiceAccuracy")
-            compute = lambda value=value: SimpleNamespace(item=lambda: value)
-            metrics[name] = {"InContextLearningMultipleChoiceAccuracy": SimpleNamespace(compute=compute)}
-            sizes[name] = n if not category else n // 2 + (n % 2 if category == "x" else 0)
-    callback = EvalGauntlet(keys, **copy.deepcopy(settings), benchmark_sizes=sizes)
-    scores = callback.eval_after_all(SimpleNamespace(eval_metrics=metrics), None)
-    results.append({key.rpartition("/")[2]: value for key, value in scores.items()})
-print("RESULTS" + json.dumps(results))
-"""
-
-
-@pytest.mark.processes
-@needs_eval_environment
-def test_gauntlet_equals_the_callback_of_llm_foundry() -> None:
-    settings = [{"categories": CATEGORIES, **variant} for variant in VARIANTS]
-    tasks = [(o.task, o.shots, o.categories or {"": o.score}, o.n) for o in OUTCOMES]
-    data = json.dumps({"settings": settings, "tasks": tasks})
-    result = subprocess.run([EVAL_PYTHON, "-c", CALLBACK], input=data, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.rpartition("RESULTS")[2])
-    for variant, expected in zip(settings, found, strict=True):
-        problems: list[str] = []
-        gauntlet = parse_gauntlet(variant, "f.yaml", problems)
-        assert gauntlet is not None and not problems
-        scores = gauntlet_scores(gauntlet, OUTCOMES)
-        ours = {**scores.categories, **scores.averages}
-        assert ours.pop("incomplete") is None and scores.missing == {"incomplete": ["b 0-shot"]}
-        assert ours == pytest.approx(expected) and len(expected) >= 3
-        assert "incomplete: not available, missing: b 0-shot" in str(scores) and "without incomplete" in str(scores)
 
 
 def test_gauntlet_of_a_yaml_file(tmp_path: Path) -> None:

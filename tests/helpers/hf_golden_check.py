@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 
+VARIANTS = (
+    *("default", "gain_only_qknorm", "geglu_llama_rotary", "gelu_no_wb", "head_rotary"),
+    *("lp_qknorm_dclm", "nope_lp", "rms_swiglu_torch", "tied_postembed"),
+)
 PROMPT_LENGTHS = (20, 9)
 NEW_TOKENS = 8
 
@@ -59,6 +63,13 @@ def check(folder: Path) -> dict[str, Any]:
         "frequencies_stay_float32": all(b.dtype == torch.float32 for b in half_precision.buffers()),
         "weights_are_prefixed": all(name.startswith("model.") for name in model.state_dict()),
     }
+
+
+def assert_equivalent(found: dict[str, Any]) -> None:
+    """Check what `check` returns."""
+    assert max(found.pop("golden"), found.pop("cache"), found.pop("padding")) < 1e-5
+    assert found.pop("generation_is_greedy") == [True, True]
+    assert all(found.values()), found
 
 
 def left_padded(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from eval_environment import EVAL_PYTHON, needs_eval_environment
-from hf_golden_check import check
+from hf_golden_check import VARIANTS, assert_equivalent, check
 from model_helpers import random_ids, small_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -24,10 +22,6 @@ from open_lm.model.transformer import Params, create_params
 from open_lm.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = (
-    *("default", "gain_only_qknorm", "geglu_llama_rotary", "gelu_no_wb", "head_rotary"),
-    *("lp_qknorm_dclm", "nope_lp", "rms_swiglu_torch", "tied_postembed"),
-)
 
 
 @dataclass
@@ -37,29 +31,9 @@ class ModelSettings:
     hf_seq_len: int | None = None
 
 
-def assert_equivalent(found: dict[str, Any]) -> None:
-    assert max(found.pop("golden"), found.pop("cache"), found.pop("padding")) < 1e-5
-    assert found.pop("generation_is_greedy") == [True, True]
-    assert all(found.values()), found
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_golden_models(shared_dir: Path, variant: str) -> None:
     assert_equivalent(check(shared_dir / "compat" / "models" / variant))
-
-
-@pytest.mark.processes
-@needs_eval_environment
-def test_golden_models_with_transformers_of_the_evaluation_environment(shared_dir: Path) -> None:
-    program = str(ROOT / "tests" / "helpers" / "hf_golden_check.py")
-    command = [EVAL_PYTHON, "-W", "ignore", program, str(shared_dir / "compat" / "models")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert sorted(found) == sorted(VARIANTS)
-    for variant in VARIANTS:
-        assert_equivalent(found[variant])
 
 
 def test_import_paths_of_existing_callers() -> None:
