@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from open_lm.datapreprocess.mixtures import Mixture
     from open_lm.datapreprocess.tokenization import DocumentEncoder
 
-_ESCAPE = re.compile(r"\\(?:[\\nrtfv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 _logger = logging.getLogger("open_lm.datapreprocess")
 
 
@@ -298,18 +296,13 @@ def memory_limit(text: str | None) -> int | None:
 def _separator(text: str | None, inputs: Sequence[InputFile]) -> str | None:
     r"""Return the separator with its escapes, such as \n and \u2028, replaced."""
     from open_lm.datapreprocess.readers import separator_suffixes, uses_separator
-    from open_lm.errors import ConfigError
+    from open_lm.datapreprocess.readers.texts import decode_separator
 
     if text is None:
         return None
     if not any(uses_separator(item.url) for item in inputs):
         warn_without_effect(["--separator"], f"no input file ends in {' or '.join(separator_suffixes())}")
-    separator = _ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), text)
-    try:
-        separator.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"--separator {text!r} cannot be encoded as UTF-8 ({error.reason})") from error
-    return separator
+    return decode_separator(text, "--separator")
 
 
 # --- mixtures ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from open_lm.datapreprocess.readers.base import (
@@ -16,6 +17,9 @@ from open_lm.datapreprocess.readers.base import (
 from open_lm.datapreprocess.readers.input_stream import InputStream
 from open_lm.datapreprocess.readers.parts import split_parts
 from open_lm.datapreprocess.readers.registry import Format, register_format
+from open_lm.errors import ConfigError
+
+_ESCAPE = re.compile(r"\\(?:[\\nrtfv]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
 
 
 def read_texts(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
@@ -32,6 +36,16 @@ def read_texts(stream: InputStream, options: ReadOptions) -> Iterator[Block]:
             yield parse_texts(stream, parts, options)
     if not stream.lines:
         yield stream.block([], [stream.empty_file()])
+
+
+def decode_separator(text: str, flag: str) -> str:
+    r"""Return the value of a flag with its escapes, such as \n and \u2028, replaced; ConfigError if it is no text."""
+    separator = _ESCAPE.sub(lambda match: match[0].encode().decode("unicode_escape"), text)
+    try:
+        separator.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{flag} {text!r} cannot be encoded as UTF-8 ({error.reason})") from error
+    return separator
 
 
 def text_separator(options: ReadOptions) -> bytes | None:

@@ -51,6 +51,8 @@ def missing_for_a_run(config: Config) -> list[str]:
     is_one_pass = config.run.recipe is not None or config.data.train_text
     if wants_training(config.data) and config.data.train_num_samples is None and not is_one_pass:
         problems.append("--train-num-samples is missing: set the number of tokens per epoch")
+    if config.data.train_text and config.live_evaluation.tokenizer is None:
+        problems.append("--train-text requires --tokenizer, which turns the text into ids")
     return problems
 
 
@@ -76,8 +78,6 @@ def _text_problems(config: Config) -> list[str]:
     if not data.train_text:
         return []
     problems = []
-    if config.live_evaluation.tokenizer is None:
-        problems.append("--train-text requires --tokenizer, which turns the text into ids")
     if data.text_separator == "":
         problems.append("--text-separator must not be empty; leave it out to read each text file as one document")
     if repeated := sorted({name for name in data.train_text if data.train_text.count(name) > 1}):

@@ -27,6 +27,7 @@ from open_lm.data.tokenizer_copies import write_copy
 from open_lm.datapreprocess.inputs import find_inputs, plan_units
 from open_lm.datapreprocess.job import DEFAULT_BAD_FRACTION, input_records
 from open_lm.datapreprocess.pack import cut, pad
+from open_lm.datapreprocess.readers.texts import decode_separator
 from open_lm.datapreprocess.sampling import Sampling
 from open_lm.datapreprocess.tokenization import DocumentEncoder, make_encoder
 from open_lm.errors import ConfigError, DataError, join_problems
@@ -85,8 +86,9 @@ def plan_index(data: DataConfig, name: str, tokenizer: str, encoder: DocumentEnc
     """
     assert data.text_index is not None
     folder = text_folder(data.text_index, name)
-    options = TextOptions(seq_len, data.text_key, data.text_separator, data.text_split_documents, data.text_add_bos)
     inputs = tuple(find_inputs(split_joined(name)))
+    separator = None if data.text_separator is None else decode_separator(data.text_separator, "--text-separator")
+    options = TextOptions(seq_len, data.text_key, separator, data.text_split_documents, data.text_add_bos)
     state = TextState(name, tokenizer, options, encoder.settings(), inputs)
     if folder.is_finished and (before := folder.state()) is not None:
         if before == replace(state, tokenizer=before.tokenizer):
