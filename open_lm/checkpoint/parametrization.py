@@ -27,10 +27,10 @@ def check_parametrization(path: str, model: nn.Module) -> None:
         return
     before, now = _flags(saved), _flags(params)
     if before != now:
+        export = "start from its export (python -m open_lm.hf.convert export), which needs no --mup"
         raise CheckpointError(
-            f"{path}: was trained {before}, but this model is {now}, with which the weights compute something else; "
-            "use the same flags, or start from an export of the checkpoint (python -m open_lm.hf.convert export), "
-            "which is a model of the standard parametrization"
+            f"{path}: was trained {before}, but this run is {now}, and the weights would compute something else; "
+            + ("remove --mup" if saved.parametrization.is_standard else f"use the same flags, or {export}")
         )
 
 

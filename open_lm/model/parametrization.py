@@ -108,6 +108,15 @@ class Parametrization:
         """The factor of the hidden states that the output layer maps to logits."""
         return 1 / (self.width_ratio * (self.embedding_ratio if self.is_tied else 1.0))
 
+    def text(self, dim: int) -> str:
+        """Describe the factors of a model of width `dim`, for the log."""
+        adamw, muon = (self.width_ratio ** getattr(RULES["hidden"], name) for name in ("adamw", "muon"))
+        return (
+            f"muP: width {dim} is {self.width_ratio:.4g} times that of the base model: learning rates of the blocks' "
+            f"matrices with AdamW x {adamw:.4g}, Muon x {muon:.4g}, attention scores x {self.attention_factor:.4g}, "
+            f"logits x {self.output_multiplier:.4g}"
+        )
+
     def init_factor(self, name: str) -> float:
         """Return the initial standard deviation of a parameter, relative to the standard parametrization."""
         kind = kind_of(name)

@@ -36,6 +36,7 @@ from open_lm.data.sources import find_sources
 from open_lm.data.tokenizers import record_in_run
 from open_lm.distributed.processes import Runtime, agree_on_name, broadcast_object, restart_count, run_on_master
 from open_lm.errors import ConfigError, join_problems
+from open_lm.model.parametrization import parametrization_of
 from open_lm.monitor.loggers import (
     MetricLoggers,
     build_loggers,
@@ -295,6 +296,8 @@ def _log_model_and_params(parts: RunParts, params: dict[str, Any]) -> None:
     )
     for message in summarize_settings(parts.config, parts.paths.params if parts.paths.enabled else None):
         logging.info(message)
+    if not parametrization_of(model).is_standard:
+        logging.info(parametrization_of(model).text(parts.params.dim))
     log_to_file(f"Model (has {trained} parameters):")
     log_to_file(str(model))
     log_to_file("Params:")
