@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from open_lm.config.checkpoint_policy import due_after_epoch, is_milestone
-from open_lm.planner.memory import TrainingSetup, optimizer_bytes
+from open_lm.planner.memory import optimizer_bytes
+from open_lm.planner.setup import TrainingSetup
 
 
 @dataclass(frozen=True)

@@ -6,28 +6,22 @@ Legend: N ranks that shard the parameters, V vocabulary, D model width.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 
-from open_lm.config.layout import MeshLayout
 from open_lm.config.memory_limits import LOSS_CHUNK_TOKENS
 from open_lm.config.registry import OPTIMIZERS
-from open_lm.config.sections import Config
 from open_lm.planner.activations import (
-    ElementSizes,
     SavedActivations,
     backward_transients,
-    element_sizes,
     saved_by_block,
     saved_by_head,
     saved_with_op_checkpointing,
     total_bytes,
 )
-from open_lm.planner.adapters import QUANTIZED_BITS, is_quantized, trained_weights
 from open_lm.planner.muon import block_matrices, muon_update_bytes
-from open_lm.planner.shapes import ModelShape, Weight
+from open_lm.planner.setup import TrainingSetup
+from open_lm.planner.shapes import Weight
 
 # Memory outside of our tensors: the CUDA context with its kernels, NCCL's buffers, and the share of short-lived tensors
 # that the allocator loses to fragmentation. These are typical values; the planner does not measure them.
@@ -71,123 +65,40 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class TrainingSetup:
-    """A model, its training configuration, the layout of the ranks, and the micro-batch size in sequences."""
-
-    shape: ModelShape
-    config: Config
-    layout: MeshLayout
-    batch: int
-    device_type: str = "cuda"
-
-    @cached_property
-    def sizes(self) -> ElementSizes:
-        """The bytes per element of each kind of tensor."""
-        return element_sizes(self.config, self.device_type)
-
-    @property
-    def tokens(self) -> int:
-        """The tokens of a micro-batch on this rank, before tensor parallelism divides them."""
-        return self.batch * -(-self.shape.seq_len // self.layout.context)
-
-    @property
-    def ranks(self) -> int:
-        """The world size."""
-        layout = self.layout
-        return layout.replicate * layout.shard * layout.context * layout.tensor
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether FSDP2 manages the parameters. Tensor parallelism always uses FSDP2."""
-        return self.config.parallel.fsdp or self.layout.tensor > 1
-
-    @property
-    def shards(self) -> int:
-        """N, the number of ranks that shard the parameters."""
-        return self.layout.shard * self.layout.context if self.is_sharded else 1
-
-    @property
-    def keeps_unsharded(self) -> bool:
-        """Whether blocks stay unsharded between forward and backward pass (ZeRO-2)."""
-        parallel = self.config.parallel
-        return parallel.fsdp_zero2 or parallel.fsdp_hybrid_o2
-
-    def checkpointing(self, block: int) -> str:
-        """Return how --activation-checkpointing treats a block: "none", "full", "op" or "half-op"."""
-        model = self.config.model
-        mode = "full" if model.grad_checkpointing else model.activation_checkpointing
-        if mode.isdigit():
-            return "full" if block % int(mode) == 0 else "none"
-        return mode
-
-    def unsharded_numel(self, weights: Iterable[Weight]) -> int:
-        """Return the elements of `weights` on a rank before FSDP shards them."""
-        return sum(math.prod(weight.local_shape(self.layout.tensor)) for weight in weights)
-
-    def local_numel(self, weights: Iterable[Weight]) -> int:
-        """Return the elements of `weights` in a rank's local shards: its rows of each weight, rounded up."""
-        shapes = (weight.local_shape(self.layout.tensor) for weight in weights)
-        return sum(-(-shape[0] // self.shards) * math.prod(shape[1:]) for shape in shapes)
-
-    @cached_property
-    def local_params(self) -> int:
-        """The parameters of the model in a rank's local shards."""
-        return sum(count * self.local_numel(weights) for weights, count in self.shape.kinds)
-
-    def trained(self, weights: Iterable[Weight]) -> list[Weight]:
-        """Return those parameters of `weights` that have a gradient: with --lora their adapters, else all."""
-        return trained_weights(weights, self.config.adapters)
-
-    @cached_property
-    def local_trained(self) -> int:
-        """The trained parameters in a rank's local shards."""
-        return sum(count * self.local_numel(self.trained(weights)) for weights, count in self.shape.kinds)
-
-    @cached_property
-    def unsharded_trained(self) -> int:
-        """The trained parameters on a rank before FSDP shards them."""
-        return sum(count * self.unsharded_numel(self.trained(weights)) for weights, count in self.shape.kinds)
-
-    @cached_property
-    def parameter_bytes(self) -> int:
-        """The bytes of a rank's local shards of all parameters; adapters are in float32."""
-        adapters, stored = self.config.adapters, self.sizes.stored
-        num_bytes = float(self.local_params * stored) + (4 * self.local_trained if adapters.lora else 0)
-        quantized = self.local_numel(w for w in self.shape.weights if is_quantized(w, adapters))
-        return round(num_bytes - quantized * (stored - QUANTIZED_BITS / 8))
-
-    def buffer_numel(self, weights: Iterable[Weight]) -> int:
-        """Return the elements of the flat buffer that gathers or reduces `weights`: the padded shards of all ranks."""
-        return self.local_numel(weights) * self.shards if self.is_sharded else 0
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The bytes of one block on a rank.
+class _Group:
+    """The bytes of parameters that are gathered and reduced together.
 
     Attributes:
-        gathered: its unsharded parameters.
+        gathered: the unsharded parameters.
         buffer: the buffers of their all-gather.
-        casts: copies of its matrices in autocast's dtype.
-        recasts: whether the backward pass casts again instead of keeping `casts`.
-        saved: activations that stay until its backward pass, given the checkpointing mode.
-        recomputed: activations in addition to `saved` while its backward pass runs.
-        gradients: its unsharded gradients.
-        reduce: the buffer of their reduction.
-        local_gradients: its reduced gradients.
-        freed: accumulated gradients of earlier micro-batches, freed when those of the last micro-batch are reduced.
+        gradients: their unsharded gradients.
+        reduce: the buffer of the reduction of these.
+        growth: the reduced gradients of the last micro-batch, less the accumulated ones of earlier micro-batches that
+            they replace.
     """
 
     gathered: int
     buffer: int
+    gradients: int
+    reduce: int
+    growth: int
+
+
+@dataclass(frozen=True)
+class _Block(_Group):
+    """The bytes of one block on a rank.
+
+    Attributes:
+        casts: copies of its matrices in autocast's dtype.
+        recasts: whether the backward pass casts again instead of keeping `casts`.
+        saved: activations that stay until its backward pass, given the checkpointing mode.
+        recomputed: activations in addition to `saved` while its backward pass runs.
+    """
+
     casts: int
     recasts: bool
     saved: int
     recomputed: int
-    gradients: int
-    reduce: int
-    local_gradients: int
-    freed: int
 
     @property
     def saved_casts(self) -> int:
@@ -234,26 +145,33 @@ def phases(setup: TrainingSetup) -> Iterator[Memory]:
         optimizer=0 if offloads else optimizer_bytes(setup),
     )
     blocks = _blocks(setup)
-    root = setup.shape.by_block[None]
-    accumulated = _accumulated_gradient_bytes(setup)
-    gathered = setup.unsharded_numel(root) * sizes.gathered if setup.is_sharded else 0
+    embedding, *others = (_group(setup, weights) for weights in setup.outer_groups)
+    accumulated = accumulated_gradient_bytes(setup)
+    adds_in_place = accumulated > 0 and setup.reductions == 1
+    # The embedding stays gathered only with ZeRO-2, or in a group with the head.
+    gathered = embedding.gathered if setup.keeps_unsharded or not others else 0
+    kept = blocks if setup.keeps_unsharded else blocks[-1:]
     yield replace(
         resident,
         phase="loss",
         gathered=gathered
-        + blocks[-1].buffer
-        + sum(b.casts + (b.gathered if setup.keeps_unsharded else 0) for b in blocks),
+        + sum(head.gathered for head in others)
+        + (others or blocks)[-1].buffer
+        + sum(block.gathered for block in kept)
+        + sum(block.casts for block in blocks),
         gradients=accumulated,
         activations=sum(block.saved for block in blocks)
         + total_bytes(saved_by_head(setup.shape, sizes), setup.tokens, setup.layout.tensor),
         loss=_loss_bytes(setup),
     )
-    # The backward pass visits the blocks from last to first. Visited blocks leave only their gradients.
-    grad_size = _gradient_element_size(setup)
-    head_gradient = setup.unsharded_numel(setup.trained([_head(root)])) * grad_size
-    finished = accumulated + (head_gradient if setup.is_sharded or not accumulated else 0)
+    # The backward pass visits the head, then the blocks from last to first. Each leaves only its gradients. The head's
+    # remain unsharded if they are reduced together with the embedding's.
+    weights = setup.trained([_head(setup.shape.by_block[None])])
+    head_gradient = setup.unsharded_numel(weights) * _gradient_element_size(setup) if not others else 0
+    finished = accumulated + sum(head.growth for head in others)
+    finished += head_gradient if setup.is_sharded or not accumulated else 0
     saved, casts = sum(block.saved for block in blocks), sum(block.saved_casts for block in blocks)
-    unsharded, reducing = sum(block.gathered for block in blocks), 0
+    unsharded, reducing = sum(block.gathered for block in blocks), sum(head.reduce for head in others)
     for number in reversed(range(len(blocks))):
         block = blocks[number]
         prefetch = blocks[number - 1].buffer if number else 0  # FSDP2 gathers the next block meanwhile
@@ -266,25 +184,23 @@ def phases(setup: TrainingSetup) -> Iterator[Memory]:
             + (unsharded if setup.keeps_unsharded else prefetch)
             + block.casts
             + casts,
-            gradients=finished + reducing + (0 if accumulated else block.gradients),
+            gradients=finished + reducing + (0 if adds_in_place else block.gradients),
             activations=saved + block.saved + block.recomputed,
         )
         reducing = block.reduce
-        finished += block.local_gradients - block.freed
+        finished += block.growth
+    own = setup.unsharded_numel(setup.trained(setup.outer_groups[0][:1])) * _gradient_element_size(setup)
     yield replace(
         resident,
         phase="backward of the embedding",
         gathered=gathered,
-        gradients=finished + reducing + setup.unsharded_numel(setup.trained(root[:1])) * grad_size,
+        gradients=finished + reducing + own,
     )
     if setup.is_sharded:  # all parameters are resharded; gradients have been added to those of earlier micro-batches
-        both = {weight.name: weight for weight in (root[0], _head(root))}.values()
-        both_gradients = setup.unsharded_numel(setup.trained(both)) * grad_size
-        others = finished - head_gradient + (0 if accumulated else both_gradients)
         yield replace(
             resident,
             phase="reduction of the embedding",
-            gradients=others + setup.buffer_numel(setup.trained(root)) * sizes.reduced,
+            gradients=finished - head_gradient + embedding.reduce + (0 if adds_in_place else embedding.gradients),
         )
     yield replace(
         resident,
@@ -309,11 +225,6 @@ def _blocks(setup: TrainingSetup) -> list[_Block]:
 def _block(setup: TrainingSetup, number: int) -> _Block:
     shape, sizes, tensor = setup.shape, setup.sizes, setup.layout.tensor
     weights = shape.by_block[number]
-    sharded, offloads = setup.is_sharded, setup.config.parallel.fsdp_cpu_offload
-    accumulated = _accumulated_gradient_bytes(setup)
-    unsharded, buffer, local = setup.unsharded_numel(weights), setup.buffer_numel(weights), setup.local_numel(weights)
-    trained = setup.trained(weights)
-    gradients, local_gradients = setup.unsharded_numel(trained), setup.local_numel(trained)
     cast = sizes.autocast and sizes.gathered != sizes.compute
     casts = setup.unsharded_numel(w for w in weights if len(w.shape) > 1) * sizes.compute if cast else 0
     compiled = setup.config.model.torchcompile
@@ -326,39 +237,54 @@ def _block(setup: TrainingSetup, number: int) -> _Block:
     elif mode == "full":
         saved = total_bytes([SavedActivations("input", shape.dim, sizes.residual, "tokens")], setup.tokens, tensor)
     return _Block(
-        gathered=unsharded * sizes.gathered if sharded else 0,
-        # A single rank has nothing to gather.
-        buffer=(setup.shards > 1) * (buffer * sizes.gathered + (local * sizes.stored if offloads else 0)),
+        **vars(_group(setup, weights)),
         casts=casts,
         recasts=mode != "none",
         saved=saved,
         recomputed=everything - saved + transient,
-        gradients=gradients * _gradient_element_size(setup),
-        reduce=setup.buffer_numel(trained) * sizes.reduced,
-        local_gradients=0 if offloads or (accumulated and not sharded) else local_gradients * sizes.stored,
-        freed=_freed_accumulation_bytes(setup, gradients),
     )
 
 
-def _accumulated_gradient_bytes(setup: TrainingSetup) -> int:
+def _group(setup: TrainingSetup, weights: Sequence[Weight]) -> _Group:
+    sizes, offloads = setup.sizes, setup.config.parallel.fsdp_cpu_offload
+    trained, local = setup.trained(weights), setup.local_numel(weights)
+    gradients = setup.unsharded_numel(trained)
+    if setup.is_sharded:
+        final = 0 if offloads else setup.local_numel(trained) * sizes.stored
+    else:  # DDP's buckets exist from the start
+        final = gradients * sizes.stored if setup.ranks == 1 else 0
+    return _Group(
+        gathered=setup.unsharded_numel(weights) * sizes.gathered if setup.is_sharded else 0,
+        # A single rank has nothing to gather.
+        buffer=(setup.shards > 1)
+        * (setup.buffer_numel(weights) * sizes.gathered + (local * sizes.stored if offloads else 0)),
+        gradients=gradients * _gradient_element_size(setup),
+        reduce=setup.buffer_numel(trained) * sizes.reduced,
+        growth=final - _accumulated_bytes(setup, gradients, setup.local_numel(trained)),
+    )
+
+
+def accumulated_gradient_bytes(setup: TrainingSetup) -> int:
     """Return the gradient bytes that exist before the last micro-batch's backward pass.
 
     These are the accumulated gradients of earlier micro-batches, and DDP's buckets, which receive them only in the
     last backward pass.
     """
-    unsharded = setup.unsharded_trained
-    if setup.is_sharded:  # accumulated unsharded, in the dtype of the reduction
-        return unsharded * setup.sizes.reduced if setup.config.optim.accum_freq > 1 else 0
-    return ((setup.config.optim.accum_freq > 1) + (setup.ranks > 1)) * unsharded * setup.sizes.stored
+    buckets = setup.unsharded_trained * setup.sizes.stored if setup.ranks > 1 and not setup.is_sharded else 0
+    return buckets + _accumulated_bytes(setup, setup.unsharded_trained, setup.local_trained)
 
 
-def _freed_accumulation_bytes(setup: TrainingSetup, unsharded: int) -> int:
-    """Return the accumulated bytes of `unsharded` parameters that their last reduction frees."""
+def _accumulated_bytes(setup: TrainingSetup, unsharded: int, local: int) -> int:
+    """Return the bytes of gradients that earlier micro-batches leave on the device, given their elements."""
     if setup.config.optim.accum_freq == 1:
         return 0
-    if setup.is_sharded:
-        return unsharded * setup.sizes.reduced
-    return unsharded * setup.sizes.stored if setup.ranks > 1 else 0
+    if not setup.is_sharded:
+        return unsharded * setup.sizes.stored
+    if not setup.config.parallel.reduces_every_micro_batch:
+        return unsharded * setup.sizes.reduced  # in the dtype of the reduction
+    if setup.layout.replicate > 1:
+        return local * setup.sizes.reduced  # the shards, to be reduced over the replicas
+    return 0 if setup.config.parallel.fsdp_cpu_offload else local * setup.sizes.stored
 
 
 def _gradient_element_size(setup: TrainingSetup) -> int:

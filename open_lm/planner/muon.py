@@ -9,7 +9,7 @@ from open_lm.config.registry import OPTIMIZERS
 from open_lm.planner.shapes import Weight
 
 if TYPE_CHECKING:
-    from open_lm.planner.memory import TrainingSetup
+    from open_lm.planner.setup import TrainingSetup
 
 
 def muon_weights(setup: TrainingSetup) -> list[Weight]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,7 +11,8 @@ from open_lm.config.command_line import parse_args
 from open_lm.config.layout import MeshLayout, resolve_layout
 from open_lm.config.sections import Config
 from open_lm.errors import ConfigError
-from open_lm.planner.memory import Memory, TrainingSetup, add_reserve, peak
+from open_lm.planner.memory import Memory, add_reserve, peak
+from open_lm.planner.setup import TrainingSetup
 from open_lm.planner.shapes import ModelShape, shape_of
 from open_lm.planner.traffic import Rates, StepTime, step_time
 
@@ -164,12 +165,12 @@ def evaluate_option(
         config = Config.from_namespace(parse_args(flags))
         layout = resolve_layout(config.parallel, machine.devices, min(machine.per_node, machine.devices))
         _check(requirements.shape, layout, strategy, machine)
-        setup = _with_given_batch(
-            requirements, TrainingSetup(requirements.shape, config, layout, 1), machine.memory_bytes
-        )
+        setup = _that_fits(requirements, TrainingSetup(requirements.shape, config, layout, 1), machine.memory_bytes)
         if (count := setup.config.optim.accum_freq) != config.optim.accum_freq:
             flags += ("--accum-freq", str(count))
             context = f"with --accum-freq {count}, to fit into memory: "
+        if (reduction := setup.config.parallel.accum_reduce) != config.parallel.accum_reduce:
+            flags += ("--accum-reduce", reduction)
         largest = largest_batch(lambda batch: _fits(replace(setup, batch=batch), machine.memory_bytes))
         if not requirements.given_flags & _BATCH_FLAGS:
             setup = replace(setup, batch=max(largest, 1))
@@ -213,15 +214,39 @@ def _fits(setup: TrainingSetup, memory_bytes: int) -> bool:
     return add_reserve(peak(setup), setup).total <= memory_bytes
 
 
-def _with_given_batch(requirements: Requirements, setup: TrainingSetup, memory_bytes: int) -> TrainingSetup:
-    """Return the setup with the micro-batch size that the flags set; unchanged if they set none.
+def _that_fits(requirements: Requirements, setup: TrainingSetup, memory_bytes: int) -> TrainingSetup:
+    """Return the first of the setups that the flags leave open which fits, the last one if none does."""
+    for candidate in _candidates(requirements, setup):
+        setup = candidate
+        if _fits(setup, memory_bytes):
+            break
+    return setup
 
-    A global batch is divided into the fewest micro-batches that fit.
+
+def _candidates(requirements: Requirements, setup: TrainingSetup) -> Iterator[TrainingSetup]:
+    """Yield setups with the batch that the flags set, the fastest first.
+
+    A global batch is divided into as few micro-batches as possible. Gradients are reduced after each of them only where
+    that saves memory.
+    """
+    for sized in _with_given_batch(requirements, setup):
+        yield sized
+        accumulates_unsharded = sized.config.parallel.fsdp and sized.config.optim.accum_freq > 1 and sized.shards > 1
+        if accumulates_unsharded and "accum_reduce" not in requirements.given_flags:
+            parallel = replace(sized.config.parallel, accum_reduce="every-micro-batch")
+            yield replace(sized, config=replace(sized.config, parallel=parallel))
+
+
+def _with_given_batch(requirements: Requirements, setup: TrainingSetup) -> Iterator[TrainingSetup]:
+    """Yield the setup with the micro-batch size that the flags set, unchanged if they set none.
+
+    For a global batch, yield it with each number of micro-batches, fewer ones first.
     """
     if "batch_size" in requirements.given_flags:
-        return replace(setup, batch=setup.config.data.batch_size or 1)
-    if "global_batch_size" not in requirements.given_flags:
-        return setup
+        setup = replace(setup, batch=setup.config.data.batch_size or 1)
+    if "global_batch_size" not in requirements.given_flags or "batch_size" in requirements.given_flags:
+        yield setup
+        return
     total, parts, count = setup.config.data.global_batch_size, setup.layout.data_size, setup.config.optim.accum_freq
     fixed = "accum_freq" in requirements.given_flags
     if total % parts or (fixed and total % (parts * count)):
@@ -230,13 +255,10 @@ def _with_given_batch(requirements: Requirements, setup: TrainingSetup, memory_b
             + (f" x --accum-freq {count}" if fixed else "")
         )
     per_rank = total // parts
-    counts = [count] if fixed else [count for count in range(1, per_rank + 1) if per_rank % count == 0]
-    for count in counts:
-        config = replace(setup.config, optim=replace(setup.config.optim, accum_freq=count))
-        setup = TrainingSetup(setup.shape, config, setup.layout, per_rank // count, setup.device_type)
-        if _fits(setup, memory_bytes):
-            break
-    return setup
+    for number in [count] if fixed else range(1, per_rank + 1):
+        if per_rank % number == 0:
+            config = replace(setup.config, optim=replace(setup.config.optim, accum_freq=number))
+            yield replace(setup, config=config, batch=per_rank // number)
 
 
 def _flags(requirements: Requirements, machine: Machine, strategy: str, checkpointing: str) -> list[str]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from open_lm.planner.activations import products
-from open_lm.planner.memory import TrainingSetup, host_bytes
+from open_lm.planner.memory import host_bytes
 from open_lm.planner.muon import muon_flops, muon_weights
+from open_lm.planner.setup import TrainingSetup
 from open_lm.planner.shapes import ModelShape
 
 # Typical values that the planner does not measure: the latency of a ring step, and for each device the bandwidth of the
@@ -22,6 +23,7 @@ RING_STEP_S = 3e-6
 HOST_LINK_BYTES_PER_S = 25e9
 HOST_MEMORY_BYTES_PER_S = 20e9
 UPDATE_BYTES = 28  # per parameter: AdamW reads value, gradient and two moments, and writes three of them
+ADDITION_BYTES = 12  # per parameter: gradients of a micro-batch are added to those of earlier ones
 DDP_BUCKET_BYTES = 25 << 20
 # The time of a recomputed forward pass as a share of what its FLOPs take at the MFU, which also pays for the optimizer.
 # From two published runs that differ only in recomputation: Llama 2 13B on 64 A100 reaches 2,162 tokens/s without, and
@@ -29,7 +31,8 @@ DDP_BUCKET_BYTES = 25 << 20
 RECOMPUTE_FRACTION = 0.8
 OP_RECOMPUTE_FRACTION = 0.15  # of the operators between matrix products and attention
 
-Overlap = Literal["forward", "backward", "none"]
+# The pass whose computation hides a collective; "last" is the backward pass of the last micro-batch.
+Overlap = Literal["forward", "backward", "last", "none"]
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,8 @@ def step_time(setup: TrainingSetup, rates: Rates) -> StepTime:
     flops = setup.shape.flops_per_token * setup.tokens * micro_batches / layout.tensor
     model_s = flops / (rates.matmul_flops * rates.mfu)
     recomputation = recomputed_fraction(setup) / 3
-    passes = {"forward": model_s / 3, "backward": model_s * (2 / 3 + recomputation), "none": 0.0}
-    sums = dict.fromkeys(passes, 0.0)
+    forward_s, backward_s = model_s / 3, model_s * (2 / 3 + recomputation)
+    sums: dict[Overlap, float] = {"forward": 0.0, "backward": 0.0, "last": 0.0, "none": 0.0}
     exposed = 0.0
     all_collectives = collectives(setup)
     for collective in all_collectives:
@@ -155,11 +158,14 @@ def step_time(setup: TrainingSetup, rates: Rates) -> StepTime:
         sums[collective.overlap] += seconds * (1 - collective.exposed)
         exposed += seconds * collective.exposed
     exchange_s = exposed + sum(sums.values())
-    exposed += sum(max(0.0, seconds - passes[overlap]) for overlap, seconds in sums.items())
+    exposed += sums["none"] + max(0.0, sums["forward"] - forward_s)
+    spare = (backward_s - sums["backward"]) / micro_batches  # time of a backward pass that hides no collective yet
+    exposed += (micro_batches - 1) * max(0.0, -spare) + max(0.0, sums["last"] - spare)
     host_s = 0.0
     if host_bytes(setup):
         update_s = UPDATE_BYTES / HOST_MEMORY_BYTES_PER_S
-        transfer_s = 3 * micro_batches * setup.sizes.stored / HOST_LINK_BYTES_PER_S
+        update_s += (setup.reductions - 1) * ADDITION_BYTES / HOST_MEMORY_BYTES_PER_S
+        transfer_s = (2 * micro_batches + setup.reductions) * setup.sizes.stored / HOST_LINK_BYTES_PER_S
         host_s = setup.local_numel(setup.shape.weights) * (update_s + transfer_s)
     return StepTime(
         compute_s=model_s * (1 + recomputation),
@@ -188,25 +194,30 @@ def _parameter_collectives(setup: TrainingSetup) -> list[Collective]:
         calls = num_bytes / DDP_BUCKET_BYTES
         sent = 2 * _ring_fraction(setup.ranks) * num_bytes
         return [
-            Collective("all-reduce gradients", sent, calls, setup.ranks, 1, "backward", last_bucket),
+            Collective("all-reduce gradients", sent, calls, setup.ranks, 1, "last", last_bucket),
             *_muon_collectives(setup, 1, setup.ranks, 1),
         ]
-    root = setup.buffer_numel(setup.shape.by_block[None]) * _ring_fraction(shards)
-    total = setup.local_params * shards * _ring_fraction(shards)
-    trained = setup.local_trained * shards * _ring_fraction(shards)
-    # The root group is gathered first and reduced last, so that no computation overlaps it.
-    exposed = root / total if total else 0.0
+    first, *_ = setup.outer_groups
+    groups = blocks + len(setup.outer_groups)
+    total, trained = setup.local_params * shards, setup.local_trained * shards
+    sent = _ring_fraction(shards)
+    # The first group is gathered first and reduced last, so that no computation overlaps it.
+    gather_exposed = setup.buffer_numel(first) / total
+    reduce_exposed = setup.buffer_numel(setup.trained(first)) / trained
+    # The last block and what is outside of the blocks are not gathered again.
+    regathered = sum(setup.buffer_numel(setup.shape.by_block[block]) for block in range(blocks - 1))
     regathers = 0 if setup.keeps_unsharded else micro_batches
-    replicas = layout.replicate
+    reductions, replicas = setup.reductions, layout.replicate
+    reduced: Overlap = "last" if reductions == 1 else "backward"
     return [
-        Collective("all-gather, forward", total * sizes.gathered * micro_batches, (blocks + 1) * micro_batches, shards,
-                   stride, "forward", exposed),
-        Collective("all-gather, backward", (total - root) * sizes.gathered * regathers, blocks * regathers, shards,
-                   stride, "backward"),
-        Collective("reduce-scatter gradients", trained * sizes.reduced, blocks + 1, shards, stride, "backward",
-                   exposed),
+        Collective("all-gather, forward", sent * total * sizes.gathered * micro_batches, groups * micro_batches, shards,
+                   stride, "forward", gather_exposed),
+        Collective("all-gather, backward", sent * regathered * sizes.gathered * regathers, (blocks - 1) * regathers,
+                   shards, stride, "backward"),
+        Collective("reduce-scatter gradients", sent * trained * sizes.reduced * reductions, groups * reductions, shards,
+                   stride, reduced, reduce_exposed),
         Collective("all-reduce over replicas", 2 * _ring_fraction(replicas) * setup.local_trained * sizes.reduced,
-                   blocks + 1, replicas, stride * shards, "backward", exposed),
+                   groups, replicas, stride * shards, "last", reduce_exposed),
         *_muon_collectives(setup, shards, replicas, stride),
     ]  # fmt: skip
 

@@ -20,7 +20,8 @@ from open_lm.distributed.processes import ALLOCATOR_NAMES, Runtime
 from open_lm.errors import ConfigError, UserError
 from open_lm.monitor.watchdog import position
 from open_lm.planner.efficiency import efficiency_of
-from open_lm.planner.memory import Memory, TrainingSetup, add_reserve, peak
+from open_lm.planner.memory import Memory, add_reserve, peak
+from open_lm.planner.setup import TrainingSetup
 from open_lm.planner.shapes import shape_of
 from open_lm.planner.strategies import Machine, Option, Requirements, evaluate_options
 from open_lm.planner.traffic import Rates, step_time
@@ -31,7 +32,7 @@ _LAYOUT_FLAGS = (
     *("fsdp", "fsdp_hybrid", "fsdp_hybrid_o2", "fsdp_zero2", "fsdp_cpu_offload"),
     *("tensor_parallel", "context_parallel", "expert_parallel", "mesh_dim"),
 )
-_MEMORY_FLAGS = ("grad_checkpointing", "activation_checkpointing", "accum_freq", "batch_size")
+_MEMORY_FLAGS = ("grad_checkpointing", "activation_checkpointing", "accum_freq", "accum_reduce", "batch_size")
 _NUM_ADVICE = 4
 _MARGIN = 0.9  # of the planned memory that did not fit, where the planner expected that it does
 

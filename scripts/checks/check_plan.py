@@ -24,7 +24,8 @@ from open_lm.config.command_line import parse_args
 from open_lm.config.layout import resolve_layout
 from open_lm.config.sections import Config
 from open_lm.errors import ConfigError, run_cli
-from open_lm.planner.memory import TrainingSetup, host_bytes, peak
+from open_lm.planner.memory import accumulated_gradient_bytes, host_bytes, peak
+from open_lm.planner.setup import TrainingSetup
 from open_lm.planner.shapes import shape_of
 
 MODELS = ("open_lm_160m", "open_lm_411m", "open_lm_1b", "open_lm_7b")
@@ -105,7 +106,8 @@ def cases(model: str) -> list[PlanCase]:
 def tracked(case: PlanCase) -> dict[str, int]:
     """Return the bytes of each tracker category at the peak of the second step.
 
-    "Total" is the sum of the categories. "Host" is the part of --fsdp-cpu-offload in host memory.
+    "Total" is the sum of the categories. "Host" is the part of --fsdp-cpu-offload in host memory. "Accumulated" are the
+    gradients between the first and the second micro-batch.
     """
     import torch
     import torch.distributed as dist
@@ -158,15 +160,19 @@ def tracked(case: PlanCase) -> dict[str, int]:
         tracker = Peaks()
         tracker.track_external(model, optimizer, ids)
 
+        resident: list[int] = []  # before each micro-batch
+
         def enter(phase: str) -> None:
             if phase == "forward":  # the tracker does not expect a second forward pass (of the next micro-batch)
                 tracker.reset_mod_stats()
+                resident.append(tracker.get_tracker_snapshot("current")[device]["Total"])
 
         with tracker, _assumed_values():
             train_step(model, ids, ids, optimizer, options, enter_phase=enter)
         peaks = {peak_device.type: snapshot for peak_device, snapshot in tracker.get_tracker_snapshot("peak").items()}
     categories = {getattr(key, "name", str(key)): value for key, value in peaks["cpu"].items()}
-    return {**categories, "Host": peaks.get(HOST, {}).get("Total", 0)}
+    accumulated = resident[1] - resident[0] if count > 1 else 0
+    return {**categories, "Host": peaks.get(HOST, {}).get("Total", 0), "Accumulated": accumulated}
 
 
 def _model(config: Config, dtype: Any) -> Any:
@@ -335,9 +341,11 @@ def compare(case: PlanCase, detail: bool) -> float:
     setup = case.setup()
     memory, measured = peak(setup), tracked(case)
     error = memory.total / measured["Total"] - 1
-    host = f", host memory {_mib(host_bytes(setup))} / {_mib(measured['Host'])}" if measured["Host"] else ""
+    notes = f", host memory {_mib(host_bytes(setup))} / {_mib(measured['Host'])}" if measured["Host"] else ""
+    if setup.is_sharded and measured["Accumulated"]:
+        notes += f", accumulated {_mib(accumulated_gradient_bytes(setup))} / {_mib(measured['Accumulated'])}"
     print(
-        f"{case.name:44}{_mib(memory.total):>10}{_mib(measured['Total']):>10}{error:>+8.1%}  {memory.phase}{host}",
+        f"{case.name:44}{_mib(memory.total):>10}{_mib(measured['Total']):>10}{error:>+8.1%}  {memory.phase}{notes}",
         flush=True,
     )
     if detail:

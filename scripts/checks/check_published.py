@@ -35,8 +35,9 @@ from open_lm.config.sections import Config
 from open_lm.errors import run_cli
 from open_lm.planner.activations import products
 from open_lm.planner.efficiency import Efficiency, efficiency_of
-from open_lm.planner.memory import TrainingSetup, add_reserve, phases
+from open_lm.planner.memory import add_reserve, phases
 from open_lm.planner.report import align_columns
+from open_lm.planner.setup import TrainingSetup
 from open_lm.planner.shapes import shape_of
 from open_lm.planner.traffic import Rates, step_time
 

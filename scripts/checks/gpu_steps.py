@@ -209,7 +209,8 @@ def check_planner(machine: Machine, folder: Path) -> Found:
     from open_lm.config.command_line import parse_args
     from open_lm.config.layout import resolve_layout
     from open_lm.config.sections import Config
-    from open_lm.planner.memory import TrainingSetup, peak
+    from open_lm.planner.memory import peak
+    from open_lm.planner.setup import TrainingSetup
     from open_lm.planner.shapes import shape_of
 
     measured = _values(folder, "1b").get("memory_bytes")

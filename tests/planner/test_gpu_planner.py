@@ -15,7 +15,8 @@ from open_lm.distributed.processes import Runtime
 from open_lm.model.transformer import create_model
 from open_lm.optim.build import build_optimizer
 from open_lm.parallel.parallelize import parallelize
-from open_lm.planner.memory import TrainingSetup, peak
+from open_lm.planner.memory import peak
+from open_lm.planner.setup import TrainingSetup
 from open_lm.planner.shapes import shape_of
 from open_lm.training.step import StepOptions, train_step
 

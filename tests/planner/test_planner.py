@@ -26,7 +26,8 @@ from open_lm.model.transformer import create_model
 from open_lm.monitor.metrics import model_flops_per_token
 from open_lm.planner import command as plan
 from open_lm.planner.checkpoints import plan_checkpoints
-from open_lm.planner.memory import TrainingSetup, add_reserve, host_bytes, peak, phases
+from open_lm.planner.memory import add_reserve, host_bytes, peak, phases
+from open_lm.planner.setup import TrainingSetup
 from open_lm.planner.shapes import shape_of
 from open_lm.planner.strategies import STRATEGIES, largest_batch
 from open_lm.planner.traffic import Rates, collectives, step_time

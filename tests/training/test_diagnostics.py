@@ -27,7 +27,8 @@ from open_lm.distributed.processes import ALLOCATOR_NAMES, Runtime
 from open_lm.errors import ConfigError
 from open_lm.monitor.metric_names import metric
 from open_lm.monitor.timing import PhaseClock
-from open_lm.planner.memory import TrainingSetup, peak
+from open_lm.planner.memory import peak
+from open_lm.planner.setup import TrainingSetup
 from open_lm.planner.shapes import shape_of
 from open_lm.training import out_of_memory
 from open_lm.training.diagnostics import Diagnostics
