@@ -7,6 +7,7 @@ fit       fit laws to a table of runs, and predict targets
 predict   predict further targets with a fit, and rank further runs
 report    show a fit as one HTML page
 sweep     train a grid of learning rates or other settings over widths, and find the best
+coordinate-check   show whether the sizes of activations depend on the width, with and without muP
 
 A table is a JSON list with params, tokens, losses and accuracy of each run; see docs/scaling.md.
 """
@@ -17,7 +18,7 @@ import argparse
 from collections.abc import Callable
 
 from open_lm.config.command_line import FlagParser
-from open_lm.scaling import fit_commands, plan_command, run_command, sweep_command
+from open_lm.scaling import coordinate_command, fit_commands, plan_command, run_command, sweep_command
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
     "plan": ("choose a ladder of runs, and write their settings", plan_command.add_flags, plan_command.run),
@@ -27,6 +28,11 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Calla
     "predict": ("predict targets with a fit", fit_commands.add_predict, fit_commands.run_predict),
     "report": ("show a fit as one HTML page", fit_commands.add_report, fit_commands.run_report),
     "sweep": ("find the best value of a setting for models or widths", sweep_command.add_flags, sweep_command.run),
+    "coordinate-check": (
+        "show whether activations depend on the width, with and without muP",
+        coordinate_command.add_flags,
+        coordinate_command.run,
+    ),
 }
 
 

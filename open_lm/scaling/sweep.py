@@ -95,32 +95,48 @@ def _numbers(text: str, values: str) -> list[float]:
     return numbers
 
 
-def scaled_architecture(model: str, width: int, ffn_type: str) -> dict[str, Any]:
-    """Return the architecture of `model` at another width: heads of the same width, and the same depth.
+def scaled_architecture(values: Mapping[str, Any], width: int, ffn_type: str) -> dict[str, Any]:
+    """Return an architecture at another width: heads of the same width, and the same depth.
 
-    The hidden width of the feed-forward and its experts grows in proportion, without rounding.
+    The hidden width of the feed-forward and of experts grows in proportion, without rounding to multiples.
+
+    Args:
+        values: the contents of a model's JSON file.
+        width: the new hidden_dim.
+        ffn_type: --ffn-type, for files without it.
 
     Raises:
-        ConfigError: a width that is not a multiple of that of the heads.
+        ConfigError: the heads do not fit into the width.
     """
-    values = read_architecture(model)
-    base = values["hidden_dim"]
-    head = values.get("head_dim") or base // values["n_heads"]
-    groups = values["n_heads"] / (values.get("n_kv_heads") or values["n_heads"])
-    heads, kv_heads = width / base * values["n_heads"], width / base * values["n_heads"] / groups
-    if width < 1 or not heads.is_integer() or not kv_heads.is_integer():
-        raise ConfigError(
-            f"--widths: found {width}, expected multiples of {base * head // math.gcd(base, values['n_heads'] * head)} "
-            f"for {model}, whose heads have width {head}"
-        )
-    values |= {"hidden_dim": width, "n_heads": int(heads), "head_dim": head}
-    if "n_kv_heads" in values:
-        values["n_kv_heads"] = int(kv_heads)
-    hidden = values.get("ffn_dim") or feed_forward_width(values.get("ffn_type", ffn_type), base)
-    values["ffn_dim"] = round(hidden * width / base)
-    if values.get("moe_ffn_dim"):
-        values["moe_ffn_dim"] = round(values["moe_ffn_dim"] * width / base)
-    return values
+    base, num_heads = values["hidden_dim"], values["n_heads"]
+    head = values.get("head_dim") or base // num_heads
+    counts = {"n_heads": num_heads, **{key: values[key] for key in ("n_kv_heads",) if values.get(key)}}
+    if width < 1 or any(count * width % base for count in counts.values()):
+        step = math.lcm(*(base // math.gcd(base, count) for count in counts.values()))
+        raise ConfigError(f"--widths: found {width}, expected multiples of {step}, which have complete heads of {head}")
+    ffn_dim = values.get("ffn_dim") or feed_forward_width(values.get("ffn_type", ffn_type), base)
+    widths = {"ffn_dim": ffn_dim, **{key: values[key] for key in ("moe_ffn_dim",) if values.get(key)}}
+    scaled = {key: count * width // base for key, count in counts.items()}
+    scaled |= {key: round(count * width / base) for key, count in widths.items()}
+    return {**values, **scaled, "hidden_dim": width, "head_dim": head}
+
+
+def choose_models(
+    names: Sequence[str] | None, widths: Sequence[int] | None, base: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Return the architectures by name: those of --models, or of one model scaled to --widths.
+
+    base: settings of all runs, whose `model` is the default.
+    """
+    names = names or ([base["model"]] if base.get("model") else [])
+    if not names or (widths and len(names) > 1):
+        found = f"{len(names)} models" if names else "no model"
+        raise ConfigError(f"--models: found {found}; expected model configurations, or with --widths one to scale")
+    if not widths:
+        return {Path(name).name.removesuffix(".json"): read_architecture(name) for name in names}
+    flags = {spec.name: base.get(spec.name, spec.default) for spec in ModelConfig.specs()}
+    architecture = read_architecture(names[0])
+    return {f"w{width}": scaled_architecture(architecture, width, flags["ffn_type"]) for width in sorted(set(widths))}
 
 
 def write_sweep(
@@ -208,9 +224,3 @@ def planned_run(folder: str, run: SweepRun) -> PlannedRun:
         tokens=0,
         cost_flops=0.0,
     )
-
-
-def model_flags(base: Mapping[str, Any]) -> ModelConfig:
-    """Return the flags of the model in the settings of all runs."""
-    names = {spec.name for spec in ModelConfig.specs()}
-    return ModelConfig(**{key: value for key, value in {**_DEFAULTS, **base}.items() if key in names})

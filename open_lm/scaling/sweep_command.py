@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import storage
-from open_lm.config.architecture import read_architecture
 from open_lm.config.registry import LAUNCHERS
-from open_lm.errors import ConfigError, UserError
+from open_lm.errors import UserError
+from open_lm.scaling.jobs import Job, training_job
 from open_lm.scaling.ladder_files import PlannedRun, read_base
-from open_lm.scaling.run_command import add_launch_flags, check_launch_flags, command_of
+from open_lm.scaling.run_command import add_launch_flags, check_launch_flags
 from open_lm.scaling.sweep import (
     MUP,
     STANDARD,
     SweepRun,
-    model_flags,
+    choose_models,
     parse_grid,
     planned_run,
     read_sweep,
-    scaled_architecture,
     write_sweep,
 )
 from open_lm.scaling.sweep_fit import DIVERGED, FINISHED, MISSING, Minimum, Result, find_minima, find_shifts, result_of
@@ -47,8 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="numeric flags of open_lm.main with their values, evenly spaced in the logarithm, or KEY=VALUE,VALUE. The "
         "minimum over the first one is fitted; runs that differ only in seed are repetitions",
     )
-    add("--models", nargs="+", metavar="MODEL", help="model configurations (default: that of --base)")
-    add("--widths", nargs="+", type=int, metavar="D", help="scale the model to these widths")
+    add_model_flags(parser)
     add(
         "--parametrization",
         nargs="+",
@@ -56,11 +54,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default=[STANDARD],
         help="with or without --mup, or both (default: standard)",
     )
+    add("--json", action="store_true", help="print JSON")
+    add_launch_flags(parser)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which models are trained with which settings."""
+    add = parser.add_argument
+    add("--models", nargs="+", metavar="MODEL", help="model configurations (default: that of --base)")
+    add("--widths", nargs="+", type=int, metavar="D", help="scale the model to these widths")
     add("--mup-base-width", type=int, metavar="D", help="width at which both are equal (default: the smallest)")
     add("--base", type=user_path, metavar="FILE", help="YAML or JSON file with settings of all runs, such as data")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of all runs")
-    add("--json", action="store_true", help="print JSON")
-    add_launch_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,8 +79,8 @@ def run(args: argparse.Namespace) -> None:
     if args.launcher == "local" and not args.dry_run:
         _train(folder, missing, args)
     elif missing:
-        launch: Callable[[Sequence[PlannedRun], argparse.Namespace], None] = LAUNCHERS.get(args.launcher)
-        launch([planned_run(folder, item) for item in missing], args)
+        launch: Callable[[Sequence[Job], argparse.Namespace], None] = LAUNCHERS.get(args.launcher)
+        launch([training_job(planned_run(folder, item)) for item in missing], args)
     results = [result_of(item, planned_run(folder, item).folder) for item in runs]
     if all(result.state == MISSING for result in results):
         return
@@ -91,16 +96,8 @@ def _write(args: argparse.Namespace) -> list[SweepRun]:
     """Write the sweep that the flags describe."""
     grid = parse_grid(args.vary)
     base = read_base(args.base, args.set)
-    names = args.models or ([base["model"]] if base.get("model") else [])
+    models = choose_models(args.models, args.widths, base)
     base.pop("model", None)
-    if not names or (args.widths and len(names) > 1):
-        found = f"{len(names)} models" if names else "no model"
-        raise ConfigError(f"sweep: found {found}; expected --models, or with --widths one model to scale")
-    if args.widths:
-        ffn_type = model_flags(base).ffn_type
-        models = {f"w{width}": scaled_architecture(names[0], width, ffn_type) for width in sorted(set(args.widths))}
-    else:
-        models = {Path(name).name.removesuffix(".json"): read_architecture(name) for name in names}
     return write_sweep(args.ladder, models, grid, base, dict.fromkeys(args.parametrization, args.mup_base_width))
 
 
@@ -134,7 +131,9 @@ def _train_here(planned: PlannedRun) -> str:
 
 def _start(planned: PlannedRun, processes: int) -> str:
     """Train a run in several processes; return how it ended."""
-    return f"ended with exit code {subprocess.run(command_of(planned, processes), check=False).returncode}"
+    return (
+        f"ended with exit code {subprocess.run(training_job(planned).local_words(processes), check=False).returncode}"
+    )
 
 
 def results_content(results: Sequence[Result]) -> dict[str, Any]:
