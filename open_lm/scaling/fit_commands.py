@@ -220,10 +220,11 @@ def run_report(args: argparse.Namespace) -> None:
 
 def _warn_of(fit: ScalingFit, predictions: Sequence[Prediction]) -> None:
     """Print what a user must know about a fit: bounds, far targets, excluded runs."""
+    from open_lm.scaling.points import ABOVE_LIMIT
     from open_lm.scaling.report_text import far_targets
 
     excluded = [
-        f"excluded: {run.label}: {reason}" for run, reason in fit.selection.excluded if "FLOPs" not in reason
+        f"excluded: {run.label}: {reason}" for run, reason in fit.selection.excluded if reason != ABOVE_LIMIT
     ]  # fmt: skip
     warn([*fit.warnings, *far_targets(predictions), *excluded])
 

@@ -106,7 +106,7 @@ def _losses(fit: ScalingFit, predictions: Sequence[Prediction], measured: Sequen
     largest = max([run.tokens for run in fit.selection.loss])
     for color, group in enumerate(scales(fit.selection.loss)):
         ordered = sorted(group, key=lambda run: run.tokens)
-        params, name = ordered[0].params, f"{ordered[0].params / 1e6:,.3g}M"
+        params, name = ordered[0].params, _short(ordered[0].params)
         losses = np.array([run.losses[fit.settings.loss] for run in ordered])
         figure.series.append(
             Series(
@@ -143,7 +143,7 @@ def _residuals(fit: ScalingFit) -> Figure:
         values = [
             100 * (run.losses[fit.settings.loss][0] / fit.loss(run.params, run.tokens) - 1) for run in ordered
         ]  # fmt: skip
-        name = f"{ordered[0].params / 1e6:,.3g}M"
+        name = _short(ordered[0].params)
         figure.series.append(
             Series(name, [run.multiplier for run in ordered], values, "lines+markers", color=color)
         )  # fmt: skip
@@ -286,6 +286,14 @@ def _excluded(fit: ScalingFit) -> list[Html]:
         return []
     listed = table([Column("run"), Column("reason")], rows, "Excluded runs")
     return [details(f"{len(rows)} runs of the table are not fitted", listed)]
+
+
+def _short(params: float) -> str:
+    """Return a number of parameters such as 411M."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if params >= unit:
+            return f"{params / unit:.3g}{name}"
+    return f"{params:g}"
 
 
 def _number(value: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from open_lm.errors import ConfigError, DataError, join_problems
 from open_lm.scaling.runs import Run
 
+ABOVE_LIMIT = "above --max-flops"  # reason of an exclusion that the user has requested
 SAME_SIZE = 0.02  # relative difference of parameters within one scale
 _DIVERGED = 1.1  # loss relative to that of a smaller model on fewer tokens
 # Fitting points of Gadre et al. 2024: these sizes at a token multiplier of 20, and the smallest at 320.
@@ -150,7 +151,7 @@ def all_points(runs: Sequence[Run], targets: Sequence[tuple[float, float]], max_
         if any(same(run.params, params) and same(run.tokens, tokens) for params, tokens in targets):
             excluded.append((run, "it is a target"))
         elif max_flops is not None and run.flops > max_flops:
-            excluded.append((run, f"more than {max_flops:.3g} FLOPs"))
+            excluded.append((run, ABOVE_LIMIT))
         else:
             chosen.append(run)
     return Selection(chosen, chosen, excluded)

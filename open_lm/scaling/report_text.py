@@ -7,6 +7,7 @@ from typing import Any
 
 from open_lm.scaling.fitting import FAR, Prediction, ScalingFit
 from open_lm.scaling.measured import Comparison
+from open_lm.scaling.points import ABOVE_LIMIT
 from open_lm.scaling.value import RunValue
 
 _LISTED = 8  # members of a combined fit
@@ -16,7 +17,9 @@ def fit_text(
     fit: ScalingFit, predictions: Sequence[Prediction], tasks: Mapping[str, Mapping[str, Any]] | None = None
 ) -> str:
     """Return the text that `fit` prints."""
-    lines = [f"loss on {fit.settings.loss}, fitted to {len(fit.selection.loss)} runs"]
+    above = sum(reason == ABOVE_LIMIT for _, reason in fit.selection.excluded)
+    others = f"; {above} {ABOVE_LIMIT}" if above else ""
+    lines = [f"loss on {fit.settings.loss}, fitted to {len(fit.selection.loss)} runs{others}"]
     if len(fit.members) > 1:
         lines.append(f"average of {len(fit.members)} fits, weighted by their error on held-out sizes:")
     for member in fit.members[:_LISTED]:

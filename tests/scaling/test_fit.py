@@ -265,7 +265,7 @@ def test_targets_are_never_fitted(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "excluded: target (4,000,000,000 parameters" in output.err
     assert "fitted to 20 runs" in output.out
     command.main([*arguments, "--max-flops", "1e21"])
-    assert "fitted to 20 runs" in capsys.readouterr().out
+    assert "fitted to 20 runs; 1 above --max-flops\n" in capsys.readouterr().out
 
 
 def test_a_combined_fit_of_two_sizes_is_rejected(tmp_path: Path, fit: Fit) -> None:
