@@ -35,6 +35,8 @@ from open_lm.distributed.precision import compute_dtype, parameter_dtype
 from open_lm.errors import ConfigError, join_problems
 
 LOSS_CHUNKS = 8  # chunks of a sequence, torchtitan's default
+# Our policies that torchtitan has as well. Its SelectiveAC also computes every second matrix product again.
+CHECKPOINTING = ("none", "half-op", "full")
 SUPPORTED = {
     "ffn_type": ("swiglu", "swiglu_torch"),
     "positional_embedding_type": ("rotary", "llama_rotary"),
@@ -69,8 +71,8 @@ def check(model: str, precision: str, device: torch.device, *, config: Config) -
         )
     if torch.float16 in (compute_dtype(precision, device.type), parameter_dtype(precision)):
         problems.append(f"--precision {precision}: float16 is not supported; expected amp_bfloat16, bf16 or fp32")
-    if (policy := config.model.activation_checkpointing) not in ("none", "op", "full"):
-        problems.append(f"--activation-checkpointing {policy}: expected none, op or full")
+    if (policy := config.model.activation_checkpointing) not in CHECKPOINTING:
+        problems.append(f"--activation-checkpointing {policy}: expected {', '.join(CHECKPOINTING)}")
     if config.optim.optimizer != "adamw":
         problems.append(f"--optimizer {config.optim.optimizer}: expected adamw")
     if config.optim.z_loss_coefficient:
@@ -247,7 +249,7 @@ def _build_model(
 
         converter = Float8LinearConverter.Config(filter_fqns=["lm_head"], model_compile_enabled=compilation.enable)
         settings = converter.build().convert(settings)
-    policies = {"none": None, "full": FullAC.Config(), "op": SelectiveAC.Config()}
+    policies = dict(zip(CHECKPOINTING, (None, SelectiveAC.Config(), FullAC.Config()), strict=True))
     policy = "full" if config.model.grad_checkpointing else config.model.activation_checkpointing
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, training.dtype))

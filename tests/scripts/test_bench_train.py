@@ -251,7 +251,13 @@ def test_torchtitan_rejects_all_unsupported_settings_at_once(tmp_path: Path) -> 
         torchtitan_recipe.check(str(path), "fp16", CPU, config=config_of(flags))
     message = str(caught.value)
     assert "--against torchtitan (6)" in message and "qk_norm is True, expected False" in message
-    for flag in ("--seq-len 12", "--precision fp16", "--activation-checkpointing 2", "--optimizer muon", "--z-loss"):
+    for flag in (
+        "--seq-len 12",
+        "--precision fp16",
+        "--activation-checkpointing 2: expected none, half-op, full",
+        "--optimizer muon",
+        "--z-loss",
+    ):
         assert flag in message
 
 
@@ -292,7 +298,7 @@ def test_torchtitan_model_has_our_size_and_learns(tmp_path: Path) -> None:
         ["--precision", "fp32"],
         ["--precision", "amp_bfloat16", "--accum-freq", "2", "--grad-clip-norm", "1"],
         ["--precision", "bf16", "--activation-checkpointing", "full"],
-        ["--precision", "fp32", "--activation-checkpointing", "op"],
+        ["--precision", "fp32", "--activation-checkpointing", "half-op"],
     ]
     command = [sys.executable, "-c", TRAIN_TORCHTITAN, str(SCRIPTS), str(path), json.dumps(flags)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)

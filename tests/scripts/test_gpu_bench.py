@@ -21,7 +21,7 @@ pytestmark = [
     "flags",
     [
         ["--torchcompile"],
-        ["--torchcompile", "--activation-checkpointing", "op", "--accum-freq", "2"],
+        ["--torchcompile", "--activation-checkpointing", "half-op", "--accum-freq", "2"],
         ["--precision", "bf16", "--activation-checkpointing", "full", "--torchcompile"],
         ["--fsdp", "--fsdp-amp", "--fsdp-cpu-offload", "--activation-checkpointing", "full"],
     ],
