@@ -232,23 +232,37 @@ class RunTokenizer:
             )
         return self._with_recorded_end(tokenizer, eot_token)
 
-    def check(self, tokenizer: Tokenizer, eot_token: str | None = None) -> Tokenizer:
+    def check(self, tokenizer: Tokenizer, eot_token: str | None = None, *, allow_other: bool = False) -> Tokenizer:
         """Return a tokenizer that gives the run's ids, with the run's end-of-text id unless `eot_token` is given.
+
+        With `allow_other` (--allow-other-tokenizer), one that gives other ids is returned with a warning.
 
         Raises:
             ConfigError: the tokenizer gives other ids. Without a copy in the run, it must have the same fingerprint.
         """
-        is_same = tokenizer.fingerprint in {record.fingerprint for record in self.records}
-        if not is_same and (self.copy is None or not same_ids(self.copy, tokenizer)):
-            difference = "gives other ids than" if self.copy else "is not the same file as"
+        try:
+            difference = self._difference(tokenizer)
+        except ConfigError as error:
+            if not allow_other:
+                raise
+            difference = f"cannot be compared with the one that the run was trained with ({error})"
+        if not difference:
+            return self._with_recorded_end(tokenizer, eot_token)
+        found = f"--tokenizer {tokenizer.name} (fingerprint {short(tokenizer.fingerprint)}) {difference}"
+        if not allow_other:
             is_found = bool(self.files or (len(self.records) == 1 and self.records[0].name))
             advice = "leave out --tokenizer to use the run's" if is_found else "pass the run's"
-            raise ConfigError(
-                f"--tokenizer {tokenizer.name} (fingerprint {short(tokenizer.fingerprint)}) {difference} the one that "
-                f"the run in {self.root} was trained with, {self._recorded}; {advice}, or add {OVERRIDE_FLAG} to use "
-                "this one"
-            )
-        return self._with_recorded_end(tokenizer, eot_token)
+            raise ConfigError(f"{found}; {advice}, or add {OVERRIDE_FLAG} to use this one")
+        logging.warning(f"{found}; it is used because of {OVERRIDE_FLAG}")
+        return tokenizer
+
+    def _difference(self, tokenizer: Tokenizer) -> str:
+        """Say how a tokenizer differs from the run's; "" if it gives the same ids."""
+        is_same = tokenizer.fingerprint in {record.fingerprint for record in self.records}
+        if is_same or (self.copy is not None and same_ids(self.copy, tokenizer)):
+            return ""
+        relation = "gives other ids than" if self.copy else "is not the same file as"
+        return f"{relation} the one that the run in {self.root} was trained with, {self._recorded}"
 
     def _with_recorded_end(self, tokenizer: Tokenizer, eot_token: str | None) -> Tokenizer:
         eot_id = self.records[0].eot_id
@@ -322,15 +336,17 @@ def choose_tokenizer(
         spec: the value of --tokenizer, see `load_tokenizer`. Without it, a run that records no tokenizer gets
             DEFAULT_TOKENIZER.
         eot_token: the token that ends a document; by default that of the training data.
-        allow_other: accept any `spec` (--allow-other-tokenizer).
+        allow_other: accept any `spec`, with a warning (--allow-other-tokenizer).
 
     Raises:
         ConfigError: no usable tokenizer, or `spec` gives other ids than the run's tokenizer.
     """
-    run = None if spec is not None and allow_other else find_run_tokenizer(checkpoint)
+    run = find_run_tokenizer(checkpoint)
     if run is None:
         return load_tokenizer(spec or DEFAULT_TOKENIZER, eot_token)
-    return run.load(eot_token) if spec is None else run.check(load_tokenizer(spec, eot_token), eot_token)
+    if spec is None:
+        return run.load(eot_token)
+    return run.check(load_tokenizer(spec, eot_token), eot_token, allow_other=allow_other)
 
 
 def _absolute(path: str) -> str:

@@ -245,13 +245,20 @@ def test_a_failed_start_leaves_no_tokenizer(
     assert not (tmp_path / "runs/run").exists() and not (tmp_path / "saved/run").exists()
 
 
-def test_another_tokenizer_is_refused_unless_allowed(own: Tokenizer, other: Tokenizer, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused_unless_allowed(
+    own: Tokenizer, other: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint = write_run(tmp_path / "run", write_data(tmp_path / "data", own), own)
     with pytest.raises(ConfigError, match="gives other ids") as error:
         choose_tokenizer(checkpoint, other.name)
     for part in (own.fingerprint[:12], other.fingerprint[:12], "leave out --tokenizer", "--allow-other-tokenizer"):
         assert part in str(error.value)
+    assert choose_tokenizer(checkpoint, own.name, allow_other=True).fingerprint == own.fingerprint
+    assert not caplog.records
     assert choose_tokenizer(checkpoint, other.name, allow_other=True).fingerprint == other.fingerprint
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "gives other ids than the one that the run in" in record.message
+    assert other.name in record.message and "because of --allow-other-tokenizer" in record.message
 
 
 def test_an_equal_tokenizer_gets_the_end_of_text_id_of_the_training_data(own: Tokenizer, tmp_path: Path) -> None:

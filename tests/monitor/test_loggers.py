@@ -288,10 +288,11 @@ def test_params_are_sorted_lines_with_secrets_redacted(tmp_path: Path) -> None:
     ]
 
 
-def test_only_values_of_secret_environment_variables_are_redacted() -> None:
-    environ = {"MY_API_KEY": "verysecretvalue", "HOME": "/home/longname", "AWS_SECRET_ACCESS_KEY": "short"}
-    text = "AWS_SECRET_ACCESS_KEY=abc verysecretvalue /home/longname short --token=xyz s3://bucket/key@2"
-    assert redact(text, environ) == "AWS_SECRET_ACCESS_KEY=*** *** /home/longname short --token=*** s3://bucket/key@2"
+def test_only_values_of_secret_environment_variables_are_redacted(tmp_path: Path) -> None:
+    home = str(tmp_path)
+    environ = {"MY_API_KEY": "verysecretvalue", "HOME": home, "AWS_SECRET_ACCESS_KEY": "short"}
+    text = f"AWS_SECRET_ACCESS_KEY=abc verysecretvalue {home}/a short --token=xyz s3://bucket/key@2"
+    assert redact(text, environ) == f"AWS_SECRET_ACCESS_KEY=*** *** {home}/a short --token=*** s3://bucket/key@2"
 
 
 def test_an_existing_run_needs_resume_latest(tmp_path: Path) -> None:

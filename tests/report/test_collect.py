@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -167,18 +167,21 @@ def test_no_secret_and_no_other_folder(run_folder: Path, tmp_path: Path, caplog:
 
 
 def test_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The home folder of this user, and those of others, whose usual places are /home and /Users."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    folder = write_run(tmp_path / "run", cache_dir="/home/somebody/cache", pretrained=f"['{tmp_path}/a.pt']")
+    linux, mac = (PurePosixPath("/", parent, "somebody") for parent in ("home", "Users"))
+    other = linux.with_name("model")
+    folder = write_run(tmp_path / "run", cache_dir=f"{linux}/cache", pretrained=f"['{tmp_path}/a.pt']")
     text = (folder / "data.json").read_text()
-    (folder / "data.json").write_text(text.replace("web/manifest", "/Users/somebody/web/manifest"))
+    (folder / "data.json").write_text(text.replace("web/manifest", f"{mac}/web/manifest"))
     (folder / "samples.jsonl").write_text(
-        '{"step": 0, "tokens": 0, "number": 1, "temperature": 0, "prompt": "ls /home/model", "text": "a"}'
+        json.dumps({"step": 0, "tokens": 0, "number": 1, "temperature": 0, "prompt": f"ls {other}", "text": "a"})
     )
     write_report([str(folder)], str(tmp_path / "report.html"))
     html = (tmp_path / "report.html").read_text()
     assert "somebody" not in html and str(tmp_path) not in html
     assert "~/cache" in html and "~/a.pt" in html and "~/web/manifest" in html
-    assert "ls /home/model" in html, "texts of the model are unchanged"
+    assert f"ls {other}" in html, "texts of the model are unchanged"
 
 
 def test_names_differ_between_runs(tmp_path: Path) -> None:

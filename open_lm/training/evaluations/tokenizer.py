@@ -27,12 +27,10 @@ def run_tokenizer(parts: RunParts, weights: str | None, flag: str) -> Tokenizer:
 
 def _find(parts: RunParts, weights: str | None, flag: str) -> Tokenizer:
     spec, allow_other = parts.config.live_evaluation.tokenizer, parts.config.data.allow_other_tokenizer
-    if spec is not None and allow_other:
-        return load_tokenizer(spec)
     sources = parts.sources if parts.train_loader is None else parts.train_loader.sources
     run = find_data_tokenizer(sources, weights) or (find_run_tokenizer(weights) if weights is not None else None)
     if run is not None:
-        return run.load() if spec is None else run.check(load_tokenizer(spec))
+        return run.load() if spec is None else run.check(load_tokenizer(spec), allow_other=allow_other)
     if spec is None:
         where = "the dataset.json next to the shards" if sources else f"the run of {weights}"
         raise ConfigError(
