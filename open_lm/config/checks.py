@@ -78,6 +78,8 @@ def _text_problems(config: Config) -> list[str]:
     if not data.train_text:
         return []
     problems = []
+    if config.distillation.distill_cache:
+        problems.append("--distill-cache belongs to shards, not to --train-text: preprocess the text first")
     if data.text_separator == "":
         problems.append("--text-separator must not be empty; leave it out to read each text file as one document")
     if repeated := sorted({name for name in data.train_text if data.train_text.count(name) > 1}):

@@ -93,7 +93,7 @@ def get_data(
     flags = DataConfig.from_object(args)
     if skip_train:
         data["train"] = None
-    elif flags.train_data or flags.dataset_manifest or flags.dataset_type == "synthetic":
+    elif flags.train_data or flags.dataset_manifest or flags.train_text or flags.dataset_type == "synthetic":
         data["train"] = get_wds_dataset(args, is_train=True, epoch=epoch, floor=floor, data_key=flags.data_key)
     if getattr(args, "val_data", None):
         data["val_list"] = [_val_info(loader) for loader in _val_loaders(args)]

@@ -33,6 +33,7 @@ from open_lm.system.names import escaped, unescaped
 from open_lm.tokenizer import COPY_FOLDER, tokenizer_from_files
 
 STATE_NAME, UNITS_NAME, TAILS_STEM, CACHE_NAME = "text.json", "units.jsonl", "tails", "units.cache"
+INDEX_FOLDER = "text_index"  # of a run: the folders of its texts
 PIECES_KEY = "text"  # of a manifest's line: the unit
 _FORMAT = 1
 

@@ -59,6 +59,8 @@ class DataFolder:
 def find_folders(facts: RunFacts, include_shards: bool) -> list[DataFolder]:
     """Return the folders of the training data, in the order of the run's sources; none if data.json is missing."""
     folders: list[DataFolder] = []
+    if facts.setting("train_text"):
+        return _text_folders(facts, include_shards)
     for source in (facts.data or {}).get("sources", []):
         for location in _locations(str(source["name"])):
             record = _read_json(storage.join(location, DATASET_NAME))
@@ -66,6 +68,25 @@ def find_folders(facts: RunFacts, include_shards: bool) -> list[DataFolder]:
             included = include_shards and _exists(location + "/")
             folders.append(DataFolder(len(folders) + 1, source, location, record, has_manifest, included))
     return folders
+
+
+def _text_folders(facts: RunFacts, include_shards: bool) -> list[DataFolder]:
+    """Return the indexes of --train-text. They have no shards; their manifests name raw files and are not published."""
+    from open_lm.data.text_folder import INDEX_FOLDER  # only then: they import the readers
+    from open_lm.data.text_index import text_folder
+
+    if include_shards:
+        raise ConfigError(
+            "--include-data: the run tokenized its raw text itself (--train-text), so there are no shards to include; "
+            "leave the flag out, or train on shards that open-lm preprocess writes"
+        )
+    index = facts.setting("text_index") or str(facts.folder / INDEX_FOLDER)
+    locations = [text_folder(index, name).path for name in facts.setting("train_text")]
+    sources = (facts.data or {}).get("sources", [])
+    return [
+        DataFolder(number, source, location, _read_json(storage.join(location, DATASET_NAME)), False, False)
+        for number, (source, location) in enumerate(zip(sources, locations, strict=False), start=1)
+    ]
 
 
 def _locations(name: str) -> list[str]:

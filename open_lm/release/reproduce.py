@@ -81,6 +81,9 @@ def raw_obstacle(folder: DataFolder) -> str | None:
         return "its folder has no readable dataset.json, which records how the shards were made"
     settings, inputs = folder.record["settings"], folder.record.get("inputs") or ()
     reasons = {
+        "the run tokenized its raw text itself (--train-text), which this script cannot do again; train on shards that "
+        "open-lm preprocess writes":
+            settings.get("raw_text"),
         "it was made by another command than make_2048 and tokenize_shuffle, or with --output-per-source":
             settings.get("loss_mask") or settings.get("per_source"),
         "its dataset.json does not say to which source each raw file belongs":

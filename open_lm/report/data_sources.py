@@ -42,15 +42,25 @@ def read_sources(description: Mapping[str, Any], run: Run) -> list[MixtureSource
             fingerprint=str(row.get("fingerprint") or ""),
             num_shards=len(row.get("shards") or ()),
             datasets=tuple(map(public_values, row.get("datasets") or ())),
+            parts=_parts(row.get("datasets") or ()),
         )
         for name, row, share in zip(names, rows, shares, strict=True)
     ]
 
 
+def _parts(datasets: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return the tokens of each source that was preprocessed to the folders, if there are several."""
+    tokens: dict[str, int] = {}
+    for dataset in datasets:
+        for name, counts in dict(dataset.get("sources") or {}).items():
+            tokens[public(name)] = tokens.get(public(name), 0) + int(counts["tokens"])
+    return tokens
+
+
 def _from_settings(run: Run) -> list[MixtureSource]:
     """Return the sources by the flags of a run without data.json, such as one of the original OpenLM."""
-    names = _list(run.settings.get("dataset_manifest")) or _list(run.settings.get("train_data"))
-    names = [str(name) for name in names]
+    flags = ("dataset_manifest", "train_data", "train_text")
+    names = next((list(map(str, names)) for flag in flags if (names := _list(run.settings.get(flag)))), [])
     weights = _list(run.settings.get("train_data_mix_weights"))
     shares = _shares(weights if len(weights) == len(names) else [1] * len(names))
     seen = _seen_tokens(names, run)

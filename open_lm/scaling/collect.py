@@ -124,7 +124,7 @@ def _accuracies(evaluations: Sequence[Any]) -> dict[str, float]:
 
 def _data_name(settings: Mapping[str, str]) -> str:
     """Return the name of the folder of the first training data."""
-    for key in ("dataset_manifest", "train_data"):
+    for key in ("dataset_manifest", "train_data", "train_text"):
         text = settings.get(key, "None").strip("[]'\"").split("'")[0]
         if text not in ("None", ""):
             return Path(text).parent.name or Path(text).stem

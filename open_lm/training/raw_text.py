@@ -28,7 +28,7 @@ from open_lm.data.epochs import pass_tokens
 from open_lm.data.fetch import FetchSettings
 from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME
 from open_lm.data.sources import find_sources
-from open_lm.data.text_folder import CACHE_NAME, STATE_NAME, TAILS_STEM, TextFolder
+from open_lm.data.text_folder import CACHE_NAME, INDEX_FOLDER, STATE_NAME, TAILS_STEM, TextFolder
 from open_lm.data.text_index import (
     TextIndex,
     bad_fraction,
@@ -49,7 +49,7 @@ from open_lm.system.cpus import available_cpus
 from open_lm.tokenizer import COPY_FOLDER, FILE_NAMES
 
 _ROUND_S = 5.0
-_FOLDER_NAME = "text_index"  # in the run's folder
+_MAX_LOG_S = 60.0
 _TOKENIZER_FILES = tuple(storage.join(COPY_FOLDER, name) for name in FILE_NAMES)
 
 
@@ -116,7 +116,7 @@ def _with_folders(data: DataConfig, runtime: Runtime, nodes: _Nodes, paths: RunP
     if root is not None and storage.is_remote(root):
         raise ConfigError(f"--text-index {root}: expected a local folder")
     if root is None and paths.enabled:
-        root = storage.join(paths.root, _FOLDER_NAME)
+        root = storage.join(paths.root, INDEX_FOLDER)
     if root is None:
         root = run_on_master(lambda: tempfile.mkdtemp(prefix="open_lm-text-"))
         if nodes.is_leader:
@@ -169,6 +169,7 @@ def _make(
 ) -> None:
     """Tokenize the units without a report, and finish the index."""
     folder, progress = index.folder, _Progress(index)
+    run_on_master(progress.log_start)
     _share(folder, nodes, [STATE_NAME, *_TOKENIZER_FILES])
     units = index.missing[nodes.number :: nodes.count] if nodes.is_leader else []
     settings = FetchSettings.from_config(data, None)
@@ -196,8 +197,17 @@ class _Progress:
 
     def __init__(self, index: TextIndex) -> None:
         self._index, self._start_s = index, time.monotonic()
+        self._next_log_s = 0.0  # after the start
         self._missing_bytes = sum(unit.num_bytes for unit in index.missing)
-        self._has_logged = False
+
+    def log_start(self) -> None:
+        """Log what will be tokenized."""
+        index = self._index
+        done = len(index.units) - len(index.missing)
+        logging.info(
+            f"{index.state.name}: indexing {self._missing_bytes / 1e6:,.1f} MB of raw text in "
+            f"{len(index.state.inputs):,} files{f'; {done} of {len(index.units)} units are done already' * bool(done)}"
+        )
 
     def add(self, gathered: Sequence[tuple[Sequence[UnitReport], int, bool]], limit: float) -> tuple[bool, bool]:
         """Add the reports of a round; return whether all units are done, and whether a rank has to stop."""
@@ -211,8 +221,10 @@ class _Progress:
         return is_done, any(stops for _, _, stops in gathered)
 
     def _log(self, done_bytes: int) -> None:
-        seconds = time.monotonic() - self._start_s
-        total = self._missing_bytes
+        seconds, total = time.monotonic() - self._start_s, self._missing_bytes
+        if seconds < self._next_log_s:
+            return
+        self._next_log_s = seconds + min(seconds / 4, _MAX_LOG_S)
         text = f"{self._index.state.name}: indexed {done_bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB of raw text"
         if done_bytes:
             rate = done_bytes / seconds
