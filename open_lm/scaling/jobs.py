@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +47,17 @@ class Job:
             return (Path(self.run.folder) / RESULTS).is_file()
         return is_trained(self.run)
 
+    @property
+    def module(self) -> str:
+        """Module whose `main(flags)` runs the job."""
+        return _MODULES[self.command]
+
     def words(self, processes: int) -> list[str]:
-        """Return the command line without the Python program."""
-        module = ["-m", _MODULES[self.command]]
+        """Return the arguments of Python that start the job in a number of processes, or continue it."""
+        module = ["-m", self.module]
         if processes > 1:
             module = ["-m", "open_lm.utils.torchrun", "--nproc-per-node", str(processes), *module]
         return [*module, *self.flags]
-
-    def local_words(self, processes: int) -> list[str]:
-        """Return the command line on this machine, which starts the job or continues it."""
-        return [sys.executable, *self.words(processes)]
 
 
 def is_trained(planned: PlannedRun) -> bool:

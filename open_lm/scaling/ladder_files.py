@@ -47,6 +47,7 @@ class PlannedRun:
         params, tokens: of the model, and of the training in total.
         cost_flops: FLOPs that it spends itself.
         is_target: whether it is the run to predict.
+        trained_steps: steps that it trains itself.
     """
 
     name: str
@@ -57,6 +58,7 @@ class PlannedRun:
     tokens: int
     cost_flops: float
     is_target: bool = False
+    trained_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def _planned_run(folder: str, item: Mapping[str, Any]) -> PlannedRun:
         folder=str(Path(folder) / "runs" / item["name"]),
         trunk=item["trunk"],
         is_target=item["is_target"],
+        trained_steps=item["steps"] - item["start"],
         params=item["params"],
         tokens=item["tokens"],
         cost_flops=item["cost_flops"],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from open_lm import storage
 from open_lm.config.registry import LAUNCHERS
 from open_lm.errors import ConfigError, UserError
-from open_lm.scaling.jobs import EVALUATE, TRAIN, Job, jobs_of
+from open_lm.scaling.jobs import EVALUATE, TRAIN, Job, is_trained, jobs_of
 from open_lm.scaling.ladder_files import Ladder, PlannedRun, read_ladder
 from open_lm.system.names import user_path
 
@@ -25,6 +27,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--only", nargs="+", metavar="RUN", help="names of runs (default: all but the target)")
     chosen.add_argument("--target", action="store_true", help="the run of the target; see `plan --train-target`")
+    text = "measure the speed of each size on this machine, print the minutes of the missing runs, and start nothing"
+    parser.add_argument("--estimate", action="store_true", help=text)
     add_launch_flags(parser)
 
 
@@ -51,6 +55,9 @@ def run(args: argparse.Namespace) -> None:
     """
     check_launch_flags(args)
     ladder = read_ladder(args.ladder)
+    if args.estimate:
+        print(estimate_text([planned for planned in ladder.runs if not is_trained(planned)]))
+        return
     jobs = jobs_of(ladder, _chosen(ladder, args))
     missing = [job for job in jobs if not job.is_finished()]
     for command, what in ((TRAIN, "runs are finished"), (EVALUATE, "runs are evaluated")):
@@ -76,6 +83,16 @@ def _chosen(ladder: Ladder, args: argparse.Namespace) -> list[PlannedRun]:
     ]  # fmt: skip
 
 
+def estimate_text(runs: Sequence[PlannedRun]) -> str:
+    """Return the table of the time that runs take on this machine."""
+    from open_lm.scaling.speed import estimate_seconds
+
+    seconds = estimate_seconds(runs)
+    lines = [f"{planned.name:<24} {seconds[planned.name] / 60:>6.1f} minutes" for planned in runs]
+    total = sum(seconds.values()) / 60
+    return "\n".join([*lines, f"estimate: {total:.1f} minutes of training, without starts and validation"])
+
+
 def check_launch_flags(args: argparse.Namespace) -> None:
     """Raise ConfigError if the flags of `add_launch_flags` do not fit together."""
     if args.nproc_per_node < 1:
@@ -86,19 +103,17 @@ def check_launch_flags(args: argparse.Namespace) -> None:
 
 @LAUNCHERS.register("local", help="one after the other on this machine")
 def run_locally(missing: Sequence[Job], args: argparse.Namespace) -> None:
-    """Run the commands one after the other. Raise UserError if one fails; a second `run` continues there."""
+    """Run the jobs one after the other. Raise UserError if one fails; a second `run` continues there."""
     done_flops, done_s = 0.0, 0.0
     for number, job in enumerate(missing, start=1):
-        command = job.local_words(args.nproc_per_node)
-        print(f"[{number}/{len(missing)}] {job.name}: {shlex.join(command)}", flush=True)
+        print(f"[{number}/{len(missing)}] {job.name}: {shlex.join(job.words(args.nproc_per_node))}", flush=True)
         if args.dry_run:
             continue
         start = time.monotonic()
-        code = subprocess.run(command, check=False).returncode
-        if code != 0 or not job.is_finished():
-            state = f"ended with exit code {code}" if code else "stopped before its last step"
+        outcome = run_job(job, args.nproc_per_node)
+        if not job.is_finished():
             raise UserError(
-                f"{job.name} {state} ({len(missing) - number + 1} jobs are missing); see {job.run.folder}/out.log, "
+                f"{job.name} {outcome} ({len(missing) - number + 1} jobs are missing); see {job.run.folder}/out.log, "
                 "then start the same command again, which continues there"
             )
         done_flops, done_s = done_flops + job.cost_flops, done_s + time.monotonic() - start
@@ -106,6 +121,18 @@ def run_locally(missing: Sequence[Job], args: argparse.Namespace) -> None:
         if done_flops and rest_flops:
             minutes = rest_flops * done_s / done_flops / 60
             print(f"about {minutes:.0f} minutes remain, at {done_flops / done_s:.3g} FLOP/s", flush=True)
+
+
+def run_job(job: Job, processes: int) -> str:
+    """Run a job and return how it ended. A single process is this one, which saves the start of another."""
+    if processes > 1:
+        code = subprocess.run([sys.executable, *job.words(processes)], check=False).returncode
+        return f"ended with exit code {code}"
+    try:
+        importlib.import_module(job.module).main(list(job.flags))
+    except UserError as error:
+        return f"failed: {error}"
+    return "stopped before its end"
 
 
 def _write_jobs(args: argparse.Namespace, lines: Sequence[str], advice: str) -> None:

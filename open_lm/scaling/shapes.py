@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -157,6 +158,12 @@ def parse_sizes(texts: Sequence[str], vocab_size: int, seq_len: int) -> list[Sha
             if not 0 < params < 1e13:
                 raise ConfigError(f"--sizes: found {text!r}, expected a number of parameters such as 25e6")
             shapes.append(generated_shape(params, vocab_size, seq_len))
+    labels = Counter(shape.label for shape in shapes)
+    repeated = [label for label, number in labels.items() if number > 1]
+    if repeated:
+        raise ConfigError(
+            f"--sizes: {' '.join(texts)} give {', '.join(repeated)} several times; choose sizes that differ more"
+        )
     return sorted(shapes, key=lambda shape: shape.params)
 
 

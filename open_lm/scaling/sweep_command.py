@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -16,8 +15,8 @@ from open_lm import storage
 from open_lm.config.registry import LAUNCHERS
 from open_lm.errors import UserError
 from open_lm.scaling.jobs import Job, training_job
-from open_lm.scaling.ladder_files import PlannedRun, read_base
-from open_lm.scaling.run_command import add_launch_flags, check_launch_flags
+from open_lm.scaling.ladder_files import read_base
+from open_lm.scaling.run_command import add_launch_flags, check_launch_flags, run_job
 from open_lm.scaling.sweep import (
     MUP,
     STANDARD,
@@ -105,7 +104,8 @@ def _train(folder: str, missing: Sequence[SweepRun], args: argparse.Namespace) -
     """Train runs one after the other. Raise UserError for one that fails for another reason than its settings."""
     for number, item in enumerate(missing, start=1):
         planned = planned_run(folder, item)
-        outcome = _train_here(planned) if args.nproc_per_node == 1 else _start(planned, args.nproc_per_node)
+        with redirect_stdout(io.StringIO()):
+            outcome = run_job(training_job(planned), args.nproc_per_node)
         result = result_of(item, planned.folder)
         if result.state == MISSING:
             raise UserError(
@@ -115,25 +115,6 @@ def _train(folder: str, missing: Sequence[SweepRun], args: argparse.Namespace) -
         if not args.json:
             ending = f"loss {result.loss:.4f}" if result.state == FINISHED else result.state
             print(f"[{number}/{len(missing)}] {item.name}: {ending}", flush=True)
-
-
-def _train_here(planned: PlannedRun) -> str:
-    """Train a run in this process, which saves the start of another one; return how it ended."""
-    from open_lm.main import main
-
-    try:
-        with redirect_stdout(io.StringIO()):
-            main(["--config", planned.config])
-    except UserError as error:
-        return f"failed: {error}"
-    return "stopped before its last step"
-
-
-def _start(planned: PlannedRun, processes: int) -> str:
-    """Train a run in several processes; return how it ended."""
-    return (
-        f"ended with exit code {subprocess.run(training_job(planned).local_words(processes), check=False).returncode}"
-    )
 
 
 def results_content(results: Sequence[Result]) -> dict[str, Any]:

@@ -239,6 +239,6 @@ def test_a_failed_run_is_reported_and_stops_the_ladder(tmp_path: Path, capfd: py
         "plan", str(tmp_path / "ladder"), "--sizes", "open_lm_11m", "--multipliers", "10", "20", "--set",
         f"dataset_manifest=[{missing}]",
     ])  # fmt: skip
-    with pytest.raises(UserError, match=r"open_lm_11m_m20 ended with exit code 2 \(2 jobs are missing\)"):
+    with pytest.raises(UserError, match=r"open_lm_11m_m20 failed: .*missing.jsonl.* \(2 jobs are missing\)"):
         command.main(["run", str(tmp_path / "ladder")])
     assert "[2/2]" not in capfd.readouterr().out
