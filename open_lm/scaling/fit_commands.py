@@ -81,6 +81,8 @@ def run_fit(args: argparse.Namespace) -> None:
         raise ConfigError(f"--level: found {args.level}, expected a number between 0 and 1, such as 0.9")
     if args.resamples < 20:
         raise ConfigError(f"--resamples: found {args.resamples}, expected at least 20")
+    if args.seed < 0:
+        raise ConfigError(f"--seed: found {args.seed}, expected at least 0")
     from open_lm.scaling.error_fit import fit_tasks
     from open_lm.scaling.fit_file import write_fit
     from open_lm.scaling.fitting import fit_runs, fit_values, select_groups

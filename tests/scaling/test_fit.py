@@ -226,6 +226,13 @@ def test_far_targets_and_fits_at_bounds_are_reported(tmp_path: Path, capsys: pyt
     assert "the fit is at a bound (E = 0.0009119)" in errors
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--seed", "-1"), ("--level", "1"), ("--resamples", "5")])
+def test_unusable_settings_of_resamples_are_rejected(flag: str, value: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "runs.json", over_training_runs())
+    with pytest.raises(ConfigError, match=f"{flag}: found {value}"):
+        command.main(["fit", str(path), "--loss", "val", flag, value])
+
+
 @pytest.mark.parametrize("text", ["7e9", "7e9:x", "0:5", "7e9:inf"])
 def test_malformed_targets_are_rejected(text: str, tmp_path: Path, fit: Fit) -> None:
     with pytest.raises(ConfigError, match="expected PARAMETERS:TOKENS"):
