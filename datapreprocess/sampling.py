@@ -94,15 +94,18 @@ def _absolute(url: str) -> str:
 
 
 def log_sampling(sampling: Sampling, urls: Sequence[str]) -> None:
-    """Log the number of files and the factor of each source; warn about files that belong to no source."""
+    """Log the number of files of each source, and its factor if any is sampled; warn about files without a source."""
     files: dict[str, list[str]] = {}
     for url in urls:
         files.setdefault(sampling.source_of(url), []).append(url)
     for source, source_files in sorted(files.items()):
-        logger.info("sampling: %d files of %s, factor %g", len(source_files), source, sampling.factor(source))
+        if sampling.factors:
+            logger.info("sampling: %d files of %s, factor %g", len(source_files), source, sampling.factor(source))
+        else:
+            logger.info("source %s: %d files", source, len(source_files))
     if UNKNOWN in files:
         first_files = ", ".join(files[UNKNOWN][:_MAX_LISTED])
-        logger.warning("sampling: %d files match no source, for example %s", len(files[UNKNOWN]), first_files)
+        logger.warning("%d files match no source, for example %s", len(files[UNKNOWN]), first_files)
 
 
 def selection_mask(  # noqa: PLR0917 - the argument order is part of the interface

@@ -35,6 +35,7 @@ def read_dataset(folder: str) -> dict[str, Any] | None:
     """Return the `settings` of a folder's dataset.json, the digest of its `inputs`, and the `digest` of both.
 
     The name of a tokenizer with a fingerprint is returned as `tokenizer`, not in the settings, since it is only a path.
+    `sources` has the counts of each source that was preprocessed to the folder, if there are several.
     None if the folder has no such file, or one from another tool. DataError if it is damaged.
     """
     url = storage.join(folder, DATASET_NAME)
@@ -47,13 +48,16 @@ def read_dataset(folder: str) -> dict[str, Any] | None:
     settings = record.get("settings") if isinstance(record, dict) else None
     if not isinstance(settings, dict):
         return None
-    names = {}
+    facts: dict[str, Any] = {}  # not in the digest
+    sources = record.get("sources")
+    if isinstance(sources, dict) and len(sources) > 1:
+        facts["sources"] = sources
     if settings.get("tokenizer_fingerprint"):  # identifies the tokenizer better than the path of its file
-        names = {"tokenizer": redact(str(settings.get("tokenizer") or ""))}
+        facts["tokenizer"] = redact(str(settings.get("tokenizer") or ""))
         settings = {name: value for name, value in settings.items() if name != "tokenizer"}
     inputs = [{k: v for k, v in item.items() if k not in _LOCATION_KEYS} for item in record.get("inputs") or []]
     content = {"settings": settings, "inputs": _digest(inputs)}
-    return {"digest": _digest(content), **content, **names}
+    return {"digest": _digest(content), **content, **facts}
 
 
 def _digest(value: Any) -> str:

@@ -354,7 +354,7 @@ def run_metadata(
 
     from composer.utils import dist
 
-    from open_lm.evaluate.icl.report import training_position
+    from open_lm.evaluate.icl.report import recorded_name, training_position
 
     return {
         "engine": "llm-foundry",
@@ -362,7 +362,7 @@ def run_metadata(
         **training_position(args.checkpoint, model.config.seq_len),
         "model": args.model,
         "num_params": sum(p.numel() for p in model.parameters()),
-        "tokenizer": args.tokenizer,
+        "tokenizer": recorded_name(args.tokenizer),
         "eval_yaml": args.eval_yaml,
         "seq_len": settings.max_seq_len or model.config.seq_len,
         "max_examples": args.max_examples,

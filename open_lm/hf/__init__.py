@@ -5,14 +5,27 @@ Importing this package registers model_type "openlm" with AutoConfig, AutoTokeni
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-from open_lm.hf.configuration import OpenLMConfig
-from open_lm.hf.modeling import OpenLMForCausalLM, OpenLMModel
-from open_lm.hf.tokenization import OpenLMTokenizerFast, load_hf_tokenizer
-
-AutoConfig.register(OpenLMConfig.model_type, OpenLMConfig, exist_ok=True)
-AutoModelForCausalLM.register(OpenLMConfig, OpenLMForCausalLM, exist_ok=True)
-AutoTokenizer.register(OpenLMConfig, fast_tokenizer_class=OpenLMTokenizerFast, exist_ok=True)
+import sys
+from typing import Any
 
 __all__ = ["OpenLMConfig", "OpenLMForCausalLM", "OpenLMModel", "OpenLMTokenizerFast", "load_hf_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    from open_lm.hf import registration
+
+    return getattr(registration, name)
+
+
+# `python -m open_lm.hf.convert` imports this package first (sys.argv is then ["-m", …]). The program registers when it
+# converts, so that its --help does not wait for transformers.
+if not (sys.argv[:1] == ["-m"] and "open_lm.hf.convert" in sys.orig_argv):
+    from open_lm.hf.registration import (
+        OpenLMConfig,
+        OpenLMForCausalLM,
+        OpenLMModel,
+        OpenLMTokenizerFast,
+        load_hf_tokenizer,
+    )

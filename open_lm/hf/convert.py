@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
         StorageError: a folder cannot be read or written.
     """
     args = build_parser().parse_args(with_subcommand(argv))
+    import open_lm.hf.registration  # noqa: F401
     from open_lm.hf.exporting import export_model
     from open_lm.hf.importing import import_model
     from open_lm.hf.verification import verify_export, verify_import

@@ -49,7 +49,19 @@ def _mixture(run: Run) -> Html:
     note = ""
     if planned and known and sum(known) < planned:
         note = paragraph(f"The run has seen {percent(sum(known) / planned, 0)} of the planned tokens.", class_="note")
-    return join(table(columns, rows, "Sources of the training data"), note)
+    return join(table(columns, rows, "Sources of the training data"), _parts(run.sources), note)
+
+
+def _parts(sources: Sequence[MixtureSource]) -> Html:
+    """Return the tokens of the sources that were preprocessed to one data set; nothing if each data set has one."""
+    rows = [
+        [source.name, name, big(tokens), percent(tokens / total if total else None)]
+        for source in sources
+        for total in [sum(source.parts.values())]
+        for name, tokens in source.parts.items()
+    ]
+    columns = [Column("data set"), Column("source"), Column("tokens", True), Column("share", True)]
+    return table(columns, rows, "Sources within a data set, as preprocessed") if rows else Html("")
 
 
 def _source_row(source: MixtureSource, planned: int | None, seen: int) -> list[Any]:

@@ -235,6 +235,7 @@ class MixtureSource:
         label: its name in metrics: train/tokens/LABEL.
         fingerprint: digest of the shards.
         datasets: the content of the dataset.json of its folders: settings, digests.
+        parts: tokens of each source that was preprocessed to its folders, by name; empty if it is only one.
     """
 
     name: str
@@ -245,6 +246,7 @@ class MixtureSource:
     fingerprint: str = ""
     num_shards: int = 0
     datasets: tuple[Mapping[str, Any], ...] = ()
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def passes(self) -> float | None:

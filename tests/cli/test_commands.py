@@ -54,6 +54,15 @@ def test_help_imports_nothing_slow() -> None:
 
 
 @pytest.mark.processes
+def test_help_of_the_converter_as_a_module_imports_nothing_slow() -> None:
+    """`python -m` imports its package first, which imports transformers in every other program."""
+    command = [sys.executable, "-X", "importtime", "-m", "open_lm.hf.convert", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()}
+    assert "argparse" in imported and not imported & {"torch", "numpy", "transformers"}
+
+
+@pytest.mark.processes
 def test_parsers_import_neither_torch_nor_transformers() -> None:
     """So `--help` of every command and mistakes in flags are answered within a second."""
     code = "import sys\nfrom open_lm.cli.commands import COMMANDS\nfrom open_lm.cli.programs import parser_of\n"

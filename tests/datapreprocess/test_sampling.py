@@ -111,3 +111,9 @@ def test_files_without_a_source_are_logged(caplog: pytest.LogCaptureFixture) -> 
     assert "2 files of wiki, factor 2.5" in caplog.text
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 1 and "other/0" in warnings[0] and "wiki-0" not in warnings[0]
+
+
+def test_no_factor_is_logged_where_nothing_is_sampled(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        log_sampling(Sampling({"wiki": ["wiki"], "web": ["web"]}), ["wiki-0", "wiki-1", "web-0"])
+    assert [record.getMessage() for record in caplog.records] == ["source web: 1 files", "source wiki: 2 files"]

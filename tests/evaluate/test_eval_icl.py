@@ -140,6 +140,7 @@ def test_the_native_engine_evaluates_the_checkpoints_of_a_run_without_another_en
         exact += bool((log_probs.argmax(-1) == ids).all())
     copa = [([(row["query"], f" {choice}") for choice in row["choices"]], row["gold"]) for row in rows(data, "copa")]
     assert scores == pytest.approx({"copa": choice_accuracy(trained, copa), "lambada_openai": exact / EXAMPLES})
+    assert last["tokenizer"] == f"{tmp_path.name}/tokenizer.json"  # without the folders of this machine
     assert last["schema"] == "open_lm.icl/1" and last["checkpoint"].endswith("epoch_3.pt")
     for task in last["tasks"]:
         lines = Path(task["examples_file"]).read_text().splitlines()

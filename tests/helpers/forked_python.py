@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+from io import TextIOWrapper
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,10 @@ def _run_program(request: dict[str, Any], python: str, streams: list[Connection]
         os.dup2(stream.fileno(), descriptor)
         stream.close()
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(line_buffering=request["unbuffered"])  # type: ignore[union-attr]
+    sys.stdout, sys.stderr = (
+        TextIOWrapper(open(number, "wb", closefd=False), "utf-8", errors, line_buffering=is_immediate)  # noqa: SIM115
+        for number, errors, is_immediate in ((1, "strict", request["unbuffered"]), (2, "backslashreplace", True))
+    )
     os.environ.clear()
     os.environ.update(request["variables"])
     os.chdir(request["folder"])

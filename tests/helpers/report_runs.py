@@ -60,6 +60,7 @@ def write_run(folder: Path, steps: int = STEPS, **settings: str) -> Path:
          for s, t in ((0, "qq qq"), (100, "in the middle"), (200, f"runs {ATTACK}"))],
     )  # fmt: skip
     sources = [source("web", "3/4", 40_000), source("books", "1/4", 500)]
+    sources[0]["datasets"][0]["sources"] = {"wiki": {"tokens": 600_000}, "news": {"tokens": 1_800_000}}
     (folder / "data.json").write_text(json.dumps({"format": 1, "sources": sources}))
     (folder / "environment.json").write_text(json.dumps(environment()))
     (folder / "out.log").write_text(

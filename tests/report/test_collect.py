@@ -54,6 +54,7 @@ def test_collects_all_that_a_run_leaves(run_folder: Path) -> None:
     web, books = run.sources
     assert (web.planned_share, web.seen_tokens, web.stored_tokens) == (0.75, STEPS * 3072, 40_000 * 64)
     assert books.passes == pytest.approx(STEPS * 1024 / (500 * 64))
+    assert web.parts == {"wiki": 600_000, "news": 1_800_000} and not books.parts  # of several --source
 
 
 def test_problems_name_their_places(run_folder: Path) -> None:

@@ -17,6 +17,7 @@ from open_lm.report import write_report
 from open_lm.report.collect import collect_run
 from open_lm.report.figures import MAX_PAGE_BYTES, Figure, Series
 from open_lm.report.figures import Page as ReportPage
+from open_lm.report.formats import big
 from open_lm.report.markup import Html, escape, tag
 from open_lm.report.page import build_page
 from open_lm.report.records import Metric, Metrics, Run
@@ -225,3 +226,11 @@ def test_losses_of_unequal_validation_sets_are_not_compared(tmp_path: Path) -> N
     results.write_text(results.read_text().replace('"tokens": 6400', '"tokens": 640'))
     html = build_page([runs[0], collect_run(str(tmp_path / "b"))])
     assert "differ in name or number of tokens" in html and "lowest final validation loss" not in html
+
+
+def test_the_sources_within_a_data_set_are_listed(tmp_path: Path) -> None:
+    write_report([str(write_run(tmp_path / "run"))], str(tmp_path / "report.html"))
+    table = (tmp_path / "report.html").read_text().partition("Sources within a data set")[2].partition("</table>")[0]
+    cells = re.findall(r"<td[^>]*>([^<]*)", table)
+    assert cells == ["wiki", big(600_000), "25.0 %", "news", big(1_800_000), "75.0 %"]
+    assert table.count("web/manifest.jsonl") == 2 and "books" not in table

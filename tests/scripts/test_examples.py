@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,14 @@ STEPS = 6
 SETTINGS = {"STEPS": str(STEPS), "SAVE_EVERY": "1", "MILESTONE_EVERY": "3"}
 
 
+@pytest.fixture(autouse=True)
+def python(forked_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script and the ranks start without importing torch 15 times."""
+    monkeypatch.setenv("PYTHON", forked_python)
+
+
 def start(folder: Path, *arguments: str, **settings: str) -> subprocess.Popen[str]:
-    env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DIR": "wiki run", **settings}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DIR": "wiki run", **settings}
     return subprocess.Popen(
         ["bash", str(SCRIPT), *arguments], cwd=folder, env=env, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

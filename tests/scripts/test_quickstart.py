@@ -17,15 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--text-mb", "0.4", "--tokens", "20000", "--epochs", "2", "--vocab-size", "512"]
 
 
-def quickstart(folder: Path, *arguments: str, code: int = 0) -> str:
-    command = [sys.executable, str(ROOT / "scripts" / "quickstart.py"), "--dir", "qs", *arguments]
+def quickstart(python: str, folder: Path, *arguments: str, code: int = 0) -> str:
+    command = [python, str(ROOT / "scripts" / "quickstart.py"), "--dir", "qs", *arguments]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
 
 
-def test_quickstart_trains_a_model_and_skips_finished_steps(tmp_path: Path) -> None:
-    printed = quickstart(tmp_path, *SMALL)
+def test_quickstart_trains_a_model_and_skips_finished_steps(tmp_path: Path, forked_python: str) -> None:
+    printed = quickstart(forked_python, tmp_path, *SMALL)
     folder = tmp_path / "qs"
     before, after = (json.loads((folder / f"evaluation-{name}.json").read_text()) for name in ("before", "after"))
     assert after["loss"] < before["loss"] - 0.3
@@ -39,10 +39,10 @@ def test_quickstart_trains_a_model_and_skips_finished_steps(tmp_path: Path) -> N
     assert " tokens/s on average" in printed
 
     (folder / "evaluation-after.json").unlink()  # simulate an interruption before this step
-    again = quickstart(tmp_path, *SMALL)
+    again = quickstart(forked_python, tmp_path, *SMALL)
     assert again.count("already done") == 8 and "Evaluate the trained model\n" in again
     assert json.loads((folder / "evaluation-after.json").read_text())["loss"] == after["loss"]
-    assert "vocab_size 512 -> 600" in quickstart(tmp_path, *SMALL[:-1], "600", code=2)
+    assert "vocab_size 512 -> 600" in quickstart(forked_python, tmp_path, *SMALL[:-1], "600", code=2)
 
 
 def test_training_speed_is_the_average_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from open_lm.errors import ConfigError
 from open_lm.evaluate.checkpoints import examples_folder, find_checkpoints, model_name, results_file
 from open_lm.evaluate.engines.native import model_flags
 from open_lm.evaluate.icl import Outcome, ResultStore
-from open_lm.evaluate.icl.report import training_position, write_json
+from open_lm.evaluate.icl.report import recorded_name, training_position, write_json
 from open_lm.evaluate.icl.store import stored_facts
 from open_lm.evaluate.lm_eval.model import OpenLM
 from open_lm.evaluate.lm_eval.results import check_task_names, evaluate, other_results, outcomes_of
@@ -88,7 +88,7 @@ def _metadata(args: argparse.Namespace, model: OpenLM, seconds: float) -> dict[s
         "weights_sha256": model.weights_sha256,
         "model": model_name(model.checkpoint, args.model),
         "num_params": sum(p.numel() for p in model.model.parameters()),
-        "tokenizer": model.text_tokenizer.name,
+        "tokenizer": recorded_name(model.text_tokenizer.name),
         "tokenizer_sha256": model.text_tokenizer.fingerprint,
         "eval_yaml": [],
         "seq_len": model.max_length,

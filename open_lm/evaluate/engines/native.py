@@ -26,7 +26,7 @@ from open_lm.evaluate.icl import (
     ResultStore,
     evaluate_tasks,
 )
-from open_lm.evaluate.icl.report import training_position
+from open_lm.evaluate.icl.report import recorded_name, training_position
 from open_lm.evaluate.icl.store import stored_facts, weights_hash
 from open_lm.evaluate.icl.task_types import parse_options
 
@@ -101,7 +101,7 @@ def evaluate_checkpoint(
         "weights_sha256": weights,
         "model": model_name(checkpoint, args.model),
         "num_params": sum(p.numel() for p in model.parameters()),
-        "tokenizer": tokenizer.name,
+        "tokenizer": recorded_name(tokenizer.name),
         "tokenizer_sha256": tokenizer.fingerprint,
         "eval_yaml": args.eval_yaml,
         "seq_len": seq_len,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import PurePath
 from typing import Any
 
 from open_lm import storage
@@ -24,6 +25,15 @@ METRIC_LABELS = {
 }
 _HEADER = ("task", "shots", "metric", "score", "baseline", "n", "95 % interval")
 _ALIGNMENTS = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust)
+
+
+def recorded_name(tokenizer: str) -> str:
+    """Return the name of a tokenizer for a result, which may be published: of an absolute path the last two parts.
+
+    Its fingerprint, tokenizer_sha256, says which tokenizer it is.
+    """
+    path = PurePath(tokenizer)
+    return "/".join(path.relative_to(path.anchor).parts[-2:]) if path.is_absolute() else tokenizer
 
 
 def centered(outcome: Outcome) -> float | None:
