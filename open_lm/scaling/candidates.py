@@ -194,23 +194,24 @@ def fit_candidate(candidate: Candidate, groups: Groups, loss: str, polish: bool 
 def combine(groups: Groups, loss: str) -> list[Member]:
     """Return the fits of all candidates with weights in inverse proportion to their mean squared held-out error.
 
-    This is the combination of forecasts of Bates and Granger 1969. Candidates at a bound are left out.
+    This is the combination of forecasts of Bates and Granger 1969. Candidates at a bound are left out, unless all are.
 
     Raises:
         ConfigError: the runs support no candidate.
     """
     members = [fit_candidate(candidate, groups, loss, polish=False) for candidate in all_candidates(groups)]
-    inside = [member for member in members if member.held_out and not member.at_bounds]
-    if not inside:
+    tested = [member for member in members if member.held_out]
+    chosen = [member for member in tested if not member.at_bounds] or tested
+    if not chosen:
         sizes, runs = len(scales(groups[0])), len(groups[0])
         raise ConfigError(
             f"--law combined: found {runs} runs of {sizes} sizes, which determine no law after one size is left out; "
             "expected at least 3 sizes with several token multipliers; add runs, or choose one law with --law"
         )
-    precision = np.array([1 / (member.held_out_error**2 + _SMALLEST_ERROR**2) for member in inside])
-    for member, weight in zip(inside, precision / precision.sum(), strict=True):
+    precision = np.array([1 / (member.held_out_error**2 + _SMALLEST_ERROR**2) for member in chosen])
+    for member, weight in zip(chosen, precision / precision.sum(), strict=True):
         member.weight = float(weight)
-    return sorted(inside, key=lambda member: -member.weight)
+    return sorted(chosen, key=lambda member: -member.weight)
 
 
 def resample(member: Member, groups: Groups, loss: str, number: int, generator: np.random.Generator) -> Array:

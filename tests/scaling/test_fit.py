@@ -218,12 +218,13 @@ def test_unusable_tables_are_rejected(
 def test_far_targets_and_fits_at_bounds_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [run_of(n, n * 20, 1e4 * (6 * n * n * 20) ** -0.2) for n in (1e7, 3e7, 1e8, 3e8)]
     path = write(tmp_path / "runs.json", runs)
-    command.main([
-        "fit", str(path), "--loss", "val", "--law", "compute", "--predict", "6e9:1.2e11", "--resamples", "40"
-    ])  # fmt: skip
-    errors = capsys.readouterr().err
-    assert "target 6,000,000,000:120,000,000,000 has 400 times the compute" in errors
-    assert "the fit is at a bound (E = 0.0009119)" in errors
+    for law in ("compute", "combined"):  # 4 runs determine no other law, so that all combined fits are at a bound
+        command.main([
+            "fit", str(path), "--loss", "val", "--law", law, "--predict", "6e9:1.2e11", "--resamples", "40"
+        ])  # fmt: skip
+        errors = capsys.readouterr().err
+        assert "target 6,000,000,000:120,000,000,000 has 400 times the compute" in errors
+        assert "the fit is at a bound (E = 0.0009119)" in errors
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--seed", "-1"), ("--level", "1"), ("--resamples", "5")])
