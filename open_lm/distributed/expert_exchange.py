@@ -10,6 +10,7 @@ Legend: D model width, E experts, C slots of an expert on each rank, N ranks, R 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,7 +44,7 @@ class ExpertExchange:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.ranks = group.size()
-        self._group: str = group.group_name
+        self._group: Any = group.group_name
 
     def send_slots(self, slots: Tensor) -> Tensor:
         """Send the slots of all experts (E,C,D) to the ranks that hold them: -> (E/N, N C, D). Differentiable."""

@@ -55,7 +55,7 @@ def grouped_product(rows: Tensor, matrices: Tensor, groups: RowGroups) -> Tensor
         dtype = torch.get_autocast_dtype(device_type)
         rows, matrices = rows.to(dtype), matrices.to(dtype)
     if has_grouped_kernel(rows, matrices):
-        return _grouped_mm(rows, matrices, offs=groups.ends)  # type: ignore[no-any-return]
+        return _grouped_mm(rows, matrices, offs=groups.ends)
     pairs = zip(rows.split(groups.sizes), matrices.unbind(), strict=True)
     # Without any row, the product with the first matrix still gives the matrices a gradient, of zeros.
     products = [group @ matrix for group, matrix in pairs if len(group)] or [rows @ matrices[0]]

@@ -119,7 +119,7 @@ def products(shape: ModelShape, block: int) -> list[Product]:
         into = [Product("queries", dim, width), Product("keys, values", dim, 2 * shape.kv_width)]
     into.append(Product("out_proj", width, dim, "tokens"))
     if shape.has_experts(block):
-        slots = (shape.moe_capacity_factor if shape.moe_capacity_factor > 0 else 1.0) * shape.moe_top_k
+        slots = expert_slots(shape)
         inputs = [Product("experts in", dim, slots * shape.moe_ffn_dim)] * shape.expert_inputs
         return [
             *into,
@@ -135,12 +135,14 @@ def products(shape: ModelShape, block: int) -> list[Product]:
 
 
 def saved_with_op_checkpointing(
-    shape: ModelShape, sizes: ElementSizes, block: int, every: int = 1
+    shape: ModelShape, sizes: ElementSizes, block: int, every: int = 1, exchanges: bool = False
 ) -> list[SavedActivations]:
     """Return what a block saves with --activation-checkpointing op: its input, and the results of attention and of one
-    in `every` matrix products."""
+    in `every` matrix products. If it `exchanges` tokens with other ranks, also what it receives."""
     c = sizes.compute
+    received = 2 * expert_slots(shape) * shape.dim if exchanges and shape.has_experts(block) else 0.0
     return [
+        SavedActivations("exchanged tokens", received, c),
         SavedActivations("input", shape.dim, sizes.residual, "tokens"),
         SavedActivations("attention", shape.width, c),
         SavedActivations("logsumexp", shape.n_heads, 4),
@@ -152,7 +154,7 @@ def backward_transients(shape: ModelShape, sizes: ElementSizes, block: int) -> l
     """Return what a block's backward pass holds at its peak beyond the saved activations: feed-forward gradients."""
     c = sizes.compute
     if shape.has_experts(block):
-        slots = shape.moe_capacity_factor * shape.moe_top_k
+        slots = expert_slots(shape)
         return [
             SavedActivations("experts", slots * shape.expert_inputs * shape.moe_ffn_dim, c),
             SavedActivations("gradients", shape.moe_top_k * shape.dim, c),
@@ -232,10 +234,15 @@ def _feed_forward(shape: ModelShape, sizes: ElementSizes, compiled: bool) -> lis
     ]
 
 
+def expert_slots(shape: ModelShape) -> float:
+    """Return the slots of all experts per token; without a capacity, a mixture has as many as choices."""
+    return (shape.moe_capacity_factor if shape.moe_capacity_factor > 0 else 1.0) * shape.moe_top_k
+
+
 def _experts(shape: ModelShape, sizes: ElementSizes) -> list[SavedActivations]:
     """Return what a mixture of experts with bounded capacity saves. Mirrors model/mixture_of_experts.py."""
     dim, k, c = shape.dim, shape.moe_top_k, sizes.compute
-    slots = shape.moe_capacity_factor * k if shape.moe_capacity_factor > 0 else float(k)
+    slots = expert_slots(shape)
     return [
         SavedActivations("router", dim, c, "replicated"),
         SavedActivations("scores", shape.moe_num_experts, 4, "replicated"),

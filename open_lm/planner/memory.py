@@ -232,8 +232,8 @@ def _block(setup: TrainingSetup, number: int) -> _Block:
     transient = total_bytes(backward_transients(shape, sizes, number), setup.tokens, tensor)
     mode, saved = setup.checkpointing(number), everything
     if mode in ("op", "half-op"):
-        every = 2 if mode == "half-op" else 1
-        saved = total_bytes(saved_with_op_checkpointing(shape, sizes, number, every), setup.tokens, tensor)
+        every, exchanges = 2 if mode == "half-op" else 1, setup.layout.expert > 1
+        saved = total_bytes(saved_with_op_checkpointing(shape, sizes, number, every, exchanges), setup.tokens, tensor)
     elif mode == "full":
         saved = total_bytes([SavedActivations("input", shape.dim, sizes.residual, "tokens")], setup.tokens, tensor)
     return _Block(

@@ -45,11 +45,8 @@ def muon_update_bytes(setup: TrainingSetup) -> int:
     weights = muon_weights(setup)
     if not weights:
         return 0
-    local = setup.unsharded_numel(weights)
-    share = 0
-    if setup.is_sharded:
-        local //= setup.shards
-        share = local // setup.layout.replicate
+    local = setup.local_numel(weights)
+    share = local // setup.layout.replicate if setup.is_sharded else 0
     exchanged = 2 * local if setup.ranks > 1 else 0
     counts: dict[tuple[int, ...], int] = {}
     for weight in weights:

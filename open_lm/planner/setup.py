@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from open_lm.config.layout import MeshLayout
+from open_lm.config.layout import MeshLayout, expert_shard_dim
 from open_lm.config.sections import Config
 from open_lm.planner.activations import ElementSizes, element_sizes
 from open_lm.planner.adapters import QUANTIZED_BITS, is_quantized, trained_weights
@@ -80,12 +80,24 @@ class TrainingSetup:
 
     def unsharded_numel(self, weights: Iterable[Weight]) -> int:
         """Return the elements of `weights` on a rank before FSDP shards them."""
-        return sum(math.prod(weight.local_shape(self.layout.tensor)) for weight in weights)
+        return sum(math.prod(self._unsharded_shape(weight)) for weight in weights)
 
     def local_numel(self, weights: Iterable[Weight]) -> int:
         """Return the elements of `weights` in a rank's local shards: its rows of each weight, rounded up."""
-        shapes = (weight.local_shape(self.layout.tensor) for weight in weights)
-        return sum(-(-shape[0] // self.shards) * math.prod(shape[1:]) for shape in shapes)
+        return sum(self._local_size(weight) for weight in weights)
+
+    def shards_of(self, weight: Weight) -> int:
+        """Return the number of ranks over which FSDP shards a weight; fewer for experts with expert parallelism."""
+        return self.shards // self.layout.expert if weight.role == "expert" else self.shards
+
+    def _unsharded_shape(self, weight: Weight) -> tuple[int, ...]:
+        return weight.local_shape(self.layout.tensor, self.layout.expert)
+
+    def _local_size(self, weight: Weight) -> int:
+        """Return the elements of a rank's shard of a weight. Mirrors parallel.expert_parallel.expert_placements."""
+        shape, shards = self._unsharded_shape(weight), self.shards_of(weight)
+        dim = expert_shard_dim(shape, shards) if weight.role == "expert" and self.layout.tensor == 1 else 0
+        return -(-shape[dim] // shards) * (math.prod(shape) // shape[dim])
 
     @cached_property
     def local_params(self) -> int:
@@ -116,4 +128,4 @@ class TrainingSetup:
 
     def buffer_numel(self, weights: Iterable[Weight]) -> int:
         """Return the elements of the flat buffer that gathers or reduces `weights`: the padded shards of all ranks."""
-        return self.local_numel(weights) * self.shards if self.is_sharded else 0
+        return sum(self._local_size(weight) * self.shards_of(weight) for weight in weights) if self.is_sharded else 0

@@ -50,8 +50,11 @@ class Weight:
         *experts, m, n = self.shape
         return math.prod(experts) * self.parts, m // self.parts, n
 
-    def local_shape(self, tensor: int) -> tuple[int, ...]:
-        """Return the shape of the largest local shard with `tensor` tensor-parallel ranks."""
+    def local_shape(self, tensor: int, expert: int = 1) -> tuple[int, ...]:
+        """Return the shape of the largest local shard with `tensor` tensor-parallel ranks, or with `expert` ranks that
+        divide the experts."""
+        if self.role == "expert" and expert > 1:
+            return (self.shape[0] // expert, *self.shape[1:])
         if self.key_heads % tensor:
             return self.shape
         if self.role in ("in", "embedding", "head"):

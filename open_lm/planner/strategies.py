@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from open_lm.config.command_line import parse_args
-from open_lm.config.layout import MeshLayout, resolve_layout
+from open_lm.config.layout import MeshLayout, indivisible_experts, resolve_layout
 from open_lm.config.sections import Config
 from open_lm.errors import ConfigError
 from open_lm.planner.memory import Memory, add_reserve, peak
@@ -16,8 +17,8 @@ from open_lm.planner.setup import TrainingSetup
 from open_lm.planner.shapes import ModelShape, shape_of
 from open_lm.planner.traffic import Rates, StepTime, step_time
 
-# {tensor} and {context} are replaced by sizes that fit the model. A further strategy, "given", is the one that the
-# user's flags set.
+# {tensor}, {context} and {expert} are replaced by sizes that fit the model. A further strategy, "given", is the one
+# that the user's flags set.
 STRATEGIES: dict[str, str] = {
     "single": "",
     "ddp": "",
@@ -28,12 +29,13 @@ STRATEGIES: dict[str, str] = {
     "tensor": "--tensor-parallel {tensor}",
     "tensor+fsdp": "--fsdp --tensor-parallel {tensor}",
     "context": "--fsdp --context-parallel {context}",
+    "expert": "--fsdp --expert-parallel {expert}",
 }
 SIMILAR_SPEED = 0.995  # options at least this fast compared with the fastest count as equally fast
 CHECKPOINTING = ("none", "op", "half-op", "2", "full")
 _MAX_BATCH = 1 << 14
 _BATCH_FLAGS = {"batch_size", "global_batch_size"}
-_STRATEGY_FLAGS = {"fsdp", "tensor_parallel", "context_parallel", "mesh_dim"}
+_STRATEGY_FLAGS = {"fsdp", "tensor_parallel", "context_parallel", "expert_parallel", "mesh_dim"}
 SINGLE_DEVICE_STRATEGIES = ("single", "offload")
 
 
@@ -129,6 +131,7 @@ class Requirements:
             name
             for name in STRATEGIES
             if (name in SINGLE_DEVICE_STRATEGIES if machine.devices == 1 else name != "single")
+            and (name != "expert" or self.shape.moe_num_experts > 1)
         ]
 
     @property
@@ -262,7 +265,12 @@ def _with_given_batch(requirements: Requirements, setup: TrainingSetup) -> Itera
 
 
 def _flags(requirements: Requirements, machine: Machine, strategy: str, checkpointing: str) -> list[str]:
-    sizes = {"tensor": _tensor_size(requirements.shape, machine), "context": _context_size(requirements.shape, machine)}
+    shape = requirements.shape
+    sizes = {
+        "tensor": _tensor_size(shape, machine),
+        "context": _context_size(shape, machine),
+        "expert": _expert_size(shape, machine),
+    }
     flags = [] if strategy == "given" else STRATEGIES[strategy].format(**sizes).split()
     if checkpointing != "none" and not requirements.given_flags & {"grad_checkpointing", "activation_checkpointing"}:
         flags += ["--activation-checkpointing", checkpointing]
@@ -283,6 +291,12 @@ def _tensor_size(shape: ModelShape, machine: Machine) -> int:
 def _context_size(shape: ModelShape, machine: Machine) -> int:
     sizes = (size for size in range(2, machine.per_node + 1) if machine.devices % size == 0)
     return next((size for size in sizes if shape.seq_len % (2 * size) == 0), 2)
+
+
+def _expert_size(shape: ModelShape, machine: Machine) -> int:
+    """Return the largest expert-parallel size up to the devices of a node that divides the experts."""
+    common = math.gcd(max(1, shape.moe_num_experts), machine.devices)
+    return next(size for size in range(min(machine.per_node, common), 0, -1) if common % size == 0)
 
 
 def _tensor_problem(shape: ModelShape, size: int) -> str:
@@ -307,5 +321,11 @@ def _check(shape: ModelShape, layout: MeshLayout, strategy: str, machine: Machin
             f"--context-parallel {layout.context}: the sequence length {shape.seq_len} is not divisible by "
             f"{2 * layout.context}"
         )
+    if layout.expert > 1 and not shape.moe_num_experts:
+        raise ConfigError(f"--expert-parallel {layout.expert}: the model has no mixture of experts; set --moe-freq")
+    if shape.moe_num_experts % layout.expert:
+        raise ConfigError(indivisible_experts(shape.moe_num_experts, layout.expert))
+    if strategy == "expert" and layout.expert == 1:
+        raise ConfigError(f"{shape.moe_num_experts} experts and {machine.devices} devices have no common divisor")
     if strategy == "hybrid" and layout.replicate == 1:
         raise ConfigError("needs more than one node")

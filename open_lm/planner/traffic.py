@@ -8,14 +8,15 @@ parallelism are not overlapped.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from open_lm.planner.activations import products
+from open_lm.planner.activations import expert_slots, products
 from open_lm.planner.memory import host_bytes
 from open_lm.planner.muon import muon_flops, muon_weights
 from open_lm.planner.setup import TrainingSetup
-from open_lm.planner.shapes import ModelShape
+from open_lm.planner.shapes import ModelShape, Weight
 
 # Typical values that the planner does not measure: the latency of a ring step, and for each device the bandwidth of the
 # link to the host and of host memory.
@@ -58,6 +59,17 @@ class Rates:
         inside = max(1, self.per_node // stride)
         return self.intra if group <= inside else min(self.intra, self.inter * inside / self.per_node)
 
+    def direct_bandwidth(self, group: int, stride: int) -> float:
+        """Return the bytes/s of each rank when it sends equally much to all others of its group.
+
+        All devices of a node share its links to other nodes, over which a rank sends to all ranks outside of its node.
+        """
+        inside = max(1, self.per_node // stride)
+        if group <= inside:
+            return self.intra
+        outside = (group - inside) / (group - 1)
+        return 1 / max(outside * self.per_node / self.inter, (1 - outside) / self.intra)
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -71,6 +83,7 @@ class Collective:
         stride: distance between neighboring ranks of the group.
         overlap: the pass whose computation overlaps it.
         exposed: the share that cannot overlap with computation.
+        direct: whether each rank sends to every other rank (all-to-all), instead of to its neighbor in a ring.
     """
 
     name: str
@@ -80,9 +93,12 @@ class Collective:
     stride: int
     overlap: Overlap
     exposed: float = 0.0
+    direct: bool = False
 
     def seconds(self, rates: Rates) -> float:
         """Return the seconds that these collectives take in a step."""
+        if self.direct:
+            return self.num_bytes / rates.direct_bandwidth(self.group, self.stride) + self.calls * RING_STEP_S
         return self.num_bytes / rates.bandwidth(self.group, self.stride) + self.calls * (self.group - 1) * RING_STEP_S
 
 
@@ -186,7 +202,6 @@ def collectives(setup: TrainingSetup) -> list[Collective]:
 
 def _parameter_collectives(setup: TrainingSetup) -> list[Collective]:
     layout, sizes = setup.layout, setup.sizes
-    micro_batches, blocks = setup.config.optim.accum_freq, setup.shape.n_layers
     shards, stride = setup.shards, layout.tensor
     if not setup.is_sharded:
         num_bytes = setup.unsharded_trained * sizes.stored
@@ -197,28 +212,54 @@ def _parameter_collectives(setup: TrainingSetup) -> list[Collective]:
             Collective("all-reduce gradients", sent, calls, setup.ranks, 1, "last", last_bucket),
             *_muon_collectives(setup, 1, setup.ranks, 1),
         ]
-    first, *_ = setup.outer_groups
-    groups = blocks + len(setup.outer_groups)
-    total, trained = setup.local_params * shards, setup.local_trained * shards
+    return [*_sharding_collectives(setup), *_muon_collectives(setup, shards, layout.replicate, stride)]
+
+
+def _sharding_collectives(setup: TrainingSetup) -> list[Collective]:
+    """Return the collectives of FSDP2. With expert parallelism, the experts have groups and ranks of their own."""
+    layout, shape = setup.layout, setup.shape
+    outer = list(setup.outer_groups)
+    blocks = [shape.by_block[number] for number in range(shape.n_layers)]
+    if layout.expert == 1:
+        return _group_collectives(setup, outer, blocks, setup.shards, layout.tensor)
+    experts = [[weight for weight in weights if weight.role == "expert"] for weights in blocks]
+    others = [[weight for weight in weights if weight.role != "expert"] for weights in blocks]
+    divided = _group_collectives(setup, [], [group for group in experts if group], layout.expert_shard_ranks,
+                                 layout.expert)  # fmt: skip
+    named = [replace(collective, name=f"{collective.name} (experts)") for collective in divided]
+    return [*_group_collectives(setup, outer, others, setup.shards, layout.tensor), *named]
+
+
+def _group_collectives(
+    setup: TrainingSetup,
+    outer: Sequence[Sequence[Weight]],
+    blocks: Sequence[Sequence[Weight]],
+    shards: int,
+    stride: int,
+) -> list[Collective]:
+    """Return the collectives of FSDP2's groups outside of the blocks and in the blocks, over `shards` ranks."""
+    sizes, micro_batches, replicas = setup.sizes, setup.config.optim.accum_freq, setup.layout.replicate
+    groups = [*outer, *blocks]
+    gathered = [setup.buffer_numel(weights) for weights in groups]
+    reduced = [setup.buffer_numel(setup.trained(weights)) for weights in groups]
     sent = _ring_fraction(shards)
     # The first group is gathered first and reduced last, so that no computation overlaps it.
-    gather_exposed = setup.buffer_numel(first) / total
-    reduce_exposed = setup.buffer_numel(setup.trained(first)) / trained
+    gather_exposed = gathered[0] / sum(gathered) if outer else 0.0
+    reduce_exposed = reduced[0] / sum(reduced) if outer else 0.0
     # The last block and what is outside of the blocks are not gathered again.
-    regathered = sum(setup.buffer_numel(setup.shape.by_block[block]) for block in range(blocks - 1))
     regathers = 0 if setup.keeps_unsharded else micro_batches
-    reductions, replicas = setup.reductions, layout.replicate
-    reduced: Overlap = "last" if reductions == 1 else "backward"
+    regathered = sum(gathered[len(outer) : -1]) * regathers
+    reductions = setup.reductions
+    overlap: Overlap = "last" if reductions == 1 else "backward"
     return [
-        Collective("all-gather, forward", sent * total * sizes.gathered * micro_batches, groups * micro_batches, shards,
-                   stride, "forward", gather_exposed),
-        Collective("all-gather, backward", sent * regathered * sizes.gathered * regathers, (blocks - 1) * regathers,
-                   shards, stride, "backward"),
-        Collective("reduce-scatter gradients", sent * trained * sizes.reduced * reductions, groups * reductions, shards,
-                   stride, reduced, reduce_exposed),
-        Collective("all-reduce over replicas", 2 * _ring_fraction(replicas) * setup.local_trained * sizes.reduced,
-                   groups, replicas, stride * shards, "last", reduce_exposed),
-        *_muon_collectives(setup, shards, replicas, stride),
+        Collective("all-gather, forward", sent * sum(gathered) * sizes.gathered * micro_batches,
+                   len(groups) * micro_batches, shards, stride, "forward", gather_exposed),
+        Collective("all-gather, backward", sent * regathered * sizes.gathered, (len(blocks) - 1) * regathers, shards,
+                   stride, "backward"),
+        Collective("reduce-scatter gradients", sent * sum(reduced) * sizes.reduced * reductions,
+                   len(groups) * reductions, shards, stride, overlap, reduce_exposed),
+        Collective("all-reduce over replicas", 2 * _ring_fraction(replicas) * sum(reduced) / shards * sizes.reduced,
+                   len(groups), replicas, setup.layout.tensor * setup.shards, "last", reduce_exposed),
     ]  # fmt: skip
 
 
@@ -227,10 +268,9 @@ def _muon_collectives(setup: TrainingSetup, shards: int, replicas: int, stride: 
 
     Each replica orthogonalizes its share of the matrices.
     """
-    numel = setup.unsharded_numel(muon_weights(setup))
-    if not numel:
+    local_bytes, ranks = 2 * setup.local_numel(muon_weights(setup)), shards * replicas
+    if not local_bytes:
         return []
-    local_bytes, ranks = 2 * numel / shards, shards * replicas
     return [
         Collective("gather for Muon", local_bytes / replicas * _ring_fraction(shards), 1, shards, stride, "none"),
         Collective("updates of Muon", local_bytes * _ring_fraction(ranks), 1, ranks, stride, "none"),
@@ -238,10 +278,11 @@ def _muon_collectives(setup: TrainingSetup, shards: int, replicas: int, stride: 
 
 
 def _activation_collectives(setup: TrainingSetup) -> list[Collective]:
-    """Return the collectives of tensor and context parallelism.
+    """Return the collectives of tensor, context and expert parallelism.
 
     Tensor parallelism gathers tokens and reduce-scatters sums twice per block and pass. Context parallelism gathers
-    keys and values and reduce-scatters their gradients. Recomputed blocks repeat their collectives.
+    keys and values and reduce-scatters their gradients. Recomputed blocks repeat their collectives. Expert parallelism
+    sends the slots of a mixture's experts there and back in each pass; only full recomputation repeats that.
     """
     layout, c, micro_batches = setup.layout, setup.sizes.compute, setup.config.optim.accum_freq
     blocks = setup.shape.n_layers
@@ -252,7 +293,20 @@ def _activation_collectives(setup: TrainingSetup) -> list[Collective]:
     return [
         Collective("tokens (tensor)", 4 * tokens * passes, 4 * passes, layout.tensor, 1, "none"),
         Collective("keys, values (context)", keys * passes, passes, layout.context, layout.tensor, "none"),
+        *_expert_collectives(setup),
     ]
+
+
+def _expert_collectives(setup: TrainingSetup) -> list[Collective]:
+    layout, shape = setup.layout, setup.shape
+    if layout.expert == 1:
+        return []
+    mixtures = [block for block in range(shape.n_layers) if shape.has_experts(block)]
+    recomputed = sum(setup.checkpointing(block) == "full" for block in mixtures)
+    exchanges = 2 * (2 * len(mixtures) + recomputed) * setup.config.optim.accum_freq
+    slots = setup.tokens * expert_slots(shape) * shape.dim * setup.sizes.compute
+    sent = slots * _ring_fraction(layout.expert) * exchanges
+    return [Collective("tokens (experts)", sent, exchanges, layout.expert, 1, "none", direct=True)]
 
 
 def _ring_fraction(ranks: int) -> float:

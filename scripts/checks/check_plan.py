@@ -56,7 +56,7 @@ class PlanCase:
 def cases(model: str) -> list[PlanCase]:
     """Return all cases for one model."""
     amp, mixed = "--precision amp_bfloat16", "--precision amp_bfloat16 --fsdp --fsdp-amp"
-    full = "--activation-checkpointing full"
+    full, op = "--activation-checkpointing full", "--activation-checkpointing op"
     compared = [
         PlanCase("single fp32", "--precision fp32"),
         PlanCase("single bf16", "--precision bf16"),
@@ -85,6 +85,9 @@ def cases(model: str) -> list[PlanCase]:
         PlanCase("fsdp accum every full", f"{mixed} --accum-freq 2 --accum-reduce every-micro-batch {full}", 8),
         PlanCase("fsdp muon full", f"{mixed} --optimizer muon {full}", 8),
         PlanCase("fsdp experts", f"{mixed} --moe-freq 2 --moe-num-experts 8", 8),
+        PlanCase("fsdp experts, 16 ranks", f"{mixed} --moe-freq 2 --moe-num-experts 8", 16),
+        PlanCase("experts divided", f"{mixed} --moe-freq 2 --moe-num-experts 8 --expert-parallel 4", 8),
+        PlanCase("experts divided op", f"{mixed} --moe-freq 2 --moe-num-experts 8 --expert-parallel 4 {op}", 8),
         PlanCase("zero2", f"{mixed} --fsdp-zero2", 8),
         PlanCase("zero2 accum full", f"{mixed} --fsdp-zero2 --accum-freq 2 {full}", 8),
         PlanCase("hybrid", f"{mixed} --fsdp-hybrid", 16),

@@ -113,7 +113,7 @@ def compiled() -> dict[str, Any]:
         torch._dynamo.reset()
         counters.clear()
         with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
-            model, _ = new_model(runtime, settings, ModelConfig(torchcompile=mode == "compiled"), n_layers=4)
+            model, _ = new_model(runtime, settings, ModelConfig(torchcompile=mode == "compiled"), n_layers=3)
         loss = model(sequences(2), loss=TokenLoss(sequences(2)))[0]
         loss.backward()
         norm = nn.utils.get_total_norm([full_tensor(p.grad) for p in model.parameters()])

@@ -30,6 +30,13 @@ def test_sizes(cfg: ParallelConfig, world_size: int, per_node: int, expected: tu
     assert layout.gradient_ranks * layout.tensor == world_size
 
 
+def test_expert_groups_divide_the_ranks_that_shard_parameters() -> None:
+    cfg = ParallelConfig(fsdp=True, expert_parallel=4, mesh_dim="2,-1,1", context_parallel=2)
+    layout = resolve_layout(cfg, 16, 8)
+    assert (layout.shard_ranks, layout.expert, layout.expert_shard_ranks) == (8, 4, 2)
+    assert layout.data_size == 8 and layout.gradient_ranks == 16
+
+
 def test_ranks_that_share_sequences_are_neighbours_and_contribute_once() -> None:
     layouts = [MeshLayout(replicate=2, shard=2, context=2, tensor=3, rank=rank) for rank in range(24)]
     assert [layout.data_rank for layout in layouts] == [number for number in range(4) for _ in range(6)]
@@ -47,6 +54,10 @@ def test_ranks_that_share_sequences_are_neighbours_and_contribute_once() -> None
         (ParallelConfig(fsdp=True, fsdp_hybrid=True), "found 8 ranks, expected a multiple of the 3 ranks of a node"),
         (ParallelConfig(mesh_dim="-1,3,1"), "--mesh-dim -1,3,1 needs a multiple of 3 ranks, but 8 were started"),
         (ParallelConfig(mesh_dim="2,2,1"), "--mesh-dim 2,2,1 needs 4 ranks, but 8 were started"),
+        (ParallelConfig(expert_parallel=2), "--expert-parallel 2 requires --fsdp"),
+        (ParallelConfig(fsdp=True, expert_parallel=3), "sharded over 8 ranks, expected a multiple of 3"),
+        (ParallelConfig(fsdp=True, expert_parallel=4, mesh_dim="4,2,1"), "over 2 ranks .of 8 in 4 replicas., expected"),
+        (ParallelConfig(fsdp=True, expert_parallel=2, tensor_parallel=2), "does not support tensor parallelism"),
     ],
 )
 def test_indivisible_numbers_of_ranks_are_rejected(cfg: ParallelConfig, message: str) -> None:

@@ -325,7 +325,7 @@ def test_checkpoints_match_the_retention_policy(flags: str) -> None:
 # --- the command ----------------------------------------------------------------------------------------------------
 def test_printed_commands_parse_to_the_planned_configuration() -> None:
     found = planned("--model open_lm_1b --devices 16 --device-memory 80GB --train-tokens 1e9 --lr 1e-3")
-    assert {option.strategy for option in found.options} == set(STRATEGIES) - {"single"}
+    assert {option.strategy for option in found.options} == set(STRATEGIES) - {"single", "expert"}  # no experts
     for option in found.options:
         assert not option.problem
         words = shlex.split(option.command())
@@ -340,6 +340,36 @@ def test_printed_commands_parse_to_the_planned_configuration() -> None:
     speeds = [option.time.tokens_per_s for option in found.options if option.fits and option.time]
     assert found.recommended.time is not None
     assert found.recommended.time.tokens_per_s >= 0.995 * max(speeds)
+
+
+EXPERTS = "--moe-freq 1 --moe-num-experts 8"
+
+
+def test_divided_experts_take_less_memory_and_traffic_of_parameters() -> None:
+    """Adam's state is divided equally either way; unsharded blocks hold the experts of one rank only."""
+    one = "--model open_lm_1b --precision amp_bfloat16 --fsdp --fsdp-amp"
+    plain, divided = (setup(f"{one} {EXPERTS} {flags}", ranks=64) for flags in ("", "--expert-parallel 8"))
+    assert divided.local_params == plain.local_params
+    experts = [weight for weight in plain.shape.by_block[0] if weight.role == "expert"]
+    assert divided.unsharded_numel(experts) == plain.unsharded_numel(experts) / 8
+    sent = [{c.name: c.num_bytes for c in collectives(each)} for each in (plain, divided)]
+    gathered = [sum(size for name, size in each.items() if "all-gather" in name) for each in sent]
+    assert gathered[1] < 0.3 * gathered[0]
+    # Slots for 1.25 times two choices of each token, sent there and back, forward and backward.
+    tokens = divided.tokens * 1.25 * 2 * 2048 * 2 * 7 / 8 * 4 * 24
+    assert sent[1]["tokens (experts)"] == pytest.approx(tokens)
+
+
+def test_all_to_all_between_nodes_shares_the_links_of_a_node() -> None:
+    rates = Rates(1e15, 0.5, intra=400e9, inter=400e9, per_node=8)
+    assert rates.direct_bandwidth(8, 1) == 400e9
+    assert rates.direct_bandwidth(16, 1) == pytest.approx(50e9 * 15 / 8)
+    assert rates.bandwidth(16, 1) == 400e9  # a ring leaves the node over one rank
+
+
+def test_experts_are_divided_over_the_ranks_of_a_node() -> None:
+    found = planned(f"--model open_lm_160m --devices 16 --strategies expert {EXPERTS} --batch-size 1 --most-devices 0")
+    assert all(option.setup and option.setup.layout.expert == 8 for option in found.options)
 
 
 def test_global_batch_is_divided_into_micro_batches_that_fit() -> None:
@@ -410,6 +440,8 @@ def test_all_problems_are_reported_together() -> None:
         ("--devices 8 --tensor-parallel 3", "found 8 ranks, expected a multiple of 3"),
         ("--devices 8 --tensor-parallel 8 --model open_lm_11m", "12 heads"),
         ("--devices 8 --fsdp --global-batch-size 12", "--global-batch-size 12 is not divisible by 8"),
+        ("--devices 8 --fsdp --expert-parallel 2 --model open_lm_11m", "--expert-parallel 2: the model has no mixture"),
+        ("--devices 8 --fsdp --expert-parallel 8 --moe-freq 1 --moe-num-experts 6", "over 1, 2, 3, 6 ranks"),
         ("--hf-model gpt2", "--hf-model gpt2"),
         ("--bench nowhere.json", "--bench nowhere.json"),
         ("--devices 2.5", "--devices: found '2.5'"),
