@@ -24,6 +24,7 @@ from open_lm.checkpoint.folders import is_transformers_folder
 from open_lm.config.architecture import model_names, read_run_settings
 from open_lm.config.distill_section import DistillConfig
 from open_lm.config.layout import MeshLayout
+from open_lm.config.model_keys import MUP_KEYS
 from open_lm.config.sections import Config, ModelConfig, ParallelConfig
 from open_lm.data.loader import TrainLoader
 from open_lm.data.order import Source
@@ -217,9 +218,10 @@ def load_teacher_alone(
 def teacher_fingerprint(source: TeacherSource) -> str:
     """Return a hash of a teacher's weights and architecture; reads all of its weights."""
     with torch.device("meta"):
-        params = vars(source.create().params)
-    shape = {name: value for name, value in sorted(params.items()) if name != "attn_name" and not callable(value)}
-    text = f"{weights_sha256(read_model_state(source.weights)[0])}\n{shape}"
+        params = source.create().params
+    left_out = ("attn_name", *(MUP_KEYS if params.parametrization.is_standard else ()))  # as in existing caches
+    shape = {name: value for name, value in vars(params).items() if name not in left_out and not callable(value)}
+    text = f"{weights_sha256(read_model_state(source.weights)[0])}\n{dict(sorted(shape.items()))}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

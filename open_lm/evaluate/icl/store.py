@@ -19,7 +19,9 @@ import torch
 from torch import nn
 
 from open_lm import storage
+from open_lm.config.model_keys import MUP_KEYS
 from open_lm.evaluate.icl.metrics import Record
+from open_lm.model.parametrization import parametrization_of
 from open_lm.storage.strict_json import to_json
 
 VERSION = 1  # of the engine's results; a change that alters scores must raise it
@@ -116,6 +118,7 @@ def stored_facts(model: nn.Module, weights: str, precision: str) -> Mapping[str,
     """Return what stored results depend on: the hash of the weights, the precision and the architecture."""
     params = getattr(model, "params", None)
     architecture = {} if params is None else {key: str(value) for key, value in sorted(vars(params).items())}
-    functions = ("attn_func", "norm_type")  # their names contain addresses; attn_name and model_norm select them
-    architecture = {key: value for key, value in architecture.items() if key not in functions}
+    left_out = ["attn_func", "norm_type"]  # their names contain addresses; attn_name and model_norm select them
+    left_out += MUP_KEYS if parametrization_of(model).is_standard else []  # as in results of earlier versions
+    architecture = {key: value for key, value in architecture.items() if key not in left_out}
     return {"weights": weights, "precision": precision, "architecture": architecture}
