@@ -96,5 +96,5 @@ class RemoteShards:
             logger.warning(
                 f"{url}: --cache-dir {self._settings.cache_dir} has no space for it: the shards in use fill "
                 f"--cache-limit {self._settings.cache_limit_bytes} bytes. Such shards are stored in a temporary folder "
-                "while they are read, and downloaded again the next time"
+                "while they are read, and downloaded (or made from their text) again the next time"
             )

@@ -101,10 +101,12 @@ def prepare_text(
     with ExitStack() as locks:
         indexes, dtype = run_on_master(lambda: _plan(data, tokenizer, seq_len, vocab_size, locks))
         for name, index in zip(data.train_text or [], indexes, strict=True):
+            folder = text_folder(str(data.text_index), name)  # on this node
             if index is not None:
-                _make(index, dtype, data, nodes, is_stopped)
+                _make(replace(index, folder=folder), dtype, data, nodes, is_stopped)
             elif runtime.is_master:
-                logging.info(f"{name}: the text index {text_folder(data.text_index or '', name).path} is up to date")
+                logging.info(f"{name}: the text index {folder.path} is up to date")
+            _share(folder, nodes, [f"{TAILS_STEM}.tar", MANIFEST_NAME, STATE_NAME, *_TOKENIZER_FILES, DATASET_NAME])
     if args.train_num_samples is None:
         args.train_num_samples = pass_tokens(find_sources(data), seq_len)
     return replace(config, data=replace(data, train_num_samples=args.train_num_samples))
@@ -184,7 +186,6 @@ def _make(
             if stops:
                 raise IndexingStopped
     run_on_master(lambda: progress.finish(dtype, data))
-    _share(folder, nodes, [f"{TAILS_STEM}.tar", MANIFEST_NAME, STATE_NAME, DATASET_NAME])
 
 
 @contextlib.contextmanager

@@ -13,13 +13,21 @@ import orjson
 import pytest
 from datapreprocess_helpers import documents, make, read_shards, tokens_of, write_bad_jsonl, write_corpus, write_jsonl
 from raw_text_worker import SEQ_LEN, VOCAB_SIZE, loader_of, prepare, read
+from run_helpers import tiny_flags, train_rows
 from tokenizer_helpers import write_tokenizer
 
+from open_lm import storage
 from open_lm.data.text_folder import TextFolder
 from open_lm.data.text_index import text_folder
 from open_lm.data.text_units import UnitText
+from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.datapreprocess.tokenization import make_encoder
 from open_lm.errors import ConfigError, DataError
+from open_lm.main import main
+from open_lm.release.datasets import find_folders
+from open_lm.release.reproduce import raw_obstacle
+from open_lm.release.run_facts import read_run
+from open_lm.tokenizer import load_tokenizer
 
 pytest_plugins = ["datapreprocess_helpers"]
 pytestmark = pytest.mark.processes  # the units of an index are tokenized in processes
@@ -67,13 +75,20 @@ def test_ranks_and_workers_do_not_change_the_global_batches(
 ) -> None:
     flags = [*flags_of(corpus, tokenizer=tokenizer), "--workers", "2", "--cache-limit", "20KB"]
     job = {"flags": flags, "logs": str(tmp_path / "logs"), "batch": BATCH, "steps": STEPS // 2}
-    ranks(2, "raw_text_worker", str(tmp_path), json.dumps(job))
-    by_rank = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    _, expected = uninterrupted
-    for step, (whole, parts) in enumerate(zip(expected, zip(*by_rank, strict=True), strict=False)):
-        assert Counter(map(tuple, whole[0])) == Counter(map(tuple, [*parts[0][0], *parts[1][0]])), step
-        assert whole[1] == parts[0][1] == parts[1][1], step
-    _, state = by_rank[0][-1]
+    nodes = {**job, "logs": str(tmp_path / "disk-{rank}"), "flags": flags_of(corpus, tokenizer=tokenizer), "steps": 4}
+    ranks(2, "raw_text_worker", str(tmp_path), json.dumps(job), json.dumps(nodes))
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    logs, expected = uninterrupted
+    for by_rank in zip(*results, strict=True):  # on one node, then on two
+        for step, (whole, parts) in enumerate(zip(expected, zip(*by_rank, strict=True), strict=False)):
+            assert Counter(map(tuple, whole[0])) == Counter(map(tuple, [*parts[0][0], *parts[1][0]])), step
+            assert whole[1] == parts[0][1] == parts[1][1], step
+    for name in ("manifest.jsonl", "dataset.json", "tails.tar"):
+        paths = [index_of(folder, corpus).url(name) for folder in (logs, tmp_path / "disk-0", tmp_path / "disk-1")]
+        assert len({Path(path).read_bytes() for path in paths}) == 1, name
+    made = [len(list((tmp_path / f"disk-{rank}/run/text_index/units.cache").glob("*.tar"))) for rank in range(2)]
+    assert min(made) > 1, "both nodes tokenize units"
+    _, state = results[0][0][-1]
     (position,) = state["sources"]
     assert len(json.dumps(state)) < 1000
     assert 0 < position["fixed"] + position["shared"] < position["num_sequences"]
@@ -205,6 +220,42 @@ def test_a_killed_index_continues(
     assert Path(index.url("manifest.jsonl")).read_bytes() == manifest
     assert done["key"] in {unit.key for unit in TextFolder(index.path).units.values()}
     assert not list(Path(index.path).glob("progress-*"))
+
+
+def test_formats_and_stores_that_preprocessing_reads(tmp_path: Path, tokenizer: str, s3_bucket: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = documents(30, seed=4)
+    write_jsonl(tmp_path / "a.jsonl.gz", texts[:10])
+    storage.copy(str(tmp_path / "a.jsonl.gz"), f"s3://{s3_bucket}/raw/a.jsonl.gz")
+    pq.write_table(pa.table({"text": texts[10:20]}), tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_text("\n--\n".join(texts[20:]))
+    name = f"s3://{s3_bucket}/raw/*::{tmp_path}/b.parquet::{tmp_path}/*.txt"
+    flags = ["--train-text", name, "--tokenizer", tokenizer, "--workers", "0", "--text-separator", r"\n--\n"]
+    (source,) = loader_of(prepare(flags, str(tmp_path)), 4).sources
+    record = json.loads(Path(text_folder(str(tmp_path / "run" / "text_index"), name).url("dataset.json")).read_text())
+    assert record["counts"]["documents"] == len([text for text in texts if text])
+    assert source.num_sequences == -(-record["counts"]["tokens"] // (SEQ_LEN + 1))
+
+
+def test_one_command_trains_and_records_its_data(tmp_path: Path, corpus: Path, tokenizer: str) -> None:
+    flags = [flag for flag in tiny_flags(tmp_path, tmp_path) if flag not in ("--data-key", "npy")]
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps(json.loads(model.read_text()) | {"vocab_size": VOCAB_SIZE}))
+    words = ["--name", "run", "--train-text", str(corpus), "--tokenizer", tokenizer, "--epochs", "1"]
+    main([*flags, *words, "--global-batch-size", "1024"])
+    run = tmp_path / "run"
+    (counts,) = [json.loads(path.read_text())["counts"] for path in run.glob("text_index/*/dataset.json")]
+    assert train_rows(run)[-1]["tokens"] == counts["sequences"] // 1024 * 1024 * 8  # one pass
+    assert choose_tokenizer(str(run)).fingerprint == load_tokenizer(tokenizer).fingerprint
+    (source,) = json.loads((run / "data.json").read_text())["sources"]
+    assert source["datasets"][0]["settings"]["raw_text"] is True
+    facts = read_run(run)
+    (folder,) = find_folders(facts, include_shards=False)
+    assert "tokenized its raw text itself" in str(raw_obstacle(folder))
+    with pytest.raises(ConfigError, match="--include-data: the run tokenized its raw text itself"):
+        find_folders(facts, include_shards=True)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

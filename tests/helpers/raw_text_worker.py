@@ -1,7 +1,8 @@
 """Make the index of a text and read batches of it, without a model, in this process or on the ranks of a group.
 
-Usage: `python -m raw_text_worker FOLDER JOB`, with the variables that torchrun sets; JOB is the JSON arguments of
-`read`. Each rank writes its result to FOLDER/RANK.json.
+Usage: `python -m raw_text_worker FOLDER JOB…`, with the variables that torchrun sets; a JOB is the JSON arguments of
+`read`. If its folder of logs has a `{rank}`, each rank is a node with a disk of its own. Each rank writes its results
+to FOLDER/RANK.json.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +69,14 @@ def read(  # noqa: PLR0917 - the keys of a job
 
 
 def main() -> None:
-    folder, job = sys.argv[1:]
+    folder, *jobs = sys.argv[1:]
     runtime = init_runtime(ParallelConfig())
-    results = read(**json.loads(job), runtime=runtime)
+    results = []
+    for job in map(json.loads, jobs):
+        logs = job["logs"].replace("{rank}", str(runtime.rank))
+        is_node = logs != job["logs"]
+        rank = replace(runtime, local_rank=0, local_world_size=1) if is_node else runtime
+        results.append(read(**{**job, "logs": logs}, runtime=rank))
     Path(folder, f"{runtime.rank}.json").write_text(json.dumps(results))
     shutdown(runtime)
 
