@@ -91,6 +91,12 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         "without --fsdp",
     ),
     (("accum_reduce",), lambda c: c.parallel.fsdp, "without --fsdp, which shards gradients"),
+    (
+        ("async_tensor_parallel",),
+        lambda c: c.parallel.tensor_parallel != 1 or not (c.parallel.mesh_dim or ",1").endswith(",1"),
+        "without --tensor-parallel",
+    ),
+    (("async_tensor_parallel",), lambda c: c.model.torchcompile, "without --torchcompile"),
     (("accum_reduce",), lambda c: c.optim.accum_freq > 1, "without --accum-freq above 1"),
     (
         ("model", *(spec.name for spec in ArchitectureConfig.specs())),

@@ -192,6 +192,11 @@ class ParallelConfig(Section):
     fsdp_limit_all_gathers: bool = no_effect(False, "the number of concurrent all-gathers is always limited")
     fsdp_checkpoint: bool = no_effect(False, "--grad-checkpointing recomputes activations under --fsdp too")
     tensor_parallel: int = flag(1, "number of ranks over which tensor parallelism splits each matrix; 1: no splitting")
+    async_tensor_parallel: bool = flag(
+        False,
+        "with --tensor-parallel and --torchcompile, overlap the exchange of tokens with matrix products; the devices "
+        "of a tensor-parallel group must be connected by NVLink",
+    )
     context_parallel: int = flag(
         1, "number of ranks over which context parallelism splits each sequence; 1: no splitting"
     )

@@ -26,6 +26,7 @@ from open_lm.errors import ConfigError
 from open_lm.model.adapters import adapters
 from open_lm.model.recomputation import with_recomputation
 from open_lm.model.transformer import Transformer
+from open_lm.parallel.async_tensor_parallel import enable_async_tensor_parallel
 from open_lm.parallel.expert_parallel import (
     apply_expert_parallel,
     check_expert_parallel,
@@ -74,6 +75,9 @@ def parallelize(
         run_on_all_ranks(lambda: check_float8(device))
         convert_to_float8(blocks, layout.tensor)
     _split(model, layout)
+    if layout.tensor > 1 and cfg.async_tensor_parallel and model_cfg.torchcompile:
+        assert layout.mesh is not None
+        enable_async_tensor_parallel(layout.mesh["tensor"], device)
     _checkpoint_activations(model, blocks, model_cfg)
     if model_cfg.torchcompile:
         # Compile each block in place: parameter names do not change, and equal blocks share one compilation.
