@@ -92,10 +92,10 @@ def _measured(comparisons: Sequence[Comparison]) -> Html:
             if value is not None and difference is not None:
                 rows.append((
                     item.run.label, name, _number(expected), _range(limits), f"{value:.4f}",
-                    f"{100 * difference:+.2f} %", "yes" if covered else "no",
+                    f"{100 * difference:+.2f} %", "yes" if covered else "no", item.run.facts.get("started", ""),
                 ))  # fmt: skip
     names = ("predicted", "interval", "measured", "difference", "inside the interval")
-    columns = [Column("run"), Column("value"), *(Column(name, True) for name in names)]
+    columns = [Column("run"), Column("value"), *(Column(name, True) for name in names), Column("training started")]
     return table(columns, rows, "Predicted and measured")
 
 
