@@ -29,6 +29,7 @@ from open_lm.utils.generation_flags import (
     add_source_args,
     find_checkpoint,
     load_model,
+    sampling_of,
 )
 
 if TYPE_CHECKING:
@@ -83,16 +84,8 @@ def main(argv: list[str]) -> None:
     template = find_template(args.chat_template, tokenizer, date.today())
     from open_lm.finetune.chat_session import ChatModel
     from open_lm.finetune.chat_tokens import ChatTokenizer
-    from open_lm.generate.sampling import Sampling
 
-    sampling = Sampling(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-    )
+    sampling = sampling_of(args)
     name = PurePath(args.checkpoint.rstrip("/")).name
     model = ChatModel(load_model(args, checkpoint), ChatTokenizer(tokenizer, template), name)
     if args.serve:

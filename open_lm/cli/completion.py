@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def bash_script(programs: Sequence[Program]) -> str:
     """Return the completion for bash. It works with the bash 3.2 of macOS too."""
-    tables = "\n".join([*_transition_table(programs), "", *_value_table(programs)])
+    tables = _tables(programs)
     words = [
         f"        {_quoted(program.key)}) flags={_quoted(' '.join(_flag_names(program)))}"
         f" words={_quoted(' '.join(program.words))} files={int(program.is_path)} ;;"
@@ -33,7 +33,7 @@ def bash_script(programs: Sequence[Program]) -> str:
 
 def zsh_script(programs: Sequence[Program]) -> str:
     """Return the completion for zsh, with descriptions."""
-    tables = "\n".join([*_transition_table(programs), "", *_value_table(programs)])
+    tables = _tables(programs)
     lines = []
     for program in programs:
         flags = [f"{name}:{flag.help}" for flag in program.flags for name in flag.names]
@@ -63,26 +63,28 @@ SCRIPTS: dict[str, Callable[[Sequence[Program]], str]] = {
 
 
 # ---------------------------------------------------------------------------------------------- bash and zsh
+_FOLLOW = """
+# Follow a word: `key` becomes the program that it selects, `flag` the flag that the next word may belong to.
+_open_lm_follow() {
+    _open_lm_value "$key $flag"
+    if [[ $1 == -* ]]; then
+        flag=$1
+    elif [[ $takes == none ]]; then
+        flag=""
+        _open_lm_next "$key" "$1"
+        key=$next
+    elif [[ $takes == one ]]; then
+        flag=""
+    fi
+}"""
 _BASH = """# Completion of open-lm for bash; `open-lm completion bash` writes it.
 @TABLES@
 
 _open_lm() {
-    local cur=${COMP_WORDS[COMP_CWORD]} key="" flag="" word i next takes values values_are_files flags words files
+    local cur=${COMP_WORDS[COMP_CWORD]} key="" flag="" i next takes values values_are_files flags words files
     COMPREPLY=()
     for ((i = 1; i < COMP_CWORD; i++)); do
-        word=${COMP_WORDS[i]}
-        _open_lm_value "$key $flag"
-        if [[ $word == "=" ]]; then
-            continue
-        elif [[ $word == -* ]]; then
-            flag=$word
-        elif [[ $takes == none ]]; then
-            flag=""
-            _open_lm_next "$key" "$word"
-            key=$next
-        elif [[ $takes == one ]]; then
-            flag=""
-        fi
+        [[ ${COMP_WORDS[i]} == "=" ]] || _open_lm_follow "${COMP_WORDS[i]}"
     done
     [[ $cur == "=" ]] && cur=""
     _open_lm_value "$key $flag"
@@ -106,20 +108,10 @@ _ZSH = """#compdef open-lm
 @TABLES@
 
 _open_lm() {
-    local cur=${words[CURRENT]} key="" flag="" word i next takes values values_are_files files
+    local cur=${words[CURRENT]} key="" flag="" i next takes values values_are_files files
     local -a typed=("${words[@]}") flags words
     for ((i = 2; i < CURRENT; i++)); do
-        word=${typed[i]}
-        _open_lm_value "$key $flag"
-        if [[ $word == -* ]]; then
-            flag=$word
-        elif [[ $takes == none ]]; then
-            flag=""
-            _open_lm_next "$key" "$word"
-            key=$next
-        elif [[ $takes == one ]]; then
-            flag=""
-        fi
+        _open_lm_follow "${typed[i]}"
     done
     if [[ $cur == -*=* ]]; then
         flag=${cur%%=*}
@@ -149,6 +141,11 @@ else
     compdef _open_lm open-lm
 fi
 """
+
+
+def _tables(programs: Sequence[Program]) -> str:
+    """Return the functions that the scripts of bash and zsh share."""
+    return "\n".join([*_transition_table(programs), "", *_value_table(programs), _FOLLOW])
 
 
 def _transition_table(programs: Sequence[Program]) -> Iterator[str]:

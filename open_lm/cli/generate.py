@@ -27,6 +27,7 @@ from open_lm.utils.generation_flags import (
     add_source_args,
     find_checkpoint,
     load_model,
+    sampling_of,
 )
 
 if TYPE_CHECKING:
@@ -95,22 +96,6 @@ def read_prompts(prompts: list[str], files: list[str], whole_file: bool) -> list
     return texts
 
 
-def _sampling(args: argparse.Namespace) -> Sampling:
-    from open_lm.generate.sampling import Sampling
-
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch-size: found {args.batch_size}, expected at least 1")
-    return Sampling(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        use_cache=args.use_cache,
-    )
-
-
 def _completions(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling, batch_size: int
 ) -> Iterator[tuple[str, str]]:
@@ -133,7 +118,9 @@ def _stream(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sam
 def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     prompts = read_prompts(args.prompt, args.prompt_file, args.whole_file)
-    sampling = _sampling(args)
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size: found {args.batch_size}, expected at least 1")
+    sampling = sampling_of(args, use_cache=args.use_cache)
     checkpoint = find_checkpoint(args.checkpoint)
     tokenizer = choose_tokenizer(checkpoint, args.tokenizer, args.eot_token, allow_other=args.allow_other_tokenizer)
     model = load_model(args, checkpoint)

@@ -14,6 +14,7 @@ from open_lm.errors import ConfigError
 from open_lm.system.names import user_path
 
 if TYPE_CHECKING:
+    from open_lm.generate.sampling import Sampling
     from open_lm.model.transformer import Transformer
 
 
@@ -69,6 +70,14 @@ def add_sampling_args(parser: argparse.ArgumentParser, max_new_tokens: str, defa
     )
     group.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     return group
+
+
+def sampling_of(args: argparse.Namespace, **settings: Any) -> Sampling:
+    """Return the `Sampling` of the flags, with further `settings`."""
+    from open_lm.generate.sampling import Sampling
+
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    return Sampling(**{name: getattr(args, name) for name in names}, **settings)
 
 
 def add_architecture_args(parser: argparse.ArgumentParser) -> None:

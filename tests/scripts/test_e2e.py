@@ -34,17 +34,17 @@ SMALL_FLAGS = [
 ]
 
 
-def start(folder: Path, *flags: str, script: str = DEBUG) -> subprocess.Popen[str]:
+def start(folder: Path, *flags: str, script: str = DEBUG, python: str = sys.executable) -> subprocess.Popen[str]:
     """Start a script in `folder`, with its results in the folder work. The environment has no llm-foundry."""
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "OPEN_LM_EVAL_PYTHON": "nowhere"}
+    environment = {**os.environ, "PYTHON": python, "OMP_NUM_THREADS": "1", "OPEN_LM_EVAL_PYTHON": "nowhere"}
     command = [str(ROOT / "scripts" / script), "--work-dir", "work", *flags]
     return subprocess.Popen(
         command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
-def run(folder: Path, *flags: str, script: str = DEBUG, code: int = 0) -> str:
-    with start(folder, *flags, script=script) as process:
+def run(python: str, folder: Path, *flags: str, script: str = DEBUG, code: int = 0) -> str:
+    with start(folder, *flags, script=script, python=python) as process:
         output, _ = process.communicate()
     assert process.returncode == code, output[-6000:]
     return output
@@ -66,13 +66,16 @@ def interrupt_at(folder: Path, pattern: str, number: signal.Signals) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Run the debug form, stopped while it downloads, killed while it trains; return its folder and the last output."""
+def finished(tmp_path_factory: pytest.TempPathFactory, forked_python: str) -> tuple[Path, str]:
+    """Run the debug form, stopped while it downloads, killed while it trains; return its folder and the last output.
+
+    The programs that are stopped and killed are new processes; those of the last start are forked.
+    """
     folder = tmp_path_factory.mktemp("e2e")
     output = interrupt_at(folder, r"\$ python \S*text\.py save", signal.SIGTERM)
     assert output.endswith("stopped; start the same command again to continue\n")
     interrupt_at(folder, r"saved checkpoint \S*step_0+4 ", signal.SIGKILL)
-    return folder, run(folder, *SMALL_FLAGS)
+    return folder, run(forked_python, folder, *SMALL_FLAGS)
 
 
 @pytest.mark.processes
@@ -130,20 +133,22 @@ def test_notebooks_run_on_the_results(finished: tuple[Path, str], monkeypatch: p
 
 
 @pytest.mark.processes
-def test_finished_stages_are_skipped_and_changed_settings_are_reported(finished: tuple[Path, str]) -> None:
+def test_finished_stages_are_skipped_and_changed_settings_are_reported(
+    finished: tuple[Path, str], forked_python: str
+) -> None:
     folder, _ = finished
-    again = run(folder, *SMALL_FLAGS)
+    again = run(forked_python, folder, *SMALL_FLAGS)
     assert "done in" not in again and again.count("finished before") == 9 * 2  # while running, and in the summary
-    changed = run(folder, *SMALL_FLAGS, "--set", "train.lr=0.1", "--set", "plan.devices=4", code=2)
+    changed = run(forked_python, folder, *SMALL_FLAGS, "--set", "train.lr=0.1", "--set", "plan.devices=4", code=2)
     assert "train.lr 0.003 -> 0.1" in changed and "--restart train" in changed and "plan" not in changed
     (folder / "work" / "plots.svg").unlink()
-    assert "done in" in run(folder, *SMALL_FLAGS, "--until", "plots").partition("plots: draw")[2]
+    assert "done in" in run(forked_python, folder, *SMALL_FLAGS, "--until", "plots").partition("plots: draw")[2]
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("script", [FULL, "e2e/open_lm_1b.sh"])
-def test_dry_run_prints_every_command(tmp_path: Path, script: str) -> None:
-    output = run(tmp_path, "--dry-run", script=script)
+def test_dry_run_prints_every_command(tmp_path: Path, forked_python: str, script: str) -> None:
+    output = run(forked_python, tmp_path, "--dry-run", script=script)
     assert len(re.findall(r"^\[\d+/\d+\]", output, re.MULTILINE)) == output.count("/10]") == 10
     for text in ("hellaswag.yaml", "in_memory_hf_eval.yaml", "make_2048.py", "-m open_lm.main", "hf.convert export"):
         assert text in output
@@ -151,11 +156,11 @@ def test_dry_run_prints_every_command(tmp_path: Path, script: str) -> None:
 
 
 @pytest.mark.processes
-def test_dry_run_of_the_debug_form_checks_the_settings(tmp_path: Path) -> None:
-    output = run(tmp_path, "--offline", "--dry-run")
+def test_dry_run_of_the_debug_form_checks_the_settings(tmp_path: Path, forked_python: str) -> None:
+    output = run(forked_python, tmp_path, "--offline", "--dry-run")
     assert "--seqlen 256" in output and not list(tmp_path.iterdir())
-    assert "n_layers" in run(tmp_path, "--offline", "--dry-run", "--set", "model.n_layers=many", code=2)
-    assert "--ofline; see --help" in run(tmp_path, "--ofline", code=2)
+    assert "n_layers" in run(forked_python, tmp_path, "--offline", "--dry-run", "--set", "model.n_layers=many", code=2)
+    assert "--ofline; see --help" in run(forked_python, tmp_path, "--ofline", code=2)
 
 
 @pytest.fixture
