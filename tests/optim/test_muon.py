@@ -54,7 +54,8 @@ def test_updates_agree_with_the_reference() -> None:
     parts = {params[name]: n for name, (_, n) in shapes.items()}
     before = {name: param.detach().clone() for name, param in params.items()}
     grads = {name: [torch.randn(p.shape, generator=generator) for _ in range(3)] for name, p in params.items()}
-    optimizer = Muon([{"params": list(params.values())}], [], parts=parts, lr=0.1, weight_decay=0.5, dtype=torch.float32)
+    groups = [{"params": list(params.values())}]
+    optimizer = Muon(groups, [], parts=parts, lr=0.1, weight_decay=0.5, dtype=torch.float32)
     for step in range(3):
         for name, param in params.items():
             param.grad = grads[name][step].clone()
