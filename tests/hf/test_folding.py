@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from open_lm.config.sections import ModelConfig
 from open_lm.evaluate.checkpoints import load_checkpoint
+from open_lm.hf import OpenLMForCausalLM
 from open_lm.hf.convert import main as convert
 from open_lm.hf.folders import read_json
+from open_lm.hf.standalone.configuration_openlm import OpenLMConfig as StandaloneConfig
 from open_lm.model.params import create_params
 from open_lm.model.transformer import Transformer
 
@@ -79,3 +81,17 @@ def test_a_model_of_the_base_width_keeps_its_tied_weights(tmp_path: Path) -> Non
     Path(file).write_text(json.dumps(keys))
     convert(["export", weights, str(tmp_path / "out"), "--model", file, "--verify"])
     assert read_json(str(tmp_path / "out" / "config.json"))["tie_word_embeddings"] is True
+
+
+def test_the_native_class_of_transformers_keeps_the_parametrization(tmp_path: Path) -> None:
+    file, weights = write_model(tmp_path, {"weight_tying": True, "qk_norm": True})
+    native, ids = load_checkpoint(weights, file), torch.randint(61, (2, 20))
+    OpenLMForCausalLM.from_open_lm(native).save_pretrained(tmp_path / "saved")
+    loaded = OpenLMForCausalLM.from_pretrained(tmp_path / "saved")
+    loaded.set_output_embeddings(loaded.get_output_embeddings())
+    with torch.no_grad():
+        expected = native(ids)[0]
+        assert torch.equal(loaded(ids).logits, expected)
+        assert torch.equal(load_checkpoint(str(tmp_path / "saved"))(ids)[0], expected)
+    with pytest.raises(ValueError, match="only models whose export has folded its multipliers"):
+        StandaloneConfig(**read_json(str(tmp_path / "saved/config.json")))
