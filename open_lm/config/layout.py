@@ -68,6 +68,15 @@ class MeshLayout:
         return self.rank % self.tensor
 
     @property
+    def seed_offset(self) -> int:
+        """What this rank adds to the run's seed: a number of its own.
+
+        The ranks of a context or tensor group drop features of different tokens and heads (the activations between
+        blocks are split over them, see parallel/tensor_parallel.py), so their masks must differ too.
+        """
+        return self.data_rank + self.data_size * (self.context_rank * self.tensor + self.tensor_rank)
+
+    @property
     def gradient_ranks(self) -> int:
         """Number of ranks over which the gradient of a parameter is averaged."""
         return self.data_size * self.context

@@ -110,7 +110,7 @@ def build_parts(config: Config, runtime: Runtime, paths: RunPaths) -> RunParts:
     else:
         keep_freed_memory()
     layout = build_layout(runtime, config.parallel)
-    seed_everything(config.run.seed + layout.data_rank)
+    seed_everything(config.run.seed + layout.seed_offset)
     if config.run.deterministic:
         make_deterministic()
     model = run_on_all_ranks(lambda: _create_model(config, layout))

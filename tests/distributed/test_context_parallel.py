@@ -98,3 +98,13 @@ def test_losses_and_gradients_equal_those_of_one_process(ranks: Callable[..., ob
     for name, end_of_text_id in context_worker.CASES.items():
         for key, expected in context_worker.losses_and_gradients(1, end_of_text_id).items():
             assert results[name][key] == pytest.approx(expected, rel=1e-5, abs=1e-5), (name, key)
+
+
+def test_ranks_of_a_group_drop_other_features(tmp_path: Path, ranks: Callable[..., object]) -> None:
+    shape = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": 32, "vocab_size": 64, "residual_dropout": 0.5}
+    (tmp_path / "model.json").write_text(json.dumps({**shape, "post_embed_norm": False, "weight_tying": False}))
+    flags = ["--model", "model.json", "--dataset-type", "synthetic", "--train-num-samples", "64", "--epochs", "1"]
+    flags += ["--global-batch-size", "2", "--warmup", "1", "--precision", "fp32", "--workers", "0", "--logs", "none"]
+    ranks(2, "dropout_worker", str(tmp_path), *flags, "--context-parallel", "2")
+    first, second = (json.loads((tmp_path / f"mask_{rank}.json").read_text()) for rank in range(2))
+    assert first != second

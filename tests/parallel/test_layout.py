@@ -42,6 +42,9 @@ def test_ranks_that_share_sequences_are_neighbours_and_contribute_once() -> None
     assert [layout.data_rank for layout in layouts] == [number for number in range(4) for _ in range(6)]
     positions = {(layout.data_rank, layout.context_rank, layout.tensor_rank) for layout in layouts}
     assert len(positions) == 24
+    # Each rank draws other dropout masks; the first of a group those of a run without such groups.
+    assert len({layout.seed_offset for layout in layouts}) == 24
+    assert [layout.seed_offset for layout in layouts[::6]] == [0, 1, 2, 3]
     assert sum(layout.contributes_sequences for layout in layouts) == 4  # each sequence once
     assert sum(layout.contributes_tokens for layout in layouts) == 8  # each shard of a sequence once
 
