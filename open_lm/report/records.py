@@ -127,6 +127,7 @@ class ValidationSet:
         interval: 95 % interval of the loss, or None.
         tokens: tokens of the set.
         bits_per_byte: bits per byte of text, or None.
+        bytes: bytes of its text, or None.
     """
 
     name: str
@@ -134,6 +135,7 @@ class ValidationSet:
     interval: tuple[float, float] | None
     tokens: int
     bits_per_byte: float | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)

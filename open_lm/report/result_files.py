@@ -52,6 +52,7 @@ def _validation_set(result: Mapping[str, Any], number: int) -> ValidationSet:
         interval=bounds,
         tokens=_integer(result.get("tokens")) or 0,
         bits_per_byte=_number(result.get("bits_per_byte")),
+        bytes=_integer(result.get("bytes")),
     )
 
 

@@ -7,16 +7,23 @@ its API returns them.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from open_lm import storage
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError, DataError, UserError, join_problems
 from open_lm.planner.shapes import ModelShape, shape_of
+from open_lm.scaling.jobs import has_diverged
 from open_lm.scaling.ladder_files import LADDER_FILE, read_ladder
 from open_lm.scaling.runs import Run, parse_run
+
+if TYPE_CHECKING:
+    from open_lm.report.records import Run as RecordedRun
+    from open_lm.report.records import TaskEvaluation
 
 _SETTINGS = {"lr": float, "wd": float, "warmup": int, "global_batch_size": int}
 _KEYS = {"global_batch_size": "global_batch"}
@@ -84,6 +91,8 @@ def _folder_record(folder: str, train: str | None) -> dict[str, Any]:
     from open_lm.report.records import FINISHED
 
     run = collect_run(folder)
+    if has_diverged(folder):
+        raise DataError(f"{folder}: diverged, so it has no final loss; train it with a lower --lr or a longer warmup")
     if run.summary.state != FINISHED:
         raise DataError(f"{folder}: {run.summary.state}, so its last loss is not that of its schedule; finish it")
     validations = [item for item in run.validations if item.average is None]
@@ -96,9 +105,10 @@ def _folder_record(folder: str, train: str | None) -> dict[str, Any]:
         "model": run.summary.model,
         "tokens": last.tokens or run.summary.tokens,
         "losses": {part.name: [part.loss, *(part.interval or (part.loss, part.loss))] for part in last.sets},
-        "validation": {part.name: f"{part.tokens} tokens" for part in last.sets},
-        "accuracy": _accuracies(run.evaluations),
+        "validation": {part.name: f"{part.tokens} tokens{_bytes(part.bytes)}" for part in last.sets},
+        "accuracy": _accuracies(run.evaluations, run.summary.step),
         "source": folder,
+        **_times(run),
         **_known_settings(run.settings),
     }
     record |= _sizes(str(Path(folder) / "model.json"), run.settings, record["tokens"])
@@ -108,10 +118,27 @@ def _folder_record(folder: str, train: str | None) -> dict[str, Any]:
     return {**record, **({"tokenizer": tokenizer} if tokenizer else {})}
 
 
-def _accuracies(evaluations: Sequence[Any]) -> dict[str, float]:
-    """Return the accuracies of the last evaluation of each task. Several numbers of shots give several names."""
+def _bytes(number: int | None) -> str:
+    return "" if number is None else f" of {number} bytes"
+
+
+def _times(run: RecordedRun) -> dict[str, str]:
+    """Return when a run was started first, and when it logged its last metrics (UTC, ISO 8601)."""
+    values = {"started": run.environment_starts[0].get("time")} if run.environment_starts else {}
+    if len(run.metrics) and math.isfinite(run.metrics.times[-1]):
+        values["ended"] = datetime.fromtimestamp(run.metrics.times[-1], timezone.utc).isoformat(timespec="seconds")
+    return {key: value for key, value in values.items() if isinstance(value, str)}
+
+
+def _accuracies(evaluations: Sequence[TaskEvaluation], last_step: int | None) -> dict[str, float]:
+    """Return the accuracies after the last step; a later evaluation replaces those of the same tasks.
+
+    Several numbers of shots give several names. Evaluations of earlier steps and of a part of the examples are ignored.
+    """
     scores: dict[str, float] = {}
     for evaluation in evaluations:
+        if evaluation.examples_per_task is not None or evaluation.step not in (None, last_step):
+            continue
         shots: dict[str, set[int]] = {}
         for task in evaluation.tasks:
             shots.setdefault(task.task, set()).add(task.shots)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from open_lm import storage
 from open_lm.errors import ConfigError, UserError
 
 KEY, WHEN_KEY = "evaluate", "when"
@@ -38,9 +39,13 @@ def check_evaluation(settings: Any) -> dict[str, Any] | None:
     from open_lm.evaluate.command import build_parser, check_arguments
 
     try:
-        check_arguments(build_parser().parse_args(evaluation_flags(values, "run")))
+        args = build_parser().parse_args(evaluation_flags(values, "run"))
+        check_arguments(args)
     except UserError as error:
         raise ConfigError(f"{KEY}: {error}") from error
+    missing = [path for path in args.eval_yaml or () if not storage.exists(path)]
+    if missing:
+        raise ConfigError(f"{KEY}, eval_yaml: found no file {', '.join(missing)}; expected YAML files with tasks")
     return values
 
 

@@ -60,6 +60,12 @@ class Job:
         return [*module, *self.flags]
 
 
+def has_diverged(folder: str) -> bool:
+    """Return whether a run was ended because its loss was not finite or did not recover."""
+    failed = Path(folder) / "checkpoints_failed"
+    return failed.is_dir() and any(failed.iterdir())
+
+
 def is_trained(planned: PlannedRun) -> bool:
     """Return whether a run has trained on all its tokens and ended by itself, after its last validation."""
     if not Path(planned.folder).is_dir():

@@ -49,7 +49,8 @@ class Comparison:
     def values(self) -> dict[str, Any]:
         """Return the JSON form."""
         names = ("loss", "loss_difference", "loss_covered", "error", "error_difference", "error_covered")
-        return {"run": self.run.label, **{name: getattr(self, name) for name in names}}
+        times = {name: self.run.facts[name] for name in ("started", "ended") if name in self.run.facts}
+        return {"run": self.run.label, **times, **{name: getattr(self, name) for name in names}}
 
 
 def _contains(interval: tuple[float, float], value: float) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from open_lm import storage
 from open_lm.config.registry import LAUNCHERS
 from open_lm.errors import ConfigError, UserError
-from open_lm.scaling.jobs import EVALUATE, TRAIN, Job, is_trained, jobs_of
+from open_lm.scaling.jobs import EVALUATE, TRAIN, Job, has_diverged, is_trained, jobs_of
 from open_lm.scaling.ladder_files import Ladder, PlannedRun, read_ladder
 from open_lm.system.names import user_path
 
@@ -27,7 +27,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--only", nargs="+", metavar="RUN", help="names of runs (default: all but the target)")
     chosen.add_argument("--target", action="store_true", help="the run of the target; see `plan --train-target`")
-    text = "measure the speed of each size on this machine, print the minutes of the missing runs, and start nothing"
+    text = "first measure the speed of each size on this machine, and print the minutes of all missing runs"
     parser.add_argument("--estimate", action="store_true", help=text)
     add_launch_flags(parser)
 
@@ -47,7 +47,7 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train what is missing.
+    """Train and evaluate what is missing.
 
     Raises:
         ConfigError: an unknown run, or flags that do not fit the launcher.
@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> None:
     check_launch_flags(args)
     ladder = read_ladder(args.ladder)
     if args.estimate:
-        print(estimate_text([planned for planned in ladder.runs if not is_trained(planned)]))
-        return
+        print(estimate_text([planned for planned in ladder.runs if not is_trained(planned)]), flush=True)
     jobs = jobs_of(ladder, _chosen(ladder, args))
     missing = [job for job in jobs if not job.is_finished()]
     for command, what in ((TRAIN, "runs are finished"), (EVALUATE, "runs are evaluated")):
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
             number = sum(job not in missing for job in chosen)
             print(f"{number} of {len(chosen)} {what}", flush=True)
     launch: Callable[[Sequence[Job], argparse.Namespace], None] = LAUNCHERS.get(args.launcher)
-    launch(missing, args)
+    launch(without_diverged(missing), args)
 
 
 def _chosen(ladder: Ladder, args: argparse.Namespace) -> list[PlannedRun]:
@@ -81,6 +80,14 @@ def _chosen(ladder: Ladder, args: argparse.Namespace) -> list[PlannedRun]:
     return [
         planned for planned in ladder.runs if (planned.name in args.only if args.only else not planned.is_target)
     ]  # fmt: skip
+
+
+def without_diverged(jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs without those of diverged runs and of their branches, which are reported."""
+    diverged = {job.run.name for job in jobs if has_diverged(job.run.folder)}
+    for name in sorted(diverged):
+        print(f"warning: {name} diverged, and is left out with its branches; plan its size with a lower --lr")
+    return [job for job in jobs if not diverged & {job.run.name, job.run.trunk}]
 
 
 def estimate_text(runs: Sequence[PlannedRun]) -> str:
@@ -104,14 +111,20 @@ def check_launch_flags(args: argparse.Namespace) -> None:
 @LAUNCHERS.register("local", help="one after the other on this machine")
 def run_locally(missing: Sequence[Job], args: argparse.Namespace) -> None:
     """Run the jobs one after the other. Raise UserError if one fails; a second `run` continues there."""
-    done_flops, done_s = 0.0, 0.0
+    done_flops, done_s, diverged = 0.0, 0.0, set[str]()
     for number, job in enumerate(missing, start=1):
+        if diverged & {job.run.name, job.run.trunk}:
+            print(f"[{number}/{len(missing)}] {job.name}: left out, because its run or trunk diverged", flush=True)
+            continue
         print(f"[{number}/{len(missing)}] {job.name}: {shlex.join(job.words(args.nproc_per_node))}", flush=True)
         if args.dry_run:
             continue
         start = time.monotonic()
         outcome = run_job(job, args.nproc_per_node)
-        if not job.is_finished():
+        if has_diverged(job.run.folder):
+            print(f"warning: {job.name} {outcome}", flush=True)
+            diverged.add(job.run.name)
+        elif not job.is_finished():
             raise UserError(
                 f"{job.name} {outcome} ({len(missing) - number + 1} jobs are missing); see {job.run.folder}/out.log, "
                 "then start the same command again, which continues there"

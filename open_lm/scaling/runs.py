@@ -39,6 +39,8 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
     "tokenizer": (str,),
     "validation": (dict,),
     "source": (str,),
+    "started": (str,),
+    "ended": (str,),
     "diverged": (bool,),
 }
 
