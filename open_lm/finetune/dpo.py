@@ -76,7 +76,7 @@ def _trainer(run: Any, args: Namespace, tokenizer: Any, data: Any, limit: int) -
 
     from open_lm.finetune.trl_settings import peft_config, trl_config
     from open_lm.finetune.tuning_data import stored_dataset
-    from open_lm.finetune.tuning_run import with_run
+    from open_lm.finetune.tuning_trainer import with_run
 
     own = {
         "beta": args.beta,

@@ -135,7 +135,7 @@ def _trainer(run: Any, args: Namespace, tokenizer: Any, data: Any, rewards: Any)
 
     from open_lm.finetune.trl_settings import peft_config, trl_config
     from open_lm.finetune.tuning_data import stored_dataset
-    from open_lm.finetune.tuning_run import with_run
+    from open_lm.finetune.tuning_trainer import with_run
 
     rows, val_rows = data
     model = run.load_model(tokenizer)

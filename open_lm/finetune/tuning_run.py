@@ -14,10 +14,9 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,33 +24,21 @@ import torch
 from open_lm import storage
 from open_lm.checkpoint.folders import is_transformers_folder
 from open_lm.config.sections import LoggingConfig
-from open_lm.distributed.processes import Runtime, run_on_master, sum_over_ranks
-from open_lm.errors import STOP_SIGNALS, ConfigError, UserError, missing_package
+from open_lm.distributed.processes import Runtime, run_on_master
+from open_lm.errors import STOP_SIGNALS, ConfigError, UserError, join_problems, missing_package
 from open_lm.finetune.chat_templates import ChatTemplate
+from open_lm.finetune.tuning_trainer import COMPLETE, our_names
 from open_lm.hf.exporting import export_model
-from open_lm.hf.folders import CONFIG, find_source, read_json, write_json
+from open_lm.hf.folders import CONFIG, find_source, read_json
 from open_lm.hf.importing import import_model
 from open_lm.hf.peft_adapters import native_sha256, record_base
-from open_lm.hf.policy import balancing_loss, load_policy, load_policy_tokenizer, quiet, save_policy
+from open_lm.hf.policy import load_policy, load_policy_tokenizer, quiet, save_policy
+from open_lm.monitor.exhausted_memory import OutOfMemory, is_out_of_memory
 from open_lm.monitor.loggers import MetricLoggers, build_loggers, setup_logging
 from open_lm.monitor.run_folder import RunPaths, write_params
 from open_lm.report.run_records import RunRecords
 
-COMPLETE = "complete.json"  # the last file of a checkpoint for --resume; it has the count that TRL does not save
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Our names of TRL's metrics. Others get the prefix train/ or val/ only.
-_NAMES = {
-    **{"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "num_tokens": "tokens"},
-    **{"rewards/margins": "margin", "rewards/accuracies": "accuracy", "logps/chosen": "logp_chosen"},
-    **{"rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected", "logps/rejected": "logp_rejected"},
-    **{"completions/mean_length": "completion_tokens", "completions/clipped_ratio": "completions_cut"},
-}
-_REWARD_MEAN = re.compile(r"rewards/(.+)/mean")
-# Metrics that describe the machine or repeat others.
-_OMITTED = re.compile(
-    r"epoch|(train_)?runtime|.*_per_second|total_flos|model_preparation_time|train_loss|clip_ratio/.*|logits/.*"
-)
-_SHOWN = ("loss", "lr", "margin", "accuracy", "reward", "kl", "entropy", "completion_tokens")  # on the console
 
 
 def require_trl() -> None:
@@ -227,102 +214,7 @@ def _copy_folder(source: str, target: str) -> None:
             storage.copy(storage.join(source, name), storage.join(output, name))
 
 
-# ---------------------------------------------------------------------------------------------- trainers
-def our_names(values: Mapping[str, float]) -> dict[str, float]:
-    """Return metrics of TRL under our names: "loss" as "train/loss", "eval_rewards/margins" as "val/margin"."""
-    renamed = {}
-    for key, value in values.items():
-        prefix, name = ("val", key.removeprefix("eval_")) if key.startswith("eval_") else ("train", key)
-        if _OMITTED.fullmatch(name) or not isinstance(value, int | float):
-            continue
-        reward = _REWARD_MEAN.fullmatch(name)
-        renamed[f"{prefix}/{f'reward/{reward[1]}' if reward else _NAMES.get(name, name)}"] = value
-    return renamed
-
-
-def with_run(trainer_class: type, run: TuningRun) -> type:
-    """Return a subclass of a trainer of TRL that belongs to a run.
-
-    It logs to the loggers of the run, stops at a signal after saving, marks complete checkpoints, adds the
-    load-balancing loss of models of model_type openlm, and loads reference models like `load_policy`.
-    """
-
-    class RunTrainer(trainer_class):
-        metric_loggers = MetricLoggers()
-        records: RunRecords | None = None
-        earlier = (0, 0.0)  # tokens and FLOPs of the starts before
-        stop_requested = False
-        round_steps = 1  # steps that share what the trainer has sampled and does not save
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            try:
-                with _loading_references(trainer_class):
-                    super().__init__(*args, **kwargs)
-            except (ValueError, NotImplementedError, ImportError) as error:
-                if isinstance(error, UserError):
-                    raise
-                raise ConfigError(f"TRL refuses these settings: {error}") from error
-            for callback in list(self.callback_handler.callbacks):
-                if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-                    self.remove_callback(type(callback))  # `log` prints in their place
-
-        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            super().log(logs, start_time)
-            values = our_names(logs)
-            if not values:
-                return
-            energy = {} if self.records is None else self.records.rank_times.exchange_energy()
-            self.metric_loggers.log({**values, "epoch": self.state.epoch, **energy}, self.state.global_step)
-            shown = [f"{key} {value:.4g}" for key, value in values.items() if key.partition("/")[2] in _SHOWN]
-            logging.info(f"step {self.state.global_step} of {self.state.max_steps}: {', '.join(shown)}")
-
-        def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            stop = torch.tensor(float(self.stop_requested), device=self.args.device)
-            is_round_end = (self.state.global_step + 1) % self.round_steps == 0
-            if sum_over_ranks(stop) and is_round_end:  # all ranks stop at the same step
-                self.control.should_save = self.control.should_training_stop = True
-            return super().training_step(*args, **kwargs)
-
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            inner = self.accelerator.unwrap_model(model)
-            balancing = balancing_loss(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)
-            return loss if balancing is None or not self.model.training else loss + balancing
-
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                folder = storage.join(run.trl, f"checkpoint-{self.state.global_step}")
-                write_json(storage.join(folder, COMPLETE), {"tokens": self._total_train_tokens})
-            if self.records is not None:
-                self.records.update()
-
-        def progress(self) -> dict[str, Any]:
-            """Return what this start has computed; transformers estimates the FLOPs."""
-            tokens, flops = self._total_train_tokens - self.earlier[0], self.state.total_flos - self.earlier[1]
-            return {"step": self.state.global_step, "tokens": tokens, "flops": flops}
-
-    RunTrainer.__name__ = trainer_class.__name__
-    return RunTrainer
-
-
-@contextlib.contextmanager
-def _loading_references(trainer_class: type) -> Iterator[None]:
-    """Let a trainer of TRL load its reference model with `load_policy`, which knows model_type openlm."""
-    module = sys.modules[trainer_class.__module__]
-    original = module.create_model_from_path
-
-    def load(folder: str, **options: Any) -> Any:
-        return load_policy(folder, **{key: options[key] for key in ("dtype", "attn_implementation") if key in options})
-
-    module.create_model_from_path = load  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.create_model_from_path = original  # type: ignore[attr-defined]
-
-
+# ---------------------------------------------------------------------------------------------- training
 @contextlib.contextmanager
 def stopping_on_signals(trainer: Any) -> Iterator[None]:
     """Save and stop after the current step if a stop signal arrives; a second Ctrl-C ends the process at once."""
@@ -341,6 +233,27 @@ def stopping_on_signals(trainer: Any) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(args: Namespace) -> Iterator[None]:
+    """Raise OutOfMemory, which names settings that need less, in place of an error of an allocator in the block."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, UserError) or not is_out_of_memory(error):
+            raise
+        state = _process_state()
+        rows = args.batch_size or max(args.global_batch_size // state.num_processes, 1)
+        advice = [
+            *([f"--batch-size {rows // 2} instead of {rows}: fewer rows at once, the same update"] if rows > 1 else []),
+            *(["--grad-checkpointing: compute activations again in the backward pass"] * (not args.grad_checkpointing)),
+            *(["--lora r=16: train adapters only"] * (args.lora is None)),
+            f"{'--max-completion-tokens' if hasattr(args, 'max_completion_tokens') else '--max-length'}: shorter rows",
+        ]
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        heading = f"the memory of rank {state.process_index} is exhausted ({reason}); settings that need less"
+        raise OutOfMemory(join_problems(advice, heading)) from error
 
 
 def train(run: TuningRun, build: Callable[[], Any]) -> dict[str, float]:
@@ -365,7 +278,7 @@ def train(run: TuningRun, build: Callable[[], Any]) -> dict[str, float]:
     try:
         # Not trainer.evaluate(): it would leave the model unwrapped, and ranks would not average their gradients.
         trainer.args.eval_on_start = trainer.eval_dataset is not None and checkpoint is None
-        with stopping_on_signals(trainer):
+        with stopping_on_signals(trainer), explained_out_of_memory(run.args):
             trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
             logging.info(f"stopped at step {trainer.state.global_step}; continue with --resume latest")

@@ -53,6 +53,7 @@ _TRAINING = (
 _SPEED = (
     Metric("train/batch_time", "s", "duration of a step"),
     Metric("train/data_time", "s", "part of a step in which the host waits for data"),
+    Metric("train/inputs_time", "s", "preference training: part of a step for its rows; in GRPO sampling and rewards"),
     Metric("train/sums_time", "s", "part of a step for sums over ranks, with waiting for slower ranks"),
     Metric("train/forward_time", "s", "part of a step for the forward pass"),
     Metric("train/backward_time", "s", "part of a step for the backward pass"),

@@ -18,6 +18,7 @@ from open_lm.config.layout import MeshLayout
 from open_lm.config.sections import Config
 from open_lm.distributed.processes import ALLOCATOR_NAMES, Runtime
 from open_lm.errors import ConfigError, UserError
+from open_lm.monitor.exhausted_memory import OutOfMemory, is_out_of_memory
 from open_lm.monitor.watchdog import position
 from open_lm.planner.efficiency import efficiency_of
 from open_lm.planner.memory import Memory, add_reserve, peak
@@ -26,7 +27,6 @@ from open_lm.planner.shapes import shape_of
 from open_lm.planner.strategies import Machine, Option, Requirements, evaluate_options
 from open_lm.planner.traffic import Rates, step_time
 
-_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 # Flags that the advice may change; it keeps the model, the global batch and the precision.
 _LAYOUT_FLAGS = (
     *("fsdp", "fsdp_hybrid", "fsdp_hybrid_o2", "fsdp_zero2", "fsdp_cpu_offload"),
@@ -35,10 +35,6 @@ _LAYOUT_FLAGS = (
 _MEMORY_FLAGS = ("grad_checkpointing", "activation_checkpointing", "accum_freq", "accum_reduce", "batch_size")
 _NUM_ADVICE = 4
 _MARGIN = 0.9  # of the planned memory that did not fit, where the planner expected that it does
-
-
-class OutOfMemory(UserError, MemoryError):
-    """A rank whose memory is exhausted."""
 
 
 @contextmanager
@@ -72,11 +68,6 @@ def _advice_or_hint(config: Config, layout: MeshLayout, runtime: Runtime) -> lis
     except Exception as failure:  # must not hide the error
         logging.debug(f"no advice: {failure}")
         return ["Raise --accum-freq, set --activation-checkpointing op, or use more devices with --fsdp."]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error reports that memory of a device or of the host cannot be allocated."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in _MESSAGES)
 
 
 def advice(config: Config, layout: MeshLayout, runtime: Runtime) -> list[str]:

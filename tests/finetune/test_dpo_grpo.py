@@ -18,7 +18,7 @@ from tokenizer_helpers import write_tokenizer
 from open_lm.checkpoint.files import write_file
 from open_lm.config.command_line import parse_args
 from open_lm.errors import CheckpointError, ConfigError, DataError
-from open_lm.finetune import tuning_run
+from open_lm.finetune import tuning_trainer
 from open_lm.finetune.dpo import DpoConfig
 from open_lm.finetune.dpo import main as dpo
 from open_lm.finetune.flags import parse
@@ -33,6 +33,7 @@ from open_lm.generate.sampling import Sampling, generate_ids, load_model_for_gen
 from open_lm.hf.native_weights import read_native_weights
 from open_lm.hf.peft_adapters import native_sha256, read_peft_folder
 from open_lm.model.transformer import Transformer, create_model
+from open_lm.monitor.exhausted_memory import OutOfMemory
 from open_lm.tokenizer import load_tokenizer
 
 SHAPE = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 32, "vocab_size": 258, "weight_tying": False}
@@ -102,7 +103,7 @@ def result(run: Path) -> dict[str, torch.Tensor]:
 
 def kill_at(step: int, patches: pytest.MonkeyPatch) -> None:
     """Let trainers raise Killed before the update after `step`."""
-    original: Callable[..., type] = tuning_run.with_run
+    original: Callable[..., type] = tuning_trainer.with_run
 
     def with_run(trainer_class: type, run: TuningRun) -> type:
         class Trainer(original(trainer_class, run)):  # type: ignore[misc]
@@ -113,7 +114,7 @@ def kill_at(step: int, patches: pytest.MonkeyPatch) -> None:
 
         return Trainer
 
-    patches.setattr(tuning_run, "with_run", with_run)
+    patches.setattr(tuning_trainer, "with_run", with_run)
 
 
 def test_dpo_raises_the_margin_of_held_out_pairs_and_writes_a_run_that_continues(tmp_path: Path) -> None:
@@ -123,6 +124,8 @@ def test_dpo_raises_the_margin_of_held_out_pairs_and_writes_a_run_that_continues
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6, 6]
     assert rows[0]["val/margin"] == 0 and rows[-1]["val/margin"] > 0.05 and rows[-1]["val/accuracy"] == 1
     assert rows[1]["train/loss"] == pytest.approx(math.log(2)) and rows[6]["train/loss"] < 0.69
+    phases = [rows[2][f"train/{name}_time"] for name in ("inputs", "forward", "backward", "optimizer")]
+    assert min(phases) > 0 and sum(phases) <= rows[2]["train/batch_time"]
     # The result in both formats: equal weights, with a tokenizer and model.json next to the native ones.
     native = load_model_for_generation(
         str(run / "checkpoints" / "epoch_0.pt"), Namespace(model=str(run / "checkpoints" / "model.json"))
@@ -139,7 +142,9 @@ def test_dpo_raises_the_margin_of_held_out_pairs_and_writes_a_run_that_continues
 
 def _repeatable(row: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a line that depend on settings and seeds only."""
-    return {name: value for name, value in row.items() if name not in ("time", "energy/kwh")}
+    return {
+        name: value for name, value in row.items() if name not in ("time", "energy/kwh") and not name.endswith("_time")
+    }
 
 
 def test_dpo_continues_after_a_kill_with_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +196,22 @@ def test_settings_that_trl_refuses_are_one_clear_error(tmp_path: Path) -> None:
         dpo([*flags, "--name", "exo", "--loss-type", "exo_pair"])
     with pytest.raises(ConfigError, match="TRL refuses these settings: WPO-style weighting is not implemented"):
         dpo([*flags, "--name", "aot", "--loss-type", "aot", "--trl", "use_weighting=true"])
+
+
+def test_an_exhausted_memory_names_settings_that_need_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(trainer_class: type, run: TuningRun) -> type:
+        class Trainer(with_run(trainer_class, run)):  # type: ignore[misc]
+            def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+                return torch.empty(1 << 58)  # more than any machine has
+
+        return Trainer
+
+    with_run = tuning_trainer.with_run
+    monkeypatch.setattr(tuning_trainer, "with_run", exhausted)
+    with pytest.raises(OutOfMemory, match=r"(?s)memory of rank 0 is exhausted") as error:
+        dpo([*dpo_flags(tmp_path, OPENLM), "--name", "large"])
+    for text in ("--batch-size ", "--grad-checkpointing", "--lora", "--max-length"):
+        assert text in str(error.value)
 
 
 def test_routers_have_no_adapters() -> None:
