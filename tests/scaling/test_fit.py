@@ -326,6 +326,7 @@ def test_predictions_are_compared_with_runs_that_were_trained_later(
     (predicted,) = json.loads(capsys.readouterr().out)["predictions"]
     other = run_of(4e9, 9e10, 2.0, name="other tokens")
     trained = run_of(4.01e9, 8.01e10, 1.02 * predicted["loss"], name="trained", accuracy={"copa": 0.9})
+    trained["started"] = "2031-05-06T07:08:09+00:00"
     measured = write(tmp_path / "measured.json", [other, trained])
     command.main(["predict", str(stored), "--measured", str(measured), "--json"])
     (item,) = json.loads(capsys.readouterr().out)["predictions"]
@@ -338,6 +339,7 @@ def test_predictions_are_compared_with_runs_that_were_trained_later(
     command.main(["report", str(stored), str(page), "--measured", str(measured)])
     html = page.read_text(encoding="utf-8")
     assert "Predicted and measured" in html and "trained (4,010,000,000 parameters" in html
+    assert trained["started"] in html, "the page shows that the prediction was made before the training"
     with pytest.raises(ConfigError, match="found no run of the targets 4000000000:80000000000"):
         command.main(["predict", str(stored), "--measured", str(path)])
 
