@@ -276,6 +276,13 @@ def test_flags_without_effect_are_reported_only_when_set() -> None:
         ("--lr-scheduler const --lr-cooldown-end 1", "--lr-cooldown-end has no effect with --lr-scheduler const"),
         ("--remote-sync-frequency 5", "--remote-sync-frequency has no effect without --remote-sync"),
         ("--moe-top-k 1", "--moe-top-k has no effect without --moe-freq"),
+        ("--accum-freq 2 --accum-reduce every-micro-batch", "--accum-reduce has no effect without --fsdp"),
+        ("--fsdp --accum-reduce every-micro-batch", "--accum-reduce has no effect without --accum-freq above 1"),
+        ("--torchcompile --async-tensor-parallel", "--async-tensor-parallel has no effect without --tensor-parallel"),
+        (
+            "--mesh-dim 1,1,2 --async-tensor-parallel",
+            "--async-tensor-parallel has no effect without --torchcompile",
+        ),
         ("--model-norm rms_norm", "--model-norm has no effect: the --model file sets model_norm to default_layer_norm"),
     ],
 )

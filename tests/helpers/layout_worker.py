@@ -18,9 +18,11 @@ from open_lm.distributed.processes import Runtime, build_layout, init_runtime, s
 from open_lm.model.initialization import init_weights
 from open_lm.model.losses import TokenLoss
 from open_lm.model.transformer import Params, Transformer
-from open_lm.parallel.parallelize import evaluation_mode, parallelize
+from open_lm.parallel.parallelize import evaluation_mode, gradient_sync, parallelize
 
 SMALL = {"dim": 76, "n_layers": 2, "n_heads": 12, "vocab_size": 31, "seq_len": 12, "apply_qk_norm": True}
+# The collective of FSDP2; older versions of torch have the second name only.
+SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 LARGE = {"dim": 512, "n_layers": 8, "n_heads": 8, "vocab_size": 4096, "seq_len": 16}
 
 
@@ -101,3 +103,27 @@ def compiled(settings: dict[str, Any], checkpointing: str) -> dict[str, Any]:
     graphs, breaks = counters["stats"]["unique_graphs"], len(counters["graph_break"])
     shutdown(runtime)
     return {**results, "graphs": graphs, "graph_breaks": breaks}
+
+
+def reductions(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the collectives of two backward passes, the first of which is not the last one of a step, and the share of
+    the gradients of all parameters that this rank has as shards after each.
+    """
+    cfg = ParallelConfig(**settings)
+    runtime = init_runtime(cfg)
+    model = new_model(runtime, cfg, {**SMALL, "dim": 48, "vocab_size": 32})
+    parameters = list(model.parameters())
+    ids = torch.randint(0, 31, (2, 12), generator=torch.Generator().manual_seed(runtime.rank))
+    passes = []
+    for is_last in (False, True):
+        with (
+            gradient_sync(model, is_last, cfg.reduces_every_micro_batch),
+            mock.patch.object(dist, SCATTER, wraps=getattr(dist, SCATTER)) as reduce_scatter,
+            mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce,
+        ):
+            model(ids, loss=TokenLoss(ids))[0].backward()
+        held = sum(sharded_tensor.local_tensor(p.grad).numel() for p in parameters if p.grad is not None)
+        share = held / sum(p.numel() for p in parameters)
+        passes.append([reduce_scatter.call_count, all_reduce.call_count, share])
+    shutdown(runtime)
+    return {"passes": passes}

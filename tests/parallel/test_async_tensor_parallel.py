@@ -62,7 +62,7 @@ def losses(folder: Path, name: str, flags: list[str]) -> list[float]:
     model.write_text(json.dumps({**shape, "post_embed_norm": False, "weight_tying": False}))
     train = f"--model {model} --dataset-type synthetic --train-num-samples 4096 --epochs 1 --global-batch-size 4"
     run = f"--logs {folder} --name {name} --log-every-n-steps 1 --tensor-parallel 2 --report none {' '.join(flags)}"
-    command = f"-m torch.distributed.run --standalone --nproc-per-node 2 -m open_lm.main {train} {run}"
+    command = f"-m open_lm.cli.launch --nproc-per-node 2 -m open_lm.main {train} {run}"
     subprocess.run([sys.executable, *command.split()], check=True)
     rows = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
     return [row["train/loss"] for row in rows if "train/loss" in row]

@@ -128,6 +128,21 @@ def test_initial_weights_are_independent_of_the_layout_and_never_unsharded() -> 
 
 
 @pytest.mark.processes
+def test_gradients_are_reduced_and_sharded_after_every_micro_batch() -> None:
+    """The four groups are two blocks, embedding and head. Replicas are reduced once per step either way."""
+    fsdp, hybrid = {"fsdp": True}, {"fsdp": True, "mesh_dim": "2,2,1"}
+    jobs = [(layout_worker.reductions, {**mesh, **every}) for mesh in (fsdp, hybrid) for every in ({}, parity.EVERY)]
+    results = [result["passes"] for result in on_ranks(4, jobs)]
+    shares = [pytest.approx(share, rel=0.02) for share in (0.25, 0.5)]
+    assert results == [
+        [[0, 0, 0.0], [4, 0, shares[0]]],
+        [[4, 0, shares[0]], [4, 0, shares[0]]],
+        [[0, 0, 0.0], [4, 4, shares[1]]],
+        [[4, 0, 0.0], [4, 4, shares[1]]],  # between the passes, FSDP2 keeps the shards in its own buffers
+    ]
+
+
+@pytest.mark.processes
 def test_evaluation_returns_full_logits_for_every_kind_of_call() -> None:
     expected = layout_worker.logits({})
     # --fsdp-pure-bf16 has no effect without --fsdp, so all layouts compute in float32.

@@ -19,7 +19,7 @@ from open_lm.config.architecture import model_names
 from open_lm.config.checkpoint_policy import due_after_epoch, due_after_step, superseded
 from open_lm.config.command_line import parse_args
 from open_lm.config.layout import resolve_layout
-from open_lm.config.sections import Config, ModelConfig
+from open_lm.config.sections import ACCUM_REDUCE, Config, ModelConfig
 from open_lm.errors import ConfigError
 from open_lm.model.adapters import add_adapters
 from open_lm.model.transformer import create_model
@@ -109,8 +109,8 @@ def test_windows_reduce_the_flops_of_attention(tmp_path: Path) -> None:
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
-COMPARED = ("single amp op", "gemma_geglu", "ddp accum full", "fsdp muon full", "zero2 accum full", "context full",
-            "offload full")  # fmt: skip
+COMPARED = ("single amp op", "fsdp accum every full", "hybrid accum every", "gemma_geglu", "ddp accum full",
+            "fsdp muon full", "zero2 accum full", "context full", "offload full")  # fmt: skip
 
 
 @pytest.mark.processes
@@ -187,6 +187,41 @@ def test_accumulated_gradients_are_separate_from_ddp_buckets() -> None:
     found = {key: next(iter(memories)).gradients / shape.num_params for key, memories in counts.items()}
     assert found == {(1, 1): 0, (1, 2): 4, (8, 1): 4, (8, 2): 8}
     assert list(phases(setup(f"{flags} --accum-freq 2", 8)))[-1].gradients == 4 * shape.num_params
+
+
+def test_reducing_every_micro_batch_accumulates_shards() -> None:
+    flags = "--model open_lm_1b --precision amp_bfloat16 --fsdp --fsdp-amp --accum-freq 4 --accum-reduce"
+    last, every = (setup(f"{flags} {value}", 8) for value in ACCUM_REDUCE)
+    gradients = [next(iter(phases(each))).gradients / each.shape.num_params for each in (last, every)]
+    assert gradients == pytest.approx([4, 4 / 8], rel=0.01)
+    offloaded = setup(f"{flags} every-micro-batch --fsdp-cpu-offload", 8)
+    assert next(iter(phases(offloaded))).gradients == 0
+    hybrid = setup(f"{flags} every-micro-batch --fsdp-hybrid --fsdp-cpu-offload", 16)  # reduced over replicas later
+    assert next(iter(phases(hybrid))).gradients == pytest.approx(4 / 8 * hybrid.shape.num_params, rel=0.01)
+    sent = [{c.name: c.num_bytes for c in collectives(each)}["reduce-scatter gradients"] for each in (last, every)]
+    assert sent[1] == 4 * sent[0]
+    rates = Rates(matmul_flops=1e15, mfu=0.5, intra=1e11, inter=1e11)
+    assert step_time(last, rates).seconds < step_time(every, rates).seconds
+    slow = replace(rates, intra=1e9)  # only the last backward pass hides the reductions, or each its own
+    assert step_time(last, slow).exposed_s < step_time(every, slow).exposed_s
+
+
+def test_plan_reduces_every_micro_batch_only_where_that_saves_memory(tmp_path: Path) -> None:
+    model = tmp_path / "llama_13b.json"
+    shape = {"hidden_dim": 5120, "n_layers": 40, "n_heads": 40, "seq_len": 4096, "vocab_size": 32000}
+    norms = {"post_embed_norm": False, "weight_tying": False, "model_norm": "rms_norm"}
+    model.write_text(json.dumps({**shape, **norms}))
+    run = f"--model {model} --devices 8 --strategies fsdp --grad-checkpointing"
+    every = "--accum-reduce every-micro-batch"
+    sizes = {}
+    for device, accumulation in (("H100", ""), ("A100 40GB", every), ("A100 40GB", "--accum-reduce last")):
+        given = accumulation if "last" in accumulation else ""
+        (option,) = planned(f"{run} --device '{device}' --batch-size 1 --accum-freq 4 {given}").options
+        assert option.fits == ("last" not in accumulation) and (every in option.command()) == (accumulation == every)
+        sizes[accumulation] = option.memory.total / 2**30
+    assert sizes[""] == pytest.approx(73, abs=1) and sizes[every] == pytest.approx(31, abs=1)
+    (option,) = planned(f"{run} --device 'A100 40GB' --global-batch-size 64").options
+    assert option.fits and "--accum-freq 4 --accum-reduce every-micro-batch" in option.command()
 
 
 def test_muon_divides_work_but_not_results_between_ddp_ranks() -> None:

@@ -153,6 +153,7 @@ def test_exhausted_memory_is_an_error_with_settings_that_need_less(tmp_path: Pat
         ("--model open_lm_1b --global-batch-size 64", 1),
         ("--model open_lm_7b --global-batch-size 256 --fsdp --fsdp-amp --activation-checkpointing 2", 8),
         ("--model open_lm_7b --global-batch-size 64", 8),
+        ("--model open_lm_7b --global-batch-size 256 --fsdp --fsdp-amp --accum-freq 16", 8),
     ],
 )
 def test_advised_settings_keep_the_batch_and_fit(flags: str, world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
