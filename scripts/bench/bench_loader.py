@@ -5,9 +5,10 @@
 
 The tokens come from the corpus in OPEN_LM_SHARED (default: ../shared), or are random if it does not exist. "ours" is
 the loader that training uses, with its worker processes, up to the batch that `on_device` receives. The others are in
-bench_loader_peers.py. Every measurement runs in a separate process and warms up first. Rounds alternate between the
-loaders, so that other load on the machine affects all of them. Files are in the page cache. The table shows median,
-minimum and maximum per worker process.
+bench_loader_peers.py. "raw text" is --train-text with the files of the corpus: with the tokenized units in the cache,
+or one pass without a cache, which includes loading the tokenizer. Every measurement runs in a separate process and,
+except for that pass, warms up first. Rounds alternate between the loaders, so that other load on the machine affects
+all of them. Files are in the page cache. The table shows median, minimum and maximum per worker process.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_loader_peers import PEER_LOADERS, SEQUENCES_IN_SHARD, measure
@@ -32,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LENGTH, VOCAB_SIZE, END_OF_TEXT = 2049, 50432, 0
 OURS = {"npy": "npy", "npy of 4 bytes": "npy-uint32", "json.gz": "json.gz", "txt": "txt"}
 BASELINE = "ours, npy"
+TEXTS = {"raw text, warm cache": "warm", "raw text, no cache": "none"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -56,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # runs in a separate process
     parser.add_argument("--data", type=user_path, help=argparse.SUPPRESS)
+    parser.add_argument("--text", choices=list(TEXTS.values()), help=argparse.SUPPRESS)
     return parser
 
 
@@ -78,11 +85,15 @@ def corpus_tokens(shared: Path, count: int) -> np.ndarray:
     return np.resize(np.array(ids, np.uint16), count)
 
 
+def shared_folder() -> Path:
+    return Path(os.environ.get("OPEN_LM_SHARED", ROOT.parent / "shared"))
+
+
 def make_data(folder: Path, sequences: int) -> str:
     """Write the tokens and shards of every format; return a description of their origin."""
     from open_lm.data.shard_format import ManifestEntry, ShardWriter, write_manifest
 
-    shared = Path(os.environ.get("OPEN_LM_SHARED", ROOT.parent / "shared"))
+    shared = shared_folder()
     has_corpus = (shared / "data" / "raw").is_dir()
     count = sequences * LENGTH
     random = np.random.default_rng(0)
@@ -102,6 +113,32 @@ def make_data(folder: Path, sequences: int) -> str:
     return f"the corpus in {shared}" if has_corpus else "random ids"
 
 
+def index_text(folder: Path, shared: Path) -> float:
+    """Index the text of the corpus for --train-text in `folder`, with all units in its cache; return the seconds."""
+    from open_lm.config.command_line import parse_args
+    from open_lm.config.sections import Config
+    from open_lm.distributed.processes import Runtime
+    from open_lm.monitor.run_folder import RunPaths
+    from open_lm.training.raw_text import prepare_text
+
+    settings = text_settings(folder, shared)
+    args = parse_args(["--logs", str(folder / "logs"), "--name", "run"])
+    vars(args).update(settings, tokenizer=str(shared / "data" / "tokenizers" / "gpt-neox-20b.json"))
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        prepare_text(
+            args, Config.from_namespace(args), {"seq_len": LENGTH - 1, "vocab_size": VOCAB_SIZE}, Runtime(),
+            RunPaths(args.logs, args.name), stack=stack, is_stopped=lambda: False,
+        )  # fmt: skip
+    return time.perf_counter() - started
+
+
+def text_settings(folder: Path, shared: Path) -> dict[str, Any]:
+    """Return the settings of the training data that read the index in `folder`."""
+    names = {"train_text": [str(shared / "data" / "raw" / "*.jsonl.zst")], "text_index": str(folder / "text")}
+    return {**names, "cache_dir": str(folder / "text" / "units.cache"), "data_key": "npy"}
+
+
 # --- our loader, in a separate process ------------------------------------------------------------------------------
 def our_speed(args: argparse.Namespace) -> dict[str, float]:
     """Measure our loader on the manifest `args.data`, in endless passes."""
@@ -109,11 +146,31 @@ def our_speed(args: argparse.Namespace) -> dict[str, float]:
     from open_lm.data.loader import build_train_loader
 
     (workers,) = args.workers
+    if getattr(args, "text", None):
+        return text_speed(args, workers)
     data_key = Path(args.data).parent.name.partition("-")[0]
     data = DataConfig(dataset_manifest=[args.data], data_key=data_key, workers=workers, multiple_data_passes=True)
     loader = build_train_loader(data, seq_len=LENGTH - 1, vocab_size=VOCAB_SIZE, batch_size=args.batch_size)
     endless = (batch for batch, _ in loader.batches(sys.maxsize))
     return measure(endless, workers, args.seconds, lambda batch: batch.stored_ids.numel())
+
+
+def text_speed(args: argparse.Namespace, workers: int) -> dict[str, float]:
+    """Measure --train-text: endless passes with a warm cache, or one pass without a cache."""
+    from open_lm.config.sections import DataConfig
+    from open_lm.data.loader import build_train_loader
+
+    data = DataConfig(**text_settings(Path(args.data), shared_folder()), workers=workers)
+    if args.text == "none":
+        data = replace(data, cache_limit="0")
+    started = time.perf_counter()
+    loader = build_train_loader(data, seq_len=LENGTH - 1, vocab_size=VOCAB_SIZE, batch_size=args.batch_size)
+    if args.text == "warm":
+        endless = (batch for batch, _ in loader.batches(sys.maxsize))
+        return measure(endless, workers, args.seconds, lambda batch: batch.stored_ids.numel())
+    (sequences,) = (source.num_sequences or 0 for source in loader.sources)
+    tokens = sum(batch.stored_ids.numel() for batch, _ in loader.batches(sequences // args.batch_size))
+    return {"tokens": tokens, "seconds": time.perf_counter() - started}
 
 
 # --- comparison -----------------------------------------------------------------------------------------------------
@@ -126,6 +183,9 @@ def loader_commands(args: argparse.Namespace, folder: Path) -> dict[tuple[str, i
         for label, name in OURS.items():
             data = str(folder / name / "manifest.jsonl")
             commands[f"ours, {label}", workers] = [*this_script, "--measure", "--data", data, *common, str(workers)]
+        for label, kind in TEXTS.items() if (folder / "text").is_dir() else ():
+            words = [*this_script, "--measure", "--text", kind, "--data", str(folder)]
+            commands[f"ours, {label}", workers] = [*words, *common, str(workers)]
     for name, (_, make) in PEER_LOADERS.items():
         if args.only and name not in args.only:
             continue
@@ -166,7 +226,9 @@ def table(speeds: dict[tuple[str, int], list[float]]) -> str:
 
 
 def run(args: argparse.Namespace, folder: Path) -> None:
-    origin = make_data(folder, args.sequences)
+    origin, shared = make_data(folder, args.sequences), shared_folder()
+    if (shared / "data" / "raw").is_dir() and not {f"ours, {label}" for label in TEXTS}.isdisjoint(args.only or TEXTS):
+        print(f"raw text: indexed in {index_text(folder, shared):.1f} s", flush=True)
     print(
         f"{args.sequences * LENGTH / 1e6:.1f} million tokens of {origin}; sequences of {LENGTH}, batches of "
         f"{args.batch_size}, {available_cpus()} CPU cores, warm page cache, {args.rounds} rounds; million "
