@@ -170,3 +170,12 @@ def test_settings_without_a_parametrization_are_errors(tmp_path: Path) -> None:
     assert params({"mup": True, "mup_base_width": 32}).parametrization.width_ratio == 2.0  # the file sets it
     with pytest.raises(ConfigError, match="--mup is not supported with --hf-model"):
         parse_args(["--hf-model", "some", "--hf-seq-len", "8", "--mup", "--mup-base-width", "64"])
+
+
+def test_stored_results_of_models_without_muP_keep_their_key() -> None:
+    from open_lm.evaluate.icl.store import stored_facts
+
+    keys = [set(stored_facts(model, "", "")["architecture"]) for model in (
+        model_of("plain", BASE), model_of("plain", BASE, mup=True, mup_base_width=BASE // 2)
+    )]  # fmt: skip
+    assert keys[1] - keys[0] == {"mup", "mup_base_width", "mup_base_head_dim"}
