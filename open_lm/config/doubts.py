@@ -16,6 +16,7 @@ def doubtful_settings(config: Config, architecture: Mapping[str, Any]) -> list[s
     doubts = []
     if data.train_data_mix_weights is None:  # else each shard is meant to be a source
         doubts.append(_doubtful_sources("--train-data", data.train_data or [], "source"))
+        doubts.append(_doubtful_sources("--train-text", data.train_text or [], "source", suffix=""))
     doubts.append(_doubtful_sources("--val-data", validation.val_data or [], "validation set"))
     doubts.append(_doubtful_heads(config.model.model, architecture))
     if config.precision.fp8 and not config.model.torchcompile:
@@ -26,11 +27,11 @@ def doubtful_settings(config: Config, architecture: Mapping[str, Any]) -> list[s
     return [doubt for doubt in doubts if doubt]
 
 
-def _doubtful_sources(flag: str, values: Sequence[str], kind: str) -> str:
-    """Describe values that are single shards of one data set, as a shell makes them from an unquoted glob."""
+def _doubtful_sources(flag: str, values: Sequence[str], kind: str, suffix: str = ".tar") -> str:
+    """Describe values that are single files of one data set, as a shell makes them from an unquoted glob."""
     groups: dict[str, list[str]] = {}
     for value in values:
-        if value.endswith(".tar") and len(split_joined(value)) == 1 and not is_pattern(value):
+        if value.endswith(suffix) and len(split_joined(value)) == 1 and not is_pattern(value):
             folder, slash, name = value.rpartition("/")
             groups.setdefault(folder + slash + re.sub(r"\d+", "*", name), []).append(value)
     pattern, shards = max(groups.items(), key=lambda item: len(item[1]), default=("", []))
@@ -38,7 +39,7 @@ def _doubtful_sources(flag: str, values: Sequence[str], kind: str) -> str:
         return ""
     names = ", ".join(shard.rpartition("/")[2] for shard in shards[:3]) + (", …" if len(shards) > 3 else "")
     return (
-        f"{flag}: {len(shards)} of {len(values)} values are shards that differ only in their number ({names}), and "
+        f"{flag}: {len(shards)} of {len(values)} values are {'shards' if suffix else 'files'} that differ only in their number ({names}), and "
         f"each is a separate {kind}; to read them as one {kind}, quote a pattern such as {flag} '{pattern}'"
     )
 

@@ -25,7 +25,7 @@ from open_lm.data.verify import Expected
 from open_lm.datapreprocess.pack import DocumentPacker, cut
 from open_lm.datapreprocess.readers import BadDocument, Document, Piece, PieceReader, ReadOptions
 from open_lm.datapreprocess.tokenization import DocumentEncoder
-from open_lm.errors import DataError
+from open_lm.errors import DataError, StorageError
 
 _BATCH_CHARS = 512 << 10  # documents are encoded in batches of about this size
 _BATCH_BYTES = 4 << 20  # of members built at a time
@@ -244,8 +244,12 @@ def index_unit(unit: TextUnit, options: TextOptions, encoder: DocumentEncoder, c
     parts = _Hashed(shard_bytes(text.sequences()))
     entry = None
     if cache is not None:
-        with contextlib.suppress(CacheFullError, StalledDownloadError):
-            entry = cache.get(unit.identity, -1, parts.write)
+        try:
+            with contextlib.suppress(CacheFullError, StalledDownloadError):
+                entry = cache.get(unit.identity, -1, parts.write)
+        except OSError as error:
+            message = f"{cache.folder}: cannot keep tokenized text there ({error.strerror or error})"
+            raise StorageError(f"{message}; choose another folder (--cache-dir) or lower --cache-limit") from error
     for _ in parts:  # what the cache did not need or could not hold
         pass
     if entry is not None:

@@ -1,8 +1,9 @@
 """The files of a run: their paths, the lock of the run folder, params.txt and the copy of the source.
 
-{logs}/{name}/out.log params.txt data.json tokenizer/ environment.json metrics.jsonl icl.jsonl samples.jsonl report.html
-tensorboard/ wandb/ code/ diagnostics/ checkpoints/ checkpoints_failed/. With --checkpoint-dir, which may be remote, the
-last two are in {checkpoint_dir}/{name}/, with copies of data.json and tokenizer/.
+{logs}/{name}/out.log params.txt data.json tokenizer/ text_index/ environment.json metrics.jsonl icl.jsonl
+samples.jsonl report.html tensorboard/ wandb/ code/ diagnostics/ checkpoints/ checkpoints_failed/. With
+--checkpoint-dir, which may be remote, the last two are in {checkpoint_dir}/{name}/, with copies of data.json and
+tokenizer/.
 """
 
 from __future__ import annotations

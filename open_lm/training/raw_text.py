@@ -206,7 +206,7 @@ class _Progress:
         index = self._index
         done = len(index.units) - len(index.missing)
         logging.info(
-            f"{index.state.name}: indexing {self._missing_bytes / 1e6:,.1f} MB of raw text in "
+            f"{index.state.name}: indexing {self._missing_bytes / 1e6:,.1f} MB of input in "
             f"{len(index.state.inputs):,} files{f'; {done} of {len(index.units)} units are done already' * bool(done)}"
         )
 
@@ -226,7 +226,7 @@ class _Progress:
         if seconds < self._next_log_s:
             return
         self._next_log_s = seconds + min(seconds / 4, _MAX_LOG_S)
-        text = f"{self._index.state.name}: indexed {done_bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB of raw text"
+        text = f"{self._index.state.name}: indexed {done_bytes / 1e6:,.1f} of {total / 1e6:,.1f} MB of input"
         if done_bytes:
             rate = done_bytes / seconds
             text += f", {rate / 1e6:,.1f} MB/s, about {(total - done_bytes) / rate:,.0f} s left"
