@@ -163,7 +163,8 @@ class Choices:
         shapes: sizes of the ladder.
         multipliers: tokens per parameter.
         run_tokens: tokens of the runs of each size, instead of multipliers.
-        lr, batch: learning rate and sequences of a step, for all sizes.
+        lr, batch: learning rate (of the smallest size) and sequences of a step, for all sizes.
+        lr_exponent: power of the number of parameters with which the learning rate changes.
         branches: train the shorter runs of a size as branches.
         target: (parameters, tokens) of the model to predict.
     """
@@ -173,8 +174,14 @@ class Choices:
     run_tokens: Sequence[float] | None = None
     lr: float | None = None
     batch: int | None = None
+    lr_exponent: float = 0.0
     branches: bool = True
     target: tuple[int, int] | None = None
+
+    def rungs(self, shape: Shape, lengths: Lengths, smallest: Shape) -> list[Rung]:
+        """Return the runs of a size in a ladder with the smallest size `smallest`."""
+        lr = None if self.lr is None else self.lr * (shape.params / smallest.params) ** self.lr_exponent
+        return rungs_of(shape, lengths, lr=lr, batch=self.batch, branches=self.branches)
 
 
 def choose(choices: Choices, budget: float | None, cost_of: CostOf) -> list[Rung]:
@@ -193,7 +200,7 @@ def choose(choices: Choices, budget: float | None, cost_of: CostOf) -> list[Rung
         ConfigError: a budget that is too small, or neither sizes nor a budget.
     """
     shapes = list(choices.shapes) if choices.shapes is not None else _family_sizes(choices, budget, cost_of)
-    build = functools.partial(rungs_of, lr=choices.lr, batch=choices.batch, branches=choices.branches)
+    build = functools.partial(choices.rungs, smallest=shapes[0])
     if choices.multipliers is not None or choices.run_tokens is not None:
         given = (choices.multipliers or (), choices.run_tokens or ())
         rungs = [rung for shape in shapes for rung in build(shape, lengths_of(shape, *given))]
@@ -218,7 +225,9 @@ def _family_sizes(choices: Choices, budget: float | None, cost_of: CostOf) -> li
         raise ConfigError("plan: give a budget (--flops, --hours or --tokens), or the sizes of the ladder with --sizes")
     limit = choices.target[0] if choices.target else float("inf")
     members = [shape for shape in map(named_shape, FAMILY) if shape.params < limit]
-    optimal = {shape: cost_of(_single(shape, lengths_of(shape, [COMPUTE_OPTIMAL]), choices)) for shape in members}
+    optimal = {
+        shape: cost_of(choices.rungs(shape, lengths_of(shape, [COMPUTE_OPTIMAL]), shape)[0]) for shape in members
+    }
     affordable = [shape for shape in members if optimal[shape] <= _LARGEST_SHARE * budget]
     sizes: list[Shape] = []
     for shape in reversed(affordable):
@@ -233,15 +242,10 @@ def _family_sizes(choices: Choices, budget: float | None, cost_of: CostOf) -> li
     return sizes[:_MAX_SIZES][::-1]
 
 
-def _single(shape: Shape, lengths: Lengths, choices: Choices) -> Rung:
-    """Return the run of one length."""
-    (rung,) = rungs_of(shape, lengths, lr=choices.lr, batch=choices.batch, branches=choices.branches)
-    return rung
-
-
-def target_rung(shape: Shape, tokens: int, choices: Choices) -> Rung:
+def target_rung(shape: Shape, tokens: int, choices: Choices, smallest: Shape) -> Rung:
     """Return the run to predict: its hyperparameters follow the rules of the ladder."""
-    return replace(_single(shape, {"target": Fraction(tokens)}, choices), is_target=True)
+    (rung,) = choices.rungs(shape, {"target": Fraction(tokens)}, smallest)
+    return replace(rung, is_target=True)
 
 
 def _check_budget(rungs: Sequence[Rung], budget: float | None, cost_of: CostOf) -> None:

@@ -49,6 +49,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--vocab-size", type=int, default=50432, help="of sizes given as numbers (default: %(default)s)")
     add("--seq-len", type=int, default=2048, help="of sizes given as numbers (default: %(default)s)")
     add("--lr", type=positive, help="peak learning rate (default: by compute, as in arXiv 2401.02954)")
+    add(
+        "--lr-exponent",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="with --lr for the smallest size: multiply it by (parameters / smallest)^P (default: 0, equal for all)",
+    )
     add("--global-batch-size", type=int, metavar="B", help="sequences per step (default: by compute, likewise)")
     add("--no-branches", action="store_true", help="train every run from the start, with a cosine schedule")
     add("--base", type=user_path, metavar="FILE", help="YAML or JSON file with settings of all runs, such as data")
@@ -66,12 +73,15 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: found {value}, expected at least 1")
     if args.train_target and args.target is None:
         raise ConfigError("--train-target: found no --target N:D, expected the parameters and tokens to train")
+    if args.lr_exponent and args.lr is None:
+        raise ConfigError("--lr-exponent: found no --lr, expected the learning rate of the smallest size")
     base = read_base(args.base, args.set)
     choices = Choices(
         shapes=parse_sizes(args.sizes, args.vocab_size, args.seq_len) if args.sizes else None,
         multipliers=args.multipliers,
         run_tokens=args.run_tokens,
         lr=args.lr,
+        lr_exponent=args.lr_exponent,
         batch=args.global_batch_size,
         branches=not args.no_branches,
         target=args.target,
@@ -85,8 +95,9 @@ def run(args: argparse.Namespace) -> None:
     rungs = choose(choices, getattr(args, measure) if measure else None, costs.get(measure, lambda rung: rung.cost))
     target_point = args.target
     if args.train_target:
-        shape = target_shape(args.target[0], [rung.shape for rung in rungs])
-        rungs.append(target_rung(shape, args.target[1], choices))
+        shapes = sorted({rung.shape for rung in rungs}, key=lambda shape: shape.params)
+        shape = target_shape(args.target[0], shapes)
+        rungs.append(target_rung(shape, args.target[1], choices, shapes[0]))
         target_point = (shape.params, rungs[-1].tokens)
     hours = [device_hours(rung, args.devices, speed) for rung in rungs] if measure == "hours" else None
     facts = {"target": list(target_point) if target_point else None, "device_hours": hours}

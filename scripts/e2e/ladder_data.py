@@ -1,8 +1,9 @@
-"""Write the data of ladder_tiny.sh: a byte tokenizer, training text, and text of other documents for validation.
+"""Write the data of ladder_tiny.sh: a byte tokenizer, training text, and other passages of the text for validation.
 
     python scripts/e2e/ladder_data.py FOLDER [--data FILE ...] [--text-mb 8] [--valid-kb 96]
 
-Without --data, the text is from the Python installation (see scripts/python_docs.py).
+Documents are cut into passages of 8,000 characters, which are shuffled. Without --data, the text is from the Python
+installation (see scripts/python_docs.py).
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from open_lm.datapreprocess.readers import Piece, PieceReader, ReadOptions  # no
 from open_lm.errors import DataError, run_cli  # noqa: E402
 from open_lm.system.names import user_file, user_path  # noqa: E402
 
-MAX_CHARACTERS = 8000  # of a document, so that a few long ones do not fill the text
-MIN_CHARACTERS = 200
+MIN_CHARACTERS, MAX_CHARACTERS = 200, 8000  # of a passage
 
 
 def texts_of(files: Sequence[str], key: str) -> Iterator[str]:
@@ -41,7 +41,8 @@ def write_data(folder: Path, files: Sequence[str], key: str, text_mb: float, val
         DataError: too little text.
     """
     source = texts_of(files, key) if files else (str(item["text"]) for item in documents(int(2e6 * text_mb)))
-    texts = [text[:MAX_CHARACTERS] for text in source if len(text) >= MIN_CHARACTERS]
+    passages = (text[at : at + MAX_CHARACTERS] for text in source for at in range(0, len(text), MAX_CHARACTERS))
+    texts = [passage for passage in passages if len(passage) >= MIN_CHARACTERS]
     random.Random(0).shuffle(texts)
     sizes = [len(text.encode("utf-8", "surrogatepass")) for text in texts]
     num_valid = next((number for number in range(len(sizes)) if sum(sizes[:number]) >= 1e3 * valid_kb), len(sizes))
@@ -50,14 +51,13 @@ def write_data(folder: Path, files: Sequence[str], key: str, text_mb: float, val
     train_bytes = sum(sizes[num_valid:end])
     if train_bytes < 1e3 * valid_kb:
         raise DataError(
-            f"--data: found {sum(sizes) / 1e3:,.0f} kB of documents with at least {MIN_CHARACTERS} characters, "
-            f"expected more than twice --valid-kb {valid_kb:g}"
+            f"--data: found {sum(sizes) / 1e3:,.0f} kB of text, expected more than twice --valid-kb {valid_kb:g}"
         )
     write_tokenizer(folder / "tokenizer")
     write_rows(folder / "valid.jsonl", ({"text": text} for text in texts[:num_valid]))
     write_rows(folder / "train.jsonl", ({"text": text} for text in texts[num_valid:end]))
-    print(f"{train_bytes / 1e6:.1f} MB of training text ({end - num_valid:,} documents), "
-          f"{sum(sizes[:num_valid]) / 1e3:.0f} kB for validation ({num_valid:,} documents)")  # fmt: skip
+    print(f"{train_bytes / 1e6:.1f} MB of training text ({end - num_valid:,} passages), "
+          f"{sum(sizes[:num_valid]) / 1e3:.0f} kB for validation ({num_valid:,} passages)")  # fmt: skip
 
 
 def main(argv: list[str]) -> None:

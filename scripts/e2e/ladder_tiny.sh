@@ -33,6 +33,17 @@ stage() {
     "$python" -m open_lm "$@" > "$folder/output.txt" 2>&1 || { tail -n 30 "$folder/output.txt" >&2; exit 1; }
 }
 
+# The same for runs of the ladder: show which run trains, and the estimates of the time.
+train() {
+    local result=$1
+    shift
+    if [ -e "$result" ]; then return; fi
+    echo "\$ open-lm scaling run $*"
+    "$python" -m open_lm scaling run "$@" 2>&1 | tee "$folder/output.txt" |
+        awk '/^\[[0-9]+\/|^about |^estimate|^warning|minutes$/ { print; fflush() }' ||
+        { tail -n 30 "$folder/output.txt" >&2; exit 1; }
+}
+
 mkdir -p "$folder"
 if [ ! -e "$folder/train.jsonl" ]; then
     "$python" "$here/scripts/e2e/ladder_data.py" "$folder" "$@" --text-mb "${TEXT_MB:-8}" --valid-kb "${VALID_KB:-96}"
@@ -45,22 +56,33 @@ done
 
 stage "$ladder/ladder.json" scaling plan "$ladder" --sizes "${sizes[@]}" --run-tokens "${run_tokens[@]}" \
     --target "${TARGET:-8e6:1e6}" --train-target --vocab-size 264 --seq-len "$seq_len" \
-    --global-batch-size "${BATCH:-8}" --lr "${LR:-6e-3}" --set \
+    --global-batch-size "${BATCH:-8}" --lr "${LR:-6e-3}" --lr-exponent -0.25 --set \
     "dataset_manifest=[\"$folder/train/$shards/manifest.jsonl\"]" data_key=npy workers=0 multiple_data_passes=true \
     "val_data=[\"$folder/valid/$shards/shard-0000000.tar\"]" "val_names=[text]" val_iter_ci=1000 \
     global_val_batch_size=32 "precision=${PRECISION:-amp_bfloat16}" checkpoint_format=sharded report=none energy=none
-if [ ! -e "$folder/fit.json" ]; then "$python" -m open_lm scaling run "$ladder" --estimate; fi
 
 # The ladder, and the prediction.
-stage "$folder/runs.json" scaling run "$ladder"
+train "$folder/runs.json" "$ladder" --estimate
 stage "$folder/runs.json" scaling collect "$folder/runs.json" "$ladder" --train text
 stage "$folder/fit.json" scaling fit "$folder/runs.json" --loss text --predict "$ladder" \
     --resamples "${RESAMPLES:-1000}" --output "$folder/fit.json"
 
 # The target, and the comparison.
-stage "$folder/measured.json" scaling run "$ladder" --target
+train "$folder/measured.json" "$ladder" --target
 stage "$folder/measured.json" scaling collect "$folder/measured.json" "$ladder" --train text
 stage "$folder/report.html" scaling report "$folder/fit.json" "$folder/report.html" --measured "$folder/measured.json"
-"$python" -m open_lm scaling predict "$folder/fit.json" --measured "$folder/measured.json" --json \
-    > "$folder/result.json"
-"$python" -m open_lm scaling predict "$folder/fit.json" --measured "$folder/measured.json"
+if [ ! -e "$folder/result.json" ]; then
+    "$python" -m open_lm scaling predict "$folder/fit.json" --measured "$folder/measured.json" --json \
+        > "$folder/result.json.tmp"
+    mv "$folder/result.json.tmp" "$folder/result.json"
+fi
+"$python" - "$folder/result.json" << 'END'
+import json, sys
+
+result = json.load(open(sys.argv[1], encoding="utf-8"))
+(item,) = result["predictions"]
+measured, (lower, upper) = item["measured"], item["loss_interval"]
+print(f"predicted at {result['created']}: loss {item['loss']:.4f}, interval {lower:.4f} to {upper:.4f}")
+print(f"trained from {measured['started']} to {measured['ended']}: loss {measured['loss']:.4f}")
+print(f"relative error: {100 * measured['loss_difference']:+.2f} %")
+END
