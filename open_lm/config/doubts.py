@@ -38,8 +38,9 @@ def _doubtful_sources(flag: str, values: Sequence[str], kind: str, suffix: str =
     if len(shards) < 2:
         return ""
     names = ", ".join(shard.rpartition("/")[2] for shard in shards[:3]) + (", …" if len(shards) > 3 else "")
+    found = "shards" if suffix else "files"
     return (
-        f"{flag}: {len(shards)} of {len(values)} values are {'shards' if suffix else 'files'} that differ only in their number ({names}), and "
+        f"{flag}: {len(shards)} of {len(values)} values are {found} that differ only in their number ({names}), and "
         f"each is a separate {kind}; to read them as one {kind}, quote a pattern such as {flag} '{pattern}'"
     )
 
