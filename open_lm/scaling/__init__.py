@@ -1,5 +1,8 @@
 """Plan ladders of small models, train them, and predict the loss and error of larger ones.
 
+ladder.py       runs of a ladder: sizes, tokens, batch, learning rate; shapes.py: their models
+ladder_files.py the folder of a ladder; jobs.py, run_command.py: train and evaluate it; speed.py: estimate its time
+collect.py      run folders and exports to a table of runs
 runs.py         table of runs and its JSON form
 laws.py         laws of the loss, as a registry
 solve.py        minimization of residuals
