@@ -169,13 +169,13 @@ def strict_s3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
-def torchrun(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def torchrun(tmp_path: Path, forked_python: str) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Return a function that runs a module under torchrun in tmp_path: torchrun(2, "open_lm.main", "--model", …)."""
 
     def run(
         processes: int, module: str, *args: str, check: bool = True, timeout_s: float = 300
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        command = [forked_python, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", module, *args]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
         result = subprocess.run(

@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,11 +28,13 @@ EVAL = ROOT / "eval"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def evaluate(arguments: Sequence[str], processes: int = 1, **variables: str) -> subprocess.CompletedProcess[str]:
+def evaluate(
+    python: str, arguments: Sequence[str], processes: int = 1, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the program as a user would: in eval/, with the Python of this environment."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command = [sys.executable, *(launcher if processes > 1 else []), "eval_openlm_ckpt.py", *arguments]
+    command = [python, *(launcher if processes > 1 else []), "eval_openlm_ckpt.py", *arguments]
     env = {**ENV, **variables}
     return subprocess.run(command, cwd=EVAL, env=env, capture_output=True, text=True, timeout=500, check=False)
 
@@ -58,11 +59,11 @@ def test_the_default_output_of_a_partial_evaluation_has_a_name_of_its_own(flags:
 
 
 @needs_eval_environment
-def test_missing_data_is_reported_together_before_the_model_is_loaded(tmp_path: Path) -> None:
+def test_missing_data_is_reported_together_before_the_model_is_loaded(tmp_path: Path, forked_python: str) -> None:
     arguments = ["--eval-yaml", "in_memory_hf_eval.yaml", "mmlu.yaml", "--data-dir", str(tmp_path)]
     arguments += ["--model", "open_lm_11m", "--checkpoint", str(tmp_path / "none.pt")]
     for processes in (1, 2):  # the ranks of torchrun restart in the evaluation environment too
-        result = evaluate(arguments, processes)
+        result = evaluate(forked_python, arguments, processes)
         assert result.returncode == (2 if processes == 1 else 1)
         for name in ("copa", "winograd_wsc", "triviaqa_sm_sub", "mmlu"):
             assert str(tmp_path / f"{name}.jsonl") in result.stderr
@@ -71,20 +72,20 @@ def test_missing_data_is_reported_together_before_the_model_is_loaded(tmp_path: 
 
 
 @needs_eval_environment
-def test_all_problems_of_the_yaml_files_are_reported_together(tmp_path: Path) -> None:
+def test_all_problems_of_the_yaml_files_are_reported_together(tmp_path: Path, forked_python: str) -> None:
     file = tmp_path / "wrong.yaml"
     task = {"label": "a", "dataset_uri": "a.jsonl", "icl_task_type": "chess", "num_fewshot": 3}
     file.write_text(yaml.safe_dump({"precision": "fp7", "device_eval_batch_size": "many", "icl_tasks": [task, {}]}))
     arguments = ["--eval-yaml", str(file), str(tmp_path / "absent.yaml"), "--tasks", "b"]
-    result = evaluate([*arguments, "--model", "open_lm_11m", "--checkpoint", "none.pt"])
+    result = evaluate(forked_python, [*arguments, "--model", "open_lm_11m", "--checkpoint", "none.pt"])
     assert result.returncode == 2
     for words in ("'chess'", "num_fewshot is 3", "no label", "fp7", "'many'", "absent.yaml: no such file", "--tasks b"):
         assert words in result.stderr
 
 
-def test_missing_environment_is_reported_with_its_install_command(tmp_path: Path) -> None:
+def test_missing_environment_is_reported_with_its_install_command(tmp_path: Path, forked_python: str) -> None:
     missing = str(tmp_path / "bin" / "python")
-    result = evaluate(["--checkpoint", "x.pt"], OPEN_LM_EVAL_PYTHON=missing)
+    result = evaluate(forked_python, ["--checkpoint", "x.pt"], OPEN_LM_EVAL_PYTHON=missing)
     assert result.returncode == 2
     assert "make install-eval" in result.stderr and missing in result.stderr
 
@@ -108,7 +109,7 @@ def test_both_paths_of_the_model_configurations_are_equal() -> None:
 
 
 def test_the_native_engine_evaluates_the_checkpoints_of_a_run_without_another_environment(
-    shared_dir: Path, tmp_path: Path
+    shared_dir: Path, tmp_path: Path, forked_python: str
 ) -> None:
     """The architecture comes from the run's params.txt."""
     data = shared_dir / "data" / "eval"
@@ -125,7 +126,7 @@ def test_the_native_engine_evaluates_the_checkpoints_of_a_run_without_another_en
     arguments = ["--engine", "native", "--checkpoint", str(tmp_path / "run"), "--every", "2", "--device", "cpu"]
     arguments += ["--tokenizer", str(trained.folder / "tokenizer.json"), "--data-dir", str(data)]
     arguments += ["--eval-yaml", "in_memory_hf_eval.yaml", "--max-examples", str(EXAMPLES), "--tasks", "copa"]
-    result = evaluate([*arguments, "lambada_openai"], OPEN_LM_EVAL_PYTHON=str(tmp_path / "missing"))
+    result = evaluate(forked_python, [*arguments, "lambada_openai"], OPEN_LM_EVAL_PYTHON=str(tmp_path / "missing"))
     assert result.returncode == 0, result.stderr
     written = sorted(path.name for path in (checkpoints / "evals").glob("*.json"))
     assert written == [f"epoch_{epoch}_in_memory_hf_eval_partial.json" for epoch in (1, 3)]

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,12 +218,12 @@ def tasks(tmp_path: Path, questions: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.processes
-def test_two_ranks_have_the_results_of_one(neox: Trained, tasks: Path, tmp_path: Path) -> None:
+def test_two_ranks_have_the_results_of_one(neox: Trained, tasks: Path, tmp_path: Path, forked_python: str) -> None:
     """Two processes of eval_openlm_ckpt.py share the requests; lm-eval finds the model by name in one process."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    command = [forked_python, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "127.0.0.1:0", str(ROOT / "eval" / "eval_openlm_ckpt.py"), "--no-cache"]
     command += [*script_arguments(neox, tasks), "--output", str(tmp_path / "two.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

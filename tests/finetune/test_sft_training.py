@@ -7,7 +7,6 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -195,10 +194,10 @@ def test_model_comes_from_the_pretrained_run_and_training_resumes_exactly(tmp_pa
 
 
 @pytest.mark.processes
-def test_chat_program(tmp_path: Path, data: Path) -> None:
+def test_chat_program(tmp_path: Path, data: Path, forked_python: str) -> None:
     """The program finds model, tokenizer and template in the run; it ends with 0 after Ctrl-C."""
     main(flags(data, tmp_path, "run", "--epochs", "1"))
-    command = [sys.executable, str(ROOT / "scripts" / "chat.py"), "--checkpoint", str(tmp_path / "run")]
+    command = [forked_python, str(ROOT / "scripts" / "chat.py"), "--checkpoint", str(tmp_path / "run")]
     command += ["--max-new-tokens", "3", "--serve", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -282,10 +282,12 @@ def test_command_reads_files(
 
 
 @pytest.mark.processes
-def test_command_streams_to_a_terminal(trained: Path, tokenizer_file: Path, byte_model: Transformer) -> None:
+def test_command_streams_to_a_terminal(
+    trained: Path, tokenizer_file: Path, byte_model: Transformer, forked_python: str
+) -> None:
     tokenizer = load_tokenizer(str(tokenizer_file))
     (expected,) = complete_texts(byte_model, tokenizer, ["hello"], GREEDY)
-    words = [sys.executable, str(ROOT / "scripts" / "generate.py"), "--checkpoint", str(trained), "--prompt", "hello"]
+    words = [forked_python, str(ROOT / "scripts" / "generate.py"), "--checkpoint", str(trained), "--prompt", "hello"]
     words += ["--tokenizer", str(tokenizer_file), "--temperature", "0", "--max-new-tokens", "12"]
     main_fd, terminal_fd = pty.openpty()
     process = subprocess.Popen(words, stdout=terminal_fd, env={**os.environ, "OMP_NUM_THREADS": "1"})
