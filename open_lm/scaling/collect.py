@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from open_lm.report.records import TaskEvaluation
 
 _SETTINGS = {"lr": float, "wd": float, "warmup": int, "global_batch_size": int}
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")  # as W&B writes these numbers
 _KEYS = {"global_batch_size": "global_batch"}
 
 
@@ -76,8 +77,11 @@ def _records(source: str, train: str | None, skipped: list[str]) -> Iterator[tup
         raise ConfigError(f"{source}: not JSON ({error}); expected a run folder, or a JSON list of runs") from error
     for number, record in enumerate(content):
         origin = f"{source}, run {number}"
-        is_wandb = isinstance(record, dict) and "config" in record
-        yield (_wandb_record(record) if is_wandb else record), origin
+        try:
+            is_wandb = isinstance(record, dict) and "config" in record
+            yield (_wandb_record(record) if is_wandb else record), origin
+        except (TypeError, ValueError, AttributeError) as error:
+            skipped.append(f"{origin}: expected an export of W&B with the objects config and summary ({error})")
 
 
 # ---------------------------------------------------------------------------------------------- run folders
@@ -207,7 +211,8 @@ def _wandb_record(record: Mapping[str, Any]) -> dict[str, Any]:
         if (key.startswith("val/") and key.endswith("/loss")) or key == "val/loss":
             stem = key.removesuffix("loss")
             ends = [summary.get(f"{stem}loss_tokens_{end}_95", -1) for end in ("lower", "upper")]
-            losses[stem.strip("/").removeprefix("val/")] = value if -1 in ends else [value, *ends]
+            loss = None if value in _NOT_FINITE else value
+            losses[stem.strip("/").removeprefix("val/")] = loss if -1 in ends else [loss, *ends]
     result: dict[str, Any] = {
         "name": record.get("name") or record.get("display_name"),
         "model": config.get("model"),

@@ -24,6 +24,7 @@ _FORMAT = "open_lm.ladder/2"
 _PLANNED = frozenset({
     "name", "model", "train_num_samples", "epochs", "global_batch_size", "lr", "warmup", "lr_scheduler",
     "lr_decay_fraction", "save_milestone_every", *MODEL_FLAGS, "pretrained", "load_pretrained_state", "logs", "resume",
+    "checkpoint_dir",  # branches and evaluations read the checkpoints in the folder of the ladder
 })  # fmt: skip
 # Settings of the runs of Gadre et al. 2024, which a base file may replace.
 _DEFAULTS: dict[str, Any] = {
@@ -137,7 +138,7 @@ def _config(root: Path, rung: Rung, base: Mapping[str, Any]) -> dict[str, Any]:
     if rung.schedule == "wsd":
         config["lr_decay_fraction"] = DECAY
     if rung.milestone:
-        config |= {"save_every_n_steps": rung.milestone, "save_milestone_every": rung.milestone}
+        config["save_milestone_every"] = rung.milestone
     if rung.trunk is not None:
         checkpoint = root / "runs" / rung.trunk / "checkpoints" / f"step_{rung.start:08d}"
         config |= {"pretrained": str(checkpoint), "load_pretrained_state": True}

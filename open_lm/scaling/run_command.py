@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shlex
 import subprocess
 import sys
@@ -178,9 +179,12 @@ def write_slurm(missing: Sequence[Job], args: argparse.Namespace) -> None:
 @LAUNCHERS.register("ray", help="a script that submits one Ray job per run")
 def write_ray(missing: Sequence[Job], args: argparse.Namespace) -> None:
     """Write the script. Jobs wait for each other, so that branches find their trunk."""
-    submit = ["ray", "job", "submit", "--entrypoint-num-gpus", str(args.nproc_per_node), "--", "python"]
+    submit = ["ray", "job", "submit", "--entrypoint-num-gpus", str(args.nproc_per_node), "--"]
+    submit += ["env", "-C", os.getcwd(), "python"]  # a job of Ray starts in another folder
     lines = [shlex.join([*submit, *job.words(args.nproc_per_node)]) for job in missing]
-    _write_jobs(args, lines, "run it where RAY_ADDRESS is the cluster; it waits for each job")
+    _write_jobs(
+        args, lines, "run it where RAY_ADDRESS is the cluster, whose machines share this folder; it waits for each job"
+    )
 
 
 @LAUNCHERS.register("hosts", help="a script that trains one run after the other on all hosts of --hosts")

@@ -95,6 +95,7 @@ def test_generated_sizes_match_real_models(tmp_path: Path) -> None:
         (["--sizes", "open_lm_11m", "--train-target"], "--train-target: found no --target N:D"),
         (["--sizes", "open_lm_11m", "--lr-exponent", "-0.2"], "--lr-exponent: found no --lr"),
         (["--sizes", "open_lm_11m", "--set", "lr=1"], "found lr, which the plan decides"),
+        (["--sizes", "open_lm_11m", "--set", "checkpoint_dir=x"], "found checkpoint_dir, which the plan decides"),
         (["--sizes", "open_lm_11m", "--set", "precision"], "found 'precision', expected KEY=VALUE"),
         (["--sizes", "open_lm_11m", "--set", "precison=fp32"], "unknown key 'precison'"),
     ],
@@ -191,11 +192,14 @@ def test_unfinished_and_foreign_runs_are_left_out(tmp_path: Path, capsys: pytest
                         "val/c4/loss_tokens_upper_95": 4.6},
         },
         {"name": "second", "config": {"model": "other"}, "summary": {"tokens": 2e8}},
+        {"name": "third", "config": "{}", "summary": {}},
     ]  # fmt: skip
     path = tmp_path / "wandb.json"
     path.write_text(json.dumps(exported), encoding="utf-8")
     command.main(["collect", str(tmp_path / "runs.json"), str(path)])
-    assert "left out: " + str(path) + ", run 1: params: found None" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"left out: {path}, run 1: params: found None" in error
+    assert f"left out: {path}, run 2: expected an export of W&B" in error
     (run,) = read_runs([str(tmp_path / "runs.json")])
     assert run.losses == {"c4": (4.5, 4.4, 4.6)}
     assert (run.params, run.tokens, run.facts["lr"], run.facts["global_batch"]) == (11_014_848, 200_000_000, 0.003, 64)
