@@ -117,7 +117,10 @@ def run_locally(missing: Sequence[Job], args: argparse.Namespace) -> None:
         if diverged & {job.run.name, job.run.trunk}:
             print(f"[{number}/{len(missing)}] {job.name}: left out, because its run or trunk diverged", flush=True)
             continue
-        print(f"[{number}/{len(missing)}] {job.name}: {shlex.join(job.words(args.nproc_per_node))}", flush=True)
+        print(
+            f"[{number}/{len(missing)}] {job.name}: {shlex.join(['python', *job.words(args.nproc_per_node)])}",
+            flush=True,
+        )
         if args.dry_run:
             continue
         start = time.monotonic()
