@@ -2,7 +2,8 @@
 
 The policy "full" stores only a block's inputs (Chen et al. 2016, https://arxiv.org/abs/1604.06174). "op" also stores
 the results of matrix products, attention and expert parallelism's exchanges, so that only the cheap operators between
-them run twice (Korthikanti et al. 2022, section 5, https://arxiv.org/abs/2205.05198). "half-op" is "op" without every second matrix product.
+them run twice (Korthikanti et al. 2022, section 5, https://arxiv.org/abs/2205.05198). "half-op" is "op" without every
+second matrix product.
 """
 
 from __future__ import annotations
