@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # A scaling law of tiny models, offline: train a ladder of five sizes from 0.1M to 3M parameters, predict the loss of
-# a model of 8M parameters, then train that model and compare. Takes about 12 minutes on two CPU cores.
+# a model of 8M parameters, then train that model and compare. It prints an estimate of its time before it trains.
 #
 #   scripts/e2e/ladder_tiny.sh FOLDER [--data FILE ...]
 #
 # --data names files or folders of text; the default is text of the Python installation. Start it again to continue
-# after an interruption. FOLDER/result.json has the prediction, the measurement, their difference and the times of both;
-# FOLDER/report.html shows them. The settings can be changed in the environment: SIZES, RUN_TOKENS, TARGET, BATCH, LR,
-# SEQ_LEN, PRECISION, TEXT_MB, VALID_KB, RESAMPLES.
+# after an interruption; other settings or text need another folder. FOLDER/result.json has the prediction, the
+# measurement, their difference and the times of both; FOLDER/report.html shows them. The settings can be changed in the
+# environment: SIZES, RUN_TOKENS, TARGET, BATCH, LR, LR_EXPONENT, SEQ_LEN, PRECISION, TEXT_MB, VALID_KB, RESAMPLES.
 set -euo pipefail
 if [ $# -lt 1 ] || [[ $1 == -* ]]; then
     echo "usage: $0 FOLDER [--data FILE ...]" >&2
@@ -56,7 +56,7 @@ done
 
 stage "$ladder/ladder.json" scaling plan "$ladder" --sizes "${sizes[@]}" --run-tokens "${run_tokens[@]}" \
     --target "${TARGET:-8e6:1e6}" --train-target --vocab-size 264 --seq-len "$seq_len" \
-    --global-batch-size "${BATCH:-8}" --lr "${LR:-6e-3}" --lr-exponent -0.25 --set \
+    --global-batch-size "${BATCH:-8}" --lr "${LR:-6e-3}" --lr-exponent "${LR_EXPONENT:--0.25}" --set \
     "dataset_manifest=[\"$folder/train/$shards/manifest.jsonl\"]" data_key=npy workers=0 multiple_data_passes=true \
     "val_data=[\"$folder/valid/$shards/shard-0000000.tar\"]" "val_names=[text]" val_iter_ci=1000 \
     global_val_batch_size=32 "precision=${PRECISION:-amp_bfloat16}" checkpoint_format=sharded report=none energy=none
