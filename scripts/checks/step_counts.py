@@ -74,7 +74,7 @@ CASES = (
     CountedCase("tensor", f"{_AMP} --tensor-parallel 2", ranks=2),
     CountedCase("tensor, fsdp", f"{_FSDP} --tensor-parallel 2", ranks=8),
     CountedCase("context", f"{_FSDP} --context-parallel 2", ranks=2),
-    CountedCase("experts, fsdp", _FSDP, ranks=8, keys=_EXPERTS),
+    CountedCase("mixture, fsdp", _FSDP, ranks=8, keys=_EXPERTS),
     CountedCase("expert parallel", f"{_FSDP} --expert-parallel 4", ranks=8, keys=_EXPERTS),
 )
 
