@@ -110,6 +110,21 @@ class Tokenizer(ABC):
         text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False)
         return {CONFIG_NAME: f"{text}\n".encode(), name: content}
 
+    def _read(self, source: str | bytes, name: str, config: Mapping[str, Any] | None, kind: str) -> None:
+        """Set the attributes that come from the files, and create the library's object.
+
+        Raises:
+            ConfigError: the source is no `kind`.
+        """
+        self.source, self.name, self.config = source, name, config or {}
+        try:
+            self._native = self._load()
+        except ModuleNotFoundError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"--tokenizer {name}: not a {kind} ({error})") from error
+        self.fingerprint = hashlib.sha256(source.encode() if isinstance(source, str) else source).hexdigest()
+
     @property
     def _loaded(self) -> Any:
         if self._native is None:
@@ -137,20 +152,10 @@ class JsonTokenizer(Tokenizer):
     def __init__(
         self, source: str, name: str, eot_token: str | None = None, config: Mapping[str, Any] | None = None
     ) -> None:
-        self.source = self.encoding_source = source
-        self.name = name
-        self.config = config or {}
+        self.encoding_source = source
+        self._read(source, name, config, "tokenizer.json of the tokenizers library")
         bos_token = _configured_token(self.config, "bos_token")
         eot_token = eot_token or _configured_token(self.config, "eos_token")
-        try:
-            self._native = self._load()
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:
-            raise ConfigError(
-                f"--tokenizer {name}: not a tokenizer.json of the tokenizers library ({error})"
-            ) from error
-        self.fingerprint = hashlib.sha256(source.encode()).hexdigest()
         vocab: dict[str, int] = self._native.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
         special = {token.content for token in self._native.get_added_tokens_decoder().values() if token.special}
@@ -221,18 +226,9 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(
         self, source: bytes, name: str, eot_token: str | None = None, config: Mapping[str, Any] | None = None
     ) -> None:
-        self.source = source
-        self.name = name
-        self.config = config or {}
+        self._read(source, name, config, "sentencepiece model")
         bos_token = _configured_token(self.config, "bos_token")
         eot_token = eot_token or _configured_token(self.config, "eos_token")
-        try:
-            self._native = self._load()
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:
-            raise ConfigError(f"--tokenizer {name}: not a sentencepiece model ({error})") from error
-        self.fingerprint = hashlib.sha256(source).hexdigest()
         self.vocab_size = int(self._native.vocab_size())
         eot_id = int(self._native.eos_id()) if eot_token is None else self._id_of(eot_token)
         if eot_id is None or eot_id < 0:
