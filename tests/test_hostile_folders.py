@@ -108,7 +108,7 @@ def test_training_and_plan_in_a_hostile_folder(folder: Path, shared_dir: Path) -
 
 @pytest.mark.processes
 def test_preprocess_train_generate_and_evaluate_as_processes_in_a_hostile_folder(
-    tmp_path: Path, shared_dir: Path, small_tokenizer: str
+    tmp_path: Path, shared_dir: Path, small_tokenizer: str, forked_python: str
 ) -> None:
     folder = tmp_path / os.fsdecode(b"- {c,d}[1]?*~%s\n\xff::e\xcc\x81")
     folder.mkdir()
@@ -116,8 +116,8 @@ def test_preprocess_train_generate_and_evaluate_as_processes_in_a_hostile_folder
     model = write_model(folder, shared_dir)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(folder)}
 
-    def run(*words: str | Path) -> str:
-        command = [sys.executable, *map(str, words)]
+    def run(*words: str | Path, python: str = sys.executable) -> str:
+        command = [python, *map(str, words)]
         result = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=300, check=False
         )
@@ -138,7 +138,7 @@ def test_preprocess_train_generate_and_evaluate_as_processes_in_a_hostile_folder
         "--warmup", "1", "--precision", "fp32", "--logs", "~/logs", "--name", "a", "--workers", "1",
     ]  # fmt: skip
     run(*train, "--epochs", "1")
-    run(*train, "--epochs", "2", "--resume", "latest")
+    run(*train, "--epochs", "2", "--resume", "latest", python=forked_python)
     checkpoint = folder / "logs" / "a" / "checkpoints" / "epoch_2.pt"
     generated = run(
         ROOT / "scripts" / "generate.py", "--checkpoint", checkpoint, "--tokenizer", small_tokenizer,
@@ -146,7 +146,9 @@ def test_preprocess_train_generate_and_evaluate_as_processes_in_a_hostile_folder
     )  # fmt: skip
     assert json.loads(generated)["prompt"] == "the"
     evaluate = ["--pretrained", checkpoint, "--val-data", data / "*.tar", "--logs", folder / "logs", "--name", "eval"]
-    run("-m", "open_lm.main", "--model", model, "--precision", "fp32", "--workers", "0", *evaluate)
+    run(
+        "-m", "open_lm.main", "--model", model, "--precision", "fp32", "--workers", "0", *evaluate, python=forked_python
+    )
     results = (folder / "logs" / "eval" / "checkpoints" / "results.jsonl").read_bytes()
     assert orjson.loads(results)[0]["val_data"] == [names.printable(f"{data}/*.tar")]
     assert not (folder / "~").exists()
