@@ -17,6 +17,9 @@ from run_helpers import tiny_flags, train_rows
 from tokenizer_helpers import write_tokenizer
 
 from open_lm import storage
+from open_lm.config.command_line import parse_args
+from open_lm.config.doubts import doubtful_settings
+from open_lm.config.sections import Config
 from open_lm.data.text_folder import TextFolder
 from open_lm.data.text_index import text_folder
 from open_lm.data.text_units import UnitText
@@ -292,6 +295,21 @@ def test_unusable_text_is_one_clear_error(tmp_path: Path, tokenizer: str) -> Non
         prepare(flags_of(wrong, tokenizer=str(tmp_path / "none.json")), logs)
     with pytest.raises(ConfigError, match=r"--text-index s3://b/i: expected a local folder"):
         prepare([*flags_of(wrong, tokenizer=tokenizer), "--text-index", "s3://b/i"], logs)
+
+
+def test_contradictory_flags_are_reported_together() -> None:
+    flags = ["--train-text", "a", "a", "--train-data", "b", "--distill-cache", "c", "--text-separator", ""]
+    with pytest.raises(ConfigError) as caught:
+        parse_args([*flags, "--distill-loss", "forward_kl"], for_run=True)
+    for problem in [
+        "--train-data and --train-text are mutually exclusive", "--train-text: a is given twice",
+        "--distill-cache belongs to shards", "--text-separator must not be empty", "--train-text requires --tokenizer",
+    ]:  # fmt: skip
+        assert problem in str(caught.value)
+    assert "--train-num-samples" not in str(caught.value)  # one pass
+    config = Config.from_namespace(parse_args(["--train-text", "raw/a-00.jsonl", "raw/a-01.jsonl"]))
+    (doubt,) = doubtful_settings(config, {})
+    assert "such as --train-text 'raw/a-*.jsonl'" in doubt
 
 
 def test_a_unit_is_encoded_by_the_reference_after_a_difference(tmp_path: Path, tokenizer: str) -> None:
