@@ -11,5 +11,7 @@ points.py       runs that a fit uses
 candidates.py   default procedure: fits compared by leave-one-scale-out, and their average
 resampling.py   intervals by bootstrap
 fitting.py      fit and predict
+sweep*.py       the best setting of each width: grid, fit, command, page
+coordinate_*.py sizes of activations over the width
 command.py      command line, `python -m open_lm.scaling`
 """

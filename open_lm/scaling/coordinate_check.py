@@ -57,16 +57,16 @@ class Check:
         return slopes
 
     def failures(self) -> list[str]:
-        """Return a sentence for each kind that grows with the width at any step, or shrinks after the last one."""
-        sentences = []
+        """Return the size of each kind that grows with the width after any update, or shrinks after the last one."""
+        found = []
         for kind in KINDS:
             slopes = self.slopes(kind)
             worst = int(np.argmax(slopes))
             if not slopes.max() <= TOLERANCE:
-                sentences.append(f"{kind} grows as width^{slopes[worst]:.2f} after {worst} updates")
+                found.append(f"{kind} ~ width^{slopes[worst]:.2f} after {worst} updates")
             elif kind not in MAY_SHRINK and slopes[-1] < -TOLERANCE:
-                sentences.append(f"{kind} shrinks as width^{slopes[-1]:.2f} after {len(slopes) - 1} updates")
-        return sentences
+                found.append(f"{kind} ~ width^{slopes[-1]:.2f} after {len(slopes) - 1} updates")
+        return found
 
 
 def check(name: str, models: Mapping[int, Config], steps: int, seeds: Sequence[int]) -> Check:

@@ -131,8 +131,8 @@ def verdict(item: Check) -> str:
 
     failures = item.failures()
     if not failures:
-        return f"{item.name}: activations do not depend on the width (slopes within {TOLERANCE})"
-    return f"{item.name}: activations depend on the width: {'; '.join(failures)}"
+        return f"{item.name}: the sizes of activations do not depend on the width (slopes within {TOLERANCE})"
+    return f"{item.name}: the sizes of activations depend on the width: {', '.join(failures)}"
 
 
 def _page(checks: Sequence[Check]) -> str:

@@ -170,8 +170,8 @@ def test_the_coordinate_check_passes_with_mup_only(
     flags += ["--set", "lr=1e-2", "--steps", "4"]
     command.main(flags)
     output = capsys.readouterr().out
-    assert "standard: activations depend on the width: " in output
-    assert "mup: activations do not depend on the width" in output
+    assert "standard: the sizes of activations depend on the width: " in output
+    assert "mup: the sizes of activations do not depend on the width" in output
     assert "Size of attention logits" in page.read_text()
     command.main([*flags[:1], *flags[2:], "--json"])
     standard, mup = json.loads(capsys.readouterr().out)
