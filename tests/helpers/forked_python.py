@@ -9,6 +9,7 @@ well. Not for tests of start-up itself, or of processes that are found by their 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
@@ -84,7 +85,8 @@ class ForkedPython:
             if process.sentinel not in wait([process.sentinel, client]):
                 process.kill()
             process.join()
-            client.sendall(f"{process.exitcode}\n".encode())
+            with contextlib.suppress(OSError):  # the client was killed
+                client.sendall(f"{process.exitcode}\n".encode())
 
 
 def _run_program(request: dict[str, Any], python: str, streams: list[Connection]) -> None:
