@@ -31,12 +31,13 @@ def enable_async_tensor_parallel(mesh: DeviceMesh, device: torch.device) -> None
     places: list[tuple[str, str, int | None]] = [("", "", None)] * mesh.size()
     dist.all_gather_object(places, (socket.gethostname(), device.type, device.index), group=group)
     run_on_all_ranks(lambda: check_async_tensor_parallel(places))
+    from torch._inductor import config as inductor
     from torch.distributed import _symmetric_memory
 
     with warnings.catch_warnings():  # torch announces that it will do this itself, but does not yet
         warnings.simplefilter("ignore", FutureWarning)
         _symmetric_memory.enable_symm_mem_for_group(group.group_name)
-    torch._inductor.config._micro_pipeline_tp = True
+    inductor._micro_pipeline_tp = True
 
 
 def check_async_tensor_parallel(places: list[tuple[str, str, int | None]]) -> None:

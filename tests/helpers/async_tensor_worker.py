@@ -34,7 +34,7 @@ EXCHANGES = (
 )
 
 
-def compiled_step(settings: dict[str, Any], pipelined: bool) -> dict[str, Any]:
+def compiled_step(settings: dict[str, Any]) -> dict[str, Any]:
     """Return loss and gradient norm of compiled blocks, and the exchanges in the graphs of their passes.
 
     The graphs go through inductor's passes and are then interpreted: generating code would be slow. torch has the
@@ -66,8 +66,8 @@ def compiled_step(settings: dict[str, Any], pipelined: bool) -> dict[str, Any]:
     with (
         mock.patch("torch.compile", partial(torch.compile, backend=backend)),
         mock.patch("torch.distributed.is_nccl_available", lambda: True),  # the pass needs a torch with NCCL
-        torch._inductor.config.patch(_micro_pipeline_tp=pipelined),
-        _symmetric_memory._test_mode(),
+        mock.patch("open_lm.parallel.async_tensor_parallel.check_async_tensor_parallel", lambda places: None),
+        torch._inductor.config.patch(_micro_pipeline_tp=False),  # restores what the flag sets
     ):
         model = layout_worker.new_model(runtime, cfg, SHAPE, ModelConfig(torchcompile=True))
         loss = model(ids, loss=TokenLoss(ids))[0]

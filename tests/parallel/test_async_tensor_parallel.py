@@ -25,8 +25,8 @@ def test_all_exchanges_of_a_compiled_block_are_part_of_its_products() -> None:
     plain, pipelined, error = on_ranks(
         2,
         [
-            (async_tensor_worker.compiled_step, LAYOUT, False),
-            (async_tensor_worker.compiled_step, LAYOUT, True),
+            (async_tensor_worker.compiled_step, LAYOUT),
+            (async_tensor_worker.compiled_step, {**LAYOUT, "async_tensor_parallel": True}),
             (async_tensor_worker.error_on_cpu, LAYOUT),
         ],
     )
