@@ -56,7 +56,7 @@ def add_tokenizer_args(parser: Any) -> None:
     parser.add_argument(
         OVERRIDE_FLAG,
         action="store_true",
-        help="accept a --tokenizer that gives other ids than the one that the run was trained with",
+        help="accept a --tokenizer that gives other ids than the one that the run was trained with, with a warning",
     )
 
 
