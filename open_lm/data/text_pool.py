@@ -21,6 +21,7 @@ from open_lm.errors import DataError, UserError
 from open_lm.system.names import escaped, unescaped
 
 _BYTES_PER_PROCESS = 4 << 20  # of input; starting a process and its tokenizer takes a second or two
+_MAX_PROCESSES = 64  # each needs about 200 MB
 _POLL_S = 0.1
 _STALL_S = 660.0
 
@@ -43,7 +44,7 @@ class TextPool:
         self._results = queue.SimpleQueue[tuple[TextUnit, UnitReport] | BaseException]()
         self._remaining, self.done_bytes = len(units), 0
         wanted = -(-sum(unit.num_bytes for unit in units) // _BYTES_PER_PROCESS)
-        self._count = max(1, min(processes, len(units), wanted))
+        self._count = max(1, min(processes, _MAX_PROCESSES, len(units), wanted))
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> TextPool:
