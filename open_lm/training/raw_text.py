@@ -248,7 +248,7 @@ class _Progress:
             + (
                 "its tokenized units are cached, so training does not tokenize it again"
                 if fits
-                else f"its {counts['bytes'] / 1e9:.1f} GB of ids exceed --cache-limit {data.cache_limit}, so each pass "
+                else f"its {counts['bytes'] / 1e6:,.1f} MB of ids exceed --cache-limit {data.cache_limit}, so each pass "
                 "tokenizes the rest again"
             )
             + ". For many passes or runs, `open-lm preprocess` is faster: it shuffles globally and writes shards"
