@@ -5,25 +5,34 @@ The weights have the same names and shapes with every parametrization, but anoth
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
+from typing import Any
 
 from torch import nn
 
-from open_lm.config.architecture import read_run_settings
+from open_lm.config.architecture import read_run_settings, resolve_architecture
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import CheckpointError, ConfigError
-from open_lm.model.params import Params, create_params
+from open_lm.model.params import Params, params_from_keys
 from open_lm.parallel.parallelize import unwrap
 
 
 def check_parametrization(path: str, model: nn.Module) -> None:
     """Raise CheckpointError if the run of a checkpoint had another parametrization than the model.
 
-    A checkpoint whose model is not recorded next to it, and a model of transformers, are not checked.
+    A checkpoint whose model is not recorded next to it, and a model of transformers, are not checked. Warn if the
+    record cannot be read and either side has muP.
     """
     params = getattr(unwrap(model), "params", None)
-    saved = _saved_params(path)
-    if saved is None or not isinstance(params, Params):
+    settings = read_run_settings(path)
+    if "model" not in settings or not isinstance(params, Params):
+        return
+    try:
+        saved = _saved_params(settings)
+    except ConfigError as error:  # the file of the model is gone or was changed
+        if settings.get("mup") or not params.parametrization.is_standard:
+            logging.warning(f"{path}: its parametrization (--mup) is not compared with that of this run: {error}")
         return
     before, now = _flags(saved), _flags(params)
     if before != now:
@@ -34,14 +43,10 @@ def check_parametrization(path: str, model: nn.Module) -> None:
         )
 
 
-def _saved_params(path: str) -> Params | None:
-    settings = read_run_settings(path)
-    if "model" not in settings:
-        return None
-    try:
-        return create_params(ModelConfig.from_object(Namespace(**settings)))
-    except ConfigError:  # its file is gone or was changed
-        return None
+def _saved_params(settings: dict[str, Any]) -> Params:
+    """Return the architecture of a run; its attention kernels need not be available on this machine."""
+    keys = resolve_architecture(ModelConfig.from_object(Namespace(**settings)))
+    return params_from_keys({**keys, "attn_name": "auto"})
 
 
 def _flags(params: Params) -> str:

@@ -45,6 +45,8 @@ def settings_without_effect(config: Config, architecture: Mapping[str, Any] | No
         if not has_effect(config):
             reasons |= {name: reason for name in names if name not in reasons}
     file = architecture or {}
+    if not file.get("mup", config.model.mup):
+        reasons |= dict.fromkeys(("mup_base_width", "mup_base_head_dim"), "without --mup")
     if not file.get("moe_freq", config.model.moe_freq):
         reasons |= dict.fromkeys(
             ("moe_num_experts", "moe_top_k", "moe_capacity_factor", "moe_loss_weight"), _NO_EXPERTS
@@ -103,7 +105,6 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         lambda c: c.model.hf_model is None,
         "with --hf-model, which defines the architecture",
     ),
-    (("mup_base_width", "mup_base_head_dim"), lambda c: c.model.mup, "without --mup"),
     (("hf_seq_len", "hf_fsdp_block"), lambda c: c.model.hf_model is not None, "without --hf-model"),
     (
         ("hf_fsdp_block",),

@@ -14,7 +14,7 @@ from open_lm.config.model_keys import MUP_KEYS, in_layer
 from open_lm.errors import ConfigError
 from open_lm.hf import family_settings
 from open_lm.hf.families import FAMILIES, FIELDS, Rule, architecture
-from open_lm.model.params import Params
+from open_lm.model.params import Params, params_from_keys
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _SEVERAL_BASES = ("gemma3_text", "olmo3")  # their rope_parameters are per type of layer
@@ -53,12 +53,6 @@ _NEUTRAL = (
 )
 # Names of the same function: the weights of llama_rotary differ from those of rotary only in the order of their rows.
 _SAME = {"llama_rotary": "rotary", "swiglu_torch": "swiglu"}
-
-
-def params_from_keys(keys: Mapping[str, Any]) -> Params:
-    """Return the architecture for the keys of a model's JSON file. Raise ConfigError for invalid settings."""
-    rest = {name: value for name, value in keys.items() if value is not None}
-    return Params(dim=rest.pop("hidden_dim"), apply_qk_norm=rest.pop("qk_norm", False), **rest)
 
 
 def full_config(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Folding:
         """
         if name == OUTPUT:
             return _scaled(tensor, self._multiplier)
-        if self._factor == 1.0 or ".attention." not in name:
+        if self._factor == 1.0:
             return tensor
         if self._normalizes:
             if name.endswith("q_norm.weight"):
@@ -68,7 +68,7 @@ class Folding:
 
     def scale_queries(self, layer: str, tensor: Tensor) -> Tensor:
         """Scale the rows of queries in a tensor (O,…) whose rows are those of the weight of a linear layer."""
-        if self._factor == 1.0 or self._normalizes or not layer.endswith(("in_proj", "q_proj")):
+        if self._factor == 1.0 or self._normalizes or not layer.endswith(("attention.in_proj", "attention.q_proj")):
             return tensor
         rows = tensor.split([self._queries, len(tensor) - self._queries])
         return torch.cat((_scaled(rows[0], self._factor), rows[1]))

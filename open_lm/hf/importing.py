@@ -24,12 +24,13 @@ from open_lm.data import provenance
 from open_lm.errors import ConfigError, join_problems
 from open_lm.hf.checkpoint_files import layout, write_checkpoint
 from open_lm.hf.families import FAMILIES, architecture
-from open_lm.hf.family_configs import SPECIAL_IDS, differences, full_config, params_from_keys, unimplemented
+from open_lm.hf.family_configs import SPECIAL_IDS, differences, full_config, unimplemented
 from open_lm.hf.folders import CONFIG, GENERATION_CONFIG, MODEL, find_source, read_json, write_json
 from open_lm.hf.output_folder import output_folder
 from open_lm.hf.tensor_map import TensorMap
 from open_lm.hf.tokenizer_files import import_tokenizer
 from open_lm.hf.weight_files import WeightFiles
+from open_lm.model.params import params_from_keys
 
 OPENLM = "openlm"
 # Keys that a --model may have otherwise than the imported model: they change no result, or only the rows' order.

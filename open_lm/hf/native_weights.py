@@ -9,12 +9,12 @@ from torch import Tensor
 
 from open_lm import storage
 from open_lm.errors import CheckpointError, join_problems
-from open_lm.hf.family_configs import differences, params_from_keys
+from open_lm.hf.family_configs import differences
 from open_lm.hf.folders import CONFIG, read_json
 from open_lm.hf.importing import read_model
 from open_lm.hf.tensor_map import TensorMap
 from open_lm.hf.weight_files import WeightFiles
-from open_lm.model.params import Params
+from open_lm.model.params import Params, params_from_keys
 
 
 def read_params(folder: str) -> Params:

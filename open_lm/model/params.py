@@ -5,7 +5,7 @@ Legend: D model width, H query heads, K head width, F hidden width of the feed-f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,9 +30,13 @@ def create_params(cfg: object) -> Params:
     Raises:
         ConfigError: an unknown model name, a missing or invalid file, or invalid settings.
     """
-    settings = resolve_architecture(ModelConfig.from_object(cfg))
-    settings = {name: value for name, value in settings.items() if value is not None}
-    return Params(dim=settings.pop("hidden_dim"), apply_qk_norm=settings.pop("qk_norm"), **settings)
+    return params_from_keys(resolve_architecture(ModelConfig.from_object(cfg)))
+
+
+def params_from_keys(keys: Mapping[str, Any]) -> Params:
+    """Return the architecture for the keys of a model's JSON file. Raise ConfigError for invalid settings."""
+    settings = {name: value for name, value in keys.items() if value is not None}
+    return Params(dim=settings.pop("hidden_dim"), apply_qk_norm=settings.pop("qk_norm", False), **settings)
 
 
 class LayerKind(NamedTuple):

@@ -275,6 +275,7 @@ def test_flags_without_effect_are_reported_only_when_set() -> None:
         ("--lr-decay-shape linear", "--lr-decay-shape has no effect without --lr-scheduler wsd"),
         ("--lr-scheduler const --lr-cooldown-end 1", "--lr-cooldown-end has no effect with --lr-scheduler const"),
         ("--remote-sync-frequency 5", "--remote-sync-frequency has no effect without --remote-sync"),
+        ("--mup-base-width 64", "--mup-base-width has no effect without --mup"),
         ("--moe-top-k 1", "--moe-top-k has no effect without --moe-freq"),
         ("--accum-freq 2 --accum-reduce every-micro-batch", "--accum-reduce has no effect without --fsdp"),
         ("--fsdp --accum-reduce every-micro-batch", "--accum-reduce has no effect without --accum-freq above 1"),
@@ -295,6 +296,7 @@ def test_flags_that_other_settings_disable_are_reported(argv: str, expected: str
 def test_flags_with_an_effect_are_not_reported() -> None:
     argv = "--resume latest --pretrained b.pt --moe-top-k 1 --val-data x --val-seq-ci --report-to all --wandb-notes n"
     assert flags_without_effect(Config.from_namespace(parse_args(argv.split())), {"moe_freq": 2, "moe_top_k": 1}) == []
+    assert flags_without_effect(Config.from_namespace(parse_args([])), {"mup": True, "mup_base_width": 64}) == []
     argv = "--hf-model x --hf-seq-len 8 --hf-fsdp-block Layer --torchcompile"
     assert flags_without_effect(Config.from_namespace(parse_args(argv.split()))) == []
 

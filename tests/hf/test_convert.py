@@ -24,8 +24,8 @@ from open_lm.config.architecture import read_architecture
 from open_lm.data.tokenizers import choose_tokenizer
 from open_lm.errors import CheckpointError, ConfigError, StorageError
 from open_lm.hf.convert import main
-from open_lm.hf.family_configs import params_from_keys
 from open_lm.hf.weight_files import WeightFiles
+from open_lm.model.params import params_from_keys
 from open_lm.model.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -28,10 +28,10 @@ from open_lm.errors import CheckpointError, ConfigError
 from open_lm.hf.configuration import FIELDS
 from open_lm.hf.convert import main
 from open_lm.hf.families import architecture
-from open_lm.hf.family_configs import config_of, params_from_keys
+from open_lm.hf.family_configs import config_of
 from open_lm.hf.standalone.modeling_openlm import OpenLMConfig, OpenLMForCausalLM
 from open_lm.main import main as train
-from open_lm.model.params import Params
+from open_lm.model.params import Params, params_from_keys
 from open_lm.model.transformer import Transformer
 from open_lm.tokenizer import load_tokenizer
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -12,13 +14,15 @@ from data_helpers import SEQ_LEN, VOCAB_SIZE, write_source
 from run_helpers import tiny_flags, train
 from torch import Tensor
 
-from open_lm.checkpoint import read_model_state
+from open_lm.checkpoint import load_weights, read_model_state
+from open_lm.config.sections import ModelConfig
 from open_lm.errors import CheckpointError
 from open_lm.evaluate.checkpoints import load_checkpoint
 from open_lm.finetune.merge import main as merge
 from open_lm.finetune.pruning import shape_of, student_keys
 from open_lm.hf.convert import main as convert
-from open_lm.hf.family_configs import params_from_keys
+from open_lm.model.params import create_params, params_from_keys
+from open_lm.model.transformer import Transformer
 
 MUP = ("--mup", "--mup-base-width", "4")  # m is 4
 
@@ -69,6 +73,25 @@ def test_weights_are_refused_with_another_parametrization(folder: Path) -> None:
             train_in(folder, name, *more)
     train_in(folder, "equal", "--mup", "--mup-base-width", "16", epochs=1)  # all factors are 1
     train_in(folder, "standard", "--pretrained", weights(folder, "equal", 1), epochs=1)
+
+
+def test_weights_are_compared_whatever_kernels_or_files_this_machine_has(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    copytree(folder / "run", run)
+    model = Transformer(create_params(ModelConfig(model=str(folder / "model.json"))))
+    settings = (run / "params.txt").read_text()
+    for name, value, found in (("attn_name", "sdpa_flash", "CheckpointError"), ("model", "gone", "a warning")):
+        changed = re.sub(rf"^{name}: .*$", f"{name}: {value}", settings, flags=re.MULTILINE)
+        assert changed != settings
+        (run / "params.txt").write_text(changed)
+        if found == "a warning":
+            load_weights(weights(tmp_path, "run"), model)
+            assert "(--mup) is not compared with that of this run: --model gone: unknown model" in caplog.text
+        else:
+            with pytest.raises(CheckpointError, match=r"was trained with --mup .* but this run is without --mup"):
+                load_weights(weights(tmp_path, "run"), model)
 
 
 def test_an_export_starts_runs_of_the_standard_parametrization(folder: Path, tmp_path: Path) -> None:
