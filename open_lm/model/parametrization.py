@@ -17,7 +17,8 @@ equal. With m = D / D_base, and F, H K and the width of experts taken to grow li
 
 "Standard" is the table of `init_weights`; the embeddings' 1/sqrt(D) thus becomes 1/sqrt(D_base). The learning rates are
 factors of --lr. Weight decay is divided by the same factor, so that the product of both, the share by which a step
-shrinks a weight, does not depend on the width.
+shrinks a weight, does not depend on the width. Gradients shrink like 1/m, those of the embeddings like 1/(e m), and
+AdamW's eps with them (Dey et al. 2025, https://arxiv.org/abs/2505.01618).
 
 e is the scale of the embeddings (Gemma's sqrt(D)) of the base model divided by that of this model: sqrt(D_base / D)
 for a scale of sqrt(D), else 1. Attention scores get the scale sqrt(K_base) / K in place of 1/sqrt(K).
@@ -77,6 +78,13 @@ def kind_of(name: str) -> str:
     return next((kind for end, kind in _NAMES.items() if name.endswith(end)), "hidden")
 
 
+class Factors(NamedTuple):
+    """The factors of --lr and --eps for one parameter."""
+
+    lr: float = 1.0
+    eps: float = 1.0
+
+
 @dataclass(frozen=True)
 class Parametrization:
     """The parametrization of one model; the default is the standard one, whose factors are all exactly 1.
@@ -122,11 +130,12 @@ class Parametrization:
         kind = kind_of(name)
         return self.width_ratio ** RULES[kind].init * self._embedding_factor(kind)
 
-    def lr_factor(self, name: str, orthogonal: bool = False) -> float:
-        """Return the learning rate of a parameter relative to --lr; orthogonal: for Muon's update, not AdamW's."""
+    def optimizer_factors(self, name: str, orthogonal: bool = False) -> Factors:
+        """Return the factors of a parameter in the optimizer; orthogonal: for Muon's update, not AdamW's."""
         kind = kind_of(name)
         exponent = RULES[kind].muon if orthogonal else RULES[kind].adamw
-        return self.width_ratio**exponent * self._embedding_factor(kind)
+        scale = self._embedding_factor(kind)
+        return Factors(lr=self.width_ratio**exponent * scale, eps=1 / (self.width_ratio * scale))
 
     def _embedding_factor(self, kind: str) -> float:
         return self.embedding_ratio if kind == "embedding" else 1.0
@@ -149,8 +158,8 @@ def parametrization_of(model: nn.Module) -> Parametrization:
     return STANDARD
 
 
-def lr_factors(model: nn.Module, orthogonal: bool = False) -> dict[int, float]:
-    """Return the factors of the learning rate that are not 1, by the id of the parameter; see `lr_factor`."""
+def optimizer_factors(model: nn.Module, orthogonal: bool = False) -> dict[int, Factors]:
+    """Return `Parametrization.optimizer_factors` of the parameters that differ from 1, by the id of the parameter."""
     scaling = parametrization_of(model)
-    factors = {id(param): scaling.lr_factor(clean_name(n), orthogonal) for n, param in model.named_parameters()}
-    return {key: factor for key, factor in factors.items() if factor != 1.0}
+    found = {id(param): scaling.optimizer_factors(clean_name(n), orthogonal) for n, param in model.named_parameters()}
+    return {key: factors for key, factors in found.items() if factors != Factors()}

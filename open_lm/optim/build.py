@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from open_lm.config.registry import OPTIMIZERS
 from open_lm.config.sections import OptimConfig
 from open_lm.distributed.processes import sum_over_ranks
-from open_lm.model.parametrization import lr_factors
+from open_lm.model.parametrization import Factors, optimizer_factors
 from open_lm.optim.adamw import AdamW, compute_device, local_tensor
 from open_lm.optim.muon import Muon
 from open_lm.optim.schedules import LR_FACTOR
@@ -27,7 +27,7 @@ _CPU_NORM_CHUNK = 1 << 16  # elements whose squares are summed sequentially on a
 @OPTIMIZERS.register("adamw", help="AdamW", moments=("exp_avg", "exp_avg_sq"), scalars=("step",), uses=())
 def build_adamw(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     """Build AdamW with weight decay on all parameters, including norms and embeddings; see `_groups`."""
-    groups = _groups(_trainable(model), cfg, lr_factors(model))
+    groups = _groups(_trainable(model), cfg, optimizer_factors(model))
     return AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, weight_decay=cfg.wd, fused=True)
 
 
@@ -47,8 +47,8 @@ def build_muon(model: nn.Module, cfg: OptimConfig) -> Optimizer:
     matrices = [param for param in trainable if param.dim() in (2, 3) and id(param) not in excluded]
     matrix_ids = {id(param) for param in matrices}
     return Muon(
-        _groups(matrices, cfg, lr_factors(model, orthogonal=True)),
-        _groups([param for param in trainable if id(param) not in matrix_ids], cfg, lr_factors(model)),
+        _groups(matrices, cfg, optimizer_factors(model, orthogonal=True)),
+        _groups([param for param in trainable if id(param) not in matrix_ids], cfg, optimizer_factors(model)),
         parts={
             param: parts
             for module in model.modules()
@@ -106,25 +106,34 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [param for param in model.parameters() if param.requires_grad]
 
 
-def _groups(params: list[nn.Parameter], cfg: OptimConfig, factors: Mapping[int, float]) -> list[dict[str, Any]]:
+def _groups(params: list[nn.Parameter], cfg: OptimConfig, factors_by_id: Mapping[int, Factors]) -> list[dict[str, Any]]:
     """Return one group with all parameters in the model's order, which existing checkpoints expect.
 
     With --no-decay-norms, parameters of one dimension are in groups without weight decay, which come last. Parameters
-    with a factor of the learning rate, by their ids in `factors`, are in a group for each factor. Their weight decay is
-    divided by it, so that the schedule's rate times the weight decay is the same for all.
+    with other factors than 1 are in a group for each pair of factors. Their weight decay is divided by the factor of
+    the learning rate, so that the schedule's rate times the weight decay is the same for all.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, Factors], list[nn.Parameter]] = {}
     for param in params:
         is_exempt = cfg.no_decay_norms and param.dim() < 2
-        groups.setdefault((is_exempt, factors.get(id(param), 1.0)), []).append(param)
+        groups.setdefault((is_exempt, factors_by_id.get(id(param), Factors())), []).append(param)
     return [
         {
             "params": members,
-            **({} if factor == 1.0 else {LR_FACTOR: factor, "lr": cfg.lr * factor, "weight_decay": cfg.wd / factor}),
+            **({} if factors == Factors() else _scaled_settings(cfg, factors)),
             **({"weight_decay": 0.0} if is_exempt else {}),
         }
-        for (is_exempt, factor), members in sorted(groups.items(), key=lambda item: item[0][0])
+        for (is_exempt, factors), members in sorted(groups.items(), key=lambda item: item[0][0])
     ]
+
+
+def _scaled_settings(cfg: OptimConfig, factors: Factors) -> dict[str, float]:
+    return {
+        LR_FACTOR: factors.lr,
+        "lr": cfg.lr * factors.lr,
+        "weight_decay": cfg.wd / factors.lr,
+        "eps": cfg.eps * factors.eps,
+    }
 
 
 def _embedding_and_head_ids(model: nn.Module) -> set[int]:

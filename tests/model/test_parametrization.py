@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from open_lm.config.command_line import parse_args
 from open_lm.config.sections import ModelConfig, OptimConfig
@@ -86,6 +87,33 @@ def test_each_kind_of_parameter_changes_with_the_width_as_muP_requires(case: str
     tied_scale = math.sqrt(RATIO) if case == "gemma" else 1.0
     assert wide.output.multiplier == pytest.approx(tied_scale / RATIO)
     assert base.output.multiplier == 1.0 and base.layers[0].attention.options.scale is None
+
+
+@pytest.mark.parametrize("case", ["biases", "gemma"])
+def test_the_eps_of_adamw_shrinks_with_the_width_like_the_gradients(case: str) -> None:
+    ids = torch.randint(192, (16, 17), generator=torch.Generator().manual_seed(2))
+
+    def sizes(width: int) -> dict[str, tuple[float, float]]:
+        """Return the root mean square of each gradient after two updates, and the eps of its parameter."""
+        model = model_of(case, width, mup=True, mup_base_width=BASE)
+        update = build_optimizer(model, OptimConfig(lr=LR, wd=0.0))
+        for step in range(3):
+            update.zero_grad()
+            cross_entropy(model(ids[:, :-1])[0].flatten(0, 1), ids[:, 1:].flatten()).backward()
+            if step < 2:
+                update.step()
+        eps = {id(parameter): group["eps"] for group in update.param_groups for parameter in group["params"]}
+        return {
+            name: (parameter.grad.square().mean().sqrt().item(), eps[id(parameter)])
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    base, wide = sizes(BASE), sizes(16 * BASE)
+    for name, (gradient, eps) in wide.items():
+        # No multiplier reduces the gradient of the bias, and few scores are correlated yet.
+        if not name.endswith(("output.bias", "q_norm.weight", "k_norm.weight")):
+            assert 1 / 5 < (gradient / base[name][0]) / (eps / base[name][1]) < 5, name
 
 
 def test_the_logits_are_those_of_scaled_hidden_states_and_attention_scores() -> None:
