@@ -22,7 +22,7 @@ def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
     off = settings_without_effect(config).keys()
     return [
         *_data_problems(config.data, given, off),
-        *_text_problems(config),
+        *config.data.text_problems(),
         *_validation_problems(config, off),
         *_live_evaluation_problems(config),
         *_optimization_problems(config, off),
@@ -31,7 +31,7 @@ def contradictions(config: Config, given: Set[str] = frozenset()) -> list[str]:
         *_adapter_problems(config, off),
         *_registry_problems(config, off),
         *_checkpoint_problems(config, off),
-        *([] if "distill_cache" in off else config.distillation.cache_problems(config.data.dataset_type)),
+        *([] if "distill_cache" in off else config.distillation.cache_problems(config.data)),
         *_fault_problems(config),
         *_logging_problems(config),
         *([] if "profile_steps" in off else config.diagnostics.problems(config.logging.logs)),
@@ -70,21 +70,6 @@ def wants_evaluation(config: Config) -> bool:
 def only_evaluates(config: Config) -> bool:
     """Return whether the run evaluates and has no training data, so that settings of the training are not used."""
     return wants_evaluation(config) and not wants_training(config.data)
-
-
-def _text_problems(config: Config) -> list[str]:
-    """Check --train-text; the files and the tokenizer are checked when the index is made."""
-    data = config.data
-    if not data.train_text:
-        return []
-    problems = []
-    if config.distillation.distill_cache:
-        problems.append("--distill-cache belongs to shards, not to --train-text: preprocess the text first")
-    if data.text_separator == "":
-        problems.append("--text-separator must not be empty; leave it out to read each text file as one document")
-    if repeated := sorted({name for name in data.train_text if data.train_text.count(name) > 1}):
-        problems.append(f"--train-text: {', '.join(repeated)} is given twice; use --train-data-mix-weights instead")
-    return problems
 
 
 def _data_problems(data: DataConfig, given: Set[str], off: Set[str]) -> list[str]:

@@ -104,3 +104,12 @@ class DataConfig(Section):
     data_tolerate_num_ckpts: int = no_effect(
         0, "every epoch has exactly its number of tokens, so there are no missing tokens to tolerate"
     )
+
+    def text_problems(self) -> list[str]:
+        """Return what is wrong with --train-text; its files are checked when the index is made."""
+        names, problems = self.train_text or [], []
+        if self.text_separator == "" and names:
+            problems.append("--text-separator must not be empty; leave it out to read each text file as one document")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            problems.append(f"--train-text: {', '.join(repeated)} is given twice; use --train-data-mix-weights instead")
+        return problems

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from open_lm.config import registry
+from open_lm.config.data_section import DataConfig
 from open_lm.config.fields import Section, flag
 from open_lm.system.names import user_path, weights_path
 
@@ -53,8 +54,8 @@ class DistillConfig(Section):
         """Whether the teacher runs next to the student."""
         return self.distills and not self.distill_cache
 
-    def cache_problems(self, dataset_type: str) -> list[str]:
-        """Return the settings that contradict --distill-cache, for a run with a --dataset-type."""
+    def cache_problems(self, data: DataConfig) -> list[str]:
+        """Return the settings that contradict --distill-cache, for a run on these data."""
         if not self.distill_cache:
             return []
         problems, losses = [], registry.DISTILL_LOSSES
@@ -64,6 +65,8 @@ class DistillConfig(Section):
                 f"--distill-loss {self.distill_loss} needs all of the teacher's probabilities, but --distill-cache has "
                 f"those of a few ids: use {' or '.join(usable)}, or a teacher in memory"
             )
-        if dataset_type == "synthetic":
+        if data.dataset_type == "synthetic":
             problems.append("--distill-cache belongs to stored data: remove it, or --dataset-type synthetic")
+        if data.train_text:
+            problems.append("--distill-cache belongs to shards, not to --train-text: preprocess the text first")
         return problems
