@@ -26,7 +26,8 @@ from open_lm import storage
 from open_lm.config.sections import Config, DataConfig
 from open_lm.data.epochs import pass_tokens
 from open_lm.data.fetch import FetchSettings
-from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME
+from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME, TEXT_PREFIX
+from open_lm.data.order import Source
 from open_lm.data.sources import find_sources
 from open_lm.data.text_folder import CACHE_NAME, INDEX_FOLDER, STATE_NAME, TAILS_STEM, TextFolder
 from open_lm.data.text_index import (
@@ -107,8 +108,11 @@ def prepare_text(
             elif runtime.is_master:
                 logging.info(f"{name}: the text index {folder.path} is up to date")
             _share(folder, nodes, [f"{TAILS_STEM}.tar", MANIFEST_NAME, STATE_NAME, *_TOKENIZER_FILES, DATASET_NAME])
+    sources = find_sources(data)
+    if runtime.is_master and any(indexes):
+        _log_cache(sources, data, nodes)
     if args.train_num_samples is None:
-        args.train_num_samples = pass_tokens(find_sources(data), seq_len)
+        args.train_num_samples = pass_tokens(sources, seq_len)
     return replace(config, data=replace(data, train_num_samples=args.train_num_samples))
 
 
@@ -240,19 +244,22 @@ class _Progress:
             logging.warning(
                 f"{index.state.name}: some text was encoded with the slower reference tokenizer: {mismatch}"
             )
-        logging.info(f"{index.state.name}: {describe(index.folder, counts)}")
-        seconds, limit = time.monotonic() - self._start_s, storage.parse_bytes(data.cache_limit)
-        fits = counts["bytes"] <= limit
-        logging.info(
-            f"{index.state.name}: indexed in {seconds:.1f} s; "
-            + (
-                "its tokenized units are cached, so training does not tokenize it again"
-                if fits
-                else f"its {counts['bytes'] / 1e6:,.1f} MB of ids exceed --cache-limit {data.cache_limit}, so each pass "
-                "tokenizes the rest again"
-            )
-            + ". For many passes or runs, `open-lm preprocess` is faster: it shuffles globally and writes shards"
-        )
+        seconds = time.monotonic() - self._start_s
+        logging.info(f"{index.state.name}: {describe(index.folder, counts)}; made in {seconds:.1f} s")
+
+
+def _log_cache(sources: Sequence[Source], data: DataConfig, nodes: _Nodes) -> None:
+    """Log whether training tokenizes the text again, and when shards are better."""
+    columns = [zip(source.shards, source.num_bytes, strict=True) for source in sources]
+    num_bytes = sum(size or 0 for column in columns for url, size in column if url.startswith(TEXT_PREFIX))
+    size = f"the tokenized text ({num_bytes / 1e6:,.1f} MB)"
+    if num_bytes > storage.parse_bytes(data.cache_limit):
+        text = f"{size} exceeds --cache-limit {data.cache_limit}, so each pass tokenizes the rest again"
+    elif nodes.count > 1:
+        text = f"{size} fits in the cache; a node tokenizes units that another one indexed when it first reads them"
+    else:
+        text = f"{size} is in the cache, so training does not tokenize it again"
+    logging.info(f"{text}. For many passes or runs, `open-lm preprocess` is better: it shuffles all sequences")
 
 
 def _share(folder: TextFolder, nodes: _Nodes, names: Sequence[str]) -> None:
