@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from open_lm.config.sections import Config
+from open_lm.config.sections import Config, ModelConfig
 from open_lm.system.names import is_pattern, split_joined
 
 
@@ -19,6 +19,7 @@ def doubtful_settings(config: Config, architecture: Mapping[str, Any]) -> list[s
         doubts.append(_doubtful_sources("--train-text", data.train_text or [], "source", suffix=""))
     doubts.append(_doubtful_sources("--val-data", validation.val_data or [], "validation set"))
     doubts.append(_doubtful_heads(config.model.model, architecture))
+    doubts.append(_doubtful_base_heads(config.model, architecture))
     if config.precision.fp8 and not config.model.torchcompile:
         doubts.append(
             "--fp8 without --torchcompile: scaling and rounding then run as separate operators and take longer than "
@@ -53,4 +54,18 @@ def _doubtful_heads(model: str, architecture: Mapping[str, Any]) -> str:
     return (
         f"--model {model}: hidden_dim {width} is not divisible by n_heads {heads}: a head is {head_width} wide, so "
         f"attention is {heads * head_width} wide, not {width}"
+    )
+
+
+def _doubtful_base_heads(model: ModelConfig, architecture: Mapping[str, Any]) -> str:
+    """Describe the head width that --mup assumes for the base model, if it is another one than this model's."""
+    width, heads = architecture.get("hidden_dim", 0), architecture.get("n_heads", 1)
+    is_on, base_width = (architecture.get(name, getattr(model, name)) for name in ("mup", "mup_base_width"))
+    is_set = architecture.get("mup_base_head_dim", model.mup_base_head_dim) or architecture.get("head_dim")
+    if not (is_on and base_width) or is_set or base_width // heads == width // heads:
+        return ""
+    return (
+        f"--mup without --mup-base-head-dim: taking the base model of width {base_width} to have {heads} heads of "
+        f"{base_width // heads}, as many as this model; if its heads have the width {width // heads} of this model's, "
+        f"set --mup-base-head-dim {width // heads}"
     )

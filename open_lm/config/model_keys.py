@@ -5,6 +5,7 @@ docs/model_configs.md describes all keys of a file. D model width, H heads, K he
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ MUP_KEYS = ("mup", "mup_base_width", "mup_base_head_dim")  # flags; a file may c
 NORM_POSITIONS = ("pre", "post", "both")
 EXPERT_TYPES = ("gelu_tanh", "swiglu")
 MOE_LOSS_SCOPES = ("layer", "model")
+_SQRT_TOLERANCE = 0.01  # relative
 # The parameters of rope_frequency_scaling that are not numbers.
 _SWITCH, _LISTS = "truncate", ("short_factor", "long_factor")
 
@@ -92,6 +94,11 @@ class ModelKeys(Section):
     residual_dropout: float = key(
         0.0, "in training, share of the outputs of attention and feed-forward network that is set to 0"
     )
+
+
+def scales_with_width(embedding_scale: float, width: int) -> bool:
+    """Return whether the embeddings' scale is sqrt(D), as in Gemma, which rounds it to the embeddings' dtype."""
+    return math.isclose(embedding_scale, math.sqrt(width), rel_tol=_SQRT_TOLERANCE)
 
 
 def relation_problems(values: Mapping[str, Any]) -> list[str]:

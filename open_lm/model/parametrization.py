@@ -39,9 +39,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from open_lm.config.model_keys import scales_with_width
 from open_lm.distributed.param_names import clean_name
-
-_SQRT_TOLERANCE = 0.01  # relative; Gemma rounds sqrt(D) to the dtype of the embeddings
 
 
 class Rule(NamedTuple):
@@ -146,7 +145,7 @@ STANDARD = Parametrization()
 
 def embedding_ratio(scale: float, dim: int, base_dim: int) -> float:
     """Return e: the scale of the embeddings at width `base_dim` divided by `scale`, that at width `dim`."""
-    return math.sqrt(base_dim / dim) if math.isclose(scale, math.sqrt(dim), rel_tol=_SQRT_TOLERANCE) else 1.0
+    return math.sqrt(base_dim / dim) if scales_with_width(scale, dim) else 1.0
 
 
 def parametrization_of(model: nn.Module) -> Parametrization:

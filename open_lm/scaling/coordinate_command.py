@@ -13,7 +13,7 @@ import yaml
 from open_lm import storage
 from open_lm.errors import ConfigError
 from open_lm.scaling.ladder_files import read_base
-from open_lm.scaling.sweep import MUP, STANDARD, choose_models
+from open_lm.scaling.sweep import MUP, STANDARD, choose_models, mup_settings
 from open_lm.scaling.sweep_command import add_model_flags
 from open_lm.storage.strict_json import to_json
 from open_lm.system.names import user_path
@@ -52,11 +52,10 @@ def run(args: argparse.Namespace) -> None:
     models = choose_models(args.models, widths, base)
     if len({values["hidden_dim"] for values in models.values()}) < 2:
         raise ConfigError("coordinate-check: found one width, expected at least two, such as --widths 64 128 256")
-    base_width = args.mup_base_width or min(values["hidden_dim"] for values in models.values())
-    mup = {"mup": True, "mup_base_width": base_width}
+    mup = mup_settings(models.values(), args.mup_base_width)
     with tempfile.TemporaryDirectory() as folder:
         checks = [
-            _check(name, models, {**base, **extra}, folder=Path(folder), steps=args.steps, seeds=args.seeds)
+            _check(name, models, {**extra, **base}, folder=Path(folder), steps=args.steps, seeds=args.seeds)
             for name, extra in ((STANDARD, {}), (MUP, mup))
         ]
     if args.page:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import yaml
 from open_lm import storage
 from open_lm.config.architecture import read_architecture
 from open_lm.config.command_line import all_specs, parse_args
-from open_lm.config.model_keys import feed_forward_width
+from open_lm.config.model_keys import feed_forward_width, scales_with_width
 from open_lm.config.sections import ModelConfig
 from open_lm.errors import ConfigError
 from open_lm.scaling.ladder_files import PlannedRun
@@ -98,7 +98,8 @@ def _numbers(text: str, values: str) -> list[float]:
 def scaled_architecture(values: Mapping[str, Any], width: int, ffn_type: str) -> dict[str, Any]:
     """Return an architecture at another width: heads of the same width, and the same depth.
 
-    The hidden width of the feed-forward and of experts grows in proportion, without rounding to multiples.
+    The hidden width of the feed-forward and of experts grows in proportion, without rounding to multiples. A scale of
+    the embeddings of sqrt(width) remains one.
 
     Args:
         values: the contents of a model's JSON file.
@@ -118,6 +119,8 @@ def scaled_architecture(values: Mapping[str, Any], width: int, ffn_type: str) ->
     widths = {"ffn_dim": ffn_dim, **{key: values[key] for key in ("moe_ffn_dim",) if values.get(key)}}
     scaled = {key: count * width // base for key, count in counts.items()}
     scaled |= {key: round(count * width / base) for key, count in widths.items()}
+    if scales_with_width(values.get("embedding_scale", 1.0), base):
+        scaled["embedding_scale"] = math.sqrt(width)
     return {**values, **scaled, "hidden_dim": width, "head_dim": head}
 
 
@@ -132,11 +135,31 @@ def choose_models(
     if not names or (widths and len(names) > 1):
         found = f"{len(names)} models" if names else "no model"
         raise ConfigError(f"--models: found {found}; expected model configurations, or with --widths one to scale")
+    architectures = {name: read_architecture(name) for name in names}
+    taken = [f"--models {name}: found mup" for name, values in architectures.items() if values.get("mup")]
+    taken += [f"--base: found {key}" for key in ("mup", "mup_base_width") if key in base]
+    if taken:
+        raise ConfigError(f"{taken[0]}, which the command decides; remove it, and set --mup-base-width")
     if not widths:
-        return {Path(name).name.removesuffix(".json"): read_architecture(name) for name in names}
+        return {Path(name).name.removesuffix(".json"): values for name, values in architectures.items()}
     flags = {spec.name: base.get(spec.name, spec.default) for spec in ModelConfig.specs()}
-    architecture = read_architecture(names[0])
+    (architecture,) = architectures.values()
     return {f"w{width}": scaled_architecture(architecture, width, flags["ffn_type"]) for width in sorted(set(widths))}
+
+
+def mup_settings(models: Iterable[Mapping[str, Any]], base_width: int | None) -> dict[str, Any]:
+    """Return the settings of muP for architectures.
+
+    They have the width of a head of the base model if that is one of the architectures.
+
+    base_width: --mup-base-width; None for the smallest width.
+    """
+    models = list(models)
+    base_width = base_width or min(values["hidden_dim"] for values in models)
+    bases = [values for values in models if values["hidden_dim"] == base_width]
+    heads = {values.get("head_dim") or base_width // values["n_heads"] for values in bases}
+    known = {"mup_base_head_dim": heads.pop()} if len(heads) == 1 else {}
+    return {"mup": True, "mup_base_width": base_width, **known}
 
 
 def write_sweep(
@@ -162,7 +185,9 @@ def write_sweep(
     taken = sorted((_PLANNED - {"model"} | grid.keys()) & base.keys())
     if taken:
         raise ConfigError(f"--base: found {', '.join(taken)}, which the sweep decides; remove them")
-    smallest = min(values["hidden_dim"] for values in models.values())
+    mup = {
+        name: mup_settings(models.values(), width) if name == MUP else {} for name, width in parametrizations.items()
+    }
     runs, configs = [], {}
     for (name, values), parametrization in itertools.product(models.items(), parametrizations):
         for numbers in itertools.product(*grid.values()):
@@ -170,7 +195,7 @@ def write_sweep(
             words = [name, parametrization, *(f"{key}{value:g}" for key, value in settings.items())]
             run = SweepRun("_".join(words), name, values["hidden_dim"], parametrization, settings)
             runs.append(run)
-            configs[run.name] = _config(root, run, base, parametrizations[parametrization] or smallest)
+            configs[run.name] = _config(root, run, base, mup[parametrization])
     content = {"format": _FORMAT, "configs": configs, "models": dict(models), "runs": list(map(asdict, runs))}
     path = root / SWEEP_FILE
     if path.exists() and json.loads(storage.read_text(path)) != json.loads(to_json(content)):
@@ -188,13 +213,11 @@ def write_sweep(
     return runs
 
 
-def _config(root: Path, run: SweepRun, base: Mapping[str, Any], mup_base_width: int) -> dict[str, Any]:
+def _config(root: Path, run: SweepRun, base: Mapping[str, Any], mup: Mapping[str, Any]) -> dict[str, Any]:
     specs = all_specs()
     values = {key: specs[key].kind(value) for key, value in run.settings.items()}
-    config = {**_DEFAULTS, **base, "name": run.name, "logs": str(root / "runs"), "resume": "latest", **values}
+    config = {**_DEFAULTS, **mup, **base, "name": run.name, "logs": str(root / "runs"), "resume": "latest", **values}
     config["model"] = str(root / "models" / f"{run.model}.json")
-    if run.parametrization == MUP:
-        config |= {"mup": True, "mup_base_width": mup_base_width}
     return config
 
 

@@ -49,3 +49,12 @@ def test_hidden_dim_that_the_heads_do_not_divide_is_reported() -> None:
 @pytest.mark.parametrize(("flags", "number"), [("--fp8", 1), ("--fp8 --torchcompile", 0), ("", 0)])
 def test_fp8_without_compilation_is_reported(flags: str, number: int) -> None:
     assert len(doubts(flags)) == number
+
+
+def test_the_assumed_head_width_of_the_base_model_is_reported() -> None:
+    flags, shape = "--mup --mup-base-width 256", {"hidden_dim": 2048, "n_heads": 32}
+    (found,) = doubts(flags, **shape)
+    assert "base model of width 256 to have 32 heads of 8" in found and found.endswith("set --mup-base-head-dim 64")
+    assert len(doubts("", **shape, mup=True, mup_base_width=256)) == 1
+    assert doubts(f"{flags} --mup-base-head-dim 64", **shape) == doubts(flags, **shape, head_dim=64) == []
+    assert doubts(flags, hidden_dim=256, n_heads=4) == doubts("", **shape) == []

@@ -14,7 +14,7 @@ from data_helpers import SEQ_LEN, VOCAB_SIZE, write_source
 
 from open_lm.errors import ConfigError
 from open_lm.scaling import command
-from open_lm.scaling.sweep import SweepRun, parse_grid, scaled_architecture
+from open_lm.scaling.sweep import SweepRun, mup_settings, parse_grid, scaled_architecture
 from open_lm.scaling.sweep_fit import DIVERGED, FINISHED, MISSING, Minimum, Result, find_minima, find_shifts
 
 MODEL = {
@@ -57,6 +57,16 @@ def test_wider_models_have_more_heads_of_the_same_width() -> None:
     assert scaled_architecture({**base, "ffn_dim": 100}, 48, "swiglu")["ffn_dim"] == 50
     with pytest.raises(ConfigError, match="found 64, expected multiples of 48"):
         scaled_architecture(base, 64, "gelu")
+    gemma = scaled_architecture({**base, "embedding_scale": 9.8}, 384, "gelu")  # sqrt(96), rounded
+    assert gemma["embedding_scale"] == math.sqrt(384)
+    assert scaled_architecture({**base, "embedding_scale": 2.0}, 384, "gelu")["embedding_scale"] == 2.0
+
+
+def test_the_base_model_of_a_sweep_sets_the_head_width_of_mup() -> None:
+    models = [{"hidden_dim": 1024, "n_heads": 16}, {"hidden_dim": 256, "n_heads": 4}]  # heads of 64
+    assert mup_settings(models, None) == {"mup": True, "mup_base_width": 256, "mup_base_head_dim": 64}
+    assert mup_settings(models, 1024)["mup_base_head_dim"] == 64
+    assert "mup_base_head_dim" not in mup_settings(models, 512)
 
 
 # ------------------------------------------------------------------------------------------------ minima
@@ -160,6 +170,8 @@ def test_a_sweep_trains_what_is_missing_and_shows_the_best_values(
         command.main(["sweep", str(tmp_path)])
     with pytest.raises(ConfigError, match="found lr, which the sweep decides"):
         command.main([*start, "lr=1"])
+    with pytest.raises(ConfigError, match="--base: found mup, which the command decides"):
+        command.main([*start, "mup=true"])
 
 
 def test_the_coordinate_check_passes_with_mup_only(
