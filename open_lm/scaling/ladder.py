@@ -242,10 +242,13 @@ def _family_sizes(choices: Choices, budget: float | None, cost_of: CostOf) -> li
     return sizes[:_MAX_SIZES][::-1]
 
 
-def target_rung(shape: Shape, tokens: int, choices: Choices, smallest: Shape) -> Rung:
-    """Return the run to predict: its hyperparameters follow the rules of the ladder."""
+def target_rung(shape: Shape, tokens: int, choices: Choices, ladder: Sequence[Rung]) -> Rung:
+    """Return the run to predict. Its hyperparameters follow the rules of the ladder, without its branches."""
+    smallest = min((rung.shape for rung in ladder), key=lambda other: other.params)
+    largest = max(ladder, key=lambda rung: (rung.shape.params, rung.steps))
     (rung,) = choices.rungs(shape, {"target": Fraction(tokens)}, smallest)
-    return replace(rung, is_target=True)
+    warmup = max(1, min(rung.warmup, round(rung.steps * largest.warmup / largest.steps)))
+    return replace(rung, warmup=warmup, is_target=True)
 
 
 def _check_budget(rungs: Sequence[Rung], budget: float | None, cost_of: CostOf) -> None:

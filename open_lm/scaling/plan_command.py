@@ -10,7 +10,7 @@ from open_lm.errors import ConfigError
 from open_lm.scaling.ladder import Choices, CostOf, Rung, choose, target_rung
 from open_lm.scaling.ladder_files import ladder_values, read_base, write_ladder
 from open_lm.scaling.number_types import positive, target
-from open_lm.scaling.shapes import FAMILY, Shape, parse_sizes, target_shape
+from open_lm.scaling.shapes import ASPECT, FAMILY, Shape, parse_sizes, target_shape
 from open_lm.storage.strict_json import to_json
 from open_lm.system.names import user_path
 
@@ -48,6 +48,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--vocab-size", type=int, default=50432, help="of sizes given as numbers (default: %(default)s)")
     add("--seq-len", type=int, default=2048, help="of sizes given as numbers (default: %(default)s)")
+    add("--aspect", type=positive, default=ASPECT, metavar="A", help="their width over depth (default: %(default)s)")
     add("--lr", type=positive, help="peak learning rate (default: by compute, as in arXiv 2401.02954)")
     add(
         "--lr-exponent",
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError("--lr-exponent: found no --lr, expected the learning rate of the smallest size")
     base = read_base(args.base, args.set)
     choices = Choices(
-        shapes=parse_sizes(args.sizes, args.vocab_size, args.seq_len) if args.sizes else None,
+        shapes=parse_sizes(args.sizes, args.vocab_size, args.seq_len, args.aspect) if args.sizes else None,
         multipliers=args.multipliers,
         run_tokens=args.run_tokens,
         lr=args.lr,
@@ -95,9 +96,8 @@ def run(args: argparse.Namespace) -> None:
     rungs = choose(choices, getattr(args, measure) if measure else None, costs.get(measure, lambda rung: rung.cost))
     target_point = args.target
     if args.train_target:
-        shapes = sorted({rung.shape for rung in rungs}, key=lambda shape: shape.params)
-        shape = target_shape(args.target[0], shapes)
-        rungs.append(target_rung(shape, args.target[1], choices, shapes[0]))
+        shape = target_shape(args.target[0], [rung.shape for rung in rungs], args.aspect)
+        rungs.append(target_rung(shape, args.target[1], choices, rungs))
         target_point = (shape.params, rungs[-1].tokens)
     hours = [device_hours(rung, args.devices, speed) for rung in rungs] if measure == "hours" else None
     facts = {"target": list(target_point) if target_point else None, "device_hours": hours}

@@ -22,9 +22,9 @@ FAMILY = (
 )  # fmt: skip
 # Settings of all models of a ladder that change the number of parameters, as in Gadre et al. 2024.
 MODEL_FLAGS: dict[str, Any] = {"model_norm": "gain_only_lp_layer_norm", "qk_norm": True}
-_ASPECT = 48  # width over depth of generated shapes, between the members of 160M and 1B parameters
+ASPECT = 48  # width over depth of generated shapes, between the members of 160M and 1B parameters
 _ESTIMATE_ERROR = 0.5  # of the logarithm of 12 L D^2 + 2 V D relative to the number of parameters
-_ASPECT_WEIGHT = 0.05  # importance of that ratio relative to the size
+_ASPECT_WEIGHT = 0.3  # importance of that ratio relative to the size
 _MAX_DEPTH = 40
 _HEAD_WIDTH = 64
 _NARROW = 512  # generated shapes below this width have feed-forward networks in steps of 32 instead of 256
@@ -65,10 +65,10 @@ def named_shape(model: str) -> Shape:
     return _shape(model, {}, shape_of(ModelConfig(model=model, **MODEL_FLAGS)))
 
 
-def generated_shape(params: float, vocab_size: int, seq_len: int) -> Shape:
+def generated_shape(params: float, vocab_size: int, seq_len: int, aspect: float = ASPECT) -> Shape:
     """Return a shape of about `params` parameters, with widths in steps of 16 (from 512 on: 64).
 
-    Of shapes of similar sizes, it is the one whose ratio of width to depth is nearest to that of the family.
+    Of shapes of similar sizes, it is the one whose ratio of width to depth is nearest to `aspect`.
 
     Raises:
         ConfigError: even the smallest shape is much larger.
@@ -76,11 +76,11 @@ def generated_shape(params: float, vocab_size: int, seq_len: int) -> Shape:
 
     def distance(shape: Shape) -> float:
         keys = dict(shape.architecture)
-        aspect = math.log(keys["hidden_dim"] / keys["n_layers"] / _ASPECT)
-        return abs(math.log(shape.params / params)) + _ASPECT_WEIGHT * abs(aspect)
+        ratio = keys["hidden_dim"] / keys["n_layers"] / aspect
+        return abs(math.log(shape.params / params)) + _ASPECT_WEIGHT * abs(math.log(ratio))
 
     widths = [*range(16, _NARROW, 16), *range(_NARROW, 12289, 64)]
-    sizes = [(width, depth) for width in widths for depth in _depths(width)]
+    sizes = [(width, depth) for width in widths for depth in _depths(width, aspect)]
     estimates = [abs(math.log((12 * w * w * d + 2 * vocab_size * w) / params)) for w, d in sizes]
     limit = max(_ESTIMATE_ERROR, 2 * min(estimates))
     near = [size for size, error in zip(sizes, estimates, strict=True) if error <= limit]
@@ -93,9 +93,9 @@ def generated_shape(params: float, vocab_size: int, seq_len: int) -> Shape:
     return best
 
 
-def _depths(width: int) -> list[int]:
-    """Return the depths of a width whose ratio differs by at most a fifth from that of the family."""
-    low, high = (min(max(2, round(width / (_ASPECT * factor))), _MAX_DEPTH) for factor in (1.2, 0.8))
+def _depths(width: int, aspect: float) -> list[int]:
+    """Return the depths of a width whose ratio differs by at most a fifth from `aspect`."""
+    low, high = (min(max(2, round(width / (aspect * factor))), _MAX_DEPTH) for factor in (1.2, 0.8))
     return list(range(low, high + 1))
 
 
@@ -137,7 +137,7 @@ def _shape(model: str, architecture: Mapping[str, Any], shape: ModelShape) -> Sh
     )
 
 
-def parse_sizes(texts: Sequence[str], vocab_size: int, seq_len: int) -> list[Shape]:
+def parse_sizes(texts: Sequence[str], vocab_size: int, seq_len: int, aspect: float = ASPECT) -> list[Shape]:
     """Return the shapes of --sizes, names of configurations or numbers of parameters, the smallest first.
 
     Raises:
@@ -157,7 +157,7 @@ def parse_sizes(texts: Sequence[str], vocab_size: int, seq_len: int) -> list[Sha
         else:
             if not 0 < params < 1e13:
                 raise ConfigError(f"--sizes: found {text!r}, expected a number of parameters such as 25e6")
-            shapes.append(generated_shape(params, vocab_size, seq_len))
+            shapes.append(generated_shape(params, vocab_size, seq_len, aspect))
     labels = Counter(shape.label for shape in shapes)
     repeated = [label for label, number in labels.items() if number > 1]
     if repeated:
@@ -167,8 +167,8 @@ def parse_sizes(texts: Sequence[str], vocab_size: int, seq_len: int) -> list[Sha
     return sorted(shapes, key=lambda shape: shape.params)
 
 
-def target_shape(params: int, shapes: Sequence[Shape]) -> Shape:
+def target_shape(params: int, shapes: Sequence[Shape], aspect: float = ASPECT) -> Shape:
     """Return the shape of about `params` parameters for a ladder of `shapes`: a member of the family, or a new one."""
     members = [named_shape(name) for name in FAMILY] if any(not shape.architecture for shape in shapes) else []
     member = next((shape for shape in members if abs(shape.params - params) <= _SAME_MEMBER * params), None)
-    return member or generated_shape(params, shapes[0].vocab_size, shapes[0].seq_len)
+    return member or generated_shape(params, shapes[0].vocab_size, shapes[0].seq_len, aspect)

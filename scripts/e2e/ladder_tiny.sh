@@ -18,7 +18,7 @@ shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
 python=${PYTHON:-python}
-read -ra sizes <<< "${SIZES:-1.3e5 2.7e5 6.7e5 1.4e6 2.9e6}"
+read -ra sizes <<< "${SIZES:-1.3e5 3.8e5 8.5e5 1.6e6 2.8e6}"
 read -ra run_tokens <<< "${RUN_TOKENS:-250e3 500e3 1000e3}"
 seq_len=${SEQ_LEN:-128}
 shards=$seq_len-v1/0
@@ -55,7 +55,7 @@ for split in train valid; do
 done
 
 stage "$ladder/ladder.json" scaling plan "$ladder" --sizes "${sizes[@]}" --run-tokens "${run_tokens[@]}" \
-    --target "${TARGET:-8e6:1e6}" --train-target --vocab-size 264 --seq-len "$seq_len" \
+    --target "${TARGET:-8e6:1e6}" --train-target --aspect 32 --vocab-size 264 --seq-len "$seq_len" \
     --global-batch-size "${BATCH:-8}" --lr "${LR:-6e-3}" --lr-exponent "${LR_EXPONENT:--0.25}" --set \
     "dataset_manifest=[\"$folder/train/$shards/manifest.jsonl\"]" data_key=npy workers=0 multiple_data_passes=true \
     "val_data=[\"$folder/valid/$shards/shard-0000000.tar\"]" "val_names=[text]" val_iter_ci=1000 \

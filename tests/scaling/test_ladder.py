@@ -60,7 +60,7 @@ def test_branches_start_at_a_checkpoint_of_their_trunk_and_cost_their_decay_only
 @pytest.mark.parametrize("params", [1e5, 1e6, 8e6, 1e8, 2e9])
 def test_generated_shapes_have_about_the_requested_size(params: float) -> None:
     shape = generated_shape(params, vocab_size=256, seq_len=128)
-    assert 0.8 < shape.params / params < 1.25
+    assert 0.78 < shape.params / params < 1.28
     heads, width = (dict(shape.architecture)[key] for key in ("n_heads", "hidden_dim"))
     assert width % heads == 0 and (width // heads) % 2 == 0
 
@@ -260,7 +260,9 @@ def test_the_learning_rate_follows_a_power_of_the_size() -> None:
         "t200000",
         "t100000",
     ]
-    for rung in [*rungs, target_rung(shapes[1], 10**5, choices, shapes[0])]:
+    target = target_rung(shapes[1], 2 * 10**5, choices, rungs)
+    assert target.is_target and (target.steps, target.warmup) == (391, 19) and rungs[-1].warmup == 19
+    for rung in [*rungs, target]:
         assert rung.lr == pytest.approx(0.01 * (rung.shape.params / shapes[0].params) ** -0.25)
 
 
@@ -278,3 +280,8 @@ def test_short_runs_get_the_batch_and_learning_rate_of_their_compute() -> None:
     )
     assert short.global_batch < optimal.global_batch == long.global_batch
     assert short.lr > optimal.lr == long.lr
+
+
+def test_generated_shapes_have_the_requested_aspect() -> None:
+    shapes = parse_sizes(["1.3e5", "3.8e5", "8.5e5", "1.6e6", "2.8e6"], 264, 128, aspect=32)
+    assert [shape.label for shape in shapes] == [f"d={32 * depth}_l={depth}_h=4" for depth in (2, 3, 4, 5, 6)]
