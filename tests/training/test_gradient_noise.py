@@ -23,6 +23,8 @@ from open_lm.distributed.processes import Runtime
 from open_lm.errors import ConfigError
 from open_lm.model.transformer import Params, Transformer
 from open_lm.optim.build import build_optimizer
+from open_lm.report.collect import collect_run
+from open_lm.report.curves import curve_figures
 from open_lm.training.gradient_noise import DECAY, GradientNoise, estimate
 from open_lm.training.step import StepOptions, train_step
 
@@ -60,8 +62,8 @@ def direct_estimates(model: Transformer, inputs: torch.Tensor, targets: torch.Te
     return signal, total * (full - signal)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_step_measures_what_gradients_of_single_sequences_give(tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "scaled"), [(False, False), (True, False), (False, True)])
+def test_a_step_measures_what_gradients_of_single_sequences_give(tied: bool, scaled: bool) -> None:
     torch.manual_seed(0)
     model = Transformer(Params(**trainer_worker.SHAPE, weight_tying=tied))
     model.reset_parameters(seed=5)
@@ -69,8 +71,9 @@ def test_a_step_measures_what_gradients_of_single_sequences_give(tied: bool) -> 
     expected = direct_estimates(model, inputs, targets, size=1)
     noise = GradientNoise(model, MeshLayout(), 8, **SIZES)
     options = StepOptions(Runtime(), MeshLayout(), get_autocast("fp32"), accum_freq=8)
-    noise.start()
-    result = train_step(model, inputs, targets, build_optimizer(model, OptimConfig(lr=1e-3)), options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
+    noise.start(scaler)
+    result = train_step(model, inputs, targets, build_optimizer(model, OptimConfig(lr=1e-3)), options, scaler=scaler)
     noise.finish(targets, result.grad_norm, ~result.skipped)
     assert noise.state() == pytest.approx([(1 - DECAY) * value for value in (*expected, 1.0)], rel=1e-5)
     values = noise.values()
@@ -135,6 +138,9 @@ def test_a_run_logs_the_noise_scale_and_a_resumed_run_continues_it(
     assert last["train/gradient_noise_scale_tokens"] == pytest.approx(ratio)
     assert last["train/gradient_noise_scale"] == pytest.approx(ratio / SEQ_LEN)
     assert last["train/global_batch_size"] == 4
+    figures = curve_figures([collect_run(str(tmp_path / "logs" / "measured"))], ["measured"], 100).main
+    (figure,) = (figure for figure in figures if figure.title == "Gradient noise scale")
+    assert {series.name for series in figure.series} == {"gradient noise scale", "global batch size"}
     assert re.search(r"Noise scale: [\d.e+]+ sequences", caplog.text)
     train(flags, data, 6, "--name", "resumed", *noise, epochs=1)
     train(flags, data, 6, "--name", "resumed", *noise, "--resume", "latest", epochs=2)
