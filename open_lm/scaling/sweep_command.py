@@ -27,7 +27,17 @@ from open_lm.scaling.sweep import (
     read_sweep,
     write_sweep,
 )
-from open_lm.scaling.sweep_fit import DIVERGED, FINISHED, MISSING, Minimum, Result, find_minima, find_shifts, result_of
+from open_lm.scaling.sweep_fit import (
+    DIVERGED,
+    FINISHED,
+    MISSING,
+    Minimum,
+    Result,
+    find_minima,
+    find_shifts,
+    result_of,
+    shift_text,
+)
 from open_lm.storage.strict_json import to_json
 from open_lm.system.names import user_path
 
@@ -161,13 +171,3 @@ def _note(item: Minimum) -> str:
     settings = [f"{key}={value:g}" for key, value in item.settings.items()]
     diverged = [f"diverged: {', '.join(f'{value:g}' for value in item.diverged)}"] if item.diverged else []
     return "; ".join([*settings, *([item.note] if item.note else []), *diverged])
-
-
-def shift_text(shift: Any, axis: str) -> str:
-    """Return a sentence about a shift."""
-    settings = "".join(f", {key}={value:g}" for key, value in shift.settings.items())
-    bound = " or more (a minimum is at the edge of the grid)" if shift.is_bound else ""
-    return (
-        f"{shift.parametrization}{settings}: the best {axis} of the widths {shift.widths[0]} to {shift.widths[-1]} "
-        f"differs by a factor of {shift.factor:.2f}{bound}"
-    )

@@ -182,3 +182,13 @@ def find_shifts(minima: Sequence[Minimum]) -> list[Shift]:
             factor = max(best) / min(best)
             shifts.append(Shift(group[0].parametrization, group[0].settings, widths, factor, is_bound))
     return shifts
+
+
+def shift_text(shift: Shift, axis: str) -> str:
+    """Return a sentence about a shift."""
+    settings = "".join(f", {key}={value:g}" for key, value in shift.settings.items())
+    bound = " or more (a minimum is at the edge of the grid)" if shift.is_bound else ""
+    return (
+        f"{shift.parametrization}{settings}: the best {axis} of the widths {shift.widths[0]} to {shift.widths[-1]} "
+        f"differs by a factor of {shift.factor:.2f}{bound}"
+    )

@@ -10,15 +10,13 @@ import numpy as np
 from open_lm.report.figures import Figure, Page, Series
 from open_lm.report.markup import Column, Html, paragraph, table
 from open_lm.scaling.sweep import STANDARD
-from open_lm.scaling.sweep_fit import Minimum, Result, find_minima, find_shifts
+from open_lm.scaling.sweep_fit import Minimum, Result, find_minima, find_shifts, shift_text
 
 _GRID = 40
 
 
 def build_page(results: Sequence[Result]) -> str:
     """Return the page. Raise ConfigError if plotly is not installed."""
-    from open_lm.scaling.sweep_command import shift_text
-
     axis, minima = next(iter(results[0].run.settings)), find_minima(results)
     groups: dict[str, list[Minimum]] = {}
     for item in minima:
