@@ -1,7 +1,7 @@
 """Products of groups of rows with one matrix each: the experts of a mixture on any number of tokens.
 
-On CUDA devices that support it, in bfloat16, one kernel computes all groups (torch.nn.functional.grouped_mm), and the
-host does not need their sizes. Elsewhere the products run sequentially, with the same result up to rounding.
+On Hopper and datacenter Blackwell, in bfloat16, one kernel computes all groups (torch.nn.functional.grouped_mm), and
+the host does not need their sizes. Elsewhere the products run sequentially, with the same result up to rounding.
 Legend: n rows, E groups, D and F widths.
 """
 
@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _ALIGNMENT_BYTES = 16  # of every row, a condition of the kernel
-# torch 2.10 gave the operator a public name. Versions without either name lack the kernel.
-_grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
+_CAPABILITIES = (9, 10)  # major compute capabilities with the kernel; on others torch loops, and waits for the device
+# The public name came with torch 2.10. The kernel of versions before 2.9 hangs on gradients of groups without rows
+# (https://github.com/pytorch/pytorch/pull/157903).
+_grouped_mm: Any = getattr(F, "grouped_mm", None)
 
 
 class RowGroups:
@@ -29,6 +31,11 @@ class RowGroups:
         self._counts = counts
         self._ends: Tensor | None = None
         self._sizes: list[int] | None = None
+
+    @property
+    def are_empty(self) -> Tensor:
+        """Whether each group has no rows (E,) bool."""
+        return self._counts == 0
 
     @property
     def ends(self) -> Tensor:
@@ -54,12 +61,30 @@ def grouped_product(rows: Tensor, matrices: Tensor, groups: RowGroups) -> Tensor
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         rows, matrices = rows.to(dtype), matrices.to(dtype)
+    if not len(rows):
+        return rows @ matrices[0]  # gives all matrices a gradient, of zeros
     if has_grouped_kernel(rows, matrices):
-        return _grouped_mm(rows, matrices, offs=groups.ends)
+        return _grouped_mm(rows, _UsedMatrices.apply(matrices, groups.are_empty), offs=groups.ends)
     pairs = zip(rows.split(groups.sizes), matrices.unbind(), strict=True)
-    # Without any row, the product with the first matrix still gives the matrices a gradient, of zeros.
-    products = [group @ matrix for group, matrix in pairs if len(group)] or [rows @ matrices[0]]
-    return torch.cat(products)
+    return torch.cat([group @ matrix for group, matrix in pairs if len(group)])
+
+
+class _UsedMatrices(torch.autograd.Function):
+    """The identity of matrices (E,D,F), whose backward pass sets the gradients of unused ones to 0.
+
+    On Blackwell the kernel leaves those of groups without rows undefined
+    (https://github.com/pytorch/pytorch/issues/172439).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor, are_unused: Tensor) -> Tensor:
+        ctx.save_for_backward(are_unused)
+        return matrices.view_as(matrices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (are_unused,) = ctx.saved_tensors
+        return grads[0].masked_fill(are_unused[:, None, None], 0.0), None
 
 
 def has_grouped_kernel(rows: Tensor, matrices: Tensor) -> bool:
@@ -70,6 +95,4 @@ def has_grouped_kernel(rows: Tensor, matrices: Tensor) -> bool:
         return False
     if any(width * rows.element_size() % _ALIGNMENT_BYTES for width in matrices.shape[1:]):
         return False
-    capability = torch.cuda.get_device_capability(rows.device)
-    # The first version with the operator had it for Hopper only.
-    return capability >= (9, 0) if hasattr(F, "grouped_mm") else capability == (9, 0)
+    return torch.cuda.get_device_capability(rows.device)[0] in _CAPABILITIES

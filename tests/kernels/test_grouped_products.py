@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from open_lm.kernels import grouped_products
 from open_lm.kernels.grouped_products import RowGroups, grouped_product, has_grouped_kernel
 
 COUNTS = (5, 0, 8, 3)
@@ -49,6 +53,33 @@ def test_autocast_casts_both_operands() -> None:
     rows, matrices, groups = operands("cpu", torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert grouped_product(rows, matrices, groups).dtype == torch.bfloat16
+
+
+def test_a_kernel_that_leaves_gradients_of_empty_groups_undefined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of some devices does; this one computes the products sequentially."""
+    rows, matrices, groups = operands("cpu", torch.float32)
+
+    def kernel(rows: Tensor, matrices: Tensor, offs: Tensor) -> Tensor:
+        assert offs.tolist() == [5, 5, 13, 16] and offs.dtype == torch.int32
+        is_empty = torch.tensor(COUNTS) == 0
+        matrices.register_hook(lambda gradient: gradient.masked_fill(is_empty[:, None, None], torch.nan))
+        return torch.cat([group @ matrix for group, matrix in zip(rows.split(COUNTS), matrices, strict=True)])
+
+    monkeypatch.setattr(grouped_products, "has_grouped_kernel", lambda rows, matrices: True)
+    monkeypatch.setattr(grouped_products, "_grouped_mm", kernel)
+    check(rows, matrices, groups, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 9), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_devices_with_the_kernel(capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    rows: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, element_size=lambda: 2)
+    matrices: Any = SimpleNamespace(dtype=torch.bfloat16, shape=(4, 24, 40))
+    assert has_grouped_kernel(rows, matrices) == expected
+    matrices.shape = (4, 24, 36)  # rows of the result would not be aligned
+    assert not has_grouped_kernel(rows, matrices)
 
 
 @pytest.mark.gpu
