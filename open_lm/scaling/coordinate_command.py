@@ -50,8 +50,12 @@ def run(args: argparse.Namespace) -> None:
     base = read_base(args.base, args.set)
     widths = args.widths or ([] if args.models else _WIDTHS)
     models = choose_models(args.models, widths, base)
-    if len({values["hidden_dim"] for values in models.values()}) < 2:
-        raise ConfigError("coordinate-check: found one width, expected at least two, such as --widths 64 128 256")
+    found = [values["hidden_dim"] for values in models.values()]
+    if len(found) < 2 or len(set(found)) < len(found):
+        raise ConfigError(
+            f"coordinate-check: found models of width {', '.join(map(str, found))}, expected at least two models of "
+            "different widths, such as --widths 64 128 256"
+        )
     mup = mup_settings(models.values(), args.mup_base_width)
     with tempfile.TemporaryDirectory() as folder:
         checks = [
@@ -88,7 +92,9 @@ def _config(architecture: Mapping[str, Any], base: Mapping[str, Any], folder: Pa
 
     model, settings = folder / f"{architecture['hidden_dim']}.json", folder / "settings.yaml"
     storage.write_text(model, to_json(dict(architecture)))
-    batch = int(base.get("global_batch_size", _BATCH))
+    batch = base.get("global_batch_size", _BATCH)
+    if not isinstance(batch, int):
+        raise ConfigError(f"global_batch_size: found {batch!r}, expected a number of sequences")
     values = {
         **base, "model": str(model), "global_batch_size": batch, "epochs": 1, "accum_freq": 1, "workers": 0,
         "train_num_samples": (steps + 1) * batch * architecture["seq_len"],

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from open_lm.errors import UserError
 from open_lm.scaling.evaluation import AFTER_ALL, RESULTS, WHEN_KEY, evaluation_flags
 from open_lm.scaling.ladder_files import Ladder, PlannedRun
+
+if TYPE_CHECKING:
+    from open_lm.report.records import Run
 
 TRAIN, EVALUATE = "train", "evaluate"  # commands of open-lm
 _MODULES = {TRAIN: "open_lm.main", EVALUATE: "open_lm.evaluate.command"}
@@ -68,12 +73,27 @@ def has_diverged(folder: str) -> bool:
 
 def is_trained(planned: PlannedRun) -> bool:
     """Return whether a run has trained on all its tokens and ended by itself, after its last validation."""
-    if not Path(planned.folder).is_dir():
-        return False
+    run = recorded_run(planned.folder)
+    return run is not None and is_finished(run)
+
+
+def recorded_run(folder: str) -> Run | None:
+    """Return the records of a run; None for one that was not started, or was killed before its first file."""
     from open_lm.report.collect import collect_run
+
+    try:
+        return collect_run(folder) if Path(folder).is_dir() else None
+    except UserError:
+        return None
+
+
+def is_finished(run: Run) -> bool:
+    """Return whether a run has trained, validated and saved; one that was killed meanwhile has not."""
     from open_lm.report.records import FINISHED
 
-    return collect_run(planned.folder).summary.state == FINISHED
+    ends = run.metrics.get("train/epochs_done")[0]  # logged after the validation
+    has_validated = len(ends) > 0 and int(ends[-1]) == run.summary.step
+    return run.summary.state == FINISHED and has_validated and all(saved.is_complete for saved in run.checkpoints)
 
 
 def training_job(planned: PlannedRun) -> Job:

@@ -96,14 +96,12 @@ def write_ladder(folder: str, rungs: Sequence[Rung], base: Mapping[str, Any], fa
     evaluation = check_evaluation(base.get(KEY))
     settings = {key: value for key, value in base.items() if key != KEY}
     configs = {rung.name: _config(root, rung, settings) for rung in rungs}
-    root.mkdir(parents=True, exist_ok=True)
+    storage.makedirs(root / "configs")
     for rung in rungs:
         if rung.shape.architecture:
             storage.write_text(root / rung.shape.model, to_json(dict(rung.shape.architecture), indent=1) + "\n")
     for name, config in configs.items():
-        path = root / "configs" / f"{name}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        storage.write_text(path, yaml.safe_dump(config, sort_keys=False))
+        storage.write_text(root / "configs" / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False))
     for name in configs:
         _check(root / "configs" / f"{name}.yaml")
     content = ladder_values(rungs, {**facts, KEY: evaluation})
@@ -209,12 +207,15 @@ def read_base(path: str | None, settings: Sequence[str]) -> dict[str, Any]:
     """Return the settings of --base FILE and --set KEY=VALUE, with underscores.
 
     Raises:
-        ConfigError: a file that cannot be read, or a text without `=`.
+        ConfigError: a file that cannot be read, or a text without `=` or with a value that is not YAML.
     """
     values = dict(load_config_file(path)) if path else {}
     for text in settings:
         key, sign, value = text.partition("=")
         if not sign:
             raise ConfigError(f"--set: found {text!r}, expected KEY=VALUE such as precision=amp_bf16")
-        values[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        try:
+            values[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set: found {text!r}, whose value is not valid YAML; expected KEY=VALUE") from None
     return values

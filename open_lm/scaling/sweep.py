@@ -28,7 +28,8 @@ _FORMAT = "open_lm.sweep/1"
 _MIN_VALUES = 3  # that a minimum needs
 # Settings of all runs, which --base and --set may replace.
 _DEFAULTS: dict[str, Any] = {"epochs": 1, "checkpoint_format": "sharded", "report": "none", "energy": "none"}
-_PLANNED = frozenset({"name", "logs", "model", "resume", "mup", "mup_base_width"})
+# The states of runs are read in the folder of the sweep, so that a base file must not set another one.
+_PLANNED = frozenset({"name", "logs", "checkpoint_dir", "model", "resume", "mup", "mup_base_width"})
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[float]]:
             raise ConfigError(
                 f"--vary: found {text!r}, expected a numeric flag of open_lm.main, once, such as lr=1e-3:3e-2:6"
             )
-        numbers = _numbers(text, values)
-        grid[key] = sorted({float(round(number)) if spec.kind is int else number for number in numbers})
+        grid[key] = _numbers(text, values, whole=spec.kind is int)
     axis = next(iter(grid), None)
     if axis is None or len(grid[axis]) < _MIN_VALUES or axis == REPLICATE:
         raise ConfigError(
@@ -76,8 +76,11 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[float]]:
     return grid
 
 
-def _numbers(text: str, values: str) -> list[float]:
-    """Return the numbers of LOW:HIGH:N, evenly spaced in their logarithm, or of a list with commas."""
+def _numbers(text: str, values: str, whole: bool) -> list[float]:
+    """Return the distinct numbers of LOW:HIGH:N, evenly spaced in their logarithm, or of a list with commas, ascending.
+
+    whole: the setting is an integer, to which numbers of LOW:HIGH:N are rounded.
+    """
     try:
         if ":" not in values:
             numbers = [float(part) for part in values.split(",")]
@@ -85,14 +88,16 @@ def _numbers(text: str, values: str) -> list[float]:
             low, high, count = values.split(":")
             ends, steps = (math.log(float(low)), math.log(float(high))), int(count) - 1
             numbers = [math.exp(ends[0] + (ends[1] - ends[0]) * i / steps) for i in range(steps + 1)]
-            numbers = [float(f"{number:.3g}") for number in numbers]
-        if not all(map(math.isfinite, numbers)):
+            numbers = [float(round(number)) if whole else float(f"{number:.3g}") for number in numbers]
+        if not numbers or not all(map(math.isfinite, numbers)):
             raise ValueError
     except (ValueError, ZeroDivisionError):
         raise ConfigError(
             f"--vary: found {text!r}, expected KEY=LOW:HIGH:NUMBER, spaced evenly in the logarithm, or KEY=VALUE,VALUE"
         ) from None
-    return numbers
+    if whole and not all(map(float.is_integer, numbers)):
+        raise ConfigError(f"--vary: found {text!r}, expected integers")
+    return sorted(set(numbers))
 
 
 def scaled_architecture(values: Mapping[str, Any], width: int, ffn_type: str) -> dict[str, Any]:
@@ -116,7 +121,8 @@ def scaled_architecture(values: Mapping[str, Any], width: int, ffn_type: str) ->
         step = math.lcm(*(base // math.gcd(base, count) for count in counts.values()))
         raise ConfigError(f"--widths: found {width}, expected multiples of {step}, which have complete heads of {head}")
     ffn_dim = values.get("ffn_dim") or feed_forward_width(values.get("ffn_type", ffn_type), base)
-    widths = {"ffn_dim": ffn_dim, **{key: values[key] for key in ("moe_ffn_dim",) if values.get(key)}}
+    dense = {} if values.get("moe_freq") == 1 else {"ffn_dim": ffn_dim}  # 1: experts in all blocks
+    widths = {**dense, **{key: values[key] for key in ("moe_ffn_dim",) if values.get(key)}}
     scaled = {key: count * width // base for key, count in counts.items()}
     scaled |= {key: round(count * width / base) for key, count in widths.items()}
     if scales_with_width(values.get("embedding_scale", 1.0), base):
@@ -131,7 +137,7 @@ def choose_models(
 
     base: settings of all runs, whose `model` is the default.
     """
-    names = names or ([base["model"]] if base.get("model") else [])
+    names = names or ([str(base["model"])] if base.get("model") else [])
     if not names or (widths and len(names) > 1):
         found = f"{len(names)} models" if names else "no model"
         raise ConfigError(f"--models: found {found}; expected model configurations, or with --widths one to scale")
@@ -141,9 +147,13 @@ def choose_models(
     if taken:
         raise ConfigError(f"{taken[0]}, which the command decides; remove it, and set --mup-base-width")
     if not widths:
-        return {Path(name).name.removesuffix(".json"): values for name, values in architectures.items()}
+        labels = {Path(name).name.removesuffix(".json"): values for name, values in architectures.items()}
+        if len(labels) < len(names):
+            raise ConfigError(f"--models: found {' '.join(names)}, expected files with different names, once each")
+        return labels
     flags = {spec.name: base.get(spec.name, spec.default) for spec in ModelConfig.specs()}
-    (architecture,) = architectures.values()
+    (named,) = architectures.values()
+    architecture = {"moe_freq": flags["moe_freq"], **named}
     return {f"w{width}": scaled_architecture(architecture, width, flags["ffn_type"]) for width in sorted(set(widths))}
 
 
@@ -153,8 +163,13 @@ def mup_settings(models: Iterable[Mapping[str, Any]], base_width: int | None) ->
     They have the width of a head of the base model if that is one of the architectures.
 
     base_width: --mup-base-width; None for the smallest width.
+
+    Raises:
+        ConfigError: a width below 1.
     """
     models = list(models)
+    if base_width is not None and base_width < 1:
+        raise ConfigError(f"--mup-base-width: found {base_width}, expected at least 1")
     base_width = base_width or min(values["hidden_dim"] for values in models)
     bases = [values for values in models if values["hidden_dim"] == base_width]
     heads = {values.get("head_dim") or base_width // values["n_heads"] for values in bases}
@@ -192,18 +207,18 @@ def write_sweep(
     for (name, values), parametrization in itertools.product(models.items(), parametrizations):
         for numbers in itertools.product(*grid.values()):
             settings = dict(zip(grid, numbers, strict=True))
-            words = [name, parametrization, *(f"{key}{value:g}" for key, value in settings.items())]
+            words = [name, parametrization, *(f"{key}{_text(value)}" for key, value in settings.items())]
             run = SweepRun("_".join(words), name, values["hidden_dim"], parametrization, settings)
             runs.append(run)
             configs[run.name] = _config(root, run, base, mup[parametrization])
     content = {"format": _FORMAT, "configs": configs, "models": dict(models), "runs": list(map(asdict, runs))}
     path = root / SWEEP_FILE
-    if path.exists() and json.loads(storage.read_text(path)) != json.loads(to_json(content)):
+    if path.exists() and _read(path) != json.loads(to_json(content)):
         raise ConfigError(
             f"{folder}: contains another sweep; continue it without further flags, or name another folder"
         )
-    (root / "models").mkdir(parents=True, exist_ok=True)
-    (root / "configs").mkdir(exist_ok=True)
+    for name in ("models", "configs"):
+        storage.makedirs(root / name)
     for name, values in models.items():
         storage.write_text(root / "models" / f"{name}.json", to_json(dict(values), indent=1) + "\n")
     for name, config in configs.items():
@@ -211,6 +226,14 @@ def write_sweep(
         parse_args(["--config", str(root / "configs" / f"{name}.yaml")])
     storage.write_text(path, to_json(content, indent=1) + "\n")
     return runs
+
+
+def _text(value: float) -> str:
+    """Return the shortest text that identifies a value."""
+    short = f"{value:g}"
+    if float(short) == value:
+        return short
+    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def _config(root: Path, run: SweepRun, base: Mapping[str, Any], mup: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,13 +249,27 @@ def read_sweep(folder: str) -> list[SweepRun]:
     path = Path(folder) / SWEEP_FILE
     if not path.is_file():
         raise ConfigError(f"{folder}: found no {SWEEP_FILE}; start a sweep with --vary, such as --vary lr=1e-3:3e-2:6")
+    content = _read(path)
     try:
-        content = json.loads(storage.read_text(path))
-        if content.get("format") != _FORMAT:
-            raise ConfigError(f"{path}: found format {content.get('format')!r}, expected {_FORMAT!r}")
         return [SweepRun(**item) for item in content["runs"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a sweep ({error}); delete it and start the sweep again") from error
+    except (KeyError, TypeError) as error:
+        raise _not_a_sweep(path, error) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a sweep.json."""
+    try:
+        content: dict[str, Any] = json.loads(storage.read_text(path))
+        found = content.get("format")
+    except (ValueError, AttributeError) as error:
+        raise _not_a_sweep(path, error) from error
+    if found != _FORMAT:
+        raise ConfigError(f"{path}: found format {found!r}, expected {_FORMAT!r}")
+    return content
+
+
+def _not_a_sweep(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path}: not a sweep ({error}); delete it and start the sweep again")
 
 
 def planned_run(folder: str, run: SweepRun) -> PlannedRun:

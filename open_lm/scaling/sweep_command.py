@@ -13,7 +13,7 @@ from typing import Any
 
 from open_lm import storage
 from open_lm.config.registry import LAUNCHERS
-from open_lm.errors import UserError
+from open_lm.errors import ConfigError, UserError
 from open_lm.scaling.jobs import Job, training_job
 from open_lm.scaling.ladder_files import read_base
 from open_lm.scaling.run_command import add_launch_flags, check_launch_flags, run_job
@@ -60,7 +60,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--parametrization",
         nargs="+",
         choices=(STANDARD, MUP),
-        default=[STANDARD],
+        default=[],
         help="with or without --mup, or both (default: standard)",
     )
     add("--json", action="store_true", help="print JSON")
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     """Train what is missing, then write and print the results."""
     check_launch_flags(args)
     folder = args.ladder
-    runs = _write(args) if args.vary else read_sweep(folder)
+    runs = _write(args) if args.vary else _read(args)
     missing = [item for item in runs if result_of(item, planned_run(folder, item).folder).state == MISSING]
     if not args.json:
         print(f"{len(runs) - len(missing)} of {len(runs)} runs are done", flush=True)
@@ -101,13 +101,27 @@ def run(args: argparse.Namespace) -> None:
     print(to_json(content, indent=1) if args.json else f"{sweep_text(results)}\nwrote {Path(folder) / PAGE}")
 
 
+def _read(args: argparse.Namespace) -> list[SweepRun]:
+    """Return the runs of a folder that has a sweep, which no flag changes."""
+    names = ("models", "widths", "parametrization", "mup_base_width", "base", "set")
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
+    if given:
+        raise ConfigError(
+            f"sweep: found {', '.join(given)} without --vary; start a sweep with --vary, or continue one without them"
+        )
+    return read_sweep(args.ladder)
+
+
 def _write(args: argparse.Namespace) -> list[SweepRun]:
     """Write the sweep that the flags describe."""
+    if args.mup_base_width is not None and MUP not in args.parametrization:
+        raise ConfigError(f"--mup-base-width {args.mup_base_width} has no effect without --parametrization {MUP}")
     grid = parse_grid(args.vary)
     base = read_base(args.base, args.set)
     models = choose_models(args.models, args.widths, base)
     base.pop("model", None)
-    return write_sweep(args.ladder, models, grid, base, dict.fromkeys(args.parametrization, args.mup_base_width))
+    parametrizations = dict.fromkeys(args.parametrization or [STANDARD], args.mup_base_width)
+    return write_sweep(args.ladder, models, grid, base, parametrizations)
 
 
 def _train(folder: str, missing: Sequence[SweepRun], args: argparse.Namespace) -> None:

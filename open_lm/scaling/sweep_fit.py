@@ -1,7 +1,8 @@
 """Results of a sweep: the final loss of each run, and the minimum of each curve.
 
 A curve has the runs that differ in the axis, such as the learning rate, and in the seed. Its minimum is the vertex of a
-parabola in the logarithm of the axis through the points around the lowest one.
+parabola in the logarithm of the axis through the points around the lowest one. A value of 0, such as that of wd, is a
+candidate without being part of a parabola.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from open_lm.errors import UserError
+from open_lm.scaling.jobs import has_diverged, is_finished, recorded_run
 from open_lm.scaling.sweep import REPLICATE, SweepRun
 
 FINISHED, DIVERGED, MISSING = "finished", "diverged", "missing"  # states of a run
 _NEIGHBORS = 2  # points on each side of the lowest one that the parabola fits
 _EDGE = "at the edge of the grid"
 _NO_VERTEX = "not curved around the lowest point"
+_NOT_POSITIVE = "no value above 0 is better"
 
 
 @dataclass(frozen=True)
@@ -65,27 +66,19 @@ class Minimum:
 
 def result_of(run: SweepRun, folder: str) -> Result:
     """Return the state and loss of a run by what its folder has."""
-    if not Path(folder).is_dir():
-        return Result(run, MISSING)
-    from open_lm.report import records
-    from open_lm.report.collect import collect_run
-
-    try:
-        content = collect_run(folder)
-    except UserError:
-        return Result(run, MISSING)
-    summary = content.summary
-    if (Path(folder) / "checkpoints_failed").is_dir() and any((Path(folder) / "checkpoints_failed").iterdir()):
+    if has_diverged(folder):
         return Result(run, DIVERGED)
-    if summary.state != records.FINISHED:
+    content = recorded_run(folder)
+    if content is None or not is_finished(content):
         return Result(run, MISSING)
-    losses = content.metrics.get("val/loss")[1]
-    loss = float(losses[-1]) if len(losses) else summary.last_loss
+    losses, first, last = content.metrics.get("val/loss")[1], content.summary.first_loss, content.summary.last_loss
+    loss = float(losses[-1]) if len(losses) else last
     if loss is None or not math.isfinite(loss):
         return Result(run, DIVERGED)
-    # A finished run whose loss is above that of its first step has left the region of stable training.
-    is_worse = summary.first_loss is not None and loss > summary.first_loss
-    return Result(run, DIVERGED, loss) if is_worse else Result(run, FINISHED, loss)
+    # A finished run whose training loss has risen has left the region of stable training. The loss on other data may be
+    # higher than that of the first step, for example in a short fine-tuning.
+    has_risen = first is not None and last is not None and last > first
+    return Result(run, DIVERGED if has_risen else FINISHED, loss)
 
 
 def find_minima(results: Sequence[Result]) -> list[Minimum]:
@@ -123,12 +116,17 @@ def _fit(found: Minimum, points: Sequence[tuple[float, float]]) -> None:
     """Set the minimum of a curve with (value, loss) of each run."""
     lowest = min(range(len(found.points)), key=lambda index: found.points[index][1])
     found.best, found.loss = found.points[lowest][:2]
-    if lowest in (0, len(found.points) - 1) or found.best <= 0:
-        is_last = lowest == len(found.points) - 1
+    if found.best <= 0:
+        found.note = _NOT_POSITIVE
+        return
+    values = [value for value, *_ in found.points if value > 0]  # 0 has no logarithm
+    position = values.index(found.best)
+    if position in (0, len(values) - 1):
+        is_last = position == len(values) - 1
         blocked = is_last and found.diverged and found.diverged[-1] > found.best
         found.note = f"{_EDGE}: higher values diverge" if blocked else f"{_EDGE}: {'raise' if is_last else 'lower'} it"
         return
-    window = [value for value, *_ in found.points[max(0, lowest - _NEIGHBORS) : lowest + _NEIGHBORS + 1]]
+    window = values[max(0, position - _NEIGHBORS) : position + _NEIGHBORS + 1]
     chosen = np.array([point for point in points if point[0] in window])
     x, y = np.log(chosen[:, 0]) - math.log(found.best), chosen[:, 1]
     design = np.stack([np.ones_like(x), x, x * x], axis=1)

@@ -12,10 +12,12 @@ import pytest
 import yaml
 from data_helpers import SEQ_LEN, VOCAB_SIZE, write_source
 
-from open_lm.errors import ConfigError
+from open_lm.errors import ConfigError, UserError
 from open_lm.scaling import command
-from open_lm.scaling.sweep import SweepRun, mup_settings, parse_grid, scaled_architecture
-from open_lm.scaling.sweep_fit import DIVERGED, FINISHED, MISSING, Minimum, Result, find_minima, find_shifts
+from open_lm.scaling.jobs import is_trained
+from open_lm.scaling.ladder_files import PlannedRun
+from open_lm.scaling.sweep import SweepRun, mup_settings, parse_grid, read_sweep, scaled_architecture
+from open_lm.scaling.sweep_fit import DIVERGED, FINISHED, MISSING, Minimum, Result, find_minima, find_shifts, result_of
 
 MODEL = {
     "hidden_dim": 32, "n_layers": 1, "n_heads": 2, "seq_len": SEQ_LEN, "vocab_size": VOCAB_SIZE,
@@ -42,6 +44,9 @@ def test_grids_are_even_in_the_logarithm() -> None:
         (["lrr=1,2,3"], "expected a numeric flag"),
         (["lr=1,2,3", "lr=1,2,3"], "expected a numeric flag of open_lm.main, once"),
         (["seed=1,2,3"], "whose minimum is fitted"),
+        (["lr=1,2,2.0"], "at least 3 values"),
+        (["lr=1,2,3", "seed=1:2:0"], "expected KEY=LOW:HIGH:NUMBER"),
+        (["lr=1,2,3", "seed=1,1.5"], "expected integers"),
     ],
 )
 def test_unusable_grids_are_rejected(texts: list[str], message: str) -> None:
@@ -57,6 +62,8 @@ def test_wider_models_have_more_heads_of_the_same_width() -> None:
     assert scaled_architecture({**base, "ffn_dim": 100}, 48, "swiglu")["ffn_dim"] == 50
     with pytest.raises(ConfigError, match="found 64, expected multiples of 48"):
         scaled_architecture(base, 64, "gelu")
+    experts = scaled_architecture({**base, "moe_freq": 1, "moe_ffn_dim": 64}, 48, "gelu")
+    assert experts["moe_ffn_dim"] == 32 and "ffn_dim" not in experts
     gemma = scaled_architecture({**base, "embedding_scale": 9.8}, 384, "gelu")  # sqrt(96), rounded
     assert gemma["embedding_scale"] == math.sqrt(384)
     assert scaled_architecture({**base, "embedding_scale": 2.0}, 384, "gelu")["embedding_scale"] == 2.0
@@ -92,6 +99,22 @@ def test_the_vertex_is_found_between_the_points_with_its_error() -> None:
         assert noisy.interval is not None
         covered += noisy.interval[0] <= 5e-3 <= noisy.interval[1]
     assert 45 <= covered <= 80  # one standard error, estimated with two degrees of freedom, holds 58 %
+
+
+def test_a_value_of_zero_is_compared_but_not_fitted() -> None:
+    values = [0.0, 0.01, 0.1, 1.0]
+
+    def minimum(*losses: float) -> Minimum:
+        items = zip(results(64, 0.1, values=[1.0] * 4), values, losses, strict=True)
+        runs = [(SweepRun(f"wd{value}", "w64", 64, "mup", {"wd": value}), loss) for _, value, loss in items]
+        (found,) = find_minima([Result(run, FINISHED, loss) for run, loss in runs])
+        return found
+
+    inner = minimum(3.0, 2.5, 2.2, 2.5)
+    assert inner.best == pytest.approx(0.1) and not inner.note
+    assert minimum(3.0, 2.1, 2.2, 2.6).note == "at the edge of the grid: lower it"
+    zero = minimum(2.0, 2.1, 2.2, 2.6)
+    assert (zero.best, zero.loss, zero.note) == (0.0, 2.0, "no value above 0 is better")
 
 
 def test_seeds_are_averaged_and_other_settings_give_curves_of_their_own() -> None:
@@ -174,6 +197,64 @@ def test_a_sweep_trains_what_is_missing_and_shows_the_best_values(
         command.main([*start, "mup=true"])
 
 
+def test_a_run_has_diverged_if_its_training_loss_has_risen(tmp_path: Path) -> None:
+    run = SweepRun("run", "w64", 64, "mup", {"lr": 1.0})
+    assert result_of(run, str(tmp_path / "none")).state == MISSING
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".run.lock").touch()  # killed before its first file
+    assert result_of(run, str(folder)).state == MISSING
+    assert not is_trained(PlannedRun("run", "", str(folder), None, params=1, tokens=1, cost_flops=1.0))
+
+    def result(first: float, last: float, length: int | None = None) -> Result:
+        rows = [
+            {"step": 1, "tokens": 8, "train/loss": first}, {"step": 2, "tokens": 16, "train/loss": last},
+            {"step": 2, "tokens": 16, "val/loss": 4.0}, {"step": 2, "tokens": 16, "train/epochs_done": 1},
+        ][:length]  # fmt: skip
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "params.txt").write_text("name: run\n")
+        (folder / "out.log").write_text(
+            "2026-01-01,00:00:00 | INFO | step: 2 has reached/exceeded total_steps: 2. ending training.\n"
+        )
+        return result_of(run, str(folder))
+
+    assert result(3.0, 2.0) == Result(run, FINISHED, 4.0)  # fine-tuning, with validation on other data
+    assert result(3.0, 3.5) == Result(run, DIVERGED, 4.0)
+    for length in (2, 3):  # killed during or right after the last validation
+        assert result(3.0, 2.0, length).state == MISSING
+    result(3.0, 2.0)
+    (folder / "checkpoints" / "step_00000002.incomplete").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000002.incomplete" / "part").touch()
+    assert result_of(run, str(folder)).state == MISSING
+
+
+def test_settings_that_a_sweep_cannot_use_are_rejected(base: Path, tmp_path: Path) -> None:
+    folder, model = tmp_path / "sweep", base.parent / "tiny.json"
+    start = ["sweep", str(folder), "--base", str(base), "--dry-run", "--vary", "lr=1,2,3"]
+    command.main([*start, "seed=20240101,20240102"])
+    names = [run.name for run in read_sweep(str(folder))]
+    assert len(set(names)) == 6 and "tiny_standard_lr1_seed20240102" in names
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tiny.json").write_text(model.read_text())
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sweep.json").write_text("{")
+    start[1] = str(tmp_path / "new")
+    for flags, message in (
+        (["sweep", str(folder), "--widths", "64", "--set", "lr=1"], "found --widths, --set without --vary"),
+        ([*start, "--mup-base-width", "16"], "--mup-base-width 16 has no effect without --parametrization mup"),
+        ([*start, "--parametrization", "mup", "--mup-base-width", "0"], "--mup-base-width: found 0"),
+        ([*start, "--models", str(model), str(tmp_path / "other" / "tiny.json")], "files with different names"),
+        ([*start, "--set", "checkpoint_dir=x"], "found checkpoint_dir, which the sweep decides"),
+        ([*start, "--set", "wd=["], r"--set: found 'wd=\[', whose value is not valid YAML"),
+        (["sweep", str(model), *start[2:]], "tiny.json"),
+        (["sweep", str(tmp_path / "broken"), *start[2:]], r"sweep\.json: not a sweep"),
+        (["coordinate-check", "--models", str(model), str(model)], "expected files with different names"),
+        (["coordinate-check", "--base", str(base), "--set", "global_batch_size=x"], "global_batch_size: found 'x'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.main(flags)
+
+
 def test_the_coordinate_check_passes_with_mup_only(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,5 +270,5 @@ def test_the_coordinate_check_passes_with_mup_only(
     standard, mup = json.loads(capsys.readouterr().out)
     assert standard["slopes"]["residual"][-1] > 2 * 0.25 > abs(mup["slopes"]["residual"][-1])
     assert len(mup["sizes"]["output logits"]) == 2 and len(mup["sizes"]["output logits"][0]) == 5
-    with pytest.raises(ConfigError, match="found one width"):
+    with pytest.raises(ConfigError, match="found models of width 32, expected at least two"):
         command.main([*flags[:4], "--widths", "32"])
