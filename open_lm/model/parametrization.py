@@ -2,7 +2,7 @@
 
 With muP (Yang et al. 2022, https://arxiv.org/abs/2203.03466) the best learning rate does not depend on the width of the
 model, so it can be tuned on a narrow one. The base model is one of width D_base at which both parametrizations are
-equal. With m = D / D_base, and F, H K and the width of experts taken to grow like D:
+equal. With m = D / D_base, and F, H K, the width of all key heads and that of experts taken to grow like D:
 
 | parameters                     | initial std              | AdamW lr | Muon lr   | multiplier                        |
 |--------------------------------|--------------------------|----------|-----------|-----------------------------------|

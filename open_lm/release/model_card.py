@@ -188,6 +188,7 @@ def training_facts(context: Context) -> list[tuple[str, str]]:
                       f"{settings.get('beta2')}, epsilon {settings.get('eps')}, weight decay {settings.get('wd')}"),
         ("learning rate", f"{settings.get('lr')}, {settings.get('lr_scheduler')}, {settings.get('warmup')} steps of "
                           "warmup"),
+        ("parametrization", f"muP, base width {shape['mup_base_width']}" if shape.get("mup") else ""),
         ("precision", settings.get("precision", "")),
         ("seed", settings.get("seed", "")),
         ("last training loss", "" if summary.last_loss is None else f"{summary.last_loss:.4f} nats per token"),
