@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp_common
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.config.layout import MeshLayout
@@ -38,6 +40,12 @@ from open_lm.parallel.tensor_parallel import apply_tensor_parallel, check_tensor
 
 # Number of blocks whose parameters --fsdp-backward-prefetch gathers ahead; FSDP2's default is one.
 PREFETCH_DEPTH = 2
+# From torch 2.12 on, FSDP2 can shard the parameters of a module over different meshes. Before, experts that are divided
+# over ranks need hooks inside of their block, which cut a compiled block into pieces.
+SHARDS_OVER_SEVERAL_MESHES = hasattr(fsdp_common, "ShardPlacementResult")
+# A compiled block with checkpointing sets the loads of its mixture in the forward pass only. Older versions of torch
+# lack the setting, and do not compile such blocks.
+_ALLOWS_LOADS = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 
 
 def parallelize(
@@ -78,7 +86,7 @@ def parallelize(
     if layout.tensor > 1 and cfg.async_tensor_parallel and model_cfg.torchcompile:
         assert layout.mesh is not None
         enable_async_tensor_parallel(layout.mesh["tensor"], device)
-    _checkpoint_activations(model, blocks, model_cfg)
+    _checkpoint_activations(model, blocks, model_cfg, layout.expert > 1)
     if model_cfg.torchcompile:
         # Compile each block in place: parameter names do not change, and equal blocks share one compilation.
         for block in blocks:
@@ -207,7 +215,9 @@ def ineffective_settings(cfg: ParallelConfig, device: torch.device) -> list[str]
     return messages
 
 
-def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module], cfg: ModelConfig) -> None:
+def _checkpoint_activations(
+    model: nn.Module, blocks: list[nn.Module], cfg: ModelConfig, divides_experts: bool = False
+) -> None:
     """Enable activation checkpointing of every block, of every K-th block, or of inexpensive operators."""
     policy = "full" if cfg.grad_checkpointing else cfg.activation_checkpointing
     if policy == "none":
@@ -221,6 +231,13 @@ def _checkpoint_activations(model: nn.Module, blocks: list[nn.Module], cfg: Mode
         set_grad_checkpointing(every=int(policy))
     elif cfg.torchcompile:
         # A policy cannot see the operators of a compiled block, so the block is compiled with its checkpointing.
+        if divides_experts and not SHARDS_OVER_SEVERAL_MESHES:
+            raise ConfigError(
+                f"--activation-checkpointing {policy} with --torchcompile and --expert-parallel needs torch 2.12 or "
+                f"newer, found {torch.__version__}; use --activation-checkpointing full, or remove one of the flags"
+            )
+        if hasattr(torch._dynamo.config, _ALLOWS_LOADS):
+            setattr(torch._dynamo.config, _ALLOWS_LOADS, True)
         for block in blocks:
             base: Any = type(block)
             block.__class__ = _checkpointed_class(base, policy, getattr(block, "has_dropout", False))
@@ -253,7 +270,8 @@ def _shard(  # noqa: PLR0917 - the meshes of one layout
     What the backward pass needs first stays gathered after the forward pass: the last block, the last norm and the
     head. The reduced gradient is the mean over ranks, as with DDP, so the trainer scales the loss equally for both.
 
-    With expert parallelism, the experts of a block are a group of their own, over `expert_mesh`.
+    With expert parallelism, the experts of a block are a group of their own, over `expert_mesh`, which is gathered and
+    reduced together with the block's other group where torch supports that.
     """
     reduce_dtype = {(True, False): torch.float32, (False, True): torch.bfloat16}
     flags = (cfg.fsdp_amp, cfg.fsdp_pure_bf16)
@@ -261,13 +279,16 @@ def _shard(  # noqa: PLR0917 - the meshes of one layout
     if flags in reduce_dtype:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype[flags])
     offload = CPUOffloadPolicy() if _offloads(cfg, device) else OffloadPolicy()
-    options = {"offload_policy": offload, "shard_placement_fn": expert_placements(model, expert_mesh or mesh)}
-    shard = functools.partial(fully_shard, mesh=mesh, **options)
+    placement: Callable[[nn.Parameter], Any] | None = expert_placements(model, expert_mesh or mesh)
+    nested_mesh = None if SHARDS_OVER_SEVERAL_MESHES else expert_mesh
+    if placement is not None and expert_mesh is not None and nested_mesh is None:
+        placement = _over_mesh(placement, expert_mesh)
+    shard = functools.partial(fully_shard, mesh=mesh, offload_policy=offload, shard_placement_fn=placement)
     reshards = not (cfg.fsdp_hybrid_o2 or cfg.fsdp_zero2)
     for number, block in enumerate(blocks, start=1):
         reshards_block = reshards and number < len(blocks)
-        for network in mixtures(block) if expert_mesh is not None else ():
-            shard(network.experts.mlp, mesh=expert_mesh, mp_policy=policy, reshard_after_forward=reshards_block)
+        for network in mixtures(block) if nested_mesh is not None else ():
+            shard(network.experts.mlp, mesh=nested_mesh, mp_policy=policy, reshard_after_forward=reshards_block)
         shard(block, mp_policy=policy, reshard_after_forward=reshards_block)
     if isinstance(model, Transformer) and not model.weight_tying and mesh.size() > 1:
         shard(model.tok_embeddings, mp_policy=policy, reshard_after_forward=reshards)
@@ -277,12 +298,29 @@ def _shard(  # noqa: PLR0917 - the meshes of one layout
         head_policy = replace(policy, cast_forward_inputs=False)
         shard([model.norm, model.output], mp_policy=head_policy, reshard_after_forward=False)
     shard(model, mp_policy=policy, reshard_after_forward=False)
-    if cfg.fsdp_backward_prefetch:
+    # FSDP2 itself gathers one group ahead, of the two that a block with divided experts has.
+    depth = PREFETCH_DEPTH if cfg.fsdp_backward_prefetch else int(expert_mesh is not None)
+    if depth:
         for index, block in enumerate(blocks):
             assert isinstance(block, FSDPModule)
-            earlier = reversed(blocks[max(0, index - PREFETCH_DEPTH) : index])
+            earlier = reversed(blocks[max(0, index - depth) : index])
             groups = [module for each in earlier for module in each.modules()]
             block.set_modules_to_backward_prefetch([group for group in groups if isinstance(group, FSDPModule)])
+
+
+def _over_mesh(placement: Callable[[nn.Parameter], Shard | None], mesh: DeviceMesh) -> Callable[[nn.Parameter], object]:
+    """Return a function with which FSDP2 shards the parameters that have a `placement` over `mesh`."""
+    mesh_info = (
+        fsdp_common.FSDPMeshInfo(mesh, shard_mesh_dim=0)
+        if mesh.ndim == 1
+        else fsdp_common.HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0)
+    )
+
+    def over_mesh(parameter: nn.Parameter) -> object:
+        shard = placement(parameter)
+        return None if shard is None else fsdp_common.ShardPlacementResult(shard, mesh_info)
+
+    return over_mesh
 
 
 def _offloads(cfg: ParallelConfig, device: torch.device) -> bool:

@@ -104,23 +104,44 @@ def unbounded_gradients(settings: dict[str, Any]) -> dict[str, float]:
     return norms
 
 
-def compiled() -> dict[str, Any]:
-    """Return loss and gradient norm with eager and with compiled blocks, and the number of compiled graphs."""
+def train_nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `train` with the groups of FSDP2 that older versions of torch need."""
+    with mock.patch("open_lm.parallel.parallelize.SHARDS_OVER_SEVERAL_MESHES", False):
+        return train(settings)
+
+
+def compiled(policy: str, nested: bool = False) -> dict[str, Any]:
+    """Return loss and gradient norm with eager and with compiled blocks, the number of compiled graphs, and that of
+    exchanges in the forward and backward pass of two compiled blocks; or the error of a layout that is not supported.
+    """
     settings = {"fsdp": True, "expert_parallel": 2}
     runtime = init_runtime(ParallelConfig(**settings))
     results: dict[str, Any] = {}
     for mode in ("eager", "compiled"):
         torch._dynamo.reset()
         counters.clear()
-        with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
-            model, _ = new_model(runtime, settings, ModelConfig(torchcompile=mode == "compiled"), n_layers=3)
-        loss = model(sequences(2), loss=TokenLoss(sequences(2)))[0]
-        loss.backward()
+        config = ModelConfig(torchcompile=mode == "compiled", activation_checkpointing=policy)
+        with (
+            mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")),
+            mock.patch("open_lm.parallel.parallelize.SHARDS_OVER_SEVERAL_MESHES", not nested),
+        ):
+            try:
+                model, _ = new_model(runtime, settings, config)
+            except ConfigError as error:
+                shutdown(runtime)
+                return {"error": str(error)}
+        model(sequences(2), loss=TokenLoss(sequences(2)))[0].backward()  # compiles
+        model.zero_grad()
+        with _Exchanges() as counter:
+            counter.phase = "forward"
+            loss = model(sequences(2), loss=TokenLoss(sequences(2)))[0] + model.auxiliary_loss()
+            counter.phase = "backward"
+            loss.backward()
         norm = nn.utils.get_total_norm([full_tensor(p.grad) for p in model.parameters()])
         results[mode] = [loss.item(), norm.item()]
     graphs, breaks = counters["stats"]["unique_graphs"], len(counters["graph_break"])
     shutdown(runtime)
-    return {**results, "graphs": graphs, "graph_breaks": breaks}
+    return {**results, "graphs": graphs, "graph_breaks": breaks, "exchanges": dict(counter.counts)}
 
 
 class _Exchanges(TorchDispatchMode):

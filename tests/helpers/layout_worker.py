@@ -18,7 +18,7 @@ from open_lm.distributed.processes import Runtime, build_layout, init_runtime, s
 from open_lm.model.initialization import init_weights
 from open_lm.model.losses import TokenLoss
 from open_lm.model.transformer import Params, Transformer
-from open_lm.parallel.parallelize import evaluation_mode, gradient_sync, parallelize
+from open_lm.parallel.parallelize import evaluation_mode, gradient_sync, parallelize, unwrap
 
 SMALL = {"dim": 76, "n_layers": 2, "n_heads": 12, "vocab_size": 31, "seq_len": 12, "apply_qk_norm": True}
 # The collective of FSDP2; older versions of torch have the second name only.
@@ -81,7 +81,7 @@ def logits(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value.tolist() for name, value in results.items()}
 
 
-def compiled(settings: dict[str, Any], checkpointing: str) -> dict[str, Any]:
+def compiled(settings: dict[str, Any], checkpointing: str, **shape: Any) -> dict[str, Any]:
     """Return loss and gradient norm with eager and with compiled blocks, and the number of compiled graphs.
 
     The backend traces and partitions graphs like the default one but generates no code, which would be slow.
@@ -95,8 +95,8 @@ def compiled(settings: dict[str, Any], checkpointing: str) -> dict[str, Any]:
         counters.clear()
         model_cfg = ModelConfig(torchcompile=mode == "compiled", activation_checkpointing=checkpointing)
         with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
-            model = new_model(runtime, cfg, {**SMALL, "n_layers": 4}, model_cfg)
-        loss = model(ids, loss=TokenLoss(ids))[0]
+            model = new_model(runtime, cfg, {**SMALL, "n_layers": 4, **shape}, model_cfg)
+        loss = model(ids, loss=TokenLoss(ids))[0] + (unwrap(model).auxiliary_loss() or 0.0)
         loss.backward()
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         results[mode] = [loss.item(), getattr(norm, "full_tensor", lambda n=norm: n)().item()]

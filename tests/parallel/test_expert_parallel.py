@@ -25,6 +25,7 @@ JOBS: dict[str, tuple[Any, ...]] = {
     "fsdp": (expert_worker.train, FSDP),
     "expert 2": (expert_worker.train, EXPERT_2),
     "expert 4": (expert_worker.train, EXPERT_4),
+    "expert 2, nested groups": (expert_worker.train_nested, EXPERT_2),
     "fsdp amp": (expert_worker.train, {**FSDP, "fsdp_amp": True}),
     "expert 2 amp": (expert_worker.train, {**EXPERT_2, "fsdp_amp": True}),
     "many experts": (expert_worker.train, EXPERT_2, {"moe_num_experts": 8}),
@@ -48,6 +49,7 @@ def results() -> dict[str, Any]:
     [
         ("expert 2", "fsdp", 1e-5),
         ("expert 4", "fsdp", 1e-5),
+        ("expert 2, nested groups", "fsdp", 1e-5),
         ("expert 2 amp", "fsdp amp", 1e-2),
         ("many experts", "many experts, fsdp", 1e-5),
     ],
@@ -84,10 +86,20 @@ def test_a_rank_without_tokens_has_gradients_of_zeros(results: dict[str, Any]) -
 
 @pytest.mark.processes
 def test_equal_blocks_are_compiled_once() -> None:
-    """FSDP2's hooks of the experts cut a block into pieces; three blocks share them."""
-    (found,) = on_ranks(2, [(expert_worker.compiled,)])
-    assert found["compiled"] == pytest.approx(found["eager"], rel=1e-5)
-    assert 1 < found["graphs"] <= 9 and found["graph_breaks"] == 1
+    """Selective checkpointing saves what the exchanges return in compiled blocks too."""
+    plain, selective, nested, unsupported = on_ranks(
+        2,
+        [
+            *((expert_worker.compiled, policy) for policy in ("none", "op")),
+            *((expert_worker.compiled, policy, True) for policy in ("none", "op")),
+        ],
+    )
+    for found in (plain, selective, nested):
+        assert found["compiled"] == pytest.approx(found["eager"], rel=1e-5)
+        assert found["exchanges"] == {"forward": 4, "backward": 4}
+    assert [(found["graphs"], found["graph_breaks"]) for found in (plain, selective)] == [(1, 0)] * 2
+    assert 1 < nested["graphs"] <= 9 and nested["graph_breaks"] == 1  # hooks cut the block into pieces
+    assert "needs torch 2.12 or newer" in unsupported["error"]
 
 
 @pytest.mark.processes

@@ -152,9 +152,11 @@ def test_evaluation_returns_full_logits_for_every_kind_of_call() -> None:
             torch.testing.assert_close(torch.tensor(results[name]), torch.tensor(values), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["op", "half-op"])
-def test_equal_blocks_with_checkpointing_are_compiled_once(policy: str) -> None:
-    result = layout_worker.compiled({}, policy)
+@pytest.mark.parametrize(
+    ("policy", "shape"), [("op", {}), ("half-op", {}), ("op", {"moe_freq": 1, "moe_num_experts": 4})]
+)
+def test_equal_blocks_with_checkpointing_are_compiled_once(policy: str, shape: dict[str, int]) -> None:
+    result = layout_worker.compiled({}, policy, **shape)
     assert result["graphs"] == 1 and result["graph_breaks"] == 0
     assert result["compiled"] == pytest.approx(result["eager"], rel=1e-5)
 
