@@ -392,5 +392,5 @@ def _unclear_eot(name: str, special: list[str]) -> ConfigError:
     found = ", ".join(special[:12]) if special else "none"
     return ConfigError(
         f"--tokenizer {name}: cannot determine which token ends a document (special tokens: {found}); "
-        "pass it with --eot-token"
+        "pass it with --eot-token, or use a folder whose tokenizer_config.json names it as eos_token"
     )

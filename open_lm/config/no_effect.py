@@ -131,6 +131,12 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         "with --dataset-type synthetic",
     ),
     (
+        ("multiple_data_passes",),
+        lambda c: not c.data.train_text,
+        "with --train-text, which is read again when it ends",
+    ),
+    (("data_key",), lambda c: not c.data.train_text, "with --train-text, which has no shards of other formats"),
+    (
         ("train_data_mix_weights",),
         _has_data,
         "without --train-data, --dataset-manifest or --train-text",
@@ -193,7 +199,7 @@ _CONDITIONS: tuple[tuple[tuple[str, ...], Callable[[Config], bool], str], ...] =
         _trains,
         "without training data",
     ),
-    (("profile_steps",), lambda c: not _only_evaluates(c), "without training data"),
+    (("profile_steps", "log_gradient_noise"), lambda c: not _only_evaluates(c), "without training data"),
     (
         ("tokenizer",),
         lambda c: bool(

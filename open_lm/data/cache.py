@@ -19,7 +19,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 from open_lm.storage.paths import is_open_at
 
@@ -51,11 +51,19 @@ class StalledDownloadError(Exception):
 class Cache:
     """A folder of files with at most `limit_bytes` in total; without a limit it keeps only the files in use.
 
-    `stall_timeout_s` is how long to wait for another process whose download makes no progress. Without `evicts`, a full
-    cache removes no complete file for a new one.
+    `stall_timeout_s` is how long to wait for another process whose download makes no progress. `evicts` says which of
+    its unused files a full cache removes for a new one: those used longest ago, those used last, or none. Passes over
+    more files than fit need "newest": the file used longest ago is the next to be used.
     """
 
-    def __init__(self, folder: str, limit_bytes: int | None, stall_timeout_s: float, *, evicts: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str,
+        limit_bytes: int | None,
+        stall_timeout_s: float,
+        *,
+        evicts: Literal["oldest", "newest", "none"] = "oldest",
+    ) -> None:
         self.folder, self._limit_bytes, self._stall_timeout_s = folder, limit_bytes, stall_timeout_s
         self._evicts = evicts
         self._is_trimmed = False
@@ -175,19 +183,19 @@ class Cache:
             os.ftruncate(part.fileno(), max(0, num_bytes))
 
     def _free_space(self, num_bytes: int) -> bool:
-        """Remove the least recently used files until `num_bytes` fit; return False if the files in use prevent that."""
+        """Remove unused files until `num_bytes` fit; return False if the others prevent that."""
         used, removable = 0, []
         for entry in self._entries():
             status = entry.stat()
             if entry.name.endswith(_PARTIAL) and _remove_unused(entry.path):
                 continue
             used += _on_disk(status.st_size)
-            if entry.name.endswith(_COMPLETE) and self._evicts:
+            if entry.name.endswith(_COMPLETE) and self._evicts != "none":
                 removable.append((status.st_atime_ns, _on_disk(status.st_size), entry.path))
         limit = -1 if self._limit_bytes is None else self._limit_bytes
         if num_bytes > limit >= 0:
             return False  # it can never fit, so remove nothing for it
-        for _, size, path in sorted(removable):
+        for _, size, path in sorted(removable, reverse=self._evicts == "newest"):
             if used + num_bytes <= limit:
                 break
             if _remove_unused(path):

@@ -26,7 +26,10 @@ class RemoteShards:
     def __init__(self, settings: FetchSettings) -> None:
         self._settings = settings
         stall_s = 10 * settings.read_timeout_s + 60  # longer than any download runs without receiving a byte
-        self._cache = Cache(settings.cache_dir, settings.cache_limit_bytes, stall_s) if settings.cache_dir else None
+        self._cache = self._text_cache = None
+        if settings.cache_dir:
+            self._cache = Cache(settings.cache_dir, settings.cache_limit_bytes, stall_s)
+            self._text_cache = Cache(settings.cache_dir, settings.cache_limit_bytes, stall_s, evicts="newest")
         self._temporary = Cache(settings.folder, None, stall_s) if settings.folder else None
         self._has_warned = self._has_temporary = False
 
@@ -37,11 +40,12 @@ class RemoteShards:
         identity, num_bytes, fill = self._source(url, expected)
         # The last place is private to this process, in case another one hangs while it downloads the shard.
         places = [(self._temporary, identity), (self._temporary, f"{identity}\n{os.getpid()}")]
-        if self._cache is not None:
-            places.insert(0, (self._cache, identity))
+        kept = self._text_cache if url.startswith(TEXT_PREFIX) else self._cache
+        if kept is not None:
+            places.insert(0, (kept, identity))
         for cache, identity in places:
             try:
-                return self._open_in(cache, identity, num_bytes, fill, url)
+                return self._open_in(cache, identity, num_bytes, fill, url, expected)
             except CacheFullError:
                 self._warn_cache_full(url)
             except StalledDownloadError as error:
@@ -67,8 +71,13 @@ class RemoteShards:
         if self._temporary and self._has_temporary:
             self._temporary.trim()
 
-    def _open_in(self, cache: Cache, identity: str, num_bytes: int, fill: Fill, url: str) -> IO[bytes]:
-        """Open the file in a cache, and download it again if the copy is damaged."""
+    def _open_in(  # noqa: PLR0917 - the first four are those of `Cache.get`
+        self, cache: Cache, identity: str, num_bytes: int, fill: Fill, url: str, expected: Expected
+    ) -> IO[bytes]:
+        """Open the file in a cache, and download it again if the copy is damaged or not the expected one.
+
+        The identity of a unit of text has no checksum, and another version of the tokenizer's library can give others.
+        """
         self._has_temporary |= cache is self._temporary
         for _ in range(_MAX_DAMAGED_COPIES):
             try:
@@ -76,7 +85,8 @@ class RemoteShards:
                 if entry.is_new:
                     record_verified(entry.file, entry.sha256, self._settings.folder)
                     return entry.file
-                problem = verify(entry.file, Expected(None, entry.sha256), self._settings.folder)
+                problem = expected.problem(os.fstat(entry.file.fileno()).st_size, entry.sha256)
+                problem = problem or verify(entry.file, Expected(None, entry.sha256), self._settings.folder)
                 if not problem:
                     return entry.file
                 logger.warning(f"{url}: its copy in {cache.folder} {problem}; downloading it again")

@@ -5,7 +5,7 @@
     dataset.json     settings, inputs and counts, as next to shards; written last
     tokenizer/       the files of the tokenizer
     text.json        what the index is made from: options, tokenizer and the state of the input files
-    units.jsonl      the report of each unit; progress-N.jsonl while they are made
+    units.jsonl      the report of each unit; progress.jsonl while they are made
     units.cache/     shards of units, without --cache-dir
 
 The address of a unit's shard is `text:FOLDER/STEM.tar`. Imports no torch.
@@ -32,7 +32,8 @@ from open_lm.errors import DataError
 from open_lm.system.names import escaped, unescaped
 from open_lm.tokenizer import COPY_FOLDER, tokenizer_from_files
 
-STATE_NAME, UNITS_NAME, TAILS_STEM, CACHE_NAME = "text.json", "units.jsonl", "tails", "units.cache"
+STATE_NAME, UNITS_NAME, JOURNAL_NAME = "text.json", "units.jsonl", "progress.jsonl"
+TAILS_STEM, CACHE_NAME = "tails", "units.cache"
 INDEX_FOLDER = "text_index"  # of a run: the folders of its texts
 PIECES_KEY = "text"  # of a manifest's line: the unit
 _FORMAT = 1
@@ -110,7 +111,13 @@ class TextFolder:
         state = self.state()
         if state is None:
             raise DataError(f"{self.path}: found no text index of this version; open-lm train --train-text makes it")
-        tokenizer = tokenizer_from_files(read_copy(self.path), self.url(COPY_FOLDER))
+        files, copy = read_copy(self.path), self.url(COPY_FOLDER)
+        tokenizer = tokenizer_from_files(files, copy) if files else None
+        if tokenizer is None or tokenizer.fingerprint != state.encoder["tokenizer_fingerprint"]:
+            raise DataError(
+                f"{copy}: found {'no' if tokenizer is None else 'another'} tokenizer, expected the one that the text "
+                f"index was made with; remove the folder {self.path} to make the index again"
+            )
         tokenizer.eot_id = state.encoder["eot_id"]
         encoder = DocumentEncoder(tokenizer, add_bos=state.options.add_bos)
         return state.options, encoder.reference() if encoder.self_check() else encoder

@@ -21,7 +21,15 @@ from open_lm import storage
 from open_lm.config.sections import DataConfig
 from open_lm.data.manifest import MANIFEST_NAME, ManifestEntry, write_manifest
 from open_lm.data.shard_format import DATASET_NAME, ShardWriter
-from open_lm.data.text_folder import PIECES_KEY, STATE_NAME, TAILS_STEM, UNITS_NAME, TextFolder, TextState
+from open_lm.data.text_folder import (
+    JOURNAL_NAME,
+    PIECES_KEY,
+    STATE_NAME,
+    TAILS_STEM,
+    UNITS_NAME,
+    TextFolder,
+    TextState,
+)
 from open_lm.data.text_units import TextOptions, TextUnit, UnitReport
 from open_lm.data.tokenizer_copies import write_copy
 from open_lm.datapreprocess.inputs import find_inputs, plan_units
@@ -29,9 +37,10 @@ from open_lm.datapreprocess.job import DEFAULT_BAD_FRACTION, input_records
 from open_lm.datapreprocess.pack import cut, pad
 from open_lm.datapreprocess.readers.texts import decode_separator
 from open_lm.datapreprocess.sampling import Sampling
-from open_lm.datapreprocess.tokenization import DocumentEncoder, make_encoder
+from open_lm.datapreprocess.tokenization import DocumentEncoder
 from open_lm.errors import ConfigError, DataError, join_problems
 from open_lm.system.names import escaped, split_joined, unescaped
+from open_lm.tokenizer import load_tokenizer
 
 MAX_UNIT_BYTES = 16 << 20  # a rank may have a unit of each of its lanes open
 _LARGE_UNIT_BYTES = 1 << 30
@@ -51,7 +60,10 @@ def load_encoder(data: DataConfig, tokenizer: str | None) -> DocumentEncoder:
     """Return the encoder of --tokenizer. ConfigError without one, or if it cannot be used."""
     if tokenizer is None:
         raise ConfigError("--train-text: needs --tokenizer, which turns the text into ids")
-    return make_encoder(tokenizer, None, None, data.text_add_bos)
+    loaded = load_tokenizer(tokenizer)
+    if data.text_add_bos and loaded.bos_id is None:
+        raise ConfigError(f"--text-add-bos: --tokenizer {tokenizer} has no begin-of-text token; leave the flag out")
+    return DocumentEncoder(loaded, add_bos=data.text_add_bos)
 
 
 @dataclass
@@ -77,31 +89,36 @@ class TextIndex:
         return sum(unit.num_bytes for unit in self.units)
 
 
-def plan_index(data: DataConfig, name: str, tokenizer: str, encoder: DocumentEncoder, seq_len: int) -> TextIndex | None:
-    """Plan the index of a value of --train-text, in `data.text_index`; None if it is finished and up to date.
-
-    Raises:
-        DataError: no input matches, or a finished index was made from other text, options or tokenizer (without
-            --allow-changed-data).
-    """
-    assert data.text_index is not None
-    folder = text_folder(data.text_index, name)
+def text_state(data: DataConfig, name: str, tokenizer: str, encoder: DocumentEncoder, seq_len: int) -> TextState:
+    """Return what the index of a value of --train-text is made from now. DataError if no input matches."""
     inputs = tuple(find_inputs(split_joined(name)))
     separator = None if data.text_separator is None else decode_separator(data.text_separator, "--text-separator")
     options = TextOptions(seq_len, data.text_key, separator, data.text_split_documents, data.text_add_bos)
-    state = TextState(name, tokenizer, options, encoder.settings(), inputs)
-    if folder.is_finished and (before := folder.state()) is not None:
-        if before == replace(state, tokenizer=before.tokenizer):
-            return None
-        changes = _changes(before, state)
-        if changes and not data.allow_changed_data:
-            raise DataError(
-                join_problems(
-                    changes,
-                    f"{name}: the text index {folder.path} was made from other data. Restore them, choose another "
-                    "--text-index (or --name), or pass --allow-changed-data to make the index again. What differs",
-                )
+    return TextState(name, tokenizer, options, encoder.settings(), inputs)
+
+
+def is_current(folder: TextFolder, state: TextState, allow_changed: bool) -> bool:
+    """Return whether a folder has the finished index of a text.
+
+    DataError if it has one of other text, options or tokenizer (without `allow_changed`).
+    """
+    before = folder.state() if folder.is_finished else None
+    if before is None:
+        return False
+    changes = _changes(before, state)
+    if changes and not allow_changed:
+        raise DataError(
+            join_problems(
+                changes,
+                f"{state.name}: the text index {folder.path} was made from other data. Restore them, choose another "
+                "--text-index (or --name), or pass --allow-changed-data to make the index again. What differs",
             )
+        )
+    return before == replace(state, tokenizer=before.tokenizer)
+
+
+def plan_index(folder: TextFolder, state: TextState) -> TextIndex:
+    """Divide a text into units, and read the reports of those that an earlier run has tokenized."""
     units = _plan_units(state)
     keys = {unit.key for unit in units}
     reports = {report.key: report for report in _load_reports(folder) if report.key in keys}
@@ -148,15 +165,25 @@ def _plan_units(state: TextState) -> list[TextUnit]:
 
 def _load_reports(folder: TextFolder) -> Iterable[UnitReport]:
     """Yield the reports of an earlier process; its last line may be cut short."""
-    if not storage.exists(folder.path):
-        return
-    for url in storage.list_files(folder.path):
-        if re.fullmatch(r"(units|progress-\d+)\.jsonl", url.rpartition("/")[2]):
-            for line in storage.read_bytes(url).split(b"\n"):
-                try:
-                    yield UnitReport(**unescaped(orjson.loads(line)))
-                except (ValueError, TypeError):
-                    continue
+    for url in filter(storage.exists, (folder.url(UNITS_NAME), folder.url(JOURNAL_NAME))):
+        for line in storage.read_bytes(url).split(b"\n"):
+            try:
+                yield UnitReport(**unescaped(orjson.loads(line)))
+            except (ValueError, TypeError):
+                continue
+
+
+def save_reports(folder: TextFolder, reports: Sequence[UnitReport]) -> None:
+    """Append reports to the journal, from which a run that is killed continues the index."""
+    url = folder.url(JOURNAL_NAME)
+    if reports:
+        with storage.wrap_disk_full_errors(url, folder.path), open(url, "ab") as journal:
+            journal.write(b"\n")  # ends a line that a killed process has not completed
+            journal.writelines(map(_line, reports))
+
+
+def _line(report: UnitReport) -> bytes:
+    return orjson.dumps(escaped(report.to_json()), option=orjson.OPT_APPEND_NEWLINE)
 
 
 def start(index: TextIndex, encoder: DocumentEncoder) -> None:
@@ -165,6 +192,7 @@ def start(index: TextIndex, encoder: DocumentEncoder) -> None:
     before = folder.state()
     if before is None or _changes(before, index.state):
         storage.remove(folder.url(DATASET_NAME))
+        storage.remove(folder.url(STATE_NAME))  # it describes the tokenizer, of which a killed process writes a part
         write_copy(folder.path, encoder.tokenizer_files())
         storage.write_bytes(folder.url(STATE_NAME), index.state.to_bytes())
 
@@ -231,16 +259,13 @@ def finish(index: TextIndex, dtype: np.dtype[Any], allow_changed: bool) -> dict[
         )
     tails = [report.tail_ids(dtype) for report in reports]
     entries += _write_tails(folder, tails, index.state.options.length, dtype)
-    lines = (orjson.dumps(escaped(report.to_json()), option=orjson.OPT_APPEND_NEWLINE) for report in reports)
-    storage.write_bytes(folder.url(UNITS_NAME), b"".join(lines))
+    storage.write_bytes(folder.url(UNITS_NAME), b"".join(map(_line, reports)))
     write_manifest(folder.url(MANIFEST_NAME), entries)
     storage.write_bytes(folder.url(STATE_NAME), index.state.to_bytes())
     record = _dataset_record(index, reports, entries)
     option = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
     storage.write_bytes(folder.url(DATASET_NAME), orjson.dumps(escaped(record), option=option))
-    for url in storage.list_files(folder.path):
-        if re.fullmatch(r"progress-\d+\.jsonl", url.rpartition("/")[2]):
-            storage.remove(url)
+    storage.remove(folder.url(JOURNAL_NAME))
     return dict(record["counts"])
 
 

@@ -33,11 +33,9 @@ class TextPool:
         done_bytes: input bytes of the units that are finished.
     """
 
-    def __init__(
-        self, folder: TextFolder, units: Sequence[TextUnit], cache: tuple[str, int], journal: str, processes: int
-    ) -> None:
-        """Tokenize `units`, keep shards in `cache` (folder, bytes), and append reports to `journal`."""
-        self._folder, self._cache, self._journal = folder, cache, journal
+    def __init__(self, folder: TextFolder, units: Sequence[TextUnit], cache: tuple[str, int], processes: int) -> None:
+        """Tokenize `units` and keep shards in `cache` (folder, bytes)."""
+        self._folder, self._cache = folder, cache
         self._units = queue.SimpleQueue[TextUnit]()
         for unit in units:
             self._units.put(unit)
@@ -48,8 +46,6 @@ class TextPool:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> TextPool:
-        with open(self._journal, "ab") as journal:
-            journal.write(b"\n")  # ends a line that a killed process has not completed
         for _ in range(self._count if self._remaining else 0):
             process = self._start()
             self._processes.append(process)
@@ -90,30 +86,24 @@ class TextPool:
             self._results.put(error)
 
     def work(self, seconds: float, is_stopped: Callable[[], bool] = lambda: False) -> list[UnitReport]:
-        """Return the reports of the next `seconds`, saved in the journal; fewer once all are done or `is_stopped`.
+        """Return the reports of the next `seconds`; fewer once all are done or `is_stopped`.
 
         A UserError of a process is raised here.
         """
         reports: list[UnitReport] = []
         end = time.monotonic() + seconds
-        with open(self._journal, "ab") as journal:
-            while self._remaining and time.monotonic() < end and not is_stopped():
-                try:
-                    result = self._results.get(timeout=_POLL_S)
-                except queue.Empty:
-                    continue
-                if isinstance(result, BaseException):
-                    raise result
-                unit, report = result
-                journal.write(orjson.dumps(escaped(report.to_json()), option=orjson.OPT_APPEND_NEWLINE))
-                self._remaining -= 1
-                self.done_bytes += unit.num_bytes
-                reports.append(report)
+        while self._remaining and time.monotonic() < end and not is_stopped():
+            try:
+                result = self._results.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+            if isinstance(result, BaseException):
+                raise result
+            unit, report = result
+            self._remaining -= 1
+            self.done_bytes += unit.num_bytes
+            reports.append(report)
         return reports
-
-    @property
-    def is_done(self) -> bool:
-        return not self._remaining
 
 
 def _send(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ report, or {"error": [class, message]}.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import orjson
@@ -19,17 +20,19 @@ from open_lm.system.names import escaped, unescaped
 
 def main() -> None:
     """Answer the requests of standard input until it is closed."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     setup = unescaped(orjson.loads(sys.stdin.buffer.readline()))
     folder = TextFolder(setup["folder"])
-    cache = Cache(setup["cache"], setup["cache_limit_bytes"], setup["stall_s"], evicts=False)
+    cache = Cache(setup["cache"], setup["cache_limit_bytes"], setup["stall_s"], evicts="none")
     for line in sys.stdin.buffer:
         try:
             report = index_unit(TextUnit.from_json(unescaped(orjson.loads(line))), *folder.encoding, cache)
             answer = report.to_json()
         except UserError as error:
             answer = {"error": [type(error).__name__, str(error)]}
-        sys.stdout.buffer.write(orjson.dumps(escaped(answer), option=orjson.OPT_APPEND_NEWLINE))
-        sys.stdout.buffer.flush()
+        answers.write(orjson.dumps(escaped(answer), option=orjson.OPT_APPEND_NEWLINE))
+        answers.flush()
 
 
 if __name__ == "__main__":

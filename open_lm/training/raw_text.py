@@ -36,10 +36,13 @@ from open_lm.data.text_index import (
     check_reports,
     describe,
     finish,
+    is_current,
     load_encoder,
     plan_index,
+    save_reports,
     start,
     text_folder,
+    text_state,
 )
 from open_lm.data.text_pool import TextPool
 from open_lm.data.text_units import UnitReport
@@ -150,11 +153,18 @@ def _plan(
             f"--tokenizer {tokenizer}: has {encoder.vocab_size} ids, but the model's vocabulary has {vocab_size}; set "
             f"vocab_size in the model's JSON file to at least {encoder.vocab_size}, or use a smaller tokenizer"
         )
-    indexes = [plan_index(data, name, str(tokenizer), encoder, seq_len) for name in data.train_text or []]
-    for index in filter(None, indexes):
-        storage.makedirs(index.folder.path)
-        locks.enter_context(_locked(index.folder))
-        start(index, encoder)
+    states = [text_state(data, name, str(tokenizer), encoder, seq_len) for name in data.train_text or []]
+    indexes: list[TextIndex | None] = []
+    for state in states:
+        folder = text_folder(str(data.text_index), state.name)
+        index = None
+        if not is_current(folder, state, data.allow_changed_data):
+            storage.makedirs(folder.path)
+            locks.enter_context(_locked(folder))
+            if not is_current(folder, state, data.allow_changed_data):  # another run may have made it until now
+                index = plan_index(folder, state)
+                start(index, encoder)
+        indexes.append(index)
     return indexes, encoder.dtype
 
 
@@ -180,8 +190,7 @@ def _make(
     units = index.missing[nodes.number :: nodes.count] if nodes.is_leader else []
     settings = FetchSettings.from_config(data, None)
     cache = (str(settings.cache_dir), settings.cache_limit_bytes)
-    journal = folder.url(f"progress-{nodes.number}.jsonl")
-    with TextPool(folder, units, cache, journal, available_cpus()) if nodes.is_leader else _no_pool() as pool:
+    with TextPool(folder, units, cache, available_cpus()) if nodes.is_leader else _no_pool() as pool:
         is_done = False
         while not is_done:
             reports = run_on_all_ranks(lambda: pool.work(_ROUND_S, is_stopped) if pool is not None else [])
@@ -215,10 +224,10 @@ class _Progress:
         )
 
     def add(self, gathered: Sequence[tuple[Sequence[UnitReport], int, bool]], limit: float) -> tuple[bool, bool]:
-        """Add the reports of a round; return whether all units are done, and whether a rank has to stop."""
-        index = self._index
-        for reports, _, _ in gathered:
-            index.reports |= {report.key: report for report in reports}
+        """Save the reports of a round; return whether all units are done, and whether a rank has to stop."""
+        index, reports = self._index, [report for node, _, _ in gathered for report in node]
+        index.reports |= {report.key: report for report in reports}
+        save_reports(index.folder, reports)
         check_reports(index, limit)
         is_done, done_bytes = not index.missing, sum(done for _, done, _ in gathered)
         if not is_done:
@@ -262,19 +271,26 @@ def _log_cache(sources: Sequence[Source], data: DataConfig, nodes: _Nodes) -> No
     logging.info(f"{text}. For many passes or runs, `open-lm preprocess` is better: it shuffles all sequences")
 
 
+def _read_if_present(url: str) -> bytes | None:
+    return storage.read_bytes(url) if storage.exists(url) else None
+
+
 def _share(folder: TextFolder, nodes: _Nodes, names: Sequence[str]) -> None:
-    """Copy files of rank 0's folder to the nodes that do not have them. Collective."""
+    """Make files on all nodes equal to those of rank 0's folder. Collective."""
     if nodes.count == 1:
         return
 
-    def read() -> dict[str, bytes]:
-        return {name: storage.read_bytes(folder.url(name)) for name in names if storage.exists(folder.url(name))}
+    def read() -> dict[str, bytes | None]:
+        return {name: _read_if_present(folder.url(name)) for name in names}
 
     files = run_on_master(read)
 
     def write() -> None:
         for name, content in files.items() if nodes.is_leader else ():
-            if not storage.exists(folder.url(name)) or storage.read_bytes(folder.url(name)) != content:
-                storage.write_bytes(folder.url(name), content)
+            url = folder.url(name)
+            if content is None:
+                storage.remove(url)
+            elif _read_if_present(url) != content:
+                storage.write_bytes(url, content)
 
     run_on_all_ranks(write)

@@ -81,6 +81,15 @@ def test_the_least_recently_used_file_is_removed_first(tmp_path: Path) -> None:
     assert use(cache, "big", blocks=3) and used_bytes(tmp_path) == 3 * BLOCK
 
 
+def test_passes_over_more_files_than_fit_find_most_of_those_that_do(tmp_path: Path) -> None:
+    cache, log = Cache(str(tmp_path), 4 * BLOCK, 30, evicts="newest"), list[bytes]()
+    for _ in range(3):
+        for name in "abcdef":
+            use(cache, name, log=log)
+    assert len(log) == 6 + 2 + 2  # all 18, if those used longest ago are removed, which are the next to be used
+    assert used_bytes(tmp_path) <= 4 * BLOCK
+
+
 def test_files_in_use_stay_and_files_without_space_are_rejected(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, 2)
     first, second = get(cache, "a"), get(cache, "b")

@@ -79,7 +79,10 @@ def test_ranks_and_workers_do_not_change_the_global_batches(
     flags = [*flags_of(corpus, tokenizer=tokenizer), "--workers", "2", "--cache-limit", "20KB"]
     job = {"flags": flags, "logs": str(tmp_path / "logs"), "batch": BATCH, "steps": STEPS // 2}
     nodes = {**job, "logs": str(tmp_path / "disk-{rank}"), "flags": flags_of(corpus, tokenizer=tokenizer), "steps": 4}
+    other = index_of(tmp_path / "disk-1", corpus).url("tokenizer/tokenizer.model")  # of an earlier index
+    storage.write_bytes(other, b"")
     ranks(2, "raw_text_worker", str(tmp_path), json.dumps(job), json.dumps(nodes))
+    assert not Path(other).exists()
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     logs, expected = uninterrupted
     for by_rank in zip(*results, strict=True):  # on one node, then on two
@@ -207,7 +210,7 @@ def test_a_killed_index_continues(
     for name in ("manifest.jsonl", "units.jsonl", "dataset.json", "tails.tar"):
         Path(index.url(name)).unlink()
     done = json.loads(lines[0])
-    Path(index.url("progress-0.jsonl")).write_bytes(lines[0] + lines[1][:30])  # killed while it wrote a line
+    Path(index.url("progress.jsonl")).write_bytes(lines[0] + lines[1][:30])  # killed while it wrote a line
     tokenized = list[str]()
     from open_lm.data.text_pool import TextPool
 
@@ -222,7 +225,7 @@ def test_a_killed_index_continues(
     assert tokenized == [str(len(lines) - 1)]
     assert Path(index.url("manifest.jsonl")).read_bytes() == manifest
     assert done["key"] in {unit.key for unit in TextFolder(index.path).units.values()}
-    assert not list(Path(index.path).glob("progress-*"))
+    assert not list(Path(index.path).glob("progress*"))
 
 
 def test_formats_and_stores_that_preprocessing_reads(tmp_path: Path, tokenizer: str, s3_bucket: str) -> None:
