@@ -120,9 +120,9 @@ def build_parts(config: Config, runtime: Runtime, paths: RunPaths) -> RunParts:
         adapters = run_on_all_ranks(lambda: _add_adapters(config, model))
     if config.precision.fp8 and wants_training(config.data):
         check_micro_batch_tokens(config.data.global_batch_size, config.optim.accum_freq, params.seq_len, layout)
-    train_loader, val_loaders = run_on_all_ranks(lambda: _build_loaders(config, layout, params))
     if layout.expert > 1:
         run_on_all_ranks(lambda: check_has_experts(model, layout.expert))
+    train_loader, val_loaders = run_on_all_ranks(lambda: _build_loaders(config, layout, params))
     model = parallelize(
         model,
         layout,
