@@ -64,8 +64,8 @@ class GradientNoise:
         self._seq_len, self._global_batch_size = seq_len, global_batch_size
         self._is_measuring = False
         self._norms: list[Tensor] = []
-        # moving averages of |G|^2, of tr(S), and of 1
-        self._averages = torch.zeros(3, dtype=torch.float64, device=device)
+        self._averages: Tensor  # moving averages of |G|^2, of tr(S), and of 1
+        self.restore(())
         self._scale: Tensor | None = None
         self._nodes = []  # autograd drops hooks with the nodes that have them
         for parameter in _unsharded_parameters(model):
@@ -122,8 +122,8 @@ class GradientNoise:
         return averages
 
     def restore(self, state: Sequence[float]) -> None:
-        """Continue from a result of `state`."""
-        self._averages = torch.tensor(list(state), dtype=torch.float64, device=self._device)
+        """Continue from a result of `state`, or start from zero if it is empty."""
+        self._averages = torch.tensor(list(state) or [0.0] * 3, dtype=torch.float64, device=self._device)
 
 
 def estimate(full: Tensor, small: Tensor, squared_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

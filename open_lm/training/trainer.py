@@ -160,8 +160,8 @@ class Trainer:
         self.samples_per_source = dict(state["samples_per_source"])
         self._window.restore(state["window"], self.options.runtime.device)
         self._guard.restore(state["guard"])
-        if self.gradient_noise is not None and "gradient_noise" in state:
-            self.gradient_noise.restore(state["gradient_noise"])
+        if self.gradient_noise is not None:
+            self.gradient_noise.restore(state.get("gradient_noise", ()))
 
     def forget_losses(self) -> None:
         """Reset the loss statistics of the spike detection, because other data follow."""

@@ -85,12 +85,15 @@ def test_a_step_measures_what_gradients_of_single_sequences_give(tied: bool, sca
         result = train_step(model, inputs, labels, build_optimizer(model, OptimConfig(lr=1e-3)), options)
         noise.finish(labels, result.grad_norm, torch.tensor(accepted))
         assert noise.state() == state
+    noise.restore(())  # rolled back to a checkpoint of a run that did not measure
+    assert noise.values() == {}
 
 
 @pytest.mark.processes
 def test_all_layouts_measure_the_same_and_train_as_without(tmp_path: Path) -> None:
     reference = trainer_worker.train("plain", accum_freq=4, measures_noise=True)
     assert [step[:2] for step in reference] == trainer_worker.train("plain", accum_freq=4)
+    assert trainer_worker.train("plain", accum_freq=4, checkpointing=True, measures_noise=True) == reference
     jobs = [
         {"layout": layout, "accum_freq": 2, "measures_noise": measures}
         for layout in ("plain", "static_graph", "fsdp", "hybrid")
