@@ -18,7 +18,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Literal, NamedTuple
 
 from open_lm.storage.paths import is_open_at
@@ -74,7 +74,7 @@ class Cache:
         `num_bytes` is its length, -1 if unknown. `fill` calls `grow(length)` before the file becomes that long, and
         returns the sha256. CacheFullError, StalledDownloadError, OSError from the folder, and any error of `fill`.
         """
-        key = hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
+        key = _key(identity)
         os.makedirs(self.folder, exist_ok=True)
         if not self._is_trimmed:
             self.trim()
@@ -98,6 +98,13 @@ class Cache:
                 with contextlib.suppress(FileNotFoundError), self._locked():
                     os.unlink(self._path(key + _PARTIAL))
                 part.close()
+
+    def count(self, identities: Iterable[str]) -> int:
+        """Return how many of these files the cache has."""
+        if not os.path.isdir(self.folder):
+            return 0
+        keys = {entry.name.partition("-")[0] for entry in self._entries() if entry.name.endswith(_COMPLETE)}
+        return sum(_key(identity) in keys for identity in identities)
 
     def discard(self, entry: CacheEntry) -> None:
         """Remove a damaged file; processes that have it open keep it."""
@@ -201,6 +208,10 @@ class Cache:
             if _remove_unused(path):
                 used -= size
         return used + num_bytes <= limit
+
+
+def _key(identity: str) -> str:
+    return hashlib.sha256(os.fsencode(identity)).hexdigest()[:32]
 
 
 def _open_or_create(path: str, flags: int) -> int:

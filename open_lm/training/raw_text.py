@@ -24,6 +24,7 @@ import numpy as np
 
 from open_lm import storage
 from open_lm.config.sections import Config, DataConfig
+from open_lm.data.cache import Cache
 from open_lm.data.epochs import pass_tokens
 from open_lm.data.fetch import FetchSettings
 from open_lm.data.manifest import DATASET_NAME, MANIFEST_NAME, TEXT_PREFIX
@@ -266,9 +267,22 @@ def _log_cache(sources: Sequence[Source], data: DataConfig, nodes: _Nodes) -> No
         text = f"{size} exceeds --cache-limit {data.cache_limit}, so each pass tokenizes the rest again"
     elif nodes.count > 1:
         text = f"{size} fits in the cache; a node tokenizes units that another one indexed when it first reads them"
+    elif missing := _missing_units(data):
+        text = (
+            f"{size} fits in --cache-limit {data.cache_limit}, but other files in {data.cache_dir} leave no space for "
+            f"{missing} of its units, which each pass tokenizes again; remove them, or use another --cache-dir"
+        )
     else:
         text = f"{size} is in the cache, so training does not tokenize it again"
     logging.info(f"{text}. For many passes or runs, `open-lm preprocess` is better: it shuffles all sequences")
+
+
+def _missing_units(data: DataConfig) -> int:
+    """Return how many units of all texts are not in the cache of this node."""
+    folders = [text_folder(str(data.text_index), name) for name in data.train_text or []]
+    units = [unit for folder in folders for unit in folder.units.values()]
+    cache_dir = FetchSettings.from_config(data, None).cache_dir
+    return len(units) - Cache(str(cache_dir), None, 0).count(unit.identity for unit in units)
 
 
 def _read_if_present(url: str) -> bytes | None:

@@ -141,6 +141,23 @@ def test_a_cache_smaller_than_the_text_keeps_a_part_of_it(
     assert max(counts[1:]) < len(expected) - 1, "removing the units that are read next makes all of them in each pass"
 
 
+def test_the_log_says_how_much_of_the_text_is_cached(
+    text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    other = tmp_path / "cache" / f"{'0' * 32}-{'0' * 64}.tar"
+    other.parent.mkdir()
+    with other.open("wb") as file:
+        file.truncate(104_990_000)
+    prepare([*flags_of(text), "--cache-dir", str(other.parent), "--cache-limit", "105MB"], str(tmp_path))
+    count = len(index_of(text).units)
+    assert f"leave no space for {count} of its units, which each pass tokenizes again" in caplog.text
+    caplog.clear()
+    write_jsonl(text, documents(40, seed=2))
+    prepare([*flags_of(text), "--allow-changed-data"], str(tmp_path))
+    assert "is in the cache, so training does not tokenize it again" in caplog.text
+
+
 def test_a_cached_unit_with_another_checksum_is_made_again(text: Path, tmp_path: Path) -> None:
     data = prepare(flags_of(text), str(tmp_path))
     shards, expected = opened(data, tmp_path / "fetch")
