@@ -43,12 +43,20 @@ def collect(sources: Sequence[str], train: str | None = None) -> tuple[list[Run]
     """
     runs: list[Run] = []
     skipped: list[str] = []
+    folders: set[str] = set()
     for source in sources:
         for record, origin in _records(source, train, skipped):
             try:
-                runs.append(parse_run(record))
+                run = parse_run(record)
             except ValueError as error:
                 skipped.append(f"{origin}: {error}")
+                continue
+            folder = run.facts.get("source")
+            if folder in folders:
+                skipped.append(f"{origin}: the run in {folder} is part of an earlier source")
+                continue
+            folders |= {folder} if folder else set()
+            runs.append(run)
     if not runs:
         raise DataError(join_problems(skipped or ["there are no runs"], f"{', '.join(sources)}: nothing to collect"))
     return runs, skipped
@@ -111,7 +119,7 @@ def _folder_record(folder: str, train: str | None) -> dict[str, Any]:
         "losses": {part.name: [part.loss, *(part.interval or (part.loss, part.loss))] for part in last.sets},
         "validation": {part.name: f"{part.tokens} tokens{_bytes(part.bytes)}" for part in last.sets},
         "accuracy": _accuracies(run.evaluations, run.summary.step),
-        "source": folder,
+        "source": str(Path(folder)),
         **_times(run),
         **_known_settings(run.settings),
     }

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from open_lm.errors import UserError
+from open_lm.config.command_line import load_config_file
+from open_lm.errors import ConfigError, UserError
 from open_lm.scaling.evaluation import AFTER_ALL, RESULTS, WHEN_KEY, evaluation_flags
 from open_lm.scaling.ladder_files import Ladder, PlannedRun
 
@@ -97,7 +98,17 @@ def is_finished(run: Run) -> bool:
 
 
 def training_job(planned: PlannedRun) -> Job:
-    """Return the job that trains a run, or continues it."""
+    """Return the job that trains a run, or continues it.
+
+    Raises:
+        ConfigError: the job would write to another folder, because paths are relative to another working folder.
+    """
+    logs = str(load_config_file(planned.config).get("logs", ""))
+    if (Path(logs) / planned.name).resolve() != Path(planned.folder).resolve():
+        raise ConfigError(
+            f"{planned.config}: found logs: {logs}, expected the folder {Path(planned.folder).parent}; start the "
+            "command in the folder in which these files were written, and do not move them"
+        )
     return Job(planned, TRAIN, ("--config", planned.config))
 
 

@@ -270,6 +270,7 @@ def test_flags_without_effect_are_reported_only_when_set() -> None:
             "--torchcompile has no effect with --hf-model but without --hf-fsdp-block",
         ),
         ("--resume a.pt --pretrained b.pt", "--pretrained has no effect with --resume"),
+        ("--val-data a --log-gradient-noise", "--log-gradient-noise has no effect without training data"),
         ("--val-seq-ci", "--val-seq-ci has no effect without --val-data"),
         ("--muon-momentum 0.5", "--muon-momentum has no effect without --optimizer muon"),
         ("--lr-decay-shape linear", "--lr-decay-shape has no effect without --lr-scheduler wsd"),

@@ -148,6 +148,10 @@ def test_run_trains_what_is_missing_and_collect_reads_it(
     table = tmp_path / "runs.json"
     command.main(["collect", str(table), str(ladder), "--train", "bytes"])
     longest, branch = read_runs([str(table)])
+    capfd.readouterr()
+    command.main(["collect", str(tmp_path / "both.json"), str(table), str(ladder)])
+    assert len(read_runs([str(tmp_path / "both.json")])) == 2
+    assert capfd.readouterr().err.count("is part of an earlier source") == 2
     trunk_plan, branch_plan = read_ladder(str(ladder)).runs
     for run, planned in ((longest, trunk_plan), (branch, branch_plan)):
         assert (run.params, run.tokens, run.train) == (planned.params, planned.tokens, "bytes")

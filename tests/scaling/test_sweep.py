@@ -228,12 +228,16 @@ def test_a_run_has_diverged_if_its_training_loss_has_risen(tmp_path: Path) -> No
     assert result_of(run, str(folder)).state == MISSING
 
 
-def test_settings_that_a_sweep_cannot_use_are_rejected(base: Path, tmp_path: Path) -> None:
+def test_settings_that_a_sweep_cannot_use_are_rejected(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, model = tmp_path / "sweep", base.parent / "tiny.json"
     start = ["sweep", str(folder), "--base", str(base), "--dry-run", "--vary", "lr=1,2,3"]
     command.main([*start, "seed=20240101,20240102"])
     names = [run.name for run in read_sweep(str(folder))]
     assert len(set(names)) == 6 and "tiny_standard_lr1_seed20240102" in names
+    monkeypatch.chdir(tmp_path)
+    command.main(["sweep", "relative", *start[2:]])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tiny.json").write_text(model.read_text())
     (tmp_path / "broken").mkdir()
@@ -253,6 +257,9 @@ def test_settings_that_a_sweep_cannot_use_are_rejected(base: Path, tmp_path: Pat
     ):
         with pytest.raises(UserError, match=message):
             command.main(flags)
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"yaml: found logs: relative/runs, expected the folder \.\./relative/runs"):
+        command.main(["sweep", "../relative"])
 
 
 def test_the_coordinate_check_passes_with_mup_only(
