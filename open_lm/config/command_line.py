@@ -279,21 +279,21 @@ def _expected(spec: FieldSpec) -> str:
     return names[spec.kind]
 
 
-def load_config_file(path: str) -> dict[str, Any]:
-    """Read a YAML or JSON file. Return its values by key, with underscores in place of dashes."""
+def load_config_file(path: str, flag: str = "--config") -> dict[str, Any]:
+    """Read a YAML or JSON file. Return its values by key, with underscores in place of dashes. Errors name `flag`."""
     try:
         text = user_file(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"--config: cannot read {path} ({error.strerror}); use a YAML or JSON file") from error
+        raise ConfigError(f"{flag}: cannot read {path} ({error.strerror}); use a YAML or JSON file") from error
     import yaml
 
     try:
         content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config: {path} is neither valid YAML nor JSON: {error}") from error
+        raise ConfigError(f"{flag}: {path} is neither valid YAML nor JSON: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ConfigError(
-            f"--config: {path} contains a {type(content).__name__}, expected a mapping from flags to values"
+            f"{flag}: {path} contains a {type(content).__name__}, expected a mapping from flags to values"
         )
     return {key.replace("-", "_"): value for key, value in content.items()}
 

@@ -11,7 +11,7 @@ from open_lm import storage
 from open_lm.config.registry import SCALING_LAWS
 from open_lm.errors import ConfigError
 from open_lm.scaling.number_types import positive, target
-from open_lm.scaling.settings import COMBINED, PAPER_TASKS, POINTS, Settings
+from open_lm.scaling.settings import COMBINED, DEFAULT_LOSS, PAPER_TASKS, POINTS, Settings
 from open_lm.storage.strict_json import to_json
 from open_lm.system.names import user_path
 
@@ -53,7 +53,7 @@ def add_fit(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("runs", nargs="+", type=user_path, metavar="RUNS.json", help="tables of runs")
     add("--train", metavar="NAME", help="training set, if the table has several")
-    add("--loss", default="c4_val", metavar="NAME", help="validation set of the loss (default: %(default)s)")
+    add("--loss", metavar="NAME", help=f"validation set of the loss (default: the only one, or {DEFAULT_LOSS})")
     laws = "; ".join(f"{name}: {entry.help}" for name, entry in SCALING_LAWS.entries().items())
     combined = "the average of all laws and ways to fit them, by their error on held-out sizes"
     text = f"{COMBINED}: {combined}; {laws} (default: %(default)s)"
@@ -81,6 +81,8 @@ def run_fit(args: argparse.Namespace) -> None:
         raise ConfigError(f"--level: found {args.level}, expected a number between 0 and 1, such as 0.9")
     if args.resamples < 20:
         raise ConfigError(f"--resamples: found {args.resamples}, expected at least 20")
+    if args.max_flops is not None and args.points != "all":
+        raise ConfigError(f"--max-flops has no effect with --points {args.points}; remove one of the two flags")
     if args.seed < 0:
         raise ConfigError(f"--seed: found {args.seed}, expected at least 0")
     from open_lm.scaling.error_fit import fit_tasks
@@ -89,9 +91,11 @@ def run_fit(args: argparse.Namespace) -> None:
     from open_lm.scaling.report_text import fit_text
     from open_lm.scaling.runs import read_runs
 
-    tasks = tuple(name.strip() for name in args.error_tasks.split(",")) if args.error_tasks else PAPER_TASKS
+    runs = read_runs(args.runs)
+    tasks = PAPER_TASKS if args.error_tasks is None else tuple(name.strip() for name in args.error_tasks.split(","))
+    names = {name for run in runs for name in run.losses}
     settings = Settings(
-        loss=args.loss,
+        loss=args.loss or (names.pop() if len(names) == 1 else DEFAULT_LOSS),
         train=args.train,
         law=args.law,
         points=args.points,
@@ -101,7 +105,6 @@ def run_fit(args: argparse.Namespace) -> None:
         level=args.level,
         seed=args.seed,
     )
-    runs = read_runs(args.runs)
     check_tasks(args.error_tasks, tasks, {task for run in runs for task in run.accuracy})
     fit = fit_runs(runs, settings, args.predict)
     predictions = [fit.predict(*point) for point in args.predict]
@@ -117,8 +120,8 @@ def run_fit(args: argparse.Namespace) -> None:
 
 def check_tasks(given: str | None, tasks: Sequence[str], known: set[str]) -> None:
     """Raise ConfigError if --error-tasks names a task that no run has."""
-    unknown = [task for task in tasks if task not in known]
-    if given and unknown:
+    unknown = [task or "an empty name" for task in tasks if task not in known]
+    if given is not None and unknown:
         raise ConfigError(
             f"--error-tasks: found {', '.join(unknown)}, which no run has; expected some of "
             f"{', '.join(sorted(known)) or 'no tasks, because no run has an accuracy'}"

@@ -233,8 +233,13 @@ def _family_sizes(choices: Choices, budget: float | None, cost_of: CostOf) -> li
     for shape in reversed(affordable):
         if not sizes or sizes[-1].params >= _SPACING * shape.params:
             sizes.append(shape)
+    if len(members) < 3:
+        raise ConfigError(
+            f"--target: {len(members)} sizes of the family are smaller than {limit:,.0f} parameters, expected at least "
+            "3; choose smaller models with --sizes"
+        )
     if len(sizes) < 3:
-        cheapest = 2 * optimal[members[min(2, len(members) - 1)]] if members else 0.0
+        cheapest = 2 * optimal[members[2]]
         raise ConfigError(
             f"plan: the budget {budget:.3g} suffices for {len(sizes)} sizes of the family, expected at least 3; raise "
             f"it to about {cheapest:.3g}, or choose smaller models with --sizes"

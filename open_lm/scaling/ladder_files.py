@@ -92,7 +92,7 @@ def write_ladder(folder: str, rungs: Sequence[Rung], base: Mapping[str, Any], fa
         raise ConfigError(f"{folder}: contains a ladder already; choose another folder, or delete {LADDER_FILE}")
     planned = sorted(_PLANNED & base.keys())
     if planned:
-        raise ConfigError(f"--base: found {', '.join(planned)}, which the plan decides; remove them from the file")
+        raise ConfigError(f"--base or --set: found {', '.join(planned)}, which the plan decides; remove them")
     evaluation = check_evaluation(base.get(KEY))
     settings = {key: value for key, value in base.items() if key != KEY}
     configs = {rung.name: _config(root, rung, settings) for rung in rungs}
@@ -209,7 +209,7 @@ def read_base(path: str | None, settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a file that cannot be read, or a text without `=` or with a value that is not YAML.
     """
-    values = dict(load_config_file(path)) if path else {}
+    values = dict(load_config_file(path, "--base")) if path else {}
     for text in settings:
         key, sign, value = text.partition("=")
         if not sign:

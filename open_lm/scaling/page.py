@@ -61,7 +61,7 @@ def _predictions(
     if not predictions:
         return [paragraph("No target was given with --predict.")]
     names = ("parameters", "tokens", "tokens per parameter", "loss", "interval", "error", "interval of the error",
-             "compute, times that of the largest run")  # fmt: skip
+             "compute / largest run")  # fmt: skip
     rows = [
         (f"{item.params:,}", f"{item.tokens:,}", f"{item.tokens / item.params:,.4g}", f"{item.loss:.4f}",
          _range(item.loss_interval), _number(item.error), _range(item.error_interval), f"{item.compute_ratio:,.3g}")
@@ -243,7 +243,10 @@ def _further(values: Sequence[RunValue]) -> list[Html]:
     ]  # fmt: skip
     names = ("parameters", "tokens", "6ND (FLOP)", "cost, relative to all runs", "shrinks the interval by")
     return [
-        paragraph("Expected change of the interval of the first target if this run is added, the largest first."),
+        paragraph(
+            "Expected change of the interval of the first target if this run is added, the largest first. "
+            "Runs that a cheaper one beats are left out."
+        ),
         table([Column(name, True) for name in names], rows, "Further runs"),
     ]
 

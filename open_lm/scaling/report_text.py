@@ -35,7 +35,7 @@ def fit_text(
     if predictions:
         lines += ["", *prediction_table(predictions, fit.settings.level)]
     for task, law in (tasks or {}).items():
-        errors = " ".join(f"{error:.4f}" for error in law["errors"])
+        errors = " ".join(f"{error:.4f}" if 0 <= error <= 1 else "(outside of 0 to 1)" for error in law["errors"])
         bounds = f"; at a bound: {', '.join(law['at_bounds'])}" if law["at_bounds"] else ""
         lines.append(f"{task:<40} {_named(law['coefficients'])}; predicted {errors or 'nothing'}{bounds}")
     return "\n".join(lines)

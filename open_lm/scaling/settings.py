@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMBINED = "combined"  # value of --law: the average of all candidates
+DEFAULT_LOSS = "c4_val"  # of --loss, if the runs have several validation sets
 POINTS = ("all", "paper")
 COMPUTE_OPTIMAL = 20  # tokens per parameter, as in Hoffmann et al. 2022
 # Tasks on which the 154M model of Gadre et al. 2024 is 10 percentage points above chance.

@@ -34,7 +34,7 @@ class RunValue:
 
 
 def value_of_runs(fit: ScalingFit, target: tuple[int, int], count: int = 8) -> list[RunValue]:
-    """Return runs below the target's compute, the largest reduction first.
+    """Return runs below the target's compute, the largest reduction first, without those that a cheaper one beats.
 
     Candidates are the sizes and token multipliers of the fit, and twice and four times the largest. The noise of a
     measurement is the held-out error.
@@ -52,7 +52,11 @@ def value_of_runs(fit: ScalingFit, target: tuple[int, int], count: int = 8) -> l
                 continue
             measured = np.log(fit.law_draws(params, tokens))
             values.append(RunValue(round(params), tokens, flops, flops / spent, _reduction(goal, measured, noise)))
-    return sorted(values, key=lambda item: -item.reduction)[:count]
+    best: list[RunValue] = []
+    for item in sorted(values, key=lambda item: (item.flops, -item.reduction)):
+        if not best or item.reduction > best[-1].reduction:
+            best.append(item)
+    return best[::-1][:count]
 
 
 def _extended(values: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ from open_lm.scaling.error_law import ErrorFits, ErrorPoints, fit_errors
 from open_lm.scaling.fitting import fit_runs
 from open_lm.scaling.frontier import Frontier
 from open_lm.scaling.laws import CHINCHILLA, COMPUTE, OVER_TRAINING, Law
+from open_lm.scaling.report_text import fit_text
 from open_lm.scaling.runs import parse_run, read_runs
 from open_lm.scaling.settings import PAPER_TASKS, Settings
 from open_lm.scaling.value import value_of_runs
@@ -379,7 +380,8 @@ def test_a_further_run_close_to_the_target_shrinks_its_interval_most() -> None:
     ]
     fit = fit_runs(noisy, Settings("val", law="over-training", resamples=200))
     target = (1_600_000_000, 32_000_000_000)
-    best, *_ = value_of_runs(fit, target, count=200)
+    best, *others = value_of_runs(fit, target, count=200)
+    assert [best.flops, *(item.flops for item in others)] == sorted({best.flops, *(item.flops for item in others)})[::-1]
     draws = np.log(fit.law_draws(*target))
     other = np.log(fit.law_draws(best.params, best.tokens))
     line = np.polyfit(other, draws, 1)
@@ -392,5 +394,23 @@ def test_a_further_run_close_to_the_target_shrinks_its_interval_most() -> None:
 
 def test_unknown_error_tasks_are_rejected(tmp_path: Path, fit: Fit) -> None:
     runs = [run | {"accuracy": {"copa": 0.5}} for run in over_training_runs()]
+    path = write(tmp_path / "runs.json", runs)
     with pytest.raises(ConfigError, match="found piqa, which no run has; expected some of copa"):
-        fit(write(tmp_path / "runs.json", runs), "--loss", "val", "--error-tasks", "copa,piqa")
+        fit(path, "--loss", "val", "--error-tasks", "copa,piqa")
+    with pytest.raises(ConfigError, match="found an empty name, which no run has"):
+        fit(path, "--loss", "val", "--error-tasks", "")
+
+
+def test_a_table_with_one_validation_set_needs_no_name(tmp_path: Path, fit: Fit) -> None:
+    path = write(tmp_path / "runs.json", over_training_runs())
+    flags = ("--law", "over-training", "--resamples", "20")
+    assert fit(path, *flags) == fit(path, "--loss", "val", *flags)
+    with pytest.raises(ConfigError, match="--max-flops has no effect with --points paper"):
+        fit(path, "--points", "paper", "--max-flops", "1e20")
+
+
+def test_an_error_outside_of_0_to_1_is_no_prediction() -> None:
+    law = {"coefficients": {"k": 1.0}, "at_bounds": [], "errors": [0.25, -3.0]}
+    runs = [parse_run(run) for run in over_training_runs()]
+    fit = fit_runs(runs, Settings("val", law="over-training", resamples=20))
+    assert fit_text(fit, [], {"copa": law}).endswith("predicted 0.2500 (outside of 0 to 1)")

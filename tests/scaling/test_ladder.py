@@ -85,6 +85,8 @@ def test_generated_sizes_match_real_models(tmp_path: Path) -> None:
     [
         ([], "give a budget"),
         (["--flops", "1e15"], "suffices for . sizes of the family, expected at least 3; raise it to about"),
+        (["--flops", "5e18", "--target", "3e7:1e9"], "--target: 2 sizes of the family are smaller than 30,000,000"),
+        (["--flops", "1e18", "--base", "missing.yaml"], "--base: cannot read missing.yaml"),
         (["--flops", "1e15", "--sizes", "open_lm_1b"], "these 1 runs cost .* more than the budget"),
         (["--sizes", "open_lm_2m"], "found 'open_lm_2m', expected numbers of parameters"),
         (["--sizes", "1e4"], "nearest shape with a vocabulary of 50432"),
