@@ -109,7 +109,7 @@
     const text = style("--text"), grid = style("--grid"), muted = style("--muted");
     const axis = {
       gridcolor: grid, zeroline: false, linecolor: style("--line"), tickfont: { color: muted, size: 11 }, automargin: true,
-      title: { font: { size: 11, color: muted }, standoff: 6 }, exponentformat: "SI", separatethousands: true,
+      title: { font: { size: 11, color: muted }, standoff: 6 }, exponentformat: "B", separatethousands: true,
     };
     const isLog = figure.y_log || (view.log && hasClock && !figure.percent);
     const marks = figure.events
