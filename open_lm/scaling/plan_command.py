@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from open_lm.errors import ConfigError
+from open_lm.scaling.fit_commands import warn
 from open_lm.scaling.ladder import Choices, CostOf, Rung, choose, target_rung
 from open_lm.scaling.ladder_files import ladder_values, read_base, write_ladder
 from open_lm.scaling.number_types import positive, target
@@ -14,6 +16,7 @@ from open_lm.scaling.shapes import ASPECT, FAMILY, Shape, parse_sizes, target_sh
 from open_lm.storage.strict_json import to_json
 from open_lm.system.names import user_path
 
+_DATA = ("dataset_manifest", "train_data", "train_text")
 _MEASURES = ("flops", "tokens", "hours")
 
 
@@ -103,12 +106,21 @@ def run(args: argparse.Namespace) -> None:
     facts = {"target": list(target_point) if target_point else None, "device_hours": hours}
     if args.output:
         write_ladder(args.output, rungs, base, facts)
+        _warn_of_missing_data(base)
     if args.json:
         print(to_json(ladder_values(rungs, facts), indent=1))
     else:
         print(ladder_text(rungs, target_point, hours))
         if args.output:
             print(f"wrote {args.output}; train it with: python -m open_lm.scaling run {args.output}")
+
+
+def _warn_of_missing_data(base: Mapping[str, Any]) -> None:
+    """Print a warning if the runs have no training data, or no validation set whose loss is collected."""
+    if not any(base.get(key) for key in _DATA) and base.get("dataset_type") != "synthetic":
+        warn(["--base and --set have no training data (dataset_manifest, train_data or train_text): no run can start"])
+    if not base.get("val_data"):
+        warn(["--base and --set have no val_data: the runs have no loss for `collect`"])
 
 
 def device_speed(shape: Shape, *, devices: int, device: str) -> float:

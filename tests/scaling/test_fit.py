@@ -381,7 +381,9 @@ def test_a_further_run_close_to_the_target_shrinks_its_interval_most() -> None:
     fit = fit_runs(noisy, Settings("val", law="over-training", resamples=200))
     target = (1_600_000_000, 32_000_000_000)
     best, *others = value_of_runs(fit, target, count=200)
-    assert [best.flops, *(item.flops for item in others)] == sorted({best.flops, *(item.flops for item in others)})[::-1]
+    assert [best.flops, *(item.flops for item in others)] == sorted({best.flops, *(item.flops for item in others)})[
+        ::-1
+    ]
     draws = np.log(fit.law_draws(*target))
     other = np.log(fit.law_draws(best.params, best.tokens))
     line = np.polyfit(other, draws, 1)

@@ -108,6 +108,15 @@ def test_unusable_plans_are_rejected(arguments: list[str], message: str, tmp_pat
         command.main(["plan", *output, *arguments])
 
 
+def test_a_ladder_without_data_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--sizes", "1e6", "--vocab-size", "256", "--multipliers", "20"]
+    command.main(["plan", str(tmp_path / "empty"), *sizes])
+    warnings = capsys.readouterr().err
+    assert "have no training data" in warnings and "have no val_data" in warnings
+    command.main(["plan", str(tmp_path / "data"), *sizes, "--set", "train_data=[x.tar]", "val_data=[y.tar]"])
+    assert not capsys.readouterr().err
+
+
 def test_device_hours_come_from_the_planner(capsys: pytest.CaptureFixture[str]) -> None:
     command.main(["plan", "--hours", "1", "--sizes", "open_lm_11m", "--multipliers", "20", "--devices", "1", "--json"])
     content = json.loads(capsys.readouterr().out)
