@@ -19,7 +19,6 @@ from open_lm.scaling.error_law import ErrorFits, ErrorPoints, fit_errors
 from open_lm.scaling.fitting import fit_runs
 from open_lm.scaling.frontier import Frontier
 from open_lm.scaling.laws import CHINCHILLA, COMPUTE, OVER_TRAINING, Law
-from open_lm.scaling.report_text import fit_text
 from open_lm.scaling.runs import parse_run, read_runs
 from open_lm.scaling.settings import PAPER_TASKS, Settings
 from open_lm.scaling.value import value_of_runs
@@ -401,18 +400,3 @@ def test_unknown_error_tasks_are_rejected(tmp_path: Path, fit: Fit) -> None:
         fit(path, "--loss", "val", "--error-tasks", "copa,piqa")
     with pytest.raises(ConfigError, match="found an empty name, which no run has"):
         fit(path, "--loss", "val", "--error-tasks", "")
-
-
-def test_a_table_with_one_validation_set_needs_no_name(tmp_path: Path, fit: Fit) -> None:
-    path = write(tmp_path / "runs.json", over_training_runs())
-    flags = ("--law", "over-training", "--resamples", "20")
-    assert fit(path, *flags) == fit(path, "--loss", "val", *flags)
-    with pytest.raises(ConfigError, match="--max-flops has no effect with --points paper"):
-        fit(path, "--points", "paper", "--max-flops", "1e20")
-
-
-def test_an_error_outside_of_0_to_1_is_no_prediction() -> None:
-    law = {"coefficients": {"k": 1.0}, "at_bounds": [], "errors": [0.25, -3.0]}
-    runs = [parse_run(run) for run in over_training_runs()]
-    fit = fit_runs(runs, Settings("val", law="over-training", resamples=20))
-    assert fit_text(fit, [], {"copa": law}).endswith("predicted 0.2500 (outside of 0 to 1)")
