@@ -395,8 +395,5 @@ def test_a_further_run_close_to_the_target_shrinks_its_interval_most() -> None:
 
 def test_unknown_error_tasks_are_rejected(tmp_path: Path, fit: Fit) -> None:
     runs = [run | {"accuracy": {"copa": 0.5}} for run in over_training_runs()]
-    path = write(tmp_path / "runs.json", runs)
     with pytest.raises(ConfigError, match="found piqa, which no run has; expected some of copa"):
-        fit(path, "--loss", "val", "--error-tasks", "copa,piqa")
-    with pytest.raises(ConfigError, match="found an empty name, which no run has"):
-        fit(path, "--loss", "val", "--error-tasks", "")
+        fit(write(tmp_path / "runs.json", runs), "--loss", "val", "--error-tasks", "copa,piqa")

@@ -39,6 +39,8 @@ def test_a_table_with_one_validation_set_needs_no_name(tmp_path: Path, capsys: p
         command.main(["fit", str(path), *FAST])
     with pytest.raises(ConfigError, match="--max-flops has no effect with --points paper"):
         command.main(["fit", str(path), "--points", "paper", "--max-flops", "1e20"])
+    with pytest.raises(ConfigError, match="--error-tasks: found an empty name, which no run has"):
+        command.main(["fit", str(path), "--error-tasks", ""])
 
 
 def test_an_error_outside_of_0_to_1_is_no_prediction() -> None:
