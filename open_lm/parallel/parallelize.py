@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_common as fsdp_common
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.config.layout import MeshLayout
@@ -173,6 +173,19 @@ def gradient_sync(model: nn.Module, is_last: bool, every_pass: bool = False) -> 
             yield
     else:
         yield
+
+
+def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the trainable parameters that a forward pass uses; FSDP2 creates them in the first pass, or here."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not sharded:
+        return {p for p in model.parameters() if p.requires_grad}
+    found: set[nn.Parameter] = set()
+    for module in sharded:  # one at a time, for the memory
+        module.unshard()
+        found.update(p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor))
+        module.reshard()
+    return found
 
 
 @contextmanager

@@ -21,14 +21,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from open_lm.config.layout import MeshLayout
 from open_lm.data.masking import IGNORE_INDEX
 from open_lm.distributed.processes import sum_over_ranks
 from open_lm.errors import ConfigError
 from open_lm.optim.build import total_norm
+from open_lm.parallel.parallelize import unsharded_parameters
 
 DECAY = 0.99  # of the moving averages, per step
 
@@ -68,7 +67,7 @@ class GradientNoise:
         self.restore(())
         self._scale: Tensor | None = None
         self._nodes = []  # autograd drops hooks with the nodes that have them
-        for parameter in _unsharded_parameters(model):
+        for parameter in unsharded_parameters(model):
             node = get_gradient_edge(parameter).node
             node.register_prehook(self._record)
             self._nodes.append(node)
@@ -157,16 +156,3 @@ def _check_layout(layout: MeshLayout, accum_freq: int) -> None:
             "--log-gradient-noise compares the micro-batches of a step, and found one micro-batch on one rank; set "
             "--accum-freq 2, or start more ranks"
         )
-
-
-def _unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Return the trainable parameters that a forward pass uses; FSDP2 creates them in the first pass, or here."""
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not sharded:
-        return {p for p in model.parameters() if p.requires_grad}
-    found: set[nn.Parameter] = set()
-    for module in sharded:  # one at a time, for the memory
-        module.unshard()
-        found.update(p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor))
-        module.reshard()
-    return found

@@ -32,7 +32,6 @@ from open_lm.release.reproduce import raw_obstacle
 from open_lm.release.run_facts import read_run
 from open_lm.tokenizer import load_tokenizer
 
-pytest_plugins = ["datapreprocess_helpers"]
 pytestmark = pytest.mark.processes  # the units of an index are tokenized in processes
 BATCH, STEPS = 8, 30
 

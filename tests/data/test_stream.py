@@ -327,7 +327,7 @@ def test_factors_of_sources_and_of_joined_patterns(tmp_path: Path) -> None:
 
 
 def test_no_data_at_all() -> None:
-    with pytest.raises(ConfigError, match="--train-data, --dataset-manifest or --dataset-type synthetic"):
+    with pytest.raises(ConfigError, match="--train-data, --dataset-manifest, --train-text or --dataset-type synthetic"):
         find_sources(DataConfig())
 
 

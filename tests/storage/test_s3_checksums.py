@@ -204,6 +204,7 @@ def test_a_run_resumes_from_checkpoints_in_a_store_without_checksum_fields(
     assert strict_s3.uploads == {}
 
 
+@pytest.mark.usefixtures("in_process")  # a Ray session of other tests has their environment
 def test_preprocessing_writes_to_a_store_without_checksum_fields(
     strict_s3: StrictS3, tmp_path: Path, small_tokenizer: str
 ) -> None:

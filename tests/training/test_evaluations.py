@@ -253,6 +253,6 @@ def test_options_without_effect_are_reported(folder: Path, caplog: pytest.LogCap
     train(folder, "run", "--icl-max-examples", "3", "--sample-max-tokens", "3", "--tokenizer", "unused", steps=1)
     for flag, other in (("icl-max-examples", "icl-yaml"), ("sample-max-tokens", "sample-prompts")):
         assert f"--{flag} has no effect without --{other}" in caplog.text
-    assert "--tokenizer has no effect without --icl-yaml or --sample-prompts" in caplog.text
+    assert "--tokenizer has no effect without --train-text, --icl-yaml or --sample-prompts" in caplog.text
     with pytest.raises(ConfigError, match=r"(?s)--sample-temperature: found -1.0.*--icl-max-time-share: found 1.5"):
         train(folder, "other", *flags(folder)[:-5], "--icl-max-time-share", "1.5", "--sample-temperature=-1")
