@@ -17,6 +17,7 @@ from open_lm.scaling.jobs import has_diverged, is_finished, recorded_run
 from open_lm.scaling.sweep import REPLICATE, SweepRun
 
 FINISHED, DIVERGED, MISSING = "finished", "diverged", "missing"  # states of a run
+_RISE = 1.02  # last training loss of a diverged run, relative to the first
 _NEIGHBORS = 2  # points on each side of the lowest one that the parabola fits
 _EDGE = "at the edge of the grid"
 _NO_VERTEX = "not curved around the lowest point"
@@ -76,8 +77,9 @@ def result_of(run: SweepRun, folder: str) -> Result:
     if loss is None or not math.isfinite(loss):
         return Result(run, DIVERGED)
     # A finished run whose training loss has risen has left the region of stable training. The loss on other data may be
-    # higher than that of the first step, for example in a short fine-tuning.
-    has_risen = first is not None and last is not None and last > first
+    # higher than that of the first step, for example in a short fine-tuning. Batches differ in their loss: a rate that
+    # is too low may end slightly above the start.
+    has_risen = first is not None and last is not None and last > _RISE * first
     return Result(run, DIVERGED if has_risen else FINISHED, loss)
 
 

@@ -220,6 +220,7 @@ def test_a_run_has_diverged_if_its_training_loss_has_risen(tmp_path: Path) -> No
 
     assert result(3.0, 2.0) == Result(run, FINISHED, 4.0)  # fine-tuning, with validation on other data
     assert result(3.0, 3.5) == Result(run, DIVERGED, 4.0)
+    assert result(3.0, 3.02) == Result(run, FINISHED, 4.0)  # a learning rate that is too low
     for length in (2, 3):  # killed during or right after the last validation
         assert result(3.0, 2.0, length).state == MISSING
     result(3.0, 2.0)
