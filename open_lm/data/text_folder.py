@@ -6,9 +6,9 @@
     tokenizer/       the files of the tokenizer
     text.json        what the index is made from: options, tokenizer and the state of the input files
     units.jsonl      the report of each unit; progress.jsonl while they are made
-    units.cache/     shards of units, without --cache-dir
 
-The address of a unit's shard is `text:FOLDER/STEM.tar`. Imports no torch.
+Without --cache-dir, the shards of units are cached in units.cache/, next to the folders of the indexes. The address of
+a unit's shard is `text:FOLDER/STEM.tar`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from open_lm.tokenizer import COPY_FOLDER, tokenizer_from_files
 
 STATE_NAME, UNITS_NAME, JOURNAL_NAME = "text.json", "units.jsonl", "progress.jsonl"
 TAILS_STEM, CACHE_NAME = "tails", "units.cache"
-INDEX_FOLDER = "text_index"  # of a run: the folders of its texts
-PIECES_KEY = "text"  # of a manifest's line: the unit
+INDEX_FOLDER = "text_index"  # in a run folder; contains one index folder per value of --train-text
+PIECES_KEY = "text"  # key of the unit in a line of the manifest
 _FORMAT = 1
 
 
@@ -44,8 +44,10 @@ class TextState:
     """What an index is made from.
 
     name: the value of --train-text.
-    tokenizer: that of --tokenizer, a name only.
+    tokenizer: the value of --tokenizer; the fingerprint in `encoder` identifies its content.
+    options: the settings of the sequences.
     encoder: facts that determine the ids of a document (DocumentEncoder.settings).
+    inputs: the input files with their state.
     """
 
     name: str
@@ -55,7 +57,7 @@ class TextState:
     inputs: tuple[InputFile, ...] = ()
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings for dataset.json. They identify the data, so names and places are not among them."""
+        """Return the settings for dataset.json. They identify the data, so they contain no names or paths."""
         return {"raw_text": True, **asdict(self.options), **self.encoder}
 
     def to_bytes(self) -> bytes:
@@ -107,7 +109,7 @@ class TextFolder:
 
     @cached_property
     def encoding(self) -> tuple[TextOptions, DocumentEncoder]:
-        """The options and the encoder; that of the reference tokenizer if the fast one fails its check."""
+        """The options and the encoder, which uses the reference tokenizer if the fast one fails its check."""
         state = self.state()
         if state is None:
             raise DataError(f"{self.path}: found no text index of this version; open-lm train --train-text makes it")
@@ -123,7 +125,11 @@ class TextFolder:
         return state.options, encoder.reference() if encoder.self_check() else encoder
 
     def write_unit(self, unit: TextUnit, expected: Expected, file: IO[bytes], grow: Grow) -> str:
-        """Tokenize a unit and write its shard to a file of a cache; return its sha256. DataError for changed text."""
+        """Tokenize a unit, write its shard to a file of a cache and return its SHA-256.
+
+        Raises:
+            DataError: the text or the tokenizer's library changed; see `text_units.write_unit`.
+        """
         options, encoder = self.encoding
         return write_unit(unit, expected, options, encoder, file, grow)
 

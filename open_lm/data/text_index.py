@@ -57,7 +57,7 @@ def text_folder(index: str, name: str) -> TextFolder:
 
 
 def load_encoder(data: DataConfig, tokenizer: str | None) -> DocumentEncoder:
-    """Return the encoder of --tokenizer. ConfigError without one, or if it cannot be used."""
+    """Return the encoder of --tokenizer. Raise ConfigError if the flag is missing or its tokenizer cannot be used."""
     if tokenizer is None:
         raise ConfigError("--train-text: needs --tokenizer, which turns the text into ids")
     loaded = load_tokenizer(tokenizer)
@@ -70,7 +70,8 @@ def load_encoder(data: DataConfig, tokenizer: str | None) -> DocumentEncoder:
 class TextIndex:
     """An index to make or to check: its folder, what it is made from, and its units.
 
-    units: all of them. reports: of the units that are tokenized already, by key.
+    units: all units of the text.
+    reports: the reports of the units that are already tokenized, by key.
     """
 
     folder: TextFolder
@@ -90,7 +91,7 @@ class TextIndex:
 
 
 def text_state(data: DataConfig, name: str, tokenizer: str, encoder: DocumentEncoder, seq_len: int) -> TextState:
-    """Return what the index of a value of --train-text is made from now. DataError if no input matches."""
+    """Return the current state of a value of --train-text. Raise DataError if no input matches."""
     inputs = tuple(find_inputs(split_joined(name)))
     separator = None if data.text_separator is None else decode_separator(data.text_separator, "--text-separator")
     options = TextOptions(seq_len, data.text_key, separator, data.text_split_documents, data.text_add_bos)
@@ -100,7 +101,8 @@ def text_state(data: DataConfig, name: str, tokenizer: str, encoder: DocumentEnc
 def is_current(folder: TextFolder, state: TextState, allow_changed: bool) -> bool:
     """Return whether a folder has the finished index of a text.
 
-    DataError if it has one of other text, options or tokenizer (without `allow_changed`).
+    Raises:
+        DataError: its index is of other text, options or another tokenizer (without `allow_changed`).
     """
     before = folder.state() if folder.is_finished else None
     if before is None:
@@ -118,7 +120,7 @@ def is_current(folder: TextFolder, state: TextState, allow_changed: bool) -> boo
 
 
 def plan_index(folder: TextFolder, state: TextState) -> TextIndex:
-    """Divide a text into units, and read the reports of those that an earlier run has tokenized."""
+    """Divide a text into units, and read the reports of those that an earlier run tokenized."""
     units = _plan_units(state)
     keys = {unit.key for unit in units}
     reports = {report.key: report for report in _load_reports(folder) if report.key in keys}
@@ -164,7 +166,7 @@ def _plan_units(state: TextState) -> list[TextUnit]:
 
 
 def _load_reports(folder: TextFolder) -> Iterable[UnitReport]:
-    """Yield the reports of an earlier process; its last line may be cut short."""
+    """Yield the reports that an earlier process wrote. Skip a line that it did not complete."""
     for url in filter(storage.exists, (folder.url(UNITS_NAME), folder.url(JOURNAL_NAME))):
         for line in storage.read_bytes(url).split(b"\n"):
             try:
@@ -174,7 +176,7 @@ def _load_reports(folder: TextFolder) -> Iterable[UnitReport]:
 
 
 def save_reports(folder: TextFolder, reports: Sequence[UnitReport]) -> None:
-    """Append reports to the journal, from which a run that is killed continues the index."""
+    """Append reports to the journal, from which the run continues the index after it was killed."""
     url = folder.url(JOURNAL_NAME)
     if reports:
         with storage.wrap_disk_full_errors(url, folder.path), open(url, "ab") as journal:
@@ -187,20 +189,20 @@ def _line(report: UnitReport) -> bytes:
 
 
 def start(index: TextIndex, encoder: DocumentEncoder) -> None:
-    """Write what the processes need that tokenize the units; a finished index of other data is no longer finished."""
+    """Write the files that the tokenizing processes need. An index of other data no longer counts as finished."""
     folder = index.folder
     before = folder.state()
     if before is None or _changes(before, index.state):
         storage.remove(folder.url(DATASET_NAME))
-        storage.remove(folder.url(STATE_NAME))  # it describes the tokenizer, of which a killed process writes a part
+        storage.remove(folder.url(STATE_NAME))  # must not describe an incompletely written tokenizer
         write_copy(folder.path, encoder.tokenizer_files())
         storage.write_bytes(folder.url(STATE_NAME), index.state.to_bytes())
 
 
 def check_reports(index: TextIndex, max_bad_fraction: float) -> None:
-    """Raise DataError for too many unusable documents, or none that is usable.
+    """Raise DataError if too many documents are unusable, or none is usable.
 
-    While units are missing, only a text without any usable document is an error.
+    While units are missing, only many unusable documents without a usable one are an error.
     """
     name, key, reports = index.state.name, index.state.options.content_key, index.reports.values()
     bad = Counter[str]()
@@ -234,7 +236,8 @@ def bad_fraction(data: DataConfig) -> float:
 def finish(index: TextIndex, dtype: np.dtype[Any], allow_changed: bool) -> dict[str, Any]:
     """Write the manifest, the tails and dataset.json of an index whose units all have reports; return the counts.
 
-    DataError if a finished index had other shards, because the content of a file changed (without `allow_changed`).
+    Raises:
+        DataError: a finished index had other shards, because the content of a file changed (without `allow_changed`).
     """
     folder, reports = index.folder, [index.reports[unit.key] for unit in index.units]
     old_entries = [entry for _, entry in folder.shards()] if folder.is_finished else None
@@ -276,7 +279,7 @@ def _content(entries: Iterable[ManifestEntry | None]) -> list[tuple[str, int, st
 def _write_tails(
     folder: TextFolder, tails: Sequence[np.ndarray], length: int, dtype: np.dtype[Any]
 ) -> list[ManifestEntry]:
-    """Write the shard of the ids that fill no sequence of their unit; the last sequence is padded."""
+    """Write the shard of the ids that do not fill a sequence of their unit. Pad its last sequence."""
     sequences, rest = cut([np.zeros(0, dtype), *tails], length)
     if not len(sequences) and not len(rest):
         storage.remove(folder.url(f"{TAILS_STEM}.tar"))

@@ -1,4 +1,4 @@
-"""Tokenize the units of text indexes in several processes of this machine, which end with this one."""
+"""Tokenize the units of a text index in several processes of this machine, which end when this process ends."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from open_lm.system.names import escaped, unescaped
 _BYTES_PER_PROCESS = 4 << 20  # of input; starting a process and its tokenizer takes a second or two
 _MAX_PROCESSES = 64  # each needs about 200 MB
 _POLL_S = 0.1
-_STALL_S = 660.0
+_STALL_S = 660.0  # how long a cache waits for another process that makes no progress with the same unit
 
 
 class TextPool:
-    """Processes that tokenize units, as a context manager.
+    """A context manager whose processes tokenize units.
 
     Attributes:
         done_bytes: input bytes of the units that are finished.
     """
 
     def __init__(self, folder: TextFolder, units: Sequence[TextUnit], cache: tuple[str, int], processes: int) -> None:
-        """Tokenize `units` and keep shards in `cache` (folder, bytes)."""
+        """Tokenize `units` in at most `processes` processes; `cache` is (folder, limit in bytes) of their shards."""
         self._folder, self._cache = folder, cache
         self._units = queue.SimpleQueue[TextUnit]()
         for unit in units:
@@ -60,7 +60,7 @@ class TextPool:
             process.wait()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # A session of its own: an interrupt from the keyboard asks only the run to stop.
+        # In a separate session, an interrupt from the keyboard does not reach the process, only the run.
         environment = {**os.environ, "RAYON_NUM_THREADS": "1"} if self._count > 1 else dict(os.environ)
         process = subprocess.Popen(
             [sys.executable, "-m", "open_lm.data.text_worker"],
@@ -75,7 +75,7 @@ class TextPool:
         return process
 
     def _serve(self, process: subprocess.Popen[bytes]) -> None:
-        """Pass units to a process until there are none; in a thread of its own."""
+        """Pass units to a process until none remain. Runs in a separate thread."""
         try:
             while True:
                 unit = self._units.get_nowait()
@@ -86,9 +86,11 @@ class TextPool:
             self._results.put(error)
 
     def work(self, seconds: float, is_stopped: Callable[[], bool] = lambda: False) -> list[UnitReport]:
-        """Return the reports of the next `seconds`; fewer once all are done or `is_stopped`.
+        """Return the reports that arrive within `seconds`. Return earlier once all are done or `is_stopped()`.
 
-        A UserError of a process is raised here.
+        Raises:
+            UserError: a process reported it.
+            DataError: a process ended without an answer.
         """
         reports: list[UnitReport] = []
         end = time.monotonic() + seconds
@@ -112,7 +114,7 @@ def _send(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
         process.stdin.write(orjson.dumps(escaped(request), option=orjson.OPT_APPEND_NEWLINE))
         process.stdin.flush()
     except BrokenPipeError:
-        pass  # reported when its answer is awaited
+        pass  # `_answer` reports that the process ended
 
 
 def _answer(process: subprocess.Popen[bytes], unit: TextUnit) -> UnitReport:

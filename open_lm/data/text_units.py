@@ -1,7 +1,7 @@
 """Turn units of raw text into shards: read the documents of a unit, encode them, cut the ids into sequences.
 
 A unit is a part of the input of `--train-text`: a range of a file, several small files, or a compressed file. Its shard
-is a function of its bytes, the tokenizer and the options, so that any process can make it again with the same checksum.
+is a function of its bytes, the tokenizer and the options, so any process can recreate it with the same checksum.
 Imports no torch.
 """
 
@@ -83,12 +83,14 @@ class TextUnit:
 class UnitReport:
     """What the index records of a unit.
 
-    sequences, num_bytes, sha256: of its shard.
+    sequences, num_bytes, sha256: count of sequences, size and checksum of its shard.
     tail: base64 of the ids that do not fill a sequence, in the encoder's dtype.
-    documents, characters, tokens: of the usable documents; tokens include end-of-text ids.
-    bad, bad_shown: number of unusable documents by kind, and the first of them.
-    lenient: documents from JSON that only Python's parser accepts. special: with the text of a special token.
-    digests: SHA-256 of the content of each piece.
+    documents, characters, tokens: counts of the usable documents; tokens include begin- and end-of-text ids.
+    bad, bad_shown: number of unusable documents by kind, and messages about the first of them.
+    pads: pad ids in the sequences.
+    lenient: number of documents from JSON that only Python's parser accepts.
+    special: number of documents with the text of a special token.
+    digests: SHA-256 of the bytes of each piece; see `InputStream.digest` for None and "".
     mismatch: how the fast tokenizer differs from the reference, which then encoded the unit; "" if it does not.
     """
 
@@ -117,7 +119,7 @@ class UnitReport:
 
 
 class UnitText:
-    """The sequences of a unit. `report` is complete, except for the facts of the shard, after `sequences` has ended."""
+    """The sequences of a unit. After `sequences` has ended, `report` only lacks the size and checksum of the shard."""
 
     def __init__(self, unit: TextUnit, options: TextOptions, encoder: DocumentEncoder) -> None:
         self._unit, self._options, self._encoder = unit, options, encoder
@@ -132,7 +134,8 @@ class UnitText:
     def sequences(self) -> Iterator[np.ndarray]:
         """Yield the sequences, (n, seq_len + 1) of one integer type, in the order of the documents.
 
-        BrokenFile, a DataError, for a file that cannot be read to its end.
+        Raises:
+            BrokenFile (a DataError): a file cannot be read to its end.
         """
         batch: list[Document] = []
         for documents in self._documents():
@@ -167,7 +170,7 @@ class UnitText:
                 self.report.bad_shown.append(f"{bad.url}: line {bad.line}{place}: {bad.kind}: {bad.detail}")
 
     def _compare(self, documents: Sequence[Document]) -> None:
-        """Encode the beginning of a file with both tokenizers; after a difference, use the reference for the unit."""
+        """Encode the beginning of a file with both tokenizers. If they differ, encode the rest with the reference."""
         texts, chars = [], _COMPARED_CHARS
         for document in documents:
             if isinstance(document, str) and chars > 0:
@@ -198,7 +201,7 @@ class UnitText:
 
 
 def shard_bytes(blocks: Iterable[np.ndarray]) -> Iterator[memoryview]:
-    """Yield the parts of a shard, a tar of npy members, with the sequences (n, length) of all blocks."""
+    """Yield the bytes of a shard, a tar of npy members, in parts. Each block has sequences (n, length)."""
     number = size = 0
     for rows in blocks:
         step = max(1, _BATCH_BYTES // max(1, rows.shape[1] * rows.itemsize))
@@ -212,7 +215,7 @@ def shard_bytes(blocks: Iterable[np.ndarray]) -> Iterator[memoryview]:
 
 
 class _Hashed:
-    """An iterator over parts that counts and hashes them, and can be resumed after a consumer has given up."""
+    """An iterator over parts that counts and hashes them, and can be resumed after a consumer has stopped."""
 
     def __init__(self, parts: Iterable[memoryview]) -> None:
         self._parts, self._digest, self.num_bytes = iter(parts), hashlib.sha256(), 0
@@ -228,7 +231,7 @@ class _Hashed:
         return self._digest.hexdigest()
 
     def write(self, file: IO[bytes], grow: Grow) -> str:
-        """Write all parts to a file of a cache (`Cache.get`), and return their sha256."""
+        """Write all parts to a file of a cache (`Cache.get`), and return their SHA-256."""
         file.seek(0)
         for part in self:
             grow(self.num_bytes)
@@ -250,12 +253,12 @@ def index_unit(unit: TextUnit, options: TextOptions, encoder: DocumentEncoder, c
         except OSError as error:
             message = f"{cache.folder}: cannot keep tokenized text there ({error.strerror or error})"
             raise StorageError(f"{message}; choose another folder (--cache-dir) or lower --cache-limit") from error
-    for _ in parts:  # what the cache did not need or could not hold
+    for _ in parts:  # the report needs the parts that the cache did not consume
         pass
     if entry is not None:
         if entry.sha256 == parts.sha256:
             entry.file.close()
-        else:  # of another version of the tokenizer's library
+        else:  # written with another version of the tokenizer's library
             assert cache is not None
             cache.discard(entry)
     text.report.num_bytes, text.report.sha256 = parts.num_bytes, parts.sha256
@@ -265,9 +268,10 @@ def index_unit(unit: TextUnit, options: TextOptions, encoder: DocumentEncoder, c
 def write_unit(  # noqa: PLR0917 - the last two are those of a cache
     unit: TextUnit, expected: Expected, options: TextOptions, encoder: DocumentEncoder, file: IO[bytes], grow: Grow
 ) -> str:
-    """Write the shard of a unit to a file of a cache, and return its sha256.
+    """Write the shard of a unit to a file of a cache, and return its SHA-256.
 
-    DataError if it is not the shard that the index describes.
+    Raises:
+        DataError: it is not the shard that the index describes.
     """
     parts = _Hashed(shard_bytes(UnitText(unit, options, encoder).sequences()))
     sha256 = parts.write(file, grow)

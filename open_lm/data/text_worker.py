@@ -1,4 +1,4 @@
-"""A process that tokenizes units of text for text_pool.py: it reads requests as JSON lines, and ends with its input.
+"""Tokenize units of text in a process of text_pool.py, which reads JSON lines and ends when its input is closed.
 
 The first line is {"folder", "cache", "cache_limit_bytes", "stall_s"}, each further one a unit. Each answer is a line: a
 report, or {"error": [class, message]}.
@@ -21,7 +21,7 @@ from open_lm.system.names import escaped, unescaped
 def main() -> None:
     """Answer the requests of standard input until it is closed."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps the output of libraries out of the answers
     setup = unescaped(orjson.loads(sys.stdin.buffer.readline()))
     folder = TextFolder(setup["folder"])
     cache = Cache(setup["cache"], setup["cache_limit_bytes"], setup["stall_s"], evicts="none")

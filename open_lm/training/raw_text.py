@@ -1,7 +1,7 @@
 """Make the indexes of --train-text when a run starts: each node tokenizes its share of the units.
 
-The ranks meet every few seconds, so that none waits long for another, and rank 0 logs the progress. A killed run
-continues its index. See docs/internals/raw_text.md.
+The ranks synchronize every few seconds, so that no collective waits long, and rank 0 logs the progress. A run that was
+killed continues its index. See docs/internals/raw_text.md.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ _TOKENIZER_FILES = tuple(storage.join(COPY_FOLDER, name) for name in FILE_NAMES)
 
 
 class IndexingStopped(Exception):
-    """A stop signal arrived while an index was made; what is tokenized so far is saved."""
+    """A stop signal arrived while an index was made. The units tokenized so far are saved."""
 
 
 @dataclass(frozen=True)
 class _Nodes:
-    """The machines of the run: the number of this one and of all, and whether this rank works for its machine."""
+    """The nodes of the run: the index of this one, their count, and whether this rank tokenizes for its node."""
 
     number: int
     count: int
@@ -87,7 +87,7 @@ def prepare_text(
     stack: ExitStack,
     is_stopped: Callable[[], bool],
 ) -> Config:
-    """Make or check the index of each value of --train-text; return the configuration that reads them. Collective.
+    """Make or check the index of each value of --train-text; return the configuration that reads it. Collective.
 
     Sets --train-num-samples in `args` to one pass over the text if it is not given. Without --train-text, returns
     `config`.
@@ -121,7 +121,7 @@ def prepare_text(
 
 
 def _with_folders(data: DataConfig, runtime: Runtime, nodes: _Nodes, paths: RunPaths, stack: ExitStack) -> DataConfig:
-    """Return the settings with the folders of the indexes and of the cache; without a run folder, temporary ones."""
+    """Return the settings with the folders of the indexes and the cache, temporary ones if there is no run folder."""
     root = data.text_index
     if root is not None and storage.is_remote(root):
         raise ConfigError(f"--text-index {root}: expected a local folder")
@@ -147,7 +147,10 @@ def _seq_len(args: argparse.Namespace, architecture: Mapping[str, Any]) -> int:
 def _plan(
     data: DataConfig, tokenizer: str | None, seq_len: int, vocab_size: int | None, locks: ExitStack
 ) -> tuple[list[TextIndex | None], np.dtype[Any]]:
-    """Plan the indexes that must be made, lock their folders, and write what their processes need. On rank 0."""
+    """Plan the indexes that must be made, lock their folders, and write what their processes need; on rank 0 only.
+
+    Returns the index of each value of --train-text (None: up to date), and the dtype of token ids.
+    """
     encoder = load_encoder(data, tokenizer)
     if vocab_size is not None and encoder.vocab_size > vocab_size:
         raise ConfigError(
@@ -162,7 +165,7 @@ def _plan(
         if not is_current(folder, state, data.allow_changed_data):
             storage.makedirs(folder.path)
             locks.enter_context(_locked(folder))
-            if not is_current(folder, state, data.allow_changed_data):  # another run may have made it until now
+            if not is_current(folder, state, data.allow_changed_data):  # another run may have made it in the meantime
                 index = plan_index(folder, state)
                 start(index, encoder)
         indexes.append(index)
@@ -171,6 +174,7 @@ def _plan(
 
 @contextlib.contextmanager
 def _locked(folder: TextFolder) -> Iterator[None]:
+    """Hold the lock of an index's folder. Raise ConfigError if another run holds it."""
     with open(folder.url(".lock"), "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -212,7 +216,7 @@ class _Progress:
 
     def __init__(self, index: TextIndex) -> None:
         self._index, self._start_s = index, time.monotonic()
-        self._next_log_s = 0.0  # after the start
+        self._next_log_s = 0.0  # seconds after the start
         self._missing_bytes = sum(unit.num_bytes for unit in index.missing)
 
     def log_start(self) -> None:
@@ -225,7 +229,7 @@ class _Progress:
         )
 
     def add(self, gathered: Sequence[tuple[Sequence[UnitReport], int, bool]], limit: float) -> tuple[bool, bool]:
-        """Save the reports of a round; return whether all units are done, and whether a rank has to stop."""
+        """Save the reports of a round; return whether all units are done, and whether a rank must stop."""
         index, reports = self._index, [report for node, _, _ in gathered for report in node]
         index.reports |= {report.key: report for report in reports}
         save_reports(index.folder, reports)
@@ -247,7 +251,7 @@ class _Progress:
         logging.info(text)
 
     def finish(self, dtype: np.dtype[Any], data: DataConfig) -> None:
-        """Write the index and log what it holds."""
+        """Write the index and log its counts."""
         index = self._index
         counts = finish(index, dtype, data.allow_changed_data)
         for mismatch in [report.mismatch for report in index.reports.values() if report.mismatch][:1]:
@@ -259,7 +263,7 @@ class _Progress:
 
 
 def _log_cache(sources: Sequence[Source], data: DataConfig, nodes: _Nodes) -> None:
-    """Log whether training tokenizes the text again, and when shards are better."""
+    """Log whether training tokenizes the text again, and when preprocessing is the better choice."""
     columns = [zip(source.shards, source.num_bytes, strict=True) for source in sources]
     num_bytes = sum(size or 0 for column in columns for url, size in column if url.startswith(TEXT_PREFIX))
     size = f"the tokenized text ({num_bytes / 1e6:,.1f} MB)"
@@ -290,7 +294,7 @@ def _read_if_present(url: str) -> bytes | None:
 
 
 def _share(folder: TextFolder, nodes: _Nodes, names: Sequence[str]) -> None:
-    """Make files on all nodes equal to those of rank 0's folder. Collective."""
+    """Copy files of rank 0's folder to the folders of all other nodes. Collective."""
     if nodes.count == 1:
         return
 
