@@ -1,9 +1,9 @@
-"""Expert parallelism: the ranks of a group divide the experts of a mixture, and tokens travel to them and back.
+"""Exchange tokens for expert parallelism, where the ranks of a group divide the experts of a mixture.
 
 Each of N ranks holds E/N experts and has its own tokens. All-to-all exchanges among the group send every token to the
 ranks of its experts, and the results back (Lepikhin et al. 2020, https://arxiv.org/abs/2006.16668). With a capacity,
-every rank sends C slots for each expert, so all shapes are known in advance and the host waits for nothing. Without,
-the ranks first exchange the numbers of tokens.
+every rank sends C slots for each expert, so all shapes are known in advance and the host never waits for the device.
+Without one, the ranks first exchange the numbers of tokens.
 Legend: D model width, E experts, C slots of an expert on each rank, N ranks, R rows that a rank receives.
 """
 
@@ -20,13 +20,13 @@ from torch.distributed import _functional_collectives as collectives
 
 @dataclass(frozen=True)
 class RowExchange:
-    """How the rows of this rank were sent: rows per rank, sent and received, and where received rows are by expert.
+    """The layout of an exchange of rows, with which `return_rows` reverses it.
 
     Attributes:
         sent: number of rows sent to each rank.
         received: number of rows received from each rank.
-        order: the index of each row, ordered by expert, among the received rows (R,) int64.
-        counts: number of received rows of each expert that this rank holds (E/N,) int64.
+        order: (R,) int64, the indices of the received rows in the order of their experts.
+        counts: (E/N,) int64, the number of received rows of each expert of this rank.
     """
 
     sent: list[int]
@@ -67,7 +67,7 @@ class ExpertExchange:
         the exchange for `return_rows`.
         """
         by_rank = counts.view(self.ranks, -1)
-        incoming = self._all_to_all(by_rank, None, None)  # of rank r for each local expert
+        incoming = self._all_to_all(by_rank, None, None)  # (N, E/N): rows from each rank for each local expert
         sent, received = torch.stack((by_rank.sum(1), incoming.sum(1))).tolist()
         experts = torch.arange(incoming.shape[1], device=counts.device).repeat(self.ranks)
         order = experts.repeat_interleave(incoming.flatten(), output_size=sum(received)).argsort(stable=True)
@@ -80,5 +80,5 @@ class ExpertExchange:
         return self._all_to_all(by_rank, exchange.sent, exchange.received)
 
     def _all_to_all(self, rows: Tensor, received: list[int] | None, sent: list[int] | None) -> Tensor:
-        """Exchange rows (n,…) with the numbers of rows per rank, equally many if None."""
+        """Exchange rows (n,…). `received` and `sent` are the numbers of rows per rank, or None for equal numbers."""
         return collectives.all_to_all_single_autograd(rows.contiguous(), received, sent, self._group)

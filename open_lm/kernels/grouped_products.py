@@ -1,4 +1,4 @@
-"""Products of groups of rows with one matrix each: the experts of a mixture on any number of tokens.
+"""Multiply each group of rows by its own matrix, as the experts of a mixture do with any number of tokens.
 
 On Hopper and datacenter Blackwell, in bfloat16, one kernel computes all groups (torch.nn.functional.grouped_mm), and
 the host does not need their sizes. Elsewhere the products run sequentially, with the same result up to rounding.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ALIGNMENT_BYTES = 16  # of every row, a condition of the kernel
+_ALIGNMENT_BYTES = 16  # the kernel requires this alignment of every row
 _CAPABILITIES = (9, 10)  # major compute capabilities with the kernel; on others torch loops, and waits for the device
 # The public name came with torch 2.10. The kernel of versions before 2.9 hangs on gradients of groups without rows
 # (https://github.com/pytorch/pytorch/pull/157903).
@@ -34,12 +34,12 @@ class RowGroups:
 
     @property
     def are_empty(self) -> Tensor:
-        """Whether each group has no rows (E,) bool."""
+        """Which groups have no rows, (E,) bool."""
         return self._counts == 0
 
     @property
     def ends(self) -> Tensor:
-        """The end of each group (E,) int32."""
+        """The index after the last row of each group, (E,) int32."""
         if self._ends is None:
             self._ends = self._counts.cumsum(0, dtype=torch.int32)
         return self._ends
@@ -53,7 +53,7 @@ class RowGroups:
 
 
 def grouped_product(rows: Tensor, matrices: Tensor, groups: RowGroups) -> Tensor:
-    """Multiply the rows of group e with matrix e: rows (n,D), matrices (E,D,F) -> (n,F).
+    """Multiply the rows of group e by matrix e: rows (n,D), matrices (E,D,F) -> (n,F).
 
     With autocast, both operands are cast to its dtype. Differentiable.
     """

@@ -5,7 +5,7 @@ training an expert processes a limited number of tokens (its capacity), so that 
 remaining tokens keep only their residual stream. In evaluation no token is dropped, so that the result for a token does
 not depend on the rest of the batch.
 Fedus et al. 2021 (https://arxiv.org/abs/2101.03961), Lepikhin et al. 2020 (https://arxiv.org/abs/2006.16668).
-With expert parallelism (parallel/expert_parallel.py) a rank holds a part of the experts, and tokens travel to them.
+With expert parallelism (parallel/expert_parallel.py) each rank holds some of the experts, and tokens are sent to them.
 Legend: B batch, T sequence, D model width, F hidden width, E experts (of this rank, for the networks), k experts per
 token, C capacity, N = B*T tokens.
 """

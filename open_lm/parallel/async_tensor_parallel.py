@@ -1,4 +1,4 @@
-"""Asynchronous tensor parallelism: a matrix product and the exchange of its tokens run at the same time.
+"""Asynchronous tensor parallelism: overlap a matrix product with the exchange of its tokens.
 
 Inductor replaces each all-gather of tokens that a product follows, and each reduce-scatter that follows a product, by
 one operator (Wang et al. 2023, https://doi.org/10.1145/3567955.3567959). It computes the product of one part of the
@@ -21,8 +21,9 @@ from open_lm.errors import ConfigError
 
 
 def enable_async_tensor_parallel(mesh: DeviceMesh, device: torch.device) -> None:
-    """Let inductor overlap the exchange over the one-dimensional `mesh` with products in blocks that are compiled
-    later. Collective.
+    """Let inductor overlap exchanges over the one-dimensional `mesh` with products. Collective.
+
+    Only blocks that are compiled afterwards change.
 
     Raises:
         ConfigError: the devices of a group cannot read each other's memory.
@@ -34,7 +35,7 @@ def enable_async_tensor_parallel(mesh: DeviceMesh, device: torch.device) -> None
     from torch._inductor import config as inductor
     from torch.distributed import _symmetric_memory
 
-    with warnings.catch_warnings():  # torch announces that it will do this itself, but does not yet
+    with warnings.catch_warnings():  # torch warns that this call is unnecessary, but still needs it
         warnings.simplefilter("ignore", FutureWarning)
         _symmetric_memory.enable_symm_mem_for_group(group.group_name)
     inductor._micro_pipeline_tp = True

@@ -157,9 +157,9 @@ def find_blocks(model: nn.Module, class_name: str | None = None) -> list[nn.Modu
 
 @contextmanager
 def gradient_sync(model: nn.Module, is_last: bool, every_pass: bool = False) -> Iterator[None]:
-    """Reduce the gradients of the forward and backward pass in the `with` block over the ranks if it `is_last`.
+    """Reduce the gradients of the forward and backward pass in the `with` block over the ranks if `is_last`.
 
-    The passes before accumulate unsharded gradients locally, and the last one reduces the sum. With `every_pass`, FSDP2
+    Earlier passes accumulate unsharded gradients locally, and the last one reduces the sum. With `every_pass`, FSDP2
     reduces the gradients of each pass over the ranks that shard them and accumulates the shards; replicas are still
     reduced only in the last pass.
     """
@@ -181,7 +181,7 @@ def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
     if not sharded:
         return {p for p in model.parameters() if p.requires_grad}
     found: set[nn.Parameter] = set()
-    for module in sharded:  # one at a time, for the memory
+    for module in sharded:  # one at a time, to limit the memory
         module.unshard()
         found.update(p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor))
         module.reshard()
@@ -311,7 +311,7 @@ def _shard(  # noqa: PLR0917 - the meshes of one layout
         head_policy = replace(policy, cast_forward_inputs=False)
         shard([model.norm, model.output], mp_policy=head_policy, reshard_after_forward=False)
     shard(model, mp_policy=policy, reshard_after_forward=False)
-    # FSDP2 itself gathers one group ahead, of the two that a block with divided experts has.
+    # By default FSDP2 gathers one group ahead, but a block with divided experts has two groups.
     depth = PREFETCH_DEPTH if cfg.fsdp_backward_prefetch else int(expert_mesh is not None)
     if depth:
         for index, block in enumerate(blocks):

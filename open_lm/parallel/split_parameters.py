@@ -1,4 +1,4 @@
-"""Split the parameters of single modules over a mesh of ranks: tensor and expert parallelism.
+"""Split the parameters of single modules over a mesh of ranks, for tensor and expert parallelism.
 
 A split parameter is a DTensor, and its module reads the local shard.
 """
@@ -20,7 +20,7 @@ from open_lm.distributed.sharded_tensor import copy_local_shard
 def split_parameters(
     module: nn.Module, mesh: DeviceMesh, dims: Mapping[str, int | None], gradient_scale: float = 1.0
 ) -> None:
-    """Convert a module's direct parameters to DTensors, split along dims.get(name) or replicated.
+    """Convert a module's direct parameters to DTensors, split along dims.get(name), or replicated if that is None.
 
     The module then reads its local shards. If its weight is split along dimension 1, its output is a partial sum, so it
     reads a bias of zeros on all ranks except the first. Gradients are multiplied by `gradient_scale`.

@@ -235,7 +235,7 @@ def _feed_forward(shape: ModelShape, sizes: ElementSizes, compiled: bool) -> lis
 
 
 def expert_slots(shape: ModelShape) -> float:
-    """Return the slots of all experts per token; without a capacity, a mixture has as many as choices."""
+    """Return the slots of all experts per token; without a capacity, there is one per chosen expert."""
     return (shape.moe_capacity_factor if shape.moe_capacity_factor > 0 else 1.0) * shape.moe_top_k
 
 
