@@ -1,6 +1,6 @@
 """Compare the parametrization (--mup) of a checkpoint's run with that of the model that loads the checkpoint.
 
-The weights have the same names and shapes with every parametrization, but another meaning.
+The weights have the same names and shapes with every parametrization, but compute different results.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from open_lm.parallel.parallelize import unwrap
 def check_parametrization(path: str, model: nn.Module) -> None:
     """Raise CheckpointError if the run of a checkpoint had another parametrization than the model.
 
-    A checkpoint whose model is not recorded next to it, and a model of transformers, are not checked. Warn if the
-    record cannot be read and either side has muP.
+    Do not check a checkpoint without a record of its model, or a model of transformers. Warn if the record cannot be
+    read and the run of the checkpoint or the model has muP.
     """
     params = getattr(unwrap(model), "params", None)
     settings = read_run_settings(path)
@@ -44,7 +44,7 @@ def check_parametrization(path: str, model: nn.Module) -> None:
 
 
 def _saved_params(settings: dict[str, Any]) -> Params:
-    """Return the architecture of a run; its attention kernels need not be available on this machine."""
+    """Return the architecture of a run, with a default attention kernel, since its own may be missing here."""
     keys = resolve_architecture(ModelConfig.from_object(Namespace(**settings)))
     return params_from_keys({**keys, "attn_name": "auto"})
 

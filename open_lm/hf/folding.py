@@ -25,9 +25,9 @@ class Folding:
     """The mapping from a model to one of the standard parametrization that computes the same logits.
 
     Attributes:
-        params: the architecture of the result; with the standard parametrization that of the model.
+        params: the architecture of the result; equal to the model's if its parametrization is standard.
         changes: whether any weight changes.
-        unties: whether the result has an output layer of its own, unlike the model.
+        unties: whether the result has a separate output layer, unlike the model.
     """
 
     def __init__(self, params: Params) -> None:
@@ -53,8 +53,8 @@ class Folding:
     def apply(self, name: str, tensor: Tensor) -> Tensor:
         """Return a weight of the result, by its name, from the model's weight of this name.
 
-        The output layer that the result does not share with the embeddings gets the model's shared weight. Products are
-        rounded once, to the dtype of the weight.
+        If the result unties the output layer, its weight comes from the shared weight. Products are computed in
+        float32 and rounded once, to the dtype of the weight.
         """
         if name == OUTPUT:
             return _scaled(tensor, self._multiplier)
@@ -67,7 +67,7 @@ class Folding:
         return self.scale_queries(name.rpartition(".")[0], tensor)
 
     def scale_queries(self, layer: str, tensor: Tensor) -> Tensor:
-        """Scale the rows of queries in a tensor (O,…) whose rows are those of the weight of a linear layer."""
+        """Scale the rows of the queries in a tensor (O,…) with a row for each of the O outputs of a linear layer."""
         if self._factor == 1.0 or self._normalizes or not layer.endswith(("attention.in_proj", "attention.q_proj")):
             return tensor
         rows = tensor.split([self._queries, len(tensor) - self._queries])

@@ -1,8 +1,8 @@
 """The standard parametrization and the maximal-update parametrization (muP), which `--mup` selects.
 
 With muP (Yang et al. 2022, https://arxiv.org/abs/2203.03466) the best learning rate does not depend on the width of the
-model, so it can be tuned on a narrow one. The base model is one of width D_base at which both parametrizations are
-equal. With m = D / D_base, and F, H K, the width of all key heads and that of experts taken to grow like D:
+model, so it can be tuned on a narrow one. Both parametrizations are equal at the width D_base of the base model. Let
+m = D / D_base, and let F, H K, the width of all key heads and the width of experts grow in proportion to D:
 
 | parameters                     | initial std              | AdamW lr | Muon lr   | multiplier                        |
 |--------------------------------|--------------------------|----------|-----------|-----------------------------------|
@@ -16,7 +16,7 @@ equal. With m = D / D_base, and F, H K, the width of all key heads and that of e
 | adapters: lora_B, magnitudes   | standard                 | 1        | 1         |                                   |
 
 "Standard" is the table of `init_weights`; the embeddings' 1/sqrt(D) thus becomes 1/sqrt(D_base). The learning rates are
-factors of --lr. Weight decay is divided by the same factor, so that the product of both, the share by which a step
+factors of --lr. Weight decay is divided by the same factor, so that the product of both, the fraction by which a step
 shrinks a weight, does not depend on the width. Gradients shrink like 1/m, those of the embeddings like 1/(e m), and
 AdamW's eps with them (Dey et al. 2025, https://arxiv.org/abs/2505.01618).
 
@@ -24,9 +24,9 @@ e is the scale of the embeddings (Gemma's sqrt(D)) of the base model divided by 
 for a scale of sqrt(D), else 1. Attention scores get the scale sqrt(K_base) / K in place of 1/sqrt(K).
 
 AdamW's update has entries of size lr, so a product with it grows with the number of inputs, which 1/m undoes. Muon's
-has a spectral norm of 0.2 lr sqrt(max(in, out)); that of a change that keeps the size of activations is proportional to
-sqrt(out / in) (Bernstein and Newhouse 2024, https://arxiv.org/abs/2410.21265), and 1/sqrt(m) (for matrices whose
-inputs only grow, 1/m) is the ratio. Depth is not parametrized.
+update has a spectral norm of 0.2 lr sqrt(max(in, out)). An update that keeps the size of activations has one in
+proportion to sqrt(out / in) (Bernstein and Newhouse 2024, https://arxiv.org/abs/2410.21265). The ratio of both scales
+like 1/sqrt(m), or like 1/m for matrices of which only the inputs grow. Depth is not parametrized.
 
 Legend: D model width, K head width, H heads, F hidden width of the feed-forward.
 """
@@ -44,14 +44,14 @@ from open_lm.distributed.param_names import clean_name
 
 
 class Rule(NamedTuple):
-    """The exponents of m of a kind of parameter: of its initial standard deviation and its learning rates."""
+    """The exponents of m in the initial standard deviation and the learning rates of a kind of parameter."""
 
     init: float = 0.0
     adamw: float = 0.0
     muon: float = 0.0
 
 
-# By kind, with the ends of the names of its parameters. Matrices of the blocks that match none are "hidden".
+# By kind of parameter.
 RULES = {
     "embedding": Rule(init=0.5),
     "output": Rule(init=0.5),
@@ -60,6 +60,7 @@ RULES = {
     "lora_A": Rule(adamw=-1.0, muon=-1.0),
     "vector": Rule(),
 }
+# The kind by the end of a parameter's name. All others, the matrices of the blocks, are "hidden".
 _NAMES = {
     "tok_embeddings.weight": "embedding",
     "output.weight": "output",
@@ -130,7 +131,7 @@ class Parametrization:
         return self.width_ratio ** RULES[kind].init * self._embedding_factor(kind)
 
     def optimizer_factors(self, name: str, orthogonal: bool = False) -> Factors:
-        """Return the factors of a parameter in the optimizer; orthogonal: for Muon's update, not AdamW's."""
+        """Return the factors of a parameter for Muon's update if `orthogonal`, else for AdamW's."""
         kind = kind_of(name)
         exponent = RULES[kind].muon if orthogonal else RULES[kind].adamw
         scale = self._embedding_factor(kind)
@@ -149,7 +150,7 @@ def embedding_ratio(scale: float, dim: int, base_dim: int) -> float:
 
 
 def parametrization_of(model: nn.Module) -> Parametrization:
-    """Return the parametrization of a model, which may be wrapped; one of transformers has the standard one."""
+    """Return the parametrization of a model, which may be wrapped; models of transformers have the standard one."""
     for module in model.modules():
         found = getattr(getattr(module, "params", None), "parametrization", None)
         if isinstance(found, Parametrization):
@@ -158,7 +159,7 @@ def parametrization_of(model: nn.Module) -> Parametrization:
 
 
 def optimizer_factors(model: nn.Module, orthogonal: bool = False) -> dict[int, Factors]:
-    """Return `Parametrization.optimizer_factors` of the parameters that differ from 1, by the id of the parameter."""
+    """Return `Parametrization.optimizer_factors` by the id of the parameter, without those that are all 1."""
     scaling = parametrization_of(model)
     found = {id(param): scaling.optimizer_factors(clean_name(n), orthogonal) for n, param in model.named_parameters()}
     return {key: factors for key, factors in found.items() if factors != Factors()}

@@ -11,7 +11,7 @@ batch size in tokens at which noise and gradient are equal. Tokens of a sequence
 their correlation, because small batches consist of whole sequences.
 
 The gradients g_i are read where autograd adds them to a parameter's gradient: before DDP or FSDP2 reduce them, and
-without another pass. Training does not change by a bit.
+without another pass. The results of training stay bitwise equal.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class GradientNoise:
         self._seq_len, self._global_batch_size = seq_len, global_batch_size
         self._is_measuring = False
         self._norms: list[Tensor] = []
-        self._averages: Tensor  # moving averages of |G|^2, of tr(S), and of 1
+        self._averages: Tensor  # (3,) float64: of |G|^2, of tr(S), and of 1, which corrects for the start from zero
         self.restore(())
         self._scale: Tensor | None = None
         self._nodes = []  # autograd drops hooks with the nodes that have them
@@ -79,7 +79,7 @@ class GradientNoise:
                 self._norms.append(total_norm([gradient.detach() for gradient in gradients]))
 
     def start(self, scaler: torch.amp.GradScaler | None = None) -> None:
-        """Start to measure a step, whose loss `scaler` scales."""
+        """Start measuring a step, whose loss `scaler` scales."""
         self._norms.clear()
         self._is_measuring = True
         self._scale = None if scaler is None else scaler.scale(torch.ones((), device=self._device))
@@ -88,7 +88,7 @@ class GradientNoise:
         """Add a finished step to the averages. Collective; never waits for the device.
 
         Args:
-            targets: (B,T) this rank's targets.
+            targets: (B,T) int64 token ids, this rank's targets of the step.
             grad_norm: norm of the step's gradient, a float32 scalar.
             accepted: whether the step counts, a bool scalar.
         """
@@ -104,7 +104,10 @@ class GradientNoise:
         self._averages = torch.where(accepted & updated.isfinite().all(), updated, self._averages)
 
     def values(self) -> dict[str, float]:
-        """Return the averages by metric name; waits for the device. No noise scale while |G|^2 is not positive."""
+        """Return the averages by metric name; waits for the device.
+
+        There is no noise scale while the average of |G|^2 or of tr(S) is not positive.
+        """
         signal, noise, weight = self.state()
         if not weight:
             return {}
@@ -116,7 +119,7 @@ class GradientNoise:
         return values
 
     def state(self) -> list[float]:
-        """Return the averages for a checkpoint; waits for the device."""
+        """Return the three moving averages for a checkpoint; waits for the device."""
         averages: list[float] = self._averages.tolist()
         return averages
 
@@ -130,7 +133,7 @@ def estimate(full: Tensor, small: Tensor, squared_tokens: Tensor, tokens: Tensor
 
     Args:
         full: squared norm of the step's gradient.
-        small: sum of the squared norms of the small batches' parts of it.
+        small: sum of q_i, the squared norms of the small batches' contributions to it.
         squared_tokens: sum of the squared numbers of tokens of the small batches.
         tokens: number of tokens of the step.
     """
