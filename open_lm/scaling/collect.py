@@ -135,7 +135,7 @@ def _bytes(number: int | None) -> str:
 
 
 def _times(run: RecordedRun) -> dict[str, str]:
-    """Return when a run was started first, and when it logged its last metrics (UTC, ISO 8601)."""
+    """Return the times of a run's first start and of its last metrics (UTC, ISO 8601)."""
     values = {"started": run.environment_starts[0].get("time")} if run.environment_starts else {}
     if len(run.metrics) and math.isfinite(run.metrics.times[-1]):
         values["ended"] = datetime.fromtimestamp(run.metrics.times[-1], timezone.utc).isoformat(timespec="seconds")

@@ -1,4 +1,6 @@
-"""Coordinate check: sizes of activations in the first steps over the width of the model (arXiv 2203.03466, app. D).
+"""Coordinate check: measure the size of activations in the first steps for models of several widths.
+
+See appendix D of Yang et al. 2022, https://arxiv.org/abs/2203.03466.
 
 With a correct maximal-update parametrization, the entries of all activations keep their size when the model becomes
 wider, at the start and after each update. In the standard parametrization they grow from the first update on, so that
@@ -34,17 +36,17 @@ RESIDUAL, LOGITS = "residual", "output logits"
 KINDS = (EMBEDDING, ATTENTION, SCORES, FEED_FORWARD, RESIDUAL, LOGITS)
 # Kinds that may shrink with the width: they are sums of products, which are correlated only after updates.
 MAY_SHRINK = (SCORES, LOGITS)
-TOLERANCE = 0.25  # largest slope of a parametrization that passes: a factor of 2 over 16 times the width
+TOLERANCE = 0.25  # largest slope that passes: a factor of 2 for a model 16 times as wide
 
 
 @dataclass(frozen=True)
 class Check:
-    """The sizes of one parametrization.
+    """The sizes of activations with one parametrization.
 
     Attributes:
         name: of the parametrization.
-        widths: (n,) ascending.
-        sizes: by kind, root mean square of the entries (n, steps + 1), before each update and after the last one.
+        widths: n widths, ascending.
+        sizes: by kind, the root mean square of the entries, (n, steps + 1): before each update and after the last one.
     """
 
     name: str
@@ -57,7 +59,10 @@ class Check:
         return slopes
 
     def failures(self) -> list[str]:
-        """Return the size of each kind that grows with the width after any update, or shrinks after the last one."""
+        """Describe each kind whose size grows with the width after any number of updates, or shrinks after the last.
+
+        The kinds of MAY_SHRINK may shrink.
+        """
         found = []
         for kind in KINDS:
             slopes = self.slopes(kind)
@@ -76,7 +81,7 @@ def check(name: str, models: Mapping[int, Config], steps: int, seeds: Sequence[i
         name: of the parametrization.
         models: settings by width; data, optimizer and learning rate are constant over the steps.
         steps: number of updates.
-        seeds: of the initialization; sizes are the root mean square over them.
+        seeds: seeds of the initialization; sizes are the root mean square over them.
     """
     sizes: dict[str, list[np.ndarray]] = {kind: [] for kind in KINDS}
     for width in sorted(models):

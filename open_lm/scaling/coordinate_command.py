@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _WIDTHS = (64, 128, 256, 512, 1024)
 _BATCH = 8  # default of --global-batch-size
-_SHOWN_STEPS = 4  # steps whose sizes a figure has, of each parametrization
+_SHOWN_STEPS = 4  # number of steps that a figure of sizes shows for each parametrization
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def _check(
     steps: int,
     seeds: int,
 ) -> Check:
-    """Return the sizes of a parametrization; `folder` is for temporary files."""
+    """Measure the sizes of activations with one parametrization; `folder` is for temporary files."""
     from open_lm.scaling.coordinate_check import check
 
     configs = {values["hidden_dim"]: _config(values, base, folder, steps) for values in models.values()}
@@ -159,7 +159,7 @@ def _page(checks: Sequence[Check]) -> str:
 
 
 def _sizes(kind: str, checks: Sequence[Check]) -> Figure:
-    """Return the sizes of a kind over the width, after some numbers of updates."""
+    """Return the figure of the sizes of a kind over the width, after several numbers of updates."""
     from open_lm.report.figures import Figure, Series
 
     figure = Figure(f"Size of {kind}", "width", "root mean square")

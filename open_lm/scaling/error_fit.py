@@ -1,4 +1,4 @@
-"""Fit the law of the error to runs, with resamples and the errors on sizes that a fit has not seen."""
+"""Fit the law of the error to runs, with resamples and the errors on held-out sizes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ErrorFit:
 
     Attributes:
         tasks: the error is 1 - mean accuracy over these.
-        fit: the coefficients.
-        draws: the coefficients of resamples.
+        fit: the coefficients of one fit.
+        draws: the coefficients of one fit per resample.
         held_out: log of predicted over measured error of runs whose size was left out of the fit.
     """
 
@@ -55,7 +55,7 @@ def fit_error_law(
 
 
 def fit_tasks(groups: Groups, loss: str) -> dict[str, ErrorFits]:
-    """Return the law of the error of each task that enough runs of the first training set have."""
+    """Return the law of the error of each task, if enough runs of the first training set have the task."""
     laws = {}
     for task in sorted({task for run in groups[0] for task in run.accuracy}):
         rated = _rated(groups, (task,))
@@ -94,7 +94,7 @@ class _Problem:
 
 
 def _held_out(problem: _Problem) -> Array:
-    """Return log of predicted over measured error of each size but the smallest, fitted without it.
+    """Return the log of predicted over measured error for runs of each size but the smallest, fitted without it.
 
     Runs of few tokens are not judged; see `judged`. The errors of all training sets count.
     """

@@ -18,7 +18,7 @@ _PLANNED = ("checkpoint", "output", "every")
 
 
 def check_evaluation(settings: Any) -> dict[str, Any] | None:
-    """Return the settings of the evaluation with underscores and `when`; None without settings.
+    """Return the settings of the evaluation, with underscores in keys and a value for `when`; None without settings.
 
     Raises:
         ConfigError: settings that `open-lm evaluate` rejects.

@@ -1,4 +1,4 @@
-"""Iso-FLOP curves and the compute-optimal frontier of a fit: which size has the lowest loss for a compute 6ND."""
+"""Iso-FLOP curves and the compute-optimal frontier of a fit: the size of the lowest loss for a compute budget 6ND."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FLAT = 1e-9  # relative difference of losses that are equal up to rounding
 
 @dataclass(frozen=True)
 class Optimum:
-    """The size N and tokens D of the lowest predicted loss for a compute."""
+    """The size N and tokens D of the lowest predicted loss (nats per token) for a compute budget in FLOPs."""
 
     flops: float
     params: float
@@ -39,17 +39,17 @@ class Frontier:
         self.multipliers = (float(multipliers.min()) / _BEYOND, float(multipliers.max()) * _BEYOND)
 
     def budgets(self, number: int) -> Array:
-        """Return amounts of compute with equal ratios."""
+        """Return `number` compute budgets in FLOPs, evenly spaced in the logarithm."""
         return np.geomspace(*self.compute, number)
 
     def curve(self, flops: float, number: int = _GRID) -> tuple[Array, Array]:
-        """Return sizes and their predicted losses at a compute."""
+        """Return `number` sizes and their predicted losses for a compute budget in FLOPs."""
         low, high = self.multipliers
         params = np.geomspace((flops / (6 * high)) ** 0.5, (flops / (6 * low)) ** 0.5, number)
         return params, np.array([self._loss(flops, size) for size in params])
 
     def optimum(self, flops: float) -> Optimum | None:
-        """Return the size of the lowest loss; None if the curve is flat or falls up to an end of its range."""
+        """Return the size with the lowest loss; None if the curve is flat or lowest at an end of its range."""
         params, losses = self.curve(flops)
         best = int(np.argmin(losses))
         if np.ptp(losses) <= _FLAT * losses[best] or best in (0, len(losses) - 1):

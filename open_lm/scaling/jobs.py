@@ -39,7 +39,7 @@ class Job:
 
     @property
     def needs(self) -> str | None:
-        """Name of the job that must end first."""
+        """Name of the job that must finish first, or None."""
         return self.run.trunk if self.command == TRAIN else self.run.name
 
     @property
@@ -59,7 +59,7 @@ class Job:
         return _MODULES[self.command]
 
     def words(self, processes: int) -> list[str]:
-        """Return the arguments of Python that start the job in a number of processes, or continue it."""
+        """Return the arguments of Python that start or continue the job in `processes` processes."""
         module = ["-m", self.module]
         if processes > 1:
             module = ["-m", "open_lm.utils.torchrun", "--nproc-per-node", str(processes), *module]
@@ -67,19 +67,19 @@ class Job:
 
 
 def has_diverged(folder: str) -> bool:
-    """Return whether a run was ended because its loss was not finite or did not recover."""
+    """Return whether a run stopped because its loss was not finite or did not recover."""
     failed = Path(folder) / "checkpoints_failed"
     return failed.is_dir() and any(failed.iterdir())
 
 
 def is_trained(planned: PlannedRun) -> bool:
-    """Return whether a run has trained on all its tokens and ended by itself, after its last validation."""
+    """Return whether a run has trained on all its tokens, validated, and ended normally."""
     run = recorded_run(planned.folder)
     return run is not None and is_finished(run)
 
 
 def recorded_run(folder: str) -> Run | None:
-    """Return the records of a run; None for one that was not started, or was killed before its first file."""
+    """Return the records of a run, or None if it was not started or was killed before it wrote any."""
     from open_lm.report.collect import collect_run
 
     try:
@@ -89,7 +89,7 @@ def recorded_run(folder: str) -> Run | None:
 
 
 def is_finished(run: Run) -> bool:
-    """Return whether a run has trained, validated and saved; one that was killed meanwhile has not."""
+    """Return whether a run has trained, validated and saved its checkpoints, without being killed before the end."""
     from open_lm.report.records import FINISHED
 
     ends = run.metrics.get("train/epochs_done")[0]  # logged after the validation
@@ -98,7 +98,7 @@ def is_finished(run: Run) -> bool:
 
 
 def training_job(planned: PlannedRun) -> Job:
-    """Return the job that trains a run, or continues it.
+    """Return the job that trains or continues a run.
 
     Raises:
         ConfigError: the job would write to another folder, because paths are relative to another working folder.
@@ -113,7 +113,7 @@ def training_job(planned: PlannedRun) -> Job:
 
 
 def jobs_of(ladder: Ladder, runs: Sequence[PlannedRun]) -> list[Job]:
-    """Return the jobs of runs in an order in which each finds what it needs."""
+    """Return the jobs of runs, each after the job that it needs; `runs` has trunks before branches."""
     training = list(map(training_job, runs))
     settings = ladder.evaluation
     if settings is None:

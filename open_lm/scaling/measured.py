@@ -29,7 +29,7 @@ class Comparison:
 
     @property
     def error_difference(self) -> float | None:
-        """Predicted error relative to the measured one, minus 1."""
+        """Predicted error relative to the measured one, minus 1; None if either is missing or the measured one is 0."""
         if not self.error or self.prediction.error is None:
             return None
         return self.prediction.error / self.error - 1
@@ -41,7 +41,7 @@ class Comparison:
 
     @property
     def error_covered(self) -> bool | None:
-        """Whether the interval of the error contains the measured one."""
+        """Whether the interval of the error contains the measured one; None if either is missing."""
         if self.error is None or self.prediction.error_interval is None:
             return None
         return _contains(self.prediction.error_interval, self.error)

@@ -34,7 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_launch_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how runs are started; see `check_launch_flags`."""
+    """Add the flags that select how runs are started; see `check_launch_flags`."""
     add = parser.add_argument
     add(
         "--launcher",
@@ -48,7 +48,7 @@ def add_launch_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train and evaluate what is missing.
+    """Train and evaluate the missing runs.
 
     Raises:
         ConfigError: an unknown run, or flags that do not fit the launcher.
@@ -84,7 +84,7 @@ def _chosen(ladder: Ladder, args: argparse.Namespace) -> list[PlannedRun]:
 
 
 def without_diverged(jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs without those of diverged runs and of their branches, which are reported."""
+    """Return the jobs without those of diverged runs and their branches. Warn about each diverged run."""
     diverged = {job.run.name for job in jobs if has_diverged(job.run.folder)}
     for name in sorted(diverged):
         print(f"warning: {name} diverged, and is left out with its branches; plan its size with a lower --lr")
@@ -92,7 +92,7 @@ def without_diverged(jobs: Sequence[Job]) -> list[Job]:
 
 
 def estimate_text(runs: Sequence[PlannedRun]) -> str:
-    """Return the table of the time that runs take on this machine."""
+    """Return a table of the minutes that runs take on this machine."""
     from open_lm.scaling.speed import estimate_seconds
 
     seconds = estimate_seconds(runs)
@@ -111,7 +111,7 @@ def check_launch_flags(args: argparse.Namespace) -> None:
 
 @LAUNCHERS.register("local", help="one after the other on this machine")
 def run_locally(missing: Sequence[Job], args: argparse.Namespace) -> None:
-    """Run the jobs one after the other. Raise UserError if one fails; a second `run` continues there."""
+    """Run the jobs sequentially. Raise UserError if one fails; a second `run` continues there."""
     done_flops, done_s, diverged = 0.0, 0.0, set[str]()
     for number, job in enumerate(missing, start=1):
         if diverged & {job.run.name, job.run.trunk}:
@@ -141,7 +141,7 @@ def run_locally(missing: Sequence[Job], args: argparse.Namespace) -> None:
 
 
 def run_job(job: Job, processes: int) -> str:
-    """Run a job and return how it ended. A single process is this one, which saves the start of another."""
+    """Run a job and describe how it ended if it is not finished. A job of one process runs in this process."""
     if processes > 1:
         code = subprocess.run([sys.executable, *job.words(processes)], check=False).returncode
         return f"ended with exit code {code}"

@@ -1,4 +1,4 @@
-"""Measure how fast this machine trains the models of a ladder, with a few steps of each on random ids."""
+"""Measure how fast this machine trains the models of a ladder, with a few steps of each on random token ids."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from open_lm.scaling.ladder_files import PlannedRun
 
-_STEPS = 4  # the first one is not counted
+_STEPS = 4  # the first one is a warm-up
 
 
 def step_seconds(config_file: str) -> float:
-    """Return the seconds of a training step on the CPU, in one process, for the settings of a run."""
+    """Return the seconds of the fastest measured training step of a run, in one process on the CPU."""
     import torch
 
     from open_lm.config.command_line import parse_args
@@ -41,7 +41,7 @@ def step_seconds(config_file: str) -> float:
 
 
 def estimate_seconds(runs: Sequence[PlannedRun]) -> dict[str, float]:
-    """Return the seconds that each run trains, by name, without starts and validation. Each size is measured once."""
+    """Return the seconds that each run trains, by name, without startup and validation. Measure each size once."""
     speeds: dict[int, float] = {}
     for planned in runs:
         if planned.params not in speeds:

@@ -1,4 +1,4 @@
-"""Sweeps: the runs of a grid of settings over models, and the folder that has their settings. Imports no torch."""
+"""Plan a sweep: the runs of a grid of settings over models, and the folder of their settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SWEEP_FILE = "sweep.json"
 STANDARD, MUP = "standard", "mup"  # parametrizations
 REPLICATE = "seed"  # runs that differ only in this setting are repetitions
 _FORMAT = "open_lm.sweep/1"
-_MIN_VALUES = 3  # that a minimum needs
+_MIN_VALUES = 3  # needed to fit a minimum
 # Settings of all runs, which --base and --set may replace.
 _DEFAULTS: dict[str, Any] = {"epochs": 1, "checkpoint_format": "sharded", "report": "none", "energy": "none"}
-# The states of runs are read in the folder of the sweep, so that a base file must not set another one.
+# The command reads the states of runs from the folder of the sweep, so a base file must not set another one.
 _PLANNED = frozenset({"name", "logs", "checkpoint_dir", "model", "resume", "mup", "mup_base_width"})
 
 
@@ -37,7 +37,7 @@ class SweepRun:
     """A run of a sweep.
 
     Attributes:
-        name: name of the run.
+        name: name of the run, which contains its settings.
         model: name of the model, without its folder.
         width: hidden_dim of the model.
         parametrization: STANDARD or MUP.
@@ -55,7 +55,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[float]]:
     """Return the values of each setting of --vary KEY=LOW:HIGH:N or KEY=VALUE,VALUE, ascending.
 
     Raises:
-        ConfigError: not a numeric flag of the trainer, a text that is no range, or fewer than 3 values of the first.
+        ConfigError: a key is no numeric flag of the trainer, its values cannot be read, or the first has fewer than 3.
     """
     grid: dict[str, list[float]] = {}
     for text in texts:
@@ -101,10 +101,10 @@ def _numbers(text: str, values: str, whole: bool) -> list[float]:
 
 
 def scaled_architecture(values: Mapping[str, Any], width: int, ffn_type: str) -> dict[str, Any]:
-    """Return an architecture at another width: heads of the same width, and the same depth.
+    """Return an architecture at another width, with heads of the same width and the same depth.
 
-    The hidden width of the feed-forward and of experts grows in proportion, without rounding to multiples. A scale of
-    the embeddings of sqrt(width) remains one.
+    The hidden widths of the feed-forward network and of experts grow in proportion, rounded to integers but not to
+    larger multiples. If the embeddings are scaled by sqrt(width), the scale becomes that of the new width.
 
     Args:
         values: the contents of a model's JSON file.
@@ -133,9 +133,12 @@ def scaled_architecture(values: Mapping[str, Any], width: int, ffn_type: str) ->
 def choose_models(
     names: Sequence[str] | None, widths: Sequence[int] | None, base: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Return the architectures by name: those of --models, or of one model scaled to --widths.
+    """Return the architectures by name: those of --models, or one model scaled to --widths.
 
     base: settings of all runs, whose `model` is the default.
+
+    Raises:
+        ConfigError: no model, several models to scale, equal names, or settings that the command decides.
     """
     names = names or ([str(base["model"])] if base.get("model") else [])
     if not names or (widths and len(names) > 1):
@@ -160,7 +163,7 @@ def choose_models(
 def mup_settings(models: Iterable[Mapping[str, Any]], base_width: int | None) -> dict[str, Any]:
     """Return the settings of muP for architectures.
 
-    They have the width of a head of the base model if that is one of the architectures.
+    They contain mup_base_head_dim if the architectures of the base width agree on the width of a head.
 
     base_width: --mup-base-width; None for the smallest width.
 

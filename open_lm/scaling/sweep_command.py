@@ -1,4 +1,4 @@
-"""`sweep`: train a grid of settings over models or widths, and find the best value of each."""
+"""`sweep`: train models of one or several widths with a grid of settings, and find the best value for each model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which models are trained with which settings."""
+    """Add the flags that select the models and the settings of all runs."""
     add = parser.add_argument
     add("--models", nargs="+", metavar="MODEL", help="model configurations (default: that of --base)")
     add("--widths", nargs="+", type=int, metavar="D", help="scale the model to these widths")
@@ -78,7 +78,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train what is missing, then write and print the results."""
+    """Train the missing runs, then write and print the results."""
     check_launch_flags(args)
     folder = args.ladder
     runs = _write(args) if args.vary else _read(args)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read(args: argparse.Namespace) -> list[SweepRun]:
-    """Return the runs of a folder that has a sweep, which no flag changes."""
+    """Return the runs of an existing sweep. Raise ConfigError for flags that would change it."""
     names = ("models", "widths", "parametrization", "mup_base_width", "base", "set")
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
     if given:
@@ -125,7 +125,7 @@ def _write(args: argparse.Namespace) -> list[SweepRun]:
 
 
 def _train(folder: str, missing: Sequence[SweepRun], args: argparse.Namespace) -> None:
-    """Train runs one after the other. Raise UserError for one that fails for another reason than its settings."""
+    """Train runs sequentially. Raise UserError if one ends without a result; a diverged run is a result."""
     for number, item in enumerate(missing, start=1):
         planned = planned_run(folder, item)
         with redirect_stdout(io.StringIO()):

@@ -1,8 +1,8 @@
-"""Results of a sweep: the final loss of each run, and the minimum of each curve.
+"""Analyze a sweep: the final loss of each run, and the minimum of each curve.
 
-A curve has the runs that differ in the axis, such as the learning rate, and in the seed. Its minimum is the vertex of a
-parabola in the logarithm of the axis through the points around the lowest one. A value of 0, such as that of wd, is a
-candidate without being part of a parabola.
+The runs of a curve differ only in the axis, such as the learning rate, and in the seed. Its minimum is the vertex of a
+least-squares parabola in the logarithm of the axis, fitted to the points around the lowest one. A value of 0, such as
+wd=0, can be the minimum but is not part of a parabola.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from open_lm.scaling.jobs import has_diverged, is_finished, recorded_run
 from open_lm.scaling.sweep import REPLICATE, SweepRun
 
 FINISHED, DIVERGED, MISSING = "finished", "diverged", "missing"  # states of a run
-_RISE = 1.02  # last training loss of a diverged run, relative to the first
+_RISE = 1.02  # a run has diverged if its last training loss exceeds this multiple of the first
 _NEIGHBORS = 2  # points on each side of the lowest one that the parabola fits
 _EDGE = "at the edge of the grid"
 _NO_VERTEX = "not curved around the lowest point"
@@ -26,9 +26,9 @@ _NOT_POSITIVE = "no value above 0 is better"
 
 @dataclass(frozen=True)
 class Result:
-    """A run with its state, and the loss that it ended with; NaN if it has none.
+    """A run with its state and its final loss in nats per token, NaN if it has none.
 
-    The loss is that of the last validation; without one it is the mean of the last training losses.
+    The loss is that of the last validation, or without one the mean of the last training losses.
     """
 
     run: SweepRun
@@ -47,8 +47,8 @@ class Minimum:
         diverged: values of the axis with a diverged run.
         best: value of the axis with the lowest loss: the vertex, or the value of the lowest point; NaN without a point.
         interval: `best` times and divided by exp(standard error); None if it is unknown.
-        loss: loss at `best`.
-        coefficients: (c0, c1, c2) of the parabola in the logarithm of the axis; None without a parabola.
+        loss: loss at `best`, of the parabola or of the lowest point.
+        coefficients: (c0, c1, c2) of the parabola c0 + c1 x + c2 x^2, x = log of the axis; None without a parabola.
         note: why there is no parabola, or what else limits the result.
     """
 
@@ -66,7 +66,7 @@ class Minimum:
 
 
 def result_of(run: SweepRun, folder: str) -> Result:
-    """Return the state and loss of a run by what its folder has."""
+    """Return the state and loss of a run from the files in its folder."""
     if has_diverged(folder):
         return Result(run, DIVERGED)
     content = recorded_run(folder)
@@ -115,7 +115,7 @@ def _minimum(curve: Sequence[Result]) -> Minimum:
 
 
 def _fit(found: Minimum, points: Sequence[tuple[float, float]]) -> None:
-    """Set the minimum of a curve with (value, loss) of each run."""
+    """Set the minimum of a curve from `points`, the (value, loss) of each run."""
     lowest = min(range(len(found.points)), key=lambda index: found.points[index][1])
     found.best, found.loss = found.points[lowest][:2]
     if found.best <= 0:
@@ -154,10 +154,10 @@ def _fit(found: Minimum, points: Sequence[tuple[float, float]]) -> None:
 
 @dataclass(frozen=True)
 class Shift:
-    """How far the best value moves over the widths.
+    """The change of the best value over the widths.
 
-    factor: the largest best value of all widths divided by the smallest. is_bound: a minimum is at an edge of the grid,
-    so that the factor is only known to be about that or more.
+    factor: the largest best value of all widths divided by the smallest.
+    is_bound: whether a minimum is at an edge of the grid, so that the factor is about a lower bound.
     """
 
     parametrization: str
