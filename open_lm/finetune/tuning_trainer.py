@@ -23,7 +23,7 @@ from open_lm.report.run_records import RunRecords
 if TYPE_CHECKING:
     from open_lm.finetune.tuning_run import TuningRun
 
-COMPLETE = "complete.json"  # the last file of a checkpoint for --resume; it has the count that TRL does not save
+COMPLETE = "complete.json"  # written last into a checkpoint for --resume; has the token count, which TRL does not save
 # Our names of TRL's metrics. Others get the prefix train/ or val/ only.
 _NAMES = {
     **{"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "num_tokens": "tokens"},
@@ -62,10 +62,10 @@ def with_run(trainer_class: type, run: TuningRun) -> type:
     class RunTrainer(trainer_class):
         metric_loggers = MetricLoggers()
         records: RunRecords | None = None
-        earlier = (0, 0.0)  # tokens and FLOPs of the starts before
+        earlier = (0, 0.0)  # tokens and FLOPs of earlier starts
         stop_requested = False
         timed_step = 0  # the last step whose times were recorded
-        round_steps = 1  # steps that share what the trainer has sampled and does not save
+        round_steps = 1  # steps that share one round of samples, which checkpoints do not contain
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             try:

@@ -1,9 +1,9 @@
-"""Write the data of ladder_tiny.sh: a byte tokenizer, training text, and other passages of the text for validation.
+"""Write the data of ladder_tiny.sh: a byte tokenizer, training text, and held-out passages for validation.
 
     python scripts/e2e/ladder_data.py FOLDER [--data FILE ...] [--text-mb 8] [--valid-kb 96]
 
-Documents are cut into passages of 8,000 characters, which are shuffled. Without --data, the text is from the Python
-installation (see scripts/python_docs.py).
+Documents are cut into passages of at most 8,000 characters. Those of at least 200 are shuffled. Without --data, the
+text is from the Python installation (see scripts/python_docs.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def texts_of(files: Sequence[str], key: str) -> Iterator[str]:
 
 
 def write_data(folder: Path, files: Sequence[str], key: str, text_mb: float, valid_kb: float) -> None:
-    """Write all files. They are the same for the same arguments and input.
+    """Write all files. The same arguments and input give the same files.
 
     Raises:
         DataError: too little text.

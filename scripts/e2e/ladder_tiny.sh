@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A scaling law of tiny models, offline: train a ladder of five sizes from 0.1M to 3M parameters, predict the loss of
-# a model of 8M parameters, then train that model and compare. It prints an estimate of its time before it trains.
+# a model of 8M parameters, then train that model and compare. It prints a time estimate before it trains.
 #
 #   scripts/e2e/ladder_tiny.sh FOLDER [--data FILE ...]
 #
@@ -24,7 +24,7 @@ seq_len=${SEQ_LEN:-128}
 shards=$seq_len-v1/0
 ladder=$folder/ladder
 
-# Print a command, and run it unless its result, the first argument, exists.
+# Print and run an open-lm command, unless its result, the first argument, exists.
 stage() {
     local result=$1
     shift
@@ -33,7 +33,7 @@ stage() {
     "$python" -m open_lm "$@" > "$folder/output.txt" 2>&1 || { tail -n 30 "$folder/output.txt" >&2; exit 1; }
 }
 
-# The same for runs of the ladder: show which run trains, and the estimates of the time.
+# The same for `open-lm scaling run`, of whose output it shows the run that trains and the time estimates.
 train() {
     local result=$1
     shift
