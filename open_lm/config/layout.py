@@ -31,7 +31,7 @@ class MeshLayout:
         context: number of ranks of a context group, each of which processes a shard of every sequence.
         tensor: number of ranks of a tensor-parallel group, each of which holds a shard of every matrix.
         rank: this rank.
-        expert: number of ranks of an expert-parallel group, each of which holds a part of the experts of a mixture.
+        expert: number of ranks of an expert-parallel group, each of which holds some of the experts of a mixture.
         mesh: the device mesh ("replicate", "shard", "tensor") of the parameters. Its dimension "shard" has
             shard * context ranks. None without a process group.
         context_group: the process group of this rank's context group; None if context is 1.
@@ -69,7 +69,7 @@ class MeshLayout:
 
     @property
     def seed_offset(self) -> int:
-        """What this rank adds to the run's seed: a number of its own.
+        """The number that this rank adds to the run's seed, different on every rank.
 
         The ranks of a context or tensor group drop features of different tokens and heads (the activations between
         blocks are split over them, see parallel/tensor_parallel.py), so their masks must differ too.

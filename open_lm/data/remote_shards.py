@@ -1,6 +1,6 @@
-"""Open shards that are downloaded or made from raw text as local files.
+"""Open shards as local files after downloading them or making them from raw text.
 
-They are in --cache-dir if it has space, else in the run's temporary folder.
+The files are in --cache-dir if it has space, else in the run's temporary folder.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RemoteShards:
     def _source(self, url: str, expected: Expected) -> tuple[str, int, Fill]:
         """Return the identity and the size of a shard in a cache, and the function that downloads or makes it."""
         if url.startswith(TEXT_PREFIX):
-            from open_lm.data.text_folder import unit_of  # only then: it imports the readers and the tokenizer
+            from open_lm.data.text_folder import unit_of  # here, because it loads the readers and the tokenizer
 
             folder, unit = unit_of(url)
             size = -1 if expected.num_bytes is None else expected.num_bytes
@@ -76,7 +76,8 @@ class RemoteShards:
     ) -> IO[bytes]:
         """Open the file in a cache, and download it again if the copy is damaged or not the expected one.
 
-        The identity of a unit of text has no checksum, and another version of the tokenizer's library can give others.
+        The identity of a unit of text contains no checksum, so its copy may be from another version of the tokenizer's
+        library.
         """
         self._has_temporary |= cache is self._temporary
         for _ in range(_MAX_DAMAGED_COPIES):

@@ -40,8 +40,8 @@ from open_lm.parallel.tensor_parallel import apply_tensor_parallel, check_tensor
 
 # Number of blocks whose parameters --fsdp-backward-prefetch gathers ahead; FSDP2's default is one.
 PREFETCH_DEPTH = 2
-# From torch 2.12 on, FSDP2 can shard the parameters of a module over different meshes. Before, experts that are divided
-# over ranks need hooks inside of their block, which cut a compiled block into pieces.
+# From torch 2.12 on, FSDP2 can shard the parameters of a module over different meshes. With older versions, divided
+# experts need hooks inside their block, which split a compiled block into several graphs.
 SHARDS_OVER_SEVERAL_MESHES = hasattr(fsdp_common, "ShardPlacementResult")
 # A compiled block with checkpointing sets the loads of its mixture in the forward pass only. Older versions of torch
 # lack the setting, and do not compile such blocks.
@@ -283,8 +283,8 @@ def _shard(  # noqa: PLR0917 - the meshes of one layout
     What the backward pass needs first stays gathered after the forward pass: the last block, the last norm and the
     head. The reduced gradient is the mean over ranks, as with DDP, so the trainer scales the loss equally for both.
 
-    With expert parallelism, the experts of a block are a group of their own, over `expert_mesh`, which is gathered and
-    reduced together with the block's other group where torch supports that.
+    With expert parallelism, the experts of a block are a separate group over `expert_mesh`. It is gathered and reduced
+    together with the block's other group where torch supports that.
     """
     reduce_dtype = {(True, False): torch.float32, (False, True): torch.bfloat16}
     flags = (cfg.fsdp_amp, cfg.fsdp_pure_bf16)

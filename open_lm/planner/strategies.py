@@ -218,7 +218,7 @@ def _fits(setup: TrainingSetup, memory_bytes: int) -> bool:
 
 
 def _that_fits(requirements: Requirements, setup: TrainingSetup, memory_bytes: int) -> TrainingSetup:
-    """Return the first of the setups that the flags leave open which fits, the last one if none does."""
+    """Return the first candidate that fits into the memory, or the last one if none does."""
     for candidate in _candidates(requirements, setup):
         setup = candidate
         if _fits(setup, memory_bytes):

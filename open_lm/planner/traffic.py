@@ -60,7 +60,7 @@ class Rates:
         return self.intra if group <= inside else min(self.intra, self.inter * inside / self.per_node)
 
     def direct_bandwidth(self, group: int, stride: int) -> float:
-        """Return the bytes/s of each rank when it sends equally much to all others of its group.
+        """Return the bytes/s of each rank when it sends the same amount to every other rank of its group.
 
         All devices of a node share its links to other nodes, over which a rank sends to all ranks outside of its node.
         """
@@ -216,7 +216,7 @@ def _parameter_collectives(setup: TrainingSetup) -> list[Collective]:
 
 
 def _sharding_collectives(setup: TrainingSetup) -> list[Collective]:
-    """Return the collectives of FSDP2. With expert parallelism, the experts have groups and ranks of their own."""
+    """Return the collectives of FSDP2. With expert parallelism, the experts have separate groups and ranks."""
     layout, shape = setup.layout, setup.shape
     outer = list(setup.outer_groups)
     blocks = [shape.by_block[number] for number in range(shape.n_layers)]

@@ -145,7 +145,7 @@ class _Problem:
 
 
 def comparable(groups: Groups) -> Groups:
-    """Return the first training set, and those others that have as many sizes, for shared exponents."""
+    """Return the first training set and the others with at least as many sizes, which can share its exponents."""
     return [group for group in groups if len(scales(group)) >= len(scales(groups[0]))]
 
 

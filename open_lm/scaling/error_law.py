@@ -2,8 +2,8 @@
 
 For a given gamma the law is linear in epsilon and k, so the fit is a search over gamma only.
 
-`fit_error_law` fits the runs of several training sets together: they share the exponent gamma, while epsilon and k are
-their own, as in the fits of the loss.
+`fit_errors` fits the runs of several training sets together: they share the exponent gamma, and each has its own
+epsilon and k, as in the fits of the loss.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ErrorPoints:
 
 
 def fit_errors(groups: Sequence[ErrorPoints]) -> list[ErrorFits]:
-    """Fit the law by weighted least squares to each training set. They share gamma; epsilon and k are their own."""
+    """Fit the law by weighted least squares to each training set. They share gamma, not epsilon and k."""
     number = len(groups[0].error)
     low, high, rows = np.full(number, math.log(GAMMAS[0])), np.full(number, math.log(GAMMAS[1])), np.arange(number)
     for zoom in range(_ZOOMS):

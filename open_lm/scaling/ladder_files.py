@@ -45,10 +45,11 @@ class PlannedRun:
         config: path of its YAML file.
         folder: its run folder.
         trunk: name of the run from which it branches, or None.
-        params, tokens: of the model, and of the training in total.
-        cost_flops: FLOPs that it spends itself.
+        params: number of parameters.
+        tokens: number of training tokens, including those of its trunk up to the branch.
+        cost_flops: FLOPs of its training, without those of its trunk.
         is_target: whether it is the run to predict.
-        trained_steps: steps that it trains itself.
+        trained_steps: number of its steps, without those of its trunk.
     """
 
     name: str
