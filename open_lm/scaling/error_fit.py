@@ -14,6 +14,8 @@ from open_lm.scaling.points import same, scales
 from open_lm.scaling.resampling import draw
 from open_lm.scaling.solve import Array
 
+_MIN_ERROR = 1e-3  # of a held-out run, whose error is compared as a ratio
+
 
 @dataclass
 class ErrorFit:
@@ -96,7 +98,8 @@ class _Problem:
 def _held_out(problem: _Problem) -> Array:
     """Return the log of predicted over measured error for runs of each size but the smallest, fitted without it.
 
-    Runs of few tokens are not judged; see `judged`. The errors of all training sets count.
+    Runs of few tokens are not judged; see `judged`. The errors of all training sets count. Both errors are at least
+    _MIN_ERROR: a task may be solved, and the law may predict an error below 0.
     """
     held = [np.zeros(0)]
     for size in scales(problem.runs)[1:]:
@@ -108,5 +111,7 @@ def _held_out(problem: _Problem) -> Array:
         for group, fit, kept, losses, errors in parts:
             chosen = {id(run) for run in judged([run for run, known in zip(group, kept, strict=True) if not known])}
             rows = np.array([id(run) in chosen for run in group])
-            held.append(np.log(fit.predict(losses[rows])[0] / errors[rows]))
+            held.append(
+                np.log(np.maximum(fit.predict(losses[rows])[0], _MIN_ERROR) / np.maximum(errors[rows], _MIN_ERROR))
+            )
     return np.concatenate(held)

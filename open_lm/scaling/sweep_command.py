@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> None:
         _train(folder, missing, args)
     elif missing:
         launch: Callable[[Sequence[Job], argparse.Namespace], None] = LAUNCHERS.get(args.launcher)
-        launch([training_job(planned_run(folder, item)) for item in missing], args)
+        with redirect_stdout(sys.stderr if args.json else sys.stdout):
+            launch([training_job(planned_run(folder, item)) for item in missing], args)
     results = [result_of(item, planned_run(folder, item).folder) for item in runs]
     if all(result.state == MISSING for result in results):
         return

@@ -47,3 +47,19 @@ def test_an_error_outside_of_0_to_1_is_no_prediction() -> None:
     law = {"coefficients": {"k": 1.0}, "at_bounds": [], "errors": [0.25, -3.0]}
     fit = fit_runs([parse_run(run) for run in RUNS], Settings("val", law="over-training", resamples=20))
     assert fit_text(fit, [], {"copa": law}).endswith("predicted 0.2500 (outside of 0 to 1)")
+
+
+def test_a_solved_task_gives_finite_errors_and_intervals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def solved(run: dict[str, Any]) -> dict[str, Any]:
+        loss = run["losses"]["val"]
+        return run | {"accuracy": {"easy": 1.0 if run["params"] == 2e8 else min(1.0, 4 - loss / 2)}}
+
+    path, stored = tmp_path / "runs.json", tmp_path / "fit.json"
+    path.write_text(json.dumps([solved(run) for run in RUNS]), encoding="utf-8")
+    flags = ("--error-tasks", "easy", "--predict", "4e8:8e9", "--output", str(stored))
+    command.main(["fit", str(path), *FAST, *flags])
+    assert "null" not in json.dumps(json.loads(stored.read_text(encoding="utf-8"))["error"])
+    capsys.readouterr()
+    command.main(["predict", str(stored), "--json"])
+    (prediction,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert all(value is not None for value in prediction["error_interval"])

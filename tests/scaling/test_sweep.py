@@ -174,6 +174,9 @@ def test_a_sweep_trains_what_is_missing_and_shows_the_best_values(
     start += ["--parametrization", "standard", "mup", "--set", "max_skipped_steps=0"]
     command.main([*start, "--launcher", "slurm"])
     assert (folder / "jobs.sh").read_text().count("--job-name=") == 12
+    capsys.readouterr()
+    command.main([*start, "--launcher", "slurm", "--json"])
+    assert capsys.readouterr().out == ""  # no results yet; the path of the jobs is not JSON
     command.main(start)
     output = capsys.readouterr().out
     assert "0 of 12 runs are done" in output and "[12/12] w32_mup_lr1e+09: diverged" in output
