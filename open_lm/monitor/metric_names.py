@@ -34,7 +34,7 @@ _TRAINING = (
     Metric(
         "train/gradient_noise_scale",
         "sequences",
-        "batch size at which noise equals gradient (--log-gradient-noise)",
+        "batch size at which the noise of the gradient equals its norm (--log-gradient-noise)",
     ),
     Metric("train/gradient_noise_scale_tokens", "tokens", "the same in tokens"),
     Metric("train/gradient_squared_norm", "", "squared norm of the gradient without noise"),
@@ -53,7 +53,7 @@ _TRAINING = (
 _SPEED = (
     Metric("train/batch_time", "s", "duration of a step"),
     Metric("train/data_time", "s", "part of a step in which the host waits for data"),
-    Metric("train/inputs_time", "s", "preference training: part of a step for its rows; in GRPO sampling and rewards"),
+    Metric("train/inputs_time", "s", "preference training: preparation of a batch; in GRPO with sampling and rewards"),
     Metric("train/sums_time", "s", "part of a step for sums over ranks, with waiting for slower ranks"),
     Metric("train/forward_time", "s", "part of a step for the forward pass"),
     Metric("train/backward_time", "s", "part of a step for the backward pass"),
