@@ -15,9 +15,8 @@ if [ $# -lt 1 ] || [[ $1 == -* ]]; then
 fi
 folder=$1
 shift
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
-python=${PYTHON:-python}
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/python.sh"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
 read -ra sizes <<< "${SIZES:-1.3e5 3.8e5 8.5e5 1.6e6 2.8e6}"
 read -ra run_tokens <<< "${RUN_TOKENS:-250e3 500e3 1000e3}"
 seq_len=${SEQ_LEN:-128}
@@ -46,7 +45,7 @@ train() {
 
 mkdir -p "$folder"
 if [ ! -e "$folder/train.jsonl" ]; then
-    "$python" "$here/scripts/e2e/ladder_data.py" "$folder" "$@" --text-mb "${TEXT_MB:-8}" --valid-kb "${VALID_KB:-96}"
+    "$python" "$root/scripts/e2e/ladder_data.py" "$folder" "$@" --text-mb "${TEXT_MB:-8}" --valid-kb "${VALID_KB:-96}"
 fi
 for split in train valid; do
     stage "$folder/$split/$shards/manifest.jsonl" preprocess --input-files "$folder/$split.jsonl" \

@@ -12,9 +12,8 @@ if [ $# -ne 1 ]; then
     exit 2
 fi
 folder=$1
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
-python=${PYTHON:-python}
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/python.sh"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" TOKENIZERS_PARALLELISM=false
 seed=${SEED:-0}
 sft_passes=${SFT_PASSES:-16}
 distil_passes=${DISTIL_PASSES:-30}
@@ -32,17 +31,17 @@ mkdir -p "$folder"
 common=(--tokenizer "$folder/tokenizer" --seqlen 64 --num-workers 1)
 train=(-m open_lm.main --workers 0 --precision fp32 --multiple-data-passes --seed "$seed" --logs "$folder")
 
-stage "$folder/student.json" "$here/scripts/e2e/posttrain_data.py" "$folder" --documents "${DOCUMENTS:-2000}"
+stage "$folder/student.json" "$root/scripts/e2e/posttrain_data.py" "$folder" --documents "${DOCUMENTS:-2000}"
 
 # Pretraining: a model that counts.
-stage "$folder/text/64-v1/0/manifest.jsonl" "$here/datapreprocess/make_2048.py" \
+stage "$folder/text/64-v1/0/manifest.jsonl" "$root/datapreprocess/make_2048.py" \
     --input-files "$folder/pretrain.jsonl" --output-dir "$folder/text" "${common[@]}"
 stage "$folder/pretrain/checkpoints/epoch_1.pt" "${train[@]}" --name pretrain \
     --model "$folder/model.json" --dataset-manifest "$folder/text/64-v1/0/manifest.jsonl" --data-key npy \
     --train-num-samples "${PRETRAIN_TOKENS:-204800}" --epochs 1 --global-batch-size 32 --lr 3e-3 --warmup 20 --wd 0.1
 
 # Supervised fine-tuning on 200 conversations about sums, with two styles of answers.
-stage "$folder/chats/dataset.json" "$here/datapreprocess/make_sft.py" \
+stage "$folder/chats/dataset.json" "$root/datapreprocess/make_sft.py" \
     --input-files "$folder/chats.jsonl" --output-dir "$folder/chats" --chat-template chatml "${common[@]}"
 stage "$folder/sft/checkpoints/epoch_$sft_passes.pt" "${train[@]}" --name sft --recipe sft \
     --pretrained "$folder/pretrain" --dataset-manifest "$folder/chats/manifest.jsonl" \
@@ -60,9 +59,9 @@ stage "$folder/grpo/checkpoints/model.json" -m open_lm.finetune.grpo --name grpo
     --max-steps "${GRPO_STEPS:-60}" --save-every-n-steps 20 --resume latest
 
 # Distillation: a model of a quarter of the size learns from the answers and the probabilities of the last stage.
-stage "$folder/traces.jsonl" "$here/scripts/e2e/posttrain_report.py" "$folder" "$folder/grpo" \
+stage "$folder/traces.jsonl" "$root/scripts/e2e/posttrain_report.py" "$folder" "$folder/grpo" \
     --traces "$folder/traces.jsonl"
-stage "$folder/traces/dataset.json" "$here/datapreprocess/make_sft.py" \
+stage "$folder/traces/dataset.json" "$root/datapreprocess/make_sft.py" \
     --input-files "$folder/traces.jsonl" --output-dir "$folder/traces" --chat-template chatml "${common[@]}"
 stage "$folder/distil/checkpoints/epoch_$distil_passes.pt" "${train[@]}" --name distil --recipe sft \
     --model "$folder/student.json" --dataset-manifest "$folder/traces/manifest.jsonl" \
@@ -71,5 +70,5 @@ stage "$folder/distil/checkpoints/epoch_$distil_passes.pt" "${train[@]}" --name 
     --epochs "$distil_passes" --global-batch-size 16 --lr 3e-3
 
 runs=(pretrain sft dpo grpo distil)
-stage "$folder/stages.json" "$here/scripts/e2e/posttrain_report.py" "$folder" "${runs[@]/#/$folder/}"
+stage "$folder/stages.json" "$root/scripts/e2e/posttrain_report.py" "$folder" "${runs[@]/#/$folder/}"
 grep '^|' "$folder/output.txt"

@@ -21,9 +21,8 @@ esac
 folder=$1
 shift
 here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
-root=$(cd "$here/../.." && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
-python=${PYTHON:-python}
+source "$here/python.sh"
+export TOKENIZERS_PARALLELISM=false
 
 streaming=()
 if [ -n "${STREAMING:-}" ]; then streaming=(--streaming); fi

@@ -114,3 +114,22 @@ def test_dockerfile_has_both_targets_and_existing_sources() -> None:
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
     required = [word.rstrip("\\") for line in lines if "--requirement" in line for word in line.split() if "/" in word]
     assert len(required) >= 2 * 7 and all((ROOT / name).exists() for name in (*copied, *required))
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["pipeline.sh", "ladder_tiny.sh", "posttrain_tiny.sh", "slimpajama.sh"])
+def test_scripts_take_the_installed_environment_or_say_how_to_install_it(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "scripts" / "e2e"
+    folder.mkdir(parents=True)
+    for script in (name, "python.sh"):
+        shutil.copy(ROOT / "scripts" / "e2e" / script, folder / script)
+    variables = {"PATH": os.environ["PATH"]}
+    write_program(tmp_path / "bin" / "python", "#!/bin/sh\nexit 1\n")
+    command = ["bash", str(folder / name), str(tmp_path / "work")]
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, env=variables | {"PATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "python cannot import torch; run `make install`" in done.stderr
+    recorder = f'#!/bin/sh\necho "$@" >> {tmp_path / "record"}; [ "$1" = -c ]\n'
+    write_program(tmp_path / ".venv" / "bin" / "python", recorder)
+    subprocess.run(command, env=variables | {"PATH": path}, capture_output=True, check=False)
+    assert len((tmp_path / "record").read_text().splitlines()) >= 2  # the check of torch, and the first program
